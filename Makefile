@@ -1,0 +1,44 @@
+# make demo   install into .venv, quantize the bundled checkpoint, let it answer
+# make test   install the test tools too, run the whole suite
+#
+# VENV=.venv          where everything is installed
+# PYTHON=python3      the interpreter that makes the venv (3.11 or newer)
+# PIP_ARGS=           extra arguments for pip, e.g. an --index-url that serves CPU-only torch wheels
+# PYTEST_ARGS=        extra arguments for pytest, e.g. -k store
+
+VENV ?= .venv
+PYTHON ?= python3
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+
+PIP := $(VENV)/bin/python -m pip install --quiet -c constraints.txt $(PIP_ARGS)
+QMIX := $(VENV)/bin/qmix
+DEMO_STORE := build/demo
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.qmix
+	$(QMIX) quantize qmix/demo/checkpoint $(DEMO_STORE) --force
+	$(QMIX) generate $(DEMO_STORE) -p "Tell me a story about a fox and a lantern." --temp 0 -n 200
+	$(QMIX) generate $(DEMO_STORE) -p "What is a Mixture-of-Experts model?" --temp 0 -n 120
+	@echo "Talk to it: $(QMIX) chat $(DEMO_STORE)"
+
+test: $(VENV)/.qmix-dev lint
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.qmix-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+# The stamps make each install happen once, and again only when what to install changed.
+$(VENV)/.qmix: pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/.qmix-dev: $(VENV)/.qmix
+	$(PIP) -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,234 @@
+"""Frozen records that every floor shares: the model's shape, the store's formats, how to sample.
+
+They check themselves when made and name the field at fault. No torch here: `qmix --help` and
+`qmix plan` read these records without it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from qmix.errors import ConfigError
+
+DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+EXPERT_FORMATS = ("int4", "nf4", "fp4", "keep")
+DENSE_FORMATS = ("int8", "int4", "bf16", "keep")
+METHODS = ("rtn", "hqq")
+GROUP_SIZES = (32, 64, 128)
+BLOCKS = (64, 32)
+
+
+class ExpertKey(NamedTuple):
+    """One expert of one layer; sorts in the order of the store."""
+
+    layer: int
+    expert: int
+
+    def __str__(self) -> str:
+        return f"layer {self.layer} expert {self.expert}"
+
+
+def _want(condition: bool, name: str, got: object, want: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name}: got {got!r}, want {want}")
+
+
+def _number(raw: Mapping[str, Any], key: str, kind: type, default: Any = ...) -> Any:
+    """raw[key] as `kind` (int or float), refusing bools, strings and NaN instead of converting them."""
+    value = raw.get(key, default)
+    if value is ...:
+        raise ConfigError(f"{key}: missing")
+    accepted = (int, float) if kind is float else (int,)
+    if value is default and default is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, accepted) or value != value:
+        raise ConfigError(f"{key}: got {value!r}, want {'a number' if kind is float else 'an integer'}")
+    return kind(value)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The shape of a Mixtral model, in the field's terms; made from `config.json` by `from_hf`.
+
+    dtype is the dtype of the checkpoint's weights ("bfloat16", "float16" or "float32");
+    sliding_window counts positions, None means full attention.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_experts: int
+    experts_per_token: int
+    rope_theta: float
+    rms_norm_eps: float
+    max_positions: int
+    dtype: str = "bfloat16"
+    sliding_window: int | None = None
+    tie_embeddings: bool = False
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads",
+                     "num_kv_heads", "head_dim", "num_experts", "experts_per_token", "max_positions"):
+            _want(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
+        _want(self.experts_per_token <= self.num_experts, "experts_per_token", self.experts_per_token,
+              f"<= num_experts = {self.num_experts}")
+        _want(self.num_heads % self.num_kv_heads == 0, "num_kv_heads", self.num_kv_heads,
+              f"a divisor of num_heads = {self.num_heads}")
+        _want(self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number (rotary pairs)")
+        _want(self.rope_theta > 0, "rope_theta", self.rope_theta, "> 0")
+        _want(self.rms_norm_eps > 0, "rms_norm_eps", self.rms_norm_eps, "> 0")
+        _want(self.dtype in DTYPES, "dtype", self.dtype, " or ".join(DTYPES))
+        _want(self.sliding_window is None or self.sliding_window >= 1, "sliding_window",
+              self.sliding_window, "null or >= 1")
+
+    @classmethod
+    def from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:
+        """Read a Hugging Face `config.json`; errors name the key as it stands in the file."""
+        kind = raw.get("model_type")
+        _want(kind == "mixtral", "model_type", kind, "'mixtral' (the only architecture so far)")
+        act = raw.get("hidden_act", "silu")
+        _want(act == "silu", "hidden_act", act, "'silu'")
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        _want(isinstance(rope, Mapping), "rope_parameters", rope, "an object")
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        _want(rope_type == "default", "rope_parameters.rope_type", rope_type, "'default'")
+        theta_from = rope if "rope_theta" in rope else raw
+        hidden = _number(raw, "hidden_size", int)
+        heads = _number(raw, "num_attention_heads", int)
+        _want(heads >= 1, "num_attention_heads", heads, ">= 1")
+        head_dim = _number(raw, "head_dim", int, None)
+        if head_dim is None:
+            _want(hidden % heads == 0, "num_attention_heads", heads, f"a divisor of hidden_size = {hidden}")
+            head_dim = hidden // heads
+        tie = raw.get("tie_word_embeddings", False)
+        _want(isinstance(tie, bool), "tie_word_embeddings", tie, "true or false")
+        return cls(
+            vocab_size=_number(raw, "vocab_size", int),
+            hidden_size=hidden,
+            intermediate_size=_number(raw, "intermediate_size", int),
+            num_layers=_number(raw, "num_hidden_layers", int),
+            num_heads=heads,
+            num_kv_heads=_number(raw, "num_key_value_heads", int, heads),
+            head_dim=head_dim,
+            num_experts=_number(raw, "num_local_experts", int),
+            experts_per_token=_number(raw, "num_experts_per_tok", int),
+            rope_theta=_number(theta_from, "rope_theta", float, 1e6),
+            rms_norm_eps=_number(raw, "rms_norm_eps", float, 1e-5),
+            max_positions=_number(raw, "max_position_embeddings", int, 32768),
+            dtype=raw.get("dtype") or raw.get("torch_dtype") or "bfloat16",
+            sliding_window=_number(raw, "sliding_window", int, None),
+            tie_embeddings=tie,
+            bos_id=_number(raw, "bos_token_id", int, None),
+            eos_ids=_ids(raw.get("eos_token_id")),
+        )
+
+    @property
+    def expert_keys(self) -> list[ExpertKey]:
+        """Every expert of the model, in the order of the store."""
+        return [ExpertKey(layer, e) for layer in range(self.num_layers) for e in range(self.num_experts)]
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    """`eos_token_id` is an id, a list of ids, or absent."""
+    ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
+    _want(all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids),
+          "eos_token_id", value, "token ids")
+    return ids
+
+
+@dataclass(frozen=True, slots=True)
+class QuantConfig:
+    """What `qmix quantize` writes: formats and method, per class of matrix.
+
+    group_size and block apply where int4 is used (experts or dense) and are 0 elsewhere;
+    double_quant applies to nf4 and fp4 experts.
+    """
+
+    experts: str = "int4"
+    dense: str = "int8"
+    method: str = "hqq"
+    group_size: int = 64
+    block: int = 64
+    double_quant: bool = False
+
+    def __post_init__(self) -> None:
+        _want(self.experts in EXPERT_FORMATS, "format", self.experts, " or ".join(EXPERT_FORMATS))
+        _want(self.dense in DENSE_FORMATS, "dense", self.dense, " or ".join(DENSE_FORMATS))
+        if self.uses_int4:
+            _want(self.method in METHODS, "method", self.method, " or ".join(METHODS))
+            _want(self.group_size in GROUP_SIZES, "group_size", self.group_size, "32, 64 or 128")
+            _want(self.block in BLOCKS, "block", self.block, "64 or 32")
+        else:
+            _want(self.method == "", "method", self.method, "'' (only int4 has a choice of method)")
+            _want(self.group_size == 0, "group_size", self.group_size, "0 (only int4 has groups)")
+            _want(self.block == 0, "block", self.block, "0 (only int4 has blocks)")
+        _want(not self.double_quant or self.experts in ("nf4", "fp4"), "double_quant", self.double_quant,
+              "false (only nf4 and fp4 have it)")
+
+    @property
+    def uses_int4(self) -> bool:
+        return "int4" in (self.experts, self.dense)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and
+    repeat_penalty 1 switch that step off; max_tokens -1 means until the context is full."""
+
+    temperature: float = 0.7
+    top_p: float = 0.95
+    top_k: int = 0
+    min_p: float = 0.0
+    repeat_penalty: float = 1.0
+    seed: int | None = None
+    max_tokens: int = -1
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _want(0 <= self.temperature <= 100, "temperature", self.temperature, "0 to 100")
+        _want(0 < self.top_p <= 1, "top_p", self.top_p, "> 0 and <= 1")
+        _want(self.top_k >= 0, "top_k", self.top_k, ">= 0")
+        _want(0 <= self.min_p <= 1, "min_p", self.min_p, "0 to 1")
+        _want(0 < self.repeat_penalty <= 100, "repeat_penalty", self.repeat_penalty, "> 0 and <= 100")
+        _want(self.seed is None or 0 <= self.seed < 2**63, "seed", self.seed, "0 to 2**63 - 1")
+        _want(self.max_tokens >= -1 and self.max_tokens != 0, "max_tokens", self.max_tokens, "-1 or >= 1")
+        _want(all(self.stop), "stop", self.stop, "non-empty strings")
+
+
+class Cancel:
+    """A token that one thread sets and the compute thread checks between expert records."""
+
+    __slots__ = ("_event",)
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def set(self) -> None:
+        self._event.set()
+
+    def clear(self) -> None:
+        self._event.clear()
+
+    def __bool__(self) -> bool:
+        return self._event.is_set()
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One forward pass as the experts see it.
+
+    sequence: for each of the T tokens, the number of the session it belongs to.
+    """
+
+    phase: Literal["prefill", "decode"]
+    sequence: tuple[int, ...] = ()
+    cancel: Cancel = field(default_factory=Cancel)

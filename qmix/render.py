@@ -1,0 +1,114 @@
+"""What the user sees apart from the answer: lines, tables and progress bars on stderr, data on stdout.
+
+stdout carries an answer or one document; everything else goes to stderr, so that pipes stay clean.
+rich draws bars and tables; it is imported when the first one is drawn.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from qmix.errors import QmixError
+from qmix.sizes import format_bytes
+
+
+class Progress(Protocol):
+    """Called with absolute byte counts as work goes on."""
+
+    def __call__(self, done: int, total: int, label: str) -> None: ...
+
+
+def say(line: str) -> None:
+    """One line on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def fail(error: QmixError) -> None:
+    """`error: what was wrong`, then the cure, indented."""
+    say(f"error: {error}")
+
+
+@contextmanager
+def byte_bar(title: str) -> Iterator[Progress]:
+    """A bar with bytes, rate and time left; on a stderr that is no terminal, a line every ten percent."""
+    if not sys.stderr.isatty():
+        yield _plain_progress(title)
+        return
+    from rich.console import Console
+    from rich.progress import (BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn,
+                               TransferSpeedColumn)
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True),
+               TransferSpeedColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+
+        def update(done: int, total: int, label: str) -> None:
+            bar.update(task, completed=done, total=total, description=f"{title} {label}".strip())
+
+        yield update
+
+
+def _plain_progress(title: str) -> Progress:
+    shown = -1
+
+    def update(done: int, total: int, label: str) -> None:
+        nonlocal shown
+        tenth = 10 * done // total if total else 10
+        if tenth > shown:
+            shown = tenth
+            say(f"{title}: {format_bytes(done)} of {format_bytes(total)} ({10 * tenth} %)")
+
+    return update
+
+
+def document(data: dict[str, Any], as_json: bool) -> str:
+    """Nested data as one JSON document, or as indented `key: value` lines with tables for lists of rows."""
+    if as_json:
+        return json.dumps(data, indent=2, ensure_ascii=False)
+    lines = []
+    for key, value in data.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            lines += [f"{key}:", *("  " + line for line in table(value).splitlines())]
+        elif isinstance(value, dict):
+            lines += [f"{key}:", *("  " + line for line in document(value, False).splitlines())]
+        else:
+            lines.append(f"{key}: {_cell(value)}")
+    return "\n".join(lines)
+
+
+def table(rows: Sequence[dict[str, Any]], style: str = "table") -> str:
+    """Rows of equal keys as "table" (aligned text) | "json" | "jsonl" | "csv" | "md"."""
+    if style == "json":
+        return json.dumps(list(rows), indent=2, ensure_ascii=False)
+    if style == "jsonl":
+        return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    if not rows:
+        return ""
+    head = list(rows[0])
+    if style == "csv":
+        out = io.StringIO()
+        writer = csv.DictWriter(out, head, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return out.getvalue().rstrip("\n")
+    cells = [head, *([_cell(row[key]) for key in head] for row in rows)]
+    if style == "md":
+        cells.insert(1, ["---"] * len(head))
+        return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    numeric = [all(isinstance(row[key], int | float) for row in rows) for key in head]
+    return "\n".join("  ".join(cell.rjust(w) if right else cell.ljust(w)
+                               for cell, w, right in zip(row, widths, numeric, strict=True)).rstrip()
+                     for row in cells)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

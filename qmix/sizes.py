@@ -1,0 +1,186 @@
+"""Bytes of every format, record and KV cache, in integers only.
+
+A MatrixSpec is the one description of a packed matrix: the formats check real tensors against it,
+the store computes offsets from it and the plan adds it up. A test holds it to real packing.
+
+N rows (out), K columns (in), g group size, B rows per block, H hidden, F expert inner.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from qmix.config import DTYPES, ModelConfig, QuantConfig
+from qmix.names import DenseTensor
+
+GIB = 2**30
+MIB = 2**20
+TENSOR_ALIGN = 64  # a cache line, and what every kernel may assume of a tensor's first byte
+RECORD_ALIGN = 4096  # what O_DIRECT needs of offset, length and address
+
+ITEM_BYTES = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4}
+PLAIN_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+BNB_BLOCK = 64  # bitsandbytes block size of nf4 and fp4, along the input dimension
+BNB_NESTED_BLOCK = 256  # absmax values per block of the second quantization
+
+
+def round_up(n: int, multiple: int) -> int:
+    """round_up(65, 64) == 128."""
+    return -(-n // multiple) * multiple
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor inside a packed matrix; dtype is safetensors' name of it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixSpec:
+    """A [rows, cols] matrix in a format: "int4" | "nf4" | "fp4" | "int8" | "bf16" | "fp16" | "fp32".
+
+    rows and cols are logical. The rows come in `parts` equal pieces (gate and up are two), each padded
+    alone: int4 pads rows to `block` and columns to `group_size`; int8, nf4 and fp4 pad columns to 64.
+    Example: int4, rows 2 x 80, block 64, parts 2 -> padded_rows 256; row 80 of the matrix is row 128.
+    """
+
+    format: str
+    rows: int
+    cols: int
+    parts: int = 1
+    group_size: int = 0
+    block: int = 0
+    double_quant: bool = False
+
+    @property
+    def padded_rows(self) -> int:
+        if self.format != "int4":
+            return self.rows
+        return self.parts * round_up(self.rows // self.parts, self.block)
+
+    @property
+    def padded_cols(self) -> int:
+        if self.format == "int4":
+            return round_up(self.cols, self.group_size)
+        return round_up(self.cols, 64) if self.format in ("int8", "nf4", "fp4") else self.cols
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        n, k = self.padded_rows, self.padded_cols
+        if self.format == "int4":
+            return (TensorSpec("qweight", "U8", (n // self.block, k, self.block // 2)),
+                    TensorSpec("qparams", "BF16", (k // self.group_size, n, 2)))
+        if self.format == "int8":
+            return TensorSpec("qweight", "I8", (n, k)), TensorSpec("scale", "BF16", (n,))
+        if self.format in ("nf4", "fp4"):
+            return TensorSpec("qweight", "U8", (n * k // 2, 1)), *self._absmax(n * k // BNB_BLOCK)
+        return (TensorSpec("weight", PLAIN_DTYPES[self.format], (n, k)),)
+
+    def _absmax(self, blocks: int) -> tuple[TensorSpec, ...]:
+        if not self.double_quant:
+            return (TensorSpec("absmax", "F32", (blocks,)),)
+        return (TensorSpec("absmax", "U8", (blocks,)),
+                TensorSpec("nested_absmax", "F32", (round_up(blocks, BNB_NESTED_BLOCK) // BNB_NESTED_BLOCK,)),
+                TensorSpec("offset", "F32", (1,)))
+
+    @property
+    def nbytes(self) -> int:
+        """Payload bytes, without alignment between tensors."""
+        return sum(t.nbytes for t in self.tensors)
+
+    @property
+    def weights(self) -> int:
+        """Logical weights, the denominator of bits per weight."""
+        return self.rows * self.cols
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A tensor of a record: which matrix ("w13" | "w2") it belongs to and where it starts."""
+
+    matrix: str
+    tensor: TensorSpec
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class RecordLayout:
+    """One expert's record: w13 (gate and up stacked, [2F, H]) and w2 (down, [H, F]), each tensor on a
+    64-byte boundary, the whole padded to 4096 bytes. Gaps and tail are zeros."""
+
+    w13: MatrixSpec
+    w2: MatrixSpec
+
+    @property
+    def placed(self) -> tuple[Placed, ...]:
+        found, offset = [], 0
+        for matrix, spec in (("w13", self.w13), ("w2", self.w2)):
+            for tensor in spec.tensors:
+                offset = round_up(offset, TENSOR_ALIGN)
+                found.append(Placed(matrix, tensor, offset))
+                offset += tensor.nbytes
+        return tuple(found)
+
+    @property
+    def payload(self) -> int:
+        """Bytes up to the end of the last tensor."""
+        last = self.placed[-1]
+        return last.offset + last.tensor.nbytes
+
+    @property
+    def nbytes(self) -> int:
+        return round_up(self.payload, RECORD_ALIGN)
+
+
+def record_layout(config: ModelConfig, quant: QuantConfig) -> RecordLayout:
+    """The layout that every record of a store shares.
+
+    Mixtral 8x7B at int4 g64: 99,090,432 bytes.
+    """
+    kind = DTYPES[config.dtype] if quant.experts == "keep" else quant.experts
+    extra = {"group_size": quant.group_size, "block": quant.block} if kind == "int4" else {}
+    double = quant.double_quant
+    hidden, inner = config.hidden_size, config.intermediate_size
+    return RecordLayout(MatrixSpec(kind, 2 * inner, hidden, parts=2, double_quant=double, **extra),
+                        MatrixSpec(kind, hidden, inner, double_quant=double, **extra))
+
+
+def dense_spec(config: ModelConfig, quant: QuantConfig, tensor: DenseTensor) -> MatrixSpec | None:
+    """How a dense tensor is stored, or None where it stays a plain tensor (embedding, router, norm,
+    which keep the checkpoint's dtype whatever the dense format)."""
+    if tensor.role not in ("linear", "head"):
+        return None
+    rows, cols = tensor.shape
+    kind = DTYPES[config.dtype] if quant.dense == "keep" else quant.dense
+    if kind == "int4":
+        return MatrixSpec(kind, rows, cols, group_size=quant.group_size, block=quant.block)
+    return MatrixSpec(kind, rows, cols)
+
+
+def dense_bytes(config: ModelConfig, quant: QuantConfig, tensor: DenseTensor) -> int:
+    spec = dense_spec(config, quant, tensor)
+    item = ITEM_BYTES[PLAIN_DTYPES[DTYPES[config.dtype]]]
+    return prod(tensor.shape) * item if spec is None else spec.nbytes
+
+
+def kv_bytes_per_token(config: ModelConfig, item_bytes: int = 2) -> int:
+    """Bytes of keys and values that one position takes in all layers: 128 KiB for Mixtral 8x7B."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * item_bytes
+
+
+def format_bytes(n: int) -> str:
+    """1536 -> "1.5 KiB"; sizes are binary in all that qmix prints."""
+    value = float(n)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024 or unit == "GiB":
+            return f"{n} B" if unit == "B" else f"{value:.1f} {unit}" if value < 100 else f"{value:.0f} {unit}"
+        value /= 1024
+    raise AssertionError("unreachable")

@@ -1,0 +1,122 @@
+"""safetensors files, read and laid out by header alone, without loading or mapping them.
+
+qmix reads with pread into buffers of its own: a mapped 94 GB checkpoint would count against the
+process's memory, and a record must be one read. Headers of foreign files are hostile until checked:
+every range must lie inside the file, match its shape and dtype, and leave no hole or overlap.
+
+Layout (safetensors specification): u64 little-endian header length, JSON header padded with spaces,
+then the tensors' bytes; offsets in the header count from the end of the header.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from qmix.errors import ModelFileError
+
+ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2,
+              "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
+MAX_HEADER = 100 * 2**20  # the safetensors library's own limit
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a file; offset counts from the start of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFile:
+    path: Path
+    entries: Mapping[str, Entry]
+    metadata: Mapping[str, str]
+    data_start: int
+    size: int
+
+
+def read_header(path: Path, error: type[ModelFileError] = ModelFileError) -> TensorFile:
+    """Read and check the header of a safetensors file; raises `error` naming the file and the tensor."""
+    cure = "the file is damaged or still downloading: fetch or write it again"
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+            if not 2 <= length <= min(MAX_HEADER, size - 8):
+                raise error(f"{path}: not a safetensors file (header of {length} bytes in a file of {size})", cure)
+            raw = json.loads(file.read(length))
+    except OSError as e:
+        raise error(f"{path}: {e.strerror or e}", "check the path and its permissions") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+        raise error(f"{path}: the safetensors header is not JSON", cure) from None
+    if not isinstance(raw, dict):
+        raise error(f"{path}: the safetensors header is not an object", cure)
+    metadata = raw.pop("__metadata__", {}) or {}
+    start = 8 + length
+    entries = {name: _entry(path, name, value, start, error) for name, value in raw.items()}
+    end = start
+    for entry in sorted(entries.values(), key=lambda e: (e.offset, e.nbytes)):
+        if entry.offset != end:
+            raise error(f"{path}: {entry.name}: starts at byte {entry.offset}, want {end} (hole or overlap)", cure)
+        end += entry.nbytes
+    if end != size:
+        raise error(f"{path}: holds {size} bytes, its header describes {end} (truncated?)", cure)
+    return TensorFile(path, entries, metadata, start, size)
+
+
+def _entry(path: Path, name: str, raw: object, start: int, error: type[ModelFileError]) -> Entry:
+    try:
+        dtype, shape, (begin, end) = raw["dtype"], tuple(raw["shape"]), raw["data_offsets"]  # type: ignore[index]
+        nbytes = prod(shape) * ITEM_BYTES[dtype]
+        sane = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+    except (KeyError, TypeError, ValueError):
+        raise error(f"{path}: {name}: malformed header entry {raw!r:.200}") from None
+    if not sane or end - begin != nbytes:
+        raise error(f"{path}: {name}: {dtype} {list(shape)} takes {nbytes} bytes, the header gives it "
+                    f"[{begin}, {end})")
+    return Entry(name, dtype, shape, start + begin, nbytes)
+
+
+def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], align: int) -> tuple[bytes, list[Entry]]:
+    """Header bytes for (name, dtype, shape) tensors laid out in the given order without holes, padded
+    with spaces so that the first tensor starts on a multiple of `align`; and where each one lands."""
+    table, offset = {}, 0
+    for name, dtype, shape in tensors:
+        end = offset + prod(shape) * ITEM_BYTES[dtype]
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(table, separators=(",", ":")).encode()
+    start = -(-(8 + len(text)) // align) * align
+    header = struct.pack("<Q", start - 8) + text.ljust(start - 8)
+    entries = [Entry(name, t["dtype"], tuple(t["shape"]), start + t["data_offsets"][0],
+                     t["data_offsets"][1] - t["data_offsets"][0]) for name, t in table.items()]
+    return header, entries
+
+
+def read_exact(fd: int, buffer: memoryview, offset: int) -> None:
+    """Fill `buffer` from `offset`; EOFError when the file ends early, OSError as the system gives it."""
+    view = memoryview(buffer).cast("B")
+    while view:
+        got = os.preadv(fd, [view], offset)
+        if got == 0:
+            raise EOFError(f"file ends at byte {offset}, {len(view)} bytes short")
+        view, offset = view[got:], offset + got
+
+
+def write_exact(fd: int, buffer: memoryview | bytes, offset: int) -> None:
+    """Write all of `buffer` at `offset`; OSError (ENOSPC included) as the system gives it."""
+    view = memoryview(buffer).cast("B")
+    while view:
+        put = os.pwritev(fd, [view], offset)
+        view, offset = view[put:], offset + put

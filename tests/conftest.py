@@ -1,0 +1,26 @@
+"""Fixtures that several test files share; see helpers.py for the checkpoint factory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def wiki_moe() -> Path:
+    """A small trained Mixtral with real routing; not part of the project, so the test may skip."""
+    folder = SHARED / "models" / "wiki-moe-29m"
+    if not folder.is_dir():
+        pytest.skip("the trained model wiki-moe-29m is not here")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the user's settings, stores or history."""
+    home = tmp_path_factory.mktemp("home")
+    for kind in ("CONFIG", "DATA", "STATE", "CACHE"):
+        monkeypatch.setenv(f"XDG_{kind}_HOME", str(home / kind.lower()))

@@ -1,0 +1,76 @@
+"""The house keeps its floors: a module imports only from lower floors or from its own package."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "qmix"
+FLOORS = (
+    {"errors", "config", "names", "sizes", "tensorfile", "settings", "paths", "render"},
+    {"formats"},
+    {"checkpoint", "store", "kernels", "hardware"},
+    {"quantize", "model", "offload", "tokenizer", "sampling"},
+    {"generate"},
+    {"engine"},
+    {"chat", "demo", "oneshot"},
+    {"cli"},
+)
+FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
+# __init__ and __main__ of qmix itself only point into the house, lazily.
+FILES = sorted(p for p in ROOT.rglob("*.py") if p.parent != ROOT or p.stem not in ("__init__", "__main__"))
+
+
+def room(path: Path) -> str:
+    """quantize/job.py -> "quantize", errors.py -> "errors"."""
+    first = path.relative_to(ROOT).parts[0]
+    return first.removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """The rooms of qmix that a file imports anywhere, functions and TYPE_CHECKING included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{a.name}" for a in node.names]
+        found |= {n.split(".")[1] for n in names if n.startswith("qmix.")}
+    return found & set(FLOOR)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down(path: Path) -> None:
+    here = room(path)
+    assert here in FLOOR, f"{here} has no floor: give it one here and in the design"
+    for other in imported_rooms(path) - {here}:
+        assert FLOOR[other] < FLOOR[here], f"{path.relative_to(ROOT)} (floor {FLOOR[here]}) imports {other}"
+
+
+def imported_modules(code: str) -> set[str]:
+    script = f"import sys\nsys.argv = ['qmix', '--help']\n{code}\nprint(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return {name.split(".")[0] for name in done.stderr.split()}
+
+
+HEAVY = {"torch", "bitsandbytes", "transformers", "accelerate", "safetensors", "sentencepiece", "numpy", "kernels"}
+
+
+@pytest.mark.parametrize("code", [
+    "import qmix",
+    "from qmix.cli import main\ntry: main()\nexcept SystemExit: pass",
+    "import qmix.sizes, qmix.config, qmix.tensorfile, qmix.settings, qmix.paths, qmix.render",
+])
+def test_help_and_floor_zero_import_nothing_heavy(code: str) -> None:
+    assert not imported_modules(code) & HEAVY
+
+
+def test_bitsandbytes_is_imported_only_for_its_formats() -> None:
+    rooms = "qmix.engine, qmix.kernels.table, qmix.quantize, qmix.formats"
+    assert "bitsandbytes" not in imported_modules(f"import {rooms}")

@@ -1,0 +1,46 @@
+"""Settings: flag > environment > qmix.toml > default, and nothing misspelt is ignored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qmix.errors import ConfigError
+from qmix.settings import read_file, xdg_folder
+
+COMMANDS = {"chat": {"temp", "threads", "ctx_size"}, "quantize": {"threads", "format"}}
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "qmix.toml"
+    path.write_text(text)
+    return path
+
+
+def test_top_level_keys_reach_every_command_that_has_them(tmp_path: Path) -> None:
+    path = write(tmp_path, 'threads = 3\nctx-size = 64\n[chat]\nthreads = 5\ntemp = 0.1\n')
+    assert read_file(path, COMMANDS) == {"chat": {"threads": 5, "ctx_size": 64, "temp": 0.1},
+                                         "quantize": {"threads": 3}}
+
+
+def test_no_file_is_no_settings(tmp_path: Path) -> None:
+    assert read_file(tmp_path / "none.toml", COMMANDS) == {}
+
+
+@pytest.mark.parametrize(("text", "names"), [
+    ("tempp = 1", "tempp"),
+    ("[chat]\nformat = 'nf4'", "[chat] format"),
+    ("[chatt]\ntemp = 1", "[chatt]"),
+    ("temp = ", "qmix.toml"),
+])
+def test_what_nobody_knows_is_an_error_that_names_it(tmp_path: Path, text: str, names: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        read_file(write(tmp_path, text), COMMANDS)
+    assert names in error.value.message
+    assert error.value.exit_code == 2
+
+
+def test_xdg_folders(tmp_path: Path) -> None:
+    assert xdg_folder("data", {"XDG_DATA_HOME": "/x"}) == Path("/x/qmix")
+    assert xdg_folder("state", {"XDG_STATE_HOME": "not/absolute"}) == Path.home() / ".local/state/qmix"
