@@ -37,15 +37,15 @@ def _want(condition: bool, name: str, got: object, want: str) -> None:
 
 
 def _number(raw: Mapping[str, Any], key: str, kind: type, default: Any = ...) -> Any:
-    """raw[key] as `kind` (int or float), refusing bools, strings and NaN instead of converting them."""
+    """raw[key] as `kind` (int or float), refusing bools, strings, NaN and infinity instead of converting."""
     value = raw.get(key, default)
     if value is ...:
         raise ConfigError(f"{key}: missing")
     accepted = (int, float) if kind is float else (int,)
     if value is default and default is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, accepted) or value != value:
-        raise ConfigError(f"{key}: got {value!r}, want {'a number' if kind is float else 'an integer'}")
+    if isinstance(value, bool) or not isinstance(value, accepted) or not -1e300 < value < 1e300:
+        raise ConfigError(f"{key}: got {value!r:.40}, want {'a finite number' if kind is float else 'an integer'}")
     return kind(value)
 
 
@@ -54,7 +54,7 @@ class ModelConfig:
     """The shape of a Mixtral model, in the field's terms; made from `config.json` by `from_hf`.
 
     dtype is the dtype of the checkpoint's weights ("bfloat16", "float16" or "float32");
-    sliding_window counts positions, None means full attention.
+    sliding_window counts positions, None means full attention. Errors name the key of `config.json`.
     """
 
     vocab_size: int
@@ -76,17 +76,21 @@ class ModelConfig:
     eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads",
-                     "num_kv_heads", "head_dim", "num_experts", "experts_per_token", "max_positions"):
-            _want(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
-        _want(self.experts_per_token <= self.num_experts, "experts_per_token", self.experts_per_token,
-              f"<= num_experts = {self.num_experts}")
-        _want(self.num_heads % self.num_kv_heads == 0, "num_kv_heads", self.num_kv_heads,
-              f"a divisor of num_heads = {self.num_heads}")
+        counts = {"vocab_size": self.vocab_size, "hidden_size": self.hidden_size,
+                  "intermediate_size": self.intermediate_size, "num_hidden_layers": self.num_layers,
+                  "num_attention_heads": self.num_heads, "num_key_value_heads": self.num_kv_heads,
+                  "head_dim": self.head_dim, "num_local_experts": self.num_experts,
+                  "num_experts_per_tok": self.experts_per_token, "max_position_embeddings": self.max_positions}
+        for name, count in counts.items():
+            _want(count >= 1, name, count, ">= 1")
+        _want(self.experts_per_token <= self.num_experts, "num_experts_per_tok", self.experts_per_token,
+              f"<= num_local_experts = {self.num_experts}")
+        _want(self.num_heads % self.num_kv_heads == 0, "num_key_value_heads", self.num_kv_heads,
+              f"a divisor of num_attention_heads = {self.num_heads}")
         _want(self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number (rotary pairs)")
         _want(self.rope_theta > 0, "rope_theta", self.rope_theta, "> 0")
         _want(self.rms_norm_eps > 0, "rms_norm_eps", self.rms_norm_eps, "> 0")
-        _want(self.dtype in DTYPES, "dtype", self.dtype, " or ".join(DTYPES))
+        _want(isinstance(self.dtype, str) and self.dtype in DTYPES, "dtype", self.dtype, " or ".join(DTYPES))
         _want(self.sliding_window is None or self.sliding_window >= 1, "sliding_window",
               self.sliding_window, "null or >= 1")
 
@@ -109,6 +113,7 @@ class ModelConfig:
         if head_dim is None:
             _want(hidden % heads == 0, "num_attention_heads", heads, f"a divisor of hidden_size = {hidden}")
             head_dim = hidden // heads
+        kv_heads = _number(raw, "num_key_value_heads", int, None)
         tie = raw.get("tie_word_embeddings", False)
         _want(isinstance(tie, bool), "tie_word_embeddings", tie, "true or false")
         return cls(
@@ -117,7 +122,7 @@ class ModelConfig:
             intermediate_size=_number(raw, "intermediate_size", int),
             num_layers=_number(raw, "num_hidden_layers", int),
             num_heads=heads,
-            num_kv_heads=_number(raw, "num_key_value_heads", int, heads),
+            num_kv_heads=heads if kv_heads is None else kv_heads,
             head_dim=head_dim,
             num_experts=_number(raw, "num_local_experts", int),
             experts_per_token=_number(raw, "num_experts_per_tok", int),

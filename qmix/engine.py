@@ -47,7 +47,7 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0,
         say(plan.line())
         kernels = select_kernels(config, store.quant, say)
         experts = ResidentExperts(store, kernels, progress=progress)
-        model = Mixtral(config, load_dense(store, kernels), kernels, experts)
+        model = Mixtral(config, load_dense(store, kernels), kernels, experts, experts.ahead)
         return Engine(store, plan, tokenizer, model)
     except BaseException:
         store.close()

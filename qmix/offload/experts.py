@@ -32,6 +32,8 @@ class ResidentExperts:
     so that the result does not depend on the order in which experts are computed.
     """
 
+    ahead = 0  # how many of the next layer's experts the model should guess: none, all are here
+
     def __init__(self, store: Store, kernels: KernelTable, verify: bool = True, progress: Progress | None = None):
         self._kernels = kernels
         self._top_k = store.config.experts_per_token
@@ -42,7 +44,7 @@ class ResidentExperts:
     def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, step: Step,
                  ahead: Tensor | None = None) -> Tensor:
         """x [T, H] normed hidden states; ids [T, K] int64, weights [T, K] fp32 from the router -> [T, H]
-        in x's dtype. Interrupted when step.cancel is set between two experts. `ahead` is a hint for
+        fp32, since the residual it is added to is. Interrupted when step.cancel is set between two experts. `ahead` is a hint for
         tiers that fetch; here everything is resident already."""
         if x.shape[0] == 1:
             return self._one_token(layer, x, ids, weights, step)
@@ -60,14 +62,14 @@ class ResidentExperts:
                 out = self._kernels.expert(x[token], *self._records[ExpertKey(layer, expert)])
                 rows[token, rank] = out.float()
             start += count
-        return _weighted(rows, weights).to(x.dtype)
+        return _weighted(rows, weights)
 
     def _one_token(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, step: Step) -> Tensor:
         rows = torch.empty(1, self._top_k, x.shape[1], dtype=torch.float32)
         for rank, expert in enumerate(ids[0].tolist()):
             _check(step)
             rows[0, rank] = self._kernels.expert(x, *self._records[ExpertKey(layer, expert)])[0]
-        return _weighted(rows, weights).to(x.dtype)
+        return _weighted(rows, weights)
 
 
 def slot_pool(slots: int, nbytes: int) -> Tensor:

@@ -1,0 +1,96 @@
+"""What was said: an immutable list of exchanges, and its way to token ids.
+
+An exchange is a question and its answer; a conversation grows and shrinks by whole exchanges only, so
+it is consistent at every moment. An answer carries the ids that the model generated, and these are what
+the next turn is encoded with: text turned back into ids may give other ids, and then nothing of the
+KV cache would match.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from qmix.tokenizer import Message, Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """A question and its answer. ids: the answer's own token ids, without the end token; None where
+    they are not known, then the text is encoded."""
+
+    question: str
+    answer: str
+    ids: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Exchanges with one model, oldest first, below an optional system prompt."""
+
+    model: str
+    system: str | None = None
+    exchanges: tuple[Exchange, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.exchanges)
+
+    def plus(self, exchange: Exchange) -> Conversation:
+        return replace(self, exchanges=(*self.exchanges, exchange))
+
+    def undone(self) -> Conversation:
+        """Without the last exchange; itself where there is none."""
+        return replace(self, exchanges=self.exchanges[:-1])
+
+    def messages(self, question: str | None = None) -> list[Message]:
+        """As the tokenizer takes them, with a new question at the end if there is one."""
+        said = [Message("system", self.system)] if self.system else []
+        for exchange in self.exchanges:
+            said += [Message("user", exchange.question),
+                     Message("assistant", exchange.answer, exchange.ids)]
+        return said if question is None else [*said, Message("user", question)]
+
+    def tokens(self, tokenizer: Tokenizer) -> int:
+        """Positions taken at the end of the last answer; 0 for an empty conversation."""
+        if not self.exchanges:
+            return 0
+        last = self.exchanges[-1]
+        ids = tokenizer.encode(last.answer, bos=False) if last.ids is None else last.ids
+        return len(tokenizer.encode_chat(self.undone().messages(last.question))) + len(ids)
+
+
+def adopted(conversation: Conversation, model: str, tokenizer: Tokenizer) -> tuple[Conversation, int]:
+    """A saved conversation made this model's own, and how many answers will be encoded from their text:
+    all of another model's, and those whose ids do not say their text (another vocabulary under the same
+    name)."""
+    kept = []
+    for exchange in conversation.exchanges:
+        same = conversation.model == model and exchange.ids is not None and \
+            says(exchange.ids, exchange.answer, tokenizer)
+        kept.append(exchange if same else replace(exchange, ids=None))
+    lost = sum(e.ids is None for e in kept)
+    return replace(conversation, model=model, exchanges=tuple(kept)), lost
+
+
+def says(ids: Sequence[int], text: str, tokenizer: Tokenizer) -> bool:
+    """Whether `ids` decode to `text`."""
+    return all(i < tokenizer.vocab_size for i in ids) and spoken_ids(ids, text, tokenizer) == tuple(ids)
+
+
+def spoken_ids(ids: Sequence[int], text: str, tokenizer: Tokenizer) -> tuple[int, ...] | None:
+    """The ids of an answer that was shown as `text`: without end tokens, a stop string, or half a
+    character after it. None where no run of them says exactly `text` (a stop string began inside a token).
+
+    ids of "Hi", "!", "\\n", "User", ":"; text "Hi!"  ->  ids of "Hi", "!"
+    """
+    decoder, so_far = tokenizer.decoder(), ""
+    if text == "":
+        return ()
+    for count, token in enumerate(ids, 1):
+        so_far += decoder.push(token)
+        if so_far == text:
+            return tuple(ids[:count])
+        if len(so_far) > len(text):
+            return None
+    # The last token ended in half a character, which became U+FFFD when the answer ended.
+    return tuple(ids) if so_far + decoder.finish() == text else None

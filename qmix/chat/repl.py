@@ -1,0 +1,251 @@
+"""The chat's loop, and its state: read a line, do it, say what came of it.
+
+Everything that changes while chatting is an attribute of Chat. A turn replaces the conversation in one
+assignment after the answer ended, so that an error, Ctrl-C or a signal at any moment leaves it whole;
+after each change it is saved for --continue.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from qmix.chat import commands, parameters, savefile, statline
+from qmix.chat.answer import Answer, common_prefix, respond
+from qmix.chat.conversation import Conversation, Exchange, adopted
+from qmix.chat.prompt import Prompt, open_prompt
+from qmix.chat.screen import Screen
+from qmix.chat.signals import Signals, quiet_keys
+from qmix.config import Cancel, SamplingParams
+from qmix.errors import QmixError, UsageError
+
+LONG_PREFILL = 128  # tokens; from here on the wait is announced
+SEEDS = 2**31  # a random seed stays short enough to be typed again
+
+
+def run(engine: Any, *, model_name: str, params: SamplingParams, system: str | None = None,
+        resume: bool = False, stats: bool = False, state_dir: Path, stdin: TextIO | None = None,
+        stdout: TextIO | None = None, stderr: TextIO | None = None,
+        environ: Mapping[str, str] = os.environ) -> int:
+    """Chat until the user leaves; the exit code: 0, or 128 + the number of the signal that ended it.
+
+    engine: an Engine; its session is used by this chat alone. resume: go on with the conversation that
+    was last saved in state_dir for model_name. stats: all figures after each answer. The streams are
+    sys.stdin, sys.stdout and sys.stderr unless given.
+    UsageError without a terminal, or where the template refuses the system prompt.
+    """
+    stdin, stdout, stderr = stdin or sys.stdin, stdout or sys.stdout, stderr or sys.stderr
+    for name, stream in (("stdin", stdin), ("stdout", stdout)):
+        if not stream.isatty():
+            raise UsageError(f"chat needs a terminal: {name} is none",
+                             'for pipes and scripts: qmix generate MODEL -p "..."')
+    chat = Chat(engine, model_name, params, Screen(stdout, stderr, environ), savefile.Autosave(state_dir, model_name),
+                detailed=stats, keys=stdin.fileno())
+    chat.begin(system, resume)
+    prompt = open_prompt(stdin, stdout, state_dir / "chat_history", (c.name for c in commands.COMMANDS), environ)
+    with Signals(chat.cancel, prompt) as signals:
+        chat.ending = lambda: signals.ending
+        _loop(chat, prompt)
+    if signals.ending is None and chat.screen.gone:
+        return 128 + signal.SIGHUP
+    return 0 if signals.ending is None else 128 + signals.ending
+
+
+def _loop(chat: Chat, prompt: Prompt) -> None:
+    while not (chat.leaving or chat.ending() or chat.screen.gone):
+        if prompt.problem:
+            chat.screen.dim(prompt.problem)
+            prompt.problem = None
+        try:
+            line = prompt.read()
+        except KeyboardInterrupt:
+            chat.screen.say("Ctrl-D or /exit leaves")
+            continue
+        except EOFError:
+            break
+        chat.turn(line)
+
+
+class Chat:
+    """One conversation with one engine. The commands (commands.py) are its other half."""
+
+    def __init__(self, engine: Any, model_name: str, params: SamplingParams, screen: Screen,
+                 autosave: savefile.Autosave, *, detailed: bool = False, keys: int = -1,
+                 draw: Callable[[], int] = lambda: secrets.randbelow(SEEDS),
+                 clock: Callable[[], float] = time.perf_counter):
+        """keys: file descriptor of the keyboard; draw: a random seed; clock: seconds."""
+        self.engine = engine
+        self.session = engine.session()
+        self.screen = screen
+        self.autosave = autosave
+        self.autosave_failed = False
+        self.conversation = Conversation(model_name)
+        self.params = params
+        self.figures: statline.Figures | None = None
+        self.cancel = Cancel()
+        self.ending: Callable[[], signal.Signals | None] = lambda: None
+        self.leaving = False
+        self._detailed = detailed
+        self._keys = keys
+        self._draw = draw
+        self._clock = clock
+        self.seed = draw() if params.seed is None else params.seed
+
+    def begin(self, system: str | None, resume: bool) -> None:
+        """Say what the chat works with, and take up the saved conversation if asked to."""
+        self.set_system(system)
+        tokenizer = self.engine.tokenizer
+        self.screen.dim(f"{self.conversation.model} · context {self.session.context} tokens · seed {self.seed_text()}")
+        self.screen.dim(f"chat format: {tokenizer.template_name}")
+        if resume:
+            self._resume(system)
+        self.screen.dim("/help lists the commands, Ctrl-D leaves")
+
+    def _resume(self, system: str | None) -> None:
+        try:
+            saved = self.autosave.load()
+        except QmixError as e:
+            raise UsageError(e.message, "start without --continue; the file is then kept as *.previous.json") from None
+        if saved is None:
+            self.screen.say(f"no saved conversation with {self.conversation.model}: this is a new one")
+            return
+        own, lost = adopted(saved[0], self.conversation.model, self.engine.tokenizer)
+        if system is not None and system != own.system:
+            own = replace(own, system=system)
+            self.screen.say("--system replaces the saved system prompt")
+        self.check_system(own.system)
+        self.conversation = own
+        last = f", the last question was {commands.shortened(own.exchanges[-1].question)}" if len(own) else ""
+        self.screen.say(f"continuing {commands.exchanges(len(own))}{last}")
+        self.tell_loaded(saved[0].model, lost)
+        if replace(saved[1], seed=self.params.seed) != self.params:
+            self.screen.dim(f"parameters are this command's, not the saved ones: {parameters.listed(saved[1])}")
+
+    def turn(self, line: str) -> None:
+        """Do what was typed. Errors are said, and leave everything as it was."""
+        typed = commands.parse(line)
+        try:
+            if typed.command is not None:
+                commands.execute(self, typed.command, typed.text)
+            elif typed.text.strip():
+                self.answer(typed.text, self.conversation)
+        except QmixError as e:
+            self.screen.error(e)
+
+    def answer(self, question: str, base: Conversation) -> None:
+        """Answer `question` after `base`; the conversation becomes base and this exchange, unless nothing
+        was said. UsageError with the numbers where the context is too small."""
+        prompt = self.engine.tokenizer.encode_chat(base.messages(question))
+        context = self.session.context
+        if len(prompt) >= context:
+            raise UsageError(
+                f"with this message the conversation has {len(prompt)} tokens, the context holds {context}",
+                "/clear or /undo makes room, or start again with a larger -c/--ctx-size; "
+                "Up brings the message back")
+        self.cancel.clear()
+        if self.ending():  # a signal that came before clear() must not be forgotten
+            self.cancel.set()
+        unread = len(prompt) - common_prefix(prompt, self.session.ids)
+        if unread >= LONG_PREFILL:
+            self.screen.transient(f"reading {unread} tokens")
+        with quiet_keys(self._keys):
+            self.screen.begin_answer()
+            answer = respond(self.session, self.engine.tokenizer, prompt, replace(self.params, seed=self.seed),
+                             self.cancel, self._show, self._clock)
+            self.screen.end_answer()
+        self._keep(question, base, answer)
+
+    def _show(self, text: str) -> None:
+        self.screen.answer(text)
+        if self.screen.gone:
+            self.cancel.set()
+
+    def _keep(self, question: str, base: Conversation, answer: Answer) -> None:
+        if not answer.text and answer.finish in ("cancelled", "error"):
+            if answer.error is not None:
+                self.screen.error(answer.error)
+            kept = "the earlier answer stays" if base is not self.conversation else \
+                "the question is not in the conversation (Up brings it back)"
+            self.screen.dim(f"{self._ending(answer)} before the answer began: {kept}")
+            return
+        self.conversation = base.plus(Exchange(question, answer.text, answer.ids))
+        self.figures = self._figures(answer)
+        self.autosave_now()
+        if not answer.text:
+            self.screen.dim("(the model ended its answer at once)")
+        self.screen.dim(statline.line(self.figures, self.tiers()))
+        if self._detailed:
+            self.screen.dim(statline.block(self.figures, self.tiers()))
+        if answer.error is not None:
+            self.screen.error(answer.error)
+
+    def _figures(self, answer: Answer) -> statline.Figures:
+        return statline.Figures(answer.tokens, answer.prompt - answer.reused, answer.reused, answer.prefill_s,
+                                answer.decode_s, answer.prompt + answer.tokens, self.session.context, self.seed,
+                                self._ending(answer))
+
+    def _ending(self, answer: Answer) -> str:
+        if answer.finish == "cancelled":
+            ended = self.ending()
+            return f"stopped by {ended.name if ended else 'Ctrl-C'}"
+        if answer.finish == "length":
+            full = answer.prompt + answer.tokens >= self.session.context
+            return "length: context full" if full else f"length: max-tokens {self.params.max_tokens}"
+        return "stopped by an error" if answer.finish == "error" else ""
+
+    def tiers(self) -> dict[str, float]:
+        """Share of expert reads per tier, in percent."""
+        return self.engine.stats().get("experts", {})
+
+    def autosave_now(self) -> None:
+        """Save for --continue; a failure is told once, and never stops the chat."""
+        try:
+            self.autosave.save(self.conversation, self.params)
+            self.autosave_failed = False
+        except QmixError as e:
+            if not self.autosave_failed:
+                self.screen.say(f"the conversation is not saved for --continue: {e.message}")
+            self.autosave_failed = True
+
+    def start_over(self, conversation: Conversation) -> None:
+        """Put another conversation in the place of this one."""
+        self.conversation = conversation
+        self.autosave.start_new()
+        self.figures = None
+
+    def set_system(self, text: str | None) -> None:
+        self.check_system(text)
+        self.conversation = replace(self.conversation, system=text or None)
+
+    def check_system(self, text: str | None) -> None:
+        """QmixError where the chat format refuses this system prompt."""
+        if text:
+            self.engine.tokenizer.encode_chat(Conversation("", text).messages("-"))
+
+    def tell_loaded(self, saved_with: str, lost: int) -> None:
+        """Say which answers were said in other tokens."""
+        if saved_with != self.conversation.model:
+            self.screen.say(f"it was held with {saved_with}: all of it is tokenized again for this model")
+        elif lost:
+            self.screen.say(f"{lost} of its answers are tokenized again: their ids are unknown or another vocabulary's")
+
+    def set_params(self, params: SamplingParams) -> None:
+        """A seed that becomes random is drawn now; one that was random already stays."""
+        if params.seed is not None:
+            self.seed = params.seed
+        elif self.params.seed is not None:
+            self.draw_seed()
+        self.params = params
+
+    def draw_seed(self) -> None:
+        self.seed = self._draw()
+
+    def seed_text(self) -> str:
+        return f"{self.seed} (random)" if self.params.seed is None else str(self.seed)

@@ -1,0 +1,103 @@
+"""The two streams of the chat: the answer on stdout, everything else on stderr.
+
+Nothing that a model or a file says reaches the terminal raw: an escape sequence in an answer could
+move the cursor, set the title or fake a prompt, so control characters are shown as their pictures.
+A terminal that is gone (hangup) never raises here; `gone` says so and the chat leaves.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TextIO
+
+from qmix.errors import QmixError
+
+DIM, PLAIN, ERASE_LINE = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
+
+
+def _pictures() -> dict[int, str]:
+    c0 = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"}
+    # C1 controls hold the one-byte forms of escape sequences (0x9b is CSI); they have no pictures.
+    return c0 | {0x7F: "\u2421"} | {code: "\ufffd" for code in range(0x80, 0xA0)}
+
+
+PICTURES = _pictures()
+
+
+def clean(text: str) -> str:
+    """`text` with every control character except newline and tab made visible and harmless.
+
+    "\\x1b[2J" -> "\u241b[2J"
+    """
+    return text.translate(PICTURES)
+
+
+def wants_color(stream: TextIO, environ: Mapping[str, str]) -> bool:
+    """Escape sequences only to a capable terminal, and not with NO_COLOR (no-color.org) or TERM=dumb."""
+    return stream.isatty() and not environ.get("NO_COLOR") and environ.get("TERM", "dumb") != "dumb"
+
+
+class Screen:
+    """Writes the answer to `stdout` and lines for the reader to `stderr`; both flushed at once."""
+
+    def __init__(self, stdout: TextIO, stderr: TextIO, environ: Mapping[str, str] = os.environ):
+        self._out = stdout
+        self._err = stderr
+        self._color = wants_color(stderr, environ)
+        self._transient = False
+        self._last = "\n"  # the answer's last character on the screen
+        self._started = False
+        self.gone = False
+
+    def begin_answer(self) -> None:
+        self._last = "\n"
+        self._started = False
+
+    def answer(self, text: str) -> None:
+        """A piece of the answer; blank space before its first word is not shown."""
+        shown = clean(text if self._started else text.lstrip())
+        if shown:
+            self._erase()
+            self._started = True
+            self._last = shown[-1]
+            self._write(self._out, shown)
+
+    def end_answer(self) -> None:
+        """What follows begins on a line of its own."""
+        self._erase()
+        if self._last != "\n":
+            self._write(self._out, "\n")
+
+    def say(self, line: str = "") -> None:
+        """A line on stderr."""
+        self._erase()
+        self._write(self._err, clean(line) + "\n")
+
+    def dim(self, line: str) -> None:
+        """A line on stderr that stays in the background."""
+        self._erase()
+        shown = f"{DIM}{clean(line)}{PLAIN}" if self._color else clean(line)
+        self._write(self._err, shown + "\n")
+
+    def transient(self, line: str) -> None:
+        """A dim line that the next output replaces; nothing where lines cannot be erased."""
+        if self._color:
+            self._write(self._err, f"{DIM}{clean(line)}{PLAIN}")
+            self._transient = True
+
+    def error(self, error: QmixError) -> None:
+        self.say(f"error: {error}")
+
+    def _erase(self) -> None:
+        if self._transient:
+            self._transient = False
+            self._write(self._err, ERASE_LINE)
+
+    def _write(self, stream: TextIO, text: str) -> None:
+        encoding = stream.encoding or "utf-8"
+        try:
+            stream.write(text.encode(encoding, "replace").decode(encoding))
+            stream.flush()
+        except (OSError, ValueError):  # ValueError: the stream is closed
+            self.gone = True

@@ -1,0 +1,44 @@
+"""The byte contract that every tier and kernel shares: one file per format.
+
+Each format has `pack` (int4's takes codes, which quantize/methods.py chooses), `tiles`, which decodes
+a matrix in pieces of at most 4 MiB, and `unpack`. Here they are found by the name in a spec.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+
+from torch import Tensor
+
+from qmix.errors import UsageError
+from qmix.formats import int4, int8, nf4, plain
+from qmix.formats.packed import TORCH_DTYPES, Packed, gather, pad, view
+from qmix.sizes import MatrixSpec
+
+__all__ = ["TORCH_DTYPES", "Packed", "module", "pack", "pad", "tiles", "unpack", "view"]
+
+
+def module(name: str) -> ModuleType:
+    """The module of a format; UsageError names an unknown one."""
+    found = {"int4": int4, "nf4": nf4, "fp4": nf4, "int8": int8, "bf16": plain, "fp16": plain, "fp32": plain}
+    if name not in found:
+        raise UsageError(f"format: got {name!r}, want " + " or ".join(found))
+    return found[name]
+
+
+def pack(weight: Tensor, spec: MatrixSpec) -> Packed:
+    """Pack `weight` [rows, cols] (any float dtype) in a format that leaves nothing to choose: all but int4."""
+    if spec.format == "int4":
+        raise UsageError("int4 needs a method to choose its codes", "use quantize.methods.quantize_int4")
+    return module(spec.format).pack(weight, spec)
+
+
+def tiles(packed: Packed) -> Iterator[tuple[int, Tensor]]:
+    """Decode tile by tile: (first logical row, fp32 [n, cols]), in the order of the rows."""
+    return module(packed.spec.format).tiles(packed)
+
+
+def unpack(packed: Packed) -> Tensor:
+    """Decode the whole matrix: fp32 [rows, cols], padding and gaps between parts removed."""
+    return gather(packed.spec, tiles(packed))

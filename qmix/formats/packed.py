@@ -1,0 +1,111 @@
+"""A packed matrix: its description and its tensors, with one check before any kernel sees it; and
+what the formats share: padding, and the walk over a matrix in tiles.
+
+No format ever decodes a whole matrix at once unless asked to (`gather`): a tile is at most 4 MiB.
+N rows (out), K columns (in).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from qmix.errors import ModelFileError, QmixError
+from qmix.sizes import MatrixSpec, TensorSpec
+
+TILE_BYTES = 4 * 2**20  # the most that a decoded tile may take, or one block of rows if that is more
+TORCH_DTYPES = MappingProxyType({"U8": torch.uint8, "I8": torch.int8, "BF16": torch.bfloat16,
+                                 "F16": torch.float16, "F32": torch.float32})
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A [rows, cols] matrix in the format that `spec` names.
+
+    tensors: {spec.tensors[i].name: Tensor}, contiguous, exactly the specified dtypes and shapes, usually
+    views into a record buffer. Made through `of` or `view`, which check; torch's packed CPU ops do not.
+    """
+
+    spec: MatrixSpec
+    tensors: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, spec: MatrixSpec, tensors: Mapping[str, Tensor], where: str = "matrix") -> Packed:
+        """Check `tensors` against `spec`; ModelFileError names `where`, the tensor and what is wrong."""
+        for want in spec.tensors:
+            got = tensors.get(want.name)
+            if got is None:
+                raise ModelFileError(f"{where}: {want.name}: missing")
+            if got.dtype != TORCH_DTYPES[want.dtype] or tuple(got.shape) != want.shape:
+                raise ModelFileError(f"{where}: {want.name}: got {got.dtype} {list(got.shape)}, "
+                                     f"want {TORCH_DTYPES[want.dtype]} {list(want.shape)}")
+            if not got.is_contiguous():
+                raise ModelFileError(f"{where}: {want.name}: not contiguous, strides {got.stride()}")
+        extra = set(tensors) - {t.name for t in spec.tensors}
+        if extra:
+            raise ModelFileError(f"{where}: {sorted(extra)[0]}: not a tensor of {spec.format}")
+        return cls(spec, tensors)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+
+def view(buffer: Tensor, offset: int, spec: TensorSpec) -> Tensor:
+    """`spec` as a view into `buffer` (uint8, one dimension) at byte `offset`; nothing is copied.
+
+    Raises ValueError where the bytes lie outside the buffer or the offset does not suit the dtype.
+    """
+    if not 0 <= offset <= offset + spec.nbytes <= buffer.numel():
+        raise ValueError(f"{spec.name}: bytes [{offset}, {offset + spec.nbytes}) of {buffer.numel()}")
+    return buffer[offset:offset + spec.nbytes].view(TORCH_DTYPES[spec.dtype]).view(spec.shape)
+
+
+def pad(weight: Tensor, spec: MatrixSpec, value: float = 0.0) -> Tensor:
+    """`weight` [rows, cols] as [padded_rows, padded_cols], same dtype, gaps filled with `value`.
+
+    Each of the spec's parts is padded alone: int4, 2 x 80 rows, block 64 -> row 80 lands on row 128.
+    Returns `weight` itself where nothing has to be padded.
+    """
+    rows, cols = spec.padded_rows, spec.padded_cols
+    if weight.shape == (rows, cols):
+        return weight
+    padded = weight.new_full((rows, cols), value)
+    padded.view(spec.parts, -1, cols)[:, :spec.rows // spec.parts, :spec.cols] = weight.view(spec.parts, -1, spec.cols)
+    return padded
+
+
+def row_tiles(spec: MatrixSpec, item_bytes: int = 4) -> Iterator[tuple[int, int, int]]:
+    """Walk the rows of a matrix in tiles: (first logical row, first padded row, rows of the tile).
+
+    A tile lies within one part, starts on a block, and takes at most TILE_BYTES when decoded to
+    `item_bytes` a weight (but at least one block of rows, or one row where there are no blocks).
+    """
+    step = max(1, TILE_BYTES // (spec.padded_cols * item_bytes))
+    if spec.block:
+        step = max(spec.block, step // spec.block * spec.block)
+    rows, padded = spec.rows // spec.parts, spec.padded_rows // spec.parts
+    for part in range(spec.parts):
+        for start in range(0, rows, step):
+            yield part * rows + start, part * padded + start, min(step, rows - start)
+
+
+def gather(spec: MatrixSpec, tiles: Iterable[tuple[int, Tensor]], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Put (first logical row, [n, cols]) tiles together into a [rows, cols] matrix of `dtype`."""
+    whole = torch.empty(spec.rows, spec.cols, dtype=dtype)
+    for start, tile in tiles:
+        whole[start:start + len(tile)] = tile
+    return whole
+
+
+def refuse_nonfinite(weight: Tensor, first_row: int = 0, first_col: int = 0) -> None:
+    """QmixError naming the position of the first inf or NaN in `weight` [n, cols]; nothing where all is finite."""
+    if torch.isfinite(weight).all():
+        return
+    bad = torch.isfinite(weight).logical_not_().nonzero()
+    row, col = bad[0].tolist()
+    raise QmixError(f"weight[{first_row + row}, {first_col + col}] is {weight[row, col].item()}, which no quantized "
+                    f"format can hold ({len(bad)} such values nearby)", "the checkpoint is damaged: fetch it again")

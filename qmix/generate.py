@@ -1,0 +1,298 @@
+"""One answer, token by token.
+
+    for token in generate(session, prompt_ids, params, tokenizer, cancel):
+        print(token.text, end="")
+    token.summary       # on the last record: why it ended, ids for the next turn, timings
+
+`text` of all records joined is the answer: a token whose text is not certain yet (half a character, or what
+may be the start of a stop string) brings "", and a later one brings it. Exactly one record, the last,
+has a finish_reason: "stop" (an end id or a stop string), "length" (max_tokens, or the context is full,
+which summary.context_full says), "cancelled".
+
+The session's KV cache holds prompt_ids and then every generated id except the last, between records
+and after the end, however that comes: a pass that is cancelled or fails is trimmed away, and a generator
+that is closed early stops between two records.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from qmix.config import Cancel, SamplingParams
+from qmix.errors import Interrupted, UsageError
+from qmix.sampling import Sampler, check_logits, logprob
+from qmix.tokenizer import StreamDecoder, Tokenizer
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class Session(Protocol):
+    """A sequence with its KV cache."""
+
+    @property
+    def length(self) -> int:
+        """Positions in the KV cache."""
+
+    @property
+    def context(self) -> int:
+        """Positions that it can hold."""
+
+    def prefill(self, ids: Sequence[int], cancel: Cancel) -> Tensor:
+        """Append ids; logits [V] after the last. Raises Interrupted when `cancel` is set meanwhile."""
+
+    def decode(self, token_id: int, cancel: Cancel) -> Tensor:
+        """Append one id; logits [V] after it."""
+
+    def trim(self, length: int) -> None:
+        """Forget all positions from `length` on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """prompt_tokens were given, cached_tokens of them were in the KV cache already; generated_tokens
+    were sampled, the first out of the prefill. Seconds of `clock`; first_token_seconds is since the start."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    first_token_seconds: float | None
+
+    @property
+    def prefill_rate(self) -> float | None:
+        """Tokens per second, None where there is nothing to measure."""
+        return _rate(self.prompt_tokens - self.cached_tokens, self.prefill_seconds)
+
+    @property
+    def decode_rate(self) -> float | None:
+        """Tokens per second of those that took a pass of their own: the first came with the prefill."""
+        return _rate(self.generated_tokens - 1, self.decode_seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What the last record knows.
+
+    ids: every sampled id, the end id included where there was one. ended: whether it was.
+    answer_ids: ids for Message.ids of the next turn, or None where a stop string cut a token in two and
+    the answer must be encoded again. stop: the stop string that was found. seed: gives the same answer again.
+    """
+
+    ids: tuple[int, ...]
+    answer_ids: tuple[int, ...] | None
+    ended: bool
+    stop: str | None
+    context_full: bool
+    seed: int
+    timings: Timings
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One step. id is None in a "cancelled" record, which samples nothing. logprob: see sampling.logprob,
+    where asked for."""
+
+    id: int | None
+    text: str
+    finish_reason: FinishReason | None = None
+    logprob: float | None = None
+    summary: Summary | None = None
+
+
+class StopFinder:
+    """Finds stop strings in a text that comes in pieces, wherever the borders fall: of several, the one
+    that is complete first, and of those the longest."""
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops = tuple(dict.fromkeys(stops))
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, str | None]:
+        """(text that is certain to be part of the answer, the stop string found or None)."""
+        held = self._held + text
+        found = [(at + len(stop), at, stop) for stop in self._stops if (at := held.find(stop)) >= 0]
+        if found:
+            _, at, stop = min(found)
+            self._held = ""
+            return held[:at], stop
+        keep = max((_overlap(held, stop) for stop in self._stops), default=0)
+        certain, self._held = held[:len(held) - keep], held[len(held) - keep:]
+        return certain, None
+
+    def finish(self) -> str:
+        """What was held back and turned out to be no stop string."""
+        held, self._held = self._held, ""
+        return held
+
+
+@dataclass(slots=True)
+class _Answer:
+    """The text side of one answer: decoding, stop strings, and which ids the emitted text covers."""
+
+    decoder: StreamDecoder
+    stops: StopFinder
+    ids: list[int] = field(default_factory=list)
+    stop: str | None = None
+    _emitted: int = 0
+    _produced: list[int] = field(default_factory=list)  # characters decoded up to and including each id
+
+    def push(self, token_id: int) -> str:
+        """The certain text after this id; sets `stop` when a stop string is complete."""
+        self.ids.append(token_id)
+        return self._take(self.decoder.push(token_id))
+
+    def finish(self) -> str:
+        """The rest of the text, at the end of the answer."""
+        if self.stop is not None:
+            return ""
+        text = self._take(self.decoder.finish())
+        if self.stop is None:
+            rest = self.stops.finish()
+            self._emitted += len(rest)
+            text += rest
+        return text
+
+    def _take(self, decoded: str) -> str:
+        done = self._produced[-1] if self._produced else 0
+        self._produced += [done] * (len(self.ids) - len(self._produced))
+        if self._produced:
+            self._produced[-1] += len(decoded)
+        text, self.stop = self.stops.push(decoded)
+        self._emitted += len(text)
+        return text
+
+    def answer_ids(self) -> tuple[int, ...] | None:
+        """The ids whose text was emitted; None where a stop string begins inside one."""
+        if self.stop is None:
+            return tuple(self.ids)
+        if self._emitted == 0:
+            return ()
+        if self._emitted not in self._produced:
+            return None
+        return tuple(self.ids[:self._produced.index(self._emitted) + 1])
+
+
+class _Clock:
+    """Seconds spent in the prefill and in decoding passes."""
+
+    def __init__(self, now: Callable[[], float]):
+        self._now = now
+        self._start = now()
+        self.prefill = self.decode = 0.0
+        self.first_token: float | None = None
+
+    @contextmanager
+    def measure(self, phase: Literal["prefill", "decode"]) -> Iterator[None]:
+        begin = self._now()
+        try:
+            yield
+        finally:
+            setattr(self, phase, getattr(self, phase) + self._now() - begin)
+
+    def token(self) -> None:
+        if self.first_token is None:
+            self.first_token = self._now() - self._start
+
+
+def generate(session: Session, prompt_ids: Sequence[int], params: SamplingParams, tokenizer: Tokenizer,
+             cancel: Cancel | None = None, *, stops: Sequence[str] = (), continuing: bool = False,
+             logprobs: bool = False, clock: Callable[[], float] = time.perf_counter) -> Iterator[Token]:
+    """Yield the Token records of one answer (see the module's prose).
+
+    prompt_ids: the whole prompt, of which the first session.length ids are in the KV cache already (trim
+    the session to the common prefix first; at least the last id is always run). stops: stop strings
+    besides params.stop, such as tokenizer.turn_stops. continuing: the answer goes on from the prompt's text,
+    so its leading space is kept. clock: seconds, monotonic.
+
+    UsageError, at the first record, for an empty prompt and one that the context cannot hold.
+    """
+    cancel = Cancel() if cancel is None else cancel
+    _check_prompt(session, prompt_ids)
+    sampler = Sampler(params, prompt_ids)
+    answer = _Answer(tokenizer.decoder(continuing), StopFinder((*params.stop, *stops)))
+    watch = _Clock(clock)
+    if session.length >= len(prompt_ids):
+        session.trim(len(prompt_ids) - 1)
+    cached = session.length
+
+    def last(token_id: int | None, text: str, reason: FinishReason, value: float | None = None) -> Token:
+        ids = tuple(answer.ids)
+        ended = bool(ids) and ids[-1] in tokenizer.eos_ids
+        timings = Timings(len(prompt_ids), cached, len(ids), watch.prefill, watch.decode, watch.first_token)
+        full = reason == "length" and session.length >= session.context
+        return Token(token_id, text, reason, value, Summary(
+            ids, answer.answer_ids(), ended, answer.stop, full, sampler.seed, timings))
+
+    phase: Literal["prefill", "decode"] = "prefill"
+    while True:
+        try:
+            with watch.measure(phase), _undone_on_error(session):
+                if cancel:
+                    raise Interrupted("cancelled")
+                logits = (session.prefill(prompt_ids[cached:], cancel) if phase == "prefill"
+                          else session.decode(answer.ids[-1], cancel))
+        except Interrupted:
+            if not cancel:
+                raise
+            yield last(None, answer.finish(), "cancelled")
+            return
+        phase = "decode"
+        token_id = sampler.choose(logits)
+        watch.token()
+        value = logprob(check_logits(logits), token_id) if logprobs else None
+        text = answer.push(token_id)
+        reason = _finish_reason(answer, token_id, session, params, tokenizer)
+        if reason is not None:
+            yield last(token_id, text + answer.finish(), reason, value)
+            return
+        yield Token(token_id, text, logprob=value)
+
+
+def _check_prompt(session: Session, prompt_ids: Sequence[int]) -> None:
+    if not prompt_ids:
+        raise UsageError("the prompt is empty", "give at least one token of text")
+    if len(prompt_ids) > session.context:
+        raise UsageError(
+            f"the prompt has {len(prompt_ids)} tokens, the context holds {session.context}",
+            f"shorten the prompt, or start with --ctx-size {len(prompt_ids) + 1} or more")
+
+
+def _finish_reason(answer: _Answer, token_id: int, session: Session, params: SamplingParams,
+                   tokenizer: Tokenizer) -> FinishReason | None:
+    if token_id in tokenizer.eos_ids or answer.stop is not None:
+        return "stop"
+    if len(answer.ids) == params.max_tokens or session.length >= session.context:
+        return "length"
+    return None
+
+
+@contextmanager
+def _undone_on_error(session: Session) -> Iterator[None]:
+    """Trim what a pass that fails or is cancelled may have left in the KV cache."""
+    before = session.length
+    try:
+        yield
+    except BaseException:
+        session.trim(before)
+        raise
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many leading ids two sequences share: [1, 2, 3] and [1, 2, 4] -> 2."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of text that begin stop: "ab\\nUs" and "\\nUser:" -> 3."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _rate(tokens: int, seconds: float) -> float | None:
+    return tokens / seconds if tokens > 0 and seconds > 0 else None

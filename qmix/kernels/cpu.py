@@ -1,0 +1,83 @@
+"""CPU kernels of PyTorch: int4 and int8 through its packed matrix products, plain weights through linear.
+
+torch's packed ops check little, so only what `Packed.of` has checked may come here. They compute in
+bf16 with fp32 sums, and give the same bits for a row whatever the number of rows. `linear` does not,
+and is used for plain weights only.
+
+All take x [T, cols] and return [T, padded_rows], gaps between parts included, in x's dtype.
+T tokens, N padded rows, K padded columns, B rows per block, g group size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qmix.formats import int4, plain
+from qmix.formats.packed import TILE_BYTES, Packed, row_tiles
+
+Kernel = Callable[[Tensor, Packed], Tensor]
+
+
+def int4_linear(x: Tensor, m: Packed) -> Tensor:
+    """torch's int4 product, straight on the stored bytes; for blocks of the size this torch reads."""
+    qweight, qparams = m.tensors["qweight"], m.tensors["qparams"]
+    n, k = qparams.shape[1], qweight.shape[1]
+    y = torch.ops.aten._weight_int4pack_mm_for_cpu(_operand(x, k), qweight.view(n, k // 2), m.spec.group_size, qparams)
+    return y if x.dtype == torch.bfloat16 else y.to(x.dtype)
+
+
+def int4_converted(block: int) -> Kernel:
+    """torch's int4 product for stores in the other block size: every call rewrites the codes in blocks
+    of `block` rows, a tile of at most 4 MiB at a time."""
+
+    def linear(x: Tensor, m: Packed) -> Tensor:
+        qweight, qparams = m.tensors["qweight"], m.tensors["qparams"]
+        blocks, k, half = qweight.shape
+        group, operand = m.spec.group_size, _operand(x, k)
+        y = torch.empty(len(x), qparams.shape[1], dtype=torch.bfloat16)
+        step = max(1, TILE_BYTES // (k * half))
+        step += step % 2
+        for start in range(0, blocks, step):
+            codes, params = qweight[start:start + step], qparams[:, start * 2 * half:(start + step) * 2 * half]
+            rows = params.shape[1]
+            if rows % block:  # an odd number of 32-row blocks for a torch that reads 64
+                codes = torch.cat((codes, codes.new_zeros(1, k, half)))
+                params = F.pad(params, (0, 0, 0, rows % block))
+            codes = int4.to_block(codes, block).view(-1, k // 2)
+            product = torch.ops.aten._weight_int4pack_mm_for_cpu(operand, codes, group, params.contiguous())
+            y[:, start * 2 * half:start * 2 * half + rows] = product[:, :rows]
+        return y.to(x.dtype)
+
+    return linear
+
+
+def int8_linear(x: Tensor, m: Packed) -> Tensor:
+    """torch's int8 product with one scale per row."""
+    qweight = m.tensors["qweight"]
+    y = torch.ops.aten._weight_int8pack_mm(_operand(x, qweight.shape[1]), qweight, m.tensors["scale"])
+    return y if x.dtype == torch.bfloat16 else y.to(x.dtype)
+
+
+def plain_linear(x: Tensor, m: Packed) -> Tensor:
+    """bf16 when x and the weights are; else fp32, weights of 16 bits widened tile by tile."""
+    weight = m.tensors["weight"]
+    if weight.dtype == x.dtype and x.dtype != torch.float16:
+        return F.linear(x, weight)
+    wide = x.float()
+    if weight.dtype == torch.float32:
+        return F.linear(wide, weight).to(x.dtype)
+    y = torch.empty(len(x), len(weight))
+    for (_, row, rows), (_, tile) in zip(row_tiles(m.spec), plain.tiles(m), strict=True):
+        torch.matmul(wide, tile.T, out=y[:, row:row + rows])
+    return y.to(x.dtype)
+
+
+def _operand(x: Tensor, k: int) -> Tensor:
+    """x as the packed ops want it: bf16, contiguous, `k` columns (zeros for padded ones)."""
+    if x.dtype != torch.bfloat16:
+        x = x.to(torch.bfloat16)
+    return F.pad(x, (0, k - x.shape[1])) if x.shape[1] != k else x.contiguous()

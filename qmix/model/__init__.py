@@ -1,0 +1,1 @@
+"""The forward pass: one file per architecture, and what several of them share."""

@@ -1,0 +1,55 @@
+"""The keys and values of one session's past positions.
+
+Allocated once, for `capacity` positions, and touched at once, so that a session which starts can also
+finish. What lies beyond `length` is scratch: a pass writes there, layer by layer, and `length` moves
+only when the pass is complete, so a cancelled pass leaves the cache as it was.
+
+L layers, KV key-value heads, D head size, T new positions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qmix.config import ModelConfig
+from qmix.errors import UsageError
+
+
+class KVCache:
+    """Room for `capacity` positions, `length` of them filled. Keys are stored rotated."""
+
+    __slots__ = ("_keys", "_values", "capacity", "length")
+
+    def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype):
+        shape = (config.num_layers, config.num_kv_heads, capacity, config.head_dim)
+        # Positions of one head are adjacent: attention reads them as one block. fill_ touches every page.
+        self._keys = torch.empty(shape, dtype=dtype).fill_(0).unbind()
+        self._values = torch.empty(shape, dtype=dtype).fill_(0).unbind()
+        self.capacity = capacity
+        self.length = 0
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * len(self._keys) * self._keys[0].nbytes
+
+    def need(self, count: int) -> None:
+        """UsageError unless `count` more positions fit."""
+        if self.length + count > self.capacity:
+            raise UsageError(f"{self.length} + {count} tokens do not fit a context of {self.capacity}",
+                             "raise -c/--ctx-size, or start over")
+
+    def write(self, layer: int, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values [T, KV, D] (any float dtype) of positions start, start + 1, ...;
+        returns all keys and all values up to there, [KV, start + T, D], as views."""
+        end = start + keys.shape[0]
+        all_keys, all_values = self._keys[layer][:, :end], self._values[layer][:, :end]
+        all_keys[:, start:].copy_(keys.transpose(0, 1))
+        all_values[:, start:].copy_(values.transpose(0, 1))
+        return all_keys, all_values
+
+    def trim(self, length: int) -> None:
+        """Forget all positions from `length` on; what follows overwrites them."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"trim: got {length}, want 0 to {self.length}")
+        self.length = length

@@ -1,0 +1,214 @@
+"""Mixtral (Jiang et al. 2024, arXiv 2401.04088): the forward pass, top to bottom.
+
+A pass takes the new tokens of one or several sessions and goes through the model layer by layer. In
+each layer the tokens are first handled in blocks (attention, then router), then all of them meet the
+experts at once, so that an expert is fetched once a layer however long the prompt is.
+
+Blocks are at most 512 tokens of one session, or one token each of several, and passes at most 8192
+tokens, counted from the first new token: the cut, and with it every bit, depends on the prompt alone,
+never on a budget.
+
+The residual stream, norms, rotation, router and logits are fp32; matrix products and keys and values
+are in the compute dtype.
+
+T tokens of a pass, B of a block, P sessions, H hidden, E experts, K chosen per token, D head size,
+V vocabulary, A experts guessed ahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby, zip_longest
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qmix.config import ModelConfig, Step
+from qmix.errors import Interrupted
+from qmix.kernels.table import KernelTable
+from qmix.model.kvcache import KVCache
+from qmix.model.layers import attend, rms_norm, rotate, rotation
+from qmix.model.weights import LayerWeights, Weights
+
+PASS = 8192  # tokens that meet the experts of a layer together
+BLOCK = 512  # query positions of one attention call
+
+Experts = Callable[[int, Tensor, Tensor, Tensor, Step, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Rows [begin, end) of a forward's tokens, all new positions of one session from `start` on."""
+
+    cache: KVCache
+    start: int
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """The rows that go through attention and router together, as views into the pass's buffers.
+
+    residual [B, H] fp32; normed [B, H] compute dtype, what the experts read; top, weights fp32 and ids
+    int64 [B, K], the router's choice; ahead int64 [B, A], the next router's guess; cos, sin fp32 [B, 1, D].
+    """
+
+    spans: tuple[Span, ...]
+    residual: Tensor
+    normed: Tensor
+    top: Tensor
+    ids: Tensor
+    weights: Tensor
+    ahead: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
+class Mixtral:
+    """The model without its experts, which are the one callable
+
+        experts(layer, x [T, H], ids [T, K], weights [T, K], step, ahead [T, A] or None) -> [T, H]
+
+    ahead: how many experts of the next layer to guess for it while decoding; 0 where nobody fetches.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights, kernels: KernelTable, experts: Experts,
+                 ahead: int | None = None):
+        self.config = config
+        self._weights = weights
+        self._linear = kernels.linear
+        self._experts = experts
+        self._ahead = min(config.num_experts, config.experts_per_token if ahead is None else ahead)
+
+    def new_cache(self, capacity: int) -> KVCache:
+        """An empty cache for one session, with room for `capacity` positions."""
+        return KVCache(self.config, capacity, self._weights.dtype)
+
+    @torch.inference_mode()
+    def forward(self, tokens: Tensor, positions: Tensor, caches: Sequence[KVCache], step: Step,
+                all_logits: bool = False) -> Tensor:
+        """Append tokens to P sessions; fp32 logits [P, V] after each one's last token, or [T, V].
+
+        tokens, positions: int64 [T], the sessions' new tokens one after another; a session's positions
+        go on where its cache ends. step.sequence tells the sessions apart, in the order of `caches`, and
+        may be empty for one. Example: caches of length 7 and 0, sequence (4, 9, 9), positions (7, 0, 1).
+
+        UsageError when a cache is full; Interrupted when step.cancel is set. On any error the caches
+        hold whole passes only: trim them to their former lengths.
+        """
+        counts = _counts(len(tokens), len(caches), step)
+        for cache, count in zip(caches, counts, strict=True):
+            cache.need(count)
+        spans = list(_spans(counts, caches))
+        assert all(int(positions[span.begin]) == span.start for span in spans), "positions do not go on"
+        last = [end - 1 for end in accumulate(counts)]
+        found = []
+        for group in _passes(spans):
+            begin, end = group[0].begin, group[-1].end
+            part = step if end - begin == len(tokens) else replace(step, sequence=step.sequence[begin:end])
+            hidden = self._pass(tokens[begin:end], positions[begin:end], group, part)
+            rows = [row - begin for row in last if begin <= row < end]
+            found.append(hidden if all_logits or len(rows) == len(hidden) else hidden[rows])
+        return self._logits(torch.cat(found))
+
+    def _pass(self, tokens: Tensor, positions: Tensor, spans: Sequence[Span], step: Step) -> Tensor:
+        """Up to PASS tokens through all layers: the residual after the last, fp32 [T, H]."""
+        config, count, dtype = self.config, len(tokens), self._weights.dtype
+        residual = F.embedding(tokens, self._weights.embedding).float()
+        normed = torch.empty(count, config.hidden_size, dtype=dtype)
+        top, weights = torch.empty(2, count, config.experts_per_token)
+        ids = torch.empty(count, config.experts_per_token, dtype=torch.int64)
+        ahead = torch.empty(count, self._ahead, dtype=torch.int64)
+        cos, sin = rotation(positions, config.head_dim, config.rope_theta)
+        buffers = residual, normed, top, ids, weights, ahead, cos, sin
+        first = spans[0].begin
+        blocks = [Block(group, *(b[group[0].begin - first:group[-1].end - first] for b in buffers))
+                  for group in _blocks(spans)]
+        following = [*self._weights.layers[1:], None] if step.phase == "decode" and self._ahead else []
+        for index, (layer, after) in enumerate(zip_longest(self._weights.layers, following)):
+            for block in blocks:
+                if step.cancel:
+                    raise Interrupted("cancelled")
+                self._attention(index, layer, block)
+                self._route(layer, after, block)
+            residual.add_(self._experts(index, normed, ids, weights, step, ahead if after else None))
+        for span in spans:
+            span.cache.length = span.start + span.end - span.begin
+        return residual
+
+    def _attention(self, index: int, layer: LayerWeights, block: Block) -> None:
+        """Add grouped-query attention over each span's own cache to the block's residual."""
+        config, dtype, linear = self.config, self._weights.dtype, self._linear
+        x = rms_norm(block.residual, layer.input_norm, config.rms_norm_eps).to(dtype)
+        q, k, v = linear(x, layer.q), linear(x, layer.k), linear(x, layer.v)
+        heads = torch.cat((q, k), 1).view(len(x), -1, config.head_dim)  # [B, query heads + key heads, D]
+        heads = rotate(heads.float(), block.cos, block.sin)
+        queries, keys = heads[:, :config.num_heads].to(dtype), heads[:, config.num_heads:]
+        values = v.view(len(x), -1, config.head_dim)
+        sizes = [span.end - span.begin for span in block.spans]
+        parts = [(queries, keys, values)] if len(sizes) == 1 else zip(
+            queries.split(sizes), keys.split(sizes), values.split(sizes), strict=True)
+        out = [attend(q, *span.cache.write(index, span.start, k, v), config.sliding_window)
+               for span, (q, k, v) in zip(block.spans, parts, strict=True)]
+        block.residual.add_(linear(out[0] if len(out) == 1 else torch.cat(out), layer.o))
+
+    def _route(self, layer: LayerWeights, after: LayerWeights | None, block: Block) -> None:
+        """Choose K experts a token: softmax over the K largest router logits, all fp32. With `after`,
+        the next layer, also guess what its router will choose, by asking it now."""
+        unit = rms_norm(block.residual, None, self.config.rms_norm_eps)
+        normed = unit * layer.post_norm
+        torch.topk(F.linear(normed, layer.router), block.ids.shape[1], out=(block.top, block.ids))
+        torch.softmax(block.top, -1, out=block.weights)
+        block.normed.copy_(normed)
+        if after:
+            logits = F.linear(unit.mul_(after.post_norm), after.router)
+            block.ahead.copy_(logits.topk(self._ahead).indices)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Final norm and head: [n, H] -> fp32 [n, V]."""
+        logits = torch.empty(len(hidden), self.config.vocab_size)
+        for rows, out in zip(hidden.split(BLOCK), logits.split(BLOCK), strict=True):
+            normed = rms_norm(rows, self._weights.final_norm, self.config.rms_norm_eps)
+            out.copy_(self._linear(normed.to(self._weights.dtype), self._weights.head))
+        return logits
+
+
+def _counts(tokens: int, sessions: int, step: Step) -> list[int]:
+    """New tokens of each session: sequence (4, 9, 9) -> [1, 2]."""
+    counts = [len(list(run)) for _, run in groupby(step.sequence)] or [tokens]
+    if sum(counts) != tokens or len(counts) != sessions or tokens == 0:
+        raise ValueError(f"{tokens} tokens, {sessions} caches, but sequence has runs of {counts}")
+    return counts
+
+
+def _spans(counts: Sequence[int], caches: Sequence[KVCache]) -> Iterator[Span]:
+    """The new tokens of each session, cut into pieces of BLOCK."""
+    first = 0
+    for cache, count in zip(caches, counts, strict=True):
+        for begin in range(0, count, BLOCK):
+            yield Span(cache, cache.length + begin, first + begin, first + min(count, begin + BLOCK))
+        first += count
+
+
+def _passes(spans: Sequence[Span]) -> Iterator[list[Span]]:
+    """Spans in order, as many to a pass as fit PASS tokens."""
+    group: list[Span] = []
+    for span in spans:
+        if group and span.end - group[0].begin > PASS:
+            yield group
+            group = []
+        group.append(span)
+    yield group
+
+
+def _blocks(spans: Sequence[Span]) -> Iterator[tuple[Span, ...]]:
+    """A longer span is a block of its own, so that it is computed as it would be alone; neighbouring
+    single tokens, of sessions that decode together, share one."""
+    for single, group in groupby(spans, lambda span: span.end - span.begin == 1):
+        if single:
+            yield tuple(group)
+        else:
+            yield from ((span,) for span in group)

@@ -1,0 +1,111 @@
+"""The dense weights of a Mixtral, read from a store: every tensor used exactly once.
+
+Matrices stay packed as the store has them; norms and routers become fp32, in which they are computed.
+
+H hidden, V vocabulary, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from qmix import names
+from qmix.config import DTYPES, ModelConfig, QuantConfig
+from qmix.errors import StoreError
+from qmix.formats import Packed
+from qmix.kernels.table import KernelTable
+from qmix.sizes import MatrixSpec
+
+if TYPE_CHECKING:
+    from qmix.store import Store
+
+DAMAGED = "the store is damaged or from another version: quantize again"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One layer without its experts. Norms [H] and router [E, H] are fp32, the rest packed matrices."""
+
+    input_norm: Tensor
+    q: Packed
+    k: Packed
+    v: Packed
+    o: Packed
+    post_norm: Tensor
+    router: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """dtype: what activations, keys and values are computed in. embedding [V, H] in the checkpoint's dtype;
+    with tied embeddings the head shares its memory."""
+
+    dtype: torch.dtype
+    embedding: Tensor
+    layers: tuple[LayerWeights, ...]
+    final_norm: Tensor
+    head: Packed
+
+
+def load_dense(store: Store, kernels: KernelTable) -> Weights:
+    """Every dense weight of `store`, ready for `kernels`; StoreError names what is missing or wrong."""
+    weights = assemble(store.config, compute_dtype(store.config, store.quant), store.dense)
+    layer = weights.layers[0]
+    for packed in (layer.q, weights.head):
+        assert (packed.spec.format, packed.spec.block) in kernels.kernels, packed.spec
+    return weights
+
+
+def compute_dtype(config: ModelConfig, quant: QuantConfig) -> torch.dtype:
+    """fp32 where every matrix is a plain one of fp32 or fp16, else bf16."""
+    wide = quant.experts == quant.dense == "keep" and DTYPES[config.dtype] in ("fp16", "fp32")
+    return torch.float32 if wide else torch.bfloat16
+
+
+def assemble(config: ModelConfig, dtype: torch.dtype, read: Callable[[str], Packed | Tensor]) -> Weights:
+    """Weights from `read(name)`, which gives a Packed for linear layers and head, else a Tensor."""
+    left = {t.name: t for t in names.dense_tensors(config)}
+
+    def matrix(name: str) -> Packed:
+        want, got = left.pop(name), read(name)
+        if not isinstance(got, Packed) or (got.spec.rows, got.spec.cols) != want.shape:
+            raise StoreError(f"{name}: got {_shape(got)}, want a matrix {list(want.shape)}", DAMAGED)
+        return got
+
+    def plain(name: str) -> Tensor:
+        want, got = left.pop(name), read(name)
+        if not isinstance(got, Tensor) or tuple(got.shape) != want.shape:
+            raise StoreError(f"{name}: got {_shape(got)}, want a tensor {list(want.shape)}", DAMAGED)
+        return got
+
+    def layer(prefix: str) -> LayerWeights:
+        q, k, v, o = (matrix(f"{prefix}self_attn.{part}_proj.weight") for part in "qkvo")
+        return LayerWeights(
+            input_norm=plain(prefix + "input_layernorm.weight").float(), q=q, k=k, v=v, o=o,
+            post_norm=plain(prefix + "post_attention_layernorm.weight").float(),
+            router=plain(prefix + "block_sparse_moe.gate.weight").float())
+
+    embedding = plain(names.EMBEDDING)
+    layers = tuple(layer(names.layer_prefix(i)) for i in range(config.num_layers))
+    final_norm = plain(names.FINAL_NORM).float()
+    head = tied_head(embedding) if config.tie_embeddings else matrix(names.HEAD)
+    if left:
+        raise StoreError(f"{next(iter(left))}: no layer uses it", DAMAGED)
+    return Weights(dtype, embedding, layers, final_norm, head)
+
+
+def tied_head(embedding: Tensor) -> Packed:
+    """The embedding [V, H] as the head's matrix, sharing its memory."""
+    kind = DTYPES[str(embedding.dtype).removeprefix("torch.")]
+    return Packed.of(MatrixSpec(kind, *embedding.shape), {"weight": embedding}, "tied head")
+
+
+def _shape(got: Packed | Tensor) -> str:
+    if isinstance(got, Packed):
+        return f"{got.spec.format} [{got.spec.rows}, {got.spec.cols}]"
+    return f"a tensor {list(got.shape)}"

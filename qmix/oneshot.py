@@ -1,0 +1,126 @@
+"""One prompt, one answer: what `qmix generate` does with a loaded engine.
+
+The answer streams to stdout as it comes, or as one JSON document at the end; all else goes to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, TextIO
+
+from qmix.config import Cancel, SamplingParams
+from qmix.errors import UsageError
+from qmix.generate import Summary, generate
+from qmix.render import dim, say
+from qmix.tokenizer import Message
+
+if TYPE_CHECKING:
+    from qmix.engine import Engine
+
+
+def read_prompt(prompt: str | None, file: Path | None, stdin: TextIO) -> str:
+    """The prompt from the one place that was named: -p TEXT, -f FILE, or stdin (also -p -)."""
+    if prompt is not None and file is not None:
+        raise UsageError("-p and -f: both given", "name one source of the prompt")
+    if file is not None:
+        try:
+            text = file.read_text()
+        except (OSError, UnicodeDecodeError) as e:
+            raise UsageError(f"-f {file}: {getattr(e, 'strerror', None) or e}", "name a readable UTF-8 text file") from None
+    elif prompt in (None, "-"):
+        if stdin.isatty():
+            raise UsageError("no prompt: stdin is a terminal", 'give -p "..." or -f FILE, or talk with qmix chat')
+        text = stdin.read()
+    else:
+        text = prompt or ""
+    if not text.strip():
+        raise UsageError("the prompt is empty")
+    return text
+
+
+def run(engine: Engine, prompt: str, params: SamplingParams, *, system: str | None = None, raw: bool = False,
+        as_json: bool = False, stdout: TextIO | None = None) -> int:
+    """Answer `prompt`; the exit code: 0, or 130 where Ctrl-C stopped it (what was said is kept).
+
+    raw: continue the text instead of answering in the chat format, which is also what a model without
+    one does. UsageError where the prompt does not fit the context.
+    """
+    out = stdout or sys.stdout
+    tokenizer = engine.tokenizer
+    if not raw and not tokenizer.has_template:
+        if system is not None:
+            raise UsageError("--system: this model has no chat template, so no place for a system prompt",
+                             "put it into the prompt's own text")
+        say("the model has no chat template: continuing the text as it is (--raw says the same)")
+        raw = True
+    if raw and system is not None:
+        raise UsageError("--system with --raw: raw text has no system prompt", "drop one of the two")
+    if raw:
+        ids = tokenizer.encode(prompt, bos=True)
+    else:
+        messages = [Message("system", system)] if system else []
+        ids = tokenizer.encode_chat([*messages, Message("user", prompt)])
+    text: list[str] = []
+    summary, reason = None, None
+    with cancel_on_interrupt() as cancel:
+        for token in generate(engine.session(), ids, params, tokenizer, cancel, continuing=raw):
+            text.append(token.text)
+            if not as_json:
+                out.write(token.text)
+                out.flush()
+            summary, reason = token.summary, token.finish_reason
+    assert summary is not None  # the last record carries it
+    if as_json:
+        print(json.dumps(_document("".join(text), reason, summary, engine.stats()["experts"]),
+                         ensure_ascii=False), file=out)
+    elif not "".join(text).endswith("\n"):
+        print(file=out)
+    _report(summary, reason, params, engine.stats()["experts"])
+    return 130 if reason == "cancelled" else 0
+
+
+def _document(text: str, reason: str | None, summary: Summary, tiers: dict[str, float]) -> dict[str, object]:
+    timings = summary.timings
+    return {"text": text, "token_ids": list(summary.ids), "finish_reason": reason, "seed": summary.seed,
+            "timings": asdict(timings) | {"prefill_rate": timings.prefill_rate, "decode_rate": timings.decode_rate},
+            "tiers": tiers}
+
+
+def _report(summary: Summary, reason: str | None, params: SamplingParams, tiers: dict[str, float]) -> None:
+    """The dim line, and why the answer ended where it did not end by itself."""
+    timings = summary.timings
+    parts = [f"{timings.generated_tokens} tok"]
+    parts += [f"{timings.decode_rate:.1f} tok/s"] if timings.decode_rate else []
+    parts += [f"prefill {timings.prefill_rate:.0f} tok/s"] if timings.prefill_rate else []
+    parts.append("experts " + " ".join(f"{tier} {share:.0f} %" for tier, share in tiers.items()))
+    if params.temperature > 0:
+        parts.append(f"seed {summary.seed}")
+    if reason == "length":
+        parts.append("context full" if summary.context_full else f"stopped at {params.max_tokens} tokens")
+    if reason == "cancelled":
+        parts.append("interrupted")
+    dim(" · ".join(parts))
+
+
+@contextmanager
+def cancel_on_interrupt() -> Iterator[Cancel]:
+    """A token that Ctrl-C sets; the second Ctrl-C interrupts at once."""
+    cancel = Cancel()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if cancel:
+            raise KeyboardInterrupt
+        cancel.set()
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield cancel
+    finally:
+        signal.signal(signal.SIGINT, before)

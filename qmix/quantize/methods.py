@@ -1,0 +1,230 @@
+"""How int4 codes are chosen: rtn (rounding to nearest between a group's extremes) and hqq (half-quadratic
+quantization, hqq.py), and how far the result is from the original.
+
+A matrix is cut into strips, and a strip into tiles. A tile's scratch fits a core's L2 cache, and it stays
+below the size at which torch would start threads of its own; the strips go to a pool, torch lets go of
+the interpreter lock while it computes, and each strip writes its own piece of the result. A group's
+codes depend on its own weights and the cut on shapes only: the bytes are the same for every number of threads.
+
+Within a strip weights lie transposed: reductions over a group then run along whole vectors, and
+codes come out in the order in which int4 stores them.
+
+N padded rows, K padded columns, B rows per block, g group size. A strip has R rows and C columns in
+G groups of W columns (W = g, or less in the last group of a matrix whose columns are no multiple of g);
+"steps" are units of the group's scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qmix import formats
+from qmix.config import METHODS
+from qmix.errors import UsageError
+from qmix.formats import Packed
+from qmix.formats.int4 import load_codes, store_codes
+from qmix.formats.packed import refuse_nonfinite
+from qmix.quantize import hqq
+from qmix.sizes import MatrixSpec, round_up
+
+TILE = 32768  # weights; one more and torch splits an elementwise operation over its own threads
+EMPTY = 0x88  # two codes of 8: what padding holds
+BF16_MAX = 3.3895313892515355e38
+SMALLEST = 2.0**-118  # a scale below this is taken as zero: its inverse would not be finite
+
+
+@dataclass(frozen=True, slots=True)
+class Error:
+    """Squared error and squared weights, summed in float64; those of several matrices add up."""
+
+    sum_sq_err: float
+    sum_sq_weight: float
+
+    @property
+    def rms(self) -> float:
+        """sqrt(sum((w - wq)^2) / sum(w^2)); 0 where all weights are 0."""
+        return (self.sum_sq_err / self.sum_sq_weight) ** 0.5 if self.sum_sq_weight else 0.0
+
+    def __add__(self, other: Error) -> Error:
+        return Error(self.sum_sq_err + other.sum_sq_err, self.sum_sq_weight + other.sum_sq_weight)
+
+
+@dataclass(frozen=True, slots=True)
+class Strip:
+    """A rectangle of whole groups. row, rows, col, cols are logical; padded_row is where the row lands;
+    R is rows rounded up to a block, W the group's width here, tile the groups of one tile."""
+
+    row: int
+    padded_row: int
+    rows: int
+    col: int
+    cols: int
+    R: int
+    W: int
+    tile: int
+
+    @property
+    def groups(self) -> int:
+        return self.cols // self.W
+
+    @property
+    def tiles(self) -> Iterator[slice]:
+        return (slice(g, min(g + self.tile, self.groups)) for g in range(0, self.groups, self.tile))
+
+
+def quantize_int4(weight: Tensor, spec: MatrixSpec, method: str, pool: Executor | None = None) -> Packed:
+    """`weight` [rows, cols], any float dtype, as int4 by "rtn" or "hqq"; the work is spread over `pool`.
+
+    The same bytes for every pool. QmixError names the position of an inf or NaN.
+    """
+    if method not in METHODS:
+        raise UsageError(f"method: got {method!r}, want " + " or ".join(METHODS))
+    if tuple(weight.shape) != (spec.rows, spec.cols):
+        raise UsageError(f"weight: got {list(weight.shape)}, want {[spec.rows, spec.cols]}")
+    n, k, block = spec.padded_rows, spec.padded_cols, spec.block
+    qweight = torch.full((n // block, k, block // 2), EMPTY, dtype=torch.uint8)
+    qparams = torch.zeros(k // spec.group_size, n, 2, dtype=torch.bfloat16)
+    packed = Packed.of(spec, {"qweight": qweight, "qparams": qparams}, "quantize_int4")
+    spare: list[Scratch] = []
+
+    def work(strip: Strip) -> None:
+        scratch = spare.pop() if spare else Scratch.make(weight.dtype)
+        _quantize(weight, packed, strip, method, scratch)
+        spare.append(scratch)
+
+    for _ in (map if pool is None else pool.map)(work, _strips(spec)):
+        pass
+    return packed
+
+
+def error(weight: Tensor, packed: Packed, pool: Executor | None = None) -> Error:
+    """How far `packed` is from `weight` [rows, cols], decoded from the stored bytes, piece by piece."""
+    total = Error(0.0, 0.0)
+    if packed.spec.format == "int4":
+        spare: list[Scratch] = []
+
+        def work(strip: Strip) -> Error:
+            scratch = spare.pop() if spare else Scratch.make(weight.dtype)
+            found = _error(weight, packed, strip, scratch)
+            spare.append(scratch)
+            return found
+
+        for found in (map if pool is None else pool.map)(work, _strips(packed.spec)):
+            total += found
+        return total
+    for start, tile in formats.tiles(packed):
+        original = weight[start:start + len(tile)].float()
+        squares = original.square().sum(dtype=torch.float64).item()
+        total += Error(tile.sub(original).square_().sum(dtype=torch.float64).item(), squares)
+    return total
+
+
+def _strips(spec: MatrixSpec) -> Iterator[Strip]:
+    """Cut a matrix; for Mixtral's at g64: 512 rows by 4096 columns, in tiles of 512 by 64."""
+    g, part_rows, part_padded = spec.group_size, spec.rows // spec.parts, spec.padded_rows // spec.parts
+    step = min(TILE // max(64, g), round_up(part_rows, 64))
+    whole = spec.cols // g * g
+    for part in range(spec.parts):
+        for start in range(0, part_rows, step):
+            rows = min(step, part_rows - start)
+            r = round_up(rows, spec.block)
+            place = (part * part_rows + start, part * part_padded + start, rows)
+            width = TILE // r * g  # so that the parameters of a strip are no more than TILE either
+            for col in range(0, whole, width):
+                yield Strip(*place, col, min(width, whole - col), r, g, TILE // r // g)
+            if whole < spec.cols:
+                yield Strip(*place, whole, spec.cols - whole, r, spec.cols - whole, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Scratch:
+    """A worker's own memory: `source` for a strip in the dtype of the weights, `narrow` for a tile of it on
+    its way there, `work` fp32 [5, TILE]."""
+
+    source: Tensor
+    narrow: Tensor
+    work: Tensor
+
+    @classmethod
+    def make(cls, dtype: torch.dtype) -> Scratch:
+        return cls(torch.empty(TILE * 128, dtype=dtype), torch.empty(TILE, dtype=dtype), torch.empty(5, TILE))
+
+
+def _load(weight: Tensor, s: Strip, scratch: Scratch) -> Tensor:
+    """The strip's weights, transposed: [G, W, R] in the dtype of `weight`; padded rows are zero."""
+    source = scratch.source[:s.cols * s.R].view(s.cols, s.R)
+    width = s.tile * s.W
+    for col in range(0, s.cols, width):
+        n = min(width, s.cols - col)
+        narrow = scratch.narrow[:s.R * n].view(s.R, n)
+        narrow[:s.rows] = weight[s.row:s.row + s.rows, s.col + col:s.col + col + n]
+        narrow[s.rows:] = 0
+        source[col:col + n] = narrow.T  # torch transposes fast only between contiguous tensors of one dtype
+    return source.view(s.groups, s.W, s.R)
+
+
+def _quantize(weight: Tensor, packed: Packed, s: Strip, method: str, scratch: Scratch) -> None:
+    """Quantize a strip into its place in `packed`."""
+    source = _load(weight, s, scratch)
+    low, high = torch.empty(2, s.groups, s.R)
+    work = scratch.work[:, :s.tile * s.W * s.R].view(5, -1, s.W, s.R)
+    for groups in s.tiles:
+        x = work[0, :groups.stop - groups.start].copy_(source[groups])
+        torch.amin(x, 1, out=low[groups])
+        torch.amax(x, 1, out=high[groups])
+    if not torch.isfinite(low + high).all():
+        refuse_nonfinite(weight[s.row:s.row + s.rows, s.col:s.col + s.cols], s.row, s.col)
+    scale, zero = fit_range(low, high)
+    inverse = torch.where(scale > 0, 1 / scale, 0.0)  # all codes of a group without scale are 8
+    blocks = slice(s.padded_row // packed.spec.block, (s.padded_row + s.R) // packed.spec.block)
+    for groups in s.tiles:
+        tile = work[:, :groups.stop - groups.start]
+        steps = tile[0].copy_(source[groups]).mul_(inverse[groups].unsqueeze(1))
+        if method == "hqq":
+            zero[groups] = hqq.refine(steps, scale[groups], inverse[groups], zero[groups], tile[1:])
+        steps.sub_((zero[groups] * inverse[groups]).unsqueeze(1)).round_().clamp_(-8, 7)
+        col = s.col + groups.start * s.W
+        codes = steps.view(-1, s.R)
+        store_codes(codes, packed["qweight"][blocks, col:col + len(codes)])
+    group = s.col // packed.spec.group_size
+    params = packed["qparams"][group:group + s.groups, s.padded_row:s.padded_row + s.R]
+    params[..., 0], params[..., 1] = scale, zero
+
+
+def fit_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """(scale, zero) fp32 of groups with these extremes, both exact in bf16: 16 steps reach both ends.
+
+    The zero point, the value of code 8, is rounded first, and the scale then taken wide enough for both
+    ends: a group far from zero, whose zero point bf16 holds only coarsely, is not clipped.
+    """
+    zero = (low / 2).add_(high, alpha=1 / 2).add_(high, alpha=1 / 30).sub_(low, alpha=1 / 30)
+    zero = zero.clamp_(-BF16_MAX, BF16_MAX).bfloat16().float()
+    above, below = (high / 7).sub_(zero, alpha=1 / 7), (zero / 8).sub_(low, alpha=1 / 8)
+    scale = torch.maximum(above, below).clamp_(max=BF16_MAX).bfloat16().float()
+    return scale.masked_fill_(scale < SMALLEST, 0.0), zero
+
+
+def _error(weight: Tensor, packed: Packed, s: Strip, scratch: Scratch) -> Error:
+    """The error of a strip."""
+    source, group = _load(weight, s, scratch), s.col // packed.spec.group_size
+    params = packed["qparams"][group:group + s.groups, s.padded_row:s.padded_row + s.R].float()
+    scale, zero = params.unsqueeze(1).unbind(-1)
+    blocks = slice(s.padded_row // packed.spec.block, (s.padded_row + s.R) // packed.spec.block)
+    work = scratch.work[:, :s.tile * s.W * s.R].view(5, -1, s.W, s.R)
+    err = norm = 0.0
+    for groups in s.tiles:
+        x, w = work[:2, :groups.stop - groups.start]
+        x.copy_(source[groups])
+        col = s.col + groups.start * s.W
+        load_codes(packed["qweight"][blocks, col:col + w.shape[0] * s.W], w.view(-1, s.R))
+        w.mul_(scale[groups]).add_(zero[groups]).sub_(x)
+        if s.rows < s.R:
+            w[..., s.rows:] = 0
+        err += torch.dot(w.view(-1), w.view(-1)).item()
+        norm += torch.dot(x.view(-1), x.view(-1)).item()
+    return Error(err, norm)

@@ -1,0 +1,132 @@
+"""How the next token is chosen from the logits.
+
+The steps, in the order of Hugging Face transformers:
+
+    repetition penalty -> temperature -> top-k -> top-p -> min-p -> draw
+
+Temperature 0 is greedy: after the penalty the highest logit wins, the lowest id among equals, and no
+random number is used. Otherwise each token takes exactly one random number, so a seed gives the same
+tokens wherever the logits are the same, and a token's draw does not depend on how many candidates an
+earlier one had. Everything after the penalty is computed in float64.
+
+V vocabulary, C candidates that are left.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from qmix.config import SamplingParams
+from qmix.errors import QmixError, UsageError
+
+# Candidates below this share of the best one's probability are sorted only where top-p needs them.
+COARSE = 1e-3
+
+
+def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Divide positive logits of seen ids by `penalty`, multiply negative ones (Keskar et al. 2019, CTRL,
+    section 4.1, in the form that leaves the sign alone). logits [V] fp32, seen [S] int64 without
+    repeats -> [V] fp32."""
+    if penalty == 1 or seen.numel() == 0:
+        return logits
+    chosen = logits[seen]
+    return logits.scatter(0, seen, torch.where(chosen > 0, chosen / penalty, chosen * penalty))
+
+
+def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """What temperature, top-k, top-p and min-p leave: ids [C] int64 and their probabilities [C] fp64,
+    which sum to 1. logits [V]; temperature > 0; at least one candidate always stays.
+
+    top-k keeps ties with the k-th; top-p keeps the smallest set of the most probable whose mass reaches
+    p, the lower id first among equals; min-p keeps what has at least that share of the best's probability.
+    """
+    scaled = logits.double()
+    scaled = (scaled - scaled.max()) / params.temperature  # <= 0, the best is 0 however small the temperature
+    ids = torch.arange(logits.numel())
+    if 0 < params.top_k < logits.numel():
+        ids = torch.nonzero(scaled >= scaled.topk(params.top_k).values[-1]).squeeze(1)
+    probs = torch.softmax(scaled[ids], dim=0)
+    if params.top_p < 1:
+        kept = _nucleus(probs, params.top_p)
+        ids, probs = ids[kept], probs[kept]
+    if params.min_p > 0:
+        kept = probs >= params.min_p * probs.max()
+        ids, probs = ids[kept], probs[kept]
+    return ids, probs / probs.sum()
+
+
+def _nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """Indices [C] of the smallest set whose mass reaches top_p. Sorts only the coarse upper part where
+    that is enough; equals are all in it or all out of it, so the result is that of a full stable sort."""
+    upper = torch.nonzero(probs >= COARSE * probs.max()).squeeze(1)
+    if probs[upper].sum() < top_p:
+        upper = torch.arange(probs.numel())
+    ordered, order = probs[upper].sort(descending=True, stable=True)
+    before = ordered.cumsum(0) - ordered
+    return upper[order[before < top_p]]
+
+
+def draw(probs: Tensor, uniform: float) -> int:
+    """The index whose share of the cumulated probabilities holds `uniform`, 0 <= uniform < 1: probs
+    [0.2, 0.8] and uniform 0.3 -> 1. A probability of 0 is never drawn."""
+    cumulated = probs.cumsum(0)
+    index = int(torch.searchsorted(cumulated, uniform * cumulated[-1], right=True))
+    return min(index, int(torch.nonzero(probs)[-1]))
+
+
+class Sampler:
+    """Chooses one token after the other for one answer.
+
+    history: ids of the prompt, which the repetition penalty counts with those of the answer.
+    seed: what to give as SamplingParams.seed to get the same answer again; chosen here where it was None,
+    small enough to be typed.
+    """
+
+    def __init__(self, params: SamplingParams, history: Iterable[int] = ()):
+        self.params = params
+        self.seed = secrets.randbelow(2**32) if params.seed is None else params.seed
+        self._generator = torch.Generator().manual_seed(self.seed)
+        self._seen = dict.fromkeys(history if params.repeat_penalty != 1 else ())
+        self._highest = max(self._seen, default=-1)
+
+    def choose(self, logits: Tensor) -> int:
+        """The next id, for logits [V] of any float dtype and device; it counts as seen from here on."""
+        logits = check_logits(logits)
+        params = self.params
+        if self._highest >= logits.numel():
+            raise UsageError(f"token id: got {self._highest}, the model's vocabulary has {logits.numel()}")
+        logits = penalize(logits, torch.tensor(list(self._seen), dtype=torch.int64), params.repeat_penalty)
+        if params.temperature == 0:
+            token_id = int(logits.argmax())
+        else:
+            ids, probs = candidates(logits, params)
+            uniform = torch.rand((), dtype=torch.float64, generator=self._generator).item()
+            token_id = int(ids[draw(probs, uniform)])
+        if params.repeat_penalty != 1:
+            self._seen[token_id] = None
+        return token_id
+
+
+def check_logits(logits: Tensor) -> Tensor:
+    """logits as [V] fp32 on the CPU; QmixError where one is NaN or infinite."""
+    assert logits.dim() == 1 and logits.numel() > 0
+    logits = logits.detach().to("cpu", torch.float32)
+    if not torch.isfinite(logits).all():
+        bad = int(torch.nonzero(~torch.isfinite(logits))[0])
+        raise QmixError(f"the model's output is not a number: logit {bad} is {logits[bad].item()}",
+                        "the store may be damaged: check it with `qmix verify --deep`")
+    return logits
+
+
+def logprob(logits: Tensor, token_id: int) -> float:
+    """Natural logarithm of the model's own probability of token_id, before penalty, temperature and cuts.
+    logits [V]."""
+    logits = logits.double()
+    value = (logits[token_id] - torch.logsumexp(logits, 0)).item()
+    assert not math.isnan(value)
+    return value

@@ -1,0 +1,159 @@
+"""What a model folder says about its tokenizer, read from all the files that may say it.
+
+    tokenizer.model           sentencepiece; preferred where present
+    tokenizer.json            the tokenizers library
+    tokenizer_config.json     special tokens, added tokens, add_bos_token, chat_template
+    special_tokens_map.json, added_tokens.json    the same in older exports
+    chat_template.jinja, chat_template.json       the template in newer exports; .jinja wins (transformers)
+    config.json, generation_config.json           eos_token_id
+
+The folder is a checkpoint or a qmix store. Errors are ModelFileError naming the file and the key.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qmix.errors import ModelFileError
+
+NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+MAX_JSON = 256 * 2**20
+FETCH = "the file is damaged: fetch it again from where the model came from"
+LFS = "run `git lfs pull` in the folder"
+
+
+class Added(NamedTuple):
+    """A token that tokenizer_config.json adds to, or renames in, the vocabulary."""
+
+    id: int
+    special: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFiles:
+    """spm and json are the vocabulary files that exist. named: "bos_token" and the like to their text.
+    special: every text declared special. names: what the model is called, as far as the folder knows."""
+
+    folder: Path
+    spm: Path | None
+    json: Path | None
+    names: tuple[str, ...]
+    named: Mapping[str, str]
+    special: frozenset[str]
+    added: Mapping[str, Added]
+    add_bos: bool
+    template: str | None
+    template_file: Path | None
+    eos_ids: tuple[int, ...]
+
+
+def read_files(folder: Path) -> TokenizerFiles:
+    if not folder.is_dir():
+        raise ModelFileError(f"{folder}: no such folder", "give the folder that holds the model's files")
+    spm, vocab = (folder / name if (folder / name).is_file() else None
+                  for name in ("tokenizer.model", "tokenizer.json"))
+    if spm is None and vocab is None:
+        raise ModelFileError(f"{folder}: holds neither tokenizer.model nor tokenizer.json",
+                             "copy the tokenizer files of the original model into the folder")
+    path = folder / "tokenizer_config.json"
+    config = {**_json(folder / "special_tokens_map.json"), **_json(path)}
+    model = _json(folder / "config.json")
+    added = _added(path, config.get("added_tokens_decoder"), _json(folder / "added_tokens.json"))
+    named = {name: text for name in NAMED if (text := _text(path, name, config.get(name))) is not None}
+    extra = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
+    extra = [*extra.values()] if isinstance(extra, dict) else extra
+    if not isinstance(extra, list):
+        raise ModelFileError(f"{path}: additional_special_tokens: got {extra!r:.80}, want a list", FETCH)
+    texts = [_text(path, "additional_special_tokens", token) for token in extra]
+    special = {*named.values(), *(t for t in texts if t), *(t for t, token in added.items() if token.special)}
+    template, template_file = _template(folder, config)
+    names = [folder.resolve().name, model.get("_name_or_path")]
+    return TokenizerFiles(
+        folder, spm, vocab, tuple(name for name in names if isinstance(name, str)), named, frozenset(special),
+        added, config.get("add_bos_token") is not False, template, template_file,
+        _eos_ids(folder / "config.json", model) + _eos_ids(folder / "generation_config.json"))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, {} where there is no such file."""
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise ModelFileError(f"{path}: {path.stat().st_size} bytes, want at most {MAX_JSON}", FETCH)
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except OSError as e:
+        raise ModelFileError(f"{path}: {e.strerror or e}", "check the path and its permissions") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+        raise ModelFileError(f"{path}: not valid JSON", FETCH) from None
+    if not isinstance(value, dict):
+        raise ModelFileError(f"{path}: got a {type(value).__name__}, want an object", FETCH)
+    return value
+
+
+def _text(path: Path, key: str, value: object) -> str | None:
+    """The text of a token given as a string or as {"content": ...}; None or "" mean that there is none."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    if value is None or isinstance(value, str):
+        return value or None
+    raise ModelFileError(f"{path}: {key}: got {value!r:.80}, want a token's text", FETCH)
+
+
+def _added(path: Path, table: object, old: Mapping[str, Any]) -> dict[str, Added]:
+    """{text: Added} from `added_tokens_decoder` ({"32000": {"content", "special"}}) or, before it came,
+    from added_tokens.json ({text: id})."""
+    found: dict[str, Added] = {}
+    try:
+        for key, token in (table or {}).items():  # type: ignore[attr-defined]
+            if token["content"]:
+                found[token["content"]] = Added(int(key), token.get("special", False) is True)
+        if not found:
+            path = path.with_name("added_tokens.json")
+            found = {text: Added(int(number), True) for text, number in old.items() if text}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ModelFileError(f"{path}: the table of added tokens is malformed", FETCH) from None
+    for text, token in found.items():
+        if token.id < 0 or not isinstance(text, str):
+            raise ModelFileError(f"{path}: added token {text!r}: got id {token.id}, want >= 0", FETCH)
+    return found
+
+
+def _template(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, Path | None]:
+    """The chat template and the file it stands in."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8"), path
+        except (OSError, UnicodeDecodeError) as e:
+            raise ModelFileError(f"{path}: not readable as UTF-8 text ({e})", FETCH) from None
+    path, value = folder / "tokenizer_config.json", config.get("chat_template")
+    if value is None:
+        path = folder / "chat_template.json"
+        value = _json(path).get("chat_template")
+    if isinstance(value, list):
+        try:
+            choices = {entry["name"]: entry["template"] for entry in value}
+        except (KeyError, TypeError):
+            raise ModelFileError(f"{path}: chat_template: want entries of name and template", FETCH) from None
+        value = next(iter(choices.values())) if len(choices) == 1 else choices.get("default")
+        if value is None:
+            raise ModelFileError(f"{path}: chat_template: got the names {sorted(choices)}, want 'default' "
+                                 "among them", "name the template for plain chat 'default'")
+    if value is None:
+        return None, None
+    if not isinstance(value, str):
+        raise ModelFileError(f"{path}: chat_template: got a {type(value).__name__}, want text", FETCH)
+    return value, path
+
+
+def _eos_ids(path: Path, config: Mapping[str, Any] | None = None) -> tuple[int, ...]:
+    value = (_json(path) if config is None else config).get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise ModelFileError(f"{path}: eos_token_id: got {value!r:.80}, want token ids", FETCH)
+    return tuple(ids)

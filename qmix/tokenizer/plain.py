@@ -1,0 +1,46 @@
+"""A plain transcript for base models, which have no chat template:
+
+    <system text>
+
+    User: <question>
+    Assistant: <answer>
+    User: <question>
+    Assistant:
+
+The text is encoded as one, with the ids of earlier answers spliced in; "\\nUser:" ends an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qmix.tokenizer.message import Message, check_conversation, without_end
+from qmix.tokenizer.vocabulary import Segment, Splice, Vocabulary
+
+LABELS = {"user": "User:", "assistant": "Assistant:"}
+
+
+class PlainFormat:
+    name = "plain transcript (the model has no chat template)"
+    turn_stops = ("\nUser:", "\nAssistant:")
+    turn_end = None
+
+    def __init__(self, vocabulary: Vocabulary, eos_ids: Sequence[int]):
+        self._vocabulary = vocabulary
+        self._eos_ids = tuple(eos_ids)
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        check_conversation(messages)
+        bos = self._vocabulary.bos_id
+        segments: list[Segment] = [] if bos is None else [bos]
+        text = ""
+        for message in messages:
+            if message.role == "system":
+                text += f"{message.content.strip()}\n\n"
+            elif message.ids is None:
+                text += f"{LABELS[message.role]} {message.content.strip()}\n"
+            else:
+                # No space after the label: the first generated piece brings its own.
+                segments += [text + LABELS["assistant"], Splice(without_end(message.ids, self._eos_ids))]
+                text = "\n"
+        return self._vocabulary.encode_segments([*segments, text + LABELS["assistant"]])

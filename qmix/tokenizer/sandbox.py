@@ -1,0 +1,173 @@
+"""A chat template is a program that came with the weights: it runs in jinja2's immutable sandbox.
+
+What transformers gives a template is here (raise_exception, strftime_now, tojson, loop controls, the
+{% generation %} mark); files, imports and attributes of Python objects are not. It sees plain dicts
+and strings only. Its source, its steps, its products and its output are bounded.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from qmix.errors import ModelFileError, QmixError, UsageError
+
+MAX_SOURCE = 2**20  # characters of a template
+MAX_STEPS = 2_000_000  # lines of compiled template that one rendering may run: about a second
+MAX_VALUE = 2**22  # length of a product or power made inside a template
+MAX_OUTPUT = 2**26  # characters of a rendered conversation
+CURE = "fix the template, or fetch the model's files again"
+
+
+class _Refused(Exception):
+    """The template called raise_exception."""
+
+
+class _TooMuch(Exception):
+    """A bound was reached."""
+
+
+class Template:
+    """A compiled chat template; file is where it came from, now the clock of strftime_now."""
+
+    def __init__(self, source: str, file: Path, now: Callable[[], datetime] = datetime.now):
+        if len(source) > MAX_SOURCE:
+            raise ModelFileError(f"{file}: the chat template has {len(source)} characters, "
+                                 f"want at most {MAX_SOURCE}")
+        self._file = file
+        import jinja2
+
+        try:
+            self._compiled = _environment(now).from_string(source)
+        except (jinja2.TemplateError, RecursionError, SyntaxError, ValueError) as e:
+            line = f" line {e.lineno}" if isinstance(e, jinja2.TemplateSyntaxError) else ""
+            raise ModelFileError(f"{file}: the chat template{line} is broken: {e}", CURE) from None
+
+    def render(self, messages: list[dict[str, str]], named: Mapping[str, str], prompt: bool) -> str:
+        """The conversation as text. named: bos_token and the like. prompt: end with the start of an answer.
+
+        UsageError with the template's own words where it refuses the conversation, ModelFileError
+        where the template fails."""
+        context = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": prompt,
+                   **named}
+        try:
+            with _bounded(MAX_STEPS):
+                parts, length = [], 0
+                for part in self._compiled.generate(context):
+                    parts.append(part)
+                    length += len(part)
+                    if length > MAX_OUTPUT:
+                        raise _TooMuch(f"wrote more than {MAX_OUTPUT} characters")
+        except _Refused as e:
+            raise UsageError(f"the model's chat template refuses this conversation: {e}",
+                             "most templates want user and assistant to alternate") from None
+        except _TooMuch as e:
+            raise ModelFileError(f"{self._file}: the chat template {e}", CURE) from None
+        except QmixError:
+            raise
+        except Exception as e:  # a template can fail in as many ways as a program
+            raise ModelFileError(f"{self._file}: the chat template fails: {type(e).__name__}: {e}",
+                                 CURE) from None
+        return "".join(parts)
+
+
+def _environment(now: Callable[[], datetime]) -> Any:
+    from jinja2 import ext, nodes, sandbox, utils
+
+    class Environment(sandbox.ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            _check_operation(operator, left, right)
+            return super().call_binop(context, operator, left, right)
+
+    class Generation(ext.Extension):
+        """{% generation %}...{% endgeneration %} marks answers for training; here it only shows them."""
+
+        tags = {"generation"}  # noqa: RUF012  (jinja2 declares it so)
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body).set_lineno(line)
+
+    def raise_exception(message: object) -> None:
+        raise _Refused(str(message))
+
+    class Namespace(utils.Namespace):
+        """Without names that could shadow Python's own protocols."""
+
+        def __init__(*args: Any, **kwargs: Any):
+            utils.Namespace.__init__(*args, **kwargs)
+            for name in args[0]._Namespace__attrs:  # what the base class keeps the attributes in
+                _check_name(name)
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            _check_name(name)
+            super().__setitem__(name, value)
+
+    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None,
+               separators: Any = None, sort_keys: bool = False) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                          sort_keys=sort_keys)
+
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols, Generation])
+    environment.filters["tojson"] = tojson
+    environment.globals.pop("lipsum")
+    environment.globals["namespace"] = Namespace
+    environment.globals["dict"] = lambda *args, **kwargs: dict(*args, **kwargs)
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: now().strftime(form)
+    return environment
+
+
+def _check_name(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise ValueError(f"a namespace holds no {name!r}")
+
+
+def _check_operation(operator: str, left: Any, right: Any) -> None:
+    """Refuse the single operations that could fill the memory. Best effort: a template from a stranger
+    can still waste memory in small steps, but it cannot reach anything outside itself."""
+    sizes = [len(x) if isinstance(x, (str, list, tuple)) else None for x in (left, right)]
+    if operator == "+" and None not in sizes and sum(sizes) > MAX_VALUE:  # type: ignore[arg-type]
+        raise _TooMuch(f"made a value longer than {MAX_VALUE}")
+    if operator == "*" and sizes != [None, None]:
+        times = next((x for x in (left, right) if isinstance(x, int)), 0)
+        if max(n for n in sizes if n is not None) * times > MAX_VALUE:
+            raise _TooMuch(f"made a value longer than {MAX_VALUE}")
+    if operator == "**" and not all(isinstance(x, (int, float)) and abs(x) <= 2**16 for x in (left, right)):
+        raise _TooMuch("raised a number to a large power")
+    if operator == "%" and isinstance(left, str) and re.search(r"\d{5}|\*", left):
+        raise _TooMuch("formatted text to a great width")
+
+
+@contextmanager
+def _bounded(steps: int) -> Iterator[None]:
+    """Count the lines that compiled templates run and stop at `steps`. Counting, unlike a deadline,
+    gives the same answer on every machine."""
+    left = steps
+
+    def line(frame: FrameType, event: str, arg: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise _TooMuch(f"ran more than {steps} steps")
+        return line
+
+    def call(frame: FrameType, event: str, arg: Any) -> Any:
+        return line if frame.f_code.co_filename == "<template>" else None
+
+    before = sys.gettrace()
+    sys.settrace(call)
+    try:
+        yield
+    finally:
+        sys.settrace(before)

@@ -1,0 +1,163 @@
+"""An engine without a model, for the chat's tests: what it answers depends on the ids it was given,
+and on nothing else, so a chat that feeds a session wrong ids gets a wrong answer.
+
+Ids are 10 + a byte of UTF-8; below 10 are control ids. A prompt is
+BOS [SYSTEM text] (USER text ASSISTANT text EOS)* USER text ASSISTANT.
+
+Run as a script it opens a chat: python chat_fakes.py STATE_DIR [JSON of keyword arguments for run]
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from qmix.config import Cancel, SamplingParams
+from qmix.errors import Interrupted, StoreError, UsageError
+from qmix.tokenizer import Message, StreamDecoder
+from qmix.tokenizer.stream import SILENT, Piece
+
+BOS, EOS, SYSTEM, USER, ASSISTANT, ANY_DIGIT = 1, 2, 3, 4, 5, 6
+VOCAB = 10 + 256
+
+
+class FakeTokenizer:
+    bos_id: int | None = BOS
+    eos_ids = (EOS,)
+    vocab_size = VOCAB
+    template_name = "fake format"
+    turn_stops: tuple[str, ...] = ()
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        return [BOS] * bos + [10 + byte for byte in text.encode()]
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        marks = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
+        ids = [BOS]
+        for m in messages:
+            if m.role == "system" and "refuse" in m.content:
+                raise UsageError("the template refuses this system prompt")
+            said = self.encode(m.content, bos=False) if m.ids is None else list(m.ids)
+            ids += [marks[m.role], *said, *([EOS] if m.role == "assistant" else [])]
+        return [*ids, ASSISTANT]
+
+    def decoder(self, continuing: bool = False) -> StreamDecoder:
+        return StreamDecoder(lambda i: SILENT if i < 10 else Piece(bytes([i - 10]), whole=False), continuing=True)
+
+    def decode(self, ids: Sequence[int], continuing: bool = False) -> str:
+        decoder = self.decoder()
+        return "".join(map(decoder.push, ids)) + decoder.finish()
+
+
+def reply(ids: Sequence[int]) -> Iterator[int]:
+    """The answer's ids, EOS included, to a prompt's ids."""
+    asked = max(i for i, token in enumerate(ids) if token == USER)
+    question = bytes(token - 10 for token in ids[asked + 1:-1]).decode()
+    system = bytes(token - 10 for token in ids[2:ids.index(USER)]).decode() if ids[1] == SYSTEM else ""
+    if question == "count":
+        text: Iterator[str] = (f"{n} " for n in itertools.count(1))
+    elif question == "roll":
+        return iter([ANY_DIGIT] * 12 + [EOS])
+    else:
+        text = iter([{
+            "escape": "a\x1b[2Jb\x07c\x9bd",
+            "unicode": "né☃",
+            "nothing": "",
+            "lines": "  \n one\ntwo\n",
+            "system?": f"it is {system!r}",
+            "turns?": f"turn {sum(token == USER for token in ids)}",
+            "fail": "before the failure",
+        }.get(question, f"You said: {question}")])
+    return itertools.chain((10 + byte for piece in text for byte in piece.encode()), [EOS])
+
+
+class FakeSession:
+    """Positions are ids; logits choose the next id of reply(prompt), or any digit for ANY_DIGIT."""
+
+    def __init__(self, context: int):
+        self.context = context
+        self.ids: list[int] = []
+        self.computed: list[int] = []  # how many ids each prefill was given
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
+
+    def trim(self, length: int) -> None:
+        del self.ids[length:]
+
+    def prefill(self, ids: Sequence[int], cancel: Cancel | None = None) -> torch.Tensor:
+        assert ids and len(self.ids) + len(ids) <= self.context
+        self.computed.append(len(ids))
+        if self._asked("hang", [*self.ids, *ids]):
+            while not cancel:
+                time.sleep(0.002)
+        if cancel:
+            raise Interrupted("cancelled")
+        self.ids.extend(ids)
+        return self._logits()
+
+    def decode(self, token: int, cancel: Cancel | None = None) -> torch.Tensor:
+        assert len(self.ids) < self.context
+        if cancel:
+            raise Interrupted("cancelled")
+        if self._asked("count", self.ids):
+            time.sleep(0.002)  # a pace that a reader can interrupt
+        if self._asked("fail", self.ids) and len(self.ids) - self._start(self.ids) > 6:
+            raise StoreError("experts-00.safetensors: layer 0 expert 3: checksum differs")
+        self.ids.append(token)
+        return self._logits()
+
+    @staticmethod
+    def _start(ids: Sequence[int]) -> int:
+        """Where the answer to the last question begins."""
+        return max(i for i, token in enumerate(ids) if token == ASSISTANT) + 1
+
+    @staticmethod
+    def _asked(word: str, ids: Sequence[int]) -> bool:
+        """Whether the last question begins with `word`."""
+        first = max(i for i, token in enumerate(ids) if token == USER) + 1
+        return list(ids[first:first + len(word)]) == [10 + byte for byte in word.encode()]
+
+    def _logits(self) -> torch.Tensor:
+        start = self._start(self.ids)
+        chosen = next(itertools.islice(reply(self.ids[:start]), len(self.ids) - start, None), EOS)
+        logits = torch.full((VOCAB,), -1e4)
+        if chosen == ANY_DIGIT:
+            logits[10 + ord("0"):11 + ord("9")] = 0.0
+        else:
+            logits[chosen] = 0.0
+        return logits
+
+
+class FakeEngine:
+    def __init__(self, context: int = 4096):
+        self.tokenizer = FakeTokenizer()
+        self.context = context
+        self.sessions: list[FakeSession] = []
+
+    def session(self) -> FakeSession:
+        self.sessions.append(FakeSession(self.context))
+        return self.sessions[-1]
+
+    def stats(self) -> dict[str, dict[str, float]]:
+        return {"experts": {"ram": 100.0}}
+
+
+def main(state_dir: str, options: str = "{}") -> None:
+    from qmix.chat import run
+
+    given = {"model_name": "fake", "context": 4096, **json.loads(options)}
+    engine = FakeEngine(given.pop("context"))
+    params = SamplingParams(**given.pop("params", {}))
+    sys.exit(run(engine, params=params, state_dir=Path(state_dir), **given))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,130 @@
+"""What several test files share: tiny random checkpoints, their weights, and a naive experts callable."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qmix import names
+from qmix.checkpoint import Checkpoint
+from qmix.config import DTYPES, ExpertKey, ModelConfig, QuantConfig, Step
+from qmix.formats import Packed, pack
+from qmix.kernels.table import select
+from qmix.model.mixtral import Mixtral
+from qmix.model.weights import Weights, assemble, compute_dtype
+from qmix.sizes import MatrixSpec
+
+TINY: dict[str, Any] = {
+    "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_act": "silu",
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2,
+    "max_position_embeddings": 512, "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "sliding_window": None,
+    "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+}
+KEEP = QuantConfig(experts="keep", dense="keep", method="", group_size=0, block=0)
+
+
+def tiny_config(**overrides: Any) -> dict[str, Any]:
+    """A config.json of a model that runs in milliseconds; an override of `...` removes the key."""
+    return {k: v for k, v in {**TINY, **overrides}.items() if v is not ...}
+
+
+def tiny_tensors(config: ModelConfig, seed: int = 0,
+                 dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    """Random weights, scaled so that routing is uneven and the logits are far from flat."""
+    random = torch.Generator().manual_seed(seed)
+
+    def draw(shape: tuple[int, ...], gain: float) -> Tensor:
+        return (torch.randn(shape, generator=random) * gain).to(dtype)
+
+    tensors = {}
+    for t in names.dense_tensors(config):
+        unit = t.shape[-1] ** -0.5
+        gain = {"embedding": 1.0, "linear": unit, "router": 2 * unit, "head": 3 * unit, "norm": 0.2}[t.role]
+        tensors[t.name] = draw(t.shape, gain) + (1 if t.role == "norm" else 0)
+    for key in config.expert_keys:
+        for name, shape in names.expert_tensors(config, key).values():
+            tensors[name] = draw(shape, 1.5 * shape[1] ** -0.5)
+    return tensors
+
+
+def write_checkpoint(path: Path, raw: dict[str, Any], tensors: dict[str, Tensor], shards: int = 1) -> Path:
+    """config.json and tensors as model.safetensors, or spread over `shards` files with an index."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(raw))
+    if shards == 1:
+        save_file(tensors, path / "model.safetensors", {"format": "pt"})
+        return path
+    weight_map = {name: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors"
+                  for i, name in enumerate(tensors)}
+    for file in set(weight_map.values()):
+        save_file({n: t for n, t in tensors.items() if weight_map[n] == file}, path / file, {"format": "pt"})
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return path
+
+
+def write_tiny_checkpoint(path: Path, seed: int = 0, dtype: torch.dtype = torch.bfloat16, shards: int = 1,
+                          **overrides: Any) -> Path:
+    """A tiny random Mixtral in Hugging Face layout (without a tokenizer). overrides: keys of config.json,
+    `...` to leave one out. Returns `path`."""
+    raw = tiny_config(torch_dtype=str(dtype).removeprefix("torch."), **overrides)
+    return write_checkpoint(path, raw, tiny_tensors(ModelConfig.from_hf(raw), seed, dtype), shards)
+
+
+def keep_weights(checkpoint: Checkpoint) -> Weights:
+    """The dense weights of a checkpoint as they are, without a store between."""
+    config = checkpoint.config
+    roles = {t.name: t.role for t in names.dense_tensors(config)}
+
+    def read(name: str) -> Packed | Tensor:
+        tensor = checkpoint.dense(name)
+        if roles[name] not in ("linear", "head"):
+            return tensor
+        return pack(tensor, MatrixSpec(DTYPES[config.dtype], *tensor.shape))
+
+    return assemble(config, compute_dtype(config, KEEP), read)
+
+
+def naive_experts(checkpoint: Checkpoint,
+                  seen: Callable[..., None] = lambda *_: None) -> Callable[..., Tensor]:
+    """The experts callable in float64, token by token and rank by rank, straight from the checkpoint."""
+    weights = {key: [w.double() for w in checkpoint.expert(key)] for key in checkpoint.config.expert_keys}
+
+    def experts(layer: int, x: Tensor, ids: Tensor, gains: Tensor, step: Step,
+                ahead: Tensor | None = None) -> Tensor:
+        seen(layer, x, ids, gains, step, ahead)
+        out = torch.zeros(x.shape, dtype=torch.float64)
+        for expert in range(checkpoint.config.num_experts):
+            token, rank = (ids == expert).nonzero(as_tuple=True)
+            w1, w2, w3 = weights[ExpertKey(layer, expert)]
+            rows = x[token].double()
+            y = (F.silu(rows @ w1.T) * (rows @ w3.T)) @ w2.T
+            out.index_add_(0, token, y * gains[token, rank, None].double())
+        return out.to(x.dtype)
+
+    return experts
+
+
+def keep_model(checkpoint: Checkpoint, seen: Callable[..., None] = lambda *_: None) -> Mixtral:
+    """A Mixtral on the checkpoint's own weights with naive experts; `seen` gets every call of theirs."""
+    kernels = select({DTYPES[checkpoint.config.dtype]}, say=lambda line: None)
+    return Mixtral(checkpoint.config, keep_weights(checkpoint), kernels, naive_experts(checkpoint, seen))
+
+
+def prefill(model: Mixtral, ids: list[int], cache: Any, all_logits: bool = False) -> Tensor:
+    """Append `ids` to one cache; logits [1, V] or [T, V]."""
+    positions = torch.arange(cache.length, cache.length + len(ids))
+    return model.forward(torch.tensor(ids), positions, [cache], Step("prefill"), all_logits)
+
+
+def decode(model: Mixtral, token: int, cache: Any) -> Tensor:
+    """Append one token; logits [1, V]."""
+    return model.forward(torch.tensor([token]), torch.tensor([cache.length]), [cache], Step("decode"))

@@ -1,0 +1,587 @@
+"""The chat without a terminal: commands, conversations, files, figures; on the fake engine."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from chat_fakes import FakeEngine, FakeTokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qmix.chat import commands, parameters, run, savefile, statline
+from qmix.chat.conversation import Conversation, Exchange, adopted, spoken_ids
+from qmix.chat.prompt import is_open, open_history, repaired
+from qmix.chat.repl import Chat
+from qmix.chat.screen import Screen, clean
+from qmix.config import SamplingParams
+from qmix.errors import QmixError, UsageError
+
+TOKENIZER = FakeTokenizer()
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+class Talk:
+    """A Chat on string streams: say() takes a line, returns what it wrote on stdout and stderr."""
+
+    def __init__(self, folder: Path, params: SamplingParams | None = None, *, system: str | None = None,
+                 resume: bool = False, model: str = "fake", context: int = 4096, detailed: bool = False):
+        self.engine = FakeEngine(context)
+        self.out, self.err = Terminal(), Terminal()
+        seeds = itertools.count(100)
+        clock = itertools.count()
+        self.chat = Chat(self.engine, model, params or SamplingParams(),
+                         Screen(self.out, self.err, {"TERM": "dumb"}), savefile.Autosave(folder, model),
+                         detailed=detailed, draw=lambda: next(seeds), clock=lambda: next(clock) / 10)
+        self.chat.begin(system, resume)
+
+    @property
+    def session(self):
+        return self.engine.sessions[0]
+
+    @property
+    def said(self) -> list[tuple[str, str]]:
+        return [(e.question, e.answer) for e in self.chat.conversation.exchanges]
+
+    def say(self, line: str) -> tuple[str, str]:
+        before = self.out.tell(), self.err.tell()
+        self.chat.turn(line)
+        return self.out.getvalue()[before[0]:], self.err.getvalue()[before[1]:]
+
+
+@pytest.fixture
+def talk(tmp_path: Path) -> Talk:
+    return Talk(tmp_path)
+
+
+# Turns
+
+def test_a_turn_writes_the_answer_on_stdout_and_the_figures_on_stderr(talk: Talk) -> None:
+    out, err = talk.say("Hello there")
+    assert out == "You said: Hello there\n"
+    assert err == "21 tok · 10 tok/s · prefill 140 tok/s · experts ram 100 %\n"
+    assert talk.said == [("Hello there", "You said: Hello there")]
+
+
+def test_what_is_in_the_cache_is_not_computed_again(talk: Talk) -> None:
+    talk.say("one")
+    talk.say("two")
+    first, second = talk.session.computed
+    assert first == len(TOKENIZER.encode_chat(talk.chat.conversation.undone().undone().messages("one")))
+    # The answer's last token and what follows it: EOS, USER, the question, ASSISTANT.
+    assert second == 1 + 1 + 1 + len("two") + 1
+    assert talk.session.ids[:first] == TOKENIZER.encode("", bos=True) + [3 + 1, *TOKENIZER.encode("one", False), 5]
+
+
+def test_the_cache_follows_undo_and_a_changed_system_prompt(talk: Talk) -> None:
+    for line in ("one", "two", "/undo", "/undo", "/system be kind", "system?"):
+        out, _ = talk.say(line)
+    assert out == "it is 'be kind'\n"
+    assert talk.say("turns?")[0] == "turn 2\n"
+    assert talk.say("/clear")[1].startswith("cleared 2 exchanges")
+    assert talk.say("turns?")[0] == "turn 1\n"
+    assert talk.say("system?")[0] == "it is 'be kind'\n"
+
+
+def test_control_characters_of_the_model_reach_nobody(talk: Talk) -> None:
+    out, _ = talk.say("escape")
+    assert out == "a␛[2Jb␇c\ufffdd\n"
+    assert talk.said[0][1] == "a\x1b[2Jb\x07c\x9bd"
+    assert "\x1b" not in talk.say("/undo")[1] + talk.say("/show")[1] + talk.say("/system \x1b[2J")[1] + \
+        talk.say("/system")[1]
+
+
+def test_characters_of_many_bytes_arrive_whole(talk: Talk) -> None:
+    assert talk.say("unicode")[0] == "né☃\n"
+
+
+def test_blank_lines_before_an_answer_are_not_shown_but_kept(talk: Talk) -> None:
+    assert talk.say("lines")[0] == "one\ntwo\n"
+    assert talk.said[0][1] == "  \n one\ntwo\n"
+    assert talk.say("turns?")[0] == "turn 2\n"
+
+
+def test_an_answer_that_ends_at_once_is_an_answer(talk: Talk) -> None:
+    out, err = talk.say("nothing")
+    assert out == "" and "ended its answer at once" in err
+    assert talk.said == [("nothing", "")]
+    assert talk.say("turns?")[0] == "turn 2\n"
+
+
+@pytest.mark.parametrize("line", ["", "   ", "\t", '""""""', '"""\n\n"""'])
+def test_empty_input_is_ignored(talk: Talk, line: str) -> None:
+    assert talk.say(line) == ("", "")
+    assert talk.said == []
+
+
+def test_max_tokens_and_stop_say_why_an_answer_ended(talk: Talk) -> None:
+    talk.say("/set max-tokens 7")
+    out, err = talk.say("count")
+    assert out == "1 2 3 4\n" and err.startswith("length: max-tokens 7 · 7 tok")
+    talk.say("/set max-tokens -1")
+    talk.say('/set stop "6 7" nine')
+    out, err = talk.say("count")
+    assert out.strip() == "1 2 3 4 5" and "length" not in err
+    # The ids of the stop string are not part of the conversation.
+    assert TOKENIZER.decode(talk.chat.conversation.exchanges[-1].ids) == talk.said[-1][1] == "1 2 3 4 5 "
+    assert talk.say("turns?")[0] == "turn 3\n"
+
+
+def test_an_answer_may_fill_the_context(tmp_path: Path) -> None:
+    talk = Talk(tmp_path, context=64)
+    out, err = talk.say("count")
+    assert "length: context full" in err
+    assert out.startswith("1 2 3 4 5 6 7 8 9 10") and len(talk.session.ids) <= 64
+    _, err = talk.say("more")
+    assert re.search(r"has \d+ tokens, the context holds 64", err) and "/undo" in err and "--ctx-size" in err
+    assert len(talk.said) == 1
+    talk.say("/undo")
+    assert talk.say("more")[0] == "You said: more\n"
+
+
+def test_an_error_while_answering_keeps_what_was_said(talk: Talk) -> None:
+    out, err = talk.say("fail")
+    assert out.startswith("before") and "checksum differs" in err and "stopped by an error" in err
+    assert talk.said[0][0] == "fail" and talk.said[0][1] and "before the failure".startswith(talk.said[0][1])
+    assert talk.say("turns?")[0] == "turn 2\n"
+
+
+def test_a_cancelled_prefill_leaves_the_conversation_alone(talk: Talk) -> None:
+    talk.say("one")
+    talk.chat.ending = lambda: 15  # as if a signal came before the turn began: sets the cancel token
+    _, err = talk.say("hang on")
+    assert "before the answer began" in err and "not in the conversation" in err
+    talk.chat.ending = lambda: None
+    assert talk.said == [("one", "You said: one")]
+    assert talk.say("turns?")[0] == "turn 2\n"
+
+
+def test_the_longer_statistics(tmp_path: Path) -> None:
+    talk = Talk(tmp_path, detailed=True)
+    _, err = talk.say("Hi")
+    for figure in ("answer    12 tokens", "0 more were in the KV cache", "context   17 of 4096 tokens", "ram 100 %",
+                   "seed      100"):
+        assert figure in err
+    assert talk.say("/stats")[1] in err
+
+
+# Commands
+
+def test_an_unknown_command_is_an_error_and_no_prompt(talk: Talk) -> None:
+    for line in ("/nope", "/HELP", "/", "/usr/bin/env", "/exit!"):
+        out, err = talk.say(line)
+        assert out == "" and err.startswith(f"error: {line.split()[0]}: no such command\n  /help lists")
+    assert talk.said == [] and not talk.chat.leaving
+
+
+def test_help_names_every_command(talk: Talk) -> None:
+    _, err = talk.say("/help")
+    names = {line.split()[0] for line in err.splitlines()}
+    assert {"/help", "/exit", "/clear", "/regen", "/undo", "/system", "/set", "/show", "/save", "/save!", "/load",
+            "/stats", '"""', "Ctrl-C"} == names
+
+
+@pytest.mark.parametrize("line, message", [
+    ("/undo", "nothing to undo"), ("/regen", "no question"), ("/stats", "no answer yet"), ("/save", "FILE is missing"),
+    ("/load", "FILE is missing"), ("/exit now", "takes no argument, got 'now'"), ("/set tmp 1", "/set tmp: no such"),
+    ("/set tmp", "/set tmp: no such"), ("/system please refuse", "refuses"), ("/load nowhere.json", "nowhere.json"),
+    ("/save /nowhere/x.json", "/nowhere/x.json: cannot save"), ("/save ~nobody-here/x", "~nobody-here/x"),
+])
+def test_wrong_commands_say_one_error_and_change_nothing(talk: Talk, line: str, message: str) -> None:
+    before = talk.chat.conversation, talk.chat.params
+    out, err = talk.say(line)
+    assert out == "" and err.startswith("error: ") and message in err and err.count("error:") == 1
+    assert (talk.chat.conversation, talk.chat.params) == before and not talk.chat.leaving
+
+
+def test_exit_leaves(talk: Talk) -> None:
+    talk.say("/exit")
+    assert talk.chat.leaving
+
+
+def test_parse() -> None:
+    assert commands.parse("  hello / there ") == (None, "hello / there")
+    assert commands.parse("/set temp 0.3 ") == ("set", "temp 0.3")
+    assert commands.parse("/set\ttemp") == ("set", "temp")
+    assert commands.parse('"""\n/not a command\n\n  indented\n"""') == (None, "/not a command\n\n  indented")
+    assert commands.parse('/system """one\ntwo"""') == ("system", "one\ntwo")
+    assert commands.parse('say """hi"""') == (None, 'say """hi"""')
+
+
+def test_many_lines_begin_and_end_with_quotes() -> None:
+    for text in ('"""', '"""one', '  """one\n', '/system """one\ntwo', '"""a""" b', '""""'):
+        assert is_open(text), text
+    for text in ("", "hello", 'what does """ mean', '""""""', '"""one"""', '"""one\n"""  ', '/system """x"""',
+                 '/set """'):
+        assert not is_open(text), text
+
+
+# Parameters
+
+@pytest.mark.parametrize("typed, field, value", [
+    ("temp 0.3", "temperature", 0.3), ("temp 0", "temperature", 0.0), ("top-p .5", "top_p", 0.5), ("top-k 40", "top_k", 40),
+    ("min-p 0.05", "min_p", 0.05), ("repeat-penalty 1.1", "repeat_penalty", 1.1), ("seed 7", "seed", 7),
+    ("max-tokens 5", "max_tokens", 5), (r'stop "a b" "\n\n" c', "stop", ("a b", "\n\n", "c")), ("stop none", "stop", ()),
+])
+def test_set(talk: Talk, typed: str, field: str, value: object) -> None:
+    _, err = talk.say(f"/set {typed}")
+    assert getattr(talk.chat.params, field) == value and err.startswith(typed.split()[0])
+
+
+@pytest.mark.parametrize("typed, message", [
+    ("temp hot", "temp: got 'hot', want a number"), ("temp nan", "temp: got nan"), ("temp -1", "temp: got -1.0, want 0 to 100"),
+    ("top-p 0", "top-p: got 0.0, want > 0"), ("top-k 1.5", "top-k: got '1.5', want an integer"), ("seed x", "seed: got 'x'"),
+    ("max-tokens 0", "max-tokens: got 0"), ('stop "', "stop: got"), ('stop ""', "stop: got"), ("min-p 2", "min-p: got 2.0"),
+])
+def test_a_bad_value_names_key_and_value_and_the_old_one_stays(talk: Talk, typed: str, message: str) -> None:
+    before = talk.chat.params
+    _, err = talk.say(f"/set {typed}")
+    assert err.startswith(f"error: {message}") and err.rstrip().endswith("is kept") and err.count("\n") == 1
+    assert talk.chat.params == before
+
+
+def test_set_alone_lists_all(talk: Talk) -> None:
+    _, err = talk.say("/set")
+    assert [line.split()[0] for line in err.splitlines()] == list(parameters.FIELDS)
+    assert "seed random (now 100)" in err and "temp 0.7" in err and "stop none" in err
+    assert talk.say("/set temp")[1] == "temp 0.7\n"
+
+
+def test_show(talk: Talk) -> None:
+    talk.say("Hello")
+    _, err = talk.say("/show")
+    used = 1 + 1 + 5 + 1 + len("You said: Hello")
+    for text in ("fake", "fake format", "(none)", "temp 0.7", "100 (random)", f"{used} of 4096", "1 exchange"):
+        assert text in err
+
+
+def test_the_same_seed_gives_the_same_answer_and_regen_draws_another(tmp_path: Path) -> None:
+    one, two = Talk(tmp_path / "1"), Talk(tmp_path / "2", SamplingParams(seed=100))
+    first = one.say("roll")[0]
+    assert two.say("roll")[0] == first
+    out, err = one.say("/regen")
+    assert "new seed 101 (was 100)" in err and out != first and len(one.said) == 1
+    out, err = two.say("/regen")
+    assert "seed 100 was given" in err and out == first
+    two.say("/set seed random")
+    assert two.chat.seed == 100 and two.chat.params.seed is None  # the first that its own draw gives
+    _, err = two.say("/regen")
+    assert "new seed 101" in err
+    two.say("/set temp 0")
+    assert "temp 0: the answer will be the same" in two.say("/regen")[1]
+
+
+def test_a_failed_regen_keeps_the_earlier_answer(talk: Talk) -> None:
+    talk.say("hang" if False else "one")
+    talk.chat.ending = lambda: 15
+    _, err = talk.say("/regen")
+    assert "the earlier answer stays" in err and talk.said == [("one", "You said: one")]
+
+
+# Conversations and files
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+seen = st.builds(lambda q, a, known: Exchange(q, a, tuple(TOKENIZER.encode(a, bos=False)) if known else None),
+                 texts, texts, st.booleans())
+conversations = st.builds(Conversation, texts, st.none() | texts, st.lists(seen, max_size=4).map(tuple))
+params = st.builds(
+    SamplingParams, st.floats(0, 100), st.floats(0.01, 1), st.integers(0, 100), st.floats(0, 1), st.floats(0.01, 100),
+    st.none() | st.integers(0, 2**63 - 1), st.just(-1) | st.integers(1, 9),
+    st.lists(texts.filter(bool), max_size=2).map(tuple))
+
+
+@settings(max_examples=60, deadline=None)
+@given(conversations, params)
+def test_what_is_saved_is_loaded(conversation: Conversation, sampling: SamplingParams) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "saved.json"
+        savefile.save(path, conversation, sampling)
+        assert savefile.load(path) == (conversation, sampling)
+        assert path.stat().st_mode & 0o777 == 0o600 and [path] == list(Path(folder).iterdir())
+    own, lost = adopted(conversation, conversation.model, TOKENIZER)
+    assert own == conversation and lost == sum(e.ids is None for e in conversation.exchanges)
+    other, lost = adopted(conversation, conversation.model + "x", TOKENIZER)
+    assert lost == len(conversation) and all(e.ids is None for e in other.exchanges)
+    assert other.tokens(TOKENIZER) == conversation.tokens(TOKENIZER)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.sampled_from(["a", "turns?", "/undo", "/regen", "save and load", "continue"]), max_size=8))
+def test_any_mix_of_undo_regen_save_and_load_agrees_with_a_plain_list(steps: list[str]) -> None:
+    said: list[tuple[str, str]] = []
+
+    def answer(question: str, before: int) -> tuple[str, str]:
+        return question, {"turns?": f"turn {before + 1}"}.get(question, f"You said: {question}")
+
+    with tempfile.TemporaryDirectory() as folder:
+        talk = Talk(Path(folder))
+        for number, step in enumerate(steps):
+            if step == "/undo":
+                talk.say(step)
+                said = said[:-1]
+            elif step == "/regen":
+                talk.say(step)
+            elif step == "save and load":
+                talk.say(f"/save {folder}/{number}.json")
+                talk.say("a")
+                talk.say(f"/load {folder}/{number}.json")
+            elif step == "continue":
+                talk = Talk(Path(folder), resume=bool(said))
+            else:
+                talk.say(step)
+                said.append(answer(step, len(said)))
+            assert talk.said == said
+
+
+def test_spoken_ids() -> None:
+    ids = TOKENIZER.encode("Hi!\nUser: é", bos=False)
+    assert spoken_ids(ids, "Hi!", TOKENIZER) == tuple(ids[:3])
+    assert spoken_ids([*ids, 2], "Hi!\nUser: é", TOKENIZER) == tuple(ids)
+    assert spoken_ids(ids[:-1], "Hi!\nUser: \ufffd", TOKENIZER) == tuple(ids[:-1])
+    assert spoken_ids(ids[:-1], "Hi!\nUser: ", TOKENIZER) == tuple(ids[:-2])
+    assert spoken_ids(ids, "Hi?", TOKENIZER) is None
+    assert spoken_ids([2], "", TOKENIZER) == ()
+
+
+def test_save_refuses_to_overwrite(talk: Talk, tmp_path: Path) -> None:
+    talk.say("one")
+    path = tmp_path / "my talk.json"
+    assert talk.say(f"/save {path}")[1] == f"saved 1 exchange in {path}\n"
+    before = path.read_bytes()
+    talk.say("two")
+    _, err = talk.say(f"/save {path}")
+    assert err == f"error: {path}: exists\n  /save! {path} replaces it\n" and path.read_bytes() == before
+    talk.say(f'/save! "{path}"')
+    assert len(json.loads(path.read_text())["messages"]) == 4
+
+
+def test_load_replaces_conversation_system_prompt_and_parameters(tmp_path: Path) -> None:
+    talk = Talk(tmp_path, SamplingParams(temperature=0.25, seed=5), system="be kind")
+    talk.say("one")
+    talk.say(f"/save {tmp_path}/a.json")
+    other = Talk(tmp_path / "other")
+    other.say("something else")
+    _, err = other.say(f"/load {tmp_path}/a.json")
+    assert err.startswith(f"loaded 1 exchange from {tmp_path}/a.json\n") and "temp 0.25" in err
+    assert other.said == talk.said and other.chat.params == talk.chat.params and other.chat.seed == 5
+    assert other.chat.conversation == talk.chat.conversation
+    assert other.say("system?")[0] == "it is 'be kind'\n"
+
+
+def test_load_of_another_models_conversation_says_so(tmp_path: Path) -> None:
+    talk = Talk(tmp_path, model="one/model")
+    talk.say("hello")
+    talk.say(f"/save {tmp_path}/a.json")
+    other = Talk(tmp_path, model="another")
+    _, err = other.say(f"/load {tmp_path}/a.json")
+    assert "held with one/model: all of it is tokenized again" in err
+    assert other.chat.conversation.exchanges[0].ids is None and other.say("turns?")[0] == "turn 2\n"
+    saved = json.loads((tmp_path / "a.json").read_text())
+    saved["messages"][1]["ids"][0] += 1
+    saved["model"] = "another"
+    (tmp_path / "a.json").write_text(json.dumps(saved))
+    _, err = other.say(f"/load {tmp_path}/a.json")
+    assert "1 of its answers are tokenized again" in err
+
+
+GOOD = {"format": "qmix-conversation", "version": 1, "model": "fake", "system": None, "parameters": {},
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "ids": None}]}
+
+
+def broken() -> Iterator[tuple[str, bytes]]:
+    yield "no JSON", b"\x00\xff\xfe"
+    yield "no JSON", b'{"format": "qmix-conv'
+    yield "no JSON", b"[" * 100_000
+    yield "no qmix conversation", b"[]"
+    yield "no qmix conversation", b'{"messages": []}'
+    for message, change in [
+        ("version: got 2", {"version": 2}), ("model: want a text", {"model": 3}), ("system: want a text", {"system": []}),
+        ("messages: want a list", {"messages": None}), ("messages: want a list", {"messages": ["a"]}),
+        ("messages: want user and assistant", {"messages": GOOD["messages"][:1]}),
+        ("messages: want user and assistant", {"messages": GOOD["messages"][::-1]}),
+        ("messages[0].content: half a surrogate",
+         {"messages": [{"role": "user", "content": "\ud800"}, GOOD["messages"][1]]}),
+        ("messages[1].content: want a text", {"messages": [GOOD["messages"][0], {"role": "assistant"}]}),
+        ("messages[1].ids: want token ids", {"messages": [GOOD["messages"][0], {**GOOD["messages"][1], "ids": [1, "2"]}]}),
+        ("messages[1].ids: want token ids", {"messages": [GOOD["messages"][0], {**GOOD["messages"][1], "ids": [-1]}]}),
+        ("parameters: want an object", {"parameters": []}), ("parameters.hot: no such", {"parameters": {"hot": 1}}),
+        ("parameters.temperature: got 'x'", {"parameters": {"temperature": "x"}}),
+        ("parameters.temperature: got 1000", {"parameters": {"temperature": 1000}}),
+        ("parameters.top_k: got True", {"parameters": {"top_k": True}}),
+        ("parameters.stop: want a text", {"parameters": {"stop": [1]}}),
+    ]:
+        yield message, json.dumps({**GOOD, **change}).encode()
+
+
+@pytest.mark.parametrize("message, content", broken())
+def test_a_corrupt_file_gives_one_line_and_loses_nothing(talk: Talk, tmp_path: Path, message: str, content: bytes) -> None:
+    talk.say("one")
+    before = talk.chat.conversation, talk.chat.params, list(talk.session.ids)
+    path = tmp_path / "bad.json"
+    path.write_bytes(content)
+    _, err = talk.say(f"/load {path}")
+    assert err.startswith(f"error: {path}: {message}") and err.endswith("\n  the conversation here is unchanged\n")
+    assert err.count("\n") == 2
+    assert (talk.chat.conversation, talk.chat.params, talk.session.ids) == before
+    path.write_text(json.dumps(GOOD))
+    assert "loaded 1 exchange" in talk.say(f"/load {path}")[1]
+
+
+def test_load_reads_regular_files_only(talk: Talk, tmp_path: Path) -> None:
+    assert "not a regular file" in talk.say("/load /dev/zero")[1]
+    assert "not a regular file" in talk.say(f"/load {tmp_path}")[1]
+
+
+def test_a_file_that_cannot_be_written_is_left_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    path.mkdir()
+    with pytest.raises(QmixError, match="cannot save"):
+        savefile.save(path, Conversation("m"), SamplingParams())
+    assert [path] == list(tmp_path.iterdir())
+
+
+def test_continue_takes_up_the_last_conversation(tmp_path: Path) -> None:
+    first = Talk(tmp_path, system="be kind")
+    first.say("one")
+    first.say("two")
+    first.say("/undo")
+    second = Talk(tmp_path, SamplingParams(temperature=0.1), resume=True)
+    assert second.chat.conversation == first.chat.conversation
+    err = second.err.getvalue()
+    assert "continuing 1 exchange, the last question was “one”" in err and "not the saved ones: temp 0.7" in err
+    assert second.say("turns?")[0] == "turn 2\n" and second.say("system?")[0] == "it is 'be kind'\n"
+    third = Talk(tmp_path, system="be short", resume=True)
+    assert "--system replaces" in third.err.getvalue() and third.say("system?")[0] == "it is 'be short'\n"
+
+
+def test_continue_knows_models_apart_and_says_when_there_is_nothing(tmp_path: Path) -> None:
+    for model in ("a/b", "a_b", "a b"):
+        talk = Talk(tmp_path, model=model, resume=True)
+        assert "no saved conversation" in talk.err.getvalue()
+        talk.say(f"I am {model}")
+    assert Talk(tmp_path, model="a_b", resume=True).said[0][0] == "I am a_b"
+
+
+def test_a_new_conversation_keeps_the_one_before_it(tmp_path: Path) -> None:
+    one = Talk(tmp_path)
+    one.say("one")
+    two = Talk(tmp_path)
+    assert savefile.load(two.chat.autosave.path)[0] == one.chat.conversation
+    two.say("two")
+    assert savefile.load(two.chat.autosave.previous)[0] == one.chat.conversation
+    kept = two.chat.conversation
+    assert str(two.chat.autosave.previous) in two.say("/clear")[1]
+    two.say("three")
+    assert savefile.load(two.chat.autosave.previous)[0] == kept
+    assert [e.question for e in savefile.load(two.chat.autosave.path)[0].exchanges] == ["three"]
+
+
+def test_continue_of_a_damaged_file_is_an_error_that_names_it(tmp_path: Path) -> None:
+    talk = Talk(tmp_path)
+    talk.say("one")
+    talk.chat.autosave.path.write_text("{")
+    with pytest.raises(UsageError, match="no JSON") as caught:
+        Talk(tmp_path, resume=True)
+    assert str(talk.chat.autosave.path) in caught.value.message and "--continue" in caught.value.cure
+
+
+def test_a_state_folder_that_cannot_be_written_is_told_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    talk = Talk(tmp_path / "file")
+    assert "not saved for --continue" in talk.say("one")[1]
+    assert talk.say("two")[0] == "You said: two\n" and "not saved" not in talk.err.getvalue().split("two")[-1]
+
+
+def test_a_history_that_cannot_be_opened_is_told(tmp_path: Path) -> None:
+    problems: list[str] = []
+    open_history(tmp_path / "new" / "history", problems.append).append_string("one")
+    assert problems == [] and (tmp_path / "new" / "history").stat().st_mode & 0o777 == 0o600
+    open_history(tmp_path, problems.append).append_string("one")
+    assert str(tmp_path) in problems[0]
+    history = open_history(tmp_path / "new" / "history", problems.append)
+    assert list(history.load_history_strings()) == ["one"]
+    (tmp_path / "new" / "history").unlink()
+    (tmp_path / "new" / "history").mkdir()
+    history.append_string("two")
+    history.append_string("three")
+    assert len(problems) == 2 and "not added" in problems[1]
+
+
+# The start, and the streams
+
+def test_the_start_names_model_format_context_and_seed(tmp_path: Path) -> None:
+    err = Talk(tmp_path, model="my\x1bmodel").err.getvalue()
+    assert err.splitlines() == ["my␛model · context 4096 tokens · seed 100 (random)", "chat format: fake format",
+                                "/help lists the commands, Ctrl-D leaves"]
+    assert "seed 3\n" in Talk(tmp_path, SamplingParams(seed=3)).err.getvalue()
+
+
+def test_a_system_prompt_that_the_format_refuses_is_refused_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="refuses"):
+        Talk(tmp_path, system="please refuse")
+
+
+@pytest.mark.parametrize("which", ["stdin", "stdout"])
+def test_without_a_terminal_it_points_to_generate(tmp_path: Path, which: str) -> None:
+    streams = {"stdin": Terminal(), "stdout": Terminal(), "stderr": Terminal(), which: io.StringIO()}
+    with pytest.raises(UsageError, match=which) as caught:
+        run(FakeEngine(), model_name="m", params=SamplingParams(), state_dir=tmp_path, **streams)
+    assert "qmix generate" in caught.value.cure and caught.value.exit_code == 2
+
+
+def test_clean_keeps_text_and_shows_controls() -> None:
+    assert clean("a\tb\n é☃ 😀") == "a\tb\n é☃ 😀"
+    assert clean("\r\x00\x7f\x9b") == "␍␀␡\ufffd"
+    assert all(ord(c) >= 0x20 for c in clean("".join(map(chr, range(0xA0)))) if c not in "\n\t")
+    assert repaired("a\udcffb") == "a\ufffdb"
+
+
+@pytest.mark.parametrize("environ, color", [
+    ({"TERM": "xterm"}, True), ({"TERM": "xterm", "NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False), ({}, False),
+    ({"TERM": "xterm", "NO_COLOR": ""}, True),
+])
+def test_color_is_for_terminals_that_want_it(environ: dict[str, str], color: bool) -> None:
+    err = Terminal()
+    screen = Screen(Terminal(), err, environ)
+    screen.dim("x")
+    screen.transient("wait")
+    screen.say("y")
+    assert ("\x1b" in err.getvalue()) == color and ("wait" in err.getvalue()) == color
+    plain = io.StringIO()
+    Screen(Terminal(), plain, environ).dim("x")
+    assert plain.getvalue() == "x\n"
+
+
+def test_a_vanished_terminal_raises_nothing() -> None:
+    out = Terminal()
+    out.close()
+    screen = Screen(out, Terminal(), {})
+    screen.answer("x")
+    assert screen.gone
+
+
+def test_a_stream_that_cannot_encode_the_answer_shows_a_question_mark() -> None:
+    raw = io.BytesIO()
+    Screen(io.TextIOWrapper(raw, encoding="latin-1"), Terminal(), {}).answer("né☃")
+    assert raw.getvalue() == b"n\xe9?"
+
+
+def test_figures() -> None:
+    figures = statline.Figures(312, 100, 20, 1.04, 42.0, 432, 4096, 1)
+    assert statline.line(figures, {"ram": 71.2, "disk": 28.8}) == \
+        "312 tok · 7.4 tok/s · prefill 96 tok/s · experts ram 71 % disk 29 %"
+    one = replace(figures, tokens=1, ending="length: context full")
+    assert statline.line(one, {}) == "length: context full · 1 tok · prefill 96 tok/s"
