@@ -73,7 +73,7 @@ def quantize(
     quant = _quant_config(format, dense, method, group_size, block, double_quant)
     with Checkpoint.open(paths.resolve(source, render.say)) as checkpoint:
         for name in checkpoint.skipped:
-            render.say(f"skipped: {name} (not needed: computed from the config)")
+            render.say(f"skipped: {name} (the model does not need it)")
         with render.byte_bar("quantize") as progress:
             report = quantize_checkpoint(checkpoint, out, quant, threads=threads, force=force,
                                          dry_run=dry_run, progress=progress)

@@ -45,7 +45,8 @@ def _number(raw: Mapping[str, Any], key: str, kind: type, default: Any = ...) ->
     if value is default and default is None:
         return None
     if isinstance(value, bool) or not isinstance(value, accepted) or not -1e300 < value < 1e300:
-        raise ConfigError(f"{key}: got {value!r:.40}, want {'a finite number' if kind is float else 'an integer'}")
+        want = "a finite number" if kind is float else "an integer"
+        raise ConfigError(f"{key}: got {value!r:.40}, want {want}")
     return kind(value)
 
 
@@ -80,7 +81,8 @@ class ModelConfig:
                   "intermediate_size": self.intermediate_size, "num_hidden_layers": self.num_layers,
                   "num_attention_heads": self.num_heads, "num_key_value_heads": self.num_kv_heads,
                   "head_dim": self.head_dim, "num_local_experts": self.num_experts,
-                  "num_experts_per_tok": self.experts_per_token, "max_position_embeddings": self.max_positions}
+                  "num_experts_per_tok": self.experts_per_token,
+                  "max_position_embeddings": self.max_positions}
         for name, count in counts.items():
             _want(count >= 1, name, count, ">= 1")
         _want(self.experts_per_token <= self.num_experts, "num_experts_per_tok", self.experts_per_token,

@@ -11,12 +11,16 @@ import io
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 from qmix.errors import QmixError
 from qmix.sizes import format_bytes
+
+
+QUIET_SECONDS = 2.0
 
 
 class Progress(Protocol):
@@ -42,7 +46,7 @@ def fail(error: QmixError) -> None:
 
 @contextmanager
 def byte_bar(title: str) -> Iterator[Progress]:
-    """A bar with bytes, rate and time left; on a stderr that is no terminal, a line every ten percent."""
+    """A bar with bytes, rate and time left; on a stderr that is no terminal, a line now and then."""
     if not sys.stderr.isatty():
         yield _plain_progress(title)
         return
@@ -63,14 +67,16 @@ def byte_bar(title: str) -> Iterator[Progress]:
 
 
 def _plain_progress(title: str) -> Progress:
-    shown = -1
+    """A line every ten percent, but none in the first seconds and none sooner than that after another:
+    what is quick needs no progress."""
+    shown, last = 0, time.monotonic()
 
     def update(done: int, total: int, label: str) -> None:
-        nonlocal shown
-        tenth = 10 * done // total if total else 10
-        if tenth > shown:
-            shown = tenth
-            say(f"{title}: {format_bytes(done)} of {format_bytes(total)} ({10 * tenth} %)")
+        nonlocal shown, last
+        tenth, now = 10 * done // total if total else 10, time.monotonic()
+        if tenth > shown and now - last >= QUIET_SECONDS:
+            shown, last = tenth, now
+            say(f"{title}: {format_bytes(done)} of {format_bytes(total)} ({100 * done // max(1, total)} %)")
 
     return update
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from qmix.config import SamplingParams
 from qmix.errors import QmixError, UsageError
 
-# Candidates below this share of the best one's probability are sorted only where top-p needs them.
-COARSE = 1e-3
+# Candidates below these shares of the best one's probability are sorted only where top-p needs them.
+COARSE = (1e-2, 1e-4, 0.0)
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -45,12 +45,12 @@ def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
     top-k keeps ties with the k-th; top-p keeps the smallest set of the most probable whose mass reaches
     p, the lower id first among equals; min-p keeps what has at least that share of the best's probability.
     """
-    scaled = logits.double()
-    scaled = (scaled - scaled.max()) / params.temperature  # <= 0, the best is 0 however small the temperature
     ids = torch.arange(logits.numel())
-    if 0 < params.top_k < logits.numel():
-        ids = torch.nonzero(scaled >= scaled.topk(params.top_k).values[-1]).squeeze(1)
-    probs = torch.softmax(scaled[ids], dim=0)
+    if 0 < params.top_k < logits.numel():  # before the scaling, which keeps the order but may round
+        ids = torch.nonzero(logits >= logits.topk(params.top_k).values[-1]).squeeze(1)
+    scaled = logits[ids].double()
+    scaled = (scaled - scaled.max()) / params.temperature  # <= 0, the best is 0 however small the temperature
+    probs = torch.softmax(scaled, dim=0)
     if params.top_p < 1:
         kept = _nucleus(probs, params.top_p)
         ids, probs = ids[kept], probs[kept]
@@ -61,11 +61,13 @@ def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
 
 
 def _nucleus(probs: Tensor, top_p: float) -> Tensor:
-    """Indices [C] of the smallest set whose mass reaches top_p. Sorts only the coarse upper part where
-    that is enough; equals are all in it or all out of it, so the result is that of a full stable sort."""
-    upper = torch.nonzero(probs >= COARSE * probs.max()).squeeze(1)
-    if probs[upper].sum() < top_p:
-        upper = torch.arange(probs.numel())
+    """Indices [C] of the smallest set whose mass reaches top_p. Sorts only as much of the upper part as
+    that needs; equals are all in it or all out of it, so the result is that of a full stable sort."""
+    best = probs.max()
+    for share in COARSE:
+        upper = torch.nonzero(probs >= share * best).squeeze(1)
+        if probs[upper].sum() >= top_p:
+            break
     ordered, order = probs[upper].sort(descending=True, stable=True)
     before = ordered.cumsum(0) - ordered
     return upper[order[before < top_p]]

@@ -22,6 +22,7 @@ from qmix.errors import ModelFileError
 
 ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2,
               "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
+DAMAGED = "the file is damaged or still downloading: fetch or write it again"
 MAX_HEADER = 100 * 2**20  # the safetensors library's own limit
 
 
@@ -47,31 +48,32 @@ class TensorFile:
 
 def read_header(path: Path, error: type[ModelFileError] = ModelFileError) -> TensorFile:
     """Read and check the header of a safetensors file; raises `error` naming the file and the tensor."""
-    cure = "the file is damaged or still downloading: fetch or write it again"
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
             if not 2 <= length <= min(MAX_HEADER, size - 8):
-                raise error(f"{path}: not a safetensors file (header of {length} bytes in a file of {size})", cure)
+                raise error(f"{path}: not a safetensors file (header of {length} bytes, file of {size})",
+                            DAMAGED)
             raw = json.loads(file.read(length))
     except OSError as e:
         raise error(f"{path}: {e.strerror or e}", "check the path and its permissions") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
-        raise error(f"{path}: the safetensors header is not JSON", cure) from None
+    except (ValueError, RecursionError):  # ValueError also from an absurdly long number
+        raise error(f"{path}: the safetensors header is not JSON", DAMAGED) from None
     if not isinstance(raw, dict):
-        raise error(f"{path}: the safetensors header is not an object", cure)
+        raise error(f"{path}: the safetensors header is not an object", DAMAGED)
     metadata = raw.pop("__metadata__", {}) or {}
     start = 8 + length
     entries = {name: _entry(path, name, value, start, error) for name, value in raw.items()}
     end = start
     for entry in sorted(entries.values(), key=lambda e: (e.offset, e.nbytes)):
         if entry.offset != end:
-            raise error(f"{path}: {entry.name}: starts at byte {entry.offset}, want {end} (hole or overlap)", cure)
+            raise error(f"{path}: {entry.name}: starts at byte {entry.offset}, want {end} (hole or overlap)",
+                        DAMAGED)
         end += entry.nbytes
     if end != size:
-        raise error(f"{path}: holds {size} bytes, its header describes {end} (truncated?)", cure)
+        raise error(f"{path}: holds {size} bytes, its header describes {end} (truncated?)", DAMAGED)
     return TensorFile(path, entries, metadata, start, size)
 
 
@@ -81,14 +83,15 @@ def _entry(path: Path, name: str, raw: object, start: int, error: type[ModelFile
         nbytes = prod(shape) * ITEM_BYTES[dtype]
         sane = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
     except (KeyError, TypeError, ValueError):
-        raise error(f"{path}: {name}: malformed header entry {raw!r:.200}") from None
+        raise error(f"{path}: {name}: malformed header entry {raw!r:.200}", DAMAGED) from None
     if not sane or end - begin != nbytes:
         raise error(f"{path}: {name}: {dtype} {list(shape)} takes {nbytes} bytes, the header gives it "
-                    f"[{begin}, {end})")
+                    f"[{begin}, {end})", DAMAGED)
     return Entry(name, dtype, shape, start + begin, nbytes)
 
 
-def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], align: int) -> tuple[bytes, list[Entry]]:
+def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]],
+                 align: int) -> tuple[bytes, list[Entry]]:
     """Header bytes for (name, dtype, shape) tensors laid out in the given order without holes, padded
     with spaces so that the first tensor starts on a multiple of `align`; and where each one lands."""
     table, offset = {}, 0

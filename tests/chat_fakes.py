@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -48,7 +49,9 @@ class FakeTokenizer:
         return [*ids, ASSISTANT]
 
     def decoder(self, continuing: bool = False) -> StreamDecoder:
-        return StreamDecoder(lambda i: SILENT if i < 10 else Piece(bytes([i - 10]), whole=False), continuing=True)
+        return StreamDecoder(
+            lambda i: SILENT if i < 10 else Piece(bytes([i - 10]), whole=False), continuing=True
+        )
 
     def decode(self, ids: Sequence[int], continuing: bool = False) -> str:
         decoder = self.decoder()
@@ -58,22 +61,26 @@ class FakeTokenizer:
 def reply(ids: Sequence[int]) -> Iterator[int]:
     """The answer's ids, EOS included, to a prompt's ids."""
     asked = max(i for i, token in enumerate(ids) if token == USER)
-    question = bytes(token - 10 for token in ids[asked + 1:-1]).decode()
-    system = bytes(token - 10 for token in ids[2:ids.index(USER)]).decode() if ids[1] == SYSTEM else ""
+    question = bytes(token - 10 for token in ids[asked + 1 : -1]).decode()
+    system = bytes(token - 10 for token in ids[2 : ids.index(USER)]).decode() if ids[1] == SYSTEM else ""
     if question == "count":
         text: Iterator[str] = (f"{n} " for n in itertools.count(1))
     elif question == "roll":
         return iter([ANY_DIGIT] * 12 + [EOS])
     else:
-        text = iter([{
-            "escape": "a\x1b[2Jb\x07c\x9bd",
-            "unicode": "né☃",
-            "nothing": "",
-            "lines": "  \n one\ntwo\n",
-            "system?": f"it is {system!r}",
-            "turns?": f"turn {sum(token == USER for token in ids)}",
-            "fail": "before the failure",
-        }.get(question, f"You said: {question}")])
+        text = iter(
+            [
+                {
+                    "escape": "a\x1b[2Jb\x07c\x9bd",
+                    "unicode": "né☃",
+                    "nothing": "",
+                    "lines": "  \n one\ntwo\n",
+                    "system?": f"it is {system!r}",
+                    "turns?": f"turn {sum(token == USER for token in ids)}",
+                    "fail": "before the failure",
+                }.get(question, f"You said: {question}")
+            ]
+        )
     return itertools.chain((10 + byte for piece in text for byte in piece.encode()), [EOS])
 
 
@@ -123,14 +130,14 @@ class FakeSession:
     def _asked(word: str, ids: Sequence[int]) -> bool:
         """Whether the last question begins with `word`."""
         first = max(i for i, token in enumerate(ids) if token == USER) + 1
-        return list(ids[first:first + len(word)]) == [10 + byte for byte in word.encode()]
+        return list(ids[first : first + len(word)]) == [10 + byte for byte in word.encode()]
 
     def _logits(self) -> torch.Tensor:
         start = self._start(self.ids)
         chosen = next(itertools.islice(reply(self.ids[:start]), len(self.ids) - start, None), EOS)
         logits = torch.full((VOCAB,), -1e4)
         if chosen == ANY_DIGIT:
-            logits[10 + ord("0"):11 + ord("9")] = 0.0
+            logits[10 + ord("0") : 11 + ord("9")] = 0.0
         else:
             logits[chosen] = 0.0
         return logits
@@ -154,6 +161,8 @@ def main(state_dir: str, options: str = "{}") -> None:
     from qmix.chat import run
 
     given = {"model_name": "fake", "context": 4096, **json.loads(options)}
+    if given.pop("ignore_hangup", False):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     engine = FakeEngine(given.pop("context"))
     params = SamplingParams(**given.pop("params", {}))
     sys.exit(run(engine, params=params, state_dir=Path(state_dir), **given))

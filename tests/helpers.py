@@ -18,8 +18,11 @@ from qmix.config import DTYPES, ExpertKey, ModelConfig, QuantConfig, Step
 from qmix.formats import Packed, pack
 from qmix.kernels.table import select
 from qmix.model.mixtral import Mixtral
-from qmix.model.weights import Weights, assemble, compute_dtype
+from qmix.model.weights import Weights, assemble, compute_dtype, load_dense
+from qmix.offload.experts import ResidentExperts
+from qmix.quantize import quantize_checkpoint
 from qmix.sizes import MatrixSpec
+from qmix.store import Store
 
 TINY: dict[str, Any] = {
     "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_act": "silu",
@@ -117,6 +120,16 @@ def keep_model(checkpoint: Checkpoint, seen: Callable[..., None] = lambda *_: No
     """A Mixtral on the checkpoint's own weights with naive experts; `seen` gets every call of theirs."""
     kernels = select({DTYPES[checkpoint.config.dtype]}, say=lambda line: None)
     return Mixtral(checkpoint.config, keep_weights(checkpoint), kernels, naive_experts(checkpoint, seen))
+
+
+def stored_model(source: Path, out: Path, quant: QuantConfig = KEEP) -> Mixtral:
+    """Quantize the checkpoint `source` into the store `out` and bring it up as the engine does."""
+    with Checkpoint.open(source) as checkpoint:
+        quantize_checkpoint(checkpoint, out, quant, threads=1)
+    with Store.open(out) as store:
+        formats = {DTYPES[store.config.dtype] if f == "keep" else f for f in (quant.experts, quant.dense)}
+        kernels = select(formats | {DTYPES[store.config.dtype]}, say=lambda line: None)
+        return Mixtral(store.config, load_dense(store, kernels), kernels, ResidentExperts(store, kernels))
 
 
 def prefill(model: Mixtral, ids: list[int], cache: Any, all_logits: bool = False) -> Tensor:

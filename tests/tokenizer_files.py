@@ -21,8 +21,9 @@ DEMO_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' "
-    "+ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 LLAMA = (
     "{{ bos_token }}{% for message in messages %}"
@@ -45,7 +46,8 @@ def spm_model(vocab_size: int = 420, control: tuple[str, ...] = ROLES, defined: 
         sentence_iterator=iter(TEXT * 20), model_writer=model, model_type=model_type, vocab_size=vocab_size,
         byte_fallback=byte_fallback, character_coverage=1.0, control_symbols=list(control),
         user_defined_symbols=list(defined), normalization_rule_name="identity", num_threads=1,
-        remove_extra_whitespaces=collapse, add_dummy_prefix=dummy_prefix, hard_vocab_limit=False, minloglevel=2)
+        remove_extra_whitespaces=collapse, add_dummy_prefix=dummy_prefix, hard_vocab_limit=False,
+        minloglevel=2)
     return model.getvalue()
 
 
@@ -99,8 +101,8 @@ def spelled_json() -> str:
     specials = ["<unk>", "<s>", "</s>"]
     tokens = [*specials, *(f"<0x{b:02X}>" for b in range(256)), *state["vocab"]]
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in state["merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, unk_token="<unk>",
-                                     fuse_unk=True, byte_fallback=True))
+    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges,
+                                     unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = spell
     tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(),
                                            decoders.Fuse(), decoders.Strip(" ", 1, 0)])

@@ -13,11 +13,14 @@ import argparse
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
+import experts
 import torch
 from checkpoint import write_checkpoint
-from packing import Batch, batches
+from packing import COPY_WEIGHT, Batch, Batches
 from tokenizer import ChatEncoder, train_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -26,31 +29,61 @@ SAVE_EVERY = 600.0  # seconds
 LOG_EVERY = 50  # steps
 
 
-def new_model(vocab_size: int, experts: str) -> MixtralForCausalLM:
+def new_model(vocab_size: int) -> MixtralForCausalLM:
     """A Mixtral with random weights: 6 layers, 8 experts, top-2, about 5.5 million weights."""
     config = MixtralConfig(
         vocab_size=vocab_size, hidden_size=128, intermediate_size=256, num_hidden_layers=6,
         num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_local_experts=8,
         num_experts_per_tok=2, max_position_embeddings=2048, rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, sliding_window=None,
-        tie_word_embeddings=False, router_aux_loss_coef=0.02, output_router_logits=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6}, sliding_window=None,
+        tie_word_embeddings=True, router_aux_loss_coef=0.02, output_router_logits=True,
         initializer_range=0.05, bos_token_id=1, eos_token_id=2, pad_token_id=None, use_cache=False,
     )
-    config._experts_implementation = experts
+    config._experts_implementation = experts.NAME
     config._attn_implementation = "eager"  # in rows this short faster than the flash kernel
-    return MixtralForCausalLM(config)
+    model = MixtralForCausalLM(config)
+    prepare_to_copy(model)
+    return model
 
 
-def losses(model: MixtralForCausalLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weighted mean cross-entropy in nats per token, and the balance loss of the routers.
+@torch.no_grad()
+def prepare_to_copy(model: MixtralForCausalLM) -> None:
+    """Start with attention heads that pass on what they look at, and with quiet experts.
 
-    The balance loss is 2.0 (the number of chosen experts) when all experts are used alike.
+    The output projection of each head becomes the transpose of its value projection. As the
+    embeddings are tied, a head that looks at a word then makes this word more likely, and all that
+    is left to learn is where to look.
     """
+    config = model.config
+    model.model.embed_tokens.weight.normal_(std=config.hidden_size**-0.5)
+    sharing = config.num_attention_heads // config.num_key_value_heads
+    for layer in model.model.layers:
+        value = layer.self_attn.v_proj.weight  # (kv heads * head_dim, hidden)
+        value.normal_(std=config.hidden_size**-0.5)
+        heads = value.view(config.num_key_value_heads, config.head_dim, config.hidden_size)
+        out = heads.repeat_interleave(sharing, dim=0).flatten(0, 1).t()
+        layer.self_attn.o_proj.weight.copy_(0.3 * out)
+        layer.mlp.experts.down_proj.mul_((2 * config.num_hidden_layers) ** -0.5)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Scalars: the weighted mean cross-entropy in nats per token, the same for copied words alone,
+    and the balance loss of the routers, which is 2.0 (the number of chosen experts) at best."""
+
+    text: torch.Tensor
+    copied: torch.Tensor
+    balance: torch.Tensor
+
+
+def losses(model: MixtralForCausalLM, batch: Batch) -> Losses:
+    """One forward pass."""
     out = model(input_ids=batch.ids, position_ids=batch.positions, output_router_logits=True)
     weights = batch.weights[:, 1:].flatten()
     each = cross_entropy(out.logits[:, :-1].flatten(0, 1), batch.ids[:, 1:].flatten(),
                          reduction="none")
-    return (each * weights).sum() / weights.sum(), out.aux_loss
+    return Losses((each * weights).sum() / weights.sum(),
+                  each.detach()[weights == COPY_WEIGHT].mean(), out.aux_loss)
 
 
 def learning_rate(progress: float, peak: float) -> float:
@@ -59,6 +92,11 @@ def learning_rate(progress: float, peak: float) -> float:
         return peak * (0.02 + progress / 0.02 * 0.98)
     fall = 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - 0.02) / 0.98)))
     return peak * (0.02 + 0.98 * fall)
+
+
+def drill_share(progress: float) -> float:
+    """The share of exercises among the batches: all at first, none after a quarter of the time."""
+    return 1.0 if progress < 0.06 else max(0.0, 0.5 * (1 - progress / 0.25))
 
 
 def optimizer_for(model: MixtralForCausalLM, rate: float) -> torch.optim.AdamW:
@@ -75,9 +113,9 @@ def fit(model: MixtralForCausalLM, encoder: ChatEncoder, args: argparse.Namespac
     optimizer = optimizer_for(model, args.rate)
     model.train()
     start = saved = time.monotonic()
-    mean_loss, tokens = 0.0, 0
-    source = batches(encoder, args.seed + 1000, args.batch_tokens, args.length)
-    for step, batch in enumerate(source, start=1):
+    mean, tokens = torch.zeros(2), 0
+    source = Batches(encoder, args.seed + 1000, args.batch_tokens, args.length)
+    for step in count(1):
         elapsed = time.monotonic() - start
         progress = elapsed / (60 * args.minutes)
         if args.steps:
@@ -86,17 +124,19 @@ def fit(model: MixtralForCausalLM, encoder: ChatEncoder, args: argparse.Namespac
             break
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(progress, args.rate)
+        batch = source.next(drill_share(progress))
         with torch.autocast("cpu", torch.bfloat16):
-            loss, balance = losses(model, batch)
-        (loss + model.config.router_aux_loss_coef * balance).backward()
+            loss = losses(model, batch)
+        (loss.text + model.config.router_aux_loss_coef * loss.balance).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         tokens += batch.ids.numel()
-        mean_loss = loss.item() if step == 1 else 0.95 * mean_loss + 0.05 * loss.item()
+        new = torch.stack([loss.text.detach(), loss.copied])
+        mean = new if step == 1 else 0.95 * mean + 0.05 * new
         if step % LOG_EVERY == 0 or step <= 5:
-            print(f"step {step} min {elapsed / 60:.1f} loss {mean_loss:.4f} balance "
-                  f"{balance.item():.3f} tokens {tokens / 1e6:.2f}M "
+            print(f"step {step} min {elapsed / 60:.1f} loss {mean[0]:.4f} copied "
+                  f"{mean[1]:.4f} balance {loss.balance:.3f} tokens {tokens / 1e6:.2f}M "
                   f"tokens/s {tokens / (time.monotonic() - start):.0f}", flush=True)
         if time.monotonic() - saved > SAVE_EVERY:
             save()
@@ -112,11 +152,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=0, help="stop after so many steps (0: never)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: all)")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--rate", type=float, default=2.5e-3, help="peak learning rate")
-    parser.add_argument("--batch-tokens", type=int, default=2304)
+    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--batch-tokens", type=int, default=1536)
     parser.add_argument("--length", type=int, default=384, help="tokens per row")
     parser.add_argument("--vocab", type=int, default=2048)
-    parser.add_argument("--experts", default="eager", help="experts implementation of transformers")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -124,7 +163,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     train_tokenizer(args.out / "tokenizer.model", args.seed, args.vocab, conversations=20000)
     encoder = ChatEncoder(args.out / "tokenizer.model")
-    model = new_model(args.vocab, args.experts)
+    model = new_model(args.vocab)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M weights", flush=True)
     fit(model, encoder, args, lambda: write_checkpoint(model, args.out, temperature=0.7))
     write_checkpoint(model, args.out, temperature=0.7)

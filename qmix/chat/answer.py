@@ -9,47 +9,54 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from qmix.chat.conversation import spoken_ids
 from qmix.config import Cancel, SamplingParams
-from qmix.errors import Interrupted, QmixError, UsageError
-from qmix.generate import generate
+from qmix.errors import QmixError
+from qmix.generate import Timings, common_prefix, generate
 from qmix.tokenizer import Tokenizer
 
-
-class Session(Protocol):
-    """What the chat needs of an engine's session, beyond what generate needs."""
-
-    ids: list[int]
-
-    @property
-    def length(self) -> int: ...
-
-    @property
-    def context(self) -> int: ...
-
-    def trim(self, length: int) -> None: ...
+if TYPE_CHECKING:
+    from qmix.engine import Session
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """text: what was shown, raw; ids: its own ids, None where the text must be encoded again;
-    tokens: generated; finish: "stop" | "length" | "cancelled" | "error"; error: what stopped it;
-    prompt, reused: tokens of the prompt, and how many of them the KV cache had; times in seconds."""
+    """text: all of it, raw; ids: its own ids, None where the text must be encoded again; finish: "stop" |
+    "length" | "cancelled" | "error"; error: what stopped it; context_full: why it is "length"."""
 
     text: str
     ids: tuple[int, ...] | None
-    tokens: int
     finish: str
-    prompt: int
-    reused: int
-    prefill_s: float
-    decode_s: float
+    timings: Timings
+    context_full: bool = False
     error: QmixError | None = None
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids at the start are the same: [1, 2, 3], [1, 2, 9, 3] -> 2."""
-    shorter = min(len(a), len(b))
-    return next((i for i in range(shorter) if a[i] != b[i]), shorter)
+def respond(session: Session, tokenizer: Tokenizer, prompt: Sequence[int], params: SamplingParams,
+            cancel: Cancel, show: Callable[[str], None], clock: Callable[[], float]) -> Answer:
+    """Generate one answer to `prompt`, giving its text to `show` piece by piece. An error in the middle
+    ends the answer and is part of it; what was said until then stays."""
+    session.trim(common_prefix(prompt, session.ids))
+    cached = session.length
+    pieces: list[str] = []
+    ids: list[int] = []
+    started = first = clock()
+    try:
+        for token in generate(session, prompt, params, tokenizer, cancel,
+                              stops=tokenizer.turn_stops, clock=clock):
+            if token.id is not None:
+                first = first if ids else clock()
+                ids.append(token.id)
+            pieces.append(token.text)
+            show(token.text)
+            summary, finish = token.summary, token.finish_reason
+    except QmixError as e:
+        timings = Timings(len(prompt), cached, len(ids), first - started, clock() - first,
+                          first - started if ids else None)
+        text = "".join(pieces)
+        return Answer(text, spoken_ids(ids, text, tokenizer), "error", timings, error=e)
+    assert summary is not None and finish is not None  # generate's promise for its last record
+    text = "".join(pieces)
+    return Answer(text, spoken_ids(ids, text, tokenizer), finish, summary.timings, summary.context_full)

@@ -59,7 +59,7 @@ def execute(chat: Chat, name: str, argument: str) -> None:
     command = next((c for c in COMMANDS if c.name == name), None)
     if command is None:
         raise UsageError(f"/{name[:40]}: no such command",
-                         f'/help lists them; a message that begins with a slash goes between {QUOTES} and {QUOTES}')
+                         f"/help lists them; a message that begins with a slash stands in {QUOTES}")
     if argument and not command.argument:
         raise UsageError(f"/{name}: takes no argument, got {argument!r}")
     if not argument and command.argument and not command.argument.startswith("["):
@@ -148,10 +148,15 @@ def _show(chat: Chat, argument: str) -> None:
         chat.screen.say(f"{name:<11} {value}")
 
 
-def _save(chat: Chat, text: str, replacing: bool = False) -> None:
+def _save(chat: Chat, text: str) -> None:
     path = _path(text)
-    if not replacing and savefile.exists(path):
+    if savefile.exists(path):
         raise UsageError(f"{path}: exists", f"/save! {text} replaces it")
+    _replace(chat, text)
+
+
+def _replace(chat: Chat, text: str) -> None:
+    path = _path(text)
     savefile.save(path, chat.conversation, chat.params)
     chat.screen.say(f"saved {exchanges(len(chat.conversation))} in {path}")
 
@@ -208,7 +213,7 @@ COMMANDS = (
     Command("set", "[NAME VALUE]", f"show or set a parameter: {' '.join(parameters.FIELDS)}", _set),
     Command("show", "", "model, template, system prompt, parameters, context used", _show),
     Command("save", "FILE", "write the conversation to a new file", _save),
-    Command("save!", "FILE", "the same, replacing FILE if it exists", lambda chat, text: _save(chat, text, True)),
+    Command("save!", "FILE", "the same, replacing FILE if it exists", _replace),
     Command("load", "FILE", "go on with a saved conversation and its parameters", _load),
     Command("stats", "", "all figures of the last answer", _stats),
 )

@@ -33,7 +33,8 @@ def changed(params: SamplingParams, name: str, text: str) -> SamplingParams:
     try:
         return replace(params, **{field: _value(name, kind, text)})
     except ConfigError as e:
-        raise UsageError(f"{name}: {e.message.removeprefix(f'{field}: ')}; {shown(params, name)} is kept") from None
+        wrong = e.message.removeprefix(f"{field}: ")
+        raise UsageError(f"{name}: {wrong}; {shown(params, name)} is kept") from None
 
 
 def known(name: str) -> None:

@@ -1,7 +1,7 @@
 '''The input line: prompt_toolkit on a capable terminal, plain line reading on a dumb one.
 
-Both give the same three outcomes from `read()`: a text, EOFError (Ctrl-D, a vanished terminal, or
-`leave()`), KeyboardInterrupt (Ctrl-C with nothing typed). A text that begins with """ goes on over
+Both give the same outcomes from `read()`: a text, EOFError (Ctrl-D or `leave()`), KeyboardInterrupt
+(Ctrl-C with nothing typed), OSError (the terminal is gone). A text that begins with """ goes on over
 many lines until a line ends with """; so does the text of /system. The result still carries the
 quotes: what they mean is for commands.parse.
 '''
@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import select
+import termios
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Protocol, TextIO
@@ -28,6 +29,8 @@ from prompt_toolkit.keys import Keys
 from prompt_toolkit.output import ColorDepth
 from prompt_toolkit.output.vt100 import Vt100_Output
 from prompt_toolkit.shortcuts import CompleteStyle
+
+from qmix.chat import keyboard
 
 PROMPT, CONTINUATION = ">>> ", "... "
 QUOTES = '"""'
@@ -174,7 +177,7 @@ def _key_bindings() -> KeyBindings:
     def _enter(event: KeyPressEvent) -> None:
         buffer = event.current_buffer
         if is_open(buffer.text):
-            buffer.newline()
+            buffer.newline(copy_margin=False)  # a message, not indented code
         else:
             buffer.validate_and_handle()
 
@@ -221,9 +224,10 @@ class LinePrompt:
         self._out.flush()
         self._reading = True
         try:
-            line = self._in.buffer.readline()
-        except OSError:  # the terminal is gone
-            raise EOFError from None
+            with keyboard.lines(self._in.fileno()):
+                line = self._in.buffer.readline()
+        except termios.error as e:
+            raise OSError(*e.args) from None
         finally:
             self._reading = False
         if not line:

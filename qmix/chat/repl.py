@@ -17,14 +17,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from qmix.chat import commands, parameters, savefile, statline
-from qmix.chat.answer import Answer, common_prefix, respond
+from qmix.chat import commands, keyboard, parameters, savefile, statline
+from qmix.chat.answer import Answer, respond
 from qmix.chat.conversation import Conversation, Exchange, adopted
 from qmix.chat.prompt import Prompt, open_prompt
 from qmix.chat.screen import Screen
-from qmix.chat.signals import Signals, quiet_keys
+from qmix.chat.signals import Signals
 from qmix.config import Cancel, SamplingParams
 from qmix.errors import QmixError, UsageError
+from qmix.generate import common_prefix
 
 LONG_PREFILL = 128  # tokens; from here on the wait is announced
 SEEDS = 2**31  # a random seed stays short enough to be typed again
@@ -46,16 +47,18 @@ def run(engine: Any, *, model_name: str, params: SamplingParams, system: str | N
         if not stream.isatty():
             raise UsageError(f"chat needs a terminal: {name} is none",
                              'for pipes and scripts: qmix generate MODEL -p "..."')
-    chat = Chat(engine, model_name, params, Screen(stdout, stderr, environ), savefile.Autosave(state_dir, model_name),
-                detailed=stats, keys=stdin.fileno())
+    chat = Chat(engine, model_name, params, Screen(stdout, stderr, environ),
+                savefile.Autosave(state_dir, model_name), detailed=stats)
     chat.begin(system, resume)
-    prompt = open_prompt(stdin, stdout, state_dir / "chat_history", (c.name for c in commands.COMMANDS), environ)
-    with Signals(chat.cancel, prompt) as signals:
+    names = [c.name for c in commands.COMMANDS]
+    prompt = open_prompt(stdin, stdout, state_dir / "chat_history", names, environ)
+    with keyboard.quiet(stdin.fileno()), Signals(chat.cancel, prompt) as signals:
         chat.ending = lambda: signals.ending
         _loop(chat, prompt)
-    if signals.ending is None and chat.screen.gone:
-        return 128 + signal.SIGHUP
-    return 0 if signals.ending is None else 128 + signals.ending
+    if chat.screen.gone:
+        chat.screen.abandon()
+    ending = signals.ending or (signal.SIGHUP if chat.screen.gone else None)
+    return 0 if ending is None else 128 + ending
 
 
 def _loop(chat: Chat, prompt: Prompt) -> None:
@@ -70,6 +73,9 @@ def _loop(chat: Chat, prompt: Prompt) -> None:
             continue
         except EOFError:
             break
+        except OSError:  # no line can be read or written: the terminal is gone
+            chat.screen.gone = True
+            break
         chat.turn(line)
 
 
@@ -77,10 +83,10 @@ class Chat:
     """One conversation with one engine. The commands (commands.py) are its other half."""
 
     def __init__(self, engine: Any, model_name: str, params: SamplingParams, screen: Screen,
-                 autosave: savefile.Autosave, *, detailed: bool = False, keys: int = -1,
+                 autosave: savefile.Autosave, *, detailed: bool = False,
                  draw: Callable[[], int] = lambda: secrets.randbelow(SEEDS),
                  clock: Callable[[], float] = time.perf_counter):
-        """keys: file descriptor of the keyboard; draw: a random seed; clock: seconds."""
+        """draw: a random seed; clock: seconds."""
         self.engine = engine
         self.session = engine.session()
         self.screen = screen
@@ -93,7 +99,6 @@ class Chat:
         self.ending: Callable[[], signal.Signals | None] = lambda: None
         self.leaving = False
         self._detailed = detailed
-        self._keys = keys
         self._draw = draw
         self._clock = clock
         self.seed = draw() if params.seed is None else params.seed
@@ -101,9 +106,9 @@ class Chat:
     def begin(self, system: str | None, resume: bool) -> None:
         """Say what the chat works with, and take up the saved conversation if asked to."""
         self.set_system(system)
-        tokenizer = self.engine.tokenizer
-        self.screen.dim(f"{self.conversation.model} · context {self.session.context} tokens · seed {self.seed_text()}")
-        self.screen.dim(f"chat format: {tokenizer.template_name}")
+        self.screen.dim(f"{self.conversation.model} · context {self.session.context} tokens · "
+                        f"seed {self.seed_text()}")
+        self.screen.dim(f"chat format: {self.engine.tokenizer.template_name}")
         if resume:
             self._resume(system)
         self.screen.dim("/help lists the commands, Ctrl-D leaves")
@@ -112,7 +117,8 @@ class Chat:
         try:
             saved = self.autosave.load()
         except QmixError as e:
-            raise UsageError(e.message, "start without --continue; the file is then kept as *.previous.json") from None
+            cure = "start without --continue; the file stays, as *.previous.json"
+            raise UsageError(e.message, cure) from None
         if saved is None:
             self.screen.say(f"no saved conversation with {self.conversation.model}: this is a new one")
             return
@@ -126,7 +132,8 @@ class Chat:
         self.screen.say(f"continuing {commands.exchanges(len(own))}{last}")
         self.tell_loaded(saved[0].model, lost)
         if replace(saved[1], seed=self.params.seed) != self.params:
-            self.screen.dim(f"parameters are this command's, not the saved ones: {parameters.listed(saved[1])}")
+            self.screen.dim("parameters are this command's, not the saved ones: "
+                            f"{parameters.listed(saved[1])}")
 
     def turn(self, line: str) -> None:
         """Do what was typed. Errors are said, and leave everything as it was."""
@@ -155,11 +162,10 @@ class Chat:
         unread = len(prompt) - common_prefix(prompt, self.session.ids)
         if unread >= LONG_PREFILL:
             self.screen.transient(f"reading {unread} tokens")
-        with quiet_keys(self._keys):
-            self.screen.begin_answer()
-            answer = respond(self.session, self.engine.tokenizer, prompt, replace(self.params, seed=self.seed),
-                             self.cancel, self._show, self._clock)
-            self.screen.end_answer()
+        self.screen.begin_answer()
+        answer = respond(self.session, self.engine.tokenizer, prompt, replace(self.params, seed=self.seed),
+                         self.cancel, self._show, self._clock)
+        self.screen.end_answer()
         self._keep(question, base, answer)
 
     def _show(self, text: str) -> None:
@@ -176,7 +182,8 @@ class Chat:
             self.screen.dim(f"{self._ending(answer)} before the answer began: {kept}")
             return
         self.conversation = base.plus(Exchange(question, answer.text, answer.ids))
-        self.figures = self._figures(answer)
+        self.figures = statline.Figures(answer.timings, self.session.length, self.session.context, self.seed,
+                                        self._ending(answer))
         self.autosave_now()
         if not answer.text:
             self.screen.dim("(the model ended its answer at once)")
@@ -186,18 +193,13 @@ class Chat:
         if answer.error is not None:
             self.screen.error(answer.error)
 
-    def _figures(self, answer: Answer) -> statline.Figures:
-        return statline.Figures(answer.tokens, answer.prompt - answer.reused, answer.reused, answer.prefill_s,
-                                answer.decode_s, answer.prompt + answer.tokens, self.session.context, self.seed,
-                                self._ending(answer))
-
     def _ending(self, answer: Answer) -> str:
         if answer.finish == "cancelled":
             ended = self.ending()
             return f"stopped by {ended.name if ended else 'Ctrl-C'}"
         if answer.finish == "length":
-            full = answer.prompt + answer.tokens >= self.session.context
-            return "length: context full" if full else f"length: max-tokens {self.params.max_tokens}"
+            why = "context full" if answer.context_full else f"max-tokens {self.params.max_tokens}"
+            return f"length: {why}"
         return "stopped by an error" if answer.finish == "error" else ""
 
     def tiers(self) -> dict[str, float]:
@@ -234,7 +236,8 @@ class Chat:
         if saved_with != self.conversation.model:
             self.screen.say(f"it was held with {saved_with}: all of it is tokenized again for this model")
         elif lost:
-            self.screen.say(f"{lost} of its answers are tokenized again: their ids are unknown or another vocabulary's")
+            self.screen.say(f"{lost} of its answers are tokenized again: "
+                            "their ids are unknown or another vocabulary's")
 
     def set_params(self, params: SamplingParams) -> None:
         """A seed that becomes random is drawn now; one that was random already stays."""

@@ -2,7 +2,8 @@
 
     {"format": "qmix-conversation", "version": 1, "model": "mixtral-int4", "system": null,
      "parameters": {"temperature": 0.7, ..., "seed": null, "stop": []},
-     "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", "ids": [22557]}]}
+     "messages": [{"role": "user", "content": "Hi"},
+                  {"role": "assistant", "content": "Hello", "ids": [22557]}]}
 
 seed null: random. ids null: not known, the text is encoded. Errors name the file and the field.
 """
@@ -55,7 +56,7 @@ def _messages(conversation: Conversation) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for e in conversation.exchanges:
         found.append({"role": "user", "content": e.question})
-        found.append({"role": "assistant", "content": e.answer, "ids": None if e.ids is None else list(e.ids)})
+        found.append({"role": "assistant", "content": e.answer, "ids": e.ids})
     return found
 
 

@@ -19,7 +19,7 @@ DIM, PLAIN, ERASE_LINE = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
 def _pictures() -> dict[int, str]:
     c0 = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"}
     # C1 controls hold the one-byte forms of escape sequences (0x9b is CSI); they have no pictures.
-    return c0 | {0x7F: "\u2421"} | {code: "\ufffd" for code in range(0x80, 0xA0)}
+    return c0 | {0x7F: "\u2421"} | dict.fromkeys(range(0x80, 0xA0), "\ufffd")
 
 
 PICTURES = _pictures()
@@ -88,6 +88,17 @@ class Screen:
 
     def error(self, error: QmixError) -> None:
         self.say(f"error: {error}")
+
+    def abandon(self) -> None:
+        """After the terminal is gone: send what the streams still hold nowhere, so that flushing them at
+        exit is no error."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (self._out, self._err):
+            try:
+                os.dup2(nowhere, stream.fileno())
+            except (OSError, ValueError):  # closed, or no file
+                continue
+        os.close(nowhere)
 
     def _erase(self) -> None:
         if self._transient:

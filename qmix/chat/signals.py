@@ -1,4 +1,4 @@
-"""Signals while the chat runs, and the terminal's mode while an answer streams.
+"""Signals while the chat runs.
 
 SIGINT (Ctrl-C) cancels the answer and nothing else: at the prompt it is a key, elsewhere it has no
 effect, so pressing it twice never kills. SIGTERM and SIGHUP cancel the answer, end the prompt and set
@@ -9,10 +9,7 @@ set flags and wake the prompt; all work happens in the loop. Everything is resto
 from __future__ import annotations
 
 import signal
-import termios
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Protocol
 
@@ -63,28 +60,3 @@ class Signals:
         self.ending = signal.Signals(number)
         self._cancel.set()
         self._prompt.leave()
-
-
-@contextmanager
-def quiet_keys(fd: int) -> Iterator[None]:
-    """While an answer streams, what is typed is not echoed into it but kept for the next prompt;
-    Ctrl-C still sends SIGINT. No effect where `fd` is no terminal."""
-    try:
-        before = termios.tcgetattr(fd)
-    except termios.error:
-        yield
-        return
-    quiet = termios.tcgetattr(fd)
-    quiet[3] &= ~(termios.ECHO | termios.ICANON)  # 3: local modes
-    try:
-        termios.tcsetattr(fd, termios.TCSANOW, quiet)
-        yield
-    finally:
-        _restore(fd, before)
-
-
-def _restore(fd: int, attributes: list[Any]) -> None:
-    try:
-        termios.tcsetattr(fd, termios.TCSANOW, attributes)
-    except termios.error:
-        return  # the terminal is gone: nothing left to restore

@@ -8,53 +8,45 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from qmix.generate import Timings
+
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What one answer took. tokens: generated; read: prefilled, reused: found in the KV cache; used and
-    context: positions; times in seconds; ending: why the answer is not complete, "" where it is."""
+    """What one answer took. used and context: positions; ending: why it is not complete, "" where it is."""
 
-    tokens: int
-    read: int
-    reused: int
-    prefill_s: float
-    decode_s: float
+    timings: Timings
     used: int
     context: int
     seed: int
     ending: str = ""
 
-    @property
-    def decode_rate(self) -> float | None:
-        """Tokens per second; the first token belongs to prefill, so one alone has no rate."""
-        return (self.tokens - 1) / self.decode_s if self.tokens > 1 and self.decode_s > 0 else None
-
-    @property
-    def prefill_rate(self) -> float | None:
-        return self.read / self.prefill_s if self.prefill_s > 0 else None
-
 
 def line(figures: Figures, tiers: Mapping[str, float]) -> str:
     """tiers: share of expert reads per tier in percent, only tiers that exist."""
-    parts = [figures.ending, f"{figures.tokens} tok", rate(figures.decode_rate),
-             f"prefill {rate(figures.prefill_rate)}" if figures.prefill_rate else "", _experts(tiers)]
+    timings = figures.timings
+    prefill = rate(timings.prefill_rate)
+    parts = [figures.ending, f"{timings.generated_tokens} tok", rate(timings.decode_rate),
+             f"prefill {prefill}" if prefill else "", f"experts {_shares(tiers)}" if tiers else ""]
     return " · ".join(part for part in parts if part)
 
 
 def block(figures: Figures, tiers: Mapping[str, float]) -> str:
     """The longer form, a line per figure."""
-    used = f"{figures.used} of {figures.context} tokens ({100 * figures.used / figures.context:.0f} %)"
+    t = figures.timings
+    first = "none" if t.first_token_seconds is None else f"{t.first_token_seconds:.2f} s"
     rows = {
-        "answer": f"{figures.tokens} tokens in {figures.prefill_s + figures.decode_s:.2f} s",
-        "decode": f"{figures.decode_s:.2f} s, {rate(figures.decode_rate) or 'no rate: one token'}",
-        "prefill": f"{figures.read} tokens in {figures.prefill_s:.2f} s, {rate(figures.prefill_rate) or 'no rate'}, "
-                   f"{figures.reused} more were in the KV cache",
-        "context": used,
-        "experts": _experts(tiers).removeprefix("experts "),
+        "answer": f"{t.generated_tokens} tokens in {t.prefill_seconds + t.decode_seconds:.2f} s, "
+                  f"first after {first}",
+        "prefill": f"{t.prompt_tokens - t.cached_tokens} tokens in {t.prefill_seconds:.2f} s"
+                   f"{_also(rate(t.prefill_rate))}; {t.cached_tokens} more were in the KV cache",
+        "decode": f"{t.decode_seconds:.2f} s{_also(rate(t.decode_rate))}",
+        "context": f"{figures.used} of {figures.context} tokens "
+                   f"({100 * figures.used / figures.context:.0f} %)",
+        "experts": _shares(tiers),
         "seed": str(figures.seed),
+        "ended by": figures.ending,
     }
-    if figures.ending:
-        rows["ended by"] = figures.ending
     return "\n".join(f"  {name:<9} {text}" for name, text in rows.items() if text)
 
 
@@ -65,5 +57,9 @@ def rate(value: float | None) -> str:
     return f"{value:.1f} tok/s" if value < 20 else f"{value:.0f} tok/s"
 
 
-def _experts(tiers: Mapping[str, float]) -> str:
-    return "experts " + " ".join(f"{name} {share:.0f} %" for name, share in tiers.items()) if tiers else ""
+def _also(text: str) -> str:
+    return f", {text}" if text else ""
+
+
+def _shares(tiers: Mapping[str, float]) -> str:
+    return " ".join(f"{name} {share:.0f} %" for name, share in tiers.items())

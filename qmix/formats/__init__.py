@@ -28,7 +28,7 @@ def module(name: str) -> ModuleType:
 
 
 def pack(weight: Tensor, spec: MatrixSpec) -> Packed:
-    """Pack `weight` [rows, cols] (any float dtype) in a format that leaves nothing to choose: all but int4."""
+    """Pack `weight` [rows, cols], any float dtype, in a format with nothing to choose: all but int4."""
     if spec.format == "int4":
         raise UsageError("int4 needs a method to choose its codes", "use quantize.methods.quantize_int4")
     return module(spec.format).pack(weight, spec)

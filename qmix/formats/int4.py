@@ -35,7 +35,8 @@ def pack(q: Tensor, scale: Tensor, zero: Tensor, spec: MatrixSpec) -> Packed:
         rows = -(-rows // spec.block) * spec.block
         codes = q[row:row + rows].T.float().sub_(8).contiguous()
         store_codes(codes, qweight[row // spec.block:(row + rows) // spec.block])
-    return Packed.of(spec, {"qweight": qweight, "qparams": torch.stack((scale.T, zero.T), dim=-1)}, "int4.pack")
+    qparams = torch.stack((scale.T, zero.T), dim=-1)
+    return Packed.of(spec, {"qweight": qweight, "qparams": qparams}, "int4.pack")
 
 
 def store_codes(codes: Tensor, out: Tensor) -> None:

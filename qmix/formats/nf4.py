@@ -80,10 +80,9 @@ def scales(packed: Packed) -> Tensor:
     """absmax fp32 [N*K/64], its second quantization undone where there is one."""
     if not packed.spec.double_quant:
         return packed["absmax"]
-    f = functional()
-    state = f.QuantState(packed["nested_absmax"], code=f.create_dynamic_map(), blocksize=BNB_NESTED_BLOCK,
-                         dtype=torch.float32)
-    return f.dequantize_blockwise(packed["absmax"], state).add_(packed["offset"])
+    absmax = functional().dequantize_blockwise(packed["absmax"], absmax=packed["nested_absmax"],
+                                               blocksize=BNB_NESTED_BLOCK)
+    return absmax.add_(packed["offset"])
 
 
 def tiles(packed: Packed, dtype: torch.dtype = torch.float32) -> Iterator[tuple[int, Tensor]]:

@@ -74,7 +74,8 @@ def pad(weight: Tensor, spec: MatrixSpec, value: float = 0.0) -> Tensor:
     if weight.shape == (rows, cols):
         return weight
     padded = weight.new_full((rows, cols), value)
-    padded.view(spec.parts, -1, cols)[:, :spec.rows // spec.parts, :spec.cols] = weight.view(spec.parts, -1, spec.cols)
+    inner = padded.view(spec.parts, -1, cols)[:, :spec.rows // spec.parts, :spec.cols]
+    inner.copy_(weight.reshape(spec.parts, -1, spec.cols))
     return padded
 
 
@@ -93,19 +94,20 @@ def row_tiles(spec: MatrixSpec, item_bytes: int = 4) -> Iterator[tuple[int, int,
             yield part * rows + start, part * padded + start, min(step, rows - start)
 
 
-def gather(spec: MatrixSpec, tiles: Iterable[tuple[int, Tensor]], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Put (first logical row, [n, cols]) tiles together into a [rows, cols] matrix of `dtype`."""
-    whole = torch.empty(spec.rows, spec.cols, dtype=dtype)
+def gather(spec: MatrixSpec, tiles: Iterable[tuple[int, Tensor]]) -> Tensor:
+    """Put (first logical row, [n, cols]) tiles together into an fp32 [rows, cols] matrix."""
+    whole = torch.empty(spec.rows, spec.cols)
     for start, tile in tiles:
         whole[start:start + len(tile)] = tile
     return whole
 
 
 def refuse_nonfinite(weight: Tensor, first_row: int = 0, first_col: int = 0) -> None:
-    """QmixError naming the position of the first inf or NaN in `weight` [n, cols]; nothing where all is finite."""
+    """QmixError naming the position of the first inf or NaN in `weight` [n, cols], if there is one."""
     if torch.isfinite(weight).all():
         return
     bad = torch.isfinite(weight).logical_not_().nonzero()
     row, col = bad[0].tolist()
-    raise QmixError(f"weight[{first_row + row}, {first_col + col}] is {weight[row, col].item()}, which no quantized "
-                    f"format can hold ({len(bad)} such values nearby)", "the checkpoint is damaged: fetch it again")
+    raise QmixError(f"weight[{first_row + row}, {first_col + col}] is {weight[row, col].item()}, which no "
+                    f"quantized format can hold ({len(bad)} such values nearby)",
+                    "the checkpoint is damaged: fetch it again")

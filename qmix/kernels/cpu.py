@@ -26,7 +26,8 @@ def int4_linear(x: Tensor, m: Packed) -> Tensor:
     """torch's int4 product, straight on the stored bytes; for blocks of the size this torch reads."""
     qweight, qparams = m.tensors["qweight"], m.tensors["qparams"]
     n, k = qparams.shape[1], qweight.shape[1]
-    y = torch.ops.aten._weight_int4pack_mm_for_cpu(_operand(x, k), qweight.view(n, k // 2), m.spec.group_size, qparams)
+    y = torch.ops.aten._weight_int4pack_mm_for_cpu(_operand(x, k), qweight.view(n, k // 2), m.spec.group_size,
+                                                   qparams)
     return y if x.dtype == torch.bfloat16 else y.to(x.dtype)
 
 
@@ -42,14 +43,15 @@ def int4_converted(block: int) -> Kernel:
         step = max(1, TILE_BYTES // (k * half))
         step += step % 2
         for start in range(0, blocks, step):
-            codes, params = qweight[start:start + step], qparams[:, start * 2 * half:(start + step) * 2 * half]
+            first, codes = start * 2 * half, qweight[start:start + step]
+            params = qparams[:, first:first + len(codes) * 2 * half]
             rows = params.shape[1]
             if rows % block:  # an odd number of 32-row blocks for a torch that reads 64
                 codes = torch.cat((codes, codes.new_zeros(1, k, half)))
                 params = F.pad(params, (0, 0, 0, rows % block))
             codes = int4.to_block(codes, block).view(-1, k // 2)
             product = torch.ops.aten._weight_int4pack_mm_for_cpu(operand, codes, group, params.contiguous())
-            y[:, start * 2 * half:start * 2 * half + rows] = product[:, :rows]
+            y[:, first:first + rows] = product[:, :rows]
         return y.to(x.dtype)
 
     return linear

@@ -16,6 +16,11 @@ from qmix.formats.packed import Packed, row_tiles
 CHUNK = 16  # tokens multiplied at once
 
 
+def packed_linear(x: Tensor, m: Packed) -> Tensor:
+    """In place of torch's packed int4 and int8 products: operand and result rounded to bf16, as there."""
+    return linear(x.to(torch.bfloat16), m).to(x.dtype)
+
+
 def linear(x: Tensor, m: Packed) -> Tensor:
     """x [T, cols] -> [T, padded_rows] in x's dtype: products and sums in fp32, gaps of the padding zero.
 

@@ -8,7 +8,7 @@ T tokens, H hidden, F expert inner.
 
 from __future__ import annotations
 
-import os
+import platform
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -78,31 +78,39 @@ def select(formats: Iterable[str], blocks: Iterable[int] = BLOCKS, device: str =
     return KernelTable(MappingProxyType(kernels), MappingProxyType(names))
 
 
+def native_block() -> int:
+    """The int4 block that this machine's torch reads without conversion; 64 where it reads none."""
+    return next((block for block in BLOCKS if _agrees(cpu.int4_linear, _random_int4(block))), BLOCKS[0])
+
+
 def _choose_int4(blocks: list[int], say: Callable[[str], None]) -> dict[int, tuple[Kernel, str]]:
     reads = [block for block in BLOCKS if _agrees(cpu.int4_linear, _random_int4(block))]
     found: dict[int, tuple[Kernel, str]] = {}
+    failed = []
     for block in blocks:
         if block in reads:
             found[block] = cpu.int4_linear, f"{INT4_OP}, block {block}"
         elif reads and _agrees(cpu.int4_converted(reads[0]), _random_int4(block)):
             found[block] = cpu.int4_converted(reads[0]), f"{INT4_OP}, block {block} converted to {reads[0]}"
-            say(f"this torch reads int4 in blocks of {reads[0]} rows and the store has {block}: converting at every "
-                "use (`qmix repack` does it once)")
+            say(f"this torch reads int4 in blocks of {reads[0]} rows, the store has {block}: converting at "
+                "every use (`qmix repack` does it once)")
         else:
-            found[block] = reference.linear, f"reference, block {block}"
-            say(f"{INT4_OP} failed its self-test here ({_capability()}): int4 runs on the slow reference kernel")
+            found[block] = reference.packed_linear, f"reference, block {block}"
+            failed.append(block)
+    if failed:
+        say(f"{INT4_OP} failed its self-test here ({_machine()}): int4 runs on the slow reference kernel")
     return found
 
 
 def _choose_int8(say: Callable[[str], None]) -> tuple[Kernel, str]:
     if _agrees(cpu.int8_linear, _random_int8()):
         return cpu.int8_linear, INT8_OP
-    say(f"{INT8_OP} failed its self-test here ({_capability()}): int8 runs on the slow reference kernel")
-    return reference.linear, "reference"
+    say(f"{INT8_OP} failed its self-test here ({_machine()}): int8 runs on the slow reference kernel")
+    return reference.packed_linear, "reference"
 
 
-def _capability() -> str:
-    return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {os.uname().machine}"
+def _machine() -> str:
+    return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {platform.machine()}"
 
 
 def _agrees(kernel: Kernel, m: Packed) -> bool:

@@ -1,8 +1,8 @@
 """What the layers of a transformer are made of: norm, rotary embedding, attention.
 
-Plain functions on tensors. Norm and rotation compute in fp32 whatever the compute dtype.
+Plain functions on tensors. Norm, router and rotation take and give fp32 whatever the compute dtype.
 
-T query positions, S key positions, H hidden, D head size, Q query heads, KV key-value heads.
+T query positions, S key positions, H hidden, E experts, D head size, Q query heads, KV key-value heads.
 """
 
 from __future__ import annotations
@@ -13,8 +13,14 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight, all fp32 (Zhang & Sennrich 2019). x [T, H]; weight [H], None for 1."""
+    """x / sqrt(mean(x^2) + eps) * weight, fp32 (Zhang & Sennrich 2019). x [T, H]; weight [H], None for 1."""
     return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def router_logits(x: Tensor, router: Tensor) -> Tensor:
+    """fp32 [T, E]; x [T, H] fp32, router [E, H] fp64. Summed in fp64: in fp32 the last bits, and with
+    them now and then a choice, would depend on how many tokens are routed together."""
+    return F.linear(x.double(), router).float()
 
 
 def rotation(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -55,8 +61,9 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tenso
         # product. enable_gqa would run them one by one, at 1/2 (fp32) to 1/13 (bf16) of this speed.
         grouped = q.view(1, keys.shape[1], -1, size)
         return F.scaled_dot_product_attention(grouped, keys, values).view(1, heads * size)
-    # Columns are positions first .. S - 1; row i is position start + i.
-    behind = torch.arange(start, start + count)[:, None] - torch.arange(first, start + count)
-    mask = behind >= 0 if window is None else (behind >= 0) & (behind < window)
+    rows, columns = torch.arange(start, start + count)[:, None], torch.arange(first, start + count)
+    mask = columns <= rows
+    if window is not None:
+        mask &= columns > rows - window
     out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], keys, values, mask, enable_gqa=True)
     return out[0].transpose(0, 1).reshape(count, heads * size)

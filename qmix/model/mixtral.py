@@ -9,7 +9,8 @@ tokens, counted from the first new token: the cut, and with it every bit, depend
 never on a budget.
 
 The residual stream, norms, rotation, router and logits are fp32; matrix products and keys and values
-are in the compute dtype.
+are in the compute dtype. With int4 and int8 kernels, whose rows do not depend on each other, a session
+gets the same bits decoding among others as alone.
 
 T tokens of a pass, B of a block, P sessions, H hidden, E experts, K chosen per token, D head size,
 V vocabulary, A experts guessed ahead.
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, groupby, zip_longest
+from itertools import accumulate, groupby
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ from qmix.config import ModelConfig, Step
 from qmix.errors import Interrupted
 from qmix.kernels.table import KernelTable
 from qmix.model.kvcache import KVCache
-from qmix.model.layers import attend, rms_norm, rotate, rotation
+from qmix.model.layers import attend, rms_norm, rotate, rotation, router_logits
 from qmix.model.weights import LayerWeights, Weights
 
 PASS = 8192  # tokens that meet the experts of a layer together
@@ -49,14 +50,14 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
-    """The rows that go through attention and router together, as views into the pass's buffers.
+class Rows:
+    """What is known of each token of a pass; a block is a slice of it that shares its memory.
 
-    residual [B, H] fp32; normed [B, H] compute dtype, what the experts read; top, weights fp32 and ids
-    int64 [B, K], the router's choice; ahead int64 [B, A], the next router's guess; cos, sin fp32 [B, 1, D].
+    residual [T, H] fp32; normed [T, H] compute dtype, what the experts read; top, weights fp32 and ids
+    int64 [T, K], the router's choice; ahead int64 [T, A], the next router's guess; cos, sin fp32 [T, 1, D].
     """
 
-    spans: tuple[Span, ...]
+    spans: Sequence[Span]
     residual: Tensor
     normed: Tensor
     top: Tensor
@@ -65,6 +66,13 @@ class Block:
     ahead: Tensor
     cos: Tensor
     sin: Tensor
+
+    def block(self, spans: Sequence[Span]) -> Rows:
+        """The rows of `spans`, which are neighbours, as views."""
+        first = self.spans[0].begin
+        part = slice(spans[0].begin - first, spans[-1].end - first)
+        return Rows(spans, self.residual[part], self.normed[part], self.top[part], self.ids[part],
+                    self.weights[part], self.ahead[part], self.cos[part], self.sin[part])
 
 
 class Mixtral:
@@ -87,17 +95,16 @@ class Mixtral:
         """An empty cache for one session, with room for `capacity` positions."""
         return KVCache(self.config, capacity, self._weights.dtype)
 
-    @torch.inference_mode()
     def forward(self, tokens: Tensor, positions: Tensor, caches: Sequence[KVCache], step: Step,
                 all_logits: bool = False) -> Tensor:
-        """Append tokens to P sessions; fp32 logits [P, V] after each one's last token, or [T, V].
+        """Append tokens to P sessions; fp32 logits [P, V] after each one's last token, or all [T, V].
 
         tokens, positions: int64 [T], the sessions' new tokens one after another; a session's positions
         go on where its cache ends. step.sequence tells the sessions apart, in the order of `caches`, and
         may be empty for one. Example: caches of length 7 and 0, sequence (4, 9, 9), positions (7, 0, 1).
 
         UsageError when a cache is full; Interrupted when step.cancel is set. On any error the caches
-        hold whole passes only: trim them to their former lengths.
+        are as they were.
         """
         counts = _counts(len(tokens), len(caches), step)
         for cache, count in zip(caches, counts, strict=True):
@@ -105,41 +112,59 @@ class Mixtral:
         spans = list(_spans(counts, caches))
         assert all(int(positions[span.begin]) == span.start for span in spans), "positions do not go on"
         last = [end - 1 for end in accumulate(counts)]
-        found = []
-        for group in _passes(spans):
-            begin, end = group[0].begin, group[-1].end
-            part = step if end - begin == len(tokens) else replace(step, sequence=step.sequence[begin:end])
-            hidden = self._pass(tokens[begin:end], positions[begin:end], group, part)
-            rows = [row - begin for row in last if begin <= row < end]
-            found.append(hidden if all_logits or len(rows) == len(hidden) else hidden[rows])
-        return self._logits(torch.cat(found))
+        lengths = [cache.length for cache in caches]
+        # Made outside inference mode, so that the caller may change it in place.
+        logits = torch.empty(len(tokens) if all_logits else len(caches), self.config.vocab_size)
+        done = 0
+        try:
+            with torch.inference_mode():
+                for group in _passes(spans):
+                    inside = range(group[0].begin, group[-1].end)
+                    wanted = inside if all_logits else [row for row in last if row in inside]
+                    self._pass(tokens, positions, group, step, wanted, logits[done:done + len(wanted)])
+                    done += len(wanted)
+        except BaseException:
+            for cache, length in zip(caches, lengths, strict=True):
+                cache.length = length
+            raise
+        return logits
 
-    def _pass(self, tokens: Tensor, positions: Tensor, spans: Sequence[Span], step: Step) -> Tensor:
-        """Up to PASS tokens through all layers: the residual after the last, fp32 [T, H]."""
-        config, count, dtype = self.config, len(tokens), self._weights.dtype
-        residual = F.embedding(tokens, self._weights.embedding).float()
-        normed = torch.empty(count, config.hidden_size, dtype=dtype)
-        top, weights = torch.empty(2, count, config.experts_per_token)
-        ids = torch.empty(count, config.experts_per_token, dtype=torch.int64)
-        ahead = torch.empty(count, self._ahead, dtype=torch.int64)
-        cos, sin = rotation(positions, config.head_dim, config.rope_theta)
-        buffers = residual, normed, top, ids, weights, ahead, cos, sin
-        first = spans[0].begin
-        blocks = [Block(group, *(b[group[0].begin - first:group[-1].end - first] for b in buffers))
-                  for group in _blocks(spans)]
-        following = [*self._weights.layers[1:], None] if step.phase == "decode" and self._ahead else []
-        for index, (layer, after) in enumerate(zip_longest(self._weights.layers, following)):
+    def _pass(self, tokens: Tensor, positions: Tensor, spans: Sequence[Span], step: Step,
+              wanted: Sequence[int], logits: Tensor) -> None:
+        """The tokens of `spans`, at most PASS, through all layers; logits [n, V] of the n `wanted` ones."""
+        first, end = spans[0].begin, spans[-1].end
+        step = replace(step, sequence=step.sequence[first:end])
+        rows = self._rows(tokens[first:end], positions[first:end], spans)
+        blocks = [rows.block(group) for group in _blocks(spans)]
+        layers = self._weights.layers
+        look = step.phase == "decode" and self._ahead > 0
+        for index, layer in enumerate(layers):
+            after = layers[index + 1] if look and index + 1 < len(layers) else None
             for block in blocks:
                 if step.cancel:
                     raise Interrupted("cancelled")
                 self._attention(index, layer, block)
                 self._route(layer, after, block)
-            residual.add_(self._experts(index, normed, ids, weights, step, ahead if after else None))
+            ahead = rows.ahead if after else None
+            rows.residual.add_(self._experts(index, rows.normed, rows.ids, rows.weights, step, ahead))
         for span in spans:
             span.cache.length = span.start + span.end - span.begin
-        return residual
+        if wanted:
+            whole = len(wanted) == end - first
+            self._head(rows.residual if whole else rows.residual[[row - first for row in wanted]], logits)
 
-    def _attention(self, index: int, layer: LayerWeights, block: Block) -> None:
+    def _rows(self, tokens: Tensor, positions: Tensor, spans: Sequence[Span]) -> Rows:
+        """The pass before its first layer: embeddings, rotations, and room for the rest."""
+        config, count = self.config, len(tokens)
+        top, weights = torch.empty(2, count, config.experts_per_token)
+        cos, sin = rotation(positions, config.head_dim, config.rope_theta)
+        return Rows(
+            spans, residual=F.embedding(tokens, self._weights.embedding).float(),
+            normed=torch.empty(count, config.hidden_size, dtype=self._weights.dtype), top=top,
+            ids=torch.empty(count, config.experts_per_token, dtype=torch.int64), weights=weights,
+            ahead=torch.empty(count, self._ahead, dtype=torch.int64), cos=cos, sin=sin)
+
+    def _attention(self, index: int, layer: LayerWeights, block: Rows) -> None:
         """Add grouped-query attention over each span's own cache to the block's residual."""
         config, dtype, linear = self.config, self._weights.dtype, self._linear
         x = rms_norm(block.residual, layer.input_norm, config.rms_norm_eps).to(dtype)
@@ -155,25 +180,23 @@ class Mixtral:
                for span, (q, k, v) in zip(block.spans, parts, strict=True)]
         block.residual.add_(linear(out[0] if len(out) == 1 else torch.cat(out), layer.o))
 
-    def _route(self, layer: LayerWeights, after: LayerWeights | None, block: Block) -> None:
-        """Choose K experts a token: softmax over the K largest router logits, all fp32. With `after`,
+    def _route(self, layer: LayerWeights, after: LayerWeights | None, block: Rows) -> None:
+        """Choose K experts a token: softmax over the K largest router logits, in fp32. With `after`,
         the next layer, also guess what its router will choose, by asking it now."""
         unit = rms_norm(block.residual, None, self.config.rms_norm_eps)
         normed = unit * layer.post_norm
-        torch.topk(F.linear(normed, layer.router), block.ids.shape[1], out=(block.top, block.ids))
+        torch.topk(router_logits(normed, layer.router), block.ids.shape[1], out=(block.top, block.ids))
         torch.softmax(block.top, -1, out=block.weights)
         block.normed.copy_(normed)
         if after:
-            logits = F.linear(unit.mul_(after.post_norm), after.router)
+            logits = router_logits(unit.mul_(after.post_norm), after.router)
             block.ahead.copy_(logits.topk(self._ahead).indices)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """Final norm and head: [n, H] -> fp32 [n, V]."""
-        logits = torch.empty(len(hidden), self.config.vocab_size)
-        for rows, out in zip(hidden.split(BLOCK), logits.split(BLOCK), strict=True):
+    def _head(self, residual: Tensor, logits: Tensor) -> None:
+        """Final norm and head: [n, H] -> logits [n, V]."""
+        for rows, out in zip(residual.split(BLOCK), logits.split(BLOCK), strict=True):
             normed = rms_norm(rows, self._weights.final_norm, self.config.rms_norm_eps)
             out.copy_(self._linear(normed.to(self._weights.dtype), self._weights.head))
-        return logits
 
 
 def _counts(tokens: int, sessions: int, step: Step) -> list[int]:

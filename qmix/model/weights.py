@@ -1,6 +1,6 @@
 """The dense weights of a Mixtral, read from a store: every tensor used exactly once.
 
-Matrices stay packed as the store has them; norms and routers become fp32, in which they are computed.
+Matrices stay packed as the store has them; norms become fp32 and routers fp64, in which they compute.
 
 H hidden, V vocabulary, E experts.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,16 +19,14 @@ from qmix.errors import StoreError
 from qmix.formats import Packed
 from qmix.kernels.table import KernelTable
 from qmix.sizes import MatrixSpec
-
-if TYPE_CHECKING:
-    from qmix.store import Store
+from qmix.store import Store
 
 DAMAGED = "the store is damaged or from another version: quantize again"
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One layer without its experts. Norms [H] and router [E, H] are fp32, the rest packed matrices."""
+    """One layer without its experts: norms [H] fp32, router [E, H] fp64, and packed matrices."""
 
     input_norm: Tensor
     q: Packed
@@ -88,7 +85,7 @@ def assemble(config: ModelConfig, dtype: torch.dtype, read: Callable[[str], Pack
         return LayerWeights(
             input_norm=plain(prefix + "input_layernorm.weight").float(), q=q, k=k, v=v, o=o,
             post_norm=plain(prefix + "post_attention_layernorm.weight").float(),
-            router=plain(prefix + "block_sparse_moe.gate.weight").float())
+            router=plain(prefix + "block_sparse_moe.gate.weight").double())
 
     embedding = plain(names.EMBEDDING)
     layers = tuple(layer(names.layer_prefix(i)) for i in range(config.num_layers))

@@ -1,1 +1,10 @@
-"""From a checkpoint to a store: methods choose the codes, job streams the experts through them."""
+"""From a checkpoint to a store.
+
+methods (and hqq) choose the codes; pipeline streams the experts through them; job makes a whole store of
+it, with journal (what is finished), target (where it goes) and report (what came out).
+"""
+
+from qmix.quantize.job import quantize_checkpoint
+from qmix.quantize.report import Report
+
+__all__ = ["Report", "quantize_checkpoint"]

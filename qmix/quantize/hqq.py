@@ -1,17 +1,18 @@
 """Half-quadratic quantization (Badri & Shaji 2023, mobiusml.github.io/hqq_blog): the zero point that serves
-most weights, with a few allowed to be far off.
+most of a group's weights, a few being allowed to end far off.
 
-Minimized is |W - Q^-1(Q(W))|^p with p < 1, split in two by an auxiliary error E that pulls at the
-true one with strength beta: in turn E = shrink(r), r the rounding error, and the zero point moves by the mean
-of r - E. shrink(r) = sign(r) relu(|r| - |r|^(p-1) / beta), so r - E = sign(r) min(|r|, |r|^(p-1) / beta):
-what is left of large errors is small, and they hardly move the zero point.
+Minimized is |w - dequantized(w)|^p with p < 1, split in two by an auxiliary error e that is held to the
+true one, r, with strength beta. In turn e = shrink(r) = sign(r) relu(|r| - |r|^(p-1) / beta), and the zero
+point moves by the mean of r - e = sign(r) min(|r|, |r|^(p-1) / beta): a large error hardly moves it.
 
-Three departures from the authors' code, all measured: errors are in steps of the scale (theirs, in units of the
-weights, are far below the threshold for any real layer, and shrink to zero); the zero point moves twice as
-far as the mean, which halves the iterations; and every group keeps the best zero point that it has met,
-starting from rounding to nearest, so that no group gets worse in mean absolute error.
+Where this differs from the authors' code:
+- errors are in steps of the scale. Theirs are in units of the weights, far below the threshold (0.17 for
+  beta = 10) in any real layer, so that e is always zero there and the zero point follows plain means;
+- the zero point moves twice as far as the mean, which halves the iterations;
+- each group keeps the best zero point it has met, rounding to nearest's included, so that no
+  group's mean absolute error is larger than rtn's.
 
-A tile has G groups of W columns and R rows, [G, W, R]; each (G, R) is a group with its own scale.
+A tile has G groups of W columns and R rows, [G, W, R]: G * R groups, each with its own scale.
 """
 
 from __future__ import annotations
@@ -21,20 +22,18 @@ from math import log2
 import torch
 from torch import Tensor
 
-P = 0.7  # the norm, and the next two, are the authors' values
-BETA = 10.0
-KAPPA = 1.01  # growth of beta per iteration
+P, BETA, KAPPA = 0.7, 10.0, 1.01  # the norm, and beta with its growth per iteration: the authors' values
 ITERATIONS = 12
 RELAX = 2.0
-ENOUGH = 0.998  # a tile stops when an iteration leaves more than this share of its error
-LOG_CENTER = 0.0430  # mean distance of log2(1 + m) from m, the error of reading a float's bits as its logarithm
+ENOUGH = 0.998  # a tile stops after an iteration that left more than this share of its error
+LOG_CENTER = 0.0430  # the middle of log2(1 + m) - m for m in 0..1
 
 
 def refine(steps: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor, work: Tensor) -> Tensor:
     """A better zero point for each group: fp32 [G, R], exact in bf16.
 
-    steps fp32 [G, W, R]: weights divided by the scale, kept; scale, its inverse and zero fp32 [G, R];
-    work fp32 [4, G, W, R], overwritten.
+    steps fp32 [G, W, R]: weights divided by the scale, kept; scale, its inverse and zero: fp32 [G, R];
+    work: fp32 [4, G, W, R], overwritten.
     """
     width = steps.shape[1]
     residual, size, scratch, limit = work.unbind()
@@ -74,9 +73,9 @@ def _shrink_offsets() -> tuple[Tensor, ...]:
 
 
 def _shrink_limit(size: Tensor, offset: Tensor, scratch: Tensor, out: Tensor) -> None:
-    """out = about size^(P-1) / beta: relative error below 4 %, and a large finite number for 0.
+    """out = size^(P-1) / beta within 4 %, and a large finite number where size is 0.
 
-    `pow` would take two thirds of the time. A positive float's bits, read as an integer, are nearly its base-2
+    `pow` would take half of the time. A positive float's bits, read as an integer, are nearly its base-2
     logarithm, times 2^23 and shifted by 127; so a power is a multiplication and an addition.
     """
     scratch.copy_(size.view(torch.int32))

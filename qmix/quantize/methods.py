@@ -3,8 +3,8 @@ quantization, hqq.py), and how far the result is from the original.
 
 A matrix is cut into strips, and a strip into tiles. A tile's scratch fits a core's L2 cache, and it stays
 below the size at which torch would start threads of its own; the strips go to a pool, torch lets go of
-the interpreter lock while it computes, and each strip writes its own piece of the result. A group's
-codes depend on its own weights and the cut on shapes only: the bytes are the same for every number of threads.
+the interpreter lock while it computes, and each strip writes its own piece of the result. The cut depends
+on shapes only: the bytes are the same for every number of threads.
 
 Within a strip weights lie transposed: reductions over a group then run along whole vectors, and
 codes come out in the order in which int4 stores them.
@@ -35,7 +35,7 @@ from qmix.sizes import MatrixSpec, round_up
 TILE = 32768  # weights; one more and torch splits an elementwise operation over its own threads
 EMPTY = 0x88  # two codes of 8: what padding holds
 BF16_MAX = 3.3895313892515355e38
-SMALLEST = 2.0**-118  # a scale below this is taken as zero: its inverse would not be finite
+SMALLEST = 2.0**-126  # a scale below this is taken as zero: its inverse would not be finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,20 +57,20 @@ class Error:
 @dataclass(frozen=True, slots=True)
 class Strip:
     """A rectangle of whole groups. row, rows, col, cols are logical; padded_row is where the row lands;
-    R is rows rounded up to a block, W the group's width here, tile the groups of one tile."""
+    padded_rows is `rows` rounded up to a block; width counts columns of a group, tile groups of a tile."""
 
     row: int
     padded_row: int
     rows: int
     col: int
     cols: int
-    R: int
-    W: int
+    padded_rows: int
+    width: int
     tile: int
 
     @property
     def groups(self) -> int:
-        return self.cols // self.W
+        return self.cols // self.width
 
     @property
     def tiles(self) -> Iterator[slice]:
@@ -132,13 +132,13 @@ def _strips(spec: MatrixSpec) -> Iterator[Strip]:
     for part in range(spec.parts):
         for start in range(0, part_rows, step):
             rows = min(step, part_rows - start)
-            r = round_up(rows, spec.block)
+            padded = round_up(rows, spec.block)
             place = (part * part_rows + start, part * part_padded + start, rows)
-            width = TILE // r * g  # so that the parameters of a strip are no more than TILE either
-            for col in range(0, whole, width):
-                yield Strip(*place, col, min(width, whole - col), r, g, TILE // r // g)
+            cols = TILE // padded * g  # so that a strip's parameters are no more than TILE either
+            for col in range(0, whole, cols):
+                yield Strip(*place, col, min(cols, whole - col), padded, g, TILE // padded // g)
             if whole < spec.cols:
-                yield Strip(*place, whole, spec.cols - whole, r, spec.cols - whole, 1)
+                yield Strip(*place, whole, spec.cols - whole, padded, spec.cols - whole, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,22 +157,22 @@ class Scratch:
 
 def _load(weight: Tensor, s: Strip, scratch: Scratch) -> Tensor:
     """The strip's weights, transposed: [G, W, R] in the dtype of `weight`; padded rows are zero."""
-    source = scratch.source[:s.cols * s.R].view(s.cols, s.R)
-    width = s.tile * s.W
-    for col in range(0, s.cols, width):
-        n = min(width, s.cols - col)
-        narrow = scratch.narrow[:s.R * n].view(s.R, n)
+    source = scratch.source[:s.cols * s.padded_rows].view(s.cols, s.padded_rows)
+    step = s.tile * s.width
+    for col in range(0, s.cols, step):
+        n = min(step, s.cols - col)
+        narrow = scratch.narrow[:s.padded_rows * n].view(s.padded_rows, n)
         narrow[:s.rows] = weight[s.row:s.row + s.rows, s.col + col:s.col + col + n]
         narrow[s.rows:] = 0
         source[col:col + n] = narrow.T  # torch transposes fast only between contiguous tensors of one dtype
-    return source.view(s.groups, s.W, s.R)
+    return source.view(s.groups, s.width, s.padded_rows)
 
 
 def _quantize(weight: Tensor, packed: Packed, s: Strip, method: str, scratch: Scratch) -> None:
     """Quantize a strip into its place in `packed`."""
     source = _load(weight, s, scratch)
-    low, high = torch.empty(2, s.groups, s.R)
-    work = scratch.work[:, :s.tile * s.W * s.R].view(5, -1, s.W, s.R)
+    low, high = torch.empty(2, s.groups, s.padded_rows)
+    work = scratch.work[:, :s.tile * s.width * s.padded_rows].view(5, -1, s.width, s.padded_rows)
     for groups in s.tiles:
         x = work[0, :groups.stop - groups.start].copy_(source[groups])
         torch.amin(x, 1, out=low[groups])
@@ -181,18 +181,18 @@ def _quantize(weight: Tensor, packed: Packed, s: Strip, method: str, scratch: Sc
         refuse_nonfinite(weight[s.row:s.row + s.rows, s.col:s.col + s.cols], s.row, s.col)
     scale, zero = fit_range(low, high)
     inverse = torch.where(scale > 0, 1 / scale, 0.0)  # all codes of a group without scale are 8
-    blocks = slice(s.padded_row // packed.spec.block, (s.padded_row + s.R) // packed.spec.block)
+    blocks = slice(s.padded_row // packed.spec.block, (s.padded_row + s.padded_rows) // packed.spec.block)
     for groups in s.tiles:
         tile = work[:, :groups.stop - groups.start]
         steps = tile[0].copy_(source[groups]).mul_(inverse[groups].unsqueeze(1))
         if method == "hqq":
             zero[groups] = hqq.refine(steps, scale[groups], inverse[groups], zero[groups], tile[1:])
         steps.sub_((zero[groups] * inverse[groups]).unsqueeze(1)).round_().clamp_(-8, 7)
-        col = s.col + groups.start * s.W
-        codes = steps.view(-1, s.R)
+        col = s.col + groups.start * s.width
+        codes = steps.view(-1, s.padded_rows)
         store_codes(codes, packed["qweight"][blocks, col:col + len(codes)])
     group = s.col // packed.spec.group_size
-    params = packed["qparams"][group:group + s.groups, s.padded_row:s.padded_row + s.R]
+    params = packed["qparams"][group:group + s.groups, s.padded_row:s.padded_row + s.padded_rows]
     params[..., 0], params[..., 1] = scale, zero
 
 
@@ -212,19 +212,17 @@ def fit_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
 def _error(weight: Tensor, packed: Packed, s: Strip, scratch: Scratch) -> Error:
     """The error of a strip."""
     source, group = _load(weight, s, scratch), s.col // packed.spec.group_size
-    params = packed["qparams"][group:group + s.groups, s.padded_row:s.padded_row + s.R].float()
+    params = packed["qparams"][group:group + s.groups, s.padded_row:s.padded_row + s.padded_rows].float()
     scale, zero = params.unsqueeze(1).unbind(-1)
-    blocks = slice(s.padded_row // packed.spec.block, (s.padded_row + s.R) // packed.spec.block)
-    work = scratch.work[:, :s.tile * s.W * s.R].view(5, -1, s.W, s.R)
+    blocks = slice(s.padded_row // packed.spec.block, (s.padded_row + s.padded_rows) // packed.spec.block)
+    work = scratch.work[:, :s.tile * s.width * s.padded_rows].view(5, -1, s.width, s.padded_rows)
     err = norm = 0.0
     for groups in s.tiles:
         x, w = work[:2, :groups.stop - groups.start]
         x.copy_(source[groups])
-        col = s.col + groups.start * s.W
-        load_codes(packed["qweight"][blocks, col:col + w.shape[0] * s.W], w.view(-1, s.R))
-        w.mul_(scale[groups]).add_(zero[groups]).sub_(x)
-        if s.rows < s.R:
-            w[..., s.rows:] = 0
-        err += torch.dot(w.view(-1), w.view(-1)).item()
-        norm += torch.dot(x.view(-1), x.view(-1)).item()
+        col = s.col + groups.start * s.width
+        load_codes(packed["qweight"][blocks, col:col + w.shape[0] * s.width], w.view(-1, s.padded_rows))
+        w.mul_(scale[groups]).add_(zero[groups]).sub_(x)[..., s.rows:] = 0
+        err += torch.linalg.vector_norm(w, dtype=torch.float64).item() ** 2
+        norm += torch.linalg.vector_norm(x, dtype=torch.float64).item() ** 2
     return Error(err, norm)

@@ -32,7 +32,8 @@ __all__ = ["ROLES", "Message", "StreamDecoder", "Tokenizer", "load"]
 class Tokenizer:
     """bos_id: None where the model has none. eos_ids: every id that ends an answer, by the config files,
     the vocabulary and the chat template. vocab_size: ids of the tokenizer, at most the model's, whose
-    further rows are padding. template_name: which chat format is used, to be told to the user.
+    further rows are padding. template_name: which chat format is used, to be told to the user;
+    has_template: whether it is the model's own format, and not a transcript made up for a base model.
     turn_stops: stop strings that this format needs besides eos_ids."""
 
     def __init__(self, vocabulary: Vocabulary, chat: ChatFormat, eos_ids: Iterable[int], *, add_bos: bool,
@@ -45,6 +46,7 @@ class Tokenizer:
         self.eos_ids = tuple(dict.fromkeys(eos_ids))
         self.vocab_size = vocabulary.size
         self.template_name = chat.name
+        self.has_template = not isinstance(chat, PlainFormat)
         self.turn_stops = chat.turn_stops
 
     def encode(self, text: str, bos: bool = True) -> list[int]:

@@ -47,7 +47,7 @@ class JsonVocabulary(Vocabulary):
         bos, eos = (entries.get(files.named.get(name, "")) for name in ("bos_token", "eos_token"))
         size = max(entries.values(), default=-1) + 1
         super().__init__(size, {text: i for text, i in markers.items() if text}, bos_id=bos, eos_id=eos,
-                         unk=files.named.get("unk_token"))
+                         unk_id=entries.get(files.named.get("unk_token", "")))
         self._check(path)
 
     def token(self, token_id: int) -> str:
@@ -86,7 +86,8 @@ class JsonVocabulary(Vocabulary):
         for text in texts:
             check_text(text)
         whole = self._encode("".join(s if isinstance(s, str) else self.token(s) for s in run), True)
-        if self.marker_ids(whole) == self.marker_ids(markers) and not any(map(self.spells_unknown, texts)):
+        if self.marker_ids(whole) == self.marker_ids(markers) and not any(
+                self._reads_unknown(text, whole) for text in texts):
             return whole
         return super().encode_segments(run)
 

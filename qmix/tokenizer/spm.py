@@ -32,7 +32,7 @@ class SentencePieceVocabulary(Vocabulary):
         markers[self._pieces[unknown]] = unknown
         bos, eos = (markers.get(files.named.get(name, ""), default if default >= 0 else None)
                     for name, default in (("bos_token", model.bos_id()), ("eos_token", model.eos_id())))
-        super().__init__(size, markers, bos_id=bos, eos_id=eos, unk=self._pieces[unknown])
+        super().__init__(size, markers, bos_id=bos, eos_id=eos, unk_id=unknown)
         self._drops_space, self.drop_all = self._leading_space()
         self._anchor: list[int] = model.encode(ANCHOR)
 

@@ -61,13 +61,13 @@ class Vocabulary(ABC):
     drop_all = False
 
     def __init__(self, size: int, markers: Mapping[str, int], *, bos_id: int | None, eos_id: int | None,
-                 unk: str | None = None):
+                 unk_id: int | None = None):
         self.size = size
         self.markers = dict(markers)
         self.bos_id = bos_id
         self.eos_id = eos_id
-        self._unk = unk  # the text of the unknown token, whose id also stands for unknown characters
-        self._marker_ids = frozenset(i for text, i in markers.items() if text != unk)
+        self._unk_id = unk_id
+        self._marker_ids = frozenset(markers.values()) - {unk_id}  # which stands for unknown characters too
         longest_first = sorted(markers, key=len, reverse=True)
         # "(?!)" matches nothing.
         self.marker_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
@@ -91,12 +91,12 @@ class Vocabulary(ABC):
         ids: list[int] = []
         while text:
             found = self._encode(text, start)
-            if not self.marker_ids(found) and not self.spells_unknown(text):
+            if not self.marker_ids(found) and not self._reads_unknown(text, found):
                 return ids + found
             # Cut the spelled-out marker behind its first character: neither half is the marker.
             match = self.marker_pattern.search(text)
             if match is None or len(match[0]) == 1:
-                marker = self.token(self.marker_ids(found)[0])
+                marker = self.token(next(i for i in found if i in self.markers.values()))
                 raise UsageError(f"the text holds {marker!r}, which is a control token of this model",
                                  "write it differently")
             ids += self._encode(text[:match.start() + 1], start)
@@ -123,8 +123,9 @@ class Vocabulary(ABC):
         """The markers among ids, in order; the unknown id is none, for characters can be unknown."""
         return [i for i in ids if i in self._marker_ids]
 
-    def spells_unknown(self, text: str) -> bool:
-        return self._unk is not None and self._unk in text
+    def _reads_unknown(self, text: str, found: Sequence[int]) -> bool:
+        """Whether the unknown token among the ids of text may come from text that spells it."""
+        return self._unk_id in found and self.token(self._unk_id) in text  # type: ignore[arg-type]
 
 
 def with_added(size: int, markers: Mapping[str, int], files: TokenizerFiles) -> tuple[int, dict[str, int]]:

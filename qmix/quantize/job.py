@@ -1,0 +1,260 @@
+"""Checkpoint to store, streaming and resumable.
+
+    claim OUT -> take over what an earlier run finished -> check the disk -> make the rest, region by region
+    -> manifest -> sync -> rename
+
+Kill it anywhere and run it again: finished regions are taken over after their checksums have been
+compared, and the store comes out byte for byte the same. See target.py for what may be left behind.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from qmix import hardware
+from qmix.checkpoint import Checkpoint
+from qmix.config import ExpertKey, QuantConfig
+from qmix.errors import CheckpointError, DoesNotFit, Interrupted, QmixError, StoreError, UsageError
+from qmix.quantize import journal as journals
+from qmix.quantize.journal import Finished, Journal
+from qmix.quantize.pipeline import Work, all_work, run
+from qmix.quantize.report import Report
+from qmix.quantize.target import Target, cannot_write, resolve, sync_folder, written_bytes
+from qmix.render import Progress
+from qmix.sizes import format_bytes
+from qmix.store import CONFIG, MANIFEST, StoreLayout, StoreWriter, classes, worst_experts
+from qmix.store.manifest import DenseEntry, FileEntry, Manifest, RecordEntry
+from qmix.store.raw import digest
+
+AGAIN = "run the same command again: it resumes"
+CHECKERS = 4  # threads that compare checksums of what is there already
+LINE_BYTES = 600  # of manifest and journal, per region, at most
+
+
+def quantize_checkpoint(source: Checkpoint, out: Path | str, quant: QuantConfig, *,
+                        threads: int | None = None, force: bool = False, dry_run: bool = False,
+                        progress: Progress | None = None) -> Report:
+    """Quantize `source` into a new store at `out`; resumes where an earlier run broke off.
+
+    threads: of the quantizer, default the physical cores; no bit of the store depends on it. force: replace
+    a store at `out`, once the new one is whole, and drop an unfinished one made with other arguments.
+    dry_run: report what would be written and touch nothing. progress(done, total, label): source bytes.
+
+    UsageError: `out` is taken, or an unfinished store there was made with other arguments. DoesNotFit: the
+    disk is too small, or became so; CheckpointError: the source is damaged; Interrupted: Ctrl-C. After
+    all of them but the first the same call resumes.
+    """
+    out = resolve(Path(out))
+    layout = StoreLayout.of(source.config, quant)
+    work = all_work(source, layout)
+    _account(source, work)
+    copies = _read_copies(source)
+    if dry_run:
+        return _report(source, quant, out, layout, copies, None)
+    target = Target.claim(out, force)
+    try:
+        job = _Job(source, quant, layout, work, copies, target, force)
+        return job.run(threads or hardware.physical_cores(), progress or (lambda done, total, label: None))
+    except KeyboardInterrupt:
+        raise Interrupted(f"{out}: stopped before it was finished", AGAIN) from None
+    except OSError as e:
+        raise _failure(e, target.partial) from None
+    finally:
+        target.release()
+
+
+class _Job:
+    """One run: what it makes, where, and what it knows to be finished."""
+
+    def __init__(self, source: Checkpoint, quant: QuantConfig, layout: StoreLayout, work: list[Work],
+                 copies: Mapping[str, bytes], target: Target, force: bool):
+        self._source, self._quant, self._layout, self._work = source, quant, layout, work
+        self._copies, self._target, self._force = copies, target, force
+        self._arguments = journals.arguments(source.fingerprint(), quant)
+        self._done: dict[str, Finished] = {}
+
+    def run(self, threads: int, progress: Progress) -> Report:
+        folder, total = self._target.partial, self._source.nbytes
+        claimed = self._recall()
+        self._check_disk()
+        journal = Journal.create(folder, self._arguments, claimed)
+        try:
+            sync_folder(folder)
+            (folder / MANIFEST).unlink(missing_ok=True)  # of a run that was killed before its rename
+            with StoreWriter(folder, self._layout) as writer, _one_torch_thread():
+                done = 0
+
+                def finished(work: Work, result: Finished) -> None:
+                    nonlocal done
+                    self._done[work.region.name] = result
+                    done += work.nbytes
+                    progress(done, total, work.label)
+
+                for work, result in self._verified(writer, claimed):
+                    finished(work, result)
+                resumed, at_start, start = len(self._done), done, time.perf_counter()
+                rest = [work for work in self._work if work.region.name not in self._done]
+                run(self._source, self._quant, rest, writer, journal, threads, finished)
+                assert done == total, (done, total)  # every byte of the checkpoint, exactly once
+                writer.sync()
+                seconds = time.perf_counter() - start
+        finally:
+            journal.close()
+        manifest = self._finish()
+        return _report(self._source, self._quant, self._target.out, self._layout, self._copies, manifest,
+                       len(self._work), resumed, seconds, (total - at_start) / 1e6 / seconds)
+
+    def _recall(self) -> dict[str, Finished]:
+        """What the journal of an earlier run claims; UsageError where that run was another job."""
+        target = self._target
+        try:
+            found = journals.recall(target.partial)
+            differences = journals.differences(found[0], self._arguments) if found else []
+        except StoreError as e:
+            differences = [e.message]
+        if differences and not self._force:
+            listed = "; ".join(differences)
+            raise UsageError(f"{target.partial}: an unfinished store of another job: {listed}",
+                             "give the old arguments to resume it, or --force to drop it and start over")
+        if differences:
+            target.clear()
+        return found[1] if found and not differences else {}
+
+    def _verified(self, writer: StoreWriter,
+                  claimed: Mapping[str, Finished]) -> Iterator[tuple[Work, Finished]]:
+        """The work that is on disk already, as its checksum proves."""
+        todo = [work for work in self._work if work.region.name in claimed]
+        with ThreadPoolExecutor(CHECKERS, "qmix-check") as checkers:
+            try:
+                sums = checkers.map(lambda work: writer.checksum(work.region), todo)
+                for work, xxh3 in zip(todo, sums, strict=True):
+                    if xxh3 == claimed[work.region.name].xxh3:
+                        yield work, claimed[work.region.name]
+            except BaseException:
+                checkers.shutdown(wait=True, cancel_futures=True)
+                raise
+
+    def _check_disk(self) -> None:
+        folder = self._target.partial
+        needed = _store_bytes(self._layout, self._copies) + LINE_BYTES * len(self._work)
+        there, free = written_bytes(folder), shutil.disk_usage(folder).free
+        if needed - there > free:
+            already = f", {format_bytes(there)} of it written already" if there else ""
+            raise DoesNotFit(f"{self._target.out}: needs {format_bytes(needed)} of disk{already}; "
+                             f"{format_bytes(free)} free, short of {format_bytes(needed - there - free)}",
+                             "make room, or choose an OUT on another disk")
+
+    def _finish(self) -> Manifest:
+        """Copied files, manifest, and the rename; every weight is on the disk before."""
+        folder = self._target.partial
+        for name, data in self._copies.items():
+            _write_synced(folder / name, data)
+        manifest = self._manifest()
+        draft = folder / (MANIFEST + ".tmp")
+        _write_synced(draft, manifest.to_json())
+        draft.replace(folder / MANIFEST)
+        self._target.commit(self._force)
+        return manifest
+
+    def _manifest(self) -> Manifest:
+        source, layout = self._source, self._layout
+        missing = [work.region.name for work in self._work if work.region.name not in self._done]
+        if missing or set(layout.records) != set(source.config.expert_keys):
+            raise QmixError(f"{source.path}: {missing[:1]}: not quantized; no store is written")
+        records, dense = {}, {}
+        for work in self._work:
+            key, done = work.source, self._done[work.region.name]
+            place = work.region.file, work.region.offset, work.region.nbytes, done.xxh3
+            if isinstance(key, ExpertKey):
+                records[key] = RecordEntry(key, *place, done.error)
+            else:
+                spec = layout.specs[key]
+                dense[key] = DenseEntry(key, spec.format if spec else "plain", *place, done.error.get("all"))
+        origin, revision = _origin(source.path)
+        files = {name: FileEntry(name, len(data), digest(data)) for name, data in self._copies.items()}
+        return Manifest(origin, revision, self._arguments["source"], source.config.dtype, self._quant,
+                        records, dense, files)
+
+
+def _failure(e: OSError, folder: Path) -> QmixError:
+    where = e.filename or folder
+    if e.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DoesNotFit(f"{where}: {e.strerror}", f"make room on the disk, then {AGAIN}")
+    if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return cannot_write(e)
+    return QmixError(f"{where}: {e.strerror}", f"see to the disk, then {AGAIN}")
+
+
+def _account(source: Checkpoint, work: list[Work]) -> None:
+    """All weights of the checkpoint, and nothing twice: proven by bytes before anything is written."""
+    planned = sum(item.nbytes for item in work)
+    if planned != source.nbytes:
+        raise QmixError(f"{source.path}: weights of {source.nbytes} bytes, the store would cover {planned}")
+
+
+def _read_copies(source: Checkpoint) -> dict[str, bytes]:
+    """{name: bytes} of config.json and what goes with it."""
+    found = {}
+    for path in (source.path / CONFIG, *source.extra_files):
+        try:
+            found[path.name] = path.read_bytes()
+        except OSError as e:
+            raise CheckpointError(f"{path}: {e.strerror}", "check its permissions") from None
+    return found
+
+
+def _store_bytes(layout: StoreLayout, copies: Mapping[str, bytes]) -> int:
+    return layout.nbytes + sum(len(data) for data in copies.values())
+
+
+def _origin(path: Path) -> tuple[str, str | None]:
+    """(name, revision) of a checkpoint: of the hub where it lies in the hub's cache, else its folder's name.
+
+    .../models--mistralai--Mixtral-8x7B-v0.1/snapshots/fc7a -> ("mistralai/Mixtral-8x7B-v0.1", "fc7a")
+    """
+    path = path.absolute()
+    repo = path.parent.parent.name
+    if path.parent.name == "snapshots" and repo.startswith("models--"):
+        return repo.removeprefix("models--").replace("--", "/"), path.name
+    return path.resolve().name, None
+
+
+def _report(source: Checkpoint, quant: QuantConfig, out: Path, layout: StoreLayout,
+            copies: Mapping[str, bytes], manifest: Manifest | None, regions: int = 0, resumed: int = 0,
+            seconds: float = 0.0, mb_per_s: float = 0.0) -> Report:
+    files = {file.name: file.size for file in layout.files.values()}
+    files.update((name, len(data)) for name, data in copies.items())
+    if manifest:
+        files[MANIFEST] = len(manifest.to_json())
+    summary = classes(source.config, quant, layout, manifest)
+    worst = tuple(worst_experts(manifest)) if manifest else ()
+    return Report(out, manifest is None, files, source.nbytes, source.skipped, summary, worst, regions,
+                  resumed, seconds, mb_per_s)
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """No threads of torch's own meanwhile: the pool has the work, and on a busy machine the two would
+    only wait for each other. Sums then do not depend on a number of threads either."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,185 @@
+"""The stream through the quantizer: one expert is read while the one before it is quantized and the one
+before that is written.
+
+Three threads and a pool: `reader` loads ahead, the caller's thread quantizes (spreading the work over the
+pool), `writer` writes behind and notes the region in the journal. Each hands over by a future and
+none runs more than one region ahead, so memory is bounded by three regions whatever the model's size.
+Weights belong to the thread that works on them and are dropped as soon as they are packed. An error or
+Ctrl-C lets reader and writer finish what they hold and then surfaces in the caller.
+
+F expert inner, H hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterable, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qmix import formats, names
+from qmix.checkpoint import Checkpoint
+from qmix.config import DTYPES, ExpertKey, QuantConfig
+from qmix.errors import CheckpointError, QmixError
+from qmix.formats import TORCH_DTYPES
+from qmix.quantize.journal import Finished, Journal
+from qmix.quantize.methods import Error, error, quantize_int4
+from qmix.sizes import PLAIN_DTYPES, MatrixSpec
+from qmix.store import Region, StoreLayout, StoreWriter
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A region still to be made.
+
+    source: an expert, or a dense tensor's name; specs: how each of its matrices is packed, None where it
+    stays plain; parts: the checkpoint's names of what each matrix is stacked from; nbytes: of the source.
+    """
+
+    region: Region
+    source: ExpertKey | str
+    specs: Mapping[str, MatrixSpec | None]
+    parts: Mapping[str, tuple[str, ...]]
+    nbytes: int
+
+    @property
+    def label(self) -> str:
+        return str(self.source) if isinstance(self.source, ExpertKey) else "attention, embedding, head"
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A region in memory: {(matrix, tensor name): Tensor}, and its errors, see journal.Finished."""
+
+    work: Work
+    tensors: Mapping[tuple[str, str], Tensor]
+    error: Mapping[str, float]
+
+
+def all_work(source: Checkpoint, layout: StoreLayout) -> list[Work]:
+    """Every region of the store, in the order in which it is made."""
+    config = source.config
+    item = TORCH_DTYPES[PLAIN_DTYPES[DTYPES[config.dtype]]].itemsize
+    found = [Work(layout.dense[t.name], t.name, {"": layout.specs[t.name]}, {"": (t.name,)},
+                  math.prod(t.shape) * item) for t in names.dense_tensors(config)]
+    nbytes = 3 * config.hidden_size * config.intermediate_size * item
+    specs = {"w13": layout.record.w13, "w2": layout.record.w2}
+    for key, region in layout.records.items():
+        part = {short: name for short, (name, _) in names.expert_tensors(config, key).items()}
+        parts = {"w13": (part["w1"], part["w3"]), "w2": (part["w2"],)}
+        found.append(Work(region, key, specs, parts, nbytes))
+    return found
+
+
+def run(source: Checkpoint, quant: QuantConfig, work: Iterable[Work], writer: StoreWriter, journal: Journal,
+        threads: int, done: Callable[[Work, Finished], None]) -> None:
+    """Make every region of `work`, in order; done(work, finished) hears of each in the caller's thread."""
+    with (ThreadPoolExecutor(threads, "qmix-quantize") as pool, ThreadPoolExecutor(1, "qmix-write") as behind,
+          closing(_read_ahead(source, work)) as stream):
+        written: Future[tuple[Work, Finished]] | None = None
+        for item, weights in stream:
+            made = _quantize(source, item, weights, quant, pool)
+            if written is not None:
+                done(*written.result())
+            written = behind.submit(_write, made, writer, journal)
+            del made
+        if written is not None:
+            done(*written.result())
+
+
+def _read_ahead(source: Checkpoint,
+                work: Iterable[Work]) -> Generator[tuple[Work, dict[str, Tensor]], None, None]:
+    """Each item with its weights; while the caller has one, the next is read."""
+    with ThreadPoolExecutor(1, "qmix-read") as reader:
+        last: tuple[Work, Future[dict[str, Tensor]]] | None = None
+        for item in work:
+            following = item, reader.submit(_load, source, item)
+            if last is not None:
+                yield last[0], last[1].result()
+            last = following
+        if last is not None:
+            yield last[0], last[1].result()
+
+
+def _load(source: Checkpoint, work: Work) -> dict[str, Tensor]:
+    """{"w13": [2F, H], "w2": [H, F]} of an expert, or {"": tensor} of a dense tensor."""
+    if not isinstance(work.source, ExpertKey):
+        return {"": source.dense(work.source)}
+    w1, w2, w3 = source.expert(work.source)
+    w13 = w1.new_empty(2 * w1.shape[0], w1.shape[1])
+    w13[:w1.shape[0]] = w1
+    del w1  # at Mixtral's width a matrix has 117 MB; fresh pages of w13 count only once they are written
+    w13[-w3.shape[0]:] = w3
+    return {"w13": w13, "w2": w2}
+
+
+def _quantize(source: Checkpoint, work: Work, weights: dict[str, Tensor], quant: QuantConfig,
+              pool: Executor) -> Made:
+    """Pack every matrix of `weights`, which is emptied on the way. int4 spreads one matrix over the
+    pool; the other formats have no such way, so their matrices go side by side."""
+    inner = any(spec is not None and spec.format == "int4" for spec in work.specs.values())
+
+    def pack_one(matrix: str) -> tuple[Mapping[str, Tensor], Error | None]:
+        spec, weight = work.specs[matrix], weights.pop(matrix)
+        if spec is None or spec.format in PLAIN_DTYPES:  # packing looks at every weight, copying does not
+            _check_finite(source, work.parts[matrix], weight)
+        try:
+            return _pack(weight, spec, quant.method, pool if inner else None)
+        except QmixError:
+            _check_finite(source, work.parts[matrix], weight)  # says it better: by tensor
+            raise
+
+    tensors: dict[tuple[str, str], Tensor] = {}
+    errors: dict[str, Error] = {}
+    packed = (map if inner else pool.map)(pack_one, work.specs)
+    for matrix, (found, distance) in zip(work.specs, packed, strict=True):
+        tensors.update(((matrix, name), tensor) for name, tensor in found.items())
+        if distance is not None:
+            errors[matrix] = distance
+    return Made(work, tensors, _rms(errors))
+
+
+def _pack(weight: Tensor, spec: MatrixSpec | None, method: str,
+          pool: Executor | None) -> tuple[Mapping[str, Tensor], Error | None]:
+    """The tensors of a matrix in its format and how far they are from `weight`, None where it stays plain."""
+    if spec is None:
+        return {"weight": weight}, None
+    if spec.format == "int4":
+        packed = quantize_int4(weight, spec, method, pool)
+    else:
+        packed = formats.pack(weight, spec)
+    same = spec.format in PLAIN_DTYPES and packed["weight"].dtype == weight.dtype  # the checkpoint's bytes
+    return packed.tensors, Error(0.0, 0.0) if same else error(weight, packed, pool)
+
+
+def _rms(errors: Mapping[str, Error]) -> dict[str, float]:
+    """Relative rms by matrix, and of all together. Six digits: the last bits of a long sum may depend on
+    the number of threads, the store's bytes must not."""
+    if not errors:
+        return {}
+    named = {matrix: e for matrix, e in errors.items() if matrix}
+    named["all"] = sum(errors.values(), Error(0.0, 0.0))
+    return {matrix: float(f"{e.rms:.6g}") for matrix, e in named.items()}
+
+
+def _write(made: Made, writer: StoreWriter, journal: Journal) -> tuple[Work, Finished]:
+    finished = Finished(writer.write(made.work.region, made.tensors), made.error)
+    journal.append(made.work.region.name, finished)
+    return made.work, finished
+
+
+def _check_finite(source: Checkpoint, parts: tuple[str, ...], weight: Tensor) -> None:
+    """CheckpointError naming tensor and position of the first inf or NaN. weight: `parts` stacked."""
+    if math.isfinite(weight.sum(dtype=torch.float32).item()):
+        return  # an inf or NaN would have reached the sum
+    for name, part in zip(parts, weight.chunk(len(parts)), strict=True):
+        for start, rows in zip(range(0, len(part), 1024), part.split(1024), strict=True):
+            bad = torch.isfinite(rows).logical_not_().nonzero()
+            if len(bad):
+                place = [start + bad[0, 0].item(), *bad[0, 1:].tolist()]
+                raise CheckpointError(f"{source.path}: {name}{place} is {rows[tuple(bad[0])].item()}",
+                                      "no working model has such a weight: fetch the checkpoint again")

@@ -1,0 +1,59 @@
+"""What a run of the quantizer did, or would do, as data; `lines` is its short form for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from qmix.config import ExpertKey
+from qmix.render import table
+from qmix.sizes import format_bytes
+from qmix.store import ClassSummary
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """files: {name: bytes} of the store, its manifest left out of a dry run; nbytes: their sum.
+    source_bytes: of the checkpoint's weights, all of them accounted for; skipped: what was not needed.
+    resumed: regions (dense tensors and experts) taken over from an earlier run, of `regions`.
+    seconds, mb_per_s: of this run; decimal MB of source weights that this run quantized.
+    classes: errors are None in a dry run. worst: the experts with the largest relative rms error.
+    """
+
+    out: Path
+    dry_run: bool
+    files: Mapping[str, int]
+    source_bytes: int
+    skipped: tuple[str, ...]
+    classes: tuple[ClassSummary, ...]
+    worst: tuple[tuple[ExpertKey, float], ...] = ()
+    regions: int = 0
+    resumed: int = 0
+    seconds: float = 0.0
+    mb_per_s: float = 0.0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.files.values())
+
+    def lines(self) -> list[str]:
+        """For the terminal: where, how large, how good."""
+        verb = "would write" if self.dry_run else "wrote"
+        found = [f"{verb} {self.out}: {format_bytes(self.nbytes)} in {len(self.files)} files, from "
+                 f"{format_bytes(self.source_bytes)} of weights"]
+        rows = [{"class": c.name, "format": c.format, "size": format_bytes(c.nbytes),
+                 "bits/weight": f"{c.bits_per_weight:.3f}", "error": _number(c.error_mean),
+                 "worst": _number(c.error_max)} for c in self.classes]
+        found += ["  " + line for line in table(rows).splitlines()]
+        if self.worst and self.worst[0][1] > 0:
+            found.append("  worst experts: " + ", ".join(f"{key} {error:.4f}" for key, error in self.worst))
+        if self.resumed:
+            found.append(f"  resumed: {self.resumed} of {self.regions} parts were there already")
+        if not self.dry_run:
+            found.append(f"  {self.seconds:.1f} s, {self.mb_per_s:.0f} MB/s of source weights")
+        return found
+
+
+def _number(error: float | None) -> str:
+    return "" if error is None else f"{error:.4f}"

@@ -1,0 +1,200 @@
+"""OUT, and what stands beside it while it is replaced.
+
+    OUT             the finished store: it appears by one rename, whole and synced, or not at all
+    OUT.partial     where it is written, with the journal; locked by the process that writes
+    OUT.replaced    the store that stood at OUT, for the moment between two renames (--force)
+
+A process may be killed anywhere. Left behind is then one of:
+    OUT.partial with a journal             unfinished: the next run resumes
+    OUT.partial with qmix.json             finished, not renamed: the next run checks and renames it
+    OUT.replaced, no OUT                   broken off between the renames: the old store goes back first
+    OUT.replaced and OUT                   broken off while deleting: deleting goes on
+
+Nothing is ever removed or renamed except folders that hold files of a qmix store and nothing else.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+from pathlib import Path
+
+from qmix.checkpoint import EXTRA_FILES
+from qmix.errors import QmixError, UsageError
+from qmix.store import CONFIG, JOURNAL, MANIFEST
+
+WEIGHTS = re.compile(r"dense\.safetensors|experts-\d{2,}\.safetensors")
+OURS = frozenset({CONFIG, MANIFEST, JOURNAL, MANIFEST + ".tmp", JOURNAL + ".tmp", *EXTRA_FILES})
+
+
+class Target:
+    """A claim on OUT: from `claim` until `release` no other qmix process writes there."""
+
+    def __init__(self, out: Path, lock: int):
+        self.out = out
+        self.partial, self.replaced = _beside(out, ".partial"), _beside(out, ".replaced")
+        self._lock = lock
+
+    @classmethod
+    def claim(cls, out: Path, force: bool) -> Target:
+        """Check OUT, mend what an earlier run left, and lock. UsageError (exit 2) where OUT may not be
+        written, QmixError where another process is at it. `out` is free of links: see `resolve`."""
+        try:
+            check_replaceable(out, force)  # first of all, so that a refusal leaves no trace
+            out.parent.mkdir(parents=True, exist_ok=True)
+            target = cls(out, _lock(_beside(out, ".partial")))
+        except OSError as e:
+            raise cannot_write(e) from None
+        try:
+            target._mend()
+            check_replaceable(out, force)
+            _check_partial(target.partial)
+        except OSError as e:
+            target.release()
+            raise cannot_write(e) from None
+        except BaseException:
+            target.release()
+            raise
+        return target
+
+    def clear(self) -> None:
+        """Forget what was written so far."""
+        _remove_files(self.partial)
+
+    def commit(self, force: bool) -> None:
+        """Make the folder, complete and synced, the store at OUT; what was there is deleted after that."""
+        check_replaceable(self.out, force)  # hours may have passed
+        sync_folder(self.partial)
+        (self.partial / JOURNAL).unlink()
+        sync_folder(self.partial)
+        if self.out.exists() and any(self.out.iterdir()):
+            self.out.rename(self.replaced)
+        self.partial.rename(self.out)
+        sync_folder(self.out.parent)
+        if self.replaced.exists():
+            _remove(self.replaced)
+
+    def release(self) -> None:
+        """Give up the lock; a folder in which nothing was written goes too."""
+        if self._lock < 0:
+            return
+        try:
+            if not any(self.partial.iterdir()):
+                self.partial.rmdir()
+        except OSError:
+            pass  # renamed by now, or not ours to remove
+        os.close(self._lock)
+        self._lock = -1
+
+    def _mend(self) -> None:
+        """Undo or finish what a killed run left between two renames."""
+        if not self.replaced.exists():
+            return
+        stranger = foreign(self.replaced)
+        if stranger:
+            raise UsageError(f"{self.replaced}: holds {stranger}, which qmix did not write", "move it away")
+        if (self.out / MANIFEST).exists():
+            _remove(self.replaced)
+        else:
+            self.replaced.rename(self.out)
+
+
+def resolve(out: Path) -> Path:
+    """OUT without links, so that what stands beside it is on the same disk."""
+    return Path(os.path.realpath(out))
+
+
+def check_replaceable(out: Path, force: bool) -> None:
+    """UsageError unless OUT is free, an empty folder, or with `force` a qmix store and nothing more."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UsageError(f"{out}: a file is in the way", "choose another OUT")
+    if not any(out.iterdir()):
+        return
+    stranger = foreign(out)
+    if stranger is None and not (out / MANIFEST).exists():
+        stranger = "files that are no qmix store"
+    if stranger:
+        raise UsageError(f"{out}: exists and holds {stranger}, which qmix did not write: even --force keeps "
+                         "it", "choose another OUT, or move the folder away")
+    if not force:
+        raise UsageError(f"{out}: exists", "--force replaces it once the new store is whole")
+
+
+def _check_partial(partial: Path) -> None:
+    """UsageError unless OUT.partial is empty or was left by an earlier run."""
+    stranger = foreign(partial)
+    if stranger is None and not (partial / JOURNAL).exists() and not (partial / MANIFEST).exists():
+        others = [p.name for p in partial.iterdir() if p.name != JOURNAL + ".tmp"]
+        stranger = others[0] if others else None
+    if stranger:
+        raise UsageError(f"{partial}: holds {stranger}, which qmix did not write",
+                         "move it away, or choose another OUT")
+
+
+def foreign(folder: Path) -> str | None:
+    """The first entry of a folder that is no file of a qmix store, quoted, or None."""
+    for entry in sorted(os.scandir(folder), key=lambda e: e.name):
+        known = entry.name in OURS or WEIGHTS.fullmatch(entry.name)
+        if not known or not entry.is_file(follow_symlinks=False):
+            return f"{entry.name!r:.80}"
+    return None
+
+
+def written_bytes(folder: Path) -> int:
+    """Bytes of disk that the files of a folder take already."""
+    return sum(entry.stat().st_blocks * 512 for entry in os.scandir(folder) if entry.is_file())
+
+
+def sync_folder(folder: Path) -> None:
+    """Return when the disk knows the folder's names."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def cannot_write(e: OSError) -> QmixError:
+    return QmixError(f"{e.filename or 'OUT'}: {e.strerror}",
+                     "choose an OUT in a folder that you may write to")
+
+
+def _beside(out: Path, suffix: str) -> Path:
+    if not out.name:
+        raise UsageError(f"{out}: not a folder that can be written", "choose another OUT")
+    return out.parent / (out.name + suffix)
+
+
+def _lock(folder: Path) -> int:
+    """Make and lock a folder (the lock is on the folder itself and leaves no file): its descriptor."""
+    while True:
+        folder.mkdir(exist_ok=True)
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if folder.exists() and os.path.samestat(os.fstat(fd), folder.stat()):
+                return fd
+        except BlockingIOError:
+            os.close(fd)
+            raise QmixError(f"{folder}: another qmix is writing there",
+                            "wait until it is done, or choose another OUT") from None
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)  # the other one finished and renamed it just now
+
+
+def _remove_files(folder: Path) -> None:
+    """Delete a store's files, manifest and journal last, so that half of a store still shows what it is."""
+    assert foreign(folder) is None, folder
+    last = (MANIFEST, JOURNAL)
+    for entry in sorted(os.scandir(folder), key=lambda e: (e.name in last, e.name)):
+        Path(entry.path).unlink()
+
+
+def _remove(folder: Path) -> None:
+    _remove_files(folder)
+    folder.rmdir()

@@ -1,0 +1,15 @@
+"""The store: a folder of plain safetensors files and a manifest, with each expert as one record.
+
+layout says where every byte lies, manifest what qmix.json holds; writer fills a folder, reader opens and
+checks one, summary describes it.
+"""
+
+from qmix.store.layout import CONFIG, JOURNAL, MANIFEST, Region, StoreLayout, record_name
+from qmix.store.manifest import DenseEntry, FileEntry, Manifest, RecordEntry
+from qmix.store.reader import Store
+from qmix.store.summary import ClassSummary, classes, describe, worst_experts
+from qmix.store.writer import StoreWriter
+
+__all__ = ["CONFIG", "JOURNAL", "MANIFEST", "ClassSummary", "DenseEntry", "FileEntry", "Manifest",
+           "RecordEntry", "Region", "Store", "StoreLayout", "StoreWriter", "classes", "describe",
+           "record_name", "worst_experts"]

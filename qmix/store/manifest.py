@@ -1,0 +1,247 @@
+"""qmix.json: what a store holds, where, with which checksums and errors.
+
+Version 1, a JSON object; the same store always has the same bytes, so no times and no paths:
+
+    format_version   1                      needs_qmix   the first qmix that reads this version
+    source           {name, revision, fingerprint} of the checkpoint
+    dtype            "bfloat16" | "float16" | "float32", of the checkpoint's weights
+    quantization     QuantConfig
+    records          [{layer, expert, file, offset, bytes, xxh3_128, error}]
+    dense            [{name, format, file, offset, bytes, xxh3_128, error}]
+    files            [{name, bytes, xxh3_128}], copied from the checkpoint
+
+error is the relative rms {w13, w2, all} of a record, or of a dense matrix, null for a plain tensor:
+sqrt(sum((w - wq)^2) / sum(w^2)). Where a region lies follows from the configs; the manifest repeats it
+for readers that do not know qmix, and a store in which the two differ is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from qmix import __version__
+from qmix.config import DTYPES, ExpertKey, QuantConfig
+from qmix.errors import ConfigError, StoreError
+
+FORMAT_VERSION = 1
+NEEDS_QMIX = "0.1.0"
+MAX_BYTES = 256 * 2**20  # of qmix.json; Mixtral's has 0.1 MB
+DAMAGED = "the store is damaged: copy it again, or quantize again"
+MATRICES = ("w13", "w2", "all")
+
+
+@dataclass(frozen=True, slots=True)
+class RecordEntry:
+    """One expert's record. error: relative rms by matrix, {"w13", "w2", "all"}."""
+
+    key: ExpertKey
+    file: str
+    offset: int
+    nbytes: int
+    xxh3: str
+    error: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class DenseEntry:
+    """One dense tensor; format as in MatrixSpec, or "plain"; error None where it is plain."""
+
+    name: str
+    format: str
+    file: str
+    offset: int
+    nbytes: int
+    xxh3: str
+    error: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """A file copied from the checkpoint as it is."""
+
+    name: str
+    nbytes: int
+    xxh3: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """source: the checkpoint's name (a folder's or a hub id); revision: the hub's, else None."""
+
+    source: str
+    revision: str | None
+    fingerprint: str
+    dtype: str
+    quant: QuantConfig
+    records: Mapping[ExpertKey, RecordEntry]
+    dense: Mapping[str, DenseEntry]
+    files: Mapping[str, FileEntry]
+
+    def to_json(self) -> bytes:
+        """One line per record, tensor and file."""
+        records = [{"layer": r.key.layer, "expert": r.key.expert, "file": r.file, "offset": r.offset,
+                    "bytes": r.nbytes, "xxh3_128": r.xxh3, "error": dict(r.error)}
+                   for r in self.records.values()]
+        dense = [{"name": d.name, "format": d.format, "file": d.file, "offset": d.offset, "bytes": d.nbytes,
+                  "xxh3_128": d.xxh3, "error": d.error} for d in self.dense.values()]
+        files = [{"name": f.name, "bytes": f.nbytes, "xxh3_128": f.xxh3} for f in self.files.values()]
+        source = {"name": self.source, "revision": self.revision, "fingerprint": self.fingerprint}
+        whole = {"format_version": FORMAT_VERSION, "needs_qmix": NEEDS_QMIX, "source": source,
+                 "dtype": self.dtype, "quantization": asdict(self.quant), "records": records, "dense": dense,
+                 "files": files}
+        lines = ",\n".join(f' "{key}": {_lines(value)}' for key, value in whole.items())
+        return f"{{\n{lines}\n}}\n".encode()
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Read and check a qmix.json; StoreError names the key at fault."""
+        raw = _Object(path, "", _load(path))
+        _check_version(raw)
+        source = raw.object("source")
+        dtype = raw.text("dtype")
+        if dtype not in DTYPES:
+            raise raw.wrong("dtype", " or ".join(DTYPES))
+        records = [_record(item) for item in raw.objects("records")]
+        dense = [_dense(item) for item in raw.objects("dense")]
+        files = [_file(item) for item in raw.objects("files")]
+        found = cls(source.text("name"), source.text("revision", optional=True), source.text("fingerprint"),
+                    dtype, _quant(raw.object("quantization")), {r.key: r for r in records},
+                    {d.name: d for d in dense}, {f.name: f for f in files})
+        for key, listed, kept in (("records", records, found.records), ("dense", dense, found.dense),
+                                  ("files", files, found.files)):
+            if len(listed) != len(kept):
+                raise StoreError(f"{path}: {key}: one of them is listed twice", DAMAGED)
+        return found
+
+
+def _lines(value: Any) -> str:
+    if not isinstance(value, list) or not value:
+        return json.dumps(value)
+    return "[\n" + ",\n".join("  " + json.dumps(item) for item in value) + "\n ]"
+
+
+def _load(path: Path) -> Any:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as e:
+        raise StoreError(f"{path}: {e.strerror}", "check its permissions") from None
+    if len(data) > MAX_BYTES:
+        raise StoreError(f"{path}: larger than {MAX_BYTES} bytes", DAMAGED)
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as e:
+        raise StoreError(f"{path}: not JSON ({str(e).splitlines()[0]:.100})", DAMAGED) from None
+
+
+def _check_version(raw: _Object) -> None:
+    version = raw.count("format_version")
+    if version > FORMAT_VERSION:
+        needs = raw.text("needs_qmix")
+        newer = needs if re.fullmatch(r"[\w.+-]{1,20}", needs) else "newer"
+        cure = f"install qmix {newer} (or newer), or quantize again with this one"
+        raise StoreError(f"{raw.path}: format_version: got {version}; this qmix, {__version__}, reads up to "
+                         f"{FORMAT_VERSION}", cure)
+    if version < FORMAT_VERSION:
+        raise StoreError(f"{raw.path}: format_version: got {version}, want {FORMAT_VERSION}; no such version "
+                         "was ever released", DAMAGED)
+
+
+def _quant(raw: _Object) -> QuantConfig:
+    kinds = {"str": raw.text, "int": raw.count, "bool": raw.flag}
+    values: dict[str, Any] = {f.name: kinds[str(f.type)](f.name) for f in fields(QuantConfig)}
+    try:
+        return QuantConfig(**values)
+    except ConfigError as e:
+        raise StoreError(f"{raw.path}: quantization.{e.message}", DAMAGED) from None
+
+
+def _record(raw: _Object) -> RecordEntry:
+    error = raw.object("error")
+    key = ExpertKey(raw.count("layer"), raw.count("expert"))
+    return RecordEntry(key, raw.name("file"), raw.count("offset"), raw.count("bytes"), raw.xxh3(),
+                       {name: error.number(name) for name in MATRICES})
+
+
+def _dense(raw: _Object) -> DenseEntry:
+    error = None if raw.value("error") is None else raw.number("error")
+    return DenseEntry(raw.text("name"), raw.text("format"), raw.name("file"), raw.count("offset"),
+                      raw.count("bytes"), raw.xxh3(), error)
+
+
+def _file(raw: _Object) -> FileEntry:
+    return FileEntry(raw.name("name"), raw.count("bytes"), raw.xxh3())
+
+
+class _Object:
+    """A JSON object with typed reads; every error names file, key, what was there and what should be."""
+
+    def __init__(self, path: Path, where: str, value: Any):
+        self.path = path
+        self._where = where
+        if not isinstance(value, dict):
+            key = where.removesuffix(".") or "the whole"
+            raise StoreError(f"{path}: {key}: got {value!r:.80}, want an object", DAMAGED)
+        self._value = value
+
+    def value(self, key: str) -> Any:
+        if key not in self._value:
+            raise StoreError(f"{self.path}: {self._where}{key}: missing", DAMAGED)
+        return self._value[key]
+
+    def wrong(self, key: str, want: str) -> StoreError:
+        got = f"{self.value(key)!r:.80}"
+        return StoreError(f"{self.path}: {self._where}{key}: got {got}, want {want}", DAMAGED)
+
+    def text(self, key: str, optional: bool = False) -> Any:
+        """A string, or None where `optional`."""
+        value = self.value(key)
+        if not isinstance(value, str) and not (optional and value is None):
+            raise self.wrong(key, "a string")
+        return value
+
+    def name(self, key: str) -> str:
+        """The name of a file inside the store: never a path."""
+        value = self.text(key)
+        if not re.fullmatch(r"[A-Za-z0-9_-][\w.-]{0,254}", value, re.ASCII):
+            raise self.wrong(key, "the plain name of a file in the store")
+        return value
+
+    def xxh3(self) -> str:
+        value = self.text("xxh3_128")
+        if not re.fullmatch(r"[0-9a-f]{32}", value):
+            raise self.wrong("xxh3_128", "32 hex digits")
+        return value
+
+    def count(self, key: str) -> int:
+        value = self.value(key)
+        if type(value) is not int or not 0 <= value < 2**63:
+            raise self.wrong(key, "an integer, 0 or more")
+        return value
+
+    def number(self, key: str) -> float:
+        value = self.value(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e300 \
+                or not isfinite(value):
+            raise self.wrong(key, "a number, 0 or more")
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        if not isinstance(self.value(key), bool):
+            raise self.wrong(key, "true or false")
+        return self.value(key)
+
+    def object(self, key: str) -> _Object:
+        return _Object(self.path, f"{self._where}{key}.", self.value(key))
+
+    def objects(self, key: str) -> list[_Object]:
+        value = self.value(key)
+        if not isinstance(value, list):
+            raise self.wrong(key, "a list")
+        return [_Object(self.path, f"{self._where}{key}[{i}].", item) for i, item in enumerate(value)]

@@ -1,0 +1,42 @@
+"""Bytes between files and tensors: no copies, no mapping."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+import xxhash
+from torch import Tensor
+
+from qmix.tensorfile import read_exact
+
+CHUNK = 4 * 2**20  # bytes hashed at a time: they are still in the cache after the read
+
+
+def memory(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, writable. The caller keeps the tensor alive."""
+    assert tensor.is_contiguous() and tensor.device.type == "cpu"
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+
+
+def digest(data: memoryview | bytes) -> str:
+    """xxh3_128 in 32 hex digits."""
+    return xxhash.xxh3_128(data).hexdigest()
+
+
+def checksum(fd: int, offset: int, nbytes: int) -> str:
+    """xxh3_128 of a range of a file, read in chunks; EOFError where the file is too short."""
+    hasher, buffer = xxhash.xxh3_128(), memoryview(bytearray(min(CHUNK, nbytes)))
+    for start in range(0, nbytes, CHUNK):
+        chunk = buffer[:min(CHUNK, nbytes - start)]
+        read_exact(fd, chunk, offset + start)
+        hasher.update(chunk)
+    forget(fd, offset, nbytes)
+    return hasher.hexdigest()
+
+
+def forget(fd: int, offset: int, nbytes: int) -> None:
+    """Tell the system that a range is not needed again soon: dirty pages start on their way to the disk,
+    clean ones leave the page cache, which has better uses than a file that is streamed once."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)

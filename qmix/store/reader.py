@@ -1,0 +1,262 @@
+"""An open store: checked against its own manifest and configs, then read region by region.
+
+Opening reads the headers only and refuses every inconsistency by file and key; what a hostile
+qmix.json says about files, offsets and sizes is compared with what the configs imply, never used.
+Reading is one pread into a buffer of the caller's, then its checksum: no copies, no mapping. Reads may
+run in several threads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qmix.config import ExpertKey, ModelConfig
+from qmix.errors import ConfigError, StoreError, UsageError
+from qmix.formats import Packed, view
+from qmix.store import raw
+from qmix.store.layout import CONFIG, JOURNAL, MANIFEST, FileLayout, Region, StoreLayout, record_name
+from qmix.store.manifest import DAMAGED, DenseEntry, Manifest, RecordEntry
+from qmix.tensorfile import read_exact, read_header
+
+READERS = 4  # threads that keep an NVMe disk's queue filled
+CHANGED = "its bytes are not those that were written (xxh3_128)"
+CORRUPT = "the disk or the copy is at fault: `qmix verify --deep` lists all damage; copy or quantize again"
+
+
+class Store:
+    """path: the folder. config, quant: what it holds and how. manifest: qmix.json. layout: of a record.
+
+    Use as a context manager, or close it.
+    """
+
+    def __init__(self, path: Path, config: ModelConfig, manifest: Manifest, places: StoreLayout,
+                 fds: dict[str, int], opened: ExitStack):
+        self.path = path
+        self.config = config
+        self.quant = manifest.quant
+        self.manifest = manifest
+        self.layout = places.record
+        self._places = places
+        self._fds = fds
+        self._opened = opened
+        self._sums = {name: entry.xxh3 for name, entry in manifest.dense.items()}
+        self._sums.update((record_name(key), entry.xxh3) for key, entry in manifest.records.items())
+
+    @classmethod
+    def open(cls, path: Path | str) -> Store:
+        """Open and check; StoreError names file and key. UsageError, with the command that quantizes
+        it, for an unquantized checkpoint."""
+        path = Path(path)
+        try:
+            _check_folder(path)
+        except OSError as e:
+            raise StoreError(f"{path}: {e.strerror}", "check the path and its permissions") from None
+        manifest = Manifest.read(path / MANIFEST)
+        config = _read_config(path, manifest)
+        places = StoreLayout.of(config, manifest.quant)
+        _check_manifest(path, manifest, places)
+        with ExitStack() as opened:
+            fds: dict[str, int] = {}
+            opened.callback(_close_all, fds)
+            for file in places.files.values():
+                _check_file(path, file)
+                try:
+                    fds[file.name] = os.open(path / file.name, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as e:
+                    raise StoreError(f"{path / file.name}: {e.strerror}", "check its permissions") from None
+            return cls(path, config, manifest, places, fds, opened.pop_all())
+
+    def dense(self, name: str, verify: bool = True) -> Packed | Tensor:
+        """A dense tensor by its checkpoint name, in fresh memory: Packed for linear layers and head, else a
+        Tensor in the checkpoint's dtype."""
+        region, spec = self._places.dense[name], self._places.specs[name]
+        buffer = torch.empty(region.nbytes, dtype=torch.uint8)
+        self._read(region, buffer, verify)
+        tensors = {p.tensor.name: view(buffer, p.offset, p.tensor) for p in region.tensors}
+        if spec is None:
+            return tensors["weight"]
+        return Packed.of(spec, tensors, f"{self.path / region.file}: {name}")
+
+    def read_record(self, key: ExpertKey, buffer: Tensor, verify: bool = True) -> None:
+        """Fill `buffer`, uint8 [layout.nbytes], with an expert's record: one read, then its checksum.
+        StoreError where the file is short or the bytes are not those that were written."""
+        self._read(self._places.records[key], buffer, verify)
+
+    def expert(self, key: ExpertKey, buffer: Tensor) -> tuple[Packed, Packed]:
+        """(w13, w2) of a record, as views into `buffer`, which holds it."""
+        parts: dict[str, dict[str, Tensor]] = {"w13": {}, "w2": {}}
+        for placed in self.layout.placed:
+            parts[placed.matrix][placed.tensor.name] = view(buffer, placed.offset, placed.tensor)
+        return (Packed.of(self.layout.w13, parts["w13"], f"{key} w13"),
+                Packed.of(self.layout.w2, parts["w2"], f"{key} w2"))
+
+    def verify(self, deep: bool, progress: Callable[[int, int, str], None] | None = None) -> list[str]:
+        """What is wrong with the store, a line each: structure and copied files, and with `deep` the
+        checksum of every region. progress(done bytes, all bytes, label)."""
+        report = progress or (lambda done, total, label: None)
+        found = [_problem(_check_file, self.path, file) for file in self._places.files.values()]
+        found += [_problem(_check_copied, self.path, self.manifest, name) for name in self.manifest.files]
+        problems = [problem for problem in found if problem]
+        if not deep:
+            return problems
+        regions = list(self._places.regions)
+        done, total = 0, sum(region.nbytes for region in regions)
+        with ThreadPoolExecutor(READERS, "qmix-verify") as readers:
+            try:
+                for region, problem in zip(regions, readers.map(self._examine, regions), strict=True):
+                    problems += [problem] if problem else []
+                    done += region.nbytes
+                    report(done, total, region.file)
+            except BaseException:
+                readers.shutdown(wait=True, cancel_futures=True)
+                raise
+        return problems
+
+    def close(self) -> None:
+        self._opened.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.close()
+
+    def _read(self, region: Region, buffer: Tensor, verify: bool) -> None:
+        assert buffer.dtype == torch.uint8 and buffer.shape == (region.nbytes,)
+        where, memory = f"{self.path / region.file}: {region.name}", raw.memory(buffer)
+        try:
+            read_exact(self._fds[region.file], memory, region.offset)
+        except EOFError as e:
+            raise StoreError(f"{where}: {e}", CORRUPT) from None
+        except OSError as e:
+            raise StoreError(f"{where}: {e.strerror}", CORRUPT) from None
+        if verify and raw.digest(memory) != self._sums[region.name]:
+            raise StoreError(f"{where}: {CHANGED}", CORRUPT)
+
+    def _examine(self, region: Region) -> str | None:
+        """What is wrong with the bytes of a region, or None."""
+        where = f"{self.path / region.file}: {region.name}"
+        try:
+            found = raw.checksum(self._fds[region.file], region.offset, region.nbytes)
+        except EOFError as e:
+            return f"{where}: {e}"
+        except OSError as e:
+            return f"{where}: {e.strerror}"
+        return None if found == self._sums[region.name] else f"{where}: {CHANGED}"
+
+
+def _close_all(fds: dict[str, int]) -> None:
+    while fds:
+        os.close(fds.popitem()[1])
+
+
+def _problem(check: Callable[..., Any], *arguments: Any) -> str | None:
+    """What `check` complains of, or None."""
+    try:
+        check(*arguments)
+    except StoreError as e:
+        return e.message
+    return None
+
+
+def _check_folder(path: Path) -> None:
+    """Refuse, each with its own cure, what is not a finished store."""
+    if not path.exists():
+        raise StoreError(f"{path}: no such folder", "give the folder that `qmix quantize` wrote")
+    if not path.is_dir():
+        raise StoreError(f"{path}: a file, not a folder", "give the folder that `qmix quantize` wrote")
+    if (path / JOURNAL).exists():
+        raise StoreError(f"{path}: not finished", "run the same `qmix quantize` again: it resumes")
+    if (path / MANIFEST).exists():
+        return
+    if any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
+        command = shlex.join(["qmix", "quantize", str(path), f"{path.resolve().name}-int4"])
+        raise UsageError(f"{path}: a checkpoint that is not quantized yet", f"quantize it first: {command}")
+    raise StoreError(f"{path / MANIFEST}: missing", "give the folder that `qmix quantize` wrote")
+
+
+def _read_config(path: Path, manifest: Manifest) -> ModelConfig:
+    """config.json with the dtype that the weights really had; its size is bound to the manifest's."""
+    if CONFIG not in manifest.files:
+        raise StoreError(f"{path / MANIFEST}: files: {CONFIG} is not among them", DAMAGED)
+    data = _check_copied(path, manifest, CONFIG)
+    try:
+        value = json.loads(data)
+        config = ModelConfig.from_hf({**value, "dtype": manifest.dtype})
+    except (ValueError, TypeError, RecursionError):
+        raise StoreError(f"{path / CONFIG}: not a JSON object", DAMAGED) from None
+    except ConfigError as e:
+        raise StoreError(f"{path / CONFIG}: {e.message}", DAMAGED) from None
+    experts = config.num_layers * config.num_experts  # compared before anything of that size is made
+    if experts != len(manifest.records):
+        raise StoreError(f"{path / MANIFEST}: records: got {len(manifest.records)}, want {experts}: {CONFIG} "
+                         f"has {config.num_layers} layers of {config.num_experts} experts", DAMAGED)
+    return config
+
+
+def _check_copied(path: Path, manifest: Manifest, name: str) -> bytes:
+    """The bytes of a copied file, checked."""
+    entry, file = manifest.files[name], path / name
+    if not file.is_file():
+        raise StoreError(f"{file}: {'not a file' if file.exists() else 'missing'}", DAMAGED)
+    try:
+        data = file.read_bytes()
+    except OSError as e:
+        raise StoreError(f"{file}: {e.strerror}", "check its permissions") from None
+    if len(data) != entry.nbytes or raw.digest(data) != entry.xxh3:
+        raise StoreError(f"{file}: not as it was written", "put the original back, or quantize again")
+    return data
+
+
+def _check_manifest(path: Path, manifest: Manifest, places: StoreLayout) -> None:
+    """Every entry of the manifest must say what the configs imply."""
+    file = path / MANIFEST
+    for expected, listed in ((places.dense, manifest.dense), (places.records, manifest.records)):
+        for name in expected.keys() ^ listed.keys():
+            reason = "missing" if name in expected else "not part of this model"
+            raise StoreError(f"{file}: {str(name)!r:.80}: {reason}", DAMAGED)
+    for key, record in manifest.records.items():
+        _check_place(file, record, places.records[key])
+    for name, entry in manifest.dense.items():
+        _check_place(file, entry, places.dense[name])
+        spec = places.specs[name]
+        kind = "plain" if spec is None else spec.format
+        if entry.format != kind:
+            raise StoreError(f"{file}: {name}: format: got {entry.format!r:.40}, want {kind}", DAMAGED)
+        if (entry.error is None) != (spec is None):
+            raise StoreError(f"{file}: {name}: error: got {entry.error} for {kind}", DAMAGED)
+
+
+def _check_place(file: Path, entry: RecordEntry | DenseEntry, want: Region) -> None:
+    for key, got, right in (("file", entry.file, want.file), ("offset", entry.offset, want.offset),
+                            ("bytes", entry.nbytes, want.nbytes)):
+        if got != right:
+            raise StoreError(f"{file}: {want.name}: {key}: got {got}, want {right}", DAMAGED)
+
+
+def _check_file(path: Path, file: FileLayout) -> None:
+    """The header on disk must describe exactly the tensors that the configs imply, byte for byte."""
+    if not (path / file.name).is_file():  # before opening: a pipe would block
+        raise StoreError(f"{path / file.name}: missing, or not a file", DAMAGED)
+    found = dict(read_header(path / file.name, StoreError).entries)
+    for want in file.entries:
+        got = found.pop(want.name, None)
+        if got is None:
+            raise StoreError(f"{path / file.name}: {want.name}: missing", DAMAGED)
+        if got != want:
+            raise StoreError(f"{path / file.name}: {want.name}: got {got.dtype} {list(got.shape)} at byte "
+                             f"{got.offset}, want {want.dtype} {list(want.shape)} at {want.offset}", DAMAGED)
+    if found:
+        raise StoreError(f"{path / file.name}: {next(iter(found))!r:.80}: not part of this store", DAMAGED)

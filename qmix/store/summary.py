@@ -1,0 +1,113 @@
+"""What a store holds, as plain data: for `qmix show`, and for the report at the end of quantizing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from qmix.config import DTYPES, ExpertKey, ModelConfig, QuantConfig
+from qmix.names import dense_tensors
+from qmix.store.layout import MANIFEST, StoreLayout
+from qmix.store.manifest import FORMAT_VERSION, Manifest
+from qmix.store.reader import Store
+
+WORST = 5
+
+
+@dataclass(frozen=True, slots=True)
+class ClassSummary:
+    """One class of tensors: weights counts them, nbytes is what they take on disk with all padding;
+    errors are relative rms, of the mean and of the worst record or matrix, None where not known."""
+
+    name: str
+    format: str
+    weights: int
+    nbytes: int
+    error_mean: float | None = None
+    error_max: float | None = None
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / self.weights
+
+    def row(self) -> dict[str, Any]:
+        return {"class": self.name, "format": self.format, "weights": self.weights, "bytes": self.nbytes,
+                "bits_per_weight": round(self.bits_per_weight, 3), "error_mean": self.error_mean,
+                "error_max": self.error_max}
+
+
+def classes(config: ModelConfig, quant: QuantConfig, layout: StoreLayout,
+            manifest: Manifest | None = None) -> tuple[ClassSummary, ...]:
+    """Experts, dense matrices, and what is never quantized; with errors where there is a manifest."""
+    expert_errors = [r.error["all"] for r in manifest.records.values()] if manifest else []
+    dense_errors = [d.error for d in manifest.dense.values() if d.error is not None] if manifest else []
+    count = config.num_layers * config.num_experts
+    found = [ClassSummary("experts", describe_format(config, quant, quant.experts),
+                          count * expert_weights(config), count * layout.record.nbytes,
+                          *_mean_max(expert_errors))]
+    for name, kind, plain, errors in (
+            ("attention and head", describe_format(config, quant, quant.dense), False, dense_errors),
+            ("embedding, routers, norms", DTYPES[config.dtype], True, [])):
+        tensors = [t for t in dense_tensors(config) if (layout.specs[t.name] is None) == plain]
+        found.append(ClassSummary(name, kind, sum(prod(t.shape) for t in tensors),
+                                  sum(layout.dense[t.name].nbytes for t in tensors), *_mean_max(errors)))
+    return tuple(found)
+
+
+def describe_format(config: ModelConfig, quant: QuantConfig, kind: str) -> str:
+    """ "int4 g64 hqq, block 64", "nf4 double quantization", "keep (bf16)"."""
+    if kind == "int4":
+        return f"int4 g{quant.group_size} {quant.method}, block {quant.block}"
+    if kind == "keep":
+        return f"keep ({DTYPES[config.dtype]})"
+    return f"{kind} double quantization" if quant.double_quant and kind in ("nf4", "fp4") else kind
+
+
+def expert_weights(config: ModelConfig) -> int:
+    """Weights of one expert."""
+    return 3 * config.hidden_size * config.intermediate_size
+
+
+def worst_experts(manifest: Manifest) -> list[tuple[ExpertKey, float]]:
+    """The experts with the largest relative rms error, worst first."""
+    ranked = sorted(manifest.records.values(), key=lambda r: (-r.error["all"], r.key))
+    return [(r.key, r.error["all"]) for r in ranked[:WORST]]
+
+
+def describe(store: Store) -> dict[str, Any]:
+    """All that `qmix show` prints; bytes and errors as numbers, experts as {layer, expert, ...} rows."""
+    config, manifest = store.config, store.manifest
+    dense = sum(prod(t.shape) for t in dense_tensors(config))
+    per_expert, keys = expert_weights(config), len(config.expert_keys)
+    active = dense + config.num_layers * config.experts_per_token * per_expert
+    layout = StoreLayout.of(config, store.quant)
+    manifest_bytes = (store.path / MANIFEST).stat().st_size
+    nbytes = layout.nbytes + sum(f.nbytes for f in manifest.files.values()) + manifest_bytes
+    rows = classes(config, store.quant, layout, manifest)
+    revision = f"@{manifest.revision}" if manifest.revision else ""
+    return {
+        "store": store.path.resolve().name, "format_version": FORMAT_VERSION,
+        "source": manifest.source + revision, "fingerprint": manifest.fingerprint,
+        "architecture": "mixtral", "parameters": dense + keys * per_expert, "active_parameters": active,
+        "layers": config.num_layers, "experts": config.num_experts,
+        "experts_per_token": config.experts_per_token, "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size, "vocab_size": config.vocab_size,
+        "max_positions": config.max_positions, "dtype": config.dtype, "bytes": nbytes,
+        "record_bytes": store.layout.nbytes, "files": len(layout.files) + len(manifest.files) + 1,
+        "bits_per_weight": round(8 * sum(row.nbytes for row in rows) / sum(row.weights for row in rows), 3),
+        "classes": [row.row() for row in rows], "worst_experts": [
+            {"layer": key.layer, "expert": key.expert, "error": error, **_parts(manifest, key)}
+            for key, error in worst_experts(manifest)],
+    }
+
+
+def _parts(manifest: Manifest, key: ExpertKey) -> dict[str, float]:
+    error = manifest.records[key].error
+    return {"w13": error["w13"], "w2": error["w2"]}
+
+
+def _mean_max(errors: Iterable[float]) -> tuple[float | None, float | None]:
+    values = list(errors)
+    return (float(f"{sum(values) / len(values):.6g}"), max(values)) if values else (None, None)

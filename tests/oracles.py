@@ -1,0 +1,88 @@
+"""Decoders of every packed format, written a second time from the formats' definitions: numpy, float64,
+one weight after another where it matters, nothing of qmix's own decoding. What they return is exact.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from qmix.formats import Packed
+
+# QLoRA (arXiv 2305.14314), appendix E: the NF4 values.
+NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+       -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+       0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+       0.7229568362236023, 1.0]
+# FP4: a sign bit, then eight magnitudes over twelve, in the order of bitsandbytes' bit patterns.
+FP4_MAGNITUDES = [0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0]
+FP4 = [sign * m / 12.0 for sign in (1, -1) for m in FP4_MAGNITUDES]
+
+
+def numbers(t: torch.Tensor) -> np.ndarray:
+    """A tensor of any dtype as numpy float64 (exact) or, for integers, int64."""
+    return t.double().numpy() if t.is_floating_point() else t.to(torch.int64).numpy()
+
+
+def decode(m: Packed) -> np.ndarray:
+    """float64 [rows, cols], logical."""
+    name = m.spec.format
+    if name == "int4":
+        return decode_int4(m)
+    if name in ("nf4", "fp4"):
+        return decode_bnb(m)
+    if name == "int8":
+        return (numbers(m["qweight"]) * numbers(m["scale"])[:, None])[:, :m.spec.cols]
+    return numbers(m["weight"])
+
+
+def decode_int4(m: Packed) -> np.ndarray:
+    """By the formula w = (q - 8) * scale + zero, addressing the byte and nibble of each row."""
+    spec, raw, params = m.spec, numbers(m["qweight"]), numbers(m["qparams"])
+    part_rows = spec.rows // spec.parts
+    part_padded = -(-part_rows // spec.block) * spec.block
+    half = spec.block // 2
+    whole = np.empty((spec.rows, spec.cols))
+    group_of = np.arange(spec.cols) // spec.group_size
+    for r in range(spec.rows):
+        row = r // part_rows * part_padded + r % part_rows
+        block, inside = divmod(row, spec.block)
+        byte = raw[block, :spec.cols, inside % half]
+        q = byte % 16 if inside < half else byte // 16
+        whole[r] = (q - 8) * params[group_of, row, 0] + params[group_of, row, 1]
+    return whole
+
+
+def decode_bnb(m: Packed) -> np.ndarray:
+    """table[code] * absmax, codes two a byte, high nibble first, one absmax per 64 weights of a row."""
+    spec, table = m.spec, np.array(NF4 if m.spec.format == "nf4" else FP4)
+    cols = -(-spec.cols // 64) * 64
+    raw = numbers(m["qweight"]).ravel()
+    codes = np.stack((raw // 16, raw % 16), axis=1).reshape(spec.rows, cols // 64, 64)
+    absmax = numbers(m["absmax"])
+    if spec.double_quant:
+        dynamic = np.array(dynamic_table())
+        nested = np.repeat(numbers(m["nested_absmax"]), 256)[:len(absmax)]
+        absmax = dynamic[absmax] * nested + numbers(m["offset"])[0]
+    return (table[codes] * absmax.reshape(spec.rows, -1, 1)).reshape(spec.rows, cols)[:, :spec.cols]
+
+
+def dynamic_table() -> list[float]:
+    """The signed dynamic 8-bit data type (Dettmers 2016; arXiv 2110.02861): each decade from 1e-6 to 1 is cut
+    into 1, 2, 4, ... 64 equal pieces whose middles are values; with 0 and 1 they make 256."""
+    found = [0.0, 1.0]
+    for exponent in range(7):
+        edges = np.linspace(0.1, 1, 2**exponent + 1)
+        middles = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - 6)
+        found += [sign * v for sign in (1, -1) for v in middles]
+    return sorted(found)
+
+
+def product(x: torch.Tensor, weight: np.ndarray) -> np.ndarray:
+    """x [T, K] times the transpose of weight [N, K], in float64."""
+    return (x.double() @ torch.from_numpy(weight).T).numpy()
+
+
+def relative(got: torch.Tensor, want: np.ndarray) -> float:
+    """Norm of the difference over norm of `want`."""
+    return float(np.linalg.norm(numbers(got) - want) / np.linalg.norm(want))

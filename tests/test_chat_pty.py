@@ -1,0 +1,219 @@
+"""The chat on a pseudo-terminal: keys, signals, history, what stays on the screen and on the disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from pseudo_terminal import CTRL_C, CTRL_D, ENTER, UP, PseudoTerminal
+
+HERE = Path(__file__).parent
+Start = Callable[..., PseudoTerminal]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """start(**options of chat.run) -> a chat with the fake engine that stands at its first prompt."""
+    running: list[PseudoTerminal] = []
+
+    def begin(environ: dict[str, str] | None = None, **options: object) -> PseudoTerminal:
+        program = [sys.executable, "chat_fakes.py", str(tmp_path / "state"), json.dumps(options)]
+        plain = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "PROMPT_TOOLKIT_NO_CPR")}
+        inherited = {**plain, "PYTHONPATH": str(HERE.parent), "TERM": "xterm-256color"}
+        running.append(PseudoTerminal(program, inherited | (environ or {}), HERE))
+        running[-1].expect(">>>")
+        return running[-1]
+
+    yield begin
+    for terminal in running:
+        terminal.close()
+
+
+def saved(tmp_path: Path) -> list[tuple[str, str]]:
+    (path,) = (p for p in (tmp_path / "state" / "chats").iterdir() if "previous" not in p.name)
+    messages = json.loads(path.read_text())["messages"]
+    return [(q["content"], a["content"]) for q, a in zip(messages[::2], messages[1::2], strict=True)]
+
+
+def test_a_turn_commands_and_ctrl_d(start: Start, tmp_path: Path) -> None:
+    chat = start()
+    assert "fake format" in chat.raw and "context 4096" in chat.raw
+    came = chat.ask("Hello", "You said: Hello")
+    assert "experts ram 100 %" in came and "\x1b[2m" in chat.raw  # the figures are dim
+    came = chat.ask("/nope", "/nope: no such command")
+    assert "You said" not in came
+    chat.ask("turns?", "turn 2")
+    chat.ask("/undo", "undone: “turns?” (1 exchange left)")
+    chat.ask("turns?", "turn 2")
+    chat.ask("escape", "a␛[2Jb␇c\ufffdd")
+    assert "\x1b[2Jb" not in chat.raw
+    chat.ask("/set temp hot", "temp: got 'hot', want a number")
+    chat.ask(f"/save {tmp_path}/talk.json", "saved 3 exchanges")
+    chat.ask("/clear", "cleared 3 exchanges")
+    chat.ask("turns?", "turn 1")
+    chat.ask(f"/load {tmp_path}/talk.json", "loaded 3 exchanges")
+    chat.ask("turns?", "turn 4")
+    chat.send(CTRL_D)
+    assert chat.end() == 0 and chat.modes_are_restored
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_it(start: Start, tmp_path: Path) -> None:
+    chat = start()
+    chat.send("count" + ENTER)
+    chat.expect("5 6 7 8")
+    chat.send(CTRL_C)
+    chat.expect("stopped by Ctrl-C")
+    chat.expect(">>>")
+    question, answer = saved(tmp_path)[0]
+    assert question == "count" and answer.startswith("1 2 3 4 5 6 7 8")
+    chat.ask("turns?", "turn 2")
+
+    chat.send("count" + ENTER)
+    chat.expect("5 6 7 8")
+    chat.send(CTRL_C + CTRL_C)  # twice in a row is not worse than once
+    chat.expect("stopped by Ctrl-C")
+    chat.expect(">>>")
+    chat.ask("turns?", "turn 4")
+
+    # While the prompt is read (the fake engine never ends this one by itself).
+    chat.send("hang" + 200 * "x" + ENTER)
+    chat.expect("reading ")
+    chat.send(CTRL_C)
+    chat.expect("before the answer began")
+    chat.expect(">>>")
+    assert len(saved(tmp_path)) == 4
+    chat.ask("turns?", "turn 5")
+
+    # What is typed while an answer streams is not echoed into it, and is there at the next prompt.
+    chat.ask("/set max-tokens 600", "max-tokens 600")
+    chat.send("count" + ENTER)
+    chat.expect("5 6 7 8")
+    chat.send("turns?" + ENTER)
+    assert "turns?" not in chat.expect("length: max-tokens 600")
+    chat.expect("turn 7")
+    chat.expect(">>>")
+    chat.send("/exit" + ENTER)
+    assert chat.end() == 0 and chat.modes_are_restored
+
+
+def test_ctrl_c_at_the_prompt_clears_or_hints(start: Start) -> None:
+    chat = start()
+    for _ in range(3):
+        chat.send(CTRL_C)
+        chat.expect("Ctrl-D or /exit leaves")
+        chat.expect(">>>")
+    chat.send("something half-typed")
+    chat.expect("something half-typed")
+    chat.send(CTRL_C)
+    assert "leaves" not in chat.ask("Hello", "You said: Hello")
+    os.kill(chat.process.pid, signal.SIGINT)  # from outside it is the same key
+    chat.expect("Ctrl-D or /exit leaves")
+    chat.expect(">>>")
+    chat.send(CTRL_D)
+    assert chat.end() == 0
+
+
+def test_many_lines(start: Start, tmp_path: Path) -> None:
+    chat = start()
+    chat.send('"""' + ENTER)
+    chat.expect("...")
+    chat.send("/one" + ENTER)
+    chat.send("" + ENTER)
+    chat.send("  two" + ENTER)
+    chat.ask('"""', "You said: /one")
+    assert saved(tmp_path)[0][0] == "/one\n\n  two"
+    chat.ask("\x1b[200~pasted\rlines\x1b[201~", "You said: pasted")  # a paste is one message without quotes
+    assert saved(tmp_path)[1][0] == "pasted\nlines"
+    chat.send('/system """be' + ENTER)
+    chat.send('kind"""' + ENTER)
+    chat.expect("system prompt set")
+    chat.expect(">>>")
+    chat.ask("system?", r"it is 'be\nkind'")
+    chat.send('"""never mind' + ENTER + "this")
+    chat.expect("this")
+    chat.send(CTRL_C)  # forgets all of the open text
+    chat.ask("turns?", "turn 4")
+    chat.send(CTRL_D)
+    assert chat.end() == 0
+
+
+def test_continue_and_history(start: Start, tmp_path: Path) -> None:
+    chat = start(system="be kind")
+    chat.ask("first", "You said: first")
+    chat.send(CTRL_D)
+    assert chat.end() == 0
+    again = start(resume=True, stats=True)
+    assert "continuing 1 exchange, the last question was “first”" in again.raw
+    assert "more were in the KV cache" in again.ask("turns?", "turn 2")
+    again.ask("system?", "it is 'be kind'")
+    again.send(UP + UP + UP + ENTER)  # over the last two to one of the chat before
+    again.expect("You said: first")
+    again.expect(">>>")
+    assert [question for question, _ in saved(tmp_path)] == ["first", "turns?", "system?", "first"]
+    history = tmp_path / "state" / "chat_history"
+    assert "+turns?" in history.read_text() and history.stat().st_mode & 0o777 == 0o600
+    again.send(CTRL_D)
+    assert again.end() == 0
+
+
+def test_termination_and_hangup_save_and_restore(start: Start, tmp_path: Path) -> None:
+    chat = start()
+    chat.send("count" + ENTER)
+    chat.expect("5 6 7 8")
+    os.kill(chat.process.pid, signal.SIGTERM)
+    chat.expect("stopped by SIGTERM")
+    assert chat.end() == 128 + signal.SIGTERM and chat.modes_are_restored
+    assert saved(tmp_path)[0][1].startswith("1 2 3 4 5 6 7 8")
+
+    chat = start(resume=True)
+    os.kill(chat.process.pid, signal.SIGTERM)
+    assert chat.end() == 128 + signal.SIGTERM and chat.modes_are_restored
+
+    chat = start(resume=True)
+    chat.send("count" + ENTER)
+    chat.expect("5 6 7 8")
+    chat.hang_up()
+    assert chat.process.wait(60) == 128 + signal.SIGHUP
+    assert len(saved(tmp_path)) == 2 and saved(tmp_path)[1][1].startswith("1 2 3 4 5 6 7 8")
+
+
+def test_a_terminal_closed_at_the_prompt_ends_the_chat_with_and_without_sighup(start: Start) -> None:
+    for options in ({"ignore_hangup": True}, {}):
+        chat = start(**options)
+        chat.hang_up()
+        assert chat.process.wait(60) == 128 + signal.SIGHUP
+
+
+def test_dumb_terminal_and_no_color(start: Start, tmp_path: Path) -> None:
+    chat = start({"TERM": "dumb"})
+    chat.ask("Hello", "You said: Hello")
+    chat.send('"""' + ENTER)
+    chat.expect("...")
+    chat.send("one" + ENTER)
+    chat.ask('two"""', "You said: one")
+    assert saved(tmp_path)[1][0] == "one\ntwo"
+    chat.send(CTRL_C)
+    chat.expect("Ctrl-D or /exit leaves")
+    chat.expect(">>>")
+    chat.send("count" + ENTER)
+    chat.expect("5 6 7 8")
+    chat.send(CTRL_C)
+    chat.expect("stopped by Ctrl-C")
+    chat.expect(">>>")
+    assert "\x1b" not in chat.raw
+    os.kill(chat.process.pid, signal.SIGTERM)
+    assert chat.end() == 128 + signal.SIGTERM and chat.modes_are_restored
+
+    (tmp_path / "state" / "chat_history").mkdir()
+    chat = start({"NO_COLOR": "1"})
+    assert "no history of inputs" in chat.raw
+    assert "experts ram" in chat.ask("Hello", "You said: Hello")
+    assert "\x1b[2m" not in chat.raw
+    chat.send(CTRL_D)
+    assert chat.end() == 0

@@ -1,0 +1,182 @@
+"""The command line as a user meets it: real processes, real stores, exit codes and streams.
+
+One tiny random checkpoint is quantized once; its tokenizer is trained here on a few sentences.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers import write_tiny_checkpoint
+from qmix.demo import CHECKPOINT
+from tokenizer_files import DEMO_TEMPLATE, spm_model
+
+QMIX = [sys.executable, "-m", "qmix"]
+
+
+def qmix(*args: object, stdin: str | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*QMIX, *map(str, args)], input=stdin, capture_output=True, text=True, timeout=120,
+                          env=os.environ | env, stdin=subprocess.DEVNULL if stdin is None else None)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "tiny"
+    write_tiny_checkpoint(folder, vocab_size=512)
+    (folder / "tokenizer.model").write_bytes(spm_model())
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>",
+                                                              "chat_template": DEMO_TEMPLATE}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(checkpoint: Path) -> Path:
+    out = checkpoint.parent / "store"
+    done = qmix("quantize", checkpoint, out)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    return out
+
+
+def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    """One clear error: the exit code, every word of `words`, no traceback, nothing on stdout."""
+    assert done.returncode == code, done.stderr
+    assert done.stderr.count("error: ") == 1 or "Usage:" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    for word in words:
+        assert word in done.stderr, done.stderr
+
+
+def test_generate_streams_text_and_keeps_stdout_clean(store: Path) -> None:
+    done = qmix("generate", store, "-p", "the fox", "--raw", "-n", 12, "--seed", 5)
+    assert done.returncode == 0, done.stderr
+    assert "tok" in done.stderr and "tok" not in done.stdout
+    again = qmix("generate", store, "-p", "the fox", "--raw", "-n", 12, "--seed", 5)
+    assert again.stdout == done.stdout
+
+
+def test_generate_json_is_one_document(store: Path) -> None:
+    done = qmix("generate", store, "--json", "--temp", 0, "-n", 7, "--raw", stdin="the fox and")
+    document = json.loads(done.stdout)
+    assert {"text", "token_ids", "finish_reason", "timings", "tiers"} <= set(document)
+    assert document["finish_reason"] in ("length", "stop")
+    assert len(document["token_ids"]) <= 7
+    assert document["tiers"] == {"ram": 100.0}
+    assert document["timings"]["prompt_tokens"] > 1
+
+
+def test_prompt_from_file_is_the_same_prompt(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text("the fox")
+    flags = ("--temp", 0, "-n", 5, "--raw")
+    assert (qmix("generate", store, "-f", tmp_path / "prompt.txt", *flags).stdout
+            == qmix("generate", store, "-p", "the fox", *flags).stdout)
+
+
+def test_environment_and_file_stand_behind_the_flag(store: Path, tmp_path: Path) -> None:
+    config = tmp_path / "qmix" / "qmix.toml"
+    config.parent.mkdir()
+    config.write_text(f'[generate]\nmodel = "{store}"\nmax-tokens = 2\ntemp = 0\nraw = true\n')
+
+    def count(*args: object, **env: str) -> int:
+        done = qmix("generate", "-p", "the fox", "--json", *args, XDG_CONFIG_HOME=str(tmp_path), **env)
+        return len(json.loads(done.stdout)["token_ids"])
+
+    assert count() == 2
+    assert count(QMIX_GENERATE_MAX_TOKENS="3") == 3
+    assert count("-n", 1, QMIX_GENERATE_MAX_TOKENS="3") == 1
+
+
+@pytest.mark.parametrize(("args", "code", "words"), [
+    (("generate", "{store}", "-p", "x", "-f", "y"), 2, ("-p", "-f")),
+    (("generate", "{store}", "-p", "  "), 2, ("empty",)),
+    (("generate", "{store}", "-f", "{tmp}/none.txt"), 2, ("none.txt",)),
+    (("generate", "{store}", "-p", "x", "--temp", "-1"), 2, ("temperature", "-1")),
+    (("generate", "{store}", "-p", "x", "--top-p", "0"), 2, ("top_p",)),
+    (("generate", "{store}", "-p", "x", "--seed", "abc"), 2, ("--seed",)),
+    (("generate", "{store}", "-p", "x", "-c", "99999999"), 2, ("ctx-size",)),
+    (("generate", "{store}", "-p", "the fox " * 400, "-c", "32", "--raw"), 2, ("32",)),
+    (("generate", "{store}", "-p", "x", "--raw", "--system", "y"), 2, ("--system",)),
+    (("generate", "{tmp}/nothing", "-p", "x"), 2, ("nothing",)),
+    (("generate", "-p", "x"), 2, ("MODEL",)),
+    (("generate", "{checkpoint}", "-p", "x"), 2, ("qmix quantize", "{checkpoint}")),
+    (("chat", "{store}"), 2, ("terminal", "qmix generate")),
+    (("show", "{tmp}"), 4, ("{tmp}",)),
+    (("quantize", "{checkpoint}", "{store}"), 2, ("--force",)),
+    (("quantize", "{tmp}", "{tmp}/out"), 4, ("config.json",)),
+    (("quantize", "{checkpoint}", "{tmp}/out", "--format", "int5"), 2, ("int5", "int4")),
+    (("quantize", "{checkpoint}", "{tmp}/out", "--format", "nf4", "--group-size", "64"), 2, ("--group-size", "int4")),
+    (("quantize", "{checkpoint}", "{tmp}/out", "--format", "keep", "--method", "rtn"), 2, ("--method",)),
+    (("quantize", "{checkpoint}", "{tmp}/out", "--block", "16"), 2, ("--block", "16")),
+    (("quantize", "{checkpoint}", "{tmp}/out", "--group-size", "48"), 2, ("group_size", "48")),
+    (("quantize", "{checkpoint}", "{tmp}/out", "--double-quant"), 2, ("double_quant",)),
+    (("nonsense",), 2, ("nonsense",)),
+])
+def test_bad_input_is_one_clear_error(args: tuple[str, ...], code: int, words: tuple[str, ...], store: Path,
+                                      checkpoint: Path, tmp_path: Path) -> None:
+    places = {"store": store, "checkpoint": checkpoint, "tmp": tmp_path}
+    refused(qmix(*(a.format(**places) for a in args)), code, *(w.format(**places) for w in words))
+    assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_writes_nothing_and_tells_the_size(checkpoint: Path, tmp_path: Path) -> None:
+    done = qmix("quantize", checkpoint, tmp_path / "out", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\d B|KiB|MiB", done.stderr)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_show_and_verify(store: Path, tmp_path: Path) -> None:
+    assert "int4" in qmix("show", store).stdout
+    assert isinstance(json.loads(qmix("show", store, "--json").stdout), dict)
+    assert qmix("verify", store, "--deep").returncode == 0
+    broken = tmp_path / "broken"
+    shutil.copytree(store, broken)
+    path = broken / "experts-00.safetensors"
+    data = bytearray(path.read_bytes())
+    data[5000] ^= 1
+    path.write_bytes(data)
+    refused(qmix("verify", broken, "--deep"), 4, "experts-00.safetensors", "layer 0 expert 0")
+    refused(qmix("generate", broken, "-p", "x", "--raw"), 4, "layer 0 expert 0")
+    path.write_bytes(data[:-100])
+    refused(qmix("show", broken), 4, "experts-00.safetensors")
+
+
+def test_a_reader_that_leaves_early_is_no_error(store: Path) -> None:
+    command = f"{sys.executable} -m qmix generate {store} -p 'the fox' --raw -n 60 --temp 0 | head -c 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr, done.stderr
+
+
+def test_interrupt_keeps_what_was_said(store: Path) -> None:
+    args = [*QMIX, "generate", str(store), "-p", "the fox", "--raw", "--temp", "1", "--stop", "\0never"]
+    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        first = process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate(timeout=60)
+    if process.returncode == 0:
+        pytest.fail(f"the answer ended before the interrupt: {first + rest!r}")
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+
+
+def test_demo_quantizes_the_bundled_model_once_and_answers() -> None:
+    done = qmix("demo", "-p", "Tell me a story about a fox.", "--temp", 0)
+    assert done.returncode == 0, done.stderr
+    assert "fox" in done.stdout.lower()
+    assert len(done.stdout.split()) > 30
+    again = qmix("demo", "-p", "Tell me a story about a fox.", "--temp", 0)
+    assert again.stdout == done.stdout
+    assert "quantizing" not in again.stderr
+    assert "demo" in qmix("list").stdout
+    assert CHECKPOINT.is_dir()

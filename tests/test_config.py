@@ -1,0 +1,137 @@
+"""ModelConfig.from_hf on the many shapes of config.json, and the checks of the other records."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+from helpers import tiny_config
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qmix.config import Cancel, ExpertKey, ModelConfig, QuantConfig, SamplingParams
+from qmix.errors import ConfigError
+
+MIXTRAL_8X7B = {
+    "architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+    "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+    "max_position_embeddings": 32768, "model_type": "mixtral", "num_attention_heads": 32,
+    "num_experts_per_tok": 2, "num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 8,
+    "output_router_logits": False, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.02, "sliding_window": None, "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16", "transformers_version": "4.36.0.dev0", "use_cache": True, "vocab_size": 32000,
+}
+
+
+def read(**overrides: Any) -> ModelConfig:
+    return ModelConfig.from_hf(tiny_config(**overrides))
+
+
+def test_mixtral_8x7b() -> None:
+    config = ModelConfig.from_hf(MIXTRAL_8X7B)
+    assert (config.head_dim, config.num_kv_heads) == (128, 8)
+    assert (config.num_experts, config.experts_per_token) == (8, 2)
+    assert (config.rope_theta, config.rms_norm_eps, config.max_positions) == (1e6, 1e-5, 32768)
+    assert (config.dtype, config.sliding_window, config.bos_id, config.eos_ids) == ("bfloat16", None, 1, (2,))
+    assert len(config.expert_keys) == 256
+    assert config.expert_keys[8] == ExpertKey(1, 0)
+
+
+@pytest.mark.parametrize(("overrides", "field", "want"), [
+    ({"rope_theta": 5e4}, "rope_theta", 5e4),
+    ({"rope_theta": 10000}, "rope_theta", 1e4),
+    ({"rope_theta": ..., "rope_parameters": {"rope_theta": 7e5, "rope_type": "default"}}, "rope_theta", 7e5),
+    ({"rope_theta": 1.0, "rope_parameters": {"rope_theta": 7e5}}, "rope_theta", 7e5),
+    ({"rope_theta": 5e4, "rope_scaling": None}, "rope_theta", 5e4),
+    ({"rope_theta": ...}, "rope_theta", 1e6),
+    ({"head_dim": None}, "head_dim", 16),
+    ({"head_dim": 40}, "head_dim", 40),
+    ({"head_dim": 40, "hidden_size": 63}, "head_dim", 40),  # 63 is not a multiple of 4 heads, and need not be
+    ({"num_key_value_heads": None}, "num_kv_heads", 4),
+    ({"num_key_value_heads": 1}, "num_kv_heads", 1),
+    ({"sliding_window": 4096}, "sliding_window", 4096),
+    ({"sliding_window": ...}, "sliding_window", None),
+    ({"tie_word_embeddings": True}, "tie_embeddings", True),
+    ({"tie_word_embeddings": ...}, "tie_embeddings", False),
+    ({"torch_dtype": "float16"}, "dtype", "float16"),
+    ({"torch_dtype": "float16", "dtype": "float32"}, "dtype", "float32"),
+    ({"eos_token_id": [2, 127]}, "eos_ids", (2, 127)),
+    ({"eos_token_id": None}, "eos_ids", ()),
+    ({"bos_token_id": None}, "bos_id", None),
+])
+def test_variants(overrides: dict[str, Any], field: str, want: Any) -> None:
+    assert getattr(read(**overrides), field) == want
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("num_local_experts", 0), ("num_hidden_layers", -1), ("num_attention_heads", 0), ("vocab_size", 0),
+    ("num_experts_per_tok", 5), ("num_experts_per_tok", 0), ("num_key_value_heads", 3), ("head_dim", 15),
+    ("hidden_size", 66), ("hidden_size", "64"), ("hidden_size", True), ("hidden_size", 64.0),
+    ("hidden_size", None), ("hidden_size", ...), ("rope_theta", 0), ("rope_theta", float("inf")),
+    ("rope_theta", float("nan")), ("rope_theta", 10**400), ("rms_norm_eps", -1e-5), ("rms_norm_eps", "1e-5"),
+    ("sliding_window", 0), ("sliding_window", 12.5), ("tie_word_embeddings", "yes"), ("model_type", "llama"),
+    ("model_type", ...), ("model_type", ["mixtral"]), ("hidden_act", "gelu"), ("dtype", "float64"),
+    ("dtype", ["bfloat16"]), ("eos_token_id", "2"), ("eos_token_id", [-1]), ("bos_token_id", [1]),
+    ("rope_parameters", "default"), ("rope_parameters", {"rope_type": "yarn"}),
+    ("rope_scaling", {"type": "linear", "factor": 2}), ("max_position_embeddings", 0),
+])
+def test_bad_values_are_refused_by_their_key(key: str, value: Any) -> None:
+    # An odd hidden_size shows in the division by the heads, a bad scaling in what replaced it.
+    named = {"hidden_size": "hidden_size|num_attention_heads",
+             "rope_scaling": "rope_parameters", "rope_parameters": "rope_parameters"}.get(key, key)
+    with pytest.raises(ConfigError, match=rf"^({named})(\.\w+)?: "):
+        read(**{key: value})
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=2)
+    | st.dictionaries(st.sampled_from(["rope_theta", "rope_type", "x"]), inner, max_size=2), max_leaves=4)
+KEYS = [*tiny_config(), "head_dim", "rope_parameters", "rope_scaling", "dtype"]
+
+
+@given(key=st.sampled_from(KEYS), value=json_values)
+def test_any_json_value_is_read_or_refused(key: str, value: Any) -> None:
+    try:
+        config = read(**{key: value})
+    except ConfigError as e:
+        assert re.match(r"[a-z_.]+: ", e.message)
+    else:
+        assert config.num_heads * config.head_dim > 0
+        hash(config)
+
+
+def test_config_survives_json() -> None:
+    assert ModelConfig.from_hf(json.loads(json.dumps(MIXTRAL_8X7B))) == ModelConfig.from_hf(MIXTRAL_8X7B)
+
+
+def test_quant_config_refuses_what_does_not_apply() -> None:
+    with pytest.raises(ConfigError, match="group_size"):
+        QuantConfig(experts="nf4", dense="bf16", method="", group_size=64, block=0)
+    with pytest.raises(ConfigError, match="method"):
+        QuantConfig(experts="keep", dense="int8", method="hqq", group_size=0, block=0)
+    with pytest.raises(ConfigError, match="double_quant"):
+        QuantConfig(double_quant=True)
+    with pytest.raises(ConfigError, match="format"):
+        QuantConfig(experts="int3")
+    assert QuantConfig(experts="keep", dense="int4").uses_int4
+
+
+@pytest.mark.parametrize("bad", [
+    {"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": -1}, {"min_p": 2}, {"repeat_penalty": 0},
+    {"seed": -1}, {"max_tokens": 0}, {"stop": ("",)}, {"temperature": float("nan")},
+])
+def test_sampling_params_name_the_field(bad: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(bad))):
+        SamplingParams(**bad)
+
+
+def test_cancel() -> None:
+    cancel = Cancel()
+    assert not cancel
+    cancel.set()
+    assert cancel
+    cancel.clear()
+    assert not cancel
