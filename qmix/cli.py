@@ -19,7 +19,7 @@ from qmix.errors import QmixError, UsageError
 HELP = """Run Mixture-of-Experts models on one machine: 4-bit experts, one command to quantize, one to chat.
 
 Exit codes: 0 done, 1 runtime error, 2 usage, 3 does not fit, 4 model files missing or corrupt, 130 interrupted.
-Every flag can stand in qmix.toml or in the environment as QMIX_COMMAND_FLAG (QMIX_CHAT_TEMP=0.3)."""
+Every flag can stand in the environment as QMIX_COMMAND_FLAG (QMIX_CHAT_TEMP=0.3), or in qmix.toml."""
 
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=True, rich_markup_mode=None,
                   context_settings={"help_option_names": ["-h", "--help"]})
@@ -55,8 +55,10 @@ def quantize(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face checkpoint: folder or hub id.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The store to write, a new folder.")],
     format: Annotated[str, typer.Option("--format", help="Experts: int4, nf4, fp4 or keep (unquantized).")] = "int4",
-    dense: Annotated[str, typer.Option("--dense", help="Attention and output head: int8, int4, bf16 or keep.")] = "int8",
-    method: Annotated[str | None, typer.Option("--method", help="int4: hqq (default) or rtn.", show_default=False)] = None,
+    dense: Annotated[str, typer.Option(
+        "--dense", help="Attention and output head: int8, int4, bf16 or keep.")] = "int8",
+    method: Annotated[str | None, typer.Option(
+        "--method", help="int4: hqq (default) or rtn.", show_default=False)] = None,
     group_size: Annotated[int | None, typer.Option("--group-size", help="int4: 32, 64 (default) or 128.",
                                                    show_default=False)] = None,
     block: Annotated[str | None, typer.Option("--block", help="int4: rows per block, 64, 32 or auto (default: what "
@@ -234,7 +236,11 @@ def main(argv: list[str] | None = None) -> None:
     """The console script: run a command and leave with its exit code."""
     command = typer.main.get_command(app)
     try:
-        flags = {name: {p.name for p in c.params} for name, c in command.commands.items()}  # type: ignore[attr-defined]
+        flags = {}
+        for name, one in command.commands.items():  # type: ignore[attr-defined]
+            flags[name] = {p.name for p in one.params}
+            for parameter in one.params:
+                parameter.show_envvar = False  # the rule stands once, in the help of qmix itself
         defaults = settings.read_file(settings.xdg_folder("config") / "qmix.toml", flags)
         command.main(argv, prog_name="qmix", default_map=defaults, auto_envvar_prefix=settings.ENV_PREFIX)
     except QmixError as error:

@@ -135,7 +135,7 @@ class Engine:
         positions = torch.cat([torch.arange(s.length, s.length + len(ids))
                                for s, ids in zip(sessions, tokens, strict=True)])
         sequence = tuple(s.number for s, ids in zip(sessions, tokens, strict=True) for _ in ids)
-        step = Step(phase, sequence, cancel or Cancel())  # type: ignore[arg-type]
+        step = Step(phase, sequence, Cancel() if cancel is None else cancel)  # type: ignore[arg-type]
         with self._lock:
             try:
                 logits = self._model.forward(flat, positions, [s.cache for s in sessions], step)
@@ -150,9 +150,10 @@ class Engine:
     def generate(self, prompt: str | Sequence[Message], params: SamplingParams | None = None,
                  cancel: Cancel | None = None) -> Iterator[Token]:
         """Answer a prompt (a text is continued as it is) or a conversation, in a session of its own."""
-        ids = self.tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) \
-            else self.tokenizer.encode_chat(list(prompt))
-        return generate(self.session(), ids, params or SamplingParams(), self.tokenizer, cancel or Cancel())
+        tokenizer, raw = self.tokenizer, isinstance(prompt, str)
+        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(list(prompt))
+        return generate(self.session(), ids, params or SamplingParams(), tokenizer, cancel,
+                        stops=() if raw else tokenizer.turn_stops, continuing=raw)
 
     def stats(self) -> dict[str, dict[str, float]]:
         """Share of expert reads by tier, in percent; one tier so far."""

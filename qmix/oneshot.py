@@ -33,7 +33,8 @@ def read_prompt(prompt: str | None, file: Path | None, stdin: TextIO) -> str:
         try:
             text = file.read_text()
         except (OSError, UnicodeDecodeError) as e:
-            raise UsageError(f"-f {file}: {getattr(e, 'strerror', None) or e}", "name a readable UTF-8 text file") from None
+            reason = getattr(e, "strerror", None) or e
+            raise UsageError(f"-f {file}: {reason}", "name a readable UTF-8 text file") from None
     elif prompt in (None, "-"):
         if stdin.isatty():
             raise UsageError("no prompt: stdin is a terminal", 'give -p "..." or -f FILE, or talk with qmix chat')

@@ -19,7 +19,6 @@ from typing import Any, Protocol
 from qmix.errors import QmixError
 from qmix.sizes import format_bytes
 
-
 QUIET_SECONDS = 2.0
 
 
@@ -51,8 +50,7 @@ def byte_bar(title: str) -> Iterator[Progress]:
         yield _plain_progress(title)
         return
     from rich.console import Console
-    from rich.progress import (BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn,
-                               TransferSpeedColumn)
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.progress import Progress as Bar
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True),

@@ -14,7 +14,7 @@ import json
 import os
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -94,16 +94,17 @@ def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]],
                  align: int) -> tuple[bytes, list[Entry]]:
     """Header bytes for (name, dtype, shape) tensors laid out in the given order without holes, padded
     with spaces so that the first tensor starts on a multiple of `align`; and where each one lands."""
-    table, offset = {}, 0
+    placed, offset = [], 0
     for name, dtype, shape in tensors:
-        end = offset + prod(shape) * ITEM_BYTES[dtype]
-        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
+        nbytes = prod(shape) * ITEM_BYTES[dtype]
+        placed.append(Entry(name, dtype, shape, offset, nbytes))
+        offset += nbytes
+    table = {e.name: {"dtype": e.dtype, "shape": e.shape, "data_offsets": (e.offset, e.offset + e.nbytes)}
+             for e in placed}
     text = json.dumps(table, separators=(",", ":")).encode()
     start = -(-(8 + len(text)) // align) * align
     header = struct.pack("<Q", start - 8) + text.ljust(start - 8)
-    entries = [Entry(name, t["dtype"], tuple(t["shape"]), start + t["data_offsets"][0],
-                     t["data_offsets"][1] - t["data_offsets"][0]) for name, t in table.items()]
+    entries = [replace(e, offset=start + e.offset) for e in placed]
     return header, entries
 
 

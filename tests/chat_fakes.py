@@ -9,6 +9,7 @@ Run as a script it opens a chat: python chat_fakes.py STATE_DIR [JSON of keyword
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import signal
@@ -19,6 +20,9 @@ from pathlib import Path
 
 import torch
 
+from qmix.chat import run, savefile
+from qmix.chat.repl import Chat
+from qmix.chat.screen import Screen
 from qmix.config import Cancel, SamplingParams
 from qmix.errors import Interrupted, StoreError, UsageError
 from qmix.tokenizer import Message, StreamDecoder
@@ -49,9 +53,13 @@ class FakeTokenizer:
         return [*ids, ASSISTANT]
 
     def decoder(self, continuing: bool = False) -> StreamDecoder:
-        return StreamDecoder(
-            lambda i: SILENT if i < 10 else Piece(bytes([i - 10]), whole=False), continuing=True
-        )
+        return StreamDecoder(self._piece, continuing=True)
+
+    @staticmethod
+    def _piece(token: int) -> Piece:
+        if not 0 <= token < VOCAB:
+            raise UsageError(f"token id: got {token}")
+        return SILENT if token < 10 else Piece(bytes([token - 10]), whole=False)
 
     def decode(self, ids: Sequence[int], continuing: bool = False) -> str:
         decoder = self.decoder()
@@ -157,9 +165,58 @@ class FakeEngine:
         return {"experts": {"ram": 100.0}}
 
 
-def main(state_dir: str, options: str = "{}") -> None:
-    from qmix.chat import run
+class Terminal(io.StringIO):
+    encoding = "utf-8"
 
+    def isatty(self) -> bool:
+        return True
+
+
+class Talk:
+    """A Chat on string streams: say() takes a line, returns what it wrote on stdout and stderr."""
+
+    def __init__(
+        self,
+        folder: Path,
+        params: SamplingParams | None = None,
+        *,
+        system: str | None = None,
+        resume: bool = False,
+        model: str = "fake",
+        context: int = 4096,
+        detailed: bool = False,
+    ):
+        self.engine = FakeEngine(context)
+        self.out, self.err = Terminal(), Terminal()
+        seeds = itertools.count(100)
+        clock = itertools.count()
+        self.chat = Chat(
+            self.engine,
+            model,
+            params or SamplingParams(),
+            Screen(self.out, self.err, {"TERM": "dumb"}),
+            savefile.Autosave(folder, model),
+            detailed=detailed,
+            draw=lambda: next(seeds),
+            clock=lambda: next(clock) / 10,
+        )
+        self.chat.begin(system, resume)
+
+    @property
+    def session(self) -> FakeSession:
+        return self.engine.sessions[0]
+
+    @property
+    def said(self) -> list[tuple[str, str]]:
+        return [(e.question, e.answer) for e in self.chat.conversation.exchanges]
+
+    def say(self, line: str) -> tuple[str, str]:
+        before = self.out.tell(), self.err.tell()
+        self.chat.turn(line)
+        return self.out.getvalue()[before[0] :], self.err.getvalue()[before[1] :]
+
+
+def main(state_dir: str, options: str = "{}") -> None:
     given = {"model_name": "fake", "context": 4096, **json.loads(options)}
     if given.pop("ignore_hangup", False):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 ESCAPES = re.compile(r"\x1b(\[[0-9;?]*[ -/]*[@-~]|[=>()][0-9A-B]?)")
 CTRL_C, CTRL_D, UP, ENTER = "\x03", "\x04", "\x1b[A", "\r"
-PATIENCE = 30  # seconds until a text that does not come is a failure
+PATIENCE = 120  # seconds until a text that does not come is a failure
 
 
 class PseudoTerminal:
@@ -50,6 +50,12 @@ class PseudoTerminal:
         before, _, after = plain.partition(text)
         self._unread = after
         return before
+
+    def expect_more(self, characters: int) -> None:
+        """Read until that much more is on the screen, whatever it says."""
+        deadline = time.monotonic() + PATIENCE
+        while len(ESCAPES.sub("", self._unread)) < characters:
+            assert self._read(deadline), f"the terminal shows {self._unread[-2000:]!r}"
 
     def ask(self, line: str, answer: str) -> str:
         """Type a line, expect an answer and then the next prompt; all that came after the line."""

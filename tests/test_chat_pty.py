@@ -11,28 +11,44 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from helpers import KEEP, tiny_config, tiny_tensors, write_checkpoint
 from pseudo_terminal import CTRL_C, CTRL_D, ENTER, UP, PseudoTerminal
+from tokenizer_files import spm_model
+
+from qmix.checkpoint import Checkpoint
+from qmix.config import ModelConfig
+from qmix.quantize import quantize_checkpoint
 
 HERE = Path(__file__).parent
 Start = Callable[..., PseudoTerminal]
+Open = Callable[[list[str], dict[str, str]], PseudoTerminal]
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """start(**options of chat.run) -> a chat with the fake engine that stands at its first prompt."""
+def on_terminal() -> Iterator[Open]:
+    """on_terminal(program, environ) -> the program at its first prompt, ended with the test."""
     running: list[PseudoTerminal] = []
 
-    def begin(environ: dict[str, str] | None = None, **options: object) -> PseudoTerminal:
-        program = [sys.executable, "chat_fakes.py", str(tmp_path / "state"), json.dumps(options)]
-        plain = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "PROMPT_TOOLKIT_NO_CPR")}
-        inherited = {**plain, "PYTHONPATH": str(HERE.parent), "TERM": "xterm-256color"}
-        running.append(PseudoTerminal(program, inherited | (environ or {}), HERE))
+    def begin(program: list[str], environ: dict[str, str]) -> PseudoTerminal:
+        inherited = {k: v for k, v in os.environ.items() if k != "NO_COLOR"}
+        settings = {"PYTHONPATH": str(HERE.parent), "TERM": "xterm-256color", **environ}
+        running.append(PseudoTerminal([sys.executable, *program], inherited | settings, HERE))
         running[-1].expect(">>>")
         return running[-1]
 
     yield begin
     for terminal in running:
         terminal.close()
+
+
+@pytest.fixture
+def start(on_terminal: Open, tmp_path: Path) -> Start:
+    """start(environ, **options of chat.run) -> a chat with the fake engine."""
+
+    def begin(environ: dict[str, str] | None = None, **options: object) -> PseudoTerminal:
+        return on_terminal(["chat_fakes.py", str(tmp_path / "state"), json.dumps(options)], environ or {})
+
+    return begin
 
 
 def saved(tmp_path: Path) -> list[tuple[str, str]]:
@@ -217,3 +233,54 @@ def test_dumb_terminal_and_no_color(start: Start, tmp_path: Path) -> None:
     assert "\x1b[2m" not in chat.raw
     chat.send(CTRL_D)
     assert chat.end() == 0
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real store of a random model without a chat template, which never ends an answer by itself."""
+    folder = tmp_path_factory.mktemp("real")
+    raw = tiny_config(torch_dtype="bfloat16", vocab_size=512, max_position_embeddings=32768)
+    tensors = tiny_tensors(ModelConfig.from_hf(raw))
+    tensors["lm_head.weight"][raw["eos_token_id"]] = 0
+    write_checkpoint(folder / "checkpoint", raw, tensors)
+    (folder / "checkpoint" / "tokenizer.model").write_bytes(spm_model())
+    with Checkpoint.open(folder / "checkpoint") as checkpoint:
+        quantize_checkpoint(checkpoint, folder / "store", KEEP, threads=1)
+    return folder / "store"
+
+
+def test_the_real_thing(on_terminal: Open, store: Path) -> None:
+    qmix = ["-m", "qmix", "chat", str(store), "--temp", "0", "-c", "30000", "-t", "1"]
+    chat = on_terminal([*qmix, "-n", "6", "--stats"], {})
+    assert "plain transcript (the model has no chat template)" in chat.raw
+    assert "context 30000 tokens" in chat.raw
+    assert " 0 more were in the KV cache" in chat.ask("the fox", "length: max-tokens 6 · 6 tok")
+    came = chat.ask("the owl", "more were in the KV cache")
+    assert " 0 more were" not in came
+    chat.ask("/set max-tokens -1", "max-tokens -1")
+    chat.send("the forest" + ENTER)
+    chat.expect("the forest")
+    chat.expect_more(200)
+    chat.send(CTRL_C)
+    chat.expect("stopped by Ctrl-C")
+    chat.expect(">>>")
+    chat.ask("/set max-tokens 6", "max-tokens 6")
+    chat.ask("the lantern", "length: max-tokens 6 · 6 tok")
+    chat.ask("/undo", "undone: “the lantern” (3 exchanges left)")
+    chat.send(CTRL_D)
+    assert chat.end() == 0 and chat.modes_are_restored
+
+    again = on_terminal([*qmix, "-n", "6", "--continue"], {})
+    assert "continuing 3 exchanges, the last question was “the forest”" in again.raw
+    assert "answers tokenized" not in again.raw
+    again.ask("the rain", "length: max-tokens 6 · 6 tok")
+    again.send("/exit" + ENTER)
+    assert again.end() == 0 and again.modes_are_restored
+
+
+def test_without_a_terminal_the_real_thing_points_to_generate(store: Path) -> None:
+    qmix = [sys.executable, "-m", "qmix", "chat", str(store)]
+    done = subprocess.run(qmix, input="Hi\n", capture_output=True, text=True, timeout=120, cwd=HERE.parent)
+    assert done.returncode == 2 and done.stdout == ""
+    assert "needs a terminal" in done.stderr and "qmix generate" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "qmix"
+# Floor 0 is a ladder: each of its modules may import those before it.
+LADDER = ("errors", "config", "names", "sizes", "tensorfile", "settings", "paths", "render")
 FLOORS = (
-    {"errors", "config", "names", "sizes", "tensorfile", "settings", "paths", "render"},
     {"formats"},
     {"checkpoint", "store", "kernels", "hardware"},
     {"quantize", "model", "offload", "tokenizer", "sampling"},
@@ -20,7 +21,8 @@ FLOORS = (
     {"chat", "demo", "oneshot"},
     {"cli"},
 )
-FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
+FLOOR = {name: (1 + height, 0) for height, names in enumerate(FLOORS) for name in names}
+FLOOR |= {name: (0, rung) for rung, name in enumerate(LADDER)}
 # __init__ and __main__ of qmix itself only point into the house, lazily.
 FILES = sorted(p for p in ROOT.rglob("*.py") if p.parent != ROOT or p.stem not in ("__init__", "__main__"))
 

@@ -68,11 +68,12 @@ def test_the_library_reads_what_is_built(tmp_path: Path, align: int) -> None:
 
 
 @pytest.mark.parametrize(("header", "size", "named"), [
-    (one(dtype="U9"), 4, "x"), (one(shape=(5,)), 4, "x"), (one(shape=(-4,)), 4, "x"), (one(shape="4"), 4, "x"),
-    (one(shape=(2.0, 2)), 4, "x"), (one(shape=(True, 4)), 4, "x"), (one(offsets=(0,)), 4, "x"),
-    (one(offsets=(4, 8)), 8, "x"), (one(offsets=(-4, 0)), 4, "x"), (one(shape=(2**70,), offsets=(0, 2**70)), 4, "2"),
-    (one(offsets=None), 4, "x"), (one(dtype=[]), 4, "x"), ({"x": 3}, 4, "x"), ({"x": []}, 4, "x"), (one(), 3, "3"),
-    (one(), 5, "5"), ([], 0, "object"), (None, 0, "object"),
+    (one(dtype="U9"), 4, ": x: "), (one(dtype=[]), 4, ": x: "), (one(shape=(5,)), 4, ": x: "),
+    (one(shape=(-4,)), 4, ": x: "), (one(shape="4"), 4, ": x: "), (one(shape=(2.0, 2)), 4, ": x: "),
+    (one(shape=(True, 4)), 4, ": x: "), (one(offsets=(0,)), 4, ": x: "), (one(offsets=(4, 8)), 8, ": x: "),
+    (one(offsets=(-4, 0)), 4, ": x: "), (one(offsets=None), 4, ": x: "), ({"x": 3}, 4, ": x: "),
+    ({"x": []}, 4, ": x: "), (one(shape=(2**70,), offsets=(0, 2**70)), 4, "describes"),
+    (one(), 3, "describes"), (one(), 5, "describes"), ([], 0, "object"), (None, 0, "object"),
     ({**one(), "y": {"dtype": "U8", "shape": [4], "data_offsets": [2, 6]}}, 6, "overlap"),
     ({**one(), "y": {"dtype": "U8", "shape": [1], "data_offsets": [5, 6]}}, 6, "hole"),
 ])

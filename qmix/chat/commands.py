@@ -210,7 +210,7 @@ COMMANDS = (
     Command("regen", "", "answer the last question again", _regen),
     Command("undo", "", "take back the last question and its answer", _undo),
     Command("system", "[TEXT]", "show or set the system prompt; none removes it", _system),
-    Command("set", "[NAME VALUE]", f"show or set a parameter: {' '.join(parameters.FIELDS)}", _set),
+    Command("set", "[NAME VALUE]", "show or set a parameter; alone lists all", _set),
     Command("show", "", "model, template, system prompt, parameters, context used", _show),
     Command("save", "FILE", "write the conversation to a new file", _save),
     Command("save!", "FILE", "the same, replacing FILE if it exists", _replace),

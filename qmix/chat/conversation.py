@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from qmix.errors import UsageError
 from qmix.tokenizer import Message, Tokenizer
 
 
@@ -73,8 +74,11 @@ def adopted(conversation: Conversation, model: str, tokenizer: Tokenizer) -> tup
 
 
 def says(ids: Sequence[int], text: str, tokenizer: Tokenizer) -> bool:
-    """Whether `ids` decode to `text`."""
-    return all(i < tokenizer.vocab_size for i in ids) and spoken_ids(ids, text, tokenizer) == tuple(ids)
+    """Whether `ids` are this vocabulary's and decode to `text`."""
+    try:
+        return spoken_ids(ids, text, tokenizer) == tuple(ids)
+    except UsageError:  # an id that the model does not have
+        return False
 
 
 def spoken_ids(ids: Sequence[int], text: str, tokenizer: Tokenizer) -> tuple[int, ...] | None:

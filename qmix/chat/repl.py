@@ -236,7 +236,7 @@ class Chat:
         if saved_with != self.conversation.model:
             self.screen.say(f"it was held with {saved_with}: all of it is tokenized again for this model")
         elif lost:
-            self.screen.say(f"{lost} of its answers are tokenized again: "
+            self.screen.say(f"answers tokenized again: {lost} of {len(self.conversation)}; "
                             "their ids are unknown or another vocabulary's")
 
     def set_params(self, params: SamplingParams) -> None:

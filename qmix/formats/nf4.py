@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -26,13 +27,22 @@ from qmix.errors import QmixError
 from qmix.formats.packed import Packed, gather, refuse_nonfinite, row_tiles
 from qmix.sizes import BNB_BLOCK, BNB_NESTED_BLOCK, MatrixSpec
 
+IMPORTING = threading.Lock()  # what is hidden during the import is hidden from the whole process
 
 def functional() -> ModuleType:
     """bitsandbytes.functional, imported at the first need; QmixError where it is not installed.
 
     The optional package `kernels` stays hidden meanwhile: with it bitsandbytes would fetch code from
-    the network while it is imported, and without it would advise to install it.
+    the network while it is imported, and without it would advise to install it. Safe from several
+    threads: the quantizer's all come here first.
     """
+    with IMPORTING:
+        _import()
+    from bitsandbytes import functional as found
+    return found
+
+
+def _import() -> None:
     if "bitsandbytes" not in sys.modules:
         logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
         level, known = logger.level, sys.modules.get("kernels")
@@ -49,8 +59,6 @@ def functional() -> ModuleType:
                 del sys.modules["kernels"]
             else:
                 sys.modules["kernels"] = known
-    from bitsandbytes import functional as found
-    return found
 
 
 def pack(weight: Tensor, spec: MatrixSpec) -> Packed:

@@ -34,7 +34,8 @@ class ResidentExperts:
 
     ahead = 0  # how many of the next layer's experts the model should guess: none, all are here
 
-    def __init__(self, store: Store, kernels: KernelTable, verify: bool = True, progress: Progress | None = None):
+    def __init__(self, store: Store, kernels: KernelTable, verify: bool = True,
+                 progress: Progress | None = None):
         self._kernels = kernels
         self._top_k = store.config.experts_per_token
         self._experts = store.config.num_experts
@@ -43,9 +44,11 @@ class ResidentExperts:
 
     def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, step: Step,
                  ahead: Tensor | None = None) -> Tensor:
-        """x [T, H] normed hidden states; ids [T, K] int64, weights [T, K] fp32 from the router -> [T, H]
-        fp32, since the residual it is added to is. Interrupted when step.cancel is set between two experts. `ahead` is a hint for
-        tiers that fetch; here everything is resident already."""
+        """x [T, H] normed hidden states; ids [T, K] int64 and weights [T, K] fp32 from the router -> [T, H]
+        fp32, as the residual is that it is added to.
+
+        Interrupted when step.cancel is set between two experts. `ahead` is a hint for tiers that fetch;
+        here everything is resident already."""
         if x.shape[0] == 1:
             return self._one_token(layer, x, ids, weights, step)
         rows = torch.empty(x.shape[0], self._top_k, x.shape[1], dtype=torch.float32)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from qmix.config import DTYPES, ModelConfig, QuantConfig
 from qmix.errors import DoesNotFit
 from qmix.names import dense_tensors
-from qmix.sizes import (MIB, dense_bytes, format_bytes, kv_bytes_per_token, record_layout)
+from qmix.sizes import MIB, dense_bytes, format_bytes, kv_bytes_per_token, record_layout
 
 DEFAULT_CONTEXT = 8192
 PREFILL_PASS = 8192  # tokens of one layer-major prefill pass

@@ -25,7 +25,7 @@ from torch import Tensor
 P, BETA, KAPPA = 0.7, 10.0, 1.01  # the norm, and beta with its growth per iteration: the authors' values
 ITERATIONS = 12
 RELAX = 2.0
-ENOUGH = 0.998  # a tile stops after an iteration that left more than this share of its error
+ENOUGH = 0.999  # a tile stops after an iteration that left more than this share of its error
 LOG_CENTER = 0.0430  # the middle of log2(1 + m) - m for m in 0..1
 
 

@@ -118,16 +118,19 @@ class _Job:
         target = self._target
         try:
             found = journals.recall(target.partial)
-            differences = journals.differences(found[0], self._arguments) if found else []
         except StoreError as e:
             differences = [e.message]
+        else:
+            then, done = found or (self._arguments, {})
+            differences = journals.differences(then, self._arguments)
         if differences and not self._force:
             listed = "; ".join(differences)
             raise UsageError(f"{target.partial}: an unfinished store of another job: {listed}",
                              "give the old arguments to resume it, or --force to drop it and start over")
         if differences:
             target.clear()
-        return found[1] if found and not differences else {}
+            return {}
+        return done
 
     def _verified(self, writer: StoreWriter,
                   claimed: Mapping[str, Finished]) -> Iterator[tuple[Work, Finished]]:

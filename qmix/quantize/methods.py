@@ -205,7 +205,7 @@ def fit_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     zero = (low / 2).add_(high, alpha=1 / 2).add_(high, alpha=1 / 30).sub_(low, alpha=1 / 30)
     zero = zero.clamp_(-BF16_MAX, BF16_MAX).bfloat16().float()
     above, below = (high / 7).sub_(zero, alpha=1 / 7), (zero / 8).sub_(low, alpha=1 / 8)
-    scale = torch.maximum(above, below).clamp_(max=BF16_MAX).bfloat16().float()
+    scale = torch.maximum(above, below).bfloat16().float()
     return scale.masked_fill_(scale < SMALLEST, 0.0), zero
 
 

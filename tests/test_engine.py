@@ -1,0 +1,168 @@
+"""The engine on small stores: sessions stay whole through errors, and the experts are computed right."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import qmix
+from helpers import KEEP, write_tiny_checkpoint
+from qmix.checkpoint import Checkpoint
+from qmix.config import Cancel, ExpertKey, QuantConfig, SamplingParams, Step
+from qmix.engine import Engine, load, select_kernels
+from qmix.errors import DoesNotFit, Interrupted, StoreError, UsageError
+from qmix.formats import unpack
+from qmix.offload import experts as experts_module
+from qmix.offload.experts import ResidentExperts, slot_pool
+from qmix.quantize import quantize_checkpoint
+from qmix.sizes import RECORD_ALIGN
+from qmix.store import Store
+from qmix.tokenizer import Message
+from tokenizer_files import DEMO_TEMPLATE, spm_model
+
+FORMATS = {"int4": QuantConfig(), "nf4": QuantConfig("nf4", "int8", "", 0, 0), "keep": KEEP}
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One fp32 checkpoint in several formats."""
+    folder = tmp_path_factory.mktemp("engine")
+    source = write_tiny_checkpoint(folder / "tiny", dtype=torch.float32, vocab_size=512)
+    (source / "tokenizer.model").write_bytes(spm_model())
+    (source / "tokenizer_config.json").write_text(json.dumps({"chat_template": DEMO_TEMPLATE}))
+    with Checkpoint.open(source) as checkpoint:
+        for name, quant in FORMATS.items():
+            quantize_checkpoint(checkpoint, folder / name, quant)
+    return {name: folder / name for name in FORMATS}
+
+
+@pytest.fixture
+def engine(stores: dict[str, Path]) -> Engine:
+    return load(stores["keep"], threads=1, context=40)
+
+
+def test_public_api_loads_and_generates(stores: dict[str, Path]) -> None:
+    with qmix.load(stores["int4"], threads=1, context=64) as engine:
+        params = SamplingParams(temperature=0, max_tokens=5)
+        raw = list(engine.generate("the fox", params))
+        chat = list(engine.generate([Message("user", "the fox")], params))
+    assert raw[-1].summary is not None and chat[-1].summary is not None
+    assert raw[-1].summary.timings.prompt_tokens != chat[-1].summary.timings.prompt_tokens
+
+
+def test_prefill_then_decode_is_prefill_of_all(engine: Engine) -> None:
+    ids = [1, 40, 300, 77, 9, 250, 8]
+    whole, parts = engine.session(), engine.session()
+    want = whole.prefill(ids)
+    parts.prefill(ids[:4])
+    for token in ids[4:-1]:
+        parts.decode(token)
+    got = parts.decode(ids[-1])
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * want.abs().max().item())
+    assert parts.ids == whole.ids == ids
+
+
+def test_trim_forgets(engine: Engine) -> None:
+    session, fresh = engine.session(), engine.session()
+    session.prefill([1, 2, 3, 4, 5])
+    session.trim(2)
+    torch.testing.assert_close(session.prefill([9, 10]), fresh.prefill([1, 2, 9, 10]))
+    assert session.ids == [1, 2, 9, 10]
+
+
+def test_sessions_step_together_as_alone(engine: Engine) -> None:
+    a, b, alone_a, alone_b = (engine.session() for _ in range(4))
+    for session, ids in ((a, [1, 2, 3]), (alone_a, [1, 2, 3]), (b, [1, 9]), (alone_b, [1, 9])):
+        session.prefill(ids)
+    together = engine.step([a, b], [[5], [6]], "decode")
+    torch.testing.assert_close(together[0], alone_a.decode(5), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(together[1], alone_b.decode(6), rtol=1e-4, atol=1e-4)
+
+
+def test_a_full_context_is_an_error_that_changes_nothing(engine: Engine) -> None:
+    session = engine.session()
+    session.prefill([1, 2, 3])
+    with pytest.raises(UsageError, match=r"3 \+ 38 tokens do not fit a context of 40"):
+        session.prefill([4] * 38)
+    assert session.ids == [1, 2, 3]
+    torch.testing.assert_close(session.decode(7), engine.session().prefill([1, 2, 3, 7]), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("checks", range(6))
+def test_cancel_anywhere_changes_nothing(engine: Engine, checks: int) -> None:
+    """The token is checked between layers and experts; let it be set at any of those checks."""
+
+    class Later(Cancel):
+        left = checks
+
+        def __bool__(self) -> bool:
+            self.left -= 1
+            return self.left < 0
+
+    session = engine.session()
+    session.prefill([1, 2, 3])
+    with pytest.raises(Interrupted):
+        session.prefill([4, 5, 6], Later())
+    assert session.ids == [1, 2, 3]
+    torch.testing.assert_close(session.decode(7), engine.session().prefill([1, 2, 3, 7]), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_experts_agree_with_a_float64_sum(stores: dict[str, Path], name: str) -> None:
+    with Store.open(stores[name]) as store:
+        experts = ResidentExperts(store, select_kernels(store.config, store.quant, lambda line: None))
+        config, buffer = store.config, torch.empty(store.layout.nbytes, dtype=torch.uint8)
+        x = torch.randn(9, config.hidden_size, generator=torch.Generator().manual_seed(3))
+        x = x if name == "keep" else x.bfloat16()
+        ids = torch.stack([torch.randperm(config.num_experts)[:2] for _ in range(9)])
+        weights = torch.rand(9, 2).softmax(1)
+        want = torch.zeros(9, config.hidden_size, dtype=torch.float64)
+        for token in range(9):
+            for rank in range(2):
+                store.read_record(ExpertKey(1, int(ids[token, rank])), buffer)
+                w13, w2 = (unpack(m).double() for m in store.expert(ExpertKey(1, int(ids[token, rank])), buffer))
+                gate, up = (w13 @ x[token].double()).chunk(2)
+                want[token] += weights[token, rank] * (w2 @ (torch.nn.functional.silu(gate) * up))
+        got = experts(1, x, ids, weights, Step("prefill"))
+        limit = 1e-5 if name == "keep" else 1e-2  # bf16 rounds the inner activations, 2^-8 each
+        assert (got - want).norm() <= limit * want.norm()
+        for token in range(9):
+            alone = experts(1, x[token:token + 1], ids[token:token + 1], weights[token:token + 1], Step("decode"))
+            assert (alone - want[token]).norm() <= limit * want[token].norm()
+
+
+def test_slots_are_aligned_for_direct_reads() -> None:
+    pool = slot_pool(3, 2 * RECORD_ALIGN)
+    assert pool.shape == (3, 2 * RECORD_ALIGN)
+    assert pool.data_ptr() % RECORD_ALIGN == 0
+
+
+def test_a_damaged_record_is_refused_and_no_thread_stays(stores: dict[str, Path], tmp_path: Path) -> None:
+    import shutil
+    import threading
+
+    broken = shutil.copytree(stores["int4"], tmp_path / "broken")
+    path = broken / "experts-02.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5000] ^= 4
+    path.write_bytes(data)
+    before = threading.active_count()
+    with pytest.raises(StoreError, match="layers.2.experts.3"):
+        load(broken)
+    assert threading.active_count() == before
+
+
+def test_too_little_memory_is_refused_before_loading(stores: dict[str, Path],
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qmix.hardware.memory", lambda: qmix.engine.hardware.Memory(10**6, 10**6))
+    monkeypatch.setattr(experts_module, "slot_pool", lambda *a: pytest.fail("allocated before it was refused"))
+    with pytest.raises(DoesNotFit, match="short of"):
+        load(stores["int4"])
+
+
+def test_context_beyond_the_model_is_refused(stores: dict[str, Path]) -> None:
+    with pytest.raises(UsageError, match="ctx-size 100000"):
+        load(stores["int4"], context=100000)

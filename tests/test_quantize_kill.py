@@ -1,0 +1,204 @@
+"""SIGKILL at any moment: whatever is left, the same command again ends in the same bytes.
+
+The job runs in real processes, forked from a server that has torch loaded. Each change that it makes to the
+disk is counted; a process kills itself right before its n-th one, or, where that is a write, in the middle.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import KEEP, write_tiny_checkpoint
+
+from qmix.checkpoint import Checkpoint
+from qmix.config import QuantConfig
+from qmix.errors import QmixError, StoreError, UsageError
+from qmix.quantize import quantize_checkpoint
+from qmix.store import Store, writer
+
+RTN = QuantConfig(method="rtn")
+
+
+def run(source: str, out: str, force: bool = False, quant: QuantConfig = RTN) -> None:
+    with Checkpoint.open(source) as checkpoint:
+        quantize_checkpoint(checkpoint, out, quant, threads=1, force=force)
+
+
+def child(source: str, out: str, force: bool, kill_at: int, counted: str | None) -> None:
+    """Run the job in this process; before its `kill_at`-th change to the disk the process dies."""
+    torch.set_num_threads(1)
+    changes = 0
+
+    def step(change: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        nonlocal changes
+        changes += 1
+        if changes == kill_at:
+            if change is write:
+                fd, data, offset = arguments
+                write(fd, memoryview(data)[:len(data) // 2], offset)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return change(*arguments, **options)
+
+    def watch(owner: Any, name: str) -> None:
+        change = getattr(owner, name)
+        setattr(owner, name, lambda *arguments, **options: step(change, *arguments, **options))
+
+    write = writer.write_exact
+    watch(writer, "write_exact")
+    for name in ("write", "fsync", "truncate"):
+        watch(os, name)
+    for name in ("mkdir", "rename", "replace", "unlink", "rmdir"):
+        watch(Path, name)
+    run(source, out, force)
+    if counted:
+        Path(counted).write_text(str(changes))
+
+
+@pytest.fixture(scope="module")
+def server() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_quantize_kill"])
+    return context
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = write_tiny_checkpoint(tmp_path_factory.mktemp("kill") / "tiny", seed=5, num_local_experts=8,
+                                   num_hidden_layers=2)
+    (folder / "generation_config.json").write_text("{}")
+    return str(folder)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def whole(source: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The store of an uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    run(source, str(out))
+    return files(out)
+
+
+def spawn(server: ForkServerContext, *arguments: Any) -> Any:
+    process = server.Process(target=child, args=arguments)
+    process.start()
+    return process
+
+
+def count(server: ForkServerContext, source: str, out: Path, force: bool, scratch: Path) -> int:
+    """How many changes to the disk an uninterrupted run makes."""
+    process = spawn(server, source, str(out), force, 0, str(scratch / "count"))
+    process.join(60)
+    assert process.exitcode == 0
+    return int((scratch / "count").read_text())
+
+
+def killed(server: ForkServerContext, source: str, out: Path, force: bool, step: int) -> None:
+    process = spawn(server, source, str(out), force, step, None)
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL, f"step {step} was never reached"
+
+
+def no_half_store_opens(out: Path) -> None:
+    for folder in (out, out.with_name("out.partial")):
+        try:
+            with Store.open(folder) as store:
+                assert store.verify(deep=True) == [], f"{folder} opens, though it is not whole"
+        except (StoreError, UsageError):
+            pass
+
+
+def test_killed_at_every_kind_of_step(server: ForkServerContext, source: str, whole: dict[str, bytes],
+                                      tmp_path: Path) -> None:
+    """The steps around start and finish, and a sample of those between; each killed run's folder is resumed
+    by a run that is killed too, and that one by a run that is not."""
+    last = count(server, source, tmp_path / "counted" / "out", False, tmp_path)
+    assert files(tmp_path / "counted" / "out") == whole and last > 60
+    between = random.Random(0).sample(range(12, last - 14), 6)
+    for step in [*range(1, 12, 2), *between, *range(last - 14, last + 1)]:
+        out = tmp_path / str(step) / "out"
+        killed(server, source, out, False, step)
+        no_half_store_opens(out)
+        if not out.exists() and step % 3 == 0:
+            process = spawn(server, source, str(out), False, 9, None)
+            process.join(60)
+            no_half_store_opens(out)
+        if not out.exists():
+            run(source, str(out))
+        assert files(out) == whole and os.listdir(out.parent) == ["out"], f"killed at step {step} of {last}"
+
+
+def test_killed_while_replacing(server: ForkServerContext, source: str, whole: dict[str, bytes],
+                                tmp_path: Path) -> None:
+    """With --force there is a whole store at every moment: the old one, under its own name or beside it,
+    or the new one."""
+    def prepare(name: str) -> Path:
+        run(source, str(tmp_path / name / "out"), quant=KEEP)
+        return tmp_path / name / "out"
+
+    last = count(server, source, prepare("counted"), True, tmp_path)
+    old = files(prepare("old"))
+    for step in range(last - 18, last + 1):
+        out = prepare(str(step))
+        killed(server, source, out, True, step)
+        replaced = out.with_name("out.replaced")
+        standing = [files(folder) for folder in (out, replaced) if folder.exists()]
+        assert old in standing or whole in standing, f"killed at step {step} of {last}"
+        no_half_store_opens(out)
+        if step % 2:
+            with pytest.raises(UsageError, match="exists"):
+                run(source, str(out))
+            assert files(out) in (old, whole)
+        run(source, str(out), force=True)
+        assert files(out) == whole and os.listdir(out.parent) == ["out"], f"killed at step {step} of {last}"
+
+
+def test_killed_at_random_moments(server: ForkServerContext, source: str, whole: dict[str, bytes],
+                                  tmp_path: Path) -> None:
+    """By the clock, from outside, again and again on the same folder, until a run gets through."""
+    start = time.monotonic()
+    count(server, source, tmp_path / "timed" / "out", False, tmp_path)
+    seconds, moments = time.monotonic() - start, random.Random(1)
+    out = tmp_path / "killed" / "out"
+    for _ in range(12):
+        process = spawn(server, source, str(out), False, 0, None)
+        time.sleep(moments.uniform(0.1, 0.9) * seconds)
+        process.kill()
+        process.join(60)
+        no_half_store_opens(out)
+        if out.exists():
+            break
+    if not out.exists():
+        run(source, str(out))
+    assert files(out) == whole and os.listdir(out.parent) == ["out"]
+
+
+def test_a_second_process_is_refused(server: ForkServerContext, source: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = spawn(server, source, str(out), False, 0, None)
+    journal = tmp_path / "out.partial" / "journal.jsonl"
+    for _ in range(2000):
+        if journal.exists() or process.exitcode is not None:
+            break
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        if journal.exists():
+            with pytest.raises(QmixError, match="another qmix"):
+                run(source, str(out))
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
+        process.join(60)
+    assert process.exitcode == 0 and Store.open(out).verify(deep=True) == []
