@@ -10,7 +10,6 @@ A file that changes or disappears while it is read is an error, not a wrong mode
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
@@ -28,7 +27,7 @@ from torch import Tensor
 from qmix import names
 from qmix.config import ExpertKey, ModelConfig
 from qmix.errors import CheckpointError, ConfigError
-from qmix.formats import TORCH_DTYPES
+from qmix.formats import TORCH_DTYPES, memory
 from qmix.tensorfile import Entry, TensorFile, read_exact, read_header
 
 SINGLE = "model.safetensors"
@@ -70,8 +69,7 @@ class _Shard:
         buffer = torch.empty(nbytes, dtype=torch.uint8)
         offset = entry.offset + begin
         try:
-            # torch offers no buffer protocol without numpy; the memory is owned by `buffer` throughout.
-            read_exact(self._fd, memoryview((ctypes.c_char * nbytes).from_address(buffer.data_ptr())), offset)
+            read_exact(self._fd, memory(buffer), offset)
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
             changed = self._stat() != self._state

@@ -258,8 +258,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _flush_stdout() -> None:
-    """A reader that left early (`| head`) is no error; point stdout elsewhere so that exit stays quiet."""
+    """A reader that left early (`| head`, a closed terminal) is no error; point stdout elsewhere so that
+    exit stays quiet."""
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

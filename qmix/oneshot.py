@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TextIO
 from qmix.config import Cancel, SamplingParams
 from qmix.errors import UsageError
 from qmix.generate import Summary, generate
-from qmix.render import dim, say
+from qmix.render import clean, dim, say
 from qmix.tokenizer import Message
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def run(engine: Engine, prompt: str, params: SamplingParams, *, system: str | No
         for token in generate(engine.session(), ids, params, tokenizer, cancel, continuing=raw):
             text.append(token.text)
             if not as_json:
-                out.write(token.text)
+                out.write(clean(token.text) if out.isatty() else token.text)
                 out.flush()
             summary, reason = token.summary, token.finish_reason
     assert summary is not None  # the last record carries it

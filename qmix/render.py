@@ -12,14 +12,16 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, Protocol, TextIO
 
 from qmix.errors import QmixError
 from qmix.sizes import format_bytes
 
 QUIET_SECONDS = 2.0
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 class Progress(Protocol):
@@ -35,7 +37,30 @@ def say(line: str) -> None:
 
 def dim(line: str) -> None:
     """One dim line on stderr, for figures beside an answer; plain where that is no terminal."""
-    say(f"\x1b[2m{line}\x1b[0m" if sys.stderr.isatty() and "NO_COLOR" not in os.environ else line)
+    say(f"{DIM}{line}{PLAIN}" if wants_color(sys.stderr, os.environ) else line)
+
+
+def wants_color(stream: TextIO, environ: Mapping[str, str]) -> bool:
+    """Escape sequences only to a capable terminal, and not with NO_COLOR (no-color.org) or TERM=dumb."""
+    return stream.isatty() and not environ.get("NO_COLOR") and environ.get("TERM", "dumb") != "dumb"
+
+
+def _pictures() -> dict[int, str]:
+    c0 = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"}
+    # C1 controls hold the one-byte forms of escape sequences (0x9b is CSI); they have no pictures.
+    return c0 | {0x7F: "\u2421"} | dict.fromkeys(range(0x80, 0xA0), "\ufffd")
+
+
+PICTURES = MappingProxyType(_pictures())
+
+
+def clean(text: str) -> str:
+    """`text` with every control character except newline and tab made visible and harmless: an escape
+    sequence in an answer could move the cursor, set the title or fake a prompt.
+
+    "\\x1b[2J" -> "\\u241b[2J"
+    """
+    return text.translate(PICTURES)
 
 
 def fail(error: QmixError) -> None:

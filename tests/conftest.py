@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -18,9 +19,17 @@ def wiki_moe() -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
-def own_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_settings(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes the user's settings, stores or history."""
     home = tmp_path_factory.mktemp("home")
+    # One thread: small matrices gain nothing from more, and on a busy machine lose several times over.
+    for command in ("QUANTIZE", "GENERATE", "CHAT", "DEMO"):
+        monkeypatch.setenv(f"QMIX_{command}_THREADS", "1")
     for kind in ("CONFIG", "DATA", "STATE", "CACHE"):
         monkeypatch.setenv(f"XDG_{kind}_HOME", str(home / kind.lower()))

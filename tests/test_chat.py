@@ -13,10 +13,11 @@ from chat_fakes import ASSISTANT, BOS, USER, FakeEngine, FakeTokenizer, Talk, Te
 
 from qmix.chat import commands, parameters, run, statline
 from qmix.chat.prompt import is_open, repaired
-from qmix.chat.screen import Screen, clean
+from qmix.chat.screen import Screen
 from qmix.config import SamplingParams
 from qmix.errors import UsageError
 from qmix.generate import Timings
+from qmix.render import clean
 
 TOKENIZER = FakeTokenizer()
 
@@ -133,6 +134,14 @@ def test_a_cancelled_prefill_leaves_the_conversation_alone(talk: Talk) -> None:
     talk.chat.ending = lambda: None
     assert talk.said == [("one", "You said: one")]
     assert talk.say("turns?")[0] == "turn 2\n"
+
+
+def test_an_answer_stopped_before_its_first_word_is_none(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(talk.chat.screen, "answer", lambda text: talk.chat.cancel.set())
+    _, err = talk.say("lines")  # begins with blanks
+    assert "stopped by Ctrl-C before the answer began" in err and talk.said == []
+    monkeypatch.undo()
+    assert talk.say("turns?")[0] == "turn 1\n"
 
 
 def test_the_longer_statistics(tmp_path: Path) -> None:

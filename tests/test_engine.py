@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import KEEP, write_tiny_checkpoint
+from tokenizer_files import DEMO_TEMPLATE, spm_model
 
 import qmix
-from helpers import KEEP, write_tiny_checkpoint
 from qmix.checkpoint import Checkpoint
 from qmix.config import Cancel, ExpertKey, QuantConfig, SamplingParams, Step
 from qmix.engine import Engine, load, select_kernels
@@ -21,7 +22,6 @@ from qmix.quantize import quantize_checkpoint
 from qmix.sizes import RECORD_ALIGN
 from qmix.store import Store
 from qmix.tokenizer import Message
-from tokenizer_files import DEMO_TEMPLATE, spm_model
 
 FORMATS = {"int4": QuantConfig(), "nf4": QuantConfig("nf4", "int8", "", 0, 0), "keep": KEEP}
 
@@ -150,7 +150,7 @@ def test_a_damaged_record_is_refused_and_no_thread_stays(stores: dict[str, Path]
     data[-5000] ^= 4
     path.write_bytes(data)
     before = threading.active_count()
-    with pytest.raises(StoreError, match="layers.2.experts.3"):
+    with pytest.raises(StoreError, match=r"layers\.2\.experts\.3"):
         load(broken)
     assert threading.active_count() == before
 

@@ -6,13 +6,14 @@ disk is counted; a process kills itself right before its n-th one, or, where tha
 
 from __future__ import annotations
 
-import multiprocessing
+import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable
-from multiprocessing.context import ForkServerContext
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,9 @@ def run(source: str, out: str, force: bool = False, quant: QuantConfig = RTN) ->
         quantize_checkpoint(checkpoint, out, quant, threads=1, force=force)
 
 
-def child(source: str, out: str, force: bool, kill_at: int, counted: str | None) -> None:
-    """Run the job in this process; before its `kill_at`-th change to the disk the process dies."""
-    torch.set_num_threads(1)
+def child(source: str, out: str, force: bool, kill_at: int) -> None:
+    """Run the job in this process; before its `kill_at`-th change to the disk the process dies. The number
+    of changes goes to the file `changes` beside the source."""
     changes = 0
 
     def step(change: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -60,15 +61,47 @@ def child(source: str, out: str, force: bool, kill_at: int, counted: str | None)
     for name in ("mkdir", "rename", "replace", "unlink", "rmdir"):
         watch(Path, name)
     run(source, out, force)
-    if counted:
-        Path(counted).write_text(str(changes))
+    Path(source).with_name("changes").write_text(str(changes))
+
+
+def serve() -> None:
+    """Fork a child for each line on stdin: answer with its pid, and then with its exit status."""
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            child(*json.loads(line))
+            os._exit(0)
+        print(pid, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+class Server:
+    """A process that has torch loaded and no threads, and forks one job at a time."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                         text=True)
+
+    def start(self, *arguments: Any) -> int:
+        """Start a job; returns its pid."""
+        print(json.dumps(arguments), file=self._process.stdin, flush=True)
+        return int(self._process.stdout.readline())
+
+    def status(self) -> int:
+        """Wait for the job: 0, or minus the signal that ended it."""
+        return int(self._process.stdout.readline())
+
+    def stop(self) -> None:
+        self._process.stdin.close()
+        assert self._process.wait(60) == 0
 
 
 @pytest.fixture(scope="module")
-def server() -> ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_quantize_kill"])
-    return context
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -91,24 +124,16 @@ def whole(source: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, by
     return files(out)
 
 
-def spawn(server: ForkServerContext, *arguments: Any) -> Any:
-    process = server.Process(target=child, args=arguments)
-    process.start()
-    return process
-
-
-def count(server: ForkServerContext, source: str, out: Path, force: bool, scratch: Path) -> int:
+def count(server: Server, source: str, out: Path, force: bool) -> int:
     """How many changes to the disk an uninterrupted run makes."""
-    process = spawn(server, source, str(out), force, 0, str(scratch / "count"))
-    process.join(60)
-    assert process.exitcode == 0
-    return int((scratch / "count").read_text())
+    server.start(source, str(out), force, 0)
+    assert server.status() == 0
+    return int(Path(source).with_name("changes").read_text())
 
 
-def killed(server: ForkServerContext, source: str, out: Path, force: bool, step: int) -> None:
-    process = spawn(server, source, str(out), force, step, None)
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL, f"step {step} was never reached"
+def killed(server: Server, source: str, out: Path, force: bool, step: int) -> None:
+    server.start(source, str(out), force, step)
+    assert server.status() == -signal.SIGKILL, f"step {step} was never reached"
 
 
 def no_half_store_opens(out: Path) -> None:
@@ -120,11 +145,11 @@ def no_half_store_opens(out: Path) -> None:
             pass
 
 
-def test_killed_at_every_kind_of_step(server: ForkServerContext, source: str, whole: dict[str, bytes],
+def test_killed_at_every_kind_of_step(server: Server, source: str, whole: dict[str, bytes],
                                       tmp_path: Path) -> None:
     """The steps around start and finish, and a sample of those between; each killed run's folder is resumed
     by a run that is killed too, and that one by a run that is not."""
-    last = count(server, source, tmp_path / "counted" / "out", False, tmp_path)
+    last = count(server, source, tmp_path / "counted" / "out", False)
     assert files(tmp_path / "counted" / "out") == whole and last > 60
     between = random.Random(0).sample(range(12, last - 14), 6)
     for step in [*range(1, 12, 2), *between, *range(last - 14, last + 1)]:
@@ -132,15 +157,14 @@ def test_killed_at_every_kind_of_step(server: ForkServerContext, source: str, wh
         killed(server, source, out, False, step)
         no_half_store_opens(out)
         if not out.exists() and step % 3 == 0:
-            process = spawn(server, source, str(out), False, 9, None)
-            process.join(60)
+            killed(server, source, out, False, 9)
             no_half_store_opens(out)
         if not out.exists():
             run(source, str(out))
         assert files(out) == whole and os.listdir(out.parent) == ["out"], f"killed at step {step} of {last}"
 
 
-def test_killed_while_replacing(server: ForkServerContext, source: str, whole: dict[str, bytes],
+def test_killed_while_replacing(server: Server, source: str, whole: dict[str, bytes],
                                 tmp_path: Path) -> None:
     """With --force there is a whole store at every moment: the old one, under its own name or beside it,
     or the new one."""
@@ -148,7 +172,7 @@ def test_killed_while_replacing(server: ForkServerContext, source: str, whole: d
         run(source, str(tmp_path / name / "out"), quant=KEEP)
         return tmp_path / name / "out"
 
-    last = count(server, source, prepare("counted"), True, tmp_path)
+    last = count(server, source, prepare("counted"), True)
     old = files(prepare("old"))
     for step in range(last - 18, last + 1):
         out = prepare(str(step))
@@ -165,18 +189,18 @@ def test_killed_while_replacing(server: ForkServerContext, source: str, whole: d
         assert files(out) == whole and os.listdir(out.parent) == ["out"], f"killed at step {step} of {last}"
 
 
-def test_killed_at_random_moments(server: ForkServerContext, source: str, whole: dict[str, bytes],
+def test_killed_at_random_moments(server: Server, source: str, whole: dict[str, bytes],
                                   tmp_path: Path) -> None:
     """By the clock, from outside, again and again on the same folder, until a run gets through."""
     start = time.monotonic()
-    count(server, source, tmp_path / "timed" / "out", False, tmp_path)
+    count(server, source, tmp_path / "timed" / "out", False)
     seconds, moments = time.monotonic() - start, random.Random(1)
     out = tmp_path / "killed" / "out"
     for _ in range(12):
-        process = spawn(server, source, str(out), False, 0, None)
+        pid = server.start(source, str(out), False, 0)
         time.sleep(moments.uniform(0.1, 0.9) * seconds)
-        process.kill()
-        process.join(60)
+        os.kill(pid, signal.SIGKILL)
+        server.status()
         no_half_store_opens(out)
         if out.exists():
             break
@@ -185,20 +209,22 @@ def test_killed_at_random_moments(server: ForkServerContext, source: str, whole:
     assert files(out) == whole and os.listdir(out.parent) == ["out"]
 
 
-def test_a_second_process_is_refused(server: ForkServerContext, source: str, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    process = spawn(server, source, str(out), False, 0, None)
-    journal = tmp_path / "out.partial" / "journal.jsonl"
-    for _ in range(2000):
-        if journal.exists() or process.exitcode is not None:
-            break
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGSTOP)
+def test_a_second_process_is_refused(server: Server, source: str, tmp_path: Path) -> None:
+    out, journal = tmp_path / "out", tmp_path / "out.partial" / "journal.jsonl"
+    pid = server.start(source, str(out), False, 0)
+    while not journal.exists() and not out.exists():
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGSTOP)
     try:
         if journal.exists():
             with pytest.raises(QmixError, match="another qmix"):
                 run(source, str(out))
     finally:
-        os.kill(process.pid, signal.SIGCONT)
-        process.join(60)
-    assert process.exitcode == 0 and Store.open(out).verify(deep=True) == []
+        os.kill(pid, signal.SIGCONT)
+    assert server.status() == 0
+    with Store.open(out) as store:
+        assert store.verify(deep=True) == []
+
+
+if __name__ == "__main__":
+    serve()

@@ -138,6 +138,9 @@ class Chat:
     def turn(self, line: str) -> None:
         """Do what was typed. Errors are said, and leave everything as it was."""
         typed = commands.parse(line)
+        self.cancel.clear()
+        if self.ending():  # a signal that came before clear() must not be forgotten
+            self.cancel.set()
         try:
             if typed.command is not None:
                 commands.execute(self, typed.command, typed.text)
@@ -156,9 +159,6 @@ class Chat:
                 f"with this message the conversation has {len(prompt)} tokens, the context holds {context}",
                 "/clear or /undo makes room, or start again with a larger -c/--ctx-size; "
                 "Up brings the message back")
-        self.cancel.clear()
-        if self.ending():  # a signal that came before clear() must not be forgotten
-            self.cancel.set()
         unread = len(prompt) - common_prefix(prompt, self.session.ids)
         if unread >= LONG_PREFILL:
             self.screen.transient(f"reading {unread} tokens")
@@ -174,7 +174,7 @@ class Chat:
             self.cancel.set()
 
     def _keep(self, question: str, base: Conversation, answer: Answer) -> None:
-        if not answer.text and answer.finish in ("cancelled", "error"):
+        if not answer.text.strip() and answer.finish in ("cancelled", "error"):
             if answer.error is not None:
                 self.screen.error(answer.error)
             kept = "the earlier answer stays" if base is not self.conversation else \

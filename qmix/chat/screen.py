@@ -12,30 +12,9 @@ from collections.abc import Mapping
 from typing import TextIO
 
 from qmix.errors import QmixError
+from qmix.render import DIM, PLAIN, clean, wants_color
 
-DIM, PLAIN, ERASE_LINE = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
-
-
-def _pictures() -> dict[int, str]:
-    c0 = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"}
-    # C1 controls hold the one-byte forms of escape sequences (0x9b is CSI); they have no pictures.
-    return c0 | {0x7F: "\u2421"} | dict.fromkeys(range(0x80, 0xA0), "\ufffd")
-
-
-PICTURES = _pictures()
-
-
-def clean(text: str) -> str:
-    """`text` with every control character except newline and tab made visible and harmless.
-
-    "\\x1b[2J" -> "\u241b[2J"
-    """
-    return text.translate(PICTURES)
-
-
-def wants_color(stream: TextIO, environ: Mapping[str, str]) -> bool:
-    """Escape sequences only to a capable terminal, and not with NO_COLOR (no-color.org) or TERM=dumb."""
-    return stream.isatty() and not environ.get("NO_COLOR") and environ.get("TERM", "dumb") != "dumb"
+ERASE_LINE = "\r\x1b[K"
 
 
 class Screen:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from qmix.errors import UsageError
 from qmix.formats import int4, int8, nf4, plain
-from qmix.formats.packed import TORCH_DTYPES, Packed, gather, pad, view
+from qmix.formats.packed import TORCH_DTYPES, Packed, gather, memory, pad, view
 from qmix.sizes import MatrixSpec
 
-__all__ = ["TORCH_DTYPES", "Packed", "module", "pack", "pad", "tiles", "unpack", "view"]
+__all__ = ["TORCH_DTYPES", "Packed", "memory", "module", "pack", "pad", "tiles", "unpack", "view"]
 
 
 def module(name: str) -> ModuleType:

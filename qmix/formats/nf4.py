@@ -29,6 +29,7 @@ from qmix.sizes import BNB_BLOCK, BNB_NESTED_BLOCK, MatrixSpec
 
 IMPORTING = threading.Lock()  # what is hidden during the import is hidden from the whole process
 
+
 def functional() -> ModuleType:
     """bitsandbytes.functional, imported at the first need; QmixError where it is not installed.
 

@@ -7,6 +7,7 @@ N rows (out), K columns (in).
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -62,6 +63,13 @@ def view(buffer: Tensor, offset: int, spec: TensorSpec) -> Tensor:
     if not 0 <= offset <= offset + spec.nbytes <= buffer.numel():
         raise ValueError(f"{spec.name}: bytes [{offset}, {offset + spec.nbytes}) of {buffer.numel()}")
     return buffer[offset:offset + spec.nbytes].view(TORCH_DTYPES[spec.dtype]).view(spec.shape)
+
+
+def memory(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, writable; torch gives none without numpy. The caller keeps
+    the tensor alive."""
+    assert tensor.is_contiguous() and tensor.device.type == "cpu"
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
 
 
 def pad(weight: Tensor, spec: MatrixSpec, value: float = 0.0) -> Tensor:

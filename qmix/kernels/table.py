@@ -93,7 +93,7 @@ def _choose_int4(blocks: list[int], say: Callable[[str], None]) -> dict[int, tup
         elif reads and _agrees(cpu.int4_converted(reads[0]), _random_int4(block)):
             found[block] = cpu.int4_converted(reads[0]), f"{INT4_OP}, block {block} converted to {reads[0]}"
             say(f"this torch reads int4 in blocks of {reads[0]} rows, the store has {block}: converting at "
-                "every use (`qmix repack` does it once)")
+                f"every use (`qmix quantize --block {reads[0]}` makes a store without that)")
         else:
             found[block] = reference.packed_linear, f"reference, block {block}"
             failed.append(block)

@@ -15,6 +15,7 @@ from qmix.sizes import MIB, dense_bytes, format_bytes, kv_bytes_per_token, recor
 
 DEFAULT_CONTEXT = 8192
 PREFILL_PASS = 8192  # tokens of one layer-major prefill pass
+ATTENTION_BLOCK = 512  # query positions of one attention call
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +44,16 @@ def choose_context(config: ModelConfig, asked: int) -> int:
 
 
 def workspace_bytes(config: ModelConfig, context: int, itemsize: int) -> int:
-    """What one prefill pass holds at its widest: per token the residual and normed states, the
-    [K, H] fp32 rows of expert outputs with their sum, and one expert's inner activations."""
+    """What one prefill pass holds at its widest: per token the fp32 residual, the normed states, queries,
+    keys and values in fp32 and in the compute dtype, the [K, H] fp32 rows of expert outputs with their
+    sum, and one expert's inner activations; once, the attention mask of a block and two rows of logits."""
     tokens = min(context, PREFILL_PASS)
     hidden, inner, k = config.hidden_size, config.intermediate_size, config.experts_per_token
-    attention = 3 * config.num_heads * config.head_dim * itemsize
-    return tokens * (4 * hidden * itemsize + attention + (k + 1) * hidden * 4 + 4 * inner * itemsize) \
-        + config.vocab_size * 8
+    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    block = min(tokens, ATTENTION_BLOCK)
+    per_token = (4 + itemsize) * hidden + (k + 1) * hidden * 4 + 4 * inner * itemsize
+    per_block = heads * (4 + itemsize) + context * (1 + itemsize)
+    return tokens * per_token + block * per_block + config.vocab_size * 8
 
 
 def plan_resident(config: ModelConfig, quant: QuantConfig, context: int, available: int) -> Plan:

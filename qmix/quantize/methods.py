@@ -144,7 +144,7 @@ def _strips(spec: MatrixSpec) -> Iterator[Strip]:
 @dataclass(frozen=True, slots=True)
 class Scratch:
     """A worker's own memory: `source` for a strip in the dtype of the weights, `narrow` for a tile of it on
-    its way there, `work` fp32 [5, TILE]."""
+    its way there, `work` fp32 [3, TILE]."""
 
     source: Tensor
     narrow: Tensor
@@ -152,7 +152,7 @@ class Scratch:
 
     @classmethod
     def make(cls, dtype: torch.dtype) -> Scratch:
-        return cls(torch.empty(TILE * 128, dtype=dtype), torch.empty(TILE, dtype=dtype), torch.empty(5, TILE))
+        return cls(torch.empty(TILE * 128, dtype=dtype), torch.empty(TILE, dtype=dtype), torch.empty(3, TILE))
 
 
 def _load(weight: Tensor, s: Strip, scratch: Scratch) -> Tensor:
@@ -172,7 +172,7 @@ def _quantize(weight: Tensor, packed: Packed, s: Strip, method: str, scratch: Sc
     """Quantize a strip into its place in `packed`."""
     source = _load(weight, s, scratch)
     low, high = torch.empty(2, s.groups, s.padded_rows)
-    work = scratch.work[:, :s.tile * s.width * s.padded_rows].view(5, -1, s.width, s.padded_rows)
+    work = scratch.work[:, :s.tile * s.width * s.padded_rows].view(3, -1, s.width, s.padded_rows)
     for groups in s.tiles:
         x = work[0, :groups.stop - groups.start].copy_(source[groups])
         torch.amin(x, 1, out=low[groups])
@@ -215,7 +215,7 @@ def _error(weight: Tensor, packed: Packed, s: Strip, scratch: Scratch) -> Error:
     params = packed["qparams"][group:group + s.groups, s.padded_row:s.padded_row + s.padded_rows].float()
     scale, zero = params.unsqueeze(1).unbind(-1)
     blocks = slice(s.padded_row // packed.spec.block, (s.padded_row + s.padded_rows) // packed.spec.block)
-    work = scratch.work[:, :s.tile * s.width * s.padded_rows].view(5, -1, s.width, s.padded_rows)
+    work = scratch.work[:, :s.tile * s.width * s.padded_rows].view(3, -1, s.width, s.padded_rows)
     err = norm = 0.0
     for groups in s.tiles:
         x, w = work[:2, :groups.stop - groups.start]

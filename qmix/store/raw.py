@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 
 import xxhash
-from torch import Tensor
 
 from qmix.tensorfile import read_exact
 
 CHUNK = 4 * 2**20  # bytes hashed at a time: they are still in the cache after the read
-
-
-def memory(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, writable. The caller keeps the tensor alive."""
-    assert tensor.is_contiguous() and tensor.device.type == "cpu"
-    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
 
 
 def digest(data: memoryview | bytes) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qmix.config import ExpertKey, ModelConfig
 from qmix.errors import ConfigError, StoreError, UsageError
-from qmix.formats import Packed, view
+from qmix.formats import Packed, memory, view
 from qmix.store import raw
 from qmix.store.layout import CONFIG, JOURNAL, MANIFEST, FileLayout, Region, StoreLayout, record_name
 from qmix.store.manifest import DAMAGED, DenseEntry, Manifest, RecordEntry
@@ -135,14 +135,14 @@ class Store:
 
     def _read(self, region: Region, buffer: Tensor, verify: bool) -> None:
         assert buffer.dtype == torch.uint8 and buffer.shape == (region.nbytes,)
-        where, memory = f"{self.path / region.file}: {region.name}", raw.memory(buffer)
+        where, target = f"{self.path / region.file}: {region.name}", memory(buffer)
         try:
-            read_exact(self._fds[region.file], memory, region.offset)
+            read_exact(self._fds[region.file], target, region.offset)
         except EOFError as e:
             raise StoreError(f"{where}: {e}", CORRUPT) from None
         except OSError as e:
             raise StoreError(f"{where}: {e.strerror}", CORRUPT) from None
-        if verify and raw.digest(memory) != self._sums[region.name]:
+        if verify and raw.digest(target) != self._sums[region.name]:
             raise StoreError(f"{where}: {CHANGED}", CORRUPT)
 
     def _examine(self, region: Region) -> str | None:

@@ -16,6 +16,7 @@ from types import TracebackType
 import xxhash
 from torch import Tensor
 
+from qmix.formats import memory
 from qmix.store import raw
 from qmix.store.layout import FileLayout, Region, StoreLayout
 from qmix.tensorfile import write_exact
@@ -57,7 +58,7 @@ class StoreWriter:
             tensor = tensors[placed.matrix, placed.tensor.name]
             assert tensor.nbytes == placed.tensor.nbytes, placed
             put(ZEROS[:placed.offset - end])
-            put(raw.memory(tensor))
+            put(memory(tensor))
         put(ZEROS[:region.nbytes - end])
         assert end == region.nbytes, region
         self._let_go(region)
