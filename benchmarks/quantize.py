@@ -3,10 +3,11 @@
     python benchmarks/synthetic_checkpoint.py /tmp/wide --gib 5
     python benchmarks/quantize.py /tmp/wide /tmp/wide-store
 
-For each --config one fresh process; a table with decimal MB/s of source weights from start to renamed store (reading,
-writing and syncing included), the peak resident size of the process (VmHWM), and beside them what
-memory and disk of this machine gave in the same minute, since on a shared machine both move. The store at
-OUT is deleted after each run.
+For each --config one fresh process; a table with decimal MB/s of source weights from start to renamed store
+(reading, writing and syncing included), the peak resident size of the process (VmHWM), its processor seconds (user
+and system; less than threads x seconds where others had the cores), and beside them what memory and disk of
+this machine gave in the same minute, since on a shared machine both move. The store at OUT is deleted
+after each run.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from qmix.hardware import physical_cores
 from qmix.render import table
 
 RUN = """
-import json, sys, time
+import json, os, sys, time
 from pathlib import Path
 from qmix.checkpoint import Checkpoint
 from qmix.config import QuantConfig
@@ -39,7 +40,7 @@ seconds = time.perf_counter() - start
 peak = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmHWM"))
 print(json.dumps({"seconds": seconds, "source": report.source_bytes, "store": report.nbytes,
                   "bits": report.classes[0].bits_per_weight, "error": report.classes[0].error_mean,
-                  "peak": int(peak.split()[1]) * 1024}))
+                  "peak": int(peak.split()[1]) * 1024, "cpu": sum(os.times()[:2])}))
 """
 PLAIN = {"method": "", "group_size": 0, "block": 0}
 CONFIGS = {
@@ -52,7 +53,7 @@ CONFIGS = {
 def read_memory(threads: int) -> float:
     """Decimal GB/s of summing 1 GiB, best of three."""
     torch.set_num_threads(threads)
-    data = torch.ones(2**28, dtype=torch.int32)
+    data = torch.ones(2**28)
     best = 0.0
     for _ in range(3):
         start = time.perf_counter()
@@ -86,7 +87,8 @@ def measure(source: Path, out: Path, name: str, threads: int) -> dict[str, objec
         shutil.rmtree(out, ignore_errors=True)
         shutil.rmtree(f"{out}.partial", ignore_errors=True)
     result = json.loads(done.stdout)
-    return {"config": name, "source GB": round(result["source"] / 1e9, 2), "seconds": round(result["seconds"], 1),
+    return {"config": name, "source GB": round(result["source"] / 1e9, 2),
+            "seconds": round(result["seconds"], 1), "CPU s": round(result["cpu"], 1),
             "MB/s": round(result["source"] / 1e6 / result["seconds"]), "peak MiB": result["peak"] // 2**20,
             "bits/weight": round(result["bits"], 3), "error": result["error"],
             "memory GB/s": round(memory, 1), "disk GB/s": round(disk, 2)}

@@ -63,10 +63,11 @@ class _Shard:
             self.close()
             raise
 
-    def read(self, entry: Entry, begin: int = 0, nbytes: int | None = None) -> Tensor:
-        """Bytes [begin, begin + nbytes) of a tensor, by default all, as a fresh uint8 tensor."""
+    def read(self, entry: Entry, begin: int = 0, nbytes: int | None = None, out: Tensor | None = None) -> Tensor:
+        """Bytes [begin, begin + nbytes) of a tensor, by default all, in `out`, by default a fresh uint8 tensor."""
         nbytes = entry.nbytes - begin if nbytes is None else nbytes
-        buffer = torch.empty(nbytes, dtype=torch.uint8)
+        buffer = torch.empty(nbytes, dtype=torch.uint8) if out is None else out
+        assert buffer.nbytes == nbytes
         offset = entry.offset + begin
         try:
             read_exact(self._fd, memory(buffer), offset)
@@ -143,9 +144,19 @@ class Checkpoint:
         w1, w2, w3 = (self._tensor(tensors[part][0]) for part in ("w1", "w2", "w3"))
         return w1, w2, w3
 
-    def _tensor(self, name: str) -> Tensor:
+    def stacked_expert(self, key: ExpertKey, buffer: Tensor) -> tuple[Tensor, Tensor]:
+        """An expert as a record has it: w13 [2F, H], the gate above w3, and w2 [H, F], in the file's dtype; read
+        into `buffer`, uint8 of an expert's bytes, and views into it."""
+        tensors = names.expert_tensors(self.config, key)
+        part = buffer.nbytes // 3
+        w1, _, w2 = (self._tensor(tensors[name][0], buffer[i * part:(i + 1) * part])
+                     for i, name in enumerate(("w1", "w3", "w2")))
+        return buffer[:2 * part].view(w1.dtype).view(2 * w1.shape[0], w1.shape[1]), w2
+
+    def _tensor(self, name: str, out: Tensor | None = None) -> Tensor:
         place = self._places[name]
-        return place.shard.read(place.entry).view(TORCH_DTYPES[place.entry.dtype]).view(place.entry.shape)
+        data = place.shard.read(place.entry, out=out)
+        return data.view(TORCH_DTYPES[place.entry.dtype]).view(place.entry.shape)
 
     @property
     def extra_files(self) -> list[Path]:

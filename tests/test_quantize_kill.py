@@ -23,7 +23,7 @@ from helpers import KEEP, write_tiny_checkpoint
 
 from qmix.checkpoint import Checkpoint
 from qmix.config import QuantConfig
-from qmix.errors import QmixError, StoreError, UsageError
+from qmix.errors import Interrupted, QmixError, StoreError, UsageError
 from qmix.quantize import quantize_checkpoint
 from qmix.store import Store, writer
 
@@ -65,36 +65,57 @@ def child(source: str, out: str, force: bool, kill_at: int) -> None:
 
 
 def serve() -> None:
-    """Fork a child for each line on stdin: answer with its pid, and then with its exit status."""
+    """Fork a child for each job on stdin and answer with its pid; reap it only when asked to, so that the pid
+    stays its own until then."""
     torch.set_num_threads(1)
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
-            child(*json.loads(line))
-            os._exit(0)
-        print(pid, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+            try:
+                child(*json.loads(line))
+                os._exit(0)
+            finally:
+                os._exit(1)
+        print("pid", pid, flush=True)
+        assert sys.stdin.readline() == "reap\n"
+        print("status", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 
 
 class Server:
     """A process that has torch loaded and no threads, and forks one job at a time."""
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                         text=True)
+        self._process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE,
+                                         stdout=subprocess.PIPE, text=True)
+        self._pid = 0
 
-    def start(self, *arguments: Any) -> int:
-        """Start a job; returns its pid."""
-        print(json.dumps(arguments), file=self._process.stdin, flush=True)
-        return int(self._process.stdout.readline())
+    def start(self, *arguments: Any) -> None:
+        """Start a job."""
+        self._tell(json.dumps(arguments))
+        self._pid = self._hear("pid")
+
+    def signal(self, number: int) -> None:
+        """Send the job a signal; it may have ended, but its pid is not another's yet."""
+        assert self._pid > 1
+        os.kill(self._pid, number)
 
     def status(self) -> int:
         """Wait for the job: 0, or minus the signal that ended it."""
-        return int(self._process.stdout.readline())
+        self._pid = 0
+        self._tell("reap")
+        return self._hear("status")
 
     def stop(self) -> None:
         self._process.stdin.close()
         assert self._process.wait(60) == 0
+
+    def _tell(self, line: str) -> None:
+        print(line, file=self._process.stdin, flush=True)
+
+    def _hear(self, what: str) -> int:
+        word, _, number = self._process.stdout.readline().partition(" ")
+        assert word == what, (what, word, number)
+        return int(number)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +182,8 @@ def test_killed_at_every_kind_of_step(server: Server, source: str, whole: dict[s
             no_half_store_opens(out)
         if not out.exists():
             run(source, str(out))
-        assert files(out) == whole and os.listdir(out.parent) == ["out"], f"killed at step {step} of {last}"
+        assert files(out) == whole, f"killed at step {step} of {last}"
+        assert [p.name for p in out.parent.iterdir()] == ["out"], f"killed at step {step} of {last}"
 
 
 def test_killed_while_replacing(server: Server, source: str, whole: dict[str, bytes],
@@ -186,41 +208,55 @@ def test_killed_while_replacing(server: Server, source: str, whole: dict[str, by
                 run(source, str(out))
             assert files(out) in (old, whole)
         run(source, str(out), force=True)
-        assert files(out) == whole and os.listdir(out.parent) == ["out"], f"killed at step {step} of {last}"
+        assert files(out) == whole, f"killed at step {step} of {last}"
+        assert [p.name for p in out.parent.iterdir()] == ["out"], f"killed at step {step} of {last}"
 
 
-def test_killed_at_random_moments(server: Server, source: str, whole: dict[str, bytes],
-                                  tmp_path: Path) -> None:
+def test_killed_while_starting_over(server: Server, source: str, whole: dict[str, bytes], tmp_path: Path) -> None:
+    """--force drops an unfinished store made with other arguments; killed at it, the next run goes on."""
+    def stop(done: int, total: int, label: str) -> None:
+        raise KeyboardInterrupt
+
+    for step in range(2, 9):
+        out = tmp_path / str(step) / "out"
+        with Checkpoint.open(source) as checkpoint, pytest.raises(Interrupted):
+            quantize_checkpoint(checkpoint, out, KEEP, progress=stop)
+        killed(server, source, out, True, step)
+        run(source, str(out), force=True)
+        assert files(out) == whole, f"killed at step {step}"
+
+
+def test_killed_at_random_moments(server: Server, source: str, whole: dict[str, bytes], tmp_path: Path) -> None:
     """By the clock, from outside, again and again on the same folder, until a run gets through."""
     start = time.monotonic()
     count(server, source, tmp_path / "timed" / "out", False)
-    seconds, moments = time.monotonic() - start, random.Random(1)
-    out = tmp_path / "killed" / "out"
-    for _ in range(12):
-        pid = server.start(source, str(out), False, 0)
-        time.sleep(moments.uniform(0.1, 0.9) * seconds)
-        os.kill(pid, signal.SIGKILL)
-        server.status()
-        no_half_store_opens(out)
-        if out.exists():
-            break
-    if not out.exists():
-        run(source, str(out))
-    assert files(out) == whole and os.listdir(out.parent) == ["out"]
+    seconds, moments, interrupted = time.monotonic() - start, random.Random(1), 0
+    for attempt in range(4):
+        out = tmp_path / str(attempt) / "out"
+        while not out.exists() and interrupted < 20:
+            server.start(source, str(out), False, 0)
+            time.sleep(moments.uniform(0, 0.8) * seconds)
+            server.signal(signal.SIGKILL)
+            interrupted += server.status() == -signal.SIGKILL
+            no_half_store_opens(out)
+        if not out.exists():
+            run(source, str(out))
+        assert files(out) == whole and [p.name for p in out.parent.iterdir()] == ["out"]
 
 
 def test_a_second_process_is_refused(server: Server, source: str, tmp_path: Path) -> None:
     out, journal = tmp_path / "out", tmp_path / "out.partial" / "journal.jsonl"
-    pid = server.start(source, str(out), False, 0)
-    while not journal.exists() and not out.exists():
+    server.start(source, str(out), False, 0)
+    deadline = time.monotonic() + 60
+    while not journal.exists() and not out.exists() and time.monotonic() < deadline:
         time.sleep(0.001)
-    os.kill(pid, signal.SIGSTOP)
+    server.signal(signal.SIGSTOP)
     try:
         if journal.exists():
             with pytest.raises(QmixError, match="another qmix"):
                 run(source, str(out))
     finally:
-        os.kill(pid, signal.SIGCONT)
+        server.signal(signal.SIGCONT)
     assert server.status() == 0
     with Store.open(out) as store:
         assert store.verify(deep=True) == []

@@ -268,7 +268,7 @@ def test_folders_that_are_no_store(tmp_path: Path, source: Path) -> None:
         Store.open(source)
     assert error.value.exit_code == 2 and f"qmix quantize {source} tiny-int4" in str(error.value)
     spaced = write_tiny_checkpoint(tmp_path / "a model")
-    with pytest.raises(UsageError, match="qmix quantize '.*/a model' 'a model-int4'"):
+    with pytest.raises(UsageError, match=r"qmix quantize '.*/a model' 'a model-int4'"):
         Store.open(spaced)
 
 
@@ -312,7 +312,8 @@ def test_hostile_manifests_are_refused_by_key(store: Path, where: list[Any], val
     assert len(error.message) < 400
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 200_000, b'{"format_version":' + b"9" * 9999])
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 200_000,
+                                  b'{"format_version":' + b"9" * 9999])
 def test_manifests_that_are_not_json(store: Path, text: bytes) -> None:
     (store / "qmix.json").write_bytes(text)
     assert "qmix.json" in refused(store).message

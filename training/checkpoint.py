@@ -14,6 +14,13 @@ from safetensors.torch import save_file
 from tokenizer import write_tokenizer_config
 from transformers import MixtralForCausalLM
 
+CONFIG_KEYS = (
+    "attention_dropout", "bos_token_id", "eos_token_id", "head_dim", "hidden_act", "hidden_size",
+    "initializer_range", "intermediate_size", "max_position_embeddings", "num_attention_heads",
+    "num_experts_per_tok", "num_hidden_layers", "num_key_value_heads", "num_local_experts",
+    "rms_norm_eps", "router_aux_loss_coef", "sliding_window", "tie_word_embeddings", "vocab_size",
+)
+
 
 def published_tensors(model: MixtralForCausalLM) -> dict[str, torch.Tensor]:
     """The weights in bf16 under the names of the published Mixtral checkpoints."""
@@ -40,14 +47,23 @@ def published_tensors(model: MixtralForCausalLM) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def published_config(model: MixtralForCausalLM) -> dict:
+    """The entries of config.json that describe a Mixtral model, as the published ones have them."""
+    config = {key: getattr(model.config, key) for key in CONFIG_KEYS}
+    config |= {
+        "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "torch_dtype": "bfloat16",
+        "rope_theta": model.config.rope_parameters["rope_theta"],
+        "output_router_logits": False, "use_cache": True,
+    }
+    return config
+
+
 def write_checkpoint(model: MixtralForCausalLM, folder: Path, temperature: float) -> None:
     """Write model.safetensors (atomically) and the JSON files next to tokenizer.model."""
     half_done = folder / "model.safetensors.part"
     save_file(published_tensors(model), half_done, metadata={"format": "pt"})
     half_done.replace(folder / "model.safetensors")
-    config = model.config.to_dict()
-    config |= {"architectures": ["MixtralForCausalLM"], "dtype": "bfloat16",
-               "torch_dtype": "bfloat16", "output_router_logits": False, "use_cache": True}
+    config = published_config(model)
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", {
         "bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"],

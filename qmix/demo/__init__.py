@@ -16,6 +16,7 @@ def demo_store(out: Path, say: Callable[[str], None]) -> Path:
     from qmix.checkpoint import Checkpoint
     from qmix.config import QuantConfig
     from qmix.errors import QmixError
+    from qmix.kernels.table import native_block
     from qmix.quantize import quantize_checkpoint
     from qmix.store import Store
 
@@ -31,5 +32,5 @@ def demo_store(out: Path, say: Callable[[str], None]) -> Path:
         else:
             say(f"quantizing the bundled demo model into {out}")
         out.parent.mkdir(parents=True, exist_ok=True)
-        quantize_checkpoint(checkpoint, out, QuantConfig(), force=True)
+        quantize_checkpoint(checkpoint, out, QuantConfig(block=native_block()), force=True)
     return out

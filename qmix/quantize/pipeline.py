@@ -2,10 +2,11 @@
 before that is written.
 
 Three threads and a pool: `reader` loads ahead, the caller's thread quantizes (spreading the work over the
-pool), `writer` writes behind and notes the region in the journal. Each hands over by a future and
-none runs more than one region ahead, so memory is bounded by three regions whatever the model's size.
-Weights belong to the thread that works on them and are dropped as soon as they are packed. An error or
-Ctrl-C lets reader and writer finish what they hold and then surfaces in the caller.
+pool), `writer` writes behind and notes the region in the journal. Each hands over by a future, and none
+runs more than one region ahead. Experts are read into a few buffers that take turns: one is read into again
+when its expert is packed, or, where the packed tensors are the very weights (`keep`), written. So memory
+is bounded by two or three experts and two records, whatever the model's size. An error or Ctrl-C lets
+reader and writer finish what they hold and then surfaces in the caller.
 
 F expert inner, H hidden.
 """
@@ -13,10 +14,12 @@ F expert inner, H hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Mapping
+import mmap
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import cycle
 
 import torch
 from torch import Tensor
@@ -27,7 +30,7 @@ from qmix.config import DTYPES, ExpertKey, QuantConfig
 from qmix.errors import CheckpointError, QmixError
 from qmix.formats import TORCH_DTYPES
 from qmix.quantize.journal import Finished, Journal
-from qmix.quantize.methods import Error, error, quantize_int4
+from qmix.quantize.methods import Error, error, quantize_int4_measured
 from qmix.sizes import PLAIN_DTYPES, MatrixSpec
 from qmix.store import Region, StoreLayout, StoreWriter
 
@@ -75,11 +78,12 @@ def all_work(source: Checkpoint, layout: StoreLayout) -> list[Work]:
     return found
 
 
-def run(source: Checkpoint, quant: QuantConfig, work: Iterable[Work], writer: StoreWriter, journal: Journal,
+def run(source: Checkpoint, quant: QuantConfig, work: Sequence[Work], writer: StoreWriter, journal: Journal,
         threads: int, done: Callable[[Work, Finished], None]) -> None:
     """Make every region of `work`, in order; done(work, finished) hears of each in the caller's thread."""
+    slots = 3 if quant.experts == "keep" else 2
     with (ThreadPoolExecutor(threads, "qmix-quantize") as pool, ThreadPoolExecutor(1, "qmix-write") as behind,
-          closing(_read_ahead(source, work)) as stream):
+          closing(_read_ahead(source, work, slots)) as stream):
         written: Future[tuple[Work, Finished]] | None = None
         for item, weights in stream:
             made = _quantize(source, item, weights, quant, pool)
@@ -91,13 +95,17 @@ def run(source: Checkpoint, quant: QuantConfig, work: Iterable[Work], writer: St
             done(*written.result())
 
 
-def _read_ahead(source: Checkpoint,
-                work: Iterable[Work]) -> Generator[tuple[Work, dict[str, Tensor]], None, None]:
-    """Each item with its weights; while the caller has one, the next is read."""
+def _read_ahead(source: Checkpoint, work: Sequence[Work],
+                slots: int) -> Generator[tuple[Work, dict[str, Tensor]], None, None]:
+    """Each item with its weights; while the caller has one, the next is read. An expert's weights lie in one of
+    `slots` buffers, which take turns: they are good until the caller has asked for `slots` - 1 more."""
+    largest = max((item.nbytes for item in work if isinstance(item.source, ExpertKey)), default=0)
+    buffers = cycle([_buffer(largest) for _ in range(slots)])
     with ThreadPoolExecutor(1, "qmix-read") as reader:
         last: tuple[Work, Future[dict[str, Tensor]]] | None = None
         for item in work:
-            following = item, reader.submit(_load, source, item)
+            buffer = next(buffers) if isinstance(item.source, ExpertKey) else None
+            following = item, reader.submit(_load, source, item, buffer)
             if last is not None:
                 yield last[0], last[1].result()
             last = following
@@ -105,15 +113,22 @@ def _read_ahead(source: Checkpoint,
             yield last[0], last[1].result()
 
 
-def _load(source: Checkpoint, work: Work) -> dict[str, Tensor]:
-    """{"w13": [2F, H], "w2": [H, F]} of an expert, or {"": tensor} of a dense tensor."""
-    if not isinstance(work.source, ExpertKey):
+def _buffer(nbytes: int) -> Tensor:
+    """uint8 [nbytes], on huge pages where the kernel gives them: quantizing walks down long rows. Pages count
+    only once they are written."""
+    memory = mmap.mmap(-1, max(1, nbytes))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def _load(source: Checkpoint, work: Work, buffer: Tensor | None) -> dict[str, Tensor]:
+    """{"w13": [2F, H], "w2": [H, F]} of an expert, in `buffer`, or {"": tensor} of a dense tensor."""
+    if buffer is None:
+        assert isinstance(work.source, str)
         return {"": source.dense(work.source)}
-    w1, w2, w3 = source.expert(work.source)
-    w13 = w1.new_empty(2 * w1.shape[0], w1.shape[1])
-    w13[:w1.shape[0]] = w1
-    del w1  # at Mixtral's width a matrix has 117 MB; fresh pages of w13 count only once they are written
-    w13[-w3.shape[0]:] = w3
+    assert isinstance(work.source, ExpertKey)
+    w13, w2 = source.stacked_expert(work.source, buffer)
     return {"w13": w13, "w2": w2}
 
 
@@ -149,11 +164,11 @@ def _pack(weight: Tensor, spec: MatrixSpec | None, method: str,
     if spec is None:
         return {"weight": weight}, None
     if spec.format == "int4":
-        packed = quantize_int4(weight, spec, method, pool)
-    else:
-        packed = formats.pack(weight, spec)
+        packed, distance = quantize_int4_measured(weight, spec, method, pool)
+        return packed.tensors, distance
+    packed = formats.pack(weight, spec)
     same = spec.format in PLAIN_DTYPES and packed["weight"].dtype == weight.dtype  # the checkpoint's bytes
-    return packed.tensors, Error(0.0, 0.0) if same else error(weight, packed, pool)
+    return packed.tensors, Error(0.0, 0.0) if same else error(weight, packed)
 
 
 def _rms(errors: Mapping[str, Error]) -> dict[str, float]:

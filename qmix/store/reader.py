@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qmix.config import ExpertKey, ModelConfig
@@ -102,10 +103,11 @@ class Store:
                 Packed.of(self.layout.w2, parts["w2"], f"{key} w2"))
 
     def verify(self, deep: bool, progress: Callable[[int, int, str], None] | None = None) -> list[str]:
-        """What is wrong with the store, a line each: structure and copied files, and with `deep` the
-        checksum of every region. progress(done bytes, all bytes, label)."""
+        """What is wrong with the store, a line each: structure, also as the safetensors library sees it, and
+        copied files; with `deep` the checksum of every region. progress(done bytes, all bytes, label)."""
         report = progress or (lambda done, total, label: None)
         found = [_problem(_check_file, self.path, file) for file in self._places.files.values()]
+        found += [_problem(_check_portable, self.path / file.name) for file in self._places.files.values()]
         found += [_problem(_check_copied, self.path, self.manifest, name) for name in self.manifest.files]
         problems = [problem for problem in found if problem]
         if not deep:
@@ -260,3 +262,13 @@ def _check_file(path: Path, file: FileLayout) -> None:
                              f"{got.offset}, want {want.dtype} {list(want.shape)} at {want.offset}", DAMAGED)
     if found:
         raise StoreError(f"{path / file.name}: {next(iter(found))!r:.80}: not part of this store", DAMAGED)
+
+
+def _check_portable(file: Path) -> None:
+    """A store promises files that any safetensors reader opens: ask the library, which shares no code
+    with us."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            opened.keys()
+    except (SafetensorError, OSError) as e:
+        raise StoreError(f"{file}: the safetensors library refuses it: {e}", DAMAGED) from None
