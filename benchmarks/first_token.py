@@ -50,7 +50,8 @@ def main() -> None:
     before = [w - t["prefill_seconds"] - t["decode_seconds"] for w, t in zip(walls, timings, strict=True)]
     print("| figure | median | spread |\n|---|---|---|")
     print(row("qmix --help", helps, "s"))
-    print(row("command to first token", [b + t["first_token_seconds"] for b, t in zip(before, timings, strict=True)], "s"))
+    waits = [b + t["first_token_seconds"] for b, t in zip(before, timings, strict=True)]
+    print(row("command to first token", waits, "s"))
     print(row("prompt to first token", [1000 * t["first_token_seconds"] for t in timings], "ms", 1))
     print(row(f"prefill, {timings[0]['prompt_tokens']} tokens", [t["prefill_rate"] for t in timings], "tok/s", 0))
     print(row(f"decode, {timings[0]['generated_tokens']} tokens", [t["decode_rate"] for t in timings], "tok/s", 0))

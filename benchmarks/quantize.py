@@ -1,7 +1,7 @@
 """How fast and in how much memory does `qmix quantize` go through a checkpoint?
 
-    python benchmarks/synthetic_checkpoint.py /tmp/wide --gib 5
-    python benchmarks/quantize.py /tmp/wide /tmp/wide-store
+    python benchmarks/synthetic_checkpoint.py wide --gib 5
+    python benchmarks/quantize.py wide wide-store
 
 For each --config one fresh process; a table with decimal MB/s of source weights from start to renamed store
 (reading, writing and syncing included), the peak resident size of the process (VmHWM), its processor seconds (user

@@ -13,13 +13,13 @@ from math import prod
 
 from qmix.config import DTYPES, ModelConfig, QuantConfig
 from qmix.names import DenseTensor
+from qmix.tensorfile import ITEM_BYTES
 
 GIB = 2**30
 MIB = 2**20
 TENSOR_ALIGN = 64  # a cache line, and what every kernel may assume of a tensor's first byte
 RECORD_ALIGN = 4096  # what O_DIRECT needs of offset, length and address
 
-ITEM_BYTES = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4}
 PLAIN_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 BNB_BLOCK = 64  # bitsandbytes block size of nf4 and fp4, along the input dimension
 BNB_NESTED_BLOCK = 256  # absmax values per block of the second quantization

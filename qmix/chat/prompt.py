@@ -218,12 +218,14 @@ class LinePrompt:
             raise EOFError
 
     def _line(self, prompt: str) -> str:
-        if self._leaving:
-            raise EOFError
-        self._out.write(prompt)
-        self._out.flush()
-        self._reading = True
         try:
+            # From here on a signal raises: one that came while the prompt is shown must not be followed
+            # by a wait for a line that nobody types.
+            self._reading = True
+            if self._leaving:
+                raise EOFError
+            self._out.write(prompt)
+            self._out.flush()
             with keyboard.lines(self._in.fileno()):
                 line = self._in.buffer.readline()
         except termios.error as e:
