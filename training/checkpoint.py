@@ -26,6 +26,8 @@ def published_tensors(model: MixtralForCausalLM) -> dict[str, torch.Tensor]:
     """The weights in bf16 under the names of the published Mixtral checkpoints."""
     tensors: dict[str, torch.Tensor] = {}
     for name, value in model.state_dict().items():
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue  # the embedding itself
         value = value.detach().to(torch.bfloat16)
         head, _, leaf = name.rpartition(".mlp.")
         if not head:

@@ -1,10 +1,11 @@
 """How int4 codes are chosen: rtn (rounding to nearest between a group's extremes) and hqq (half-quadratic
 quantization, hqq.py), and how far the result is from the original.
 
-A matrix is cut into strips, and a strip into tiles. A tile's scratch fits a core's L2 cache, and it stays
-below the size at which torch would start threads of its own; the strips go to a pool, torch lets go of
-the interpreter lock while it computes, and each strip writes its own piece of the result. The cut depends
-on shapes only: the bytes are the same for every number of threads.
+A matrix is cut into strips, and a strip into tiles. A tile's working copies stay about the size of a core's
+L2 cache, and it is large enough that the threads of the pool spend their time in torch, which lets go of
+the interpreter lock, and not waiting for that lock: tiles a quarter as large make two threads as slow as
+one. Each strip writes its own piece of the result, and the cut depends on shapes only: the bytes are the
+same for every number of threads.
 
 Within a strip weights lie transposed: reductions over a group then run along whole vectors, and
 codes come out in the order in which int4 stores them.
@@ -32,7 +33,7 @@ from qmix.formats.packed import refuse_nonfinite
 from qmix.quantize import hqq
 from qmix.sizes import MatrixSpec, round_up
 
-TILE = 32768  # weights; one more and torch splits an elementwise operation over its own threads
+TILE = 131072  # weights, of which a worker holds three copies in fp32, 512 KiB each
 EMPTY = 0x88  # two codes of 8: what padding holds
 BF16_MAX = 3.3895313892515355e38
 SMALLEST = 2.0**-126  # a scale below this is taken as zero: its inverse would not be finite
