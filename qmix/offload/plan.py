@@ -34,7 +34,8 @@ class Plan:
         return self.dense + self.experts + self.kv + self.workspace + self.reserve
 
     def line(self) -> str:
-        return (f"RAM {format_bytes(self.total)}: experts {format_bytes(self.experts)} (all resident), "
+        """For the user; the reserve is kept free and not used."""
+        return (f"RAM {format_bytes(self.total - self.reserve)}: experts {format_bytes(self.experts)} (all resident), "
                 f"dense {format_bytes(self.dense)}, KV cache {format_bytes(self.kv)} for {self.context} tokens")
 
 
