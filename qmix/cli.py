@@ -39,8 +39,9 @@ Seed = Annotated[int | None, typer.Option("--seed", help="Same seed, same text; 
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="End the answer before this text; may be repeated.",
                                                 show_default=False)]
 System = Annotated[str | None, typer.Option("--system", help="System prompt.", show_default=False)]
-Threads = Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Compute threads; default: physical cores.",
-                                             show_default=False)]
+Threads = Annotated[int | None, typer.Option(
+    "-t", "--threads", min=1, help="Compute threads; default: physical cores, or 1 for a very small model.",
+    show_default=False)]
 
 
 @app.callback(invoke_without_command=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qmix.config import BLOCKS
 from qmix.errors import UsageError
-from qmix.formats import int4, int8, module
+from qmix.formats import int4, int8, module, nf4
 from qmix.formats.packed import Packed
 from qmix.kernels import bnb, cpu, reference
 from qmix.kernels.cpu import Kernel
@@ -71,6 +71,7 @@ def select(formats: Iterable[str], blocks: Iterable[int] = BLOCKS, device: str =
         elif name == "int8":
             kernels[name, 0], names[name] = _choose_int8(say)
         elif name in ("nf4", "fp4"):
+            nf4.functional()  # now, where it may be missing and takes a second, and not in the first answer
             kernels[name, 0], names[name] = bnb.linear, "bitsandbytes dequantization by tiles, torch linear"
             say(f"{name} on the CPU decodes every weight for every token: expect a fraction of int4's speed")
         else:
