@@ -74,19 +74,37 @@ def byte_bar(title: str) -> Iterator[Progress]:
     if not sys.stderr.isatty():
         yield _plain_progress(title)
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bar
+    bars: list[tuple[Any, Any]] = []
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True),
-               TransferSpeedColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=None)
+    def update(done: int, total: int, label: str) -> None:
+        if not bars:  # drawn when there is something to show: lines said before it are not in its way
+            bars.append(_draw_bar(title))
+        bar, task = bars[0]
+        bar.update(task, completed=done, total=total, description=f"{title} {label}".strip())
 
-        def update(done: int, total: int, label: str) -> None:
-            bar.update(task, completed=done, total=total, description=f"{title} {label}".strip())
-
+    try:
         yield update
+    finally:
+        for bar, _ in bars:
+            bar.stop()
+
+
+def _draw_bar(title: str) -> tuple[Any, Any]:
+    """(a started rich progress display, its one task)."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True),
+                   TransferSpeedColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+    bar.start()
+    return bar, bar.add_task(title, total=None)
 
 
 def _plain_progress(title: str) -> Progress:
