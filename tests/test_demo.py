@@ -17,7 +17,6 @@ from qmix.engine import Engine, load
 from qmix.quantize import quantize_checkpoint
 from qmix.store import Store
 from qmix.tokenizer import Message
-from qmix.tokenizer import load as load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -58,19 +57,6 @@ def test_it_stays_in_the_conversation(engine: Engine) -> None:
     story = Message("assistant", answer(engine, question))
     another = answer(engine, question, story, Message("user", "Another one, please."))
     assert len(another.split()) > 30 and another != story.content
-
-
-def test_the_chat_encoding_is_the_one_it_was_trained_on() -> None:
-    import sentencepiece
-
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(CHECKPOINT / "tokenizer.model"))
-    tokenizer = load_tokenizer(CHECKPOINT)
-    said = [("system", "Answer briefly."), ("user", " Hi! "), ("assistant", "Hello."), ("user", "bye")]
-    want = [pieces.bos_id()]
-    for role, text in said:
-        want += [pieces.piece_to_id(f"<|{role}|>"), *pieces.encode(text.strip()), pieces.eos_id()]
-    want.append(pieces.piece_to_id("<|assistant|>"))
-    assert tokenizer.encode_chat([Message(role, text) for role, text in said]) == want
 
 
 def test_transformers_computes_the_same(tmp_path: Path) -> None:

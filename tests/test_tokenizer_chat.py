@@ -203,8 +203,6 @@ def test_the_demo_encodes_as_it_is_trained(demo: Tokenizer, messages: list[Messa
 
 def test_the_bundled_demo_is_asked_as_it_was_trained() -> None:
     folder = Path(qmix.tokenizer.__file__).parents[1] / "demo" / "checkpoint"
-    if not (folder / "tokenizer.model").is_file():
-        pytest.skip("the demo checkpoint is not built here")
     tokenizer, proto = load(folder), (folder / "tokenizer.model").read_bytes()
     talk = [system(" Be kind. "), user("Tell me a story about a fox.\n"), answer("Once, 🦊"), user("</s>?")]
     assert tokenizer.encode_chat(talk) == demo_ids(talk, proto)
