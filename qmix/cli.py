@@ -8,13 +8,16 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qmix import __version__, paths, render, settings
 from qmix.config import QuantConfig, SamplingParams
 from qmix.errors import QmixError, UsageError
+
+if TYPE_CHECKING:
+    from qmix.checkpoint import Checkpoint
 
 HELP = """Run Mixture-of-Experts models on one machine: 4-bit experts, one command to quantize, one to chat.
 
@@ -77,11 +80,23 @@ def quantize(
     with Checkpoint.open(paths.resolve(source, render.say)) as checkpoint:
         for name in checkpoint.skipped:
             render.say(f"skipped: {name} (the model does not need it)")
+        _check_tokenizer(checkpoint)
         with render.byte_bar("quantize") as progress:
             report = quantize_checkpoint(checkpoint, out, quant, threads=threads, force=force,
                                          dry_run=dry_run, progress=progress)
     for line in report.lines():
         render.say(line)
+
+
+def _check_tokenizer(checkpoint: Checkpoint) -> None:
+    """Damaged tokenizer, template or generation files are an error now, not after hours of quantizing."""
+    from qmix.tokenizer import load
+
+    if not any((checkpoint.path / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
+        render.say(f"warning: {checkpoint.path} holds neither tokenizer.model nor tokenizer.json: chat and "
+                   "generate will refuse the store until the original model's is copied into it")
+        return
+    load(checkpoint.path, checkpoint.config.vocab_size)
 
 
 def _quant_config(format: str, dense: str, method: str | None, group_size: int | None, block: str | None,
@@ -244,6 +259,10 @@ def main(argv: list[str] | None = None) -> None:
                 parameter.show_envvar = False  # the rule stands once, in the help of qmix itself
         defaults = settings.read_file(settings.xdg_folder("config") / "qmix.toml", flags)
         command.main(argv, prog_name="qmix", default_map=defaults, auto_envvar_prefix=settings.ENV_PREFIX)
+    except SystemExit as left:
+        if isinstance(left.__context__, BrokenPipeError):  # typer's way out when a reader left early
+            sys.exit(0)
+        raise
     except QmixError as error:
         render.fail(error)
         sys.exit(error.exit_code)

@@ -41,7 +41,7 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0,
     """
     store = Store.open(Path(folder))
     try:
-        threads = threads or _default_threads(store)
+        threads = _default_threads(store) if threads is None else hardware.check_threads(threads)
         torch.set_num_threads(threads)
         config = store.config
         tokenizer = load_tokenizer(store.path, config.vocab_size)

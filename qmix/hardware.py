@@ -12,6 +12,8 @@ from pathlib import Path
 
 import psutil
 
+from qmix.errors import UsageError
+
 
 @dataclass(frozen=True, slots=True)
 class Memory:
@@ -66,3 +68,13 @@ def physical_cores() -> int:
     """Cores this process may run on, hyper-threads counted once; at least 1."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+
+
+def check_threads(asked: int) -> int:
+    """`asked`, unless it is so many threads that they could only stand in each other's way, or crash the
+    libraries that start them: UsageError above 4 for each logical processor, and at least 16."""
+    limit = max(16, 4 * (os.cpu_count() or 1))
+    if not 1 <= asked <= limit:
+        raise UsageError(f"--threads: got {asked}, want 1 to {limit}",
+                         f"drop it: this machine's {physical_cores()} cores are the default")
+    return asked

@@ -141,6 +141,8 @@ def test_environment_and_file_stand_behind_the_flag(store: Path, tmp_path: Path)
     (("quantize", "{checkpoint}", "{tmp}/out", "--block", "16"), 2, ("--block", "16")),
     (("quantize", "{checkpoint}", "{tmp}/out", "--group-size", "48"), 2, ("group_size", "48")),
     (("quantize", "{checkpoint}", "{tmp}/out", "--double-quant"), 2, ("double_quant",)),
+    (("generate", "{store}", "-p", "x", "-t", "100000"), 2, ("--threads", "100000")),
+    (("quantize", "{checkpoint}", "{tmp}/out", "-t", "100000"), 2, ("--threads", "100000")),
     (("nonsense",), 2, ("nonsense",)),
 ])
 def test_bad_input_is_one_clear_error(args: tuple[str, ...], code: int, words: tuple[str, ...], store: Path,
@@ -183,6 +185,26 @@ def test_a_reader_that_leaves_early_is_no_error(store: Path) -> None:
     command = f"{sys.executable} -m qmix generate {store} -p 'the fox' --raw -n 60 --temp 0 | head -c 1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=120)
     assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr, done.stderr
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("name", "text"), [
+    ("tokenizer.model", "not a model"), ("tokenizer_config.json", "{bad"),
+    ("tokenizer_config.json", '{"chat_template": "{% if %}"}'), ("generation_config.json", '{"eos_token_id": "x"}'),
+])
+def test_damaged_small_files_are_found_before_the_weights_are_read(checkpoint: Path, tmp_path: Path, name: str,
+                                                                   text: str) -> None:
+    source = shutil.copytree(checkpoint, tmp_path / "source")
+    (source / name).write_text(text)
+    refused(qmix("quantize", source, tmp_path / "out"), 4)
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_missing_tokenizer_is_said(checkpoint: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(checkpoint, tmp_path / "source")
+    (source / "tokenizer.model").unlink()
+    done = qmix("quantize", source, tmp_path / "out", "--dry-run")
+    assert done.returncode == 0 and "warning" in done.stderr and "tokenizer.model" in done.stderr
 
 
 def test_interrupt_keeps_what_was_said(store: Path) -> None:

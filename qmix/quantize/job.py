@@ -53,7 +53,7 @@ def quantize_checkpoint(source: Checkpoint, out: Path | str, quant: QuantConfig,
     disk is too small, or became so; CheckpointError: the source is damaged; Interrupted: Ctrl-C. After
     all of them but the first the same call resumes.
     """
-    out = resolve(Path(out))
+    out, threads = resolve(Path(out)), hardware.physical_cores() if threads is None else hardware.check_threads(threads)
     layout = StoreLayout.of(source.config, quant)
     work = all_work(source, layout)
     _account(source, work)
@@ -63,7 +63,7 @@ def quantize_checkpoint(source: Checkpoint, out: Path | str, quant: QuantConfig,
     target = Target.claim(out, force)
     try:
         job = _Job(source, quant, layout, work, copies, target, force)
-        return job.run(threads or hardware.physical_cores(), progress or (lambda done, total, label: None))
+        return job.run(threads, progress or (lambda done, total, label: None))
     except KeyboardInterrupt:
         raise Interrupted(f"{out}: stopped before it was finished", AGAIN) from None
     except OSError as e:
