@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
 from qmix import __version__, paths, render, settings
 from qmix.config import QuantConfig, SamplingParams
-from qmix.errors import QmixError, UsageError
+from qmix.errors import ConfigError, QmixError, UsageError
 
 if TYPE_CHECKING:
     from qmix.checkpoint import Checkpoint
+
+Record = TypeVar("Record")
 
 HELP = """Run Mixture-of-Experts models on one machine: 4-bit experts, one command to quantize, one to chat.
 
@@ -103,13 +106,23 @@ def _quant_config(format: str, dense: str, method: str | None, group_size: int |
                   double_quant: bool) -> QuantConfig:
     """Fill in what int4 needs; a flag that does not apply to the chosen formats is an error."""
     if "int4" in (format, dense):
-        return QuantConfig(format, dense, method or "hqq", 64 if group_size is None else group_size,
-                           _block(block or "auto"), double_quant)
+        return _checked(QuantConfig, format, dense, method or "hqq", 64 if group_size is None else group_size,
+                        _block(block or "auto"), double_quant)
     for flag, value in (("--method", method), ("--group-size", group_size), ("--block", block)):
         if value is not None:
             raise UsageError(f"{flag} {value}: only int4 has it, got --format {format} --dense {dense}",
                              f"drop {flag} or choose --format int4")
-    return QuantConfig(format, dense, "", 0, 0, double_quant)
+    return _checked(QuantConfig, format, dense, "", 0, 0, double_quant)
+
+
+def _checked(record: Callable[..., Record], *values: Any, **named: Any) -> Record:
+    """A config record made from flags; what it refuses is told by the flag's name, not the field's."""
+    try:
+        return record(*values, **named)
+    except ConfigError as error:
+        field, _, rest = error.message.partition(":")
+        flag = {"temperature": "temp"}.get(field, field).replace("_", "-")
+        raise UsageError(f"--{flag}:{rest}", error.cure or "see --help for what it takes") from None
 
 
 def _block(text: str) -> int:
@@ -131,7 +144,7 @@ def chat(
     seed: Seed = None, stop: Stop = None, max_tokens: MaxTokens = -1, ctx_size: Context = 0, threads: Threads = None,
 ) -> None:
     """Talk with a model in the terminal; /help inside lists the commands."""
-    params = SamplingParams(temp, top_p, top_k, min_p, repeat_penalty, seed, max_tokens, tuple(stop or ()))
+    params = _checked(SamplingParams, temp, top_p, top_k, min_p, repeat_penalty, seed, max_tokens, tuple(stop or ()))
     _chat(_model_folder(model), model or "", params, system, resume, stats, ctx_size, threads)
 
 
@@ -163,7 +176,7 @@ def generate(
     """Answer one prompt: the text on stdout, everything else on stderr."""
     from qmix import oneshot
 
-    params = SamplingParams(temp, top_p, top_k, min_p, repeat_penalty, seed, max_tokens, tuple(stop or ()))
+    params = _checked(SamplingParams, temp, top_p, top_k, min_p, repeat_penalty, seed, max_tokens, tuple(stop or ()))
     folder = _model_folder(model)
     text = oneshot.read_prompt(prompt, file, sys.stdin)
     with _load(folder, ctx_size, threads) as engine:
@@ -225,7 +238,7 @@ def demo(
     from qmix.demo import demo_store
 
     folder = demo_store(paths.models_folder() / "demo", render.say)
-    params = SamplingParams(temperature=temp, seed=seed)
+    params = _checked(SamplingParams, temp, seed=seed)
     if prompt is None:
         _chat(folder, "demo", params, None, False, False, 0, threads)
     else:
@@ -248,16 +261,21 @@ def _load(folder: Path, ctx_size: int, threads: int | None) -> Any:
         return load(folder, threads=threads, context=ctx_size, say=render.say, progress=progress)
 
 
+COMMANDS = {"quantize": quantize, "chat": chat, "generate": generate, "show": show, "list": list_models,
+            "verify": verify, "demo": demo}
+
+
 def main(argv: list[str] | None = None) -> None:
     """The console script: run a command and leave with its exit code."""
     command = typer.main.get_command(app)
     try:
-        flags = {}
+        kinds = {}
         for name, one in command.commands.items():  # type: ignore[attr-defined]
-            flags[name] = {p.name for p in one.params}
+            kinds[name] = get_type_hints(COMMANDS[name])
             for parameter in one.params:
                 parameter.show_envvar = False  # the rule stands once, in the help of qmix itself
-        defaults = settings.read_file(settings.xdg_folder("config") / "qmix.toml", flags)
+        defaults = settings.read_file(settings.xdg_folder("config") / "qmix.toml", kinds)
+        settings.check_environment(kinds)
         command.main(argv, prog_name="qmix", default_map=defaults, auto_envvar_prefix=settings.ENV_PREFIX)
     except SystemExit as left:
         if isinstance(left.__context__, BrokenPipeError):  # typer's way out when a reader left early

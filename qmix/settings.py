@@ -18,7 +18,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from qmix.errors import ConfigError
 
@@ -36,11 +36,14 @@ def xdg_folder(kind: str, environ: Mapping[str, str] = os.environ) -> Path:
     return root / "qmix"
 
 
-def read_file(path: Path, commands: Mapping[str, set[str]]) -> dict[str, dict[str, Any]]:
+Kinds = Mapping[str, Mapping[str, Any]]  # {command: {parameter: its annotated type}}
+
+
+def read_file(path: Path, commands: Kinds) -> dict[str, dict[str, Any]]:
     """qmix.toml as {command: {parameter: value}}, top-level keys spread over every command that has
     them; {} where the file does not exist. ConfigError names file and key.
 
-    commands: {"chat": {"model", "temp", ...}, ...}, the parameters each command accepts.
+    commands: {"chat": {"model": str | None, "temp": float, ...}, ...}, what each command accepts.
     """
     try:
         raw = tomllib.loads(path.read_text())
@@ -50,20 +53,47 @@ def read_file(path: Path, commands: Mapping[str, set[str]]) -> dict[str, dict[st
         raise ConfigError(f"{path}: {e}", "repair the file or remove it") from None
     found: dict[str, dict[str, Any]] = {name: {} for name in commands}
     for key, value in raw.items():
-        if isinstance(value, dict):
-            if key not in commands:
-                raise ConfigError(f"{path}: [{key}]: no such command", f"one of: {', '.join(commands)}")
+        if key in commands:
+            if not isinstance(value, dict):
+                raise ConfigError(f"{path}: {key}: got {value!r:.80}, want a table", f"write [{key}] above its keys")
             for inner, setting in value.items():
                 name = inner.replace("-", "_")
                 if name not in commands[key]:
                     raise ConfigError(f"{path}: [{key}] {inner}: no such flag of qmix {key}",
                                       f"see qmix {key} --help")
-                found[key][name] = setting
+                found[key][name] = _typed(f"{path}: [{key}] {inner}", setting, commands[key][name])
             continue
         name = key.replace("-", "_")
-        takers = [c for c, flags in commands.items() if name in flags]
+        takers = [c for c, kinds in commands.items() if name in kinds]
         if not takers:
-            raise ConfigError(f"{path}: {key}: no command has this flag", "see qmix --help")
+            what = f"[{key}]: no such command" if isinstance(value, dict) else f"{key}: no command has this flag"
+            raise ConfigError(f"{path}: {what}", f"commands: {', '.join(commands)}; see qmix --help")
         for command in takers:
-            found[command].setdefault(name, value)
+            found[command].setdefault(name, _typed(f"{path}: {key}", value, commands[command][name]))
     return found
+
+
+def check_environment(commands: Kinds, environ: Mapping[str, str] = os.environ) -> None:
+    """ConfigError for a QMIX_<COMMAND>_ variable that no flag answers to: a misspelt one would be ignored."""
+    for command, kinds in commands.items():
+        prefix = f"{ENV_PREFIX}_{command.upper()}_"
+        for name in environ:
+            if name.startswith(prefix) and name.removeprefix(prefix).lower() not in kinds:
+                raise ConfigError(f"{name}: no such flag of qmix {command}", f"unset it, or see qmix {command} --help")
+
+
+def _typed(where: str, value: Any, annotation: Any) -> Any:
+    """`value` where it suits the parameter's type; a single text also stands for a list of texts."""
+    kinds = [k for k in (get_args(annotation) or (annotation,)) if k is not type(None)]
+    if get_origin(annotation) is list or any(get_origin(k) is list for k in kinds):
+        values = value if isinstance(value, list) else [value]
+        if all(isinstance(v, str) for v in values):
+            return values
+        raise ConfigError(f"{where}: got {value!r:.80}, want text or a list of texts")
+    for kind, accepted, want in ((bool, bool, "true or false"), (int, int, "an integer"),
+                                 (float, (int, float), "a number"), (object, str, "text")):
+        if kind in kinds or kind is object:
+            if isinstance(value, accepted) and isinstance(value, bool) == (kind is bool):
+                return value
+            raise ConfigError(f"{where}: got {value!r:.80}, want {want}")
+    raise AssertionError("unreachable")

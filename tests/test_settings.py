@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from qmix.errors import ConfigError
-from qmix.settings import read_file, xdg_folder
+from qmix.settings import check_environment, read_file, xdg_folder
 
-COMMANDS = {"chat": {"temp", "threads", "ctx_size"}, "quantize": {"threads", "format"}}
+COMMANDS = {"chat": {"temp": float, "threads": int | None, "ctx_size": int, "stop": list[str] | None, "stats": bool,
+                     "system": str | None},
+            "quantize": {"threads": int | None, "format": str}}
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -33,6 +35,16 @@ def test_no_file_is_no_settings(tmp_path: Path) -> None:
     ("[chat]\nformat = 'nf4'", "[chat] format"),
     ("[chatt]\ntemp = 1", "[chatt]"),
     ("temp = ", "qmix.toml"),
+    ("chat = 3", "chat"),
+    ("[[chat]]", "chat"),
+    ('[chat]\ntemp = "hot"', "[chat] temp"),
+    ("temp = true", "temp"),
+    ("threads = true", "threads"),
+    ("ctx_size = 1.5", "ctx_size"),
+    ("stats = 1", "stats"),
+    ("system = 5", "system"),
+    ("stop = 3", "stop"),
+    ("stop = ['a', 3]", "stop"),
 ])
 def test_what_nobody_knows_is_an_error_that_names_it(tmp_path: Path, text: str, names: str) -> None:
     with pytest.raises(ConfigError) as error:
@@ -44,3 +56,15 @@ def test_what_nobody_knows_is_an_error_that_names_it(tmp_path: Path, text: str, 
 def test_xdg_folders(tmp_path: Path) -> None:
     assert xdg_folder("data", {"XDG_DATA_HOME": "/x"}) == Path("/x/qmix")
     assert xdg_folder("state", {"XDG_STATE_HOME": "not/absolute"}) == Path.home() / ".local/state/qmix"
+
+
+def test_values_of_the_right_type_pass(tmp_path: Path) -> None:
+    path = write(tmp_path, '[chat]\ntemp = 1\nstop = "end"\nstats = true\nsystem = "Be brief."\nthreads = 2\n')
+    assert read_file(path, COMMANDS)["chat"] == {"temp": 1, "stop": ["end"], "stats": True, "system": "Be brief.",
+                                                 "threads": 2}
+
+
+def test_a_misspelt_variable_is_an_error() -> None:
+    check_environment(COMMANDS, {"QMIX_CHAT_CTX_SIZE": "5", "QMIX_OTHER": "1", "HOME": "/"})
+    with pytest.raises(ConfigError, match="QMIX_CHAT_TEMPP"):
+        check_environment(COMMANDS, {"QMIX_CHAT_TEMPP": "1"})

@@ -54,6 +54,8 @@ def quantize_checkpoint(source: Checkpoint, out: Path | str, quant: QuantConfig,
     all of them but the first the same call resumes.
     """
     out, threads = resolve(Path(out)), hardware.physical_cores() if threads is None else hardware.check_threads(threads)
+    if out.is_relative_to(source.path.resolve()):
+        raise UsageError(f"{out}: lies inside the checkpoint {source.path}", "choose an OUT beside it")
     layout = StoreLayout.of(source.config, quant)
     work = all_work(source, layout)
     _account(source, work)

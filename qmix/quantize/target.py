@@ -158,6 +158,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def cannot_write(e: OSError) -> QmixError:
+    if isinstance(e, FileExistsError | NotADirectoryError):
+        return UsageError(f"{e.filename or 'OUT'}: a file is in the way", "choose another OUT")
     return QmixError(f"{e.filename or 'OUT'}: {e.strerror}",
                      "choose an OUT in a folder that you may write to")
 
