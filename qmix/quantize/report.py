@@ -40,7 +40,8 @@ class Report:
     def lines(self) -> list[str]:
         """For the terminal: where, how large, how good."""
         verb = "would write" if self.dry_run else "wrote"
-        found = [f"{verb} {self.out}: {format_bytes(self.nbytes)} in {len(self.files)} files{' and a manifest' * self.dry_run}, from "
+        manifest = " and a manifest" if self.dry_run else ""
+        found = [f"{verb} {self.out}: {format_bytes(self.nbytes)} in {len(self.files)} files{manifest}, from "
                  f"{format_bytes(self.source_bytes)} of weights"]
         rows = [{"class": c.name, "format": c.format, "size": format_bytes(c.nbytes),
                  "bits/weight": f"{c.bits_per_weight:.3f}", "error": _number(c.error_mean),
