@@ -7,53 +7,93 @@ sessions together. One pass runs at a time (a lock), on the caller's thread.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from qmix import hardware
 from qmix.config import DTYPES, Cancel, ModelConfig, QuantConfig, SamplingParams, Step
-from qmix.errors import UsageError
+from qmix.errors import DoesNotFit, UsageError
 from qmix.generate import Token, generate
 from qmix.kernels.table import KernelTable, select
 from qmix.model.kvcache import KVCache
 from qmix.model.mixtral import Mixtral
 from qmix.model.weights import load_dense
-from qmix.offload.experts import ResidentExperts
-from qmix.offload.plan import Plan, choose_context, plan_resident
+from qmix.offload import router_stats
+from qmix.offload.forecast import Speeds, forecast
+from qmix.offload.plan import MARGIN, Needs, Plan, choose_context
+from qmix.offload.plan import plan as make_plan
+from qmix.offload.setup import Offload, OffloadOptions, open_offload
+from qmix.offload.trace import TraceHeader, TraceWriter
 from qmix.render import Progress
-from qmix.sizes import MIB
+from qmix.sizes import MIB, format_bytes
 from qmix.store import Store
 from qmix.tokenizer import Message, Tokenizer
 from qmix.tokenizer import load as load_tokenizer
 
 
-def load(folder: str | Path, *, threads: int | None = None, context: int = 0,
+def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ram: int | None = None,
+         margin: int | None = None, policy: str = "auto", prefetch: str = "auto", verify: str = "first",
+         trace: Path | None = None, state: Path | None = None, speeds: Speeds | None = None,
          say: Callable[[str], None] = lambda line: None, progress: Progress | None = None) -> Engine:
-    """Open a store and bring it into memory.
+    """Open a store and bring it into memory, within a budget.
 
     threads: compute threads, default the physical cores, or 1 for a very small model; context: tokens,
-    0 = min(model, 8192); say: told every choice a user should know of, a line each.
+    0 = min(model, 8192); ram: bytes for the whole process, None = what is free but for `margin` bytes; policy,
+    prefetch, verify: see OffloadOptions; trace: a file that gets every routing decision; state: the folder that
+    keeps router statistics, None = nowhere; speeds: this machine's, for a forecast; say: told every choice a
+    user should know of, a line each.
     Raises StoreError, DoesNotFit or UsageError before anything large is loaded.
     """
-    store = Store.open(Path(folder))
-    try:
+    options = OffloadOptions(policy, prefetch, verify)
+    with ExitStack() as opened:
+        store = opened.enter_context(Store.open(Path(folder)))
         threads = _default_threads(store) if threads is None else hardware.check_threads(threads)
         torch.set_num_threads(threads)
         config = store.config
+        needs = Needs.of(config, store.quant, _context(config, context))
         tokenizer = load_tokenizer(store.path, config.vocab_size)
-        plan = plan_resident(config, store.quant, _context(config, context), hardware.memory().available)
-        say(f"{plan.line()}; {threads} compute thread{'s' if threads > 1 else ''}")
         kernels = select_kernels(config, store.quant, say)
-        experts = ResidentExperts(store, kernels, progress=progress)
-        model = Mixtral(config, load_dense(store, kernels), kernels, experts, experts.ahead)
-        return Engine(store, plan, tokenizer, model)
-    except BaseException:
-        store.close()
-        raise
+        plan = make_plan(needs, *_budget(ram, margin))
+        stats = router_stats.load(state, store.identity, config.num_layers, config.num_experts, say)
+        for line in plan.lines():
+            say(line)
+        say(f"{threads} compute thread{'s' if threads > 1 else ''}" + (
+            "; " + forecast(plan, speeds, stats.share("decode")).line() if speeds and not plan.resident else ""))
+        writer = None if trace is None else opened.enter_context(_trace_writer(trace, store))
+        offload = open_offload(store, kernels, plan, options, stats, writer, say, progress)
+        opened.callback(offload.close)
+        model = Mixtral(config, load_dense(store, kernels), kernels, offload.experts, offload.experts.ahead,
+                        offload.experts.depth)
+        if state is not None:
+            opened.callback(router_stats.save, state, store.identity, stats, say)
+        return Engine(store, plan, tokenizer, model, offload, opened.pop_all())
+
+
+def _budget(ram: int | None, margin: int | None) -> tuple[int, int]:
+    """(bytes for the whole process, bytes it has taken already). DoesNotFit where `ram` is more than there is."""
+    base, available = hardware.resident_bytes(), hardware.memory().available
+    if ram is None:
+        return base + available - (min(MARGIN, available // 8) if margin is None else margin), base
+    if margin is not None:
+        raise UsageError("--margin: only says what --ram auto leaves free", "drop one of --ram and --margin")
+    if ram > base + available:
+        raise DoesNotFit(f"--ram {format_bytes(ram)}: only {format_bytes(base + available)} can be had, short of "
+                         f"{format_bytes(ram - base - available)}", "name a smaller budget, or close other programs")
+    return ram, base
+
+
+def _trace_writer(path: Path, store: Store) -> TraceWriter:
+    config = store.config
+    return TraceWriter(path, TraceHeader(config.num_layers, config.num_experts, config.experts_per_token,
+                                         config.experts_per_token, store.identity, store.path.resolve().name))
 
 
 def select_kernels(config: ModelConfig, quant: QuantConfig, say: Callable[[str], None]) -> KernelTable:
@@ -112,11 +152,15 @@ class Session:
 class Engine:
     """A loaded model. Close it, or use it as a context manager."""
 
-    def __init__(self, store: Store, plan: Plan, tokenizer: Tokenizer, model: Mixtral):
+    def __init__(self, store: Store, plan: Plan, tokenizer: Tokenizer, model: Mixtral, offload: Offload,
+                 closing: ExitStack):
         self.store = store
         self.plan = plan
         self.tokenizer = tokenizer
         self._model = model
+        self._offload = offload
+        self._closing = closing
+        self._caches: WeakSet[KVCache] = WeakSet()
         self._lock = threading.Lock()
         self._sessions = 0
 
@@ -125,9 +169,18 @@ class Engine:
         return self.store.config
 
     def session(self) -> Session:
-        """A new conversation with room for plan.context positions."""
+        """A new conversation with room for plan.context positions. The plan has room for one; DoesNotFit where
+        another one, beside those still in use, would break the budget."""
+        spare = self.plan.ram.budget - self.plan.ram.total
+        used = sum(cache.nbytes for cache in self._caches)
+        if used + self.plan.ram.kv > self.plan.ram.kv + spare:
+            raise DoesNotFit(f"a KV cache of {format_bytes(self.plan.ram.kv)} beside {len(self._caches)} in use: the "
+                             f"budget has {format_bytes(max(0, self.plan.ram.kv + spare - used))} left for it",
+                             "let go of a session first, or load with a larger budget or a smaller context")
         self._sessions += 1
-        return Session(self, self._sessions - 1, self._model.new_cache(self.plan.context))
+        cache = self._model.new_cache(self.plan.context)
+        self._caches.add(cache)
+        return Session(self, self._sessions - 1, cache)
 
     def step(self, sessions: Sequence[Session], tokens: Sequence[Sequence[int]], phase: str,
              cancel: Cancel | None = None) -> Tensor:
@@ -145,12 +198,15 @@ class Engine:
         sequence = tuple(s.number for s, ids in zip(sessions, tokens, strict=True) for _ in ids)
         step = Step(phase, sequence, Cancel() if cancel is None else cancel)  # type: ignore[arg-type]
         with self._lock:
+            start = time.perf_counter()
             try:
                 logits = self._model.forward(flat, positions, [s.cache for s in sessions], step)
             except BaseException:
                 for session in sessions:
                     session.cache.trim(session.length)
                 raise
+            finally:
+                self._offload.end_pass(phase, len(flat), time.perf_counter() - start)
         for session, ids in zip(sessions, tokens, strict=True):
             session.ids.extend(ids)
         return logits
@@ -163,12 +219,21 @@ class Engine:
         return generate(self.session(), ids, params or SamplingParams(), tokenizer, cancel,
                         stops=() if raw else tokenizer.turn_stops, continuing=raw)
 
-    def stats(self) -> dict[str, dict[str, float]]:
-        """Share of expert reads by tier, in percent; one tier so far."""
-        return {"experts": {"ram": 100.0}}
+    def stats(self) -> dict[str, Any]:
+        """Since the last reset_stats: "experts", the share of expert reads by tier in percent, and "offload", all
+        figures of offload.setup.Offload.report."""
+        report = self._offload.report()
+        both = report["decode"] if report["decode"]["chosen"] else report["prefill"]
+        ram = 100.0 * both["hits"] / both["chosen"] if both["chosen"] else 100.0
+        tiers = {"ram": 100.0} if self.plan.resident else {"ram": ram, "disk": 100.0 - ram}
+        return {"experts": tiers, "offload": report}
+
+    def reset_stats(self) -> None:
+        """Start the figures anew."""
+        self._offload.reset()
 
     def close(self) -> None:
-        self.store.close()
+        self._closing.close()
 
     def __enter__(self) -> Engine:
         return self

@@ -31,6 +31,16 @@ def state_folder() -> Path:
     return xdg_folder("state")
 
 
+def routing_folder() -> Path:
+    """Router statistics, a file per store."""
+    return state_folder() / "routing"
+
+
+def hardware_file() -> Path:
+    """Measured bandwidths of this machine."""
+    return xdg_folder("cache") / "hardware.json"
+
+
 def local_stores() -> list[Path]:
     """The stores in the models folder, sorted by alias; a half-written one (.partial) has no manifest."""
     return sorted(p.parent for p in models_folder().glob("*/qmix.json"))

@@ -8,10 +8,13 @@ N rows (out), K columns (in), g group size, B rows per block, H hidden, F expert
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from fractions import Fraction
 from math import prod
 
 from qmix.config import DTYPES, ModelConfig, QuantConfig
+from qmix.errors import UsageError
 from qmix.names import DenseTensor
 from qmix.tensorfile import ITEM_BYTES
 
@@ -23,6 +26,9 @@ RECORD_ALIGN = 4096  # what O_DIRECT needs of offset, length and address
 PLAIN_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 BNB_BLOCK = 64  # bitsandbytes block size of nf4 and fp4, along the input dimension
 BNB_NESTED_BLOCK = 256  # absmax values per block of the second quantization
+
+SIZE = re.compile(r"([0-9]{1,20})(\.[0-9]{1,20})? ?(?:([KMGT])(?:iB)?|B)?", re.IGNORECASE | re.ASCII)
+MAX_SIZE = 2**60  # bytes; more is a slip of the finger
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -184,3 +190,18 @@ def format_bytes(n: int) -> str:
             return f"{n} B" if unit == "B" else f"{value:.1f} {unit}" if value < 100 else f"{value:.0f} {unit}"
         value /= 1024
     raise AssertionError("unreachable")
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size as people write it; binary, as in all that qmix prints.
+
+    "24G" and "24GiB" -> 24 * 2**30, "1.5g" -> 1610612736, "512M", "64K", "2T", "4096" and "4096 B" -> 4096.
+    UsageError naming the text for anything else ("24GB" could be meant as 24e9), 0, and more than 2**60.
+    """
+    found = SIZE.fullmatch(text.strip())
+    if not found or (found[2] and not found[3]):
+        raise UsageError(f"{text!r:.60}: not a size", "write 24G, 1.5G, 512M or 24GiB (binary units), or plain bytes")
+    nbytes = int(Fraction(found[1] + (found[2] or "")) * 1024**(" KMGT".index((found[3] or " ").upper())))
+    if not 1 <= nbytes <= MAX_SIZE:
+        raise UsageError(f"{text!r:.60}: got {nbytes} bytes, want 1 to 2**60")
+    return nbytes

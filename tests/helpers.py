@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ from qmix import names
 from qmix.checkpoint import Checkpoint
 from qmix.config import DTYPES, ExpertKey, ModelConfig, QuantConfig, Step
 from qmix.formats import Packed, pack
-from qmix.kernels.table import select
+from qmix.kernels.table import KernelTable, select
 from qmix.model.mixtral import Mixtral
 from qmix.model.weights import Weights, assemble, compute_dtype, load_dense
-from qmix.offload.experts import ResidentExperts
+from qmix.offload.experts import PagedExperts
+from qmix.offload.plan import Needs, plan
+from qmix.offload.router_stats import RouterStats
+from qmix.offload.setup import Offload, OffloadOptions, open_offload
 from qmix.quantize import quantize_checkpoint
 from qmix.sizes import MatrixSpec
 from qmix.store import Store
@@ -129,7 +133,23 @@ def stored_model(source: Path, out: Path, quant: QuantConfig = KEEP) -> Mixtral:
     with Store.open(out) as store:
         formats = {DTYPES[store.config.dtype] if f == "keep" else f for f in (quant.experts, quant.dense)}
         kernels = select(formats | {DTYPES[store.config.dtype]}, say=lambda line: None)
-        return Mixtral(store.config, load_dense(store, kernels), kernels, ResidentExperts(store, kernels))
+        return Mixtral(store.config, load_dense(store, kernels), kernels, resident_experts(store, kernels), ahead=0)
+
+
+def offloaded(store: Store, kernels: KernelTable, slots: int | None = None, **options: Any) -> Offload:
+    """The experts of a store in `slots` slots, None for all. Close it."""
+    needs = Needs.of(store.config, store.quant, 64)
+    tiny = replace(needs, dense=0, kv=0, workspace=0)
+    ram = 256 * 2**20 + needs.record * (needs.records if slots is None else slots)
+    stats = RouterStats(store.config.num_layers, store.config.num_experts)
+    return open_offload(store, kernels, plan(tiny, ram, 0), OffloadOptions(**options), stats)
+
+
+def resident_experts(store: Store, kernels: KernelTable) -> PagedExperts:
+    """All experts of a store in memory; nothing stays open."""
+    offload = offloaded(store, kernels)
+    offload.close()
+    return offload.experts
 
 
 def prefill(model: Mixtral, ids: list[int], cache: Any, all_logits: bool = False) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import KEEP, write_tiny_checkpoint
+from helpers import KEEP, resident_experts, write_tiny_checkpoint
 from tokenizer_files import DEMO_TEMPLATE, spm_model
 
 import qmix
@@ -16,8 +16,8 @@ from qmix.config import Cancel, ExpertKey, QuantConfig, SamplingParams, Step
 from qmix.engine import Engine, load, select_kernels
 from qmix.errors import DoesNotFit, Interrupted, StoreError, UsageError
 from qmix.formats import unpack
-from qmix.offload import experts as experts_module
-from qmix.offload.experts import ResidentExperts, slot_pool
+from qmix.offload import setup
+from qmix.offload.pool import slot_pool
 from qmix.quantize import quantize_checkpoint
 from qmix.sizes import RECORD_ALIGN
 from qmix.store import Store
@@ -113,7 +113,7 @@ def test_cancel_anywhere_changes_nothing(engine: Engine, checks: int) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_experts_agree_with_a_float64_sum(stores: dict[str, Path], name: str) -> None:
     with Store.open(stores[name]) as store:
-        experts = ResidentExperts(store, select_kernels(store.config, store.quant, lambda line: None))
+        experts = resident_experts(store, select_kernels(store.config, store.quant, lambda line: None))
         config, buffer = store.config, torch.empty(store.layout.nbytes, dtype=torch.uint8)
         x = torch.randn(9, config.hidden_size, generator=torch.Generator().manual_seed(3))
         x = x if name == "keep" else x.bfloat16()
@@ -158,7 +158,7 @@ def test_a_damaged_record_is_refused_and_no_thread_stays(stores: dict[str, Path]
 def test_too_little_memory_is_refused_before_loading(stores: dict[str, Path],
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qmix.hardware.memory", lambda: qmix.engine.hardware.Memory(10**6, 10**6))
-    monkeypatch.setattr(experts_module, "slot_pool", lambda *a: pytest.fail("allocated before it was refused"))
+    monkeypatch.setattr(setup, "slot_pool", lambda *a: pytest.fail("allocated before it was refused"))
     with pytest.raises(DoesNotFit, match="short of"):
         load(stores["int4"])
 

@@ -1,10 +1,41 @@
-"""Memory within cgroup limits, version 1 and 2, from a fake root folder."""
+"""Memory and cores from a fake root folder; bandwidths with clocks and failures of the test's own."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import itertools
+import json
+import mmap
+import os
+from collections import Counter, namedtuple
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from datetime import date
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
 
 from qmix import hardware
+from qmix.errors import ConfigError, DoesNotFit, QmixError, UsageError
+from qmix.hardware import bandwidth, cores, disk
+from qmix.hardware.bandwidth import Bandwidths, load, measure, measure_h2d, measure_ram, save
+from qmix.hardware.disk import (
+    DiskEffort,
+    DiskReport,
+    DiskSpeed,
+    direct_refusal,
+    filesystem,
+    measure_disk,
+    scratch_file,
+)
+from qmix.hardware.memory import anonymous_memory, hugepages
+from qmix.sizes import GIB, MIB
+
+QUICK = DiskEffort(nbytes=4 * MIB, seconds=60, rounds=2, depths=(1, 2), chunks=(256 * 1024, MIB))
+GOOD = Bandwidths(43.5, 2.4, 4 * MIB, 4, True, None, None, "2026-01-31")
 
 
 def fake_root(tmp_path: Path, files: dict[str, str]) -> Path:
@@ -14,6 +45,12 @@ def fake_root(tmp_path: Path, files: dict[str, str]) -> Path:
         path.write_text(text)
     return tmp_path
 
+
+def nothing(line: str) -> None:
+    raise AssertionError(f"said: {line}")
+
+
+# memory and cores
 
 def test_version_2_takes_every_level_above(tmp_path: Path) -> None:
     root = fake_root(tmp_path, {
@@ -42,3 +79,411 @@ def test_no_cgroup_is_the_machine(tmp_path: Path) -> None:
     found = hardware.memory(tmp_path)
     assert 0 < found.available <= found.total
     assert hardware.physical_cores() >= 1
+
+
+def test_the_package_keeps_its_function_after_its_module_is_imported() -> None:
+    import qmix.hardware.memory  # noqa: F401 - would rebind the name, were it not imported already
+
+    assert callable(hardware.memory)
+
+
+def test_what_the_process_holds(tmp_path: Path) -> None:
+    root = fake_root(tmp_path, {"proc/self/status": "Name:\tx\nVmHWM:\t    2048 kB\nVmRSS:\t    1024 kB\n"})
+    assert (hardware.resident_bytes(root), hardware.peak_bytes(root)) == (MIB, 2 * MIB)
+    before = hardware.resident_bytes()
+    held = bytearray(os.urandom(1)) * (64 * MIB)
+    after = hardware.resident_bytes()
+    assert after - before > 48 * MIB and hardware.peak_bytes() >= after - 4 * MIB and len(held)
+    elsewhere = hardware.resident_bytes(tmp_path / "no such root")
+    assert 0.5 < elsewhere / after < 2, "psutil counts the same thing"
+
+
+def test_memory_for_reads_is_private() -> None:
+    """Shared memory, Python's default, gets no huge pages, and direct reads into small ones are half as fast."""
+    buffer = anonymous_memory(8 * MIB)
+    address = torch.frombuffer(buffer, dtype=torch.uint8).data_ptr()
+    assert len(buffer) == 8 * MIB and address % mmap.PAGESIZE == 0
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        (start, end), rights = (int(part, 16) for part in line.split()[0].split("-")), line.split()[1]
+        if start <= address < end:
+            assert rights == "rw-p"
+            return
+    raise AssertionError("not mapped")
+
+
+@pytest.mark.parametrize(("files", "want"), [
+    ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/cpu.max": "max 100000\n",
+      "sys/fs/cgroup/a/cpu.max": "150000 100000\n"}, 1.5),
+    ({"proc/self/cgroup": "4:cpu,cpuacct:/x\n", "sys/fs/cgroup/cpu/x/cpu.cfs_quota_us": "50000\n",
+      "sys/fs/cgroup/cpu/x/cpu.cfs_period_us": "100000\n", "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+      "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n"}, 0.5),
+    ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, None),
+    ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "100000 0\n"}, None),
+    ({}, None),
+])
+def test_cpu_quota(tmp_path: Path, files: dict[str, str], want: float | None) -> None:
+    assert cores.cpu_quota(fake_root(tmp_path, files)) == want
+
+
+def test_last_level_cache_counts_each_part_once(tmp_path: Path) -> None:
+    parts = {0: "0-1", 1: "0-1", 2: "2-3", 3: "2-3"}
+    files = {}
+    for cpu, shared in parts.items():
+        for index, (level, size, where) in enumerate([("1", "32K", str(cpu)), ("3", "32768K", shared)]):
+            base = f"sys/devices/system/cpu/cpu{cpu}/cache/index{index}"
+            files |= {f"{base}/level": level, f"{base}/size": size, f"{base}/shared_cpu_list": where + "\n"}
+    assert cores.last_level_cache(fake_root(tmp_path, files)) == 64 * MIB
+    assert cores.last_level_cache(tmp_path / "elsewhere") == 0
+
+
+def test_what_the_processor_can(tmp_path: Path) -> None:
+    root = fake_root(tmp_path, {"proc/cpuinfo": "model name\t: Fast One\nflags\t\t: sse avx2 avx_vnni\n",
+                                "sys/kernel/mm/transparent_hugepage/enabled": "always [madvise] never\n"})
+    assert cores.cpu_model(root) == "Fast One"
+    assert cores.cpu_instructions(root) == {"avx2": True, "avx512": False, "vnni": True, "bf16": False}
+    assert hugepages(root) == "madvise" and hugepages(tmp_path / "elsewhere") == "unknown"
+
+
+# disk
+
+class Disk:
+    """os.preadv as a disk of one chunk a second: counts reads, drives a clock, refuses what it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, refuse: Callable[[int], int] = lambda fd: 0):
+        self.now, self.reads, self.refuse = 0.0, [], refuse
+        self.real = os.preadv
+        monkeypatch.setattr("qmix.hardware.disk.os.preadv", self.preadv)
+
+    def preadv(self, fd: int, buffers: list[Any], offset: int) -> int:
+        if code := self.refuse(fd):
+            raise OSError(code, os.strerror(code))
+        view = torch.frombuffer(buffers[0], dtype=torch.uint8)
+        self.reads.append((is_direct(fd), offset, len(view), view.data_ptr() % mmap.PAGESIZE))
+        self.now += 1
+        return self.real(fd, buffers, offset)
+
+    def clock(self) -> float:
+        return self.now
+
+
+def is_direct(fd: int) -> bool:
+    return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
+
+
+@pytest.fixture
+def big_file(tmp_path: Path) -> Path:
+    path = tmp_path / "experts-00.safetensors"
+    path.write_bytes(os.urandom(3 * MIB + 123))
+    return path
+
+
+def test_direct_reads_are_aligned_and_bounded_by_bytes(big_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if direct_refusal(big_file):
+        pytest.skip("no O_DIRECT in the folder for temporary files")
+    fake = Disk(monkeypatch)
+    progress: list[tuple[int, int]] = []
+    report = measure_disk([big_file], QUICK, say=nothing,
+                          progress=lambda done, total, label: progress.append((done, total)))
+    assert report.direct and [(row.depth, row.chunk) for row in report.rows] == list(QUICK.pairs)
+    assert all(direct and address == 0 and offset % size == 0 and offset + size <= 3 * MIB
+               for direct, offset, size, address in fake.reads)
+    assert Counter(size for _, _, size, _ in fake.reads) == {256 * 1024: 2 * 16, MIB: 2 * 4}  # 4 MiB a pair
+    assert {offset for _, offset, size, _ in fake.reads if size == MIB} == {0, MIB, 2 * MIB}
+    assert progress[-1] == (16 * MIB, 16 * MIB) and progress == sorted(progress) and len(progress) == 8
+
+
+def test_speeds_are_bytes_by_seconds(big_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Disk(monkeypatch)
+    effort = DiskEffort(nbytes=GIB, seconds=6, rounds=2, depths=(1,), chunks=(4096, MIB))
+    report = measure_disk([big_file], effort, say=lambda line: None, clock=fake.clock)
+    assert [row.gbps for row in report.rows] == [4096 / 1e9, MIB / 1e9]
+    assert Counter(size for _, _, size, _ in fake.reads) == {4096: 6, MIB: 6}, "the time bounds it"
+
+
+def test_best_is_the_fastest_and_the_gentler_of_equals() -> None:
+    rows = (DiskSpeed(8, 4, 2.0), DiskSpeed(2, 16, 2.0), DiskSpeed(2, 4, 2.0), DiskSpeed(1, 1, 1.9))
+    assert DiskReport(rows, True).best == DiskSpeed(2, 4, 2.0)
+
+
+@pytest.mark.parametrize("at", ["open", "read"])
+def test_refused_direct_reads_are_said_and_measured_buffered(
+        at: str, big_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forgotten: list[int] = []
+    if at == "open":
+        fake, real = Disk(monkeypatch), os.open
+
+        def refusing(path: Any, flags: int, *rest: Any, **named: Any) -> int:
+            if flags & os.O_DIRECT:
+                raise OSError(errno.EINVAL, "Invalid argument")
+            return real(path, flags, *rest, **named)
+
+        monkeypatch.setattr("qmix.hardware.disk.os.open", refusing)
+    else:
+        fake = Disk(monkeypatch, lambda fd: errno.EINVAL if is_direct(fd) else 0)
+    monkeypatch.setattr("qmix.hardware.disk.os.posix_fadvise",
+                        lambda fd, start, size, advice: forgotten.append((len(fake.reads), start, size, advice)))
+    said: list[str] = []
+    report = measure_disk([big_file], QUICK, say=said.append)
+    assert not report.direct and len(report.rows) == 4
+    assert len(said) == 1 and "O_DIRECT refused (Invalid argument)" in said[0] and "buffered" in said[0]
+    assert direct_refusal(big_file) == "Invalid argument"
+    # Each of the 8 turns starts with pages dropped, and reads no chunk twice: 12 of 256 KiB or 3 of 1 MiB are
+    # in the file, 2 MiB are the turn's share.
+    assert [count for count, *_ in forgotten] == [0, 8, 10, 18, 20, 28, 30, 38, 40]
+    assert {tuple(rest) for _, *rest in forgotten} == {(0, 0, os.POSIX_FADV_DONTNEED)}
+    for turn in itertools.pairwise(count for count, *_ in forgotten):
+        offsets = [offset for _, offset, _, _ in fake.reads[slice(*turn)]]
+        assert len(set(offsets)) == len(offsets)
+
+
+def test_a_buffered_turn_is_at_most_the_file(big_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Disk(monkeypatch, lambda fd: errno.EINVAL if is_direct(fd) else 0)
+    measure_disk([big_file], DiskEffort(GIB, 60, 1, (2,), (MIB,)), say=lambda line: None)
+    assert sorted(offset for _, offset, _, _ in fake.reads) == [0, MIB, 2 * MIB]
+
+
+def test_a_system_without_direct_reads(big_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk, "DIRECT", 0)
+    assert not measure_disk([big_file], QUICK, say=nothing).direct
+    assert "no O_DIRECT" in str(direct_refusal(big_file))
+
+
+@pytest.mark.parametrize("code", [errno.EIO, 0])
+def test_a_file_that_cannot_be_read(code: int, big_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Disk(monkeypatch, lambda fd: code)
+    monkeypatch.setattr(fake, "real", lambda *_: 0)  # the file has become shorter
+    with pytest.raises(QmixError, match="cannot read its files"):
+        measure_disk([big_file], QUICK, say=nothing)
+
+
+def test_files_too_small_or_missing(tmp_path: Path) -> None:
+    (tmp_path / "small").write_bytes(bytes(1000))
+    for files in ([tmp_path / "small"], []):
+        with pytest.raises(UsageError, match="no file to measure"):
+            measure_disk(files, QUICK, say=nothing)
+    with pytest.raises(QmixError, match="No such file"):
+        measure_disk([tmp_path / "missing"], QUICK, say=nothing)
+    with pytest.raises(QmixError, match="No such file"):
+        direct_refusal(tmp_path / "missing")
+
+
+def test_no_descriptor_stays_open(big_file: Path) -> None:
+    def interrupt(done: int, total: int, label: str) -> None:
+        raise KeyboardInterrupt
+
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    measure_disk([big_file], QUICK, say=lambda line: None)
+    with pytest.raises(KeyboardInterrupt):
+        measure_disk([big_file], QUICK, say=lambda line: None, progress=interrupt)
+    direct_refusal(big_file.parent)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert list(big_file.parent.iterdir()) == [big_file]
+
+
+@pytest.mark.parametrize("end", [None, RuntimeError, KeyboardInterrupt])
+def test_a_scratch_file_is_removed_whatever_the_end(
+        end: type[BaseException] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr("qmix.hardware.disk.os.fsync", lambda fd: synced.append(os.fstat(fd).st_size))
+
+    def use() -> None:
+        with scratch_file(tmp_path, 17 * MIB) as path:
+            assert path.stat().st_size == 17 * MIB and path.parent == tmp_path
+            assert synced == [17 * MIB], "it is on the disk, or reading it would wait for its writing"
+            assert len(set(path.read_bytes()[-4096:])) > 100, "no holes, nothing a file system could compress"
+            if end:
+                raise end
+
+    if end:
+        with pytest.raises(end):
+            use()
+    else:
+        use()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("error", "want"), [
+    (OSError(errno.ENOSPC, "No space left on device"), DoesNotFit),
+    (OSError(errno.EDQUOT, "Disk quota exceeded"), DoesNotFit),
+    (OSError(errno.EIO, "Input/output error"), QmixError), (KeyboardInterrupt(), KeyboardInterrupt)])
+def test_a_scratch_file_that_cannot_be_written(
+        error: BaseException, want: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(fd: int, data: bytes, offset: int) -> None:
+        os.pwrite(fd, data[:10], offset)
+        raise error
+
+    monkeypatch.setattr(disk, "write_exact", write)
+    with pytest.raises(want) as caught, scratch_file(tmp_path, MIB):
+        raise AssertionError("unreachable")
+    assert caught.type is want and (isinstance(error, KeyboardInterrupt) or error.strerror in str(caught.value))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_refused_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("qmix.hardware.disk.shutil.disk_usage", lambda folder: usage(GIB, 0, 300 * MIB))
+    with pytest.raises(DoesNotFit, match=r"300 MiB free, a test file takes 100 MiB"), scratch_file(tmp_path, 100 * MIB):
+        raise AssertionError("unreachable")
+    with pytest.raises(QmixError, match="cannot write a test file"), scratch_file(tmp_path / "missing", MIB):
+        raise AssertionError("unreachable")
+
+
+def test_filesystem_is_that_of_the_nearest_mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = namedtuple("part", "mountpoint fstype")
+    mounts = [part("/", "ext4"), part(str(tmp_path / "a"), "xfs"), part(str(tmp_path / "a"), "tmpfs"),
+              part(str(tmp_path / "abc"), "nfs")]
+    monkeypatch.setattr("psutil.disk_partitions", lambda all: mounts if all else [])
+    assert filesystem(tmp_path) == "ext4"
+    assert filesystem(tmp_path / "a" / "b") == "tmpfs", "the later mount hides the earlier one"
+    assert filesystem(tmp_path / "ab") == "ext4"
+
+
+# RAM and GPU
+
+def test_ram_is_read_by_all_threads_and_the_setting_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bandwidth, "last_level_cache", lambda: 0)
+    real, asked = torch.set_num_threads, []
+    monkeypatch.setattr("torch.set_num_threads", lambda n: (asked.append(n), real(n)))
+    seconds = itertools.count(0.0, 0.5)
+    found = measure_ram(2, nbytes=4 * MIB, repeats=3, seconds=1000, say=nothing, clock=lambda: next(seconds))
+    assert found == 4 * MIB / 0.5 / 1e9 and asked == [2, 1] and torch.get_num_threads() == 1
+
+
+def test_ram_that_is_short_is_measured_small_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(bandwidth, "last_level_cache", lambda: 32 * MIB)
+    monkeypatch.setattr(bandwidth, "memory", lambda: hardware.Memory(GIB, 40 * MIB))
+    seconds = itertools.count()
+    assert measure_ram(1, say=said.append, clock=lambda: float(next(seconds))) == 10 * MIB / 1e9
+    assert len(said) == 1 and "10.0 MiB" in said[0] and "32.0 MiB of cache" in said[0]
+
+
+def test_ram_is_written_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory never written is one page of zeros, which the cache holds: its sum would be 0."""
+    sums: list[float] = []
+    monkeypatch.setattr(bandwidth, "_median_seconds", lambda work, *_: sums.append(float(work())) or 1.0)
+    measure_ram(1, nbytes=MIB, say=lambda line: None)
+    assert sums == [MIB / 8]
+
+
+def test_median_of_repeats_within_the_time() -> None:
+    for durations, seconds, want in (([9, 5, 1, 2], 100, 2), ([9, 5, 1, 2], 5, 5), ([9, 5], 0, 5)):
+        now, left = [0.0], list(durations)
+
+        def work(now: list[float] = now, left: list[int] = left) -> None:
+            now[0] += left.pop(0)
+
+        assert bandwidth._median_seconds(work, 3, seconds, lambda now=now: now[0]) == want
+
+
+def test_no_gpu_no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert measure_h2d(say=nothing) is None
+
+
+def test_copies_to_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The arithmetic and the order, with tensors of the CPU in the place of the GPU's."""
+    real, made = torch.empty, []
+
+    def empty(nbytes: int, dtype: torch.dtype, device: str = "cpu", pin_memory: bool = False) -> torch.Tensor:
+        made.append((nbytes, device, pin_memory))
+        return real(nbytes, dtype=dtype)
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+    monkeypatch.setattr("torch.empty", empty)
+    seconds = itertools.count()
+    found = measure_h2d(nbytes=1000, repeats=1, say=nothing, clock=lambda: float(next(seconds)))
+    assert found == (1e-6, 1e-6)
+    assert made == [(1000, "cuda", False), (1000, "cpu", True), (1000, "cpu", False)]
+
+    def full(*_: Any, **__: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
+
+    said: list[str] = []
+    monkeypatch.setattr("torch.empty", full)
+    assert measure_h2d(say=said.append) is None
+    assert said == ["copies to the GPU were not measured: CUDA out of memory."]
+
+
+def test_measured_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bandwidth, "measure_ram", lambda **_: 43.4567)
+    monkeypatch.setattr(bandwidth, "measure_h2d", lambda **_: (25.123, 7.0))
+    report = DiskReport((DiskSpeed(4, 4 * MIB, 2.3456), DiskSpeed(1, MIB, 1.0)), True)
+    assert measure(report, today=date(2026, 1, 31), say=nothing) == Bandwidths(
+        43.5, 2.35, 4 * MIB, 4, True, 25.1, 7.0, "2026-01-31")
+    monkeypatch.setattr(bandwidth, "measure_h2d", lambda **_: None)
+    assert measure(None, today=date(2026, 1, 31), say=nothing) == Bandwidths(
+        43.5, None, 0, 0, False, None, None, "2026-01-31")
+
+
+# the file of figures
+
+def test_figures_come_back(tmp_path: Path) -> None:
+    path = tmp_path / "cache" / "hardware.json"
+    assert load(path, nothing) is None
+    for figures in (GOOD, replace(GOOD, h2d_gbps=25, h2d_pageable_gbps=6.5),
+                    Bandwidths(1e-3, None, 0, 0, False, None, None, "2026-12-01")):
+        save(figures, path)
+        assert load(path, nothing) == figures
+    assert list(path.parent.iterdir()) == [path]
+    for half in ({"disk_gbps": None}, {"disk_gbps": None, "disk_chunk": 0, "disk_depth": 0}):
+        with pytest.raises(ConfigError, match="disk_"):
+            replace(GOOD, **half)
+
+
+@pytest.mark.parametrize("field", [
+    {"ram_gbps": None}, {"ram_gbps": 0}, {"ram_gbps": -1.0}, {"ram_gbps": float("nan")}, {"ram_gbps": float("inf")},
+    {"ram_gbps": 10**400}, {"ram_gbps": True}, {"ram_gbps": "43"}, {"disk_gbps": 0.0}, {"disk_gbps": 1e-300},
+    {"disk_chunk": 0}, {"disk_chunk": 5000}, {"disk_chunk": 4096.0}, {"disk_chunk": 2**40}, {"disk_depth": 0},
+    {"disk_depth": 10**9}, {"disk_depth": True}, {"disk_direct": 1}, {"h2d_gbps": []}, {"h2d_pageable_gbps": {}},
+    {"measured": "yesterday"}, {"measured": "20260131"}, {"measured": "2026-02-30"}, {"measured": 20260131},
+    {"measured": "\x1b[2J"}])
+def test_figures_that_make_no_sense(field: dict[str, Any], tmp_path: Path) -> None:
+    (name,) = field
+    with pytest.raises(ConfigError, match=rf"^{name}: got "):
+        replace(GOOD, **field)
+    said: list[str] = []
+    path = tmp_path / "hardware.json"
+    path.write_text(json.dumps({"qmix_bandwidths": 1, **asdict(GOOD), **field}))
+    assert load(path, said.append) is None
+    assert len(said) == 1 and f"ignored ({name}: got" in said[0] and said[0].isprintable() and len(said[0]) < 400
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"{", b"[]", b"null", b"[" * 60000, b"\xff\xfe", b"\0" * 100, b"x" * 70000, b'{"qmix_bandwidths": 1}',
+    b'{"qmix_bandwidths": 2}', b'{"ram_gbps": 40.0}', b"1" * 5000,
+    json.dumps({"qmix_bandwidths": 1, **asdict(GOOD), "__class__": "x"}).encode()])
+def test_a_foreign_file_is_ignored_in_one_line(content: bytes, tmp_path: Path) -> None:
+    said: list[str] = []
+    path = tmp_path / "hardware.json"
+    path.write_bytes(content)
+    assert load(path, said.append) is None
+    assert len(said) == 1 and said[0].startswith(f"{path}: ignored (") and said[0].isprintable()
+
+
+def test_something_else_in_the_files_place(tmp_path: Path) -> None:
+    said: list[str] = []
+    pipe, folder, loop = tmp_path / "pipe", tmp_path / "folder", tmp_path / "loop"
+    os.mkfifo(pipe)
+    folder.mkdir()
+    loop.symlink_to(loop)
+    for path in (pipe, folder, loop):
+        assert load(path, said.append) is None
+    assert len(said) == 3 and "not a regular file" in said[0]
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "hardware.json"
+    save(GOOD, path)
+
+    def full(self: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.replace", full)
+        with pytest.raises(QmixError, match="No space left"):
+            save(replace(GOOD, ram_gbps=1.0), path)
+    assert load(path, nothing) == GOOD and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(QmixError, match="cannot be written"):
+        save(GOOD, path / "below a file")

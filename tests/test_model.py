@@ -6,7 +6,6 @@ from __future__ import annotations
 import cmath
 import math
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -313,8 +312,8 @@ def test_experts_get_what_the_design_says(checkpoint: Checkpoint) -> None:
         assert (ahead is None) == (i < 3 or layer == 2)
 
 
-@pytest.mark.parametrize("guesses", [1, 2, 4])
-def test_ahead_is_the_next_router_on_this_residual(checkpoint: Checkpoint, guesses: int) -> None:
+@pytest.mark.parametrize(("guesses", "depth"), [(1, 1), (2, 1), (4, 2), (2, 9)])
+def test_ahead_is_the_next_router_on_this_residual(checkpoint: Checkpoint, guesses: int, depth: int) -> None:
     """Without output of attention and experts the residual never changes: the guess must come true."""
     weights = keep_weights(checkpoint)
     for layer in weights.layers:
@@ -326,15 +325,18 @@ def test_ahead_is_the_next_router_on_this_residual(checkpoint: Checkpoint, guess
         seen.append((ids.clone(), None if ahead is None else ahead.clone()))
         return torch.zeros_like(x)
 
-    model = Mixtral(checkpoint.config, weights, select({"fp32"}, say=lambda line: None), experts, guesses)
+    model = Mixtral(checkpoint.config, weights, select({"fp32"}, say=lambda line: None), experts, guesses, depth)
     caches = [model.new_cache(4) for _ in range(3)]
     model.forward(torch.tensor(IDS[:3]), torch.zeros(3, dtype=torch.int64), caches, Step("decode", (0, 1, 2)))
     assert seen[-1][1] is None
-    for (_, ahead), (ids, _) in pairwise(seen):
+    chosen = [ids for ids, _ in seen]
+    for layer, (_, ahead) in enumerate(seen[:-1]):
         assert ahead is not None
-        assert ahead.shape == (3, guesses)
+        assert ahead.shape[1] == min(depth, len(seen) - 1 - layer)
+        assert ahead.shape == (3, ahead.shape[1], guesses)
         shared = min(guesses, 2)
-        assert torch.equal(ahead[:, :shared], ids[:, :shared])
+        for distance in range(ahead.shape[1]):
+            assert torch.equal(ahead[:, distance, :shared], chosen[layer + 1 + distance][:, :shared])
     assert not torch.equal(seen[0][0], seen[1][0])
 
 

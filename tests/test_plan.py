@@ -1,31 +1,129 @@
-"""The plan's integers, on Mixtral 8x7B's own shape."""
+"""The plan's integers, on Mixtral 8x7B's own shape, and what is forecast from them."""
 
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from qmix.config import ModelConfig, QuantConfig
+from qmix.config import ExpertKey, ModelConfig, QuantConfig
 from qmix.errors import DoesNotFit
-from qmix.offload.plan import choose_context, plan_resident
-from qmix.sizes import GIB, format_bytes, kv_bytes_per_token, record_layout
+from qmix.offload.forecast import Speeds, forecast
+from qmix.offload.plan import (
+    CUDA_CONTEXT,
+    RESERVE,
+    STAGING,
+    Needs,
+    choose_context,
+    plan,
+    resident_dense_bytes,
+)
+from qmix.sizes import GIB, MIB, dense_bytes, format_bytes, kv_bytes_per_token, record_layout
 
 MIXTRAL = ModelConfig(32000, 4096, 14336, 32, 32, 8, 128, 8, 2, 1e6, 1e-5, 32768)
+RECORD = 99_090_432
+NEEDS = Needs.of(MIXTRAL, QuantConfig(), 8192)
 
 
 def test_mixtral_known_sizes() -> None:
-    assert record_layout(MIXTRAL, QuantConfig()).nbytes == 99_090_432
+    assert record_layout(MIXTRAL, QuantConfig()).nbytes == NEEDS.record == RECORD
     assert kv_bytes_per_token(MIXTRAL) == 128 * 1024
+    assert NEEDS.kv == GIB
+    assert NEEDS.records == 256 and NEEDS.least_slots == 4
     assert choose_context(MIXTRAL, 0) == 8192
     assert choose_context(MIXTRAL, 100) == 100
 
 
-def test_fits_or_says_the_shortfall() -> None:
-    plan = plan_resident(MIXTRAL, QuantConfig(), 8192, 32 * GIB)
-    assert plan.experts == 256 * 99_090_432
-    assert plan.kv == GIB
-    assert plan.total == plan.experts + plan.dense + plan.kv + plan.workspace + plan.reserve
+def test_dense_weights_count_as_they_lie_in_memory() -> None:
+    from qmix.names import dense_tensors
+
+    stored = sum(dense_bytes(MIXTRAL, QuantConfig(), t) for t in dense_tensors(MIXTRAL))
+    norms, routers = 65 * 4096, 32 * 8 * 4096
+    assert resident_dense_bytes(MIXTRAL, QuantConfig()) == stored + norms * (4 - 2) + routers * (8 - 2)
+
+
+def test_everything_fits_or_the_slots_are_what_is_left() -> None:
+    whole = plan(NEEDS, 32 * GIB, 300 * MIB)
+    assert whole.resident and whole.slots == 256 and whole.on_disk == 0
+    half = plan(NEEDS, 16 * GIB, 300 * MIB)
+    fixed = 300 * MIB + NEEDS.dense + NEEDS.kv + NEEDS.workspace + 16 * GIB // 50
+    assert half.slots == (16 * GIB - fixed) // RECORD
+    assert not half.resident
+    assert half.on_disk == (256 - half.slots) * RECORD
+    assert half.ram.total <= 16 * GIB < half.ram.total + RECORD
+    assert sum(nbytes for _, nbytes in half.ram.parts()) == half.ram.total
+
+
+@given(st.integers(0, 64 * GIB), st.integers(0, GIB), st.sampled_from([128, 4096, 32768]),
+       st.none() | st.integers(0, 48 * GIB))
+def test_no_plan_exceeds_its_budget(ram: int, base: int, context: int, vram: int | None) -> None:
+    needs = Needs.of(MIXTRAL, QuantConfig(), context)
+    try:
+        found = plan(needs, ram, base, vram)
+    except DoesNotFit as e:
+        assert "short of" in e.message
+        return
+    for tier in found.tiers:
+        assert tier.total <= tier.budget
+        assert tier.reserve >= max(RESERVE, tier.budget // 50)
+    assert needs.least_slots <= found.slots <= needs.records
+    assert found.resident == (found.on_disk == 0)
+
+
+def test_what_does_not_fit_says_by_how_much() -> None:
     with pytest.raises(DoesNotFit) as error:
-        plan_resident(MIXTRAL, QuantConfig(), 8192, 16 * GIB)
+        plan(NEEDS, 2 * GIB, 300 * MIB)
     assert error.value.exit_code == 3
-    smaller = plan_resident(MIXTRAL, QuantConfig(), 8192, 32 * GIB).total - 32 * GIB // 50 + 16 * GIB // 50
-    assert f"short of {format_bytes(smaller - 16 * GIB)}" in error.value.message
+    fixed = 300 * MIB + NEEDS.dense + NEEDS.kv + NEEDS.workspace + RESERVE + 4 * RECORD
+    assert f"short of {format_bytes(fixed - 2 * GIB)}" in error.value.message
+    exact = plan(NEEDS, fixed, 300 * MIB)
+    assert exact.slots == 4
+    with pytest.raises(DoesNotFit):
+        plan(NEEDS, fixed - 1, 300 * MIB)
+
+
+def test_with_a_gpu_the_tiers_hold_different_records() -> None:
+    found = plan(NEEDS, 16 * GIB, 400 * MIB, vram=24 * GIB)
+    vram, ram = found.tiers
+    assert (vram.name, ram.name) == ("VRAM", "RAM")
+    assert vram.base == CUDA_CONTEXT and vram.dense == NEEDS.dense and ram.dense == ram.kv == 0
+    assert found.resident, "16 GB RAM and 24 GB VRAM hold all of Mixtral"
+    assert ram.slots == 256 - vram.slots + STAGING
+    with pytest.raises(DoesNotFit, match="VRAM"):
+        plan(NEEDS, 16 * GIB, 0, vram=2 * GIB)
+
+
+def test_few_slots_are_warned_of() -> None:
+    lines = plan(NEEDS, 8 * GIB, 300 * MIB).lines()
+    assert any("warning: fewer than 4 slots a layer" in line for line in lines)
+    assert not any("warning" in line for line in plan(NEEDS, 24 * GIB, 300 * MIB).lines())
+
+
+def test_forecast_is_between_sum_and_longest_part() -> None:
+    found = plan(NEEDS, 16 * GIB, 300 * MIB)
+    guess = forecast(found, Speeds(ram=40, disk=2.5))
+    missed = 64 * RECORD * (1 - found.slots / 256)
+    disk, memory = missed / 2.5e9, (NEEDS.dense + 64 * RECORD) / 40e9
+    assert guess.disk_bytes == pytest.approx(missed, rel=1e-6)
+    assert guess.most == pytest.approx(1 / max(disk, memory), rel=1e-6)
+    assert guess.least == pytest.approx(1 / (disk + memory), rel=1e-6)
+    assert guess.bottleneck == "disk"
+    assert forecast(plan(NEEDS, 64 * GIB, 0), Speeds(40, 2.5)).bottleneck == "memory"
+
+
+def test_forecast_knows_uneven_routing() -> None:
+    found = plan(NEEDS, 16 * GIB, 300 * MIB)
+    uneven = {ExpertKey(layer, e): 0.9 if e < 2 else 0.2 / 6 for layer in range(32) for e in range(8)}
+    even = {ExpertKey(layer, e): 0.25 for layer in range(32) for e in range(8)}
+    plain = forecast(found, Speeds(40, 2.5))
+    assert forecast(found, Speeds(40, 2.5), even).hit == pytest.approx(plain.hit)
+    assert forecast(found, Speeds(40, 2.5), uneven).hit > plain.hit + 0.2
+
+
+def test_forecast_on_a_gpu_counts_pcie() -> None:
+    found = plan(NEEDS, 32 * GIB, 300 * MIB, vram=16 * GIB)
+    guess = forecast(found, Speeds(ram=40, disk=3, pcie=25, vram=900))
+    outside = 64 * RECORD * (1 - found.tiers[0].slots / 256)
+    assert guess.bottleneck == "PCIe"
+    assert guess.most == pytest.approx(25e9 / outside, rel=1e-6)
+    assert guess.disk_bytes == 0

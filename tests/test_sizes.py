@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from qmix import formats
 from qmix.config import ModelConfig, QuantConfig
+from qmix.errors import UsageError
 from qmix.names import DenseTensor
 from qmix.quantize.methods import quantize_int4
 from qmix.sizes import (
@@ -20,6 +21,7 @@ from qmix.sizes import (
     dense_spec,
     format_bytes,
     kv_bytes_per_token,
+    parse_bytes,
     record_layout,
     round_up,
 )
@@ -113,3 +115,26 @@ def test_round_up(n: int, multiple: int) -> None:
 def test_sizes_in_words() -> None:
     assert [format_bytes(n) for n in (0, 1023, 1536, 99 * 2**20, 24 * GIB, 5000 * GIB)] == [
         "0 B", "1023 B", "1.5 KiB", "99.0 MiB", "24.0 GiB", "5000 GiB"]
+
+
+@pytest.mark.parametrize(("text", "want"), [
+    ("24G", 24 * GIB), ("24GiB", 24 * GIB), ("8gib", 8 * GIB), ("1.5G", 3 * GIB // 2), ("512M", 512 * 2**20),
+    ("64K", 65536), ("2T", 2**41), ("4096", 4096), (" 4096 B ", 4096), ("0.3G", 322122547), ("1.0G", GIB),
+    ("1048576T", 2**60)])
+def test_sizes_as_people_write_them(text: str, want: int) -> None:
+    assert parse_bytes(text) == want
+
+
+@pytest.mark.parametrize("text", [
+    "", " ", "G", "-1G", "+1G", "0", "0G", "0.0000000001K", "nan", "inf", "1e9", "1_000", "24GB", "24 MB", "1.5",
+    "1.5B", "1,5G", "1..5G", ".5G", "24G24G", "1048577T", "9" * 21, "9" * 10**5, "1." + "0" * 10**5 + "G", "٣G",
+    "1\u212a", "1P", "24G\nx", "auto"])
+def test_sizes_that_make_no_sense_are_named(text: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_bytes(text)
+    assert repr(text)[:40] in caught.value.message and len(caught.value.message) < 200
+
+
+@given(st.integers(1, 2**60))
+def test_plain_bytes_come_back(n: int) -> None:
+    assert parse_bytes(str(n)) == n

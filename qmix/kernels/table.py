@@ -46,10 +46,14 @@ class KernelTable:
 
     def expert(self, x: Tensor, w13: Packed, w2: Packed) -> Tensor:
         """One expert, w2(silu(gate(x)) * up(x)): x [T, H] -> [T, H]; w13 is gate over up, [2F, H]."""
+        return self.linear(self.gated(x, w13), w2)
+
+    def gated(self, x: Tensor, w13: Packed) -> Tensor:
+        """The first half of an expert, silu(gate(x)) * up(x): x [T, H] -> [T, F]; it needs no w2 yet."""
         spec = w13.spec
         both = self.kernels[spec.format, spec.block](x, w13)
         half, inner = both.shape[1] // 2, spec.rows // 2
-        return self.linear(F.silu(both[:, :inner]) * both[:, half:half + inner], w2)
+        return F.silu(both[:, :inner]) * both[:, half:half + inner]
 
 
 def select(formats: Iterable[str], blocks: Iterable[int] = BLOCKS, device: str = "cpu",

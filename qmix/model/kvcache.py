@@ -19,7 +19,7 @@ from qmix.errors import UsageError
 class KVCache:
     """Room for `capacity` positions, `length` of them filled. Keys are stored rotated."""
 
-    __slots__ = ("_keys", "_values", "capacity", "length")
+    __slots__ = ("__weakref__", "_keys", "_values", "capacity", "length")
 
     def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype):
         shape = (config.num_layers, config.num_kv_heads, capacity, config.head_dim)

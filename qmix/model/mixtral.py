@@ -13,7 +13,7 @@ are in the compute dtype. With int4 and int8 kernels, whose rows do not depend o
 gets the same bits decoding among others as alone.
 
 T tokens of a pass, B of a block, P sessions, H hidden, E experts, K chosen per token, D head size,
-V vocabulary, A experts guessed ahead.
+V vocabulary, A experts guessed for each of D layers ahead.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Rows:
     """What is known of each token of a pass; a block is a slice of it that shares its memory.
 
     residual [T, H] fp32; normed [T, H] compute dtype, what the experts read; top, weights fp32 and ids
-    int64 [T, K], the router's choice; ahead int64 [T, A], the next router's guess; cos, sin fp32 [T, 1, D].
+    int64 [T, K], the router's choice; ahead int64 [T, D, A], the next routers' guesses; cos, sin fp32 [T, 1, D].
     """
 
     spans: Sequence[Span]
@@ -78,18 +78,20 @@ class Rows:
 class Mixtral:
     """The model without its experts, which are the one callable
 
-        experts(layer, x [T, H], ids [T, K], weights [T, K], step, ahead [T, A] or None) -> [T, H]
+        experts(layer, x [T, H], ids [T, K], weights [T, K], step, ahead [T, D, A] or None) -> [T, H]
 
-    ahead: how many experts of the next layer to guess for it while decoding; 0 where nobody fetches.
+    ahead: how many experts of each of the next `depth` layers to guess for it while decoding; 0 where nobody
+    fetches. Near the last layer D is smaller than depth, and for the last layer there is nothing to guess.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, kernels: KernelTable, experts: Experts,
-                 ahead: int | None = None):
+                 ahead: int | None = None, depth: int = 1):
         self.config = config
         self._weights = weights
         self._linear = kernels.linear
         self._experts = experts
         self._ahead = min(config.num_experts, config.experts_per_token if ahead is None else ahead)
+        self._depth = min(depth, config.num_layers - 1)
 
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache for one session, with room for `capacity` positions."""
@@ -137,15 +139,15 @@ class Mixtral:
         rows = self._rows(tokens[first:end], positions[first:end], spans)
         blocks = [rows.block(group) for group in _blocks(spans)]
         layers = self._weights.layers
-        look = step.phase == "decode" and self._ahead > 0
+        look = self._depth if step.phase == "decode" and self._ahead > 0 else 0
         for index, layer in enumerate(layers):
-            after = layers[index + 1] if look and index + 1 < len(layers) else None
+            after = layers[index + 1:index + 1 + look]
             for block in blocks:
                 if step.cancel:
                     raise Interrupted("cancelled")
                 self._attention(index, layer, block)
                 self._route(layer, after, block)
-            ahead = rows.ahead if after else None
+            ahead = rows.ahead[:, :len(after)] if after else None
             rows.residual.add_(self._experts(index, rows.normed, rows.ids, rows.weights, step, ahead))
         for span in spans:
             span.cache.length = span.start + span.end - span.begin
@@ -162,7 +164,7 @@ class Mixtral:
             spans, residual=F.embedding(tokens, self._weights.embedding).float(),
             normed=torch.empty(count, config.hidden_size, dtype=self._weights.dtype), top=top,
             ids=torch.empty(count, config.experts_per_token, dtype=torch.int64), weights=weights,
-            ahead=torch.empty(count, self._ahead, dtype=torch.int64), cos=cos, sin=sin)
+            ahead=torch.empty(count, self._depth, self._ahead, dtype=torch.int64), cos=cos, sin=sin)
 
     def _attention(self, index: int, layer: LayerWeights, block: Rows) -> None:
         """Add grouped-query attention over each span's own cache to the block's residual."""
@@ -180,17 +182,17 @@ class Mixtral:
                for span, (q, k, v) in zip(block.spans, parts, strict=True)]
         block.residual.add_(linear(out[0] if len(out) == 1 else torch.cat(out), layer.o))
 
-    def _route(self, layer: LayerWeights, after: LayerWeights | None, block: Rows) -> None:
-        """Choose K experts a token: softmax over the K largest router logits, in fp32. With `after`,
-        the next layer, also guess what its router will choose, by asking it now."""
+    def _route(self, layer: LayerWeights, after: Sequence[LayerWeights], block: Rows) -> None:
+        """Choose K experts a token: softmax over the K largest router logits, in fp32. Of `after`, the next
+        layers, also guess what their routers will choose, by asking them now."""
         unit = rms_norm(block.residual, None, self.config.rms_norm_eps)
         normed = unit * layer.post_norm
         torch.topk(router_logits(normed, layer.router), block.ids.shape[1], out=(block.top, block.ids))
         torch.softmax(block.top, -1, out=block.weights)
         block.normed.copy_(normed)
-        if after:
-            logits = router_logits(unit.mul_(after.post_norm), after.router)
-            block.ahead.copy_(logits.topk(self._ahead).indices)
+        for distance, later in enumerate(after):
+            logits = router_logits(unit * later.post_norm, later.router)
+            block.ahead[:, distance].copy_(logits.topk(self._ahead).indices)
 
     def _head(self, residual: Tensor, logits: Tensor) -> None:
         """Final norm and head: [n, H] -> logits [n, V]."""

@@ -1,42 +1,141 @@
 """What goes where, in integers, before anything is loaded.
 
-Today one tier: every expert record resident in RAM, beside the dense weights, the KV cache and the
-workspace. What does not fit is refused with the numbers.
+A budget is a promise about the whole process: what it holds before it loads anything (interpreter and
+libraries), the dense weights, the KV cache, the workspace of one prefill pass and a reserve come first; the
+rest is slots for expert records. What does not fit is refused with the numbers.
+
+With a GPU the fast tier is VRAM: dense weights, KV cache and workspace lie there, and RAM holds, apart
+from the program, only slots. The two tiers exclude each other: what is in VRAM needs no slot in RAM.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from qmix.config import DTYPES, ModelConfig, QuantConfig
 from qmix.errors import DoesNotFit
 from qmix.names import dense_tensors
-from qmix.sizes import MIB, dense_bytes, format_bytes, kv_bytes_per_token, record_layout
+from qmix.sizes import GIB, MIB, dense_bytes, format_bytes, kv_bytes_per_token, record_layout
 
 DEFAULT_CONTEXT = 8192
 PREFILL_PASS = 8192  # tokens of one layer-major prefill pass
 ATTENTION_BLOCK = 512  # query positions of one attention call
+EXPERT_CHUNK = 512  # tokens that one expert computes at a time
+MARGIN = GIB  # what `auto` leaves to other programs
+RESERVE = 256 * MIB  # kept free within the budget, or 2 % of it where that is more
+PROGRAM = 320 * MIB  # interpreter and libraries, where they are not there to be measured
+CUDA_CONTEXT = 600 * MIB  # what a CUDA context with its libraries takes, before it is measured
+STAGING = 2  # RAM slots through which records pass on their way from the disk to VRAM
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Bytes that a model takes wherever it runs; records: how many of `record` bytes each."""
+
+    context: int
+    dense: int
+    kv: int
+    workspace: int
+    record: int
+    records: int
+    layers: int
+    top_k: int
+
+    @classmethod
+    def of(cls, config: ModelConfig, quant: QuantConfig, context: int) -> Needs:
+        itemsize = 4 if quant.experts == quant.dense == "keep" and DTYPES[config.dtype] != "bf16" else 2
+        return cls(context, resident_dense_bytes(config, quant), kv_bytes_per_token(config, itemsize) * context,
+                   workspace_bytes(config, context, itemsize), record_layout(config, quant).nbytes,
+                   len(config.expert_keys), config.num_layers, config.experts_per_token)
+
+    @property
+    def least_slots(self) -> int:
+        """What one layer of a token uses, and as much again on its way for the next."""
+        return min(self.records, 2 * self.top_k)
+
+
+@dataclass(frozen=True, slots=True)
+class TierPlan:
+    """One memory: `budget` bytes, of which `base` are taken before anything is loaded. fixed: what is not slots."""
+
+    name: str
+    budget: int
+    base: int
+    dense: int
+    kv: int
+    workspace: int
+    reserve: int
+    slots: int
+    record: int
+
+    @property
+    def fixed(self) -> int:
+        return self.base + self.dense + self.kv + self.workspace + self.reserve
+
+    @property
+    def experts(self) -> int:
+        return self.slots * self.record
+
+    @property
+    def total(self) -> int:
+        """Never more than the budget."""
+        return self.fixed + self.experts
+
+    def parts(self) -> list[tuple[str, int]]:
+        """(what, bytes), zeros left out."""
+        parts = [("program", self.base), ("dense", self.dense), ("KV cache", self.kv), ("workspace", self.workspace),
+                 ("reserve", self.reserve), ("expert slots", self.experts)]
+        return [(name, nbytes) for name, nbytes in parts if nbytes]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Bytes by purpose; context in tokens."""
+    """tiers: fastest first, RAM always, VRAM where there is a GPU."""
 
-    context: int
-    dense: int
-    experts: int
-    kv: int
-    workspace: int
-    reserve: int
+    needs: Needs
+    tiers: tuple[TierPlan, ...]
 
     @property
-    def total(self) -> int:
-        return self.dense + self.experts + self.kv + self.workspace + self.reserve
+    def context(self) -> int:
+        return self.needs.context
 
-    def line(self) -> str:
-        """For the user; the reserve is kept free and not used."""
-        return (f"RAM {format_bytes(self.total - self.reserve)}: experts {format_bytes(self.experts)} (all resident), "
-                f"dense {format_bytes(self.dense)}, KV cache {format_bytes(self.kv)} for {self.context} tokens")
+    @property
+    def ram(self) -> TierPlan:
+        return self.tiers[-1]
+
+    @property
+    def slots(self) -> int:
+        """Records held in some memory; VRAM and RAM hold different ones."""
+        staging = STAGING if len(self.tiers) > 1 else 0
+        return min(self.needs.records, sum(tier.slots for tier in self.tiers) - staging)
+
+    @property
+    def resident(self) -> bool:
+        """Whether nothing is read from the disk once everything is loaded."""
+        return self.slots >= self.needs.records
+
+    @property
+    def on_disk(self) -> int:
+        """Bytes of the records that are nowhere else."""
+        return (self.needs.records - self.slots) * self.needs.record
+
+    def lines(self) -> list[str]:
+        """What `chat` and `generate` print: a line per memory, one on the experts, a warning where it is tight."""
+        found = [f"{tier.name} {format_bytes(tier.total - tier.reserve)} of {format_bytes(tier.budget)}: " + ", ".join(
+            f"{name} {format_bytes(nbytes)}" for name, nbytes in tier.parts() if name != "reserve")
+            + (f" ({self.context} tokens)" if tier.kv else "") for tier in self.tiers]
+        needs = self.needs
+        if self.resident:
+            return [*found, f"experts: all {needs.records} resident"]
+        per_layer = self.slots / needs.layers
+        found.append(f"experts: {self.slots} of {needs.records} in memory ({100 * self.slots // needs.records} %, "
+                     f"{per_layer:.1f} of {needs.records // needs.layers} a layer), "
+                     f"{format_bytes(self.on_disk)} read from disk as needed")
+        if per_layer < 2 * needs.top_k:
+            found.append(f"warning: fewer than {2 * needs.top_k} slots a layer: most tokens will wait for the disk; "
+                         "more --ram or a smaller -c/--ctx-size helps")
+        return found
 
 
 def choose_context(config: ModelConfig, asked: int) -> int:
@@ -44,33 +143,52 @@ def choose_context(config: ModelConfig, asked: int) -> int:
     return min(config.max_positions, DEFAULT_CONTEXT) if asked == 0 else asked
 
 
+def resident_dense_bytes(config: ModelConfig, quant: QuantConfig) -> int:
+    """Dense weights as they lie in memory: norms in fp32, routers in fp64, the rest as stored."""
+    wide = {"norm": 4, "router": 8}
+    return sum(prod(t.shape) * wide[t.role] if t.role in wide else dense_bytes(config, quant, t)
+               for t in dense_tensors(config))
+
+
 def workspace_bytes(config: ModelConfig, context: int, itemsize: int) -> int:
-    """What one prefill pass holds at its widest: per token the fp32 residual, the normed states, queries,
-    keys and values in fp32 and in the compute dtype, the [K, H] fp32 rows of expert outputs with their
-    sum, and one expert's inner activations; once, the attention mask of a block and two rows of logits."""
+    """What one prefill pass holds at its widest: per token the fp32 residual, the normed states, the [K, H]
+    fp32 rows of expert outputs with their sum; for a chunk of tokens one expert's operand, inner activations and
+    result, or for a block queries, keys and values in fp32 and in the compute dtype, the attention mask and
+    the scores of its heads; two rows of logits."""
     tokens = min(context, PREFILL_PASS)
     hidden, inner, k = config.hidden_size, config.intermediate_size, config.experts_per_token
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    block = min(tokens, ATTENTION_BLOCK)
-    per_token = (4 + itemsize) * hidden + (k + 1) * hidden * 4 + 4 * inner * itemsize
-    per_block = heads * (4 + itemsize) + context * (1 + itemsize)
-    return tokens * per_token + block * per_block + config.vocab_size * 8
+    per_token = (4 + itemsize) * hidden + (k + 1) * hidden * 4
+    block = min(tokens, ATTENTION_BLOCK) * (heads * (4 + itemsize) + context * (1 + itemsize) + hidden * itemsize)
+    chunk = min(tokens, EXPERT_CHUNK) * (4 * inner * itemsize + hidden * (2 * itemsize + 4))
+    return tokens * per_token + max(block, chunk) + config.vocab_size * 8
 
 
-def plan_resident(config: ModelConfig, quant: QuantConfig, context: int, available: int) -> Plan:
-    """Everything in RAM; DoesNotFit (exit 3) says how much is missing. available: bytes."""
-    itemsize = 4 if quant.experts == quant.dense == "keep" and DTYPES[config.dtype] != "bf16" else 2
-    dense = sum(dense_bytes(config, quant, t) for t in dense_tensors(config))
-    experts = record_layout(config, quant).nbytes * len(config.expert_keys)
-    reserve = max(256 * MIB, available // 50)
-    plan = Plan(context, dense, experts, kv_bytes_per_token(config, itemsize) * context,
-                workspace_bytes(config, context, itemsize), reserve)
-    if plan.total > available:
+def plan(needs: Needs, ram: int, base: int, vram: int | None = None) -> Plan:
+    """Place a model within `ram` bytes for the whole process, `base` of them taken already, and `vram` bytes
+    where there is a GPU. DoesNotFit (exit 3) says how much is missing, and where."""
+    if vram is None:
+        return Plan(needs, (_tier("RAM", needs, ram, base, dense=True, least=needs.least_slots),))
+    fast = _tier("VRAM", needs, vram, CUDA_CONTEXT, dense=True, least=needs.least_slots)
+    left = needs.records - fast.slots
+    slow = _tier("RAM", needs, ram, base, dense=False, least=STAGING, most=left + STAGING)
+    return Plan(needs, (fast, slow))
+
+
+def _tier(name: str, needs: Needs, budget: int, base: int, *, dense: bool, least: int, most: int | None = None,
+          ) -> TierPlan:
+    reserve = max(RESERVE, budget // 50)
+    fixed = (needs.dense, needs.kv, needs.workspace) if dense else (0, 0, 0)
+    most = needs.records if most is None else most
+    room = budget - base - reserve - sum(fixed)
+    slots = min(most, room // needs.record)
+    if slots < least:
+        short = least * needs.record - room
         raise DoesNotFit(
-            f"needs {format_bytes(plan.total)} of RAM, {format_bytes(available)} available, "
-            f"short of {format_bytes(plan.total - available)} (experts {format_bytes(experts)}, dense "
-            f"{format_bytes(dense)}, KV cache {format_bytes(plan.kv)} for {context} tokens, workspace and "
-            f"reserve {format_bytes(plan.workspace + reserve)})",
-            "close other programs, choose a smaller -c/--ctx-size, or quantize to fewer bits; paging experts "
-            "from disk is not in this version")
-    return plan
+            f"needs {format_bytes(budget + short)} of {name}, has {format_bytes(budget)}: short of "
+            f"{format_bytes(short)} (program {format_bytes(base)}, dense {format_bytes(fixed[0])}, KV cache "
+            f"{format_bytes(fixed[1])} for {needs.context} tokens, workspace {format_bytes(fixed[2])}, reserve "
+            f"{format_bytes(reserve)}, and {least} expert slots of {format_bytes(needs.record)} at least)",
+            f"give it more --{name.lower()}, choose a smaller -c/--ctx-size, close other programs, or quantize "
+            "to fewer bits")
+    return TierPlan(name, budget, base, *fixed, reserve, slots, needs.record)

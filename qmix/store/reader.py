@@ -28,11 +28,10 @@ from qmix.formats import Packed, memory, view
 from qmix.store import raw
 from qmix.store.layout import CONFIG, JOURNAL, MANIFEST, FileLayout, Region, StoreLayout, record_name
 from qmix.store.manifest import DAMAGED, DenseEntry, Manifest, RecordEntry
+from qmix.store.records import CHANGED, CORRUPT, RecordFiles, Verify
 from qmix.tensorfile import read_exact, read_header
 
 READERS = 4  # threads that keep an NVMe disk's queue filled
-CHANGED = "its bytes are not those that were written (xxh3_128)"
-CORRUPT = "the disk or the copy is at fault: `qmix verify --deep` lists all damage; copy or quantize again"
 
 
 class Store:
@@ -94,8 +93,19 @@ class Store:
         StoreError where the file is short or the bytes are not those that were written."""
         self._read(self._places.records[key], buffer, verify)
 
+    def records(self, verify: Verify = "first", say: Callable[[str], None] = lambda line: None) -> RecordFiles:
+        """The expert files, opened once more for reads past the page cache; the caller closes them."""
+        regions = self._places.records
+        return RecordFiles(self.path, regions, {key: self._sums[record_name(key)] for key in regions}, verify, say)
+
+    @property
+    def identity(self) -> str:
+        """The store's name in files about it: a digest of its manifest, 32 hex digits. Stores with the same
+        bytes share it, wherever they lie."""
+        return raw.digest(self.manifest.to_json())
+
     def expert(self, key: ExpertKey, buffer: Tensor) -> tuple[Packed, Packed]:
-        """(w13, w2) of a record, as views into `buffer`, which holds it."""
+        """(w13, w2) of a record, as views into `buffer`, which holds it or will."""
         parts: dict[str, dict[str, Tensor]] = {"w13": {}, "w2": {}}
         for placed in self.layout.placed:
             parts[placed.matrix][placed.tensor.name] = view(buffer, placed.offset, placed.tensor)

@@ -1,0 +1,166 @@
+"""Write a random Mixtral 8x7B of a chosen depth, without ever having had the 94 GB original: a qmix store, and
+the same model for llama.cpp.
+
+    python benchmarks/synthetic.py OUT --layers 12                     # 9.9 GB; 32 layers: 26 GB
+    python benchmarks/synthetic.py OUT --layers 12 --gguf OUT.gguf     # both; --only-gguf for the second alone
+    python benchmarks/synthetic.py OUT --check [-f TEXT]               # how an existing store routes
+
+The shapes, formats and bytes are Mixtral's (int4 g64 experts, int8 dense), so speed and memory can be measured
+on it; what it says is noise. How it routes is chosen: see synthetic_recipe.py. Expert bytes are
+random, distinct, and streamed; the same flags give the same store. Needs numpy and mistral-common.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from synthetic_recipe import CLUSTERS, Recipe, local_tokens, prose_tokens, tokenizer_file, tokens_of, uniform_tokens
+from torch import Tensor
+
+from qmix import names
+from qmix.config import ExpertKey, ModelConfig, QuantConfig
+from qmix.kernels.table import native_block
+from qmix.sizes import MatrixSpec, format_bytes
+from qmix.store import CONFIG, MANIFEST, DenseEntry, FileEntry, Manifest, RecordEntry, StoreLayout, StoreWriter
+from qmix.store.raw import digest
+
+__all__ = ["Recipe", "local_tokens", "prose_tokens", "tokens_of", "uniform_tokens", "write_store"]
+
+INT4_SPREAD = (255 / 12) ** 0.5  # deviation of q, uniform in 0..15
+INT8_SPREAD = (127 * 128 / 3) ** 0.5  # of q, uniform in -127..127
+
+
+def random_bytes(random: np.random.Generator, nbytes: int) -> Tensor:
+    """uint8 [nbytes], eight at a time: 2 to 3 GB/s, faster than the disk takes them."""
+    return torch.from_numpy(random.integers(0, 2**64, -(-nbytes // 8), dtype=np.uint64).view(np.uint8)[:nbytes])
+
+
+def int4_matrix(random: np.random.Generator, spec: MatrixSpec, spread: float) -> dict[str, Tensor]:
+    """Random codes; uniform q - 8 has mean -1/2, so zero = scale / 2 makes the weights' mean 0."""
+    qweight, qparams = spec.tensors
+    scale = torch.tensor(spread / INT4_SPREAD).bfloat16()
+    return {"qweight": random_bytes(random, qweight.nbytes).view(qweight.shape),
+            "qparams": torch.stack((scale, scale / 2)).expand(qparams.shape).contiguous()}
+
+
+def int8_matrix(random: np.random.Generator, spec: MatrixSpec, spread: float) -> dict[str, Tensor]:
+    qweight, scale = spec.tensors
+    q = random_bytes(random, qweight.nbytes).view(torch.int8).view(qweight.shape)
+    q[q == -128] = 0
+    return {"qweight": q, "scale": torch.full(scale.shape, spread / INT8_SPREAD).bfloat16()}
+
+
+def dense_tensor(recipe: Recipe, tensor: names.DenseTensor, spec: MatrixSpec | None) -> dict[str, Tensor]:
+    """{tensor name: values} of one dense tensor of the model."""
+    parts = tensor.name.split(".")
+    layer = int(parts[2]) if parts[1] == "layers" else 0
+    if spec is None:
+        if tensor.role == "embedding":
+            whole = torch.empty(tensor.shape, dtype=torch.bfloat16)
+            for cluster, rows in enumerate(whole.chunk(CLUSTERS)):
+                rows.copy_(torch.from_numpy(recipe.embedding(cluster)))
+            return {"weight": whole}
+        plain = torch.from_numpy(recipe.router(layer)) if tensor.role == "router" else torch.ones(tensor.shape)
+        return {"weight": plain.bfloat16()}
+    kind = "head" if tensor.role == "head" else parts[4][0]  # "q" of q_proj
+    if kind != "q":
+        return int8_matrix(recipe.stream(kind, layer), spec, recipe.spread(kind, layer))
+    group = recipe.heads // recipe.kv_heads  # query heads of a key head, whose copies they are
+    keys = int8_matrix(recipe.stream("k", layer), MatrixSpec("int8", spec.rows // group, spec.cols),
+                       recipe.spread("k", layer))
+    copies = {name: t.view(recipe.kv_heads, 1, 128, -1).expand(-1, group, -1, -1) for name, t in keys.items()}
+    return {"qweight": copies["qweight"].reshape(spec.rows, -1), "scale": copies["scale"].reshape(spec.rows)}
+
+
+def record(recipe: Recipe, key: ExpertKey, specs: Mapping[str, MatrixSpec]) -> dict[tuple[str, str], Tensor]:
+    """{(matrix, tensor name): values} of one expert."""
+    return {(matrix, name): tensor for matrix, spec in specs.items()
+            for name, tensor in int4_matrix(recipe.stream(matrix, *key), spec,
+                                            recipe.spread(matrix, key.layer)).items()}
+
+
+def write_store(recipe: Recipe, out: Path) -> int:
+    """Write the store, through a temporary name; returns its bytes."""
+    config, quant = ModelConfig.from_hf(recipe.raw_config()), QuantConfig(method="rtn", block=native_block())
+    layout = StoreLayout.of(config, quant)
+    folder = out.with_name(out.name + ".partial")
+    folder.mkdir(parents=True)
+    specs = {"w13": layout.record.w13, "w2": layout.record.w2}
+    none = {"w13": 0.0, "w2": 0.0, "all": 0.0}  # there was no original to differ from
+    dense, records = {}, {}
+    with StoreWriter(folder, layout) as writer:
+        for tensor in names.dense_tensors(config):
+            region, spec = layout.dense[tensor.name], layout.specs[tensor.name]
+            values = dense_tensor(recipe, tensor, spec)
+            xxh3 = writer.write(region, {("", name): value for name, value in values.items()})
+            dense[tensor.name] = DenseEntry(tensor.name, spec.format if spec else "plain", region.file,
+                                            region.offset, region.nbytes, xxh3, 0.0 if spec else None)
+        for key, region in layout.records.items():
+            xxh3 = writer.write(region, record(recipe, key, specs))
+            records[key] = RecordEntry(key, region.file, region.offset, region.nbytes, xxh3, none)
+        writer.sync()
+    copies = {CONFIG: json.dumps(recipe.raw_config(), indent=1).encode(),
+              "tokenizer.model": tokenizer_file().read_bytes()}
+    for name, data in copies.items():
+        (folder / name).write_bytes(data)
+    name = f"synthetic-{recipe.layers}-layers"
+    files = {name: FileEntry(name, len(data), digest(data)) for name, data in copies.items()}
+    manifest = Manifest(name, None, digest(repr(recipe).encode()), config.dtype, quant, records, dense, files)
+    (folder / MANIFEST).write_bytes(manifest.to_json())
+    os.sync()
+    folder.rename(out)
+    return layout.nbytes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="the store's folder")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--recall", type=float, default=0.85, help="of the next router, asked one layer early")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hidden", type=int, default=4096, help="smaller only to try things out")
+    parser.add_argument("--inner", type=int, default=14336)
+    parser.add_argument("--gguf", type=Path, metavar="FILE", help="also write the model for llama.cpp (needs gguf)")
+    parser.add_argument("--only-gguf", action="store_true", help="no store")
+    parser.add_argument("--check", action="store_true", help="write nothing, measure how the store OUT routes")
+    parser.add_argument("-n", "--tokens", type=int, default=512, help="of a sequence to check")
+    parser.add_argument("-f", "--file", help="check with this text too")
+    args = parser.parse_args()
+    if args.check:
+        from synthetic_check import report
+
+        report(args.out, ["uniform", "local", *([args.file] if args.file else [])], args.tokens, args.seed)
+        return
+    if args.only_gguf and not args.gguf:
+        parser.error("--only-gguf wants --gguf FILE")
+    try:
+        recipe = Recipe(args.layers, args.recall, args.hidden, args.inner, args.seed)
+    except ValueError as e:
+        parser.error(str(e))
+    tokenizer_file()  # a missing one is said before anything large is written
+    taken = [path for path in (args.gguf, None if args.only_gguf else args.out) if path and path.exists()]
+    if taken:
+        parser.error(f"{taken[0]}: exists")
+    start = time.perf_counter()
+    if not args.only_gguf:
+        nbytes = write_store(recipe, args.out)
+        rate = nbytes / 1e9 / (time.perf_counter() - start)
+        print(f"{args.out}: {args.layers} layers, {format_bytes(nbytes)}, {rate:.2f} GB/s")
+    if args.gguf:
+        from synthetic_gguf import write_gguf
+
+        start = time.perf_counter()
+        nbytes = write_gguf(recipe, args.gguf)
+        rate = nbytes / 1e9 / (time.perf_counter() - start)
+        print(f"{args.gguf}: {args.layers} layers, {format_bytes(nbytes)}, {rate:.2f} GB/s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Commands on machine and memory: doctor, plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qmix import paths, render
+from qmix.cli.options import Context, Margin, ModelArgument, Ram, flag_bytes, model_folder, quant_config
+
+Json = Annotated[bool, typer.Option("--json", help="As one JSON document.")]
+
+
+def doctor(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", show_default=False, help="A store, or the folder "
+                                                "that will hold one: its disk is examined too.")] = None,
+    bandwidth: Annotated[bool, typer.Option("--bandwidth", help="Measure RAM, disk and GPU (half a minute), and "
+                                            "remember it for forecasts.")] = False,
+    json: Json = False,
+) -> None:
+    """Examine this machine: cores, memory, libraries, kernels, disk; name what is wrong, with the cure."""
+    from qmix import doctor as examination
+
+    folder = Path.cwd() if model is None else paths.resolve(model, render.say)
+    with render.byte_bar("doctor") as progress:
+        report = examination.run(folder, bandwidth=bandwidth, cache_file=paths.hardware_file(), say=render.say,
+                                 progress=progress)
+    print(render.document(report, as_json=json))
+
+
+def plan(
+    model: ModelArgument = None, ctx_size: Context = 0,
+    ram: Ram = "auto", margin: Margin = None,
+    vram: Annotated[str | None, typer.Option("--vram", help="Memory of a GPU (24G): what the model would do there.",
+                                             show_default=False)] = None,
+    disk: Annotated[float | None, typer.Option("--disk", min=0.001, max=1e5, show_default=False,
+                                               help="Disk bandwidth, GB/s; else as measured.")] = None,
+    ram_speed: Annotated[float | None, typer.Option("--ram-speed", min=0.001, max=1e5, show_default=False,
+                                                    help="Memory bandwidth, GB/s; else as measured.")] = None,
+    pcie: Annotated[float | None, typer.Option("--pcie", min=0.001, max=1e5, show_default=False,
+                                               help="Host-to-GPU bandwidth, GB/s.")] = None,
+    vram_speed: Annotated[float | None, typer.Option("--vram-speed", min=0.001, max=1e5, show_default=False,
+                                                     help="GPU memory bandwidth, GB/s.")] = None,
+    format: Annotated[str | None, typer.Option("--format", show_default=False,
+                                               help="For an unquantized model: how it would be quantized.")] = None,
+    dense: Annotated[str | None, typer.Option("--dense", show_default=False, help="The same for attention.")] = None,
+    group_size: Annotated[int | None, typer.Option("--group-size", show_default=False, help="The same.")] = None,
+    json: Json = False,
+) -> None:
+    """Print where every byte of a model would go and how fast it should run; exit 3 if it cannot fit."""
+    from qmix import planning
+
+    quant = None
+    if format or dense or group_size:
+        quant = quant_config(format or "int4", dense or "int8", None, group_size, None, False)
+    path = paths.resolve(model, render.say, ("config.json",)) if model else model_folder(model)
+    found = planning.find_model(path, quant, paths.routing_folder(), render.say)
+    machine = planning.Machine(None if ram == "auto" else flag_bytes("--ram", ram),
+                               None if margin is None else flag_bytes("--margin", margin),
+                               None if vram is None else flag_bytes("--vram", vram), ram_speed, vram_speed, pcie, disk)
+    known = planning.known_speeds(paths.hardware_file(), render.say)
+    print(render.document(planning.describe(found, ctx_size, machine, known, render.say), as_json=json))

@@ -1,0 +1,134 @@
+"""The flags that several commands share, as annotated types, and what turns their text into values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from qmix import paths, render
+from qmix.config import QuantConfig, SamplingParams
+from qmix.errors import ConfigError, UsageError
+from qmix.sizes import parse_bytes
+
+Record = TypeVar("Record")
+
+ModelArgument = Annotated[str | None, typer.Argument(
+    metavar="[MODEL]", help="A store folder, an alias (see `qmix list`) or a hub id.", show_default=False)]
+Context = Annotated[int, typer.Option("-c", "--ctx-size", min=0,
+                                      help="Context in tokens; 0 = the model's own, at most 8192.")]
+MaxTokens = Annotated[int, typer.Option("-n", "--max-tokens", help="Longest answer; -1 = until the context is full.")]
+Temp = Annotated[float, typer.Option("--temp", help="Temperature; 0 = always the likeliest token.")]
+TopP = Annotated[float, typer.Option("--top-p", help="Keep the likeliest tokens that add up to this share.")]
+TopK = Annotated[int, typer.Option("--top-k", help="Keep this many tokens; 0 = all.")]
+MinP = Annotated[float, typer.Option("--min-p", help="Drop tokens below this share of the likeliest one.")]
+Penalty = Annotated[float, typer.Option("--repeat-penalty", help="Above 1: tokens already said become less likely.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Same seed, same text; random and reported by default.",
+                                          show_default=False)]
+Stop = Annotated[list[str] | None, typer.Option("--stop", help="End the answer before this text; may be repeated.",
+                                                show_default=False)]
+System = Annotated[str | None, typer.Option("--system", help="System prompt.", show_default=False)]
+Threads = Annotated[int | None, typer.Option(
+    "-t", "--threads", min=1, help="Compute threads; default: physical cores, or 1 for a very small model.",
+    show_default=False)]
+Ram = Annotated[str, typer.Option("--ram", help="Memory for the whole process (8G, 512M); auto = what is free, "
+                                  "but for --margin.")]
+Margin = Annotated[str | None, typer.Option("--margin", help="What --ram auto leaves to other programs; 1G, less on a "
+                                            "small machine.", show_default=False)]
+CachePolicy = Annotated[str, typer.Option("--cache-policy", help="Which expert leaves when a slot is needed: auto, "
+                                          "lru, lfu or static (by router statistics).")]
+Prefetch = Annotated[str, typer.Option("--prefetch", help="Where guesses come from: auto, ahead (the next routers), "
+                                       "transitions (statistics), both or off.")]
+NoPrefetch = Annotated[bool, typer.Option("--no-prefetch", help="The same as --prefetch off.")]
+Verify = Annotated[str, typer.Option("--verify", help="Which reads of experts are checked by checksum: first, always "
+                                     "or never.")]
+Trace = Annotated[Path | None, typer.Option("--trace", help="Record every routing decision in this file, for qmix "
+                                            "replay.", show_default=False)]
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """How a model is brought up: threads and context, budget, paging."""
+
+    ctx_size: int = 0
+    threads: int | None = None
+    ram: str = "auto"
+    margin: str | None = None
+    cache_policy: str = "auto"
+    prefetch: str = "auto"
+    no_prefetch: bool = False
+    verify: str = "first"
+    trace: Path | None = None
+
+
+def load_engine(folder: Path, how: Loading) -> Any:
+    """The engine, its choices said and its loading shown on stderr."""
+    from qmix.engine import load
+    from qmix.planning import known_speeds
+
+    ram = None if how.ram == "auto" else flag_bytes("--ram", how.ram)
+    margin = None if how.margin is None else flag_bytes("--margin", how.margin)
+    if how.no_prefetch and how.prefetch not in ("auto", "off"):
+        raise UsageError(f"--no-prefetch with --prefetch {how.prefetch}", "drop one of the two")
+    with render.byte_bar("load") as progress:
+        return load(folder, threads=how.threads, context=how.ctx_size, ram=ram, margin=margin, policy=how.cache_policy,
+                    prefetch="off" if how.no_prefetch else how.prefetch, verify=how.verify, trace=how.trace,
+                    state=paths.routing_folder(), speeds=known_speeds(paths.hardware_file(), render.say),
+                    say=render.say, progress=progress)
+
+
+def flag_bytes(flag: str, text: str) -> int:
+    """parse_bytes; the error names the flag."""
+    try:
+        return parse_bytes(text)
+    except UsageError as error:
+        raise UsageError(f"{flag} {error.message}", error.cure) from None
+
+
+def checked(record: Callable[..., Record], *values: Any, **named: Any) -> Record:
+    """A config record made from flags; what it refuses is told by the flag's name, not the field's."""
+    try:
+        return record(*values, **named)
+    except ConfigError as error:
+        field, _, rest = error.message.partition(":")
+        flag = {"temperature": "temp"}.get(field, field).replace("_", "-")
+        raise UsageError(f"--{flag}:{rest}", error.cure or "see --help for what it takes") from None
+
+
+def sampling(temp: float, top_p: float, top_k: int, min_p: float, repeat_penalty: float, seed: int | None,
+             max_tokens: int, stop: list[str] | None) -> SamplingParams:
+    return checked(SamplingParams, temp, top_p, top_k, min_p, repeat_penalty, seed, max_tokens, tuple(stop or ()))
+
+
+def model_folder(model: str | None) -> Path:
+    if model is None:
+        known = ", ".join(p.name for p in paths.local_stores())
+        raise UsageError("which model? MODEL is missing", f"aliases here: {known}" if known else
+                         "quantize one: qmix quantize SRC OUT, or try qmix demo")
+    return paths.resolve(model, render.say)
+
+
+def quant_config(format: str, dense: str, method: str | None, group_size: int | None, block: str | None,
+                  double_quant: bool) -> QuantConfig:
+    """Fill in what int4 needs; a flag that does not apply to the chosen formats is an error."""
+    if "int4" in (format, dense):
+        return checked(QuantConfig, format, dense, method or "hqq", 64 if group_size is None else group_size,
+                        _block(block or "auto"), double_quant)
+    for flag, value in (("--method", method), ("--group-size", group_size), ("--block", block)):
+        if value is not None:
+            raise UsageError(f"{flag} {value}: only int4 has it, got --format {format} --dense {dense}",
+                             f"drop {flag} or choose --format int4")
+    return checked(QuantConfig, format, dense, "", 0, 0, double_quant)
+
+
+def _block(text: str) -> int:
+    if text == "auto":
+        from qmix.kernels.table import native_block
+
+        return native_block()
+    if text not in ("64", "32"):
+        raise UsageError(f"--block {text}: want 64, 32 or auto")
+    return int(text)

@@ -1,0 +1,99 @@
+"""Commands on stores: quantize, show, list, verify."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qmix import paths, render
+from qmix.cli.options import ModelArgument, Threads, model_folder, quant_config
+from qmix.errors import StoreError
+
+if TYPE_CHECKING:
+    from qmix.checkpoint import Checkpoint
+
+
+def quantize(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face checkpoint: folder or hub id.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The store to write, a new folder.")],
+    format: Annotated[str, typer.Option("--format", help="Experts: int4, nf4, fp4 or keep (unquantized).")] = "int4",
+    dense: Annotated[str, typer.Option(
+        "--dense", help="Attention and output head: int8, int4, bf16 or keep.")] = "int8",
+    method: Annotated[str | None, typer.Option(
+        "--method", help="int4: hqq (default) or rtn.", show_default=False)] = None,
+    group_size: Annotated[int | None, typer.Option("--group-size", help="int4: 32, 64 (default) or 128.",
+                                                   show_default=False)] = None,
+    block: Annotated[str | None, typer.Option("--block", help="int4: rows per block, 64, 32 or auto (default: what "
+                                              "this CPU reads).", show_default=False)] = None,
+    double_quant: Annotated[bool, typer.Option("--double-quant", help="nf4, fp4: quantize the scales too.")] = False,
+    threads: Threads = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the store at OUT once the new one is whole.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written and leave.")] = False,
+) -> None:
+    """Convert a checkpoint into a store of quantized experts; run it again after a break and it resumes."""
+    from qmix.checkpoint import Checkpoint
+    from qmix.quantize import quantize_checkpoint
+
+    quant = quant_config(format, dense, method, group_size, block, double_quant)
+    with Checkpoint.open(paths.resolve(source, render.say)) as checkpoint:
+        for name in checkpoint.skipped:
+            render.say(f"skipped: {name} (the model does not need it)")
+        _check_tokenizer(checkpoint)
+        with render.byte_bar("quantize") as progress:
+            report = quantize_checkpoint(checkpoint, out, quant, threads=threads, force=force,
+                                         dry_run=dry_run, progress=progress)
+    for line in report.lines():
+        render.say(line)
+
+
+def _check_tokenizer(checkpoint: Checkpoint) -> None:
+    """Damaged tokenizer, template or generation files are an error now, not after hours of quantizing."""
+    from qmix.tokenizer import load
+
+    if not any((checkpoint.path / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
+        render.say(f"warning: {checkpoint.path} holds neither tokenizer.model nor tokenizer.json: chat and "
+                   "generate will refuse the store until the original model's is copied into it")
+        return
+    load(checkpoint.path, checkpoint.config.vocab_size)
+
+
+def show(model: ModelArgument = None,
+         json: Annotated[bool, typer.Option("--json", help="As one JSON document.")] = False) -> None:
+    """Print a store's shape, formats, sizes and quantization errors."""
+    from qmix.store import Store, describe
+
+    with Store.open(model_folder(model)) as store:
+        print(render.document(describe(store), as_json=json))
+
+
+def list_models(json: Annotated[bool, typer.Option("--json", help="As one JSON document.")] = False) -> None:
+    """List the stores that have an alias."""
+    rows = [{"alias": p.name, "size": _folder_bytes(p) if json else render.format_bytes(_folder_bytes(p)),
+             "folder": str(p)} for p in paths.local_stores()]
+    if not rows and not json:
+        render.say(f"no stores in {paths.models_folder()}; a store is found there by its folder's name")
+    else:
+        print(render.table(rows, "json" if json else "table"))
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.iterdir() if p.is_file())
+
+
+def verify(model: ModelArgument = None,
+           deep: Annotated[bool, typer.Option("--deep", help="Also read every byte and check its checksum.")] = False,
+           ) -> None:
+    """Check a store; exit 4 names what is damaged."""
+    from qmix.store import Store
+
+    folder = model_folder(model)
+    with Store.open(folder) as store, render.byte_bar("verify") as progress:
+        problems = store.verify(deep, progress)
+    for problem in problems:
+        render.say(f"damaged: {problem}")
+    if problems:
+        raise StoreError(f"{folder}: {len(problems)} of its parts are damaged", "quantize it again, or copy it again")
+    depth = "every checksum agrees" if deep else "structure agrees; --deep also checks every byte"
+    print(f"{folder}: {depth}")

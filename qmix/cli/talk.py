@@ -1,0 +1,109 @@
+"""Commands that talk: chat, generate, demo."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qmix import paths, render
+from qmix.cli.options import (
+    CachePolicy,
+    Context,
+    Loading,
+    Margin,
+    MaxTokens,
+    MinP,
+    ModelArgument,
+    NoPrefetch,
+    Penalty,
+    Prefetch,
+    Ram,
+    Seed,
+    Stop,
+    System,
+    Temp,
+    Threads,
+    TopK,
+    TopP,
+    Trace,
+    Verify,
+    checked,
+    load_engine,
+    model_folder,
+    sampling,
+)
+from qmix.config import SamplingParams
+from qmix.errors import UsageError
+
+
+def chat(
+    model: ModelArgument = None, system: System = None,
+    resume: Annotated[bool, typer.Option("--continue", help="Go on with the last conversation.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="More figures after each answer.")] = False,
+    temp: Temp = 0.7, top_p: TopP = 0.95, top_k: TopK = 0, min_p: MinP = 0.0, repeat_penalty: Penalty = 1.0,
+    seed: Seed = None, stop: Stop = None, max_tokens: MaxTokens = -1, ctx_size: Context = 0, threads: Threads = None,
+    ram: Ram = "auto", margin: Margin = None, cache_policy: CachePolicy = "auto", prefetch: Prefetch = "auto",
+    no_prefetch: NoPrefetch = False, verify: Verify = "first", trace: Trace = None,
+) -> None:
+    """Talk with a model in the terminal; /help inside lists the commands."""
+    params = sampling(temp, top_p, top_k, min_p, repeat_penalty, seed, max_tokens, stop)
+    how = Loading(ctx_size, threads, ram, margin, cache_policy, prefetch, no_prefetch, verify, trace)
+    _chat(model_folder(model), model or "", params, system, resume, stats, how)
+
+
+def _chat(folder: Path, name: str, params: SamplingParams, system: str | None, resume: bool, stats: bool,
+          how: Loading) -> None:
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise UsageError("chat needs a terminal", "for pipes and scripts: qmix generate MODEL -p \"...\"")
+    from qmix import chat as chat_package
+
+    with load_engine(folder, how) as engine:
+        raise typer.Exit(chat_package.run(engine, model_name=name or folder.name, params=params, system=system,
+                                          resume=resume, stats=stats, state_dir=paths.state_folder()))
+
+
+def generate(
+    model: ModelArgument = None,
+    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="The prompt; - or none reads stdin.",
+                                               show_default=False)] = None,
+    file: Annotated[Path | None, typer.Option("-f", "--file", help="Read the prompt from a file.",
+                                              show_default=False)] = None,
+    system: System = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON document: text, token_ids, finish_reason, "
+                                       "timings, tiers.")] = False,
+    temp: Temp = 0.7, top_p: TopP = 0.95, top_k: TopK = 0, min_p: MinP = 0.0, repeat_penalty: Penalty = 1.0,
+    seed: Seed = None, stop: Stop = None, max_tokens: MaxTokens = -1, ctx_size: Context = 0, threads: Threads = None,
+    ram: Ram = "auto", margin: Margin = None, cache_policy: CachePolicy = "auto", prefetch: Prefetch = "auto",
+    no_prefetch: NoPrefetch = False, verify: Verify = "first", trace: Trace = None,
+) -> None:
+    """Answer one prompt: the text on stdout, everything else on stderr."""
+    from qmix import oneshot
+
+    params = sampling(temp, top_p, top_k, min_p, repeat_penalty, seed, max_tokens, stop)
+    how = Loading(ctx_size, threads, ram, margin, cache_policy, prefetch, no_prefetch, verify, trace)
+    folder = model_folder(model)
+    text = oneshot.read_prompt(prompt, file, sys.stdin)
+    with load_engine(folder, how) as engine:
+        raise typer.Exit(oneshot.run(engine, text, params, system=system, raw=raw, as_json=json))
+
+
+def demo(
+    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Answer this and leave, instead of a chat.",
+                                               show_default=False)] = None,
+    temp: Temp = 0.7, seed: Seed = None, threads: Threads = None,
+) -> None:
+    """Quantize the small bundled model (once) and chat with it: a toy for trying the machinery."""
+    from qmix import oneshot
+    from qmix.demo import demo_store
+
+    folder = demo_store(paths.models_folder() / "demo", render.say)
+    params = checked(SamplingParams, temp, seed=seed)
+    if prompt is None:
+        _chat(folder, "demo", params, None, False, False, Loading(threads=threads))
+    else:
+        with load_engine(folder, Loading(threads=threads)) as engine:
+            raise typer.Exit(oneshot.run(engine, prompt, params))

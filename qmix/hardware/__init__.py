@@ -1,0 +1,10 @@
+"""What this machine has: memory that may be used, cores, and how fast bytes move.
+
+memory.py and cores.py answer at once and are re-exported here. disk.py and bandwidth.py measure, which
+takes seconds: import them where that is wanted. `hardware.memory` is the function of that name.
+"""
+
+from qmix.hardware.cores import check_threads, physical_cores
+from qmix.hardware.memory import Memory, cgroup_limits, memory, peak_bytes, resident_bytes
+
+__all__ = ["Memory", "cgroup_limits", "check_threads", "memory", "peak_bytes", "physical_cores", "resident_bytes"]

@@ -1,0 +1,79 @@
+"""Processor: cores this process may use, what holds them back, caches and instruction sets.
+
+`root` stands for / in tests.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import psutil
+
+from qmix.errors import UsageError
+from qmix.hardware.memory import cgroup_levels, read_text
+
+# What /proc/cpuinfo calls the instructions that decide which kernels run, on x86 and on ARM.
+INSTRUCTIONS: Mapping[str, frozenset[str]] = MappingProxyType({
+    "avx2": frozenset({"avx2"}),
+    "avx512": frozenset({"avx512f"}),
+    "vnni": frozenset({"avx512_vnni", "avx_vnni"}),
+    "bf16": frozenset({"avx512_bf16", "amx_bf16", "bf16"}),
+})
+
+
+def physical_cores() -> int:
+    """Cores this process may run on, hyper-threads counted once; at least 1."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+
+
+def check_threads(asked: int) -> int:
+    """`asked`, unless it is so many threads that they could only stand in each other's way, or crash the
+    libraries that start them: UsageError above 4 for each logical processor, and at least 16."""
+    limit = max(16, 4 * (os.cpu_count() or 1))
+    if not 1 <= asked <= limit:
+        raise UsageError(f"--threads: got {asked}, want 1 to {limit}",
+                         f"drop it: this machine's {physical_cores()} cores are the default")
+    return asked
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """Cores' worth of time that the tightest cgroup above this process grants (1.5 = one and a half);
+    None where there is no limit."""
+    found = []
+    for v2, level in cgroup_levels("cpu", root):
+        if v2:
+            words = read_text(level / "cpu.max").split()
+        else:
+            words = [read_text(level / name).strip() for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")]
+        if len(words) == 2 and all(word.isdigit() and int(word) for word in words):  # not "max", "-1" or ""
+            found.append(int(words[0]) / int(words[1]))
+    return min(found, default=None)
+
+
+def last_level_cache(root: Path = Path("/")) -> int:
+    """Bytes of the largest cache level, all its parts together; 0 where the system does not tell."""
+    levels: dict[int, dict[str, int]] = {}
+    for folder in (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cache/index[0-9]*"):
+        level, size, shared = (read_text(folder / name).strip() for name in ("level", "size", "shared_cpu_list"))
+        if level.isdigit() and re.fullmatch(r"\d+K", size):
+            levels.setdefault(int(level), {})[shared] = 1024 * int(size[:-1])
+    return sum(levels[max(levels)].values()) if levels else 0
+
+
+def cpu_model(root: Path = Path("/")) -> str:
+    """The processor's name as the system gives it."""
+    found = re.search(r"^model name\s*:\s*(\S.*)$", read_text(root / "proc/cpuinfo"), re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine() or "unknown"
+
+
+def cpu_instructions(root: Path = Path("/")) -> dict[str, bool]:
+    """Which of INSTRUCTIONS the processor has; all False where the system does not tell."""
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", read_text(root / "proc/cpuinfo"), re.MULTILINE)
+    flags = set(found[1].split()) if found else set()
+    return {name: bool(flags & wanted) for name, wanted in INSTRUCTIONS.items()}

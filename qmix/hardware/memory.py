@@ -1,0 +1,122 @@
+"""Memory: what this process may take, and what it has taken.
+
+Bytes are what the process may really take: the smaller of the machine's memory and every cgroup
+limit (v1 and v2) above it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes: total that may be used, and what is available now."""
+
+    total: int
+    available: int
+
+
+def memory(root: Path = Path("/")) -> Memory:
+    """Memory of this machine within the cgroup's limits. `root` stands for / in tests."""
+    system = psutil.virtual_memory()
+    limits = [limit for limit in cgroup_limits(root) if limit[0] < system.total]
+    total = min([system.total, *(limit for limit, _ in limits)])
+    available = min([system.available, *(max(0, limit - used) for limit, used in limits)])
+    return Memory(total, available)
+
+
+def cgroup_limits(root: Path = Path("/")) -> list[tuple[int, int]]:
+    """(limit, used) bytes of this process's memory cgroup and each one above it.
+
+    used excludes page cache that the kernel would drop (inactive_file). Unlimited levels are left out.
+    """
+    found = []
+    for v2, level in cgroup_levels("memory", root):
+        names = ("memory.max", "memory.current") if v2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        limit, used = read_text(level / names[0]).strip(), read_text(level / names[1]).strip()
+        if limit.isdigit() and used.isdigit():
+            stat = dict(row.split() for row in read_text(level / "memory.stat").splitlines())
+            cache = int(stat.get("total_inactive_file", stat.get("inactive_file", "0")))
+            found.append((int(limit), max(0, int(used) - cache)))
+    return found
+
+
+def cgroup_levels(controller: str, root: Path = Path("/")) -> Iterator[tuple[bool, Path]]:
+    """(whether it is version 2, folder) of this process's cgroup for `controller` and each one above it."""
+    for line in read_text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        v2 = controllers == ""
+        if not v2 and controller not in controllers.split(","):
+            continue
+        base = root / ("sys/fs/cgroup" if v2 else f"sys/fs/cgroup/{controller}")
+        folder = base / path.lstrip("/")
+        for level in (folder, *folder.parents):
+            if not level.is_relative_to(base):
+                break
+            yield v2, level
+
+
+def resident_bytes(root: Path = Path("/")) -> int:
+    """Bytes of RAM this process holds now (VmRSS; Linux counts it per core, give or take 2 MiB)."""
+    return _status("VmRSS", root) or psutil.Process().memory_info().rss
+
+
+def peak_bytes(root: Path = Path("/")) -> int:
+    """The most bytes of RAM this process has held so far (VmHWM). Elsewhere than Linux what psutil knows:
+    the peak on Windows, the bytes held now on macOS."""
+    info = psutil.Process().memory_info
+    return _status("VmHWM", root) or getattr(info(), "peak_wset", info().rss)
+
+
+def _status(key: str, root: Path) -> int:
+    """Bytes of a line of /proc/self/status, as in "VmRSS:   1234 kB"; 0 where there is none."""
+    found = re.search(rf"^{key}:\s*(\d+) kB$", read_text(root / "proc/self/status"), re.MULTILINE)
+    return 1024 * int(found[1]) if found else 0
+
+
+def hugepages(root: Path = Path("/")) -> str:
+    """Transparent huge pages: "always", "madvise" or "never"; "unknown" where the system has no such setting."""
+    found = re.search(r"\[(\w+)\]", read_text(root / "sys/kernel/mm/transparent_hugepage/enabled"))
+    return found[1] if found else "unknown"
+
+
+def anonymous_memory(nbytes: int) -> mmap.mmap:
+    """`nbytes` of page-aligned memory, in huge pages where the system has them (others refuse, and small ones
+    will do); not touched yet. OSError where there is none left.
+
+    Private, which Python's default for mmap is not: shared memory gets no huge pages from MADV_HUGEPAGE, and a
+    direct read into small ones is cut into requests of half a MiB, at half the speed.
+    """
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        return mmap.mmap(-1, nbytes)
+    buffer = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            buffer.madvise(mmap.MADV_HUGEPAGE)
+    return buffer
+
+
+def memlock_limit() -> int | None:
+    """Bytes this process may lock in RAM (ulimit -l); None where there is no limit."""
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def read_text(path: Path) -> str:
+    """A small text file of the system's; "" where it cannot be read."""
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""

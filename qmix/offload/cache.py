@@ -1,0 +1,280 @@
+"""Which records a tier keeps: eviction policies and guarded admission. Pure: no torch, no clock, no I/O,
+so that a replayed trace meets the very code that runs.
+
+Decode walks the layers in a cycle and uses K experts in each, so what matters about a record is how likely
+its layer chooses it next time round. Three estimates of that, by name:
+
+    lru       how many tokens ago it was used
+    lfu       how often, each use losing half its weight in `half_life` tokens (LRFU of Lee et al. 2001,
+              which has LRU and LFU as its two ends)
+    static    its share in the router statistics of earlier runs
+
+and how soon: a record whose layer has just passed is wanted a whole token later than one of the next layer. Every
+layer therefore counts tokens by its own clock, which goes on when its router speaks, and of two estimates that
+are close the nearer one stays (see NEAR). With `quotas` every layer keeps its share of the slots, which helps
+lru where slots are few.
+
+Prefill uses nearly every expert, which says nothing about the next token. It therefore enters the histories
+only with its last SEED tokens, as though they had been decoded; they re-seed what earlier answers left.
+
+Admission. A demanded record always gets a slot. A speculative one, or one that is warmed, displaces no
+record of the last `guard` decoded tokens, except that `probation` speculative records at a time may: those
+are wanted sooner than anything else, and if the guess was wrong the harm is bounded. A warmed one also displaces
+none that scores higher. Prefill displaces records of the last tokens last.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from math import log2
+from typing import Literal, Protocol
+
+from qmix.config import ExpertKey
+from qmix.errors import UsageError
+
+Reason = Literal["demand", "prefill", "speculative", "warm"]
+
+SEED = 256  # tokens at the end of a prompt that count as though they had been decoded
+HALF_LIFE = 32.0  # tokens; docs/cache-policy.md has the replay that chose it
+NEAR = 0.6  # an estimate loses up to this share for the wait until its layer comes; by the same replay
+POLICIES = ("lru", "lfu", "static")
+
+
+class Policy(Protocol):
+    """Estimates, from the past, how likely a record is to be wanted. Times are counted in tokens."""
+
+    def use(self, key: ExpertKey, now: int) -> None:
+        """The router chose `key` for token `now`."""
+
+    def rank(self, key: ExpertKey) -> float:
+        """Orders the records of one layer at any time: the lowest leaves first."""
+
+    def score(self, key: ExpertKey, now: int, wait: float) -> float:
+        """Orders records of different layers, and those of one layer as rank does. now: the last token that their
+        layer knows of; wait: the part of a token, 0 to 1, until their layer comes next."""
+
+
+class Lru:
+    """Least recently used. prior: share of tokens that chose a key in earlier runs, for keys not used yet."""
+
+    def __init__(self, prior: Mapping[ExpertKey, float]):
+        self._prior = prior
+        self._last: dict[ExpertKey, int] = {}
+
+    def use(self, key: ExpertKey, now: int) -> None:
+        self._last[key] = max(now, self._last.get(key, 0))
+
+    def rank(self, key: ExpertKey) -> float:
+        # Tokens are numbered from 1, so any use outranks any share.
+        return self._last[key] if key in self._last else self._prior.get(key, 0.0) - 1
+
+    def score(self, key: ExpertKey, now: int, wait: float) -> float:
+        return self.rank(key) - now - wait
+
+
+class Lfu:
+    """Uses counted with decay. A prior share of s starts at what s uses a token would have added up to.
+
+    Kept as the logarithm of the count that the key would have had at token 0, to which each use at token t adds
+    2 ** (t / half_life): nothing has to be decayed as time goes on.
+    """
+
+    def __init__(self, prior: Mapping[ExpertKey, float], half_life: float = HALF_LIFE):
+        self._half_life = half_life
+        whole = 1 / (1 - 0.5 ** (1 / half_life))
+        self._log = {key: log2(share * whole) for key, share in prior.items() if share > 0}
+
+    def use(self, key: ExpertKey, now: int) -> None:
+        new, old = now / self._half_life, self._log.get(key)
+        if old is None:
+            self._log[key] = new
+        else:  # log2(2 ** old + 2 ** new), without the powers, which overflow
+            high, low = (new, old) if new > old else (old, new)
+            self._log[key] = high + log2(1 + 2 ** max(low - high, -100.0))
+
+    def rank(self, key: ExpertKey) -> float:
+        return self._log.get(key, -1e18)
+
+    def score(self, key: ExpertKey, now: int, wait: float) -> float:
+        return 2 ** max(self.rank(key) - now / self._half_life, -1000.0) * (1 - NEAR * wait)
+
+
+class Static:
+    """The share of earlier runs, whatever happens now; a key that was never seen counts for nothing."""
+
+    def __init__(self, prior: Mapping[ExpertKey, float]):
+        self._prior = prior
+
+    def use(self, key: ExpertKey, now: int) -> None:
+        pass
+
+    def rank(self, key: ExpertKey) -> float:
+        return self._prior.get(key, 0.0)
+
+    def score(self, key: ExpertKey, now: int, wait: float) -> float:
+        return self.rank(key) * (1 - NEAR * wait)
+
+
+def make_policy(name: str, prior: Mapping[ExpertKey, float]) -> Policy:
+    """The policy of that name, "lfu:64" with that half-life; UsageError for an unknown one."""
+    kind, colon, half_life = name.partition(":")
+    if kind == "lfu" and colon:
+        try:
+            if 0 < (tokens := float(half_life)) < 1e9:
+                return Lfu(prior, tokens)
+        except ValueError:
+            pass
+        raise UsageError(f"--cache-policy {name}: want lfu:TOKENS, its half-life, a number above 0")
+    found = {"lru": Lru, "lfu": Lfu, "static": Static}
+    if name not in found:
+        raise UsageError(f"--cache-policy {name}: want auto, " + ", ".join(POLICIES))
+    return found[name](prior)  # type: ignore[return-value]
+
+
+def warm_order(layers: int, experts: int, slots: int, prior: Mapping[ExpertKey, float]) -> list[ExpertKey]:
+    """Which records fill the slots at first: each layer its share, the most frequent experts of it, in the order in
+    which a first prompt meets them."""
+    share, more = divmod(slots, layers)
+    keys = []
+    for layer in range(layers):
+        ranked = sorted((ExpertKey(layer, e) for e in range(experts)), key=lambda key: (-prior.get(key, 0.0), key))
+        keys += ranked[:share + (layer < more)]
+    return keys
+
+
+class Cache:
+    """The keys in a tier of `slots` slots. The caller moves the bytes and does what it is told:
+
+        cache.begin_token()                       each decoded token
+        cache.use(key)                            the router chose it
+        if key not in cache:
+            leaves = cache.admit(key, "demand", busy)     frees a slot where one is needed
+    """
+
+    def __init__(self, slots: int, layers: int, policy: Policy, *, quotas: bool = False, guard: int = 1,
+                 probation: int = 2):
+        if slots < 1:
+            raise ValueError(f"slots: got {slots}, want >= 1")
+        self.slots = slots
+        self._layers = layers
+        self._policy = policy
+        self._probation = probation
+        self._held: list[dict[ExpertKey, None]] = [{} for _ in range(layers)]
+        self._count = 0
+        share, more = divmod(slots, layers)
+        self._quota = [share + (i < more) for i in range(layers)] if quotas and share else None
+        self._unproven: set[ExpertKey] = set()  # speculative records that nobody has used yet
+        # What each of the last `guard` decoded tokens used.
+        self._recent: deque[set[ExpertKey]] = deque([set()] if guard else (), maxlen=guard)
+        self._now = 0  # tokens in the histories
+        self._clocks = [0] * layers  # the last of them that each layer knows of
+        self._layer = 0  # where the walk through the layers is
+
+    def __contains__(self, key: ExpertKey) -> bool:
+        return key in self._held[key.layer]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[ExpertKey]:
+        return (key for held in self._held for key in held)
+
+    def begin_token(self) -> None:
+        """A decode pass starts."""
+        self._now += 1
+        self._recent.append(set())
+
+    def begin_prefill(self, tokens: int) -> None:
+        """A prefill pass over `tokens` tokens starts."""
+        self._now += min(tokens, SEED)
+
+    def use(self, key: ExpertKey) -> None:
+        """The router chose `key` for the token being decoded."""
+        self._layer = key.layer
+        self._clocks[key.layer] = self._now
+        self._policy.use(key, self._now)
+        if self._recent:
+            self._recent[-1].add(key)
+        self._unproven.discard(key)
+
+    def seed(self, layer: int, choices: Sequence[Collection[int]]) -> None:
+        """What the last tokens of a prompt (at most SEED of them, oldest first) chose in `layer`."""
+        self._layer = layer
+        self._clocks[layer] = self._now
+        first = self._now - len(choices) + 1
+        for token, experts in enumerate(choices):
+            for expert in experts:
+                self._policy.use(ExpertKey(layer, expert), first + token)
+        self.settle(layer)
+
+    def settle(self, layer: int) -> None:
+        """The router of `layer` has spoken: guesses that it did not confirm are ordinary records now."""
+        self._unproven = {key for key in self._unproven if key.layer != layer}
+
+    def score(self, key: ExpertKey) -> float:
+        """What the policy makes of a record now; the one with the lowest score leaves first."""
+        return self._policy.score(key, self._clocks[key.layer], self._distance(key.layer) / self._layers)
+
+    def admit(self, key: ExpertKey, reason: Reason, busy: Collection[ExpertKey] = ()) -> ExpertKey | bool:
+        """Take `key` in. True: a slot was free. A key: it left, and its slot is the one. False: refused, since
+        every record that may leave is busy (being read or computed), or, for a guess, worth more than the guess."""
+        assert key not in self, key
+        leaves = None
+        if self._count >= self.slots:
+            leaves = self._victim(key.layer, reason, busy)
+            if leaves is None or (reason == "warm" and self.score(leaves) > self.score(key)):
+                return False
+            self.remove(leaves)
+        self._held[key.layer][key] = None
+        self._count += 1
+        if reason == "speculative":
+            self._unproven.add(key)
+        return True if leaves is None else leaves
+
+    def remove(self, key: ExpertKey) -> None:
+        """Its slot is free: evicted, or what was to be read into it did not come."""
+        del self._held[key.layer][key]
+        self._count -= 1
+        self._unproven.discard(key)
+
+    def _victim(self, layer: int, reason: Reason, busy: Collection[ExpertKey]) -> ExpertKey | None:
+        """What leaves for a record of `layer`. Guesses leave last, they are wanted within a layer or two, and one guess
+        does not displace another one."""
+        recent = set().union(*self._recent)
+        spared: list[set[ExpertKey]]  # tried in turn: what stays besides what is busy
+        if reason == "demand":
+            spared = [self._unproven, set()]
+        elif reason == "prefill":
+            spared = [self._unproven | recent, self._unproven, set()]
+        elif reason == "speculative" and len(self._unproven) < self._probation:
+            spared = [self._unproven | recent, self._unproven]
+        else:
+            spared = [self._unproven | recent]
+        for stays in spared:
+            leaves = self._lowest(layer, stays.union(busy))
+            if leaves is not None:
+                return leaves
+        return None
+
+    def _lowest(self, layer: int, stays: Collection[ExpertKey]) -> ExpertKey | None:
+        """Of the records that may leave for one of `layer`, the one with the lowest score, the farthest among equals.
+        Only the lowest of each layer is scored: this runs for every miss, over all slots."""
+        lowest = []
+        for held in self._sources(layer):
+            candidates = [key for key in held if key not in stays]
+            if candidates:
+                lowest.append(min(candidates, key=self._policy.rank))
+        return min(lowest, key=lambda key: (self.score(key), -self._distance(key.layer)), default=None)
+
+    def _sources(self, layer: int) -> list[dict[ExpertKey, None]]:
+        """With quotas a layer that has its share makes room itself, else those that have more than their own."""
+        if self._quota is None:
+            return self._held
+        if len(self._held[layer]) >= self._quota[layer]:
+            return [self._held[layer]]
+        return [held for held, quota in zip(self._held, self._quota, strict=True) if len(held) > quota]
+
+    def _distance(self, layer: int) -> int:
+        """Layers until the walk is there."""
+        return (layer - self._layer - 1) % self._layers

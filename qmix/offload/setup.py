@@ -1,0 +1,152 @@
+"""Brings the experts of a store up within a plan: pool, cache, readers, tier and the callable, joined.
+
+When everything fits, every record is read and checked here, and nothing is fetched later. Otherwise the
+slots are warmed in the background, most frequent experts first where the router statistics know them, and
+the first prompt goes ahead of the warming.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from qmix.config import ExpertKey
+from qmix.errors import UsageError
+from qmix.kernels.table import KernelTable
+from qmix.offload.cache import POLICIES, Cache, make_policy
+from qmix.offload.experts import PagedExperts
+from qmix.offload.figures import PhaseFigures
+from qmix.offload.plan import Plan
+from qmix.offload.pool import slot_pool
+from qmix.offload.prefetch import MODES, Prefetcher
+from qmix.offload.reads import Readers
+from qmix.offload.router_stats import RouterStats
+from qmix.offload.tiers import Tier
+from qmix.offload.trace import TraceWriter
+from qmix.offload.watch import RoutingWatch
+from qmix.render import Progress
+from qmix.store import VERIFY, Store
+
+AUTO_POLICY = "lfu"  # docs/cache-policy.md
+DEPTH = 1  # layers looked ahead
+
+
+@dataclass(frozen=True, slots=True)
+class OffloadOptions:
+    """policy: how a record is chosen to leave; prefetch: where guesses come from; verify: which reads are checked."""
+
+    policy: str = "auto"
+    prefetch: str = "auto"
+    verify: str = "first"
+    depth: int = DEPTH
+
+    def __post_init__(self) -> None:
+        for flag, value, allowed in (("--cache-policy", self.policy, ("auto", *POLICIES)),
+                                     ("--prefetch", self.prefetch, MODES), ("--verify", self.verify, VERIFY)):
+            if value not in allowed:
+                raise UsageError(f"{flag} {value}: want " + ", ".join(allowed))
+
+
+class Offload:
+    """The running parts. experts: what the model calls. Close it; reads that have begun are waited for."""
+
+    def __init__(self, experts: PagedExperts, tier: Tier, readers: Readers, prefetcher: Prefetcher,
+                 stats: RouterStats, policy: str, closing: ExitStack):
+        self.experts = experts
+        self.tier = tier
+        self.stats = stats
+        self._readers = readers
+        self._prefetcher = prefetcher
+        self._policy = policy
+        self._closing = closing
+        self._mark = self._meter()
+
+    def end_pass(self, phase: str, tokens: int, seconds: float) -> None:
+        """A pass is over: to whose account its reading goes."""
+        figures, before = self.experts.figures[phase], self._mark
+        self._mark = self._meter()
+        figures.passes += 1
+        figures.tokens += tokens
+        figures.seconds += seconds
+        figures.bytes_read += self._mark[0] - before[0]
+        figures.read_seconds += min(seconds, self._mark[1] - before[1])
+
+    def report(self) -> dict[str, Any]:
+        """Slots, policy, figures of both phases and of the prefetcher, as plain data."""
+        figures = self.experts.figures
+        return {"slots": len(self.tier.pool), "policy": self._policy, "prefetch": self._prefetcher.mode,
+                "warmed_bytes": self._readers.bytes_read[2], "decode": figures["decode"].report(),
+                "prefill": figures["prefill"].report(), "prefetcher": self._prefetcher.report()}
+
+    def reset(self) -> None:
+        """Start all figures anew; caches and estimates stay."""
+        self.experts.figures = {"prefill": PhaseFigures(), "decode": PhaseFigures()}
+        self._prefetcher.reset()
+        self._mark = self._meter()
+
+    def close(self) -> None:
+        self._closing.close()
+
+    def _meter(self) -> tuple[int, float]:
+        return sum(self._readers.bytes_read[:2]), self._readers.busy_seconds
+
+
+def open_offload(store: Store, kernels: KernelTable, plan: Plan, options: OffloadOptions, stats: RouterStats,
+                 trace: TraceWriter | None = None, say: Callable[[str], None] = lambda line: None,
+                 progress: Progress | None = None) -> Offload:
+    """StoreError where a record that is read at the start is damaged; UsageError for a wrong option."""
+    config, slots = store.config, plan.slots
+    policy = AUTO_POLICY if options.policy == "auto" else options.policy
+    prior = stats.share("decode") or stats.share("prefill")
+    if policy == "static" and not any(prior.values()):
+        say("--cache-policy static: there are no router statistics of this store yet, so all experts count alike")
+    with ExitStack() as opened:
+        pool = slot_pool(slots, store.layout.nbytes)
+        records = store.records(options.verify, say)  # type: ignore[arg-type]
+        opened.callback(records.close)
+        readers = Readers(records)
+        opened.callback(readers.close)
+        cache = Cache(slots, config.num_layers, make_policy(policy, prior),
+                      quotas=slots < 2 * config.experts_per_token * config.num_layers,
+                      probation=max(1, min(2 * config.experts_per_token, slots // 8)))
+        tier = Tier(pool, cache, readers)
+        prefetcher = Prefetcher(options.prefetch, config.num_layers, config.experts_per_token,
+                                stats.next_probabilities)
+        views = [store.expert(ExpertKey(0, 0), slot) for slot in pool]
+        experts = PagedExperts(config, kernels, tier, views, _half(store), prefetcher,
+                               RoutingWatch(config.num_layers, config.num_experts, stats, trace), options.depth)
+        order = warm_order(config.num_layers, config.num_experts, slots, prior)
+        if plan.resident:
+            _fill(tier, order, store.layout.nbytes, progress)
+        else:
+            for key in order:
+                tier.want(key, "warm")
+        return Offload(experts, tier, readers, prefetcher, stats, policy, opened.pop_all())
+
+
+def warm_order(layers: int, experts: int, slots: int, prior: Mapping[ExpertKey, float]) -> list[ExpertKey]:
+    """Which records fill the slots at first: each layer its share, the most frequent experts of it, in the order in
+    which a first prompt meets them."""
+    share, more = divmod(slots, layers)
+    keys = []
+    for layer in range(layers):
+        ranked = sorted((ExpertKey(layer, e) for e in range(experts)), key=lambda key: (-prior.get(key, 0.0), key))
+        keys += ranked[:share + (layer < more)]
+    return keys
+
+
+def _half(store: Store) -> int:
+    """Bytes of a record up to the end of its w13."""
+    return max(p.offset + p.tensor.nbytes for p in store.layout.placed if p.matrix == "w13")
+
+
+def _fill(tier: Tier, keys: list[ExpertKey], nbytes: int, progress: Progress | None) -> None:
+    """Read everything now; the first error ends it."""
+    for key in keys:
+        tier.want(key, "demand")
+    for i, key in enumerate(keys):
+        tier.wait(key, nbytes)
+        if progress is not None:
+            progress((i + 1) * nbytes, len(keys) * nbytes, "")

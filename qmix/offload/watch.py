@@ -1,0 +1,65 @@
+"""What the routers decide, on its way into the router statistics and, where asked for, a trace.
+
+One pass after the other: each layer hands in its choices, and with the last one the pass is counted.
+
+T tokens, K experts per token, E experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qmix.config import Step
+from qmix.offload.cache import SEED
+from qmix.offload.router_stats import RouterStats
+from qmix.offload.trace import TraceWriter
+
+
+class RoutingWatch:
+    """stats: counts every pass. trace: also gets every decision, with weights and guesses."""
+
+    def __init__(self, layers: int, experts: int, stats: RouterStats, trace: TraceWriter | None = None):
+        self._layers = layers
+        self._experts = experts
+        self.stats = stats
+        self._trace = trace
+        self._decoded: list[list[list[int]]] = []  # by layer, by token: the experts, in decode
+        self._counts: list[list[int]] = []
+        self._transitions: list[list[list[int]]] = []
+        self._before: Tensor | None = None  # the layer before: [T, E], 1 where chosen
+        self.last_choices: list[list[int]] = []  # of the last tokens in the layer handed in last, in prefill
+
+    def layer(self, layer: int, step: Step, ids: Tensor, weights: Tensor, ahead: Tensor | None) -> None:
+        """ids [T, K] and weights [T, K] of `layer`; ahead [T, D, A], what it guesses of the next ones."""
+        if layer == 0:
+            self._decoded, self._counts, self._transitions, self._before = [], [], [], None
+        if self._trace is not None:
+            if layer == 0:
+                self._trace.drop_pass()  # what an interrupted pass has left
+            near = None if ahead is None else ahead[:, 0].tolist()
+            self._trace.add(layer, ids.tolist(), weights.tolist(), near)
+        if step.phase == "decode":
+            self._decoded.append(ids.tolist())
+        else:
+            self._prefill(ids)
+        if layer + 1 == self._layers:
+            self._end(step, len(ids))
+
+    def _prefill(self, ids: Tensor) -> None:
+        self.last_choices = ids[-SEED:].tolist()
+        chosen = torch.zeros(len(ids), self._experts).scatter_(1, ids, 1.0)
+        self._counts.append(chosen.sum(0).long().tolist())
+        if self._before is not None:
+            # Exact: sums of ones, and a pass has far fewer tokens than fp32 has integers.
+            self._transitions.append((self._before.T @ chosen).long().tolist())
+        self._before = chosen
+
+    def _end(self, step: Step, tokens: int) -> None:
+        if step.phase == "decode":
+            for token in range(tokens):
+                self.stats.add_token("decode", [layer[token] for layer in self._decoded])
+        else:
+            self.stats.add_counts("prefill", tokens, self._counts, self._transitions)
+        if self._trace is not None:
+            self._trace.end_pass(step.phase, step.sequence or (0,) * tokens)

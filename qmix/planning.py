@@ -1,0 +1,148 @@
+"""What `qmix plan` says: where every byte of a model would go, and how fast it should then run.
+
+For a store, a checkpoint or a config.json alone; for this machine, or for one described by its sizes and
+bandwidths. Nothing is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qmix import hardware
+from qmix.config import ExpertKey, ModelConfig, QuantConfig
+from qmix.errors import CheckpointError, ConfigError, UsageError
+from qmix.offload import router_stats
+from qmix.offload.forecast import Speeds, forecast
+from qmix.offload.plan import MARGIN, PROGRAM, Needs, Plan, choose_context
+from qmix.offload.plan import plan as make_plan
+from qmix.sizes import format_bytes
+from qmix.store import CONFIG, MANIFEST, Store
+
+TYPICAL = Speeds(ram=40.0, disk=3.0, pcie=25.0, vram=900.0)  # GB/s, for what was neither measured nor given
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Bytes and GB/s; None where they are to be found out."""
+
+    ram: int | None = None
+    margin: int | None = None
+    vram: int | None = None
+    ram_speed: float | None = None
+    vram_speed: float | None = None
+    pcie: float | None = None
+    disk: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """shares: of tokens that chose each expert, {} where this model has no router statistics yet."""
+
+    name: str
+    config: ModelConfig
+    quant: QuantConfig
+    shares: Mapping[ExpertKey, float]
+
+
+def find_model(path: Path, quant: QuantConfig | None, state: Path | None, say: Callable[[str], None]) -> Model:
+    """The model at `path`: a store, a folder with a config.json, or a config.json. quant: how an unquantized one
+    would be quantized, None = as `qmix quantize` does by default; UsageError for a store, which is."""
+    if (path / MANIFEST).is_file():
+        if quant is not None:
+            raise UsageError(f"{path}: is quantized already", "drop --format, --group-size and --dense")
+        with Store.open(path) as store:
+            config = store.config
+            stats = router_stats.load(state, store.identity, config.num_layers, config.num_experts, say)
+            return Model(path.resolve().name, config, store.quant, stats.share("decode") or stats.share("prefill"))
+    file = path / CONFIG if path.is_dir() else path
+    try:
+        raw = json.loads(file.read_text())
+        if not isinstance(raw, dict):
+            raise ValueError("not an object")
+        config = ModelConfig.from_hf(raw)
+    except ConfigError as e:
+        raise CheckpointError(f"{file}: {e.message}", e.cure) from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise CheckpointError(f"{file}: {getattr(e, 'strerror', None) or str(e).splitlines()[0]}",
+                              "name a store, a checkpoint or a config.json") from None
+    return Model(path.resolve().name, config, quant or QuantConfig(), {})
+
+
+def describe(model: Model, context: int, machine: Machine, known: Speeds | None, say: Callable[[str], None],
+             ) -> dict[str, Any]:
+    """All that `qmix plan` prints, as nested plain data. DoesNotFit says how much is missing."""
+    if context > model.config.max_positions:
+        raise UsageError(f"--ctx-size {context}: the model was trained for {model.config.max_positions} positions",
+                         f"choose at most {model.config.max_positions}")
+    needs = Needs.of(model.config, model.quant, choose_context(model.config, context))
+    found = make_plan(needs, _ram(machine), PROGRAM, machine.vram)
+    speeds, assumed = _speeds(machine, known)
+    if assumed:
+        say(f"assumed, neither measured nor given: {', '.join(assumed)} (qmix doctor --bandwidth measures)")
+    guess = forecast(found, speeds, model.shares)
+    if machine.vram is not None:
+        say("a forecast only: this version of qmix computes on the CPU")
+    return {
+        "model": model.name, "context": needs.context,
+        "records": needs.records, "record_bytes": needs.record, "in_memory": found.slots,
+        "on_disk_bytes": found.on_disk,
+        "memory": _rows(found),
+        "hit_rate": round(guess.hit, 4), "hit_rate_from": "router statistics" if model.shares else
+        "all experts equally likely", "disk_bytes_per_token": guess.disk_bytes,
+        "tokens_per_second": [round(guess.least, 2), round(guess.most, 2)], "limited_by": guess.bottleneck,
+        "plan": found.lines(), "forecast": guess.line(),
+    }
+
+
+def known_speeds(cache_file: Path, say: Callable[[str], None]) -> Speeds | None:
+    """What `qmix doctor --bandwidth` measured on this machine; None where it did not."""
+    if not cache_file.is_file():
+        return None  # before torch is imported for nothing
+    from qmix.hardware import bandwidth
+
+    measured = bandwidth.load(cache_file, say)
+    if measured is None or measured.disk_gbps is None:
+        return None
+    return Speeds(measured.ram_gbps, measured.disk_gbps, measured.h2d_gbps)
+
+
+def _ram(machine: Machine) -> int:
+    if machine.ram is not None:
+        if machine.margin is not None:
+            raise UsageError("--margin: only says what --ram auto leaves free", "drop one of --ram and --margin")
+        return machine.ram
+    available = hardware.memory().available + hardware.resident_bytes()
+    return available - (min(MARGIN, available // 8) if machine.margin is None else machine.margin)
+
+
+def _speeds(machine: Machine, known: Speeds | None) -> tuple[Speeds, list[str]]:
+    """(GB/s: given, else measured, else typical; what is only typical, as text)."""
+    wanted = ["ram", "disk", *(["pcie", "vram"] if machine.vram is not None else [])]
+    given = {"ram": machine.ram_speed, "disk": machine.disk, "pcie": machine.pcie, "vram": machine.vram_speed}
+    if machine.vram is None:
+        for flag, value in (("--pcie", machine.pcie), ("--vram-speed", machine.vram_speed)):
+            if value is not None:
+                raise UsageError(f"{flag} {value:g}: only counts with --vram", "name the GPU's memory with --vram too")
+    values: dict[str, Any] = {}
+    assumed = []
+    for name in wanted:
+        value = given[name] or (getattr(known, name) if known is not None else None)
+        if value is None:
+            value = getattr(TYPICAL, name)
+            assumed.append(f"{name} {value:g} GB/s")
+        values[name] = value
+    return Speeds(**values), assumed
+
+
+def _rows(plan: Plan) -> list[dict[str, Any]]:
+    rows = []
+    for tier in plan.tiers:
+        rows += [{"memory": tier.name, "holds": name, "bytes": nbytes, "size": format_bytes(nbytes)}
+                 for name, nbytes in tier.parts()]
+        free = tier.budget - tier.total
+        rows.append({"memory": tier.name, "holds": "unused", "bytes": free, "size": format_bytes(free)})
+    return [*rows, {"memory": "disk", "holds": "experts", "bytes": plan.on_disk, "size": format_bytes(plan.on_disk)}]

@@ -1,0 +1,198 @@
+"""Tiers: the right bytes in the right slot under any sequence of requests, alone and one above the other."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_reads import CHUNK, RECORD, FakeRecords, content, key
+
+from qmix.config import ExpertKey
+from qmix.errors import QmixError, StoreError
+from qmix.formats import memory
+from qmix.offload.cache import Cache, make_policy
+from qmix.offload.copies import Copies
+from qmix.offload.pool import slot_pool
+from qmix.offload.reads import Readers
+from qmix.offload.tiers import Tier
+
+LAYERS = 3  # of 8 experts
+
+
+@pytest.fixture(autouse=True)
+def no_thread_stays() -> Iterator[None]:
+    before = threading.active_count()
+    yield
+    assert threading.active_count() == before
+
+
+def cache(slots: int) -> Cache:
+    return Cache(slots, LAYERS, make_policy("lfu", {}), probation=1)
+
+
+def right(tier: Tier, wanted: ExpertKey) -> bool:
+    return bytes(memory(tier.bytes_of(wanted))) == content(wanted)
+
+
+def slots_add_up(tier: Tier) -> bool:
+    used = [tier.slot(k) for k in tier]
+    return len(set(used)) == len(used) and sorted(used + tier._free) == list(range(len(tier.pool))) \
+        and set(tier) == set(tier.cache)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32), st.integers(2, 9))
+def test_any_sequence_of_requests_finds_the_right_bytes(seed: int, slots: int) -> None:
+    """As experts.py does it: pin, want, guess, give up, wait, use; with slow and failing reads."""
+    dice = random.Random(seed)
+
+    def fault(k: ExpertKey, start: int) -> None:
+        time.sleep(dice.random() * 0.0004)
+        if dice.random() < 0.01:
+            raise OSError(5, "unlucky")
+
+    readers = Readers(FakeRecords(fault=fault), 3, CHUNK)
+    tier = Tier(slot_pool(slots, RECORD), cache(slots), readers)
+    for _ in range(40):
+        tier.cache.begin_token()
+        layer = dice.randrange(LAYERS)
+        chosen = [ExpertKey(layer, e) for e in dice.sample(range(8), 2)]
+        for k in chosen:
+            tier.cache.use(k)
+            tier.pin(k)
+        guess = ExpertKey((layer + 1) % LAYERS, dice.randrange(8))
+        tier.want(guess, "speculative")
+        for k in chosen:
+            try:
+                while not tier.want(k, "demand"):
+                    raise AssertionError("a demanded record got no slot")
+                tier.wait(k, RECORD)
+                assert tier.ready(k)
+                assert right(tier, k)
+            except StoreError:
+                assert k not in tier
+        tier.unpin(chosen)
+        if dice.random() < 0.5:
+            tier.cancel_guess(guess)
+        assert slots_add_up(tier)
+    readers.close()
+
+
+def test_a_failed_load_frees_its_slot_and_is_read_again() -> None:
+    failing = {key(1)}
+
+    def fault(k: ExpertKey, start: int) -> None:
+        if k in failing:
+            raise OSError(5, "unlucky")
+
+    readers = Readers(FakeRecords(fault=fault), 2, CHUNK)
+    tier = Tier(slot_pool(2, RECORD), cache(2), readers)
+    for _ in range(3):
+        assert tier.want(key(1), "demand")
+        with pytest.raises(StoreError, match="layer 0 expert 1"):
+            tier.wait(key(1), RECORD)
+        assert key(1) not in tier and slots_add_up(tier)
+    failing.clear()
+    assert tier.want(key(1), "demand")
+    tier.wait(key(1), RECORD)
+    assert right(tier, key(1))
+    readers.close()
+
+
+def test_the_pool_is_aligned_and_private() -> None:
+    pool = slot_pool(3, 8192)
+    assert pool.shape == (3, 8192) and pool.data_ptr() % 4096 == 0
+    assert pool.sum() == 0
+
+
+def two_tiers(above: int, below: int, records: FakeRecords, slow: float = 0.0,
+              ) -> tuple[Tier, Tier, Copies, Readers]:
+    dice = random.Random(above * 100 + below)
+
+    def copy(source: torch.Tensor, target: torch.Tensor) -> None:
+        time.sleep(dice.random() * slow)
+        target.copy_(source)
+
+    readers = Readers(records, 2, CHUNK)
+    low = Tier(slot_pool(below, RECORD), cache(below), readers)
+    copies = Copies(low, CHUNK, copy)
+    high = Tier(slot_pool(above, RECORD), cache(above), copies, copies.take_back)
+    return high, low, copies, readers
+
+
+def test_a_record_is_above_or_below_and_comes_back_down_when_it_leaves() -> None:
+    records = FakeRecords()
+    high, low, copies, readers = two_tiers(2, 3, records)
+    for i in (0, 1, 2, 3):
+        high.cache.begin_token()
+        high.cache.use(key(i))
+        assert high.want(key(i), "demand")
+        high.wait(key(i), RECORD)
+        assert right(high, key(i))
+    assert set(high) == {key(2), key(3)}
+    copies._sweep()
+    assert set(low) == {key(0), key(1)}
+    assert all(right(low, k) for k in low)
+    read = len(records.seen)
+    assert high.want(key(0), "demand")
+    high.wait(key(0), RECORD)
+    assert right(high, key(0)) and len(records.seen) == read, "read from the disk though it was in the tier below"
+    copies._sweep()
+    assert not set(high) & set(low)
+    copies.close()
+    readers.close()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**32), st.integers(2, 8), st.integers(2, 6))
+def test_two_tiers_under_any_sequence_with_delays_and_faults(seed: int, above: int, below: int) -> None:
+    dice = random.Random(seed)
+
+    def fault(k: ExpertKey, start: int) -> None:
+        time.sleep(dice.random() * 0.0004)
+        if dice.random() < 0.01:
+            raise OSError(5, "unlucky")
+
+    high, low, copies, readers = two_tiers(above, below, FakeRecords(fault=fault), slow=0.0003)
+    for _ in range(30):
+        high.cache.begin_token()
+        layer = dice.randrange(LAYERS)
+        chosen = [ExpertKey(layer, e) for e in dice.sample(range(8), 2)]
+        for k in chosen:
+            high.cache.use(k)
+            high.pin(k)
+        guess = ExpertKey((layer + 1) % LAYERS, dice.randrange(8))
+        high.want(guess, "speculative")
+        for k in chosen:
+            try:
+                assert high.want(k, "demand")
+                high.wait(k, RECORD)
+                assert right(high, k)
+            except QmixError:
+                assert k not in high
+        high.unpin(chosen)
+        if dice.random() < 0.5:
+            high.cancel_guess(guess)
+        assert slots_add_up(high) and slots_add_up(low)
+    copies._sweep()
+    settled = {k for k in list(high) if high.ready(k)} & {k for k in list(low) if low.ready(k)}
+    assert not settled, "a record lies in both tiers"
+    copies.close()
+    readers.close()
+
+
+def test_close_while_records_are_on_their_way() -> None:
+    records = FakeRecords()
+    records.gate.clear()
+    high, _, copies, readers = two_tiers(4, 4, records)
+    for i in range(3):
+        high.want(key(i), "demand")
+    copies.close()
+    records.gate.set()
+    readers.close()
