@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from qmix.config import Cancel, SamplingParams
 from qmix.errors import UsageError
@@ -79,19 +79,18 @@ def run(engine: Engine, prompt: str, params: SamplingParams, *, system: str | No
             summary, reason = token.summary, token.finish_reason
     assert summary is not None  # the last record carries it
     if as_json:
-        print(json.dumps(_document("".join(text), reason, summary, engine.stats()["experts"]),
-                         ensure_ascii=False), file=out)
+        print(json.dumps(_document("".join(text), reason, summary, engine.stats()), ensure_ascii=False), file=out)
     elif not "".join(text).endswith("\n"):
         print(file=out)
     _report(summary, reason, params, engine.stats()["experts"])
     return 130 if reason == "cancelled" else 0
 
 
-def _document(text: str, reason: str | None, summary: Summary, tiers: dict[str, float]) -> dict[str, object]:
+def _document(text: str, reason: str | None, summary: Summary, stats: dict[str, Any]) -> dict[str, object]:
     timings = summary.timings
     return {"text": text, "token_ids": list(summary.ids), "finish_reason": reason, "seed": summary.seed,
             "timings": asdict(timings) | {"prefill_rate": timings.prefill_rate, "decode_rate": timings.decode_rate},
-            "tiers": tiers}
+            "tiers": stats["experts"], "offload": stats["offload"]}
 
 
 def _report(summary: Summary, reason: str | None, params: SamplingParams, tiers: dict[str, float]) -> None:

@@ -164,6 +164,9 @@ class FakeEngine:
     def stats(self) -> dict[str, dict[str, float]]:
         return {"experts": {"ram": 100.0}}
 
+    def reset_stats(self) -> None:
+        pass
+
 
 class Terminal(io.StringIO):
     encoding = "utf-8"

@@ -119,7 +119,7 @@ def test_same_bits_however_it_is_read(stores: dict[str, Path], resident: dict[st
 def test_several_looks_ahead_change_nothing(stores: dict[str, Path], resident: dict[str, Tensor],
                                             monkeypatch: pytest.MonkeyPatch) -> None:
     for depth in (2, 3, 9):
-        monkeypatch.setattr("qmix.offload.setup.DEPTH", depth)
+        monkeypatch.setattr("qmix.offload.setup.reach", lambda *_, depth=depth: (depth, 2))
         with page(monkeypatch, stores["int4"], 16) as engine:
             assert torch.equal(run(engine), resident["int4"])
 

@@ -180,7 +180,7 @@ def _load(chat: Chat, text: str) -> None:
 def _stats(chat: Chat, argument: str) -> None:
     if chat.figures is None:
         raise UsageError("/stats: there is no answer yet")
-    chat.screen.dim(statline.block(chat.figures, chat.tiers()))
+    chat.screen.dim(statline.block(chat.figures, chat.tiers(), chat.paging()))
 
 
 def _path(text: str) -> Path:

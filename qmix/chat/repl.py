@@ -26,6 +26,7 @@ from qmix.chat.signals import Signals
 from qmix.config import Cancel, SamplingParams
 from qmix.errors import QmixError, UsageError
 from qmix.generate import common_prefix
+from qmix.offload.figures import sentences
 
 LONG_PREFILL = 128  # tokens; from here on the wait is announced
 SEEDS = 2**31  # a random seed stays short enough to be typed again
@@ -163,6 +164,7 @@ class Chat:
         if unread >= LONG_PREFILL:
             self.screen.transient(f"reading {unread} tokens")
         self.screen.begin_answer()
+        self.engine.reset_stats()
         answer = respond(self.session, self.engine.tokenizer, prompt, replace(self.params, seed=self.seed),
                          self.cancel, self._show, self._clock)
         self.screen.end_answer()
@@ -189,7 +191,7 @@ class Chat:
             self.screen.dim("(the model ended its answer at once)")
         self.screen.dim(statline.line(self.figures, self.tiers()))
         if self._detailed:
-            self.screen.dim(statline.block(self.figures, self.tiers()))
+            self.screen.dim(statline.block(self.figures, self.tiers(), self.paging()))
         if answer.error is not None:
             self.screen.error(answer.error)
 
@@ -205,6 +207,11 @@ class Chat:
     def tiers(self) -> dict[str, float]:
         """Share of expert reads per tier, in percent."""
         return self.engine.stats().get("experts", {})
+
+    def paging(self) -> dict[str, str]:
+        """What the last answer read from disk, and how its guesses turned out."""
+        report = self.engine.stats().get("offload")
+        return sentences(report) if report else {}
 
     def autosave_now(self) -> None:
         """Save for --continue; a failure is told once, and never stops the chat."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from qmix.generate import Timings
 
@@ -31,8 +32,8 @@ def line(figures: Figures, tiers: Mapping[str, float]) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def block(figures: Figures, tiers: Mapping[str, float]) -> str:
-    """The longer form, a line per figure."""
+def block(figures: Figures, tiers: Mapping[str, float], paging: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The longer form, a line per figure. paging: what figures.sentences says of the answer."""
     t = figures.timings
     first = "none" if t.first_token_seconds is None else f"{t.first_token_seconds:.2f} s"
     rows = {
@@ -43,7 +44,7 @@ def block(figures: Figures, tiers: Mapping[str, float]) -> str:
         "decode": f"{t.decode_seconds:.2f} s{_also(rate(t.decode_rate))}",
         "context": f"{figures.used} of {figures.context} tokens "
                    f"({100 * figures.used / figures.context:.0f} %)",
-        "experts": _shares(tiers),
+        "experts": _shares(tiers), **paging,
         "seed": str(figures.seed),
         "ended by": figures.ending,
     }

@@ -165,6 +165,7 @@ class Cache:
         share, more = divmod(slots, layers)
         self._quota = [share + (i < more) for i in range(layers)] if quotas and share else None
         self._unproven: set[ExpertKey] = set()  # speculative records that nobody has used yet
+        self._expected: frozenset[ExpertKey] = frozenset()
         # What each of the last `guard` decoded tokens used.
         self._recent: deque[set[ExpertKey]] = deque([set()] if guard else (), maxlen=guard)
         self._now = 0  # tokens in the histories
@@ -211,6 +212,11 @@ class Cache:
     def settle(self, layer: int) -> None:
         """The router of `layer` has spoken: guesses that it did not confirm are ordinary records now."""
         self._unproven = {key for key in self._unproven if key.layer != layer}
+
+    def expect(self, keys: Collection[ExpertKey]) -> None:
+        """What the coming layers will likely want, here or not: of the records that are here, these leave last.
+        Replaces what was expected before."""
+        self._expected = frozenset(keys)
 
     def score(self, key: ExpertKey) -> float:
         """What the policy makes of a record now; the one with the lowest score leaves first."""

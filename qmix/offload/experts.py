@@ -27,6 +27,7 @@ from qmix.errors import Interrupted
 from qmix.formats import Packed
 from qmix.kernels.table import KernelTable
 from qmix.offload.figures import PhaseFigures
+from qmix.offload.lookahead import Lookahead
 from qmix.offload.prefetch import Prefetcher
 from qmix.offload.tiers import Tier
 from qmix.offload.watch import RoutingWatch
@@ -49,11 +50,12 @@ class PagedExperts:
 
     views: (w13, w2) of each slot; half: bytes of a record up to the end of w13; record: all of them.
     ahead, depth: how many experts the model should guess, for how many layers ahead; 0 where nobody fetches.
+    window: guesses that are read at a time.
     """
 
     def __init__(self, config: ModelConfig, kernels: KernelTable, tier: Tier,
                  views: Sequence[tuple[Packed, Packed]], half: int, prefetcher: Prefetcher, watch: RoutingWatch,
-                 depth: int = 1, clock: Callable[[], float] = time.perf_counter):
+                 depth: int = 1, window: int = 2, clock: Callable[[], float] = time.perf_counter):
         self._kernels = kernels
         self._top_k = config.experts_per_token
         self._experts = config.num_experts
@@ -69,7 +71,7 @@ class PagedExperts:
         fetches = not (prefetcher.off or self._all_here)
         self.ahead = self._top_k if fetches else 0
         self.depth = depth if fetches else 0
-        self._guessed: dict[ExpertKey, None] = {}  # read ahead, and their router has not spoken yet
+        self._lookahead = Lookahead(tier, prefetcher, window)
         self.figures = {"prefill": PhaseFigures(), "decode": PhaseFigures()}
 
     def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, step: Step,
@@ -125,7 +127,7 @@ class PagedExperts:
 
     def _settle(self, layer: int, step: Step, ids: Tensor, weights: Tensor, groups: dict[int, _Group]) -> None:
         """The router of `layer` has spoken: into the cache's histories, and the guesses for it are judged."""
-        cache, figures = self._tier.cache, self._prefetcher.figures[layer]
+        cache = self._tier.cache
         if step.phase == "decode":
             if layer == 0:
                 cache.begin_token()
@@ -134,23 +136,10 @@ class PagedExperts:
             if layer == 0:
                 cache.begin_prefill(len(ids))
             cache.seed(layer, self._watch.last_choices)
-        for key in [key for key in self._guessed if key.layer == layer]:
-            del self._guessed[key]
-            if key.expert not in groups:
-                self._give_up(key)
-            elif step.phase == "decode":
-                figures.used += 1
-                figures.late += not self._tier.ready(key)
+        self._lookahead.settle(layer, groups)
         for expert in groups if step.phase == "decode" else ():
             cache.use(ExpertKey(layer, expert))
         cache.settle(layer)
-
-    def _give_up(self, key: ExpertKey) -> None:
-        """A guess was wrong. What is not there yet is cancelled, what is there may serve another token."""
-        figures = self._prefetcher.figures[key.layer]
-        taken = self._tier.cancel_guess(key)
-        figures.cancelled += key not in self._tier
-        figures.wasted_bytes += taken if key not in self._tier else self._record
 
     def _in_turn(self, layer: int, experts: Sequence[int], step: Step, ahead: Tensor | None) -> Iterator[ExpertKey]:
         """The records of `experts`, each when it can be computed, those that are here first."""
@@ -167,23 +156,27 @@ class PagedExperts:
             figures.hits += len(here)
             figures.misses += len(missing)
             coming: list[ExpertKey] = []
-            self._ask(missing, coming, reason, step)
-            self._look_ahead(layer, experts, missing, step, ahead)
-            for key in here:
-                yield key
-                tier.unpin([key])
+            looked = False
+            while here or missing or coming:
                 self._ask(missing, coming, reason, step)
-            while coming:
-                key = next((key for key in coming if tier.ready(key)), coming[0])
+                if not missing and not looked:
+                    looked = True
+                    self._look_ahead(layer, experts, step, ahead)
+                self._lookahead.pursue()
+                key = self._next(here, coming)
                 self._await(key, self._half, step)
                 yield key
-                coming.remove(key)
+                (here if key in here else coming).remove(key)
                 tier.unpin([key])
-                self._ask(missing, coming, reason, step)
-                self._look_ahead(layer, (), missing, step, None)
-            assert not missing, "no slot could be had"
         finally:
             tier.unpin(keys)
+
+    def _next(self, here: list[ExpertKey], coming: list[ExpertKey]) -> ExpertKey:
+        """What to compute now: what is here, else what has arrived, else what will arrive first."""
+        if here:
+            return here[0]
+        assert coming, "no slot could be had"
+        return next((key for key in coming if self._tier.ready(key)), coming[0])
 
     def _ask(self, missing: deque[ExpertKey], coming: list[ExpertKey], reason: str, step: Step) -> None:
         """Have missing records read, as many as there are slots for."""
@@ -191,32 +184,15 @@ class PagedExperts:
         while missing and len(coming) < limit and self._tier.want(missing[0], reason):  # type: ignore[arg-type]
             coming.append(missing.popleft())
 
-    def _look_ahead(self, layer: int, chosen: Sequence[int], missing: deque[ExpertKey], step: Step,
-                    ahead: Tensor | None) -> None:
-        """Read what the next layers will want, once all that this one lacks is on its way."""
-        if missing or self._prefetcher.off or layer + 1 == self._layers:
+    def _look_ahead(self, layer: int, chosen: Sequence[int], step: Step, ahead: Tensor | None) -> None:
+        """Once all that this layer lacks is on its way: what will the next ones want?"""
+        if self._prefetcher.off or layer + 1 == self._layers:
             return
-        if step.phase == "prefill":
-            if len(step.sequence) * self._top_k >= CROWD * self._experts:
-                self._guess([ExpertKey(layer + 1, expert) for expert in range(self._experts)], WINDOW, counts=False)
-        elif ahead is not None or chosen:
+        if step.phase == "decode":
             guesses = self._prefetcher.guess(layer, chosen, _merge(ahead))
-            keys = [guess.key for guess in guesses]
-            for key in [key for key in self._guessed if key.layer == layer + 1 and key not in keys]:
-                # A nearer look withdraws what a farther one had guessed.
-                del self._guessed[key]
-                self._give_up(key)
-            self._guess(keys, len(keys))
-
-    def _guess(self, keys: Sequence[ExpertKey], limit: int, counts: bool = True) -> None:
-        waiting = sum(not self._tier.ready(key) for key in self._guessed if key in self._tier)
-        for key in keys:
-            if waiting >= limit:
-                return
-            if key not in self._tier and self._tier.want(key, "speculative"):
-                self._guessed[key] = None
-                self._prefetcher.figures[key.layer].issued += counts
-                waiting += 1
+            self._lookahead.expect([guess.key for guess in guesses])
+        elif len(step.sequence) * self._top_k >= CROWD * self._experts:
+            self._lookahead.expect([ExpertKey(layer + 1, expert) for expert in range(self._experts)], account=False)
 
     def _await(self, key: ExpertKey, nbytes: int, step: Step) -> None:
         """Wait for the first `nbytes` of a record, on the stall clock."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+Report = dict[str, Any]  # what setup.Offload.report gives
+
 
 @dataclass(slots=True)
 class PhaseFigures:
@@ -29,3 +31,34 @@ class PhaseFigures:
         """All of it; compute_seconds is what was not stalled, overlapped_seconds what was read meanwhile."""
         return {**asdict(self), "compute_seconds": max(0.0, self.seconds - self.stalled_seconds),
                 "overlapped_seconds": max(0.0, self.read_seconds - self.stalled_seconds)}
+
+
+def sentences(report: Report) -> dict[str, str]:
+    """{"disk": ..., "prefetch": ...} for people; {} where nothing was fetched."""
+    decode, prefill, guesses = report["decode"], report["prefill"], report["prefetcher"]
+    if not decode["misses"] + prefill["misses"]:
+        return {}
+    found = {}
+    read, seconds = decode["bytes_read"], decode["read_seconds"]
+    if decode["tokens"] and read:
+        found["disk"] = (
+            f"{read / decode['tokens'] / 1e9:.3g} GB a token at {read / max(seconds, 1e-9) / 1e9:.2f} GB/s; "
+            f"{100 * decode['stalled_seconds'] / max(decode['seconds'], 1e-9):.0f} % of the time stalled, "
+            f"{100 * decode['overlapped_seconds'] / max(decode['seconds'], 1e-9):.0f} % read beside computing")
+    if prefill["bytes_read"]:
+        found["prompt"] = (f"{prefill['bytes_read'] / 1e9:.3g} GB read in {prefill['passes']} pass"
+                           f"{'es' if prefill['passes'] != 1 else ''}, {prefill['stalled_seconds']:.2f} s stalled")
+    if guesses["issued"]:
+        wrong = guesses["issued"] - guesses["used"]
+        found["prefetch"] = (
+            f"{guesses['issued']} read ahead, {guesses['used']} wanted ({guesses['late']} late), {wrong} not, "
+            f"{guesses['wasted_bytes'] / 1e9:.3g} GB wasted; recall {_percent(guesses['recall'])}, by weight "
+            f"{_percent(guesses['recall_weight'])}")
+    off = [str(row["layer"]) for row in guesses["layers"] if row["state"].startswith("off:")]
+    if off:
+        found["unguessed"] = f"for layers {', '.join(off)}: wrong too often to pay"
+    return found
+
+
+def _percent(share: float | None) -> str:
+    return "unknown" if share is None else f"{100 * share:.0f} %"

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import errno
 import mmap
-from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 from qmix.errors import DoesNotFit
+from qmix.hardware.memory import anonymous_memory
 from qmix.sizes import format_bytes
 
 MADV_POPULATE_WRITE = 23  # Linux 5.14: fault all pages in, without a loop of ours
@@ -26,10 +26,7 @@ def slot_pool(slots: int, nbytes: int) -> Tensor:
     DoesNotFit where the system does not give that much memory."""
     size = max(PAGE, slots * nbytes)
     try:
-        if hasattr(mmap, "MAP_PRIVATE"):
-            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        else:
-            memory = mmap.mmap(-1, size)
+        memory = anonymous_memory(size)
         pool = torch.frombuffer(memory, dtype=torch.uint8)
         _touch(memory, pool)
     except (OSError, MemoryError) as e:
@@ -40,8 +37,6 @@ def slot_pool(slots: int, nbytes: int) -> Tensor:
 
 def _touch(memory: mmap.mmap, pool: Tensor) -> None:
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
         try:
             memory.madvise(MADV_POPULATE_WRITE)
             return

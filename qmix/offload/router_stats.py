@@ -189,16 +189,19 @@ class RouterStats:
             stats._known[phase] = Counts(tokens, one["counts"], one["last"], one["transitions"])
         return stats
 
-    def take_fresh(self) -> RouterStats | None:
-        """What was seen since the last call, which counts as loaded from now on; None where that is nothing."""
+    def fresh(self) -> RouterStats | None:
+        """What was seen since it was loaded or saved last; None where that is nothing."""
         if not any(part.tokens for part in self._fresh.values()):
             return None
-        taken = RouterStats(self.layers, self.experts)
-        taken._known = self._fresh
+        found = RouterStats(self.layers, self.experts)
+        found._known = self._fresh
+        return found
+
+    def saved(self) -> None:
+        """What `fresh` gave is in the file."""
         for phase in PHASES:
             self._known[phase].add(self._fresh[phase])
         self._fresh = self._nothing()
-        return taken
 
     def halve_if_large(self) -> None:
         for phase in PHASES:
@@ -256,13 +259,14 @@ def save(folder: Path, fingerprint: str, stats: RouterStats, say: Say, patience:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _locked(path.with_suffix(".lock"), say, patience) as alone:
-            if (fresh := stats.take_fresh()) is None:
+            if (fresh := stats.fresh()) is None:
                 return
             # What is wrong with the file was said when it was loaded, or is not ours to keep.
             merged = load(folder, fingerprint, stats.layers, stats.experts, lambda line: None)
             merged.merge(fresh)
             merged.halve_if_large()
             _replace(path, json.dumps({FORMAT: VERSION, "store": fingerprint, **merged.to_json()}), alone)
+            stats.saved()
     except OSError as e:
         say(f"{path}: router statistics were not saved: {_reason(e)}")
 

@@ -30,17 +30,18 @@ from qmix.render import Progress
 from qmix.store import VERIFY, Store
 
 AUTO_POLICY = "lfu"  # docs/cache-policy.md
-DEPTH = 1  # layers looked ahead
+FARTHEST = 3  # layers looked ahead, at most
 
 
 @dataclass(frozen=True, slots=True)
 class OffloadOptions:
-    """policy: how a record is chosen to leave; prefetch: where guesses come from; verify: which reads are checked."""
+    """policy: how a record is chosen to leave; prefetch: where guesses come from; verify: which reads are checked;
+    depth: layers looked ahead, None = as the slots allow."""
 
     policy: str = "auto"
     prefetch: str = "auto"
     verify: str = "first"
-    depth: int = DEPTH
+    depth: int | None = None
 
     def __post_init__(self) -> None:
         for flag, value, allowed in (("--cache-policy", self.policy, ("auto", *POLICIES)),
@@ -102,6 +103,8 @@ def open_offload(store: Store, kernels: KernelTable, plan: Plan, options: Offloa
     prior = stats.share("decode") or stats.share("prefill")
     if policy == "static" and not any(prior.values()):
         say("--cache-policy static: there are no router statistics of this store yet, so all experts count alike")
+    depth, window = reach(slots, config.num_layers, config.experts_per_token)
+    depth = options.depth or depth
     with ExitStack() as opened:
         pool = slot_pool(slots, store.layout.nbytes)
         records = store.records(options.verify, say)  # type: ignore[arg-type]
@@ -116,7 +119,7 @@ def open_offload(store: Store, kernels: KernelTable, plan: Plan, options: Offloa
                                 stats.next_probabilities)
         views = [store.expert(ExpertKey(0, 0), slot) for slot in pool]
         experts = PagedExperts(config, kernels, tier, views, _half(store), prefetcher,
-                               RoutingWatch(config.num_layers, config.num_experts, stats, trace), options.depth)
+                               RoutingWatch(config.num_layers, config.num_experts, stats, trace), depth, window)
         order = warm_order(config.num_layers, config.num_experts, slots, prior)
         if plan.resident:
             _fill(tier, order, store.layout.nbytes, progress)
@@ -124,6 +127,13 @@ def open_offload(store: Store, kernels: KernelTable, plan: Plan, options: Offloa
             for key in order:
                 tier.want(key, "warm")
         return Offload(experts, tier, readers, prefetcher, stats, policy, opened.pop_all())
+
+
+def reach(slots: int, layers: int, top_k: int) -> tuple[int, int]:
+    """(layers to look ahead, guesses to read at a time). What is read ahead holds slots; beyond the working set of a
+    token there must be room for it. docs/paging.md has the measurements."""
+    spare = slots - layers * top_k
+    return max(1, min(FARTHEST, spare // layers)), 2 if spare >= layers else 1
 
 
 def warm_order(layers: int, experts: int, slots: int, prior: Mapping[ExpertKey, float]) -> list[ExpertKey]:

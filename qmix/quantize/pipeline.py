@@ -14,7 +14,6 @@ F expert inner, H hidden.
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing
@@ -29,6 +28,7 @@ from qmix.checkpoint import Checkpoint
 from qmix.config import DTYPES, ExpertKey, QuantConfig
 from qmix.errors import CheckpointError, QmixError
 from qmix.formats import TORCH_DTYPES
+from qmix.hardware.memory import anonymous_memory
 from qmix.quantize.journal import Finished, Journal
 from qmix.quantize.methods import Error, error, quantize_int4_measured
 from qmix.sizes import PLAIN_DTYPES, MatrixSpec
@@ -116,10 +116,7 @@ def _read_ahead(source: Checkpoint, work: Sequence[Work],
 def _buffer(nbytes: int) -> Tensor:
     """uint8 [nbytes], on huge pages where the kernel gives them: quantizing walks down long rows. Pages count
     only once they are written."""
-    memory = mmap.mmap(-1, max(1, nbytes))
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    return torch.frombuffer(anonymous_memory(max(1, nbytes)), dtype=torch.uint8)
 
 
 def _load(source: Checkpoint, work: Work, buffer: Tensor | None) -> dict[str, Tensor]:

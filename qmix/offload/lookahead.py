@@ -1,0 +1,71 @@
+"""Guesses on their way: which records are read before their router has spoken, and what became of them.
+
+A guess takes a slot only when its read begins, a few at a time: one that merely waits for the disk would keep a
+record out that may be wanted. What is expected and here already is kept from leaving. A nearer look withdraws
+what a farther one guessed; the router's word withdraws what was wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+
+from qmix.config import ExpertKey
+from qmix.offload.prefetch import Prefetcher
+from qmix.offload.tiers import Tier
+
+
+class Lookahead:
+    """Reads ahead into `tier` what it is told to expect, and keeps the prefetcher's account of it. window: records
+    that are read ahead at a time; with two the disk goes on without a gap."""
+
+    def __init__(self, tier: Tier, prefetcher: Prefetcher, window: int = 2):
+        self._tier = tier
+        self._prefetcher = prefetcher
+        self._window = window
+        self._record = tier.pool.shape[1]
+        self._hopes: list[ExpertKey] = []  # nothing was read for them yet, nearest first
+        self._account = True
+        self._reading: dict[ExpertKey, bool] = {}  # begun, their router has not spoken; whether to account for it
+
+    def expect(self, keys: Sequence[ExpertKey], account: bool = True) -> None:
+        """What the coming layers will likely want, nearest and likeliest first. Replaces what was expected before.
+        account: these are guesses, to be judged; not so in prefill, where nearly all experts are wanted."""
+        for key in [key for key in self._reading if key not in keys]:
+            self._withdraw(key)
+        self._tier.cache.expect(keys)
+        self._hopes = [key for key in keys if key not in self._tier]
+        self._account = account
+        self.pursue()
+
+    def pursue(self) -> None:
+        """Begin to read what is expected, as far as the window allows. Worth a call whenever time has passed."""
+        if not self._hopes:
+            return
+        waiting = sum(not self._tier.ready(key) for key in self._reading if key in self._tier)
+        while self._hopes and waiting < self._window:
+            key = self._hopes.pop(0)
+            if key not in self._tier and self._tier.want(key, "speculative"):
+                self._reading[key] = self._account
+                self._prefetcher.figures[key.layer].issued += self._account
+                waiting += 1
+
+    def settle(self, layer: int, chosen: Container[int]) -> None:
+        """The router of `layer` has spoken."""
+        figures = self._prefetcher.figures[layer]
+        self._hopes = [key for key in self._hopes if key.layer != layer]
+        for key in [key for key in self._reading if key.layer == layer]:
+            if key.expert not in chosen:
+                self._withdraw(key)
+            elif self._reading.pop(key):
+                figures.used += 1
+                figures.late += not self._tier.ready(key)
+
+    def _withdraw(self, key: ExpertKey) -> None:
+        """A guess was wrong. What is not there yet is cancelled; what is there may serve another token, but
+        counts as wasted."""
+        account = self._reading.pop(key)
+        taken = self._tier.cancel_guess(key)
+        if account:
+            figures = self._prefetcher.figures[key.layer]
+            figures.cancelled += key not in self._tier
+            figures.wasted_bytes += taken if key not in self._tier else self._record
