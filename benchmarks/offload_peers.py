@@ -128,7 +128,7 @@ def decode_figures(result: Result) -> Result:
     whichever is more. read_rate: bytes read / seconds in which a read was under way. bound: see the top.
     """
     offload = (result.get("stats") or {}).get("offload") or {}
-    decode, ahead = offload.get("decode") or {}, offload.get("prefetch")
+    decode, ahead = offload.get("decode") or {}, offload.get("prefetcher")
     ahead = ahead if isinstance(ahead, dict) else offload.get("prefetch_stats") or {}
     tokens = decode.get("tokens") or result.get("tokens") or 0
     if not tokens or "bytes_read" not in decode:

@@ -64,8 +64,9 @@ class Loading:
     trace: Path | None = None
 
 
-def load_engine(folder: Path, how: Loading) -> Any:
-    """The engine, its choices said and its loading shown on stderr."""
+def load_engine(folder: Path, how: Loading, keep_statistics: bool = True) -> Any:
+    """The engine, its choices said and its loading shown on stderr. keep_statistics: start with the router
+    statistics of earlier runs, and add to them."""
     from qmix.engine import load
     from qmix.planning import known_speeds
 
@@ -76,7 +77,8 @@ def load_engine(folder: Path, how: Loading) -> Any:
     with render.byte_bar("load") as progress:
         return load(folder, threads=how.threads, context=how.ctx_size, ram=ram, margin=margin, policy=how.cache_policy,
                     prefetch="off" if how.no_prefetch else how.prefetch, verify=how.verify, trace=how.trace,
-                    state=paths.routing_folder(), speeds=known_speeds(paths.hardware_file(), render.say),
+                    state=paths.routing_folder() if keep_statistics else None,
+                    speeds=known_speeds(paths.hardware_file(), render.say),
                     say=render.say, progress=progress)
 
 

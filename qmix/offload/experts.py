@@ -49,7 +49,8 @@ class PagedExperts:
     """Experts in the slots of `tier`, fetched as they are needed.
 
     views: (w13, w2) of each slot; half: bytes of a record up to the end of w13; record: all of them.
-    ahead, depth: how many experts the model should guess, for how many layers ahead; 0 where nobody fetches.
+    ahead, depth: how many experts the model should guess, for how many layers ahead; 0 where nobody fetches,
+    unless a trace records them.
     window: guesses that are read at a time.
     """
 
@@ -68,9 +69,9 @@ class PagedExperts:
         self._watch = watch
         self._clock = clock
         self._all_here = len(tier.pool) >= len(config.expert_keys)
-        fetches = not (prefetcher.off or self._all_here)
-        self.ahead = self._top_k if fetches else 0
-        self.depth = depth if fetches else 0
+        guesses = watch.traces or not (prefetcher.off or self._all_here)
+        self.ahead = self._top_k if guesses else 0
+        self.depth = depth if guesses else 0
         self._lookahead = Lookahead(tier, prefetcher, window)
         self.figures = {"prefill": PhaseFigures(), "decode": PhaseFigures()}
 

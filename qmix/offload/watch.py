@@ -30,6 +30,11 @@ class RoutingWatch:
         self._before: Tensor | None = None  # the layer before: [T, E], 1 where chosen
         self.last_choices: list[list[int]] = []  # of the last tokens in the layer handed in last, in prefill
 
+    @property
+    def traces(self) -> bool:
+        """Whether guesses are wanted for their own sake."""
+        return self._trace is not None
+
     def layer(self, layer: int, step: Step, ids: Tensor, weights: Tensor, ahead: Tensor | None) -> None:
         """ids [T, K] and weights [T, K] of `layer`; ahead [T, D, A], what it guesses of the next ones."""
         if layer == 0:
