@@ -77,7 +77,8 @@ def test_many_experts_have_no_counts_in_the_short_form() -> None:
 
 
 def test_reports_can_be_printed(tmp_path: Path) -> None:
-    report = replay_report([record(tmp_path / "a", 1)], [record(tmp_path / "b", 2)], pytest.fail, quotas=True, record=4096)
+    test, train = record(tmp_path / "a", 1), record(tmp_path / "b", 2)
+    report = replay_report([test], [train], pytest.fail, quotas=True, record=4096)
     for one in (report, describe(*watch(passes(), 2, 4)), describe(*watch(passes(), 2, 4), full=True)):
         assert json.loads(document(one, as_json=True)) == one
         assert document(one, as_json=False)

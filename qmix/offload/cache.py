@@ -128,7 +128,7 @@ def make_policy(name: str, prior: Mapping[ExpertKey, float]) -> Policy:
         raise UsageError(f"--cache-policy {name}: want lfu:TOKENS, its half-life, a number above 0")
     found = {"lru": Lru, "lfu": Lfu, "static": Static}
     if name not in found:
-        raise UsageError(f"--cache-policy {name}: want auto, " + ", ".join(POLICIES))
+        raise UsageError(f"--cache-policy {name}: want " + ", ".join(POLICIES) + ", or lfu:TOKENS")
     return found[name](prior)  # type: ignore[return-value]
 
 

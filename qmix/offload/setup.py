@@ -7,7 +7,7 @@ the first prompt goes ahead of the warming.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from qmix.config import ExpertKey
 from qmix.errors import UsageError
 from qmix.kernels.table import KernelTable
-from qmix.offload.cache import POLICIES, Cache, make_policy
+from qmix.offload.cache import POLICIES, Cache, make_policy, warm_order
 from qmix.offload.experts import PagedExperts
 from qmix.offload.figures import PhaseFigures
 from qmix.offload.plan import Plan
@@ -112,7 +112,8 @@ def open_offload(store: Store, kernels: KernelTable, plan: Plan, options: Offloa
         readers = Readers(records)
         opened.callback(readers.close)
         cache = Cache(slots, config.num_layers, make_policy(policy, prior),
-                      quotas=slots < 2 * config.experts_per_token * config.num_layers,
+                      # Only plain LRU throws out the layers that come next (docs/cache-policy.md).
+                      quotas=policy == "lru" and slots < 2 * config.experts_per_token * config.num_layers,
                       probation=max(1, min(2 * config.experts_per_token, slots // 8)))
         tier = Tier(pool, cache, readers)
         prefetcher = Prefetcher(options.prefetch, config.num_layers, config.experts_per_token,
@@ -134,17 +135,6 @@ def reach(slots: int, layers: int, top_k: int) -> tuple[int, int]:
     token there must be room for it. docs/paging.md has the measurements."""
     spare = slots - layers * top_k
     return max(1, min(FARTHEST, spare // layers)), 2 if spare >= layers else 1
-
-
-def warm_order(layers: int, experts: int, slots: int, prior: Mapping[ExpertKey, float]) -> list[ExpertKey]:
-    """Which records fill the slots at first: each layer its share, the most frequent experts of it, in the order in
-    which a first prompt meets them."""
-    share, more = divmod(slots, layers)
-    keys = []
-    for layer in range(layers):
-        ranked = sorted((ExpertKey(layer, e) for e in range(experts)), key=lambda key: (-prior.get(key, 0.0), key))
-        keys += ranked[:share + (layer < more)]
-    return keys
 
 
 def _half(store: Store) -> int:
