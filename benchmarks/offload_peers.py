@@ -16,14 +16,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import mmap
 import os
-import random
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,8 +29,10 @@ from typing import Any
 import limits
 from synthetic_recipe import tokens_of
 
+from qmix.hardware.disk import DiskEffort, measure_disk
+from qmix.sizes import MIB
+
 SIDE = Path(__file__).with_name("offload_side.py")
-CHUNK, READERS = 4 * 2**20, 4  # of the disk measurement
 CONTEXT = 512
 GIB, GB = 2**30, 1e9
 Result = dict[str, Any]
@@ -98,27 +96,9 @@ def drop_page_cache(files: Sequence[Path]) -> None:
 
 
 def disk_bandwidth(files: Sequence[Path], seconds: float = 2.0) -> float:
-    """Bytes per second of O_DIRECT reads, 4 MiB each in file order from random places, four at a time."""
-    large = [path for path in files if path.stat().st_size >= 64 * CHUNK] or list(files)
-    stop, counts = time.perf_counter() + seconds, [0] * READERS
-
-    def read(number: int) -> None:
-        choice, buffer = random.Random(number), mmap.mmap(-1, CHUNK)
-        while time.perf_counter() < stop:
-            path = choice.choice(large)
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
-            start = choice.randrange(max(1, path.stat().st_size // CHUNK - 16))
-            for piece in range(start, start + 16):
-                counts[number] += os.preadv(fd, [buffer], piece * CHUNK)
-            os.close(fd)
-
-    threads = [threading.Thread(target=read, args=(i,)) for i in range(READERS)]
-    start = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return sum(counts) / (time.perf_counter() - start)
+    """Bytes per second that the disk gives now, as `qmix doctor` measures it: 4 threads, 4 MiB, O_DIRECT."""
+    effort = DiskEffort(seconds=seconds / 2, rounds=2, depths=(4,), chunks=(4 * MIB,))
+    return 1e9 * measure_disk(files, effort, say=lambda line: None).best.gbps
 
 
 def decode_figures(result: Result) -> Result:
