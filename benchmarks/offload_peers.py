@@ -104,21 +104,21 @@ def disk_bandwidth(files: Sequence[Path], seconds: float = 2.0) -> float:
 def decode_figures(result: Result) -> Result:
     """What qmix counted while decoding, per token where it says so; None where it counted nothing.
 
-    missed: bytes that had to come from the disk: of the experts missed, or all read less what prefetch wasted,
-    whichever is more. read_rate: bytes read / seconds in which a read was under way. bound: see the top.
+    missed: bytes that had to come from the disk: all that was read, less what prefetch wasted. read_rate: bytes
+    read / seconds in which a read was under way. bound: see the top.
     """
     offload = (result.get("stats") or {}).get("offload") or {}
     decode, ahead = offload.get("decode") or {}, offload.get("prefetcher")
-    ahead = ahead if isinstance(ahead, dict) else offload.get("prefetch_stats") or {}
+    ahead = ahead or {}
     tokens = decode.get("tokens") or result.get("tokens") or 0
     if not tokens or "bytes_read" not in decode:
         return {}
     read, stalled, reading = decode["bytes_read"], decode.get("stalled_seconds"), decode.get("read_seconds")
-    missed = max(decode.get("misses", 0) * result["record_bytes"], read - ahead.get("wasted_bytes", 0))
+    missed = read - ahead.get("wasted_bytes", 0)
     compute = decode.get("compute_seconds") or result["seconds"] - (stalled or 0.0)
     bound = 1 / max(missed / tokens / result["disk_bandwidth"], compute / tokens)
     return {"slots": offload.get("slots"), "policy": offload.get("policy"),
-            "hits": decode["hits"] / decode["chosen"] if decode.get("chosen") else None,
+            "hits": (decode["hits"] - decode["prefetched"]) / decode["chosen"] if decode.get("chosen") else None,
             "bytes_per_token": read / tokens, "stalled": stalled,
             "overlapped": None if stalled is None or reading is None else max(0.0, reading - stalled),
             "read_rate": read / reading if reading else None, "compute": compute / tokens, "bound": bound,

@@ -220,11 +220,11 @@ class Engine:
                         stops=() if raw else tokenizer.turn_stops, continuing=raw)
 
     def stats(self) -> dict[str, Any]:
-        """Since the last reset_stats: "experts", the share of expert reads by tier in percent, and "offload", all
-        figures of offload.setup.Offload.report."""
+        """Since the last reset_stats: "experts", in percent where the chosen experts were (what was read ahead came
+        from the disk), and "offload", all figures of offload.setup.Offload.report."""
         report = self._offload.report()
         both = report["decode"] if report["decode"]["chosen"] else report["prefill"]
-        ram = 100.0 * both["hits"] / both["chosen"] if both["chosen"] else 100.0
+        ram = 100.0 * (both["hits"] - both["prefetched"]) / both["chosen"] if both["chosen"] else 100.0
         tiers = {"ram": 100.0} if self.plan.resident else {"ram": ram, "disk": 100.0 - ram}
         return {"experts": tiers, "offload": report}
 

@@ -319,3 +319,50 @@ def test_trace_file_descriptors_and_slots_are_given_back(stores: dict[str, Path]
     with page(monkeypatch, stores["int4"], 8) as engine:
         run(engine)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(("above", "below"), [(4, 4), (9, 6), (20, 12)])
+def test_a_faster_tier_above_gives_the_same_bits(stores: dict[str, Path], above: int, below: int) -> None:
+    """The CPU stands in for the device: records go disk -> below -> above, those that leave come back down."""
+    from helpers import resident_experts
+
+    from qmix.config import Step
+    from qmix.engine import select_kernels
+    from qmix.offload.cache import Cache, make_policy
+    from qmix.offload.copies import Copies
+    from qmix.offload.experts import PagedExperts
+    from qmix.offload.pool import slot_pool
+    from qmix.offload.prefetch import Prefetcher
+    from qmix.offload.reads import Readers
+    from qmix.offload.router_stats import RouterStats
+    from qmix.offload.setup import _half
+    from qmix.offload.tiers import Tier
+    from qmix.offload.watch import RoutingWatch
+
+    with Store.open(stores["int4"]) as store:
+        config, kernels = store.config, select_kernels(store.config, store.quant, lambda line: None)
+        whole = resident_experts(store, kernels)
+        files = store.records()
+        readers = Readers(files)
+        low = Tier(slot_pool(below, store.layout.nbytes), Cache(below, LAYERS, make_policy("lfu", {})), readers)
+        copies = Copies(low)
+        pool = slot_pool(above, store.layout.nbytes)
+        high = Tier(pool, Cache(above, LAYERS, make_policy("lfu", {})), copies, copies.take_back)
+        stacked = PagedExperts(config, kernels, high, [store.expert(ExpertKey(0, 0), slot) for slot in pool],
+                               _half(store), Prefetcher("ahead", LAYERS, TOP_K),
+                               RoutingWatch(LAYERS, EXPERTS, RouterStats(LAYERS, EXPERTS)))
+        random = torch.Generator().manual_seed(7)
+        for number in range(25):
+            tokens = 30 if number % 8 == 0 else 1
+            step = Step("prefill" if tokens > 1 else "decode", (0,) * tokens)
+            for layer in range(LAYERS):
+                x = torch.randn(tokens, config.hidden_size, generator=random).bfloat16()
+                ids = torch.stack([torch.randperm(EXPERTS, generator=random)[:TOP_K] for _ in range(tokens)])
+                weights = torch.rand(tokens, TOP_K, generator=random)
+                ahead = torch.randint(0, EXPERTS, (tokens, 1, TOP_K), generator=random)
+                ahead = ahead if tokens == 1 and layer + 1 < LAYERS else None
+                assert torch.equal(stacked(layer, x, ids, weights, step, ahead), whole(layer, x, ids, weights, step))
+        copies.close()
+        readers.close()
+        files.close()
+        assert not {k for k in list(high) if high.ready(k)} & {k for k in list(low) if low.ready(k)}

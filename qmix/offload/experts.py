@@ -137,7 +137,7 @@ class PagedExperts:
             if layer == 0:
                 cache.begin_prefill(len(ids))
             cache.seed(layer, self._watch.last_choices)
-        self._lookahead.settle(layer, groups)
+        self.figures[step.phase].prefetched += self._lookahead.settle(layer, groups)
         for expert in groups if step.phase == "decode" else ():
             cache.use(ExpertKey(layer, expert))
         cache.settle(layer)

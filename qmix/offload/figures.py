@@ -13,14 +13,16 @@ class PhaseFigures:
     """Sums over the passes of one phase. Seconds of the process's clock, bytes read from the disk.
 
     chosen: records that passes needed (each once per layer and pass, however many tokens share it); hits: those
-    whose bytes were all there when the router spoke. seconds: whole passes; stalled_seconds: of those, waiting
-    for records; read_seconds: the disk was reading, stalled or beside the computing.
+    whose bytes were all there when the router spoke, prefetched: of these, read ahead for it. seconds: whole
+    passes; stalled_seconds: of those, waiting for records; read_seconds: the disk was reading, stalled or beside
+    the computing.
     """
 
     tokens: int = 0
     passes: int = 0
     chosen: int = 0
     hits: int = 0
+    prefetched: int = 0
     misses: int = 0
     bytes_read: int = 0
     seconds: float = 0.0
@@ -36,7 +38,7 @@ class PhaseFigures:
 def sentences(report: Report) -> dict[str, str]:
     """{"disk": ..., "prefetch": ...} for people; {} where nothing was fetched."""
     decode, prefill, guesses = report["decode"], report["prefill"], report["prefetcher"]
-    if not decode["misses"] + prefill["misses"]:
+    if not sum(phase["misses"] + phase["prefetched"] for phase in (decode, prefill)):
         return {}
     found = {}
     read, seconds = decode["bytes_read"], decode["read_seconds"]

@@ -49,16 +49,19 @@ class Lookahead:
                 self._prefetcher.figures[key.layer].issued += self._account
                 waiting += 1
 
-    def settle(self, layer: int, chosen: Container[int]) -> None:
-        """The router of `layer` has spoken."""
-        figures = self._prefetcher.figures[layer]
+    def settle(self, layer: int, chosen: Container[int]) -> int:
+        """The router of `layer` has spoken. Returns how many of the records it chose were read ahead in time."""
+        figures, in_time = self._prefetcher.figures[layer], 0
         self._hopes = [key for key in self._hopes if key.layer != layer]
         for key in [key for key in self._reading if key.layer == layer]:
             if key.expert not in chosen:
                 self._withdraw(key)
-            elif self._reading.pop(key):
-                figures.used += 1
-                figures.late += not self._tier.ready(key)
+                continue
+            ready, account = self._tier.ready(key), self._reading.pop(key)
+            in_time += ready
+            figures.used += account
+            figures.late += account and not ready
+        return in_time
 
     def _withdraw(self, key: ExpertKey) -> None:
         """A guess was wrong. What is not there yet is cancelled; what is there may serve another token, but
