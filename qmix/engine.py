@@ -221,12 +221,14 @@ class Engine:
 
     def stats(self) -> dict[str, Any]:
         """Since the last reset_stats: "experts", in percent where the chosen experts were (what was read ahead came
-        from the disk), and "offload", all figures of offload.setup.Offload.report."""
+        from the disk); "memory", the budget and the peak of the whole process in bytes; and "offload", all figures
+        of offload.setup.Offload.report."""
         report = self._offload.report()
         both = report["decode"] if report["decode"]["chosen"] else report["prefill"]
         ram = 100.0 * (both["hits"] - both["prefetched"]) / both["chosen"] if both["chosen"] else 100.0
         tiers = {"ram": 100.0} if self.plan.resident else {"ram": ram, "disk": 100.0 - ram}
-        return {"experts": tiers, "offload": report}
+        memory = {"budget": self.plan.ram.budget, "peak": hardware.peak_bytes()}
+        return {"experts": tiers, "memory": memory, "offload": report}
 
     def reset_stats(self) -> None:
         """Start the figures anew."""

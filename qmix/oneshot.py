@@ -90,7 +90,7 @@ def _document(text: str, reason: str | None, summary: Summary, stats: dict[str, 
     timings = summary.timings
     return {"text": text, "token_ids": list(summary.ids), "finish_reason": reason, "seed": summary.seed,
             "timings": asdict(timings) | {"prefill_rate": timings.prefill_rate, "decode_rate": timings.decode_rate},
-            "tiers": stats["experts"], "offload": stats["offload"]}
+            "tiers": stats["experts"], "memory": stats["memory"], "offload": stats["offload"]}
 
 
 def _report(summary: Summary, reason: str | None, params: SamplingParams, tiers: dict[str, float]) -> None:
