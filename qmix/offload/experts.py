@@ -28,12 +28,12 @@ from qmix.formats import Packed
 from qmix.kernels.table import KernelTable
 from qmix.offload.figures import PhaseFigures
 from qmix.offload.lookahead import Lookahead
+from qmix.offload.plan import EXPERT_CHUNK
 from qmix.offload.prefetch import Prefetcher
 from qmix.offload.tiers import Tier
 from qmix.offload.watch import RoutingWatch
 
 WINDOW = 2  # records on their way at a time in prefill: one is read while the other is computed
-CHUNK = 512  # tokens that one expert computes at a time; bounds its inner activations
 CROWD = 4  # tokens per expert from which a prefill is sure to want every expert of the next layer
 
 
@@ -121,7 +121,7 @@ class PagedExperts:
             rows[0, group.ranks] = self._kernels.linear(hidden, w2)[0]
             return
         assert isinstance(group.ranks, Tensor)
-        for tokens, ranks in zip(group.tokens.split(CHUNK), group.ranks.split(CHUNK), strict=True):
+        for tokens, ranks in zip(group.tokens.split(EXPERT_CHUNK), group.ranks.split(EXPERT_CHUNK), strict=True):
             hidden = self._kernels.gated(x[tokens], w13)
             self._await(key, self._record, step)
             rows[tokens, ranks] = self._kernels.linear(hidden, w2).float()
