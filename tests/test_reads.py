@@ -243,6 +243,26 @@ def test_a_slot_is_not_filled_anew_before_the_last_chunk_of_a_cancelled_load_lan
     readers.close()
 
 
+def test_nor_when_a_load_between_was_cancelled_before_it_began() -> None:
+    records = FakeRecords()
+    records.gate.clear()
+    readers = Readers(records, 4, CHUNK)  # guesses take two of them: the others are free
+    shared = slot()
+    first = readers.submit(key(0), shared, AHEAD)
+    while len(records.seen) < 2:
+        time.sleep(0.001)
+    readers.cancel(first)
+    second = readers.submit(key(1), shared, after=first)
+    readers.cancel(second)
+    third = readers.submit(key(2), shared, after=second)
+    time.sleep(0.02)
+    assert {k for k, _ in records.seen} == {key(0)}
+    records.gate.set()
+    readers.wait(third, RECORD)
+    assert has_right_bytes(third)
+    readers.close()
+
+
 def test_close_during_reads_waits_for_them_and_fails_the_rest() -> None:
     records = FakeRecords()
     records.gate.clear()

@@ -105,6 +105,27 @@ def test_a_failed_load_frees_its_slot_and_is_read_again() -> None:
     readers.close()
 
 
+def test_a_slot_given_up_twice_is_still_not_filled_too_soon() -> None:
+    """The first load's chunks are landing when the second one, which waits for them, is given up too."""
+    records = FakeRecords()
+    records.gate.clear()
+    readers = Readers(records, 4, CHUNK)
+    tier = Tier(slot_pool(1, RECORD), cache(1), readers)
+    assert tier.want(key(0), "speculative")
+    while len(records.seen) < 2:
+        time.sleep(0.001)
+    tier.cancel_guess(key(0))
+    assert tier.want(key(1), "speculative")
+    tier.cancel_guess(key(1))
+    assert tier.want(key(2), "demand")
+    time.sleep(0.02)
+    assert {k for k, _ in records.seen} == {key(0)}
+    records.gate.set()
+    tier.wait(key(2), RECORD)
+    assert right(tier, key(2))
+    readers.close()
+
+
 def test_the_pool_is_aligned_and_private() -> None:
     pool = slot_pool(3, 8192)
     assert pool.shape == (3, 8192) and pool.data_ptr() % 4096 == 0

@@ -58,7 +58,8 @@ class Load:
         self.slot = slot
         self.view = memoryview(b"")  # the slot's bytes, for whoever writes them with the CPU
         self.urgency = urgency
-        self.after = after
+        # A cancelled load that never began was itself waiting for one that may still be landing.
+        self.after: Load | None = after if after is None or after.reading else after.after
         self.arrived = 0
         self.reading = 0  # chunks being read now
         self.done = self.cancelled = False

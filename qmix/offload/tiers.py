@@ -131,7 +131,8 @@ class Tier:
             self._release(leaves)
         slot = self._free.pop()
         draining = self._draining.pop(slot, None)
-        if draining is not None and draining.reading:  # its last chunks would land in the new record
+        landing = draining is not None and (draining.reading or (draining.after and draining.after.reading))
+        if draining is not None and landing:  # its last chunks would land in the new record
             self._free.append(slot)
             self._draining[slot] = draining
             self.cache.remove(key)
@@ -165,7 +166,7 @@ class Tier:
         load = self._loading.pop(key, None)
         if load is not None and not load.done:
             self._source.cancel(load)
-            if load.reading:
+            if load.reading or load.after is not None:
                 self._draining[slot] = load
         elif self._evicted is not None:
             self._evicted(key, self.pool[slot])
