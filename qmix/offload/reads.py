@@ -58,10 +58,10 @@ class Load:
         self.slot = slot
         self.view = memoryview(b"")  # the slot's bytes, for whoever writes them with the CPU
         self.urgency = urgency
+        self.reading: int = 0  # chunks being read now
         # A cancelled load that never began was itself waiting for one that may still be landing.
         self.after: Load | None = after if after is None or after.reading else after.after
         self.arrived = 0
-        self.reading = 0  # chunks being read now
         self.done = self.cancelled = False
         self.error: QmixError | None = None
         self._issued = 0  # bytes handed out
