@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -74,7 +78,6 @@ def refuse(monkeypatch: pytest.MonkeyPatch, where: str, number: int = errno.EINV
         return real_open(path, flags, *rest)  # type: ignore[arg-type]
 
     def read(fd: int, target: memoryview, offset: int) -> None:
-        import fcntl
         if where == "read" and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
             refused.append(fd)
             raise OSError(number, os.strerror(number))
@@ -105,6 +108,25 @@ def test_falls_back_to_buffered_reads_and_says_so_once(folder: Path, buffer: tor
     assert not files.direct
     assert len(said) == 1 and "refuses O_DIRECT" in said[0] and where in said[0]
     assert refused
+    files.close()
+
+
+def test_two_threads_that_are_refused_at_once_both_go_on(folder: Path, buffer: torch.Tensor,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    want, both = by_store(folder, buffer), threading.Barrier(2)
+    real = records_module.read_exact
+
+    def read(fd: int, target: memoryview, offset: int) -> None:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            if both.wait(10):
+                time.sleep(0.05)  # the other has fallen back by now
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(fd, target, offset)
+
+    monkeypatch.setattr(records_module, "read_exact", read)
+    files, buffers = opened(folder), slot_pool(2, len(buffer))
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(lambda one: fetch(files, one), buffers)) == [want, want]
     files.close()
 
 

@@ -105,6 +105,27 @@ def test_a_failed_load_frees_its_slot_and_is_read_again() -> None:
     readers.close()
 
 
+def test_a_record_that_fails_after_its_first_half_was_used_is_told_at_the_next_wait() -> None:
+    stop = threading.Event()
+
+    def fault(k: ExpertKey, start: int) -> None:
+        if start >= RECORD // 2:
+            stop.wait(20)
+            raise OSError(5, "unlucky")
+
+    readers = Readers(FakeRecords(fault=fault), 2, CHUNK)
+    tier = Tier(slot_pool(2, RECORD), cache(2), readers)
+    tier.want(key(1), "demand")
+    tier.wait(key(1), RECORD // 2)
+    stop.set()
+    while (load := tier.load_of(key(1))) is None or load.error is None:
+        time.sleep(0.001)
+    with pytest.raises(StoreError, match="layer 0 expert 1"):
+        tier.wait(key(1), RECORD)
+    assert key(1) not in tier and slots_add_up(tier)
+    readers.close()
+
+
 def test_a_slot_given_up_twice_is_still_not_filled_too_soon() -> None:
     """The first load's chunks are landing when the second one, which waits for them, is given up too."""
     records = FakeRecords()

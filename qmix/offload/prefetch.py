@@ -3,7 +3,8 @@
 Two sources. `ahead`: the routers of the next layers, asked by the model on this layer's hidden state.
 `transitions`: how often, in the router statistics, an expert followed those that this layer chose.
 Each guess carries a probability: for `ahead` the share of right guesses so far, by layer, distance and rank; for
-`transitions` the conditional frequency. `both` takes the larger of the two.
+`transitions` the conditional frequency, or the share of its right guesses so far if that is less, since what
+followed what in other texts may not hold in this one. `both` takes the larger of the two.
 
 A guess is worth a read when it is right more often than not: what it reads would be read anyway, only
 later, while a wrong one wastes disk time and may displace a record. So a layer whose guesses are right less
@@ -68,9 +69,10 @@ class _Estimate:
 
 @dataclass(slots=True)
 class _Pending:
-    """Guesses made for the layer that comes: by `ahead` {rank and distance: expert}, all that were named."""
+    """Guesses made for the layer that comes: {(distance, rank): expert}, and all that were named. Those of
+    `transitions` have the distance -1."""
 
-    ahead: dict[tuple[int, int], int] = field(default_factory=dict)
+    made: dict[tuple[int, int], int] = field(default_factory=dict)
     named: set[int] = field(default_factory=set)
 
 
@@ -113,7 +115,7 @@ class Prefetcher:
         found = []
         for rank, expert in enumerate(experts):
             at = distance, rank
-            pending.ahead[at] = expert
+            pending.made[at] = expert
             pending.named.add(expert)
             found.append(Guess(ExpertKey(layer, expert), estimates.setdefault(at, _Estimate()).value))
         return found
@@ -122,8 +124,15 @@ class Prefetcher:
         assert self._transitions is not None
         shares = self._transitions(layer, chosen)
         likely = sorted(range(len(shares)), key=lambda e: -shares[e])[:self._top_k]
-        self._pending[layer + 1].named.update(likely)
-        return [Guess(ExpertKey(layer + 1, expert), shares[expert]) for expert in likely]
+        estimates, pending = self._estimates[layer + 1], self._pending[layer + 1]
+        pending.named.update(likely)
+        found = []
+        for rank, expert in enumerate(likely):
+            if shares[expert] >= PAYS:  # others claim nothing that could be judged
+                pending.made[-1, rank] = expert
+                so_far = estimates.setdefault((-1, rank), _Estimate()).value
+                found.append(Guess(ExpertKey(layer + 1, expert), min(shares[expert], so_far)))
+        return found
 
     def settle(self, layer: int, chosen: Sequence[int], weights: Sequence[float]) -> None:
         """What the router of `layer` really chose, all tokens of the pass, with its weights: the guesses for it
@@ -131,7 +140,7 @@ class Prefetcher:
         pending, figures = self._pending[layer], self.figures[layer]
         if not pending.named:
             return
-        for at, expert in pending.ahead.items():
+        for at, expert in pending.made.items():
             self._estimates[layer][at].note(expert in chosen)
         for expert, weight in zip(chosen, weights, strict=True):
             right = expert in pending.named
@@ -142,7 +151,7 @@ class Prefetcher:
         self._pending[layer] = _Pending()
 
     def pays(self, layer: int) -> bool | None:
-        """Whether any guess of `layer` by its own router is worth a read now; None where none was made."""
+        """Whether any kind of guess for `layer` is worth a read now; None where none was made."""
         estimates = self._estimates[layer]
         return any(e.value >= PAYS for e in estimates.values()) if estimates else None
 
@@ -167,7 +176,7 @@ class Prefetcher:
     def _state(self, layer: int) -> str:
         if self.off or (layer == 0 and self.figures[0].wanted == 0):
             return "off" if self.off else "none before it"
-        return "off: its guesses are wrong too often" if self.pays(layer) is False and not self._transitions else "on"
+        return "off: its guesses are wrong too often" if self.pays(layer) is False else "on"
 
 
 def _share(part: float, whole: float) -> float | None:

@@ -69,10 +69,6 @@ class Load:
         self._checking: bool | None = None  # whether the record is to be checked; known when it starts
 
     @property
-    def started(self) -> bool:
-        return self._issued > 0
-
-    @property
     def taken(self) -> int:
         """Bytes handed to the disk so far, which is what a guess that was wrong has cost."""
         return self._issued

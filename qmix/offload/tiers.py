@@ -21,6 +21,7 @@ from typing import Protocol
 from torch import Tensor
 
 from qmix.config import Cancel, ExpertKey
+from qmix.errors import QmixError
 from qmix.offload.cache import Cache, Reason
 from qmix.offload.reads import AHEAD, DEMAND, WARM, Load
 
@@ -106,9 +107,10 @@ class Tier:
             return
         try:
             self._source.wait(load, nbytes, cancel)
-        finally:
-            if load.error is not None:
+        except QmixError:
+            if load.error is not None:  # else it was interrupted
                 self.drop(key)
+            raise
         if load.done:
             del self._loading[key]
 

@@ -76,7 +76,7 @@ class RecordFiles:
             try:
                 read_exact(self._files[region.file], target, region.offset + start)
             except OSError as e:
-                if e.errno not in REFUSED or region.file in self._buffered:
+                if e.errno not in REFUSED:
                     raise
                 self._fall_back(region.file, "at a read")
                 read_exact(self._files[region.file], target, region.offset + start)
