@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from qmix.errors import ConfigError
@@ -19,6 +20,7 @@ DENSE_FORMATS = ("int8", "int4", "bf16", "keep")
 METHODS = ("rtn", "hqq")
 GROUP_SIZES = (32, 64, 128)
 BLOCKS = (64, 32)
+MOST = MappingProxyType({"num_hidden_layers": 4096, "num_local_experts": 4096})
 
 
 class ExpertKey(NamedTuple):
@@ -84,7 +86,8 @@ class ModelConfig:
                   "num_experts_per_tok": self.experts_per_token,
                   "max_position_embeddings": self.max_positions}
         for name, count in counts.items():
-            _want(count >= 1, name, count, ">= 1")
+            most = MOST.get(name, 2**31)  # beyond any model: a hostile config must not keep us counting
+            _want(1 <= count <= most, name, count, f">= 1 and <= {most}" if count > most else ">= 1")
         _want(self.experts_per_token <= self.num_experts, "num_experts_per_tok", self.experts_per_token,
               f"<= num_local_experts = {self.num_experts}")
         _want(self.num_heads % self.num_kv_heads == 0, "num_key_value_heads", self.num_kv_heads,

@@ -63,11 +63,11 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
         kernels = select_kernels(config, store.quant, say)
         plan = make_plan(needs, *_budget(ram, margin))
         stats = router_stats.load(state, store.identity, config.num_layers, config.num_experts, say)
+        writer = None if trace is None else opened.enter_context(_trace_writer(trace, store))
         for line in plan.lines():
             say(line)
         say(f"{threads} compute thread{'s' if threads > 1 else ''}" + (
             "; " + forecast(plan, speeds, stats.share("decode")).line() if speeds and not plan.resident else ""))
-        writer = None if trace is None else opened.enter_context(_trace_writer(trace, store))
         offload = open_offload(store, kernels, plan, options, stats, writer, say, progress)
         opened.callback(offload.close)
         model = Mixtral(config, load_dense(store, kernels), kernels, offload.experts, offload.experts.ahead,
@@ -80,6 +80,9 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
 def _budget(ram: int | None, margin: int | None) -> tuple[int, int]:
     """(bytes for the whole process, bytes it has taken already). DoesNotFit where `ram` is more than there is."""
     base, available = hardware.resident_bytes(), hardware.memory().available
+    if ram is None and margin is not None and margin >= available:
+        raise DoesNotFit(f"--margin {format_bytes(margin)}: only {format_bytes(available)} is free",
+                         "name a smaller one")
     if ram is None:
         return base + available - (min(MARGIN, available // 8) if margin is None else margin), base
     if margin is not None:

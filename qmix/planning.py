@@ -94,7 +94,7 @@ def describe(model: Model, context: int, machine: Machine, known: Speeds | None,
         "hit_rate": round(guess.hit, 4), "hit_rate_from": "router statistics" if model.shares else
         "all experts equally likely", "disk_bytes_per_token": guess.disk_bytes,
         "tokens_per_second": [round(guess.least, 2), round(guess.most, 2)], "limited_by": guess.bottleneck,
-        "plan": found.lines(), "forecast": guess.line(),
+        "plan": found.lines(), "forecast": guess.line().removeprefix("forecast: "),
     }
 
 

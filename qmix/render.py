@@ -130,6 +130,8 @@ def document(data: dict[str, Any], as_json: bool) -> str:
     for key, value in data.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             lines += [f"{key}:", *("  " + line for line in table(value).splitlines())]
+        elif isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+            lines += [f"{key}:", *("  " + item for item in value)]
         elif isinstance(value, dict):
             lines += [f"{key}:", *("  " + line for line in document(value, False).splitlines())]
         else:

@@ -115,15 +115,18 @@ def _top_transitions(counts: Counts) -> list[dict[str, Any]]:
 
 def replay_report(tests: Sequence[Path], trains: Sequence[Path], say: Callable[[str], None], *,
                   slots: Sequence[int] = (), policies: Sequence[str] = (), quotas: bool = False, record: int = 0,
-                  guesses: int = 0) -> dict[str, Any]:
+                  store: str = "", guesses: int = 0) -> dict[str, Any]:
     """What caches of `slots` slots (default: SHOWN_SHARES of the records) would have done on recorded traces, and how
     well the next layer's choices are foretold. Each test starts warm by the training traces.
 
     policies: default SHOWN_POLICIES; quotas: also with quotas; record: bytes of a record, 0 = leave the bytes out;
-    guesses: per layer, 0 = as many as a token chooses. UsageError as read_trace and replay.rows raise it.
+    store: the fingerprint that the traces must have, "" = any; guesses: per layer, 0 = as many as a token chooses.
+    UsageError as read_trace and replay.rows raise it.
     """
     played, learnt = ([read_trace(path, say) for path in paths] for paths in (tests, trains))
     header = replay.check_alike([*played, *learnt])
+    if store and header.store != store:
+        raise UsageError(f"{tests[0]}: recorded with another store, {header.source}", "name that one as --model")
     decoded = sum(one.tokens for trace in played for one in trace.passes if one.phase == "decode")
     if decoded == 0:
         raise UsageError(f"{tests[0]}: no token was decoded in it", "record an answer, not only a prompt")

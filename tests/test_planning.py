@@ -105,6 +105,8 @@ def test_plan_of_something_else(tmp_path: Path, store: Path) -> None:
     bad(qmix("plan", tmp_path), 4, "config.json")
     (tmp_path / "config.json").write_text(json.dumps(MIXTRAL | {"num_local_experts": 0}))
     bad(qmix("plan", tmp_path), 4, "num_local_experts")
+    (tmp_path / "config.json").write_text(json.dumps(MIXTRAL | {"num_hidden_layers": 10**9}))
+    bad(qmix("plan", tmp_path), 4, "num_hidden_layers")
     bad(qmix("plan", store, "--format", "int4"), 2, "is quantized already")
     bad(qmix("plan", tmp_path / "nothing"), 2, "no such folder")
 
@@ -175,6 +177,8 @@ def test_a_run_is_traced_replayed_and_remembered(store: Path, tmp_path: Path) ->
     bad(qmix("replay", tmp_path / "test", "--slots", "many"), 2, "--slots many")
     bad(qmix("replay", tmp_path / "test", "-o", "xml"), 2, "-o xml")
     bad(qmix("replay", store / "config.json"), 2, "config.json")
+    good(qmix("quantize", store.parent / "tiny", tmp_path / "other", "--threads", 1, "--method", "rtn"))
+    bad(qmix("replay", tmp_path / "test", "--model", tmp_path / "other"), 2, "recorded with another store")
 
     shown = json.loads(good(qmix("stats", store, "--json")).stdout)
     assert shown["decode"]["tokens"] == 2 * 11
@@ -194,6 +198,8 @@ def test_stats_of_a_text(store: Path, tmp_path: Path) -> None:
     assert json.loads(good(qmix("stats", store, "--json")).stdout)["prefill"]["tokens"] == 0, "a text is not a run"
     bad(qmix("stats", store, "-f", tmp_path / "none"), 2, "none")
     bad(qmix("stats", store, "-f", text, "--reset"), 2, "--reset")
+    bad(qmix("stats", store, "--ram", "1G"), 2, "--ram: without -f")
+    good(qmix("stats", store, QMIX_STATS_RAM="1G"))
 
 
 def test_doctor_reports(store: Path) -> None:

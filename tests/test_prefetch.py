@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qmix.config import Cancel, ExpertKey, Step
-from qmix.errors import UsageError
+from qmix.errors import QmixError, UsageError
 from qmix.offload.cache import Cache, make_policy, warm_order
 from qmix.offload.lookahead import Lookahead
 from qmix.offload.prefetch import Prefetcher
@@ -197,6 +197,24 @@ def test_warm_slots_are_shared_by_the_layers_and_take_the_frequent_first() -> No
     prior = {ExpertKey(layer, expert): expert / 10 for layer in range(3) for expert in range(4)}
     assert warm_order(3, 4, 7, prior) == keys((0, 3), (0, 2), (0, 1), (1, 3), (1, 2), (2, 3), (2, 2))
     assert len(warm_order(3, 4, 12, {})) == 12
+
+
+def test_a_trace_that_cannot_be_written_ends_and_the_run_goes_on() -> None:
+    class Full:
+        def drop_pass(self) -> None: ...
+        def add(self, *what: object) -> None: ...
+
+        def end_pass(self, *what: object) -> None:
+            raise QmixError("trace: No space left on device")
+
+    said: list[str] = []
+    stats = RouterStats(1, 4)
+    watch = RoutingWatch(1, 4, stats, Full(), said.append)  # type: ignore[arg-type]
+    assert watch.traces
+    for _ in range(3):
+        watch.layer(0, Step("decode", (0,)), torch.tensor([[0, 1]]), torch.ones(1, 2), None)
+    assert said == ["trace: No space left on device: the trace ends here"]
+    assert stats.total("decode").tokens == 3
 
 
 def test_the_watch_counts_what_routers_choose() -> None:

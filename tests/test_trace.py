@@ -86,6 +86,9 @@ def test_what_is_written_is_read(run: tuple[TraceHeader, list[tuple]],
             for layer, (ids, weights, ahead) in enumerate(layers):
                 writer.add(layer, ids, weights, ahead)
             writer.end_pass(phase, sequence)
+    if not passes:
+        assert not path.exists(), "a run that failed before its first pass may be started again"
+        return
     trace = read_trace(path, pytest.fail)
     assert trace.header == header and len(trace.passes) == len(passes)
     for one, (phase, sequence, layers) in zip(trace.passes, passes, strict=True):

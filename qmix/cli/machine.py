@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qmix import paths, render
-from qmix.cli.options import Context, Margin, ModelArgument, Ram, flag_bytes, model_folder, quant_config
+from qmix.cli.options import Context, Margin, ModelArgument, Ram, flag_bytes, margin_bytes, model_folder, quant_config
 
 Json = Annotated[bool, typer.Option("--json", help="As one JSON document.")]
 
@@ -58,7 +58,7 @@ def plan(
     path = paths.resolve(model, render.say, ("config.json",)) if model else model_folder(model)
     found = planning.find_model(path, quant, paths.routing_folder(), render.say)
     machine = planning.Machine(None if ram == "auto" else flag_bytes("--ram", ram),
-                               None if margin is None else flag_bytes("--margin", margin),
+                               margin_bytes(margin),
                                None if vram is None else flag_bytes("--vram", vram), ram_speed, vram_speed, pcie, disk)
     known = planning.known_speeds(paths.hardware_file(), render.say)
     print(render.document(planning.describe(found, ctx_size, machine, known, render.say), as_json=json))

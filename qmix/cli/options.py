@@ -71,7 +71,7 @@ def load_engine(folder: Path, how: Loading, keep_statistics: bool = True) -> Any
     from qmix.planning import known_speeds
 
     ram = None if how.ram == "auto" else flag_bytes("--ram", how.ram)
-    margin = None if how.margin is None else flag_bytes("--margin", how.margin)
+    margin = margin_bytes(how.margin)
     if how.no_prefetch and how.prefetch not in ("auto", "off"):
         raise UsageError(f"--no-prefetch with --prefetch {how.prefetch}", "drop one of the two")
     with render.byte_bar("load") as progress:
@@ -80,6 +80,11 @@ def load_engine(folder: Path, how: Loading, keep_statistics: bool = True) -> Any
                     state=paths.routing_folder() if keep_statistics else None,
                     speeds=known_speeds(paths.hardware_file(), render.say),
                     say=render.say, progress=progress)
+
+
+def margin_bytes(text: str | None) -> int | None:
+    """--margin, which may also be 0."""
+    return None if text is None else 0 if text.strip() == "0" else flag_bytes("--margin", text)
 
 
 def flag_bytes(flag: str, text: str) -> int:

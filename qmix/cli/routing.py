@@ -18,7 +18,7 @@ Json = Annotated[bool, typer.Option("--json", help="As one JSON document, with e
 
 
 def stats(
-    model: ModelArgument = None,
+    context: typer.Context, model: ModelArgument = None,
     file: Annotated[Path | None, typer.Option("-f", "--file", help="Run this text through the model and show its "
                                               "routing, instead of what earlier runs have gathered.",
                                               show_default=False)] = None,
@@ -39,6 +39,10 @@ def stats(
         gathered, repeats = _measured(folder, file, Loading(ctx_size, threads, ram, margin))
         print(render.document(routing.describe(gathered, repeats, full=json), as_json=json))
         return
+    for name in ("ctx_size", "ram", "margin", "threads"):
+        source = context.get_parameter_source(name)  # by name: typer brings a click of its own
+        if source is not None and source.name == "COMMANDLINE":
+            raise UsageError(f"--{name.replace('_', '-')}: without -f nothing is loaded", "drop it, or give -f TEXT")
     with Store.open(folder) as store:
         config, identity = store.config, store.identity
     saved = router_stats.stats_file(paths.routing_folder(), identity)
@@ -88,18 +92,19 @@ def replay(
     from qmix import routing
     from qmix.store import Store
 
-    record = 0
+    if output not in ("table", "md", "csv", "jsonl", "json"):
+        raise UsageError(f"-o {output}: want table, md, csv, jsonl or json")
+    record, identity = 0, ""
     if model is not None:
         with Store.open(paths.resolve(model, render.say)) as store:
-            record = store.layout.nbytes
-    report = routing.replay_report(trace, train or [], render.say, slots=_numbers(slots), quotas=quotas, record=record,
-                                   policies=[p.strip() for p in (cache_policy or "").split(",") if p.strip()])
+            record, identity = store.layout.nbytes, store.identity
+    policies = [policy.strip() for policy in (cache_policy or "").split(",") if policy.strip()]
+    report = routing.replay_report(trace, train or [], render.say, slots=_numbers(slots), policies=policies,
+                                   quotas=quotas, record=record, store=identity)
     if output in ("json", "table"):
         print(render.document(report, as_json=output == "json"))
-    elif output in ("md", "csv", "jsonl"):
-        print(render.table(report["policies"], output))
     else:
-        raise UsageError(f"-o {output}: want table, md, csv, jsonl or json")
+        print(render.table(report["policies"], output))
 
 
 def _numbers(text: str | None) -> list[int]:

@@ -24,7 +24,7 @@ ATTENTION_BLOCK = 512  # query positions of one attention call
 EXPERT_CHUNK = 512  # tokens that one expert computes at a time
 MARGIN = GIB  # what `auto` leaves to other programs
 RESERVE = 256 * MIB  # kept free within the budget, or 2 % of it where that is more
-PROGRAM = 320 * MIB  # interpreter and libraries, where they are not there to be measured
+PROGRAM = 260 * MIB  # interpreter and libraries, where they are not there to be measured
 CUDA_CONTEXT = 600 * MIB  # what a CUDA context with its libraries takes, before it is measured
 STAGING = 2  # RAM slots through which records pass on their way from the disk to VRAM
 
@@ -152,13 +152,13 @@ def resident_dense_bytes(config: ModelConfig, quant: QuantConfig) -> int:
 
 def workspace_bytes(config: ModelConfig, context: int, itemsize: int) -> int:
     """What one prefill pass holds at its widest: per token the fp32 residual, the normed states, the [K, H]
-    fp32 rows of expert outputs with their sum; for a chunk of tokens one expert's operand, inner activations and
-    result, or for a block queries, keys and values in fp32 and in the compute dtype, the attention mask and
-    the scores of its heads; two rows of logits."""
+    fp32 rows of expert outputs with their sum and one addend; for a chunk of tokens one expert's operand, inner
+    activations and result, or for a block queries, keys and values in fp32 and in the compute dtype, the
+    attention mask and the scores of its heads; two rows of logits."""
     tokens = min(context, PREFILL_PASS)
     hidden, inner, k = config.hidden_size, config.intermediate_size, config.experts_per_token
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    per_token = (4 + itemsize) * hidden + (k + 1) * hidden * 4
+    per_token = (4 + itemsize) * hidden + (k + 2) * hidden * 4
     block = min(tokens, ATTENTION_BLOCK) * (heads * (4 + itemsize) + context * (1 + itemsize) + hidden * itemsize)
     chunk = min(tokens, EXPERT_CHUNK) * (4 * inner * itemsize + hidden * (2 * itemsize + 4))
     return tokens * per_token + max(block, chunk) + config.vocab_size * 8

@@ -15,7 +15,7 @@ from typing import Any
 from qmix.config import ExpertKey
 from qmix.errors import UsageError
 from qmix.kernels.table import KernelTable
-from qmix.offload.cache import POLICIES, Cache, make_policy, warm_order
+from qmix.offload.cache import Cache, make_policy, warm_order
 from qmix.offload.experts import PagedExperts
 from qmix.offload.figures import PhaseFigures
 from qmix.offload.plan import Plan
@@ -44,8 +44,9 @@ class OffloadOptions:
     depth: int | None = None
 
     def __post_init__(self) -> None:
-        for flag, value, allowed in (("--cache-policy", self.policy, ("auto", *POLICIES)),
-                                     ("--prefetch", self.prefetch, MODES), ("--verify", self.verify, VERIFY)):
+        if self.policy != "auto":
+            make_policy(self.policy, {})
+        for flag, value, allowed in (("--prefetch", self.prefetch, MODES), ("--verify", self.verify, VERIFY)):
             if value not in allowed:
                 raise UsageError(f"{flag} {value}: want " + ", ".join(allowed))
 
@@ -120,7 +121,7 @@ def open_offload(store: Store, kernels: KernelTable, plan: Plan, options: Offloa
                                 stats.next_probabilities)
         views = [store.expert(ExpertKey(0, 0), slot) for slot in pool]
         experts = PagedExperts(config, kernels, tier, views, _half(store), prefetcher,
-                               RoutingWatch(config.num_layers, config.num_experts, stats, trace), depth, window)
+                               RoutingWatch(config.num_layers, config.num_experts, stats, trace, say), depth, window)
         order = warm_order(config.num_layers, config.num_experts, slots, prior)
         if plan.resident:
             _fill(tier, order, store.layout.nbytes, progress)

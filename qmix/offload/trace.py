@@ -42,6 +42,7 @@ from qmix.errors import ConfigError, QmixError, UsageError
 
 FORMAT, VERSION = "qmix_trace", 1
 MAX_HEADER = 16 << 10  # bytes of the first line; ours has about 200
+LARGEST = 1 << 22  # transitions that are counted of a run; Mixtral has 2,048
 HEAD = struct.Struct("<cxHIQI")
 SEAL = struct.Struct("<I")  # the crc32 of a HEAD, after it
 RUN = struct.Struct("<QI")
@@ -63,11 +64,13 @@ class TraceHeader:
     source: str
 
     def __post_init__(self) -> None:
-        for name, least, most in (("layers", 1, 4096), ("experts", 1, 1 << 16), ("top_k", 1, self.experts),
+        for name, least, most in (("layers", 1, 4096), ("experts", 1, 4096), ("top_k", 1, self.experts),
                                   ("ahead", 0, self.experts)):
             value = getattr(self, name)
             if type(value) is not int or not least <= value <= most:
                 raise ConfigError(f"{name}: got {value!r:.40}, want {least} to {most}")
+        if self.layers * self.experts**2 > LARGEST:
+            raise ConfigError(f"experts: got {self.layers} x {self.experts}^2 transitions, want <= {LARGEST}")
         for name in ("store", "source"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name}: got {getattr(self, name)!r:.40}, want a text")
@@ -122,6 +125,7 @@ class TraceWriter:
         self.header = header
         self._layers: list[bytes] = []
         self._tokens = 0
+        self._empty = not (append and path.exists())
         self._file = _create(path, header, append)
 
     def add(self, layer: int, ids: Sequence[Sequence[int]], weights: Sequence[Sequence[float]],
@@ -154,6 +158,7 @@ class TraceWriter:
         body = b"".join([*(RUN.pack(*run) for run in runs), *self._layers])
         head = HEAD.pack(phase[:1].encode(), len(runs), self._tokens, len(body), zlib.crc32(body))
         self.drop_pass()
+        self._empty = False
         _write(self._file, self.path, head + SEAL.pack(zlib.crc32(head)) + body)
 
     def drop_pass(self) -> None:
@@ -161,7 +166,10 @@ class TraceWriter:
         self._layers.clear()
 
     def close(self) -> None:
+        """A trace without a pass is removed: a run that failed before its first one may be started again."""
         self._file.close()
+        if self._empty:
+            self.path.unlink(missing_ok=True)
 
     def __enter__(self) -> TraceWriter:
         return self

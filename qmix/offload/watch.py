@@ -7,23 +7,29 @@ T tokens, K experts per token, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from qmix.config import Step
+from qmix.errors import QmixError
 from qmix.offload.cache import SEED
 from qmix.offload.router_stats import RouterStats
 from qmix.offload.trace import TraceWriter
 
 
 class RoutingWatch:
-    """stats: counts every pass. trace: also gets every decision, with weights and guesses."""
+    """stats: counts every pass. trace: also gets every decision, with weights and guesses; where it cannot be
+    written it ends with a line to `say`, and the answer goes on."""
 
-    def __init__(self, layers: int, experts: int, stats: RouterStats, trace: TraceWriter | None = None):
+    def __init__(self, layers: int, experts: int, stats: RouterStats, trace: TraceWriter | None = None,
+                 say: Callable[[str], None] = lambda line: None):
         self._layers = layers
         self._experts = experts
         self.stats = stats
         self._trace = trace
+        self._say = say
         self._decoded: list[list[list[int]]] = []  # by layer, by token: the experts, in decode
         self._counts: list[list[int]] = []
         self._transitions: list[list[list[int]]] = []
@@ -67,4 +73,8 @@ class RoutingWatch:
         else:
             self.stats.add_counts("prefill", tokens, self._counts, self._transitions)
         if self._trace is not None:
-            self._trace.end_pass(step.phase, step.sequence or (0,) * tokens)
+            try:
+                self._trace.end_pass(step.phase, step.sequence or (0,) * tokens)
+            except QmixError as e:
+                self._say(f"{e.message}: the trace ends here")
+                self._trace = None

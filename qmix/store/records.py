@@ -6,8 +6,8 @@ records have. Where a file system refuses it, at open or only at a read, the fil
 cache instead, and that is said.
 
 What was opened stays open: a store that is deleted or replaced by a rename while it is in use goes on
-being read as it was. A file that is written to in place is noticed by its times and size, and then every
-record of it is checked at every read. Reads may run in several threads.
+being read as it was. A file that is touched in any way is noticed by its times and size, and from then on
+every record of it is checked at every read. Reads may run in several threads.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class RecordFiles:
                 new = file not in self._changed
                 self._changed.add(file)
             if new:
-                self._say(f"{self._folder / file} was written to while it is in use: "
+                self._say(f"{self._folder / file} was written to, renamed or deleted while it is in use: "
                           "every record of it is checked at every read from now on")
         if file in self._changed or self._verify == "always":
             return True
@@ -149,6 +149,7 @@ class RecordFiles:
 
 
 def _stamp(fd: int) -> tuple[int, ...]:
-    """What changes when a file is written to; not when it is renamed or deleted."""
+    """What changes when a file is written to, even by a program that puts the old times back (and also when
+    it is renamed or deleted)."""
     stat = os.fstat(fd)
-    return stat.st_size, stat.st_mtime_ns
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
