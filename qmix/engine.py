@@ -27,7 +27,7 @@ from qmix.model.kvcache import KVCache
 from qmix.model.mixtral import Mixtral
 from qmix.model.weights import load_dense
 from qmix.offload import router_stats
-from qmix.offload.forecast import Speeds, forecast
+from qmix.offload.forecast import Speeds, forecast, known_shares
 from qmix.offload.plan import MARGIN, Needs, Plan, choose_context
 from qmix.offload.plan import plan as make_plan
 from qmix.offload.setup import Offload, OffloadOptions, open_offload
@@ -67,7 +67,7 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
         for line in plan.lines():
             say(line)
         say(f"{threads} compute thread{'s' if threads > 1 else ''}" + (
-            "; " + forecast(plan, speeds, stats.share("decode")).line() if speeds and not plan.resident else ""))
+            "; " + forecast(plan, speeds, known_shares(stats)).line() if speeds and not plan.resident else ""))
         offload = open_offload(store, kernels, plan, options, stats, writer, say, progress)
         opened.callback(offload.close)
         model = Mixtral(config, load_dense(store, kernels), kernels, offload.experts, offload.experts.ahead,

@@ -16,7 +16,7 @@ from qmix import hardware
 from qmix.config import ExpertKey, ModelConfig, QuantConfig
 from qmix.errors import CheckpointError, ConfigError, UsageError
 from qmix.offload import router_stats
-from qmix.offload.forecast import Speeds, forecast
+from qmix.offload.forecast import Speeds, forecast, known_shares
 from qmix.offload.plan import MARGIN, PROGRAM, Needs, Plan, choose_context
 from qmix.offload.plan import plan as make_plan
 from qmix.sizes import format_bytes
@@ -57,7 +57,7 @@ def find_model(path: Path, quant: QuantConfig | None, state: Path | None, say: C
         with Store.open(path) as store:
             config = store.config
             stats = router_stats.load(state, store.identity, config.num_layers, config.num_experts, say)
-            return Model(path.resolve().name, config, store.quant, stats.share("decode") or stats.share("prefill"))
+            return Model(path.resolve().name, config, store.quant, known_shares(stats))
     file = path / CONFIG if path.is_dir() else path
     try:
         raw = json.loads(file.read_text())

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from qmix.config import ExpertKey, ModelConfig, QuantConfig
 from qmix.errors import DoesNotFit
-from qmix.offload.forecast import Speeds, forecast
+from qmix.offload.forecast import Speeds, forecast, known_shares
 from qmix.offload.plan import (
     CUDA_CONTEXT,
     RESERVE,
@@ -18,6 +18,7 @@ from qmix.offload.plan import (
     plan,
     resident_dense_bytes,
 )
+from qmix.offload.router_stats import RouterStats
 from qmix.sizes import GIB, MIB, dense_bytes, format_bytes, kv_bytes_per_token, record_layout
 
 MIXTRAL = ModelConfig(32000, 4096, 14336, 32, 32, 8, 128, 8, 2, 1e6, 1e-5, 32768)
@@ -118,6 +119,13 @@ def test_forecast_knows_uneven_routing() -> None:
     plain = forecast(found, Speeds(40, 2.5))
     assert forecast(found, Speeds(40, 2.5), even).hit == pytest.approx(plain.hit)
     assert forecast(found, Speeds(40, 2.5), uneven).hit > plain.hit + 0.2
+
+
+def test_a_few_tokens_are_no_statistics() -> None:
+    stats = RouterStats(2, 4)
+    for token in range(300):
+        assert known_shares(stats) == {} if token < 256 else known_shares(stats)[ExpertKey(1, 3)] == 1.0
+        stats.add_token("decode", [[0, 1], [2, 3]])
 
 
 def test_forecast_on_a_gpu_counts_pcie() -> None:

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 
 from qmix.config import ExpertKey
 from qmix.offload.plan import Plan
+from qmix.offload.router_stats import RouterStats
+
+
+ENOUGH = 256  # tokens from which router statistics say more than "all alike"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,14 @@ class Forecast:
     def line(self) -> str:
         return (f"forecast: {self.least:.1f} to {self.most:.1f} tok/s, limited by the {self.bottleneck}; "
                 f"{100 * self.hit:.0f} % of experts found in memory, {self.disk_bytes / 1e9:.2f} GB a token from disk")
+
+
+def known_shares(stats: RouterStats) -> dict[ExpertKey, float]:
+    """What is known of how often each expert is chosen: while decoding, else in prompts; {} for too few tokens."""
+    for phase in ("decode", "prefill"):
+        if stats.total(phase).tokens >= ENOUGH:
+            return stats.share(phase)
+    return {}
 
 
 def forecast(plan: Plan, speeds: Speeds, shares: Mapping[ExpertKey, float] | None = None) -> Forecast:
