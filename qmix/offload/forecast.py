@@ -14,7 +14,6 @@ from qmix.config import ExpertKey
 from qmix.offload.plan import Plan
 from qmix.offload.router_stats import RouterStats
 
-
 ENOUGH = 256  # tokens from which router statistics say more than "all alike"
 
 
