@@ -120,8 +120,19 @@ def test_several_looks_ahead_change_nothing(stores: dict[str, Path], resident: d
                                             monkeypatch: pytest.MonkeyPatch) -> None:
     for depth in (2, 3, 9):
         monkeypatch.setattr("qmix.offload.setup.reach", lambda *_, depth=depth: (depth, 2))
-        with page(monkeypatch, stores["int4"], 16) as engine:
+        with page(monkeypatch, stores["int4"], 16, prefetch="ahead") as engine:
             assert torch.equal(run(engine), resident["int4"])
+            assert engine.stats()["offload"]["prefetcher"]["issued"] > 0
+
+
+def test_small_records_are_not_guessed_unless_asked(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    with page(monkeypatch, stores["int4"], 16, say=said.append) as engine:
+        assert engine.stats()["offload"]["prefetch"] == "off"
+    assert any(line.startswith("prefetch off: records of 16") for line in said)
+    monkeypatch.setattr("qmix.offload.setup.SMALL", 1)
+    with page(monkeypatch, stores["int4"], 16) as engine:
+        assert engine.stats()["offload"]["prefetch"] == "ahead"
 
 
 def test_sessions_together_as_alone(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
