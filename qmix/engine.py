@@ -176,7 +176,7 @@ class Engine:
         another one, beside those still in use, would break the budget."""
         spare = self.plan.ram.budget - self.plan.ram.total
         used = sum(cache.nbytes for cache in self._caches)
-        if used + self.plan.ram.kv > self.plan.ram.kv + spare:
+        if used > spare:
             raise DoesNotFit(f"a KV cache of {format_bytes(self.plan.ram.kv)} beside {len(self._caches)} in use: the "
                              f"budget has {format_bytes(max(0, self.plan.ram.kv + spare - used))} left for it",
                              "let go of a session first, or load with a larger budget or a smaller context")

@@ -19,6 +19,10 @@ from qmix.offload.tiers import Tier
 from qmix.offload.watch import RoutingWatch
 
 
+def keys(*pairs: tuple[int, int]) -> list[ExpertKey]:
+    return [ExpertKey(*pair) for pair in pairs]
+
+
 def trained(right: float, tokens: int = 400) -> Prefetcher:
     """After guesses for layer 1 that were right this often."""
     dice, prefetcher = random.Random(1), Prefetcher("ahead", 3, 2)
@@ -123,10 +127,6 @@ def ahead(slots: int = 6, window: int = 2) -> tuple[Lookahead, Tier, Prefetcher,
     return Lookahead(tier, prefetcher, window), tier, prefetcher, source
 
 
-def keys(*pairs: tuple[int, int]) -> list[ExpertKey]:
-    return [ExpertKey(*pair) for pair in pairs]
-
-
 def arrive(tier: Tier, key: ExpertKey) -> None:
     load = tier.load_of(key)
     assert load is not None
@@ -175,16 +175,28 @@ def test_prefill_is_no_guess() -> None:
     assert all(f.issued == f.used == f.cancelled == 0 for f in prefetcher.figures)
 
 
-def test_what_is_expected_leaves_last() -> None:
-    cache = Cache(3, 4, make_policy("lfu", {}))
+@pytest.mark.parametrize("kept", keys((0, 0), (1, 0), (2, 0)))
+def test_what_is_expected_leaves_last(kept: ExpertKey) -> None:
+    """Whichever it is, so that it is not its score that keeps it."""
+    cache = Cache(3, 4, make_policy("lfu", {}), guard=0)
     for k in keys((0, 0), (1, 0), (2, 0)):
         cache.begin_token()
         cache.use(k)
         cache.admit(k, "demand")
-    cache.expect(keys((0, 0)))
+    cache.expect([kept])
+    assert cache.admit(ExpertKey(3, 3), "speculative", set(cache) - {kept}) is False
     gone = {cache.admit(ExpertKey(3, 0), "demand"), cache.admit(ExpertKey(3, 1), "demand", {ExpertKey(3, 0)})}
-    assert gone == set(keys((1, 0), (2, 0)))
-    assert cache.admit(ExpertKey(3, 2), "demand", keys((3, 0), (3, 1))) == ExpertKey(0, 0), "last, but not never"
+    assert gone == set(keys((0, 0), (1, 0), (2, 0))) - {kept}
+    assert cache.admit(ExpertKey(3, 2), "demand", keys((3, 0), (3, 1))) == kept, "last, but not never"
+
+
+def test_what_was_expected_is_not_kept_once_its_router_has_spoken() -> None:
+    cache = Cache(1, 4, make_policy("lfu", {}), guard=0)
+    cache.admit(ExpertKey(1, 0), "demand")
+    cache.expect(keys((1, 0)))
+    assert cache.admit(ExpertKey(2, 0), "speculative") is False
+    cache.settle(1)
+    assert cache.admit(ExpertKey(2, 0), "speculative") == ExpertKey(1, 0)
 
 
 @pytest.mark.parametrize(("slots", "layers", "want"), [(70, 12, (3, 2)), (48, 12, (2, 2)), (27, 12, (1, 1)),

@@ -210,8 +210,10 @@ class Cache:
         self.settle(layer)
 
     def settle(self, layer: int) -> None:
-        """The router of `layer` has spoken: guesses that it did not confirm are ordinary records now."""
+        """The router of `layer` has spoken: guesses that it did not confirm are ordinary records now, and nothing of
+        it is expected any more."""
         self._unproven = {key for key in self._unproven if key.layer != layer}
+        self._expected = frozenset(key for key in self._expected if key.layer != layer)
 
     def expect(self, keys: Collection[ExpertKey]) -> None:
         """What the coming layers will likely want, here or not: of the records that are here, these leave last.
@@ -245,18 +247,18 @@ class Cache:
         self._unproven.discard(key)
 
     def _victim(self, layer: int, reason: Reason, busy: Collection[ExpertKey]) -> ExpertKey | None:
-        """What leaves for a record of `layer`. Guesses leave last, they are wanted within a layer or two, and one guess
-        does not displace another one."""
-        recent = set().union(*self._recent)
+        """What leaves for a record of `layer`. What was guessed or is expected leaves last, it is wanted within a layer
+        or two, and for a guess it does not leave at all."""
+        recent, soon = set().union(*self._recent), self._unproven | self._expected
         spared: list[set[ExpertKey]]  # tried in turn: what stays besides what is busy
         if reason == "demand":
-            spared = [self._unproven, set()]
+            spared = [soon, set()]
         elif reason == "prefill":
-            spared = [self._unproven | recent, self._unproven, set()]
+            spared = [soon | recent, soon, set()]
         elif reason == "speculative" and len(self._unproven) < self._probation:
-            spared = [self._unproven | recent, self._unproven]
+            spared = [soon | recent, soon]
         else:
-            spared = [self._unproven | recent]
+            spared = [soon | recent]
         for stays in spared:
             leaves = self._lowest(layer, stays.union(busy))
             if leaves is not None:

@@ -37,13 +37,11 @@ SMALL = MIB  # bytes of a record below which guessing (0.2 ms a layer) takes lon
 
 @dataclass(frozen=True, slots=True)
 class OffloadOptions:
-    """policy: how a record is chosen to leave; prefetch: where guesses come from; verify: which reads are checked;
-    depth: layers looked ahead, None = as the slots allow."""
+    """policy: how a record is chosen to leave; prefetch: where guesses come from; verify: which reads are checked."""
 
     policy: str = "auto"
     prefetch: str = "auto"
     verify: str = "first"
-    depth: int | None = None
 
     def __post_init__(self) -> None:
         if self.policy != "auto":
@@ -112,7 +110,6 @@ def open_offload(store: Store, kernels: KernelTable, plan: Plan, options: Offloa
         say(f"prefetch off: records of {format_bytes(store.layout.nbytes)} are read faster than guessed "
             "(--prefetch ahead guesses all the same)")
     depth, window = reach(slots, config.num_layers, config.experts_per_token)
-    depth = options.depth or depth
     with ExitStack() as opened:
         pool = slot_pool(slots, store.layout.nbytes)
         records = store.records(options.verify, say)  # type: ignore[arg-type]
