@@ -160,7 +160,7 @@ def test_right_late_and_wrong_guesses_are_told_apart() -> None:
     assert ExpertKey(1, 2) in tier and ExpertKey(1, 3) not in tier
 
 
-def test_a_nearer_look_withdraws_and_protects() -> None:
+def test_a_nearer_look_withdraws() -> None:
     look, tier, _, source = ahead(window=3)
     look.expect(keys((1, 0), (2, 0), (2, 1)))
     look.expect(keys((2, 1), (2, 2)))
@@ -175,28 +175,26 @@ def test_prefill_is_no_guess() -> None:
     assert all(f.issued == f.used == f.cancelled == 0 for f in prefetcher.figures)
 
 
-@pytest.mark.parametrize("kept", keys((0, 0), (1, 0), (2, 0)))
-def test_what_is_expected_leaves_last(kept: ExpertKey) -> None:
+@pytest.mark.parametrize("guess", keys((0, 0), (1, 0), (2, 0)))
+def test_a_guess_leaves_last_until_its_router_has_spoken(guess: ExpertKey) -> None:
     """Whichever it is, so that it is not its score that keeps it."""
-    cache = Cache(3, 4, make_policy("lfu", {}), guard=0)
-    for k in keys((0, 0), (1, 0), (2, 0)):
-        cache.begin_token()
-        cache.use(k)
-        cache.admit(k, "demand")
-    cache.expect([kept])
-    assert cache.admit(ExpertKey(3, 3), "speculative", set(cache) - {kept}) is False
+    def filled() -> Cache:
+        cache = Cache(3, 4, make_policy("lfu", {}), guard=0)
+        for k in keys((0, 0), (1, 0), (2, 0)):
+            cache.begin_token()
+            cache.admit(k, "speculative" if k == guess else "demand")
+            if k != guess:
+                cache.use(k)
+        return cache
+
+    cache = filled()
+    assert cache.admit(ExpertKey(3, 3), "speculative", set(cache) - {guess}) is False
     gone = {cache.admit(ExpertKey(3, 0), "demand"), cache.admit(ExpertKey(3, 1), "demand", {ExpertKey(3, 0)})}
-    assert gone == set(keys((0, 0), (1, 0), (2, 0))) - {kept}
-    assert cache.admit(ExpertKey(3, 2), "demand", keys((3, 0), (3, 1))) == kept, "last, but not never"
-
-
-def test_what_was_expected_is_not_kept_once_its_router_has_spoken() -> None:
-    cache = Cache(1, 4, make_policy("lfu", {}), guard=0)
-    cache.admit(ExpertKey(1, 0), "demand")
-    cache.expect(keys((1, 0)))
-    assert cache.admit(ExpertKey(2, 0), "speculative") is False
-    cache.settle(1)
-    assert cache.admit(ExpertKey(2, 0), "speculative") == ExpertKey(1, 0)
+    assert gone == set(keys((0, 0), (1, 0), (2, 0))) - {guess}
+    assert cache.admit(ExpertKey(3, 2), "demand", keys((3, 0), (3, 1))) == guess, "last, but not never"
+    cache = filled()
+    cache.settle(guess.layer)
+    assert cache.admit(ExpertKey(3, 3), "demand") == guess, "never used, so it is the first to go now"
 
 
 @pytest.mark.parametrize(("slots", "layers", "want"), [(70, 12, (3, 2)), (48, 12, (2, 2)), (27, 12, (1, 1)),

@@ -165,7 +165,6 @@ class Cache:
         share, more = divmod(slots, layers)
         self._quota = [share + (i < more) for i in range(layers)] if quotas and share else None
         self._unproven: set[ExpertKey] = set()  # speculative records that nobody has used yet
-        self._expected: frozenset[ExpertKey] = frozenset()
         # What each of the last `guard` decoded tokens used.
         self._recent: deque[set[ExpertKey]] = deque([set()] if guard else (), maxlen=guard)
         self._now = 0  # tokens in the histories
@@ -210,15 +209,8 @@ class Cache:
         self.settle(layer)
 
     def settle(self, layer: int) -> None:
-        """The router of `layer` has spoken: guesses that it did not confirm are ordinary records now, and nothing of
-        it is expected any more."""
+        """The router of `layer` has spoken: guesses that it did not confirm are ordinary records now."""
         self._unproven = {key for key in self._unproven if key.layer != layer}
-        self._expected = frozenset(key for key in self._expected if key.layer != layer)
-
-    def expect(self, keys: Collection[ExpertKey]) -> None:
-        """What the coming layers will likely want, here or not: of the records that are here, these leave last.
-        Replaces what was expected before."""
-        self._expected = frozenset(keys)
 
     def score(self, key: ExpertKey) -> float:
         """What the policy makes of a record now; the one with the lowest score leaves first."""
@@ -247,9 +239,9 @@ class Cache:
         self._unproven.discard(key)
 
     def _victim(self, layer: int, reason: Reason, busy: Collection[ExpertKey]) -> ExpertKey | None:
-        """What leaves for a record of `layer`. What was guessed or is expected leaves last, it is wanted within a layer
-        or two, and for a guess it does not leave at all."""
-        recent, soon = set().union(*self._recent), self._unproven | self._expected
+        """What leaves for a record of `layer`. Guesses leave last, they are wanted within a layer or two, and one guess
+        does not displace another one."""
+        recent, soon = set().union(*self._recent), self._unproven
         spared: list[set[ExpertKey]]  # tried in turn: what stays besides what is busy
         if reason == "demand":
             spared = [soon, set()]

@@ -1,8 +1,8 @@
 """Guesses on their way: which records are read before their router has spoken, and what became of them.
 
 A guess takes a slot only when its read begins, a few at a time: one that merely waits for the disk would keep a
-record out that may be wanted. What is expected and here already is kept from leaving. A nearer look withdraws
-what a farther one guessed; the router's word withdraws what was wrong.
+record out that may be wanted. A nearer look withdraws what a farther one guessed; the router's word withdraws
+what was wrong.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ class Lookahead:
         account: these are guesses, to be judged; not so in prefill, where nearly all experts are wanted."""
         for key in [key for key in self._reading if key not in keys]:
             self._withdraw(key)
-        self._tier.cache.expect(keys)
         self._hopes = [key for key in keys if key not in self._tier]
         self._account = account
         self.pursue()
