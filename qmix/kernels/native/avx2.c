@@ -1,0 +1,16 @@
+/* AVX2: nearly every x86 processor since 2013. */
+#if defined(__x86_64__)
+#include "level.h"
+
+static int supported(void) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+TARGET("avx2,fma")
+#define LEVEL avx2
+#define NAME "avx2"
+#include "x86_256.h"
+
+#include "products.h"
+END_TARGET
+#endif

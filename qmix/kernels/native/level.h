@@ -1,0 +1,46 @@
+/* What each instruction set provides to native.c. */
+#ifndef QMIX_LEVEL_H
+#define QMIX_LEVEL_H
+
+#include "native.h"
+
+#define ALWAYS static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+/* Compile what follows for an instruction set that the rest of the library does without. */
+#if defined(__clang__)
+#define TARGET(features) _Pragma(QMIX_STRING(clang attribute push(__attribute__((target(features))), apply_to = function)))
+#define END_TARGET _Pragma("clang attribute pop")
+#else
+#define TARGET(features) _Pragma(QMIX_STRING(GCC target(features)))
+#define END_TARGET
+#endif
+#define QMIX_STRING(text) #text
+
+typedef struct {
+    const char *name;
+    int (*supported)(void);
+    int64_t width;  /* tokens of a panel, at most */
+    int64_t (*token_bytes)(int32_t act, const qmix_job *job);  /* of a panel, for each of its tokens */
+    /* Tokens [first, first + count) of the job, as the products read them. */
+    void (*pack)(int32_t act, const qmix_job *job, int64_t first, int64_t count, void *panel);
+    /* All tokens through one block of rows, or, if gated, through the block of both parts. */
+    void (*unit)(int32_t act, const qmix_job *job, int64_t unit, const char *panels, void *scratch);
+} qmix_level;
+
+extern const qmix_level qmix_avx512bf16, qmix_avx512vnni, qmix_avx512, qmix_avx2vnni, qmix_avx2, qmix_portable;
+
+enum { TOKEN_BLOCK = 256, SCRATCH = 32768 + 2 * 64 * 8 * 4 + 2 * 64 * TOKEN_BLOCK * 4 };
+
+static inline int64_t qmix_units(const qmix_job *job) {
+    int64_t rows = job->gated ? job->padded_rows / 2 : job->padded_rows;
+    return (rows + job->block - 1) / job->block;
+}
+
+/* The first token of panel p, of all panels' equal share of the tokens. */
+static inline int64_t qmix_panel(int64_t tokens, int64_t width, int64_t p) {
+    int64_t panels = (tokens + width - 1) / width;
+    return tokens * p / panels;
+}
+
+#endif

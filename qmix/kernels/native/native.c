@@ -1,0 +1,95 @@
+/* The entry points: which levels there are, and products cut into units for the pool. */
+#include "native.h"
+
+#include "level.h"
+#include "pool.h"
+
+static const qmix_level *const levels[] = {
+#if defined(__x86_64__)
+    &qmix_avx512bf16, &qmix_avx512vnni, &qmix_avx512, &qmix_avx2vnni, &qmix_avx2,
+#endif
+    &qmix_portable,
+};
+
+enum { LEVELS = sizeof levels / sizeof *levels };
+enum { SMALL = 1 << 18 };  /* weights x tokens below which another thread is not worth waking */
+
+int32_t qmix_abi(void) { return QMIX_ABI; }
+
+const char *qmix_level_name(int32_t level) { return level >= 0 && level < LEVELS ? levels[level]->name : NULL; }
+
+int32_t qmix_level_supported(int32_t level) {
+    return level >= 0 && level < LEVELS && levels[level]->supported();
+}
+
+typedef struct {
+    const qmix_level *level;
+    int32_t act;
+    const qmix_job *jobs;
+    int64_t count;
+    char *panels;      /* of all jobs, one after another */
+    _Atomic int failed;
+} work;
+
+static int64_t panel_count(const work *w, const qmix_job *job) {
+    return (job->tokens + w->level->width - 1) / w->level->width;
+}
+
+static int64_t panel_bytes(const work *w, const qmix_job *job) {
+    return job->tokens * w->level->token_bytes(w->act, job);
+}
+
+/* Item i of all jobs' items: its job, the bytes of panels before it, and its number in the job. */
+static const qmix_job *find(const work *w, int64_t *item, int64_t (*items)(const work *, const qmix_job *), char **panels) {
+    const qmix_job *job = w->jobs;
+    *panels = w->panels;
+    for (int64_t n; *item >= (n = items(w, job)); job++) {
+        *item -= n;
+        *panels += panel_bytes(w, job);
+    }
+    return job;
+}
+
+static int64_t unit_count(const work *w, const qmix_job *job) {
+    (void)w;
+    return job->tokens ? qmix_units(job) : 0;
+}
+
+static void pack_item(void *argument, int64_t item) {
+    const work *w = argument;
+    char *panels;
+    const qmix_job *job = find(w, &item, panel_count, &panels);
+    int64_t first = qmix_panel(job->tokens, w->level->width, item);
+    int64_t count = qmix_panel(job->tokens, w->level->width, item + 1) - first;
+    w->level->pack(w->act, job, first, count, panels + first * w->level->token_bytes(w->act, job));
+}
+
+static void unit_item(void *argument, int64_t item) {
+    work *w = argument;
+    char *panels, *scratch = pool_scratch(0, SCRATCH);
+    const qmix_job *job = find(w, &item, unit_count, &panels);
+    if (scratch)
+        w->level->unit(w->act, job, item, panels, scratch);
+    else
+        w->failed = 1;
+}
+
+int32_t qmix_products(int32_t level, int32_t act, const qmix_job *jobs, int64_t count, int32_t threads) {
+    work w = {.level = levels[level], .act = act, .jobs = jobs, .count = count};
+    int64_t bytes = 0, panels = 0, units = 0, size = 0, packing = 0;
+    for (int64_t i = 0; i < count; i++) {
+        bytes += panel_bytes(&w, jobs + i);
+        panels += panel_count(&w, jobs + i);
+        units += unit_count(&w, jobs + i);
+        packing += jobs[i].tokens * jobs[i].padded_cols;
+        size += jobs[i].tokens * jobs[i].padded_cols * jobs[i].padded_rows;
+    }
+    if (!units)
+        return 0;
+    w.panels = pool_scratch(1, (size_t)bytes);
+    if (!w.panels)
+        return -1;
+    pool_run(packing < SMALL / 4 ? 1 : threads, panels, pack_item, &w);
+    pool_run(size < SMALL ? 1 : threads, units, unit_item, &w);
+    return w.failed ? -1 : 0;
+}

@@ -1,0 +1,77 @@
+/* Any processor: what the compiler makes of plain loops over 4 lanes. */
+#include <string.h>
+
+#include "level.h"
+
+typedef int32_t vint __attribute__((vector_size(16)));
+typedef float vflt __attribute__((vector_size(16)));
+
+#define LEVEL portable
+#define NAME "portable"
+#define L 4
+#define SUB 2
+#define WIDTH 4
+
+static int supported(void) { return 1; }
+
+ALWAYS vint set_i(int32_t x) { return (vint){x, x, x, x}; }
+ALWAYS vflt set_f(float x) { return (vflt){x, x, x, x}; }
+ALWAYS vflt load_f(const float *p) {
+    vflt x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+ALWAYS void store_f(float *p, vflt x) { memcpy(p, &x, sizeof x); }
+ALWAYS vflt mul_f(vflt a, vflt b) { return a * b; }
+ALWAYS vflt fma_f(vflt a, vflt b, vflt c) { return a * b + c; }
+ALWAYS vflt to_f(vint x) { return __builtin_convertvector(x, vflt); }
+
+ALWAYS void split_params(const uint16_t *params, float *scale, float *zero) {
+    for (int i = 0; i < L; i++) {
+        uint32_t s = (uint32_t)params[2 * i] << 16, z = (uint32_t)params[2 * i + 1] << 16;
+        memcpy(scale + i, &s, 4);
+        memcpy(zero + i, &z, 4);
+    }
+}
+
+ALWAYS void unpack4(const uint8_t *from, int block, vint *rows) {
+    int half = block / 2;
+    for (int i = 0; i < half; i++) {
+        uint32_t low = 0, high = 0;
+        for (int k = 0; k < 4; k++) {
+            low |= (uint32_t)(from[k * half + i] & 15) << 8 * k;
+            high |= (uint32_t)(from[k * half + i] >> 4) << 8 * k;
+        }
+        rows[i / L][i % L] = (int32_t)low;
+        rows[(half + i) / L][i % L] = (int32_t)high;
+    }
+}
+
+/* 64 columns of 4 rows: lane i of out[k] has columns 4k..4k+3 of row i. */
+ALWAYS void transpose(const int8_t *const *rows, int64_t column, vint *out) {
+    for (int k = 0; k < 16; k++)
+        for (int i = 0; i < L; i++) {
+            int32_t four;
+            memcpy(&four, rows[i] + column + 4 * k, 4);
+            out[k][i] = four;
+        }
+}
+
+#define SIGNED_OFFSET 0
+ALWAYS vint signed_codes(vint w) { return w; }
+ALWAYS vint dot4_signed(vint sum, vint w, vint x) {
+    for (int k = 0; k < 4; k++)
+        sum += (w << (24 - 8 * k) >> 24) * (x << (24 - 8 * k) >> 24);
+    return sum;
+}
+ALWAYS vint dot4(vint sum, vint w, vint x) { return dot4_signed(sum, w, x); } /* codes 0..15 are signed bytes too */
+
+#define WORDS 4
+ALWAYS vint part_of(vint codes, int i, int is_signed) { /* weight i of each lane as fp32 */
+    vint code = is_signed ? codes << (24 - 8 * i) >> 24 : (codes >> 8 * i & 255) - 8;
+    vflt value = to_f(code);
+    return (vint)value;
+}
+ALWAYS vflt fdot(vflt sum, vint w, vint x) { return fma_f((vflt)w, (vflt)x, sum); }
+
+#include "products.h"

@@ -1,0 +1,89 @@
+/* 256 bits: 8 rows side by side, on AVX2; HAS_VNNI: with AVX-VNNI's dot products. */
+#include <immintrin.h>
+
+#include "level.h"
+
+typedef __m256i vint;
+typedef __m256 vflt;
+
+#define L 8
+#define SUB 2
+#define WIDTH 4
+
+ALWAYS vint set_i(int32_t x) { return _mm256_set1_epi32(x); }
+ALWAYS vflt set_f(float x) { return _mm256_set1_ps(x); }
+ALWAYS vflt load_f(const float *p) { return _mm256_loadu_ps(p); }
+ALWAYS void store_f(float *p, vflt x) { _mm256_storeu_ps(p, x); }
+ALWAYS vflt mul_f(vflt a, vflt b) { return _mm256_mul_ps(a, b); }
+ALWAYS vflt fma_f(vflt a, vflt b, vflt c) { return _mm256_fmadd_ps(a, b, c); }
+ALWAYS vflt to_f(vint x) { return _mm256_cvtepi32_ps(x); }
+
+ALWAYS void split_params(const uint16_t *params, float *scale, float *zero) {
+    vint both = _mm256_loadu_si256((const vint *)params);
+    store_f(scale, _mm256_castsi256_ps(_mm256_slli_epi32(both, 16)));
+    store_f(zero, _mm256_castsi256_ps(_mm256_and_si256(both, set_i((int32_t)0xffff0000))));
+}
+
+#include "x86_columns.h"
+
+ALWAYS void unpack4(const uint8_t *from, int block, vint *rows) {
+    const vint mask = _mm256_set1_epi8(15);
+    const int half = block / 16;
+    if (block == 64)
+        columns_of_32_bytes(from, rows);
+    else
+        columns_of_16_bytes(from, rows);
+    UNROLL for (int i = 0; i < half; i++) {
+        rows[half + i] = _mm256_and_si256(_mm256_srli_epi32(rows[i], 4), mask);
+        rows[i] = _mm256_and_si256(rows[i], mask);
+    }
+}
+
+/* 64 columns of 8 rows: lane i of out[k] has columns 4k..4k+3 of row i. */
+ALWAYS void transpose(const int8_t *const *rows, int64_t column, vint *out) {
+    UNROLL for (int half = 0; half < 2; half++) {
+        vint a[8], b[8];
+        UNROLL for (int i = 0; i < 8; i++)
+            a[i] = _mm256_loadu_si256((const vint *)(rows[i] + column + 32 * half));
+        UNROLL for (int i = 0; i < 8; i += 2) {
+            b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
+            b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
+        }
+        UNROLL for (int i = 0; i < 8; i += 4) {
+            a[i] = _mm256_unpacklo_epi64(b[i], b[i + 2]);
+            a[i + 1] = _mm256_unpackhi_epi64(b[i], b[i + 2]);
+            a[i + 2] = _mm256_unpacklo_epi64(b[i + 1], b[i + 3]);
+            a[i + 3] = _mm256_unpackhi_epi64(b[i + 1], b[i + 3]);
+        }
+        UNROLL for (int j = 0; j < 4; j++) {
+            out[8 * half + j] = _mm256_permute2x128_si256(a[j], a[4 + j], 0x20);
+            out[8 * half + 4 + j] = _mm256_permute2x128_si256(a[j], a[4 + j], 0x31);
+        }
+    }
+}
+
+#ifdef HAS_VNNI
+#define SIGNED_OFFSET 128
+ALWAYS vint signed_codes(vint w) { return _mm256_xor_si256(w, _mm256_set1_epi8((char)0x80)); }
+ALWAYS vint dot4(vint sum, vint w, vint x) { return _mm256_dpbusd_avx_epi32(sum, w, x); }
+ALWAYS vint dot4_signed(vint sum, vint w, vint x) { return _mm256_dpbusd_avx_epi32(sum, w, x); }
+#else
+#define SIGNED_OFFSET 0
+ALWAYS vint signed_codes(vint w) { return w; }
+ALWAYS vint dot4(vint sum, vint w, vint x) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
+}
+ALWAYS vint dot4_signed(vint sum, vint w, vint x) { /* |w| * (x with w's sign): two of them fit 16 bits */
+    return dot4(sum, _mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+}
+#endif
+
+#define WORDS 4
+ALWAYS vint part_of(vint codes, int i, int is_signed) { /* weight i of each lane as fp32 */
+    vint code = is_signed ? _mm256_srai_epi32(_mm256_slli_epi32(codes, 24 - 8 * i), 24)
+                          : _mm256_sub_epi32(_mm256_and_si256(_mm256_srli_epi32(codes, 8 * i), set_i(255)), set_i(8));
+    return _mm256_castps_si256(to_f(code));
+}
+ALWAYS vflt fdot(vflt sum, vint w, vint x) {
+    return _mm256_fmadd_ps(_mm256_castsi256_ps(w), _mm256_castsi256_ps(x), sum);
+}

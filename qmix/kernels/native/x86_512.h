@@ -1,0 +1,147 @@
+/* 512 bits: 16 rows side by side. HAS_VNNI (with VBMI) and HAS_BF16 say what the level may use. */
+#include <immintrin.h>
+
+#include "level.h"
+
+typedef __m512i vint;
+typedef __m512 vflt;
+
+#define L 16
+#define SUB 4
+#define WIDTH 6
+#define DIRECT
+
+ALWAYS vint set_i(int32_t x) { return _mm512_set1_epi32(x); }
+ALWAYS vflt set_f(float x) { return _mm512_set1_ps(x); }
+ALWAYS vflt load_f(const float *p) { return _mm512_loadu_ps(p); }
+ALWAYS void store_f(float *p, vflt x) { _mm512_storeu_ps(p, x); }
+ALWAYS vflt mul_f(vflt a, vflt b) { return _mm512_mul_ps(a, b); }
+ALWAYS vflt fma_f(vflt a, vflt b, vflt c) { return _mm512_fmadd_ps(a, b, c); }
+ALWAYS vflt to_f(vint x) { return _mm512_cvtepi32_ps(x); }
+
+ALWAYS void split_params(const uint16_t *params, float *scale, float *zero) {
+    vint both = _mm512_loadu_si512(params);
+    store_f(scale, _mm512_castsi512_ps(_mm512_slli_epi32(both, 16)));
+    store_f(zero, _mm512_castsi512_ps(_mm512_and_si512(both, set_i((int32_t)0xffff0000))));
+}
+
+#ifdef HAS_VNNI
+ALWAYS void columns_64(const uint8_t *from, vint *low, vint *high) { /* bytes 0..15 and 16..31 of 4 columns */
+    const vint first = _mm512_set_epi32(0x6f4f2f0f, 0x6e4e2e0e, 0x6d4d2d0d, 0x6c4c2c0c, 0x6b4b2b0b, 0x6a4a2a0a,
+                                        0x69492909, 0x68482808, 0x67472707, 0x66462606, 0x65452505, 0x64442404,
+                                        0x63432303, 0x62422202, 0x61412101, 0x60402000);
+    const vint second = _mm512_or_si512(first, _mm512_set1_epi8(16));
+    vint a = _mm512_loadu_si512(from), b = _mm512_loadu_si512(from + 64);
+    *low = _mm512_permutex2var_epi8(a, first, b);
+    *high = _mm512_permutex2var_epi8(a, second, b);
+}
+
+ALWAYS vint columns_32(const uint8_t *from) {
+    const vint order = _mm512_set_epi32(0x3f2f1f0f, 0x3e2e1e0e, 0x3d2d1d0d, 0x3c2c1c0c, 0x3b2b1b0b, 0x3a2a1a0a,
+                                        0x39291909, 0x38281808, 0x37271707, 0x36261606, 0x35251505, 0x34241404,
+                                        0x33231303, 0x32221202, 0x31211101, 0x30201000);
+    return _mm512_permutexvar_epi8(order, _mm512_loadu_si512(from));
+}
+#else
+#include "x86_columns.h"
+
+ALWAYS void columns_64(const uint8_t *from, vint *low, vint *high) {
+    __m256i rows[4];
+    columns_of_32_bytes(from, rows);
+    *low = _mm512_inserti64x4(_mm512_castsi256_si512(rows[0]), rows[1], 1);
+    *high = _mm512_inserti64x4(_mm512_castsi256_si512(rows[2]), rows[3], 1);
+}
+
+ALWAYS vint columns_32(const uint8_t *from) {
+    __m256i rows[2];
+    columns_of_16_bytes(from, rows);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(rows[0]), rows[1], 1);
+}
+#endif
+
+ALWAYS void unpack4(const uint8_t *from, int block, vint *rows) {
+    const vint mask = _mm512_set1_epi8(15);
+    if (block == 64) {
+        vint low, high;
+        columns_64(from, &low, &high);
+        rows[0] = _mm512_and_si512(low, mask);
+        rows[1] = _mm512_and_si512(high, mask);
+        rows[2] = _mm512_and_si512(_mm512_srli_epi32(low, 4), mask);
+        rows[3] = _mm512_and_si512(_mm512_srli_epi32(high, 4), mask);
+    } else {
+        vint both = columns_32(from);
+        rows[0] = _mm512_and_si512(both, mask);
+        rows[1] = _mm512_and_si512(_mm512_srli_epi32(both, 4), mask);
+    }
+}
+
+/* 64 columns of 16 rows: lane i of out[k] has columns 4k..4k+3 of row i. */
+ALWAYS void transpose(const int8_t *const *rows, int64_t column, vint *out) {
+    vint a[16], b[16];
+    UNROLL for (int i = 0; i < 16; i++)
+        a[i] = _mm512_loadu_si512(rows[i] + column);
+    UNROLL for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    UNROLL for (int i = 0; i < 16; i += 4) { /* rows i..i+3; a[i + j]: dword j of each 128 bits */
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    UNROLL for (int j = 0; j < 4; j++) {
+        vint low01 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x44), high01 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xee);
+        vint low23 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x44);
+        vint high23 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xee);
+        out[j] = _mm512_shuffle_i32x4(low01, low23, 0x88);
+        out[4 + j] = _mm512_shuffle_i32x4(low01, low23, 0xdd);
+        out[8 + j] = _mm512_shuffle_i32x4(high01, high23, 0x88);
+        out[12 + j] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
+    }
+}
+
+#ifdef HAS_VNNI
+#define SIGNED_OFFSET 128
+ALWAYS vint signed_codes(vint w) { return _mm512_xor_si512(w, _mm512_set1_epi8((char)0x80)); }
+ALWAYS vint dot4(vint sum, vint w, vint x) { return _mm512_dpbusd_epi32(sum, w, x); }
+ALWAYS vint dot4_signed(vint sum, vint w, vint x) { return _mm512_dpbusd_epi32(sum, w, x); }
+#else
+#define SIGNED_OFFSET 0
+ALWAYS vint signed_codes(vint w) { return w; }
+ALWAYS vint dot4(vint sum, vint w, vint x) {
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(w, x), _mm512_set1_epi16(1)));
+}
+ALWAYS vint dot4_signed(vint sum, vint w, vint x) { /* |w| * (x with w's sign): two of them fit 16 bits */
+    vint turned = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w), _mm512_setzero_si512(), x);
+    return dot4(sum, _mm512_abs_epi8(w), turned);
+}
+#endif
+
+#ifdef HAS_BF16
+#define WORDS 2
+/* Weights i and i + 2 of each lane as bf16. int4: from a table, which the low 5 bits of a word look up. */
+ALWAYS vint part_of(vint codes, int i, int is_signed) {
+    if (!is_signed) {
+        const vint table = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x40e0, 0x40c0, 0x40a0, 0x4080,
+                                            0x4040, 0x4000, 0x3f80, 0, (short)0xbf80, (short)0xc000, (short)0xc040,
+                                            (short)0xc080, (short)0xc0a0, (short)0xc0c0, (short)0xc0e0, (short)0xc100);
+        return _mm512_permutexvar_epi16(i ? _mm512_srli_epi32(codes, 8) : codes, table);
+    }
+    vint low = _mm512_srai_epi32(_mm512_slli_epi32(codes, 24 - 8 * i), 24);
+    vint high = _mm512_srai_epi32(_mm512_slli_epi32(codes, 8 - 8 * i), 24);
+    vint a = _mm512_castps_si512(to_f(low)), b = _mm512_castps_si512(to_f(high));
+    return _mm512_or_si512(_mm512_srli_epi32(a, 16), _mm512_and_si512(b, set_i((int32_t)0xffff0000)));
+}
+ALWAYS vflt fdot(vflt sum, vint w, vint x) { return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x); }
+#else
+#define WORDS 4
+ALWAYS vint part_of(vint codes, int i, int is_signed) { /* weight i of each lane as fp32 */
+    vint code = is_signed ? _mm512_srai_epi32(_mm512_slli_epi32(codes, 24 - 8 * i), 24)
+                          : _mm512_sub_epi32(_mm512_and_si512(_mm512_srli_epi32(codes, 8 * i), set_i(255)), set_i(8));
+    return _mm512_castps_si512(to_f(code));
+}
+ALWAYS vflt fdot(vflt sum, vint w, vint x) {
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(w), _mm512_castsi512_ps(x), sum);
+}
+#endif
