@@ -27,6 +27,7 @@
 #define JOIN_(a, b) a##_##b
 #define JOIN(a, b) JOIN_(a, b)
 #define VECTORS (64 / L) /* of a block of 64 rows */
+enum { AHEAD = 8192, AHEAD_INT8 = 1024 }; /* bytes that weights are prefetched ahead of their use */
 
 ALWAYS float from_bf16(uint16_t bits) {
     uint32_t wide = (uint32_t)bits << 16;
@@ -144,9 +145,9 @@ ALWAYS void unpack_int4(const uint8_t *from, int block, int words, int64_t colum
     int vectors = block / L, sub = vectors < SUB ? vectors : SUB;
     for (int64_t k = 0; k < columns / 4; k++) {
         vint codes[VECTORS];
-        __builtin_prefetch(from + 4096);
+        __builtin_prefetch(from + AHEAD);
         if (block == 64)
-            __builtin_prefetch(from + 4096 + 64);
+            __builtin_prefetch(from + AHEAD + 64);
         unpack4(from, block, codes);
         from += 2 * block;
         UNROLL for (int v = 0; v < vectors; v++) {
@@ -167,7 +168,7 @@ ALWAYS void unpack_int8(const int8_t *from, int64_t stride, int64_t left, int wo
         for (int64_t k = 0; k < columns; k += 64) {
             vint codes[16];
             for (int i = 0; i < L; i++)
-                __builtin_prefetch(rows[i] + k + 512);
+                __builtin_prefetch(rows[i] + k + AHEAD_INT8, 0, 2); /* rows 4 KiB apart share sets of the first cache */
             transpose(rows, k, codes);
             UNROLL for (int i = 0; i < 16; i++) {
                 vint *to = tile + ((v / SUB * (columns / 4) + k / 4 + i) * words) * SUB + v % SUB;
@@ -232,23 +233,21 @@ ALWAYS void inner(const int count, const int sub, const int act, const int bits,
                 else
                     fsums[c][v] = set_f(0);
             }
-        for (int64_t k = 0; k < fours; k++) {
-            if (act == QMIX_ACT_INT8) {
+        for (int64_t k = 0; k < fours * (act == QMIX_ACT_INT8 ? 1 : WORDS); k += 2) {
+            UNROLL for (int twice = 0; twice < 2; twice++) {
                 UNROLL for (int c = 0; c < count; c++) {
                     vint word = set_i((int32_t)x.words[c]);
-                    UNROLL for (int v = 0; v < sub; v++)
-                        sums[c][v] = bits == 4 ? dot4(sums[c][v], tile[v], word) : dot4_signed(sums[c][v], tile[v], word);
+                    UNROLL for (int v = 0; v < sub; v++) {
+                        if (act != QMIX_ACT_INT8)
+                            fsums[c][v] = fdot(fsums[c][v], tile[v], word);
+                        else if (bits == 4)
+                            sums[c][v] = dot4(sums[c][v], tile[v], word);
+                        else
+                            sums[c][v] = dot4_signed(sums[c][v], tile[v], word);
+                    }
                 }
                 tile += sub, x.words += count;
-            } else
-                UNROLL for (int w = 0; w < WORDS; w++) {
-                    UNROLL for (int c = 0; c < count; c++) {
-                        vint word = set_i((int32_t)x.words[c]);
-                        UNROLL for (int v = 0; v < sub; v++)
-                            fsums[c][v] = fdot(fsums[c][v], tile[v], word);
-                    }
-                    tile += sub, x.words += count;
-                }
+            }
         }
         finish_group(count, sub, act, bits, sums, fsums, scale, zero, x.step, x.sum, y, y_stride);
         x.start += count, x.step += count, x.sum += count, scale += 64, zero += 64;
@@ -274,13 +273,13 @@ ALWAYS void direct(const int count, const int act, const int block, const qmix_j
                     fsums[c][v] = set_f(0);
             }
         const uint16_t *params = job->params + (g * job->padded_rows + row) * 2;
-        for (int i = 0; i < block * 4; i += 64) /* those of the group after the next */
-            __builtin_prefetch((const char *)(params + 4 * job->padded_rows) + i);
+        for (int i = 0; i < block * 4; i += 64) /* those of the third group from here */
+            __builtin_prefetch((const char *)(params + 6 * job->padded_rows) + i);
         for (int64_t k = 0; k < job->group / 4; k++) {
             vint codes[VECTORS];
-            __builtin_prefetch(from + 4096);
+            __builtin_prefetch(from + AHEAD);
             if (block == 64)
-                __builtin_prefetch(from + 4096 + 64);
+                __builtin_prefetch(from + AHEAD + 64);
             unpack4(from, block, codes);
             from += 2 * block;
             if (act == QMIX_ACT_INT8) {
@@ -304,6 +303,32 @@ ALWAYS void direct(const int count, const int act, const int block, const qmix_j
             split_params(params + v * 2 * L, scale + v * L, zero + v * L);
         finish_group(count, sub, act, 4, sums, fsums, scale, zero, x.step, x.sum, y, block);
         x.start += count, x.step += count, x.sum += count;
+    }
+}
+#endif
+
+#ifdef DIRECT_INT8
+/* int8 rows for one token with int8 activations: 16 rows at a time, each read from end to end. */
+ALWAYS void direct_int8(const qmix_job *job, int64_t row, panel_view x, float *y) {
+    int64_t columns = job->padded_cols;
+    for (int v = 0; v < VECTORS && row + v * L < job->padded_rows; v++) {
+        const int8_t *rows[L];
+        float scale[L], zero[L];
+        vint sums[WIDTH][SUB];
+        panel_view at = x;
+        for (int i = 0; i < L; i++) {
+            int64_t mine = row + v * L + i < job->padded_rows ? row + v * L + i : job->padded_rows - 1;
+            rows[i] = (const int8_t *)job->weight + mine * columns;
+            scale[i] = from_bf16(job->params[mine]);
+        }
+        for (int64_t column = 0; column < columns; column += 64) {
+            UNROLL for (int i = 0; i < L; i++)
+                __builtin_prefetch(rows[i] + column + AHEAD_INT8, 0, 2); /* rows 4 KiB apart share sets of the first cache */
+            sums[0][0] = dot_rows(rows, column, load_i(at.words));
+            sums[0][0] = add_i(sums[0][0], set_i(*at.start));
+            finish_group(1, 1, QMIX_ACT_INT8, 8, sums, NULL, scale, zero, at.step, at.sum, y + v * L, 0);
+            at.words += 16, at.start++, at.step++;
+        }
     }
 }
 #endif
@@ -364,6 +389,12 @@ ALWAYS void block_rows(const int act, const int bits, const int block, const qmi
     if (bits == 4 && job->tokens <= WIDTH) {
         panel_view x = view_panel(act, job, panels, job->tokens, 0);
         WITH_COUNT(job->tokens, direct(count, act, block, job, row, x, acc))
+        return;
+    }
+#endif
+#ifdef DIRECT_INT8
+    if (bits == 8 && act == QMIX_ACT_INT8 && job->tokens == 1) {
+        direct_int8(job, row, view_panel(act, job, panels, 1, 0), acc);
         return;
     }
 #endif
