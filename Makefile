@@ -31,7 +31,9 @@ lint: $(VENV)/.qmix-dev
 	$(VENV)/bin/mypy
 
 # The stamps make each install happen once, and again only when what to install changed.
-$(VENV)/.qmix: pyproject.toml constraints.txt
+NATIVE := $(wildcard qmix/kernels/native/*.[ch])
+
+$(VENV)/.qmix: pyproject.toml setup.py constraints.txt $(NATIVE)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -e .
 	touch $@

@@ -41,13 +41,13 @@ from qmix.tokenizer import load as load_tokenizer
 
 def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ram: int | None = None,
          margin: int | None = None, policy: str = "auto", prefetch: str = "auto", verify: str = "first",
-         trace: Path | None = None, state: Path | None = None, speeds: Speeds | None = None,
+         activations: str = "auto", trace: Path | None = None, state: Path | None = None, speeds: Speeds | None = None,
          say: Callable[[str], None] = lambda line: None, progress: Progress | None = None) -> Engine:
     """Open a store and bring it into memory, within a budget.
 
     threads: compute threads, default the physical cores, or 1 for a very small model; context: tokens,
     0 = min(model, 8192); ram: bytes for the whole process, None = what is free but for `margin` bytes; policy,
-    prefetch, verify: see OffloadOptions; trace: a file that gets every routing decision; state: the folder that
+    prefetch, verify: see OffloadOptions; activations: see kernels.table.select; trace: a file that gets every routing decision; state: the folder that
     keeps router statistics, None = nowhere; speeds: this machine's, for a forecast; say: told every choice a
     user should know of, a line each.
     Raises StoreError, DoesNotFit or UsageError before anything large is loaded.
@@ -60,7 +60,7 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
         config = store.config
         needs = Needs.of(config, store.quant, _context(config, context))
         tokenizer = load_tokenizer(store.path, config.vocab_size)
-        kernels = select_kernels(config, store.quant, say)
+        kernels = select_kernels(config, store.quant, say, activations)
         plan = make_plan(needs, *_budget(ram, margin))
         stats = router_stats.load(state, store.identity, config.num_layers, config.num_experts, say)
         writer = None if trace is None else opened.enter_context(_trace_writer(trace, store))
@@ -99,11 +99,13 @@ def _trace_writer(path: Path, store: Store) -> TraceWriter:
                                          config.experts_per_token, store.identity, store.path.resolve().name))
 
 
-def select_kernels(config: ModelConfig, quant: QuantConfig, say: Callable[[str], None]) -> KernelTable:
+def select_kernels(config: ModelConfig, quant: QuantConfig, say: Callable[[str], None],
+                   activations: str = "auto") -> KernelTable:
     """The kernels for the formats that this store uses."""
     plain = DTYPES[config.dtype]
     formats = {plain if f == "keep" else f for f in (quant.experts, quant.dense)} | {plain}
-    return select(formats, {quant.block} if quant.uses_int4 else set(), say=say)
+    return select(formats, {quant.block} if quant.uses_int4 else set(), say=say,
+                  activations=activations)
 
 
 def _default_threads(store: Store) -> int:

@@ -32,8 +32,16 @@ ROUNDING = 2**-8
 FORMATS = ("int4", "int8", "nf4", "fp4", "bf16", "fp16", "fp32")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def without_native() -> Iterator[None]:
+    """These are torch's kernels and the reference; test_native.py has the native ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QMIX_NATIVE", "off")
+        yield
+
+
 @pytest.fixture(scope="module")
-def kernels() -> KernelTable:
+def kernels(without_native: None) -> KernelTable:
     return select(FORMATS, say=lambda line: None)
 
 

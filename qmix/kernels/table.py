@@ -21,20 +21,23 @@ from qmix.config import BLOCKS
 from qmix.errors import UsageError
 from qmix.formats import int4, int8, module, nf4
 from qmix.formats.packed import Packed
-from qmix.kernels import bnb, cpu, reference
+from qmix.kernels import bnb, cpu, native, reference
 from qmix.kernels.cpu import Kernel
 from qmix.sizes import MatrixSpec
 
+ACTIVATIONS = ("auto", "bf16", "int8")
 INT4_OP = "torch _weight_int4pack_mm_for_cpu"
 INT8_OP = "torch _weight_int8pack_mm"
 
 
 @dataclass(frozen=True, slots=True)
 class KernelTable:
-    """kernels: {(format, block): kernel}, block 0 for formats without one; names: {format: what runs}."""
+    """kernels: {(format, block): kernel}, block 0 for formats without one; names: {format: what runs}; native:
+    what computes int4, where it was built and passed."""
 
     kernels: Mapping[tuple[str, int], Kernel]
     names: Mapping[str, str]
+    native: native.Native | None = None
 
     def linear(self, x: Tensor, m: Packed) -> Tensor:
         """x [T, cols] bf16 or fp32 -> [T, rows] in x's dtype, padding and gaps between parts removed."""
@@ -51,27 +54,40 @@ class KernelTable:
     def gated(self, x: Tensor, w13: Packed) -> Tensor:
         """The first half of an expert, silu(gate(x)) * up(x): x [T, H] -> [T, F]; it needs no w2 yet."""
         spec = w13.spec
+        if self.native is not None and spec.format == "int4":
+            return self.native.gated(x, w13)
         both = self.kernels[spec.format, spec.block](x, w13)
         half, inner = both.shape[1] // 2, spec.rows // 2
         return F.silu(both[:, :inner]) * both[:, half:half + inner]
 
 
 def select(formats: Iterable[str], blocks: Iterable[int] = BLOCKS, device: str = "cpu",
-           say: Callable[[str], None] = print) -> KernelTable:
+           say: Callable[[str], None] = print, activations: str = "bf16") -> KernelTable:
     """The kernels for `formats` ("int4", "int8", "nf4", ...), int4 in each of `blocks`; self-tested.
 
-    `say` gets one line for whatever is not the fast path. UsageError for an unknown format or device.
+    activations: what int4 and int8 products see of x: "bf16", "int8" (native kernels only), or "auto": int8 where it
+    can be had (docs/kernels.md has its error). `say` gets one line for whatever is not the fast path. UsageError for an
+    unknown format or device, and for activations that nothing here has.
     """
     if device != "cpu":
         raise UsageError(f"device: got {device!r}, want 'cpu' (the only one with kernels so far)")
-    kernels: dict[tuple[str, int], Kernel] = {}
+    if activations not in ACTIVATIONS:
+        raise UsageError(f"--activations {activations}: want " + ", ".join(ACTIVATIONS))
     names: dict[str, str] = {}
-    for name in sorted(set(formats)):
-        module(name)  # refuses unknown names
-        if name == "int4":
-            found = _choose_int4(sorted(set(blocks) - {0}, reverse=True), say)
+    kernels: dict[tuple[str, int], Kernel] = {}
+    wanted = {(module(name), name)[1] for name in formats}  # `module` refuses unknown names
+    blocks = sorted(set(blocks) - {0}, reverse=True)
+    own = _choose_native(wanted, blocks, activations, say)
+    for name in sorted(wanted):
+        if name == "int4" and own is not None:
+            kernels |= {(name, block): own.linear for block in blocks}
+            names[name] = own.name
+        elif name == "int4":
+            found = _choose_int4(blocks, say)
             kernels |= {(name, block): kernel for block, (kernel, _) in found.items()}
             names[name] = "; ".join(dict.fromkeys(text for _, text in found.values()))
+        elif name == "int8" and own is not None and own.activations == "int8":
+            kernels[name, 0], names[name] = own.linear, own.name
         elif name == "int8":
             kernels[name, 0], names[name] = _choose_int8(say)
         elif name in ("nf4", "fp4"):
@@ -80,7 +96,32 @@ def select(formats: Iterable[str], blocks: Iterable[int] = BLOCKS, device: str =
             say(f"{name} on the CPU decodes every weight for every token: expect a fraction of int4's speed")
         else:
             kernels[name, 0], names[name] = cpu.plain_linear, f"torch linear, {name}"
-    return KernelTable(MappingProxyType(kernels), MappingProxyType(names))
+    return KernelTable(MappingProxyType(kernels), MappingProxyType(names), own)
+
+
+def _choose_native(formats: set[str], blocks: list[int], activations: str,
+                   say: Callable[[str], None]) -> native.Native | None:
+    """The native kernels, where `formats` have a use for them and they pass on all of them."""
+    packed = formats & set(native.FORMATS)
+    if not packed:
+        if activations == "int8":
+            raise UsageError("--activations int8: this store has neither int4 nor int8 matrices", "leave it out")
+        return None
+    level = native.wanted_level()
+    if level is not None:
+        own = native.Native(level, "int8" if activations == "auto" else activations)
+        samples = [_random_int4(block) for block in blocks if "int4" in packed]
+        samples += [_random_int8()] if "int8" in packed else []
+        if all(_agrees(own.linear, m, own.activations) for m in samples):
+            return own
+        say(f"the native kernels failed their self-test here ({level}, {_machine()}): torch computes instead")
+    elif native.library() is None:
+        say("the native kernels were not built when qmix was installed (no C compiler?): torch computes, at about half "
+            "the speed")
+    if activations == "int8":
+        raise UsageError("--activations int8: only the native kernels have it, and they are not in use here",
+                         "install a C compiler and qmix again, or use --activations bf16")
+    return None
 
 
 def native_block() -> int:
@@ -118,14 +159,15 @@ def _machine() -> str:
     return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {platform.machine()}"
 
 
-def _agrees(kernel: Kernel, m: Packed) -> bool:
-    """Whether `kernel` gives what the reference gives, up to one bf16 rounding of each result."""
+def _agrees(kernel: Kernel, m: Packed, activations: str = "bf16") -> bool:
+    """Whether `kernel` gives what the reference gives for activations so rounded, up to one bf16 rounding of each
+    result."""
     x = torch.randn(5, m.spec.cols, generator=torch.Generator().manual_seed(1)).bfloat16()
     try:
         got = kernel(x, m).float()
     except (RuntimeError, AttributeError, NotImplementedError):
         return False
-    want = reference.linear(x.float(), m)
+    want = reference.linear(native.as_seen(x, activations, m.spec.group_size or native.DENSE_GROUP), m)
     return got.shape == want.shape and bool((got - want).norm() <= 2**-8 * want.norm())
 
 

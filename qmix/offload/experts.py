@@ -25,6 +25,7 @@ from torch import Tensor
 from qmix.config import ExpertKey, ModelConfig, Step
 from qmix.errors import Interrupted
 from qmix.formats import Packed
+from qmix.kernels.native import Native, Product
 from qmix.kernels.table import KernelTable
 from qmix.offload.figures import PhaseFigures
 from qmix.offload.lookahead import Lookahead
@@ -34,6 +35,7 @@ from qmix.offload.tiers import Tier
 from qmix.offload.watch import RoutingWatch
 
 WINDOW = 2  # records on their way at a time in prefill: one is read while the other is computed
+FEW = 8  # tokens whose experts are computed together
 CROWD = 4  # tokens per expert from which a prefill is sure to want every expert of the next layer
 
 
@@ -43,6 +45,14 @@ class _Group:
 
     tokens: Tensor | None
     ranks: Tensor | int
+
+    def chunks(self, top_k: int) -> Iterator[tuple[Tensor | None, Tensor]]:
+        """(tokens, their places among the T * K outputs), EXPERT_CHUNK at a time."""
+        if self.tokens is None:
+            yield None, torch.tensor([self.ranks])
+            return
+        places = self.tokens * top_k + self.ranks
+        yield from zip(self.tokens.split(EXPERT_CHUNK), places.split(EXPERT_CHUNK), strict=True)
 
 
 class PagedExperts:
@@ -58,6 +68,8 @@ class PagedExperts:
                  views: Sequence[tuple[Packed, Packed]], half: int, prefetcher: Prefetcher, watch: RoutingWatch,
                  depth: int = 1, window: int = 2, clock: Callable[[], float] = time.perf_counter):
         self._kernels = kernels
+        # Set where the native kernels compute the experts.
+        self._native: Native | None = kernels.native if views[0][0].spec.format == "int4" else None
         self._top_k = config.experts_per_token
         self._experts = config.num_experts
         self._layers = config.num_layers
@@ -88,8 +100,12 @@ class PagedExperts:
         if self._all_here:
             self.figures[step.phase].chosen += len(groups)
             self.figures[step.phase].hits += len(groups)
-            for expert in groups:
-                self._compute(ExpertKey(layer, expert), x, groups[expert], rows, step)
+            if self._native is not None and len(x) <= FEW:
+                _check(step)
+                self._compute_few(self._native, layer, x, groups, rows)
+            else:
+                for expert in groups:
+                    self._compute(ExpertKey(layer, expert), x, groups[expert], rows, step)
         else:
             self._settle(layer, step, ids, weights, groups)
             for key in self._in_turn(layer, list(groups), step, ahead):
@@ -115,6 +131,8 @@ class PagedExperts:
         """One expert for its tokens, into its rows. w13 must have arrived; w2 is waited for."""
         _check(step)
         w13, w2 = self._views[self._tier.slot(key)]
+        if self._native is not None:
+            return self._compute_native(self._native, key, x, group, rows, step)
         if group.tokens is None:
             hidden = self._kernels.gated(x, w13)
             self._await(key, self._record, step)
@@ -125,6 +143,31 @@ class PagedExperts:
             hidden = self._kernels.gated(x[tokens], w13)
             self._await(key, self._record, step)
             rows[tokens, ranks] = self._kernels.linear(hidden, w2).float()
+
+    def _compute_native(self, native: Native, key: ExpertKey, x: Tensor, group: _Group, rows: Tensor,
+                        step: Step) -> None:
+        """The same by the native kernels, which pick the tokens' rows and put the results in their places."""
+        w13, w2 = self._views[self._tier.slot(key)]
+        run, flat, hidden = native.run, rows.view(-1, rows.shape[2]), w13.spec.rows // 2
+        for tokens, places in group.chunks(self._top_k):
+            count = len(x) if tokens is None else len(tokens)
+            between = torch.empty(count, hidden)
+            run([Product(x, w13, between, x_rows=tokens, gated=True)])
+            self._await(key, self._record, step)
+            run([Product(between, w2, flat, y_rows=places)])
+
+    def _compute_few(self, native: Native, layer: int, x: Tensor, groups: dict[int, _Group], rows: Tensor) -> None:
+        """All experts of a few tokens at once, where all are here: one call for each half."""
+        flat = rows.view(-1, rows.shape[2])
+        first, second = [], []
+        for expert, group in groups.items():
+            w13, w2 = self._views[self._tier.slot(ExpertKey(layer, expert))]
+            for tokens, places in group.chunks(self._top_k):
+                between = torch.empty(1 if tokens is None else len(tokens), w13.spec.rows // 2)
+                first.append(Product(x, w13, between, x_rows=tokens, gated=True))
+                second.append(Product(between, w2, flat, y_rows=places))
+        native.run(first)
+        native.run(second)
 
     def _settle(self, layer: int, step: Step, ids: Tensor, weights: Tensor, groups: dict[int, _Group]) -> None:
         """The router of `layer` has spoken: into the cache's histories, and the guesses for it are judged."""

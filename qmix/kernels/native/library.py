@@ -1,0 +1,63 @@
+"""The compiled library: found beside this file, opened once, asked what it can do here.
+
+It is built when qmix is installed, if there is a C compiler (setup.py).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+from qmix.errors import UsageError
+
+ABI = 1  # native.h's QMIX_ABI
+VARIABLE = "QMIX_NATIVE"  # a level's name forces it, "off" leaves the library alone
+
+
+class Job(ctypes.Structure):
+    """native.h's qmix_job."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "params", "x", "x_rows", "y", "y_rows")] + \
+        [(name, ctypes.c_int64) for name in ("x_stride", "y_stride", "tokens", "padded_rows", "padded_cols", "rows",
+                                             "cols")] + \
+        [(name, ctypes.c_int32) for name in ("bits", "block", "group", "parts", "gated", "x_type", "y_type")]
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """None where it was not built, cannot be opened, or is an older qmix's."""
+    found = [path for suffix in EXTENSION_SUFFIXES if (path := Path(__file__).with_name(f"_native{suffix}")).exists()]
+    if not found:
+        return None
+    try:
+        opened = ctypes.CDLL(str(found[0]))
+        opened.qmix_level_name.restype = ctypes.c_char_p
+        return opened if opened.qmix_abi() == ABI else None
+    except (OSError, AttributeError):
+        return None
+
+
+def levels() -> dict[str, int]:
+    """{name: number} of the instruction sets that the library has kernels for and this processor has, the best
+    first; empty without a library."""
+    opened, names, number = library(), {}, 0
+    while opened is not None and (name := opened.qmix_level_name(number)) is not None:
+        if opened.qmix_level_supported(number):
+            names[name.decode()] = number
+        number += 1
+    return names
+
+
+def wanted_level() -> str | None:
+    """The level to use: what QMIX_NATIVE names, else the best; None for none.
+    UsageError where it names one that is not here."""
+    here, asked = levels(), os.environ.get(VARIABLE, "")
+    if asked == "off":
+        return None
+    if asked and asked not in here:
+        raise UsageError(f"{VARIABLE}={asked}: want off" + "".join(f" or {name}" for name in here),
+                         "unset it" if here else "unset it: the native kernels were not built here")
+    return asked or next(iter(here), None)
