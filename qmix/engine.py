@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -170,6 +170,11 @@ class Engine:
     @property
     def config(self) -> ModelConfig:
         return self.store.config
+
+    @property
+    def kernels(self) -> Mapping[str, str]:
+        """{format: what computes it}."""
+        return self._offload.experts.kernels.names
 
     def session(self) -> Session:
         """A new conversation with room for plan.context positions. The plan has room for one; DoesNotFit where
