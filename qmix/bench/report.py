@@ -47,10 +47,10 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
     """A row of `figures` for a table that people read."""
     recall = row["prefetch_recall"]
     return {
-        "test": row["test"], "state": row["state"], "tok/s": _short(row["tokens_per_second"]),
-        "min to max": f"{_short(row['slowest'])} to {_short(row['fastest'])}" if row["repetitions"] > 1 else "-",
-        "RAM a token": _decimal(row["ram_bytes_per_token"]), "RAM GB/s": _short(row["ram_gbps"]),
-        "disk a token": _decimal(row["disk_bytes_per_token"]), "disk GB/s": _short(row["disk_gbps"]),
+        "test": row["test"], "state": row["state"], "tok/s": short(row["tokens_per_second"]),
+        "min to max": f"{short(row['slowest'])} to {short(row['fastest'])}" if row["repetitions"] > 1 else "-",
+        "RAM a token": _decimal(row["ram_bytes_per_token"]), "RAM GB/s": short(row["ram_gbps"]),
+        "disk a token": _decimal(row["disk_bytes_per_token"]), "disk GB/s": short(row["disk_gbps"]),
         "hits": _percent(row["hit_rate"]), "recall": "-" if recall is None else _percent(recall),
         "wasted a token": _decimal(row["prefetch_wasted_bytes_per_token"]), "stalled": _percent(row["stalled_share"]),
         "roofline": _percent(row["roofline_share"]), "limited by": row["limited_by"],
@@ -66,7 +66,7 @@ def _digits(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """Three digits, never in powers of ten: 0.0123, 1.23, 45.6, 1234."""
     return f"{value:.0f}" if value >= 99.95 else f"{value:.3g}" if value >= 1e-4 else "0"
 

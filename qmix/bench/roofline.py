@@ -37,8 +37,13 @@ class Peaks:
     dtype: str
     disk_gbps: float | None = None
 
-    def lines(self) -> str:
-        found = (f"measured now: RAM {self.ram_gbps:.1f} GB/s, products {self.gflops:.0f} GFLOP/s "
+    def columns(self) -> dict[str, float | None]:
+        """As a row of the report has them."""
+        return {"peak_ram_gbps": float(f"{self.ram_gbps:.4g}"), "peak_gflops": float(f"{self.gflops:.4g}"),
+                "peak_disk_gbps": None if self.disk_gbps is None else float(f"{self.disk_gbps:.4g}")}
+
+    def line(self) -> str:
+        found = (f"measured beside it: RAM {self.ram_gbps:.1f} GB/s, products {self.gflops:.0f} GFLOP/s "
                  f"(torch matmul, {self.dtype}, {SIDE} x {SIDE})")
         return found if self.disk_gbps is None else f"{found}, disk {self.disk_gbps:.2f} GB/s"
 

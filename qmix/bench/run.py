@@ -1,14 +1,15 @@
 """The whole of `qmix bench`: measure the machine, then each case on an engine of its own.
 
-Every case starts from a fresh load, so that its cold row is one and no case depends on those before it. Loads
+Every case starts from a fresh load, so that its cold row is one and no case depends on those before it. All loads get
+the plan of the first: what the libraries allocate at their first use must not cost later cases slots. They
 neither use the router statistics of earlier runs nor add to them: a benchmark must not change with what was
-chatted before.
+chatted before. The machine is measured anew before each case.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -19,18 +20,19 @@ from qmix import __version__, hardware
 from qmix.bench import roofline
 from qmix.bench.cases import Case, context_of
 from qmix.bench.measure import Repetition, repeat
-from qmix.bench.report import figures
+from qmix.bench.report import figures, short
 from qmix.bench.text import encode, piece
 from qmix.bench.work import Model
 from qmix.engine import Engine
 from qmix.hardware.cores import cpu_model
 from qmix.hardware.memory import reset_peak
 from qmix.model.weights import compute_dtype
+from qmix.offload.plan import TierPlan
 from qmix.sizes import format_bytes
 from qmix.store import Store, describe
 
 Row = dict[str, Any]
-OpenEngine = Callable[[int, int | None], Engine]  # (context in tokens, bytes for the process or None = as flags say)
+OpenEngine = Callable[[int, TierPlan | None], Engine]  # (context in tokens, the RAM's plan to repeat, None at first)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,24 +61,22 @@ def run(request: Request, load: OpenEngine, *, today: date, say: Callable[[str],
     document: dict[str, Any] = {"qmix": __version__, "date": today.isoformat(), "machine": {}, "model": _model(about),
                                 "text": request.text_name, "context": context, "interrupted": False, "rows": []}
     try:
-        peaks = roofline.measure(compute_dtype(config, quant), request.ram, say)
-        say(peaks.lines())
-        ram = request.ram
+        tier: TierPlan | None = None
         for case in request.cases:
+            peaks = roofline.measure(compute_dtype(config, quant), request.ram, say)
             reset_peak()
-            with load(context, ram) as engine:
-                ram = engine.plan.ram.budget  # the same for the cases to come, whatever else the machine does
+            with load(context, tier) as engine:
+                tier = engine.plan.ram
                 model = Model.of(config, quant, engine.plan.needs)
                 found = _repetitions(engine, model, case, request, say)
                 placed, paged = _placement(engine), not engine.plan.resident
                 document["machine"] = _machine(engine)
             del engine  # its memory must be free before the next load takes stock
-            if paged and peaks.disk_gbps is None:
+            if paged:
                 peaks = roofline.with_disk(peaks, request.folder, say)
-                say(peaks.lines())
-            document["peaks"] = asdict(peaks)
+            say(f"{case.name}: {peaks.line()}")
             for state, part in (("cold", found[:1]), ("warm", found[1:])):
-                row = {**figures(case, state, part, peaks), **placed}
+                row = {**figures(case, state, part, peaks), **peaks.columns(), **placed}
                 emit(row)
                 document["rows"].append({**row, "seconds": [one.seconds for one in part]})
     except KeyboardInterrupt:
@@ -93,7 +93,7 @@ def _repetitions(engine: Engine, model: Model, case: Case, request: Request, say
     for number in range(1 + request.repetitions):
         found.append(repeat(engine, session, model, case, piece(head, ids, number, case.positions)))
         which = f"{number} of {request.repetitions}" if number else "cold"
-        say(f"{case.name}: {which}, {found[-1].rate:.4g} tok/s")
+        say(f"{case.name}: {which}, {short(found[-1].rate)} tok/s")
     memory = engine.stats()["memory"]
     say(f"{case.name}: peak memory {format_bytes(memory['peak'])} of {format_bytes(memory['budget'])}")
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -57,29 +58,44 @@ def bench(
     how = Loading(0, threads, ram, margin, cache_policy, prefetch, no_prefetch, verify)
     request = benchmark.Request(model_folder(model), cases, repetitions, text, "recorded" if file is None else
                                 str(file), None if ram == "auto" else flag_bytes("--ram", ram))
-    said: set[str] = set()
-
-    def once(line: str) -> None:
-        """Each case is loaded anew, mostly with the same words."""
-        if line not in said:
-            said.add(line)
-            render.say(line)
-
-    def load(context: int, budget: int | None) -> Any:
-        fixed = how if budget is None else replace(how, ram=str(budget), margin=None)
-        return load_engine(request.folder, replace(fixed, ctx_size=context), keep_statistics=False, say=once)
-
-    def emit(row: dict[str, Any]) -> None:
-        nonlocal head
-        if output != "json":
-            lines = render.table([benchmark.cells(row) if output == "md" else row], output).splitlines()
-            print("\n".join(lines if head or output == "jsonl" else lines[-1:]), flush=True)
-            head = False
-
-    head = True
-    document = benchmark.run(request, load, today=date.today(), say=render.say, emit=emit)
+    document = benchmark.run(request, _loader(request.folder, how), today=date.today(), say=render.say,
+                             emit=_printer(output))
     if output == "json":
         print(render.document(document, as_json=True))
     if document["interrupted"]:
         render.say(f"interrupted: {len(document['rows']) // 2} of {len(cases)} tests are complete")
         raise typer.Exit(130)
+
+
+def _loader(folder: Path, how: Loading) -> Callable[[int, Any], Any]:
+    """load(context, the RAM's plan of an earlier load or None) -> engine; what each load would say again is said
+    once."""
+    said: set[str] = set()
+
+    def once(line: str) -> None:
+        if line not in said:
+            said.add(line)
+            render.say(line)
+
+    def load(context: int, like: Any) -> Any:
+        fixed = how if like is None else replace(how, ram=str(like.budget), margin=None)
+        return load_engine(folder, replace(fixed, ctx_size=context), keep_statistics=False,
+                           base=None if like is None else like.base, say=once)
+
+    return load
+
+
+def _printer(output: str) -> Callable[[dict[str, Any]], None]:
+    """Prints a row at a time; of md and csv the head with the first. One JSON document is printed at the end."""
+    from qmix.bench import cells
+
+    first = True
+
+    def emit(row: dict[str, Any]) -> None:
+        nonlocal first
+        if output != "json":
+            lines = render.table([cells(row) if output == "md" else row], output).splitlines()
+            print("\n".join(lines if first else lines[-1:]), flush=True)
+        first = False
+
+    return emit
