@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -42,14 +42,16 @@ from qmix.tokenizer import load as load_tokenizer
 def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ram: int | None = None,
          margin: int | None = None, policy: str = "auto", prefetch: str = "auto", verify: str = "first",
          activations: str = "auto", trace: Path | None = None, state: Path | None = None, speeds: Speeds | None = None,
+         base: int | None = None,
          say: Callable[[str], None] = lambda line: None, progress: Progress | None = None) -> Engine:
     """Open a store and bring it into memory, within a budget.
 
     threads: compute threads, default the physical cores, or 1 for a very small model; context: tokens,
     0 = min(model, 8192); ram: bytes for the whole process, None = what is free but for `margin` bytes; policy,
-    prefetch, verify: see OffloadOptions; activations: see kernels.table.select; trace: a file that gets every routing decision; state: the folder that
-    keeps router statistics, None = nowhere; speeds: this machine's, for a forecast; say: told every choice a
-    user should know of, a line each.
+    prefetch, verify: see OffloadOptions; activations: see kernels.table.select; trace: a file that gets every routing
+    decision; state: the folder that keeps router statistics, None = nowhere; speeds: this machine's, for a forecast;
+    base: bytes that the process counts as taken already, None = what it holds now; say: told every choice a user should
+    know of, a line each.
     Raises StoreError, DoesNotFit or UsageError before anything large is loaded.
     """
     options = OffloadOptions(policy, prefetch, verify)
@@ -61,7 +63,7 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
         needs = Needs.of(config, store.quant, _context(config, context))
         tokenizer = load_tokenizer(store.path, config.vocab_size)
         kernels = select_kernels(config, store.quant, say, activations)
-        plan = make_plan(needs, *_budget(ram, margin))
+        plan = make_plan(needs, *_budget(ram, margin, base))
         stats = router_stats.load(state, store.identity, config.num_layers, config.num_experts, say)
         writer = None if trace is None else opened.enter_context(_trace_writer(trace, store))
         for line in plan.lines():
@@ -77,9 +79,10 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
         return Engine(store, plan, tokenizer, model, offload, opened.pop_all())
 
 
-def _budget(ram: int | None, margin: int | None) -> tuple[int, int]:
+def _budget(ram: int | None, margin: int | None, base: int | None) -> tuple[int, int]:
     """(bytes for the whole process, bytes it has taken already). DoesNotFit where `ram` is more than there is."""
-    base, available = hardware.resident_bytes(), hardware.memory().available
+    available = hardware.memory().available
+    base = hardware.resident_bytes() if base is None else base
     if ram is None and margin is not None and margin >= available:
         raise DoesNotFit(f"--margin {format_bytes(margin)}: only {format_bytes(available)} is free",
                          "name a smaller one")
@@ -172,6 +175,11 @@ class Engine:
     @property
     def config(self) -> ModelConfig:
         return self.store.config
+
+    @property
+    def kernels(self) -> Mapping[str, str]:
+        """{format: what computes it}."""
+        return self._offload.experts.kernels.names
 
     def session(self) -> Session:
         """A new conversation with room for plan.context positions. The plan has room for one; DoesNotFit where

@@ -14,6 +14,7 @@ from typing import Annotated, get_type_hints
 import typer
 
 from qmix import __version__, render, settings
+from qmix.cli.bench import bench
 from qmix.cli.machine import doctor, plan
 from qmix.cli.routing import replay, stats
 from qmix.cli.stores import list_models, quantize, show, verify
@@ -36,8 +37,8 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "quantize": quantize, "chat": chat, "generate": generate, "plan": plan, "doctor": doctor, "stats": stats,
-    "replay": replay, "show": show, "list": list_models, "verify": verify, "demo": demo}
+    "quantize": quantize, "chat": chat, "generate": generate, "plan": plan, "doctor": doctor,
+    "bench": bench, "stats": stats, "replay": replay, "show": show, "list": list_models, "verify": verify, "demo": demo}
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
 

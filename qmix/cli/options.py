@@ -64,9 +64,10 @@ class Loading:
     trace: Path | None = None
 
 
-def load_engine(folder: Path, how: Loading, keep_statistics: bool = True) -> Any:
+def load_engine(folder: Path, how: Loading, keep_statistics: bool = True,
+                base: int | None = None, say: Callable[[str], None] = render.say) -> Any:
     """The engine, its choices said and its loading shown on stderr. keep_statistics: start with the router
-    statistics of earlier runs, and add to them."""
+    statistics of earlier runs, and add to them. base: see engine.load."""
     from qmix.engine import load
     from qmix.planning import known_speeds
 
@@ -79,7 +80,7 @@ def load_engine(folder: Path, how: Loading, keep_statistics: bool = True) -> Any
                     prefetch="off" if how.no_prefetch else how.prefetch, verify=how.verify, trace=how.trace,
                     state=paths.routing_folder() if keep_statistics else None,
                     speeds=known_speeds(paths.hardware_file(), render.say),
-                    say=render.say, progress=progress)
+                    base=base, say=say, progress=progress)
 
 
 def margin_bytes(text: str | None) -> int | None:

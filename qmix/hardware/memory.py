@@ -76,6 +76,12 @@ def peak_bytes(root: Path = Path("/")) -> int:
     return _status("VmHWM", root) or getattr(info(), "peak_wset", info().rss)
 
 
+def reset_peak(root: Path = Path("/")) -> None:
+    """Let peak_bytes start anew from what is held now; where the system cannot, it goes on as it was."""
+    with contextlib.suppress(OSError):
+        (root / "proc/self/clear_refs").write_text("5")  # proc(5): 5 resets VmHWM, and nothing else
+
+
 def _status(key: str, root: Path) -> int:
     """Bytes of a line of /proc/self/status, as in "VmRSS:   1234 kB"; 0 where there is none."""
     found = re.search(rf"^{key}:\s*(\d+) kB$", read_text(root / "proc/self/status"), re.MULTILINE)

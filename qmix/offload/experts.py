@@ -112,6 +112,11 @@ class PagedExperts:
                 self._compute(key, x, groups[key.expert], rows, step)
         return _weighted(rows, weights)
 
+    @property
+    def kernels(self) -> KernelTable:
+        """What computes them."""
+        return self._kernels
+
     def _groups(self, ids: Tensor) -> dict[int, _Group]:
         """{expert: its tokens}, in order of rank for one token, else of expert."""
         if len(ids) == 1:

@@ -1,0 +1,85 @@
+"""Rows out of repetitions: plain data for csv, jsonl and json, and cells that people read.
+
+A case gives two rows, "cold" (the first repetition after a load) and "warm" (the others). Rates are the median over
+the repetitions of a row; bytes, hits and shares of time are of all of them together. GB/s are bytes a token
+times the median rate, so the columns of a row agree with one another.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from qmix.bench.cases import Case
+from qmix.bench.measure import Repetition
+from qmix.bench.roofline import Peaks, Work, judge
+
+
+def figures(case: Case, state: str, repetitions: Sequence[Repetition], peaks: Peaks) -> dict[str, Any]:
+    """One row, flat; None where there is nothing to tell. Bytes and GB/s; shares of 1, not percent."""
+    rates = [one.rate for one in repetitions]
+    median = statistics.median(rates)
+    tokens, chosen = _sum(repetitions, "tokens"), _sum(repetitions, "chosen")
+    seconds = tokens / median  # what all of them take at the median rate
+    ram, disk = _sum(repetitions, "ram_bytes"), _sum(repetitions, "disk_bytes") + _sum(repetitions, "warmed_bytes")
+    stalled = _sum(repetitions, "stalled") / _sum(repetitions, "seconds")
+    found = judge(Work(ram, disk, _sum(repetitions, "operations"), seconds, stalled * seconds), peaks)
+    recalls = [one.recall for one in repetitions if one.recall is not None]
+    return {
+        "test": case.name, "state": state, "kind": case.kind, "tokens": case.tokens, "depth": case.depth,
+        "repetitions": len(repetitions), "tokens_per_second": _digits(median), "slowest": _digits(min(rates)),
+        "fastest": _digits(max(rates)),
+        "ram_bytes_per_token": round(ram / tokens), "ram_gbps": _digits(ram / seconds / 1e9),
+        "disk_bytes_per_token": round(disk / tokens), "disk_gbps": _digits(disk / seconds / 1e9),
+        "gflops": _digits(_sum(repetitions, "operations") / seconds / 1e9),
+        "hit_rate": _digits(_sum(repetitions, "hits") / chosen),
+        "prefetch_recall": _digits(statistics.mean(recalls)) if recalls else None,
+        "prefetch_wasted_bytes_per_token": round(_sum(repetitions, "wasted_bytes") / tokens),
+        "stalled_share": _digits(stalled), "roofline_share": _digits(found.share), "limited_by": found.limit,
+        "memory_share": _digits(found.bounds["memory"] / seconds),
+        "compute_share": _digits(found.bounds["compute"] / seconds),
+        "disk_share": _digits(found.bounds["disk"] / seconds),
+    }
+
+
+def cells(row: dict[str, Any]) -> dict[str, str]:
+    """A row of `figures` for a table that people read."""
+    recall = row["prefetch_recall"]
+    return {
+        "test": row["test"], "state": row["state"], "tok/s": short(row["tokens_per_second"]),
+        "min to max": f"{short(row['slowest'])} to {short(row['fastest'])}" if row["repetitions"] > 1 else "-",
+        "RAM a token": _decimal(row["ram_bytes_per_token"]), "RAM GB/s": short(row["ram_gbps"]),
+        "disk a token": _decimal(row["disk_bytes_per_token"]), "disk GB/s": short(row["disk_gbps"]),
+        "hits": _percent(row["hit_rate"]), "recall": "-" if recall is None else _percent(recall),
+        "wasted a token": _decimal(row["prefetch_wasted_bytes_per_token"]), "stalled": _percent(row["stalled_share"]),
+        "roofline": _percent(row["roofline_share"]), "limited by": row["limited_by"],
+    }
+
+
+def _sum(repetitions: Sequence[Repetition], name: str) -> Any:
+    return sum(getattr(one, name) for one in repetitions)
+
+
+def _digits(value: float) -> float:
+    """Four digits: a fifth would be noise."""
+    return float(f"{value:.4g}")
+
+
+def short(value: float) -> str:
+    """Three digits, never in powers of ten: 0.0123, 1.23, 45.6, 1234."""
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.3g}" if value >= 1e-4 else "0"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _decimal(nbytes: int) -> str:
+    """Bytes that are moved, in decimal units as the GB/s beside them: 1536 -> "1.54 kB"."""
+    value = float(nbytes)
+    for unit in ("B", "kB", "MB"):
+        if value < 999.5:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} GB"

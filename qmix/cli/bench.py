@@ -1,0 +1,101 @@
+"""The command that measures speed: bench."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qmix import render
+from qmix.cli.options import (
+    CachePolicy,
+    Loading,
+    Margin,
+    ModelArgument,
+    NoPrefetch,
+    Prefetch,
+    Ram,
+    Threads,
+    Verify,
+    flag_bytes,
+    load_engine,
+    model_folder,
+)
+from qmix.errors import UsageError
+
+OUTPUTS = ("md", "json", "jsonl", "csv")
+
+
+def bench(
+    model: ModelArgument = None,
+    prompt_tokens: Annotated[str, typer.Option("-p", "--prompt-tokens", help="Prompts to prefill, in tokens, as "
+                                               "128,512; 0 = none.")] = "512",
+    gen_tokens: Annotated[str, typer.Option("-n", "--gen-tokens", help="Generations to decode, the same.")] = "128",
+    depth: Annotated[str, typer.Option("-d", "--depth", help="Positions that are in the context before, as "
+                                       "0,2048.")] = "0",
+    repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1, max=1000, help="Warm repetitions; a cold "
+                                             "one comes before them.")] = 5,
+    output: Annotated[str, typer.Option("-o", "--output", help="md, json, jsonl or csv.")] = "md",
+    file: Annotated[Path | None, typer.Option("-f", "--file", help="Run this text instead of the recorded one.",
+                                              show_default=False)] = None,
+    threads: Threads = None, ram: Ram = "auto", margin: Margin = None, cache_policy: CachePolicy = "auto",
+    prefetch: Prefetch = "auto", no_prefetch: NoPrefetch = False, verify: Verify = "first",
+) -> None:
+    """Measure prefill and decoding, cold and warm, and what limits them: memory, disk, compute or overhead."""
+    if output not in OUTPUTS:
+        raise UsageError(f"-o {output}: want {', '.join(OUTPUTS)}")
+    from qmix import bench as benchmark
+    from qmix import oneshot
+
+    cases = benchmark.make_cases(*(benchmark.numbers(flag, text) for flag, text in (
+        ("-p", prompt_tokens), ("-n", gen_tokens), ("-d", depth))))
+    text = benchmark.recorded_text() if file is None else oneshot.read_prompt(None, file, sys.stdin)
+    how = Loading(0, threads, ram, margin, cache_policy, prefetch, no_prefetch, verify)
+    request = benchmark.Request(model_folder(model), cases, repetitions, text, "recorded" if file is None else
+                                str(file), None if ram == "auto" else flag_bytes("--ram", ram))
+    document = benchmark.run(request, _loader(request.folder, how), today=date.today(), say=render.say,
+                             emit=_printer(output))
+    if output == "json":
+        print(render.document(document, as_json=True))
+    if document["interrupted"]:
+        render.say(f"interrupted: {len(document['rows']) // 2} of {len(cases)} tests are complete")
+        raise typer.Exit(130)
+
+
+def _loader(folder: Path, how: Loading) -> Callable[[int, Any], Any]:
+    """load(context, the RAM's plan of an earlier load or None) -> engine; what each load would say again is said
+    once."""
+    said: set[str] = set()
+
+    def once(line: str) -> None:
+        if line not in said:
+            said.add(line)
+            render.say(line)
+
+    def load(context: int, like: Any) -> Any:
+        fixed = how if like is None else replace(how, ram=str(like.budget), margin=None)
+        return load_engine(folder, replace(fixed, ctx_size=context), keep_statistics=False,
+                           base=None if like is None else like.base, say=once)
+
+    return load
+
+
+def _printer(output: str) -> Callable[[dict[str, Any]], None]:
+    """Prints a row at a time; of md and csv the head with the first. One JSON document is printed at the end."""
+    from qmix.bench import cells
+
+    first = True
+
+    def emit(row: dict[str, Any]) -> None:
+        nonlocal first
+        if output != "json":
+            lines = render.table([cells(row) if output == "md" else row], output).splitlines()
+            print("\n".join(lines if first else lines[-1:]), flush=True)
+        first = False
+
+    return emit
