@@ -170,7 +170,8 @@ def routing_llama(task: Task, context: Callable[..., Any]) -> dict[str, Any]:
                 seen.update((ctypes.c_int32 * shape[0]).from_address(start + token * strides[1]))
         return True
 
-    made = context(512, cb_eval=ll.ggml_backend_sched_eval_callback(look))
+    held = ll.ggml_backend_sched_eval_callback(look)  # called for as long as the context is used
+    made = context(512, cb_eval=held)
     made.best(task["tokens"])
     return {"largest": [max(seen.values()) / sum(seen.values()) for _, seen in sorted(counts.items())]}
 

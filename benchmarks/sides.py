@@ -68,8 +68,8 @@ class LlamaContext:
     def step(self, tokens: Sequence[int]) -> Any:
         """Append tokens; a pointer to the logits after the last one."""
         ll = self._ll
-        code = ll.llama_decode(self._context, ll.llama_batch_get_one((ll.llama_token * len(tokens))(*tokens),
-                                                                     len(tokens)))
+        held = (ll.llama_token * len(tokens))(*tokens)  # the batch only points there: it must outlive the call
+        code = ll.llama_decode(self._context, ll.llama_batch_get_one(held, len(tokens)))
         if code:
             raise SystemExit(f"llama_decode: {code}")
         return ll.llama_get_logits(self._context)
