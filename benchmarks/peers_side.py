@@ -172,7 +172,7 @@ def routing_llama(task: Task, context: Callable[..., Any]) -> dict[str, Any]:
 
     held = ll.ggml_backend_sched_eval_callback(look)  # called for as long as the context is used
     made = context(512, cb_eval=held)
-    made.best(task["tokens"])
+    made.step(task["tokens"], every=True)
     return {"largest": [max(seen.values()) / sum(seen.values()) for _, seen in sorted(counts.items())]}
 
 

@@ -6,6 +6,7 @@ binds it; an option that this version of it does not have is an error, never lef
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import re
 import sys
@@ -65,11 +66,16 @@ class LlamaContext:
         if not self._context:
             raise SystemExit(f"llama.cpp cannot make a context of {options['n_ctx']}")
 
-    def step(self, tokens: Sequence[int]) -> Any:
-        """Append tokens; a pointer to the logits after the last one."""
+    def step(self, tokens: Sequence[int], *, every: bool = False) -> Any:
+        """Append tokens; a pointer to the logits after the last one. every: of every token, without which the last
+        layer's experts compute the last token alone."""
         ll = self._ll
         held = (ll.llama_token * len(tokens))(*tokens)  # the batch only points there: it must outlive the call
-        code = ll.llama_decode(self._context, ll.llama_batch_get_one(held, len(tokens)))
+        batch = ll.llama_batch_get_one(held, len(tokens))
+        wanted = (ctypes.c_int8 * len(tokens))(*[1] * len(tokens))
+        if every:
+            batch.logits = wanted
+        code = ll.llama_decode(self._context, batch)
         if code:
             raise SystemExit(f"llama_decode: {code}")
         return ll.llama_get_logits(self._context)
