@@ -363,9 +363,9 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace, recipe: Recip
         found = {model: (side, runner.run(side.kind, {**question, "model": str(model)}, side.env)[0])
                  for model, side in reversed(models.items())}
         keep(routing={side.name: result for side, result in found.values()})
-        print("\n" + table(["routing", "largest share of an expert, % (uniform: 12.5)", "tokens"], [
-            [side.name, result.get("error") or crowded(result["largest"]), str(ROUTED)] for side, result in found.values()]),
-            flush=True)
+        rows = [[side.name, result.get("error") or crowded(result["largest"]), str(ROUTED)]
+                for side, result in found.values()]
+        print("\n" + table(["routing", "largest share of an expert, % (uniform: 12.5)", "tokens"], rows), flush=True)
     if "speed" not in args.skip:
         runs: dict[str, list[Run]] = {side.name: [] for side in sides}
         for turn in range(args.rounds):
