@@ -5,8 +5,8 @@ the same model for llama.cpp.
     python benchmarks/synthetic.py OUT --layers 12 --gguf OUT.gguf     # both; --only-gguf for the second alone
     python benchmarks/synthetic.py OUT --check [-f TEXT]               # how an existing store routes
 
-The shapes, formats and bytes are Mixtral's (int4 g64 experts, int8 dense), so speed and memory can be measured
-on it; what it says is noise. How it routes is chosen: see synthetic_recipe.py. Expert bytes are
+The shapes, formats and bytes are Mixtral's (int4 g64 experts, int8 or --dense int4), so speed and memory can be
+measured on it; what it says is noise. How it routes is chosen: see synthetic_recipe.py. Expert bytes are
 random, distinct, and streamed; the same flags give the same store. Needs numpy and mistral-common.
 """
 
@@ -17,6 +17,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,10 @@ def int8_matrix(random: np.random.Generator, spec: MatrixSpec, spread: float) ->
     return {"qweight": q, "scale": torch.full(scale.shape, spread / INT8_SPREAD).bfloat16()}
 
 
+def dense_matrix(random: np.random.Generator, spec: MatrixSpec, spread: float) -> dict[str, Tensor]:
+    return (int4_matrix if spec.format == "int4" else int8_matrix)(random, spec, spread)
+
+
 def dense_tensor(recipe: Recipe, tensor: names.DenseTensor, spec: MatrixSpec | None) -> dict[str, Tensor]:
     """{tensor name: values} of one dense tensor of the model."""
     parts = tensor.name.split(".")
@@ -71,12 +76,18 @@ def dense_tensor(recipe: Recipe, tensor: names.DenseTensor, spec: MatrixSpec | N
         return {"weight": plain.bfloat16()}
     kind = "head" if tensor.role == "head" else parts[4][0]  # "q" of q_proj
     if kind != "q":
-        return int8_matrix(recipe.stream(kind, layer), spec, recipe.spread(kind, layer))
+        return dense_matrix(recipe.stream(kind, layer), spec, recipe.spread(kind, layer))
     group = recipe.heads // recipe.kv_heads  # query heads of a key head, whose copies they are
-    keys = int8_matrix(recipe.stream("k", layer), MatrixSpec("int8", spec.rows // group, spec.cols),
-                       recipe.spread("k", layer))
-    copies = {name: t.view(recipe.kv_heads, 1, 128, -1).expand(-1, group, -1, -1) for name, t in keys.items()}
-    return {"qweight": copies["qweight"].reshape(spec.rows, -1), "scale": copies["scale"].reshape(spec.rows)}
+    keys = dense_matrix(recipe.stream("k", layer), replace(spec, rows=spec.rows // group), recipe.spread("k", layer))
+    if spec.format == "int4":  # qparams are the same in every row
+        return {"qweight": copied(keys["qweight"], recipe.kv_heads, group),
+                "qparams": keys["qparams"].repeat(1, group, 1)}
+    return {name: copied(t, recipe.kv_heads, group) for name, t in keys.items()}
+
+
+def copied(keys: Tensor, heads: int, times: int) -> Tensor:
+    """Each of `heads` equal pieces of the first dimension, `times` over."""
+    return keys.unflatten(0, (heads, -1)).repeat_interleave(times, 0).flatten(0, 1)
 
 
 def record(recipe: Recipe, key: ExpertKey, specs: Mapping[str, MatrixSpec]) -> dict[tuple[str, str], Tensor]:
@@ -86,10 +97,23 @@ def record(recipe: Recipe, key: ExpertKey, specs: Mapping[str, MatrixSpec]) -> d
                                             recipe.spread(matrix, key.layer)).items()}
 
 
-def write_store(recipe: Recipe, out: Path) -> int:
+def layout_of(recipe: Recipe, dense: str = "int8") -> tuple[ModelConfig, QuantConfig, StoreLayout]:
+    config = ModelConfig.from_hf(recipe.raw_config())
+    quant = QuantConfig(dense=dense, method="rtn", block=native_block())
+    return config, quant, StoreLayout.of(config, quant)
+
+
+def bytes_per_token(recipe: Recipe, dense: str = "int8") -> int:
+    """Bytes of weights that one token reads: all but the experts not chosen and the embeddings of other tokens."""
+    config, _, layout = layout_of(recipe, dense)
+    embedding = layout.dense[names.EMBEDDING].nbytes
+    return (sum(region.nbytes for region in layout.dense.values()) - embedding + embedding // config.vocab_size
+            + config.num_layers * config.experts_per_token * layout.record.nbytes)
+
+
+def write_store(recipe: Recipe, out: Path, dense_format: str = "int8") -> int:
     """Write the store, through a temporary name; returns its bytes."""
-    config, quant = ModelConfig.from_hf(recipe.raw_config()), QuantConfig(method="rtn", block=native_block())
-    layout = StoreLayout.of(config, quant)
+    config, quant, layout = layout_of(recipe, dense_format)
     folder = out.with_name(out.name + ".partial")
     folder.mkdir(parents=True)
     specs = {"w13": layout.record.w13, "w2": layout.record.w2}
@@ -127,7 +151,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hidden", type=int, default=4096, help="smaller only to try things out")
     parser.add_argument("--inner", type=int, default=14336)
+    parser.add_argument("--dense", choices=("int8", "int4"), default="int8", help="attention and head (int8)")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="also write the model for llama.cpp (needs gguf)")
+    parser.add_argument("--gguf-type", choices=("mixed", "q4_0", "q4_k_m"), default="mixed",
+                        help="mixed is Q4_0 experts and Q8_0 attention and head; see synthetic_gguf.py")
     parser.add_argument("--only-gguf", action="store_true", help="no store")
     parser.add_argument("--check", action="store_true", help="write nothing, measure how the store OUT routes")
     parser.add_argument("-n", "--tokens", type=int, default=512, help="of a sequence to check")
@@ -150,14 +177,14 @@ def main() -> None:
         parser.error(f"{taken[0]}: exists")
     start = time.perf_counter()
     if not args.only_gguf:
-        nbytes = write_store(recipe, args.out)
+        nbytes = write_store(recipe, args.out, args.dense)
         rate = nbytes / 1e9 / (time.perf_counter() - start)
         print(f"{args.out}: {args.layers} layers, {format_bytes(nbytes)}, {rate:.2f} GB/s")
     if args.gguf:
         from synthetic_gguf import write_gguf
 
         start = time.perf_counter()
-        nbytes = write_gguf(recipe, args.gguf)
+        nbytes = write_gguf(recipe, args.gguf, args.gguf_type)
         rate = nbytes / 1e9 / (time.perf_counter() - start)
         print(f"{args.gguf}: {args.layers} layers, {format_bytes(nbytes)}, {rate:.2f} GB/s")
 
