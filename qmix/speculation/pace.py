@@ -91,7 +91,7 @@ class Pace:
         best = max(range(1, most + 1), key=lambda d: emitted[d] / self.ratio(1 + d))
         if emitted[best] >= PAYS * self.ratio(1 + best):
             self._wait = PROBE[0]
-            return best
+            return best if self._scale.seen > 1 else min(best, PROBED)  # the very first one is a short one
         probe = min(PROBED, most)
         if self._since >= self._wait and emitted[probe] >= PAYS * (1 + HOPE * probe):
             self._wait = min(PROBE[1], 2 * self._wait)
