@@ -243,7 +243,7 @@ class Engine:
             say("no drafts while a trace is recorded: it shows one token a pass")
             return None
         if bound := bound_formats(self._kernels):
-            say(f"no drafts: here a row of {' and '.join(bound)} depends on the rows beside it, so the text might differ")
+            say(f"no drafts: here a row of {' and '.join(bound)} depends on those beside it, so the text might differ")
             return None
         return Pace(longest, self.config.experts_per_token / self.config.num_experts)
 

@@ -25,6 +25,8 @@ from qmix.kernels import cpu, reference
 from qmix.kernels.rows import bound_formats
 from qmix.kernels.table import KernelTable, select
 from qmix.quantize import quantize_checkpoint
+from qmix.speculation import Draft
+from qmix.speculation import passes as passes_module
 from qmix.tokenizer import Message
 
 QUANTS = {
@@ -36,7 +38,8 @@ QUANTS = {
 MODELS: dict[str, tuple[torch.dtype, str, dict[str, Any]]] = {
     **{name: (torch.bfloat16, name, {}) for name in QUANTS},
     "keep fp32": (torch.float32, "keep", {}), "keep fp16": (torch.float16, "keep", {}),
-    "window": (torch.float32, "keep", {"sliding_window": 7}), "window int4": (torch.bfloat16, "int4", {"sliding_window": 5}),
+    "window": (torch.float32, "keep", {"sliding_window": 7}),
+    "window int4": (torch.bfloat16, "int4", {"sliding_window": 5}),
     "odd": (torch.float32, "keep", {"hidden_size": 60, "head_dim": 24, "intermediate_size": 50, "num_local_experts": 5,
                                     "num_experts_per_tok": 3}),
     "mha": (torch.bfloat16, "int4", {"num_key_value_heads": 4}),
@@ -75,14 +78,14 @@ def verified(session: Session, ids: Sequence[int]) -> torch.Tensor:
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "threads"), [*((name, 1) for name in MODELS), ("int4", 2), ("keep fp32", 2)])
 def test_rows_have_the_bits_of_single_passes(stores: dict[str, Path], name: str, threads: int) -> None:
     try:
         with load(stores[name], threads=threads, context=CONTEXT) as engine:
             alone, together = engine.session(), engine.session()
             assert torch.equal(alone.prefill(IDS[:20]), together.prefill(IDS[:20]))
-            assert torch.equal(singles(alone, IDS[20:120]), verified(together, IDS[20:120]))
+            end = 120 if threads == 1 else 50  # two threads on so small a model take long where others compute too
+            assert torch.equal(singles(alone, IDS[20:end]), verified(together, IDS[20:end]))
             assert alone.ids == together.ids
     finally:
         torch.set_num_threads(1)
@@ -160,9 +163,27 @@ def answer(engine: Engine, session: Session, prompt: Sequence[int], pace: Eager 
 
 
 @pytest.mark.parametrize("name", ["int4", "keep", "nf4", "window"])
-def test_answers_and_statistics_are_the_same(stores: dict[str, Path], name: str) -> None:
-    """Greedy and sampled, over two turns; what routers chose is counted for the tokens that stayed, and no other."""
-    found = []
+def test_answers_and_statistics_are_the_same(stores: dict[str, Path], name: str,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy and sampled, over two turns; what routers chose is counted for the tokens that stayed, and no other.
+    Random weights repeat nothing, so the drafts are the plain run's answers with every fourth id wrong."""
+    found: list[Any] = []
+
+    class Oracle:
+        def __init__(self, ids: Sequence[int]):
+            self._ids = list(ids)
+
+        def push(self, token_id: int) -> None:
+            self._ids.append(token_id)
+
+        def draft(self, longest: int) -> Draft:
+            first, second = found[0][0][:2]
+            prompt = [*IDS[:12], *first, *IDS[20:25]]
+            whole = [*prompt, *second] if self._ids[:len(prompt)] == prompt else [*IDS[:12], *first]
+            at = len(self._ids)
+            return Draft(tuple((i + (n % 4 == 0)) % 512 for n, i in enumerate(whole[at:at + longest], at)) or (7,), 3)
+
+    monkeypatch.setattr(passes_module, "Lookup", Oracle)
     for drafts in (False, True):
         with load(stores[name], threads=1, context=CONTEXT) as engine:
             session, pace = engine.session(), Eager((7, 2, 4)) if drafts else None

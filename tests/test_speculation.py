@@ -3,8 +3,7 @@ without them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from tokenizer_files import demo_folder
 
 from qmix.config import Cancel, SamplingParams
 from qmix.errors import Interrupted, QmixError, StoreError
-from qmix.generate import Summary, Token, generate
+from qmix.generate import Summary, generate
 from qmix.speculation import LONGEST, Draft, Lookup, Pace
 from qmix.speculation.lookup import GRAMS, REACH
 from qmix.tokenizer import Tokenizer, load
@@ -95,8 +94,8 @@ def test_passes_that_are_as_dear_as_single_ones_end_it_at_small_cost() -> None:
 def test_right_but_dear_drafts_are_given_up_after_a_few() -> None:
     dear = [0.0, *(1.0 + 1.5 * t for t in range(8))]
     lengths = feed(Pace(), dear, [True], tokens=4000)
-    assert 0 < sum(d > 0 for d in lengths) <= 20
-    assert sum(d > 0 for d in lengths[:200]) <= 3
+    assert 0 < sum(d > 0 for d in lengths) <= 25
+    assert sum(d > 0 for d in lengths[:200]) <= 5
     assert sum(dear[1 + d] - (1 + d) for d in lengths) < 0.02 * 4000
 
 
