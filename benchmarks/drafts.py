@@ -29,11 +29,13 @@ PROMPTS = {
 def answer(engine: Engine, prompt: str, params: SamplingParams, pace: Pace | None) -> tuple[float, Summary]:
     """(tokens per second after the first, what the last record knows)."""
     ids = engine.tokenizer.encode(prompt)
-    start, last = 0.0, None
-    for last in generate(engine.session(), ids, params, engine.tokenizer, continuing=True, pace=pace):
-        start = start or time.perf_counter()
-    assert last is not None and last.summary is not None
-    return (len(last.summary.ids) - 1) / (time.perf_counter() - start), last.summary
+    tokens = generate(engine.session(), ids, params, engine.tokenizer, continuing=True, pace=pace)
+    found = [next(tokens)]
+    start = time.perf_counter()
+    found += tokens
+    summary = found[-1].summary
+    assert summary is not None
+    return (len(summary.ids) - 1) / (time.perf_counter() - start), summary
 
 
 def main() -> None:

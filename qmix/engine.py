@@ -180,6 +180,7 @@ class Engine:
         self._caches: WeakSet[KVCache] = WeakSet()
         self._lock = threading.Lock()
         self._sessions = 0
+        self._paces: dict[int, Pace] = {}
 
     @property
     def config(self) -> ModelConfig:
@@ -235,17 +236,17 @@ class Engine:
             self._offload.settle(rejected)
 
     def pace(self, longest: int, say: Callable[[str], None] = lambda line: None) -> Pace | None:
-        """For generate: drafts of up to `longest` ids, as far as they pay. None, and a line, where they cannot be
-        exact here, or would not be what a trace is to show."""
-        if not longest:
-            return None
+        """For generate: drafts of up to `longest` ids, as far as they pay; the same one each time, since it learns.
+        None, and a line, where they cannot be exact here, or would not be what a trace is to show."""
+        if not longest or longest in self._paces:
+            return self._paces.get(longest)
         if self._offload.experts.traces:
             say("no drafts while a trace is recorded: it shows one token a pass")
             return None
         if bound := bound_formats(self._kernels):
             say(f"no drafts: here a row of {' and '.join(bound)} depends on those beside it, so the text might differ")
             return None
-        return Pace(longest, self.config.experts_per_token / self.config.num_experts)
+        return self._paces.setdefault(longest, Pace(longest, self.config.experts_per_token / self.config.num_experts))
 
     def generate(self, prompt: str | Sequence[Message], params: SamplingParams | None = None,
                  cancel: Cancel | None = None, draft: int = LONGEST) -> Iterator[Token]:

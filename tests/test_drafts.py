@@ -19,12 +19,15 @@ from qmix.checkpoint import Checkpoint
 from qmix.config import Cancel, QuantConfig, SamplingParams
 from qmix.engine import Engine, Session, load
 from qmix.errors import Interrupted
+from qmix.formats import nf4
 from qmix.formats.packed import Packed
 from qmix.generate import common_prefix, generate
-from qmix.kernels import cpu, reference
+from qmix.kernels import bnb, cpu, reference
 from qmix.kernels.rows import bound_formats
 from qmix.kernels.table import KernelTable, select
+from qmix.model.layers import router_logits
 from qmix.quantize import quantize_checkpoint
+from qmix.sizes import MatrixSpec
 from qmix.speculation import Draft
 from qmix.speculation import passes as passes_module
 from qmix.tokenizer import Message
@@ -32,11 +35,12 @@ from qmix.tokenizer import Message
 QUANTS = {
     "int4": QuantConfig(), "int4 32": QuantConfig("int4", "int4", "rtn", 32, 32), "keep": KEEP,
     "nf4": QuantConfig("nf4", "int8", "", 0, 0), "fp4": QuantConfig("fp4", "bf16", "", 0, 0, True),
-    "int4, dense bf16": QuantConfig("int4", "bf16", "rtn"),
+    "int4, dense bf16": QuantConfig("int4", "bf16", "rtn"), "int4, dense keep": QuantConfig("int4", "keep", "rtn"),
 }
 # name: (dtype of the checkpoint, format, what else the model has)
 MODELS: dict[str, tuple[torch.dtype, str, dict[str, Any]]] = {
     **{name: (torch.bfloat16, name, {}) for name in QUANTS},
+    "bf16 by fp32": (torch.float32, "int4, dense keep", {}),
     "keep fp32": (torch.float32, "keep", {}), "keep fp16": (torch.float16, "keep", {}),
     "window": (torch.float32, "keep", {"sliding_window": 7}),
     "window int4": (torch.bfloat16, "int4", {"sliding_window": 5}),
@@ -121,6 +125,25 @@ def test_few_rows_are_independent_and_right(dtype: torch.dtype, cols: int, threa
         assert (got.double() - want).norm() <= (2**-8 if dtype == torch.bfloat16 else 1e-6) * want.norm()
     finally:
         torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_few_rows_of_4_bit_floats_too(name: str) -> None:
+    m = nf4.pack(torch.randn(300, 192), MatrixSpec(name, 300, 192))
+    for x in (torch.randn(8, 192), torch.randn(8, 192).bfloat16()):
+        alone = torch.cat([bnb.linear(row.clone(), m) for row in x.split(1)])
+        assert torch.equal(bnb.linear(x, m), alone)
+
+
+def test_few_tokens_are_routed_as_alone() -> None:
+    """Sums that cancel, so that every bit of the fp64 product shows in fp32."""
+    half, column = torch.randn(8, 500), torch.randn(4, 500).double()
+    x, router = torch.cat([half, half], 1), torch.cat([column, -column], 1)
+    order = torch.randperm(1000)
+    x, router = x[:, order].contiguous(), router[:, order].contiguous()
+    for count in range(1, 9):
+        got = router_logits(x[:count], router)
+        assert torch.equal(got, torch.cat([router_logits(row.clone(), router) for row in x[:count].split(1)]))
 
 
 # --- where rows depend on each other ---

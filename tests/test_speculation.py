@@ -103,6 +103,9 @@ def test_drafts_come_back_when_they_get_cheaper() -> None:
     pace = Pace()
     assert sum(feed(pace, STEEP, [True, True, False])[-100:]) <= 2
     assert sum(feed(pace, FLAT, [True, True, False], tokens=20000)[-10:]) > 10
+    pace = Pace()
+    assert sum(feed(pace, [0.0, *(1.0 + 1.5 * t for t in range(8))], [True])[-60:]) <= 9
+    assert set(feed(pace, FLAT, [True], tokens=20000)[-20:]) == {7}
 
 
 def test_chances_are_kept_by_the_length_of_the_match() -> None:
@@ -144,6 +147,7 @@ class ToySession:
         self.ids: list[int] = []
         self.passes: list[int] = []
         self.trims: list[int] = []
+        self.longest = 0  # positions that were ever in it
 
     @property
     def length(self) -> int:
@@ -170,6 +174,7 @@ class ToySession:
         step = len(self.passes)
         self.passes.append(len(ids))
         self.ids += ids
+        self.longest = max(self.longest, self.length)
         if step == self.fail_at:
             if self.error is None:
                 cancel.set()
@@ -200,7 +205,10 @@ def records(tokenizer: Tokenizer, params: SamplingParams, pace: Pace | None, ses
             **how: Any) -> tuple[list[tuple[Any, ...]], Summary, ToySession]:
     """All that a caller sees but for times, the summary, and the session."""
     session = session or ToySession()
-    tokens = list(generate(session, PROMPT, params, tokenizer, pace=pace, logprobs=True, **how))
+    tokens, answer = [], generate(session, PROMPT, params, tokenizer, pace=pace, logprobs=True, **how)
+    while not tokens or tokens[-1].finish_reason is None:  # not to its end: what follows holds from the last record on
+        tokens.append(next(answer))
+    assert session.longest <= len(PROMPT) + params.max_tokens - 1 or params.max_tokens < 2
     summary = tokens[-1].summary
     assert summary is not None
     seen = [(t.id, t.text, t.finish_reason, t.logprob) for t in tokens]
@@ -259,6 +267,38 @@ def test_pace_learns_from_the_clock(tokenizer: Tokenizer) -> None:
 
     assert saved(0.1) > 150
     assert saved(1.5) < 40
+
+
+@pytest.mark.parametrize("end", range(34, 42))
+def test_an_end_where_the_draft_had_none_leaves_no_draft(tokenizer: Tokenizer, end: int) -> None:
+    class Ending(ToySession):
+        def _logits(self, length: int) -> torch.Tensor:
+            logits = torch.zeros(VOCAB)
+            logits[EOS if length == end else 300 + length % 11] = 9.0
+            return logits
+
+    seen, summary, _ = records(tokenizer, SamplingParams(temperature=0.0, max_tokens=100), Eager(), Ending())
+    assert summary.ended and len(seen) == end - len(PROMPT) + 1 and summary.timings.accepted > 5
+
+
+def test_what_is_learnt_is_the_same_whether_drafts_are_tried(tokenizer: Tokenizer) -> None:
+    """On a text that goes round in a circle, matches grow by one with each id."""
+    class Circle(ToySession):
+        def _logits(self, length: int) -> torch.Tensor:
+            logits = torch.zeros(VOCAB)
+            logits[300 + length % 11] = 9.0
+            return logits
+
+    class Noting(Eager):
+        def judge(self, match: int, right: bool) -> None:
+            judged.append((min(match, REACH), right))
+
+    found = []
+    for lengths in ((0,), (7,), (3, 0, 5)):
+        judged: list[tuple[int, bool]] = []
+        records(tokenizer, SamplingParams(temperature=0.0, max_tokens=60), Noting(lengths), Circle())
+        found.append(judged)
+    assert found[0] == found[1] == found[2] and (9, True) in found[0] and len(found[0]) > 40
 
 
 def test_penalties_are_those_of_the_ids_that_came(tokenizer: Tokenizer) -> None:
