@@ -3,7 +3,7 @@ that does not; and the ratio of a pass of t tokens to one of a single token.
 
     python benchmarks/drafts.py STORE [--ram 300M] [--threads 1] [--rounds 3] [--tokens 250]
 
-Each round answers every prompt without and with drafts, the same seed for both, and checks that the ids are equal.
+Each round answers every prompt without and with drafts, in changing order, the same seed for both, and checks that the ids are equal.
 Printed per prompt: the median of the rounds' ratios, and of the tokens per second; sampling and text included.
 """
 
@@ -55,11 +55,13 @@ def main() -> None:
             pace, plain, drafted, saved = engine.pace(7, print), [], [], []
             for number in range(args.rounds):
                 params = SamplingParams(args.temp, 0.95, seed=number, max_tokens=args.tokens)
-                speed, want = answer(engine, prompt, params, None)
-                plain.append(speed)
-                speed, got = answer(engine, prompt, params, pace)
-                drafted.append(speed)
-                assert got.ids == want.ids
+                found = {}
+                for drafts in (False, True) if number % 2 else (True, False):  # the second of two has an edge, or not
+                    found[drafts] = answer(engine, prompt, params, pace if drafts else None)
+                plain.append(found[False][0])
+                drafted.append(found[True][0])
+                got = found[True][1]
+                assert got.ids == found[False][1].ids
                 t = got.timings
                 saved.append(f"{len(got.ids)} tok, {t.decode_passes} passes, {t.accepted}/{t.drafted}")
             ratio = statistics.median(b / a for a, b in zip(plain, drafted, strict=True))
