@@ -3,7 +3,8 @@ that does not; and the ratio of a pass of t tokens to one of a single token.
 
     python benchmarks/drafts.py STORE [--ram 300M] [--threads 1] [--rounds 3] [--tokens 250]
 
-Each round answers every prompt without and with drafts, in changing order, the same seed for both, and checks that the ids are equal.
+Each round answers every prompt without and with drafts, in changing order, the same seed for both, and
+checks that the ids are equal.
 Printed per prompt: the median of the rounds' ratios, and of the tokens per second; sampling and text included.
 """
 
@@ -56,7 +57,7 @@ def main() -> None:
             for number in range(args.rounds):
                 params = SamplingParams(args.temp, 0.95, seed=number, max_tokens=args.tokens)
                 found = {}
-                for drafts in (False, True) if number % 2 else (True, False):  # the second of two has an edge, or not
+                for drafts in (False, True) if number % 2 else (True, False):
                     found[drafts] = answer(engine, prompt, params, pace if drafts else None)
                 plain.append(found[False][0])
                 drafted.append(found[True][0])
