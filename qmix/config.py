@@ -236,9 +236,11 @@ class Cancel:
 class Step:
     """One forward pass as the experts see it.
 
-    sequence: for each of the T tokens, the number of the session it belongs to.
+    sequence: for each of the T tokens, the number of the session it belongs to. drafts: how many of the last
+    ones are guesses that may turn out wrong.
     """
 
     phase: Literal["prefill", "decode"]
     sequence: tuple[int, ...] = ()
     cancel: Cancel = field(default_factory=Cancel)
+    drafts: int = 0

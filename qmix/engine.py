@@ -22,6 +22,7 @@ from qmix import hardware
 from qmix.config import DTYPES, Cancel, ModelConfig, QuantConfig, SamplingParams, Step
 from qmix.errors import DoesNotFit, UsageError
 from qmix.generate import Token, generate
+from qmix.kernels.rows import bound_formats
 from qmix.kernels.table import KernelTable, select
 from qmix.model.kvcache import KVCache
 from qmix.model.mixtral import Mixtral
@@ -34,6 +35,7 @@ from qmix.offload.setup import Offload, OffloadOptions, open_offload
 from qmix.offload.trace import TraceHeader, TraceWriter
 from qmix.render import Progress
 from qmix.sizes import MIB, format_bytes
+from qmix.speculation import LONGEST, Pace
 from qmix.store import Store
 from qmix.tokenizer import Message, Tokenizer
 from qmix.tokenizer import load as load_tokenizer
@@ -76,7 +78,7 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
                         offload.experts.depth)
         if state is not None:
             opened.callback(router_stats.save, state, store.identity, stats, say)
-        return Engine(store, plan, tokenizer, model, offload, opened.pop_all())
+        return Engine(store, plan, tokenizer, kernels, model, offload, opened.pop_all())
 
 
 def _budget(ram: int | None, margin: int | None, base: int | None) -> tuple[int, int]:
@@ -132,6 +134,7 @@ class Session:
         self.number = number
         self.cache = cache
         self.ids: list[int] = []
+        self._drafts = 0  # of the last ids, verified and not settled
 
     @property
     def length(self) -> int:
@@ -151,8 +154,18 @@ class Session:
         """Append one token; logits [V] fp32 after it."""
         return self._engine.step([self], [[token]], "decode", cancel)[0]
 
+    def verify(self, ids: Sequence[int], cancel: Cancel | None = None) -> Tensor:
+        """Append a token and drafts for those after it, at most 8 in all; logits [T, V] fp32 after each, bit for bit
+        those of decode. `trim` must follow: the drafts that stay were right, and count in the statistics."""
+        logits = self._engine.step([self], [ids], "decode", cancel, drafts=len(ids) - 1)
+        self._drafts = len(ids) - 1
+        return logits
+
     def trim(self, length: int) -> None:
         """Forget all positions from `length` on."""
+        drafts, self._drafts = self._drafts, 0
+        if drafts:
+            self._engine.settle(min(drafts, self.length - length))
         self.cache.trim(length)
         del self.ids[length:]
 
@@ -160,17 +173,19 @@ class Session:
 class Engine:
     """A loaded model. Close it, or use it as a context manager."""
 
-    def __init__(self, store: Store, plan: Plan, tokenizer: Tokenizer, model: Mixtral, offload: Offload,
-                 closing: ExitStack):
+    def __init__(self, store: Store, plan: Plan, tokenizer: Tokenizer, kernels: KernelTable, model: Mixtral,
+                 offload: Offload, closing: ExitStack):
         self.store = store
         self.plan = plan
         self.tokenizer = tokenizer
+        self._kernels = kernels
         self._model = model
         self._offload = offload
         self._closing = closing
         self._caches: WeakSet[KVCache] = WeakSet()
         self._lock = threading.Lock()
         self._sessions = 0
+        self._paces: dict[int, Pace] = {}
 
     @property
     def config(self) -> ModelConfig:
@@ -196,8 +211,9 @@ class Engine:
         return Session(self, self._sessions - 1, cache)
 
     def step(self, sessions: Sequence[Session], tokens: Sequence[Sequence[int]], phase: str,
-             cancel: Cancel | None = None) -> Tensor:
-        """Append tokens[i] to sessions[i], all in one pass; logits [P, V] fp32 after each one's last token.
+             cancel: Cancel | None = None, drafts: int = 0) -> Tensor:
+        """Append tokens[i] to sessions[i], all in one pass; logits [P, V] fp32 after each one's last token. drafts: how
+        many of the last tokens are guesses; then logits [T, V] after every token, and `settle` must follow.
 
         UsageError where a session would outgrow its context; on any error every session is unchanged.
         """
@@ -209,11 +225,11 @@ class Engine:
         positions = torch.cat([torch.arange(s.length, s.length + len(ids))
                                for s, ids in zip(sessions, tokens, strict=True)])
         sequence = tuple(s.number for s, ids in zip(sessions, tokens, strict=True) for _ in ids)
-        step = Step(phase, sequence, Cancel() if cancel is None else cancel)  # type: ignore[arg-type]
+        step = Step(phase, sequence, Cancel() if cancel is None else cancel, drafts)  # type: ignore[arg-type]
         with self._lock:
             start = time.perf_counter()
             try:
-                logits = self._model.forward(flat, positions, [s.cache for s in sessions], step)
+                logits = self._model.forward(flat, positions, [s.cache for s in sessions], step, drafts > 0)
             except BaseException:
                 for session in sessions:
                     session.cache.trim(session.length)
@@ -224,13 +240,32 @@ class Engine:
             session.ids.extend(ids)
         return logits
 
+    def settle(self, rejected: int) -> None:
+        """Of the drafts of the last pass, the last `rejected` were wrong: the statistics count the others."""
+        with self._lock:
+            self._offload.settle(rejected)
+
+    def pace(self, longest: int, say: Callable[[str], None] = lambda line: None) -> Pace | None:
+        """For generate: drafts of up to `longest` ids, as far as they pay; the same one each time, since it learns.
+        None, and a line, where they cannot be exact here, or would not be what a trace is to show."""
+        if not longest or longest in self._paces:
+            return self._paces.get(longest)
+        if self._offload.experts.traces:
+            say("no drafts while a trace is recorded: it shows one token a pass")
+            return None
+        if bound := bound_formats(self._kernels):
+            say(f"no drafts: here a row of {' and '.join(bound)} depends on those beside it, so the text might differ")
+            return None
+        return self._paces.setdefault(longest, Pace(longest, self.config.experts_per_token / self.config.num_experts))
+
     def generate(self, prompt: str | Sequence[Message], params: SamplingParams | None = None,
-                 cancel: Cancel | None = None) -> Iterator[Token]:
-        """Answer a prompt (a text is continued as it is) or a conversation, in a session of its own."""
+                 cancel: Cancel | None = None, draft: int = LONGEST) -> Iterator[Token]:
+        """Answer a prompt (a text is continued as it is) or a conversation, in a session of its own. draft: ids
+        guessed at a time where that pays, 0 to 7; the answer is the same."""
         tokenizer, raw = self.tokenizer, isinstance(prompt, str)
         ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(list(prompt))
         return generate(self.session(), ids, params or SamplingParams(), tokenizer, cancel,
-                        stops=() if raw else tokenizer.turn_stops, continuing=raw)
+                        stops=() if raw else tokenizer.turn_stops, continuing=raw, pace=self.pace(draft))
 
     def stats(self) -> dict[str, Any]:
         """Since the last reset_stats: "experts", in percent where the chosen experts were (what was read ahead came

@@ -11,52 +11,31 @@ which summary.context_full says), "cancelled".
 
 The session's KV cache holds prompt_ids and then every generated id except the last, between records
 and after the end, however that comes: a pass that is cancelled or fails is trimmed away, and a generator
-that is closed early stops between two records.
+that is closed early stops between two records. Only while drafts come true it runs ahead of the records, until
+the generator goes on or is closed.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
-
-from torch import Tensor
+from typing import Literal
 
 from qmix.config import Cancel, SamplingParams
 from qmix.errors import Interrupted, UsageError
 from qmix.sampling import Sampler, check_logits, logprob
+from qmix.speculation import Pace, Passes, Session
 from qmix.tokenizer import StreamDecoder, Tokenizer
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
-class Session(Protocol):
-    """A sequence with its KV cache."""
-
-    @property
-    def length(self) -> int:
-        """Positions in the KV cache."""
-
-    @property
-    def context(self) -> int:
-        """Positions that it can hold."""
-
-    def prefill(self, ids: Sequence[int], cancel: Cancel) -> Tensor:
-        """Append ids; logits [V] after the last. Raises Interrupted when `cancel` is set meanwhile."""
-
-    def decode(self, token_id: int, cancel: Cancel) -> Tensor:
-        """Append one id; logits [V] after it."""
-
-    def trim(self, length: int) -> None:
-        """Forget all positions from `length` on."""
-
-
 @dataclass(frozen=True, slots=True)
 class Timings:
     """prompt_tokens were given, cached_tokens of them were in the KV cache already; generated_tokens
-    were sampled, the first out of the prefill. Seconds of `clock`; first_token_seconds is since the start."""
+    were sampled, the first out of the prefill, the others out of decode_passes. Seconds of `clock`;
+    first_token_seconds is since the start. Of `drafted` ids that passes tried, `accepted` came true."""
 
     prompt_tokens: int
     cached_tokens: int
@@ -64,6 +43,19 @@ class Timings:
     prefill_seconds: float
     decode_seconds: float
     first_token_seconds: float | None
+    decode_passes: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    @property
+    def passes_saved(self) -> int:
+        """Tokens that took no pass of their own because their draft was right."""
+        return max(0, self.generated_tokens - 1 - self.decode_passes)
+
+    @property
+    def acceptance(self) -> float | None:
+        """Share of the drafted ids that came true."""
+        return self.accepted / self.drafted if self.drafted else None
 
     @property
     def prefill_rate(self) -> float | None:
@@ -72,7 +64,7 @@ class Timings:
 
     @property
     def decode_rate(self) -> float | None:
-        """Tokens per second of those that took a pass of their own: the first came with the prefill."""
+        """Tokens per second of those that decoding brought: the first came with the prefill."""
         return _rate(self.generated_tokens - 1, self.decode_seconds)
 
 
@@ -179,37 +171,17 @@ class _Answer:
         return tuple(self.ids[:self._produced.index(self._emitted) + 1])
 
 
-class _Clock:
-    """Seconds spent in the prefill and in decoding passes."""
-
-    def __init__(self, now: Callable[[], float]):
-        self._now = now
-        self._start = now()
-        self.prefill = self.decode = 0.0
-        self.first_token: float | None = None
-
-    @contextmanager
-    def measure(self, phase: Literal["prefill", "decode"]) -> Iterator[None]:
-        begin = self._now()
-        try:
-            yield
-        finally:
-            setattr(self, phase, getattr(self, phase) + self._now() - begin)
-
-    def token(self) -> None:
-        if self.first_token is None:
-            self.first_token = self._now() - self._start
-
-
 def generate(session: Session, prompt_ids: Sequence[int], params: SamplingParams, tokenizer: Tokenizer,
              cancel: Cancel | None = None, *, stops: Sequence[str] = (), continuing: bool = False,
-             logprobs: bool = False, clock: Callable[[], float] = time.perf_counter) -> Iterator[Token]:
+             logprobs: bool = False, pace: Pace | None = None,
+             clock: Callable[[], float] = time.perf_counter) -> Iterator[Token]:
     """Yield the Token records of one answer (see the module's prose).
 
     prompt_ids: the whole prompt, of which the first session.length ids are in the KV cache already (trim
     the session to the common prefix first; at least the last id is always run). stops: stop strings
     besides params.stop, such as tokenizer.turn_stops. continuing: the answer goes on from the prompt's text,
-    so its leading space is kept. clock: seconds, monotonic.
+    so its leading space is kept. pace: allows drafts, and keeps what is learnt of them from answer to answer;
+    the records are the same but for their times. clock: seconds, monotonic.
 
     UsageError, at the first record, for an empty prompt and one that the context cannot hold.
     """
@@ -217,42 +189,45 @@ def generate(session: Session, prompt_ids: Sequence[int], params: SamplingParams
     _check_prompt(session, prompt_ids)
     sampler = Sampler(params, prompt_ids)
     answer = _Answer(tokenizer.decoder(continuing), StopFinder((*params.stop, *stops)))
-    watch = _Clock(clock)
+    started, first = clock(), None
     if session.length >= len(prompt_ids):
         session.trim(len(prompt_ids) - 1)
     cached = session.length
+    passes = Passes(session, prompt_ids, pace, tokenizer.eos_ids, clock)
 
     def last(token_id: int | None, text: str, reason: FinishReason, value: float | None = None) -> Token:
+        passes.settle()
         ids = tuple(answer.ids)
         ended = bool(ids) and ids[-1] in tokenizer.eos_ids
-        timings = Timings(len(prompt_ids), cached, len(ids), watch.prefill, watch.decode, watch.first_token)
+        timings = Timings(len(prompt_ids), cached, len(ids), passes.prefill_seconds, passes.decode_seconds, first,
+                          passes.decode_passes, passes.drafted, passes.accepted)
         full = reason == "length" and session.length >= session.context
         return Token(token_id, text, reason, value, Summary(
             ids, answer.answer_ids(), ended, answer.stop, full, sampler.seed, timings))
 
-    phase: Literal["prefill", "decode"] = "prefill"
-    while True:
-        try:
-            with watch.measure(phase), _undone_on_error(session):
+    try:
+        while True:
+            try:
                 if cancel:
                     raise Interrupted("cancelled")
-                logits = (session.prefill(prompt_ids[cached:], cancel) if phase == "prefill"
-                          else session.decode(answer.ids[-1], cancel))
-        except Interrupted:
-            if not cancel:
-                raise
-            yield last(None, answer.finish(), "cancelled")
-            return
-        phase = "decode"
-        token_id = sampler.choose(logits)
-        watch.token()
-        value = logprob(check_logits(logits), token_id) if logprobs else None
-        text = answer.push(token_id)
-        reason = _finish_reason(answer, token_id, session, params, tokenizer)
-        if reason is not None:
-            yield last(token_id, text + answer.finish(), reason, value)
-            return
-        yield Token(token_id, text, logprob=value)
+                logits = (passes.after(answer.ids[-1], params.max_tokens - len(answer.ids) - 1, cancel)
+                          if answer.ids else passes.prefill(prompt_ids[cached:], cancel))
+            except Interrupted:
+                if not cancel:
+                    raise
+                yield last(None, answer.finish(), "cancelled")
+                return
+            token_id = sampler.choose(logits)
+            first = clock() - started if first is None else first
+            value = logprob(check_logits(logits), token_id) if logprobs else None
+            text = answer.push(token_id)
+            reason = _finish_reason(answer, token_id, len(prompt_ids), session, params, tokenizer)
+            if reason is not None:
+                yield last(token_id, text + answer.finish(), reason, value)
+                return
+            yield Token(token_id, text, logprob=value)
+    finally:
+        passes.settle()
 
 
 def _check_prompt(session: Session, prompt_ids: Sequence[int]) -> None:
@@ -264,24 +239,13 @@ def _check_prompt(session: Session, prompt_ids: Sequence[int]) -> None:
             f"shorten the prompt, or start with --ctx-size {len(prompt_ids) + 1} or more")
 
 
-def _finish_reason(answer: _Answer, token_id: int, session: Session, params: SamplingParams,
+def _finish_reason(answer: _Answer, token_id: int, prompt: int, session: Session, params: SamplingParams,
                    tokenizer: Tokenizer) -> FinishReason | None:
     if token_id in tokenizer.eos_ids or answer.stop is not None:
         return "stop"
-    if len(answer.ids) == params.max_tokens or session.length >= session.context:
+    if len(answer.ids) == params.max_tokens or prompt + len(answer.ids) > session.context:
         return "length"
     return None
-
-
-@contextmanager
-def _undone_on_error(session: Session) -> Iterator[None]:
-    """Trim what a pass that fails or is cancelled may have left in the KV cache."""
-    before = session.length
-    try:
-        yield
-    except BaseException:
-        session.trim(before)
-        raise
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -47,7 +47,7 @@ def read_prompt(prompt: str | None, file: Path | None, stdin: TextIO) -> str:
 
 
 def run(engine: Engine, prompt: str, params: SamplingParams, *, system: str | None = None, raw: bool = False,
-        as_json: bool = False, stdout: TextIO | None = None) -> int:
+        as_json: bool = False, draft: int = 0, stdout: TextIO | None = None) -> int:
     """Answer `prompt`; the exit code: 0, or 130 where Ctrl-C stopped it (what was said is kept).
 
     raw: continue the text instead of answering in the chat format, which is also what a model without
@@ -68,10 +68,11 @@ def run(engine: Engine, prompt: str, params: SamplingParams, *, system: str | No
     else:
         messages = [Message("system", system)] if system else []
         ids = tokenizer.encode_chat([*messages, Message("user", prompt)])
+    pace = engine.pace(draft, say)
     text: list[str] = []
     summary, reason = None, None
     with cancel_on_interrupt() as cancel:
-        for token in generate(engine.session(), ids, params, tokenizer, cancel, continuing=raw):
+        for token in generate(engine.session(), ids, params, tokenizer, cancel, continuing=raw, pace=pace):
             text.append(token.text)
             if not as_json:
                 out.write(clean(token.text) if out.isatty() else token.text)
@@ -89,7 +90,8 @@ def run(engine: Engine, prompt: str, params: SamplingParams, *, system: str | No
 def _document(text: str, reason: str | None, summary: Summary, stats: dict[str, Any]) -> dict[str, object]:
     timings = summary.timings
     return {"text": text, "token_ids": list(summary.ids), "finish_reason": reason, "seed": summary.seed,
-            "timings": asdict(timings) | {"prefill_rate": timings.prefill_rate, "decode_rate": timings.decode_rate},
+            "timings": asdict(timings) | {"prefill_rate": timings.prefill_rate, "decode_rate": timings.decode_rate,
+                                            "passes_saved": timings.passes_saved, "acceptance": timings.acceptance},
             "tiers": stats["experts"], "memory": stats["memory"], "offload": stats["offload"]}
 
 

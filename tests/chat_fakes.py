@@ -15,7 +15,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from qmix.chat.repl import Chat
 from qmix.chat.screen import Screen
 from qmix.config import Cancel, SamplingParams
 from qmix.errors import Interrupted, StoreError, UsageError
+from qmix.speculation import Pace
 from qmix.tokenizer import Message, StreamDecoder
 from qmix.tokenizer.stream import SILENT, Piece
 
@@ -99,6 +100,7 @@ class FakeSession:
         self.context = context
         self.ids: list[int] = []
         self.computed: list[int] = []  # how many ids each prefill was given
+        self._answer_at = 0  # where the answer begins; drafts may hold any id
 
     @property
     def length(self) -> int:
@@ -116,18 +118,22 @@ class FakeSession:
         if cancel:
             raise Interrupted("cancelled")
         self.ids.extend(ids)
+        self._answer_at = self._start(self.ids)
         return self._logits()
 
     def decode(self, token: int, cancel: Cancel | None = None) -> torch.Tensor:
         assert len(self.ids) < self.context
         if cancel:
             raise Interrupted("cancelled")
-        if self._asked("count", self.ids):
+        if self._asked("count", self.ids[: self._answer_at]):
             time.sleep(0.002)  # a pace that a reader can interrupt
-        if self._asked("fail", self.ids) and len(self.ids) - self._start(self.ids) > 6:
+        if self._asked("fail", self.ids[: self._answer_at]) and len(self.ids) - self._answer_at > 6:
             raise StoreError("experts-00.safetensors: layer 0 expert 3: checksum differs")
         self.ids.append(token)
         return self._logits()
+
+    def verify(self, ids: Sequence[int], cancel: Cancel | None = None) -> torch.Tensor:
+        return torch.stack([self.decode(token, cancel) for token in ids])
 
     @staticmethod
     def _start(ids: Sequence[int]) -> int:
@@ -141,7 +147,7 @@ class FakeSession:
         return list(ids[first : first + len(word)]) == [10 + byte for byte in word.encode()]
 
     def _logits(self) -> torch.Tensor:
-        start = self._start(self.ids)
+        start = self._answer_at
         chosen = next(itertools.islice(reply(self.ids[:start]), len(self.ids) - start, None), EOS)
         logits = torch.full((VOCAB,), -1e4)
         if chosen == ANY_DIGIT:
@@ -149,6 +155,13 @@ class FakeSession:
         else:
             logits[chosen] = 0.0
         return logits
+
+
+class Eager(Pace):
+    """Tries every draft."""
+
+    def length(self, match: int, most: int) -> int:
+        return min(self.longest, most)
 
 
 class FakeEngine:
@@ -160,6 +173,9 @@ class FakeEngine:
     def session(self) -> FakeSession:
         self.sessions.append(FakeSession(self.context))
         return self.sessions[-1]
+
+    def pace(self, longest: int, say: Callable[[str], None]) -> Pace:
+        return Eager(longest)
 
     def stats(self) -> dict[str, dict[str, float]]:
         return {"experts": {"ram": 100.0}}
@@ -188,6 +204,7 @@ class Talk:
         model: str = "fake",
         context: int = 4096,
         detailed: bool = False,
+        draft: int = 0,
     ):
         self.engine = FakeEngine(context)
         self.out, self.err = Terminal(), Terminal()
@@ -200,6 +217,7 @@ class Talk:
             Screen(self.out, self.err, {"TERM": "dumb"}),
             savefile.Autosave(folder, model),
             detailed=detailed,
+            draft=draft,
             draw=lambda: next(seeds),
             clock=lambda: next(clock) / 10,
         )

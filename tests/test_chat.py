@@ -144,6 +144,29 @@ def test_an_answer_stopped_before_its_first_word_is_none(talk: Talk, monkeypatch
     assert talk.say("turns?")[0] == "turn 1\n"
 
 
+@pytest.mark.parametrize("draft", [0, 7])
+def test_no_turn_computes_again_what_the_last_one_left(tmp_path: Path, draft: int) -> None:
+    """Drafts or none: the same text, and of the earlier conversation nothing is computed twice."""
+    talk = Talk(tmp_path, SamplingParams(max_tokens=90), draft=draft)
+    said = [talk.say(line)[0] for line in ("count", "roll", "again again again", "/regen", "/undo", "turns?")]
+    assert said[0].startswith("1 2 3 4 5") and said[2] == said[3] == "You said: again again again\n"
+    assert said[-1] == "turn 3\n"
+    count, roll, again, regen, turns = talk.session.computed
+    assert count == len(["BOS", "USER", *"count", "ASSISTANT"])
+    assert roll == len(["the last id", "EOS", "USER", *"roll", "ASSISTANT"])
+    assert again == len(["EOS", "USER", *"again again again", "ASSISTANT"])
+    assert regen == 1  # the whole prompt is there; its last id is run for the logits
+    assert turns == len([*"turns?", "ASSISTANT"])  # up to USER it is the prompt that was undone
+    timings = talk.chat.figures.timings if talk.chat.figures else None
+    assert timings is not None and timings.cached_tokens == timings.prompt_tokens - turns
+
+
+def test_drafts_are_in_the_longer_statistics(tmp_path: Path) -> None:
+    _, err = Talk(tmp_path, detailed=True, draft=7).say("again again again again")
+    assert re.search(r"drafts    \d+ drafted, \d+ accepted \(\d+ %\), \d+ of 33 passes saved", err)
+    assert "drafted" not in Talk(tmp_path / "none", detailed=True).say("again again again again")[1]
+
+
 def test_the_longer_statistics(tmp_path: Path) -> None:
     talk = Talk(tmp_path, detailed=True)
     _, err = talk.say("Hi")

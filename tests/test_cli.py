@@ -90,6 +90,7 @@ def test_generate_streams_text_and_keeps_stdout_clean(store: Path) -> None:
 def test_generate_json_is_one_document(store: Path) -> None:
     done = qmix("generate", store, "--json", "--temp", 0, "-n", 7, "--raw", stdin="the fox and")
     document = json.loads(done.stdout)
+    assert {"decode_passes", "drafted", "accepted", "passes_saved", "acceptance"} <= set(document["timings"])
     assert {"text", "token_ids", "finish_reason", "timings", "tiers"} <= set(document)
     assert document["finish_reason"] in ("length", "stop")
     assert len(document["token_ids"]) <= 7

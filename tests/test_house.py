@@ -15,7 +15,7 @@ LADDER = ("errors", "config", "names", "tensorfile", "sizes", "settings", "paths
 FLOORS = (
     {"formats"},
     {"checkpoint", "store", "kernels", "hardware"},
-    {"quantize", "model", "offload", "tokenizer", "sampling"},
+    {"quantize", "model", "offload", "tokenizer", "sampling", "speculation"},
     {"generate"},
     {"engine"},
     {"bench", "chat", "demo", "doctor", "oneshot", "routing", "planning"},

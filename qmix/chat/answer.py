@@ -15,6 +15,7 @@ from qmix.chat.conversation import spoken_ids
 from qmix.config import Cancel, SamplingParams
 from qmix.errors import QmixError
 from qmix.generate import Timings, common_prefix, generate
+from qmix.speculation import Pace
 from qmix.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -35,9 +36,10 @@ class Answer:
 
 
 def respond(session: Session, tokenizer: Tokenizer, prompt: Sequence[int], params: SamplingParams,
-            cancel: Cancel, show: Callable[[str], None], clock: Callable[[], float]) -> Answer:
+            cancel: Cancel, show: Callable[[str], None], clock: Callable[[], float],
+            pace: Pace | None = None) -> Answer:
     """Generate one answer to `prompt`, giving its text to `show` piece by piece. An error in the middle
-    ends the answer and is part of it; what was said until then stays."""
+    ends the answer and is part of it; what was said until then stays. pace: see generate."""
     session.trim(common_prefix(prompt, session.ids))
     cached = session.length
     pieces: list[str] = []
@@ -45,7 +47,7 @@ def respond(session: Session, tokenizer: Tokenizer, prompt: Sequence[int], param
     started = first = clock()
     try:
         for token in generate(session, prompt, params, tokenizer, cancel,
-                              stops=tokenizer.turn_stops, clock=clock):
+                              stops=tokenizer.turn_stops, pace=pace, clock=clock):
             if token.id is not None:
                 first = first if ids else clock()
                 ids.append(token.id)

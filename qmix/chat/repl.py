@@ -33,13 +33,14 @@ SEEDS = 2**31  # a random seed stays short enough to be typed again
 
 
 def run(engine: Any, *, model_name: str, params: SamplingParams, system: str | None = None,
-        resume: bool = False, stats: bool = False, state_dir: Path, stdin: TextIO | None = None,
+        resume: bool = False, stats: bool = False, draft: int = 0, state_dir: Path, stdin: TextIO | None = None,
         stdout: TextIO | None = None, stderr: TextIO | None = None,
         environ: Mapping[str, str] = os.environ) -> int:
     """Chat until the user leaves; the exit code: 0, or 128 + the number of the signal that ended it.
 
     engine: an Engine; its session is used by this chat alone. resume: go on with the conversation that
-    was last saved in state_dir for model_name. stats: all figures after each answer. The streams are
+    was last saved in state_dir for model_name. stats: all figures after each answer. draft: ids guessed
+    at a time where that pays, 0 for none. The streams are
     sys.stdin, sys.stdout and sys.stderr unless given.
     UsageError without a terminal, or where the template refuses the system prompt.
     """
@@ -49,7 +50,7 @@ def run(engine: Any, *, model_name: str, params: SamplingParams, system: str | N
             raise UsageError(f"chat needs a terminal: {name} is none",
                              'for pipes and scripts: qmix generate MODEL -p "..."')
     chat = Chat(engine, model_name, params, Screen(stdout, stderr, environ),
-                savefile.Autosave(state_dir, model_name), detailed=stats)
+                savefile.Autosave(state_dir, model_name), detailed=stats, draft=draft)
     chat.begin(system, resume)
     names = [c.name for c in commands.COMMANDS]
     prompt = open_prompt(stdin, stdout, state_dir / "chat_history", names, environ)
@@ -84,13 +85,14 @@ class Chat:
     """One conversation with one engine. The commands (commands.py) are its other half."""
 
     def __init__(self, engine: Any, model_name: str, params: SamplingParams, screen: Screen,
-                 autosave: savefile.Autosave, *, detailed: bool = False,
+                 autosave: savefile.Autosave, *, detailed: bool = False, draft: int = 0,
                  draw: Callable[[], int] = lambda: secrets.randbelow(SEEDS),
                  clock: Callable[[], float] = time.perf_counter):
-        """draw: a random seed; clock: seconds."""
+        """draft: ids guessed at a time, 0 for none; draw: a random seed; clock: seconds."""
         self.engine = engine
         self.session = engine.session()
         self.screen = screen
+        self.pace = engine.pace(draft, screen.say) if draft else None
         self.autosave = autosave
         self.autosave_failed = False
         self.conversation = Conversation(model_name)
@@ -166,7 +168,7 @@ class Chat:
         self.screen.begin_answer()
         self.engine.reset_stats()
         answer = respond(self.session, self.engine.tokenizer, prompt, replace(self.params, seed=self.seed),
-                         self.cancel, self._show, self._clock)
+                         self.cancel, self._show, self._clock, self.pace)
         self.screen.end_answer()
         self._keep(question, base, answer)
 

@@ -28,6 +28,8 @@ MinP = Annotated[float, typer.Option("--min-p", help="Drop tokens below this sha
 Penalty = Annotated[float, typer.Option("--repeat-penalty", help="Above 1: tokens already said become less likely.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Same seed, same text; random and reported by default.",
                                           show_default=False)]
+Draft = Annotated[int, typer.Option("--draft", min=0, max=7, help="Tokens guessed at a time from what the text "
+                                    "repeats, while that is measured to pay; 0 = never. The answer is the same.")]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="End the answer before this text; may be repeated.",
                                                 show_default=False)]
 System = Annotated[str | None, typer.Option("--system", help="System prompt.", show_default=False)]

@@ -12,6 +12,7 @@ from qmix import paths, render
 from qmix.cli.options import (
     CachePolicy,
     Context,
+    Draft,
     Loading,
     Margin,
     MaxTokens,
@@ -46,23 +47,23 @@ def chat(
     temp: Temp = 0.7, top_p: TopP = 0.95, top_k: TopK = 0, min_p: MinP = 0.0, repeat_penalty: Penalty = 1.0,
     seed: Seed = None, stop: Stop = None, max_tokens: MaxTokens = -1, ctx_size: Context = 0, threads: Threads = None,
     ram: Ram = "auto", margin: Margin = None, cache_policy: CachePolicy = "auto", prefetch: Prefetch = "auto",
-    no_prefetch: NoPrefetch = False, verify: Verify = "first", trace: Trace = None,
+    no_prefetch: NoPrefetch = False, verify: Verify = "first", trace: Trace = None, draft: Draft = 7,
 ) -> None:
     """Talk with a model in the terminal; /help inside lists the commands."""
     params = sampling(temp, top_p, top_k, min_p, repeat_penalty, seed, max_tokens, stop)
     how = Loading(ctx_size, threads, ram, margin, cache_policy, prefetch, no_prefetch, verify, trace)
-    _chat(model_folder(model), model or "", params, system, resume, stats, how)
+    _chat(model_folder(model), model or "", params, system, resume, stats, how, draft)
 
 
 def _chat(folder: Path, name: str, params: SamplingParams, system: str | None, resume: bool, stats: bool,
-          how: Loading) -> None:
+          how: Loading, draft: int) -> None:
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UsageError("chat needs a terminal", "for pipes and scripts: qmix generate MODEL -p \"...\"")
     from qmix import chat as chat_package
 
     with load_engine(folder, how) as engine:
         raise typer.Exit(chat_package.run(engine, model_name=name or folder.name, params=params, system=system,
-                                          resume=resume, stats=stats, state_dir=paths.state_folder()))
+                                          resume=resume, stats=stats, draft=draft, state_dir=paths.state_folder()))
 
 
 def generate(
@@ -78,7 +79,7 @@ def generate(
     temp: Temp = 0.7, top_p: TopP = 0.95, top_k: TopK = 0, min_p: MinP = 0.0, repeat_penalty: Penalty = 1.0,
     seed: Seed = None, stop: Stop = None, max_tokens: MaxTokens = -1, ctx_size: Context = 0, threads: Threads = None,
     ram: Ram = "auto", margin: Margin = None, cache_policy: CachePolicy = "auto", prefetch: Prefetch = "auto",
-    no_prefetch: NoPrefetch = False, verify: Verify = "first", trace: Trace = None,
+    no_prefetch: NoPrefetch = False, verify: Verify = "first", trace: Trace = None, draft: Draft = 7,
 ) -> None:
     """Answer one prompt: the text on stdout, everything else on stderr."""
     from qmix import oneshot
@@ -88,7 +89,7 @@ def generate(
     folder = model_folder(model)
     text = oneshot.read_prompt(prompt, file, sys.stdin)
     with load_engine(folder, how) as engine:
-        raise typer.Exit(oneshot.run(engine, text, params, system=system, raw=raw, as_json=json))
+        raise typer.Exit(oneshot.run(engine, text, params, system=system, raw=raw, as_json=json, draft=draft))
 
 
 def demo(
@@ -103,7 +104,7 @@ def demo(
     folder = demo_store(paths.models_folder() / "demo", render.say)
     params = checked(SamplingParams, temp, seed=seed)
     if prompt is None:
-        _chat(folder, "demo", params, None, False, False, Loading(threads=threads))
+        _chat(folder, "demo", params, None, False, False, Loading(threads=threads), 7)
     else:
         with load_engine(folder, Loading(threads=threads)) as engine:
-            raise typer.Exit(oneshot.run(engine, prompt, params))
+            raise typer.Exit(oneshot.run(engine, prompt, params, draft=7))

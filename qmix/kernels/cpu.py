@@ -1,8 +1,8 @@
 """CPU kernels of PyTorch: int4 and int8 through its packed matrix products, plain weights through linear.
 
 torch's packed ops check little, so only what `Packed.of` has checked may come here. They compute in
-bf16 with fp32 sums, and give the same bits for a row whatever the number of rows. `linear` does not,
-and is used for plain weights only.
+bf16 with fp32 sums, and give the same bits for a row whatever the number of rows. `linear` does not:
+up to FEW rows are multiplied one by one, so that those of a pass with drafts have the bits that they have alone.
 
 All take x [T, cols] and return [T, padded_rows], gaps between parts included, in x's dtype.
 T tokens, N padded rows, K padded columns, B rows per block, g group size.
@@ -20,6 +20,8 @@ from qmix.formats import int4, plain
 from qmix.formats.packed import TILE_BYTES, Packed, row_tiles
 
 Kernel = Callable[[Tensor, Packed], Tensor]
+
+FEW = 8  # rows that are kept apart: one token and up to seven drafts
 
 
 def int4_linear(x: Tensor, m: Packed) -> Tensor:
@@ -68,14 +70,29 @@ def plain_linear(x: Tensor, m: Packed) -> Tensor:
     """bf16 when x and the weights are; else fp32, weights of 16 bits widened tile by tile."""
     weight = m.tensors["weight"]
     if weight.dtype == x.dtype and x.dtype != torch.float16:
-        return F.linear(x, weight)
+        return few_rows(x, weight) if len(x) <= FEW else F.linear(x, weight)
     wide = x.float()
     if weight.dtype == torch.float32:
-        return F.linear(wide, weight).to(x.dtype)
+        return (few_rows(wide, weight) if len(x) <= FEW else F.linear(wide, weight)).to(x.dtype)
     y = torch.empty(len(x), len(weight))
     for (_, row, rows), (_, tile) in zip(row_tiles(m.spec), plain.tiles(m), strict=True):
-        torch.matmul(wide, tile.T, out=y[:, row:row + rows])
+        y[:, row:row + rows] = few_rows(wide, tile) if len(x) <= FEW else F.linear(wide, tile)
     return y.to(x.dtype)
+
+
+def few_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """F.linear whose rows do not depend on each other: x [T, K], weight [N, K] -> [T, N]. Tile by tile of the
+    weights, so that they come from memory once; the tiles depend on the weights alone."""
+    step = max(1, TILE_BYTES // (weight.shape[1] * weight.itemsize))
+    rows = [x] if len(x) == 1 else [row.clone() for row in x.split(1)]  # each aligned as one alone is
+    if len(weight) <= step:
+        return F.linear(rows[0], weight) if len(rows) == 1 else torch.cat([F.linear(row, weight) for row in rows])
+    y = x.new_empty(len(x), len(weight))
+    for start in range(0, len(weight), step):
+        tile = weight[start:start + step]
+        for row, out in zip(rows, y, strict=True):
+            out[start:start + step] = F.linear(row, tile)[0]
+    return y
 
 
 def _operand(x: Tensor, k: int) -> Tensor:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qmix.kernels.cpu import FEW, few_rows
+
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight, fp32 (Zhang & Sennrich 2019). x [T, H]; weight [H], None for 1."""
@@ -19,8 +21,9 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 def router_logits(x: Tensor, router: Tensor) -> Tensor:
     """fp32 [T, E]; x [T, H] fp32, router [E, H] fp64. Summed in fp64: in fp32 the last bits, and with
-    them now and then a choice, would depend on how many tokens are routed together."""
-    return F.linear(x.double(), router).float()
+    them now and then a choice, would depend on how many tokens are routed together. Of few tokens even the
+    last bit of the fp64 sum does not."""
+    return few_rows(x.double(), router).float() if 1 < len(x) <= FEW else F.linear(x.double(), router).float()
 
 
 def rotation(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

@@ -4,13 +4,13 @@ A pass takes the new tokens of one or several sessions and goes through the mode
 each layer the tokens are first handled in blocks (attention, then router), then all of them meet the
 experts at once, so that an expert is fetched once a layer however long the prompt is.
 
-Blocks are at most 512 tokens of one session, or one token each of several, and passes at most 8192
-tokens, counted from the first new token: the cut, and with it every bit, depends on the prompt alone,
-never on a budget.
+In prefill blocks are at most 512 tokens of one session, and passes at most 8192 tokens, counted from the first
+new token: the cut, and with it every bit, depends on the prompt alone, never on a budget. In decode all tokens of
+a pass are one block, and attention takes them one by one, also those of one session.
 
 The residual stream, norms, rotation, router and logits are fp32; matrix products and keys and values
-are in the compute dtype. With int4 and int8 kernels, whose rows do not depend on each other, a session
-gets the same bits decoding among others as alone.
+are in the compute dtype. The rows of up to 8 tokens do not depend on each other, with int4 and int8 kernels those
+of any number: a token gets the same bits decoded among others as alone, be they other sessions' or drafts of its own.
 
 T tokens of a pass, B of a block, P sessions, H hidden, E experts, K chosen per token, D head size,
 V vocabulary, A experts guessed for each of D layers ahead.
@@ -111,7 +111,7 @@ class Mixtral:
         counts = _counts(len(tokens), len(caches), step)
         for cache, count in zip(caches, counts, strict=True):
             cache.need(count)
-        spans = list(_spans(counts, caches))
+        spans = list(_spans(counts, caches, 1 if step.phase == "decode" else BLOCK))
         assert all(int(positions[span.begin]) == span.start for span in spans), "positions do not go on"
         last = [end - 1 for end in accumulate(counts)]
         lengths = [cache.length for cache in caches]
@@ -209,12 +209,12 @@ def _counts(tokens: int, sessions: int, step: Step) -> list[int]:
     return counts
 
 
-def _spans(counts: Sequence[int], caches: Sequence[KVCache]) -> Iterator[Span]:
-    """The new tokens of each session, cut into pieces of BLOCK."""
+def _spans(counts: Sequence[int], caches: Sequence[KVCache], size: int) -> Iterator[Span]:
+    """The new tokens of each session, cut into pieces of `size`."""
     first = 0
     for cache, count in zip(caches, counts, strict=True):
-        for begin in range(0, count, BLOCK):
-            yield Span(cache, cache.length + begin, first + begin, first + min(count, begin + BLOCK))
+        for begin in range(0, count, size):
+            yield Span(cache, cache.length + begin, first + begin, first + min(count, begin + size))
         first += count
 
 
@@ -231,7 +231,7 @@ def _passes(spans: Sequence[Span]) -> Iterator[list[Span]]:
 
 def _blocks(spans: Sequence[Span]) -> Iterator[tuple[Span, ...]]:
     """A longer span is a block of its own, so that it is computed as it would be alone; neighbouring
-    single tokens, of sessions that decode together, share one."""
+    single tokens, of sessions that decode together or of one with drafts, share one."""
     for single, group in groupby(spans, lambda span: span.end - span.begin == 1):
         if single:
             yield tuple(group)

@@ -87,6 +87,16 @@ class PagedExperts:
         self._lookahead = Lookahead(tier, prefetcher, window)
         self.figures = {"prefill": PhaseFigures(), "decode": PhaseFigures()}
 
+    @property
+    def traces(self) -> bool:
+        """Whether every decision is recorded."""
+        return self._watch.traces
+
+    def settle(self, rejected: int) -> None:
+        """Of the drafts of the last pass, the last `rejected` were wrong: they do not count as tokens."""
+        self._watch.settle(rejected)
+        self.figures["decode"].tokens -= rejected
+
     def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, step: Step,
                  ahead: Tensor | None = None) -> Tensor:
         """x [T, H] normed hidden states; ids [T, K] int64 and weights [T, K] fp32 from the router; ahead

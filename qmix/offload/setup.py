@@ -75,6 +75,10 @@ class Offload:
         figures.bytes_read += self._mark[0] - before[0]
         figures.read_seconds += min(seconds, self._mark[1] - before[1])
 
+    def settle(self, rejected: int) -> None:
+        """Of the drafts of the last pass, the last `rejected` were wrong."""
+        self.experts.settle(rejected)
+
     def report(self) -> dict[str, Any]:
         """Slots, policy, figures of both phases and of the prefetcher, as plain data."""
         figures = self.experts.figures

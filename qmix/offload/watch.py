@@ -1,6 +1,7 @@
 """What the routers decide, on its way into the router statistics and, where asked for, a trace.
 
-One pass after the other: each layer hands in its choices, and with the last one the pass is counted.
+One pass after the other: each layer hands in its choices, and with the last one the pass is counted. Of a pass with
+drafts only the tokens that turned out right are, once `settle` says which.
 
 T tokens, K experts per token, E experts.
 """
@@ -31,6 +32,7 @@ class RoutingWatch:
         self._trace = trace
         self._say = say
         self._decoded: list[list[list[int]]] = []  # by layer, by token: the experts, in decode
+        self._held: list[list[list[int]]] = []  # by token, by layer: a pass with drafts, not counted yet
         self._counts: list[list[int]] = []
         self._transitions: list[list[list[int]]] = []
         self._before: Tensor | None = None  # the layer before: [T, E], 1 where chosen
@@ -57,6 +59,12 @@ class RoutingWatch:
         if layer + 1 == self._layers:
             self._end(step, len(ids))
 
+    def settle(self, rejected: int) -> None:
+        """Count the last pass but for its last `rejected` tokens."""
+        for choices in self._held[:len(self._held) - rejected]:
+            self.stats.add_token("decode", choices)
+        self._held = []
+
     def _prefill(self, ids: Tensor) -> None:
         self.last_choices = ids[-SEED:].tolist()
         chosen = torch.zeros(len(ids), self._experts).scatter_(1, ids, 1.0)
@@ -68,8 +76,9 @@ class RoutingWatch:
 
     def _end(self, step: Step, tokens: int) -> None:
         if step.phase == "decode":
-            for token in range(tokens):
-                self.stats.add_token("decode", [layer[token] for layer in self._decoded])
+            self._held = [[layer[token] for layer in self._decoded] for token in range(tokens)]
+            if not step.drafts:
+                self.settle(0)
         else:
             self.stats.add_counts("prefill", tokens, self._counts, self._transitions)
         if self._trace is not None:
