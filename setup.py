@@ -4,14 +4,16 @@ The extension is optional: where there is no C compiler, or it fails, qmix insta
 torch, and says so.
 """
 
-from glob import glob
+from pathlib import Path
 
 from setuptools import Extension, setup
 
+NATIVE = Path("qmix/kernels/native")
+
 setup(ext_modules=[Extension(
     "qmix.kernels.native._native",
-    sources=sorted(glob("qmix/kernels/native/*.c")),
-    depends=sorted(glob("qmix/kernels/native/*.h")),
+    sources=sorted(map(str, NATIVE.glob("*.c"))),
+    depends=sorted(map(str, NATIVE.glob("*.h"))),
     extra_compile_args=["-O3", "-g0", "-std=c11", "-pthread"],  # no -march: each file names its own instruction set
     extra_link_args=["-pthread"],
     optional=True,

@@ -26,7 +26,7 @@ from qmix.hardware import bandwidth as bandwidths
 from qmix.hardware.cores import cpu_instructions, cpu_model, cpu_quota
 from qmix.hardware.disk import DiskEffort, DiskReport, direct_refusal, filesystem, measure_disk, scratch_file
 from qmix.hardware.memory import hugepages, memlock_limit, read_text
-from qmix.kernels import reference
+from qmix.kernels import native, reference
 from qmix.kernels.table import select
 from qmix.render import Progress
 from qmix.sizes import GIB, MIB, format_bytes
@@ -140,11 +140,12 @@ def kernels() -> Section:
     lines: list[str] = []
     slow: list[str] = []
     for name, block in (*(("int4", block) for block in BLOCKS), ("int8", 0)):
-        table = select([name], [block], say=lines.append)
+        table = select([name], [block], say=lines.append, activations="auto")
         rows.append({"format": name, "block": block or "-", "kernel": table.names[name]})
         if table.kernels[name, block] is reference.packed_linear and name not in slow:
             slow.append(name)
-    return {"table": rows, "notes": [{"note": line} for line in dict.fromkeys(lines)]}, [
+    levels = ", ".join(native.levels()) or "none: not built"
+    return {"native_levels": levels, "table": rows, "notes": [{"note": line} for line in dict.fromkeys(lines)]}, [
         Problem(f"{name} runs on the slow reference kernel", "install the torch that qmix is tested with "
                 "(constraints.txt), on a CPU with AVX2 or AVX-512") for name in slow]
 

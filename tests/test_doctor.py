@@ -47,7 +47,7 @@ def healthy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pick_kernel(monkeypatch: pytest.MonkeyPatch, kernel: Any, name: str, line: str = "") -> None:
-    def select(formats: list[str], blocks: list[int], say: Any) -> Any:
+    def select(formats: list[str], blocks: list[int], say: Any, activations: str) -> Any:
         if line:
             say(line)
         return SimpleNamespace(kernels={(formats[0], blocks[0]): kernel}, names={formats[0]: name})

@@ -47,6 +47,8 @@ Prefetch = Annotated[str, typer.Option("--prefetch", help="Where guesses come fr
 NoPrefetch = Annotated[bool, typer.Option("--no-prefetch", help="The same as --prefetch off.")]
 Verify = Annotated[str, typer.Option("--verify", help="Which reads of experts are checked by checksum: first, always "
                                      "or never.")]
+Activations = Annotated[str, typer.Option("--activations", help="What int4 and int8 products see of the activations: "
+                                          "auto (the fastest), int8 or bf16.")]
 Trace = Annotated[Path | None, typer.Option("--trace", help="Record every routing decision in this file, for qmix "
                                             "replay.", show_default=False)]
 
@@ -63,6 +65,7 @@ class Loading:
     prefetch: str = "auto"
     no_prefetch: bool = False
     verify: str = "first"
+    activations: str = "auto"
     trace: Path | None = None
 
 
@@ -79,7 +82,8 @@ def load_engine(folder: Path, how: Loading, keep_statistics: bool = True,
         raise UsageError(f"--no-prefetch with --prefetch {how.prefetch}", "drop one of the two")
     with render.byte_bar("load") as progress:
         return load(folder, threads=how.threads, context=how.ctx_size, ram=ram, margin=margin, policy=how.cache_policy,
-                    prefetch="off" if how.no_prefetch else how.prefetch, verify=how.verify, trace=how.trace,
+                    prefetch="off" if how.no_prefetch else how.prefetch, verify=how.verify,
+                    activations=how.activations, trace=how.trace,
                     state=paths.routing_folder() if keep_statistics else None,
                     speeds=known_speeds(paths.hardware_file(), render.say),
                     base=base, say=say, progress=progress)

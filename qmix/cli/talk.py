@@ -10,6 +10,7 @@ import typer
 
 from qmix import paths, render
 from qmix.cli.options import (
+    Activations,
     CachePolicy,
     Context,
     Draft,
@@ -47,11 +48,12 @@ def chat(
     temp: Temp = 0.7, top_p: TopP = 0.95, top_k: TopK = 0, min_p: MinP = 0.0, repeat_penalty: Penalty = 1.0,
     seed: Seed = None, stop: Stop = None, max_tokens: MaxTokens = -1, ctx_size: Context = 0, threads: Threads = None,
     ram: Ram = "auto", margin: Margin = None, cache_policy: CachePolicy = "auto", prefetch: Prefetch = "auto",
-    no_prefetch: NoPrefetch = False, verify: Verify = "first", trace: Trace = None, draft: Draft = 7,
+    no_prefetch: NoPrefetch = False, verify: Verify = "first", activations: Activations = "auto", trace: Trace = None,
+    draft: Draft = 7,
 ) -> None:
     """Talk with a model in the terminal; /help inside lists the commands."""
     params = sampling(temp, top_p, top_k, min_p, repeat_penalty, seed, max_tokens, stop)
-    how = Loading(ctx_size, threads, ram, margin, cache_policy, prefetch, no_prefetch, verify, trace)
+    how = Loading(ctx_size, threads, ram, margin, cache_policy, prefetch, no_prefetch, verify, activations, trace)
     _chat(model_folder(model), model or "", params, system, resume, stats, how, draft)
 
 
@@ -79,13 +81,14 @@ def generate(
     temp: Temp = 0.7, top_p: TopP = 0.95, top_k: TopK = 0, min_p: MinP = 0.0, repeat_penalty: Penalty = 1.0,
     seed: Seed = None, stop: Stop = None, max_tokens: MaxTokens = -1, ctx_size: Context = 0, threads: Threads = None,
     ram: Ram = "auto", margin: Margin = None, cache_policy: CachePolicy = "auto", prefetch: Prefetch = "auto",
-    no_prefetch: NoPrefetch = False, verify: Verify = "first", trace: Trace = None, draft: Draft = 7,
+    no_prefetch: NoPrefetch = False, verify: Verify = "first", activations: Activations = "auto", trace: Trace = None,
+    draft: Draft = 7,
 ) -> None:
     """Answer one prompt: the text on stdout, everything else on stderr."""
     from qmix import oneshot
 
     params = sampling(temp, top_p, top_k, min_p, repeat_penalty, seed, max_tokens, stop)
-    how = Loading(ctx_size, threads, ram, margin, cache_policy, prefetch, no_prefetch, verify, trace)
+    how = Loading(ctx_size, threads, ram, margin, cache_policy, prefetch, no_prefetch, verify, activations, trace)
     folder = model_folder(model)
     text = oneshot.read_prompt(prompt, file, sys.stdin)
     with load_engine(folder, how) as engine:

@@ -47,6 +47,12 @@ class KernelTable:
             return y
         return y.view(len(y), spec.parts, -1)[:, :, :spec.rows // spec.parts].reshape(len(y), spec.rows)
 
+    def linears(self, x: Tensor, *matrices: Packed) -> list[Tensor]:
+        """`linear` of x and each matrix; one call where the native kernels have them all."""
+        if self.native is not None and all(m.spec.format in self.native.formats for m in matrices):
+            return self.native.linear(x, *matrices)
+        return [self.linear(x, m) for m in matrices]
+
     def expert(self, x: Tensor, w13: Packed, w2: Packed) -> Tensor:
         """One expert, w2(silu(gate(x)) * up(x)): x [T, H] -> [T, H]; w13 is gate over up, [2F, H]."""
         return self.linear(self.gated(x, w13), w2)
@@ -80,14 +86,14 @@ def select(formats: Iterable[str], blocks: Iterable[int] = BLOCKS, device: str =
     own = _choose_native(wanted, blocks, activations, say)
     for name in sorted(wanted):
         if name == "int4" and own is not None:
-            kernels |= {(name, block): own.linear for block in blocks}
+            kernels |= {(name, block): _one(own) for block in blocks}
             names[name] = own.name
         elif name == "int4":
             found = _choose_int4(blocks, say)
             kernels |= {(name, block): kernel for block, (kernel, _) in found.items()}
             names[name] = "; ".join(dict.fromkeys(text for _, text in found.values()))
-        elif name == "int8" and own is not None and own.activations == "int8":
-            kernels[name, 0], names[name] = own.linear, own.name
+        elif name == "int8" and own is not None and name in own.formats:
+            kernels[name, 0], names[name] = _one(own), own.name
         elif name == "int8":
             kernels[name, 0], names[name] = _choose_int8(say)
         elif name in ("nf4", "fp4"):
@@ -112,7 +118,7 @@ def _choose_native(formats: set[str], blocks: list[int], activations: str,
         own = native.Native(level, "int8" if activations == "auto" else activations)
         samples = [_random_int4(block) for block in blocks if "int4" in packed]
         samples += [_random_int8()] if "int8" in packed else []
-        if all(_agrees(own.linear, m, own.activations) for m in samples):
+        if all(_agrees(_one(own), m, own.activations) for m in samples):
             return own
         say(f"the native kernels failed their self-test here ({level}, {_machine()}): torch computes instead")
     elif native.library() is None:
@@ -122,6 +128,10 @@ def _choose_native(formats: set[str], blocks: list[int], activations: str,
         raise UsageError("--activations int8: only the native kernels have it, and they are not in use here",
                          "install a C compiler and qmix again, or use --activations bf16")
     return None
+
+
+def _one(own: native.Native) -> Kernel:
+    return lambda x, m: own.linear(x, m)[0]
 
 
 def native_block() -> int:

@@ -89,6 +89,7 @@ class Mixtral:
         self.config = config
         self._weights = weights
         self._linear = kernels.linear
+        self._linears = kernels.linears
         self._experts = experts
         self._ahead = min(config.num_experts, config.experts_per_token if ahead is None else ahead)
         self._depth = min(depth, config.num_layers - 1)
@@ -170,7 +171,7 @@ class Mixtral:
         """Add grouped-query attention over each span's own cache to the block's residual."""
         config, dtype, linear = self.config, self._weights.dtype, self._linear
         x = rms_norm(block.residual, layer.input_norm, config.rms_norm_eps).to(dtype)
-        q, k, v = linear(x, layer.q), linear(x, layer.k), linear(x, layer.v)
+        q, k, v = self._linears(x, layer.q, layer.k, layer.v)
         heads = torch.cat((q, k), 1).view(len(x), -1, config.head_dim)  # [B, query heads + key heads, D]
         heads = rotate(heads.float(), block.cos, block.sin)
         queries, keys = heads[:, :config.num_heads].to(dtype), heads[:, config.num_heads:]

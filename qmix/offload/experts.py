@@ -147,7 +147,8 @@ class PagedExperts:
         _check(step)
         w13, w2 = self._views[self._tier.slot(key)]
         if self._native is not None:
-            return self._compute_native(self._native, key, x, group, rows, step)
+            self._compute_native(self._native, key, x, group, rows, step)
+            return
         if group.tokens is None:
             hidden = self._kernels.gated(x, w13)
             self._await(key, self._record, step)

@@ -8,7 +8,7 @@ in integers; the fastest) or to bf16 ("bf16"). Results and sums are fp32. The bi
 on how many rows are computed together, nor on the number of threads.
 """
 
-from qmix.kernels.native.library import levels, library, wanted_level
+from qmix.kernels.native.loader import levels, library, wanted_level
 from qmix.kernels.native.products import DENSE_GROUP, FORMATS, Native, Product, as_seen
 
 __all__ = ["DENSE_GROUP", "FORMATS", "Native", "Product", "as_seen", "levels", "library", "wanted_level"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qmix.formats.packed import Packed
-from qmix.kernels.native.library import Job, levels, library
+from qmix.kernels.native.loader import JOB, levels, library
 
 ACTIVATIONS = {"int8": 0, "bf16": 1}  # native.h's QMIX_ACT_*
 FORMATS = ("int4", "int8")
@@ -42,22 +42,39 @@ class Native:
         opened = library()
         assert opened is not None, "no library"
         self._products = opened.qmix_products
+        # Matrices stay where they are, in their slots: what is said of them is put together once.
+        self._matrices: dict[int, tuple[Packed, int, int, tuple[int, ...], tuple[int, ...]]] = {}
         self._level = levels()[level]
         self._activations = ACTIVATIONS[activations]
         self.activations = activations
+        # torch's int8 product is the faster one where activations stay bf16.
+        self.formats = FORMATS if activations == "int8" else ("int4",)
         self.name = f"native {level}, {activations} activations"
 
     def run(self, products: Sequence[Product]) -> None:
         """Compute all of them, none of which may need another's result, by as many threads as torch is set to."""
-        jobs = (Job * len(products))(*map(_job, products))
-        if self._products(self._level, self._activations, jobs, len(jobs), torch.get_num_threads()):
+        jobs = b"".join([self._job(p) for p in products])
+        if self._products(self._level, self._activations, jobs, len(products), torch.get_num_threads()):
             raise MemoryError("no memory for the activations of a product")
 
-    def linear(self, x: Tensor, w: Packed) -> Tensor:
-        """x [T, cols] fp32 or bf16 -> [T, rows] in x's dtype."""
-        y = x.new_empty(len(x), w.spec.rows)
-        self.run([Product(_readable(x), w, y)])
-        return y
+    def _job(self, p: Product) -> bytes:
+        """native.h's qmix_job."""
+        w, x, y, x_rows, y_rows = p.w, p.x, p.y, p.x_rows, p.y_rows
+        known = self._matrices.get(id(w))
+        if known is None or known[0] is not w:
+            known = self._matrices[id(w)] = w, *_matrix(w)
+        _, weight, params, sizes, layout = known
+        return JOB.pack(weight, params, x.data_ptr(), 0 if x_rows is None else x_rows.data_ptr(), y.data_ptr(),
+                        0 if y_rows is None else y_rows.data_ptr(), x.stride(0), y.stride(0),
+                        x.shape[0] if x_rows is None else x_rows.shape[0], *sizes, *layout, p.gated, _TYPES[x.dtype],
+                        _TYPES[y.dtype])
+
+    def linear(self, x: Tensor, *matrices: Packed) -> list[Tensor]:
+        """x [T, cols] fp32 or bf16 -> [T, rows] of each matrix, in x's dtype."""
+        x = _readable(x)
+        found = [x.new_empty(len(x), w.spec.rows) for w in matrices]
+        self.run([Product(x, w, y) for w, y in zip(matrices, found, strict=True)])
+        return found
 
     def gated(self, x: Tensor, w13: Packed) -> Tensor:
         """silu(gate(x)) * up(x): x [T, H] -> [T, F] in x's dtype."""
@@ -81,15 +98,12 @@ def _readable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and x.dtype in _TYPES else x.float().contiguous()
 
 
-def _job(p: Product) -> Job:
-    spec, tensors, x, y = p.w.spec, p.w.tensors, p.x, p.y
-    x_rows, y_rows = p.x_rows, p.y_rows
+def _matrix(w: Packed) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
+    """What a job says of its matrix: the addresses of weights and parameters, sizes, layout."""
+    spec, tensors = w.spec, w.tensors
+    sizes = spec.padded_rows, spec.padded_cols, spec.rows // spec.parts, spec.cols
     if spec.format == "int4":
-        params, bits, block, group = tensors["qparams"], 4, spec.block, spec.group_size
+        params, layout = tensors["qparams"], (4, spec.block, spec.group_size, spec.parts)
     else:
-        params, bits, block, group = tensors["scale"], 8, 64, DENSE_GROUP
-    return Job(tensors["qweight"].data_ptr(), params.data_ptr(), x.data_ptr(),
-               None if x_rows is None else x_rows.data_ptr(), y.data_ptr(), None if y_rows is None else y_rows.data_ptr(),
-               x.stride(0), y.stride(0), len(x) if x_rows is None else len(x_rows), spec.padded_rows, spec.padded_cols,
-               spec.rows // spec.parts, spec.cols, bits, block, group, spec.parts, p.gated, _TYPES[x.dtype],
-               _TYPES[y.dtype])
+        params, layout = tensors["scale"], (8, 64, DENSE_GROUP, spec.parts)
+    return tensors["qweight"].data_ptr(), params.data_ptr(), sizes, layout

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -17,13 +18,7 @@ ABI = 1  # native.h's QMIX_ABI
 VARIABLE = "QMIX_NATIVE"  # a level's name forces it, "off" leaves the library alone
 
 
-class Job(ctypes.Structure):
-    """native.h's qmix_job."""
-
-    _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "params", "x", "x_rows", "y", "y_rows")] + \
-        [(name, ctypes.c_int64) for name in ("x_stride", "y_stride", "tokens", "padded_rows", "padded_cols", "rows",
-                                             "cols")] + \
-        [(name, ctypes.c_int32) for name in ("bits", "block", "group", "parts", "gated", "x_type", "y_type")]
+JOB = struct.Struct("@6P7q7i4x")  # native.h's qmix_job: pointers, sizes, layout, padded to a multiple of 8
 
 
 @cache

@@ -1,0 +1,275 @@
+"""The native kernels at every level this processor has, against float64 products of what they see."""
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qmix.errors import UsageError
+from qmix.formats import int4, int8, unpack
+from qmix.formats.packed import Packed
+from qmix.kernels import native
+from qmix.kernels.native import Native, Product, as_seen
+from qmix.kernels.native.loader import JOB
+from qmix.kernels.table import select
+from qmix.sizes import MatrixSpec
+
+needs_library = pytest.mark.skipif(not native.levels(), reason="the native kernels were not built: no C compiler")
+LEVELS = [(level, activations) for level in native.levels() or ["none"] for activations in ("int8", "bf16")]
+SUMS = 1e-6  # fp32 sums
+TIES = 4e-4  # an activation between two codes may go to either: half a step of 127, now and then
+
+
+def int4_matrix(rows: int, cols: int, group: int, block: int, parts: int = 1, seed: int = 0) -> Packed:
+    spec = MatrixSpec("int4", rows, cols, parts, group, block)
+    random = torch.Generator().manual_seed(seed)
+    n, k = spec.padded_rows, spec.padded_cols
+    q = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=random)
+    scale = (torch.rand(n, k // group, generator=random) + 0.5).bfloat16()
+    zero = torch.randn(n, k // group, generator=random).bfloat16()
+    return int4.pack(q, scale, zero, spec)
+
+
+def int8_matrix(rows: int, cols: int) -> Packed:
+    random = torch.Generator().manual_seed(rows)
+    return int8.pack(torch.randn(rows, cols, generator=random), MatrixSpec("int8", rows, cols))
+
+
+def operand(tokens: int, cols: int, seed: int = 0) -> Tensor:
+    """Activations whose groups differ in size a hundredfold."""
+    random = torch.Generator().manual_seed(1000 * tokens + cols + seed)
+    return torch.randn(tokens, cols, generator=random) * 10 ** torch.rand(1, cols, generator=random).mul(2).sub(1)
+
+
+def want(x: Tensor, m: Packed, activations: str) -> Tensor:
+    seen = as_seen(x, activations, m.spec.group_size or native.DENSE_GROUP)
+    return seen.double() @ unpack(m).double().T
+
+
+def relative(got: Tensor, wanted: Tensor) -> float:
+    return float((got.double() - wanted).norm() / wanted.norm())
+
+
+@needs_library
+@pytest.mark.parametrize(("level", "activations"), LEVELS)
+class TestEveryLevel:
+    def bound(self, activations: str) -> float:
+        return TIES if activations == "int8" else SUMS
+
+    @pytest.mark.parametrize("tokens", [1, 2, 5, 6, 7, 13, 300])
+    @pytest.mark.parametrize("shape", [(192, 256, 64, 64), (100, 200, 32, 32), (130, 320, 128, 64), (64, 130, 64, 32),
+                                       (1, 1, 32, 64)], ids=str)
+    def test_int4(self, level: str, activations: str, shape: tuple[int, int, int, int], tokens: int) -> None:
+        m = int4_matrix(*shape)
+        x = operand(tokens, shape[1])
+        (got,) = Native(level, activations).linear(x, m)
+        assert got.shape == (tokens, shape[0]) and got.dtype == torch.float32
+        assert relative(got, want(x, m, activations)) < self.bound(activations)
+
+    @pytest.mark.parametrize("tokens", [1, 2, 7, 70])
+    @pytest.mark.parametrize("shape", [(192, 256), (100, 200), (33, 64), (1, 5), (65, 1000)], ids=str)
+    def test_int8(self, level: str, activations: str, shape: tuple[int, int], tokens: int) -> None:
+        m = int8_matrix(*shape)
+        x = operand(tokens, shape[1])
+        (got,) = Native(level, activations).linear(x, m)
+        assert relative(got, want(x, m, activations)) < self.bound(activations)
+
+    @pytest.mark.parametrize("m", [int4_matrix(130, 320, 64, 64), int4_matrix(96, 256, 32, 32), int8_matrix(100, 320)],
+                             ids=lambda m: m.spec.format + str(m.spec.block))
+    def test_rows_do_not_depend_on_their_company(self, level: str, activations: str, m: Packed) -> None:
+        kernels = Native(level, activations)
+        x = operand(300, m.spec.cols)
+        (whole,) = kernels.linear(x, m)
+        for count in (1, 2, 3, 6, 7, 8, 25):
+            for first in (0, 11, 290):
+                (part,) = kernels.linear(x[first:first + count], m)
+                assert torch.equal(part, whole[first:first + count])
+
+    def test_gate_and_up_with_padding_and_chosen_rows(self, level: str, activations: str) -> None:
+        """Both halves are padded; tokens are picked by index and put elsewhere; other rows are left alone."""
+        kernels, m = Native(level, activations), int4_matrix(160, 100, 32, 64, parts=2)
+        x = (operand(9, 100) / 100).bfloat16()  # gates of a few units
+        y = torch.full((12, 80), 7.0)
+        rows, places = torch.tensor([8, 0, 3]), torch.tensor([1, 11, 5])
+        kernels.run([Product(x, m, y, x_rows=rows, y_rows=places, gated=True)])
+        gate, up = want(x[rows].float(), m, activations).split(80, 1)
+        wanted = torch.nn.functional.silu(gate) * up
+        assert relative(y[places], wanted) < 4 * self.bound(activations)
+        left = [i for i in range(12) if i not in places.tolist()]
+        assert (y[left] == 7).all()
+
+    def test_silu_of_large_and_small_numbers(self, level: str, activations: str) -> None:
+        m = int4_matrix(128, 32, 32, 64, parts=2)
+        x = torch.logspace(-6, 3, 40)[:, None] * torch.ones(1, 32)
+        y = torch.empty(40, 64)
+        Native(level, activations).run([Product(x, m, y, gated=True)])
+        gate, up = want(x, m, activations).split(64, 1)
+        wanted = torch.nn.functional.silu(gate) * up
+        assert torch.isfinite(y).all()
+        torch.testing.assert_close(y.double(), wanted, rtol=2e-3, atol=1e-9)
+
+    def test_bf16_results_are_rounded_once(self, level: str, activations: str) -> None:
+        m, kernels = int4_matrix(70, 128, 64, 64), Native(level, activations)
+        x = operand(5, 128).bfloat16()
+        (wide,), (narrow,) = kernels.linear(x.float(), m), kernels.linear(x, m)
+        assert narrow.dtype == torch.bfloat16 and torch.equal(narrow, wide.bfloat16())
+
+    def test_what_is_not_finite_stays_so(self, level: str, activations: str) -> None:
+        """A broken activation must not turn into a harmless number; the other tokens are not touched by it."""
+        kernels = Native(level, activations)
+        for m in (int4_matrix(64, 128, 64, 64), int8_matrix(64, 128)):
+            x = operand(3, 128)
+            (clean,) = kernels.linear(x, m)
+            for bad in (float("nan"), float("inf")):
+                dirty = x.clone()
+                dirty[1, 70] = bad
+                (got,) = kernels.linear(dirty, m)
+                assert not torch.isfinite(got[1]).any()
+                assert torch.equal(got[[0, 2]], clean[[0, 2]])
+
+    def test_zeros_and_tiny_numbers(self, level: str, activations: str) -> None:
+        m = int4_matrix(64, 128, 64, 64)
+        x = torch.zeros(2, 128)
+        x[1, :64] = 1e-30
+        (got,) = Native(level, activations).linear(x, m)
+        assert (got[0] == 0).all() and torch.isfinite(got).all() and (got.abs() < 1e-26).all()
+
+    def test_codes_of_padded_columns_do_not_count(self, level: str, activations: str) -> None:
+        m = int4_matrix(64, 70, 64, 64)
+        dirty = m["qweight"].clone()
+        dirty[:, 70:] ^= 0xF0
+        (a,), (b,) = (Native(level, activations).linear(operand(3, 70), w)
+                      for w in (m, Packed.of(m.spec, {**m.tensors, "qweight": dirty})))
+        assert torch.equal(a, b)
+
+
+@needs_library
+def test_bits_do_not_depend_on_threads_or_on_other_products() -> None:
+    kernels = Native(next(iter(native.levels())), "int8")
+    matrices = [int4_matrix(640, 512, 64, 64), int8_matrix(1000, 512), int4_matrix(65, 512, 32, 32)]
+    x = operand(40, 512)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = [kernels.linear(x, m)[0] for m in matrices]
+        for threads in (2, 3, 8):
+            torch.set_num_threads(threads)
+            for got, wanted in zip(kernels.linear(x, *matrices), alone, strict=True):
+                assert torch.equal(got, wanted)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_library
+def test_several_callers_at_once() -> None:
+    """The pool serves one at a time; the others work alone, with memory of their own."""
+    kernels = Native(next(iter(native.levels())), "int8")
+    m = int4_matrix(640, 512, 64, 64)
+    xs = [operand(1 + i % 9, 512, seed=i) for i in range(40)]
+    alone = [kernels.linear(x, m)[0] for x in xs]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(5):
+            for got, wanted in zip(threads.map(lambda x: kernels.linear(x, m)[0], xs), alone, strict=True):
+                assert torch.equal(got, wanted)
+
+
+@needs_library
+def test_a_forked_child_computes_too() -> None:
+    script = ("import os, sys, torch; sys.path.insert(0, 'tests')\n"
+              "from test_native import *\n"
+              "torch.set_num_threads(2); k = Native(next(iter(native.levels())), 'int8')\n"
+              "m = int4_matrix(640, 512, 64, 64)\n"
+              "x = operand(9, 512); want = k.linear(x, m)[0]; pid = os.fork()\n"
+              "same = torch.equal(k.linear(x, m)[0], want)\n"
+              "if pid == 0: os._exit(0 if same else 1)\n"
+              "sys.exit(os.waitpid(pid, 0)[1] or not same)\n")
+    run = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1], timeout=100,
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+@needs_library
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(1, 150), cols=st.integers(1, 300), tokens=st.integers(1, 20),
+       group=st.sampled_from((32, 64, 128)), block=st.sampled_from((32, 64)),
+       activations=st.sampled_from(("int8", "bf16")), level=st.sampled_from(list(native.levels()) or ["none"]))
+def test_any_shape(rows: int, cols: int, tokens: int, group: int, block: int, activations: str, level: str) -> None:
+    m = int4_matrix(rows, cols, group, block)
+    x = operand(tokens, cols)
+    (got,) = Native(level, activations).linear(x, m)
+    assert relative(got, want(x, m, activations)) < (4 * TIES if activations == "int8" else 4 * SUMS)
+
+
+@needs_library
+def test_eight_bits_are_close_to_none() -> None:
+    """What rounding activations to 8 bits costs on one product: well below what 4-bit weights cost (about 10 %)."""
+    m = int4_matrix(256, 1024, 64, 64)
+    x = torch.randn(50, 1024, generator=torch.Generator().manual_seed(3))
+    exact = x.double() @ unpack(m).double().T
+    (got,) = Native(next(iter(native.levels())), "int8").linear(x, m)
+    assert 1e-3 < relative(got, exact) < 1e-2
+
+
+@needs_library
+def test_the_job_is_laid_out_as_in_c() -> None:
+    header = Path(native.__file__).with_name("native.h").read_text()
+    fields = header[header.index("typedef struct {"):header.index("} qmix_job;")]
+    lines = [line.split("/*")[0].strip() for line in fields.splitlines()]
+    pointers = sum("*" in line for line in lines)
+    longs, ints = (sum(line.count(",") + 1 for line in lines if line.startswith(kind))
+                   for kind in ("int64_t", "int32_t"))
+    assert (pointers, longs, ints) == (6, 7, 7)
+    assert JOB.size == 8 * (pointers + longs) + 4 * (ints + 1)
+
+
+class TestChoice:
+    def lines(self, **options: str) -> tuple[list[str], dict[str, str]]:
+        said: list[str] = []
+        return said, dict(select({"int4", "int8"}, {64}, say=said.append, **options).names)
+
+    @needs_library
+    def test_the_best_level_is_taken_and_named(self) -> None:
+        best = next(iter(native.levels()))
+        said, names = self.lines(activations="auto")
+        assert said == [] and names["int4"] == names["int8"] == f"native {best}, int8 activations"
+        said, names = self.lines(activations="bf16")
+        assert names["int4"] == f"native {best}, bf16 activations" and "torch" in names["int8"]
+
+    @needs_library
+    def test_a_level_can_be_forced_or_all_left_out(self, monkeypatch) -> None:
+        for level in native.levels():
+            monkeypatch.setenv("QMIX_NATIVE", level)
+            assert level in self.lines(activations="int8")[1]["int4"]
+        monkeypatch.setenv("QMIX_NATIVE", "off")
+        assert "torch" in self.lines(activations="auto")[1]["int4"] or "reference" in self.lines()[1]["int4"]
+        with pytest.raises(UsageError, match="only the native kernels"):
+            self.lines(activations="int8")
+        monkeypatch.setenv("QMIX_NATIVE", "avx1024")
+        with pytest.raises(UsageError, match="QMIX_NATIVE=avx1024: want off or "):
+            self.lines()
+
+    def test_without_the_library_torch_computes_and_it_is_said(self, monkeypatch) -> None:
+        monkeypatch.delenv("QMIX_NATIVE", raising=False)
+        monkeypatch.setattr("qmix.kernels.native.loader.library", lambda: None)
+        monkeypatch.setattr("qmix.kernels.native.library", lambda: None)
+        said, names = self.lines(activations="auto")
+        assert "not built" in said[0] and "native" not in names["int4"]
+
+    @needs_library
+    def test_kernels_that_give_wrong_numbers_are_not_used(self, monkeypatch) -> None:
+        right = Native.linear
+        monkeypatch.setattr(Native, "linear", lambda self, x, *m: [1.02 * y for y in right(self, x, *m)])
+        said, names = self.lines(activations="auto")
+        assert "failed their self-test" in said[0] and "native" not in names["int4"]
+
+    def test_what_does_not_apply_is_refused(self) -> None:
+        with pytest.raises(UsageError, match="neither int4 nor int8"):
+            select({"bf16"}, say=print, activations="int8")
+        with pytest.raises(UsageError, match="--activations fp8"):
+            select({"int4"}, {64}, say=print, activations="fp8")
