@@ -113,6 +113,15 @@ def select_kernels(config: ModelConfig, quant: QuantConfig, say: Callable[[str],
                   activations=activations)
 
 
+def _native_throughout(store: Store, kernels: KernelTable) -> bool:
+    """Whether the native kernels compute all large matrices. Then torch gets one thread while decoding: its own
+    second one, after an operation of microseconds, spins for milliseconds on the core that the native one needs (19
+    tok/s instead of 26 with two cores)."""
+    quant, native = store.quant, kernels.native
+    return native is not None and {quant.experts, quant.dense} <= set(native.formats) and \
+        not store.config.tie_embeddings
+
+
 def _default_threads(store: Store) -> int:
     """The physical cores; but with experts as small as the demo's, handing out the work costs more than a
     second thread brings (487 tok/s with two, 541 with one), and many times more on a busy machine."""
@@ -179,6 +188,8 @@ class Engine:
         self.plan = plan
         self.tokenizer = tokenizer
         self._kernels = kernels
+        self._threads = torch.get_num_threads()
+        self._decode_threads = 1 if _native_throughout(store, kernels) else self._threads
         self._model = model
         self._offload = offload
         self._closing = closing
@@ -227,6 +238,7 @@ class Engine:
         sequence = tuple(s.number for s, ids in zip(sessions, tokens, strict=True) for _ in ids)
         step = Step(phase, sequence, Cancel() if cancel is None else cancel, drafts)  # type: ignore[arg-type]
         with self._lock:
+            torch.set_num_threads(self._decode_threads if phase == "decode" else self._threads)
             start = time.perf_counter()
             try:
                 logits = self._model.forward(flat, positions, [s.cache for s in sessions], step, drafts > 0)

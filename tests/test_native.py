@@ -154,22 +154,19 @@ def test_bits_do_not_depend_on_threads_or_on_other_products() -> None:
     kernels = Native(next(iter(native.levels())), "int8")
     matrices = [int4_matrix(640, 512, 64, 64), int8_matrix(1000, 512), int4_matrix(65, 512, 32, 32)]
     x = operand(40, 512)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        alone = [kernels.linear(x, m)[0] for m in matrices]
-        for threads in (2, 3, 8):
-            torch.set_num_threads(threads)
-            for got, wanted in zip(kernels.linear(x, *matrices), alone, strict=True):
-                assert torch.equal(got, wanted)
-    finally:
-        torch.set_num_threads(before)
+    kernels.threads = 1
+    alone = [kernels.linear(x, m)[0] for m in matrices]
+    for threads in (2, 3, 8):
+        kernels.threads = threads
+        for got, wanted in zip(kernels.linear(x, *matrices), alone, strict=True):
+            assert torch.equal(got, wanted)
 
 
 @needs_library
 def test_several_callers_at_once() -> None:
     """The pool serves one at a time; the others work alone, with memory of their own."""
     kernels = Native(next(iter(native.levels())), "int8")
+    kernels.threads = 3
     m = int4_matrix(640, 512, 64, 64)
     xs = [operand(1 + i % 9, 512, seed=i) for i in range(40)]
     alone = [kernels.linear(x, m)[0] for x in xs]
@@ -183,7 +180,7 @@ def test_several_callers_at_once() -> None:
 def test_a_forked_child_computes_too() -> None:
     script = ("import os, sys, torch; sys.path.insert(0, 'tests')\n"
               "from test_native import *\n"
-              "torch.set_num_threads(2); k = Native(next(iter(native.levels())), 'int8')\n"
+              "k = Native(next(iter(native.levels())), 'int8'); k.threads = 2\n"
               "m = int4_matrix(640, 512, 64, 64)\n"
               "x = operand(9, 512); want = k.linear(x, m)[0]; pid = os.fork()\n"
               "same = torch.equal(k.linear(x, m)[0], want)\n"

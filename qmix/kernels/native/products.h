@@ -27,7 +27,7 @@
 #define JOIN_(a, b) a##_##b
 #define JOIN(a, b) JOIN_(a, b)
 #define VECTORS (64 / L) /* of a block of 64 rows */
-enum { AHEAD = 8192, AHEAD_INT8 = 1024 }; /* bytes that weights are prefetched ahead of their use */
+enum { AHEAD = 1024, AHEAD_INT8 = 1024 }; /* bytes that weights are prefetched ahead of their use */
 
 ALWAYS float from_bf16(uint16_t bits) {
     uint32_t wide = (uint32_t)bits << 16;
@@ -273,8 +273,8 @@ ALWAYS void direct(const int count, const int act, const int block, const qmix_j
                     fsums[c][v] = set_f(0);
             }
         const uint16_t *params = job->params + (g * job->padded_rows + row) * 2;
-        for (int i = 0; i < block * 4; i += 64) /* those of the third group from here */
-            __builtin_prefetch((const char *)(params + 6 * job->padded_rows) + i);
+        for (int i = 0; i < block * 4; i += 64) /* those of the group after the next */
+            __builtin_prefetch((const char *)(params + 4 * job->padded_rows) + i);
         for (int64_t k = 0; k < job->group / 4; k++) {
             vint codes[VECTORS];
             __builtin_prefetch(from + AHEAD);

@@ -36,7 +36,8 @@ class Product:
 
 
 class Native:
-    """The library at one level (see levels()), with activations "int8" or "bf16"."""
+    """The library at one level (see levels()), with activations "int8" or "bf16". threads: as many as torch has when
+    this is made."""
 
     def __init__(self, level: str, activations: str):
         opened = library()
@@ -47,14 +48,15 @@ class Native:
         self._level = levels()[level]
         self._activations = ACTIVATIONS[activations]
         self.activations = activations
+        self.threads = torch.get_num_threads()
         # torch's int8 product is the faster one where activations stay bf16.
         self.formats = FORMATS if activations == "int8" else ("int4",)
         self.name = f"native {level}, {activations} activations"
 
     def run(self, products: Sequence[Product]) -> None:
-        """Compute all of them, none of which may need another's result, by as many threads as torch is set to."""
+        """Compute all of them, none of which may need another's result, by up to `threads` threads."""
         jobs = b"".join([self._job(p) for p in products])
-        if self._products(self._level, self._activations, jobs, len(products), torch.get_num_threads()):
+        if self._products(self._level, self._activations, jobs, len(products), self.threads):
             raise MemoryError("no memory for the activations of a product")
 
     def _job(self, p: Product) -> bytes:
