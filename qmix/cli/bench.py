@@ -14,6 +14,7 @@ import typer
 from qmix import render
 from qmix.cli.options import (
     CachePolicy,
+    KvCache,
     Loading,
     Margin,
     ModelArgument,
@@ -45,6 +46,7 @@ def bench(
                                               show_default=False)] = None,
     threads: Threads = None, ram: Ram = "auto", margin: Margin = None, cache_policy: CachePolicy = "auto",
     prefetch: Prefetch = "auto", no_prefetch: NoPrefetch = False, verify: Verify = "first",
+    kv_cache: KvCache = "bf16",
 ) -> None:
     """Measure prefill and decoding, cold and warm, and what limits them: memory, disk, compute or overhead."""
     if output not in OUTPUTS:
@@ -55,7 +57,7 @@ def bench(
     cases = benchmark.make_cases(*(benchmark.numbers(flag, text) for flag, text in (
         ("-p", prompt_tokens), ("-n", gen_tokens), ("-d", depth))))
     text = benchmark.recorded_text() if file is None else oneshot.read_prompt(None, file, sys.stdin)
-    how = Loading(0, threads, ram, margin, cache_policy, prefetch, no_prefetch, verify)
+    how = Loading(0, threads, ram, margin, cache_policy, prefetch, no_prefetch, verify, kv_cache=kv_cache)
     request = benchmark.Request(model_folder(model), cases, repetitions, text, "recorded" if file is None else
                                 str(file), None if ram == "auto" else flag_bytes("--ram", ram))
     document = benchmark.run(request, _loader(request.folder, how), today=date.today(), say=render.say,

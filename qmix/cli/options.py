@@ -47,13 +47,15 @@ Prefetch = Annotated[str, typer.Option("--prefetch", help="Where guesses come fr
 NoPrefetch = Annotated[bool, typer.Option("--no-prefetch", help="The same as --prefetch off.")]
 Verify = Annotated[str, typer.Option("--verify", help="Which reads of experts are checked by checksum: first, always "
                                      "or never.")]
+KvCache = Annotated[str, typer.Option("--kv-cache", help="How keys and values are kept: bf16, or int8 in half the "
+                                      "memory at a small error.")]
 Trace = Annotated[Path | None, typer.Option("--trace", help="Record every routing decision in this file, for qmix "
                                             "replay.", show_default=False)]
 
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """How a model is brought up: threads and context, budget, paging."""
+    """How a model is brought up: threads and context, budget, paging, KV cache."""
 
     ctx_size: int = 0
     threads: int | None = None
@@ -64,6 +66,7 @@ class Loading:
     no_prefetch: bool = False
     verify: str = "first"
     trace: Path | None = None
+    kv_cache: str = "bf16"
 
 
 def load_engine(folder: Path, how: Loading, keep_statistics: bool = True,
@@ -80,6 +83,7 @@ def load_engine(folder: Path, how: Loading, keep_statistics: bool = True,
     with render.byte_bar("load") as progress:
         return load(folder, threads=how.threads, context=how.ctx_size, ram=ram, margin=margin, policy=how.cache_policy,
                     prefetch="off" if how.no_prefetch else how.prefetch, verify=how.verify, trace=how.trace,
+                    kv=how.kv_cache,
                     state=paths.routing_folder() if keep_statistics else None,
                     speeds=known_speeds(paths.hardware_file(), render.say),
                     base=base, say=say, progress=progress)
