@@ -20,7 +20,7 @@ from qmix.model.kvcache import KVCache
 from qmix.model.layers import attend
 from qmix.sizes import KV_PIECE
 
-TINY = 1e-30  # a vector below this is kept as zeros, so that 127 / max |x| is finite
+TINY = 1e-30  # a vector below this is kept as zeros, so that 1 / max |x| is finite
 
 
 class Int8KVCache(KVCache):
@@ -88,5 +88,6 @@ def quantize(x: Tensor, codes: Tensor, scales: Tensor) -> None:
     same to the bit. A vector with a NaN or an infinity decodes to numbers that are not finite."""
     wide = x.transpose(0, 1).float()
     largest = wide.abs().amax(-1)
-    codes.copy_((wide * (127 / largest.clamp(min=TINY))[..., None]).round_())
+    inverse = largest.clamp(min=TINY).reciprocal() * 127
+    codes.copy_((wide * inverse[..., None]).round_())
     scales.copy_(largest / 127)

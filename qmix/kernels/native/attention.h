@@ -48,7 +48,8 @@ static void keep_vector(const qmix_attention *job, int32_t type, const void *fro
     }
     float largest;
     memcpy(&largest, &peak, 4);
-    float inverse = 127 / (largest < 1e-30f ? 1e-30f : largest);
+    float inverse = 1 / (largest < 1e-30f ? 1e-30f : largest);
+    inverse = inverse * 127;
     for (int64_t d = 0; d < size; d++) {
         float code = read_number(type, from, first + d) * inverse; /* a statement of its own, so that it is rounded */
         ((int8_t *)kept)[to + d] = (int8_t)((int32_t)float_bits(code + 12582912.0f) - 0x4b400000);
