@@ -1,12 +1,14 @@
 """What an int8 KV cache does to the model's predictions: the KL divergence of each next-token distribution from the one
 with a bf16 cache, and how often the likeliest token is the same.
 
-    python benchmarks/kv_error.py STORE TEXT [--tokens 4096] [--window 1024] [--reference STORE]
+    python benchmarks/kv_error.py STORE TEXT [--tokens 4096] [--window 1024] [--reference STORE] [--floor]
 
 Teacher-forced: the text's own tokens go in whatever the model would have said, in windows that each start from an
 empty context, 8 tokens a pass as decoding has them, so that every logit comes from attention over the cache as it is
 kept. --reference, the same model in another store (such as one quantized with --format keep --dense keep), is compared
-likewise: the error of the weights, to hold the cache's error against.
+likewise: the error of the weights, to hold the cache's error against. --floor does so with torch's attention over the
+bf16 cache, which computes the same but for the rounding of its sums: what any change of the last bits does to this
+model, whose routers turn some of them into other experts.
 
 The log-probabilities of the bf16 run stay in memory: tokens x vocabulary x 4 bytes.
 """
@@ -22,14 +24,20 @@ import torch
 from torch import Tensor
 
 from qmix.engine import load
+from qmix.model.kvcache import KVCache
 
 PASS = 8  # tokens of one pass, the most that are computed one by one
 
 
-def log_probabilities(store: Path, kv: str, text: str, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """(fp32 [T, V] after each token, the ids [T] that follow), T the last of a window left out."""
+def log_probabilities(store: Path, kv: str, text: str, args: argparse.Namespace,
+                      torchs: bool = False) -> tuple[Tensor, Tensor]:
+    """(fp32 [T, V] after each token, the ids [T] that follow), T the last of a window left out. torchs: torch attends
+    where the native kernel would, over a cache in the compute dtype."""
     found, following = [], []
-    with load(store, threads=args.threads, context=args.window, activations=args.activations, kv=kv, say=print) as engine:
+    with load(store, threads=args.threads, context=args.window, activations=args.activations, kv=kv,
+              say=print) as engine:
+        if torchs:
+            engine._model._make_cache = KVCache
         ids = engine.tokenizer.encode(text)
         if len(ids) < args.tokens:
             raise SystemExit(f"the text has {len(ids)} tokens: want --tokens {len(ids)} or fewer")
@@ -72,6 +80,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--reference", type=Path)
+    parser.add_argument("--floor", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--activations", default="auto")
     args = parser.parse_args()
@@ -79,6 +88,9 @@ def main() -> None:
     want, following = log_probabilities(args.store, "bf16", text, args)
     print(f"{len(following)} predictions, windows of {args.window} tokens, {args.tokens} tokens of {args.text.name}")
     compare("int8 KV against bf16 KV", want, log_probabilities(args.store, "int8", text, args)[0], following)
+    if args.floor:
+        compare("torch's attention against native", want, log_probabilities(args.store, "bf16", text, args, True)[0],
+                following)
     if args.reference is not None:
         exact = log_probabilities(args.reference, "bf16", text, args)[0]
         compare(f"the store against {args.reference.name}", exact, want, following)

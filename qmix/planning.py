@@ -88,7 +88,7 @@ def describe(model: Model, context: int, machine: Machine, known: Speeds | None,
     if machine.vram is not None:
         say("a forecast only: this version of qmix computes on the CPU")
     return {
-        "model": model.name, "context": needs.context, "kv_cache": kv,
+        "model": model.name, "context": needs.context, "kv_cache": needs.kv_cache,
         "records": needs.records, "record_bytes": needs.record, "in_memory": found.slots,
         "on_disk_bytes": found.on_disk,
         "memory": _rows(found),

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import naive_experts, prefill, write_tiny_checkpoint
 from helpers import decode as decode_one
+from helpers import naive_experts, prefill, write_tiny_checkpoint
 from test_model import keep_weights, naive_attention
 from torch import Tensor
 
@@ -22,8 +22,8 @@ from qmix.checkpoint import Checkpoint
 from qmix.config import Cancel, ModelConfig, QuantConfig, Step
 from qmix.engine import load
 from qmix.errors import Interrupted, UsageError
-from qmix.kernels import native
 from qmix.kernels import attention as choice
+from qmix.kernels import native
 from qmix.kernels.attention import agrees, choose_attention
 from qmix.kernels.table import select
 from qmix.model.kvcache import KVCache

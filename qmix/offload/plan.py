@@ -31,7 +31,8 @@ STAGING = 2  # RAM slots through which records pass on their way from the disk t
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """Bytes that a model takes wherever it runs; records: how many of `record` bytes each."""
+    """Bytes that a model takes wherever it runs; records: how many of `record` bytes each; kv_cache: how keys and
+    values are kept, one of sizes.KV_FORMATS."""
 
     context: int
     dense: int
@@ -41,14 +42,15 @@ class Needs:
     records: int
     layers: int
     top_k: int
+    kv_cache: str = "bf16"
 
     @classmethod
     def of(cls, config: ModelConfig, quant: QuantConfig, context: int, kv: str = "bf16") -> Needs:
-        """kv: how keys and values are kept; UsageError for one that there is not."""
+        """UsageError for a `kv` that there is not."""
         itemsize = 4 if quant.experts == quant.dense == "keep" and DTYPES[config.dtype] != "bf16" else 2
         return cls(context, resident_dense_bytes(config, quant), kv_bytes_per_token(config, itemsize, kv) * context,
                    workspace_bytes(config, context, itemsize, kv), record_layout(config, quant).nbytes,
-                   len(config.expert_keys), config.num_layers, config.experts_per_token)
+                   len(config.expert_keys), config.num_layers, config.experts_per_token, kv)
 
     @property
     def least_slots(self) -> int:
