@@ -113,7 +113,7 @@ def run_qmix(task: Task) -> dict[str, Any]:
             loaded = time.perf_counter() - start
             if not engine.plan.resident:
                 raise SystemExit("qmix: the model is not resident: free some memory")
-            found = speed(task, runner, loaded, lambda ubatch: nullcontext(runner))
+            found = speed({**task, "ubatch": []}, runner, loaded, lambda ubatch: nullcontext(runner))
             return {**found, "said": lines, "options": given,
                     "kernels": dict(qmix.engine.select_kernels(engine.config, engine.store.quant, say).names)}
     except QmixError as e:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,9 +23,11 @@ from qmix import hardware
 from qmix.config import DTYPES, Cancel, ModelConfig, QuantConfig, SamplingParams, Step
 from qmix.errors import DoesNotFit, UsageError
 from qmix.generate import Token, generate
+from qmix.kernels.attention import choose_attention
 from qmix.kernels.rows import bound_formats
 from qmix.kernels.table import KernelTable, select
 from qmix.model.kvcache import KVCache
+from qmix.model.kvint8 import Int8KVCache
 from qmix.model.mixtral import Mixtral
 from qmix.model.weights import load_dense
 from qmix.offload import router_stats
@@ -43,14 +46,15 @@ from qmix.tokenizer import load as load_tokenizer
 
 def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ram: int | None = None,
          margin: int | None = None, policy: str = "auto", prefetch: str = "auto", verify: str = "first",
-         activations: str = "auto", trace: Path | None = None, state: Path | None = None, speeds: Speeds | None = None,
-         base: int | None = None,
+         activations: str = "auto", kv: str = "bf16", trace: Path | None = None, state: Path | None = None,
+         speeds: Speeds | None = None, base: int | None = None,
          say: Callable[[str], None] = lambda line: None, progress: Progress | None = None) -> Engine:
     """Open a store and bring it into memory, within a budget.
 
     threads: compute threads, default the physical cores, or 1 for a very small model; context: tokens,
     0 = min(model, 8192); ram: bytes for the whole process, None = what is free but for `margin` bytes; policy,
-    prefetch, verify: see OffloadOptions; activations: see kernels.table.select; trace: a file that gets every routing
+    prefetch, verify: see OffloadOptions; activations: see kernels.table.select; kv: how keys and values are kept,
+    "bf16" (that is, in the compute dtype) or "int8", in about half the bytes; trace: a file that gets every routing
     decision; state: the folder that keeps router statistics, None = nowhere; speeds: this machine's, for a forecast;
     base: bytes that the process counts as taken already, None = what it holds now; say: told every choice a user should
     know of, a line each.
@@ -62,20 +66,24 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
         threads = _default_threads(store) if threads is None else hardware.check_threads(threads)
         torch.set_num_threads(threads)
         config = store.config
-        needs = Needs.of(config, store.quant, _context(config, context))
+        needs = Needs.of(config, store.quant, _context(config, context), kv)
         tokenizer = load_tokenizer(store.path, config.vocab_size)
         kernels = select_kernels(config, store.quant, say, activations)
+        attention = choose_attention(config.head_dim, kv, say)
         plan = make_plan(needs, *_budget(ram, margin, base))
         stats = router_stats.load(state, store.identity, config.num_layers, config.num_experts, say)
         writer = None if trace is None else opened.enter_context(_trace_writer(trace, store))
         for line in plan.lines():
             say(line)
+        if kv == "int8":
+            say(f"int8 KV cache: {format_bytes(needs.kv // needs.context)} a token, "
+                f"{format_bytes(Needs.of(config, store.quant, needs.context).kv // needs.context)} without")
         say(f"{threads} compute thread{'s' if threads > 1 else ''}" + (
             "; " + forecast(plan, speeds, known_shares(stats)).line() if speeds and not plan.resident else ""))
         offload = open_offload(store, kernels, plan, options, stats, writer, say, progress)
         opened.callback(offload.close)
         model = Mixtral(config, load_dense(store, kernels), kernels, offload.experts, offload.experts.ahead,
-                        offload.experts.depth)
+                        offload.experts.depth, partial(Int8KVCache if kv == "int8" else KVCache, native=attention))
         if state is not None:
             opened.callback(router_stats.save, state, store.identity, stats, say)
         return Engine(store, plan, tokenizer, kernels, model, offload, opened.pop_all())

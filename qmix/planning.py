@@ -73,12 +73,13 @@ def find_model(path: Path, quant: QuantConfig | None, state: Path | None, say: C
 
 
 def describe(model: Model, context: int, machine: Machine, known: Speeds | None, say: Callable[[str], None],
-             ) -> dict[str, Any]:
-    """All that `qmix plan` prints, as nested plain data. DoesNotFit says how much is missing."""
+             kv: str = "bf16") -> dict[str, Any]:
+    """All that `qmix plan` prints, as nested plain data; kv: how keys and values are kept. DoesNotFit says how much is
+    missing."""
     if context > model.config.max_positions:
         raise UsageError(f"--ctx-size {context}: the model was trained for {model.config.max_positions} positions",
                          f"choose at most {model.config.max_positions}")
-    needs = Needs.of(model.config, model.quant, choose_context(model.config, context))
+    needs = Needs.of(model.config, model.quant, choose_context(model.config, context), kv)
     found = make_plan(needs, _ram(machine), PROGRAM, machine.vram)
     speeds, assumed = _speeds(machine, known)
     if assumed:
@@ -87,7 +88,7 @@ def describe(model: Model, context: int, machine: Machine, known: Speeds | None,
     if machine.vram is not None:
         say("a forecast only: this version of qmix computes on the CPU")
     return {
-        "model": model.name, "context": needs.context,
+        "model": model.name, "context": needs.context, "kv_cache": needs.kv_cache,
         "records": needs.records, "record_bytes": needs.record, "in_memory": found.slots,
         "on_disk_bytes": found.on_disk,
         "memory": _rows(found),

@@ -25,6 +25,9 @@ RECORD_ALIGN = 4096  # what O_DIRECT needs of offset, length and address
 
 PLAIN_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 BNB_BLOCK = 64  # bitsandbytes block size of nf4 and fp4, along the input dimension
+KV_FORMATS = ("bf16", "int8")  # how keys and values are kept; "bf16" stands for the compute dtype
+KV_SCALE_BYTES = 4  # an fp32 for each key and value of an int8 KV cache
+KV_PIECE = 1024  # positions of an int8 KV cache that torch decodes at a time
 BNB_NESTED_BLOCK = 256  # absmax values per block of the second quantization
 
 SIZE = re.compile(r"([0-9]{1,20})(\.[0-9]{1,20})? ?(?:([KMGT])(?:iB)?|B)?", re.IGNORECASE | re.ASCII)
@@ -177,9 +180,17 @@ def dense_bytes(config: ModelConfig, quant: QuantConfig, tensor: DenseTensor) ->
     return prod(tensor.shape) * item if spec is None else spec.nbytes
 
 
-def kv_bytes_per_token(config: ModelConfig, item_bytes: int = 2) -> int:
-    """Bytes of keys and values that one position takes in all layers: 128 KiB for Mixtral 8x7B."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * item_bytes
+def kv_bytes_per_token(config: ModelConfig, item_bytes: int = 2, kv: str = "bf16") -> int:
+    """Bytes of keys and values that one position takes in all layers: 128 KiB for Mixtral 8x7B, 66 KiB with `kv`
+    "int8", which has a byte a number and an fp32 scale for each head's key and value.
+
+    item_bytes: of the compute dtype, which "bf16" stands for: 4 in a model that computes in fp32.
+    UsageError for an unknown `kv`.
+    """
+    if kv not in KV_FORMATS:
+        raise UsageError(f"--kv-cache {kv}: want " + " or ".join(KV_FORMATS))
+    head = config.head_dim + KV_SCALE_BYTES if kv == "int8" else config.head_dim * item_bytes
+    return 2 * config.num_layers * config.num_kv_heads * head
 
 
 def format_bytes(n: int) -> str:

@@ -95,9 +95,25 @@ def test_plan_that_cannot_fit_is_exit_3_with_the_shortfall(config_file: Path) ->
     (("--pcie", "25"), ("--pcie 25: only counts with --vram",)),
     (("--ctx-size", "99999999"), ("--ctx-size 99999999",)),
     (("--format", "int5"), ("int5",)),
+    (("--kv-cache", "int5"), ("--kv-cache int5: want bf16 or int8",)),
 ])
 def test_plan_names_the_flag_that_is_wrong(config_file: Path, args: tuple[str, ...], words: tuple[str, ...]) -> None:
     bad(qmix("plan", config_file, *args), 2, *words)
+
+
+def test_plan_with_an_int8_kv_cache(config_file: Path) -> None:
+    sizes = {}
+    for kv in ("bf16", "int8"):
+        found = json.loads(good(qmix("plan", config_file, "--ram", "32G", "--kv-cache", kv, "--json")).stdout)
+        assert found["kv_cache"] == kv
+        sizes[kv] = next(row["bytes"] for row in found["memory"] if row["holds"] == "KV cache") / found["context"]
+    assert sizes == {"bf16": 128 * 1024, "int8": 66 * 1024}
+
+
+def test_generate_with_an_int8_kv_cache(store: Path) -> None:
+    done = good(qmix("generate", store, "-p", "the fox", "--raw", "-n", 3, "--kv-cache", "int8"))
+    assert "int8 KV cache" in done.stderr and done.stdout
+    bad(qmix("generate", store, "-p", "x", "--kv-cache", "q8_0"), 2, "--kv-cache q8_0")
 
 
 def test_plan_of_something_else(tmp_path: Path, store: Path) -> None:

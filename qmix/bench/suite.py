@@ -104,7 +104,8 @@ def _placement(engine: Engine) -> dict[str, Any]:
     stats, plan = engine.stats(), engine.plan
     return {"model": engine.store.path.resolve().name, "threads": torch.get_num_threads(), "slots": plan.slots,
             "records": plan.needs.records, "cache_policy": stats["offload"]["policy"],
-            "prefetch": stats["offload"]["prefetch"], "budget_bytes": stats["memory"]["budget"],
+            "prefetch": stats["offload"]["prefetch"], "kv_cache": plan.needs.kv_cache,
+            "budget_bytes": stats["memory"]["budget"],
             "peak_bytes": stats["memory"]["peak"]}
 
 

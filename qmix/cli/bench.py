@@ -15,6 +15,7 @@ from qmix import render
 from qmix.cli.options import (
     Activations,
     CachePolicy,
+    KvCache,
     Loading,
     Margin,
     ModelArgument,
@@ -46,7 +47,7 @@ def bench(
                                               show_default=False)] = None,
     threads: Threads = None, ram: Ram = "auto", margin: Margin = None, cache_policy: CachePolicy = "auto",
     prefetch: Prefetch = "auto", no_prefetch: NoPrefetch = False, verify: Verify = "first",
-    activations: Activations = "auto",
+    activations: Activations = "auto", kv_cache: KvCache = "bf16",
 ) -> None:
     """Measure prefill and decoding, cold and warm, and what limits them: memory, disk, compute or overhead."""
     if output not in OUTPUTS:
@@ -57,7 +58,7 @@ def bench(
     cases = benchmark.make_cases(*(benchmark.numbers(flag, text) for flag, text in (
         ("-p", prompt_tokens), ("-n", gen_tokens), ("-d", depth))))
     text = benchmark.recorded_text() if file is None else oneshot.read_prompt(None, file, sys.stdin)
-    how = Loading(0, threads, ram, margin, cache_policy, prefetch, no_prefetch, verify, activations)
+    how = Loading(0, threads, ram, margin, cache_policy, prefetch, no_prefetch, verify, activations, kv_cache)
     request = benchmark.Request(model_folder(model), cases, repetitions, text, "recorded" if file is None else
                                 str(file), None if ram == "auto" else flag_bytes("--ram", ram))
     document = benchmark.run(request, _loader(request.folder, how), today=date.today(), say=render.say,

@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 from qmix import paths, render
-from qmix.cli.options import Context, Margin, ModelArgument, Ram, flag_bytes, margin_bytes, model_folder, quant_config
+from qmix.cli.options import (
+    Context,
+    KvCache,
+    Margin,
+    ModelArgument,
+    Ram,
+    flag_bytes,
+    margin_bytes,
+    model_folder,
+    quant_config,
+)
 
 Json = Annotated[bool, typer.Option("--json", help="As one JSON document.")]
 
@@ -47,7 +57,7 @@ def plan(
                                                help="For an unquantized model: how it would be quantized.")] = None,
     dense: Annotated[str | None, typer.Option("--dense", show_default=False, help="The same for attention.")] = None,
     group_size: Annotated[int | None, typer.Option("--group-size", show_default=False, help="The same.")] = None,
-    json: Json = False,
+    kv_cache: KvCache = "bf16", json: Json = False,
 ) -> None:
     """Print where every byte of a model would go and how fast it should run; exit 3 if it cannot fit."""
     from qmix import planning
@@ -61,4 +71,4 @@ def plan(
                                margin_bytes(margin),
                                None if vram is None else flag_bytes("--vram", vram), ram_speed, vram_speed, pcie, disk)
     known = planning.known_speeds(paths.hardware_file(), render.say)
-    print(render.document(planning.describe(found, ctx_size, machine, known, render.say), as_json=json))
+    print(render.document(planning.describe(found, ctx_size, machine, known, render.say, kv_cache), as_json=json))

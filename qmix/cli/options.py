@@ -49,13 +49,15 @@ Verify = Annotated[str, typer.Option("--verify", help="Which reads of experts ar
                                      "or never.")]
 Activations = Annotated[str, typer.Option("--activations", help="What int4 and int8 products see of the activations: "
                                           "auto (the fastest), int8 or bf16.")]
+KvCache = Annotated[str, typer.Option("--kv-cache", help="How keys and values are kept: bf16, or int8 in half the "
+                                      "memory at a small error.")]
 Trace = Annotated[Path | None, typer.Option("--trace", help="Record every routing decision in this file, for qmix "
                                             "replay.", show_default=False)]
 
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """How a model is brought up: threads and context, budget, paging."""
+    """How a model is brought up: threads and context, budget, paging, KV cache."""
 
     ctx_size: int = 0
     threads: int | None = None
@@ -66,6 +68,7 @@ class Loading:
     no_prefetch: bool = False
     verify: str = "first"
     activations: str = "auto"
+    kv_cache: str = "bf16"
     trace: Path | None = None
 
 
@@ -83,7 +86,7 @@ def load_engine(folder: Path, how: Loading, keep_statistics: bool = True,
     with render.byte_bar("load") as progress:
         return load(folder, threads=how.threads, context=how.ctx_size, ram=ram, margin=margin, policy=how.cache_policy,
                     prefetch="off" if how.no_prefetch else how.prefetch, verify=how.verify,
-                    activations=how.activations, trace=how.trace,
+                    activations=how.activations, kv=how.kv_cache, trace=how.trace,
                     state=paths.routing_folder() if keep_statistics else None,
                     speeds=known_speeds(paths.hardware_file(), render.say),
                     base=base, say=say, progress=progress)

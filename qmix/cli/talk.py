@@ -14,6 +14,7 @@ from qmix.cli.options import (
     CachePolicy,
     Context,
     Draft,
+    KvCache,
     Loading,
     Margin,
     MaxTokens,
@@ -49,11 +50,12 @@ def chat(
     seed: Seed = None, stop: Stop = None, max_tokens: MaxTokens = -1, ctx_size: Context = 0, threads: Threads = None,
     ram: Ram = "auto", margin: Margin = None, cache_policy: CachePolicy = "auto", prefetch: Prefetch = "auto",
     no_prefetch: NoPrefetch = False, verify: Verify = "first", activations: Activations = "auto", trace: Trace = None,
-    draft: Draft = 7,
+    draft: Draft = 7, kv_cache: KvCache = "bf16",
 ) -> None:
     """Talk with a model in the terminal; /help inside lists the commands."""
     params = sampling(temp, top_p, top_k, min_p, repeat_penalty, seed, max_tokens, stop)
-    how = Loading(ctx_size, threads, ram, margin, cache_policy, prefetch, no_prefetch, verify, activations, trace)
+    how = Loading(ctx_size, threads, ram, margin, cache_policy, prefetch, no_prefetch, verify, activations, kv_cache,
+                  trace)
     _chat(model_folder(model), model or "", params, system, resume, stats, how, draft)
 
 
@@ -82,13 +84,14 @@ def generate(
     seed: Seed = None, stop: Stop = None, max_tokens: MaxTokens = -1, ctx_size: Context = 0, threads: Threads = None,
     ram: Ram = "auto", margin: Margin = None, cache_policy: CachePolicy = "auto", prefetch: Prefetch = "auto",
     no_prefetch: NoPrefetch = False, verify: Verify = "first", activations: Activations = "auto", trace: Trace = None,
-    draft: Draft = 7,
+    draft: Draft = 7, kv_cache: KvCache = "bf16",
 ) -> None:
     """Answer one prompt: the text on stdout, everything else on stderr."""
     from qmix import oneshot
 
     params = sampling(temp, top_p, top_k, min_p, repeat_penalty, seed, max_tokens, stop)
-    how = Loading(ctx_size, threads, ram, margin, cache_policy, prefetch, no_prefetch, verify, activations, trace)
+    how = Loading(ctx_size, threads, ram, margin, cache_policy, prefetch, no_prefetch, verify, activations, kv_cache,
+                  trace)
     folder = model_folder(model)
     text = oneshot.read_prompt(prompt, file, sys.stdin)
     with load_engine(folder, how) as engine:

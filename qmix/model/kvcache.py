@@ -4,7 +4,7 @@ Allocated once, for `capacity` positions, and touched at once, so that a session
 finish. What lies beyond `length` is scratch: a pass writes there, layer by layer, and `length` moves
 only when the pass is complete, so a cancelled pass leaves the cache as it was.
 
-L layers, KV key-value heads, D head size, T new positions.
+L layers, Q query heads, KV key-value heads, D head size, T new positions.
 """
 
 from __future__ import annotations
@@ -14,18 +14,22 @@ from torch import Tensor
 
 from qmix.config import ModelConfig
 from qmix.errors import UsageError
+from qmix.kernels.native import Attention, Kept
+from qmix.model.layers import attend
 
 
 class KVCache:
-    """Room for `capacity` positions, `length` of them filled. Keys are stored rotated."""
+    """Room for `capacity` positions, `length` of them filled. Keys are stored rotated. native: attends for one token
+    where `dtype` is bf16; torch does the rest."""
 
-    __slots__ = ("__weakref__", "_keys", "_values", "capacity", "length")
+    __slots__ = ("__weakref__", "_keys", "_native", "_values", "capacity", "length")
 
-    def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype):
+    def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype, native: Attention | None = None):
         shape = (config.num_layers, config.num_kv_heads, capacity, config.head_dim)
         # Positions of one head are adjacent: attention reads them as one block. fill_ touches every page.
         self._keys = torch.empty(shape, dtype=dtype).fill_(0).unbind()
         self._values = torch.empty(shape, dtype=dtype).fill_(0).unbind()
+        self._native = native if dtype == torch.bfloat16 else None
         self.capacity = capacity
         self.length = 0
 
@@ -47,6 +51,15 @@ class KVCache:
         all_keys[:, start:].copy_(keys.transpose(0, 1))
         all_values[:, start:].copy_(values.transpose(0, 1))
         return all_keys, all_values
+
+    def attend(self, layer: int, start: int, q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
+        """`write` keys and values, and let q [T, Q, D] of the same positions attend to all up to its own, or to the
+        last `window` of them: [T, Q * D] in q's dtype."""
+        end = start + len(q)
+        if len(q) == 1 and self._native is not None:
+            first = 0 if window is None else max(0, end - window)
+            return self._native.append(Kept(self._keys[layer], self._values[layer]), q, keys, values, first, end)
+        return attend(q, *self.write(layer, start, keys, values), window)
 
     def trim(self, length: int) -> None:
         """Forget all positions from `length` on; what follows overwrites them."""

@@ -30,13 +30,14 @@ from qmix.config import ModelConfig, Step
 from qmix.errors import Interrupted
 from qmix.kernels.table import KernelTable
 from qmix.model.kvcache import KVCache
-from qmix.model.layers import attend, rms_norm, rotate, rotation, router_logits
+from qmix.model.layers import rms_norm, rotate, rotation, router_logits
 from qmix.model.weights import LayerWeights, Weights
 
 PASS = 8192  # tokens that meet the experts of a layer together
 BLOCK = 512  # query positions of one attention call
 
 Experts = Callable[[int, Tensor, Tensor, Tensor, Step, Tensor | None], Tensor]
+MakeCache = Callable[[ModelConfig, int, torch.dtype], KVCache]  # (config, capacity, compute dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +83,11 @@ class Mixtral:
 
     ahead: how many experts of each of the next `depth` layers to guess for it while decoding; 0 where nobody
     fetches. Near the last layer D is smaller than depth, and for the last layer there is nothing to guess.
+    caches: makes the KV caches; their class decides how keys and values are kept and attended to.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, kernels: KernelTable, experts: Experts,
-                 ahead: int | None = None, depth: int = 1):
+                 ahead: int | None = None, depth: int = 1, caches: MakeCache = KVCache):
         self.config = config
         self._weights = weights
         self._linear = kernels.linear
@@ -93,10 +95,11 @@ class Mixtral:
         self._experts = experts
         self._ahead = min(config.num_experts, config.experts_per_token if ahead is None else ahead)
         self._depth = min(depth, config.num_layers - 1)
+        self._make_cache = caches
 
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache for one session, with room for `capacity` positions."""
-        return KVCache(self.config, capacity, self._weights.dtype)
+        return self._make_cache(self.config, capacity, self._weights.dtype)
 
     def forward(self, tokens: Tensor, positions: Tensor, caches: Sequence[KVCache], step: Step,
                 all_logits: bool = False) -> Tensor:
@@ -179,7 +182,7 @@ class Mixtral:
         sizes = [span.end - span.begin for span in block.spans]
         parts = [(queries, keys, values)] if len(sizes) == 1 else zip(
             queries.split(sizes), keys.split(sizes), values.split(sizes), strict=True)
-        out = [attend(q, *span.cache.write(index, span.start, k, v), config.sliding_window)
+        out = [span.cache.attend(index, span.start, q, k, v, config.sliding_window)
                for span, (q, k, v) in zip(block.spans, parts, strict=True)]
         block.residual.add_(linear(out[0] if len(out) == 1 else torch.cat(out), layer.o))
 

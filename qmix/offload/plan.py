@@ -16,7 +16,7 @@ from math import prod
 from qmix.config import DTYPES, ModelConfig, QuantConfig
 from qmix.errors import DoesNotFit
 from qmix.names import dense_tensors
-from qmix.sizes import GIB, MIB, dense_bytes, format_bytes, kv_bytes_per_token, record_layout
+from qmix.sizes import GIB, KV_PIECE, MIB, dense_bytes, format_bytes, kv_bytes_per_token, record_layout
 
 DEFAULT_CONTEXT = 8192
 PREFILL_PASS = 8192  # tokens of one layer-major prefill pass
@@ -31,7 +31,8 @@ STAGING = 2  # RAM slots through which records pass on their way from the disk t
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """Bytes that a model takes wherever it runs; records: how many of `record` bytes each."""
+    """Bytes that a model takes wherever it runs; records: how many of `record` bytes each; kv_cache: how keys and
+    values are kept, one of sizes.KV_FORMATS."""
 
     context: int
     dense: int
@@ -41,13 +42,15 @@ class Needs:
     records: int
     layers: int
     top_k: int
+    kv_cache: str = "bf16"
 
     @classmethod
-    def of(cls, config: ModelConfig, quant: QuantConfig, context: int) -> Needs:
+    def of(cls, config: ModelConfig, quant: QuantConfig, context: int, kv: str = "bf16") -> Needs:
+        """UsageError for a `kv` that there is not."""
         itemsize = 4 if quant.experts == quant.dense == "keep" and DTYPES[config.dtype] != "bf16" else 2
-        return cls(context, resident_dense_bytes(config, quant), kv_bytes_per_token(config, itemsize) * context,
-                   workspace_bytes(config, context, itemsize), record_layout(config, quant).nbytes,
-                   len(config.expert_keys), config.num_layers, config.experts_per_token)
+        return cls(context, resident_dense_bytes(config, quant), kv_bytes_per_token(config, itemsize, kv) * context,
+                   workspace_bytes(config, context, itemsize, kv), record_layout(config, quant).nbytes,
+                   len(config.expert_keys), config.num_layers, config.experts_per_token, kv)
 
     @property
     def least_slots(self) -> int:
@@ -150,17 +153,21 @@ def resident_dense_bytes(config: ModelConfig, quant: QuantConfig) -> int:
                for t in dense_tensors(config))
 
 
-def workspace_bytes(config: ModelConfig, context: int, itemsize: int) -> int:
+def workspace_bytes(config: ModelConfig, context: int, itemsize: int, kv: str = "bf16") -> int:
     """What one prefill pass holds at its widest: per token the fp32 residual, the normed states, the [K, H]
     fp32 rows of expert outputs with their sum and one addend; for a chunk of tokens one expert's operand, inner
     activations and result, or for a block queries, keys and values in fp32 and in the compute dtype, the
-    attention mask and the scores of its heads; two rows of logits."""
+    attention mask and the scores of its heads; two rows of logits. With an int8 KV cache also the keys and values
+    of one head in the compute dtype, and in fp32 a piece of them or the new ones three times over."""
     tokens = min(context, PREFILL_PASS)
     hidden, inner, k = config.hidden_size, config.intermediate_size, config.experts_per_token
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     per_token = (4 + itemsize) * hidden + (k + 2) * hidden * 4
     block = min(tokens, ATTENTION_BLOCK) * (heads * (4 + itemsize) + context * (1 + itemsize) + hidden * itemsize)
     chunk = min(tokens, EXPERT_CHUNK) * (4 * inner * itemsize + hidden * (2 * itemsize + 4))
+    if kv == "int8":
+        new = min(tokens, ATTENTION_BLOCK) * config.num_kv_heads
+        block += config.head_dim * (2 * context * itemsize + 4 * 3 * max(min(context, KV_PIECE), new))
     return tokens * per_token + max(block, chunk) + config.vocab_size * 8
 
 

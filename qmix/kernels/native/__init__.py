@@ -1,4 +1,5 @@
-"""qmix's own CPU kernels, in C: products with int4 and int8 weights, for one token up to many.
+"""qmix's own CPU kernels, in C: products with int4 and int8 weights, for one token up to many, and attention of one
+token over a KV cache of bf16 or int8.
 
 The library holds the same kernels for several instruction sets ("levels") and runs the best that this processor has.
 Without it (no C compiler when qmix was installed) torch's packed products do the work.
@@ -8,7 +9,9 @@ in integers; the fastest) or to bf16 ("bf16"). Results and sums are fp32. The bi
 on how many rows are computed together, nor on the number of threads.
 """
 
+from qmix.kernels.native.attention import HEAD_UNIT, Attention, Kept
 from qmix.kernels.native.loader import levels, library, wanted_level
 from qmix.kernels.native.products import DENSE_GROUP, FORMATS, Native, Product, as_seen
 
-__all__ = ["DENSE_GROUP", "FORMATS", "Native", "Product", "as_seen", "levels", "library", "wanted_level"]
+__all__ = ["DENSE_GROUP", "FORMATS", "HEAD_UNIT", "Attention", "Kept", "Native", "Product", "as_seen", "levels",
+           "library", "wanted_level"]

@@ -26,6 +26,8 @@ typedef struct {
     void (*pack)(int32_t act, const qmix_job *job, int64_t first, int64_t count, void *panel);
     /* All tokens through one block of rows, or, if gated, through the block of both parts. */
     void (*unit)(int32_t act, const qmix_job *job, int64_t unit, const char *panels, void *scratch);
+    size_t (*attend_bytes)(const qmix_attention *job);  /* of scratch that attend_head takes */
+    void (*attend_head)(const qmix_attention *job, int64_t head, void *scratch);
 } qmix_level;
 
 extern const qmix_level qmix_avx512bf16, qmix_avx512vnni, qmix_avx512, qmix_avx2vnni, qmix_avx2, qmix_portable;

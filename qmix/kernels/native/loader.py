@@ -14,11 +14,20 @@ from pathlib import Path
 
 from qmix.errors import UsageError
 
-ABI = 1  # native.h's QMIX_ABI
+ABI = 2  # native.h's QMIX_ABI
 VARIABLE = "QMIX_NATIVE"  # a level's name forces it, "off" leaves the library alone
 
 
 JOB = struct.Struct("@6P7q7i4x")  # native.h's qmix_job: pointers, sizes, layout, padded to a multiple of 8
+
+
+class Attention(ctypes.Structure):
+    """native.h's qmix_attention."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("query", "new_keys", "new_values", "keys", "values", "key_scales",
+                                                     "value_scales", "out")] + \
+        [(name, ctypes.c_int64) for name in ("capacity", "begin", "end", "query_heads", "kv_heads", "head_dim")] + \
+        [(name, ctypes.c_int32) for name in ("kv_type", "query_type", "key_type", "value_type")]
 
 
 @cache

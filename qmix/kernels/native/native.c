@@ -1,4 +1,4 @@
-/* The entry points: which levels there are, and products cut into units for the pool. */
+/* The entry points: which levels there are, products cut into units for the pool, attention into heads. */
 #include "native.h"
 
 #include "level.h"
@@ -91,5 +91,27 @@ int32_t qmix_products(int32_t level, int32_t act, const qmix_job *jobs, int64_t 
         return -1;
     pool_run(packing < SMALL / 4 ? 1 : threads, panels, pack_item, &w);
     pool_run(size < SMALL ? 1 : threads, units, unit_item, &w);
+    return w.failed ? -1 : 0;
+}
+
+typedef struct {
+    const qmix_level *level;
+    const qmix_attention *job;
+    _Atomic int failed;
+} attention_work;
+
+static void head_item(void *argument, int64_t head) {
+    attention_work *w = argument;
+    void *scratch = pool_scratch(0, w->level->attend_bytes(w->job));
+    if (scratch)
+        w->level->attend_head(w->job, head, scratch);
+    else
+        w->failed = 1;
+}
+
+int32_t qmix_attend(int32_t level, const qmix_attention *job, int32_t threads) {
+    attention_work w = {.level = levels[level], .job = job};
+    int64_t size = (job->end - job->begin) * job->query_heads * job->head_dim;
+    pool_run(size < SMALL ? 1 : threads, job->kv_heads, head_item, &w);
     return w.failed ? -1 : 0;
 }

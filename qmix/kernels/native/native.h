@@ -1,4 +1,4 @@
-/* The C ABI of qmix's CPU kernels: matrix products with packed weights, called through ctypes.
+/* The C ABI of qmix's CPU kernels, called through ctypes: products with packed weights, attention over a KV cache.
  *
  * Formats (qmix/formats/int4.py and int8.py have the byte contract):
  *   int4   w = (q - 8) * scale + zero, blocks of 32 or 64 rows, groups of 32, 64 or 128 columns
@@ -12,7 +12,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define QMIX_ABI 1
+#define QMIX_ABI 2
 
 enum { QMIX_FP32 = 0, QMIX_BF16 = 1 };          /* types of x and y */
 enum { QMIX_ACT_INT8 = 0, QMIX_ACT_BF16 = 1 };  /* what the products see of the activations */
@@ -40,6 +40,24 @@ typedef struct {
     int32_t x_type, y_type;
 } qmix_job;
 
+enum { QMIX_KV_INT8 = 0, QMIX_KV_BF16 = 1 };    /* how keys and values are kept */
+
+/* Attention of one query position over positions [begin, end) of a KV cache, end - 1 being its own:
+ * out = softmax(query keys^T / sqrt(D)) values; query head h reads key-value head h / (Q / KV).
+ *
+ * Q query heads, KV key-value heads, D head size, a multiple of 16. */
+typedef struct {
+    const void *query;       /* [Q, D] */
+    const void *new_keys;    /* [KV, D] of position end - 1, stored before anything is read, */
+    const void *new_values;  /* or NULL where they are in the cache already */
+    void *keys, *values;     /* [KV, capacity, D], int8 or bf16 */
+    float *key_scales;       /* [KV, capacity] of int8: key = code * scale */
+    float *value_scales;
+    void *out;               /* [Q, D] of query's type */
+    int64_t capacity, begin, end, query_heads, kv_heads, head_dim;
+    int32_t kv_type, query_type, key_type, value_type; /* the last three: of query, new_keys and new_values */
+} qmix_attention;
+
 int32_t qmix_abi(void);
 const char *qmix_level_name(int32_t level);     /* the best first; NULL past the last */
 int32_t qmix_level_supported(int32_t level);    /* whether this processor has it */
@@ -47,5 +65,8 @@ int32_t qmix_level_supported(int32_t level);    /* whether this processor has it
 /* Compute all jobs with at most `threads` threads, the caller's included. 0, or -1 where memory is lacking. The bits
  * of a row of y depend on its row of x, on W, `act` and the level: not on T, the other jobs or the threads. */
 int32_t qmix_products(int32_t level, int32_t act, const qmix_job *jobs, int64_t count, int32_t threads);
+
+/* 0, or -1 where memory is lacking. The bits do not depend on the threads. */
+int32_t qmix_attend(int32_t level, const qmix_attention *job, int32_t threads);
 
 #endif

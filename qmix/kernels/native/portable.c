@@ -26,6 +26,24 @@ ALWAYS vflt mul_f(vflt a, vflt b) { return a * b; }
 ALWAYS vflt fma_f(vflt a, vflt b, vflt c) { return a * b + c; }
 ALWAYS vflt to_f(vint x) { return __builtin_convertvector(x, vflt); }
 
+ALWAYS vflt load_i8(const int8_t *p) { return (vflt){p[0], p[1], p[2], p[3]}; }
+ALWAYS vflt load_bf16(const uint16_t *p) {
+    uint32_t bits[L];
+    vflt x;
+    for (int i = 0; i < L; i++)
+        bits[i] = (uint32_t)p[i] << 16;
+    memcpy(&x, bits, sizeof x);
+    return x;
+}
+
+/* Lane i has the sum of the lanes of rows[i]. */
+ALWAYS vflt row_sums(const vflt *rows) {
+    vflt sums;
+    for (int i = 0; i < L; i++)
+        sums[i] = rows[i][0] + rows[i][1] + rows[i][2] + rows[i][3];
+    return sums;
+}
+
 ALWAYS void split_params(const uint16_t *params, float *scale, float *zero) {
     for (int i = 0; i < L; i++) {
         uint32_t s = (uint32_t)params[2 * i] << 16, z = (uint32_t)params[2 * i + 1] << 16;

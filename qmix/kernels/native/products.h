@@ -409,26 +409,29 @@ ALWAYS void block_rows(const int act, const int bits, const int block, const qmi
 
 /* ---- results ---- */
 
-/* silu(gate) * up over 64 numbers; exp by a polynomial that is right to fp32's last bits. */
+/* By a polynomial that is right to fp32's last bits; from -87 to 88, beyond which it stays what it is there. */
+ALWAYS float exp_of(float a) {
+    a = a > 88.0f ? 88.0f : a;
+    a = a < -87.0f ? -87.0f : a;
+    float shifted = a * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
+    float r = (a - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    uint32_t power = (uint32_t)((int32_t)float_bits(shifted) - 0x4b400000 + 127) << 23;
+    float two;
+    memcpy(&two, &power, 4);
+    return p * two;
+}
+
+/* silu(gate) * up over 64 numbers. */
 static void silu_times(float *gate, const float *up, int count) {
-    for (int i = 0; i < count; i++) {
-        float x = gate[i], a = -x;
-        a = a > 88.0f ? 88.0f : a;
-        a = a < -87.0f ? -87.0f : a;
-        float shifted = a * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
-        float r = (a - n * 0.693359375f) + n * 2.12194440e-4f;
-        float p = 1.9875691500e-4f;
-        p = p * r + 1.3981999507e-3f;
-        p = p * r + 8.3334519073e-3f;
-        p = p * r + 4.1665795894e-2f;
-        p = p * r + 1.6666665459e-1f;
-        p = p * r + 5.0000001201e-1f;
-        p = p * r * r + r + 1.0f;
-        uint32_t power = (uint32_t)((int32_t)float_bits(shifted) - 0x4b400000 + 127) << 23;
-        float two;
-        memcpy(&two, &power, 4);
-        gate[i] = x / (1.0f + p * two) * up[i];
-    }
+    for (int i = 0; i < count; i++)
+        gate[i] = gate[i] / (1.0f + exp_of(-gate[i])) * up[i];
 }
 
 static void write_row(const qmix_job *job, int64_t token, int64_t column, int64_t count, const float *from) {
@@ -489,4 +492,6 @@ static void unit_rows(int32_t act, const qmix_job *job, int64_t unit, const char
     }
 }
 
-const qmix_level JOIN(qmix, LEVEL) = {NAME, supported, WIDTH, token_bytes, pack, unit_rows};
+#include "attention.h"
+
+const qmix_level JOIN(qmix, LEVEL) = {NAME, supported, WIDTH, token_bytes, pack, unit_rows, attend_bytes, attend_head};

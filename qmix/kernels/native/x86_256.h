@@ -18,6 +18,20 @@ ALWAYS vflt mul_f(vflt a, vflt b) { return _mm256_mul_ps(a, b); }
 ALWAYS vflt fma_f(vflt a, vflt b, vflt c) { return _mm256_fmadd_ps(a, b, c); }
 ALWAYS vflt to_f(vint x) { return _mm256_cvtepi32_ps(x); }
 
+ALWAYS vflt load_i8(const int8_t *p) {
+    return to_f(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+ALWAYS vflt load_bf16(const uint16_t *p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
+}
+
+/* Lane i has the sum of the lanes of rows[i]. */
+ALWAYS vflt row_sums(const vflt *rows) {
+    vflt low = _mm256_hadd_ps(_mm256_hadd_ps(rows[0], rows[1]), _mm256_hadd_ps(rows[2], rows[3]));
+    vflt high = _mm256_hadd_ps(_mm256_hadd_ps(rows[4], rows[5]), _mm256_hadd_ps(rows[6], rows[7]));
+    return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+}
+
 ALWAYS void split_params(const uint16_t *params, float *scale, float *zero) {
     vint both = _mm256_loadu_si256((const vint *)params);
     store_f(scale, _mm256_castsi256_ps(_mm256_slli_epi32(both, 16)));

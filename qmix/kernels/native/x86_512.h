@@ -21,6 +21,30 @@ ALWAYS vflt mul_f(vflt a, vflt b) { return _mm512_mul_ps(a, b); }
 ALWAYS vflt fma_f(vflt a, vflt b, vflt c) { return _mm512_fmadd_ps(a, b, c); }
 ALWAYS vflt to_f(vint x) { return _mm512_cvtepi32_ps(x); }
 
+ALWAYS vflt load_i8(const int8_t *p) {
+    return to_f(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+ALWAYS vflt load_bf16(const uint16_t *p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
+}
+
+/* Lane i has the sum of the lanes of rows[i]. */
+ALWAYS vflt row_sums(const vflt *rows) {
+    vflt a[8], b[4];
+    UNROLL for (int i = 0; i < 8; i++) /* of two lanes, rows 2i and 2i + 1 in turn */
+        a[i] = _mm512_add_ps(_mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]),
+                             _mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]));
+    UNROLL for (int i = 0; i < 4; i++) { /* of four lanes: 128 bits have rows 4i..4i + 3 */
+        __m512d low = _mm512_castps_pd(a[2 * i]), high = _mm512_castps_pd(a[2 * i + 1]);
+        b[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)),
+                             _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+    }
+    UNROLL for (int i = 0; i < 2; i++)
+        a[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x44),
+                             _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xee));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a[0], a[1], 0x88), _mm512_shuffle_f32x4(a[0], a[1], 0xdd));
+}
+
 ALWAYS void split_params(const uint16_t *params, float *scale, float *zero) {
     vint both = _mm512_loadu_si512(params);
     store_f(scale, _mm512_castsi512_ps(_mm512_slli_epi32(both, 16)));

@@ -1,0 +1,61 @@
+"""Which kernel attends for one token: the native one where it is built, suits the model and passes a test; else
+torch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qmix.kernels import native
+
+PLAIN = "portable"  # the level without an instruction set of its own
+LENGTH, ROOM, KV_HEADS, GROUP = 200, 210, 2, 5  # the test's positions, capacity and heads
+
+
+def choose_attention(head_dim: int, kv: str, say: Callable[[str], None]) -> native.Attention | None:
+    """The native kernel for a cache of `kv` ("bf16" or "int8"); None where torch attends, and a line where that is
+    much slower. UsageError where QMIX_NATIVE names what is not here."""
+    level = native.wanted_level()
+    if kv != "int8" and level == PLAIN:
+        return None  # torch, which has vectors on every processor, takes half its time
+    if level is None:
+        reason = "the native kernel is not in use here"
+    elif head_dim % native.HEAD_UNIT:
+        reason = f"the native kernel wants heads of a multiple of {native.HEAD_UNIT} numbers, not {head_dim}"
+    elif not agrees(own := native.Attention(level), head_dim, kv):
+        reason = f"the native kernel failed its self-test here ({level})"
+    else:
+        return own
+    if kv == "int8":
+        say(f"int8 KV cache: {reason}, so torch decodes it for every token: slower the longer the context is")
+    return None
+
+
+def agrees(own: native.Attention, head_dim: int, kv: str) -> bool:
+    """Whether `own` gives what fp64 gives on a small random cache, over a part of its positions, up to fp32 sums."""
+    random = torch.Generator().manual_seed(4)
+    q = torch.randn(1, KV_HEADS * GROUP, head_dim, generator=random)
+    new = torch.randn(2, 1, KV_HEADS, head_dim, generator=random).bfloat16()
+    if kv == "int8":
+        keys, values = torch.randint(-127, 128, (2, KV_HEADS, ROOM, head_dim), generator=random).to(torch.int8)
+        scales = torch.rand(2, KV_HEADS, ROOM, generator=random) / 64
+        kept = native.Kept(keys, values, scales[0].contiguous(), scales[1].contiguous())
+    else:
+        keys, values = torch.randn(2, KV_HEADS, ROOM, head_dim, generator=random).bfloat16()
+        kept = native.Kept(keys, values)
+    begin, end = 3, LENGTH
+    got = own.append(kept, q, new[0], new[1], begin, end).view(KV_HEADS, GROUP, head_dim).double()
+    wide = [_decoded(codes, scales)[:, begin:end] for codes, scales in (
+        (kept.keys, kept.key_scales), (kept.values, kept.value_scales))]
+    weights = (q.view(KV_HEADS, GROUP, head_dim).double() @ wide[0].mT / head_dim**0.5).softmax(-1)
+    want = weights @ wide[1]
+    kept_new = torch.stack([wide[0][:, -1], wide[1][:, -1]])
+    off = (kept_new - new[:, 0].double()).abs().amax() / new.double().abs().amax()
+    return bool((got - want).norm() <= 1e-5 * want.norm()) and bool(off <= 1 / 127)
+
+
+def _decoded(codes: Tensor, scales: Tensor | None) -> Tensor:
+    return codes.double() if scales is None else codes.double() * scales.double()[..., None]
