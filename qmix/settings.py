@@ -23,6 +23,7 @@ from typing import Any, get_args, get_origin
 from qmix.errors import ConfigError
 
 ENV_PREFIX = "QMIX"
+NATIVE = "QMIX_NATIVE"
 
 
 def xdg_folder(kind: str, environ: Mapping[str, str] = os.environ) -> Path:
@@ -80,6 +81,11 @@ def check_environment(commands: Kinds, environ: Mapping[str, str] = os.environ) 
         for name in environ:
             if name.startswith(prefix) and name.removeprefix(prefix).lower() not in kinds:
                 raise ConfigError(f"{name}: no such flag of qmix {command}", f"unset it, or see qmix {command} --help")
+
+
+def native_level(environ: Mapping[str, str] = os.environ) -> str:
+    """$QMIX_NATIVE: the instruction set that the native kernels are to use, "off" for none of them, "" for the best."""
+    return environ.get(NATIVE, "")
 
 
 def _typed(where: str, value: Any, annotation: Any) -> Any:

@@ -16,6 +16,7 @@ from qmix.config import Cancel, ExpertKey, QuantConfig, SamplingParams, Step
 from qmix.engine import Engine, load, select_kernels
 from qmix.errors import DoesNotFit, Interrupted, StoreError, UsageError
 from qmix.formats import unpack
+from qmix.kernels import native
 from qmix.offload import setup
 from qmix.offload.pool import slot_pool
 from qmix.quantize import quantize_checkpoint
@@ -108,6 +109,32 @@ def test_cancel_anywhere_changes_nothing(engine: Engine, checks: int) -> None:
         session.prefill([4, 5, 6], Later())
     assert session.ids == [1, 2, 3]
     torch.testing.assert_close(session.decode(7), engine.session().prefill([1, 2, 3, 7]), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.skipif(not native.levels(), reason="the native kernels were not built: no C compiler")
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_experts_with_int8_activations_agree_with_what_they_see(stores: dict[str, Path], tokens: int) -> None:
+    """Both products of an expert see their operand in 8 bits, and nothing else is rounded on the way."""
+    with Store.open(stores["int4"]) as store:
+        config, quant = store.config, store.quant
+        experts = resident_experts(store, select_kernels(config, quant, lambda line: None, "int8"))
+        buffer = torch.empty(store.layout.nbytes, dtype=torch.uint8)
+        x = torch.randn(tokens, config.hidden_size, generator=torch.Generator().manual_seed(tokens)).bfloat16()
+        ids = torch.stack([torch.randperm(config.num_experts)[:2] for _ in range(tokens)])
+        weights = torch.rand(tokens, 2).softmax(1)
+        want = torch.zeros(tokens, config.hidden_size, dtype=torch.float64)
+
+        def seen(v: torch.Tensor) -> torch.Tensor:
+            return native.as_seen(v[None].float(), "int8", quant.group_size)[0].double()
+
+        for token in range(tokens):
+            for rank in range(2):
+                store.read_record(ExpertKey(1, int(ids[token, rank])), buffer)
+                w13, w2 = (unpack(m).double() for m in store.expert(ExpertKey(1, int(ids[token, rank])), buffer))
+                gate, up = (w13 @ seen(x[token])).chunk(2)
+                want[token] += weights[token, rank] * (w2 @ seen(torch.nn.functional.silu(gate) * up))
+        got = experts(1, x, ids, weights, Step("prefill"))
+        assert (got - want).norm() <= 1e-3 * want.norm()
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -34,6 +34,7 @@ from qmix.quantize import quantize_checkpoint
 from qmix.sizes import kv_bytes_per_token
 
 LEVELS = list(native.levels())
+needs_library = pytest.mark.skipif(not LEVELS, reason="the native kernels were not built: no C compiler")
 IDS = torch.randint(0, 128, (700,), generator=torch.Generator().manual_seed(3)).tolist()
 SHAPES = [(1, 1, 16), (2, 1, 32), (2, 3, 48), (2, 4, 128), (1, 9, 80)]  # KV heads, query heads of each, head size
 
@@ -112,6 +113,7 @@ def test_scores_of_any_size_do_not_overflow(level: str) -> None:
         assert (got.double() - want).norm() <= 1e-4 * want.norm()
 
 
+@needs_library
 @pytest.mark.parametrize("kind", [KVCache, Int8KVCache])
 def test_bits_do_not_depend_on_threads(kind: type[KVCache]) -> None:
     config, found = config_of(8, 4, 128), []
@@ -230,9 +232,10 @@ def test_the_self_test_passes_here_and_would_fail_a_wrong_kernel() -> None:
             assert not agrees(Wrong(level), 64, kv)
 
 
-@pytest.mark.parametrize(("head_dim", "off", "broken", "word"), [(24, False, False, "multiple of 16"),
-                                                                 (32, True, False, "not in use"),
-                                                                 (32, False, True, "self-test")])
+@pytest.mark.parametrize(("head_dim", "off", "broken", "word"), [
+    pytest.param(24, False, False, "multiple of 16", marks=needs_library),
+    (32, True, False, "not in use"),
+    pytest.param(32, False, True, "self-test", marks=needs_library)])
 def test_where_torch_attends_it_is_said(head_dim: int, off: bool, broken: bool, word: str,
                                         monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QMIX_NATIVE", "off" if off else LEVELS[0])
@@ -291,7 +294,7 @@ def test_drafts_get_the_bits_of_single_tokens(checkpoint: Checkpoint, own: str |
 
 def test_a_cancelled_pass_leaves_the_cache(checkpoint: Checkpoint) -> None:
     cancel = Cancel()
-    own = native.Attention(LEVELS[0])
+    own = native.Attention(LEVELS[0]) if LEVELS else None
     stopping = model_of(checkpoint, Int8KVCache, own, lambda layer, *_: cancel.set() if layer == 1 else None)
     model = model_of(checkpoint, Int8KVCache, own)
     cache, same = stopping.new_cache(60), model.new_cache(60)

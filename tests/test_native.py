@@ -140,6 +140,20 @@ class TestEveryLevel:
         (got,) = Native(level, activations).linear(x, m)
         assert (got[0] == 0).all() and torch.isfinite(got).all() and (got.abs() < 1e-26).all()
 
+    @pytest.mark.parametrize("sign", [1, -1])
+    def test_the_largest_codes_do_not_overflow(self, level: str, activations: str, sign: int) -> None:
+        """Every weight and every activation at its end: no sum of two or four products may be cut off."""
+        kernels, x = Native(level, activations), torch.ones(7, 256)
+        x[1], x[2, ::2], x[3, 1::2] = -1, -1, -1
+        wide = torch.full((70, 256), 3.0 * sign)
+        wide[1, ::2], wide[2, 1::2] = -3.0, -3.0
+        spec = MatrixSpec("int4", 70, 256, group_size=128, block=64)
+        codes = torch.full((spec.padded_rows, 256), 15 if sign > 0 else 0, dtype=torch.uint8)
+        ones = torch.ones(spec.padded_rows, 2).bfloat16()
+        for m in (int8.pack(wide, MatrixSpec("int8", 70, 256)), int4.pack(codes, ones, 0 * ones, spec)):
+            (got,) = kernels.linear(x, m)
+            torch.testing.assert_close(got.double(), want(x, m, activations), rtol=1e-6, atol=1e-4)
+
     def test_codes_of_padded_columns_do_not_count(self, level: str, activations: str) -> None:
         m = int4_matrix(64, 70, 64, 64)
         dirty = m["qweight"].clone()
@@ -254,7 +268,7 @@ class TestChoice:
     def test_without_the_library_torch_computes_and_it_is_said(self, monkeypatch) -> None:
         monkeypatch.delenv("QMIX_NATIVE", raising=False)
         monkeypatch.setattr("qmix.kernels.native.loader.library", lambda: None)
-        monkeypatch.setattr("qmix.kernels.native.library", lambda: None)
+        monkeypatch.setattr("qmix.kernels.native.library", lambda: None)  # the same function, as table.py calls it
         said, names = self.lines(activations="auto")
         assert "not built" in said[0] and "native" not in names["int4"]
 
@@ -263,7 +277,20 @@ class TestChoice:
         right = Native.linear
         monkeypatch.setattr(Native, "linear", lambda self, x, *m: [1.02 * y for y in right(self, x, *m)])
         said, names = self.lines(activations="auto")
-        assert "failed their self-test" in said[0] and "native" not in names["int4"]
+        assert ["failed their self-test" in line for line in said] == [True] * len(native.levels())
+        assert "native" not in names["int4"]
+
+    @needs_library
+    @pytest.mark.skipif(len(native.levels()) < 2, reason="one level only")
+    def test_the_next_best_level_takes_over(self, monkeypatch) -> None:
+        right, (best, second, *_) = Native.linear, native.levels()
+
+        def linear(self: Native, x: Tensor, *m: Packed) -> list[Tensor]:
+            return [y * (1.02 if best in self.name.split(",")[0].split() else 1) for y in right(self, x, *m)]
+
+        monkeypatch.setattr(Native, "linear", linear)
+        said, names = self.lines(activations="auto")
+        assert len(said) == 1 and best in said[0] and names["int4"] == f"native {second}, int8 activations"
 
     def test_what_does_not_apply_is_refused(self) -> None:
         with pytest.raises(UsageError, match="neither int4 nor int8"):

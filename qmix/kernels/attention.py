@@ -18,17 +18,20 @@ LENGTH, ROOM, KV_HEADS, GROUP = 200, 210, 2, 5  # the test's positions, capacity
 def choose_attention(head_dim: int, kv: str, say: Callable[[str], None]) -> native.Attention | None:
     """The native kernel for a cache of `kv` ("bf16" or "int8"); None where torch attends, and a line where that is
     much slower. UsageError where QMIX_NATIVE names what is not here."""
-    level = native.wanted_level()
-    if kv != "int8" and level == PLAIN:
-        return None  # torch, which has vectors on every processor, takes half its time
-    if level is None:
+    levels = native.wanted_levels()
+    if kv != "int8":
+        levels = [level for level in levels if level != PLAIN]  # torch has vectors everywhere, and takes half its time
+        if not levels:
+            return None
+    if not levels:
         reason = "the native kernel is not in use here"
     elif head_dim % native.HEAD_UNIT:
         reason = f"the native kernel wants heads of a multiple of {native.HEAD_UNIT} numbers, not {head_dim}"
-    elif not agrees(own := native.Attention(level), head_dim, kv):
-        reason = f"the native kernel failed its self-test here ({level})"
     else:
-        return own
+        for level in levels:
+            if agrees(own := native.Attention(level), head_dim, kv):
+                return own
+        reason = f"the native kernel failed its self-test here ({', '.join(levels)})"
     if kv == "int8":
         say(f"int8 KV cache: {reason}, so torch decodes it for every token: slower the longer the context is")
     return None

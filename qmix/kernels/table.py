@@ -113,17 +113,16 @@ def _choose_native(formats: set[str], blocks: list[int], activations: str,
         if activations == "int8":
             raise UsageError("--activations int8: this store has neither int4 nor int8 matrices", "leave it out")
         return None
-    level = native.wanted_level()
-    if level is not None:
+    samples = [_random_int4(block) for block in blocks if "int4" in packed]
+    samples += [_random_int8()] if "int8" in packed else []
+    for level in native.wanted_levels():
         own = native.Native(level, "int8" if activations == "auto" else activations)
-        samples = [_random_int4(block) for block in blocks if "int4" in packed]
-        samples += [_random_int8()] if "int8" in packed else []
         if all(_agrees(_one(own), m, own.activations) for m in samples):
             return own
-        say(f"the native kernels failed their self-test here ({level}, {_machine()}): torch computes instead")
-    elif native.library() is None:
-        say("the native kernels were not built when qmix was installed (no C compiler?): torch computes, at about half "
-            "the speed")
+        say(f"the native kernels failed their self-test here ({level}, {_machine()}): the next best computes")
+    if native.library() is None:
+        say("the native kernels were not built when this qmix was installed (no C compiler?): torch computes, at about "
+            "half the speed")
     if activations == "int8":
         raise UsageError("--activations int8: only the native kernels have it, and they are not in use here",
                          "install a C compiler and qmix again, or use --activations bf16")

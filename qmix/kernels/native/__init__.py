@@ -10,8 +10,8 @@ on how many rows are computed together, nor on the number of threads.
 """
 
 from qmix.kernels.native.attention import HEAD_UNIT, Attention, Kept
-from qmix.kernels.native.loader import levels, library, wanted_level
+from qmix.kernels.native.loader import levels, library, wanted_levels
 from qmix.kernels.native.products import DENSE_GROUP, FORMATS, Native, Product, as_seen
 
 __all__ = ["DENSE_GROUP", "FORMATS", "HEAD_UNIT", "Attention", "Kept", "Native", "Product", "as_seen", "levels",
-           "library", "wanted_level"]
+           "library", "wanted_levels"]

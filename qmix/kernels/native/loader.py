@@ -6,18 +6,15 @@ It is built when qmix is installed, if there is a C compiler (setup.py).
 from __future__ import annotations
 
 import ctypes
-import os
 import struct
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
+from qmix import settings
 from qmix.errors import UsageError
 
 ABI = 2  # native.h's QMIX_ABI
-VARIABLE = "QMIX_NATIVE"  # a level's name forces it, "off" leaves the library alone
-
-
 JOB = struct.Struct("@6P7q7i4x")  # native.h's qmix_job: pointers, sizes, layout, padded to a multiple of 8
 
 
@@ -55,13 +52,13 @@ def levels() -> dict[str, int]:
     return names
 
 
-def wanted_level() -> str | None:
-    """The level to use: what QMIX_NATIVE names, else the best; None for none.
-    UsageError where it names one that is not here."""
-    here, asked = levels(), os.environ.get(VARIABLE, "")
+def wanted_levels() -> list[str]:
+    """The levels to try: the one that QMIX_NATIVE names, or none with "off"; else all of this processor, the best
+    first. UsageError where it names one that is not here."""
+    here, asked = list(levels()), settings.native_level()
     if asked == "off":
-        return None
+        return []
     if asked and asked not in here:
-        raise UsageError(f"{VARIABLE}={asked}: want off" + "".join(f" or {name}" for name in here),
+        raise UsageError(f"{settings.NATIVE}={asked}: want " + " or ".join(["off", *here]),
                          "unset it" if here else "unset it: the native kernels were not built here")
-    return asked or next(iter(here), None)
+    return [asked] if asked else here

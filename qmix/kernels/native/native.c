@@ -12,7 +12,7 @@ static const qmix_level *const levels[] = {
 };
 
 enum { LEVELS = sizeof levels / sizeof *levels };
-enum { SMALL = 1 << 18 };  /* weights x tokens below which another thread is not worth waking */
+enum { SMALL = 1 << 18 }; /* weights x tokens below which another thread is not worth waking */
 
 int32_t qmix_abi(void) { return QMIX_ABI; }
 
@@ -26,8 +26,7 @@ typedef struct {
     const qmix_level *level;
     int32_t act;
     const qmix_job *jobs;
-    int64_t count;
-    char *panels;      /* of all jobs, one after another */
+    char *panels; /* of all jobs, one after another */
     _Atomic int failed;
 } work;
 
@@ -40,7 +39,8 @@ static int64_t panel_bytes(const work *w, const qmix_job *job) {
 }
 
 /* Item i of all jobs' items: its job, the bytes of panels before it, and its number in the job. */
-static const qmix_job *find(const work *w, int64_t *item, int64_t (*items)(const work *, const qmix_job *), char **panels) {
+static const qmix_job *find(const work *w, int64_t *item, int64_t (*items)(const work *, const qmix_job *),
+                            char **panels) {
     const qmix_job *job = w->jobs;
     *panels = w->panels;
     for (int64_t n; *item >= (n = items(w, job)); job++) {
@@ -75,7 +75,7 @@ static void unit_item(void *argument, int64_t item) {
 }
 
 int32_t qmix_products(int32_t level, int32_t act, const qmix_job *jobs, int64_t count, int32_t threads) {
-    work w = {.level = levels[level], .act = act, .jobs = jobs, .count = count};
+    work w = {.level = levels[level], .act = act, .jobs = jobs};
     int64_t bytes = 0, panels = 0, units = 0, size = 0, packing = 0;
     for (int64_t i = 0; i < count; i++) {
         bytes += panel_bytes(&w, jobs + i);
