@@ -182,10 +182,10 @@ def test_several_callers_at_once() -> None:
     kernels = Native(next(iter(native.levels())), "int8")
     kernels.threads = 3
     m = int4_matrix(640, 512, 64, 64)
-    xs = [operand(1 + i % 9, 512, seed=i) for i in range(40)]
+    xs = [operand(1 + i % 40, 512, seed=i) for i in range(80)]
     alone = [kernels.linear(x, m)[0] for x in xs]
-    with ThreadPoolExecutor(4) as threads:
-        for _ in range(5):
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(10):
             for got, wanted in zip(threads.map(lambda x: kernels.linear(x, m)[0], xs), alone, strict=True):
                 assert torch.equal(got, wanted)
 

@@ -69,7 +69,7 @@ static void read_group(const qmix_job *job, int64_t token, int64_t column, float
             out[i] = from_bf16(((const uint16_t *)job->x)[start + i]);
 }
 
-/* Codes of one group, x = code * step to half a step; and their sum. Not finite: every code 0, step NaN. */
+/* Codes of one group, x = code * step to half a step; and their sum. Not finite: every code 0, and 0 * step is NaN. */
 ALWAYS float quantize_group(const float *x, int group, int8_t *codes, int32_t *sum) {
     uint32_t peak = 0;
     for (int i = 0; i < group; i++) {
@@ -88,7 +88,7 @@ ALWAYS float quantize_group(const float *x, int group, int8_t *codes, int32_t *s
         total += code;
     }
     *sum = total;
-    return peak >= 0x7f800000 ? NAN : step;
+    return step;
 }
 
 static void pack_int8(const qmix_job *job, int64_t first, int64_t count, char *panel) {
