@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qmix import settings
 from qmix.config import BLOCKS
 from qmix.errors import UsageError
 from qmix.formats import int4, int8, module, nf4
@@ -120,7 +121,7 @@ def _choose_native(formats: set[str], blocks: list[int], activations: str,
         if all(_agrees(_one(own), m, own.activations) for m in samples):
             return own
         say(f"the native kernels failed their self-test here ({level}, {_machine()}): the next best computes")
-    if native.library() is None:
+    if native.library() is None and settings.native_level() != "off":
         say("the native kernels were not built when this qmix was installed (no C compiler?): torch computes, at about "
             "half the speed")
     if activations == "int8":

@@ -157,9 +157,11 @@ def workspace_bytes(config: ModelConfig, context: int, itemsize: int, kv: str = 
     """What one prefill pass holds at its widest: per token the fp32 residual, the normed states, the [K, H]
     fp32 rows of expert outputs with their sum and one addend; for a chunk of tokens one expert's operand, inner
     activations and result, or for a block queries, keys and values in fp32 and in the compute dtype, the
-    attention mask and the scores of its heads; the activations of a chunk as the native kernels pack them, 4
-    bytes a number at the most, whose memory they keep; two rows of logits. With an int8 KV cache also the keys
-    and values of one head in the compute dtype, and in fp32 a piece of them or the new ones three times over."""
+    attention mask and the scores of its heads; two rows of logits. With an int8 KV cache also the keys and values
+    of one head in the compute dtype, and in fp32 a piece of them or the new ones three times over.
+
+    The native kernels have fp32 inner activations and packed ones, at most 4 bytes a number, instead of torch's
+    four inner tensors of a chunk; their packed queries, keys and values take no more than the fp32 ones later."""
     tokens = min(context, PREFILL_PASS)
     hidden, inner, k = config.hidden_size, config.intermediate_size, config.experts_per_token
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
@@ -169,8 +171,7 @@ def workspace_bytes(config: ModelConfig, context: int, itemsize: int, kv: str = 
     if kv == "int8":
         new = min(tokens, ATTENTION_BLOCK) * config.num_kv_heads
         block += config.head_dim * (2 * context * itemsize + 4 * 3 * max(min(context, KV_PIECE), new))
-    packed = min(tokens, EXPERT_CHUNK) * 4 * max(inner, hidden)
-    return tokens * per_token + max(block, chunk) + packed + config.vocab_size * 8
+    return tokens * per_token + max(block, chunk) + config.vocab_size * 8
 
 
 def plan(needs: Needs, ram: int, base: int, vram: int | None = None) -> Plan:

@@ -1,6 +1,8 @@
 /* The entry points: which levels there are, products cut into units for the pool, attention into heads. */
 #include "native.h"
 
+#include <stdlib.h>
+
 #include "level.h"
 #include "pool.h"
 
@@ -13,6 +15,7 @@ static const qmix_level *const levels[] = {
 
 enum { LEVELS = sizeof levels / sizeof *levels };
 enum { SMALL = 1 << 18 }; /* weights x tokens below which another thread is not worth waking */
+enum { KEPT = 1 << 18 };  /* bytes of panels that stay allocated: those of a prompt's hundreds of tokens do not */
 
 int32_t qmix_abi(void) { return QMIX_ABI; }
 
@@ -86,11 +89,15 @@ int32_t qmix_products(int32_t level, int32_t act, const qmix_job *jobs, int64_t 
     }
     if (!units)
         return 0;
-    w.panels = pool_scratch(1, (size_t)bytes);
+    void *own = NULL;
+    if (bytes > KEPT && posix_memalign(&own, 64, (size_t)bytes))
+        return -1;
+    w.panels = own ? own : pool_scratch(1, KEPT);
     if (!w.panels)
         return -1;
     pool_run(packing < SMALL / 4 ? 1 : threads, panels, pack_item, &w);
     pool_run(size < SMALL ? 1 : threads, units, unit_item, &w);
+    free(own);
     return w.failed ? -1 : 0;
 }
 
