@@ -16,5 +16,6 @@ setup(ext_modules=[Extension(
     depends=sorted(map(str, NATIVE.glob("*.h"))),
     extra_compile_args=["-O3", "-g0", "-std=c11", "-pthread"],  # no -march: each file names its own instruction set
     extra_link_args=["-pthread"],
+    libraries=["m"],
     optional=True,
 )])

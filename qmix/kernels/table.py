@@ -24,6 +24,7 @@ from qmix.formats import int4, int8, module, nf4
 from qmix.formats.packed import Packed
 from qmix.kernels import bnb, cpu, native, reference
 from qmix.kernels.cpu import Kernel
+from qmix.kernels.layer import TORCH, LayerOps, choose_layer_ops
 from qmix.sizes import MatrixSpec
 
 ACTIVATIONS = ("auto", "bf16", "int8")
@@ -34,11 +35,12 @@ INT8_OP = "torch _weight_int8pack_mm"
 @dataclass(frozen=True, slots=True)
 class KernelTable:
     """kernels: {(format, block): kernel}, block 0 for formats without one; names: {format: what runs}; native:
-    what computes int4, where it was built and passed."""
+    what computes int4, where it was built and passed; layer: the rest of a layer, for a few tokens."""
 
     kernels: Mapping[tuple[str, int], Kernel]
     names: Mapping[str, str]
     native: native.Native | None = None
+    layer: LayerOps = TORCH
 
     def linear(self, x: Tensor, m: Packed) -> Tensor:
         """x [T, cols] bf16 or fp32 -> [T, rows] in x's dtype, padding and gaps between parts removed."""
@@ -103,7 +105,7 @@ def select(formats: Iterable[str], blocks: Iterable[int] = BLOCKS, device: str =
             say(f"{name} on the CPU decodes every weight for every token: expect a fraction of int4's speed")
         else:
             kernels[name, 0], names[name] = cpu.plain_linear, f"torch linear, {name}"
-    return KernelTable(MappingProxyType(kernels), MappingProxyType(names), own)
+    return KernelTable(MappingProxyType(kernels), MappingProxyType(names), own, choose_layer_ops(say))
 
 
 def _choose_native(formats: set[str], blocks: list[int], activations: str,

@@ -28,9 +28,10 @@ from torch import Tensor
 
 from qmix.config import ModelConfig, Step
 from qmix.errors import Interrupted
+from qmix.kernels.layer import TORCH, LayerOps
 from qmix.kernels.table import KernelTable
 from qmix.model.kvcache import KVCache
-from qmix.model.layers import rms_norm, rotate, rotation, router_logits
+from qmix.model.layers import rotation
 from qmix.model.weights import LayerWeights, Weights
 
 PASS = 8192  # tokens that meet the experts of a layer together
@@ -54,14 +55,13 @@ class Span:
 class Rows:
     """What is known of each token of a pass; a block is a slice of it that shares its memory.
 
-    residual [T, H] fp32; normed [T, H] compute dtype, what the experts read; top, weights fp32 and ids
-    int64 [T, K], the router's choice; ahead int64 [T, D, A], the next routers' guesses; cos, sin fp32 [T, 1, D].
+    residual [T, H] fp32; normed [T, H] compute dtype, what the experts read; ids int64 and weights
+    fp32 [T, K], the router's choice; ahead int64 [T, D, A], the next routers' guesses; cos, sin fp32 [T, 1, D].
     """
 
     spans: Sequence[Span]
     residual: Tensor
     normed: Tensor
-    top: Tensor
     ids: Tensor
     weights: Tensor
     ahead: Tensor
@@ -72,8 +72,8 @@ class Rows:
         """The rows of `spans`, which are neighbours, as views."""
         first = self.spans[0].begin
         part = slice(spans[0].begin - first, spans[-1].end - first)
-        return Rows(spans, self.residual[part], self.normed[part], self.top[part], self.ids[part],
-                    self.weights[part], self.ahead[part], self.cos[part], self.sin[part])
+        return Rows(spans, self.residual[part], self.normed[part], self.ids[part], self.weights[part],
+                    self.ahead[part], self.cos[part], self.sin[part])
 
 
 class Mixtral:
@@ -92,6 +92,7 @@ class Mixtral:
         self._weights = weights
         self._linear = kernels.linear
         self._linears = kernels.linears
+        self._layer_ops = kernels.layer
         self._experts = experts
         self._ahead = min(config.num_experts, config.experts_per_token if ahead is None else ahead)
         self._depth = min(depth, config.num_layers - 1)
@@ -143,42 +144,41 @@ class Mixtral:
         rows = self._rows(tokens[first:end], positions[first:end], spans)
         blocks = [rows.block(group) for group in _blocks(spans)]
         layers = self._weights.layers
+        ops = self._layer_ops if step.phase == "decode" else TORCH
         look = self._depth if step.phase == "decode" and self._ahead > 0 else 0
         for index, layer in enumerate(layers):
             after = layers[index + 1:index + 1 + look]
             for block in blocks:
                 if step.cancel:
                     raise Interrupted("cancelled")
-                self._attention(index, layer, block)
-                self._route(layer, after, block)
+                self._attention(index, layer, block, ops)
+                self._route(layer, after, block, ops)
             ahead = rows.ahead[:, :len(after)] if after else None
             rows.residual.add_(self._experts(index, rows.normed, rows.ids, rows.weights, step, ahead))
         for span in spans:
             span.cache.length = span.start + span.end - span.begin
         if wanted:
             whole = len(wanted) == end - first
-            self._head(rows.residual if whole else rows.residual[[row - first for row in wanted]], logits)
+            self._head(rows.residual if whole else rows.residual[[row - first for row in wanted]], logits, ops)
 
     def _rows(self, tokens: Tensor, positions: Tensor, spans: Sequence[Span]) -> Rows:
         """The pass before its first layer: embeddings, rotations, and room for the rest."""
         config, count = self.config, len(tokens)
-        top, weights = torch.empty(2, count, config.experts_per_token)
         cos, sin = rotation(positions, config.head_dim, config.rope_theta)
         return Rows(
             spans, residual=F.embedding(tokens, self._weights.embedding).float(),
-            normed=torch.empty(count, config.hidden_size, dtype=self._weights.dtype), top=top,
-            ids=torch.empty(count, config.experts_per_token, dtype=torch.int64), weights=weights,
+            normed=torch.empty(count, config.hidden_size, dtype=self._weights.dtype),
+            ids=torch.empty(count, config.experts_per_token, dtype=torch.int64),
+            weights=torch.empty(count, config.experts_per_token),
             ahead=torch.empty(count, self._depth, self._ahead, dtype=torch.int64), cos=cos, sin=sin)
 
-    def _attention(self, index: int, layer: LayerWeights, block: Rows) -> None:
+    def _attention(self, index: int, layer: LayerWeights, block: Rows, ops: LayerOps) -> None:
         """Add grouped-query attention over each span's own cache to the block's residual."""
         config, dtype, linear = self.config, self._weights.dtype, self._linear
-        x = rms_norm(block.residual, layer.input_norm, config.rms_norm_eps).to(dtype)
+        x = ops.norm(block.residual, layer.input_norm, config.rms_norm_eps, dtype)
         q, k, v = self._linears(x, layer.q, layer.k, layer.v)
-        heads = torch.cat((q, k), 1).view(len(x), -1, config.head_dim)  # [B, query heads + key heads, D]
-        heads = rotate(heads.float(), block.cos, block.sin)
-        queries, keys = heads[:, :config.num_heads].to(dtype), heads[:, config.num_heads:]
-        values = v.view(len(x), -1, config.head_dim)
+        queries, keys = ops.rotate(q, k, block.cos, block.sin)
+        queries, values = queries.to(dtype), v.view(len(x), -1, config.head_dim)
         sizes = [span.end - span.begin for span in block.spans]
         parts = [(queries, keys, values)] if len(sizes) == 1 else zip(
             queries.split(sizes), keys.split(sizes), values.split(sizes), strict=True)
@@ -186,23 +186,19 @@ class Mixtral:
                for span, (q, k, v) in zip(block.spans, parts, strict=True)]
         block.residual.add_(linear(out[0] if len(out) == 1 else torch.cat(out), layer.o))
 
-    def _route(self, layer: LayerWeights, after: Sequence[LayerWeights], block: Rows) -> None:
+    def _route(self, layer: LayerWeights, after: Sequence[LayerWeights], block: Rows, ops: LayerOps) -> None:
         """Choose K experts a token: softmax over the K largest router logits, in fp32. Of `after`, the next
         layers, also guess what their routers will choose, by asking them now."""
-        unit = rms_norm(block.residual, None, self.config.rms_norm_eps)
-        normed = unit * layer.post_norm
-        torch.topk(router_logits(normed, layer.router), block.ids.shape[1], out=(block.top, block.ids))
-        torch.softmax(block.top, -1, out=block.weights)
-        block.normed.copy_(normed)
+        x, eps = block.residual, self.config.rms_norm_eps
+        ops.route(x, layer.post_norm, layer.router, eps, block.normed, block.ids, block.weights)
         for distance, later in enumerate(after):
-            logits = router_logits(unit * later.post_norm, later.router)
-            block.ahead[:, distance].copy_(logits.topk(self._ahead).indices)
+            ops.guess(x, later.post_norm, later.router, eps, block.ahead[:, distance])
 
-    def _head(self, residual: Tensor, logits: Tensor) -> None:
+    def _head(self, residual: Tensor, logits: Tensor, ops: LayerOps) -> None:
         """Final norm and head: [n, H] -> logits [n, V]."""
         for rows, out in zip(residual.split(BLOCK), logits.split(BLOCK), strict=True):
-            normed = rms_norm(rows, self._weights.final_norm, self.config.rms_norm_eps)
-            out.copy_(self._linear(normed.to(self._weights.dtype), self._weights.head))
+            normed = ops.norm(rows, self._weights.final_norm, self.config.rms_norm_eps, self._weights.dtype)
+            out.copy_(self._linear(normed, self._weights.head))
 
 
 def _counts(tokens: int, sessions: int, step: Step) -> list[int]:

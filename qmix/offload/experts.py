@@ -25,6 +25,7 @@ from torch import Tensor
 from qmix.config import ExpertKey, ModelConfig, Step
 from qmix.errors import Interrupted
 from qmix.formats import Packed
+from qmix.kernels.layer import TORCH
 from qmix.kernels.native import Native, Product
 from qmix.kernels.table import KernelTable
 from qmix.offload.figures import PhaseFigures
@@ -120,7 +121,7 @@ class PagedExperts:
             self._settle(layer, step, ids, weights, groups)
             for key in self._in_turn(layer, list(groups), step, ahead):
                 self._compute(key, x, groups[key.expert], rows, step)
-        return _weighted(rows, weights)
+        return (self._kernels.layer if step.phase == "decode" else TORCH).combine(rows, weights)
 
     @property
     def kernels(self) -> KernelTable:
@@ -270,14 +271,6 @@ def _merge(ahead: Tensor | None) -> list[list[int]]:
     if ahead is None:
         return []
     return [list(dict.fromkeys(ahead[:, distance].T.reshape(-1).tolist())) for distance in range(ahead.shape[1])]
-
-
-def _weighted(rows: Tensor, weights: Tensor) -> Tensor:
-    """sum_k weights[:, k] * rows[:, k], strictly in rank order; fp32 [T, H]."""
-    total = rows[:, 0] * weights[:, 0, None]
-    for rank in range(1, rows.shape[1]):
-        total += rows[:, rank] * weights[:, rank, None]
-    return total
 
 
 def _check(step: Step) -> None:

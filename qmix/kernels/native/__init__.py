@@ -1,5 +1,5 @@
-"""qmix's own CPU kernels, in C: products with int4 and int8 weights, for one token up to many, and attention of one
-token over a KV cache of bf16 or int8.
+"""qmix's own CPU kernels, in C: products with int4 and int8 weights, for one token up to many, attention of one
+token over a KV cache of bf16 or int8, and norm, router and rotary embedding of a few tokens.
 
 The library holds the same kernels for several instruction sets ("levels") and runs the best that this processor has.
 Without it (no C compiler when qmix was installed) torch's packed products do the work.
@@ -10,8 +10,9 @@ on how many rows are computed together, nor on the number of threads.
 """
 
 from qmix.kernels.native.attention import HEAD_UNIT, Attention, Kept
+from qmix.kernels.native.layer import LayerOps
 from qmix.kernels.native.loader import levels, library, wanted_levels
 from qmix.kernels.native.products import DENSE_GROUP, FORMATS, Native, Product, as_seen
 
-__all__ = ["DENSE_GROUP", "FORMATS", "HEAD_UNIT", "Attention", "Kept", "Native", "Product", "as_seen", "levels",
-           "library", "wanted_levels"]
+__all__ = ["DENSE_GROUP", "FORMATS", "HEAD_UNIT", "Attention", "Kept", "LayerOps", "Native", "Product", "as_seen",
+           "levels", "library", "wanted_levels"]

@@ -28,6 +28,10 @@ typedef struct {
     void (*unit)(int32_t act, const qmix_job *job, int64_t unit, const char *panels, void *scratch);
     size_t (*attend_bytes)(const qmix_attention *job);  /* of scratch that attend_head takes */
     void (*attend_head)(const qmix_attention *job, int64_t head, void *scratch);
+    void (*norm)(const qmix_norm *job, int64_t token, float *scratch);   /* scratch [H] */
+    void (*route)(const qmix_route *job, int64_t token, float *scratch); /* scratch [H + E + K] */
+    void (*rotate)(const qmix_rotate *job, int64_t token);
+    void (*combine)(const qmix_combine *job, int64_t token);
 } qmix_level;
 
 extern const qmix_level qmix_avx512bf16, qmix_avx512vnni, qmix_avx512, qmix_avx2vnni, qmix_avx2, qmix_portable;

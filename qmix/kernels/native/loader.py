@@ -14,7 +14,7 @@ from pathlib import Path
 from qmix import settings
 from qmix.errors import UsageError
 
-ABI = 2  # native.h's QMIX_ABI
+ABI = 3  # native.h's QMIX_ABI
 JOB = struct.Struct("@6P7q7i4x")  # native.h's qmix_job: pointers, sizes, layout, padded to a multiple of 8
 
 

@@ -1,4 +1,5 @@
-/* The entry points: which levels there are, products cut into units for the pool, attention into heads. */
+/* The entry points: which levels there are, products cut into units for the pool, attention into heads,
+ * the rest token by token. */
 #include "native.h"
 
 #include <stdlib.h>
@@ -121,4 +122,30 @@ int32_t qmix_attend(int32_t level, const qmix_attention *job, int32_t threads) {
     int64_t size = (job->end - job->begin) * job->query_heads * job->head_dim;
     pool_run(size < SMALL ? 1 : threads, job->kv_heads, head_item, &w);
     return w.failed ? -1 : 0;
+}
+
+int32_t qmix_norms(int32_t level, const qmix_norm *job, int32_t tokens) {
+    float *scratch = pool_scratch(0, (size_t)job->size * sizeof *scratch);
+    for (int32_t token = 0; scratch && token < tokens; token++)
+        levels[level]->norm(job, token, scratch);
+    return scratch ? 0 : -1;
+}
+
+int32_t qmix_routes(int32_t level, const qmix_route *job, int32_t tokens) {
+    float *scratch = pool_scratch(0, (size_t)(job->norm.size + job->experts + job->chosen) * sizeof *scratch);
+    for (int32_t token = 0; scratch && token < tokens; token++)
+        levels[level]->route(job, token, scratch);
+    return scratch ? 0 : -1;
+}
+
+int32_t qmix_rotations(int32_t level, const qmix_rotate *job, int32_t tokens) {
+    for (int32_t token = 0; token < tokens; token++)
+        levels[level]->rotate(job, token);
+    return 0;
+}
+
+int32_t qmix_combines(int32_t level, const qmix_combine *job, int32_t tokens) {
+    for (int32_t token = 0; token < tokens; token++)
+        levels[level]->combine(job, token);
+    return 0;
 }

@@ -12,7 +12,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define QMIX_ABI 2
+#define QMIX_ABI 3
 
 enum { QMIX_FP32 = 0, QMIX_BF16 = 1 };          /* types of x and y */
 enum { QMIX_ACT_INT8 = 0, QMIX_ACT_BF16 = 1 };  /* what the products see of the activations */
@@ -58,6 +58,44 @@ typedef struct {
     int32_t kv_type, query_type, key_type, value_type; /* the last three: of query, new_keys and new_values */
 } qmix_attention;
 
+/* What a layer does to its tokens besides. T tokens, H hidden, E experts, K chosen, D head size. */
+
+/* out = x / sqrt(mean(x^2) + eps) * weight */
+typedef struct {
+    const float *x;      /* [T, H] */
+    const float *weight; /* [H] */
+    void *out;           /* [T, H] */
+    int64_t size;        /* H */
+    float eps;
+    int32_t out_type;
+} qmix_norm;
+
+/* The K largest of the logits router norm(x), which are summed in fp64, and softmax over them in fp32. */
+typedef struct {
+    qmix_norm norm;       /* out may be NULL */
+    const double *router; /* [E, H] */
+    int64_t *ids;         /* [T, K], the largest first, rows ids_stride apart */
+    float *weights;       /* [T, K], or NULL */
+    int64_t ids_stride, experts, chosen;
+} qmix_route;
+
+/* Rotary embedding of queries and keys, dimension d with d + D/2. */
+typedef struct {
+    const void *queries, *keys; /* [T, Q, D], [T, KV, D] */
+    const float *cos, *sin;     /* [T, D], sin with the sign it is added with */
+    float *out;                 /* [T, Q + KV, D] */
+    int64_t query_heads, kv_heads, head_dim;
+    int32_t type;               /* of queries and keys */
+} qmix_rotate;
+
+/* out = sum_k weights[k] * rows[k], in order. */
+typedef struct {
+    const float *rows;    /* [T, K, H] */
+    const float *weights; /* [T, K] */
+    float *out;           /* [T, H] */
+    int64_t chosen, size;
+} qmix_combine;
+
 int32_t qmix_abi(void);
 const char *qmix_level_name(int32_t level);     /* the best first; NULL past the last */
 int32_t qmix_level_supported(int32_t level);    /* whether this processor has it */
@@ -68,5 +106,12 @@ int32_t qmix_products(int32_t level, int32_t act, const qmix_job *jobs, int64_t 
 
 /* 0, or -1 where memory is lacking. The bits do not depend on the threads. */
 int32_t qmix_attend(int32_t level, const qmix_attention *job, int32_t threads);
+
+/* By the calling thread: a few tokens are not worth waking another. 0, or -1 where memory is lacking. The bits of a
+ * token do not depend on the others. */
+int32_t qmix_norms(int32_t level, const qmix_norm *job, int32_t tokens);
+int32_t qmix_routes(int32_t level, const qmix_route *job, int32_t tokens);
+int32_t qmix_rotations(int32_t level, const qmix_rotate *job, int32_t tokens);
+int32_t qmix_combines(int32_t level, const qmix_combine *job, int32_t tokens);
 
 #endif

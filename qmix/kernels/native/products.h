@@ -493,5 +493,7 @@ static void unit_rows(int32_t act, const qmix_job *job, int64_t unit, const char
 }
 
 #include "attention.h"
+#include "layer.h"
 
-const qmix_level JOIN(qmix, LEVEL) = {NAME, supported, WIDTH, token_bytes, pack, unit_rows, attend_bytes, attend_head};
+const qmix_level JOIN(qmix, LEVEL) = {NAME, supported, WIDTH, token_bytes, pack, unit_rows, attend_bytes, attend_head,
+                                       norm_token, route_token, rotate_token, combine_token};
