@@ -104,7 +104,9 @@ def test_the_recorded_text_is_there_and_varied(store: Path) -> None:
 
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("case", [Case("pp", 7), Case("pp", 9, 5), Case("tg", 4), Case("tg", 4, 3)])
-def test_operations_are_what_torch_counts(tmp_path: Path, case: Case, window: int | None) -> None:
+def test_operations_are_what_torch_counts(tmp_path: Path, case: Case, window: int | None,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QMIX_NATIVE", "off")  # so that it is torch that computes
     source = write_tiny_checkpoint(tmp_path / "tiny", dtype=torch.float32, sliding_window=window)
     with Checkpoint.open(source) as checkpoint:
         model, config = keep_model(checkpoint), checkpoint.config

@@ -110,7 +110,7 @@ def test_nan_is_above_all_as_in_torch(ops: LayerOps) -> None:
 @pytest.mark.parametrize("size", [2, 32, 128])
 def test_rotate(ops: LayerOps, size: int, dtype: torch.dtype) -> None:
     queries, keys = random(3, 4 * size).to(dtype), random(3, 2 * size).to(dtype)
-    cos, sin = rotation(torch.tensor([0, 7, 30000]), size, 1e6)
+    cos, sin = ops.angles(torch.tensor([0, 7, 30000]), rotation(size, 1e6))
     got = ops.rotate(queries.clone(), keys.clone(), cos, sin)
     for x, rotated in zip((queries, keys), got, strict=True):
         heads = x.double().view(3, -1, size)
@@ -118,6 +118,18 @@ def test_rotate(ops: LayerOps, size: int, dtype: torch.dtype) -> None:
         c, s = cos.double()[..., :size // 2], sin.double()[..., size // 2:]
         assert rotated.dtype == torch.float32
         assert torch.allclose(rotated.double(), torch.cat((low * c - high * s, high * c + low * s), -1), atol=1e-6)
+
+
+@every_op
+def test_angles_are_fp32_and_their_cosines_as_good_as_it_gets(ops: LayerOps) -> None:
+    positions, inverse = torch.tensor([0, 1, 500, 32767]), rotation(128, 1e6)
+    cos, sin = ops.angles(positions, inverse)
+    angles = (positions[:, None].float() * inverse).double()
+    assert cos.shape == sin.shape == (4, 1, 128) and torch.equal(cos[..., :64], cos[..., 64:])
+    assert torch.allclose(cos[:, 0, :64].double(), angles.cos(), atol=6e-8)
+    assert torch.allclose(sin[:, 0, 64:].double(), angles.sin(), atol=6e-8)
+    assert torch.equal(sin[..., :64], -sin[..., 64:])
+    assert torch.equal(ops.angles(positions[2:3], inverse)[0][0], cos[2])
 
 
 @every_op
@@ -136,7 +148,7 @@ def test_rows_with_gaps(ops: LayerOps) -> None:
     x, weight, router = random(3, 256)[:, ::2], random(256)[::2], random(8, 256).double()[:, ::2]
     assert torch.allclose(ops.norm(x, weight, EPS, torch.float32).double(), norm64(x, weight), rtol=1e-5, atol=1e-6)
     assert torch.equal(routed(ops, x.clone(), weight, router, 2)[1], (norm64(x, weight) @ router.T).topk(2).indices)
-    both, turn = random(2, 96), rotation(torch.tensor([1, 2]), 32, 1e4)
+    both, turn = random(2, 96), ops.angles(torch.tensor([1, 2]), rotation(32, 1e4))
     queries, keys = both[:, :64], both[:, 64:]
     assert torch.equal(ops.rotate(queries, keys, *turn)[0], ops.rotate(queries.clone(), keys.clone(), *turn)[0])
 

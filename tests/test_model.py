@@ -28,7 +28,7 @@ from qmix.checkpoint import Checkpoint
 from qmix.config import Cancel, ModelConfig, QuantConfig, Step
 from qmix.errors import Interrupted, StoreError, UsageError
 from qmix.formats import pack
-from qmix.kernels.layer import rms_norm, rotate
+from qmix.kernels.layer import TORCH, rms_norm, rotate
 from qmix.kernels.table import select
 from qmix.model import mixtral
 from qmix.model.kvcache import KVCache
@@ -84,7 +84,7 @@ def test_rotation_turns_pairs_of_halves() -> None:
     """Dimensions i and i + D/2 are one complex number, turned by position * theta^(-2i/D)."""
     size, theta = 16, 100.0
     x, positions = torch.randn(3, 2, size), torch.tensor([0, 5, 40])
-    got = rotate(x.clone(), *rotation(positions, size, theta))
+    got = rotate(x.clone(), *TORCH.angles(positions, rotation(size, theta)))
     for t, position in enumerate(positions.tolist()):
         for i in range(size // 2):
             turn = cmath.exp(1j * position * theta ** (-2 * i / size))
@@ -95,9 +95,9 @@ def test_rotation_turns_pairs_of_halves() -> None:
 
 
 def test_rotation_of_a_position_does_not_depend_on_its_neighbours() -> None:
-    together = rotation(torch.arange(3000), 128, 1e6)
+    together = TORCH.angles(torch.arange(3000), rotation(128, 1e6))
     for position in (0, 1, 17, 511, 2999):
-        for alone, row in zip(rotation(torch.tensor([position]), 128, 1e6), together, strict=True):
+        for alone, row in zip(TORCH.angles(torch.tensor([position]), rotation(128, 1e6)), together, strict=True):
             assert torch.equal(alone[0], row[position])
 
 

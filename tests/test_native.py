@@ -1,5 +1,6 @@
 """The native kernels at every level this processor has, against float64 products of what they see."""
 
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +16,7 @@ from qmix.errors import UsageError
 from qmix.formats import int4, int8, unpack
 from qmix.formats.packed import Packed
 from qmix.kernels import native
-from qmix.kernels.native import Native, Product, as_seen
-from qmix.kernels.native.loader import JOB
+from qmix.kernels.native import Native, Product, as_seen, jobs
 from qmix.kernels.table import select
 from qmix.sizes import MatrixSpec
 
@@ -227,16 +227,22 @@ def test_eight_bits_are_close_to_none() -> None:
     assert 1e-3 < relative(got, exact) < 1e-2
 
 
-@needs_library
-def test_the_job_is_laid_out_as_in_c() -> None:
+def test_jobs_are_laid_out_as_in_c() -> None:
     header = Path(native.__file__).with_name("native.h").read_text()
-    fields = header[header.index("typedef struct {"):header.index("} qmix_job;")]
-    lines = [line.split("/*")[0].strip() for line in fields.splitlines()]
-    pointers = sum("*" in line for line in lines)
-    longs, ints = (sum(line.count(",") + 1 for line in lines if line.startswith(kind))
-                   for kind in ("int64_t", "int32_t"))
-    assert (pointers, longs, ints) == (6, 7, 7)
-    assert JOB.size == 8 * (pointers + longs) + 4 * (ints + 1)
+    sizes = {"qmix_norm": jobs.NORM.size}
+    for name, packed in (("qmix_job", jobs.PRODUCT), ("qmix_attention", jobs.ATTENTION), ("qmix_norm", jobs.NORM),
+                         ("qmix_route", jobs.ROUTE), ("qmix_rotate", jobs.ROTATE), ("qmix_angles", jobs.ANGLES),
+                         ("qmix_combine", jobs.COMBINE), ("qmix_addition", jobs.ADDITION), ("qmix_call", jobs.CALL)):
+        body = header[:header.index(f"}} {name};")].rpartition("typedef struct {")[2]
+        size = 0
+        for line in body.splitlines():
+            declared = re.sub(r"/\*.*?(\*/|$)", "", line).strip().removeprefix("const ")
+            if not declared or not re.match(r"(void|float|double|u?int\d+_t|qmix_\w+) ", declared):
+                continue
+            kind, each = declared.split()[0], declared.count(",") + 1
+            width = 8 if "*" in declared else sizes.get(kind) or {"int64_t": 8, "int32_t": 4, "float": 4}[kind]
+            size += each * width
+        assert packed.size == -(-size // 8) * 8, name
 
 
 class TestChoice:

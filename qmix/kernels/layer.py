@@ -29,6 +29,8 @@ class LayerOps(Protocol):
 
     def guess(self, x: Tensor, weight: Tensor, router: Tensor, eps: float, ids: Tensor) -> None: ...
 
+    def angles(self, positions: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]: ...
+
     def rotate(self, queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]: ...
 
     def combine(self, rows: Tensor, weights: Tensor) -> Tensor: ...
@@ -57,8 +59,16 @@ class TorchLayerOps:
         """What `route` would put into ids: the router of a later layer, asked now."""
         ids.copy_(router_logits(rms_norm(x, weight, eps), router).topk(ids.shape[1]).indices)
 
+    def angles(self, positions: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+        """What rotates heads at `positions` [T]: (cos, signed sin), fp32 [T, 1, D], of position * inverse [D / 2], in
+        fp32 as transformers has it. The cosine goes through fp64, so that its last bit does not depend on how many
+        positions are computed together."""
+        angles = (positions[:, None, None].float() * inverse).double()
+        cos, sin = angles.cos().float(), angles.sin().float()
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
     def rotate(self, queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotary embedding: queries [T, Q * D], keys [T, KV * D]; cos, sin [T, 1, D] of model.layers.rotation ->
+        """Rotary embedding: queries [T, Q * D], keys [T, KV * D]; cos, sin [T, 1, D] of `angles` ->
         [T, Q, D] and [T, KV, D], fp32."""
         count, _, size = cos.shape
         heads = rotate(torch.cat((queries, keys), 1).view(count, -1, size).float(), cos, sin)
@@ -87,7 +97,7 @@ def router_logits(x: Tensor, router: Tensor) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding (Su et al. 2021), Hugging Face's half-split order: dimension i turns with
-    i + D/2. x [T, heads, D] fp32, overwritten and returned; cos, sin [T, 1, D].
+    i + D/2. x [T, heads, D] fp32, overwritten and returned; cos, sin [T, 1, D] of `angles`.
 
     D = 4: (a, b, c, d) -> (a cos0 - c sin0, b cos1 - d sin1, c cos0 + a sin0, d cos1 + b sin1).
     """
@@ -117,7 +127,8 @@ def agrees(own: LayerOps) -> bool:
         ops.route(x, weight, router.double(), 1e-5, normed, ids, weights)
         guesses = torch.empty(3, 2, 3, dtype=torch.int64)[:, 1]
         ops.guess(x, weight, router.double(), 1e-5, guesses)
-        queries, keys = ops.rotate(x[:, :120], x[:, 120:160], x[:, None, :40], x[:, None, 40:80])
-        results.append([normed, weights, ops.norm(x, weight, 1e-5, torch.float32), queries, keys,
+        cos, sin = ops.angles(torch.tensor([0, 3, 4000]), weight[:20])
+        queries, keys = ops.rotate(x[:, :120], x[:, 120:160], cos, sin)
+        results.append([normed, weights, ops.norm(x, weight, 1e-5, torch.float32), cos, sin, queries, keys,
                         ops.combine(x.view(3, 2, 100), weights), ids.float(), guesses.float()])
     return all(torch.allclose(got, want, rtol=1e-5, atol=1e-6) for got, want in zip(*results, strict=True))

@@ -52,9 +52,13 @@ class KernelTable:
 
     def linears(self, x: Tensor, *matrices: Packed) -> list[Tensor]:
         """`linear` of x and each matrix; one call where the native kernels have them all."""
-        if self.native is not None and all(m.spec.format in self.native.formats for m in matrices):
+        if self.native is not None and all(map(self.computes_natively, matrices)):
             return self.native.linear(x, *matrices)
         return [self.linear(x, m) for m in matrices]
+
+    def computes_natively(self, m: Packed) -> bool:
+        """Whether the native kernels have it: they take fp32 activations as they take bf16."""
+        return self.native is not None and m.spec.format in self.native.formats
 
     def expert(self, x: Tensor, w13: Packed, w2: Packed) -> Tensor:
         """One expert, w2(silu(gate(x)) * up(x)): x [T, H] -> [T, H]; w13 is gate over up, [2F, H]."""

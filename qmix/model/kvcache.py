@@ -22,20 +22,32 @@ class KVCache:
     """Room for `capacity` positions, `length` of them filled. Keys are stored rotated. native: attends for one token
     where `dtype` is bf16; torch does the rest."""
 
-    __slots__ = ("__weakref__", "_keys", "_native", "_values", "capacity", "length")
+    __slots__ = ("__weakref__", "_addresses", "_keys", "_values", "capacity", "length", "native")
 
     def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype, native: Attention | None = None):
         shape = (config.num_layers, config.num_kv_heads, capacity, config.head_dim)
         # Positions of one head are adjacent: attention reads them as one block. fill_ touches every page.
         self._keys = torch.empty(shape, dtype=dtype).fill_(0).unbind()
         self._values = torch.empty(shape, dtype=dtype).fill_(0).unbind()
-        self._native = native if dtype == torch.bfloat16 else None
+        self.native = native if dtype == torch.bfloat16 else None
+        self._addresses: list[tuple[int, int, int, int]] = []
         self.capacity = capacity
         self.length = 0
 
     @property
     def nbytes(self) -> int:
         return 2 * len(self._keys) * self._keys[0].nbytes
+
+    def kept(self, layer: int) -> Kept:
+        """What the native kernel reads of a layer."""
+        return Kept(self._keys[layer], self._values[layer])
+
+    @property
+    def addresses(self) -> list[tuple[int, int, int, int]]:
+        """Where `kept` is, by layer: it never moves."""
+        if not self._addresses:
+            self._addresses = [self.kept(layer).addresses for layer in range(len(self._keys))]
+        return self._addresses
 
     def need(self, count: int) -> None:
         """UsageError unless `count` more positions fit."""
@@ -54,12 +66,12 @@ class KVCache:
 
     def attend(self, layer: int, start: int, q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
         """`write` keys and values, and let q [T, Q, D] of the same positions attend to all up to its own, or to the
-        last `window` of them: [T, Q * D] in q's dtype."""
+        last `window` of them: [T, Q * D], in q's dtype where the native kernel does it, else in the cache's."""
         end = start + len(q)
-        if len(q) == 1 and self._native is not None:
+        if len(q) == 1 and self.native is not None:
             first = 0 if window is None else max(0, end - window)
-            return self._native.append(Kept(self._keys[layer], self._values[layer]), q, keys, values, first, end)
-        return attend(q, *self.write(layer, start, keys, values), window)
+            return self.native.append(self.kept(layer), q, keys, values, first, end)
+        return attend(q.to(self._keys[0].dtype), *self.write(layer, start, keys, values), window)
 
     def trim(self, length: int) -> None:
         """Forget all positions from `length` on; what follows overwrites them."""

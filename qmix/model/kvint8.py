@@ -35,7 +35,10 @@ class Int8KVCache(KVCache):
         shape = (config.num_layers, config.num_kv_heads, capacity)
         self._key_scales = torch.empty(shape).fill_(0).unbind()
         self._value_scales = torch.empty(shape).fill_(0).unbind()
-        self._native = native
+        self.native = native
+
+    def kept(self, layer: int) -> Kept:
+        return Kept(self._keys[layer], self._values[layer], self._key_scales[layer], self._value_scales[layer])
 
     @property
     def nbytes(self) -> int:
@@ -54,9 +57,9 @@ class Int8KVCache(KVCache):
         of a prompt or decoded."""
         end = start + len(q)
         first = 0 if window is None else max(0, start - window + 1)
-        if len(q) == 1 and self._native is not None:
-            kept = Kept(self._keys[layer], self._values[layer], self._key_scales[layer], self._value_scales[layer])
-            return self._native.append(kept, q, keys, values, first, end)
+        if len(q) == 1 and self.native is not None:
+            return self.native.append(self.kept(layer), q, keys, values, first, end)
+        q = q.to(self._dtype)
         self._keep(layer, start, keys, values)
         heads = self._keys[layer].shape[0]
         group = q.shape[1] // heads

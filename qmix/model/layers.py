@@ -1,4 +1,4 @@
-"""What the layers of a transformer are made of, as plain functions on tensors: angles of the rotary embedding,
+"""What the layers of a transformer are made of, as plain functions on tensors: speeds of the rotary embedding,
 attention. kernels/layer.py has the rest.
 
 T query positions, S key positions, D head size, Q query heads, KV key-value heads.
@@ -11,16 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def rotation(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """What rotates heads at `positions` [T]: (cos, signed sin), fp32 [T, 1, D], for kernels.layer.rotate.
-
-    Angle i of position p is p * theta^(-2i/D), in fp32 as transformers has it. The cosine goes through
-    fp64, so that its last bit does not depend on how many positions are computed together.
-    """
-    inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    angles = (positions[:, None, None].float() * inverse).double()
-    cos, sin = angles.cos().float(), angles.sin().float()
-    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+def rotation(head_dim: int, theta: float) -> Tensor:
+    """Radians a position by which the pairs of dimensions of a head turn: theta^(-2i/D), fp32 [D / 2]."""
+    return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:

@@ -30,6 +30,7 @@ from qmix.config import ModelConfig, Step
 from qmix.errors import Interrupted
 from qmix.kernels.layer import TORCH, LayerOps
 from qmix.kernels.table import KernelTable
+from qmix.model.fused import Experts, FusedToken, fits
 from qmix.model.kvcache import KVCache
 from qmix.model.layers import rotation
 from qmix.model.weights import LayerWeights, Weights
@@ -37,7 +38,6 @@ from qmix.model.weights import LayerWeights, Weights
 PASS = 8192  # tokens that meet the experts of a layer together
 BLOCK = 512  # query positions of one attention call
 
-Experts = Callable[[int, Tensor, Tensor, Tensor, Step, Tensor | None], Tensor]
 MakeCache = Callable[[ModelConfig, int, torch.dtype], KVCache]  # (config, capacity, compute dtype)
 
 
@@ -90,13 +90,16 @@ class Mixtral:
                  ahead: int | None = None, depth: int = 1, caches: MakeCache = KVCache):
         self.config = config
         self._weights = weights
+        self._kernels = kernels
         self._linear = kernels.linear
         self._linears = kernels.linears
-        self._layer_ops = kernels.layer
         self._experts = experts
         self._ahead = min(config.num_experts, config.experts_per_token if ahead is None else ahead)
         self._depth = min(depth, config.num_layers - 1)
         self._make_cache = caches
+        self._inverse = rotation(config.head_dim, config.rope_theta)
+        self._fused: FusedToken | None = None
+        self._fits: bool | None = None  # whether there can be one; the first cache shows it
 
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache for one session, with room for `capacity` positions."""
@@ -125,6 +128,9 @@ class Mixtral:
         done = 0
         try:
             with torch.inference_mode():
+                if len(tokens) == 1 and step.phase == "decode" and (fused := self._fused_for(caches[0])):
+                    self._head(fused(int(tokens), caches[0], self._experts, step), logits, self._kernels.layer)
+                    return logits
                 for group in _passes(spans):
                     inside = range(group[0].begin, group[-1].end)
                     wanted = inside if all_logits else [row for row in last if row in inside]
@@ -136,15 +142,24 @@ class Mixtral:
             raise
         return logits
 
+    def _fused_for(self, cache: KVCache) -> FusedToken | None:
+        """What takes a single token through the layers, if anything does but `_pass`."""
+        if self._fits is None:
+            self._fits = fits(self._weights, self._kernels, cache)
+        if self._fused is None and self._fits:
+            self._fused = FusedToken(self.config, self._weights, self._kernels, cache, self._ahead,
+                                     self._depth if self._ahead > 0 else 0)
+        return self._fused
+
     def _pass(self, tokens: Tensor, positions: Tensor, spans: Sequence[Span], step: Step,
               wanted: Sequence[int], logits: Tensor) -> None:
         """The tokens of `spans`, at most PASS, through all layers; logits [n, V] of the n `wanted` ones."""
         first, end = spans[0].begin, spans[-1].end
         step = replace(step, sequence=step.sequence[first:end])
-        rows = self._rows(tokens[first:end], positions[first:end], spans)
+        ops = self._kernels.layer if step.phase == "decode" else TORCH
+        rows = self._rows(tokens[first:end], positions[first:end], spans, ops)
         blocks = [rows.block(group) for group in _blocks(spans)]
         layers = self._weights.layers
-        ops = self._layer_ops if step.phase == "decode" else TORCH
         look = self._depth if step.phase == "decode" and self._ahead > 0 else 0
         for index, layer in enumerate(layers):
             after = layers[index + 1:index + 1 + look]
@@ -161,10 +176,10 @@ class Mixtral:
             whole = len(wanted) == end - first
             self._head(rows.residual if whole else rows.residual[[row - first for row in wanted]], logits, ops)
 
-    def _rows(self, tokens: Tensor, positions: Tensor, spans: Sequence[Span]) -> Rows:
+    def _rows(self, tokens: Tensor, positions: Tensor, spans: Sequence[Span], ops: LayerOps) -> Rows:
         """The pass before its first layer: embeddings, rotations, and room for the rest."""
         config, count = self.config, len(tokens)
-        cos, sin = rotation(positions, config.head_dim, config.rope_theta)
+        cos, sin = ops.angles(positions, self._inverse)
         return Rows(
             spans, residual=F.embedding(tokens, self._weights.embedding).float(),
             normed=torch.empty(count, config.hidden_size, dtype=self._weights.dtype),
@@ -178,13 +193,14 @@ class Mixtral:
         x = ops.norm(block.residual, layer.input_norm, config.rms_norm_eps, dtype)
         q, k, v = self._linears(x, layer.q, layer.k, layer.v)
         queries, keys = ops.rotate(q, k, block.cos, block.sin)
-        queries, values = queries.to(dtype), v.view(len(x), -1, config.head_dim)
+        values = v.view(len(x), -1, config.head_dim)
         sizes = [span.end - span.begin for span in block.spans]
         parts = [(queries, keys, values)] if len(sizes) == 1 else zip(
             queries.split(sizes), keys.split(sizes), values.split(sizes), strict=True)
         out = [span.cache.attend(index, span.start, q, k, v, config.sliding_window)
                for span, (q, k, v) in zip(block.spans, parts, strict=True)]
-        block.residual.add_(linear(out[0] if len(out) == 1 else torch.cat(out), layer.o))
+        rows = out[0] if len(out) == 1 else torch.cat(out)
+        block.residual.add_(linear(rows if self._kernels.computes_natively(layer.o) else rows.to(dtype), layer.o))
 
     def _route(self, layer: LayerWeights, after: Sequence[LayerWeights], block: Rows, ops: LayerOps) -> None:
         """Choose K experts a token: softmax over the K largest router logits, in fp32. Of `after`, the next
@@ -196,9 +212,10 @@ class Mixtral:
 
     def _head(self, residual: Tensor, logits: Tensor, ops: LayerOps) -> None:
         """Final norm and head: [n, H] -> logits [n, V]."""
+        weights = self._weights
+        dtype = torch.float32 if self._kernels.computes_natively(weights.head) else weights.dtype
         for rows, out in zip(residual.split(BLOCK), logits.split(BLOCK), strict=True):
-            normed = ops.norm(rows, self._weights.final_norm, self.config.rms_norm_eps, self._weights.dtype)
-            out.copy_(self._linear(normed, self._weights.head))
+            out.copy_(self._linear(ops.norm(rows, weights.final_norm, self.config.rms_norm_eps, dtype), weights.head))
 
 
 def _counts(tokens: int, sessions: int, step: Step) -> list[int]:

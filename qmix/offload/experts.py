@@ -32,6 +32,7 @@ from qmix.offload.figures import PhaseFigures
 from qmix.offload.lookahead import Lookahead
 from qmix.offload.plan import EXPERT_CHUNK
 from qmix.offload.prefetch import Prefetcher
+from qmix.offload.resident import ResidentToken
 from qmix.offload.tiers import Tier
 from qmix.offload.watch import RoutingWatch
 
@@ -82,6 +83,7 @@ class PagedExperts:
         self._watch = watch
         self._clock = clock
         self._all_here = len(tier.pool) >= len(config.expert_keys)
+        self._token = ResidentToken(self._native, views, self._top_k) if self._native and self._all_here else None
         guesses = watch.traces or not (prefetcher.off or self._all_here)
         self.ahead = self._top_k if guesses else 0
         self.depth = depth if guesses else 0
@@ -106,6 +108,8 @@ class PagedExperts:
         Interrupted when step.cancel is set between two experts or while one is waited for; StoreError where a
         record cannot be read. Either leaves everything ready for another pass."""
         self._watch.layer(layer, step, ids, weights, ahead)
+        if len(x) == 1 and self._token is not None:
+            return self._one_token(self._token, layer, x, ids[0].tolist(), weights, step)
         groups = self._groups(ids)
         rows = torch.empty(len(x), self._top_k, x.shape[1], dtype=torch.float32)
         if self._all_here:
@@ -122,6 +126,14 @@ class PagedExperts:
             for key in self._in_turn(layer, list(groups), step, ahead):
                 self._compute(key, x, groups[key.expert], rows, step)
         return (self._kernels.layer if step.phase == "decode" else TORCH).combine(rows, weights)
+
+    def _one_token(self, compute: ResidentToken, layer: int, x: Tensor, experts: list[int], weights: Tensor,
+                   step: Step) -> Tensor:
+        _check(step)
+        figures, slot = self.figures[step.phase], self._tier.slot
+        figures.chosen += len(experts)
+        figures.hits += len(experts)
+        return compute([slot(ExpertKey(layer, expert)) for expert in experts], x, weights)
 
     @property
     def kernels(self) -> KernelTable:

@@ -13,6 +13,7 @@ from qmix.kernels.native.attention import HEAD_UNIT, Attention, Kept
 from qmix.kernels.native.layer import LayerOps
 from qmix.kernels.native.loader import levels, library, wanted_levels
 from qmix.kernels.native.products import DENSE_GROUP, FORMATS, Native, Product, as_seen
+from qmix.kernels.native.sequence import Sequence
 
-__all__ = ["DENSE_GROUP", "FORMATS", "HEAD_UNIT", "Attention", "Kept", "LayerOps", "Native", "Product", "as_seen",
-           "levels", "library", "wanted_levels"]
+__all__ = ["DENSE_GROUP", "FORMATS", "HEAD_UNIT", "Attention", "Kept", "LayerOps", "Native", "Product", "Sequence",
+           "as_seen", "levels", "library", "wanted_levels"]

@@ -5,18 +5,15 @@ Q query heads, KV key-value heads, D head size, S positions.
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from qmix.kernels.native.loader import Attention as Job
+from qmix.kernels.native import jobs
 from qmix.kernels.native.loader import levels, library
 
 HEAD_UNIT = 16  # what D must be a multiple of
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
-_KEPT = {torch.int8: 0, torch.bfloat16: 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +26,13 @@ class Kept:
     key_scales: Tensor | None = None
     value_scales: Tensor | None = None
 
+    @property
+    def addresses(self) -> tuple[int, int, int, int]:
+        """Of keys, values and their scales."""
+        scales = (0, 0) if self.key_scales is None or self.value_scales is None else (
+            self.key_scales.data_ptr(), self.value_scales.data_ptr())
+        return self.keys.data_ptr(), self.values.data_ptr(), *scales
+
 
 class Attention:
     """The library at one level (see levels()). threads: as many as torch has when this is made."""
@@ -37,7 +41,8 @@ class Attention:
         opened = library()
         assert opened is not None, "no library"
         self._attend = opened.qmix_attend
-        self._level = levels()[level]
+        self._number = levels()[level]
+        self.level = level
         self.threads = torch.get_num_threads()
         self.name = f"native {level}"
 
@@ -45,20 +50,22 @@ class Attention:
         """Keep keys and values [1, KV, D] of position end - 1, and let its q [1, Q, D] attend to positions
         [begin, end): [1, Q * D] in q's dtype. All fp32 or bf16; sums are fp32. By up to `threads` threads, which
         the bits do not depend on."""
-        (kv_heads, capacity, size), heads = kept.keys.shape, q.shape[1]
-        assert 0 <= begin < end <= capacity and size % HEAD_UNIT == 0 and heads % kv_heads == 0, (begin, end, q.shape)
         q, keys, values = _readable(q), _readable(keys), _readable(values)
-        out = torch.empty(1, heads * size, dtype=q.dtype)
-        scales = (None, None) if kept.key_scales is None or kept.value_scales is None else (
-            kept.key_scales.data_ptr(), kept.value_scales.data_ptr())
-        job = Job(q.data_ptr(), keys.data_ptr(), values.data_ptr(), kept.keys.data_ptr(), kept.values.data_ptr(),
-                  *scales, out.data_ptr(), capacity, begin, end, heads, kv_heads, size, _KEPT[kept.keys.dtype],
-                  _TYPES[q.dtype], _TYPES[keys.dtype], _TYPES[values.dtype])
-        if self._attend(self._level, ctypes.byref(job), self.threads):
+        out = torch.empty(1, q.shape[1] * q.shape[2], dtype=q.dtype)
+        if self._attend(self._number, self.job(kept, q, keys, values, out, begin, end), self.threads):
             raise MemoryError("no memory for attention")
         return out
 
+    def job(self, kept: Kept, q: Tensor, keys: Tensor, values: Tensor, out: Tensor, begin: int, end: int) -> bytes:
+        """native.h's qmix_attention, of contiguous tensors."""
+        (kv_heads, capacity, size), heads = kept.keys.shape, q.shape[1]
+        assert 0 <= begin < end <= capacity and size % HEAD_UNIT == 0 and heads % kv_heads == 0, (begin, end, q.shape)
+        return jobs.ATTENTION.pack(
+            q.data_ptr(), keys.data_ptr(), values.data_ptr(), *kept.addresses, out.data_ptr(), capacity, begin, end,
+            heads, kv_heads, size, jobs.KEPT[kept.keys.dtype], jobs.TYPES[q.dtype], jobs.TYPES[keys.dtype],
+            jobs.TYPES[values.dtype])
+
 
 def _readable(x: Tensor) -> Tensor:
-    x = x if x.dtype in _TYPES else x.float()
+    x = x if x.dtype in jobs.TYPES else x.float()
     return x if x.is_contiguous() else x.contiguous()

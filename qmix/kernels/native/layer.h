@@ -91,25 +91,37 @@ static void route_token(const qmix_route *job, int64_t token, float *scratch) {
 }
 
 /* Heads of one token, [heads, D], turned by their position's angles: Hugging Face's half-split order. */
-static void rotate_heads(int32_t type, const void *from, int64_t heads, int64_t size, const float *cos,
-                         const float *sin, float *out) {
+static void rotate_heads(int32_t type, const void *from, int64_t heads, int64_t size, const float *c,
+                         const float *s, float *out) {
     int64_t half = size / 2;
     for (int64_t h = 0; h < heads; h++)
         for (int64_t d = 0; d < half; d++) {
             float low = read_number(type, from, h * size + d), high = read_number(type, from, h * size + half + d);
-            out[h * size + d] = low * cos[d] + high * sin[d];
-            out[h * size + half + d] = high * cos[half + d] + low * sin[half + d];
+            out[h * size + d] = low * c[d] + high * s[d];
+            out[h * size + half + d] = high * c[half + d] + low * s[half + d];
         }
 }
 
 static void rotate_token(const qmix_rotate *job, int64_t token) {
     int64_t size = job->head_dim, item = job->type == QMIX_FP32 ? 4 : 2, heads = job->query_heads + job->kv_heads;
-    const float *cos = job->cos + token * size, *sin = job->sin + token * size;
+    const float *c = job->cos + token * size, *s = job->sin + token * size;
     float *out = job->out + token * heads * size;
     rotate_heads(job->type, (const char *)job->queries + token * job->query_heads * size * item, job->query_heads, size,
-                 cos, sin, out);
-    rotate_heads(job->type, (const char *)job->keys + token * job->kv_heads * size * item, job->kv_heads, size, cos,
-                 sin, out + job->query_heads * size);
+                 c, s, out);
+    rotate_heads(job->type, (const char *)job->keys + token * job->kv_heads * size * item, job->kv_heads, size, c,
+                 s, out + job->query_heads * size);
+}
+
+/* The angle in fp32 and its cosine in fp64, as qmix/model/layers.py has them. */
+static void angles_of_token(const qmix_angles *job, int64_t token) {
+    int64_t half = job->head_dim / 2;
+    float *c = job->cos + token * job->head_dim, *s = job->sin + token * job->head_dim;
+    for (int64_t d = 0; d < half; d++) {
+        float angle = (float)job->positions[token] * job->inverse[d];
+        c[d] = c[half + d] = (float)cos((double)angle);
+        s[half + d] = (float)sin((double)angle);
+        s[d] = -s[half + d];
+    }
 }
 
 /* out [H] = sum_k weights[k] * rows[k], strictly in order. */

@@ -6,18 +6,11 @@ T tokens, H hidden, E experts, K chosen, Q query heads, KV key-value heads, D he
 
 from __future__ import annotations
 
-import struct
-
 import torch
 from torch import Tensor
 
+from qmix.kernels.native import jobs
 from qmix.kernels.native.loader import levels, library
-
-NORM = struct.Struct("@3Pqfi")          # native.h's qmix_norm
-ROUTE = struct.Struct("@3Pqfi3P3q")     # qmix_route
-ROTATE = struct.Struct("@5P3qi4x")      # qmix_rotate
-COMBINE = struct.Struct("@3P2q")        # qmix_combine
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 class LayerOps:
@@ -27,17 +20,16 @@ class LayerOps:
     def __init__(self, level: str):
         opened = library()
         assert opened is not None, "no library"
-        self._norms, self._routes = opened.qmix_norms, opened.qmix_routes
-        self._rotations, self._combines = opened.qmix_rotations, opened.qmix_combines
-        self._level = levels()[level]
+        self._library = opened
+        self._number = levels()[level]
+        self.level = level
         self.name = f"native {level}"
 
     def norm(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         """x / sqrt(mean(x^2) + eps) * weight: x [T, H] and weight [H] fp32 -> [T, H] of `dtype`, fp32 or bf16."""
         x, weight = _plain(x), _plain(weight)
         out = torch.empty(x.shape, dtype=dtype)
-        _check(self._norms(self._level, NORM.pack(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.shape[1], eps,
-                                                  _TYPES[dtype]), x.shape[0]))
+        _check(self._library.qmix_norms(self._number, jobs.norm(x, weight, eps, out), x.shape[0]))
         return out
 
     def route(self, x: Tensor, weight: Tensor, router: Tensor, eps: float, normed: Tensor, ids: Tensor,
@@ -47,19 +39,21 @@ class LayerOps:
         x [T, H], weight [H] fp32; router [E, H] fp64."""
         x, weight, router = _plain(x), _plain(weight), _plain(router)
         assert normed.is_contiguous() and weights.is_contiguous() and ids.stride(1) == 1, "rows with gaps"
-        (count, size), (experts, _) = x.shape, router.shape
-        job = ROUTE.pack(x.data_ptr(), weight.data_ptr(), normed.data_ptr(), size, eps, _TYPES[normed.dtype],
-                         router.data_ptr(), ids.data_ptr(), weights.data_ptr(), ids.stride(0), experts, ids.shape[1])
-        _check(self._routes(self._level, job, count))
+        _check(self._library.qmix_routes(self._number, jobs.route(x, weight, router, eps, normed, ids, weights),
+                                         x.shape[0]))
 
     def guess(self, x: Tensor, weight: Tensor, router: Tensor, eps: float, ids: Tensor) -> None:
         """What `route` would put into ids, [T, A] of any strides between tokens."""
         x, weight, router = _plain(x), _plain(weight), _plain(router)
         assert ids.stride(1) == 1, "rows with gaps"
-        (count, size), (experts, _) = x.shape, router.shape
-        job = ROUTE.pack(x.data_ptr(), weight.data_ptr(), 0, size, eps, 0, router.data_ptr(), ids.data_ptr(), 0,
-                         ids.stride(0), experts, ids.shape[1])
-        _check(self._routes(self._level, job, count))
+        _check(self._library.qmix_routes(self._number, jobs.route(x, weight, router, eps, None, ids, None), x.shape[0]))
+
+    def angles(self, positions: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and signed sine, fp32 [T, 1, D], of position * inverse [D / 2], for positions [T] int64."""
+        cos, sin = torch.empty(2, len(positions), 1, 2 * len(inverse))
+        positions = positions.contiguous()
+        _check(self._library.qmix_angles_of(self._number, jobs.angles(positions, inverse, cos, sin), len(positions)))
+        return cos, sin
 
     def rotate(self, queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Rotary embedding: queries [T, Q * D] and keys [T, KV * D], fp32 or bf16; cos, signed sin [T, 1, D] fp32 ->
@@ -68,18 +62,14 @@ class LayerOps:
         queries, keys, cos, sin = (x if x.is_contiguous() else x.contiguous() for x in (queries, keys, cos, sin))
         heads, kv_heads = queries.shape[1] // size, keys.shape[1] // size
         out = torch.empty(count, heads + kv_heads, size)
-        job = ROTATE.pack(queries.data_ptr(), keys.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), heads,
-                          kv_heads, size, _TYPES[queries.dtype])
-        _check(self._rotations(self._level, job, count))
+        _check(self._library.qmix_rotations(self._number, jobs.rotate(queries, keys, cos, sin, out), count))
         return out[:, :heads], out[:, heads:]
 
     def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
         """sum_k weights[:, k] * rows[:, k], strictly in order: rows [T, K, H], weights [T, K] -> [T, H], all fp32."""
         rows, weights = _plain(rows), _plain(weights)
-        count, chosen, size = rows.shape
-        out = torch.empty(count, size)
-        job = COMBINE.pack(rows.data_ptr(), weights.data_ptr(), out.data_ptr(), chosen, size)
-        _check(self._combines(self._level, job, count))
+        out = torch.empty(rows.shape[0], rows.shape[2])
+        _check(self._library.qmix_combines(self._number, jobs.combine(rows, weights, out), rows.shape[0]))
         return out
 
 

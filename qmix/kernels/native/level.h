@@ -31,6 +31,7 @@ typedef struct {
     void (*norm)(const qmix_norm *job, int64_t token, float *scratch);   /* scratch [H] */
     void (*route)(const qmix_route *job, int64_t token, float *scratch); /* scratch [H + E + K] */
     void (*rotate)(const qmix_rotate *job, int64_t token);
+    void (*angles)(const qmix_angles *job, int64_t token);
     void (*combine)(const qmix_combine *job, int64_t token);
 } qmix_level;
 

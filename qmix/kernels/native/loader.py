@@ -6,7 +6,6 @@ It is built when qmix is installed, if there is a C compiler (setup.py).
 from __future__ import annotations
 
 import ctypes
-import struct
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -15,16 +14,6 @@ from qmix import settings
 from qmix.errors import UsageError
 
 ABI = 3  # native.h's QMIX_ABI
-JOB = struct.Struct("@6P7q7i4x")  # native.h's qmix_job: pointers, sizes, layout, padded to a multiple of 8
-
-
-class Attention(ctypes.Structure):
-    """native.h's qmix_attention."""
-
-    _fields_ = [(name, ctypes.c_void_p) for name in ("query", "new_keys", "new_values", "keys", "values", "key_scales",
-                                                     "value_scales", "out")] + \
-        [(name, ctypes.c_int64) for name in ("capacity", "begin", "end", "query_heads", "kv_heads", "head_dim")] + \
-        [(name, ctypes.c_int32) for name in ("kv_type", "query_type", "key_type", "value_type")]
 
 
 @cache

@@ -144,8 +144,49 @@ int32_t qmix_rotations(int32_t level, const qmix_rotate *job, int32_t tokens) {
     return 0;
 }
 
+int32_t qmix_angles_of(int32_t level, const qmix_angles *job, int32_t tokens) {
+    for (int32_t token = 0; token < tokens; token++)
+        levels[level]->angles(job, token);
+    return 0;
+}
+
 int32_t qmix_combines(int32_t level, const qmix_combine *job, int32_t tokens) {
     for (int32_t token = 0; token < tokens; token++)
         levels[level]->combine(job, token);
     return 0;
+}
+
+int32_t qmix_add(const qmix_addition *job, int32_t tokens) {
+    for (int64_t i = 0; i < job->size * tokens; i++)
+        job->y[i] += job->x[i];
+    return 0;
+}
+
+static int32_t run_call(int32_t level, int32_t act, const qmix_call *call, int32_t threads) {
+    switch (call->kind) {
+    case QMIX_PRODUCTS:
+        return qmix_products(level, act, call->job, call->count, threads);
+    case QMIX_ATTEND:
+        return qmix_attend(level, call->job, threads);
+    case QMIX_NORM:
+        return qmix_norms(level, call->job, call->count);
+    case QMIX_ROUTE:
+        return qmix_routes(level, call->job, call->count);
+    case QMIX_ROTATE:
+        return qmix_rotations(level, call->job, call->count);
+    case QMIX_ANGLES:
+        return qmix_angles_of(level, call->job, call->count);
+    case QMIX_COMBINE:
+        return qmix_combines(level, call->job, call->count);
+    case QMIX_ADD:
+        return qmix_add(call->job, call->count);
+    }
+    return -1;
+}
+
+int32_t qmix_sequence(int32_t level, int32_t act, const qmix_call *calls, int32_t count, int32_t threads) {
+    int32_t failed = 0;
+    for (int32_t i = 0; i < count && !failed; i++)
+        failed = run_call(level, act, calls + i, threads);
+    return failed;
 }

@@ -38,6 +38,7 @@ typedef struct {
     int32_t parts;          /* W's parts, each padded to N / parts rows */
     int32_t gated;
     int32_t x_type, y_type;
+    int32_t add;            /* to what y has; fp32 only */
 } qmix_job;
 
 enum { QMIX_KV_INT8 = 0, QMIX_KV_BF16 = 1 };    /* how keys and values are kept */
@@ -88,6 +89,14 @@ typedef struct {
     int32_t type;               /* of queries and keys */
 } qmix_rotate;
 
+/* What rotates at a position p: the cosine and the signed sine of p * inverse, the product in fp32. */
+typedef struct {
+    const int64_t *positions; /* [T] */
+    const float *inverse;     /* [D / 2] */
+    float *cos, *sin;         /* [T, D] */
+    int64_t head_dim;
+} qmix_angles;
+
 /* out = sum_k weights[k] * rows[k], in order. */
 typedef struct {
     const float *rows;    /* [T, K, H] */
@@ -95,6 +104,20 @@ typedef struct {
     float *out;           /* [T, H] */
     int64_t chosen, size;
 } qmix_combine;
+
+/* y += x */
+typedef struct {
+    const float *x; /* [T, H] */
+    float *y;
+    int64_t size;   /* H */
+} qmix_addition;
+
+/* One call of those below: `count` jobs of a product, or tokens of the others (1 for attention). */
+enum { QMIX_PRODUCTS = 0, QMIX_ATTEND, QMIX_NORM, QMIX_ROUTE, QMIX_ROTATE, QMIX_ANGLES, QMIX_COMBINE, QMIX_ADD };
+typedef struct {
+    const void *job;
+    int32_t kind, count;
+} qmix_call;
 
 int32_t qmix_abi(void);
 const char *qmix_level_name(int32_t level);     /* the best first; NULL past the last */
@@ -112,6 +135,11 @@ int32_t qmix_attend(int32_t level, const qmix_attention *job, int32_t threads);
 int32_t qmix_norms(int32_t level, const qmix_norm *job, int32_t tokens);
 int32_t qmix_routes(int32_t level, const qmix_route *job, int32_t tokens);
 int32_t qmix_rotations(int32_t level, const qmix_rotate *job, int32_t tokens);
+int32_t qmix_angles_of(int32_t level, const qmix_angles *job, int32_t tokens);
 int32_t qmix_combines(int32_t level, const qmix_combine *job, int32_t tokens);
+int32_t qmix_add(const qmix_addition *job, int32_t tokens);
+
+/* One call after the other; stops at the first that fails. */
+int32_t qmix_sequence(int32_t level, int32_t act, const qmix_call *calls, int32_t count, int32_t threads);
 
 #endif

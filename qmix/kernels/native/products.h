@@ -436,7 +436,10 @@ static void silu_times(float *gate, const float *up, int count) {
 
 static void write_row(const qmix_job *job, int64_t token, int64_t column, int64_t count, const float *from) {
     int64_t row = job->y_rows ? job->y_rows[token] : token, start = row * job->y_stride + column;
-    if (job->y_type == QMIX_FP32)
+    if (job->add)
+        for (int64_t i = 0; i < count; i++)
+            ((float *)job->y)[start + i] += from[i];
+    else if (job->y_type == QMIX_FP32)
         memcpy((float *)job->y + start, from, 4 * (size_t)count);
     else
         for (int64_t i = 0; i < count; i++)
@@ -496,4 +499,4 @@ static void unit_rows(int32_t act, const qmix_job *job, int64_t unit, const char
 #include "layer.h"
 
 const qmix_level JOIN(qmix, LEVEL) = {NAME, supported, WIDTH, token_bytes, pack, unit_rows, attend_bytes, attend_head,
-                                       norm_token, route_token, rotate_token, combine_token};
+                                       norm_token, route_token, rotate_token, angles_of_token, combine_token};

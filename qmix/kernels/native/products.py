@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from qmix.formats.packed import Packed
-from qmix.kernels.native.loader import JOB, levels, library
+from qmix.kernels.native import jobs
+from qmix.kernels.native.loader import levels, library
 
 ACTIVATIONS = {"int8": 0, "bf16": 1}  # native.h's QMIX_ACT_*
 FORMATS = ("int4", "int8")
 DENSE_GROUP = 64  # columns that share a step where the weights have no groups
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,7 @@ class Product:
     x_rows: Tensor | None = None
     y_rows: Tensor | None = None
     gated: bool = False
+    add: bool = False  # to what y, fp32, has
 
 
 class Native:
@@ -45,8 +46,9 @@ class Native:
         self._products = opened.qmix_products
         # Matrices stay where they are, in their slots: what is said of them is put together once.
         self._matrices: dict[int, tuple[Packed, int, int, tuple[int, ...], tuple[int, ...]]] = {}
-        self._level = levels()[level]
-        self._activations = ACTIVATIONS[activations]
+        self._number = levels()[level]
+        self.level = level
+        self.code = ACTIVATIONS[activations]
         self.activations = activations
         self.threads = torch.get_num_threads()
         # torch's int8 product is the faster one where activations stay bf16.
@@ -55,21 +57,23 @@ class Native:
 
     def run(self, products: Sequence[Product]) -> None:
         """Compute all of them, none of which may need another's result, by up to `threads` threads."""
-        jobs = b"".join([self._job(p) for p in products])
-        if self._products(self._level, self._activations, jobs, len(products), self.threads):
+        packed = b"".join([self.job(p) for p in products])
+        if self._products(self._number, self.code, packed, len(products), self.threads):
             raise MemoryError("no memory for the activations of a product")
 
-    def _job(self, p: Product) -> bytes:
+    def job(self, p: Product) -> bytes:
         """native.h's qmix_job."""
         w, x, y, x_rows, y_rows = p.w, p.x, p.y, p.x_rows, p.y_rows
         known = self._matrices.get(id(w))
         if known is None or known[0] is not w:
             known = self._matrices[id(w)] = w, *_matrix(w)
         _, weight, params, sizes, layout = known
-        return JOB.pack(weight, params, x.data_ptr(), 0 if x_rows is None else x_rows.data_ptr(), y.data_ptr(),
-                        0 if y_rows is None else y_rows.data_ptr(), x.stride(0), y.stride(0),
-                        x.shape[0] if x_rows is None else x_rows.shape[0], *sizes, *layout, p.gated, _TYPES[x.dtype],
-                        _TYPES[y.dtype])
+        assert not p.add or y.dtype == torch.float32, y.dtype
+        return jobs.PRODUCT.pack(
+            weight, params, x.data_ptr(), 0 if x_rows is None else x_rows.data_ptr(), y.data_ptr(),
+            0 if y_rows is None else y_rows.data_ptr(), x.stride(0), y.stride(0),
+            x.shape[0] if x_rows is None else x_rows.shape[0], *sizes, *layout, p.gated, jobs.TYPES[x.dtype],
+            jobs.TYPES[y.dtype], p.add)
 
     def linear(self, x: Tensor, *matrices: Packed) -> list[Tensor]:
         """x [T, cols] fp32 or bf16 -> [T, rows] of each matrix, in x's dtype."""
@@ -97,7 +101,7 @@ def as_seen(x: Tensor, activations: str, group: int) -> Tensor:
 
 
 def _readable(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 and x.dtype in _TYPES else x.float().contiguous()
+    return x if x.stride(-1) == 1 and x.dtype in jobs.TYPES else x.float().contiguous()
 
 
 def _matrix(w: Packed) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:

@@ -1,0 +1,68 @@
+"""Several calls of the library as one: what a layer does to a token is a dozen of them, and between two calls the
+interpreter, whose memory the weights have just driven out of the caches, takes longer than most of the calls.
+
+A sequence is put together once, over tensors that stay, and run for every token. What changes is patched in.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Sequence as Several
+from itertools import accumulate
+from typing import Any
+
+from torch import Tensor
+
+from qmix.kernels.native import jobs
+from qmix.kernels.native.loader import levels, library
+
+PRODUCTS, ATTEND, NORM, ROUTE, ROTATE, ANGLES, COMBINE, ADD = range(8)  # native.h's kinds
+_ADDRESS = struct.Struct("@P")    # what an addition begins with: of what it adds
+_CACHE = struct.Struct("@4P")     # of a qmix_attention, behind three pointers: keys, values, their scales
+_RANGE = struct.Struct("@3q")     # behind five more: capacity, begin, end
+
+
+class Sequence:
+    """Calls in order. activations: native.h's number of what products see; threads: at most so many compute."""
+
+    def __init__(self, level: str, activations: int, threads: int, calls: Several[tuple[int, Several[bytes] | bytes]],
+                 keep: Any = None):
+        """calls: (kind, its jobs, packed: several of a product, else one for one token); keep: what they point to."""
+        opened = library()
+        assert opened is not None, "no library"
+        packed = [(kind, [given] if isinstance(given, bytes) else list(given)) for kind, given in calls]
+        sizes = [sum(map(len, parts)) for _, parts in packed]
+        self._offsets = [0, *accumulate(sizes)]
+        memory = ctypes.create_string_buffer(b"".join(b"".join(parts) for _, parts in packed), self._offsets[-1])
+        self._jobs = memoryview(memory).cast("B")
+        start = ctypes.addressof(memory)
+        listed = [jobs.CALL.pack(start + at, kind, len(parts))
+                  for at, (kind, parts) in zip(self._offsets, packed, strict=False)]
+        self._arguments = levels()[level], activations, b"".join(listed), len(listed), threads
+        self._run = opened.qmix_sequence
+        self._keep = keep
+
+    def patch(self, call: int, job: bytes) -> None:
+        """Another job for a call that has one, or for the first of several."""
+        at = self._offsets[call]
+        self._jobs[at:at + len(job)] = job
+
+    def patch_source(self, call: int, address: int) -> None:
+        """What an addition adds."""
+        _ADDRESS.pack_into(self._jobs, self._offsets[call], address)
+
+    def patch_cache(self, call: int, kept: tuple[int, int, int, int], capacity: int, begin: int, end: int) -> None:
+        """Which cache attention keeps its new vectors in and reads, and which positions of it."""
+        at = self._offsets[call]
+        _CACHE.pack_into(self._jobs, at + 24, *kept)
+        _RANGE.pack_into(self._jobs, at + 64, capacity, begin, end)
+
+    def run(self) -> None:
+        if self._run(*self._arguments):
+            raise MemoryError("no memory for the activations of a layer")
+
+
+def addition(x: Tensor, y: Tensor) -> bytes:
+    """y += x, both [1, H] fp32, contiguous."""
+    return jobs.ADDITION.pack(x.data_ptr(), y.data_ptr(), y.shape[1])

@@ -1,0 +1,175 @@
+"""One token as a few calls of the native library, against the same token step by step: the same bits, always."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import write_tiny_checkpoint
+from tokenizer_files import spm_model
+from torch import Tensor
+
+from qmix.checkpoint import Checkpoint
+from qmix.config import Cancel, QuantConfig, Step
+from qmix.engine import Engine, load
+from qmix.errors import Interrupted
+from qmix.kernels import native
+from qmix.model import fused, mixtral
+from qmix.offload.resident import ResidentToken
+from qmix.quantize import quantize_checkpoint
+
+pytestmark = pytest.mark.skipif(not native.levels(), reason="the native kernels were not built: no C compiler")
+
+IDS = [(7 * i * i + 3 * i) % 500 for i in range(120)]
+
+
+@pytest.fixture(scope="module", params=["g64", "window, int8 dense, g32"])
+def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fused")
+    plain = request.param == "g64"
+    source = write_tiny_checkpoint(folder / "source", vocab_size=512, **({} if plain else {"sliding_window": 40}))
+    (source / "tokenizer.model").write_bytes(spm_model())
+    quant = QuantConfig(dense="int4") if plain else QuantConfig(group_size=32)
+    with Checkpoint.open(source) as opened:
+        quantize_checkpoint(opened, folder / "store", quant, threads=1)
+    return folder / "store"
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What computed single tokens."""
+    calls: list[str] = []
+    for kind, name in ((fused.FusedToken, "layers"), (ResidentToken, "experts")):
+        def counted(self: Any, *args: Any, _name: str = name, _call: Any = kind.__call__) -> Tensor:
+            calls.append(_name)
+            return _call(self, *args)
+
+        monkeypatch.setattr(kind, "__call__", counted)
+    yield calls
+
+
+def decoded(engine: Engine, first: int = 30, count: int = 60) -> Tensor:
+    session = engine.session()
+    session.prefill(IDS[:first])
+    return torch.stack([session.decode(token) for token in IDS[first:first + count]])
+
+
+def step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixtral, "fits", lambda *_: False)
+    monkeypatch.setattr("qmix.offload.experts.ResidentToken", lambda *_: None)
+
+
+@pytest.mark.parametrize("kv", ["bf16", "int8"])
+@pytest.mark.parametrize("activations", ["auto", "bf16"])
+def test_the_same_bits(store: Path, kv: str, activations: str, used: list[str],
+                       monkeypatch: pytest.MonkeyPatch) -> None:
+    with load(store, threads=1, kv=kv, activations=activations) as engine:
+        got = decoded(engine)
+    dense_is_native = engine.store.quant.dense == "int4" or activations == "auto"
+    assert used.count("layers") == (60 if dense_is_native else 0)
+    assert used.count("experts") == 60 * engine.config.num_layers
+    del used[:]
+    step_by_step(monkeypatch)
+    with load(store, threads=1, kv=kv, activations=activations) as engine:
+        want = decoded(engine)
+    assert used == []
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("level", [level for level in native.levels() if level != "portable"])
+def test_at_every_level(store: Path, level: str, used: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QMIX_NATIVE", level)
+    with load(store, threads=1) as engine:
+        got = decoded(engine, count=10)
+    assert "layers" in used
+    step_by_step(monkeypatch)
+    with load(store, threads=1) as engine:
+        assert torch.equal(got, decoded(engine, count=10))
+
+
+def test_paged_experts_and_guesses(store: Path, used: list[str], tmp_path: Path,
+                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """With guesses for the layers ahead, and experts that come from disk: the trace has them."""
+    texts, logits = [], []
+    for name in ("fused", "steps"):
+        with load(store, threads=1, trace=tmp_path / name) as engine:
+            logits.append(decoded(engine, count=20))
+        texts.append((tmp_path / name).read_bytes())
+        step_by_step(monkeypatch)
+    assert used.count("layers") == 20
+    assert torch.equal(*logits)
+    assert texts[0] == texts[1] and b"ahead" in texts[0]
+
+
+def test_sessions_in_turns(store: Path) -> None:
+    """One set of buffers, many caches: a token reads its own session's alone."""
+    with load(store, threads=1, context=128) as engine:
+        want = decoded(engine, 30, 12)
+    with load(store, threads=1, context=128) as engine:
+        one, other = engine.session(), engine.session()
+        one.prefill(IDS[:30])
+        other.prefill(IDS[40:80])
+        got = []
+        for token in IDS[30:42]:
+            got.append(one.decode(token))
+            other.decode(token + 1)
+        assert torch.equal(torch.stack(got), want)
+
+
+def test_cancelled_or_failed_it_leaves_the_cache(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with load(store, threads=1) as engine:
+        session = engine.session()
+        session.prefill(IDS[:20])
+        want = session.decode(5)
+        session.trim(20)
+        cancel = Cancel()
+        cancel.set()
+        with pytest.raises(Interrupted):
+            session.decode(5, cancel)
+        assert session.length == session.cache.length == 20
+        experts = engine._model._experts
+
+        def failing(layer: int, *how: Any) -> Tensor:
+            if layer == 1:
+                raise MemoryError("none left")
+            return experts(layer, *how)
+
+        engine._model._experts = failing  # type: ignore[method-assign]
+        with pytest.raises(MemoryError):
+            session.decode(5)
+        assert session.length == session.cache.length == 20
+        engine._model._experts = experts  # type: ignore[method-assign]
+        assert torch.equal(session.decode(5), want)
+
+
+def test_logits_stay_the_callers(store: Path) -> None:
+    """They are not a buffer that the next token overwrites."""
+    with load(store, threads=1) as engine:
+        session = engine.session()
+        session.prefill(IDS[:20])
+        first = session.decode(1)
+        kept = first.clone()
+        session.decode(2)
+        assert torch.equal(first, kept)
+
+
+def test_it_wants_everything_native_at_one_level(store: Path) -> None:
+    with load(store, threads=1) as engine:
+        model = engine._model
+        weights, kernels, cache = model._weights, model._kernels, model.new_cache(8)
+        assert fused.fits(weights, kernels, cache)
+        cache.native = None
+        assert not fused.fits(weights, kernels, cache)
+        cache.native = native.Attention("portable")
+        assert not fused.fits(weights, kernels, cache)
+        single = Step("decode")
+        assert model.forward(torch.tensor([1]), torch.tensor([0]), [cache], single).shape == (1, 512)
+
+
+def test_a_failing_call_is_an_error() -> None:
+    bad = native.Sequence(next(iter(native.levels())), 0, 1, [(99, b"\0" * 8)])
+    with pytest.raises(MemoryError):
+        bad.run()
