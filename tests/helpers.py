@@ -106,7 +106,7 @@ def naive_experts(checkpoint: Checkpoint,
     weights = {key: [w.double() for w in checkpoint.expert(key)] for key in checkpoint.config.expert_keys}
 
     def experts(layer: int, x: Tensor, ids: Tensor, gains: Tensor, step: Step,
-                ahead: Tensor | None = None) -> Tensor:
+                ahead: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
         seen(layer, x, ids, gains, step, ahead)
         out = torch.zeros(x.shape, dtype=torch.float64)
         for expert in range(checkpoint.config.num_experts):
@@ -115,7 +115,7 @@ def naive_experts(checkpoint: Checkpoint,
             rows = x[token].double()
             y = (F.silu(rows @ w1.T) * (rows @ w3.T)) @ w2.T
             out.index_add_(0, token, y * gains[token, rank, None].double())
-        return out.to(x.dtype)
+        return (out if wanted is None else out[wanted]).to(x.dtype)
 
     return experts
 

@@ -162,6 +162,24 @@ def test_experts_agree_with_a_float64_sum(stores: dict[str, Path], name: str) ->
             assert (alone - want[token]).norm() <= limit * want[token].norm()
 
 
+@pytest.mark.parametrize("wanted", [[], [0], [8], [2, 5, 6]])
+@pytest.mark.parametrize("name", ["int4", "keep"])
+def test_wanted_rows_are_those_of_all(stores: dict[str, Path], name: str, wanted: list[int]) -> None:
+    with Store.open(stores[name]) as store:
+        experts = resident_experts(store, select_kernels(store.config, store.quant, lambda line: None))
+        x = torch.randn(9, store.config.hidden_size, generator=torch.Generator().manual_seed(3))
+        ids = torch.stack([torch.randperm(store.config.num_experts)[:2] for _ in range(9)])
+        weights = torch.rand(9, 2).softmax(1)
+        layers = range(store.config.num_layers)
+        want = [experts(layer, x, ids, weights, Step("prefill")) for layer in layers][-1]
+        rows = [None] * (len(layers) - 1) + [torch.tensor(wanted, dtype=torch.int64)]
+        got = [experts(layer, x, ids, weights, Step("prefill"), None, rows[layer]) for layer in layers][-1]
+        assert got.shape == (len(wanted), store.config.hidden_size)
+        assert torch.allclose(got, want[wanted], rtol=1e-4, atol=1e-5)
+        counts = experts._watch.stats.total("prefill")
+        assert [sum(row) for row in counts.counts] == [2 * 9 * 2] * len(layers), "all that was routed counts"
+
+
 def test_slots_are_aligned_for_direct_reads() -> None:
     pool = slot_pool(3, 2 * RECORD_ALIGN)
     assert pool.shape == (3, 2 * RECORD_ALIGN)

@@ -230,6 +230,30 @@ def test_long_prompts_take_several_passes(checkpoint: Checkpoint, monkeypatch: p
     assert close(last[0], parts[-1])
 
 
+def test_in_the_last_layer_only_what_is_read_is_computed(checkpoint: Checkpoint,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted: list[tuple[int, list[int] | None]] = []
+    model = keep_model(checkpoint)
+    experts = model._experts
+
+    def noted(layer: int, *how: Any) -> Tensor:
+        wanted.append((layer, None if how[-1] is None else how[-1].tolist()))
+        return experts(layer, *how)
+
+    model._experts = noted  # type: ignore[method-assign]
+    monkeypatch.setattr(mixtral, "PASS", 512)
+    model.forward(torch.tensor(IDS[:700]), torch.arange(700), [model.new_cache(700)], Step("prefill"))
+    assert wanted == [(0, None), (1, None), (2, []), (0, None), (1, None), (2, [187])]
+    wanted.clear()
+    prefill(model, IDS[:20], model.new_cache(20), True)
+    assert wanted == [(0, None), (1, None), (2, None)]
+    wanted.clear()
+    caches = [model.new_cache(20) for _ in range(2)]
+    model.forward(torch.tensor(IDS[:9]), torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4]), caches,
+                  Step("prefill", (0,) * 4 + (1,) * 5))
+    assert wanted == [(0, None), (1, None), (2, [3, 8])]
+
+
 # --- several sessions ---
 
 @pytest.mark.parametrize("name", ["gqa", "window"])
@@ -322,7 +346,7 @@ def test_ahead_is_the_next_router_on_this_residual(checkpoint: Checkpoint, guess
     seen: list[tuple[Tensor, Tensor | None]] = []
 
     def experts(layer: int, x: Tensor, ids: Tensor, gains: Tensor, step: Step,
-                ahead: Tensor | None) -> Tensor:
+                ahead: Tensor | None, wanted: Tensor | None) -> Tensor:
         seen.append((ids.clone(), None if ahead is None else ahead.clone()))
         return torch.zeros_like(x)
 

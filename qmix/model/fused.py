@@ -23,7 +23,7 @@ from qmix.model.kvcache import KVCache
 from qmix.model.layers import rotation
 from qmix.model.weights import LayerWeights, Weights
 
-Experts = Callable[[int, Tensor, Tensor, Tensor, Step, Tensor | None], Tensor]
+Experts = Callable[[int, Tensor, Tensor, Tensor, Step, Tensor | None, Tensor | None], Tensor]
 
 FIRST, ATTENTION = 0, 4  # calls of a layer's sequence that are patched
 
@@ -80,7 +80,7 @@ class FusedToken:
                 sequence.patch_source(FIRST, out.data_ptr())
             sequence.patch_cache(ATTENTION, cache.addresses[index], cache.capacity, begin, start + 1)
             sequence.run()
-            out = experts(index, self._normed, self._ids, self._chances, step, ahead)
+            out = experts(index, self._normed, self._ids, self._chances, step, ahead, None)
             assert out.dtype == torch.float32 and out.is_contiguous(), "experts return fp32 rows"
         self._last.patch_source(FIRST, out.data_ptr())
         self._last.run()

@@ -79,7 +79,10 @@ class Rows:
 class Mixtral:
     """The model without its experts, which are the one callable
 
-        experts(layer, x [T, H], ids [T, K], weights [T, K], step, ahead [T, D, A] or None) -> [T, H]
+        experts(layer, x [T, H], ids [T, K], weights [T, K], step, ahead [T, D, A] or None, wanted) -> [n, H]
+
+    wanted: the n rows to compute, None for all; others were routed and count, but nothing reads what they would give:
+    in the last layer of a prompt, all but the last token's.
 
     ahead: how many experts of each of the next `depth` layers to guess for it while decoding; 0 where nobody
     fetches. Near the last layer D is smaller than depth, and for the last layer there is nothing to guess.
@@ -169,12 +172,17 @@ class Mixtral:
                 self._attention(index, layer, block, ops)
                 self._route(layer, after, block, ops)
             ahead = rows.ahead[:, :len(after)] if after else None
-            rows.residual.add_(self._experts(index, rows.normed, rows.ids, rows.weights, step, ahead))
+            if index + 1 == len(layers) and len(wanted) < end - first:
+                chosen = torch.tensor([row - first for row in wanted], dtype=torch.int64)
+                residual = rows.residual[chosen]
+                residual.add_(self._experts(index, rows.normed, rows.ids, rows.weights, step, ahead, chosen))
+            else:
+                rows.residual.add_(self._experts(index, rows.normed, rows.ids, rows.weights, step, ahead, None))
+                residual = rows.residual
         for span in spans:
             span.cache.length = span.start + span.end - span.begin
         if wanted:
-            whole = len(wanted) == end - first
-            self._head(rows.residual if whole else rows.residual[[row - first for row in wanted]], logits, ops)
+            self._head(residual, logits, ops)
 
     def _rows(self, tokens: Tensor, positions: Tensor, spans: Sequence[Span], ops: LayerOps) -> Rows:
         """The pass before its first layer: embeddings, rotations, and room for the rest."""

@@ -101,14 +101,17 @@ class PagedExperts:
         self.figures["decode"].tokens -= rejected
 
     def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, step: Step,
-                 ahead: Tensor | None = None) -> Tensor:
+                 ahead: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
         """x [T, H] normed hidden states; ids [T, K] int64 and weights [T, K] fp32 from the router; ahead
-        [T, D, A] int64, the next layers' guesses -> [T, H] fp32, as the residual is that it is added to.
+        [T, D, A] int64, the next layers' guesses; wanted [n] int64, the rows to compute, None for all: the others
+        count in the statistics, no more -> [n, H] fp32, as the residual is that it is added to.
 
         Interrupted when step.cancel is set between two experts or while one is waited for; StoreError where a
         record cannot be read. Either leaves everything ready for another pass."""
         self._watch.layer(layer, step, ids, weights, ahead)
-        if len(x) == 1 and self._token is not None:
+        if wanted is not None:
+            x, ids, weights = x[wanted], ids[wanted], weights[wanted]
+        if self._token is not None and len(x) == 1 and step.phase == "decode":
             return self._one_token(self._token, layer, x, ids[0].tolist(), weights, step)
         groups = self._groups(ids)
         rows = torch.empty(len(x), self._top_k, x.shape[1], dtype=torch.float32)
