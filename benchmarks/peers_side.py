@@ -2,8 +2,8 @@
 
     python benchmarks/peers_side.py {qmix,llama} TASK.json
 
-TASK.json: do ("speed", "routing", for llama "quantize"), model, tokens, threads, context and what the functions
-below read. Before and after each stretch of decoding it prints {"probe": name} and waits for a line on stdin: the
+TASK.json: do ("speed", "turns", "routing", for llama "quantize"), model, tokens, threads, context and what the
+functions below read. Before and after each stretch of decoding it prints {"probe": name} and waits for a line on stdin: the
 caller measures the memory's bandwidth meanwhile, while nothing runs here.
 """
 
@@ -93,6 +93,23 @@ def speed(task: Task, first: Runner, loaded: float, others: Callable[[int], Abst
     return found
 
 
+def turns(task: Task, runner: Runner) -> dict[str, Any]:
+    """Behind a prompt of `depth` tokens, as many steps as the line on stdin says, for each line, and prints their
+    seconds; until the lines end."""
+    tokens, at = task["tokens"], task["depth"] + WARM
+    if task["depth"]:
+        runner.best(tokens[:task["depth"]])
+    for token in tokens[task["depth"]:at]:
+        runner.best([token])
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        steps = tokens[at:at + int(line)]
+        took = seconds(lambda steps=steps: [runner.best([token]) for token in steps])  # type: ignore[misc]
+        at += len(steps)
+        print(json.dumps({"tokens": len(steps), "seconds": took}), flush=True)
+    return {}
+
+
 def run_qmix(task: Task) -> dict[str, Any]:
     import qmix.engine
     from qmix.errors import QmixError
@@ -113,6 +130,8 @@ def run_qmix(task: Task) -> dict[str, Any]:
             loaded = time.perf_counter() - start
             if not engine.plan.resident:
                 raise SystemExit("qmix: the model is not resident: free some memory")
+            if task["do"] == "turns":
+                return turns(task, runner)
             found = speed({**task, "ubatch": []}, runner, loaded, lambda ubatch: nullcontext(runner))
             return {**found, "said": lines, "options": given,
                     "kernels": dict(qmix.engine.select_kernels(engine.config, engine.store.quant, say).names)}
@@ -143,6 +162,8 @@ def run_llama(task: Task) -> dict[str, Any]:
             made.close()
 
     first = context(task["ubatch"][0])
+    if task["do"] == "turns":
+        return turns(task, first)
     loaded = time.perf_counter() - start
     found = speed(task, first, loaded, other)
     return {**found, "version": model.ll.__version__, "system": model.ll.llama_print_system_info().decode().strip()}

@@ -33,7 +33,7 @@ class Recorder:
     ahead: list[Tensor] = field(default_factory=list)
 
     def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, step: Step,
-                 ahead: Tensor | None = None) -> Tensor:
+                 ahead: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
         self.ids.append(ids.clone())
         if ahead is not None:
             self.ahead.append(ahead.clone())
@@ -44,7 +44,7 @@ class Recorder:
             token, rank = (ids == expert).nonzero(as_tuple=True)
             out = self.kernels.expert(x[token], *self.store.expert(key, self.buffer))
             total.index_add_(0, token, out.float() * weights[token, rank, None])
-        return total
+        return total if wanted is None else total[wanted]
 
 
 def route(store: Store, tokens: list[int]) -> Recorder:

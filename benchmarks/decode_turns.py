@@ -1,0 +1,122 @@
+"""Decoding of qmix and llama.cpp in short turns, both models in memory at once: a machine's drift meets all alike.
+
+    python benchmarks/decode_turns.py --peer-python PEER/bin/python --work DIR   # models as peers.py keeps them in DIR
+
+peers.py runs one program after the other, minutes apart, in which a shared machine's memory may give half of what it
+gave before. Here each side decodes some tokens (about a second), then the next one does, then the memory's read
+bandwidth is measured; and again. Ratios are taken within a turn, then their median. Who begins changes from turn to
+turn. Both sides idle while another works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from peers import SIDE, Side, find_peer, machine
+from peers_report import GB, cell, table
+from synthetic_recipe import Recipe, tokenizer_file, uniform_tokens
+
+from qmix.hardware import physical_cores
+from qmix.hardware.bandwidth import measure_ram
+
+
+class Turns:
+    """A side that waits for its turn."""
+
+    def __init__(self, side: Side, python: str, task: dict[str, Any], opened: ExitStack):
+        self.side = side
+        file = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="qmix-turns-"))) / "task.json"
+        file.write_text(json.dumps({**task, "do": "turns", "model": str(side.model), "started": time.time()}))
+        self._process = opened.enter_context(subprocess.Popen(
+            [python, str(SIDE), side.kind, str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, **side.env}))
+        opened.callback(self._process.kill)
+        self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                return dict(json.loads(line))
+        raise SystemExit(f"{self.side.name}: ended early")
+
+    def rate(self, count: int) -> float:
+        """Tokens a second over `count` steps."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{count}\n")
+        self._process.stdin.flush()
+        answer = self._answer()
+        return float(answer["tokens"] / answer["seconds"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer-python", required=True, help="interpreter with llama-cpp-python and gguf")
+    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="where the models are or will be")
+    parser.add_argument("-t", "--threads", type=int, default=physical_cores())
+    parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("-n", "--tokens", type=int, default=24, help="decoded in each turn")
+    parser.add_argument("--depth", type=int, default=0, help="decode behind a prompt of so many tokens")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--gguf", default="q4_0", help="q4_0, q4_k_m")
+    parser.add_argument("--dense", default="int4", choices=("int4", "int8"))
+    parser.add_argument("--activations", choices=("bf16", "int8", "auto"))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="every turn")
+    args = parser.parse_args()
+    version = find_peer(parser, args.peer_python)
+    tokenizer_file()
+    recipe, size = Recipe(args.layers), f"{args.layers}x4096x14336-0"
+    store = args.work.resolve() / f"qmix-{args.dense}-{size}"
+    sides = [Side(f"qmix {args.dense}", "qmix", args.dense, store),
+             Side("qmix without native kernels", "qmix", args.dense, store, {"QMIX_NATIVE": "off"}),
+             Side(f"llama.cpp {args.gguf.upper()}", "llama", args.gguf,
+                  args.work.resolve() / f"{args.gguf}-{size}.gguf")]
+    for side in sides:
+        side.make(recipe)
+    context = -(-(args.depth + args.turns * args.tokens + 16) // 256) * 256
+    task = {"tokens": uniform_tokens(context, 0), "depth": args.depth, "threads": args.threads, "context": context,
+            "ubatch": [512], "load_mode": "auto", "activations": args.activations}
+    rates: dict[str, list[float]] = {side.name: [] for side in sides}
+    memory: list[float] = []
+    with ExitStack() as opened:
+        waiting = [Turns(side, args.peer_python if side.kind == "llama" else sys.executable, task, opened)
+                   for side in sides]
+        for turn in range(args.turns):
+            first = turn % len(waiting)
+            for one in waiting[first:] + waiting[:first]:
+                rates[one.side.name].append(one.rate(args.tokens))
+            memory.append(measure_ram(args.threads, seconds=0.4, say=lambda line: None))
+    where = machine(version)
+    print(f"{where['date']}, {where['processor']}, {where['cores']} cores; commit {where['commit']}, {version}; "
+          f"{args.threads} threads, {args.layers} layers, depth {args.depth}, {args.turns} turns of {args.tokens} "
+          f"tokens; RAM read {cell(memory)} GB/s.\n")
+    print(report(sides, recipe, rates, memory))
+    if args.json:
+        args.json.write_text(json.dumps({"machine": where, "rates": rates, "memory": memory}, indent=1) + "\n")
+
+
+def report(sides: Sequence[Side], recipe: Recipe, rates: dict[str, list[float]], memory: Sequence[float]) -> str:
+    """A row for each side: tok/s, weights read, their share of what the memory gave in that turn, times the last."""
+    peer, rows = rates[sides[-1].name], []
+    for side in sides:
+        own = rates[side.name]
+        read = [rate * side.token_bytes(recipe) / GB for rate in own]
+        share = [100 * a / b for a, b in zip(read, memory, strict=True)]
+        rows.append([side.name, cell(own), f"{statistics.median(read):.1f}", cell(share),
+                     cell([a / b for a, b in zip(own, peer, strict=True)])])
+    return table(["side", "tok/s", "GB/s of weights", "% of RAM read", f"times {sides[-1].name}"], rows)
+
+
+if __name__ == "__main__":
+    main()
