@@ -3,8 +3,8 @@
     python benchmarks/peers_side.py {qmix,llama} TASK.json
 
 TASK.json: do ("speed", "turns", "routing", for llama "quantize"), model, tokens, threads, context and what the
-functions below read. Before and after each stretch of decoding it prints {"probe": name} and waits for a line on stdin: the
-caller measures the memory's bandwidth meanwhile, while nothing runs here.
+functions below read. Before and after each stretch of decoding it prints {"probe": name} and waits for a line on stdin:
+the caller measures the memory's bandwidth meanwhile, while nothing runs here.
 """
 
 from __future__ import annotations
