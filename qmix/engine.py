@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -80,10 +81,13 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
                 f"{format_bytes(Needs.of(config, store.quant, needs.context).kv // needs.context)} without")
         say(f"{threads} compute thread{'s' if threads > 1 else ''}" + (
             "; " + forecast(plan, speeds, known_shares(stats)).line() if speeds and not plan.resident else ""))
-        offload = open_offload(store, kernels, plan, options, stats, writer, say, progress)
-        opened.callback(offload.close)
-        model = Mixtral(config, load_dense(store, kernels), kernels, offload.experts, offload.experts.ahead,
-                        offload.experts.depth, partial(Int8KVCache if kv == "int8" else KVCache, native=attention))
+        with ThreadPoolExecutor(1, "qmix-dense") as beside:  # small reads, in the gaps of the experts' large ones
+            dense = beside.submit(load_dense, store, kernels)
+            offload = open_offload(store, kernels, plan, options, stats, writer, say, progress)
+            opened.callback(offload.close)
+            weights = dense.result()
+        model = Mixtral(config, weights, kernels, offload.experts, offload.experts.ahead, offload.experts.depth,
+                        partial(Int8KVCache if kv == "int8" else KVCache, native=attention))
         if state is not None:
             opened.callback(router_stats.save, state, store.identity, stats, say)
         return Engine(store, plan, tokenizer, kernels, model, offload, opened.pop_all())

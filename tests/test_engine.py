@@ -204,7 +204,7 @@ def test_a_damaged_record_is_refused_and_no_thread_stays(stores: dict[str, Path]
 def test_too_little_memory_is_refused_before_loading(stores: dict[str, Path],
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qmix.hardware.memory", lambda: qmix.engine.hardware.Memory(10**6, 10**6))
-    monkeypatch.setattr(setup, "slot_pool", lambda *a: pytest.fail("allocated before it was refused"))
+    monkeypatch.setattr(setup, "begin_pool", lambda *a: pytest.fail("allocated before it was refused"))
     with pytest.raises(DoesNotFit, match="short of"):
         load(stores["int4"])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import threading
 import time
@@ -15,11 +17,12 @@ from hypothesis import strategies as st
 from test_reads import CHUNK, RECORD, FakeRecords, content, key
 
 from qmix.config import ExpertKey
-from qmix.errors import QmixError, StoreError
+from qmix.errors import DoesNotFit, QmixError, StoreError
 from qmix.formats import memory
+from qmix.offload import pool as pool_module
 from qmix.offload.cache import Cache, make_policy
 from qmix.offload.copies import Copies
-from qmix.offload.pool import slot_pool
+from qmix.offload.pool import begin_pool, slot_pool
 from qmix.offload.reads import Readers
 from qmix.offload.tiers import Tier
 
@@ -242,3 +245,42 @@ def test_close_while_records_are_on_their_way() -> None:
     copies.close()
     records.gate.set()
     readers.close()
+
+
+def test_what_is_written_while_the_pool_is_touched_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "PIECE", 2**20)
+    pool, touched = begin_pool(16, 4 * 2**20)
+    for slot in range(16):
+        pool[slot].fill_(slot + 1)
+    touched()
+    assert [int(slot.min()) for slot in pool] == [int(slot.max()) for slot in pool] == list(range(1, 17))
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOMEM])
+def test_a_pool_without_populate_is_touched_page_by_page_and_one_without_memory_is_refused(
+        code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(start: int, nbytes: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(pool_module, "_populate", lambda: refuse)
+    if code == errno.ENOMEM:
+        with pytest.raises(DoesNotFit, match="3 expert slots"):
+            begin_pool(3, 8192)
+    else:
+        pool, touched = begin_pool(3, 8192)
+        touched()
+        assert not pool.any()
+
+
+def test_memory_that_runs_out_later_is_an_error_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def some(start: int, nbytes: int) -> None:
+        calls.append(nbytes)
+        if len(calls) > 2:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(pool_module, "_populate", lambda: some)
+    monkeypatch.setattr(pool_module, "PIECE", 8192)
+    with pytest.raises(DoesNotFit, match="Cannot allocate"):
+        slot_pool(16, 4096)

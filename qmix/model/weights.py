@@ -8,6 +8,7 @@ H hidden, V vocabulary, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from qmix.kernels.table import KernelTable
 from qmix.sizes import MatrixSpec
 from qmix.store import Store
 
+READERS = 4  # threads: one alone does not keep the disk busy
 DAMAGED = "the store is damaged or from another version: quantize again"
 
 
@@ -51,7 +53,14 @@ class Weights:
 
 def load_dense(store: Store, kernels: KernelTable) -> Weights:
     """Every dense weight of `store`, ready for `kernels`; StoreError names what is missing or wrong."""
-    weights = assemble(store.config, compute_dtype(store.config, store.quant), store.dense)
+    dtype, tensors = compute_dtype(store.config, store.quant), names.dense_tensors(store.config)
+    with ThreadPoolExecutor(READERS, "qmix-dense") as readers:
+        coming = {t.name: readers.submit(store.dense, t.name) for t in tensors}
+        try:
+            weights = assemble(store.config, dtype, lambda name: coming.pop(name).result())
+        except BaseException:
+            readers.shutdown(wait=True, cancel_futures=True)
+            raise
     layer = weights.layers[0]
     for packed in (layer.q, weights.head):
         assert (packed.spec.format, packed.spec.block) in kernels.kernels, packed.spec

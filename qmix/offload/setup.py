@@ -19,7 +19,7 @@ from qmix.offload.cache import Cache, make_policy, warm_order
 from qmix.offload.experts import PagedExperts
 from qmix.offload.figures import PhaseFigures
 from qmix.offload.plan import Plan
-from qmix.offload.pool import slot_pool
+from qmix.offload.pool import begin_pool
 from qmix.offload.prefetch import MODES, Prefetcher
 from qmix.offload.reads import Readers
 from qmix.offload.router_stats import RouterStats
@@ -115,11 +115,11 @@ def open_offload(store: Store, kernels: KernelTable, plan: Plan, options: Offloa
             "(--prefetch ahead guesses all the same)")
     depth, window = reach(slots, config.num_layers, config.experts_per_token)
     with ExitStack() as opened:
-        pool = slot_pool(slots, store.layout.nbytes)
         records = store.records(options.verify, say)  # type: ignore[arg-type]
         opened.callback(records.close)
         readers = Readers(records)
         opened.callback(readers.close)
+        pool, touched = begin_pool(slots, store.layout.nbytes)
         cache = Cache(slots, config.num_layers, make_policy(policy, prior),
                       # Only plain LRU throws out the layers that come next (docs/cache-policy.md).
                       quotas=policy == "lru" and slots < 2 * config.experts_per_token * config.num_layers,
@@ -136,6 +136,7 @@ def open_offload(store: Store, kernels: KernelTable, plan: Plan, options: Offloa
         else:
             for key in order:
                 tier.want(key, "warm")
+        touched()
         return Offload(experts, tier, readers, prefetcher, stats, policy, opened.pop_all())
 
 
