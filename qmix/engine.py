@@ -25,6 +25,7 @@ from qmix.config import DTYPES, Cancel, ModelConfig, QuantConfig, SamplingParams
 from qmix.errors import DoesNotFit, UsageError
 from qmix.generate import Token, generate
 from qmix.kernels.attention import choose_attention
+from qmix.kernels.native import Native
 from qmix.kernels.rows import bound_formats
 from qmix.kernels.table import KernelTable, select
 from qmix.model.kvcache import KVCache
@@ -218,6 +219,11 @@ class Engine:
     def kernels(self) -> Mapping[str, str]:
         """{format: what computes it}."""
         return self._offload.experts.kernels.names
+
+    @property
+    def native(self) -> Native | None:
+        """What computes the experts, where the native kernels do."""
+        return self._kernels.native if self._kernels.native and self.store.quant.experts == "int4" else None
 
     def session(self) -> Session:
         """A new conversation with room for plan.context positions. The plan has room for one; DoesNotFit where

@@ -40,7 +40,7 @@ from qmix.hardware.memory import reset_peak
 from qmix.offload.plan import Needs
 from qmix.store import Store
 
-PEAKS = Peaks(ram_gbps=10.0, gflops=100.0, dtype="bfloat16", disk_gbps=2.0)
+PEAKS = Peaks(ram_gbps=10.0, gflops=100.0, products="bfloat16", disk_gbps=2.0)
 PAGED = ("--ram", "262640K", "--prefetch", "ahead")
 
 

@@ -1,5 +1,6 @@
 """The native kernels at every level this processor has, against float64 products of what they see."""
 
+import ctypes
 import re
 import subprocess
 import sys
@@ -243,6 +244,19 @@ def test_jobs_are_laid_out_as_in_c() -> None:
             width = 8 if "*" in declared else sizes.get(kind) or {"int64_t": 8, "int32_t": 4, "float": 4}[kind]
             size += each * width
         assert packed.size == -(-size // 8) * 8, name
+
+
+@needs_library
+@pytest.mark.parametrize(("level", "activations"), LEVELS)
+def test_the_peak_counts_its_operations(level: str, activations: str) -> None:
+    ticks = iter([0.0, 0.0, 2.0, 2.5, 3.0, 3.5, 9.0])
+    own = Native(level, activations)
+    own.threads = 1
+    rate = own.peak(seconds=5, clock=lambda: next(ticks))
+    done = [own._library.qmix_peak(own._number, own.code, ctypes.c_int64(turns), threads)
+            for turns, threads in ((100_000, 1), (10, 1), (10, 3))]
+    assert rate == done[0] / 0.5  # the second of the stretches
+    assert done[0] == 10_000 * done[1] and done[2] == 3 * done[1] > 0
 
 
 class TestChoice:

@@ -19,6 +19,7 @@ from qmix.hardware import memory, physical_cores, resident_bytes
 from qmix.hardware.bandwidth import measure_ram
 from qmix.hardware.cores import last_level_cache
 from qmix.hardware.disk import DiskEffort, measure_disk
+from qmix.kernels.native import Native
 from qmix.sizes import MIB, RECORD_ALIGN
 
 SIDE = 1024  # of the square matrices: 2 GFLOP a product, 2 MiB each in bf16
@@ -30,11 +31,11 @@ WAITING = 1 / 2  # share of the time from which waiting for the disk is, whateve
 @dataclass(frozen=True, slots=True)
 class Peaks:
     """ram_gbps: all physical cores reading; disk_gbps: reading the store's own files, None where nothing is read
-    while running; gflops: torch's product of two square matrices in `dtype`, all physical cores."""
+    while running; gflops: of `products` on all physical cores."""
 
     ram_gbps: float
     gflops: float
-    dtype: str
+    products: str
     disk_gbps: float | None = None
 
     def columns(self) -> dict[str, float | None]:
@@ -44,7 +45,7 @@ class Peaks:
 
     def line(self) -> str:
         found = (f"measured beside it: RAM {self.ram_gbps:.1f} GB/s, products {self.gflops:.0f} GFLOP/s "
-                 f"(torch matmul, {self.dtype}, {SIDE} x {SIDE})")
+                 f"({self.products})")
         return found if self.disk_gbps is None else f"{found}, disk {self.disk_gbps:.2f} GB/s"
 
 
@@ -90,7 +91,14 @@ def measure(dtype: torch.dtype, budget: int | None, say: Callable[[str], None]) 
         room = max(0, min(budget - resident_bytes(), memory().available))
         nbytes = min(room // 2, max(512 * MIB, 4 * last_level_cache()))
     name = str(dtype).removeprefix("torch.")
-    return Peaks(measure_ram(nbytes=nbytes, seconds=1.0, say=say), measure_products(dtype), name)
+    return Peaks(measure_ram(nbytes=nbytes, seconds=1.0, say=say), measure_products(dtype),
+                 f"torch matmul, {name}, {SIDE} x {SIDE}")
+
+
+def with_native(peaks: Peaks, native: Native) -> Peaks:
+    """`peaks` with the bare dot products of the native kernels, where these compute: torch's bf16 products are no limit
+    to them."""
+    return replace(peaks, gflops=native.peak() / 1e9, products=f"bare {native.activations} dots, {native.level}")
 
 
 def with_disk(peaks: Peaks, folder: Path, say: Callable[[str], None]) -> Peaks:

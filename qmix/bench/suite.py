@@ -71,6 +71,8 @@ def run(request: Request, load: OpenEngine, *, today: date, say: Callable[[str],
                 found = _repetitions(engine, model, case, request, say)
                 placed, paged = _placement(engine), not engine.plan.resident
                 document["machine"] = _machine(engine)
+                if engine.native is not None:
+                    peaks = roofline.with_native(peaks, engine.native)
             del engine  # its memory must be free before the next load takes stock
             if paged:
                 peaks = roofline.with_disk(peaks, request.folder, say)

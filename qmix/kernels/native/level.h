@@ -33,6 +33,7 @@ typedef struct {
     void (*rotate)(const qmix_rotate *job, int64_t token);
     void (*angles)(const qmix_angles *job, int64_t token);
     void (*combine)(const qmix_combine *job, int64_t token);
+    int64_t (*peak)(int32_t act, int64_t turns, const uint32_t *words, float *out); /* words [8], out [16] */
 } qmix_level;
 
 extern const qmix_level qmix_avx512bf16, qmix_avx512vnni, qmix_avx512, qmix_avx2vnni, qmix_avx2, qmix_portable;

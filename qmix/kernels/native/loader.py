@@ -25,6 +25,7 @@ def library() -> ctypes.CDLL | None:
     try:
         opened = ctypes.CDLL(str(found[0]))
         opened.qmix_level_name.restype = ctypes.c_char_p
+        opened.qmix_peak.restype = ctypes.c_int64
         return opened if opened.qmix_abi() == ABI else None
     except (OSError, AttributeError):
         return None

@@ -190,3 +190,25 @@ int32_t qmix_sequence(int32_t level, int32_t act, const qmix_call *calls, int32_
         failed = run_call(level, act, calls + i, threads);
     return failed;
 }
+
+typedef struct {
+    const qmix_level *level;
+    int32_t act;
+    int64_t turns;
+    _Atomic int64_t operations;
+} peak_work;
+
+static void peak_item(void *argument, int64_t item) {
+    peak_work *w = argument;
+    uint32_t words[8];
+    float out[16];
+    for (int i = 0; i < 8; i++)
+        words[i] = 0x3f803f80u + (uint32_t)item; /* 1 and 1 as bf16, small numbers as bytes */
+    w->operations += w->level->peak(w->act, w->turns, words, out);
+}
+
+int64_t qmix_peak(int32_t level, int32_t act, int64_t turns, int32_t threads) {
+    peak_work w = {.level = levels[level], .act = act, .turns = turns};
+    pool_run(threads, threads, peak_item, &w);
+    return w.operations;
+}

@@ -142,4 +142,8 @@ int32_t qmix_add(const qmix_addition *job, int32_t tokens);
 /* One call after the other; stops at the first that fails. */
 int32_t qmix_sequence(int32_t level, int32_t act, const qmix_call *calls, int32_t count, int32_t threads);
 
+/* Operations (a product and a sum are two) of `turns` rounds of bare dot products on each of `threads` threads: timed,
+ * the processor's limit for `act`. */
+int64_t qmix_peak(int32_t level, int32_t act, int64_t turns, int32_t threads);
+
 #endif

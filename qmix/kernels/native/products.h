@@ -495,8 +495,44 @@ static void unit_rows(int32_t act, const qmix_job *job, int64_t unit, const char
     }
 }
 
+/* `turns` rounds of the products of a full set of registers, each with a word of activations read anew, as everywhere
+ * above; how many operations that is: what a core could do if nothing else were to be done. */
+ALWAYS int64_t peak_of(const int act, int64_t turns, const uint32_t *words, float *out) {
+    vint sums[WIDTH][SUB], codes[SUB];
+    vflt fsums[WIDTH][SUB], total = set_f(0);
+    UNROLL for (int v = 0; v < SUB; v++)
+        codes[v] = set_i((int32_t)words[v]);
+    UNROLL for (int c = 0; c < WIDTH; c++)
+        UNROLL for (int v = 0; v < SUB; v++) {
+            sums[c][v] = set_i(0);
+            fsums[c][v] = set_f(0);
+        }
+    for (int64_t turn = 0; turn < turns; turn++) {
+        __asm__ volatile("" ::: "memory"); /* or the compiler would see that the words stay the same */
+        UNROLL for (int c = 0; c < WIDTH; c++) {
+            vint word = set_i((int32_t)words[c]);
+            UNROLL for (int v = 0; v < SUB; v++)
+                if (act == QMIX_ACT_INT8)
+                    sums[c][v] = dot4(sums[c][v], codes[v], word);
+                else
+                    fsums[c][v] = fdot(fsums[c][v], codes[v], word);
+        }
+    }
+    UNROLL for (int c = 0; c < WIDTH; c++)
+        UNROLL for (int v = 0; v < SUB; v++)
+            total = fma_f(set_f(1), act == QMIX_ACT_INT8 ? to_f(sums[c][v]) : fsums[c][v], total);
+    store_f(out, total);
+    return 2 * turns * WIDTH * SUB * L * (act == QMIX_ACT_INT8 ? 4 : 4 / WORDS);
+}
+
+static int64_t peak(int32_t act, int64_t turns, const uint32_t *words, float *out) {
+    return act == QMIX_ACT_INT8 ? peak_of(QMIX_ACT_INT8, turns, words, out)
+                                : peak_of(QMIX_ACT_BF16, turns, words, out);
+}
+
 #include "attention.h"
 #include "layer.h"
 
 const qmix_level JOIN(qmix, LEVEL) = {NAME, supported, WIDTH, token_bytes, pack, unit_rows, attend_bytes, attend_head,
-                                       norm_token, route_token, rotate_token, angles_of_token, combine_token};
+                                       norm_token, route_token, rotate_token, angles_of_token, combine_token,
+                                       peak};

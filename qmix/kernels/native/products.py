@@ -5,7 +5,9 @@ T tokens, H hidden, F expert inner.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +45,7 @@ class Native:
     def __init__(self, level: str, activations: str):
         opened = library()
         assert opened is not None, "no library"
+        self._library = opened
         self._products = opened.qmix_products
         # Matrices stay where they are, in their slots: what is said of them is put together once.
         self._matrices: dict[int, tuple[Packed, int, int, tuple[int, ...], tuple[int, ...]]] = {}
@@ -74,6 +77,16 @@ class Native:
             0 if y_rows is None else y_rows.data_ptr(), x.stride(0), y.stride(0),
             x.shape[0] if x_rows is None else x_rows.shape[0], *sizes, *layout, p.gated, jobs.TYPES[x.dtype],
             jobs.TYPES[y.dtype], p.add)
+
+    def peak(self, seconds: float = 0.3, clock: Callable[[], float] = time.perf_counter) -> float:
+        """Operations a second (a product and a sum are two) of bare dot products on all threads, the best of several
+        stretches within `seconds`: what the products here would reach if nothing else were to be done."""
+        turns, best, start = ctypes.c_int64(100_000), 0.0, clock()
+        while not best or clock() - start < seconds:
+            begin = clock()
+            done = self._library.qmix_peak(self._number, self.code, turns, self.threads)
+            best = max(best, done / max(clock() - begin, 1e-9))
+        return best
 
     def linear(self, x: Tensor, *matrices: Packed) -> list[Tensor]:
         """x [T, cols] fp32 or bf16 -> [T, rows] of each matrix, in x's dtype."""
