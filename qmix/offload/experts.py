@@ -267,7 +267,8 @@ class PagedExperts:
         if step.phase == "decode":
             guesses = self._prefetcher.guess(layer, chosen, _merge(ahead))
             self._lookahead.expect([guess.key for guess in guesses])
-        elif len(step.sequence) * self._top_k >= CROWD * self._experts:
+        elif len(step.sequence) * self._top_k >= CROWD * self._experts and layer + 2 < self._layers:
+            # Of the last layer mostly the last token's experts are wanted: two, not all.
             self._lookahead.expect([ExpertKey(layer + 1, expert) for expert in range(self._experts)], account=False)
 
     def _await(self, key: ExpertKey, nbytes: int, step: Step) -> None:

@@ -1,5 +1,6 @@
 /* The entry points: which levels there are, products cut into units for the pool, attention into heads,
  * the rest token by token. */
+#define _GNU_SOURCE
 #include "native.h"
 
 #include <stdlib.h>
