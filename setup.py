@@ -14,7 +14,8 @@ setup(ext_modules=[Extension(
     "qmix.kernels.native._native",
     sources=sorted(map(str, NATIVE.glob("*.c"))),
     depends=sorted(map(str, NATIVE.glob("*.h"))),
-    extra_compile_args=["-O3", "-g0", "-std=c11", "-pthread"],  # no -march: each file names its own instruction set
+    extra_compile_args=["-O3", "-g0", "-std=c11", "-pthread",
+                        "-ffp-contract=off"],  # no -march: each file names its own instruction set
     extra_link_args=["-pthread"],
     libraries=["m"],
     optional=True,

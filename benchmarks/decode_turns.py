@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,9 @@ class Turns:
     def rate(self, count: int) -> float:
         """Tokens a second over `count` steps."""
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{count}\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # its end is noticed below
+            self._process.stdin.write(f"{count}\n")
+            self._process.stdin.flush()
         answer = self._answer()
         return float(answer["tokens"] / answer["seconds"])
 

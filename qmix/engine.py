@@ -60,7 +60,7 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
     decision; state: the folder that keeps router statistics, None = nowhere; speeds: this machine's, for a forecast;
     base: bytes that the process counts as taken already, None = what it holds now; say: told every choice a user should
     know of, a line each.
-    Raises StoreError, DoesNotFit or UsageError before anything large is loaded.
+    Raises DoesNotFit or UsageError before anything large is loaded, StoreError where the store is damaged.
     """
     options = OffloadOptions(policy, prefetch, verify)
     with ExitStack() as opened:
@@ -84,7 +84,14 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
             "; " + forecast(plan, speeds, known_shares(stats)).line() if speeds and not plan.resident else ""))
         with ThreadPoolExecutor(1, "qmix-dense") as beside:  # small reads, in the gaps of the experts' large ones
             dense = beside.submit(load_dense, store, kernels)
-            offload = open_offload(store, kernels, plan, options, stats, writer, say, progress)
+
+            def watched(done: int, total: int, label: str) -> None:
+                if dense.done():
+                    dense.result()  # where it is damaged, nobody need read the rest
+                if progress is not None:
+                    progress(done, total, label)
+
+            offload = open_offload(store, kernels, plan, options, stats, writer, say, watched)
             opened.callback(offload.close)
             weights = dense.result()
         model = Mixtral(config, weights, kernels, offload.experts, offload.experts.ahead, offload.experts.depth,
@@ -246,7 +253,10 @@ class Engine:
 
         UsageError where a session would outgrow its context; on any error every session is unchanged.
         """
+        vocabulary = self.config.vocab_size
         for session, ids in zip(sessions, tokens, strict=True):
+            if not all(0 <= token < vocabulary for token in ids):
+                raise UsageError(f"token {next(t for t in ids if not 0 <= t < vocabulary)}: want 0 to {vocabulary - 1}")
             if session.length + len(ids) > session.context:
                 raise UsageError(f"{session.length} + {len(ids)} tokens do not fit a context of {session.context}",
                                  "raise -c/--ctx-size, or start over")

@@ -108,6 +108,8 @@ def naive_experts(checkpoint: Checkpoint,
     def experts(layer: int, x: Tensor, ids: Tensor, gains: Tensor, step: Step,
                 ahead: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
         seen(layer, x, ids, gains, step, ahead)
+        if wanted is not None:
+            x, ids, gains = x[wanted], ids[wanted], gains[wanted]
         out = torch.zeros(x.shape, dtype=torch.float64)
         for expert in range(checkpoint.config.num_experts):
             token, rank = (ids == expert).nonzero(as_tuple=True)
@@ -115,7 +117,7 @@ def naive_experts(checkpoint: Checkpoint,
             rows = x[token].double()
             y = (F.silu(rows @ w1.T) * (rows @ w3.T)) @ w2.T
             out.index_add_(0, token, y * gains[token, rank, None].double())
-        return (out if wanted is None else out[wanted]).to(x.dtype)
+        return out.to(x.dtype)
 
     return experts
 

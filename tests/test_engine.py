@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,22 @@ def test_experts_agree_with_a_float64_sum(stores: dict[str, Path], name: str) ->
         for token in range(9):
             alone = experts(1, x[token:token + 1], ids[token:token + 1], weights[token:token + 1], Step("decode"))
             assert (alone - want[token]).norm() <= limit * want[token].norm()
+
+
+def test_damage_to_the_dense_part_ends_a_load_whose_experts_are_still_read(
+        stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    from qmix import engine as engine_module
+    from qmix.errors import StoreError
+
+    def damaged(*how: object) -> None:
+        raise StoreError("model.norm.weight: its bytes are not those that were written")
+
+    monkeypatch.setattr(engine_module, "load_dense", damaged)
+    seen: list[int] = []
+    before = set(threading.enumerate())
+    with pytest.raises(StoreError, match=r"model\.norm"):
+        load(stores["int4"], threads=1, progress=lambda done, total, label: seen.append(done))
+    assert set(threading.enumerate()) <= before
 
 
 @pytest.mark.parametrize("wanted", [[], [0], [8], [2, 5, 6]])

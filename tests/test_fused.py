@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,12 @@ from torch import Tensor
 from qmix.checkpoint import Checkpoint
 from qmix.config import Cancel, QuantConfig, Step
 from qmix.engine import Engine, load
-from qmix.errors import Interrupted
+from qmix.errors import Interrupted, UsageError
 from qmix.kernels import native
 from qmix.model import fused, mixtral
 from qmix.offload.resident import ResidentToken
 from qmix.quantize import quantize_checkpoint
+from qmix.sizes import MIB
 
 pytestmark = pytest.mark.skipif(not native.levels(), reason="the native kernels were not built: no C compiler")
 
@@ -79,20 +82,21 @@ def test_the_same_bits(store: Path, kv: str, activations: str, used: list[str],
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("level", [level for level in native.levels() if level != "portable"])
+@pytest.mark.parametrize("level", list(native.levels()))
 def test_at_every_level(store: Path, level: str, used: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QMIX_NATIVE", level)
-    with load(store, threads=1) as engine:
+    kv = "int8" if level == "portable" else "bf16"  # where torch attends, layers are not one call
+    with load(store, threads=1, kv=kv) as engine:
         got = decoded(engine, count=10)
     assert "layers" in used
     step_by_step(monkeypatch)
-    with load(store, threads=1) as engine:
+    with load(store, threads=1, kv=kv) as engine:
         assert torch.equal(got, decoded(engine, count=10))
 
 
-def test_paged_experts_and_guesses(store: Path, used: list[str], tmp_path: Path,
+def test_guesses_are_traced(store: Path, used: list[str], tmp_path: Path,
                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    """With guesses for the layers ahead, and experts that come from disk: the trace has them."""
+    """A trace wants guesses for the layers ahead; it has the same ones."""
     texts, logits = [], []
     for name in ("fused", "steps"):
         with load(store, threads=1, trace=tmp_path / name) as engine:
@@ -102,6 +106,44 @@ def test_paged_experts_and_guesses(store: Path, used: list[str], tmp_path: Path,
     assert used.count("layers") == 20
     assert torch.equal(*logits)
     assert texts[0] == texts[1] and b"ahead" in texts[0]
+
+
+def test_paged_experts(store: Path, used: list[str]) -> None:
+    """Beside experts that come from the disk, guesses included, the layers are one call all the same."""
+    with load(store, threads=1) as engine:
+        want = decoded(engine, count=20)
+        ram, base = engine.plan.ram, engine.plan.ram.base
+        tight = ram.fixed - ram.reserve + 256 * MIB + 5 * ram.record
+    del used[:]
+    with load(store, threads=1, ram=tight, base=base, prefetch="ahead") as engine:
+        assert not engine.plan.resident
+        assert torch.equal(decoded(engine, count=20), want)
+        assert engine.stats()["offload"]["prefetcher"]["issued"] > 0
+    assert used == ["layers"] * 20
+
+
+def test_what_is_no_token_is_refused(store: Path) -> None:
+    with load(store, threads=1) as engine:
+        session = engine.session()
+        session.prefill(IDS[:4])
+        for token in (-1, 512):
+            with pytest.raises(UsageError, match=f"token {token}: want 0 to 511"):
+                session.decode(token)
+        assert session.length == session.cache.length == 4
+
+
+def test_a_dropped_engine_frees_its_memory_at_once(store: Path) -> None:
+    """No cycle holds the slots: the next load may need their memory."""
+    gc.collect()
+    gc.disable()
+    try:
+        with load(store, threads=1) as engine:
+            decoded(engine, count=3)
+            held = [weakref.ref(engine._offload.experts), weakref.ref(engine._model), weakref.ref(engine._model._fused)]
+        del engine
+        assert [ref() for ref in held] == [None, None, None]
+    finally:
+        gc.enable()
 
 
 def test_sessions_in_turns(store: Path) -> None:

@@ -251,8 +251,7 @@ def test_jobs_are_laid_out_as_in_c() -> None:
 def test_the_peak_counts_its_operations(level: str, activations: str) -> None:
     ticks = iter([0.0, 0.0, 2.0, 2.5, 3.0, 3.5, 9.0])
     own = Native(level, activations)
-    own.threads = 1
-    rate = own.peak(seconds=5, clock=lambda: next(ticks))
+    rate = own.peak(1, seconds=5, clock=lambda: next(ticks))
     done = [own._library.qmix_peak(own._number, own.code, ctypes.c_int64(turns), threads)
             for turns, threads in ((100_000, 1), (10, 1), (10, 3))]
     assert rate == done[0] / 0.5  # the second of the stretches

@@ -249,10 +249,10 @@ def test_close_while_records_are_on_their_way() -> None:
 
 def test_what_is_written_while_the_pool_is_touched_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_module, "PIECE", 2**20)
-    pool, touched = begin_pool(16, 4 * 2**20)
+    pool, touching = begin_pool(16, 4 * 2**20)
     for slot in range(16):
         pool[slot].fill_(slot + 1)
-    touched()
+    touching.wait()
     assert [int(slot.min()) for slot in pool] == [int(slot.max()) for slot in pool] == list(range(1, 17))
 
 
@@ -267,8 +267,8 @@ def test_a_pool_without_populate_is_touched_page_by_page_and_one_without_memory_
         with pytest.raises(DoesNotFit, match="3 expert slots"):
             begin_pool(3, 8192)
     else:
-        pool, touched = begin_pool(3, 8192)
-        touched()
+        pool, touching = begin_pool(3, 8192)
+        touching.wait()
         assert not pool.any()
 
 
@@ -284,3 +284,17 @@ def test_memory_that_runs_out_later_is_an_error_too(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(pool_module, "PIECE", 8192)
     with pytest.raises(DoesNotFit, match="Cannot allocate"):
         slot_pool(16, 4096)
+
+
+def test_a_closed_pool_touches_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    touched: list[int] = []
+
+    def slow(start: int, nbytes: int) -> None:
+        time.sleep(0.02)
+        touched.append(start)
+
+    monkeypatch.setattr(pool_module, "_populate", lambda: slow)
+    monkeypatch.setattr(pool_module, "PIECE", 4096)
+    _, touching = begin_pool(1000, 4096)
+    touching.close()
+    assert len(touched) < 100

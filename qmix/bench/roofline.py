@@ -98,7 +98,8 @@ def measure(dtype: torch.dtype, budget: int | None, say: Callable[[str], None]) 
 def with_native(peaks: Peaks, native: Native) -> Peaks:
     """`peaks` with the bare dot products of the native kernels, where these compute: torch's bf16 products are no limit
     to them."""
-    return replace(peaks, gflops=native.peak() / 1e9, products=f"bare {native.activations} dots, {native.level}")
+    return replace(peaks, gflops=native.peak(physical_cores()) / 1e9,
+                   products=f"bare {native.activations} dots, {native.level}")
 
 
 def with_disk(peaks: Peaks, folder: Path, say: Callable[[str], None]) -> Peaks:

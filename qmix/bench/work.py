@@ -50,12 +50,13 @@ class Model:
         return len(passes) * self.dense + chosen * self.record + positions * self.kv
 
     def operations(self, case: Case) -> int:
-        """Floating point operations of one repetition. Of a prompt only the last token meets the head."""
+        """Floating point operations of one repetition. Of a prompt only the last token meets the head, and the experts
+        of the last layer."""
         config = self.config
-        weights = self.linear + config.num_layers * config.experts_per_token * self.expert
-        heads = 1 if case.kind == "pp" else case.tokens
+        last = 1 if case.kind == "pp" else case.tokens
+        chosen = ((config.num_layers - 1) * case.tokens + last) * config.experts_per_token
         pairs = sum(self._seen(position) for position in range(case.depth, case.positions))
-        return (2 * (case.tokens * weights + heads * self.head)
+        return (2 * (case.tokens * self.linear + chosen * self.expert + last * self.head)
                 + 4 * pairs * config.num_layers * config.num_heads * config.head_dim)
 
     def _seen(self, position: int) -> int:

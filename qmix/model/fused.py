@@ -63,7 +63,7 @@ class FusedToken:
         self._ahead = torch.empty(1, max(1, depth), ahead, dtype=torch.int64)
         self._layers = [self._layer(index, cache, depth) for index in range(config.num_layers)]
         self._last = Sequence(self._native.level, self._native.code, self._native.threads,
-                              [(ADD, addition(self.residual, self.residual))], self)
+                              [(ADD, addition(self.residual, self.residual))])
 
     def __call__(self, token: int, cache: KVCache, experts: Experts, step: Step) -> Tensor:
         """Append `token` to the session of `cache`; the residual [1, H] behind the last layer, overwritten by the next
@@ -107,7 +107,7 @@ class FusedToken:
                                self._chances))]
         later = self._weights.layers[index + 1:index + 1 + depth]
         calls += [(ROUTE, self._guess(following, distance)) for distance, following in enumerate(later)]
-        return Sequence(native.level, native.code, native.threads, calls, self), (
+        return Sequence(native.level, native.code, native.threads, calls), (
             self._ahead[:, :len(later)] if later else None)
 
     def _guess(self, later: LayerWeights, distance: int) -> bytes:

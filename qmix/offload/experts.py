@@ -26,7 +26,7 @@ from qmix.config import ExpertKey, ModelConfig, Step
 from qmix.errors import Interrupted
 from qmix.formats import Packed
 from qmix.kernels.layer import TORCH
-from qmix.kernels.native import Native, Product
+from qmix.kernels.native import LayerOps, Native, Product
 from qmix.kernels.table import KernelTable
 from qmix.offload.figures import PhaseFigures
 from qmix.offload.lookahead import Lookahead
@@ -83,7 +83,11 @@ class PagedExperts:
         self._watch = watch
         self._clock = clock
         self._all_here = len(tier.pool) >= len(config.expert_keys)
-        self._token = ResidentToken(self._native, views, self._top_k) if self._native and self._all_here else None
+        # In one call only where the weighted sum is the one that several tokens get.
+        self._token: ResidentToken | None = None
+        if self._native and self._all_here and isinstance(kernels.layer, LayerOps) and \
+                kernels.layer.level == self._native.level:
+            self._token = ResidentToken(self._native, views, self._top_k)
         guesses = watch.traces or not (prefetcher.off or self._all_here)
         self.ahead = self._top_k if guesses else 0
         self.depth = depth if guesses else 0
@@ -109,6 +113,7 @@ class PagedExperts:
         Interrupted when step.cancel is set between two experts or while one is waited for; StoreError where a
         record cannot be read. Either leaves everything ready for another pass."""
         self._watch.layer(layer, step, ids, weights, ahead)
+        routed = len(ids)
         if wanted is not None:
             x, ids, weights = x[wanted], ids[wanted], weights[wanted]
         if self._token is not None and len(x) == 1 and step.phase == "decode":
@@ -125,7 +130,7 @@ class PagedExperts:
                 for expert in groups:
                     self._compute(ExpertKey(layer, expert), x, groups[expert], rows, step)
         else:
-            self._settle(layer, step, ids, weights, groups)
+            self._settle(layer, step, ids, weights, groups, routed)
             for key in self._in_turn(layer, list(groups), step, ahead):
                 self._compute(key, x, groups[key.expert], rows, step)
         return (self._kernels.layer if step.phase == "decode" else TORCH).combine(rows, weights)
@@ -201,7 +206,8 @@ class PagedExperts:
         native.run(first)
         native.run(second)
 
-    def _settle(self, layer: int, step: Step, ids: Tensor, weights: Tensor, groups: dict[int, _Group]) -> None:
+    def _settle(self, layer: int, step: Step, ids: Tensor, weights: Tensor, groups: dict[int, _Group],
+                routed: int) -> None:
         """The router of `layer` has spoken: into the cache's histories, and the guesses for it are judged."""
         cache = self._tier.cache
         if step.phase == "decode":
@@ -210,7 +216,7 @@ class PagedExperts:
             self._prefetcher.settle(layer, ids.reshape(-1).tolist(), weights.reshape(-1).tolist())
         else:
             if layer == 0:
-                cache.begin_prefill(len(ids))
+                cache.begin_prefill(routed)
             cache.seed(layer, self._watch.last_choices)
         self.figures[step.phase].prefetched += self._lookahead.settle(layer, groups)
         for expert in groups if step.phase == "decode" else ():
@@ -268,7 +274,7 @@ class PagedExperts:
             guesses = self._prefetcher.guess(layer, chosen, _merge(ahead))
             self._lookahead.expect([guess.key for guess in guesses])
         elif len(step.sequence) * self._top_k >= CROWD * self._experts and layer + 2 < self._layers:
-            # Of the last layer mostly the last token's experts are wanted: two, not all.
+            # Of the last layer mostly the last token's experts are wanted: K, not all.
             self._lookahead.expect([ExpertKey(layer + 1, expert) for expert in range(self._experts)], account=False)
 
     def _await(self, key: ExpertKey, nbytes: int, step: Step) -> None:

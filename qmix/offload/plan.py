@@ -161,7 +161,7 @@ def workspace_bytes(config: ModelConfig, context: int, itemsize: int, kv: str = 
     of one head in the compute dtype, and in fp32 a piece of them or the new ones three times over.
 
     The native kernels have fp32 inner activations and packed ones, at most 4 bytes a number, instead of torch's
-    four inner tensors of a chunk; their packed queries, keys and values take no more than the fp32 ones later."""
+    four inner tensors of a chunk."""
     tokens = min(context, PREFILL_PASS)
     hidden, inner, k = config.hidden_size, config.intermediate_size, config.experts_per_token
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim

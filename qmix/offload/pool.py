@@ -31,37 +31,50 @@ PIECE = 8 * 2**20  # bytes that a thread touches at a time; whoever maps memory,
 def slot_pool(slots: int, nbytes: int) -> Tensor:
     """[slots, nbytes] uint8, the first byte on a 4096-byte boundary (torch.empty aligns to 64 only).
     DoesNotFit where the system does not give that much memory."""
-    pool, touched = begin_pool(slots, nbytes)
-    touched()
+    pool, touching = begin_pool(slots, nbytes)
+    touching.wait()
     return pool
 
 
-def begin_pool(slots: int, nbytes: int) -> tuple[Tensor, Callable[[], None]]:
-    """slot_pool's tensor, which may be written to, and what waits until every page of it has been touched. Either
-    raises DoesNotFit."""
+class Touching:
+    """Threads that touch the rest of a pool: they change nothing there, so readers may fill slots meanwhile, which
+    belong to them. They hold the memory. Wait, or close, which drops what has not begun."""
+
+    def __init__(self, what: str, workers: ThreadPoolExecutor, parts: list[Future[None]]):
+        self._what = what
+        self._workers = workers
+        self._parts = parts
+
+    def wait(self) -> None:
+        """Until every page has been touched; DoesNotFit where one could not be had."""
+        try:
+            for part in self._parts:
+                part.result()
+        except (OSError, MemoryError) as e:
+            raise _no_memory(self._what, e) from None
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        self._workers.shutdown(wait=True, cancel_futures=True)
+
+
+def begin_pool(slots: int, nbytes: int) -> tuple[Tensor, Touching]:
+    """slot_pool's tensor, which may be written to already, and what still touches it. DoesNotFit as soon as it is
+    known."""
     size = max(PAGE, slots * nbytes)
-
-    def no_memory(why: object) -> DoesNotFit:
-        return DoesNotFit(f"the system gave no {format_bytes(size)} for {slots} expert slots ({why})",
-                          "choose a smaller --ram, or close other programs")
-
+    what = f"{format_bytes(size)} for {slots} expert slots"
     try:
         memory = anonymous_memory(size)
         pool = torch.frombuffer(memory, dtype=torch.uint8)
-        workers, ahead = _touch(memory, pool)
+        workers, parts = _touch(memory, pool)
     except (OSError, MemoryError) as e:
-        raise no_memory(e) from None
+        raise _no_memory(what, e) from None
+    return pool[:slots * nbytes].view(slots, nbytes), Touching(what, workers, parts)
 
-    def touched() -> None:
-        try:
-            for part in ahead:
-                part.result()
-        except (OSError, MemoryError) as e:
-            raise no_memory(e) from None
-        finally:
-            workers.shutdown(wait=True, cancel_futures=True)
 
-    return pool[:slots * nbytes].view(slots, nbytes), touched
+def _no_memory(what: str, why: object) -> DoesNotFit:
+    return DoesNotFit(f"the system gave no {what} ({why})", "choose a smaller --ram, or close other programs")
 
 
 def _touch(memory: mmap.mmap, pool: Tensor) -> tuple[ThreadPoolExecutor, list[Future[None]]]:
@@ -80,7 +93,6 @@ def _touch(memory: mmap.mmap, pool: Tensor) -> tuple[ThreadPoolExecutor, list[Fu
     parts = [workers.submit(_keeping, memory, populate, start + at, min(PIECE, len(pool) - at))
              for at in range(PIECE, len(pool), PIECE)]
     workers.shutdown(wait=False)
-    workers.shutdown(wait=False)  # no more will come
     return workers, parts
 
 

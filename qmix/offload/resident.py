@@ -30,7 +30,7 @@ class ResidentToken:
         self._rows = torch.empty(1, top_k, w2.spec.rows)
         empty = [bytes(jobs.PRODUCT.size)] * top_k
         self._sequence = Sequence(native.level, native.code, native.threads,
-                                  [(PRODUCTS, empty), (PRODUCTS, empty), (COMBINE, bytes(jobs.COMBINE.size))], self)
+                                  [(PRODUCTS, empty), (PRODUCTS, empty), (COMBINE, bytes(jobs.COMBINE.size))])
 
     def __call__(self, slots: Several[int], x: Tensor, weights: Tensor) -> Tensor:
         """x [1, H], weights [1, K] fp32 contiguous, slots of the K experts by rank -> [1, H] fp32. The jobs are kept as

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qmix.config import ExpertKey
-from qmix.errors import UsageError
+from qmix.errors import StoreError, UsageError
 from qmix.kernels.table import KernelTable
 from qmix.offload.cache import Cache, make_policy, warm_order
 from qmix.offload.experts import PagedExperts
@@ -119,7 +119,8 @@ def open_offload(store: Store, kernels: KernelTable, plan: Plan, options: Offloa
         opened.callback(records.close)
         readers = Readers(records)
         opened.callback(readers.close)
-        pool, touched = begin_pool(slots, store.layout.nbytes)
+        pool, touching = begin_pool(slots, store.layout.nbytes)
+        opened.callback(touching.close)
         cache = Cache(slots, config.num_layers, make_policy(policy, prior),
                       # Only plain LRU throws out the layers that come next (docs/cache-policy.md).
                       quotas=policy == "lru" and slots < 2 * config.experts_per_token * config.num_layers,
@@ -132,11 +133,15 @@ def open_offload(store: Store, kernels: KernelTable, plan: Plan, options: Offloa
                                RoutingWatch(config.num_layers, config.num_experts, stats, trace, say), depth, window)
         order = warm_order(config.num_layers, config.num_experts, slots, prior)
         if plan.resident:
-            _fill(tier, order, store.layout.nbytes, progress)
+            try:
+                _fill(tier, order, store.layout.nbytes, progress)
+            except StoreError:
+                touching.wait()  # a read into memory that is not there fails too
+                raise
         else:
             for key in order:
                 tier.want(key, "warm")
-        touched()
+        touching.wait()
         return Offload(experts, tier, readers, prefetcher, stats, policy, opened.pop_all())
 
 

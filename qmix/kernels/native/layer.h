@@ -112,7 +112,7 @@ static void rotate_token(const qmix_rotate *job, int64_t token) {
                  s, out + job->query_heads * size);
 }
 
-/* The angle in fp32 and its cosine in fp64, as qmix/model/layers.py has them. */
+/* The angle in fp32 and its cosine in fp64, as qmix/kernels/layer.py has them. */
 static void angles_of_token(const qmix_angles *job, int64_t token) {
     int64_t half = job->head_dim / 2;
     float *c = job->cos + token * job->head_dim, *s = job->sin + token * job->head_dim;

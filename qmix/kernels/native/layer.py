@@ -37,14 +37,14 @@ class LayerOps:
         """norm(x) into normed [T, H], fp32 or bf16; the K experts with the largest logits router norm(x), which are
         summed in fp64, into ids [T, K] int64, the largest first; softmax over these logits into weights [T, K] fp32.
         x [T, H], weight [H] fp32; router [E, H] fp64."""
-        x, weight, router = _plain(x), _plain(weight), _plain(router)
+        x, weight, router = _plain(x), _plain(weight), _plain(router, torch.float64)
         assert normed.is_contiguous() and weights.is_contiguous() and ids.stride(1) == 1, "rows with gaps"
         _check(self._library.qmix_routes(self._number, jobs.route(x, weight, router, eps, normed, ids, weights),
                                          x.shape[0]))
 
     def guess(self, x: Tensor, weight: Tensor, router: Tensor, eps: float, ids: Tensor) -> None:
         """What `route` would put into ids, [T, A] of any strides between tokens."""
-        x, weight, router = _plain(x), _plain(weight), _plain(router)
+        x, weight, router = _plain(x), _plain(weight), _plain(router, torch.float64)
         assert ids.stride(1) == 1, "rows with gaps"
         _check(self._library.qmix_routes(self._number, jobs.route(x, weight, router, eps, None, ids, None), x.shape[0]))
 
@@ -73,8 +73,8 @@ class LayerOps:
         return out
 
 
-def _plain(x: Tensor) -> Tensor:
-    assert x.dtype in (torch.float32, torch.float64), x.dtype
+def _plain(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    assert x.dtype == dtype, x.dtype
     return x if x.is_contiguous() else x.contiguous()
 
 

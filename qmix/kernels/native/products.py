@@ -78,13 +78,14 @@ class Native:
             x.shape[0] if x_rows is None else x_rows.shape[0], *sizes, *layout, p.gated, jobs.TYPES[x.dtype],
             jobs.TYPES[y.dtype], p.add)
 
-    def peak(self, seconds: float = 0.3, clock: Callable[[], float] = time.perf_counter) -> float:
-        """Operations a second (a product and a sum are two) of bare dot products on all threads, the best of several
-        stretches within `seconds`: what the products here would reach if nothing else were to be done."""
+    def peak(self, threads: int, seconds: float = 0.3,
+             clock: Callable[[], float] = time.perf_counter) -> float:
+        """Operations a second (a product and a sum are two) of bare dot products on `threads` threads, the best of
+        several stretches within `seconds`: what the products here would reach if nothing else were to be done."""
         turns, best, start = ctypes.c_int64(100_000), 0.0, clock()
         while not best or clock() - start < seconds:
             begin = clock()
-            done = self._library.qmix_peak(self._number, self.code, turns, self.threads)
+            done = self._library.qmix_peak(self._number, self.code, turns, threads)
             best = max(best, done / max(clock() - begin, 1e-9))
         return best
 

@@ -10,7 +10,6 @@ import ctypes
 import struct
 from collections.abc import Sequence as Several
 from itertools import accumulate
-from typing import Any
 
 from torch import Tensor
 
@@ -19,16 +18,17 @@ from qmix.kernels.native.loader import levels, library
 
 PRODUCTS, ATTEND, NORM, ROUTE, ROTATE, ANGLES, COMBINE, ADD = range(8)  # native.h's kinds
 _ADDRESS = struct.Struct("@P")    # what an addition begins with: of what it adds
-_CACHE = struct.Struct("@4P")     # of a qmix_attention, behind three pointers: keys, values, their scales
-_RANGE = struct.Struct("@3q")     # behind five more: capacity, begin, end
+# Of a qmix_attention, behind three pointers: keys, values, their scales; behind five more: capacity, begin, end.
+_CACHE, _CACHE_AT = struct.Struct("@4P"), struct.calcsize("@3P")
+_RANGE, _RANGE_AT = struct.Struct("@3q"), struct.calcsize("@8P")
 
 
 class Sequence:
     """Calls in order. activations: native.h's number of what products see; threads: at most so many compute."""
 
-    def __init__(self, level: str, activations: int, threads: int, calls: Several[tuple[int, Several[bytes] | bytes]],
-                 keep: Any = None):
-        """calls: (kind, its jobs, packed: several of a product, else one for one token); keep: what they point to."""
+    def __init__(self, level: str, activations: int, threads: int, calls: Several[tuple[int, Several[bytes] | bytes]]):
+        """calls: (kind, its jobs, packed: several of a product, else one for one token). Whoever makes a sequence
+        keeps the tensors that its jobs point to."""
         opened = library()
         assert opened is not None, "no library"
         packed = [(kind, [given] if isinstance(given, bytes) else list(given)) for kind, given in calls]
@@ -41,7 +41,6 @@ class Sequence:
                   for at, (kind, parts) in zip(self._offsets, packed, strict=False)]
         self._arguments = levels()[level], activations, b"".join(listed), len(listed), threads
         self._run = opened.qmix_sequence
-        self._keep = keep
 
     def patch(self, call: int, job: bytes) -> None:
         """Another job for a call that has one, or for the first of several."""
@@ -55,8 +54,8 @@ class Sequence:
     def patch_cache(self, call: int, kept: tuple[int, int, int, int], capacity: int, begin: int, end: int) -> None:
         """Which cache attention keeps its new vectors in and reads, and which positions of it."""
         at = self._offsets[call]
-        _CACHE.pack_into(self._jobs, at + 24, *kept)
-        _RANGE.pack_into(self._jobs, at + 64, capacity, begin, end)
+        _CACHE.pack_into(self._jobs, at + _CACHE_AT, *kept)
+        _RANGE.pack_into(self._jobs, at + _RANGE_AT, capacity, begin, end)
 
     def run(self) -> None:
         if self._run(*self._arguments):
