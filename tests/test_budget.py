@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -50,10 +51,19 @@ def run(args: list[str], **how: Any) -> tuple[dict[str, Any], int]:
     return found, found["memory"]["peak"]
 
 
-@pytest.mark.parametrize("extra", [60, 120])
-def test_the_whole_process_stays_within_its_budget(store: Path, extra: int) -> None:
-    """Base and reserve take some 510 MiB; what is left of the budget is slots for a tenth or half of the experts."""
-    ram = (620 + extra) * MIB
+@pytest.fixture(scope="module")
+def least(store: Path) -> int:
+    """Bytes that the command refuses to go below here: the libraries alone take 245 to 260 MiB, by machine."""
+    done = subprocess.run(command(store, 400 * MIB), capture_output=True, text=True, check=False)
+    found = re.search(r"needs (\d+) MiB", done.stderr)
+    assert done.returncode == 3 and found is not None, done.stderr
+    return int(found[1]) * MIB
+
+
+@pytest.mark.parametrize("extra", [4, 64])
+def test_the_whole_process_stays_within_its_budget(store: Path, least: int, extra: int) -> None:
+    """A few MiB above the least, and with slots for half of the experts."""
+    ram = least + extra * MIB
     found, peak = run(command(store, ram))
     assert found["offload"]["slots"] < 64
     assert peak <= ram
@@ -73,8 +83,8 @@ def group() -> Iterator[Path]:
     folder.rmdir()
 
 
-def test_it_lives_in_a_cgroup_of_its_budget(store: Path, group: Path) -> None:
-    ram = 680 * MIB
+def test_it_lives_in_a_cgroup_of_its_budget(store: Path, least: int, group: Path) -> None:
+    ram = least + 4 * MIB
     (group / "memory.limit_in_bytes").write_text(str(ram))
     found, peak = run(command(store, ram), preexec_fn=lambda: (group / "cgroup.procs").write_text(str(os.getpid())))
     assert peak <= ram
