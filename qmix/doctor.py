@@ -134,8 +134,8 @@ def _version(name: str) -> str:
 
 
 def kernels() -> Section:
-    """Which kernel runs for each packed format on this CPU, after the self-tests of kernels.table, and the
-    lines that these say."""
+    """Which kernel runs for each packed format on this CPU, and what does the rest of a layer while decoding, after the
+    self-tests of kernels.table and kernels.layer, and the lines that these say."""
     rows: list[dict[str, Any]] = []
     lines: list[str] = []
     slow: list[str] = []
@@ -145,7 +145,8 @@ def kernels() -> Section:
         if table.kernels[name, block] is reference.packed_linear and name not in slow:
             slow.append(name)
     levels = ", ".join(native.levels()) or "none: not built"
-    return {"native_levels": levels, "table": rows, "notes": [{"note": line} for line in dict.fromkeys(lines)]}, [
+    return {"native_levels": levels, "norm_router_rotary": table.layer.name, "table": rows,
+            "notes": [{"note": line} for line in dict.fromkeys(lines)]}, [
         Problem(f"{name} runs on the slow reference kernel", "install the torch that qmix is tested with "
                 "(constraints.txt), on a CPU with AVX2 or AVX-512") for name in slow]
 

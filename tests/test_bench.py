@@ -37,6 +37,7 @@ from qmix.checkpoint import Checkpoint
 from qmix.engine import load
 from qmix.errors import UsageError
 from qmix.hardware.memory import reset_peak
+from qmix.kernels import native
 from qmix.offload.plan import Needs
 from qmix.store import Store
 
@@ -74,6 +75,19 @@ def rows(*args: object) -> list[dict[str, Any]]:
     assert done.returncode == 0, done.stderr
     found: list[dict[str, Any]] = json.loads(done.stdout)["rows"]
     return found
+
+
+@pytest.mark.skipif(not native.levels(), reason="the native kernels were not built: no C compiler")
+@pytest.mark.parametrize("level", ["", "off"])
+def test_products_are_held_against_what_computes_them(store: Path, quick: None, level: str,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native.Native, "peak", lambda self, threads: 77e9)
+    monkeypatch.setenv("QMIX_NATIVE", level)
+    done = qmix("bench", store, "-p", "8", "-n", "0", "-r", "1", "-o", "json")
+    assert done.returncode == 0, done.stderr
+    (peak,) = {row["peak_gflops"] for row in json.loads(done.stdout)["rows"]}
+    assert peak == (PEAKS.gflops if level else 77)
+    assert ("bare int8 dots" in done.stderr) == (not level)
 
 
 def test_cases_are_named_and_ordered_as_llama_bench_does() -> None:

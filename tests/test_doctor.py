@@ -22,7 +22,8 @@ from qmix import doctor, hardware, render
 from qmix.errors import DoesNotFit, UsageError
 from qmix.hardware.bandwidth import Bandwidths, load, save
 from qmix.hardware.disk import DiskEffort, direct_refusal
-from qmix.kernels import cpu, reference
+from qmix.kernels import cpu, native, reference
+from qmix.kernels.layer import TORCH
 from qmix.sizes import GIB, MIB
 
 QUICK = DiskEffort(nbytes=2 * MIB, seconds=60, rounds=1, depths=(1, 2), chunks=(256 * 1024, MIB))
@@ -50,7 +51,8 @@ def pick_kernel(monkeypatch: pytest.MonkeyPatch, kernel: Any, name: str, line: s
     def select(formats: list[str], blocks: list[int], say: Any, activations: str) -> Any:
         if line:
             say(line)
-        return SimpleNamespace(kernels={(formats[0], blocks[0]): kernel}, names={formats[0]: name})
+        return SimpleNamespace(kernels={(formats[0], blocks[0]): kernel}, names={formats[0]: name},
+                               layer=TORCH)
 
     monkeypatch.setattr(doctor, "select", select)
 
@@ -300,4 +302,6 @@ def test_the_real_machine_without_bitsandbytes_being_imported(tmp_path: Path) ->
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["libraries"]["torch"] == torch.__version__ and report["libraries"]["bitsandbytes"][0].isdigit()
     assert len(report["kernels"]["table"]) == 3 and all(row["kernel"] for row in report["kernels"]["table"])
+    assert report["kernels"]["norm_router_rotary"] == (f"native {next(iter(native.levels()))}" if native.levels() else
+                                                       "torch")
     assert report["machine"]["memory"]["usable_bytes"] > 0 and report["disk"]["filesystem"] != "unknown"

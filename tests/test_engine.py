@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -166,17 +167,41 @@ def test_experts_agree_with_a_float64_sum(stores: dict[str, Path], name: str) ->
 def test_damage_to_the_dense_part_ends_a_load_whose_experts_are_still_read(
         stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     from qmix import engine as engine_module
-    from qmix.errors import StoreError
 
     def damaged(*how: object) -> None:
         raise StoreError("model.norm.weight: its bytes are not those that were written")
 
     monkeypatch.setattr(engine_module, "load_dense", damaged)
     seen: list[int] = []
+
+    def slowly(done: int, total: int, label: str) -> None:
+        seen.append(done)
+        time.sleep(0.2)  # the dense part, which is read beside, has failed by the next record
+
     before = set(threading.enumerate())
     with pytest.raises(StoreError, match=r"model\.norm"):
-        load(stores["int4"], threads=1, progress=lambda done, total, label: seen.append(done))
+        load(stores["int4"], threads=1, progress=slowly)
+    assert len(seen) <= 1
     assert set(threading.enumerate()) <= before
+
+
+def test_reads_into_memory_that_is_not_there_say_so(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They fail as reads do, but the disk is not at fault."""
+    from qmix.offload import setup
+    from qmix.offload.pool import Touching
+
+    def failing_read(*how: object) -> None:
+        raise StoreError("experts-00.safetensors: Bad address")
+
+    def refused(self: Touching) -> None:
+        raise DoesNotFit("the system gave no 3 GiB for 12 expert slots")
+
+    monkeypatch.setattr(setup, "_fill", failing_read)
+    with pytest.raises(StoreError, match="Bad address"):
+        load(stores["int4"], threads=1)
+    monkeypatch.setattr(Touching, "wait", refused)
+    with pytest.raises(DoesNotFit, match="12 expert slots"):
+        load(stores["int4"], threads=1)
 
 
 @pytest.mark.parametrize("wanted", [[], [0], [8], [2, 5, 6]])

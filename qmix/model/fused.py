@@ -2,8 +2,7 @@
 
 It computes what model.mixtral computes step by step, to the bit; drafts, which go there, rely on it.
 
-H hidden, E experts, K chosen per token, A experts guessed for each of D layers ahead, D head size, Q query heads,
-KV key-value heads, V vocabulary.
+H hidden, K experts chosen per token, Q query heads, KV key-value heads.
 """
 
 from __future__ import annotations

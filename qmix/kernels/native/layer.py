@@ -1,7 +1,7 @@
 """What a layer does to a few tokens beside products and attention, through the library: norm, router, rotary embedding
 and the weighted sum of expert outputs. torch takes some 25 operations for it, which cost more to start than to compute.
 
-T tokens, H hidden, E experts, K chosen, Q query heads, KV key-value heads, D head size.
+T tokens, H hidden, E experts, K chosen of them, A guessed, Q query heads, KV key-value heads, D head size.
 """
 
 from __future__ import annotations
