@@ -15,9 +15,11 @@ from typing import Any, Literal, NamedTuple
 from qmix.errors import ConfigError
 
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+GROUPED_BITS = MappingProxyType({"int4": 4, "int3": 3, "int2": 2})  # formats with scale and zero per group of columns
 EXPERT_FORMATS = ("int4", "nf4", "fp4", "keep")
 DENSE_FORMATS = ("int8", "int4", "bf16", "keep")
-METHODS = ("rtn", "hqq")
+METHODS = ("rtn", "hqq", "gptq")
+CALIBRATED = ("gptq",)  # those that want a text
 GROUP_SIZES = (32, 64, 128)
 BLOCKS = (64, 32)
 MOST = MappingProxyType({"num_hidden_layers": 4096, "num_local_experts": 4096})

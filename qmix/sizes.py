@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import prod
 
-from qmix.config import DTYPES, ModelConfig, QuantConfig
+from qmix.config import DTYPES, GROUPED_BITS, ModelConfig, QuantConfig
 from qmix.errors import UsageError
 from qmix.names import DenseTensor
 from qmix.tensorfile import ITEM_BYTES
@@ -68,6 +68,11 @@ class MatrixSpec:
     group_size: int = 0
     block: int = 0
     double_quant: bool = False
+
+    @property
+    def bits(self) -> int:
+        """Of a code of a grouped format; 0 for the others."""
+        return GROUPED_BITS.get(self.format, 0)
 
     @property
     def padded_rows(self) -> int:

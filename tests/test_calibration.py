@@ -93,28 +93,28 @@ def test_sums_are_those_of_the_inputs(tmp_path: Path) -> None:
         middle = F.silu(x @ w1.T) * (x @ w3.T)
         inputs = found[str(key)]
         assert inputs["w13"].count == len(rows) == forward.count(1) > 0
-        check(inputs["w13"], x, {"w13": (x @ torch.cat((w1, w3)).T).square().sum()})
-        check(inputs["w2"], middle, {"w2": (middle @ w2.T).square().sum()})
+        check(inputs["w13"], x, torch.cat((w1, w3)))
+        check(inputs["w2"], middle, w2)
         head = source.dense("lm_head.weight").double()
         norm = source.dense("model.norm.weight").double()
         x = F.rms_norm(forward.residual.double(), (64,), norm, source.config.rms_norm_eps)
-        check(forward.head(head.float()), x, {"": (x @ head.T).square().sum()})
+        check(forward.head(head.float()), x, head)
 
         first = F.rms_norm(source.dense("model.embed_tokens.weight")[ids.flatten()].double(), (64,),
                            source.dense("model.layers.0.input_layernorm.weight").double(), source.config.rms_norm_eps)
-        q = source.dense("model.layers.0.self_attn.q_proj.weight").double()
         attention = found["0.attention"]
-        check(attention["q_proj"], first, {"q_proj": (first @ q.T).square().sum()})
-        assert attention["k_proj"] is attention["v_proj"] is attention["q_proj"] and attention["o_proj"].count == 200
+        for name in ("q_proj", "k_proj", "v_proj"):
+            check(attention[name], first, source.dense(f"model.layers.0.self_attn.{name}.weight").double())
+        assert attention["k_proj"].factor(None) is attention["v_proj"].factor(None)  # made once
+        assert attention["o_proj"].count == 200
 
 
-def check(inputs: Inputs, x: Tensor, energy: dict[str, Tensor]) -> None:
+def check(inputs: Inputs, x: Tensor, weight: Tensor) -> None:
     factor = inputs.factor(None)
     lower = factor.lower.double().tril(-1) + torch.eye(len(factor.lower))
     want = x.T @ x + factor.damping * torch.eye(len(lower))
     torch.testing.assert_close(lower * factor.pivots.double() @ lower.T, want, rtol=1e-4, atol=1e-4 * want.max().item())
-    for name, value in energy.items():
-        assert inputs.energy[name] == pytest.approx(value.item(), rel=1e-5)
+    assert inputs.energy == pytest.approx((x @ weight.T).square().sum().item(), rel=1e-5)
 
 
 def test_threads_and_other_sizes_of_the_pool_change_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ D head size.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -37,10 +38,11 @@ from torch import Tensor
 from qmix import names
 from qmix.checkpoint import Checkpoint
 from qmix.config import ExpertKey
-from qmix.errors import UsageError
+from qmix.errors import QmixError, UsageError
 from qmix.kernels.attend import attend, rotation
 from qmix.kernels.layer import TORCH, rms_norm, rotate, router_logits
 from qmix.quantize.gptq import Factor, Moments
+from qmix.store import CalibrationEntry
 
 LENGTH = 512  # tokens of a sequence
 TOKENS = 65536  # of all of them, unless asked for otherwise
@@ -83,6 +85,11 @@ class Calibration:
         return self.ids.shape[1]
 
     @property
+    def entry(self) -> CalibrationEntry:
+        """What the manifest says of it."""
+        return CalibrationEntry(self.tokens, self.length, self.digest)
+
+    @property
     def digest(self) -> str:
         """Hex digest of the ids and their cut."""
         text = repr((tuple(self.ids.shape), self.ids.flatten().tolist()))
@@ -90,21 +97,29 @@ class Calibration:
 
 
 class Inputs:
-    """What one matrix, or several that read the same, was given. count: inputs, n; energy: sum of the squared outputs,
-    |X W^T|^2, by matrix."""
+    """What a matrix was given. count: inputs, n; energy: sum of its squared outputs, |X W^T|^2. Those of matrices that
+    read the same share `sums`."""
 
-    def __init__(self, moments: Moments, count: int, energy: Mapping[str, float]):
-        self._moments: Moments | None = moments
-        self._factor: Factor | None = None
+    def __init__(self, sums: Sums, count: int, energy: float):
+        self._sums = sums
         self.count = count
         self.energy = energy
 
     def factor(self, pool: Executor | None) -> Factor:
-        """S of these inputs, damped and factored, in the memory of their sums."""
-        if self._factor is None:
-            assert self._moments is not None
-            self._factor, self._moments = self._moments.factor(pool), None
-        return self._factor
+        """S of the inputs, damped and factored, in the memory of their sums; ValueError where all were zero."""
+        return self._sums.factor(pool)
+
+
+class Sums:
+    """Moments until the first one asks for their factor."""
+
+    def __init__(self, moments: Moments):
+        self._now: Moments | Factor = moments
+
+    def factor(self, pool: Executor | None) -> Factor:
+        if isinstance(self._now, Moments):
+            self._now = self._now.factor(pool)
+        return self._now
 
 
 class ForwardPass:
@@ -153,10 +168,14 @@ class ForwardPass:
             if moments is not None:
                 moments[0].add(asked[:end - begin], self._pool)
                 moments[1].add(given[:end - begin], self._pool)
+        if not math.isfinite(self.residual.sum().item()):
+            raise QmixError(f"layer {layer}: the calibration text leads to an inf or NaN",
+                            "a weight before it is damaged: fetch the checkpoint again")
         if moments is None:
             return {}
-        first, last = (Inputs(m, len(self.residual), energy) for m in moments)
-        return {"q_proj": first, "k_proj": first, "v_proj": first, "o_proj": last}
+        shared, own = (Sums(m) for m in moments)
+        return {name: Inputs(own if name == "o_proj" else shared, len(self.residual), value)
+                for name, value in energy.items()}
 
     def _attend(self, weights: _LayerWeights, here: slice, cos: Tensor, sin: Tensor, asked: Tensor, given: Tensor,
                 measure: bool) -> dict[str, float]:
@@ -209,7 +228,7 @@ class ForwardPass:
                 moments[1].add(middle, self._pool)
         if moments is None:
             return {}
-        return {name: Inputs(m, len(rows), energy) for name, m in zip(energy, moments, strict=True)}
+        return {name: Inputs(Sums(m), len(rows), energy[name]) for name, m in zip(energy, moments, strict=True)}
 
     def count(self, expert: int) -> int:
         """Tokens that the current layer's router sends to an expert."""
@@ -227,7 +246,7 @@ class ForwardPass:
 
             energy += sum(self._map(multiply, _cuts(len(weight))))
             moments.add(x, self._pool)
-        return Inputs(moments, len(self.residual), {"": energy})
+        return Inputs(Sums(moments), len(self.residual), energy)
 
     def final(self, rows: slice) -> Tensor:
         """The normed residual that the head reads."""

@@ -34,7 +34,6 @@ import torch
 from torch import Tensor
 
 TILE = 512  # rows and columns of S that one task multiplies
-STRIP = 1024  # rows of a weight that one task walks through
 DAMPING = 0.01  # of the mean of S's diagonal, added to it: the authors' value
 HARDER = 10.0  # times as much where the factorization fails
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from qmix import formats
-from qmix.config import METHODS
+from qmix.config import CALIBRATED, METHODS
 from qmix.errors import UsageError
 from qmix.formats import Packed
 from qmix.formats.int4 import load_codes, store_codes
@@ -89,15 +89,9 @@ def quantize_int4(weight: Tensor, spec: MatrixSpec, method: str, pool: Executor 
 def quantize_int4_measured(weight: Tensor, spec: MatrixSpec, method: str,
                            pool: Executor | None = None) -> tuple[Packed, Error]:
     """`quantize_int4` and, for a third of its price, what `error` says of the result: the codes are at hand."""
-    if method not in METHODS:
-        raise UsageError(f"method: got {method!r}, want " + " or ".join(METHODS))
-    if tuple(weight.shape) != (spec.rows, spec.cols):
-        raise UsageError(f"weight: got {list(weight.shape)}, want {[spec.rows, spec.cols]}")
-    n, k, block = spec.padded_rows, spec.padded_cols, spec.block
-    qweight = torch.full((n // block, k, block // 2), EMPTY, dtype=torch.uint8)
-    qparams = torch.zeros(k // spec.group_size, n, 2, dtype=torch.bfloat16)
-    packed = Packed.of(spec, {"qweight": qweight, "qparams": qparams}, "quantize_int4")
-    spare: list[Scratch] = []
+    if method not in METHODS or method in CALIBRATED:
+        raise UsageError(f"method: got {method!r}, want " + " or ".join(m for m in METHODS if m not in CALIBRATED))
+    packed, spare = blank(weight, spec), []  # type: tuple[Packed, list[Scratch]]
 
     def work(strip: Strip) -> Error:
         scratch = spare.pop() if spare else Scratch.make(weight.dtype)
@@ -106,6 +100,16 @@ def quantize_int4_measured(weight: Tensor, spec: MatrixSpec, method: str,
         return found
 
     return packed, sum((map if pool is None else pool.map)(work, _strips(spec)), Error(0.0, 0.0))
+
+
+def blank(weight: Tensor, spec: MatrixSpec) -> Packed:
+    """Room for `weight` in the format of `spec`, all of it padding; UsageError where their shapes differ."""
+    if tuple(weight.shape) != (spec.rows, spec.cols):
+        raise UsageError(f"weight: got {list(weight.shape)}, want {[spec.rows, spec.cols]}")
+    n, k, block = spec.padded_rows, spec.padded_cols, spec.block
+    qweight = torch.full((n // block, k, block // 2), EMPTY, dtype=torch.uint8)
+    qparams = torch.zeros(k // spec.group_size, n, 2, dtype=torch.bfloat16)
+    return Packed.of(spec, {"qweight": qweight, "qparams": qparams}, "quantize")
 
 
 def error(weight: Tensor, packed: Packed, pool: Executor | None = None) -> Error:
@@ -206,15 +210,18 @@ def _quantize(weight: Tensor, packed: Packed, s: Strip, method: str, scratch: Sc
     return found
 
 
-def fit_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """(scale, zero) fp32 of groups with these extremes, both exact in bf16: 16 steps reach both ends.
+def fit_range(low: Tensor, high: Tensor, bits: int = 4) -> tuple[Tensor, Tensor]:
+    """(scale, zero) fp32 of groups with these extremes, both exact in bf16: 2^bits steps reach both ends.
 
-    The zero point, the value of code 8, is rounded first, and the scale then taken wide enough for both
+    The zero point, the value of the middle code, is rounded first, and the scale then taken wide enough for both
     ends: a group far from zero, whose zero point bf16 holds only coarsely, is not clipped.
     """
-    zero = (low / 2).add_(high, alpha=1 / 2).add_(high, alpha=1 / 30).sub_(low, alpha=1 / 30)
+    middle = 2**(bits - 1)
+    skew = 1 / (4 * middle - 2)  # the middle code lies half a step above the middle
+    zero = (low / 2).add_(high, alpha=1 / 2).add_(high, alpha=skew).sub_(low, alpha=skew)
     zero = zero.clamp_(-BF16_MAX, BF16_MAX).bfloat16().float()
-    above, below = (high / 7).sub_(zero, alpha=1 / 7), (zero / 8).sub_(low, alpha=1 / 8)
+    top = middle - 1
+    above, below = (high / top).sub_(zero, alpha=1 / top), (zero / middle).sub_(low, alpha=1 / middle)
     scale = torch.maximum(above, below).bfloat16().float()
     return scale.masked_fill_(scale < SMALLEST, 0.0), zero
 

@@ -5,12 +5,12 @@ checks one, summary describes it.
 """
 
 from qmix.store.layout import CONFIG, JOURNAL, MANIFEST, Region, StoreLayout, record_name
-from qmix.store.manifest import DenseEntry, FileEntry, Manifest, RecordEntry
+from qmix.store.manifest import Calibrated, CalibrationEntry, DenseEntry, FileEntry, Manifest, RecordEntry
 from qmix.store.reader import Store
 from qmix.store.records import VERIFY, RecordFiles, Verify
 from qmix.store.summary import ClassSummary, classes, describe, worst_experts
 from qmix.store.writer import StoreWriter
 
-__all__ = ["CONFIG", "JOURNAL", "MANIFEST", "VERIFY", "ClassSummary", "DenseEntry", "FileEntry", "Manifest",
-           "RecordEntry", "RecordFiles", "Region", "Store", "StoreLayout", "StoreWriter", "Verify", "classes",
-           "describe", "record_name", "worst_experts"]
+__all__ = ["CONFIG", "JOURNAL", "MANIFEST", "VERIFY", "Calibrated", "CalibrationEntry", "ClassSummary", "DenseEntry",
+           "FileEntry", "Manifest", "RecordEntry", "RecordFiles", "Region", "Store", "StoreLayout", "StoreWriter",
+           "Verify", "classes", "describe", "record_name", "worst_experts"]
