@@ -15,7 +15,8 @@ from typing import Any, Literal, NamedTuple
 from qmix.errors import ConfigError
 
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-EXPERT_FORMATS = ("int4", "nf4", "fp4", "keep")
+GROUPED_BITS = MappingProxyType({"int4": 4, "int3": 3, "int2": 2})  # formats with scale and zero per group of columns
+EXPERT_FORMATS = ("int4", "int3", "int2", "nf4", "fp4", "keep")
 DENSE_FORMATS = ("int8", "int4", "bf16", "keep")
 METHODS = ("rtn", "hqq")
 GROUP_SIZES = (32, 64, 128)
@@ -159,7 +160,7 @@ def _ids(value: Any) -> tuple[int, ...]:
 class QuantConfig:
     """What `qmix quantize` writes: formats and method, per class of matrix.
 
-    group_size and block apply where int4 is used (experts or dense) and are 0 elsewhere;
+    method, group_size and block apply where a grouped format is used (experts or dense) and are empty or 0 elsewhere;
     double_quant applies to nf4 and fp4 experts.
     """
 
@@ -173,20 +174,21 @@ class QuantConfig:
     def __post_init__(self) -> None:
         _want(self.experts in EXPERT_FORMATS, "format", self.experts, " or ".join(EXPERT_FORMATS))
         _want(self.dense in DENSE_FORMATS, "dense", self.dense, " or ".join(DENSE_FORMATS))
-        if self.uses_int4:
+        if self.grouped:
             _want(self.method in METHODS, "method", self.method, " or ".join(METHODS))
             _want(self.group_size in GROUP_SIZES, "group_size", self.group_size, "32, 64 or 128")
             _want(self.block in BLOCKS, "block", self.block, "64 or 32")
         else:
-            _want(self.method == "", "method", self.method, "'' (only int4 has a choice of method)")
-            _want(self.group_size == 0, "group_size", self.group_size, "0 (only int4 has groups)")
-            _want(self.block == 0, "block", self.block, "0 (only int4 has blocks)")
+            _want(self.method == "", "method", self.method, "'' (only int4, int3 and int2 have a choice of method)")
+            _want(self.group_size == 0, "group_size", self.group_size, "0 (only int4, int3 and int2 have groups)")
+            _want(self.block == 0, "block", self.block, "0 (only int4, int3 and int2 have blocks)")
         _want(not self.double_quant or self.experts in ("nf4", "fp4"), "double_quant", self.double_quant,
               "false (only nf4 and fp4 have it)")
 
     @property
-    def uses_int4(self) -> bool:
-        return "int4" in (self.experts, self.dense)
+    def grouped(self) -> set[str]:
+        """The grouped formats that are used."""
+        return {self.experts, self.dense} & GROUPED_BITS.keys()
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from qmix import hardware
-from qmix.config import DTYPES, Cancel, ModelConfig, QuantConfig, SamplingParams, Step
+from qmix.config import DTYPES, GROUPED_BITS, Cancel, ModelConfig, QuantConfig, SamplingParams, Step
 from qmix.errors import DoesNotFit, UsageError
 from qmix.generate import Token, generate
 from qmix.kernels.attention import choose_attention
@@ -129,8 +129,7 @@ def select_kernels(config: ModelConfig, quant: QuantConfig, say: Callable[[str],
     """The kernels for the formats that this store uses."""
     plain = DTYPES[config.dtype]
     formats = {plain if f == "keep" else f for f in (quant.experts, quant.dense)} | {plain}
-    return select(formats, {quant.block} if quant.uses_int4 else set(), say=say,
-                  activations=activations)
+    return select(formats, {quant.block} if quant.grouped else set(), say=say, activations=activations)
 
 
 def _native_throughout(store: Store, kernels: KernelTable) -> bool:
@@ -230,7 +229,7 @@ class Engine:
     @property
     def native(self) -> Native | None:
         """What computes the experts, where the native kernels do."""
-        return self._kernels.native if self._kernels.native and self.store.quant.experts == "int4" else None
+        return self._kernels.native if self.store.quant.experts in GROUPED_BITS else None
 
     def session(self) -> Session:
         """A new conversation with room for plan.context positions. The plan has room for one; DoesNotFit where

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import prod
 
-from qmix.config import DTYPES, ModelConfig, QuantConfig
+from qmix.config import DTYPES, GROUPED_BITS, ModelConfig, QuantConfig
 from qmix.errors import UsageError
 from qmix.names import DenseTensor
 from qmix.tensorfile import ITEM_BYTES
@@ -54,10 +54,11 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class MatrixSpec:
-    """A [rows, cols] matrix in a format: "int4" | "nf4" | "fp4" | "int8" | "bf16" | "fp16" | "fp32".
+    """A [rows, cols] matrix in a format: "int4" | "int3" | "int2" | "nf4" | "fp4" | "int8" | "bf16" | "fp16" | "fp32".
 
     rows and cols are logical. The rows come in `parts` equal pieces (gate and up are two), each padded
-    alone: int4 pads rows to `block` and columns to `group_size`; int8, nf4 and fp4 pad columns to 64.
+    alone: the grouped formats, int4, int3 and int2, pad rows to `block` and columns to `group_size`; int8, nf4 and
+    fp4 pad columns to 64.
     Example: int4, rows 2 x 80, block 64, parts 2 -> padded_rows 256; row 80 of the matrix is row 128.
     """
 
@@ -70,22 +71,27 @@ class MatrixSpec:
     double_quant: bool = False
 
     @property
+    def bits(self) -> int:
+        """Of a code of a grouped format; 0 for the others."""
+        return GROUPED_BITS.get(self.format, 0)
+
+    @property
     def padded_rows(self) -> int:
-        if self.format != "int4":
+        if not self.bits:
             return self.rows
         return self.parts * round_up(self.rows // self.parts, self.block)
 
     @property
     def padded_cols(self) -> int:
-        if self.format == "int4":
+        if self.bits:
             return round_up(self.cols, self.group_size)
         return round_up(self.cols, 64) if self.format in ("int8", "nf4", "fp4") else self.cols
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
         n, k = self.padded_rows, self.padded_cols
-        if self.format == "int4":
-            return (TensorSpec("qweight", "U8", (n // self.block, k, self.block // 2)),
+        if self.bits:
+            return (TensorSpec("qweight", "U8", (n // self.block, k, self.block * self.bits // 8)),
                     TensorSpec("qparams", "BF16", (k // self.group_size, n, 2)))
         if self.format == "int8":
             return TensorSpec("qweight", "I8", (n, k)), TensorSpec("scale", "BF16", (n,))
@@ -155,7 +161,7 @@ def record_layout(config: ModelConfig, quant: QuantConfig) -> RecordLayout:
     Mixtral 8x7B at int4 g64: 99,090,432 bytes.
     """
     kind = DTYPES[config.dtype] if quant.experts == "keep" else quant.experts
-    extra = {"group_size": quant.group_size, "block": quant.block} if kind == "int4" else {}
+    extra = {"group_size": quant.group_size, "block": quant.block} if kind in GROUPED_BITS else {}
     double = quant.double_quant
     hidden, inner = config.hidden_size, config.intermediate_size
     return RecordLayout(MatrixSpec(kind, 2 * inner, hidden, parts=2, double_quant=double, **extra),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from qmix.config import DTYPES, ExpertKey, ModelConfig, QuantConfig
+from qmix.config import DTYPES, GROUPED_BITS, ExpertKey, ModelConfig, QuantConfig
 from qmix.names import dense_tensors
 from qmix.store.layout import MANIFEST, StoreLayout
 from qmix.store.manifest import FORMAT_VERSION, Manifest
@@ -58,8 +58,8 @@ def classes(config: ModelConfig, quant: QuantConfig, layout: StoreLayout,
 
 def describe_format(config: ModelConfig, quant: QuantConfig, kind: str) -> str:
     """ "int4 g64 hqq, block 64", "nf4 double quantization", "keep (bf16)"."""
-    if kind == "int4":
-        return f"int4 g{quant.group_size} {quant.method}, block {quant.block}"
+    if kind in GROUPED_BITS:
+        return f"{kind} g{quant.group_size} {quant.method}, block {quant.block}"
     if kind == "keep":
         return f"keep ({DTYPES[config.dtype]})"
     return f"{kind} double quantization" if quant.double_quant and kind in ("nf4", "fp4") else kind
