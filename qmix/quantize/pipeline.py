@@ -70,11 +70,11 @@ def all_work(source: Checkpoint, layout: StoreLayout) -> list[Work]:
     found = [Work(layout.dense[t.name], t.name, {"": layout.specs[t.name]}, {"": (t.name,)},
                   math.prod(t.shape) * item) for t in names.dense_tensors(config)]
     nbytes = 3 * config.hidden_size * config.intermediate_size * item
-    specs = {"w13": layout.record.w13, "w2": layout.record.w2}
     for key, region in layout.records.items():
         part = {short: name for short, (name, _) in names.expert_tensors(config, key).items()}
         parts = {"w13": (part["w1"], part["w3"]), "w2": (part["w2"],)}
-        found.append(Work(region, key, specs, parts, nbytes))
+        record = layout.record(key)
+        found.append(Work(region, key, {"w13": record.w13, "w2": record.w2}, parts, nbytes))
     return found
 
 
