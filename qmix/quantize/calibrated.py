@@ -24,7 +24,7 @@ from qmix.formats.packed import refuse_nonfinite
 from qmix.quantize import hqq
 from qmix.quantize.calibration import Calibration, ForwardPass, Inputs
 from qmix.quantize.gptq import Fit, Walked, walk
-from qmix.quantize.methods import Error, blank, fit_range, quantize_int4_measured
+from qmix.quantize.methods import Error, blank, fit_range, quantize_measured
 from qmix.sizes import MatrixSpec, round_up
 
 FALLBACK = "hqq"
@@ -78,7 +78,7 @@ def choose_calibrated(weight: Tensor, spec: MatrixSpec, inputs: Inputs | None,
             return packed.tensors, distance, output_error
         except ValueError:
             pass  # inputs that are all zero, an expert whose gate is shut, tell nothing either
-    packed, distance = quantize_int4_measured(weight, spec, FALLBACK, pool)
+    packed, distance = quantize_measured(weight, spec, FALLBACK, pool)
     return packed.tensors, distance, None
 
 

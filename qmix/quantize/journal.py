@@ -44,7 +44,7 @@ Arguments = dict[str, Any]
 
 def arguments(fingerprint: str, quant: QuantConfig, calibration: CalibrationEntry | None = None) -> Arguments:
     """What must be the same for a run to go on with another's work. No bit depends on threads."""
-    found = {"qmix": __version__, "source": fingerprint, **asdict(quant)}
+    found = {"qmix": __version__, "source": fingerprint, **quant.to_json()}
     return found if calibration is None else {**found, "calibration": asdict(calibration)}
 
 

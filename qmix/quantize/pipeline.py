@@ -35,7 +35,7 @@ from qmix.hardware.memory import anonymous_memory
 from qmix.quantize.calibrated import FALLBACK, Guide, choose_calibrated, stage
 from qmix.quantize.calibration import Calibration, Inputs
 from qmix.quantize.journal import Finished, Journal
-from qmix.quantize.methods import Error, error, quantize_int4_measured
+from qmix.quantize.methods import Error, error, quantize_measured
 from qmix.sizes import PLAIN_DTYPES, MatrixSpec
 from qmix.store import Calibrated, Region, StoreLayout, StoreWriter
 
@@ -81,11 +81,11 @@ def all_work(source: Checkpoint, layout: StoreLayout) -> list[Work]:
     found = [Work(layout.dense[t.name], t.name, {"": layout.specs[t.name]}, {"": (t.name,)},
                   math.prod(t.shape) * item) for t in names.dense_tensors(config)]
     nbytes = 3 * config.hidden_size * config.intermediate_size * item
-    specs = {"w13": layout.record.w13, "w2": layout.record.w2}
     for key, region in layout.records.items():
         part = {short: name for short, (name, _) in names.expert_tensors(config, key).items()}
         parts = {"w13": (part["w1"], part["w3"]), "w2": (part["w2"],)}
-        found.append(Work(region, key, specs, parts, nbytes))
+        record = layout.record(key)
+        found.append(Work(region, key, {"w13": record.w13, "w2": record.w2}, parts, nbytes))
     return found
 
 
@@ -172,7 +172,7 @@ def _load(source: Checkpoint, work: Work, buffer: Tensor | None) -> dict[str, Te
 
 def _quantize(source: Checkpoint, work: Work, weights: dict[str, Tensor], quant: QuantConfig,
               inputs: Mapping[str, Inputs], pool: Executor) -> Made:
-    """Pack every matrix of `weights`, which is emptied on the way. int4 spreads one matrix over the
+    """Pack every matrix of `weights`, which is emptied on the way. Grouped formats spread one matrix over the
     pool; the other formats have no such way, so their matrices go side by side."""
     inner = work.grouped
 
@@ -212,7 +212,7 @@ def _pack(weight: Tensor, spec: MatrixSpec | None, method: str, inputs: Inputs |
     if spec.bits and method in CALIBRATED:
         return choose_calibrated(weight, spec, inputs, pool)
     if spec.bits:
-        packed, distance = quantize_int4_measured(weight, spec, method, pool)
+        packed, distance = quantize_measured(weight, spec, method, pool)
         return packed.tensors, distance, None
     packed = formats.pack(weight, spec)
     same = spec.format in PLAIN_DTYPES and packed["weight"].dtype == weight.dtype  # the checkpoint's bytes
