@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from qmix import hardware
-from qmix.config import DTYPES, GROUPED_BITS, Cancel, ModelConfig, QuantConfig, SamplingParams, Step
+from qmix.config import DTYPES, Cancel, ModelConfig, QuantConfig, SamplingParams, Step
 from qmix.errors import DoesNotFit, UsageError
 from qmix.generate import Token, generate
 from qmix.kernels.attention import choose_attention
@@ -229,7 +229,8 @@ class Engine:
     @property
     def native(self) -> Native | None:
         """What computes the experts, where the native kernels do."""
-        return self._kernels.native if self.store.quant.expert_formats <= GROUPED_BITS.keys() else None
+        return self._kernels.native if self._kernels.native and self.store.quant.expert_formats <= set(
+            self._kernels.native.formats) else None
 
     def session(self) -> Session:
         """A new conversation with room for plan.context positions. The plan has room for one; DoesNotFit where

@@ -71,7 +71,7 @@ class PagedExperts:
                  watch: RoutingWatch, depth: int = 1, window: int = 2, clock: Callable[[], float] = time.perf_counter):
         self._kernels = kernels
         # Set where the native kernels compute the experts.
-        self._native: Native | None = kernels.native if views[0][0].spec.bits else None
+        self._native: Native | None = kernels.native if kernels.computes_natively(views[0][0]) else None
         self._top_k = config.experts_per_token
         self._experts = config.num_experts
         self._layers = config.num_layers
