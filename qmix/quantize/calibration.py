@@ -76,6 +76,11 @@ class Calibration:
         starts = [there * i // count * body for i in range(count)]
         return cls(torch.tensor([[*head, *ids[start:start + body]] for start in starts]))
 
+    def part(self, tokens: int) -> Calibration:
+        """So many tokens of it, in whole sequences (one at least) spread evenly; all where it has no more."""
+        count = max(1, min(len(self.ids), tokens // self.length))
+        return Calibration(self.ids[torch.arange(count) * len(self.ids) // count])
+
     @property
     def tokens(self) -> int:
         return self.ids.numel()
@@ -198,12 +203,14 @@ class ForwardPass:
         self.normed[here] = normed
         return energy
 
-    def expert(self, key: ExpertKey, w13: Tensor, w2: Tensor, measure: bool) -> dict[str, Inputs]:
-        """Add what an expert of the current layer gives to the residual of the tokens that were sent to it; w13 [2F,
-        H], w2 [H, F] of the checkpoint. With `measure` the inputs of both, {"w13", "w2"}."""
+    def expert(self, key: ExpertKey, w13: Tensor, w2: Tensor, measure: bool, first: int = 0,
+               ) -> dict[str, Inputs]:
+        """Add what an expert of the current layer gives to the residual of the tokens that were sent to it, or of the
+        `first` ones where there are so many; w13 [2F, H], w2 [H, F] of the checkpoint. With `measure` the inputs of
+        both, {"w13", "w2"}."""
         assert key.layer == self.layer, (key, self.layer)
         hidden, inner = w2.shape
-        rows, rank = (self.ids == key.expert).nonzero(as_tuple=True)
+        rows, rank = (self.ids[:first or None] == key.expert).nonzero(as_tuple=True)
         moments = (Moments(hidden), Moments(inner)) if measure and len(rows) else None
         energy = {"w13": 0.0, "w2": 0.0}
         for token, gain in zip(rows.split(CHUNK), self.gains[rows, rank].split(CHUNK), strict=True):

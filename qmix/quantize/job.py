@@ -15,10 +15,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-
-import torch
 
 from qmix import hardware
 from qmix.checkpoint import Checkpoint
@@ -27,6 +24,7 @@ from qmix.errors import CheckpointError, DoesNotFit, Interrupted, QmixError, Sto
 from qmix.quantize import journal as journals
 from qmix.quantize.calibration import Calibration
 from qmix.quantize.journal import Finished, Journal
+from qmix.quantize.onethread import one_torch_thread
 from qmix.quantize.pipeline import Work, all_work, route, run
 from qmix.quantize.report import Report
 from qmix.quantize.target import Target, cannot_write, resolve, sync_folder, written_bytes
@@ -98,7 +96,7 @@ class _Job:
         try:
             sync_folder(folder)
             (folder / MANIFEST).unlink(missing_ok=True)  # of a run that was killed before its rename
-            with StoreWriter(folder, self._layout) as writer, _one_torch_thread():
+            with StoreWriter(folder, self._layout) as writer, one_torch_thread():
                 done = 0
 
                 def finished(work: Work, result: Finished | None) -> None:
@@ -265,15 +263,3 @@ def _write_synced(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """No threads of torch's own meanwhile: the pool has the work, and on a busy machine the two would
-    only wait for each other. Sums then do not depend on a number of threads either."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
