@@ -59,9 +59,9 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
     0 = min(model, 8192); ram: bytes for the whole process, None = what is free but for `margin` bytes; policy,
     prefetch, verify: see OffloadOptions; activations: see kernels.table.select; kv: how keys and values are kept,
     "bf16" (that is, in the compute dtype) or "int8", in about half the bytes; trace: a file, or an object, that gets
-    every routing decision; state: the folder that keeps router statistics, None = nowhere; speeds: this machine's, for a forecast;
-    base: bytes that the process counts as taken already, None = what it holds now; say: told every choice a user should
-    know of, a line each.
+    every routing decision; state: the folder that keeps router statistics, None = nowhere; speeds: this machine's, for
+    a forecast; base: bytes that the process counts as taken already, None = what it holds now; say: told every choice a
+    user should know of, a line each.
     Raises DoesNotFit or UsageError before anything large is loaded, StoreError where the store is damaged.
     """
     options = OffloadOptions(policy, prefetch, verify)

@@ -104,7 +104,8 @@ class Reuse:
 
     at_once, in_turn [E + 1]: uses by that distance, the last entry those of an expert never used before. At once, as
     qmix's cache has it: a token's K experts are looked up before any of them takes a slot, so that distances count from
-    the end of the token before. In turn: they are looked up one after the other, in order of rank.
+    the end of the token before. In turn: they are looked up one after the other, in order of rank. Either way the last
+    rank counts as used last; qmix's cache, to which a token's experts are equally recent, may let another go.
 
     Example, K = 2: after (a b) and (c d) the token (a c) finds the stack d c b a: at once a is at distance 3 and c at
     1; in turn a is at 3, and c, behind a and d, at 2.

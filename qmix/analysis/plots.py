@@ -55,8 +55,8 @@ def shares(report: Document, layers: Sequence[int] | None = None) -> str:
         for panel, layer in zip(panels, layers, strict=True):
             for number, one in enumerate(texts):
                 at = [expert + (number - (len(texts) - 1) / 2) * width for expert in range(experts)]
-                panel.bar(at, [100 * share for share in one["by_layer"][layer]["share"]], width, label=_safe(one["text"]),
-                          edgecolor="black", linewidth=0.4, **bar_style(number))
+                panel.bar(at, [100 * share for share in one["by_layer"][layer]["share"]], width, edgecolor="black",
+                          linewidth=0.4, label=_safe(one["text"]), **bar_style(number))
             panel.axhline(100 / experts, color="black", linestyle="--", linewidth=0.8, label="even")
             panel.set(title=f"layer {layer}", ylabel="% of choices",
                       xticks=range(0, experts, 1 if experts <= 32 else 8))
@@ -71,7 +71,7 @@ def repeats(report: Document) -> str:
         for panel, metric, title in zip(panels, ("repeat_first", "repeat_any"),
                                         ("first choice repeats", "first or second choice repeats"
                                          if report["chosen"] == 2 else "any choice repeats"), strict=True):
-            _by_layer(panel, report, lambda row, metric=metric: row[metric])
+            _by_layer(panel, report, [[row[metric] for row in one["by_layer"]] for one in report["texts"]])
             panel.axhline(100 * report["chance"][metric], color="black", linestyle=(0, (1, 3)), label="chance")
             panel.set(title=title, ylabel="% of neighbouring tokens")
         _legend(figure, panels[0])
@@ -89,7 +89,7 @@ def hits(report: Document) -> str:
         for layer in range(report["layers"]):
             line = [100 * fmean(one["by_layer"][layer]["lru_hit"][s - 1] for one in report["texts"]) for s in slots]
             right.plot(slots, line, label=f"layer {layer}", **line_style(layer))
-        for panel, title in ((left, "mean of all layers"), (right, "mean of all texts")):
+        for panel, title in ((left, "mean of all layers"), (right, "each layer, mean of all texts")):
             panel.plot(slots, [100 * s / report["experts"] for s in slots], color="black", linestyle=(0, (1, 3)),
                        label="chance")
             panel.set(title=title, xlabel="slots per layer", ylabel="hits, %", ylim=(0, 102))
@@ -103,7 +103,7 @@ def lookahead(report: Document) -> str:
         panels = _panels(figure, 3, 3)
         for panel, source, title in zip(panels, SOURCES, ("its router asked early", "transition statistics",
                                                           "most used experts"), strict=True):
-            _by_layer(panel, report, lambda row, source=source: row["recall"][source])
+            _by_layer(panel, report, [[row["recall"][source] for row in one["by_layer"]] for one in report["texts"]])
             panel.axhline(100 * report["chance"]["recall"], color="black", linestyle=(0, (1, 3)), label="chance")
             panel.set(title=title, ylabel="choices foretold, %", ylim=(0, 102))
         _legend(figure, panels[0])
@@ -136,21 +136,19 @@ def together(report: Document) -> str:
 
 def bar_style(number: int) -> dict[str, Any]:
     """Different for 24 texts."""
-    return {"hatch": HATCHES[number % len(HATCHES)],
-            "facecolor": GREYS[(number + number // len(HATCHES)) % len(GREYS)]}
+    return {"hatch": HATCHES[number % len(HATCHES)], "facecolor": GREYS[number % len(GREYS)]}
 
 
 def line_style(number: int) -> dict[str, Any]:
     """Different for 24 lines."""
     return {"linestyle": LINES[number % len(LINES)], "marker": MARKERS[number % len(MARKERS)], "markersize": 4,
-            "color": INKS[(number + number // len(MARKERS)) % len(INKS)], "linewidth": 1, "markerfacecolor": "white"}
+            "color": INKS[number % len(INKS)], "linewidth": 1, "markerfacecolor": "white"}
 
 
-def _by_layer(panel: Any, report: Document, value: Callable[[Document], float | None]) -> None:
-    """A line for each text; layers without a value are left out."""
-    for number, one in enumerate(report["texts"]):
-        points = [(row["layer"], value(row)) for row in one["by_layer"]]
-        known = [(layer, 100 * share) for layer, share in points if share is not None]
+def _by_layer(panel: Any, report: Document, values: Sequence[Sequence[float | None]]) -> None:
+    """A line for each text, of its values by layer; layers without one are left out."""
+    for number, (one, shares) in enumerate(zip(report["texts"], values, strict=True)):
+        known = [(layer, 100 * share) for layer, share in enumerate(shares) if share is not None]
         panel.plot([layer for layer, _ in known], [share for _, share in known], label=_safe(one["text"]),
                    **line_style(number))
     panel.set(xlabel="layer")
@@ -182,5 +180,5 @@ def _figure(width: float, height: float) -> Iterator[tuple[Any, Callable[[Any], 
         FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None})
         return out.getvalue()
 
-    with rc_context(dict(RULES)):
+    with rc_context(dict(RULES)):  # type: ignore[arg-type]
         yield Figure(figsize=(width, height)), text

@@ -108,7 +108,7 @@ def _show_views(views: list[Any], layer: int, experts: int) -> None:
         if colours:
             from rich.console import Console
 
-            Console(highlight=False).print(coloured(view, layer, experts), soft_wrap=True)
+            Console(force_terminal=True, highlight=False).print(coloured(view, layer, experts), soft_wrap=True)
         else:
             print(plain(view, layer))
 

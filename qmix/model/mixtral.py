@@ -86,7 +86,8 @@ class Mixtral:
 
     ahead: how many experts of each of the next `depth` layers to guess for it while decoding; 0 where nobody
     fetches. Near the last layer D is smaller than depth, and for the last layer there is nothing to guess.
-    guess_prompts: guess in prompts too. caches: makes the KV caches; their class decides how keys and values are kept and attended to.
+    guess_prompts: guess in prompts too.
+    caches: makes the KV caches; their class decides how keys and values are kept and attended to.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, kernels: KernelTable, experts: Experts,
