@@ -19,7 +19,8 @@ from qmix.analysis.measures import SOURCES
 from qmix.analysis.report import Document
 from qmix.errors import QmixError
 
-HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "oo", "++", "--")
+# Dots come last: each is drawn as a path, 60 kB in all.
+HATCHES = ("", "////", "xxxx", "\\\\\\\\", "---", "+++", "|||", "..")
 GREYS = ("0.85", "1.0", "0.65")
 LINES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "x", "P", "*")
