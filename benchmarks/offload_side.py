@@ -52,7 +52,7 @@ def run_qmix(task: dict[str, Any]) -> dict[str, Any]:
             session = engine.session()
             loaded = time.perf_counter() - start
             found = measure(session.decode, task, getattr(engine, "reset_stats", lambda: None))
-            return {**found, "load_seconds": loaded, "record_bytes": engine.store.layout.nbytes,
+            return {**found, "load_seconds": loaded, "record_bytes": engine.store.layout.record_bytes,
                     "stats": engine.stats()}
     except QmixError as e:
         say(str(e))

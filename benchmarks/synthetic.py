@@ -108,7 +108,7 @@ def bytes_per_token(recipe: Recipe, dense: str = "int8") -> int:
     config, _, layout = layout_of(recipe, dense)
     embedding = layout.dense[names.EMBEDDING].nbytes
     return (sum(region.nbytes for region in layout.dense.values()) - embedding + embedding // config.vocab_size
-            + config.num_layers * config.experts_per_token * layout.record.nbytes)
+            + config.num_layers * config.experts_per_token * layout.record_bytes)
 
 
 def write_store(recipe: Recipe, out: Path, dense_format: str = "int8") -> int:
@@ -116,7 +116,7 @@ def write_store(recipe: Recipe, out: Path, dense_format: str = "int8") -> int:
     config, quant, layout = layout_of(recipe, dense_format)
     folder = out.with_name(out.name + ".partial")
     folder.mkdir(parents=True)
-    specs = {"w13": layout.record.w13, "w2": layout.record.w2}
+    specs = {"w13": layout.kinds[0].w13, "w2": layout.kinds[0].w2}
     none = {"w13": 0.0, "w2": 0.0, "all": 0.0}  # there was no original to differ from
     dense, records = {}, {}
     with StoreWriter(folder, layout) as writer:

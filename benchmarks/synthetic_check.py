@@ -51,7 +51,7 @@ def route(store: Store, tokens: list[int]) -> Recorder:
     """Run `tokens` as one sequence through the model."""
     config, quant = store.config, store.quant
     kernels = select({quant.experts, quant.dense, DTYPES[config.dtype]}, {quant.block})
-    recorder = Recorder(store, kernels, torch.empty(store.layout.nbytes, dtype=torch.uint8))
+    recorder = Recorder(store, kernels, torch.empty(store.layout.record_bytes, dtype=torch.uint8))
     model = Mixtral(config, load_dense(store, kernels), kernels, recorder, config.experts_per_token)
     count = len(tokens)
     model.forward(torch.tensor(tokens), torch.arange(count), [model.new_cache(count)], Step("decode", (0,) * count))

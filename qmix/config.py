@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from qmix.errors import ConfigError
 
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-EXPERT_FORMATS = ("int4", "nf4", "fp4", "keep")
+GROUPED_BITS = MappingProxyType({"int4": 4, "int3": 3, "int2": 2})  # formats with scale and zero per group of columns
+EXPERT_FORMATS = ("int8", "int4", "int3", "int2", "nf4", "fp4", "keep", "mixed")
 DENSE_FORMATS = ("int8", "int4", "bf16", "keep")
 METHODS = ("rtn", "hqq")
 GROUP_SIZES = (32, 64, 128)
 BLOCKS = (64, 32)
+KIND_LETTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
 MOST = MappingProxyType({"num_hidden_layers": 4096, "num_local_experts": 4096})
 
 
@@ -159,8 +161,12 @@ def _ids(value: Any) -> tuple[int, ...]:
 class QuantConfig:
     """What `qmix quantize` writes: formats and method, per class of matrix.
 
-    group_size and block apply where int4 is used (experts or dense) and are 0 elsewhere;
+    method, group_size and block apply where a grouped format is used (experts or dense) and are empty or 0 elsewhere;
     double_quant applies to nf4 and fp4 experts.
+
+    In a mixed store a record is of one of `kinds`: the formats of its w13 and its w2, as ("int3g64", "int4g32"). mix
+    has a line for each layer, with a letter for each of its experts: the number of its kind. group_size then counts
+    for a dense int4 only. Both are empty for other stores.
     """
 
     experts: str = "int4"
@@ -169,24 +175,68 @@ class QuantConfig:
     group_size: int = 64
     block: int = 64
     double_quant: bool = False
+    kinds: tuple[tuple[str, str], ...] = ()
+    mix: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _want(self.experts in EXPERT_FORMATS, "format", self.experts, " or ".join(EXPERT_FORMATS))
         _want(self.dense in DENSE_FORMATS, "dense", self.dense, " or ".join(DENSE_FORMATS))
-        if self.uses_int4:
+        if self.experts == "mixed" or self.grouped:
             _want(self.method in METHODS, "method", self.method, " or ".join(METHODS))
             _want(self.group_size in GROUP_SIZES, "group_size", self.group_size, "32, 64 or 128")
             _want(self.block in BLOCKS, "block", self.block, "64 or 32")
         else:
-            _want(self.method == "", "method", self.method, "'' (only int4 has a choice of method)")
-            _want(self.group_size == 0, "group_size", self.group_size, "0 (only int4 has groups)")
-            _want(self.block == 0, "block", self.block, "0 (only int4 has blocks)")
+            _want(self.method == "", "method", self.method, "'' (only int4, int3 and int2 have a choice of method)")
+            _want(self.group_size == 0, "group_size", self.group_size, "0 (only int4, int3 and int2 have groups)")
+            _want(self.block == 0, "block", self.block, "0 (only int4, int3 and int2 have blocks)")
         _want(not self.double_quant or self.experts in ("nf4", "fp4"), "double_quant", self.double_quant,
               "false (only nf4 and fp4 have it)")
+        if self.experts != "mixed":
+            _want(not self.kinds and not self.mix, "mix", self.mix, "nothing (only mixed stores have kinds)")
+            return
+        _want(1 <= len(self.kinds) <= len(KIND_LETTERS) and len(set(self.kinds)) == len(self.kinds), "kinds",
+              self.kinds, f"1 to {len(KIND_LETTERS)} different ones")
+        for kind in self.kinds:
+            _want(len(kind) == 2, "kinds", kind, "the formats of w13 and w2")
+            for name in kind:
+                parse_grouped(name)
+        letters = KIND_LETTERS[:len(self.kinds)]
+        for line in self.mix:
+            _want(bool(line) and set(line) <= set(letters), "mix", line, f"letters of {letters}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; what only mixed stores have is left out of the others, as it was before there were any."""
+        found = asdict(self)
+        return found if self.experts == "mixed" else {k: v for k, v in found.items() if k not in ("kinds", "mix")}
 
     @property
-    def uses_int4(self) -> bool:
-        return "int4" in (self.experts, self.dense)
+    def grouped(self) -> set[str]:
+        """The grouped formats that are used."""
+        mixed = {parse_grouped(name)[0] for kind in self.kinds for name in kind}
+        return mixed | {self.experts, self.dense} & GROUPED_BITS.keys()
+
+    @property
+    def expert_formats(self) -> set[str]:
+        """Those of the experts' matrices, "keep" as it stands."""
+        return {parse_grouped(name)[0] for kind in self.kinds for name in kind} or {self.experts}
+
+    def kind_of(self, key: ExpertKey) -> int:
+        """Which of `kinds` a record is; 0 where all are alike."""
+        return KIND_LETTERS.index(self.mix[key.layer][key.expert]) if self.mix else 0
+
+    def check_model(self, config: ModelConfig) -> None:
+        """ConfigError unless `mix` has a letter for each expert of that model."""
+        if self.experts == "mixed":
+            got, want = [len(line) for line in self.mix], [config.num_experts] * config.num_layers
+            _want(got == want, "mix", f"{len(got)} lines of {sorted(set(got))} letters",
+                  f"{config.num_layers} of {config.num_experts}")
+
+
+def parse_grouped(name: str) -> tuple[str, int]:
+    """A grouped format with its group size: "int3g64" -> ("int3", 64). ConfigError for any other text."""
+    kind, _, group = name.partition("g") if isinstance(name, str) else ("", "", "")
+    _want(kind in GROUPED_BITS and group in map(str, GROUP_SIZES), "kinds", name, "a format as int3g64")
+    return kind, int(group)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ import psutil
 import torch
 
 from qmix import hardware
-from qmix.config import BLOCKS
+from qmix.config import BLOCKS, GROUPED_BITS
 from qmix.errors import QmixError, UsageError
 from qmix.hardware import bandwidth as bandwidths
 from qmix.hardware.cores import cpu_instructions, cpu_model, cpu_quota
@@ -139,7 +139,7 @@ def kernels() -> Section:
     rows: list[dict[str, Any]] = []
     lines: list[str] = []
     slow: list[str] = []
-    for name, block in (*(("int4", block) for block in BLOCKS), ("int8", 0)):
+    for name, block in (*((name, block) for name in GROUPED_BITS for block in BLOCKS), ("int8", 0)):
         table = select([name], [block], say=lines.append, activations="auto")
         rows.append({"format": name, "block": block or "-", "kernel": table.names[name]})
         if table.kernels[name, block] is reference.packed_linear and name not in slow:

@@ -131,9 +131,8 @@ def select_kernels(config: ModelConfig, quant: QuantConfig, say: Callable[[str],
                    activations: str = "auto") -> KernelTable:
     """The kernels for the formats that this store uses."""
     plain = DTYPES[config.dtype]
-    formats = {plain if f == "keep" else f for f in (quant.experts, quant.dense)} | {plain}
-    return select(formats, {quant.block} if quant.uses_int4 else set(), say=say,
-                  activations=activations)
+    formats = {plain if f == "keep" else f for f in (*quant.expert_formats, quant.dense)} | {plain}
+    return select(formats, {quant.block} if quant.grouped else set(), say=say, activations=activations)
 
 
 def _native_throughout(store: Store, kernels: KernelTable) -> bool:
@@ -141,14 +140,14 @@ def _native_throughout(store: Store, kernels: KernelTable) -> bool:
     second one, after an operation of microseconds, spins for milliseconds on the core that the native one needs (19
     tok/s instead of 26 with two cores)."""
     quant, native = store.quant, kernels.native
-    return native is not None and {quant.experts, quant.dense} <= set(native.formats) and \
+    return native is not None and {*quant.expert_formats, quant.dense} <= set(native.formats) and \
         not store.config.tie_embeddings
 
 
 def _default_threads(store: Store) -> int:
     """The physical cores; but with experts as small as the demo's, handing out the work costs more than a
     second thread brings (a prompt: 5,700 tok/s with two, 10,900 with one), and many times more on a busy machine."""
-    return 1 if store.layout.nbytes < MIB // 8 else hardware.physical_cores()
+    return 1 if store.layout.record_bytes < MIB // 8 else hardware.physical_cores()
 
 
 def _context(config: ModelConfig, asked: int) -> int:
@@ -233,7 +232,8 @@ class Engine:
     @property
     def native(self) -> Native | None:
         """What computes the experts, where the native kernels do."""
-        return self._kernels.native if self._kernels.native and self.store.quant.experts == "int4" else None
+        return self._kernels.native if self._kernels.native and self.store.quant.expert_formats <= set(
+            self._kernels.native.formats) else None
 
     def session(self) -> Session:
         """A new conversation with room for plan.context positions. The plan has room for one; DoesNotFit where

@@ -9,11 +9,11 @@ N rows (out), K columns (in), g group size, B rows per block, H hidden, F expert
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import prod
 
-from qmix.config import DTYPES, ModelConfig, QuantConfig
+from qmix.config import DTYPES, GROUPED_BITS, ModelConfig, QuantConfig, parse_grouped
 from qmix.errors import UsageError
 from qmix.names import DenseTensor
 from qmix.tensorfile import ITEM_BYTES
@@ -54,10 +54,11 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class MatrixSpec:
-    """A [rows, cols] matrix in a format: "int4" | "nf4" | "fp4" | "int8" | "bf16" | "fp16" | "fp32".
+    """A [rows, cols] matrix in a format: "int4" | "int3" | "int2" | "nf4" | "fp4" | "int8" | "bf16" | "fp16" | "fp32".
 
     rows and cols are logical. The rows come in `parts` equal pieces (gate and up are two), each padded
-    alone: int4 pads rows to `block` and columns to `group_size`; int8, nf4 and fp4 pad columns to 64.
+    alone: the grouped formats, int4, int3 and int2, pad rows to `block` and columns to `group_size`; int8, nf4 and
+    fp4 pad columns to 64.
     Example: int4, rows 2 x 80, block 64, parts 2 -> padded_rows 256; row 80 of the matrix is row 128.
     """
 
@@ -70,22 +71,27 @@ class MatrixSpec:
     double_quant: bool = False
 
     @property
+    def bits(self) -> int:
+        """Of a code of a grouped format; 0 for the others."""
+        return GROUPED_BITS.get(self.format, 0)
+
+    @property
     def padded_rows(self) -> int:
-        if self.format != "int4":
+        if not self.bits:
             return self.rows
         return self.parts * round_up(self.rows // self.parts, self.block)
 
     @property
     def padded_cols(self) -> int:
-        if self.format == "int4":
+        if self.bits:
             return round_up(self.cols, self.group_size)
         return round_up(self.cols, 64) if self.format in ("int8", "nf4", "fp4") else self.cols
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
         n, k = self.padded_rows, self.padded_cols
-        if self.format == "int4":
-            return (TensorSpec("qweight", "U8", (n // self.block, k, self.block // 2)),
+        if self.bits:
+            return (TensorSpec("qweight", "U8", (n // self.block, k, self.block * self.bits // 8)),
                     TensorSpec("qparams", "BF16", (k // self.group_size, n, 2)))
         if self.format == "int8":
             return TensorSpec("qweight", "I8", (n, k)), TensorSpec("scale", "BF16", (n,))
@@ -149,17 +155,34 @@ class RecordLayout:
         return round_up(self.payload, RECORD_ALIGN)
 
 
+def record_layouts(config: ModelConfig, quant: QuantConfig) -> tuple[RecordLayout, ...]:
+    """The layouts that records of a store have: one, or one for each of the kinds of a mixed store."""
+    if quant.experts != "mixed":
+        return (record_layout(config, quant),)
+
+    def layout(w13: str, w2: str) -> RecordLayout:
+        formats = [dict(zip(("format", "group_size"), parse_grouped(name), strict=True)) for name in (w13, w2)]
+        return RecordLayout(*(replace(spec, block=quant.block, **found)  # type: ignore[arg-type]
+                              for spec, found in zip(_matrices(config), formats, strict=True)))
+
+    return tuple(layout(*kind) for kind in quant.kinds)
+
+
+def _matrices(config: ModelConfig) -> tuple[MatrixSpec, MatrixSpec]:
+    """w13 and w2, in no format yet."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    return MatrixSpec("", 2 * inner, hidden, parts=2), MatrixSpec("", hidden, inner)
+
+
 def record_layout(config: ModelConfig, quant: QuantConfig) -> RecordLayout:
-    """The layout that every record of a store shares.
+    """The layout that every record of a store shares that is not mixed.
 
     Mixtral 8x7B at int4 g64: 99,090,432 bytes.
     """
     kind = DTYPES[config.dtype] if quant.experts == "keep" else quant.experts
-    extra = {"group_size": quant.group_size, "block": quant.block} if kind == "int4" else {}
-    double = quant.double_quant
-    hidden, inner = config.hidden_size, config.intermediate_size
-    return RecordLayout(MatrixSpec(kind, 2 * inner, hidden, parts=2, double_quant=double, **extra),
-                        MatrixSpec(kind, hidden, inner, double_quant=double, **extra))
+    extra = {"group_size": quant.group_size, "block": quant.block} if kind in GROUPED_BITS else {}
+    w13, w2 = (replace(spec, format=kind, double_quant=quant.double_quant, **extra) for spec in _matrices(config))
+    return RecordLayout(w13, w2)
 
 
 def dense_spec(config: ModelConfig, quant: QuantConfig, tensor: DenseTensor) -> MatrixSpec | None:

@@ -27,7 +27,7 @@ def numbers(t: torch.Tensor) -> np.ndarray:
 def decode(m: Packed) -> np.ndarray:
     """float64 [rows, cols], logical."""
     name = m.spec.format
-    if name == "int4":
+    if name in ("int4", "int3", "int2"):
         return decode_int4(m)
     if name in ("nf4", "fp4"):
         return decode_bnb(m)
@@ -37,7 +37,7 @@ def decode(m: Packed) -> np.ndarray:
 
 
 def decode_int4(m: Packed) -> np.ndarray:
-    """By the formula w = (q - 8) * scale + zero, addressing the byte and nibble of each row."""
+    """By the formula w = (q - m) * scale + zero, addressing the bits of each row; int3 and int2 too."""
     spec, raw, params = m.spec, numbers(m["qweight"]), numbers(m["qparams"])
     part_rows = spec.rows // spec.parts
     part_padded = -(-part_rows // spec.block) * spec.block
@@ -47,9 +47,16 @@ def decode_int4(m: Packed) -> np.ndarray:
     for r in range(spec.rows):
         row = r // part_rows * part_padded + r % part_rows
         block, inside = divmod(row, spec.block)
-        byte = raw[block, :spec.cols, inside % half]
-        q = byte % 16 if inside < half else byte // 16
-        whole[r] = (q - 8) * params[group_of, row, 0] + params[group_of, row, 1]
+        column = raw[block, :spec.cols].astype(int)
+        quarter, eighth = spec.block // 4, spec.block // 8
+        if spec.format == "int4":
+            q = column[:, inside % half] >> (0 if inside < half else 4) & 15
+        else:
+            q = column[:, inside % quarter] >> 2 * (inside // quarter) & 3
+        if spec.format == "int3":
+            q = q + 4 * (column[:, quarter + inside % eighth] >> inside // eighth & 1)
+        middle = {"int4": 8, "int3": 4, "int2": 2}[spec.format]
+        whole[r] = (q - middle) * params[group_of, row, 0] + params[group_of, row, 1]
     return whole
 
 

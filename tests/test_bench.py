@@ -52,7 +52,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (source / "tokenizer.model").write_bytes(spm_model())
     (source / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>",
                                                               "chat_template": DEMO_TEMPLATE}))
-    done = qmix("quantize", source, folder / "store", "--threads", 1)
+    done = qmix("quantize", source, folder / "store", "--threads", 1, "--block", 64)
     assert done.returncode == 0, done.stderr
     return folder / "store"
 
@@ -142,7 +142,7 @@ def test_operations_are_what_torch_counts(tmp_path: Path, case: Case, window: in
 
 def test_bytes_are_those_of_the_tensors_that_a_pass_reads(store: Path) -> None:
     with load(store, threads=1, context=64) as engine:
-        config, record, session = engine.config, engine.store.layout.nbytes, engine.session()
+        config, record, session = engine.config, engine.store.layout.record_bytes, engine.session()
         weights = engine._model._weights
         dense = weights.final_norm.nbytes + sum(t.nbytes for t in weights.head.tensors.values())
         for layer in weights.layers:

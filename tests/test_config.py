@@ -115,8 +115,8 @@ def test_quant_config_refuses_what_does_not_apply() -> None:
     with pytest.raises(ConfigError, match="double_quant"):
         QuantConfig(double_quant=True)
     with pytest.raises(ConfigError, match="format"):
-        QuantConfig(experts="int3")
-    assert QuantConfig(experts="keep", dense="int4").uses_int4
+        QuantConfig(experts="int5")
+    assert QuantConfig(experts="int3", dense="int4").grouped == {"int3", "int4"}
 
 
 @pytest.mark.parametrize("bad", [

@@ -120,7 +120,7 @@ def test_experts_with_int8_activations_agree_with_what_they_see(stores: dict[str
     with Store.open(stores["int4"]) as store:
         config, quant = store.config, store.quant
         experts = resident_experts(store, select_kernels(config, quant, lambda line: None, "int8"))
-        buffer = torch.empty(store.layout.nbytes, dtype=torch.uint8)
+        buffer = torch.empty(store.layout.record_bytes, dtype=torch.uint8)
         x = torch.randn(tokens, config.hidden_size, generator=torch.Generator().manual_seed(tokens)).bfloat16()
         ids = torch.stack([torch.randperm(config.num_experts)[:2] for _ in range(tokens)])
         weights = torch.rand(tokens, 2).softmax(1)
@@ -144,7 +144,7 @@ def test_experts_agree_with_a_float64_sum(stores: dict[str, Path], name: str) ->
     with Store.open(stores[name]) as store:
         kernels = select_kernels(store.config, store.quant, lambda line: None, "bf16" if "int" in name else "auto")
         experts = resident_experts(store, kernels)
-        config, buffer = store.config, torch.empty(store.layout.nbytes, dtype=torch.uint8)
+        config, buffer = store.config, torch.empty(store.layout.record_bytes, dtype=torch.uint8)
         x = torch.randn(9, config.hidden_size, generator=torch.Generator().manual_seed(3))
         x = x if name == "keep" else x.bfloat16()
         ids = torch.stack([torch.randperm(config.num_experts)[:2] for _ in range(9)])

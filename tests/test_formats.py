@@ -14,17 +14,18 @@ from qmix import formats
 from qmix.errors import ModelFileError, QmixError, UsageError
 from qmix.formats import Packed
 from qmix.formats.packed import TILE_BYTES, row_tiles
-from qmix.quantize.methods import quantize_int4
+from qmix.quantize.methods import quantize
 from qmix.sizes import MatrixSpec, TensorSpec
 
-SPECS = [MatrixSpec("int4", 64, 128, group_size=64, block=64), MatrixSpec("int8", 20, 100),
+SPECS = [MatrixSpec("int4", 64, 128, group_size=64, block=64), MatrixSpec("int3", 64, 128, group_size=64, block=64),
+         MatrixSpec("int8", 20, 100),
          MatrixSpec("nf4", 20, 100), MatrixSpec("fp4", 20, 100, double_quant=True),
          MatrixSpec("bf16", 20, 100)]
 
 
 def some(spec: MatrixSpec) -> Packed:
     weight = torch.randn(spec.rows, spec.cols, generator=torch.Generator().manual_seed(3))
-    return quantize_int4(weight, spec, "rtn") if spec.format == "int4" else formats.pack(weight, spec)
+    return quantize(weight, spec, "rtn") if spec.bits else formats.pack(weight, spec)
 
 
 def short(t: torch.Tensor) -> torch.Tensor:
@@ -104,8 +105,8 @@ def test_a_weight_that_is_not_finite_is_refused_with_its_place(name: str, bad: f
 
 
 def test_unknown_formats_and_int4_without_a_method_are_refused() -> None:
-    with pytest.raises(UsageError, match="'int3'"):
-        formats.unpack(Packed(MatrixSpec("int3", 4, 4), {}))
+    with pytest.raises(UsageError, match="'int5'"):
+        formats.unpack(Packed(MatrixSpec("int5", 4, 4), {}))
     with pytest.raises(UsageError, match="method"):
         formats.pack(torch.zeros(64, 64), SPECS[0])
 

@@ -1,4 +1,4 @@
-"""int4's bytes: by hand, by an independent decoder, and between the two block sizes."""
+"""int4's bytes, and those of int3 and int2: by hand, by an independent decoder, and between the two block sizes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ SHAPES = [(64, 128, 1), (160, 200, 2), (97, 330, 1), (2, 1, 2), (33, 10, 1), (10
 def random_packed(spec: MatrixSpec, seed: int = 0):
     """Random codes and parameters with the padding that the format asks for; and the codes."""
     random = torch.Generator().manual_seed(seed)
-    q = torch.randint(0, 16, (spec.rows, spec.cols), dtype=torch.uint8, generator=random)
+    q = torch.randint(0, 2**spec.bits, (spec.rows, spec.cols), dtype=torch.uint8, generator=random)
     params = torch.zeros(2, spec.padded_rows, spec.padded_cols // spec.group_size, dtype=torch.bfloat16)
     real = torch.randn(2, spec.parts, spec.rows // spec.parts, params.shape[2], generator=random)
     params.view(2, spec.parts, -1, params.shape[2])[:, :, :spec.rows // spec.parts] = real.bfloat16()
-    return int4.pack(pad(q, spec, 8), *params, spec), q
+    return int4.pack(pad(q, spec, 2**(spec.bits - 1)), *params, spec), q
 
 
 def test_golden_bytes() -> None:
@@ -56,9 +56,10 @@ def test_golden_bytes() -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("block", [64, 32])
-def test_decoding_agrees_with_the_definition(shape, group: int, block: int) -> None:
+@pytest.mark.parametrize("name", ["int4", "int3", "int2"])
+def test_decoding_agrees_with_the_definition(shape, group: int, block: int, name: str) -> None:
     rows, cols, parts = shape
-    m, q = random_packed(MatrixSpec("int4", rows, cols, parts, group, block))
+    m, q = random_packed(MatrixSpec(name, rows, cols, parts, group, block))
     want = decode_int4(m)
     got = numbers(unpack(m))
     # fp32: (q - 8) is exact, the product and the sum are each rounded once
@@ -68,7 +69,7 @@ def test_decoding_agrees_with_the_definition(shape, group: int, block: int) -> N
     part, inside = np.divmod(np.arange(rows), rows // parts)
     row = part * (m.spec.padded_rows // parts) + inside
     scale, zero = (params[np.arange(cols) // group][:, row, i].T for i in (0, 1))
-    assert np.array_equal(want, (numbers(q) - 8) * scale + zero)
+    assert np.array_equal(want, (numbers(q) - 2**(m.spec.bits - 1)) * scale + zero)
 
 
 @pytest.mark.parametrize("columns", [1, 3, 128])
@@ -93,11 +94,30 @@ def test_blocks_convert_both_ways(columns: int) -> None:
         int4.to_block(narrow[:5], 64)
 
 
-def test_codes_survive_the_way_there_and_back() -> None:
-    codes = torch.randint(-8, 8, (50, 128)).float()
-    for half in (32, 16):
-        out = torch.empty(64 // half, 50, half, dtype=torch.uint8)
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_codes_survive_the_way_there_and_back(bits: int) -> None:
+    codes = torch.randint(-2**(bits - 1), 2**(bits - 1), (50, 128)).float()
+    for block in (64, 32):
+        out = torch.empty(128 // block, 50, block * bits // 8, dtype=torch.uint8)
         int4.store_codes(codes, out)
         back = torch.empty(50, 128)
         int4.load_codes(out, back)
         assert torch.equal(back, codes)
+
+
+def test_golden_bytes_of_int3_and_int2() -> None:
+    """One block of 32 rows, one column: row r holds r mod 8 of 3 bits, or r mod 4 of 2, in the places of the
+    definition."""
+    q = torch.arange(32, dtype=torch.uint8).view(32, 1)
+    params = torch.zeros(2, 32, 1, dtype=torch.bfloat16)
+    three = MatrixSpec("int3", 32, 1, group_size=32, block=32)
+    m = int4.pack(pad(q % 8, three, 4), *params, three)
+    assert m["qweight"].shape == (1, 32, 12)
+    pairs = [sum((i + 8 * s) % 4 << 2 * s for s in range(4)) for i in range(8)]
+    thirds = [sum((i + 4 * b) % 8 // 4 << b for b in range(8)) for i in range(4)]
+    assert m["qweight"][0, 0].tolist() == pairs + thirds and thirds == [0xAA] * 4
+    assert m["qweight"][0, 1].tolist() == [0] * 8 + [0xFF] * 4  # padding: the middle code, 4
+    two = MatrixSpec("int2", 32, 1, group_size=32, block=32)
+    m = int4.pack(pad(q % 4, two, 2), *params, two)
+    assert m["qweight"][0, 0].tolist() == pairs == [0, 0x55, 0xAA, 0xFF] * 2
+    assert m["qweight"][0, 1].tolist() == [0xAA] * 8

@@ -113,7 +113,7 @@ def test_paged_experts(store: Path, used: list[str]) -> None:
     with load(store, threads=1) as engine:
         want = decoded(engine, count=20)
         ram, base = engine.plan.ram, engine.plan.ram.base
-        tight = ram.fixed - ram.reserve + 256 * MIB + 5 * ram.record
+        tight = ram.fixed - ram.reserve + 256 * MIB + 5 * engine.plan.needs.record
     del used[:]
     with load(store, threads=1, ram=tight, base=base, prefetch="ahead") as engine:
         assert not engine.plan.resident

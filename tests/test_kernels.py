@@ -23,13 +23,13 @@ from qmix.errors import UsageError
 from qmix.formats import Packed, pack
 from qmix.kernels import cpu, reference, table
 from qmix.kernels.table import KernelTable, select
-from qmix.quantize.methods import quantize_int4
+from qmix.quantize.methods import quantize
 from qmix.sizes import MatrixSpec
 
 TOKENS = (1, 2, 7, 64, 300)
 SHAPES = [(64, 128, 1), (160, 200, 2), (97, 330, 1), (2, 40, 2), (33, 10, 1), (257, 1000, 1)]
 ROUNDING = 2**-8
-FORMATS = ("int4", "int8", "nf4", "fp4", "bf16", "fp16", "fp32")
+FORMATS = ("int4", "int3", "int2", "int8", "nf4", "fp4", "bf16", "fp16", "fp32")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,7 +60,7 @@ def random_matrix(spec: MatrixSpec, seed: int = 0) -> Packed:
     weight = torch.randn(spec.rows, spec.cols, generator=random)
     weight *= torch.rand(spec.rows, 1, generator=random) + 0.5
     weight += torch.linspace(-2, 2, spec.cols)
-    return quantize_int4(weight, spec, "rtn") if spec.format == "int4" else pack(weight, spec)
+    return quantize(weight, spec, "rtn") if spec.bits else pack(weight, spec)
 
 
 def operand(tokens: int, cols: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -68,11 +68,11 @@ def operand(tokens: int, cols: int, dtype: torch.dtype = torch.bfloat16) -> torc
 
 
 def name_of(spec: MatrixSpec) -> str:
-    return f"{spec.rows}x{spec.cols}-p{spec.parts}-g{spec.group_size}-b{spec.block}"
+    return f"{spec.format}-{spec.rows}x{spec.cols}-p{spec.parts}-g{spec.group_size}-b{spec.block}"
 
 
-INT4 = [MatrixSpec("int4", *shape, group, block) for shape in SHAPES for group in (32, 64, 128)
-        for block in (64, 32)]
+INT4 = [MatrixSpec(name, *shape, group, block) for name in ("int4", "int3", "int2") for shape in SHAPES
+        for group in (32, 64, 128) for block in (64, 32)]
 
 
 @pytest.mark.parametrize("spec", INT4, ids=name_of)
@@ -90,7 +90,7 @@ def test_agree_int4(kernels: KernelTable, spec: MatrixSpec) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", [f for f in FORMATS if f != "int4"])
+@pytest.mark.parametrize("name", [f for f in FORMATS if not f.startswith("int") or f == "int8"])
 def test_agree_others(kernels: KernelTable, shape: tuple[int, int, int], name: str) -> None:
     rows, cols, parts = shape
     m = random_matrix(MatrixSpec(name, rows, cols, parts))
@@ -137,7 +137,7 @@ def test_agree_reference(spec: MatrixSpec, monkeypatch) -> None:
 @pytest.mark.parametrize("spec", [s for s in INT4 if s.group_size == 32], ids=name_of)
 def test_agree_converted(spec: MatrixSpec, monkeypatch) -> None:
     """Conversion to the block that this torch reads, in one tile and in many."""
-    reads = [b for b in (64, 32) if table._agrees(cpu.int4_linear, table._random_int4(b))]
+    reads = [b for b in (64, 32) if table._agrees(cpu.int4_linear, table._random_grouped("int4", b))]
     if not reads:
         pytest.skip("this torch reads neither block")
     m = random_matrix(spec)
@@ -253,8 +253,8 @@ def test_an_op_that_gives_wrong_numbers_or_is_gone_is_replaced_and_said(monkeypa
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(UsageError, match="'int3'"):
-        select({"int3"})
+    with pytest.raises(UsageError, match="'int5'"):
+        select({"int5"})
     with pytest.raises(UsageError, match="'tpu'"):
         select({"int4"}, device="tpu")
 

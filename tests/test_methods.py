@@ -16,7 +16,7 @@ from oracles import decode_int4, numbers
 
 from qmix.errors import QmixError, UsageError
 from qmix.formats import Packed, pack, unpack
-from qmix.quantize.methods import Error, error, quantize_int4
+from qmix.quantize.methods import Error, error, quantize
 from qmix.sizes import MatrixSpec
 
 METHODS = ["rtn", "hqq"]
@@ -84,7 +84,7 @@ def lp(difference: np.ndarray, p: float = 0.7) -> float:
 def test_rtn_is_a_naive_loop(shape, group: int, block: int) -> None:
     rows, cols, parts = shape
     weight = heavy_tailed(rows, cols, group)
-    m = quantize_int4(weight, MatrixSpec("int4", rows, cols, parts, group, block), "rtn")
+    m = quantize(weight, MatrixSpec("int4", rows, cols, parts, group, block), "rtn")
     want, got = naive_rtn(numbers(weight), group), decode_int4(m)
     assert (np.abs(got - want) > 1e-12).mean() < 0.01  # weights of 8 bits often are ties: either code will do
     got_off, want_off = np.abs(got - numbers(weight)), np.abs(want - numbers(weight))
@@ -96,7 +96,7 @@ def test_rtn_is_a_naive_loop(shape, group: int, block: int) -> None:
 def test_hqq_is_better_than_rtn_on_heavy_tails(group: int, shape: tuple[int, int]) -> None:
     weight = heavy_tailed(*shape, seed=group)
     spec = MatrixSpec("int4", *shape, 1, group, 64)
-    rtn, hqq = (decode_int4(quantize_int4(weight, spec, name)) - numbers(weight) for name in METHODS)
+    rtn, hqq = (decode_int4(quantize(weight, spec, name)) - numbers(weight) for name in METHODS)
     assert np.square(hqq).sum() < 0.97 * np.square(rtn).sum()
     assert lp(hqq) < 0.99 * lp(rtn)
 
@@ -105,7 +105,7 @@ def test_hqq_is_better_than_rtn_on_heavy_tails(group: int, shape: tuple[int, int
 def test_no_group_gets_worse_by_hqq(group: int) -> None:
     weight = heavy_tailed(128, 512, seed=group)
     spec = MatrixSpec("int4", 128, 512, 1, group, 64)
-    rtn, hqq = (decode_int4(quantize_int4(weight, spec, name)) - numbers(weight) for name in METHODS)
+    rtn, hqq = (decode_int4(quantize(weight, spec, name)) - numbers(weight) for name in METHODS)
     rtn, hqq = (np.abs(e).reshape(128, -1, group).sum(-1) for e in (rtn, hqq))
     assert (hqq <= rtn * (1 + 1e-4)).all()
     assert (hqq < 0.999 * rtn).mean() > 0.6
@@ -115,7 +115,7 @@ def test_no_group_gets_worse_by_hqq(group: int) -> None:
 def test_hqq_is_a_naive_loop(group: int) -> None:
     """It may stop a little early, its power is approximate and its result is rounded to bf16; else the same."""
     weight = heavy_tailed(64, 512, seed=group)
-    m = quantize_int4(weight, MatrixSpec("int4", 64, 512, 1, group, 64), "hqq")
+    m = quantize(weight, MatrixSpec("int4", 64, 512, 1, group, 64), "hqq")
     got = np.abs(decode_int4(m) - numbers(weight)).reshape(-1, group).mean(1)
     want = naive_hqq(numbers(weight), group).mean(1)
     assert got.sum() < 1.005 * want.sum()
@@ -128,7 +128,7 @@ def test_hqq_finds_the_zero_point_that_fits() -> None:
     weight = (torch.arange(64) % 14 - 7).float().repeat(64, 1)
     weight[:, 3], weight[:, 40] = -7.6, 7.4
     spec = MatrixSpec("int4", 64, 64, 1, 64, 64)
-    rtn, hqq = (np.abs(decode_int4(quantize_int4(weight, spec, name)) - numbers(weight)) for name in METHODS)
+    rtn, hqq = (np.abs(decode_int4(quantize(weight, spec, name)) - numbers(weight)) for name in METHODS)
     assert np.median(hqq) < 0.5 * np.median(rtn)
 
 
@@ -137,14 +137,14 @@ def test_hqq_finds_the_zero_point_that_fits() -> None:
 def test_the_same_bytes_for_every_pool_and_dtype(method: str, dtype: torch.dtype) -> None:
     weight = heavy_tailed(1100, 300).to(dtype)
     spec = MatrixSpec("int4", 1100, 300, 2, 64, 64)
-    alone = quantize_int4(weight, spec, method)
+    alone = quantize(weight, spec, method)
     for threads in (1, 2, 5):
         with ThreadPoolExecutor(threads) as pool:
-            m = quantize_int4(weight, spec, method, pool)
+            m = quantize(weight, spec, method, pool)
             assert error(weight, m, pool) == error(weight, m)
         assert all(torch.equal(m[name], alone[name]) for name in alone.tensors)
     if dtype != torch.float16:  # every bf16 value is an fp32 value
-        wide = quantize_int4(heavy_tailed(1100, 300).float(), spec, method)
+        wide = quantize(heavy_tailed(1100, 300).float(), spec, method)
         assert all(torch.equal(wide[name], alone[name]) for name in alone.tensors)
 
 
@@ -152,7 +152,7 @@ def test_the_same_bytes_for_every_pool_and_dtype(method: str, dtype: torch.dtype
 def test_padding_holds_8_and_zero_parameters(method: str) -> None:
     weight = heavy_tailed(70, 100)
     spec = MatrixSpec("int4", 70, 100, 2, 64, 64)
-    m = quantize_int4(weight, spec, method)
+    m = quantize(weight, spec, method)
     raw, params = m["qweight"], m["qparams"]
     assert (raw[0, :100, :32] >> 4)[:, 3:].eq(8).all()  # row 35 is the high nibble of byte 3
     assert raw[:, 100:].eq(0x88).all()
@@ -164,7 +164,7 @@ def test_padding_holds_8_and_zero_parameters(method: str) -> None:
 def test_padded_columns_do_not_widen_a_group(method: str) -> None:
     """Weights between 5 and 6: with zeros in the padding the last group would reach from 0 to 6."""
     weight = torch.rand(64, 70, generator=torch.Generator().manual_seed(0)) + 5
-    m = quantize_int4(weight, MatrixSpec("int4", 64, 70, 1, 64, 64), method)
+    m = quantize(weight, MatrixSpec("int4", 64, 70, 1, 64, 64), method)
     assert (unpack(m) - weight).abs().max() < 0.05
 
 
@@ -172,7 +172,7 @@ def test_padded_columns_do_not_widen_a_group(method: str) -> None:
 @pytest.mark.parametrize("value", [0.0, 1.0, -0.7734375, 1e-30, 1e30, 0.1, -3.4e38, 3.4e38, 1e-45])
 def test_constant_groups(method: str, value: float) -> None:
     weight = torch.full((64, 100), value)
-    m = quantize_int4(weight, MatrixSpec("int4", 64, 100, 1, 32, 32), method)
+    m = quantize(weight, MatrixSpec("int4", 64, 100, 1, 32, 32), method)
     got = unpack(m)
     assert torch.isfinite(m["qparams"]).all()
     assert ((got - weight).abs() <= 1e-5 * abs(value) + 1e-37).all()
@@ -190,7 +190,7 @@ def test_any_magnitude_and_offset_keeps_within_half_a_step(
     weight = random.uniform(-1, 1, (64, 64)) + (10**offset if offset > 0 else offset)
     weight *= 10.0**magnitude / np.abs(weight).max()
     w = torch.from_numpy(weight.clip(-3.4e38, 3.4e38)).float()
-    m = quantize_int4(w, MatrixSpec("int4", 64, 64, 1, 64, 64), method)
+    m = quantize(w, MatrixSpec("int4", 64, 64, 1, 64, 64), method)
     assert torch.isfinite(m["qparams"]).all()
     got = decode_int4(m)
     scale = numbers(m["qparams"])[0, :, 0][:, None]
@@ -208,24 +208,24 @@ def test_a_weight_that_is_not_finite_is_refused_with_its_place(method: str, bad:
     weight[place] = bad
     spec, said = MatrixSpec("int4", 70, 100, 2, 64, 64), rf"weight\[{place[0]}, {place[1]}\] is "
     with ThreadPoolExecutor(2) as pool, pytest.raises(QmixError, match=said):
-        quantize_int4(weight, spec, method, pool)
+        quantize(weight, spec, method, pool)
 
 
 def test_wrong_calls_are_refused() -> None:
     spec = MatrixSpec("int4", 64, 64, 1, 64, 64)
     with pytest.raises(UsageError, match="'gptq'"):
-        quantize_int4(torch.zeros(64, 64), spec, "gptq")
+        quantize(torch.zeros(64, 64), spec, "gptq")
     with pytest.raises(UsageError, match=r"\[64, 63\]"):
-        quantize_int4(torch.zeros(64, 63), spec, "rtn")
+        quantize(torch.zeros(64, 63), spec, "rtn")
 
 
 @pytest.mark.parametrize("spec", [
     MatrixSpec("int4", 70, 100, 2, 32, 64), MatrixSpec("int4", 600, 130, 1, 128, 32),
-    MatrixSpec("nf4", 70, 100), MatrixSpec("int8", 70, 100),
+    MatrixSpec("int3", 70, 100, 2, 32, 64), MatrixSpec("nf4", 70, 100), MatrixSpec("int8", 70, 100),
 ], ids=str)
 def test_error_is_the_error(spec: MatrixSpec) -> None:
     weight = heavy_tailed(spec.rows, spec.cols)
-    m = quantize_int4(weight, spec, "hqq") if spec.format == "int4" else pack(weight, spec)
+    m = quantize(weight, spec, "hqq") if spec.bits else pack(weight, spec)
     want = numbers(unpack(m)) - numbers(weight)
     found = error(weight, m)
     assert found.sum_sq_err == pytest.approx(np.square(want).sum(), rel=1e-5)
@@ -244,7 +244,7 @@ def test_errors_add_up() -> None:
 
 def test_huge_weights_have_a_finite_error() -> None:
     weight = torch.randn(64, 64) * 1e30
-    m = quantize_int4(weight, MatrixSpec("int4", 64, 64, 1, 64, 64), "hqq")
+    m = quantize(weight, MatrixSpec("int4", 64, 64, 1, 64, 64), "hqq")
     assert 0.05 < error(weight, m).rms < 0.15
 
 
@@ -256,7 +256,7 @@ def test_the_trained_model(wiki_moe) -> None:
     rms = {}
     for name in METHODS:
         for group in (32, 64, 128):
-            m = quantize_int4(weight, MatrixSpec("int4", *weight.shape, 1, group, 64), name)
+            m = quantize(weight, MatrixSpec("int4", *weight.shape, 1, group, 64), name)
             rms[name, group] = error(weight, m).rms
     for group in (32, 64, 128):
         assert rms["hqq", group] < 0.98 * rms["rtn", group]

@@ -355,12 +355,12 @@ def test_a_faster_tier_above_gives_the_same_bits(stores: dict[str, Path], above:
         whole = resident_experts(store, kernels)
         files = store.records()
         readers = Readers(files)
-        low = Tier(slot_pool(below, store.layout.nbytes), Cache(below, LAYERS, make_policy("lfu", {})), readers)
+        low = Tier(slot_pool(below, store.layout.record_bytes), Cache(below, LAYERS, make_policy("lfu", {})), readers)
         copies = Copies(low)
-        pool = slot_pool(above, store.layout.nbytes)
+        pool = slot_pool(above, store.layout.record_bytes)
         high = Tier(pool, Cache(above, LAYERS, make_policy("lfu", {})), copies, copies.take_back)
         stacked = PagedExperts(config, kernels, high, [store.expert(ExpertKey(0, 0), slot) for slot in pool],
-                               _half(store), Prefetcher("ahead", LAYERS, TOP_K),
+                               [_half(store.layout.kinds[0])] * above, Prefetcher("ahead", LAYERS, TOP_K),
                                RoutingWatch(LAYERS, EXPERTS, RouterStats(LAYERS, EXPERTS)))
         random = torch.Generator().manual_seed(7)
         for number in range(25):

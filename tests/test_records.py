@@ -44,7 +44,7 @@ def folder(original: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def buffer(original: Path) -> torch.Tensor:
     with Store.open(original) as store:
-        return slot_pool(1, store.layout.nbytes)[0]
+        return slot_pool(1, store.layout.record_bytes)[0]
 
 
 def opened(folder: Path, verify: str = "first", say: Callable[[str], None] = lambda line: None) -> RecordFiles:

@@ -13,7 +13,7 @@ from qmix import formats
 from qmix.config import ModelConfig, QuantConfig
 from qmix.errors import UsageError
 from qmix.names import DenseTensor
-from qmix.quantize.methods import quantize_int4
+from qmix.quantize.methods import quantize
 from qmix.sizes import (
     GIB,
     MatrixSpec,
@@ -36,8 +36,8 @@ PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def specs(draw: st.DrawFn) -> MatrixSpec:
     parts = draw(st.sampled_from((1, 2)))
     rows, cols = parts * draw(st.integers(1, 70)), draw(st.integers(1, 200))
-    name = draw(st.sampled_from(("int4", "int4", "int8", "nf4", "fp4", *PLAIN)))
-    if name == "int4":
+    name = draw(st.sampled_from(("int4", "int3", "int2", "int8", "nf4", "fp4", *PLAIN)))
+    if name in ("int4", "int3", "int2"):
         return MatrixSpec(name, rows, cols, parts, draw(st.sampled_from((32, 64, 128))),
                           draw(st.sampled_from((64, 32))))
     return MatrixSpec(name, rows, cols, parts, double_quant=name in ("nf4", "fp4") and draw(st.booleans()))
@@ -47,13 +47,14 @@ def specs(draw: st.DrawFn) -> MatrixSpec:
 @given(specs(), st.integers(0, 2**31))
 def test_real_packing_has_the_computed_bytes_and_gives_the_matrix_back(spec: MatrixSpec, seed: int) -> None:
     weight = torch.randn(spec.rows, spec.cols, generator=torch.Generator().manual_seed(seed))
-    packed = quantize_int4(weight, spec, "rtn") if spec.format == "int4" else formats.pack(weight, spec)
+    packed = quantize(weight, spec, "rtn") if spec.bits else formats.pack(weight, spec)
     assert sum(t.nbytes for t in packed.tensors.values()) == spec.nbytes
     shapes = [(name, tuple(t.shape)) for name, t in packed.tensors.items()]
     assert shapes == [(t.name, t.shape) for t in spec.tensors]
     back = formats.unpack(packed)
     assert back.shape == weight.shape and back.dtype == torch.float32
-    step = {"int4": 1 / 7, "nf4": 0.16, "fp4": 0.18, "int8": 0.004, "bf16": 2**-8, "fp16": 2**-10, "fp32": 0}
+    step = {"int4": 1 / 7, "int3": 1 / 3, "int2": 1, "nf4": 0.16, "fp4": 0.18, "int8": 0.004,
+            "bf16": 2**-8, "fp16": 2**-10, "fp32": 0}
     assert (back - weight).abs().max() <= step[spec.format] * weight.abs().max()
 
 
@@ -68,12 +69,12 @@ def test_mixtral_numbers_of_the_design() -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(1, 300), st.integers(1, 300), st.sampled_from(("int4", "nf4", "fp4", "keep")),
+@given(st.integers(1, 300), st.integers(1, 300), st.sampled_from(("int4", "int3", "int2", "nf4", "fp4", "keep")),
        st.sampled_from((32, 64, 128)), st.sampled_from((64, 32)), st.booleans())
 def test_records_are_aligned_and_their_tensors_do_not_overlap(
         hidden: int, inner: int, experts: str, group: int, block: int, double: bool) -> None:
     config = ModelConfig(16, hidden, inner, 1, 1, 1, 2, 1, 1, 1e4, 1e-5, 16)
-    int4 = experts == "int4"
+    int4 = experts in ("int4", "int3", "int2")
     quant = QuantConfig(experts, "keep", "rtn" if int4 else "", group if int4 else 0, block if int4 else 0,
                         double and experts in ("nf4", "fp4"))
     layout = record_layout(config, quant)

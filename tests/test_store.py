@@ -73,7 +73,7 @@ def refused(path: Path) -> StoreError:
 
 
 def read(store: Store, key: ExpertKey) -> tuple[Packed, Packed]:
-    buffer = torch.full((store.layout.nbytes,), 255, dtype=torch.uint8)
+    buffer = torch.full((store.layout.record_bytes,), 255, dtype=torch.uint8)
     store.read_record(key, buffer)
     return store.expert(key, buffer)
 
@@ -133,7 +133,7 @@ def test_places_are_aligned_and_checksums_are_those_of_the_files(stores: dict[st
     for entry in raw["files"]:
         assert xxhash.xxh3_128((folder / entry["name"]).read_bytes()).hexdigest() == entry["xxh3_128"]
     with Store.open(folder) as store:
-        for placed in store.layout.placed:
+        for placed in store.layout.kinds[0].placed:
             assert placed.offset % 64 == 0
 
 
@@ -193,7 +193,7 @@ def test_a_flipped_bit_is_found_when_read_and_by_verify(store: Path) -> None:
         assert "layers.1.experts.1" in problems[0]
         with pytest.raises(StoreError, match=r"experts-01.safetensors: layers.1.experts.1: .*xxh3"):
             read(opened, ExpertKey(1, 1))
-        opened.read_record(ExpertKey(1, 1), torch.empty(opened.layout.nbytes, dtype=torch.uint8), verify=False)
+        opened.read_record(ExpertKey(1, 1), torch.empty(opened.layout.record_bytes, dtype=torch.uint8), verify=False)
         read(opened, ExpertKey(1, 0))
 
 

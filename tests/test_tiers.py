@@ -46,7 +46,8 @@ def right(tier: Tier, wanted: ExpertKey) -> bool:
 
 def slots_add_up(tier: Tier) -> bool:
     used = [tier.slot(k) for k in tier]
-    return len(set(used)) == len(used) and sorted(used + tier._free) == list(range(len(tier.pool))) \
+    free = [slot for slots in tier._free for slot in slots]
+    return len(set(used)) == len(used) and sorted(used + free) == list(range(len(tier.slots))) \
         and set(tier) == set(tier.cache)
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from qmix import paths, render
-from qmix.config import QuantConfig, SamplingParams
+from qmix.config import GROUPED_BITS, QuantConfig, SamplingParams
 from qmix.errors import ConfigError, UsageError
 from qmix.sizes import parse_bytes
 
@@ -130,13 +130,13 @@ def model_folder(model: str | None) -> Path:
 
 def quant_config(format: str, dense: str, method: str | None, group_size: int | None, block: str | None,
                   double_quant: bool) -> QuantConfig:
-    """Fill in what int4 needs; a flag that does not apply to the chosen formats is an error."""
-    if "int4" in (format, dense):
+    """Fill in what the grouped formats need; a flag that does not apply to the chosen formats is an error."""
+    if GROUPED_BITS.keys() & {format, dense}:
         return checked(QuantConfig, format, dense, method or "hqq", 64 if group_size is None else group_size,
                         _block(block or "auto"), double_quant)
     for flag, value in (("--method", method), ("--group-size", group_size), ("--block", block)):
         if value is not None:
-            raise UsageError(f"{flag} {value}: only int4 has it, got --format {format} --dense {dense}",
+            raise UsageError(f"{flag} {value}: only int4, int3 and int2 have it, got --format {format} --dense {dense}",
                              f"drop {flag} or choose --format int4")
     return checked(QuantConfig, format, dense, "", 0, 0, double_quant)
 

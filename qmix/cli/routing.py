@@ -135,7 +135,7 @@ def replay(
     record, identity = 0, ""
     if model is not None:
         with Store.open(paths.resolve(model, render.say)) as store:
-            record, identity = store.layout.nbytes, store.identity
+            record, identity = store.layout.record_bytes, store.identity
     policies = [policy.strip() for policy in (cache_policy or "").split(",") if policy.strip()]
     report = routing.replay_report(trace, train or [], render.say, slots=_numbers(slots), policies=policies,
                                    quotas=quotas, record=record, store=identity)

@@ -18,14 +18,15 @@ if TYPE_CHECKING:
 def quantize(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face checkpoint: folder or hub id.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The store to write, a new folder.")],
-    format: Annotated[str, typer.Option("--format", help="Experts: int4, nf4, fp4 or keep (unquantized).")] = "int4",
+    format: Annotated[str, typer.Option("--format", help="Experts: int8, int4, int3, int2, nf4, fp4 or "
+                                          "keep (unquantized).")] = "int4",
     dense: Annotated[str, typer.Option(
         "--dense", help="Attention and output head: int8, int4, bf16 or keep.")] = "int8",
     method: Annotated[str | None, typer.Option(
-        "--method", help="int4: hqq (default) or rtn.", show_default=False)] = None,
-    group_size: Annotated[int | None, typer.Option("--group-size", help="int4: 32, 64 (default) or 128.",
+        "--method", help="int4, int3, int2: hqq (default) or rtn.", show_default=False)] = None,
+    group_size: Annotated[int | None, typer.Option("--group-size", help="int4, int3, int2: 32, 64 (default) or 128.",
                                                    show_default=False)] = None,
-    block: Annotated[str | None, typer.Option("--block", help="int4: rows per block, 64, 32 or auto (default: what "
+    block: Annotated[str | None, typer.Option("--block", help="The same: rows per block, 64, 32 or auto (default: what "
                                               "this CPU reads).", show_default=False)] = None,
     double_quant: Annotated[bool, typer.Option("--double-quant", help="nf4, fp4: quantize the scales too.")] = False,
     threads: Threads = None,

@@ -1,7 +1,7 @@
 """The byte contract that every tier and kernel shares: one file per format.
 
-Each format has `pack` (int4's takes codes, which quantize/methods.py chooses), `tiles`, which decodes
-a matrix in pieces of at most 4 MiB, and `unpack`. Here they are found by the name in a spec.
+Each format has `pack` (that of the grouped ones takes codes, which quantize/methods.py chooses), `tiles`, which
+decodes a matrix in pieces of at most 4 MiB, and `unpack`. Here they are found by the name in a spec.
 """
 
 from __future__ import annotations
@@ -11,26 +11,28 @@ from types import ModuleType
 
 from torch import Tensor
 
+from qmix.config import GROUPED_BITS
 from qmix.errors import UsageError
 from qmix.formats import int4, int8, nf4, plain
 from qmix.formats.packed import TORCH_DTYPES, Packed, gather, memory, pad, view
-from qmix.sizes import MatrixSpec
+from qmix.sizes import PLAIN_DTYPES, MatrixSpec
 
 __all__ = ["TORCH_DTYPES", "Packed", "memory", "module", "pack", "pad", "tiles", "unpack", "view"]
 
 
 def module(name: str) -> ModuleType:
     """The module of a format; UsageError names an unknown one."""
-    found = {"int4": int4, "nf4": nf4, "fp4": nf4, "int8": int8, "bf16": plain, "fp16": plain, "fp32": plain}
+    found = {**dict.fromkeys(GROUPED_BITS, int4), "nf4": nf4, "fp4": nf4, "int8": int8,
+             **dict.fromkeys(PLAIN_DTYPES, plain)}
     if name not in found:
         raise UsageError(f"format: got {name!r}, want " + " or ".join(found))
     return found[name]
 
 
 def pack(weight: Tensor, spec: MatrixSpec) -> Packed:
-    """Pack `weight` [rows, cols], any float dtype, in a format with nothing to choose: all but int4."""
-    if spec.format == "int4":
-        raise UsageError("int4 needs a method to choose its codes", "use quantize.methods.quantize_int4")
+    """Pack `weight` [rows, cols], any float dtype, in a format with nothing to choose: all but the grouped ones."""
+    if spec.bits:
+        raise UsageError(f"{spec.format} needs a method to choose its codes", "use quantize.methods.quantize")
     return module(spec.format).pack(weight, spec)
 
 

@@ -1,12 +1,17 @@
-"""int4: 4-bit weights in groups along the input dimension, asymmetric. qmix's own byte contract.
+"""int4, int3 and int2: weights of so many bits in groups along the input dimension, asymmetric. qmix's own byte
+contract.
 
-Formula   w = (q - 8) * scale + zero, q in 0..15; scale and zero bf16, one pair per row and group
-qweight   uint8 [N/B, K, B/2]: for each block of B output rows and each input column k, byte j holds
-          row j (low nibble) and row j + B/2 (high nibble)
+Formula   w = (q - m) * scale + zero, q in 0..2^bits - 1, m = 2^(bits - 1); scale and zero bf16, one pair per row and
+          group
+qweight   uint8 [N/B, K, bits * B/8]: for each block of B output rows and each input column k,
+          int4   byte j holds row j (low nibble) and row j + B/2 (high nibble)
+          int2   byte i holds row i + s B/4 in bits 2s and 2s + 1
+          int3   the low two bits of all codes as in int2, then B/8 bytes of third bits: byte i holds that of row
+                 i + b B/8 in bit b
 qparams   bf16 [K/g, N, 2]: (scale, zero)
-Sizes     N * K / 2 bytes and 4 * N * K / g bytes; N is padded to B, K to g
-Padding   padded rows and whole padded groups have scale = zero = 0 and q = 8; a padded column inside
-          a real group has q = 8, and the kernels give it x = 0
+Sizes     N * K * bits / 8 bytes and 4 * N * K / g bytes; N is padded to B, K to g
+Padding   padded rows and whole padded groups have scale = zero = 0 and q = m; a padded column inside
+          a real group has q = m, and the kernels give it x = 0
 Source    B = 64 is what torch's `_weight_int4pack_mm_for_cpu` reads on AVX-512, B = 32 what it reads on
           AVX2 (aten/src/ATen/native/cpu/int4mm_kernel.cpp; checked at start, since the op is private)
 
@@ -21,6 +26,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from qmix.formats.narrow import narrow, widen
 from qmix.formats.packed import Packed, gather, row_tiles
 from qmix.sizes import MatrixSpec
 
@@ -28,31 +34,34 @@ _NIBBLES = 0x0F0F0F0F0F0F0F0F
 
 
 def pack(q: Tensor, scale: Tensor, zero: Tensor, spec: MatrixSpec) -> Packed:
-    """q uint8 [N, K] in 0..15, scale and zero bf16 [N, K/g], all padded (see `pad`) -> Packed."""
+    """q uint8 [N, K] in 0..2^bits - 1, scale and zero bf16 [N, K/g], all padded (see `pad`) -> Packed."""
     n, k = spec.padded_rows, spec.padded_cols
-    qweight = torch.empty(n // spec.block, k, spec.block // 2, dtype=torch.uint8)
+    qweight = torch.empty(n // spec.block, k, spec.block * spec.bits // 8, dtype=torch.uint8)
     for _, row, rows in row_tiles(spec):
         rows = -(-rows // spec.block) * spec.block
-        codes = q[row:row + rows].T.float().sub_(8).contiguous()
+        codes = q[row:row + rows].T.float().sub_(2**(spec.bits - 1)).contiguous()
         store_codes(codes, qweight[row // spec.block:(row + rows) // spec.block])
     qparams = torch.stack((scale.T, zero.T), dim=-1)
     return Packed.of(spec, {"qweight": qweight, "qparams": qparams}, "int4.pack")
 
 
 def store_codes(codes: Tensor, out: Tensor) -> None:
-    """Write codes into a piece of qweight: codes fp32 [C, R], values q - 8 in -8..7, R a multiple of B;
-    out uint8 [R/B, C, B/2], a slice of blocks and columns of qweight."""
-    blocks, columns, half = out.shape
+    """Write codes into a piece of qweight: codes fp32 [C, R], values q - m, R a multiple of B;
+    out uint8 [R/B, C, bits * B/8], a slice of blocks and columns of qweight, whose shape tells the bits."""
+    blocks, columns, nbytes = out.shape
+    half = codes.shape[1] // blocks // 2
     nibbles = codes.view(columns, blocks, 2, half)
     low, high = nibbles[:, :, 0], nibbles[:, :, 1]
-    out.copy_(torch.add(low, high, alpha=16).add_(8 + 16 * 8).transpose(0, 1))
+    both = torch.add(low, high, alpha=16).add_(8 + 16 * 8).transpose(0, 1)
+    out.copy_(both if nbytes == half else narrow(both.to(torch.uint8), 4 * nbytes // half))
 
 
 def load_codes(qweight: Tensor, out: Tensor) -> None:
-    """The way back: a piece of qweight uint8 [R/B, C, B/2] into out fp32 [C, R], values q - 8 in -8..7."""
-    blocks, columns, half = qweight.shape
+    """The way back: a piece of qweight uint8 [R/B, C, bits * B/8] into out fp32 [C, R], values q - m."""
+    blocks, columns, nbytes = qweight.shape
+    half = out.shape[1] // blocks // 2
     nibbles = out.view(columns, blocks, 2, half)
-    codes = qweight.transpose(0, 1)
+    codes = widen(qweight, 4 * nbytes // half).transpose(0, 1)
     nibbles[:, :, 0] = codes & 15
     nibbles[:, :, 1] = codes >> 4
     out.sub_(8)

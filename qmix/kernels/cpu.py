@@ -1,4 +1,5 @@
-"""CPU kernels of PyTorch: int4 and int8 through its packed matrix products, plain weights through linear.
+"""CPU kernels of PyTorch: int4 (int3 and int2 as int4) and int8 through its packed matrix products,
+plain weights through linear.
 
 torch's packed ops check little, so only what `Packed.of` has checked may come here. They compute in
 bf16 with fp32 sums, and give the same bits for a row whatever the number of rows. `linear` does not:
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qmix.formats import int4, plain
+from qmix.formats.narrow import widen
 from qmix.formats.packed import TILE_BYTES, Packed, row_tiles
 
 Kernel = Callable[[Tensor, Packed], Tensor]
@@ -34,18 +36,19 @@ def int4_linear(x: Tensor, m: Packed) -> Tensor:
 
 
 def int4_converted(block: int) -> Kernel:
-    """torch's int4 product for stores in the other block size: every call rewrites the codes in blocks
-    of `block` rows, a tile of at most 4 MiB at a time."""
+    """torch's int4 product for int3, int2 and stores in the other block size: every call rewrites the codes as
+    int4 in blocks of `block` rows, a tile of at most 4 MiB at a time."""
 
     def linear(x: Tensor, m: Packed) -> Tensor:
         qweight, qparams = m.tensors["qweight"], m.tensors["qparams"]
-        blocks, k, half = qweight.shape
+        blocks, k, _ = qweight.shape
+        half, bits = m.spec.block // 2, m.spec.bits
         group, operand = m.spec.group_size, _operand(x, k)
         y = torch.empty(len(x), qparams.shape[1], dtype=torch.bfloat16)
         step = max(1, TILE_BYTES // (k * half))
         step += step % 2
         for start in range(0, blocks, step):
-            first, codes = start * 2 * half, qweight[start:start + step]
+            first, codes = start * 2 * half, widen(qweight[start:start + step], bits)
             params = qparams[:, first:first + len(codes) * 2 * half]
             rows = params.shape[1]
             if rows % block:  # an odd number of 32-row blocks for a torch that reads 64

@@ -1,13 +1,14 @@
 """Whether a kernel's rows are independent: drafts are exact only where a row has the bits that it has alone.
 
-Plain, nf4 and fp4 products of few rows are made row by row and need no check; the packed ones of int4 and int8 are
-compared, once, where drafts are asked for.
+Plain, nf4 and fp4 products of few rows are made row by row and need no check; the packed ones of grouped formats and
+int8 are compared, once, where drafts are asked for.
 """
 
 from __future__ import annotations
 
 import torch
 
+from qmix.config import GROUPED_BITS
 from qmix.formats import int4, int8
 from qmix.formats.packed import Packed
 from qmix.kernels.cpu import FEW
@@ -21,7 +22,7 @@ def bound_formats(table: KernelTable) -> list[str]:
     """The formats of `table` whose rows depend on their company, for 2 to 8 rows of bf16 and fp32."""
     found = []
     for (name, block), kernel in table.kernels.items():
-        if name not in ("int4", "int8") or name in found:
+        if name not in (*GROUPED_BITS, "int8") or name in found:
             continue
         m = _random(name, block)
         x = torch.randn(FEW, COLS, generator=torch.Generator().manual_seed(2))
@@ -37,6 +38,7 @@ def _random(name: str, block: int) -> Packed:
     random = torch.Generator().manual_seed(3)
     if name == "int8":
         return int8.pack(torch.randn(ROWS, COLS, generator=random), MatrixSpec("int8", ROWS, COLS))
-    q = torch.randint(0, 16, (ROWS, COLS), dtype=torch.uint8, generator=random)
+    spec = MatrixSpec(name, ROWS, COLS, group_size=64, block=block)
+    q = torch.randint(0, 2**spec.bits, (ROWS, COLS), dtype=torch.uint8, generator=random)
     scale, zero = torch.randn(2, ROWS, COLS // 64, generator=random).bfloat16()
-    return int4.pack(q, scale, zero, MatrixSpec("int4", ROWS, COLS, group_size=64, block=block))
+    return int4.pack(q, scale, zero, spec)

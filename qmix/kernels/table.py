@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qmix import settings
-from qmix.config import BLOCKS
+from qmix.config import BLOCKS, GROUPED_BITS
 from qmix.errors import UsageError
 from qmix.formats import int4, int8, module, nf4
 from qmix.formats.packed import Packed
@@ -35,7 +35,7 @@ INT8_OP = "torch _weight_int8pack_mm"
 @dataclass(frozen=True, slots=True)
 class KernelTable:
     """kernels: {(format, block): kernel}, block 0 for formats without one; names: {format: what runs}; native:
-    what computes int4, where it was built and passed; layer: the rest of a layer, for a few tokens."""
+    what computes the grouped formats, where it was built and passed; layer: the rest of a layer, for a few tokens."""
 
     kernels: Mapping[tuple[str, int], Kernel]
     names: Mapping[str, str]
@@ -67,7 +67,7 @@ class KernelTable:
     def gated(self, x: Tensor, w13: Packed) -> Tensor:
         """The first half of an expert, silu(gate(x)) * up(x): x [T, H] -> [T, F]; it needs no w2 yet."""
         spec = w13.spec
-        if self.native is not None and spec.format == "int4":
+        if self.native is not None and self.computes_natively(w13):
             return self.native.gated(x, w13)
         both = self.kernels[spec.format, spec.block](x, w13)
         half, inner = both.shape[1] // 2, spec.rows // 2
@@ -76,9 +76,10 @@ class KernelTable:
 
 def select(formats: Iterable[str], blocks: Iterable[int] = BLOCKS, device: str = "cpu",
            say: Callable[[str], None] = print, activations: str = "bf16") -> KernelTable:
-    """The kernels for `formats` ("int4", "int8", "nf4", ...), int4 in each of `blocks`; self-tested.
+    """The kernels for `formats` ("int4", "int8", "nf4", ...), the grouped ones in each of `blocks`;
+    self-tested.
 
-    activations: what int4 and int8 products see of x: "bf16", "int8" (native kernels only), or "auto": int8 where it
+    activations: what grouped and int8 products see of x: "bf16", "int8" (native kernels only), or "auto": int8 where it
     can be had (docs/kernels.md has its error). `say` gets one line for whatever is not the fast path. UsageError for an
     unknown format or device, and for activations that nothing here has.
     """
@@ -92,11 +93,11 @@ def select(formats: Iterable[str], blocks: Iterable[int] = BLOCKS, device: str =
     blocks = sorted(set(blocks) - {0}, reverse=True)
     own = _choose_native(wanted, blocks, activations, say)
     for name in sorted(wanted):
-        if name == "int4" and own is not None:
+        if name in GROUPED_BITS and own is not None:
             kernels |= {(name, block): _one(own) for block in blocks}
             names[name] = own.name
-        elif name == "int4":
-            found = _choose_int4(blocks, say)
+        elif name in GROUPED_BITS:
+            found = _choose_grouped(name, blocks, say)
             kernels |= {(name, block): kernel for block, (kernel, _) in found.items()}
             names[name] = "; ".join(dict.fromkeys(text for _, text in found.values()))
         elif name == "int8" and own is not None and name in own.formats:
@@ -118,9 +119,10 @@ def _choose_native(formats: set[str], blocks: list[int], activations: str,
     packed = formats & set(native.FORMATS)
     if not packed:
         if activations == "int8":
-            raise UsageError("--activations int8: this store has neither int4 nor int8 matrices", "leave it out")
+            raise UsageError("--activations int8: this store has neither grouped (int4, int3, int2) nor int8 matrices",
+                             "leave it out")
         return None
-    samples = [_random_int4(block) for block in blocks if "int4" in packed]
+    samples = [_random_grouped(name, block) for name in packed & GROUPED_BITS.keys() for block in blocks]
     samples += [_random_int8()] if "int8" in packed else []
     for level in native.wanted_levels():
         own = native.Native(level, "int8" if activations == "auto" else activations)
@@ -142,25 +144,26 @@ def _one(own: native.Native) -> Kernel:
 
 def native_block() -> int:
     """The int4 block that this machine's torch reads without conversion; 64 where it reads none."""
-    return next((block for block in BLOCKS if _agrees(cpu.int4_linear, _random_int4(block))), BLOCKS[0])
+    return next((block for block in BLOCKS if _agrees(cpu.int4_linear, _random_grouped("int4", block))), BLOCKS[0])
 
 
-def _choose_int4(blocks: list[int], say: Callable[[str], None]) -> dict[int, tuple[Kernel, str]]:
-    reads = [block for block in BLOCKS if _agrees(cpu.int4_linear, _random_int4(block))]
+def _choose_grouped(name: str, blocks: list[int], say: Callable[[str], None]) -> dict[int, tuple[Kernel, str]]:
+    reads = [block for block in BLOCKS if _agrees(cpu.int4_linear, _random_grouped("int4", block))]
     found: dict[int, tuple[Kernel, str]] = {}
     failed = []
     for block in blocks:
-        if block in reads:
+        if name == "int4" and block in reads:
             found[block] = cpu.int4_linear, f"{INT4_OP}, block {block}"
-        elif reads and _agrees(cpu.int4_converted(reads[0]), _random_int4(block)):
+        elif reads and _agrees(cpu.int4_converted(reads[0]), _random_grouped(name, block)):
             found[block] = cpu.int4_converted(reads[0]), f"{INT4_OP}, block {block} converted to {reads[0]}"
-            say(f"this torch reads int4 in blocks of {reads[0]} rows, the store has {block}: converting at "
+            say(f"{name} without native kernels is rewritten as int4 at every use, which is slow" if name != "int4" else
+                f"this torch reads int4 in blocks of {reads[0]} rows, the store has {block}: converting at "
                 f"every use (`qmix quantize --block {reads[0]}` makes a store without that)")
         else:
             found[block] = reference.packed_linear, f"reference, block {block}"
             failed.append(block)
     if failed:
-        say(f"{INT4_OP} failed its self-test here ({_machine()}): int4 runs on the slow reference kernel")
+        say(f"{INT4_OP} failed its self-test here ({_machine()}): {name} runs on the slow reference kernel")
     return found
 
 
@@ -187,10 +190,10 @@ def _agrees(kernel: Kernel, m: Packed, activations: str = "bf16") -> bool:
     return got.shape == want.shape and bool((got - want).norm() <= 2**-8 * want.norm())
 
 
-def _random_int4(block: int) -> Packed:
-    spec = MatrixSpec("int4", 192, 256, group_size=64, block=block)
+def _random_grouped(name: str, block: int) -> Packed:
+    spec = MatrixSpec(name, 192, 256, group_size=64, block=block)
     random = torch.Generator().manual_seed(block)
-    q = torch.randint(0, 16, (192, 256), dtype=torch.uint8, generator=random)
+    q = torch.randint(0, 2**spec.bits, (192, 256), dtype=torch.uint8, generator=random)
     scale, zero = torch.randn(2, 192, 4, generator=random).bfloat16()
     return int4.pack(q, scale, zero, spec)
 

@@ -26,7 +26,7 @@ none that scores higher. Prefill displaces records of the last tokens last.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from math import log2
 from typing import Literal, Protocol
 
@@ -132,19 +132,31 @@ def make_policy(name: str, prior: Mapping[ExpertKey, float]) -> Policy:
     return found[name](prior)  # type: ignore[return-value]
 
 
-def warm_order(layers: int, experts: int, slots: int, prior: Mapping[ExpertKey, float]) -> list[ExpertKey]:
-    """Which records fill the slots at first: each layer its share, the most frequent experts of it, in the order in
-    which a first prompt meets them."""
-    share, more = divmod(slots, layers)
-    keys = []
-    for layer in range(layers):
-        ranked = sorted((ExpertKey(layer, e) for e in range(experts)), key=lambda key: (-prior.get(key, 0.0), key))
-        keys += ranked[:share + (layer < more)]
-    return keys
+def alike(key: ExpertKey) -> int:
+    """The kind of a record where all have the same size."""
+    return 0
+
+
+def warm_order(layers: int, experts: int, slots: int | Sequence[int], prior: Mapping[ExpertKey, float],
+               kind_of: Callable[[ExpertKey], int] = alike) -> list[ExpertKey]:
+    """Which records fill the slots, of each kind so many, at first: each layer its share, the most frequent experts of
+    it, in the order in which a first prompt meets them."""
+    room = [slots] if isinstance(slots, int) else list(slots)
+    ranked = [sorted((ExpertKey(layer, e) for e in range(experts)), key=lambda key: (-prior.get(key, 0.0), key))
+              for layer in range(layers)]
+    chosen: list[list[ExpertKey]] = [[] for _ in range(layers)]
+    for rank in range(experts):
+        for layer in range(layers):
+            kind = kind_of(key := ranked[layer][rank])
+            if room[kind]:
+                room[kind] -= 1
+                chosen[layer].append(key)
+    return [key for keys in chosen for key in keys]
 
 
 class Cache:
-    """The keys in a tier of `slots` slots. The caller moves the bytes and does what it is told:
+    """The keys in a tier of `slots` slots; in a mixed store of so many slots of each kind, where a record of
+    `kind_of` can only be. The caller moves the bytes and does what it is told:
 
         cache.begin_token()                       each decoded token
         cache.use(key)                            the router chose it
@@ -152,17 +164,21 @@ class Cache:
             leaves = cache.admit(key, "demand", busy)     frees a slot where one is needed
     """
 
-    def __init__(self, slots: int, layers: int, policy: Policy, *, quotas: bool = False, guard: int = 1,
-                 probation: int = 2):
-        if slots < 1:
+    def __init__(self, slots: int | Sequence[int], layers: int, policy: Policy, *, quotas: bool = False,
+                 guard: int = 1, probation: int = 2, kind_of: Callable[[ExpertKey], int] = alike):
+        self._free = [slots] if isinstance(slots, int) else list(slots)
+        if min(self._free, default=0) < 1:
             raise ValueError(f"slots: got {slots}, want >= 1")
-        self.slots = slots
+        if quotas and len(self._free) > 1:
+            raise ValueError("quotas: a layer's share may be of the wrong kind")
+        self.slots = sum(self._free)
+        self.kind_of = kind_of
         self._layers = layers
         self._policy = policy
         self._probation = probation
         self._held: list[dict[ExpertKey, None]] = [{} for _ in range(layers)]
         self._count = 0
-        share, more = divmod(slots, layers)
+        share, more = divmod(self.slots, layers)
         self._quota = [share + (i < more) for i in range(layers)] if quotas and share else None
         self._unproven: set[ExpertKey] = set()  # speculative records that nobody has used yet
         # What each of the last `guard` decoded tokens used.
@@ -221,12 +237,13 @@ class Cache:
         every record that may leave is busy (being read or computed), or, for a guess, worth more than the guess."""
         assert key not in self, key
         leaves = None
-        if self._count >= self.slots:
-            leaves = self._victim(key.layer, reason, busy)
+        if not self._free[self.kind_of(key)]:
+            leaves = self._victim(key, reason, busy)
             if leaves is None or (reason == "warm" and self.score(leaves) > self.score(key)):
                 return False
             self.remove(leaves)
         self._held[key.layer][key] = None
+        self._free[self.kind_of(key)] -= 1
         self._count += 1
         if reason == "speculative":
             self._unproven.add(key)
@@ -235,11 +252,12 @@ class Cache:
     def remove(self, key: ExpertKey) -> None:
         """Its slot is free: evicted, or what was to be read into it did not come."""
         del self._held[key.layer][key]
+        self._free[self.kind_of(key)] += 1
         self._count -= 1
         self._unproven.discard(key)
 
-    def _victim(self, layer: int, reason: Reason, busy: Collection[ExpertKey]) -> ExpertKey | None:
-        """What leaves for a record of `layer`. Guesses leave last, they are wanted within a layer or two, and one guess
+    def _victim(self, key: ExpertKey, reason: Reason, busy: Collection[ExpertKey]) -> ExpertKey | None:
+        """What leaves for `key`. Guesses leave last, they are wanted within a layer or two, and one guess
         does not displace another one."""
         recent, soon = set().union(*self._recent), self._unproven
         spared: list[set[ExpertKey]]  # tried in turn: what stays besides what is busy
@@ -252,17 +270,19 @@ class Cache:
         else:
             spared = [soon | recent]
         for stays in spared:
-            leaves = self._lowest(layer, stays.union(busy))
+            leaves = self._lowest(key, stays.union(busy))
             if leaves is not None:
                 return leaves
         return None
 
-    def _lowest(self, layer: int, stays: Collection[ExpertKey]) -> ExpertKey | None:
-        """Of the records that may leave for one of `layer`, the one with the lowest score, the farthest among equals.
+    def _lowest(self, new: ExpertKey, stays: Collection[ExpertKey]) -> ExpertKey | None:
+        """Of the records that may leave for `new`, which are of its kind, the one with the lowest score, the farthest
+        among equals.
         Only the lowest of each layer is scored: this runs for every miss, over all slots."""
         lowest = []
-        for held in self._sources(layer):
-            candidates = [key for key in held if key not in stays]
+        kind, mixed = self.kind_of(new), len(self._free) > 1
+        for held in self._sources(new.layer):
+            candidates = [key for key in held if key not in stays and (not mixed or self.kind_of(key) == kind)]
             if candidates:
                 lowest.append(min(candidates, key=self._policy.rank))
         return min(lowest, key=lambda key: (self.score(key), -self._distance(key.layer)), default=None)

@@ -60,29 +60,28 @@ class _Group:
 class PagedExperts:
     """Experts in the slots of `tier`, fetched as they are needed.
 
-    views: (w13, w2) of each slot; half: bytes of a record up to the end of w13; record: all of them.
+    views: (w13, w2) of each slot; halves: bytes of a record in it up to the end of w13.
     ahead, depth: how many experts the model should guess, for how many layers ahead; 0 where nobody fetches,
     unless a trace records them.
     window: guesses that are read at a time.
     """
 
     def __init__(self, config: ModelConfig, kernels: KernelTable, tier: Tier,
-                 views: Sequence[tuple[Packed, Packed]], half: int, prefetcher: Prefetcher, watch: RoutingWatch,
-                 depth: int = 1, window: int = 2, clock: Callable[[], float] = time.perf_counter):
+                 views: Sequence[tuple[Packed, Packed]], halves: Sequence[int], prefetcher: Prefetcher,
+                 watch: RoutingWatch, depth: int = 1, window: int = 2, clock: Callable[[], float] = time.perf_counter):
         self._kernels = kernels
         # Set where the native kernels compute the experts.
-        self._native: Native | None = kernels.native if views[0][0].spec.format == "int4" else None
+        self._native: Native | None = kernels.native if kernels.computes_natively(views[0][0]) else None
         self._top_k = config.experts_per_token
         self._experts = config.num_experts
         self._layers = config.num_layers
         self._tier = tier
         self._views = views
-        self._half = half
-        self._record = tier.pool.shape[1]
+        self._halves = halves
         self._prefetcher = prefetcher
         self._watch = watch
         self._clock = clock
-        self._all_here = len(tier.pool) >= len(config.expert_keys)
+        self._all_here = len(tier.slots) >= len(config.expert_keys)
         # In one call only where the weighted sum is the one that several tokens get.
         self._token: ResidentToken | None = None
         if self._native and self._all_here and isinstance(kernels.layer, LayerOps) and \
@@ -177,13 +176,13 @@ class PagedExperts:
             return
         if group.tokens is None:
             hidden = self._kernels.gated(x, w13)
-            self._await(key, self._record, step)
+            self._await_all(key, step)
             rows[0, group.ranks] = self._kernels.linear(hidden, w2)[0]
             return
         assert isinstance(group.ranks, Tensor)
         for tokens, ranks in zip(group.tokens.split(EXPERT_CHUNK), group.ranks.split(EXPERT_CHUNK), strict=True):
             hidden = self._kernels.gated(x[tokens], w13)
-            self._await(key, self._record, step)
+            self._await_all(key, step)
             rows[tokens, ranks] = self._kernels.linear(hidden, w2).float()
 
     def _compute_native(self, native: Native, key: ExpertKey, x: Tensor, group: _Group, rows: Tensor,
@@ -195,7 +194,7 @@ class PagedExperts:
             count = len(x) if tokens is None else len(tokens)
             between = torch.empty(count, hidden)
             run([Product(x, w13, between, x_rows=tokens, gated=True)])
-            self._await(key, self._record, step)
+            self._await_all(key, step)
             run([Product(between, w2, flat, y_rows=places)])
 
     def _compute_few(self, native: Native, layer: int, x: Tensor, groups: dict[int, _Group], rows: Tensor) -> None:
@@ -251,7 +250,7 @@ class PagedExperts:
                     self._look_ahead(layer, experts, step, ahead)
                 self._lookahead.pursue()
                 key = self._next(here, coming)
-                self._await(key, self._half, step)
+                self._await(key, self._halves[self._tier.slot(key)], step)
                 yield key
                 (here if key in here else coming).remove(key)
                 tier.unpin([key])
@@ -281,6 +280,10 @@ class PagedExperts:
         elif len(step.sequence) * self._top_k >= CROWD * self._experts and layer + 2 < self._layers:
             # Of the last layer mostly the last token's experts are wanted: K, not all.
             self._lookahead.expect([ExpertKey(layer + 1, expert) for expert in range(self._experts)], account=False)
+
+    def _await_all(self, key: ExpertKey, step: Step) -> None:
+        if not self._all_here:
+            self._await(key, len(self._tier.bytes_of(key)), step)
 
     def _await(self, key: ExpertKey, nbytes: int, step: Step) -> None:
         """Wait for the first `nbytes` of a record, on the stall clock."""

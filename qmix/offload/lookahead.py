@@ -22,7 +22,6 @@ class Lookahead:
         self._tier = tier
         self._prefetcher = prefetcher
         self._window = window
-        self._record = tier.pool.shape[1]
         self._hopes: list[ExpertKey] = []  # nothing was read for them yet, nearest first
         self._account = True
         self._reading: dict[ExpertKey, bool] = {}  # begun, their router has not spoken; whether to account for it
@@ -70,4 +69,4 @@ class Lookahead:
         if account:
             figures = self._prefetcher.figures[key.layer]
             figures.cancelled += key not in self._tier
-            figures.wasted_bytes += taken if key not in self._tier else self._record
+            figures.wasted_bytes += taken if key not in self._tier else len(self._tier.bytes_of(key))

@@ -10,13 +10,15 @@ from the program, only slots. The two tiers exclude each other: what is in VRAM 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
 from qmix.config import DTYPES, ModelConfig, QuantConfig
 from qmix.errors import DoesNotFit
 from qmix.names import dense_tensors
-from qmix.sizes import GIB, KV_PIECE, MIB, dense_bytes, format_bytes, kv_bytes_per_token, record_layout
+from qmix.sizes import GIB, KV_PIECE, MIB, dense_bytes, format_bytes, kv_bytes_per_token, record_layouts
 
 DEFAULT_CONTEXT = 8192
 PREFILL_PASS = 8192  # tokens of one layer-major prefill pass
@@ -31,8 +33,9 @@ STAGING = 2  # RAM slots through which records pass on their way from the disk t
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """Bytes that a model takes wherever it runs; records: how many of `record` bytes each; kv_cache: how keys and
-    values are kept, one of sizes.KV_FORMATS."""
+    """Bytes that a model takes wherever it runs; records: how many of `record` bytes each, or in a mixed store on
+    average, where kinds has (records, bytes of one) for each kind; kv_cache: how keys and values are kept, one of
+    sizes.KV_FORMATS."""
 
     context: int
     dense: int
@@ -43,24 +46,39 @@ class Needs:
     layers: int
     top_k: int
     kv_cache: str = "bf16"
+    kinds: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(cls, config: ModelConfig, quant: QuantConfig, context: int, kv: str = "bf16") -> Needs:
         """UsageError for a `kv` that there is not."""
         itemsize = 4 if quant.experts == quant.dense == "keep" and DTYPES[config.dtype] != "bf16" else 2
+        keys, layouts = config.expert_keys, record_layouts(config, quant)
+        counts = Counter(map(quant.kind_of, keys))
+        kinds = tuple((counts[i], layout.nbytes) for i, layout in enumerate(layouts))
+        mean = -(-sum(count * nbytes for count, nbytes in kinds) // len(keys))
         return cls(context, resident_dense_bytes(config, quant), kv_bytes_per_token(config, itemsize, kv) * context,
-                   workspace_bytes(config, context, itemsize, kv), record_layout(config, quant).nbytes,
-                   len(config.expert_keys), config.num_layers, config.experts_per_token, kv)
+                   workspace_bytes(config, context, itemsize, kv), mean, len(keys), config.num_layers,
+                   config.experts_per_token, kv, kinds if len(kinds) > 1 else ())
+
+    @property
+    def by_kind(self) -> tuple[tuple[int, int], ...]:
+        """(records, bytes of one) of each kind."""
+        return self.kinds or ((self.records, self.record),)
+
+    @property
+    def least(self) -> tuple[int, ...]:
+        """Slots of each kind: what one layer of a token uses, and as much again on its way for the next."""
+        return tuple(min(count, 2 * self.top_k) for count, _ in self.by_kind)
 
     @property
     def least_slots(self) -> int:
-        """What one layer of a token uses, and as much again on its way for the next."""
-        return min(self.records, 2 * self.top_k)
+        return sum(self.least)
 
 
 @dataclass(frozen=True, slots=True)
 class TierPlan:
-    """One memory: `budget` bytes, of which `base` are taken before anything is loaded. fixed: what is not slots."""
+    """One memory: `budget` bytes, of which `base` are taken before anything is loaded. fixed: what is not slots;
+    kinds: (slots, bytes of one) of each kind of record."""
 
     name: str
     budget: int
@@ -69,8 +87,11 @@ class TierPlan:
     kv: int
     workspace: int
     reserve: int
-    slots: int
-    record: int
+    kinds: tuple[tuple[int, int], ...]
+
+    @property
+    def slots(self) -> int:
+        return sum(count for count, _ in self.kinds)
 
     @property
     def fixed(self) -> int:
@@ -78,7 +99,7 @@ class TierPlan:
 
     @property
     def experts(self) -> int:
-        return self.slots * self.record
+        return sum(count * nbytes for count, nbytes in self.kinds)
 
     @property
     def total(self) -> int:
@@ -110,8 +131,14 @@ class Plan:
     @property
     def slots(self) -> int:
         """Records held in some memory; VRAM and RAM hold different ones."""
+        return sum(self.held)
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """`slots`, of each kind."""
         staging = STAGING if len(self.tiers) > 1 else 0
-        return min(self.needs.records, sum(tier.slots for tier in self.tiers) - staging)
+        return tuple(min(count, sum(tier.kinds[i][0] for tier in self.tiers) - staging)
+                     for i, (count, _) in enumerate(self.needs.by_kind))
 
     @property
     def resident(self) -> bool:
@@ -121,7 +148,7 @@ class Plan:
     @property
     def on_disk(self) -> int:
         """Bytes of the records that are nowhere else."""
-        return (self.needs.records - self.slots) * self.needs.record
+        return sum((count - held) * nbytes for (count, nbytes), held in zip(self.needs.by_kind, self.held, strict=True))
 
     def lines(self) -> list[str]:
         """What `chat` and `generate` print: a line per memory, one on the experts, a warning where it is tight."""
@@ -178,27 +205,44 @@ def plan(needs: Needs, ram: int, base: int, vram: int | None = None) -> Plan:
     """Place a model within `ram` bytes for the whole process, `base` of them taken already, and `vram` bytes
     where there is a GPU. DoesNotFit (exit 3) says how much is missing, and where."""
     if vram is None:
-        return Plan(needs, (_tier("RAM", needs, ram, base, dense=True, least=needs.least_slots),))
-    fast = _tier("VRAM", needs, vram, CUDA_CONTEXT, dense=True, least=needs.least_slots)
-    left = needs.records - fast.slots
-    slow = _tier("RAM", needs, ram, base, dense=False, least=STAGING, most=left + STAGING)
+        return Plan(needs, (_tier("RAM", needs, ram, base, needs.least, [count for count, _ in needs.by_kind]),))
+    fast = _tier("VRAM", needs, vram, CUDA_CONTEXT, needs.least, [count for count, _ in needs.by_kind])
+    most = [count - there + STAGING for (count, _), (there, _) in zip(needs.by_kind, fast.kinds, strict=True)]
+    slow = _tier("RAM", needs, ram, base, [STAGING] * len(most), most, dense=False)
     return Plan(needs, (fast, slow))
 
 
-def _tier(name: str, needs: Needs, budget: int, base: int, *, dense: bool, least: int, most: int | None = None,
-          ) -> TierPlan:
+def _tier(name: str, needs: Needs, budget: int, base: int, least: Sequence[int], most: Sequence[int],
+          dense: bool = True) -> TierPlan:
     reserve = max(RESERVE, budget // 50)
     fixed = (needs.dense, needs.kv, needs.workspace) if dense else (0, 0, 0)
-    most = needs.records if most is None else most
     room = budget - base - reserve - sum(fixed)
-    slots = min(most, room // needs.record)
-    if slots < least:
-        short = least * needs.record - room
+    sizes = [nbytes for _, nbytes in needs.by_kind]
+    short = sum(count * nbytes for count, nbytes in zip(least, sizes, strict=True)) - room
+    if short > 0:
         raise DoesNotFit(
             f"needs {format_bytes(budget + short)} of {name}, has {format_bytes(budget)}: short of "
             f"{format_bytes(short)} (program {format_bytes(base)}, dense {format_bytes(fixed[0])}, KV cache "
             f"{format_bytes(fixed[1])} for {needs.context} tokens, workspace {format_bytes(fixed[2])}, reserve "
-            f"{format_bytes(reserve)}, and {least} expert slots of {format_bytes(needs.record)} at least)",
+            f"{format_bytes(reserve)}, and {sum(least)} expert slots of {_sizes(sizes)} at least)",
             f"give it more --{name.lower()}, choose a smaller -c/--ctx-size, close other programs, or quantize "
             "to fewer bits")
-    return TierPlan(name, budget, base, *fixed, reserve, slots, needs.record)
+    slots = _share_out(room, sizes, least, most)
+    return TierPlan(name, budget, base, *fixed, reserve, tuple(zip(slots, sizes, strict=True)))
+
+
+def _share_out(room: int, sizes: Sequence[int], least: Sequence[int], most: Sequence[int]) -> list[int]:
+    """Slots of each kind within `room` bytes: of each the same share of what it may have, as far as that goes."""
+    if len(sizes) == 1:
+        return [min(most[0], room // sizes[0])]
+    slots = list(least)
+    left = room - sum(count * nbytes for count, nbytes in zip(slots, sizes, strict=True))
+    while open_kinds := [i for i, nbytes in enumerate(sizes) if slots[i] < most[i] and nbytes <= left]:
+        kind = min(open_kinds, key=lambda i: slots[i] / most[i])
+        slots[kind] += 1
+        left -= sizes[kind]
+    return slots
+
+
+def _sizes(sizes: Sequence[int]) -> str:
+    return " or ".join(map(format_bytes, sorted(set(sizes))))

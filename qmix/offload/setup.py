@@ -26,7 +26,7 @@ from qmix.offload.router_stats import RouterStats
 from qmix.offload.tiers import Tier
 from qmix.offload.watch import Recorder, RoutingWatch
 from qmix.render import Progress
-from qmix.sizes import MIB, format_bytes
+from qmix.sizes import MIB, RecordLayout, format_bytes
 from qmix.store import VERIFY, Store
 
 AUTO_POLICY = "lfu"  # docs/cache-policy.md
@@ -81,7 +81,7 @@ class Offload:
     def report(self) -> dict[str, Any]:
         """Slots, policy, figures of both phases and of the prefetcher, as plain data."""
         figures = self.experts.figures
-        return {"slots": len(self.tier.pool), "policy": self._policy, "prefetch": self._prefetcher.mode,
+        return {"slots": len(self.tier.slots), "policy": self._policy, "prefetch": self._prefetcher.mode,
                 "warmed_bytes": self._readers.bytes_read[2], "decode": figures["decode"].report(),
                 "prefill": figures["prefill"].report(), "prefetcher": self._prefetcher.report()}
 
@@ -108,9 +108,9 @@ def open_offload(store: Store, kernels: KernelTable, plan: Plan, options: Offloa
     if policy == "static" and not any(prior.values()):
         say("--cache-policy static: there are no router statistics of this store yet, so all experts count alike")
     mode = options.prefetch
-    if mode == "auto" and store.layout.nbytes < SMALL and not plan.resident:
+    if mode == "auto" and plan.needs.record < SMALL and not plan.resident:
         mode = "off"
-        say(f"prefetch off: records of {format_bytes(store.layout.nbytes)} are read faster than guessed "
+        say(f"prefetch off: records of {format_bytes(plan.needs.record)} are read faster than guessed "
             "(--prefetch ahead guesses all the same)")
     depth, window = reach(slots, config.num_layers, config.experts_per_token)
     with ExitStack() as opened:
@@ -118,29 +118,37 @@ def open_offload(store: Store, kernels: KernelTable, plan: Plan, options: Offloa
         opened.callback(records.close)
         readers = Readers(records)
         opened.callback(readers.close)
-        pool, touching = begin_pool(slots, store.layout.nbytes)
-        opened.callback(touching.close)
-        cache = Cache(slots, config.num_layers, make_policy(policy, prior),
+        pools = []
+        touched = [begin_pool(count, nbytes) for count, nbytes in plan.ram.kinds]
+        for pool, touching in touched:
+            opened.callback(touching.close)
+            pools.append(pool)
+        counts, kind_of = [count for count, _ in plan.ram.kinds], store.layout.kind_of.__getitem__
+        cache = Cache(counts, config.num_layers, make_policy(policy, prior),
                       # Only plain LRU throws out the layers that come next (docs/cache-policy.md).
-                      quotas=policy == "lru" and slots < 2 * config.experts_per_token * config.num_layers,
-                      probation=max(1, min(2 * config.experts_per_token, slots // 8)))
-        tier = Tier(pool, cache, readers)
+                      quotas=policy == "lru" and slots < 2 * config.experts_per_token * config.num_layers
+                      and len(counts) == 1,
+                      probation=max(1, min(2 * config.experts_per_token, slots // 8)), kind_of=kind_of)
+        tier = Tier(pools, cache, readers)
         prefetcher = Prefetcher(mode, config.num_layers, config.experts_per_token,
                                 stats.next_probabilities)
-        views = [store.expert(ExpertKey(0, 0), slot) for slot in pool]
-        experts = PagedExperts(config, kernels, tier, views, _half(store), prefetcher,
+        views = [store.expert_views(kind, slot) for kind, pool in enumerate(pools) for slot in pool]
+        halves = [_half(record) for record, pool in zip(store.layout.kinds, pools, strict=True) for _ in pool]
+        experts = PagedExperts(config, kernels, tier, views, halves, prefetcher,
                                RoutingWatch(config.num_layers, config.num_experts, stats, trace, say), depth, window)
-        order = warm_order(config.num_layers, config.num_experts, slots, prior)
+        order = warm_order(config.num_layers, config.num_experts, counts, prior, kind_of)
         if plan.resident:
             try:
-                _fill(tier, order, store.layout.nbytes, progress)
+                _fill(tier, order, progress)
             except StoreError:
-                touching.wait()  # a read into memory that is not there fails too
+                for _, touching in touched:
+                    touching.wait()  # a read into memory that is not there fails too
                 raise
         else:
             for key in order:
                 tier.want(key, "warm")
-        touching.wait()
+        for _, touching in touched:
+            touching.wait()
         return Offload(experts, tier, readers, prefetcher, stats, policy, opened.pop_all())
 
 
@@ -151,16 +159,19 @@ def reach(slots: int, layers: int, top_k: int) -> tuple[int, int]:
     return max(1, min(FARTHEST, spare // layers)), 2 if spare >= layers else 1
 
 
-def _half(store: Store) -> int:
+def _half(record: RecordLayout) -> int:
     """Bytes of a record up to the end of its w13."""
-    return max(p.offset + p.tensor.nbytes for p in store.layout.placed if p.matrix == "w13")
+    return max(p.offset + p.tensor.nbytes for p in record.placed if p.matrix == "w13")
 
 
-def _fill(tier: Tier, keys: list[ExpertKey], nbytes: int, progress: Progress | None) -> None:
+def _fill(tier: Tier, keys: list[ExpertKey], progress: Progress | None) -> None:
     """Read everything now; the first error ends it."""
     for key in keys:
         tier.want(key, "demand")
-    for i, key in enumerate(keys):
+    done, total = 0, sum(len(tier.bytes_of(key)) for key in keys)
+    for key in keys:
+        nbytes = len(tier.bytes_of(key))
         tier.wait(key, nbytes)
+        done += nbytes
         if progress is not None:
-            progress((i + 1) * nbytes, len(keys) * nbytes, "")
+            progress(done, total, "")

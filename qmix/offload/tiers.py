@@ -1,4 +1,4 @@
-"""A tier: a fixed pool of equal slots, the table that says which record is in which, and what fills them.
+"""A tier: a fixed pool of slots, the table that says which record is in which, and what fills them.
 
     disk (complete)  ->  RAM  ->  VRAM
 
@@ -15,7 +15,8 @@ its slot at once, and the next load into that slot waits for its last chunks (`a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import Protocol
 
 from torch import Tensor
@@ -38,21 +39,24 @@ class Source(Protocol):
 
 
 class Tier:
-    """Slots [S, bytes] uint8, filled from `source` as `cache` decides.
+    """Slots, filled from `source` as `cache` decides. pool: [S, bytes] uint8; of a mixed store one such pool for each
+    kind of record, in the order of the kinds.
 
     evicted: told (key, slot tensor) of each whole record that is about to lose its slot, for a tier that
     hands what leaves it to the one below.
     """
 
-    def __init__(self, pool: Tensor, cache: Cache, source: Source,
+    def __init__(self, pool: Tensor | Sequence[Tensor], cache: Cache, source: Source,
                  evicted: Callable[[ExpertKey, Tensor], None] | None = None):
-        assert cache.slots == len(pool)
-        self.pool = pool
+        pools = [pool] if isinstance(pool, Tensor) else pool
+        self.slots = [slot for one in pools for slot in one]
+        assert cache.slots == len(self.slots)
         self.cache = cache
         self._source = source
         self._evicted = evicted
         self._slots: dict[ExpertKey, int] = {}
-        self._free = list(range(len(pool) - 1, -1, -1))
+        ends = list(accumulate(map(len, pools)))
+        self._free = [list(range(end - 1, end - len(one) - 1, -1)) for one, end in zip(pools, ends, strict=True)]
         self._loading: dict[ExpertKey, Load] = {}
         self._draining: dict[int, Load] = {}  # given up, but its last chunks may still land in the slot
         self._pinned: set[ExpertKey] = set()
@@ -94,9 +98,9 @@ class Tier:
             return False
         if leaves is not True:
             self._release(leaves)
-        slot = self._free.pop()
+        slot = self._free[self.cache.kind_of(key)].pop()
         self._slots[key] = slot
-        self._loading[key] = self._source.submit(key, self.pool[slot], URGENCY[reason], self._draining.pop(slot, None))
+        self._loading[key] = self._source.submit(key, self.slots[slot], URGENCY[reason], self._draining.pop(slot, None))
         return True
 
     def wait(self, key: ExpertKey, nbytes: int, cancel: Cancel | None = None) -> None:
@@ -120,7 +124,7 @@ class Tier:
 
     def bytes_of(self, key: ExpertKey) -> Tensor:
         """Its slot, uint8 [bytes]."""
-        return self.pool[self._slots[key]]
+        return self.slots[self._slots[key]]
 
     def adopt(self, key: ExpertKey, fill: Callable[[Tensor], None]) -> bool:
         """Take in a whole record from elsewhere: fill(slot) writes it. False where no slot is worth it."""
@@ -131,15 +135,16 @@ class Tier:
             return False
         if leaves is not True:
             self._release(leaves)
-        slot = self._free.pop()
+        free = self._free[self.cache.kind_of(key)]
+        slot = free.pop()
         draining = self._draining.pop(slot, None)
         landing = draining is not None and (draining.reading or (draining.after and draining.after.reading))
         if draining is not None and landing:  # its last chunks would land in the new record
-            self._free.append(slot)
+            free.append(slot)
             self._draining[slot] = draining
             self.cache.remove(key)
             return False
-        fill(self.pool[slot])
+        fill(self.slots[slot])
         self._slots[key] = slot
         return True
 
@@ -171,5 +176,5 @@ class Tier:
             if load.reading or load.after is not None:
                 self._draining[slot] = load
         elif self._evicted is not None:
-            self._evicted(key, self.pool[slot])
-        self._free.append(slot)
+            self._evicted(key, self.slots[slot])
+        self._free[self.cache.kind_of(key)].append(slot)

@@ -27,18 +27,18 @@ RELAX = 4.0
 ENOUGH = 0.999  # a tile stops after an iteration that left more than this share of its error
 
 
-def refine(steps: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor, work: Tensor) -> Tensor:
+def refine(steps: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor, work: Tensor, middle: int = 8) -> Tensor:
     """A better zero point for each group: fp32 [G, R], exact in bf16.
 
     steps fp32 [G, W, R]: weights divided by the scale, kept; scale, its inverse and zero: fp32 [G, R];
-    work: fp32 [2, G, W, R], overwritten.
+    work: fp32 [2, G, W, R], overwritten; middle: half the number of codes.
     """
     width = steps.shape[1]
     residual, scratch = work.unbind()
     start, error, best, move, bent = torch.empty(5, *zero.shape).unbind()
     place, total = zero * inverse, float("inf")
     best_place = place.clone()
-    _rounding_error(steps, place, residual, scratch)
+    _rounding_error(steps, place, residual, scratch, middle)
     torch.sum(torch.abs(residual, out=scratch), 1, out=start)
     best.copy_(start)
     for iteration in range(ITERATIONS):
@@ -46,7 +46,7 @@ def refine(steps: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor, work: Te
         torch.sum(residual, 1, out=move)
         torch.sum(torch.clamp(residual, -knee, knee, out=scratch), 1, out=bent)
         place = place.add(move, alpha=-slope * RELAX / width).add_(bent, alpha=(1 + slope) * RELAX / width)
-        _rounding_error(steps, place, residual, scratch)
+        _rounding_error(steps, place, residual, scratch, middle)
         torch.sum(torch.abs(residual, out=scratch), 1, out=error)
         torch.where(error < best, place, best_place, out=best_place)
         torch.minimum(best, error, out=best)
@@ -54,15 +54,15 @@ def refine(steps: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor, work: Te
         if total > ENOUGH * last:
             break
     rounded = (best_place * scale).bfloat16().float()
-    _rounding_error(steps, rounded * inverse, residual, scratch)
+    _rounding_error(steps, rounded * inverse, residual, scratch, middle)
     torch.sum(torch.abs(residual, out=scratch), 1, out=error)
     return torch.where(error < start, rounded, zero)
 
 
-def _rounding_error(steps: Tensor, place: Tensor, out: Tensor, scratch: Tensor) -> None:
-    """out = what rounding to a code in -8..7 leaves of `steps` [G, W, R] around `place` [G, R]."""
+def _rounding_error(steps: Tensor, place: Tensor, out: Tensor, scratch: Tensor, middle: int) -> None:
+    """out = what rounding to a code in -middle..middle - 1 leaves of `steps` [G, W, R] around `place` [G, R]."""
     torch.sub(steps, place.unsqueeze(1), out=out)
-    out.sub_(torch.round(out, out=scratch).clamp_(-8, 7))
+    out.sub_(torch.round(out, out=scratch).clamp_(-middle, middle - 1))
 
 
 def shrink_lines(beta: float) -> tuple[float, float]:

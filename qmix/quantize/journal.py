@@ -15,7 +15,7 @@ import errno
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ Arguments = dict[str, Any]
 
 def arguments(fingerprint: str, quant: QuantConfig) -> Arguments:
     """What must be the same for a run to go on with another's work. No bit depends on threads."""
-    return {"qmix": __version__, "source": fingerprint, **asdict(quant)}
+    return {"qmix": __version__, "source": fingerprint, **quant.to_json()}
 
 
 def differences(then: Arguments, now: Arguments) -> list[str]:

@@ -1,5 +1,5 @@
-"""How int4 codes are chosen: rtn (rounding to nearest between a group's extremes) and hqq (half-quadratic
-quantization, hqq.py), and how far the result is from the original.
+"""How the codes of int4, int3 and int2 are chosen: rtn (rounding to nearest between a group's extremes) and hqq
+(half-quadratic quantization, hqq.py), and how far the result is from the original.
 
 A matrix is cut into strips, and a strip into tiles. A tile's working copies stay about the size of a core's
 L2 cache, and it is large enough that the threads of the pool spend their time in torch, which lets go of
@@ -8,7 +8,7 @@ one. Each strip writes its own piece of the result, and the cut depends on shape
 same for every number of threads.
 
 Within a strip weights lie transposed: reductions over a group then run along whole vectors, and
-codes come out in the order in which int4 stores them.
+codes come out in the order in which they are stored.
 
 N padded rows, K padded columns, B rows per block, g group size. A strip has R rows and C columns in
 G groups of W columns (W = g, or less in the last group of a matrix whose columns are no multiple of g);
@@ -29,12 +29,13 @@ from qmix.config import METHODS
 from qmix.errors import UsageError
 from qmix.formats import Packed
 from qmix.formats.int4 import load_codes, store_codes
+from qmix.formats.narrow import narrow
 from qmix.formats.packed import refuse_nonfinite
 from qmix.quantize import hqq
 from qmix.sizes import MatrixSpec, round_up
 
 TILE = 131072  # weights, of which a worker holds three copies in fp32, 512 KiB each
-EMPTY = 0x88  # two codes of 8: what padding holds
+EMPTY = 0x88  # two codes of 8: what padding holds, as int4
 BF16_MAX = 3.3895313892515355e38
 SMALLEST = 2.0**-126  # a scale below this is taken as zero: its inverse would not be finite
 
@@ -78,25 +79,26 @@ class Strip:
         return (slice(g, min(g + self.tile, self.groups)) for g in range(0, self.groups, self.tile))
 
 
-def quantize_int4(weight: Tensor, spec: MatrixSpec, method: str, pool: Executor | None = None) -> Packed:
-    """`weight` [rows, cols], any float dtype, as int4 by "rtn" or "hqq"; the work is spread over `pool`.
+def quantize(weight: Tensor, spec: MatrixSpec, method: str, pool: Executor | None = None) -> Packed:
+    """`weight` [rows, cols], any float dtype, as int4, int3 or int2 by "rtn" or "hqq"; the work is spread over `pool`.
 
     The same bytes for every pool. QmixError names the position of an inf or NaN.
     """
-    return quantize_int4_measured(weight, spec, method, pool)[0]
+    return quantize_measured(weight, spec, method, pool)[0]
 
 
-def quantize_int4_measured(weight: Tensor, spec: MatrixSpec, method: str,
+def quantize_measured(weight: Tensor, spec: MatrixSpec, method: str,
                            pool: Executor | None = None) -> tuple[Packed, Error]:
-    """`quantize_int4` and, for a third of its price, what `error` says of the result: the codes are at hand."""
+    """`quantize` and, for a third of its price, what `error` says of the result: the codes are at hand."""
     if method not in METHODS:
         raise UsageError(f"method: got {method!r}, want " + " or ".join(METHODS))
     if tuple(weight.shape) != (spec.rows, spec.cols):
         raise UsageError(f"weight: got {list(weight.shape)}, want {[spec.rows, spec.cols]}")
     n, k, block = spec.padded_rows, spec.padded_cols, spec.block
-    qweight = torch.full((n // block, k, block // 2), EMPTY, dtype=torch.uint8)
+    empty = narrow(torch.full((block // 2,), EMPTY, dtype=torch.uint8), spec.bits)
+    qweight = empty.repeat(n // block, k, 1)
     qparams = torch.zeros(k // spec.group_size, n, 2, dtype=torch.bfloat16)
-    packed = Packed.of(spec, {"qweight": qweight, "qparams": qparams}, "quantize_int4")
+    packed = Packed.of(spec, {"qweight": qweight, "qparams": qparams}, "quantize")
     spare: list[Scratch] = []
 
     def work(strip: Strip) -> Error:
@@ -111,7 +113,7 @@ def quantize_int4_measured(weight: Tensor, spec: MatrixSpec, method: str,
 def error(weight: Tensor, packed: Packed, pool: Executor | None = None) -> Error:
     """How far `packed` is from `weight` [rows, cols], decoded from the stored bytes, piece by piece."""
     total = Error(0.0, 0.0)
-    if packed.spec.format == "int4":
+    if packed.spec.bits:
         spare: list[Scratch] = []
 
         def work(strip: Strip) -> Error:
@@ -185,16 +187,18 @@ def _quantize(weight: Tensor, packed: Packed, s: Strip, method: str, scratch: Sc
         torch.amax(x, 1, out=high[groups])
     if not torch.isfinite(low + high).all():
         refuse_nonfinite(weight[s.row:s.row + s.rows, s.col:s.col + s.cols], s.row, s.col)
-    scale, zero = fit_range(low, high)
-    inverse = torch.where(scale > 0, 1 / scale, 0.0)  # all codes of a group without scale are 8
+    bits = packed.spec.bits
+    middle = 2**(bits - 1)
+    scale, zero = fit_range(low, high, bits)
+    inverse = torch.where(scale > 0, 1 / scale, 0.0)  # all codes of a group without scale are in the middle
     blocks = slice(s.padded_row // packed.spec.block, (s.padded_row + s.padded_rows) // packed.spec.block)
     found = Error(0.0, 0.0)
     for groups in s.tiles:
         tile = work[:, :groups.stop - groups.start]
         steps = tile[0].copy_(source[groups]).mul_(inverse[groups].unsqueeze(1))
         if method == "hqq":
-            zero[groups] = hqq.refine(steps, scale[groups], inverse[groups], zero[groups], tile[1:])
-        steps.sub_((zero[groups] * inverse[groups]).unsqueeze(1)).round_().clamp_(-8, 7)
+            zero[groups] = hqq.refine(steps, scale[groups], inverse[groups], zero[groups], tile[1:], middle)
+        steps.sub_((zero[groups] * inverse[groups]).unsqueeze(1)).round_().clamp_(-middle, middle - 1)
         col = s.col + groups.start * s.width
         codes = steps.view(-1, s.padded_rows)
         store_codes(codes, packed["qweight"][blocks, col:col + len(codes)])
@@ -206,15 +210,18 @@ def _quantize(weight: Tensor, packed: Packed, s: Strip, method: str, scratch: Sc
     return found
 
 
-def fit_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """(scale, zero) fp32 of groups with these extremes, both exact in bf16: 16 steps reach both ends.
+def fit_range(low: Tensor, high: Tensor, bits: int = 4) -> tuple[Tensor, Tensor]:
+    """(scale, zero) fp32 of groups with these extremes, both exact in bf16: 2^bits steps reach both ends.
 
-    The zero point, the value of code 8, is rounded first, and the scale then taken wide enough for both
+    The zero point, the value of the middle code, is rounded first, and the scale then taken wide enough for both
     ends: a group far from zero, whose zero point bf16 holds only coarsely, is not clipped.
     """
-    zero = (low / 2).add_(high, alpha=1 / 2).add_(high, alpha=1 / 30).sub_(low, alpha=1 / 30)
+    middle = 2**(bits - 1)
+    skew = 1 / (4 * middle - 2)  # the middle code lies half a step above the middle
+    zero = (low / 2).add_(high, alpha=1 / 2).add_(high, alpha=skew).sub_(low, alpha=skew)
     zero = zero.clamp_(-BF16_MAX, BF16_MAX).bfloat16().float()
-    above, below = (high / 7).sub_(zero, alpha=1 / 7), (zero / 8).sub_(low, alpha=1 / 8)
+    top = middle - 1
+    above, below = (high / top).sub_(zero, alpha=1 / top), (zero / middle).sub_(low, alpha=1 / middle)
     scale = torch.maximum(above, below).bfloat16().float()
     return scale.masked_fill_(scale < SMALLEST, 0.0), zero
 

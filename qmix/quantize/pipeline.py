@@ -30,7 +30,7 @@ from qmix.errors import CheckpointError, QmixError
 from qmix.formats import TORCH_DTYPES
 from qmix.hardware.memory import anonymous_memory
 from qmix.quantize.journal import Finished, Journal
-from qmix.quantize.methods import Error, error, quantize_int4_measured
+from qmix.quantize.methods import Error, error, quantize_measured
 from qmix.sizes import PLAIN_DTYPES, MatrixSpec
 from qmix.store import Region, StoreLayout, StoreWriter
 
@@ -70,11 +70,11 @@ def all_work(source: Checkpoint, layout: StoreLayout) -> list[Work]:
     found = [Work(layout.dense[t.name], t.name, {"": layout.specs[t.name]}, {"": (t.name,)},
                   math.prod(t.shape) * item) for t in names.dense_tensors(config)]
     nbytes = 3 * config.hidden_size * config.intermediate_size * item
-    specs = {"w13": layout.record.w13, "w2": layout.record.w2}
     for key, region in layout.records.items():
         part = {short: name for short, (name, _) in names.expert_tensors(config, key).items()}
         parts = {"w13": (part["w1"], part["w3"]), "w2": (part["w2"],)}
-        found.append(Work(region, key, specs, parts, nbytes))
+        record = layout.record(key)
+        found.append(Work(region, key, {"w13": record.w13, "w2": record.w2}, parts, nbytes))
     return found
 
 
@@ -131,9 +131,9 @@ def _load(source: Checkpoint, work: Work, buffer: Tensor | None) -> dict[str, Te
 
 def _quantize(source: Checkpoint, work: Work, weights: dict[str, Tensor], quant: QuantConfig,
               pool: Executor) -> Made:
-    """Pack every matrix of `weights`, which is emptied on the way. int4 spreads one matrix over the
+    """Pack every matrix of `weights`, which is emptied on the way. Grouped formats spread one matrix over the
     pool; the other formats have no such way, so their matrices go side by side."""
-    inner = any(spec is not None and spec.format == "int4" for spec in work.specs.values())
+    inner = any(spec is not None and spec.bits for spec in work.specs.values())
 
     def pack_one(matrix: str) -> tuple[Mapping[str, Tensor], Error | None]:
         spec, weight = work.specs[matrix], weights.pop(matrix)
@@ -160,8 +160,8 @@ def _pack(weight: Tensor, spec: MatrixSpec | None, method: str,
     """The tensors of a matrix in its format and how far they are from `weight`, None where it stays plain."""
     if spec is None:
         return {"weight": weight}, None
-    if spec.format == "int4":
-        packed, distance = quantize_int4_measured(weight, spec, method, pool)
+    if spec.bits:
+        packed, distance = quantize_measured(weight, spec, method, pool)
         return packed.tensors, distance
     packed = formats.pack(weight, spec)
     same = spec.format in PLAIN_DTYPES and packed["weight"].dtype == weight.dtype  # the checkpoint's bytes

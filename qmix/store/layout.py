@@ -25,7 +25,7 @@ from qmix.sizes import (
     RecordLayout,
     TensorSpec,
     dense_spec,
-    record_layout,
+    record_layouts,
     round_up,
 )
 from qmix.tensorfile import Entry, build_header
@@ -63,9 +63,11 @@ class FileLayout:
 
 @dataclass(frozen=True, slots=True)
 class StoreLayout:
-    """record: what all records share. specs: how each dense tensor is packed, None where it stays plain."""
+    """kinds: what a record may be, mostly one; kind_of: which it is. specs: how each dense tensor is
+    packed, None where it stays plain."""
 
-    record: RecordLayout
+    kinds: tuple[RecordLayout, ...]
+    kind_of: Mapping[ExpertKey, int]
     files: Mapping[str, FileLayout]
     records: Mapping[ExpertKey, Region]
     dense: Mapping[str, Region]
@@ -73,7 +75,10 @@ class StoreLayout:
 
     @classmethod
     def of(cls, config: ModelConfig, quant: QuantConfig) -> StoreLayout:
-        record = record_layout(config, quant)
+        """ConfigError where `quant` mixes formats for a model of another shape."""
+        quant.check_model(config)
+        kinds = record_layouts(config, quant)
+        kind_of = {key: quant.kind_of(key) for key in config.expert_keys}
         specs = {t.name: dense_spec(config, quant, t) for t in dense_tensors(config)}
         drafts = [_dense_draft(config, t, specs[t.name]) for t in dense_tensors(config)]
         dense_file, regions = _place(DENSE_FILE, drafts)
@@ -82,10 +87,20 @@ class StoreLayout:
         records: dict[ExpertKey, Region] = {}
         for layer in range(config.num_layers):
             keys = [ExpertKey(layer, e) for e in range(config.num_experts)]
-            file, regions = _place(expert_file(config, layer), [_record_draft(key, record) for key in keys])
+            drafts = [_record_draft(key, kinds[kind_of[key]]) for key in keys]
+            file, regions = _place(expert_file(config, layer), drafts)
             files[file.name] = file
             records.update(zip(keys, regions, strict=True))
-        return cls(record, files, records, dense, specs)
+        return cls(kinds, kind_of, files, records, dense, specs)
+
+    @property
+    def record_bytes(self) -> int:
+        """Of the largest record."""
+        return max(kind.nbytes for kind in self.kinds)
+
+    def record(self, key: ExpertKey) -> RecordLayout:
+        """How the record of `key` is laid out."""
+        return self.kinds[self.kind_of[key]]
 
     @property
     def regions(self) -> Iterator[Region]:

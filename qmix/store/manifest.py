@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ class Manifest:
         files = [{"name": f.name, "bytes": f.nbytes, "xxh3_128": f.xxh3} for f in self.files.values()]
         source = {"name": self.source, "revision": self.revision, "fingerprint": self.fingerprint}
         whole = {"format_version": FORMAT_VERSION, "needs_qmix": NEEDS_QMIX, "source": source,
-                 "dtype": self.dtype, "quantization": asdict(self.quant), "records": records, "dense": dense,
+                 "dtype": self.dtype, "quantization": self.quant.to_json(), "records": records, "dense": dense,
                  "files": files}
         lines = ",\n".join(f' "{key}": {_lines(value)}' for key, value in whole.items())
         return f"{{\n{lines}\n}}\n".encode()
@@ -155,7 +155,9 @@ def _check_version(raw: _Object) -> None:
 
 def _quant(raw: _Object) -> QuantConfig:
     kinds = {"str": raw.text, "int": raw.count, "bool": raw.flag}
-    values: dict[str, Any] = {f.name: kinds[str(f.type)](f.name) for f in fields(QuantConfig)}
+    values: dict[str, Any] = {f.name: kinds[str(f.type)](f.name) for f in fields(QuantConfig) if f.type in kinds}
+    if values["experts"] == "mixed":
+        values |= {"kinds": tuple(tuple(pair) for pair in raw.lists("kinds")), "mix": tuple(raw.texts("mix"))}
     try:
         return QuantConfig(**values)
     except ConfigError as e:
@@ -204,6 +206,19 @@ class _Object:
         value = self.value(key)
         if not isinstance(value, str) and not (optional and value is None):
             raise self.wrong(key, "a string")
+        return value
+
+    def texts(self, key: str) -> list[str]:
+        value = self.value(key)
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self.wrong(key, "a list of texts")
+        return value
+
+    def lists(self, key: str) -> list[list[str]]:
+        value = self.value(key)
+        if not isinstance(value, list) or not all(
+                isinstance(item, list) and all(isinstance(text, str) for text in item) for item in value):
+            raise self.wrong(key, "a list of lists of texts")
         return value
 
     def name(self, key: str) -> str:

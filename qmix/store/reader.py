@@ -35,7 +35,7 @@ READERS = 4  # threads that keep an NVMe disk's queue filled
 
 
 class Store:
-    """path: the folder. config, quant: what it holds and how. manifest: qmix.json. layout: of a record.
+    """path: the folder. config, quant: what it holds and how. manifest: qmix.json. layout: where everything lies.
 
     Use as a context manager, or close it.
     """
@@ -46,8 +46,7 @@ class Store:
         self.config = config
         self.quant = manifest.quant
         self.manifest = manifest
-        self.layout = places.record
-        self._places = places
+        self.layout = places
         self._fds = fds
         self._opened = opened
         self._sums = {name: entry.xxh3 for name, entry in manifest.dense.items()}
@@ -64,7 +63,10 @@ class Store:
             raise StoreError(f"{path}: {e.strerror}", "check the path and its permissions") from None
         manifest = Manifest.read(path / MANIFEST)
         config = _read_config(path, manifest)
-        places = StoreLayout.of(config, manifest.quant)
+        try:
+            places = StoreLayout.of(config, manifest.quant)
+        except ConfigError as e:
+            raise StoreError(f"{path / MANIFEST}: quantization.{e.message}", DAMAGED) from None
         _check_manifest(path, manifest, places)
         with ExitStack() as opened:
             fds: dict[str, int] = {}
@@ -80,7 +82,7 @@ class Store:
     def dense(self, name: str, verify: bool = True) -> Packed | Tensor:
         """A dense tensor by its checkpoint name, in fresh memory: Packed for linear layers and head, else a
         Tensor in the checkpoint's dtype."""
-        region, spec = self._places.dense[name], self._places.specs[name]
+        region, spec = self.layout.dense[name], self.layout.specs[name]
         buffer = torch.empty(region.nbytes, dtype=torch.uint8)
         self._read(region, buffer, verify)
         tensors = {p.tensor.name: view(buffer, p.offset, p.tensor) for p in region.tensors}
@@ -89,13 +91,13 @@ class Store:
         return Packed.of(spec, tensors, f"{self.path / region.file}: {name}")
 
     def read_record(self, key: ExpertKey, buffer: Tensor, verify: bool = True) -> None:
-        """Fill `buffer`, uint8 [layout.nbytes], with an expert's record: one read, then its checksum.
+        """Fill `buffer`, uint8 of its size, with an expert's record: one read, then its checksum.
         StoreError where the file is short or the bytes are not those that were written."""
-        self._read(self._places.records[key], buffer, verify)
+        self._read(self.layout.records[key], buffer, verify)
 
     def records(self, verify: Verify = "first", say: Callable[[str], None] = lambda line: None) -> RecordFiles:
         """The expert files, opened once more for reads past the page cache; the caller closes them."""
-        regions = self._places.records
+        regions = self.layout.records
         return RecordFiles(self.path, regions, {key: self._sums[record_name(key)] for key in regions}, verify, say)
 
     @property
@@ -106,23 +108,27 @@ class Store:
 
     def expert(self, key: ExpertKey, buffer: Tensor) -> tuple[Packed, Packed]:
         """(w13, w2) of a record, as views into `buffer`, which holds it or will."""
+        return self.expert_views(self.layout.kind_of[key], buffer, str(key))
+
+    def expert_views(self, kind: int, buffer: Tensor, where: str = "slot") -> tuple[Packed, Packed]:
+        """(w13, w2) of any record of that kind (see StoreLayout.kinds)."""
+        record = self.layout.kinds[kind]
         parts: dict[str, dict[str, Tensor]] = {"w13": {}, "w2": {}}
-        for placed in self.layout.placed:
+        for placed in record.placed:
             parts[placed.matrix][placed.tensor.name] = view(buffer, placed.offset, placed.tensor)
-        return (Packed.of(self.layout.w13, parts["w13"], f"{key} w13"),
-                Packed.of(self.layout.w2, parts["w2"], f"{key} w2"))
+        return (Packed.of(record.w13, parts["w13"], f"{where} w13"), Packed.of(record.w2, parts["w2"], f"{where} w2"))
 
     def verify(self, deep: bool, progress: Callable[[int, int, str], None] | None = None) -> list[str]:
         """What is wrong with the store, a line each: structure, also as the safetensors library sees it, and
         copied files; with `deep` the checksum of every region. progress(done bytes, all bytes, label)."""
         report = progress or (lambda done, total, label: None)
-        found = [_problem(_check_file, self.path, file) for file in self._places.files.values()]
-        found += [_problem(_check_portable, self.path / file.name) for file in self._places.files.values()]
+        found = [_problem(_check_file, self.path, file) for file in self.layout.files.values()]
+        found += [_problem(_check_portable, self.path / file.name) for file in self.layout.files.values()]
         found += [_problem(_check_copied, self.path, self.manifest, name) for name in self.manifest.files]
         problems = [problem for problem in found if problem]
         if not deep:
             return problems
-        regions = list(self._places.regions)
+        regions = list(self.layout.regions)
         done, total = 0, sum(region.nbytes for region in regions)
         with ThreadPoolExecutor(READERS, "qmix-verify") as readers:
             try:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from qmix.config import DTYPES, ExpertKey, ModelConfig, QuantConfig
+from qmix.config import DTYPES, GROUPED_BITS, ExpertKey, ModelConfig, QuantConfig
 from qmix.names import dense_tensors
 from qmix.store.layout import MANIFEST, StoreLayout
 from qmix.store.manifest import FORMAT_VERSION, Manifest
@@ -45,7 +46,7 @@ def classes(config: ModelConfig, quant: QuantConfig, layout: StoreLayout,
     dense_errors = [d.error for d in manifest.dense.values() if d.error is not None] if manifest else []
     count = config.num_layers * config.num_experts
     found = [ClassSummary("experts", describe_format(config, quant, quant.experts),
-                          count * expert_weights(config), count * layout.record.nbytes,
+                          count * expert_weights(config), sum(layout.record(key).nbytes for key in layout.records),
                           *_mean_max(expert_errors))]
     for name, kind, plain, errors in (
             ("attention and head", describe_format(config, quant, quant.dense), False, dense_errors),
@@ -57,9 +58,14 @@ def classes(config: ModelConfig, quant: QuantConfig, layout: StoreLayout,
 
 
 def describe_format(config: ModelConfig, quant: QuantConfig, kind: str) -> str:
-    """ "int4 g64 hqq, block 64", "nf4 double quantization", "keep (bf16)"."""
-    if kind == "int4":
-        return f"int4 g{quant.group_size} {quant.method}, block {quant.block}"
+    """ "int4 g64 hqq, block 64", "nf4 double quantization", "keep (bf16)"; of a mixed store the share of matrices."""
+    if kind == "mixed":
+        counts = Counter(name for key in config.expert_keys for name in quant.kinds[quant.kind_of(key)])
+        whole = 2 * len(config.expert_keys)
+        return f"mixed {quant.method}, block {quant.block}: " + ", ".join(
+            f"{100 * n / whole:.0f} % {name}" for name, n in sorted(counts.items(), reverse=True))
+    if kind in GROUPED_BITS:
+        return f"{kind} g{quant.group_size} {quant.method}, block {quant.block}"
     if kind == "keep":
         return f"keep ({DTYPES[config.dtype]})"
     return f"{kind} double quantization" if quant.double_quant and kind in ("nf4", "fp4") else kind
@@ -95,7 +101,7 @@ def describe(store: Store) -> dict[str, Any]:
         "experts_per_token": config.experts_per_token, "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size, "vocab_size": config.vocab_size,
         "max_positions": config.max_positions, "dtype": config.dtype, "bytes": nbytes,
-        "record_bytes": store.layout.nbytes, "files": len(layout.files) + len(manifest.files) + 1,
+        "record_bytes": store.layout.record_bytes, "files": len(layout.files) + len(manifest.files) + 1,
         "bits_per_weight": round(8 * sum(row.nbytes for row in rows) / sum(row.weights for row in rows), 3),
         "classes": [row.row() for row in rows], "worst_experts": [
             {"layer": key.layer, "expert": key.expert, "error": error, **_parts(manifest, key)}

@@ -1,4 +1,4 @@
-"""qmix's own CPU kernels, in C: products with int4 and int8 weights, for one token up to many, attention of one
+"""qmix's own CPU kernels, in C: products with packed weights, for one token up to many, attention of one
 token over a KV cache of bf16 or int8, and norm, router and rotary embedding of a few tokens.
 
 The library holds the same kernels for several instruction sets ("levels") and runs the best that this processor has.

@@ -13,7 +13,7 @@ from pathlib import Path
 from qmix import settings
 from qmix.errors import UsageError
 
-ABI = 3  # native.h's QMIX_ABI
+ABI = 4  # native.h's QMIX_ABI
 
 
 @cache

@@ -13,7 +13,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define QMIX_ABI 3
+#define QMIX_ABI 4
 
 enum { QMIX_FP32 = 0, QMIX_BF16 = 1 };          /* types of x and y */
 enum { QMIX_ACT_INT8 = 0, QMIX_ACT_BF16 = 1 };  /* what the products see of the activations */
@@ -21,8 +21,8 @@ enum { QMIX_ACT_INT8 = 0, QMIX_ACT_BF16 = 1 };  /* what the products see of the 
 /* One product y[y_rows] = x[x_rows] W^T; with `gated`, W = [Wgate; Wup], y = silu(x Wgate^T) * (x Wup^T).
  * Strides are in elements. */
 typedef struct {
-    const uint8_t *weight;  /* int4: [N/B, K, B/2]; int8: [N, K] */
-    const uint16_t *params; /* int4: bf16 [K/g, N, 2], scale and zero; int8: bf16 [N] */
+    const uint8_t *weight;  /* int4, int3, int2: [N/B, K, bits * B/8]; int8: [N, K] */
+    const uint16_t *params; /* bf16 [K/g, N, 2], scale and zero; int8: bf16 [N] */
     const void *x;          /* [*, x_stride], of which `cols` columns count */
     const int64_t *x_rows;  /* [T] rows of x, or NULL for 0..T-1 */
     void *y;                /* [*, y_stride] */
@@ -33,9 +33,9 @@ typedef struct {
     int64_t padded_cols;    /* K */
     int64_t rows;           /* rows wanted of each part; its padding is dropped */
     int64_t cols;           /* columns of x; the padded ones count as 0 */
-    int32_t bits;           /* 4 or 8 */
-    int32_t block;          /* B of int4; 64 for int8 */
-    int32_t group;          /* g of int4; 64 for int8 */
+    int32_t bits;           /* 4, 3, 2 or 8 */
+    int32_t block;          /* B; 64 for int8 */
+    int32_t group;          /* g; 64 for int8 */
     int32_t parts;          /* W's parts, each padded to N / parts rows */
     int32_t gated;
     int32_t x_type, y_type;

@@ -52,8 +52,29 @@ ALWAYS void split_params(const uint16_t *params, float *scale, float *zero) {
     }
 }
 
-ALWAYS void unpack4(const uint8_t *from, int block, vint *rows) {
+/* Nibbles of 4 columns of int3 or int2: see formats/narrow.py. */
+static void widen(int bits, const uint8_t *from, int block, uint8_t *to) {
+    int quarter = block / 4, eighth = block / 8;
+    for (int k = 0; k < 4; k++, from += block * bits / 8, to += 2 * quarter) {
+        for (int i = 0; i < quarter; i++) {
+            to[i] = from[i] & 0x33;
+            to[quarter + i] = from[i] >> 2 & 0x33;
+        }
+        for (int place = 0; place < 4 && bits == 3; place++)
+            for (int i = 0; i < eighth; i++)
+                to[place * eighth + i] |= (from[quarter + i] >> place & 0x11) << 2;
+        for (int i = 0; i < 2 * quarter; i++)
+            to[i] += bits == 3 ? 0x44 : 0x66;
+    }
+}
+
+ALWAYS void unpack_codes(int bits, const uint8_t *from, int block, vint *rows) {
     int half = block / 2;
+    uint8_t nibbles[128];
+    if (bits != 4) {
+        widen(bits, from, block, nibbles);
+        from = nibbles;
+    }
     for (int i = 0; i < half; i++) {
         uint32_t low = 0, high = 0;
         for (int k = 0; k < 4; k++) {

@@ -4,7 +4,8 @@
  *   L                lanes: 32-bit numbers in a vector; rows of W that are computed side by side
  *   SUB, WIDTH       the inner product keeps SUB vectors of rows x WIDTH tokens of sums in registers
  *   vint, vflt       vectors of L int32 and L fp32, with load, store, broadcast and arithmetic as named below
- *   unpack4          4 columns of a block of int4 -> vectors of rows, lane = the 4 codes of a row (uint8 each)
+ *   unpack_codes     4 columns of a block of int4, int3 or int2 -> vectors of rows, lane = the 4 codes of a row, as int4's
+ *                    (uint8 each): a code of fewer bits plus what keeps its distance from the middle
  *   dot4             sum += 4 products of codes 0..15 with int8 activations, per lane
  *   dot4_signed      the same with int8 weights, stored in the tile as `signed_codes` makes them, which leaves
  *                    SIGNED_OFFSET too much in each
@@ -102,7 +103,7 @@ static void pack_int8(const qmix_job *job, int64_t first, int64_t count, char *p
             int32_t total;
             read_group(job, first + c, g * group, x);
             float width = quantize_group(x, (int)group, codes, &total);
-            start[g * count + c] = -total * (job->bits == 4 ? 8 : SIGNED_OFFSET);
+            start[g * count + c] = -total * (job->bits == 8 ? SIGNED_OFFSET : 8);
             step[g * count + c] = width;
             sum[g * count + c] = width * (float)total;
             for (int64_t k = 0; k < group / 4; k++)
@@ -141,15 +142,15 @@ static void pack(int32_t act, const qmix_job *job, int64_t first, int64_t count,
 /* ---- weights: a piece of a block of rows into a tile ----
  * [rows / (SUB * L)][columns / 4][words][SUB] vectors */
 
-ALWAYS void unpack_int4(const uint8_t *from, int block, int words, int64_t columns, vint *tile) {
+ALWAYS void unpack_int4(int bits, const uint8_t *from, int block, int words, int64_t columns, vint *tile) {
     int vectors = block / L, sub = vectors < SUB ? vectors : SUB;
     for (int64_t k = 0; k < columns / 4; k++) {
         vint codes[VECTORS];
         __builtin_prefetch(from + AHEAD);
         if (block == 64)
             __builtin_prefetch(from + AHEAD + 64);
-        unpack4(from, block, codes);
-        from += 2 * block;
+        unpack_codes(bits, from, block, codes);
+        from += block * bits / 2;
         UNROLL for (int v = 0; v < vectors; v++) {
             vint *to = tile + ((v / sub * (columns / 4) + k) * words) * sub + v % sub;
             UNROLL for (int w = 0; w < words; w++)
@@ -184,7 +185,7 @@ static void read_params(const qmix_job *job, int64_t row, int64_t first, int64_t
     for (int64_t g = 0; g < groups; g++)
         for (int i = 0; i < job->block; i += L) {
             float *s = scale + g * 64 + i, *z = zero + g * 64 + i;
-            if (job->bits == 4)
+            if (job->bits != 8)
                 split_params(job->params + ((first + g) * job->padded_rows + row + i) * 2, s, z);
             else
                 for (int j = 0; j < L; j++) {
@@ -255,12 +256,13 @@ ALWAYS void inner(const int count, const int sub, const int act, const int bits,
 }
 
 #ifdef DIRECT
-/* int4 blocks of SUB vectors straight from memory, for one panel: the codes never see the cache twice. */
+/* Blocks of int4, int3 or int2, of SUB vectors, straight from memory, for one panel: the codes never see the cache twice. */
 ALWAYS void direct(const int count, const int act, const int block, const qmix_job *job, int64_t row, panel_view x,
                    float *y) {
     const int sub = block / L;
     int64_t columns = job->padded_cols, groups = columns / job->group;
-    const uint8_t *from = job->weight + row / block * columns * (block / 2);
+    const int bits = job->bits;
+    const uint8_t *from = job->weight + row / block * columns * (block * bits / 8);
     for (int64_t g = 0; g < groups; g++) {
         vint sums[WIDTH][SUB];
         vflt fsums[WIDTH][SUB];
@@ -280,8 +282,8 @@ ALWAYS void direct(const int count, const int act, const int block, const qmix_j
             __builtin_prefetch(from + AHEAD, 0, 2); /* into the first cache it would cost a third of one core's rate */
             if (block == 64)
                 __builtin_prefetch(from + AHEAD + 64, 0, 2);
-            unpack4(from, block, codes);
-            from += 2 * block;
+            unpack_codes(bits, from, block, codes);
+            from += block * bits / 2;
             if (act == QMIX_ACT_INT8) {
                 UNROLL for (int c = 0; c < count; c++) {
                     vint word = set_i((int32_t)x.words[c]);
@@ -367,7 +369,8 @@ ALWAYS void block_piece(const int act, const int bits, const int block, const qm
     const int vectors = block / L, sub = vectors < SUB ? vectors : SUB;
     int64_t bytes = token_bytes(act, job), group = job->group, first = qmix_panel(job->tokens, WIDTH, panel);
     if (bits == 4)
-        unpack_int4(job->weight + (row / block * job->padded_cols + column) * (block / 2), block, words, columns, tile);
+        unpack_int4(job->bits, job->weight + (row / block * job->padded_cols + column) * (block * job->bits / 8), block,
+                    words, columns, tile);
     else
         unpack_int8((const int8_t *)job->weight + row * job->padded_cols + column, job->padded_cols,
                     job->padded_rows - row, words, columns, tile);

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qmix.config import GROUPED_BITS
 from qmix.formats.packed import Packed
 from qmix.kernels.native import jobs
 from qmix.kernels.native.loader import levels, library
 
 ACTIVATIONS = {"int8": 0, "bf16": 1}  # native.h's QMIX_ACT_*
-FORMATS = ("int4", "int8")
+FORMATS = (*GROUPED_BITS, "int8")
 DENSE_GROUP = 64  # columns that share a step where the weights have no groups
 
 
@@ -55,7 +56,7 @@ class Native:
         self.activations = activations
         self.threads = torch.get_num_threads()
         # torch's int8 product is the faster one where activations stay bf16.
-        self.formats = FORMATS if activations == "int8" else ("int4",)
+        self.formats = FORMATS if activations == "int8" else tuple(GROUPED_BITS)
         self.name = f"native {level}, {activations} activations"
 
     def run(self, products: Sequence[Product]) -> None:
@@ -122,8 +123,8 @@ def _matrix(w: Packed) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
     """What a job says of its matrix: the addresses of weights and parameters, sizes, layout."""
     spec, tensors = w.spec, w.tensors
     sizes = spec.padded_rows, spec.padded_cols, spec.rows // spec.parts, spec.cols
-    if spec.format == "int4":
-        params, layout = tensors["qparams"], (4, spec.block, spec.group_size, spec.parts)
+    if spec.bits:
+        params, layout = tensors["qparams"], (spec.bits, spec.block, spec.group_size, spec.parts)
     else:
         params, layout = tensors["scale"], (8, 64, DENSE_GROUP, spec.parts)
     return tensors["qweight"].data_ptr(), params.data_ptr(), sizes, layout

@@ -40,13 +40,13 @@ ALWAYS void split_params(const uint16_t *params, float *scale, float *zero) {
 
 #include "x86_columns.h"
 
-ALWAYS void unpack4(const uint8_t *from, int block, vint *rows) {
+ALWAYS void unpack_codes(int bits, const uint8_t *from, int block, vint *rows) {
     const vint mask = _mm256_set1_epi8(15);
     const int half = block / 16;
     if (block == 64)
-        columns_of_32_bytes(from, rows);
+        columns_of_32_bytes(bits, from, rows);
     else
-        columns_of_16_bytes(from, rows);
+        columns_of_16_bytes(bits, from, rows);
     UNROLL for (int i = 0; i < half; i++) {
         rows[half + i] = _mm256_and_si256(_mm256_srli_epi32(rows[i], 4), mask);
         rows[i] = _mm256_and_si256(rows[i], mask);

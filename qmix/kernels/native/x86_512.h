@@ -51,6 +51,18 @@ ALWAYS void split_params(const uint16_t *params, float *scale, float *zero) {
     store_f(zero, _mm512_castsi512_ps(_mm512_and_si512(both, set_i((int32_t)0xffff0000))));
 }
 
+/* The rows of bytes 0..15 and 16..31 of a block's columns, or with 32 rows only the first: each byte holds two. */
+ALWAYS void split_nibbles(vint low, vint high, int block, vint *rows) {
+    const vint mask = _mm512_set1_epi8(15);
+    rows[0] = _mm512_and_si512(low, mask);
+    if (block == 64) {
+        rows[1] = _mm512_and_si512(high, mask);
+        rows[2] = _mm512_and_si512(_mm512_srli_epi32(low, 4), mask);
+        rows[3] = _mm512_and_si512(_mm512_srli_epi32(high, 4), mask);
+    } else
+        rows[1] = _mm512_and_si512(_mm512_srli_epi32(low, 4), mask);
+}
+
 #ifdef HAS_VNNI
 ALWAYS void columns_64(const uint8_t *from, vint *low, vint *high) { /* bytes 0..15 and 16..31 of 4 columns */
     const vint first = _mm512_set_epi32(0x6f4f2f0f, 0x6e4e2e0e, 0x6d4d2d0d, 0x6c4c2c0c, 0x6b4b2b0b, 0x6a4a2a0a,
@@ -68,38 +80,88 @@ ALWAYS vint columns_32(const uint8_t *from) {
                                         0x33231303, 0x32221202, 0x31211101, 0x30201000);
     return _mm512_permutexvar_epi8(order, _mm512_loadu_si512(from));
 }
+ALWAYS vint bits_of(vint x, int shift, int mask) {
+    return _mm512_and_si512(_mm512_srli_epi32(x, shift), _mm512_set1_epi8((char)mask));
+}
+
+/* Rows 16v..16v + 15 of a block of 64 stand in bits 2v of the pairs' 16 bytes. */
+ALWAYS void unpack2(const uint8_t *from, int block, vint *rows) {
+    const vint middle = _mm512_set1_epi8(6);
+    if (block == 64) {
+        vint pairs = columns_32(from);
+        UNROLL for (int v = 0; v < 4; v++)
+            rows[v] = _mm512_add_epi8(bits_of(pairs, 2 * v, 3), middle);
+    } else { /* 8 bytes: those of rows 8..15 are those of rows 0..7 two bits further */
+        const vint order = _mm512_set_epi32(0x1f170f07, 0x1e160e06, 0x1d150d05, 0x1c140c04, 0x1b130b03, 0x1a120a02,
+                                            0x19110901, 0x18100800, 0x1f170f07, 0x1e160e06, 0x1d150d05, 0x1c140c04,
+                                            0x1b130b03, 0x1a120a02, 0x19110901, 0x18100800);
+        vint pairs = _mm512_permutexvar_epi8(order, _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)from)));
+        pairs = _mm512_mask_srli_epi32(pairs, 0xff00, pairs, 2);
+        UNROLL for (int v = 0; v < 2; v++)
+            rows[v] = _mm512_add_epi8(bits_of(pairs, 4 * v, 3), middle);
+    }
+}
+
+/* The same, and row r's third bit in bit r / (B/8) of byte r % (B/8) behind the pairs. */
+ALWAYS void unpack3(const uint8_t *from, int block, vint *rows) {
+    const vint middle = _mm512_set1_epi8(4);
+    if (block == 64) { /* bytes 24k..24k + 15 and 24k + 16..24k + 23; from byte 64 on in the second vector */
+        const vint pairs_at = _mm512_set_epi32(0x773f270f, 0x763e260e, 0x753d250d, 0x743c240c, 0x733b230b, 0x723a220a,
+                                               0x71392109, 0x70382008, 0x6f371f07, 0x6e361e06, 0x6d351d05, 0x6c341c04,
+                                               0x6b331b03, 0x6a321a02, 0x69311901, 0x68301800);
+        const vint thirds_at = _mm512_set_epi32(0x7f672f17, 0x7e662e16, 0x7d652d15, 0x7c642c14, 0x7b632b13, 0x7a622a12,
+                                                0x79612911, 0x78602810, 0x7f672f17, 0x7e662e16, 0x7d652d15, 0x7c642c14,
+                                                0x7b632b13, 0x7a622a12, 0x79612911, 0x78602810);
+        vint a = _mm512_loadu_si512(from), b = _mm512_loadu_si512(from + 32);
+        vint pairs = _mm512_permutex2var_epi8(a, pairs_at, b), thirds = _mm512_permutex2var_epi8(a, thirds_at, b);
+        thirds = _mm512_mask_srli_epi32(thirds, 0xff00, thirds, 1);
+        vint third[4] = {bits_of(_mm512_slli_epi32(thirds, 2), 0, 4), bits_of(thirds, 0, 4), bits_of(thirds, 2, 4),
+                         bits_of(thirds, 4, 4)};
+        UNROLL for (int v = 0; v < 4; v++)
+            rows[v] = _mm512_add_epi8(_mm512_or_si512(bits_of(pairs, 2 * v, 3), third[v]), middle);
+    } else { /* bytes 12k..12k + 7 and 12k + 8..12k + 11; lane i's thirds stand in bits i / 4 and 4 + i / 4 */
+        const vint pairs_at = _mm512_set_epi32(0x2b1f1307, 0x2a1e1206, 0x291d1105, 0x281c1004, 0x271b0f03, 0x261a0e02,
+                                               0x25190d01, 0x24180c00, 0x2b1f1307, 0x2a1e1206, 0x291d1105, 0x281c1004,
+                                               0x271b0f03, 0x261a0e02, 0x25190d01, 0x24180c00);
+        const vint thirds_at = _mm512_set_epi32(0x2f23170b, 0x2e22160a, 0x2d211509, 0x2c201408, 0x2f23170b, 0x2e22160a,
+                                                0x2d211509, 0x2c201408, 0x2f23170b, 0x2e22160a, 0x2d211509, 0x2c201408,
+                                                0x2f23170b, 0x2e22160a, 0x2d211509, 0x2c201408);
+        const vint places = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+        vint all = _mm512_maskz_loadu_epi8(0xffffffffffffull, from);
+        vint pairs = _mm512_permutexvar_epi8(pairs_at, all);
+        vint thirds = _mm512_srlv_epi32(_mm512_permutexvar_epi8(thirds_at, all), places);
+        pairs = _mm512_mask_srli_epi32(pairs, 0xff00, pairs, 2);
+        vint third[2] = {bits_of(_mm512_slli_epi32(thirds, 2), 0, 4), bits_of(thirds, 2, 4)};
+        UNROLL for (int v = 0; v < 2; v++)
+            rows[v] = _mm512_add_epi8(_mm512_or_si512(bits_of(pairs, 4 * v, 3), third[v]), middle);
+    }
+}
+
+ALWAYS void unpack_codes(int bits, const uint8_t *from, int block, vint *rows) {
+    vint low, high = _mm512_setzero_si512();
+    if (bits != 4) {
+        (bits == 3 ? unpack3 : unpack2)(from, block, rows);
+        return;
+    }
+    if (block == 64)
+        columns_64(from, &low, &high);
+    else
+        low = columns_32(from);
+    split_nibbles(low, high, block, rows);
+}
 #else
 #include "x86_columns.h"
 
-ALWAYS void columns_64(const uint8_t *from, vint *low, vint *high) {
-    __m256i rows[4];
-    columns_of_32_bytes(from, rows);
-    *low = _mm512_inserti64x4(_mm512_castsi256_si512(rows[0]), rows[1], 1);
-    *high = _mm512_inserti64x4(_mm512_castsi256_si512(rows[2]), rows[3], 1);
-}
-
-ALWAYS vint columns_32(const uint8_t *from) {
-    __m256i rows[2];
-    columns_of_16_bytes(from, rows);
-    return _mm512_inserti64x4(_mm512_castsi256_si512(rows[0]), rows[1], 1);
+ALWAYS void unpack_codes(int bits, const uint8_t *from, int block, vint *rows) {
+    __m256i quarters[4] = {0};
+    if (block == 64)
+        columns_of_32_bytes(bits, from, quarters);
+    else
+        columns_of_16_bytes(bits, from, quarters);
+    split_nibbles(_mm512_inserti64x4(_mm512_castsi256_si512(quarters[0]), quarters[1], 1),
+                  _mm512_inserti64x4(_mm512_castsi256_si512(quarters[2]), quarters[3], 1), block, rows);
 }
 #endif
-
-ALWAYS void unpack4(const uint8_t *from, int block, vint *rows) {
-    const vint mask = _mm512_set1_epi8(15);
-    if (block == 64) {
-        vint low, high;
-        columns_64(from, &low, &high);
-        rows[0] = _mm512_and_si512(low, mask);
-        rows[1] = _mm512_and_si512(high, mask);
-        rows[2] = _mm512_and_si512(_mm512_srli_epi32(low, 4), mask);
-        rows[3] = _mm512_and_si512(_mm512_srli_epi32(high, 4), mask);
-    } else {
-        vint both = columns_32(from);
-        rows[0] = _mm512_and_si512(both, mask);
-        rows[1] = _mm512_and_si512(_mm512_srli_epi32(both, 4), mask);
-    }
-}
 
 /* 64 columns of 16 rows: lane i of out[k] has columns 4k..4k+3 of row i. */
 ALWAYS void transpose(const int8_t *const *rows, int64_t column, vint *out) {
