@@ -31,7 +31,8 @@ Document = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What was looked at. window: tokens after which the context starts empty again; record: bytes of an expert."""
+    """What was looked at. window: tokens after which the context starts empty again; record: bytes of an expert, the
+    mean where they differ."""
 
     model: str
     layers: int

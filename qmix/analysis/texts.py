@@ -30,9 +30,9 @@ def _printable(name: str) -> str:
 
 
 def subject(engine: Engine, window: int) -> Subject:
-    config = engine.config
-    return Subject(engine.store.path.resolve().name, config.num_layers, config.num_experts,
-                   config.experts_per_token, window, engine.store.layout.nbytes)
+    config, records = engine.config, engine.store.layout.records.values()
+    return Subject(engine.store.path.resolve().name, config.num_layers, config.num_experts, config.experts_per_token,
+                   window, sum(record.nbytes for record in records) // len(records))
 
 
 def run(engine: Engine, collector: Collector, texts: Sequence[tuple[str, str]], limit: int, progress: Progress,
