@@ -38,6 +38,7 @@ from qmix.offload.plan import MARGIN, Needs, Plan, choose_context
 from qmix.offload.plan import plan as make_plan
 from qmix.offload.setup import Offload, OffloadOptions, open_offload
 from qmix.offload.trace import TraceHeader, TraceWriter
+from qmix.offload.watch import Recorder
 from qmix.render import Progress
 from qmix.sizes import MIB, format_bytes
 from qmix.speculation import LONGEST, Pace
@@ -48,7 +49,8 @@ from qmix.tokenizer import load as load_tokenizer
 
 def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ram: int | None = None,
          margin: int | None = None, policy: str = "auto", prefetch: str = "auto", verify: str = "first",
-         activations: str = "auto", kv: str = "bf16", trace: Path | None = None, state: Path | None = None,
+         activations: str = "auto", kv: str = "bf16", trace: Path | Recorder | None = None,
+         state: Path | None = None,
          speeds: Speeds | None = None, base: int | None = None,
          say: Callable[[str], None] = lambda line: None, progress: Progress | None = None) -> Engine:
     """Open a store and bring it into memory, within a budget.
@@ -56,10 +58,10 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
     threads: compute threads, default the physical cores, or 1 for a very small model; context: tokens,
     0 = min(model, 8192); ram: bytes for the whole process, None = what is free but for `margin` bytes; policy,
     prefetch, verify: see OffloadOptions; activations: see kernels.table.select; kv: how keys and values are kept,
-    "bf16" (that is, in the compute dtype) or "int8", in about half the bytes; trace: a file that gets every routing
-    decision; state: the folder that keeps router statistics, None = nowhere; speeds: this machine's, for a forecast;
-    base: bytes that the process counts as taken already, None = what it holds now; say: told every choice a user should
-    know of, a line each.
+    "bf16" (that is, in the compute dtype) or "int8", in about half the bytes; trace: a file, or an object, that gets
+    every routing decision; state: the folder that keeps router statistics, None = nowhere; speeds: this machine's, for
+    a forecast; base: bytes that the process counts as taken already, None = what it holds now; say: told every choice a
+    user should know of, a line each.
     Raises DoesNotFit or UsageError before anything large is loaded, StoreError where the store is damaged.
     """
     options = OffloadOptions(policy, prefetch, verify)
@@ -74,7 +76,7 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
         attention = choose_attention(config.head_dim, kv, say)
         plan = make_plan(needs, *_budget(ram, margin, base))
         stats = router_stats.load(state, store.identity, config.num_layers, config.num_experts, say)
-        writer = None if trace is None else opened.enter_context(_trace_writer(trace, store))
+        writer = opened.enter_context(_trace_writer(trace, store)) if isinstance(trace, Path) else trace
         for line in plan.lines():
             say(line)
         if kv == "int8":
@@ -95,7 +97,8 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
             opened.callback(offload.close)
             weights = dense.result()
         model = Mixtral(config, weights, kernels, offload.experts, offload.experts.ahead, offload.experts.depth,
-                        partial(Int8KVCache if kv == "int8" else KVCache, native=attention))
+                        partial(Int8KVCache if kv == "int8" else KVCache, native=attention),
+                        offload.experts.guesses_prompts)
         if state is not None:
             opened.callback(router_stats.save, state, store.identity, stats, say)
         return Engine(store, plan, tokenizer, kernels, model, offload, opened.pop_all())

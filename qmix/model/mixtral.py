@@ -86,11 +86,13 @@ class Mixtral:
 
     ahead: how many experts of each of the next `depth` layers to guess for it while decoding; 0 where nobody
     fetches. Near the last layer D is smaller than depth, and for the last layer there is nothing to guess.
+    guess_prompts: guess in prompts too.
     caches: makes the KV caches; their class decides how keys and values are kept and attended to.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, kernels: KernelTable, experts: Experts,
-                 ahead: int | None = None, depth: int = 1, caches: MakeCache = KVCache):
+                 ahead: int | None = None, depth: int = 1, caches: MakeCache = KVCache,
+                 guess_prompts: bool = False):
         self.config = config
         self._weights = weights
         self._kernels = kernels
@@ -99,6 +101,7 @@ class Mixtral:
         self._experts = experts
         self._ahead = min(config.num_experts, config.experts_per_token if ahead is None else ahead)
         self._depth = min(depth, config.num_layers - 1)
+        self._guess_prompts = guess_prompts
         self._make_cache = caches
         self._inverse = rotation(config.head_dim, config.rope_theta)
         self._fused: FusedToken | None = None
@@ -163,7 +166,7 @@ class Mixtral:
         rows = self._rows(tokens[first:end], positions[first:end], spans, ops)
         blocks = [rows.block(group) for group in _blocks(spans)]
         layers = self._weights.layers
-        look = self._depth if step.phase == "decode" and self._ahead > 0 else 0
+        look = self._depth if (step.phase == "decode" or self._guess_prompts) and self._ahead > 0 else 0
         for index, layer in enumerate(layers):
             after = layers[index + 1:index + 1 + look]
             for block in blocks:
