@@ -19,8 +19,8 @@ def share(reference: Needs, model: Needs, budget: int, base: int) -> int:
     spare = budget - base - max(RESERVE, budget // 50) - sum(least)
     if spare < 0:
         raise DoesNotFit(f"both models need {format_bytes(budget - spare)} of RAM at least, have "
-                         f"{format_bytes(budget)}: short of {format_bytes(-spare)} (reference {format_bytes(least[0])}, model "
-                         f"{format_bytes(least[1])}, program and reserve the rest)",
+                         f"{format_bytes(budget)}: short of {format_bytes(-spare)} (reference "
+                         f"{format_bytes(least[0])}, model {format_bytes(least[1])}, program and reserve the rest)",
                          "give it more --ram, choose a smaller -c/--ctx-size, or close other programs")
     granted = wanted[0] if spare >= sum(wanted) else spare * wanted[0] // sum(wanted)
     return _with_reserve(base + least[0] + granted)

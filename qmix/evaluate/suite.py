@@ -87,8 +87,8 @@ def run(request: Request, load: OpenEngine, *, cancel: Cancel, say: Callable[[st
         store = opened.enter_context(Store.open(request.model))
         other = opened.enter_context(Store.open(request.reference)) if request.reference else None
         text = _cut_text(request, store, other)
-        say(f"{request.text_name}: {len(text.ids)} tokens; {_count(text.windows)} scored in {len(text.windows)} windows "
-            f"of {text.window} every {text.stride}")
+        say(f"{request.text_name}: {len(text.ids)} tokens; {sum(w.scored for w in text.windows)} scored in "
+            f"{len(text.windows)} windows of {text.window} every {text.stride}")
         reference, model = _load(request, load, store, other, text.context, opened)
         arguments = _arguments(request, text, model, reference)
         sizes = [window.scored for window in text.windows]
@@ -188,7 +188,3 @@ def about(store: Store) -> dict[str, Any]:
     names = ("store", "source", "fingerprint", "parameters", "bytes", "bits_per_weight", "dtype")
     return {**{name: about[name] for name in names},
             "formats": {row["class"]: row["format"] for row in about["classes"]}}
-
-
-def _count(windows: Sequence[Window]) -> int:
-    return sum(window.scored for window in windows)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from qmix.config import SamplingParams
 from qmix.engine import Engine, Session
-from qmix.errors import UsageError
+from qmix.errors import QmixError, UsageError
 from qmix.evaluate.score import continuations
 from qmix.generate import generate
 from qmix.store import Store
@@ -174,6 +174,14 @@ def run(names: Sequence[str], folder: Path, load: Callable[[], Engine], say: Cal
                 raise UsageError(f"--tasks {unknown[0]}: the lm-eval harness has no such task",
                                  "lm-eval ls tasks lists them; your own are found with --include-path")
             found = simple_evaluate(model, tasks=list(names), task_manager=manager, limit=limit, log_samples=False)
+    except QmixError:
+        raise
+    except Exception as error:  # whatever datasets, yaml or a task's own code raise
+        if model.engine is not None:
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"--tasks {','.join(names)}: the lm-eval harness cannot prepare them: {reason}",
+                         "tasks fetch their data from the Hugging Face hub, unless it is in its cache") from None
     finally:
         model.close()
     return list(rows(found))
