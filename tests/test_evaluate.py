@@ -210,7 +210,7 @@ def test_reading_gives_the_logits_of_every_token(engine: Engine) -> None:
     found = torch.cat(pieces)
     for count in (101, 700, 1300):
         session.trim(0)
-        assert torch.allclose(session.prefill(ids[:count]), found[count - 101], atol=0.2)  # bf16: other rows, other rounding
+        assert torch.allclose(session.prefill(ids[:count]), found[count - 101], atol=0.2)  # the head rounds to bf16
     assert torch.equal(session.decode(5), after)
 
 
@@ -489,8 +489,8 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_models_stay_within_one_budget(other: Path, text: Path) -> None:
     """In a process of its own, with as little as it says it needs: a piece of logits is 64 MiB here, four times the
     models."""
-    command = [sys.executable, "-m", "qmix", "eval", str(other), "-f", str(text), "-c", "512", "-n", "1100", "--against",
-               str(other), "-t", "1", "--ram"]
+    command = [sys.executable, "-m", "qmix", "eval", str(other), "-f", str(text), "-c", "512", "-n", "1100",
+               "--against", str(other), "-t", "1", "--ram"]
     refusal = subprocess.run([*command, "300M"], capture_output=True, text=True, check=False)
     least = re.search(r"both models need (\d+) MiB", refusal.stderr)
     assert refusal.returncode == 3 and least is not None, refusal.stderr

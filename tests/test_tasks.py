@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 
 pytest.importorskip("lm_eval", reason="the lm-eval harness (extra eval) is not installed")
 
+from lm_eval.tasks import TaskManager
 from test_cli import qmix
 
 from qmix.checkpoint import Checkpoint
@@ -36,6 +38,7 @@ CHOICES = CHOOSE + """
 output_type: multiple_choice
 doc_to_choice: "{{{{choices}}}}"
 doc_to_target: "{{{{answer}}}}"
+target_delimiter: ""
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
 ANSWERS = CHOOSE + """
@@ -54,6 +57,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with Checkpoint.open(CHECKPOINT) as checkpoint:
         quantize_checkpoint(checkpoint, out, QuantConfig(method="rtn"), threads=1)
     return out
+
+
+@pytest.fixture
+def only_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness does not look through its own thousands of tasks, which takes ten seconds."""
+    monkeypatch.setattr("qmix.evaluate.tasks.TaskManager", partial(TaskManager, include_defaults=False))
 
 
 @pytest.fixture
@@ -168,7 +177,7 @@ def tasks(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return folder
 
 
-def test_local_tasks_run_offline(store: Path, tasks: Path) -> None:
+def test_local_tasks_run_offline(store: Path, tasks: Path, only_ours: None) -> None:
     args = ("eval", store, "--tasks", "qmix_choices,qmix_answers", "--include-path", tasks, "-c", 96)
     done = qmix(*args, "--json")
     assert done.returncode == 0, done.stderr
@@ -189,7 +198,10 @@ def test_local_tasks_run_offline(store: Path, tasks: Path) -> None:
     (("--tasks", "qmix_broken", "--include-path", "{tmp}"), ("qmix_broken", "cannot prepare")),
     (("--tasks", "x", "--include-path", "{tmp}/none"), ("none", "no such folder")),
 ])
-def test_tasks_that_there_are_not(store: Path, tmp_path: Path, args: tuple[str, ...], words: tuple[str, ...]) -> None:
+def test_tasks_that_there_are_not(store: Path, tmp_path: Path, request: pytest.FixtureRequest, args: tuple[str, ...],
+                                  words: tuple[str, ...]) -> None:
+    if "no_such_task" not in args:
+        request.getfixturevalue("only_ours")
     (tmp_path / "broken.yaml").write_text(CHOICES.format(name="qmix_broken", data=tmp_path / "missing.jsonl"))
     done = qmix("eval", store, *(a.format(tmp=tmp_path) for a in args))
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr, done.stderr

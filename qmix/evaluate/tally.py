@@ -1,4 +1,4 @@
-"""Adds up what windows scored: 16 bytes a token, whatever the vocabulary."""
+"""Adds up what windows scored: 20 bytes a token, whatever the vocabulary."""
 
 from __future__ import annotations
 
