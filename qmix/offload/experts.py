@@ -98,6 +98,11 @@ class PagedExperts:
         """Whether every decision is recorded."""
         return self._watch.traces
 
+    @property
+    def guesses_prompts(self) -> bool:
+        """Whether the model should guess in prompts too; nothing is fetched by it there."""
+        return self._watch.guesses_prompts
+
     def settle(self, rejected: int) -> None:
         """Of the drafts of the last pass, the last `rejected` were wrong: they do not count as tokens."""
         self._watch.settle(rejected)
