@@ -38,7 +38,7 @@ from torch import Tensor
 from qmix import names
 from qmix.checkpoint import Checkpoint
 from qmix.config import ExpertKey
-from qmix.errors import QmixError, UsageError
+from qmix.errors import CheckpointError, QmixError, UsageError
 from qmix.kernels.attend import attend, rotation
 from qmix.kernels.layer import TORCH, rms_norm, rotate, router_logits
 from qmix.quantize.gptq import Factor, Moments
@@ -175,7 +175,7 @@ class ForwardPass:
                 moments[1].add(given[:end - begin], self._pool)
         if not math.isfinite(self.residual.sum().item()):
             raise QmixError(f"layer {layer}: the calibration text leads to an inf or NaN",
-                            "a weight before it is damaged: fetch the checkpoint again")
+                            "the model overflows on it: take another text, or fetch the checkpoint again")
         if moments is None:
             return {}
         shared, own = (Sums(m) for m in moments)
@@ -274,12 +274,17 @@ class _LayerWeights:
 
     @classmethod
     def read(cls, source: Checkpoint, layer: int) -> _LayerWeights:
-        prefix = names.layer_prefix(layer)
-        linear = {name: source.dense(f"{prefix}self_attn.{name}.weight").float()
-                  for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
-        return cls(source.dense(prefix + "input_layernorm.weight").float(), linear,
-                   source.dense(prefix + "post_attention_layernorm.weight").float(),
-                   source.dense(prefix + "block_sparse_moe.gate.weight").double())
+        def read(name: str) -> Tensor:
+            full = f"{names.layer_prefix(layer)}{name}.weight"
+            tensor = source.dense(full)
+            if not math.isfinite(tensor.sum().item()):
+                raise CheckpointError(f"{source.path}: {full} holds an inf or NaN",
+                                      "no working model has such a weight: fetch the checkpoint again")
+            return tensor.float()
+
+        linear = {name: read(f"self_attn.{name}") for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+        return cls(read("input_layernorm"), linear, read("post_attention_layernorm"),
+                   read("block_sparse_moe.gate").double())
 
 
 def _squares(x: Tensor) -> float:

@@ -22,6 +22,7 @@ from qmix.checkpoint import Checkpoint
 from qmix.config import CALIBRATED, ExpertKey, QuantConfig
 from qmix.errors import CheckpointError, DoesNotFit, Interrupted, QmixError, StoreError, UsageError
 from qmix.quantize import journal as journals
+from qmix.quantize.calibrated import peak_bytes
 from qmix.quantize.calibration import Calibration
 from qmix.quantize.journal import Finished, Journal
 from qmix.quantize.onethread import one_torch_thread
@@ -30,7 +31,17 @@ from qmix.quantize.report import Report
 from qmix.quantize.target import Target, cannot_write, resolve, sync_folder, written_bytes
 from qmix.render import Progress
 from qmix.sizes import format_bytes
-from qmix.store import CONFIG, MANIFEST, StoreLayout, StoreWriter, classes, worst_experts
+from qmix.store import (
+    CONFIG,
+    MANIFEST,
+    CalibrationEntry,
+    StoreLayout,
+    StoreWriter,
+    classes,
+    fell_back,
+    layer_rows,
+    worst_experts,
+)
 from qmix.store.manifest import DenseEntry, FileEntry, Manifest, RecordEntry
 from qmix.store.raw import digest
 
@@ -63,7 +74,9 @@ def quantize_checkpoint(source: Checkpoint, out: Path | str, quant: QuantConfig,
     _account(source, work)
     copies = _read_copies(source)
     if dry_run:
-        return _report(source, quant, out, layout, copies, None)
+        return _report(source, quant, out, layout, copies, None, None if calibration is None else calibration.entry)
+    if calibration is not None:
+        _check_memory(source, calibration, threads)
     target = Target.claim(out, force)
     try:
         job = _Job(source, quant, layout, work, copies, target, force, calibration)
@@ -118,7 +131,7 @@ class _Job:
             journal.close()
         manifest = self._finish()
         return _report(self._source, self._quant, self._target.out, self._layout, self._copies, manifest,
-                       len(self._work), resumed, seconds, (total - at_start) / 1e6 / seconds)
+                       self._entry, len(self._work), resumed, seconds, (total - at_start) / 1e6 / seconds)
 
     def _rest(self) -> list[Work]:
         """What `run` has to go through."""
@@ -246,16 +259,24 @@ def _origin(path: Path) -> tuple[str, str | None]:
 
 
 def _report(source: Checkpoint, quant: QuantConfig, out: Path, layout: StoreLayout,
-            copies: Mapping[str, bytes], manifest: Manifest | None, regions: int = 0, resumed: int = 0,
-            seconds: float = 0.0, mb_per_s: float = 0.0) -> Report:
+            copies: Mapping[str, bytes], manifest: Manifest | None, calibration: CalibrationEntry | None,
+            regions: int = 0, resumed: int = 0, seconds: float = 0.0, mb_per_s: float = 0.0) -> Report:
     files = {file.name: file.size for file in layout.files.values()}
     files.update((name, len(data)) for name, data in copies.items())
     if manifest:
         files[MANIFEST] = len(manifest.to_json())
     summary = classes(source.config, quant, layout, manifest)
     worst = tuple(worst_experts(manifest)) if manifest else ()
+    layers, without = (tuple(layer_rows(manifest)), tuple(fell_back(manifest))) if manifest else ((), ())
     return Report(out, manifest is None, files, source.nbytes, source.skipped, summary, worst, regions,
-                  resumed, seconds, mb_per_s)
+                  resumed, seconds, mb_per_s, calibration, layers, without)
+
+
+def _check_memory(source: Checkpoint, calibration: Calibration, threads: int) -> None:
+    needed, available = peak_bytes(source.config, calibration.tokens, threads), hardware.memory().available
+    if needed > available:
+        raise DoesNotFit(f"a calibration on {calibration.tokens} tokens needs {format_bytes(needed)} of memory; "
+                         f"{format_bytes(available)} is free", "take fewer with --calibration-tokens, or --threads 1")
 
 
 def _write_synced(path: Path, data: bytes) -> None:
