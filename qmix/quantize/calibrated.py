@@ -21,10 +21,9 @@ from qmix.config import ExpertKey, ModelConfig
 from qmix.formats import Packed
 from qmix.formats.int4 import store_codes
 from qmix.formats.packed import refuse_nonfinite
-from qmix.quantize import hqq
 from qmix.quantize.calibration import CHUNK, LENGTH, SEQUENCES, Calibration, ForwardPass, Inputs
 from qmix.quantize.gptq import Fit, Walked, walk
-from qmix.quantize.methods import Error, blank, fit_range, quantize_measured
+from qmix.quantize.methods import Error, blank, fit_group, quantize_measured
 from qmix.sizes import MatrixSpec, round_up
 
 FALLBACK = "hqq"
@@ -141,12 +140,8 @@ def _fit(bits: int) -> Fit:
     """hqq's grid, which measures better than rounding to nearest's also where GPTQ chooses the codes."""
     def fit(weights: Tensor) -> tuple[Tensor, Tensor]:
         low, high = torch.aminmax(weights, dim=0)
-        scale, zero = fit_range(low, high, bits)
-        inverse = torch.where(scale > 0, 1 / scale, 0.0)
-        steps = (weights * inverse).unsqueeze(0)
-        work = torch.empty(2, *steps.shape)
-        better = hqq.refine(steps, scale[None], inverse[None], zero[None], work, 2**(bits - 1))
-        return scale, better[0]
+        scale, zero = fit_group(weights[None], low[None], high[None], bits, torch.empty(3, 1, *weights.shape))
+        return scale[0], zero[0]
 
     return fit
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from qmix.checkpoint import Checkpoint
 from qmix.config import CALIBRATED, ModelConfig, QuantConfig
-from qmix.errors import DoesNotFit
+from qmix.errors import DoesNotFit, Interrupted
 from qmix.quantize.calibration import TOKENS, Calibration
 from qmix.quantize.mix import FORMATS, Choice, choose
 from qmix.quantize.onethread import one_torch_thread
@@ -61,8 +61,12 @@ def sensitivity(source: Checkpoint, calibration: Calibration, quant: QuantConfig
         except (OSError, ValueError, KeyError, TypeError) as e:
             say(f"{file}: ignored ({type(e).__name__}: {e}); sensitivities are measured again")
     say(f"measuring on {calibration.tokens} tokens what each of {len(FORMATS)} formats does to every expert")
-    with one_torch_thread(), ThreadPoolExecutor(threads, "qmix-measure") as pool:
-        found = measure(source, calibration, method, quant.block, pool, progress)
+    try:
+        with one_torch_thread(), ThreadPoolExecutor(threads, "qmix-measure") as pool:
+            found = measure(source, calibration, method, quant.block, pool, progress)
+    except KeyboardInterrupt:
+        raise Interrupted("stopped while the experts' sensitivities were measured",
+                          "run the same command again; measuring starts over") from None
     if file is not None:
         _save(file, found, say)
     return found
@@ -93,6 +97,25 @@ def mixed(config: ModelConfig, quant: QuantConfig, found: Sensitivity, wanted: W
         f"({8 * low / experts / keys:.2f} bits a weight)" + ("" if wanted.bits else f" and {format_bytes(other)} for "
                                                              "the rest"),
         "ask for more" + ("" if wanted.bits else ", or choose a smaller --dense"))
+
+
+def lines(config: ModelConfig, quant: QuantConfig, found: Sensitivity, choice: Choice) -> list[str]:
+    """What a user should know of a choice: its expected divergence, beside the largest plain format that is no
+    larger."""
+    weights = 3 * config.hidden_size * config.intermediate_size * len(config.expert_keys)
+
+    def bits(kinds: tuple[tuple[str, str], ...], mix: tuple[str, ...]) -> float:
+        layout = StoreLayout.of(config, _with(quant, kinds, mix))
+        return 8 * sum(layout.record(key).nbytes for key in config.expert_keys) / weights
+
+    alike = ("0" * config.num_experts,) * config.num_layers
+    plain = [(bits(((name, name),), alike), name, sum(d[m][name] for d in found.damages.values() for m in d))
+             for name in FORMATS]
+    mine = bits(choice.kinds, choice.lines(config))
+    said = [f"mixed: {mine:.2f} bits a weight of the experts; expected divergence {choice.damage:.5f} nats a token"]
+    if beside := max((row for row in plain if row[0] <= mine + 0.005), default=None):
+        said[0] += f" ({beside[1]} alone: {beside[2]:.5f} at {beside[0]:.2f} bits)"
+    return said
 
 
 def _with(quant: QuantConfig, kinds: tuple[tuple[str, str], ...], mix: tuple[str, ...]) -> QuantConfig:

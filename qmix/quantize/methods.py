@@ -262,7 +262,8 @@ def fit_group(x: Tensor, low: Tensor, high: Tensor, bits: int, work: Tensor) -> 
             best = scale, zero, error
             continue
         better = error < best[2]
-        best = tuple(torch.where(better, new, old) for new, old in zip((scale, zero, error), best, strict=True))
+        best = (torch.where(better, scale, best[0]), torch.where(better, zero, best[1]),
+                torch.where(better, error, best[2]))
     assert best is not None
     return best[0], best[1]
 
