@@ -36,6 +36,12 @@ def layer_prefix(layer: int) -> str:
     return f"model.layers.{layer}."
 
 
+def layer_of(name: str) -> int | None:
+    """The layer of a dense tensor's name, None outside the layers."""
+    found = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
 def dense_tensors(config: ModelConfig) -> tuple[DenseTensor, ...]:
     """Every dense tensor, in the order of use. Without tied embeddings the head comes last."""
     hidden = config.hidden_size

@@ -41,6 +41,11 @@ def evaluations_folder() -> Path:
     return state_folder() / "eval"
 
 
+def sensitivity_folder() -> Path:
+    """What formats do to the experts of a checkpoint, as measured for `quantize --fit`."""
+    return xdg_folder("cache") / "sensitivity"
+
+
 def hardware_file() -> Path:
     """Measured bandwidths of this machine."""
     return xdg_folder("cache") / "hardware.json"

@@ -87,6 +87,23 @@ def test_generate_streams_text_and_keeps_stdout_clean(store: Path) -> None:
     assert again.stdout == done.stdout
 
 
+def test_quantize_with_a_calibration(checkpoint: Path, tmp_path: Path) -> None:
+    """The report and `show --experts` tell what the text was and what each expert saw of it."""
+    text = tmp_path / "text.txt"
+    text.write_text("the fox and the dog went over the hill " * 60)
+    done = qmix("quantize", checkpoint, tmp_path / "out", "--method", "gptq", "--calibration", text,
+                "--calibration-tokens", 1000)
+    assert done.returncode == 0, done.stderr
+    assert "tokens of" in done.stderr and "output error" in done.stderr and "gptq" in done.stderr
+    shown = json.loads(qmix("show", tmp_path / "out", "--experts", "--json").stdout)
+    assert len(shown["all_experts"]) == 12 and len(shown["calibrated_layers"]) == 3
+    assert sum(row["tokens"] for row in shown["all_experts"]) == shown["calibration"]["tokens"] * 2 * 3
+    assert "all_experts" in qmix("show", tmp_path / "out", "--experts").stdout
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    refused(qmix("quantize", checkpoint, tmp_path / "no", "--method", "gptq", "--calibration", empty), 2, "no tokens")
+
+
 def test_generate_json_is_one_document(store: Path) -> None:
     done = qmix("generate", store, "--json", "--temp", 0, "-n", 7, "--raw", stdin="the fox and")
     document = json.loads(done.stdout)
@@ -139,6 +156,14 @@ def test_environment_and_file_stand_behind_the_flag(store: Path, tmp_path: Path)
     (("quantize", "{checkpoint}", "{tmp}/out", "--format", "int5"), 2, ("int5", "int4")),
     (("quantize", "{checkpoint}", "{tmp}/out", "--format", "nf4", "--group-size", "64"), 2, ("--group-size", "int4")),
     (("quantize", "{checkpoint}", "{tmp}/out", "--format", "keep", "--method", "rtn"), 2, ("--method",)),
+    (("quantize", "{checkpoint}", "{tmp}/out", "--method", "gptq"), 2, ("--calibration",)),
+    (("quantize", "{checkpoint}", "{tmp}/out", "--calibration", "x.txt"), 2, ("--calibration", "gptq")),
+    (("quantize", "{checkpoint}", "{tmp}/out", "--method", "rtn", "--calibration-tokens", "9"), 2,
+     ("--calibration-tokens", "gptq")),
+    (("quantize", "{checkpoint}", "{tmp}/out", "--method", "gptq", "--calibration", "{tmp}/no.txt"), 2,
+     ("{tmp}/no.txt", "No such file")),
+    (("quantize", "{checkpoint}", "{tmp}/out", "--method", "gptq", "--calibration", "{checkpoint}/model.safetensors"),
+     2, ("not UTF-8",)),
     (("quantize", "{checkpoint}", "{tmp}/out", "--block", "16"), 2, ("--block", "16")),
     (("quantize", "{checkpoint}", "{tmp}/out", "--group-size", "48"), 2, ("--group-size", "48")),
     (("quantize", "{checkpoint}", "{tmp}/out", "--double-quant"), 2, ("--double-quant",)),

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qmix.kernels import native
+from qmix.kernels.attend import rotation
 from qmix.kernels.layer import TORCH, LayerOps, TorchLayerOps, agrees, choose_layer_ops
-from qmix.model.layers import rotation
 
 OPS: list[LayerOps] = [TORCH, *(native.LayerOps(level) for level in native.levels())]
 NATIVE = OPS[1:] or [pytest.param(TORCH, marks=pytest.mark.skip(reason="the native kernels were not built"))]

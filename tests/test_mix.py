@@ -60,7 +60,7 @@ def test_few_kinds_within_the_room(seed: int, share: float, most: int) -> None:
     found = choose(damages, sizes, room, most)
     assert found is not None and len(found.kinds) <= most and found.nbytes <= room
     assert set(found.of.values()) == set(found.kinds)
-    free = choose(damages, sizes, room, 9)
+    free = choose(damages, sizes, room + max(sizes.values()), 9)  # a record's room may be left over
     assert free is not None and free.damage <= found.damage + 1e-9
 
 

@@ -28,11 +28,11 @@ from qmix.checkpoint import Checkpoint
 from qmix.config import Cancel, ModelConfig, QuantConfig, Step
 from qmix.errors import Interrupted, StoreError, UsageError
 from qmix.formats import pack
+from qmix.kernels.attend import attend, rotation
 from qmix.kernels.layer import TORCH, rms_norm, rotate
 from qmix.kernels.table import select
 from qmix.model import mixtral
 from qmix.model.kvcache import KVCache
-from qmix.model.layers import attend, rotation
 from qmix.model.mixtral import Mixtral
 from qmix.model.weights import assemble, compute_dtype
 from qmix.sizes import MatrixSpec, kv_bytes_per_token

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qmix import paths, render
+from qmix.cli.calibration import check_calibration, mixed_config, read_calibration, wanted_size
 from qmix.cli.options import ModelArgument, Threads, model_folder, quant_config
+from qmix.config import CALIBRATED, GROUPED_BITS
 from qmix.errors import StoreError
 
 if TYPE_CHECKING:
@@ -18,17 +20,29 @@ if TYPE_CHECKING:
 def quantize(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face checkpoint: folder or hub id.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The store to write, a new folder.")],
-    format: Annotated[str, typer.Option("--format", help="Experts: int8, int4, int3, int2, nf4, fp4 or "
-                                          "keep (unquantized).")] = "int4",
+    format: Annotated[str | None, typer.Option("--format", help="Experts: int8, int4 (default), int3, int2, nf4, fp4 "
+                                               "or keep (unquantized).", show_default=False)] = None,
+    fit: Annotated[str | None, typer.Option("--fit", help="Or: the mix of int4, int3 and int2 that suits a "
+                                            "--calibration text best, all weights in this size (22G).",
+                                            show_default=False)] = None,
+    bpw: Annotated[float | None, typer.Option("--bpw", min=0.1, max=100, help="Or: such a mix of this many bits per "
+                                              "weight of the experts (3.7).", show_default=False)] = None,
     dense: Annotated[str, typer.Option(
         "--dense", help="Attention and output head: int8, int4, bf16 or keep.")] = "int8",
     method: Annotated[str | None, typer.Option(
-        "--method", help="int4, int3, int2: hqq (default) or rtn.", show_default=False)] = None,
+        "--method", help="int4, int3, int2: hqq (default), rtn, or gptq (the default with --calibration).",
+        show_default=False)] = None,
     group_size: Annotated[int | None, typer.Option("--group-size", help="int4, int3, int2: 32, 64 (default) or 128.",
                                                    show_default=False)] = None,
     block: Annotated[str | None, typer.Option("--block", help="The same: rows per block, 64, 32 or auto (default: what "
                                               "this CPU reads).", show_default=False)] = None,
     double_quant: Annotated[bool, typer.Option("--double-quant", help="nf4, fp4: quantize the scales too.")] = False,
+    calibration: Annotated[Path | None, typer.Option(
+        "--calibration", help="gptq, --fit, --bpw: a text file; the model reads it to learn what each expert is given.",
+        show_default=False)] = None,
+    calibration_tokens: Annotated[int | None, typer.Option(
+        "--calibration-tokens", min=1, help="Tokens of it, spread evenly; default 65536.",
+        show_default=False)] = None,
     threads: Threads = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the store at OUT once the new one is whole.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written and leave.")] = False,
@@ -37,13 +51,22 @@ def quantize(
     from qmix.checkpoint import Checkpoint
     from qmix.quantize import quantize_checkpoint
 
-    quant = quant_config(format, dense, method, group_size, block, double_quant)
+    wanted = wanted_size(fit, bpw, format, group_size, dense)
+    if method is None and calibration is not None and (format or "int4") in GROUPED_BITS:
+        method = "gptq"
+    quant = quant_config(format or "int4", dense, method, group_size, block, double_quant)
+    check_calibration(quant, wanted, calibration, calibration_tokens)
     with Checkpoint.open(paths.resolve(source, render.say)) as checkpoint:
         for name in checkpoint.skipped:
             render.say(f"skipped: {name} (the model does not need it)")
         _check_tokenizer(checkpoint)
+        text = None if calibration is None else read_calibration(checkpoint, calibration, calibration_tokens)
+        if wanted is not None:
+            assert text is not None
+            quant = mixed_config(checkpoint, quant, wanted, text, threads)
+            text = text if quant.method in CALIBRATED else None
         with render.byte_bar("quantize") as progress:
-            report = quantize_checkpoint(checkpoint, out, quant, threads=threads, force=force,
+            report = quantize_checkpoint(checkpoint, out, quant, calibration=text, threads=threads, force=force,
                                          dry_run=dry_run, progress=progress)
     for line in report.lines():
         render.say(line)
@@ -61,12 +84,17 @@ def _check_tokenizer(checkpoint: Checkpoint) -> None:
 
 
 def show(model: ModelArgument = None,
+         experts: Annotated[bool, typer.Option(
+             "--experts", help="Also every expert's errors and, of a calibrated store, tokens.")] = False,
          json: Annotated[bool, typer.Option("--json", help="As one JSON document.")] = False) -> None:
     """Print a store's shape, formats, sizes and quantization errors."""
-    from qmix.store import Store, describe
+    from qmix.store import Store, describe, expert_rows
 
     with Store.open(model_folder(model)) as store:
-        print(render.document(describe(store), as_json=json))
+        found = describe(store)
+        if experts:
+            found["all_experts"] = expert_rows(store.manifest)
+        print(render.document(found, as_json=json))
 
 
 def list_models(json: Annotated[bool, typer.Option("--json", help="As one JSON document.")] = False) -> None:

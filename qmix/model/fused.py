@@ -15,11 +15,11 @@ from torch import Tensor
 from qmix.config import ModelConfig, Step
 from qmix.errors import Interrupted
 from qmix.kernels import native
+from qmix.kernels.attend import rotation
 from qmix.kernels.native import Native, Product, jobs
 from qmix.kernels.native.sequence import ADD, ANGLES, ATTEND, NORM, PRODUCTS, ROTATE, ROUTE, Sequence, addition
 from qmix.kernels.table import KernelTable
 from qmix.model.kvcache import KVCache
-from qmix.model.layers import rotation
 from qmix.model.weights import LayerWeights, Weights
 
 Experts = Callable[[int, Tensor, Tensor, Tensor, Step, Tensor | None, Tensor | None], Tensor]

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from qmix.config import ModelConfig
 from qmix.errors import UsageError
+from qmix.kernels.attend import attend
 from qmix.kernels.native import Attention, Kept
-from qmix.model.layers import attend
 
 
 class KVCache:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from qmix.config import ModelConfig
+from qmix.kernels.attend import attend
 from qmix.kernels.native import Attention, Kept
 from qmix.model.kvcache import KVCache
-from qmix.model.layers import attend
 from qmix.sizes import KV_PIECE
 
 TINY = 1e-30  # a vector below this is kept as zeros, so that 1 / max |x| is finite

@@ -29,11 +29,11 @@ from torch import Tensor
 
 from qmix.config import ModelConfig, Step
 from qmix.errors import Interrupted
+from qmix.kernels.attend import rotation
 from qmix.kernels.layer import TORCH, LayerOps
 from qmix.kernels.table import KernelTable
 from qmix.model.fused import Experts, FusedToken, fits
 from qmix.model.kvcache import KVCache
-from qmix.model.layers import rotation
 from qmix.model.weights import LayerWeights, Weights
 
 PASS = 8192  # tokens that meet the experts of a layer together

@@ -15,23 +15,33 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-
-import torch
 
 from qmix import hardware
 from qmix.checkpoint import Checkpoint
-from qmix.config import ExpertKey, QuantConfig
+from qmix.config import CALIBRATED, ExpertKey, QuantConfig
 from qmix.errors import CheckpointError, DoesNotFit, Interrupted, QmixError, StoreError, UsageError
 from qmix.quantize import journal as journals
+from qmix.quantize.calibrated import peak_bytes
+from qmix.quantize.calibration import Calibration
 from qmix.quantize.journal import Finished, Journal
-from qmix.quantize.pipeline import Work, all_work, run
+from qmix.quantize.onethread import one_torch_thread
+from qmix.quantize.pipeline import Work, all_work, route, run
 from qmix.quantize.report import Report
 from qmix.quantize.target import Target, cannot_write, resolve, sync_folder, written_bytes
 from qmix.render import Progress
 from qmix.sizes import format_bytes
-from qmix.store import CONFIG, MANIFEST, StoreLayout, StoreWriter, classes, worst_experts
+from qmix.store import (
+    CONFIG,
+    MANIFEST,
+    CalibrationEntry,
+    StoreLayout,
+    StoreWriter,
+    classes,
+    fell_back,
+    layer_rows,
+    worst_experts,
+)
 from qmix.store.manifest import DenseEntry, FileEntry, Manifest, RecordEntry
 from qmix.store.raw import digest
 
@@ -41,10 +51,11 @@ LINE_BYTES = 600  # of manifest and journal, per region, at most
 
 
 def quantize_checkpoint(source: Checkpoint, out: Path | str, quant: QuantConfig, *,
-                        threads: int | None = None, force: bool = False, dry_run: bool = False,
-                        progress: Progress | None = None) -> Report:
+                        calibration: Calibration | None = None, threads: int | None = None, force: bool = False,
+                        dry_run: bool = False, progress: Progress | None = None) -> Report:
     """Quantize `source` into a new store at `out`; resumes where an earlier run broke off.
 
+    calibration: the text that the method gptq wants; no other takes one.
     threads: of the quantizer, default the physical cores; no bit of the store depends on it. force: replace
     a store at `out`, once the new one is whole, and drop an unfinished one made with other arguments.
     dry_run: report what would be written and touch nothing. progress(done, total, label): source bytes.
@@ -56,15 +67,19 @@ def quantize_checkpoint(source: Checkpoint, out: Path | str, quant: QuantConfig,
     out, threads = resolve(Path(out)), hardware.physical_cores() if threads is None else hardware.check_threads(threads)
     if out.is_relative_to(source.path.resolve()):
         raise UsageError(f"{out}: lies inside the checkpoint {source.path}", "choose an OUT beside it")
+    if (quant.method in CALIBRATED) != (calibration is not None):
+        raise UsageError(f"method {quant.method!r}: {'goes with no' if calibration else 'wants a'} calibration")
     layout = StoreLayout.of(source.config, quant)
     work = all_work(source, layout)
     _account(source, work)
     copies = _read_copies(source)
     if dry_run:
-        return _report(source, quant, out, layout, copies, None)
+        return _report(source, quant, out, layout, copies, None, None if calibration is None else calibration.entry)
+    if calibration is not None:
+        _check_memory(source, calibration, threads)
     target = Target.claim(out, force)
     try:
-        job = _Job(source, quant, layout, work, copies, target, force)
+        job = _Job(source, quant, layout, work, copies, target, force, calibration)
         return job.run(threads, progress or (lambda done, total, label: None))
     except KeyboardInterrupt:
         raise Interrupted(f"{out}: stopped before it was finished", AGAIN) from None
@@ -78,10 +93,12 @@ class _Job:
     """One run: what it makes, where, and what it knows to be finished."""
 
     def __init__(self, source: Checkpoint, quant: QuantConfig, layout: StoreLayout, work: list[Work],
-                 copies: Mapping[str, bytes], target: Target, force: bool):
+                 copies: Mapping[str, bytes], target: Target, force: bool, calibration: Calibration | None):
         self._source, self._quant, self._layout, self._work = source, quant, layout, work
         self._copies, self._target, self._force = copies, target, force
-        self._arguments = journals.arguments(source.fingerprint(), quant)
+        self._calibration = calibration
+        self._entry = None if calibration is None else calibration.entry
+        self._arguments = journals.arguments(source.fingerprint(), quant, self._entry)
         self._done: dict[str, Finished] = {}
 
     def run(self, threads: int, progress: Progress) -> Report:
@@ -92,20 +109,21 @@ class _Job:
         try:
             sync_folder(folder)
             (folder / MANIFEST).unlink(missing_ok=True)  # of a run that was killed before its rename
-            with StoreWriter(folder, self._layout) as writer, _one_torch_thread():
+            with StoreWriter(folder, self._layout) as writer, one_torch_thread():
                 done = 0
 
-                def finished(work: Work, result: Finished) -> None:
+                def finished(work: Work, result: Finished | None) -> None:
                     nonlocal done
-                    self._done[work.region.name] = result
-                    done += work.nbytes
+                    if result is not None:
+                        self._done[work.region.name] = result
+                        done += work.nbytes
                     progress(done, total, work.label)
 
                 for work, result in self._verified(writer, claimed):
                     finished(work, result)
                 resumed, at_start, start = len(self._done), done, time.perf_counter()
-                rest = [work for work in self._work if work.region.name not in self._done]
-                run(self._source, self._quant, rest, writer, journal, threads, finished)
+                run(self._source, self._quant, self._rest(), writer, journal, self._done, threads, finished,
+                    self._calibration)
                 assert done == total, (done, total)  # every byte of the checkpoint, exactly once
                 writer.sync()
                 seconds = time.perf_counter() - start
@@ -113,7 +131,13 @@ class _Job:
             journal.close()
         manifest = self._finish()
         return _report(self._source, self._quant, self._target.out, self._layout, self._copies, manifest,
-                       len(self._work), resumed, seconds, (total - at_start) / 1e6 / seconds)
+                       self._entry, len(self._work), resumed, seconds, (total - at_start) / 1e6 / seconds)
+
+    def _rest(self) -> list[Work]:
+        """What `run` has to go through."""
+        if self._calibration is not None:
+            return route(self._work, self._done, self._source.config.num_layers)
+        return [work for work in self._work if work.region.name not in self._done]
 
     def _recall(self) -> dict[str, Finished]:
         """What the journal of an earlier run claims; UsageError where that run was another job."""
@@ -180,14 +204,15 @@ class _Job:
             key, done = work.source, self._done[work.region.name]
             place = work.region.file, work.region.offset, work.region.nbytes, done.xxh3
             if isinstance(key, ExpertKey):
-                records[key] = RecordEntry(key, *place, done.error)
+                records[key] = RecordEntry(key, *place, done.error, done.calibrated)
             else:
                 spec = layout.specs[key]
-                dense[key] = DenseEntry(key, spec.format if spec else "plain", *place, done.error.get("all"))
+                dense[key] = DenseEntry(key, spec.format if spec else "plain", *place, done.error.get("all"),
+                                        done.calibrated)
         origin, revision = _origin(source.path)
         files = {name: FileEntry(name, len(data), digest(data)) for name, data in self._copies.items()}
         return Manifest(origin, revision, self._arguments["source"], source.config.dtype, self._quant,
-                        records, dense, files)
+                        records, dense, files, self._entry)
 
 
 def _failure(e: OSError, folder: Path) -> QmixError:
@@ -234,16 +259,24 @@ def _origin(path: Path) -> tuple[str, str | None]:
 
 
 def _report(source: Checkpoint, quant: QuantConfig, out: Path, layout: StoreLayout,
-            copies: Mapping[str, bytes], manifest: Manifest | None, regions: int = 0, resumed: int = 0,
-            seconds: float = 0.0, mb_per_s: float = 0.0) -> Report:
+            copies: Mapping[str, bytes], manifest: Manifest | None, calibration: CalibrationEntry | None,
+            regions: int = 0, resumed: int = 0, seconds: float = 0.0, mb_per_s: float = 0.0) -> Report:
     files = {file.name: file.size for file in layout.files.values()}
     files.update((name, len(data)) for name, data in copies.items())
     if manifest:
         files[MANIFEST] = len(manifest.to_json())
     summary = classes(source.config, quant, layout, manifest)
     worst = tuple(worst_experts(manifest)) if manifest else ()
+    layers, without = (tuple(layer_rows(manifest)), tuple(fell_back(manifest))) if manifest else ((), ())
     return Report(out, manifest is None, files, source.nbytes, source.skipped, summary, worst, regions,
-                  resumed, seconds, mb_per_s)
+                  resumed, seconds, mb_per_s, calibration, layers, without)
+
+
+def _check_memory(source: Checkpoint, calibration: Calibration, threads: int) -> None:
+    needed, available = peak_bytes(source.config, calibration.tokens, threads), hardware.memory().available
+    if needed > available:
+        raise DoesNotFit(f"a calibration on {calibration.tokens} tokens needs {format_bytes(needed)} of memory; "
+                         f"{format_bytes(available)} is free", "take fewer with --calibration-tokens, or --threads 1")
 
 
 def _write_synced(path: Path, data: bytes) -> None:
@@ -251,15 +284,3 @@ def _write_synced(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """No threads of torch's own meanwhile: the pool has the work, and on a busy machine the two would
-    only wait for each other. Sums then do not depend on a number of threads either."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -7,6 +7,8 @@ survived: whoever resumes compares checksums. A torn last line is dropped.
 
     {"journal": 1, "arguments": {"qmix": "0.1.0", "source": "9f...", "method": "hqq", ...}}
     {"region": "layers.0.experts.0", "xxh3_128": "5e...", "error": {"w13": 0.08, "w2": 0.08, "all": 0.08}}
+
+A calibrated region's line has "calibrated" too, as in the manifest.
 """
 
 from __future__ import annotations
@@ -15,32 +17,35 @@ import errno
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from qmix import __version__
 from qmix.config import QuantConfig
 from qmix.errors import StoreError
-from qmix.store import JOURNAL, MANIFEST, Manifest, record_name
+from qmix.store import JOURNAL, MANIFEST, Calibrated, CalibrationEntry, Manifest, record_name
 
 VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A region that was written: its checksum, and relative rms error by matrix (empty for plain tensors)."""
+    """A region that was written: its checksum, relative rms error by matrix (empty for plain tensors), and what
+    calibration did for it, if any."""
 
     xxh3: str
     error: Mapping[str, float]
+    calibrated: Calibrated | None = None
 
 
 Arguments = dict[str, Any]
 
 
-def arguments(fingerprint: str, quant: QuantConfig) -> Arguments:
+def arguments(fingerprint: str, quant: QuantConfig, calibration: CalibrationEntry | None = None) -> Arguments:
     """What must be the same for a run to go on with another's work. No bit depends on threads."""
-    return {"qmix": __version__, "source": fingerprint, **quant.to_json()}
+    found = {"qmix": __version__, "source": fingerprint, **quant.to_json()}
+    return found if calibration is None else {**found, "calibration": asdict(calibration)}
 
 
 def differences(then: Arguments, now: Arguments) -> list[str]:
@@ -49,7 +54,8 @@ def differences(then: Arguments, now: Arguments) -> list[str]:
     for key in now.keys() | then.keys():
         if then.get(key) != now.get(key):
             found.append("another source checkpoint" if key == "source" else
-                         f"{key} {then.get(key)!r:.40}, now {now.get(key)!r:.40}")
+                         "another calibration" if key == "calibration" and None not in (then.get(key), now.get(key))
+                         else f"{key} {then.get(key)!r:.40}, now {now.get(key)!r:.40}")
     return sorted(found)
 
 
@@ -116,18 +122,29 @@ def _read(path: Path) -> tuple[Arguments, dict[str, Finished]]:
         try:
             value = json.loads(line)
             error = {str(k): float(v) for k, v in value["error"].items()}
-            done[str(value["region"])] = Finished(str(value["xxh3_128"]), error)
+            done[str(value["region"])] = Finished(str(value["xxh3_128"]), error, _calibrated(value.get("calibrated")))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             break  # what was written after a broken line cannot be trusted
     return args, done
 
 
 def _from_manifest(manifest: Manifest) -> tuple[Arguments, dict[str, Finished]]:
-    done = {name: Finished(d.xxh3, {} if d.error is None else {"all": d.error})
+    done = {name: Finished(d.xxh3, {} if d.error is None else {"all": d.error}, d.calibrated)
             for name, d in manifest.dense.items()}
-    done.update((record_name(key), Finished(r.xxh3, dict(r.error))) for key, r in manifest.records.items())
-    return arguments(manifest.fingerprint, manifest.quant), done
+    done.update((record_name(key), Finished(r.xxh3, dict(r.error), r.calibrated))
+                for key, r in manifest.records.items())
+    return arguments(manifest.fingerprint, manifest.quant, manifest.calibration), done
+
+
+def _calibrated(value: Any) -> Calibrated | None:
+    if value is None:
+        return None
+    errors = {str(k): float(v) for k, v in value["output_error"].items()}
+    return Calibrated(str(value["method"]), int(value["tokens"]), errors)
 
 
 def _line(name: str, finished: Finished) -> str:
-    return json.dumps({"region": name, "xxh3_128": finished.xxh3, "error": dict(finished.error)})
+    line: dict[str, Any] = {"region": name, "xxh3_128": finished.xxh3, "error": dict(finished.error)}
+    if finished.calibrated is not None:
+        line["calibrated"] = finished.calibrated.to_json()
+    return json.dumps(line)

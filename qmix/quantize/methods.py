@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from qmix import formats
-from qmix.config import METHODS
+from qmix.config import CALIBRATED, METHODS
 from qmix.errors import UsageError
 from qmix.formats import Packed
 from qmix.formats.int4 import load_codes, store_codes
@@ -37,6 +37,7 @@ from qmix.sizes import MatrixSpec, round_up
 TILE = 131072  # weights, of which a worker holds three copies in fp32, 512 KiB each
 EMPTY = 0x88  # two codes of 8: what padding holds, as int4
 BF16_MAX = 3.3895313892515355e38
+KEPT = {4: (1.0,), 3: (1.0, 0.9, 0.8, 0.7), 2: (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)}  # of a group's range, by bits
 SMALLEST = 2.0**-126  # a scale below this is taken as zero: its inverse would not be finite
 
 
@@ -90,15 +91,9 @@ def quantize(weight: Tensor, spec: MatrixSpec, method: str, pool: Executor | Non
 def quantize_measured(weight: Tensor, spec: MatrixSpec, method: str,
                            pool: Executor | None = None) -> tuple[Packed, Error]:
     """`quantize` and, for a third of its price, what `error` says of the result: the codes are at hand."""
-    if method not in METHODS:
-        raise UsageError(f"method: got {method!r}, want " + " or ".join(METHODS))
-    if tuple(weight.shape) != (spec.rows, spec.cols):
-        raise UsageError(f"weight: got {list(weight.shape)}, want {[spec.rows, spec.cols]}")
-    n, k, block = spec.padded_rows, spec.padded_cols, spec.block
-    empty = narrow(torch.full((block // 2,), EMPTY, dtype=torch.uint8), spec.bits)
-    qweight = empty.repeat(n // block, k, 1)
-    qparams = torch.zeros(k // spec.group_size, n, 2, dtype=torch.bfloat16)
-    packed = Packed.of(spec, {"qweight": qweight, "qparams": qparams}, "quantize")
+    if method not in METHODS or method in CALIBRATED:
+        raise UsageError(f"method: got {method!r}, want " + " or ".join(m for m in METHODS if m not in CALIBRATED))
+    packed = blank(weight, spec)
     spare: list[Scratch] = []
 
     def work(strip: Strip) -> Error:
@@ -108,6 +103,17 @@ def quantize_measured(weight: Tensor, spec: MatrixSpec, method: str,
         return found
 
     return packed, sum((map if pool is None else pool.map)(work, _strips(spec)), Error(0.0, 0.0))
+
+
+def blank(weight: Tensor, spec: MatrixSpec) -> Packed:
+    """Room for `weight` in the format of `spec`, all of it padding; UsageError where their shapes differ."""
+    if tuple(weight.shape) != (spec.rows, spec.cols):
+        raise UsageError(f"weight: got {list(weight.shape)}, want {[spec.rows, spec.cols]}")
+    n, k, block = spec.padded_rows, spec.padded_cols, spec.block
+    empty = narrow(torch.full((block // 2,), EMPTY, dtype=torch.uint8), spec.bits)
+    qweight = empty.repeat(n // block, k, 1)
+    qparams = torch.zeros(k // spec.group_size, n, 2, dtype=torch.bfloat16)
+    return Packed.of(spec, {"qweight": qweight, "qparams": qparams}, "quantize")
 
 
 def error(weight: Tensor, packed: Packed, pool: Executor | None = None) -> Error:
@@ -190,15 +196,15 @@ def _quantize(weight: Tensor, packed: Packed, s: Strip, method: str, scratch: Sc
     bits = packed.spec.bits
     middle = 2**(bits - 1)
     scale, zero = fit_range(low, high, bits)
-    inverse = torch.where(scale > 0, 1 / scale, 0.0)  # all codes of a group without scale are in the middle
     blocks = slice(s.padded_row // packed.spec.block, (s.padded_row + s.padded_rows) // packed.spec.block)
     found = Error(0.0, 0.0)
     for groups in s.tiles:
         tile = work[:, :groups.stop - groups.start]
-        steps = tile[0].copy_(source[groups]).mul_(inverse[groups].unsqueeze(1))
         if method == "hqq":
-            zero[groups] = hqq.refine(steps, scale[groups], inverse[groups], zero[groups], tile[1:], middle)
-        steps.sub_((zero[groups] * inverse[groups]).unsqueeze(1)).round_().clamp_(-middle, middle - 1)
+            scale[groups], zero[groups] = fit_group(source[groups], low[groups], high[groups], bits, tile)
+        inverse = inverse_of(scale[groups])
+        steps = tile[0].copy_(source[groups]).mul_(inverse.unsqueeze(1))
+        steps.sub_((zero[groups] * inverse).unsqueeze(1)).round_().clamp_(-middle, middle - 1)
         col = s.col + groups.start * s.width
         codes = steps.view(-1, s.padded_rows)
         store_codes(codes, packed["qweight"][blocks, col:col + len(codes)])
@@ -224,6 +230,42 @@ def fit_range(low: Tensor, high: Tensor, bits: int = 4) -> tuple[Tensor, Tensor]
     above, below = (high / top).sub_(zero, alpha=1 / top), (zero / middle).sub_(low, alpha=1 / middle)
     scale = torch.maximum(above, below).bfloat16().float()
     return scale.masked_fill_(scale < SMALLEST, 0.0), zero
+
+
+def inverse_of(scale: Tensor) -> Tensor:
+    """1 / scale; all codes of a group without scale are in the middle."""
+    return torch.where(scale > 0, 1 / scale, 0.0)
+
+
+def fit_group(x: Tensor, low: Tensor, high: Tensor, bits: int, work: Tensor) -> tuple[Tensor, Tensor]:
+    """hqq's (scale, zero) fp32 [G, R], exact in bf16, of groups x [G, W, R] with these extremes. work: fp32 [3, G, W,
+    R], overwritten.
+
+    With few codes it pays to clip: of the ranges that KEPT names, each with the zero point that hqq finds for it, the
+    one stays that leaves the least squared error.
+    """
+    middle = 2**(bits - 1)
+    centre, reach = (low + high) / 2, (high - low) / 2
+    best: tuple[Tensor, Tensor, Tensor] | None = None
+    for kept in KEPT[bits]:
+        scale, zero = fit_range(low, high, bits) if kept == 1 else \
+            fit_range(centre - kept * reach, centre + kept * reach, bits)
+        inverse = inverse_of(scale)
+        steps = work[0].copy_(x).mul_(inverse.unsqueeze(1))
+        zero = hqq.refine(steps, scale, inverse, zero, work[1:], middle)
+        if len(KEPT[bits]) == 1:
+            return scale, zero
+        steps.sub_((zero * inverse).unsqueeze(1))
+        steps.sub_(torch.round(steps, out=work[1]).clamp_(-middle, middle - 1))
+        error = steps.mul_(scale.unsqueeze(1)).square_().sum(1)
+        if best is None:
+            best = scale, zero, error
+            continue
+        better = error < best[2]
+        best = (torch.where(better, scale, best[0]), torch.where(better, zero, best[1]),
+                torch.where(better, error, best[2]))
+    assert best is not None
+    return best[0], best[1]
 
 
 def _error(weight: Tensor, packed: Packed, s: Strip, scratch: Scratch) -> Error:

@@ -8,13 +8,16 @@ when its expert is packed, or, where the packed tensors are the very weights (`k
 is bounded by two or three experts and two records, whatever the model's size. An error or Ctrl-C lets
 reader and writer finish what they hold and then surfaces in the caller.
 
+With a calibration the text passes through every expert before that one is quantized, also through those that are
+finished already, since the next layer's inputs depend on them. What that holds is said in calibration.py.
+
 F expert inner, H hidden.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -25,14 +28,16 @@ from torch import Tensor
 
 from qmix import formats, names
 from qmix.checkpoint import Checkpoint
-from qmix.config import DTYPES, ExpertKey, QuantConfig
+from qmix.config import CALIBRATED, DTYPES, ExpertKey, QuantConfig
 from qmix.errors import CheckpointError, QmixError
 from qmix.formats import TORCH_DTYPES
 from qmix.hardware.memory import anonymous_memory
+from qmix.quantize.calibrated import FALLBACK, Guide, choose_calibrated, stage
+from qmix.quantize.calibration import Calibration, Inputs
 from qmix.quantize.journal import Finished, Journal
 from qmix.quantize.methods import Error, error, quantize_measured
 from qmix.sizes import PLAIN_DTYPES, MatrixSpec
-from qmix.store import Region, StoreLayout, StoreWriter
+from qmix.store import Calibrated, Region, StoreLayout, StoreWriter
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,11 @@ class Work:
     nbytes: int
 
     @property
+    def grouped(self) -> bool:
+        """Whether there are codes to be chosen by a method."""
+        return any(spec is not None and spec.bits for spec in self.specs.values())
+
+    @property
     def label(self) -> str:
         return str(self.source) if isinstance(self.source, ExpertKey) else "attention, embedding, head"
 
@@ -61,6 +71,7 @@ class Made:
     work: Work
     tensors: Mapping[tuple[str, str], Tensor]
     error: Mapping[str, float]
+    calibrated: Calibrated | None = None
 
 
 def all_work(source: Checkpoint, layout: StoreLayout) -> list[Work]:
@@ -78,21 +89,51 @@ def all_work(source: Checkpoint, layout: StoreLayout) -> list[Work]:
     return found
 
 
+def route(work: Sequence[Work], finished: Collection[str], layers: int) -> list[Work]:
+    """What is left of `work`, in the order of a calibration: layer by layer, with those `finished` experts, by name,
+    that the text must pass through to reach one that is not."""
+    todo = [item for item in sorted(work, key=lambda item: stage(item.source, layers))
+            if isinstance(item.source, ExpertKey) or item.region.name not in finished]
+    while todo and todo[-1].region.name in finished:
+        todo.pop()
+    return todo
+
+
 def run(source: Checkpoint, quant: QuantConfig, work: Sequence[Work], writer: StoreWriter, journal: Journal,
-        threads: int, done: Callable[[Work, Finished], None]) -> None:
-    """Make every region of `work`, in order; done(work, finished) hears of each in the caller's thread."""
+        finished: Collection[str], threads: int, done: Callable[[Work, Finished | None], None],
+        calibration: Calibration | None = None) -> None:
+    """Make every region of `work`, in order; done(work, finished) hears of each in the caller's thread. With a
+    `calibration`, `work` is in the order of `route`; done(work, None) where the text only passes through, since
+    that region's name is among the `finished`."""
     slots = 3 if quant.experts == "keep" else 2
+    before = frozenset(finished)
     with (ThreadPoolExecutor(threads, "qmix-quantize") as pool, ThreadPoolExecutor(1, "qmix-write") as behind,
           closing(_read_ahead(source, work, slots)) as stream):
         written: Future[tuple[Work, Finished]] | None = None
+        guide = None if calibration is None else _guide(source, calibration, work, pool)
         for item, weights in stream:
-            made = _quantize(source, item, weights, quant, pool)
+            todo = item.region.name not in before
+            inputs: Mapping[str, Inputs] = {}
+            if guide is not None and (item.grouped or isinstance(item.source, ExpertKey)):
+                for matrix, weight in weights.items():  # or the text would carry its inf or NaN everywhere
+                    _check_finite(source, item.parts[matrix], weight)
+                inputs = guide.inputs(item.source, weights, item.grouped and todo)
+            if not todo:
+                done(item, None)
+                continue
+            made = _quantize(source, item, weights, quant, inputs, pool)
             if written is not None:
                 done(*written.result())
             written = behind.submit(_write, made, writer, journal)
             del made
         if written is not None:
             done(*written.result())
+
+
+def _guide(source: Checkpoint, calibration: Calibration, work: Sequence[Work], pool: Executor) -> Guide:
+    layers = {stage(item.source, source.config.num_layers) for item in work
+              if isinstance(item.source, str) and item.grouped}
+    return Guide(source, calibration, layers, pool)
 
 
 def _read_ahead(source: Checkpoint, work: Sequence[Work],
@@ -130,42 +171,52 @@ def _load(source: Checkpoint, work: Work, buffer: Tensor | None) -> dict[str, Te
 
 
 def _quantize(source: Checkpoint, work: Work, weights: dict[str, Tensor], quant: QuantConfig,
-              pool: Executor) -> Made:
+              inputs: Mapping[str, Inputs], pool: Executor) -> Made:
     """Pack every matrix of `weights`, which is emptied on the way. Grouped formats spread one matrix over the
     pool; the other formats have no such way, so their matrices go side by side."""
-    inner = any(spec is not None and spec.bits for spec in work.specs.values())
+    inner = work.grouped
 
-    def pack_one(matrix: str) -> tuple[Mapping[str, Tensor], Error | None]:
+    def pack_one(matrix: str) -> tuple[Mapping[str, Tensor], Error | None, float | None]:
         spec, weight = work.specs[matrix], weights.pop(matrix)
         if spec is None or spec.format in PLAIN_DTYPES:  # packing looks at every weight, copying does not
             _check_finite(source, work.parts[matrix], weight)
         try:
-            return _pack(weight, spec, quant.method, pool if inner else None)
+            return _pack(weight, spec, quant.method, inputs.get(matrix), pool if inner else None)
         except QmixError:
             _check_finite(source, work.parts[matrix], weight)  # says it better: by tensor
             raise
 
     tensors: dict[tuple[str, str], Tensor] = {}
     errors: dict[str, Error] = {}
+    output_errors: dict[str, float] = {}
     packed = (map if inner else pool.map)(pack_one, work.specs)
-    for matrix, (found, distance) in zip(work.specs, packed, strict=True):
+    for matrix, (found, distance, output_error) in zip(work.specs, packed, strict=True):
         tensors.update(((matrix, name), tensor) for name, tensor in found.items())
         if distance is not None:
             errors[matrix] = distance
-    return Made(work, tensors, _rms(errors))
+        if output_error is not None:
+            output_errors[matrix or "all"] = float(f"{output_error:.6g}")
+    if not work.grouped or quant.method not in CALIBRATED:
+        return Made(work, tensors, _rms(errors))
+    method = quant.method if len(output_errors) == len(work.specs) else FALLBACK
+    tokens = max((found.count for found in inputs.values()), default=0)
+    return Made(work, tensors, _rms(errors), Calibrated(method, tokens, output_errors))
 
 
-def _pack(weight: Tensor, spec: MatrixSpec | None, method: str,
-          pool: Executor | None) -> tuple[Mapping[str, Tensor], Error | None]:
-    """The tensors of a matrix in its format and how far they are from `weight`, None where it stays plain."""
+def _pack(weight: Tensor, spec: MatrixSpec | None, method: str, inputs: Inputs | None,
+          pool: Executor | None) -> tuple[Mapping[str, Tensor], Error | None, float | None]:
+    """(the tensors of a matrix in its format; how far they are from `weight`, None where it stays plain; how far its
+    outputs are from the original's on `inputs`, None where the method does not look at these)."""
     if spec is None:
-        return {"weight": weight}, None
+        return {"weight": weight}, None, None
+    if spec.bits and method in CALIBRATED:
+        return choose_calibrated(weight, spec, inputs, pool)
     if spec.bits:
         packed, distance = quantize_measured(weight, spec, method, pool)
-        return packed.tensors, distance
+        return packed.tensors, distance, None
     packed = formats.pack(weight, spec)
     same = spec.format in PLAIN_DTYPES and packed["weight"].dtype == weight.dtype  # the checkpoint's bytes
-    return packed.tensors, Error(0.0, 0.0) if same else error(weight, packed)
+    return packed.tensors, Error(0.0, 0.0) if same else error(weight, packed), None
 
 
 def _rms(errors: Mapping[str, Error]) -> dict[str, float]:
@@ -179,7 +230,7 @@ def _rms(errors: Mapping[str, Error]) -> dict[str, float]:
 
 
 def _write(made: Made, writer: StoreWriter, journal: Journal) -> tuple[Work, Finished]:
-    finished = Finished(writer.write(made.work.region, made.tensors), made.error)
+    finished = Finished(writer.write(made.work.region, made.tensors), made.error, made.calibrated)
     journal.append(made.work.region.name, finished)
     return made.work, finished
 

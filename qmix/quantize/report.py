@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qmix.config import ExpertKey
 from qmix.render import table
 from qmix.sizes import format_bytes
-from qmix.store import ClassSummary
+from qmix.store import CalibrationEntry, ClassSummary
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,8 @@ class Report:
     resumed: regions (dense tensors and experts) taken over from an earlier run, of `regions`.
     seconds, mb_per_s: of this run; decimal MB of source weights that this run quantized.
     classes: errors are None in a dry run. worst: the experts with the largest relative rms error.
+    calibration: the text, where there was one; layers: see store.layer_rows; fell_back: the experts and dense matrices
+    that it said too little of.
     """
 
     out: Path
@@ -32,6 +35,9 @@ class Report:
     resumed: int = 0
     seconds: float = 0.0
     mb_per_s: float = 0.0
+    calibration: CalibrationEntry | None = None
+    layers: tuple[Mapping[str, Any], ...] = ()
+    fell_back: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -49,10 +55,28 @@ class Report:
         found += ["  " + line for line in table(rows).splitlines()]
         if self.worst and self.worst[0][1] > 0:
             found.append("  worst experts: " + ", ".join(f"{key} {error:.4f}" for key, error in self.worst))
+        found += self._calibration_lines()
         if self.resumed:
             found.append(f"  resumed: {self.resumed} of {self.regions} parts were there already")
         if not self.dry_run:
             found.append(f"  {self.seconds:.1f} s, {self.mb_per_s:.0f} MB/s of source weights")
+        return found
+
+    def _calibration_lines(self) -> list[str]:
+        """What the text was and, where it was used by now, what each layer's experts saw of it."""
+        if self.calibration is None:
+            return []
+        found = [f"  calibrated on {self.calibration.tokens} tokens in sequences of {self.calibration.length}"]
+        rows = [{"layer": row["layer"], "tokens": f"{row['tokens_min']} to {row['tokens_max']}",
+                 "fell back": row["fell_back"], "weight error": _number(row["weight_error"]),
+                 "output error: w13": _number(row["output_w13"]), "w2": _number(row["output_w2"])}
+                for row in self.layers]
+        found += ["    " + line for line in table(rows).splitlines()]
+        if self.layers and not self.fell_back:
+            found.append("  every expert had enough tokens")
+        if self.fell_back:
+            found.append(f"  {len(self.fell_back)} saw too few tokens to be calibrated:")
+            found += ["    " + line for line in self.fell_back]
         return found
 
 

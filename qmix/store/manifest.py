@@ -9,10 +9,15 @@ Version 1, a JSON object; the same store always has the same bytes, so no times 
     records          [{layer, expert, file, offset, bytes, xxh3_128, error}]
     dense            [{name, format, file, offset, bytes, xxh3_128, error}]
     files            [{name, bytes, xxh3_128}], copied from the checkpoint
+    calibration      {tokens, length, digest} of the text that a calibrated method was given; not there otherwise
 
 error is the relative rms {w13, w2, all} of a record, or of a dense matrix, null for a plain tensor:
-sqrt(sum((w - wq)^2) / sum(w^2)). Where a region lies follows from the configs; the manifest repeats it
-for readers that do not know qmix, and a store in which the two differ is refused.
+sqrt(sum((w - wq)^2) / sum(w^2)). In a calibrated store records and the dense matrices of such a format have besides
+"calibrated", {method, tokens, output_error}: how many tokens of the text the matrices saw, the method that was
+used, another one where these were too few, and how far their outputs are off on these tokens, see Calibrated.
+
+Where a region lies follows from the configs; the manifest repeats it for readers that do not know qmix, and a store
+in which the two differ is refused.
 """
 
 from __future__ import annotations
@@ -20,13 +25,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from qmix import __version__
-from qmix.config import DTYPES, ExpertKey, QuantConfig
+from qmix.config import DTYPES, METHODS, ExpertKey, QuantConfig
 from qmix.errors import ConfigError, StoreError
 
 FORMAT_VERSION = 1
@@ -34,6 +39,29 @@ NEEDS_QMIX = "0.1.0"
 MAX_BYTES = 256 * 2**20  # of qmix.json; Mixtral's has 0.1 MB
 DAMAGED = "the store is damaged: copy it again, or quantize again"
 MATRICES = ("w13", "w2", "all")
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationEntry:
+    """The text of a calibration: tokens in all, of each of its sequences, and a digest of their ids."""
+
+    tokens: int
+    length: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """How an expert or a dense matrix took part in a calibration. method: what chose its codes; tokens: that it was
+    given; output_error: relative rms of the outputs on these, |X (W - Wq)^T| / |X W^T|, by matrix ("w13", "w2", or
+    "all" of a dense one), empty where the method did not look at them."""
+
+    method: str
+    tokens: int
+    output_error: Mapping[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"method": self.method, "tokens": self.tokens, "output_error": dict(self.output_error)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +74,7 @@ class RecordEntry:
     nbytes: int
     xxh3: str
     error: Mapping[str, float]
+    calibrated: Calibrated | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +88,7 @@ class DenseEntry:
     nbytes: int
     xxh3: str
     error: float | None
+    calibrated: Calibrated | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,19 +112,23 @@ class Manifest:
     records: Mapping[ExpertKey, RecordEntry]
     dense: Mapping[str, DenseEntry]
     files: Mapping[str, FileEntry]
+    calibration: CalibrationEntry | None = None
 
     def to_json(self) -> bytes:
         """One line per record, tensor and file."""
         records = [{"layer": r.key.layer, "expert": r.key.expert, "file": r.file, "offset": r.offset,
-                    "bytes": r.nbytes, "xxh3_128": r.xxh3, "error": dict(r.error)}
+                    "bytes": r.nbytes, "xxh3_128": r.xxh3, "error": dict(r.error), **_calibrated_json(r.calibrated)}
                    for r in self.records.values()]
         dense = [{"name": d.name, "format": d.format, "file": d.file, "offset": d.offset, "bytes": d.nbytes,
-                  "xxh3_128": d.xxh3, "error": d.error} for d in self.dense.values()]
+                  "xxh3_128": d.xxh3, "error": d.error, **_calibrated_json(d.calibrated)}
+                 for d in self.dense.values()]
         files = [{"name": f.name, "bytes": f.nbytes, "xxh3_128": f.xxh3} for f in self.files.values()]
         source = {"name": self.source, "revision": self.revision, "fingerprint": self.fingerprint}
         whole = {"format_version": FORMAT_VERSION, "needs_qmix": NEEDS_QMIX, "source": source,
                  "dtype": self.dtype, "quantization": self.quant.to_json(), "records": records, "dense": dense,
                  "files": files}
+        if self.calibration is not None:
+            whole["calibration"] = asdict(self.calibration)
         lines = ",\n".join(f' "{key}": {_lines(value)}' for key, value in whole.items())
         return f"{{\n{lines}\n}}\n".encode()
 
@@ -110,14 +144,19 @@ class Manifest:
         records = [_record(item) for item in raw.objects("records")]
         dense = [_dense(item) for item in raw.objects("dense")]
         files = [_file(item) for item in raw.objects("files")]
+        calibration = _calibration(raw.object("calibration")) if raw.has("calibration") else None
         found = cls(source.text("name"), source.text("revision", optional=True), source.text("fingerprint"),
                     dtype, _quant(raw.object("quantization")), {r.key: r for r in records},
-                    {d.name: d for d in dense}, {f.name: f for f in files})
+                    {d.name: d for d in dense}, {f.name: f for f in files}, calibration)
         for key, listed, kept in (("records", records, found.records), ("dense", dense, found.dense),
                                   ("files", files, found.files)):
             if len(listed) != len(kept):
                 raise StoreError(f"{path}: {key}: one of them is listed twice", DAMAGED)
         return found
+
+
+def _calibrated_json(calibrated: Calibrated | None) -> dict[str, Any]:
+    return {} if calibrated is None else {"calibrated": calibrated.to_json()}
 
 
 def _lines(value: Any) -> str:
@@ -168,13 +207,28 @@ def _record(raw: _Object) -> RecordEntry:
     error = raw.object("error")
     key = ExpertKey(raw.count("layer"), raw.count("expert"))
     return RecordEntry(key, raw.name("file"), raw.count("offset"), raw.count("bytes"), raw.xxh3(),
-                       {name: error.number(name) for name in MATRICES})
+                       {name: error.number(name) for name in MATRICES}, _calibrated(raw, MATRICES[:2]))
 
 
 def _dense(raw: _Object) -> DenseEntry:
     error = None if raw.value("error") is None else raw.number("error")
     return DenseEntry(raw.text("name"), raw.text("format"), raw.name("file"), raw.count("offset"),
-                      raw.count("bytes"), raw.xxh3(), error)
+                      raw.count("bytes"), raw.xxh3(), error, _calibrated(raw, MATRICES[2:]))
+
+
+def _calibrated(raw: _Object, matrices: tuple[str, ...]) -> Calibrated | None:
+    if not raw.has("calibrated"):
+        return None
+    value = raw.object("calibrated")
+    if value.text("method") not in METHODS:
+        raise value.wrong("method", " or ".join(METHODS))
+    error = value.object("output_error")
+    return Calibrated(value.text("method"), value.count("tokens"),
+                      {name: error.number(name) for name in matrices if error.has(name)})
+
+
+def _calibration(raw: _Object) -> CalibrationEntry:
+    return CalibrationEntry(raw.count("tokens"), raw.count("length"), raw.text("digest"))
 
 
 def _file(raw: _Object) -> FileEntry:
@@ -191,6 +245,9 @@ class _Object:
             key = where.removesuffix(".") or "the whole"
             raise StoreError(f"{path}: {key}: got {value!r:.80}, want an object", DAMAGED)
         self._value = value
+
+    def has(self, key: str) -> bool:
+        return key in self._value
 
     def value(self, key: str) -> Any:
         if key not in self._value:

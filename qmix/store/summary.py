@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
 from qmix.config import DTYPES, GROUPED_BITS, ExpertKey, ModelConfig, QuantConfig
 from qmix.names import dense_tensors
+from qmix.store.calibrated import fell_back, layer_rows
 from qmix.store.layout import MANIFEST, StoreLayout
 from qmix.store.manifest import FORMAT_VERSION, Manifest
 from qmix.store.reader import Store
@@ -106,6 +107,9 @@ def describe(store: Store) -> dict[str, Any]:
         "classes": [row.row() for row in rows], "worst_experts": [
             {"layer": key.layer, "expert": key.expert, "error": error, **_parts(manifest, key)}
             for key, error in worst_experts(manifest)],
+        **({} if manifest.calibration is None else {
+            "calibration": asdict(manifest.calibration), "calibrated_layers": layer_rows(manifest),
+            "fell_back": fell_back(manifest)}),
     }
 
 

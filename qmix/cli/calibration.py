@@ -1,0 +1,94 @@
+"""--calibration: a text file as the tokens that a calibrated method reads, and --fit and --bpw, which measure on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qmix import paths, render
+from qmix.cli.options import flag_bytes
+from qmix.config import CALIBRATED, QuantConfig
+from qmix.errors import UsageError
+from qmix.sizes import MIB, format_bytes
+
+if TYPE_CHECKING:
+    from qmix.checkpoint import Checkpoint
+    from qmix.quantize import Calibration
+    from qmix.quantize.fit import Wanted
+
+MOST = 64 * MIB  # bytes of a text that are read
+
+
+def check_calibration(quant: QuantConfig, wanted: Wanted | None, file: Path | None, tokens: int | None) -> None:
+    """UsageError unless method and flags go together. wanted: the size of a mixed store."""
+    if quant.method in CALIBRATED or wanted is not None:
+        if file is None:
+            raise UsageError(f"{wanted.flag if wanted else f'--method {quant.method}'}: wants a text to calibrate on",
+                             "name one with --calibration FILE, of the kind that the model will meet")
+        return
+    for flag, value in (("--calibration", file), ("--calibration-tokens", tokens)):
+        if value is not None:
+            raise UsageError(f"{flag} {value}: only --method gptq, --fit and --bpw read a text",
+                             f"drop {flag}, or choose --method gptq")
+
+
+def wanted_size(fit: str | None, bpw: float | None, format: str | None, group_size: int | None,
+                dense: str) -> Wanted | None:
+    """--fit or --bpw; UsageError for both, and for flags that they decide."""
+    if fit is None and bpw is None:
+        return None
+    flag = f"--fit {fit}" if fit is not None else f"--bpw {bpw:g}"
+    if fit is not None and bpw is not None:
+        raise UsageError(f"{flag} and --bpw {bpw:g}: one size is enough", "drop one of them")
+    if format is not None:
+        raise UsageError(f"{flag}: chooses the formats itself, got --format {format}", "drop --format")
+    if group_size is not None and dense != "int4":
+        raise UsageError(f"{flag}: chooses the groups itself, got --group-size {group_size}", "drop --group-size")
+    from qmix.quantize.fit import Wanted
+
+    return Wanted(nbytes=flag_bytes("--fit", fit)) if fit is not None else Wanted(bits=bpw or 0.0)
+
+
+def mixed_config(checkpoint: Checkpoint, quant: QuantConfig, wanted: Wanted, text: Calibration,
+                 threads: int | None) -> QuantConfig:
+    """`quant` with a mix of that size; measures what is not known of the checkpoint, and says what to expect."""
+    from qmix import hardware
+    from qmix.quantize import fit
+
+    threads = hardware.physical_cores() if threads is None else hardware.check_threads(threads)
+    part = text.part(fit.sensitivity_tokens(checkpoint.config))
+    with render.byte_bar("measure") as progress:
+        found = fit.sensitivity(checkpoint, part, quant, threads, paths.sensitivity_folder(), render.say, progress)
+    mixed, choice = fit.mixed(checkpoint.config, quant, found, wanted)
+    for line in fit.lines(checkpoint.config, quant, found, choice):
+        render.say(line)
+    return mixed
+
+
+def read_calibration(checkpoint: Checkpoint, file: Path, tokens: int | None) -> Calibration:
+    """The first 64 MiB of `file` in the checkpoint's own tokens, cut into sequences; says how many there are."""
+    from qmix.quantize import TOKENS, Calibration
+    from qmix.tokenizer import load
+
+    try:
+        with open(file, "rb") as opened:
+            data = opened.read(MOST + 1)
+    except OSError as e:
+        raise UsageError(f"--calibration {file}: {e.strerror}", "name a text file that can be read") from None
+    if len(data) > MOST:
+        render.say(f"{file}: only the first {format_bytes(MOST)} are looked at")
+        data = data[:MOST]
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as e:
+        if len(data) < MOST or e.start < MOST - 4:
+            raise UsageError(f"--calibration {file}: byte {e.start} is not UTF-8", "name a text file") from None
+        text = data[:e.start].decode()  # a character cut in two
+    tokenizer = load(checkpoint.path, checkpoint.config.vocab_size)
+    plain = tokenizer.encode(text, bos=False)
+    head = tokenizer.encode("", bos=True)
+    wanted = TOKENS if tokens is None else tokens
+    found = Calibration.cut(head, plain, wanted, checkpoint.config.max_positions)
+    short = f", all that it gives of {wanted}" if found.tokens < wanted - found.length else ""
+    render.say(f"calibrating on {found.tokens} tokens of {file}: {len(found.ids)} sequences of {found.length}{short}")
+    return found
