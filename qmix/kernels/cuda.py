@@ -42,19 +42,21 @@ INDEX = torch.int32
 @dataclass(frozen=True, slots=True)
 class Config:
     """How kernels are cut. threads: of a gemv program, each with a group and a word of the weights; unroll: columns
-    whose words are asked for together; block_n: rows of a matmul tile; warps and stages: of a matmul program."""
+    whose words are asked for together; block_m, block_n: tokens (at most) and rows of a matmul tile; warps and stages:
+    of a matmul program."""
 
     threads: int = 128
     unroll: int = 4
+    block_m: int = 128
     block_n: int = 128
     warps: int = 8
     stages: int = 3
 
 
-# By compute capability, the nearest below where one is not listed. Not measured on cards yet: sm_75 has 64 KiB
-# of shared memory, which decides its matmul tile.
-CONFIGS = MappingProxyType({(7, 5): Config(block_n=64, warps=4, stages=2), (8, 0): Config(), (8, 6): Config(stages=2),
-                            (9, 0): Config(unroll=8)})
+# By compute capability, the nearest below where one is not listed. Chosen by registers and shared memory of the
+# compiled code, not yet by measurement. For sm_75 Triton compiles products without tensor cores, hence small tiles.
+CONFIGS = MappingProxyType({(7, 5): Config(block_m=16, block_n=64, warps=4, stages=2), (8, 0): Config(),
+                            (8, 6): Config(block_n=64), (9, 0): Config()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +215,7 @@ def sorted_linear(x: Tensor, weights: Matrices, slots: Sequence[int], counts: Se
                          f"slots 0 to {weights.slots - 1}")
     jit, spec = _kernels(), weights.spec
     config = _config(x.device)
-    block_m = 128 if max(counts) > 64 else 64 if max(counts) > 16 else 16
+    block_m = min(config.block_m, 128 if max(counts) > 64 else 64 if max(counts) > 16 else 16)
     tiles, start = [], 0
     for slot, count in zip(slots, counts, strict=True):
         tiles += [(slot, first, start + count) for first in range(start, start + count, block_m)]
@@ -223,7 +225,7 @@ def sorted_linear(x: Tensor, weights: Matrices, slots: Sequence[int], counts: Se
         x, weights.qweight, weights.qparams, torch.tensor(tiles, dtype=INDEX, device=x.device), y, weights.slot_bytes,
         x.stride(0), y.stride(0), spec.cols, spec.padded_cols // spec.group_size, spec.padded_rows, blocks,
         GROUP=spec.group_size, BLOCK=spec.block, BITS=spec.bits, BLOCK_M=block_m, BLOCKS=per_tile,
-        CHUNK=min(spec.group_size, 64), DOT=_dot(jit, x, dot), num_warps=config.warps if block_m == 128 else 4,
+        CHUNK=min(spec.group_size, 64), DOT=_dot(jit, x, dot), num_warps=config.warps if block_m == config.block_m else 4,
         num_stages=config.stages, enable_fp_fusion=True)
 
 
@@ -261,7 +263,8 @@ def _kernels() -> ModuleType:
 
 
 def _interpreted(jit: ModuleType) -> bool:
-    return not hasattr(jit.gemv, "warmup") or type(jit.gemv).__name__ == "InterpretedFunction"
+    """Whether Triton's interpreter runs the kernels, as TRITON_INTERPRET=1 has it."""
+    return not isinstance(jit.gemv, jit.triton.JITFunction)
 
 
 def _config(device: torch.device) -> Config:

@@ -5,6 +5,8 @@ Every kernel reads the bytes of formats/int4.py as they are stored, in slot `slo
 byte i is that of row i + s * STEP of the block, STEP = BLOCK * PLACE / 8. The third bits of int3 lie so that the byte
 i % (STEP / 2), shifted by i / (STEP / 2), has those of byte i at the same distance from each other as the low bits.
 
+The codes of a word are laid beside each other by joins of the word and itself shifted, by half of it first, then by a
+quarter, so that code c of the new last dimension is the one c * PLACE bits up; a joined dimension lies within a thread.
 A code becomes a float without a conversion: or-ed into the mantissa of 2^23 it is 2^23 + q, from which 2^23 + m is
 subtracted; both are exact. Of a (scale, zero) pair, one 32-bit word, the scale is the low half and the zero the high
 one, and a bf16 is the high half of an fp32.
@@ -23,12 +25,6 @@ import triton.language as tl
 MAGIC = tl.constexpr(0x4B000000)  # the bits of 2^23 as fp32
 MAGIC_HALF = tl.constexpr(0x6400)  # the bits of 2^10 as fp16
 HIGH = tl.constexpr(-65536)  # 0xFFFF0000
-
-
-@triton.jit
-def _number(code, MIDDLE: tl.constexpr):
-    """fp32 q - m of int32 codes q."""
-    return (code | MAGIC).to(tl.float32, bitcast=True) - (8388608.0 + MIDDLE)
 
 
 @triton.jit
@@ -68,45 +64,48 @@ def gemv(x, qweight, qparams, slots, rows, partial, slot_words, x_stride, cols, 
     for m in tl.static_range(M):
         rows_of = rows_of + (tl.load(rows + expert * M + m).to(tl.int64),)
         sums = sums + (tl.zeros((LANES,), tl.float32),)
-        for _ in tl.static_range(CODES):
-            dots = dots + (tl.zeros((LANES, WORDS), tl.float32),)
+        dots = dots + (tl.zeros((LANES, WORDS, CODES), tl.float32),)
 
     for first in range(0, GROUP, UNROLL):
         for step in tl.static_range(UNROLL):
             inside = first + step
             bits = tl.load(low + inside * COLUMN, mask=here[:, None], other=0)
+            bits = tl.join(bits, bits >> 16)
+            bits = tl.join(bits, bits >> 8)
+            bits = tl.join(bits, bits >> 4)
+            if BITS != 4:
+                bits = tl.join(bits, bits >> 2)
+            codes = bits & (2**PLACE - 1)
             if BITS == 3:
                 high = tl.load(third + inside * COLUMN, mask=here[:, None], other=0) >> aside
+                high = tl.join(high, high >> 16)
+                high = tl.join(high, high >> 8)
+                high = tl.join(high, high >> 4)
+                high = tl.join(high, high >> 2)
+                codes = codes | ((high & 1) << 2)
+            numbers = (codes | MAGIC).to(tl.float32, bitcast=True) - (8388608.0 + MIDDLE)
+            numbers = tl.reshape(numbers, (LANES, WORDS, CODES))
             at = group * GROUP + inside
-            xs = ()
             new_sums = ()
-            for m in tl.static_range(M):
-                value = tl.load(x + rows_of[m] * x_stride + at, mask=(at < cols) & (rows_of[m] >= 0), other=0.0)
-                xs = xs + (value.to(tl.float32),)
-                new_sums = new_sums + (sums[m] + xs[m],)
-            sums = new_sums
-            numbers = ()
-            for c in tl.static_range(CODES):
-                code = (bits >> (c * PLACE)) & (2**PLACE - 1)
-                if BITS == 3:
-                    code = code | (((high >> (c * PLACE)) & 1) << 2)
-                numbers = numbers + (_number(code, MIDDLE),)
             new_dots = ()
             for m in tl.static_range(M):
-                for c in tl.static_range(CODES):
-                    new_dots = new_dots + (dots[m * CODES + c] + numbers[c] * xs[m][:, None],)
+                value = tl.load(x + rows_of[m] * x_stride + at, mask=(at < cols) & (rows_of[m] >= 0), other=0.0)
+                value = value.to(tl.float32)
+                new_sums = new_sums + (sums[m] + value,)
+                new_dots = new_dots + (dots[m] + numbers * value[:, None, None],)
+            sums = new_sums
             dots = new_dots
 
+    code = tl.arange(0, CODES)
+    row = block * BLOCK + word[:, None] * 4 + (code // PER_BYTE + code % PER_BYTE * STEP)[None, :]
+    pair = tl.load(qparams + start + ((group * n)[:, None, None] + row[None, :, :]), mask=here[:, None, None], other=0)
+    scale = (pair << 16).to(tl.float32, bitcast=True)
+    zero = (pair & HIGH).to(tl.float32, bitcast=True)
     splits = tl.num_programs(1)
-    for c in tl.static_range(CODES):
-        row = block * BLOCK + word * 4 + c // PER_BYTE + (c % PER_BYTE) * STEP
-        pair = tl.load(qparams + start + (group[:, None] * n + row[None, :]), mask=here[:, None], other=0)
-        scale = (pair << 16).to(tl.float32, bitcast=True)
-        zero = (pair & HIGH).to(tl.float32, bitcast=True)
-        for m in tl.static_range(M):
-            total = tl.sum(dots[m * CODES + c] * scale + sums[m][:, None] * zero, axis=0)
-            out = partial + ((expert * M + m) * splits + split).to(tl.int64) * n + row
-            tl.store(out, total, mask=(word >= 0) & (rows_of[m] >= 0))
+    for m in tl.static_range(M):
+        total = tl.sum(dots[m] * scale + sums[m][:, None, None] * zero, axis=0)
+        out = partial + ((expert * M + m) * splits + split).to(tl.int64) * n + row
+        tl.store(out, total, mask=(row < n) & (rows_of[m] >= 0))
 
 
 @triton.jit
@@ -148,7 +147,6 @@ def matmul(x, qweight, qparams, tiles, y, slot_bytes, x_stride, y_stride, cols, 
     STEP: tl.constexpr = BLOCK // PER_BYTE
     COLUMN: tl.constexpr = BLOCK * BITS // 8
     MIDDLE: tl.constexpr = 2**(BITS - 1)
-    MASK: tl.constexpr = 2**PLACE - 1
     tile = tl.program_id(0)
     piece = tl.program_id(1)
     start = tl.load(tiles + 3 * tile).to(tl.int64) * slot_bytes
@@ -174,26 +172,20 @@ def matmul(x, qweight, qparams, tiles, y, slot_bytes, x_stride, y_stride, cols, 
     for chunk in range(0, groups * (GROUP // CHUNK)):
         at = chunk * CHUNK + inside
         bits = tl.load(low + (at * COLUMN)[:, None], mask=exists, other=0).to(tl.int32)
+        bits = tl.join(bits, bits >> 4)
+        if BITS != 4:
+            bits = tl.join(bits, bits >> 2)
+        codes = bits & (2**PLACE - 1)
         if BITS == 3:
             high = tl.load(third + (at * COLUMN)[:, None], mask=exists, other=0).to(tl.int32) >> aside
-            a = (bits & 3) | ((high & 1) << 2)
-            b = ((bits >> 2) & 3) | (high & 4)
-            c = ((bits >> 4) & 3) | ((high >> 2) & 4)
-            d = ((bits >> 6) & 3) | ((high >> 4) & 4)
-            codes = tl.join(tl.join(a, c), tl.join(b, d))
-        elif BITS == 2:
-            a = bits & MASK
-            b = (bits >> 2) & MASK
-            c = (bits >> 4) & MASK
-            d = (bits >> 6) & MASK
-            codes = tl.join(tl.join(a, c), tl.join(b, d))
-        else:
-            codes = tl.join(bits & MASK, (bits >> 4) & MASK)
+            high = tl.join(high, high >> 4)
+            high = tl.join(high, high >> 2)
+            codes = codes | ((high & 1) << 2)
         codes = tl.reshape(codes, (CHUNK, BLOCKS * BLOCK))
         if DOT == tl.float16:
             numbers = (codes.to(tl.int16) | MAGIC_HALF).to(tl.float16, bitcast=True) - (1024.0 + MIDDLE)
         else:
-            numbers = _number(codes, MIDDLE)
+            numbers = (codes | MAGIC).to(tl.float32, bitcast=True) - (8388608.0 + MIDDLE)
         values = tl.load(x + token[:, None] * x_stride + at[None, :], mask=given[:, None] & (at < cols)[None, :],
                          other=0.0).to(DOT)
         product = tl.dot(values, numbers.to(DOT), input_precision="ieee")
