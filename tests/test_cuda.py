@@ -27,6 +27,7 @@ from qmix.formats.packed import Packed, view
 from qmix.kernels import cuda
 from qmix.sizes import MatrixSpec, RecordLayout
 
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # numpy, as the interpreter uses it
 HAVE = subprocess.run([sys.executable, "-c", "import triton"], capture_output=True).returncode == 0
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 needs_triton = pytest.mark.skipif(not HAVE, reason="Triton is not installed")
@@ -272,7 +273,7 @@ class TestRefusals:
         with pytest.raises(UsageError, match="2 rows in all, slots 0 to 0"):
             cuda.sorted_linear(x, cuda.Matrices.of(m), [0], [3], x)
         pool, record, _, _ = slab("int4")
-        with pytest.raises(UsageError, match="slab: got torch.uint8"):
+        with pytest.raises(UsageError, match=r"slab: got torch\.uint8"):
             cuda.Matrices.in_slots(pool[:, :-4096], record, "w13")
 
     @pytest.mark.skipif(DEVICE.type == "cuda", reason="there is a GPU, and it has them")

@@ -225,8 +225,8 @@ def sorted_linear(x: Tensor, weights: Matrices, slots: Sequence[int], counts: Se
         x, weights.qweight, weights.qparams, torch.tensor(tiles, dtype=INDEX, device=x.device), y, weights.slot_bytes,
         x.stride(0), y.stride(0), spec.cols, spec.padded_cols // spec.group_size, spec.padded_rows, blocks,
         GROUP=spec.group_size, BLOCK=spec.block, BITS=spec.bits, BLOCK_M=block_m, BLOCKS=per_tile,
-        CHUNK=min(spec.group_size, 64), DOT=_dot(jit, x, dot), num_warps=config.warps if block_m == config.block_m else 4,
-        num_stages=config.stages, enable_fp_fusion=True)
+        CHUNK=min(spec.group_size, 64), DOT=_dot(jit, x, dot), num_stages=config.stages, enable_fp_fusion=True,
+        num_warps=config.warps if block_m == config.block_m else 4)
 
 
 def silu_product(both: Tensor, y: Tensor) -> None:

@@ -16,6 +16,9 @@ Only what Triton 3.6 and its interpreter both have is used: no autotune, no inli
 M tokens of an expert, N padded rows, K columns, G groups in K.
 """
 
+# mypy: disable-error-code="assignment"
+# (tuples of tensors grow here, which is how Triton has a number of them that is known when it compiles)
+
 from __future__ import annotations
 
 import triton
@@ -62,9 +65,9 @@ def gemv(x, qweight, qparams, slots, rows, partial, slot_words, x_stride, cols, 
     sums = ()
     dots = ()
     for m in tl.static_range(M):
-        rows_of = rows_of + (tl.load(rows + expert * M + m).to(tl.int64),)
-        sums = sums + (tl.zeros((LANES,), tl.float32),)
-        dots = dots + (tl.zeros((LANES, WORDS, CODES), tl.float32),)
+        rows_of += (tl.load(rows + expert * M + m).to(tl.int64),)
+        sums += (tl.zeros((LANES,), tl.float32),)
+        dots += (tl.zeros((LANES, WORDS, CODES), tl.float32),)
 
     for first in range(0, GROUP, UNROLL):
         for step in tl.static_range(UNROLL):
@@ -91,8 +94,8 @@ def gemv(x, qweight, qparams, slots, rows, partial, slot_words, x_stride, cols, 
             for m in tl.static_range(M):
                 value = tl.load(x + rows_of[m] * x_stride + at, mask=(at < cols) & (rows_of[m] >= 0), other=0.0)
                 value = value.to(tl.float32)
-                new_sums = new_sums + (sums[m] + value,)
-                new_dots = new_dots + (dots[m] + numbers * value[:, None, None],)
+                new_sums += (sums[m] + value,)
+                new_dots += (dots[m] + numbers * value[:, None, None],)
             sums = new_sums
             dots = new_dots
 
@@ -182,7 +185,7 @@ def matmul(x, qweight, qparams, tiles, y, slot_bytes, x_stride, y_stride, cols, 
             high = tl.join(high, high >> 2)
             codes = codes | ((high & 1) << 2)
         codes = tl.reshape(codes, (CHUNK, BLOCKS * BLOCK))
-        if DOT == tl.float16:
+        if tl.float16 == DOT:
             numbers = (codes.to(tl.int16) | MAGIC_HALF).to(tl.float16, bitcast=True) - (1024.0 + MIDDLE)
         else:
             numbers = (codes | MAGIC).to(tl.float32, bitcast=True) - (8388608.0 + MIDDLE)
