@@ -62,10 +62,12 @@ def gemv(x, qweight, qparams, slots, rows, partial, slot_words, x_stride, cols, 
         aside = (word // (WORDS // 2))[None, :]
 
     rows_of = ()
+    ends = ()
     sums = ()
     dots = ()
     for m in tl.static_range(M):
         rows_of += (tl.load(rows + expert * M + m).to(tl.int64),)
+        ends += (tl.where(rows_of[m] >= 0, cols, 0),)
         sums += (tl.zeros((LANES,), tl.float32),)
         dots += (tl.zeros((LANES, WORDS, CODES), tl.float32),)
 
@@ -92,7 +94,7 @@ def gemv(x, qweight, qparams, slots, rows, partial, slot_words, x_stride, cols, 
             new_sums = ()
             new_dots = ()
             for m in tl.static_range(M):
-                value = tl.load(x + rows_of[m] * x_stride + at, mask=(at < cols) & (rows_of[m] >= 0), other=0.0)
+                value = tl.load(x + rows_of[m] * x_stride + at, mask=at < ends[m], other=0.0)
                 value = value.to(tl.float32)
                 new_sums += (sums[m] + value,)
                 new_dots += (dots[m] + numbers * value[:, None, None],)
@@ -108,7 +110,7 @@ def gemv(x, qweight, qparams, slots, rows, partial, slot_words, x_stride, cols, 
     for m in tl.static_range(M):
         total = tl.sum(dots[m] * scale + sums[m][:, None, None] * zero, axis=0)
         out = partial + ((expert * M + m) * splits + split).to(tl.int64) * n + row
-        tl.store(out, total, mask=(row < n) & (rows_of[m] >= 0))
+        tl.store(out, total, mask=row < tl.where(rows_of[m] >= 0, n, 0))
 
 
 @triton.jit
@@ -121,7 +123,7 @@ def finish(partial, places, y, y_stride, n, out, splits, GATED: tl.constexpr, SI
     pair = tl.program_id(0)
     place = tl.load(places + pair).to(tl.int64)
     at = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
-    mask = (at < out) & (place >= 0)
+    mask = at < tl.where(place >= 0, out, 0)
     source = partial + pair.to(tl.int64) * splits * n + at
     value = tl.zeros((SIZE,), tl.float32)
     other = tl.zeros((SIZE,), tl.float32)
