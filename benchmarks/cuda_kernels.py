@@ -1,7 +1,7 @@
 """How near to a GPU's memory do the Triton kernels come, at Mixtral 8x7B's shapes?
 
-    python benchmarks/cuda_kernels.py --json figures.json     on a machine with an NVIDIA GPU, about a minute a format
-    python benchmarks/cuda_kernels.py --interpret             anywhere: tiny shapes under Triton's interpreter, no speeds
+    python benchmarks/cuda_kernels.py --json figures.json     on a machine with an NVIDIA GPU
+    python benchmarks/cuda_kernels.py --interpret             anywhere: tiny shapes, Triton's interpreter, no speeds
 
 Per format, expert records of random codes in a slab that is many times the card's cache, and of these
 
