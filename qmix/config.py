@@ -16,7 +16,7 @@ from qmix.errors import ConfigError
 
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 GROUPED_BITS = MappingProxyType({"int4": 4, "int3": 3, "int2": 2})  # formats with scale and zero per group of columns
-EXPERT_FORMATS = ("int4", "int3", "int2", "nf4", "fp4", "keep", "mixed")
+EXPERT_FORMATS = ("int8", "int4", "int3", "int2", "nf4", "fp4", "keep", "mixed")
 DENSE_FORMATS = ("int8", "int4", "bf16", "keep")
 METHODS = ("rtn", "hqq")
 GROUP_SIZES = (32, 64, 128)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from qmix import hardware
-from qmix.config import DTYPES, GROUPED_BITS, Cancel, ModelConfig, QuantConfig, SamplingParams, Step
+from qmix.config import DTYPES, Cancel, ModelConfig, QuantConfig, SamplingParams, Step
 from qmix.errors import DoesNotFit, UsageError
 from qmix.generate import Token, generate
 from qmix.kernels.attention import choose_attention
@@ -30,7 +30,7 @@ from qmix.kernels.rows import bound_formats
 from qmix.kernels.table import KernelTable, select
 from qmix.model.kvcache import KVCache
 from qmix.model.kvint8 import Int8KVCache
-from qmix.model.mixtral import Mixtral
+from qmix.model.mixtral import BLOCK, Mixtral
 from qmix.model.weights import load_dense
 from qmix.offload import router_stats
 from qmix.offload.forecast import Speeds, forecast, known_shares
@@ -38,6 +38,7 @@ from qmix.offload.plan import MARGIN, Needs, Plan, choose_context
 from qmix.offload.plan import plan as make_plan
 from qmix.offload.setup import Offload, OffloadOptions, open_offload
 from qmix.offload.trace import TraceHeader, TraceWriter
+from qmix.offload.watch import Recorder
 from qmix.render import Progress
 from qmix.sizes import MIB, format_bytes
 from qmix.speculation import LONGEST, Pace
@@ -48,18 +49,18 @@ from qmix.tokenizer import load as load_tokenizer
 
 def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ram: int | None = None,
          margin: int | None = None, policy: str = "auto", prefetch: str = "auto", verify: str = "first",
-         activations: str = "auto", kv: str = "bf16", trace: Path | None = None, state: Path | None = None,
-         speeds: Speeds | None = None, base: int | None = None,
+         activations: str = "auto", kv: str = "bf16", trace: Path | Recorder | None = None,
+         state: Path | None = None, speeds: Speeds | None = None, base: int | None = None, scoring: bool = False,
          say: Callable[[str], None] = lambda line: None, progress: Progress | None = None) -> Engine:
     """Open a store and bring it into memory, within a budget.
 
     threads: compute threads, default the physical cores, or 1 for a very small model; context: tokens,
     0 = min(model, 8192); ram: bytes for the whole process, None = what is free but for `margin` bytes; policy,
     prefetch, verify: see OffloadOptions; activations: see kernels.table.select; kv: how keys and values are kept,
-    "bf16" (that is, in the compute dtype) or "int8", in about half the bytes; trace: a file that gets every routing
-    decision; state: the folder that keeps router statistics, None = nowhere; speeds: this machine's, for a forecast;
-    base: bytes that the process counts as taken already, None = what it holds now; say: told every choice a user should
-    know of, a line each.
+    "bf16" (that is, in the compute dtype) or "int8", in about half the bytes; trace: a file, or an object, that gets
+    every routing decision; state: the folder that keeps router statistics, None = nowhere; speeds: this machine's, for
+    a forecast; base: bytes that the process counts as taken already, None = what it holds now; scoring: with room for
+    what Session.read needs; say: told every choice a user should know of, a line each.
     Raises DoesNotFit or UsageError before anything large is loaded, StoreError where the store is damaged.
     """
     options = OffloadOptions(policy, prefetch, verify)
@@ -68,13 +69,13 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
         threads = _default_threads(store) if threads is None else hardware.check_threads(threads)
         torch.set_num_threads(threads)
         config = store.config
-        needs = Needs.of(config, store.quant, _context(config, context), kv)
+        needs = needs_of(store, context, kv, scoring)
         tokenizer = load_tokenizer(store.path, config.vocab_size)
         kernels = select_kernels(config, store.quant, say, activations)
         attention = choose_attention(config.head_dim, kv, say)
-        plan = make_plan(needs, *_budget(ram, margin, base))
+        plan = make_plan(needs, *budget(ram, margin, base))
         stats = router_stats.load(state, store.identity, config.num_layers, config.num_experts, say)
-        writer = None if trace is None else opened.enter_context(_trace_writer(trace, store))
+        writer = opened.enter_context(_trace_writer(trace, store)) if isinstance(trace, Path) else trace
         for line in plan.lines():
             say(line)
         if kv == "int8":
@@ -95,13 +96,19 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
             opened.callback(offload.close)
             weights = dense.result()
         model = Mixtral(config, weights, kernels, offload.experts, offload.experts.ahead, offload.experts.depth,
-                        partial(Int8KVCache if kv == "int8" else KVCache, native=attention))
+                        partial(Int8KVCache if kv == "int8" else KVCache, native=attention),
+                        offload.experts.guesses_prompts)
         if state is not None:
             opened.callback(router_stats.save, state, store.identity, stats, say)
         return Engine(store, plan, tokenizer, kernels, model, offload, opened.pop_all())
 
 
-def _budget(ram: int | None, margin: int | None, base: int | None) -> tuple[int, int]:
+def needs_of(store: Store, context: int = 0, kv: str = "bf16", scoring: bool = False) -> Needs:
+    """What `load` with these arguments plans for."""
+    return Needs.of(store.config, store.quant, _context(store.config, context), kv, scoring)
+
+
+def budget(ram: int | None, margin: int | None, base: int | None = None) -> tuple[int, int]:
     """(bytes for the whole process, bytes it has taken already). DoesNotFit where `ram` is more than there is."""
     available = hardware.memory().available
     base = hardware.resident_bytes() if base is None else base
@@ -182,6 +189,12 @@ class Session:
         """Append one token; logits [V] fp32 after it."""
         return self._engine.step([self], [[token]], "decode", cancel)[0]
 
+    def read(self, ids: Sequence[int], skip: int = 0, cancel: Cancel | None = None) -> Iterator[Tensor]:
+        """Append `ids`, then give the logits after each of them but the first `skip`, in order: pieces [n, V] fp32 of
+        at most BLOCK rows, each computed when it is asked for. Let go of one before asking for the next: a piece of
+        Mixtral's is 64 MiB. Errors come at the call, as of prefill. The engine must have been loaded for `scoring`."""
+        return self._engine.read(self, ids, skip, cancel)
+
     def verify(self, ids: Sequence[int], cancel: Cancel | None = None) -> Tensor:
         """Append a token and drafts for those after it, at most 8 in all; logits [T, V] fp32 after each, bit for bit
         those of decode. `trim` must follow: the drafts that stay were right, and count in the statistics."""
@@ -227,9 +240,15 @@ class Engine:
         return self._offload.experts.kernels.names
 
     @property
+    def threads(self) -> int:
+        """Compute threads."""
+        return self._threads
+
+    @property
     def native(self) -> Native | None:
         """What computes the experts, where the native kernels do."""
-        return self._kernels.native if self.store.quant.expert_formats <= GROUPED_BITS.keys() else None
+        return self._kernels.native if self._kernels.native and self.store.quant.expert_formats <= set(
+            self._kernels.native.formats) else None
 
     def session(self) -> Session:
         """A new conversation with room for plan.context positions. The plan has room for one; DoesNotFit where
@@ -252,6 +271,24 @@ class Engine:
 
         UsageError where a session would outgrow its context; on any error every session is unchanged.
         """
+        return self._advance(sessions, tokens, phase, cancel, drafts, lambda flat, positions, step: self._model.forward(
+            flat, positions, [s.cache for s in sessions], step, drafts > 0))
+
+    def read(self, session: Session, ids: Sequence[int], skip: int, cancel: Cancel | None = None) -> Iterator[Tensor]:
+        """See Session.read."""
+        assert self.plan.needs.scoring, "load with scoring=True"
+        residual = self._advance([session], [ids], "prefill", cancel, 0, lambda flat, positions, step: self._model.read(
+            flat, positions, session.cache, step, skip))
+        return map(self._logits, residual.split(BLOCK))
+
+    def _logits(self, residual: Tensor) -> Tensor:
+        with self._lock:
+            torch.set_num_threads(self._threads)
+            return self._model.logits(residual)
+
+    def _advance(self, sessions: Sequence[Session], tokens: Sequence[Sequence[int]], phase: str, cancel: Cancel | None,
+                 drafts: int, run: Callable[[Tensor, Tensor, Step], Tensor]) -> Tensor:
+        """`run` a pass that appends tokens[i] to sessions[i]; what it returns."""
         vocabulary = self.config.vocab_size
         for session, ids in zip(sessions, tokens, strict=True):
             if not all(0 <= token < vocabulary for token in ids):
@@ -268,7 +305,7 @@ class Engine:
             torch.set_num_threads(self._decode_threads if phase == "decode" else self._threads)
             start = time.perf_counter()
             try:
-                logits = self._model.forward(flat, positions, [s.cache for s in sessions], step, drafts > 0)
+                found = run(flat, positions, step)
             except BaseException:
                 for session in sessions:
                     session.cache.trim(session.length)
@@ -277,7 +314,7 @@ class Engine:
                 self._offload.end_pass(phase, len(flat), time.perf_counter() - start)
         for session, ids in zip(sessions, tokens, strict=True):
             session.ids.extend(ids)
-        return logits
+        return found
 
     def settle(self, rejected: int) -> None:
         """Of the drafts of the last pass, the last `rejected` were wrong: the statistics count the others."""

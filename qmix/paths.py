@@ -36,6 +36,11 @@ def routing_folder() -> Path:
     return state_folder() / "routing"
 
 
+def evaluations_folder() -> Path:
+    """Journals of evaluations, a file each."""
+    return state_folder() / "eval"
+
+
 def hardware_file() -> Path:
     """Measured bandwidths of this machine."""
     return xdg_folder("cache") / "hardware.json"

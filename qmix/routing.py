@@ -1,14 +1,12 @@
-"""What routers do, for people: the logic of `qmix stats` and `qmix replay`. Plain data out, for render.document.
-
-No torch: whoever has a model running hands its passes in as trace records.
+"""What routers did in earlier runs, for people: the logic of `qmix stats` without a text, and of `qmix replay`. Plain
+data out, for render.document. No torch.
 
 L layers, E experts, K chosen per token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from math import log2
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from typing import Any
 from qmix.errors import UsageError
 from qmix.offload import replay
 from qmix.offload.router_stats import PHASES, Counts, RouterStats
-from qmix.offload.trace import Ids, Pass, TraceHeader, read_trace
+from qmix.offload.trace import TraceHeader, read_trace
 
 WIDE = 16  # experts above which a table of people's size leaves the counts out
 TOP = 12  # transitions shown of a phase
@@ -25,52 +23,11 @@ SHOWN_POLICIES = ("lru", "lfu", "static")
 SHOWN_SHARES = (0.25, 0.375, 0.5, 0.75)  # of all records, as slot counts
 
 
-@dataclass(slots=True)
-class Repeats:
-    """How often tokens that follow one another choose alike, by layer (Jiang et al. 2024, table 5).
-
-    pairs: neighbouring tokens of one sequence; first: those with the same first choice; any: those with any
-    choice in common.
-    """
-
-    pairs: int
-    first: list[int]
-    any: list[int]
-
-    @classmethod
-    def empty(cls, layers: int) -> Repeats:
-        return cls(0, [0] * layers, [0] * layers)
-
-    def note(self, before: Sequence[Ids], now: Sequence[Ids]) -> None:
-        """The choices of a token and of the next one, by layer."""
-        self.pairs += 1
-        for layer, (old, new) in enumerate(zip(before, now, strict=True)):
-            self.first[layer] += old[0] == new[0]
-            self.any[layer] += any(expert in old for expert in new)
-
-
-def watch(passes: Iterable[Pass], layers: int, experts: int) -> tuple[RouterStats, dict[str, Repeats]]:
-    """Statistics of passes, and by phase how choices repeat: the first token of an answer counts as following the
-    last one of its prompt."""
-    stats, repeats = RouterStats(layers, experts), {phase: Repeats.empty(layers) for phase in PHASES}
-    last: dict[int, Sequence[Ids]] = {}
-    for one in passes:
-        tokens = zip(*(one.choices(layer) for layer in range(layers)), strict=True)
-        for sequence in (number for number, count in one.runs for _ in range(count)):
-            choices = next(tokens)
-            stats.add_token(one.phase, choices)
-            if sequence in last:
-                repeats[one.phase].note(last[sequence], choices)
-            last[sequence] = choices
-    return stats, repeats
-
-
-def describe(stats: RouterStats, repeats: dict[str, Repeats] | None = None, full: bool = False) -> dict[str, Any]:
+def describe(stats: RouterStats, full: bool = False) -> dict[str, Any]:
     """By phase: tokens, a row for each layer, and the transitions that stand out most from chance.
 
     Rows: the most used expert, its share of the tokens (an even router gives each K / E), the entropy of the choices in
-    bits of log2(E), how choices repeat from one token to the next where `repeats` knows it (saved statistics do
-    not), and, up to WIDE experts or with `full`, how many tokens chose each expert. full: all transitions,
+    bits of log2(E), and, up to WIDE experts or with `full`, how many tokens chose each expert. full: all transitions,
     [L - 1][E][E], in place of the top ones.
     """
     found: dict[str, Any] = {"layers": stats.layers, "experts": stats.experts}
@@ -79,24 +36,20 @@ def describe(stats: RouterStats, repeats: dict[str, Repeats] | None = None, full
         found[phase] = {"tokens": counts.tokens}
         if counts.tokens:
             per_token = sum(counts.counts[0]) / counts.tokens
-            known = (repeats or {}).get(phase)
             found[phase] |= {"even share %": 100 * per_token / stats.experts,
                              "entropy of an even router": log2(stats.experts),
-                             "by layer": [_layer_row(counts, layer, known, full) for layer in range(stats.layers)],
+                             "by layer": [_layer_row(counts, layer, full) for layer in range(stats.layers)],
                              "transitions" if full else "top transitions":
                              counts.transitions if full else _top_transitions(counts)}
     return found
 
 
-def _layer_row(counts: Counts, layer: int, repeats: Repeats | None, full: bool) -> dict[str, Any]:
+def _layer_row(counts: Counts, layer: int, full: bool) -> dict[str, Any]:
     used = counts.counts[layer]
     top = max(range(len(used)), key=used.__getitem__)
     whole = sum(used)
     row: dict[str, Any] = {"layer": layer, "top": top, "share %": 100 * used[top] / counts.tokens,
                            "entropy": -sum(n / whole * log2(n / whole) for n in used if n)}
-    if repeats is not None and repeats.pairs:
-        row |= {"first repeats %": 100 * repeats.first[layer] / repeats.pairs,
-                "any repeats %": 100 * repeats.any[layer] / repeats.pairs}
     return row | ({"counts": used} if full or len(used) <= WIDE else {})
 
 

@@ -34,7 +34,7 @@ def own_settings(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
     """No test reads or writes the user's settings, stores or history."""
     home = tmp_path_factory.mktemp("home")
     # One thread: small matrices gain nothing from more, and on a busy machine lose several times over.
-    for command in ("QUANTIZE", "GENERATE", "CHAT", "DEMO", "BENCH"):
+    for command in ("QUANTIZE", "GENERATE", "CHAT", "DEMO", "BENCH", "EVAL"):
         monkeypatch.setenv(f"QMIX_{command}_THREADS", "1")
     for kind in ("CONFIG", "DATA", "STATE", "CACHE"):
         monkeypatch.setenv(f"XDG_{kind}_HOME", str(home / kind.lower()))

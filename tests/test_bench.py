@@ -52,7 +52,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (source / "tokenizer.model").write_bytes(spm_model())
     (source / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>",
                                                               "chat_template": DEMO_TEMPLATE}))
-    done = qmix("quantize", source, folder / "store", "--threads", 1)
+    done = qmix("quantize", source, folder / "store", "--threads", 1, "--block", 64)
     assert done.returncode == 0, done.stderr
     return folder / "store"
 

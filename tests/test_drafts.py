@@ -33,7 +33,8 @@ from qmix.speculation import passes as passes_module
 from qmix.tokenizer import Message
 
 QUANTS = {
-    "int4": QuantConfig(), "int4 32": QuantConfig("int4", "int4", "rtn", 32, 32), "keep": KEEP,
+    "int4": QuantConfig(), "int8": QuantConfig("int8", "int8", "", 0, 0), "int3": QuantConfig("int3", group_size=32),
+    "int4 32": QuantConfig("int4", "int4", "rtn", 32, 32), "keep": KEEP,
     "nf4": QuantConfig("nf4", "int8", "", 0, 0), "fp4": QuantConfig("fp4", "bf16", "", 0, 0, True),
     "int4, dense bf16": QuantConfig("int4", "bf16", "rtn"), "int4, dense keep": QuantConfig("int4", "keep", "rtn"),
 }

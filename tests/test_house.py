@@ -18,7 +18,7 @@ FLOORS = (
     {"quantize", "model", "offload", "tokenizer", "sampling", "speculation"},
     {"generate"},
     {"engine"},
-    {"bench", "chat", "demo", "doctor", "oneshot", "routing", "planning"},
+    {"analysis", "bench", "chat", "demo", "doctor", "evaluate", "oneshot", "routing", "planning"},
     {"cli"},
 )
 FLOOR = {name: (1 + height, 0) for height, names in enumerate(FLOORS) for name in names}

@@ -96,6 +96,14 @@ class TestEveryLevel:
                 (part,) = kernels.linear(x[first:first + count], m)
                 assert torch.equal(part, whole[first:first + count])
 
+    def test_gate_and_up_of_int8_have_no_padding_between(self, level: str, activations: str) -> None:
+        m = int8.pack(int8_matrix(200, 100)["qweight"].float()[:, :100] / 500, MatrixSpec("int8", 200, 100, parts=2))
+        x = operand(9, 100) / 10
+        both = want(x, m, activations)
+        got = Native(level, activations).gated(x, m)
+        wanted = torch.nn.functional.silu(both[:, :100]) * both[:, 100:]
+        assert relative(got, wanted) < 10 * self.bound(activations)
+
     def test_gate_and_up_with_padding_and_chosen_rows(self, level: str, activations: str) -> None:
         """Both halves are padded; tokens are picked by index and put elsewhere; other rows are left alone."""
         kernels, m = Native(level, activations), int4_matrix(160, 100, 32, 64, parts=2)

@@ -10,22 +10,20 @@ import pytest
 
 from qmix.errors import UsageError
 from qmix.offload.router_stats import RouterStats
-from qmix.offload.trace import Pass, TraceHeader, TraceWriter
+from qmix.offload.trace import TraceHeader, TraceWriter
 from qmix.render import document
-from qmix.routing import default_slots, describe, replay_report, watch
+from qmix.routing import default_slots, describe, replay_report
 
 HEADER = TraceHeader(2, 4, 2, 1, "s", "tiny")
 
 
-def passes() -> list[Pass]:
-    """A prompt of 3 tokens and an answer of 2, in one sequence, then a token of another; layer 1 always chooses 3 0."""
-    def one(phase: str, sequence: int, choices: list[list[int]]) -> Pass:
-        flat = bytes(e for choice in choices for e in choice)
-        return Pass(phase, ((sequence, len(choices)),), (flat, bytes([3, 0] * len(choices))),  # type: ignore[arg-type]
-                    (bytes(len(flat)),) * 2, (None, None))
-
-    return [one("prefill", 7, [[0, 1], [0, 2], [1, 0]]), one("decode", 7, [[1, 3]]), one("decode", 7, [[2, 0]]),
-            one("decode", 8, [[2, 0]])]
+def gathered() -> RouterStats:
+    """A prompt of 3 tokens and an answer of 3; layer 1 always chooses 3 0."""
+    stats = RouterStats(2, 4)
+    for phase, first in (("prefill", [0, 1]), ("prefill", [0, 2]), ("prefill", [1, 0]),
+                         ("decode", [1, 3]), ("decode", [2, 0]), ("decode", [2, 0])):
+        stats.add_token(phase, [first, [3, 0]])
+    return stats
 
 
 def record(path: Path, seed: int, tokens: int = 60) -> Path:
@@ -41,16 +39,13 @@ def record(path: Path, seed: int, tokens: int = 60) -> Path:
 
 
 def test_figures_are_those_of_a_hand_count() -> None:
-    report = describe(*watch(passes(), 2, 4))
+    report = describe(gathered())
     assert report["prefill"]["tokens"] == 3 and report["decode"]["tokens"] == 3
     assert report["decode"]["even share %"] == 50 and report["decode"]["entropy of an even router"] == 2
     first, second = report["prefill"]["by layer"]
     assert first == {"layer": 0, "top": 0, "share %": 100, "entropy": pytest.approx(1.459, abs=1e-3),
-                     "first repeats %": 50, "any repeats %": 100, "counts": [3, 2, 1, 0]}
-    assert second["entropy"] == 1 and second["first repeats %"] == 100
-    # 1 3 follows the prompt's 1 0; 2 0 does not; the other sequence has nothing before it.
-    assert report["decode"]["by layer"][0]["first repeats %"] == 50
-    assert report["decode"]["by layer"][0]["any repeats %"] == 50
+                     "counts": [3, 2, 1, 0]}
+    assert second["entropy"] == 1
     assert report["decode"]["by layer"][0]["counts"] == [2, 1, 2, 1]
 
 
@@ -63,9 +58,7 @@ def test_top_transitions_are_those_far_from_chance() -> None:
     assert describe(stats, full=True)["decode"]["transitions"] == [[[45, 5, 0], [5, 25, 15], [0, 0, 5]]]
 
 
-def test_saved_statistics_have_no_repeats_and_empty_ones_no_rows() -> None:
-    stats, _ = watch(passes(), 2, 4)
-    assert "first repeats %" not in describe(stats)["decode"]["by layer"][0]
+def test_no_statistics_have_no_rows() -> None:
     assert describe(RouterStats(2, 4)) == {"layers": 2, "experts": 4, "prefill": {"tokens": 0}, "decode": {"tokens": 0}}
 
 
@@ -79,7 +72,7 @@ def test_many_experts_have_no_counts_in_the_short_form() -> None:
 def test_reports_can_be_printed(tmp_path: Path) -> None:
     test, train = record(tmp_path / "a", 1), record(tmp_path / "b", 2)
     report = replay_report([test], [train], pytest.fail, quotas=True, record=4096)
-    for one in (report, describe(*watch(passes(), 2, 4)), describe(*watch(passes(), 2, 4), full=True)):
+    for one in (report, describe(gathered()), describe(gathered(), full=True)):
         assert json.loads(document(one, as_json=True)) == one
         assert document(one, as_json=False)
     assert report["decoded tokens"] == 60

@@ -15,6 +15,7 @@ import typer
 
 from qmix import __version__, render, settings
 from qmix.cli.bench import bench
+from qmix.cli.evaluate import evaluate
 from qmix.cli.machine import doctor, plan
 from qmix.cli.routing import replay, stats
 from qmix.cli.stores import list_models, quantize, show, verify
@@ -37,8 +38,9 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "quantize": quantize, "chat": chat, "generate": generate, "plan": plan, "doctor": doctor,
-    "bench": bench, "stats": stats, "replay": replay, "show": show, "list": list_models, "verify": verify, "demo": demo}
+    "quantize": quantize, "chat": chat, "generate": generate, "plan": plan, "doctor": doctor, "bench": bench,
+    "eval": evaluate, "stats": stats, "replay": replay, "show": show, "list": list_models, "verify": verify,
+    "demo": demo}
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
 

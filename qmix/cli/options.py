@@ -73,9 +73,11 @@ class Loading:
 
 
 def load_engine(folder: Path, how: Loading, keep_statistics: bool = True,
-                base: int | None = None, say: Callable[[str], None] = render.say) -> Any:
+                base: int | None = None, say: Callable[[str], None] = render.say, recorder: Any = None,
+                scoring: bool = False) -> Any:
     """The engine, its choices said and its loading shown on stderr. keep_statistics: start with the router
-    statistics of earlier runs, and add to them. base: see engine.load."""
+    statistics of earlier runs, and add to them. base, scoring: see engine.load; recorder: its `trace`, where that is
+    no file."""
     from qmix.engine import load
     from qmix.planning import known_speeds
 
@@ -86,10 +88,10 @@ def load_engine(folder: Path, how: Loading, keep_statistics: bool = True,
     with render.byte_bar("load") as progress:
         return load(folder, threads=how.threads, context=how.ctx_size, ram=ram, margin=margin, policy=how.cache_policy,
                     prefetch="off" if how.no_prefetch else how.prefetch, verify=how.verify,
-                    activations=how.activations, kv=how.kv_cache, trace=how.trace,
+                    activations=how.activations, kv=how.kv_cache, trace=how.trace if recorder is None else recorder,
                     state=paths.routing_folder() if keep_statistics else None,
                     speeds=known_speeds(paths.hardware_file(), render.say),
-                    base=base, say=say, progress=progress)
+                    base=base, scoring=scoring, say=say, progress=progress)
 
 
 def margin_bytes(text: str | None) -> int | None:

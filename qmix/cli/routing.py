@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import sys
-import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,31 +14,39 @@ from qmix.cli.options import Loading, Margin, ModelArgument, Ram, Threads, load_
 from qmix.errors import UsageError
 
 Json = Annotated[bool, typer.Option("--json", help="As one JSON document, with every count.")]
+Files = Annotated[list[Path] | None, typer.Option(
+    "-f", "--file", help="Run this text through the model and analyse its routing, instead of what earlier runs have "
+    "gathered; may be repeated.", show_default=False)]
+Plot = Annotated[Path | None, typer.Option("--plot", metavar="OUT", show_default=False, help="-f: a folder for plots, "
+                                           "stats.json, routing.csv and text.html, the text coloured by expert.")]
+Layer = Annotated[int | None, typer.Option("--view", metavar="LAYER", min=0, show_default=False, help="-f: print the "
+                                           "beginning of the text coloured by the first choice of this layer.")]
 
 
 def stats(
-    context: typer.Context, model: ModelArgument = None,
-    file: Annotated[Path | None, typer.Option("-f", "--file", help="Run this text through the model and show its "
-                                              "routing, instead of what earlier runs have gathered.",
-                                              show_default=False)] = None,
+    context: typer.Context, model: ModelArgument = None, file: Files = None,
     reset: Annotated[bool, typer.Option("--reset", help="Forget what earlier runs have gathered.")] = False,
     ctx_size: Annotated[int, typer.Option("-c", "--ctx-size", min=0, help="-f: tokens of a window; windows share "
                                           "nothing.")] = 512,
-    ram: Ram = "auto", margin: Margin = None, threads: Threads = None, json: Json = False,
+    tokens: Annotated[int, typer.Option("-n", "--tokens", min=0, help="-f: how many of each text; 0 = all.")] = 0,
+    plot: Plot = None, view: Layer = None, ram: Ram = "auto", margin: Margin = None, threads: Threads = None,
+    csv: Annotated[bool, typer.Option("--csv", help="-f: as rows of text, layer, metric, key, value.")] = False,
+    json: Json = False,
 ) -> None:
-    """Show what a model's routers choose: by layer, how evenly, how sticky, what follows what."""
+    """Show what a model's routers choose: by layer, how evenly, how sticky, what goes with what."""
     from qmix import routing
     from qmix.offload import router_stats
     from qmix.store import Store
 
     folder = model_folder(model)
-    if file is not None:
+    if file:
         if reset:
             raise UsageError("--reset with -f: a text is not part of what earlier runs have gathered")
-        gathered, repeats = _measured(folder, file, Loading(ctx_size, threads, ram, margin))
-        print(render.document(routing.describe(gathered, repeats, full=json), as_json=json))
+        if sum((json, csv, view is not None)) > 1:
+            raise UsageError("--json, --csv and --view: stdout has room for one of them", "--plot writes all of it")
+        _analyse(folder, file, Loading(ctx_size, threads, ram, margin), tokens, plot, view, csv, json)
         return
-    for name in ("ctx_size", "ram", "margin", "threads"):
+    for name in ("ctx_size", "ram", "margin", "threads", "tokens", "plot", "view", "csv"):
         source = context.get_parameter_source(name)  # by name: typer brings a click of its own
         if source is not None and source.name == "COMMANDLINE":
             raise UsageError(f"--{name.replace('_', '-')}: without -f nothing is loaded", "drop it, or give -f TEXT")
@@ -56,23 +63,54 @@ def stats(
     print(render.document(routing.describe(gathered, full=json), as_json=json))
 
 
-def _measured(folder: Path, file: Path, how: Loading) -> Any:
-    """(statistics, repeats) of a text's routing; windows of the context, each from an empty one."""
-    from qmix import oneshot, routing
-    from qmix.offload.trace import read_trace
+def _analyse(folder: Path, files: list[Path], how: Loading, tokens: int, plot: Path | None, view: int | None,
+             csv: bool, json: bool) -> None:
+    """The routing of texts: into the folder `plot`, and to stdout in the form asked for."""
+    from qmix import oneshot
+    from qmix.analysis import folder as output
+    from qmix.analysis import report, texts
+    from qmix.analysis.recorder import Collector
+    from qmix.store import Store
 
-    text = oneshot.read_prompt(None, file, sys.stdin)
-    with tempfile.TemporaryDirectory(prefix="qmix-") as scratch:
-        trace = Path(scratch) / "trace"
-        with load_engine(folder, replace(how, trace=trace), keep_statistics=False) as engine, \
-                render.byte_bar("routing") as progress:
-            config, session, ids = engine.config, engine.session(), engine.tokenizer.encode(text)
-            for start in range(0, len(ids), session.context):
-                session.trim(0)
-                session.prefill(ids[start:start + session.context])
-                done = min(len(ids), start + session.context)
-                progress(len(text) * done // len(ids), len(text), f"{done} tokens")
-        return routing.watch(read_trace(trace, render.say).passes, config.num_layers, config.num_experts)
+    if plot is not None:
+        from qmix.analysis import plots
+
+        plots.check()
+        output.prepare(plot)
+    named = list(zip(texts.names(files), (oneshot.read_prompt(None, file, sys.stdin) for file in files), strict=True))
+    with Store.open(folder) as store:
+        if view is not None and view >= store.config.num_layers:
+            raise UsageError(f"--view {view}: the model has layers 0 to {store.config.num_layers - 1}")
+    collector = Collector()
+    with load_engine(folder, how, keep_statistics=False, recorder=collector) as engine, \
+            render.byte_bar("routing") as progress:
+        subject, figures, views = texts.run(engine, collector, named, tokens, progress, render.say)
+    found = report.document(subject, figures)
+    if plot is not None:
+        written = output.contents(found, views)
+        output.write(plot, written)
+        render.say(f"written: {plot}: {', '.join(sorted(written))}")
+    if view is not None:
+        _show_views(views, view, subject.experts)
+    elif csv:
+        print(render.table(list(report.tidy(found)), "csv"))
+    else:
+        print(render.document(found if json else report.people(found), as_json=json))
+
+
+def _show_views(views: list[Any], layer: int, experts: int) -> None:
+    """Coloured texts where the terminal has colours, else with the experts' numbers in them."""
+    from qmix.analysis.view import coloured, plain
+
+    colours = render.wants_color(sys.stdout, os.environ)
+    for view in views:
+        print(f"{view.name}, layer {layer}, {view.limit()}:")
+        if colours:
+            from rich.console import Console
+
+            Console(force_terminal=True, highlight=False).print(coloured(view, layer, experts), soft_wrap=True)
+        else:
+            print(plain(view, layer))
 
 
 def replay(

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 def quantize(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face checkpoint: folder or hub id.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The store to write, a new folder.")],
-    format: Annotated[str, typer.Option("--format", help="Experts: int4, int3, int2, nf4, fp4 or keep "
-                                          "(unquantized).")] = "int4",
+    format: Annotated[str, typer.Option("--format", help="Experts: int8, int4, int3, int2, nf4, fp4 or "
+                                          "keep (unquantized).")] = "int4",
     dense: Annotated[str, typer.Option(
         "--dense", help="Attention and output head: int8, int4, bf16 or keep.")] = "int8",
     method: Annotated[str | None, typer.Option(

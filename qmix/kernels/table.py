@@ -67,7 +67,7 @@ class KernelTable:
     def gated(self, x: Tensor, w13: Packed) -> Tensor:
         """The first half of an expert, silu(gate(x)) * up(x): x [T, H] -> [T, F]; it needs no w2 yet."""
         spec = w13.spec
-        if self.native is not None and spec.bits:
+        if self.native is not None and self.computes_natively(w13):
             return self.native.gated(x, w13)
         both = self.kernels[spec.format, spec.block](x, w13)
         half, inner = both.shape[1] // 2, spec.rows // 2

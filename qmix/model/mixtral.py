@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, groupby
 
 import torch
@@ -39,6 +40,7 @@ PASS = 8192  # tokens that meet the experts of a layer together
 BLOCK = 512  # query positions of one attention call
 
 MakeCache = Callable[[ModelConfig, int, torch.dtype], KVCache]  # (config, capacity, compute dtype)
+Take = Callable[[int, Tensor, LayerOps], None]  # (which of the wanted rows comes first, residual [n, H], ops)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +88,13 @@ class Mixtral:
 
     ahead: how many experts of each of the next `depth` layers to guess for it while decoding; 0 where nobody
     fetches. Near the last layer D is smaller than depth, and for the last layer there is nothing to guess.
+    guess_prompts: guess in prompts too.
     caches: makes the KV caches; their class decides how keys and values are kept and attended to.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, kernels: KernelTable, experts: Experts,
-                 ahead: int | None = None, depth: int = 1, caches: MakeCache = KVCache):
+                 ahead: int | None = None, depth: int = 1, caches: MakeCache = KVCache,
+                 guess_prompts: bool = False):
         self.config = config
         self._weights = weights
         self._kernels = kernels
@@ -99,6 +103,7 @@ class Mixtral:
         self._experts = experts
         self._ahead = min(config.num_experts, config.experts_per_token if ahead is None else ahead)
         self._depth = min(depth, config.num_layers - 1)
+        self._guess_prompts = guess_prompts
         self._make_cache = caches
         self._inverse = rotation(config.head_dim, config.rope_theta)
         self._fused: FusedToken | None = None
@@ -120,30 +125,57 @@ class Mixtral:
         are as they were.
         """
         counts = _counts(len(tokens), len(caches), step)
+        wanted = range(len(tokens)) if all_logits else [end - 1 for end in accumulate(counts)]
+        # Made outside inference mode, so that the caller may change it in place.
+        logits = torch.empty(len(wanted), self.config.vocab_size)
+
+        def head(first: int, residual: Tensor, ops: LayerOps) -> None:
+            self._head(residual, logits[first:first + len(residual)], ops)
+
+        self._run(tokens, positions, caches, step, counts, wanted, head)
+        return logits
+
+    def read(self, tokens: Tensor, positions: Tensor, cache: KVCache, step: Step, skip: int) -> Tensor:
+        """Append tokens [T] to one session; the residual stream [T - skip, H] fp32 after the last layer of all but
+        the first `skip`, of which `logits` makes logits, a piece at a time: all at once they may be larger than the
+        model. Errors as of forward."""
+        kept = torch.empty(len(tokens) - skip, self.config.hidden_size)
+
+        def keep(first: int, residual: Tensor, ops: LayerOps) -> None:
+            kept[first:first + len(residual)] = residual
+
+        self._run(tokens, positions, [cache], step, [len(tokens)], range(skip, len(tokens)), keep)
+        return kept
+
+    def logits(self, residual: Tensor) -> Tensor:
+        """Of at most BLOCK rows of `read`: fp32 [n, V], the bits that forward gives where the rows are cut as it cuts
+        them."""
+        with torch.inference_mode():
+            return self._project(residual, TORCH).float()
+
+    def _run(self, tokens: Tensor, positions: Tensor, caches: Sequence[KVCache], step: Step, counts: Sequence[int],
+             wanted: Sequence[int], take: Take) -> None:
+        """All tokens through all layers, a pass at a time; `take` gets the residuals of the wanted rows."""
         for cache, count in zip(caches, counts, strict=True):
             cache.need(count)
         spans = list(_spans(counts, caches, 1 if step.phase == "decode" else BLOCK))
         assert all(int(positions[span.begin]) == span.start for span in spans), "positions do not go on"
-        last = [end - 1 for end in accumulate(counts)]
         lengths = [cache.length for cache in caches]
-        # Made outside inference mode, so that the caller may change it in place.
-        logits = torch.empty(len(tokens) if all_logits else len(caches), self.config.vocab_size)
         done = 0
         try:
             with torch.inference_mode():
                 if len(tokens) == 1 and step.phase == "decode" and (fused := self._fused_for(caches[0])):
-                    self._head(fused(int(tokens), caches[0], self._experts, step), logits, self._kernels.layer)
-                    return logits
+                    take(0, fused(int(tokens), caches[0], self._experts, step), self._kernels.layer)
+                    return
                 for group in _passes(spans):
                     inside = range(group[0].begin, group[-1].end)
-                    wanted = inside if all_logits else [row for row in last if row in inside]
-                    self._pass(tokens, positions, group, step, wanted, logits[done:done + len(wanted)])
-                    done += len(wanted)
+                    rows = [row for row in wanted if row in inside]
+                    self._pass(tokens, positions, group, step, rows, partial(take, done))
+                    done += len(rows)
         except BaseException:
             for cache, length in zip(caches, lengths, strict=True):
                 cache.length = length
             raise
-        return logits
 
     def _fused_for(self, cache: KVCache) -> FusedToken | None:
         """What takes a single token through the layers, if anything does but `_pass`."""
@@ -155,15 +187,16 @@ class Mixtral:
         return self._fused
 
     def _pass(self, tokens: Tensor, positions: Tensor, spans: Sequence[Span], step: Step,
-              wanted: Sequence[int], logits: Tensor) -> None:
-        """The tokens of `spans`, at most PASS, through all layers; logits [n, V] of the n `wanted` ones."""
+              wanted: Sequence[int], take: Callable[[Tensor, LayerOps], None]) -> None:
+        """The tokens of `spans`, at most PASS, through all layers; `take` gets the residuals [n, H] of the n `wanted`
+        ones, if any."""
         first, end = spans[0].begin, spans[-1].end
         step = replace(step, sequence=step.sequence[first:end])
         ops = self._kernels.layer if step.phase == "decode" else TORCH
         rows = self._rows(tokens[first:end], positions[first:end], spans, ops)
         blocks = [rows.block(group) for group in _blocks(spans)]
         layers = self._weights.layers
-        look = self._depth if step.phase == "decode" and self._ahead > 0 else 0
+        look = self._depth if (step.phase == "decode" or self._guess_prompts) and self._ahead > 0 else 0
         for index, layer in enumerate(layers):
             after = layers[index + 1:index + 1 + look]
             for block in blocks:
@@ -182,7 +215,7 @@ class Mixtral:
         for span in spans:
             span.cache.length = span.start + span.end - span.begin
         if wanted:
-            self._head(residual, logits, ops)
+            take(residual, ops)
 
     def _rows(self, tokens: Tensor, positions: Tensor, spans: Sequence[Span], ops: LayerOps) -> Rows:
         """The pass before its first layer: embeddings, rotations, and room for the rest."""
@@ -220,10 +253,14 @@ class Mixtral:
 
     def _head(self, residual: Tensor, logits: Tensor, ops: LayerOps) -> None:
         """Final norm and head: [n, H] -> logits [n, V]."""
+        for rows, out in zip(residual.split(BLOCK), logits.split(BLOCK), strict=True):
+            out.copy_(self._project(rows, ops))
+
+    def _project(self, rows: Tensor, ops: LayerOps) -> Tensor:
+        """`_head` of at most BLOCK rows, in what the head computes in."""
         weights = self._weights
         dtype = torch.float32 if self._kernels.computes_natively(weights.head) else weights.dtype
-        for rows, out in zip(residual.split(BLOCK), logits.split(BLOCK), strict=True):
-            out.copy_(self._linear(ops.norm(rows, weights.final_norm, self.config.rms_norm_eps, dtype), weights.head))
+        return self._linear(ops.norm(rows, weights.final_norm, self.config.rms_norm_eps, dtype), weights.head)
 
 
 def _counts(tokens: int, sessions: int, step: Step) -> list[int]:

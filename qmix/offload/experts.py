@@ -71,7 +71,7 @@ class PagedExperts:
                  watch: RoutingWatch, depth: int = 1, window: int = 2, clock: Callable[[], float] = time.perf_counter):
         self._kernels = kernels
         # Set where the native kernels compute the experts.
-        self._native: Native | None = kernels.native if views[0][0].spec.bits else None
+        self._native: Native | None = kernels.native if kernels.computes_natively(views[0][0]) else None
         self._top_k = config.experts_per_token
         self._experts = config.num_experts
         self._layers = config.num_layers
@@ -97,6 +97,11 @@ class PagedExperts:
     def traces(self) -> bool:
         """Whether every decision is recorded."""
         return self._watch.traces
+
+    @property
+    def guesses_prompts(self) -> bool:
+        """Whether the model should guess in prompts too; nothing is fetched by it there."""
+        return self._watch.guesses_prompts
 
     def settle(self, rejected: int) -> None:
         """Of the drafts of the last pass, the last `rejected` were wrong: they do not count as tokens."""

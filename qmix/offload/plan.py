@@ -23,6 +23,9 @@ from qmix.sizes import GIB, KV_PIECE, MIB, dense_bytes, format_bytes, kv_bytes_p
 DEFAULT_CONTEXT = 8192
 PREFILL_PASS = 8192  # tokens of one layer-major prefill pass
 ATTENTION_BLOCK = 512  # query positions of one attention call
+SCORED_PIECE = 512  # rows of logits that are made together where every token's are read
+SCORED_ROWS = 16  # of them, how many are looked at in fp64 at a time
+SCORED_COPIES = 6  # of those rows: log-probabilities, probabilities, products, of two models
 EXPERT_CHUNK = 512  # tokens that one expert computes at a time
 MARGIN = GIB  # what `auto` leaves to other programs
 RESERVE = 256 * MIB  # kept free within the budget, or 2 % of it where that is more
@@ -47,18 +50,22 @@ class Needs:
     top_k: int
     kv_cache: str = "bf16"
     kinds: tuple[tuple[int, int], ...] = ()
+    scoring: bool = False
 
     @classmethod
-    def of(cls, config: ModelConfig, quant: QuantConfig, context: int, kv: str = "bf16") -> Needs:
-        """UsageError for a `kv` that there is not."""
+    def of(cls, config: ModelConfig, quant: QuantConfig, context: int, kv: str = "bf16",
+           scoring: bool = False) -> Needs:
+        """scoring: the workspace also holds what reading logits after every token takes. UsageError for a `kv` that
+        there is not."""
         itemsize = 4 if quant.experts == quant.dense == "keep" and DTYPES[config.dtype] != "bf16" else 2
         keys, layouts = config.expert_keys, record_layouts(config, quant)
         counts = Counter(map(quant.kind_of, keys))
         kinds = tuple((counts[i], layout.nbytes) for i, layout in enumerate(layouts))
         mean = -(-sum(count * nbytes for count, nbytes in kinds) // len(keys))
         return cls(context, resident_dense_bytes(config, quant), kv_bytes_per_token(config, itemsize, kv) * context,
-                   workspace_bytes(config, context, itemsize, kv), mean, len(keys), config.num_layers,
-                   config.experts_per_token, kv, kinds if len(kinds) > 1 else ())
+                   workspace_bytes(config, context, itemsize, kv) + (
+                       scoring_bytes(config, context) if scoring else 0), mean, len(keys), config.num_layers,
+                   config.experts_per_token, kv, kinds if len(kinds) > 1 else (), scoring)
 
     @property
     def by_kind(self) -> tuple[tuple[int, int], ...]:
@@ -69,6 +76,15 @@ class Needs:
     def least(self) -> tuple[int, ...]:
         """Slots of each kind: what one layer of a token uses, and as much again on its way for the next."""
         return tuple(min(count, 2 * self.top_k) for count, _ in self.by_kind)
+
+    @property
+    def least_bytes(self) -> int:
+        return sum(count * nbytes for count, (_, nbytes) in zip(self.least, self.by_kind, strict=True))
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of all records."""
+        return sum(count * nbytes for count, nbytes in self.by_kind)
 
     @property
     def least_slots(self) -> int:
@@ -199,6 +215,14 @@ def workspace_bytes(config: ModelConfig, context: int, itemsize: int, kv: str = 
         new = min(tokens, ATTENTION_BLOCK) * config.num_kv_heads
         block += config.head_dim * (2 * context * itemsize + 4 * 3 * max(min(context, KV_PIECE), new))
     return tokens * per_token + max(block, chunk) + config.vocab_size * 8
+
+
+def scoring_bytes(config: ModelConfig, context: int) -> int:
+    """What logits after every token of a context take: the residuals of all, and of one piece the normed rows and the
+    logits, as the head gives them and in fp32. Whoever scores them has a few rows in fp64 besides."""
+    rows = min(context, SCORED_PIECE)
+    looked_at = SCORED_ROWS * SCORED_COPIES * 8
+    return (context * 4 + rows * 8) * config.hidden_size + (rows * 8 + looked_at) * config.vocab_size
 
 
 def plan(needs: Needs, ram: int, base: int, vram: int | None = None) -> Plan:

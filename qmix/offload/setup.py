@@ -24,8 +24,7 @@ from qmix.offload.prefetch import MODES, Prefetcher
 from qmix.offload.reads import Readers
 from qmix.offload.router_stats import RouterStats
 from qmix.offload.tiers import Tier
-from qmix.offload.trace import TraceWriter
-from qmix.offload.watch import RoutingWatch
+from qmix.offload.watch import Recorder, RoutingWatch
 from qmix.render import Progress
 from qmix.sizes import MIB, RecordLayout, format_bytes
 from qmix.store import VERIFY, Store
@@ -100,7 +99,7 @@ class Offload:
 
 
 def open_offload(store: Store, kernels: KernelTable, plan: Plan, options: OffloadOptions, stats: RouterStats,
-                 trace: TraceWriter | None = None, say: Callable[[str], None] = lambda line: None,
+                 trace: Recorder | None = None, say: Callable[[str], None] = lambda line: None,
                  progress: Progress | None = None) -> Offload:
     """StoreError where a record that is read at the start is damaged; UsageError for a wrong option."""
     config, slots = store.config, plan.slots

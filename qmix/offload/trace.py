@@ -120,6 +120,8 @@ class TraceWriter:
     written. An append cuts off what an earlier run has left torn.
     """
 
+    guess_prompts = False  # a replay judges guesses where they are used, in decode
+
     def __init__(self, path: Path, header: TraceHeader, append: bool = False):
         self.path = path
         self.header = header

@@ -8,7 +8,8 @@ T tokens, K experts per token, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,14 +18,27 @@ from qmix.config import Step
 from qmix.errors import QmixError
 from qmix.offload.cache import SEED
 from qmix.offload.router_stats import RouterStats
-from qmix.offload.trace import TraceWriter
+
+
+class Recorder(Protocol):
+    """What gets every decision: offload.trace.TraceWriter has the meaning of each call. guess_prompts: whether the
+    next router is to be asked early in prompts too, and not only while decoding."""
+
+    guess_prompts: bool
+
+    def drop_pass(self) -> None: ...
+
+    def add(self, layer: int, ids: Sequence[Sequence[int]], weights: Sequence[Sequence[float]],
+            ahead: Sequence[Sequence[int]] | None) -> None: ...
+
+    def end_pass(self, phase: str, sequence: Sequence[int]) -> None: ...
 
 
 class RoutingWatch:
     """stats: counts every pass. trace: also gets every decision, with weights and guesses; where it cannot be
     written it ends with a line to `say`, and the answer goes on."""
 
-    def __init__(self, layers: int, experts: int, stats: RouterStats, trace: TraceWriter | None = None,
+    def __init__(self, layers: int, experts: int, stats: RouterStats, trace: Recorder | None = None,
                  say: Callable[[str], None] = lambda line: None):
         self._layers = layers
         self._experts = experts
@@ -42,6 +56,11 @@ class RoutingWatch:
     def traces(self) -> bool:
         """Whether guesses are wanted for their own sake."""
         return self._trace is not None
+
+    @property
+    def guesses_prompts(self) -> bool:
+        """Whether they are wanted of prompts too."""
+        return self._trace is not None and self._trace.guess_prompts
 
     def layer(self, layer: int, step: Step, ids: Tensor, weights: Tensor, ahead: Tensor | None) -> None:
         """ids [T, K] and weights [T, K] of `layer`; ahead [T, D, A], what it guesses of the next ones."""

@@ -1,0 +1,138 @@
+"""The command that measures quality: eval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qmix import paths, render
+from qmix.cli.options import (
+    Activations,
+    CachePolicy,
+    KvCache,
+    Loading,
+    Margin,
+    ModelArgument,
+    NoPrefetch,
+    Prefetch,
+    Ram,
+    Threads,
+    Verify,
+    flag_bytes,
+    load_engine,
+    margin_bytes,
+    model_folder,
+)
+from qmix.errors import UsageError
+
+
+def evaluate(
+    model: ModelArgument = None,
+    file: Annotated[Path | None, typer.Option("-f", "--file", help="The text, UTF-8.", show_default=False)] = None,
+    against: Annotated[str | None, typer.Option("--against", metavar="REF", help="A reference store, as of quantize "
+                                                "--format keep --dense keep: also KL divergence and top-1 agreement.",
+                                                show_default=False)] = None,
+    ctx_size: Annotated[int, typer.Option("-c", "--ctx-size", min=0, help="Tokens of a window; 0 = 2048, or what the "
+                                          "model was trained for.")] = 0,
+    stride: Annotated[int, typer.Option("--stride", min=0, help="A window begins every so many tokens; 0 = the window, "
+                                        "without overlap.")] = 0,
+    max_tokens: Annotated[int, typer.Option("-n", "--max-tokens", help="Score this many tokens; -1 = all.")] = -1,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what an earlier run has finished.")] = False,
+    tasks: Annotated[str | None, typer.Option("--tasks", help="Tasks of the lm-eval harness, as arc_easy,hellaswag.",
+                                              show_default=False)] = None,
+    include_path: Annotated[Path | None, typer.Option("--include-path", help="--tasks: a folder of your own "
+                                                      "ones.", show_default=False)] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="--tasks: only the first so many samples of each.",
+                                              show_default=False)] = None,
+    json: Annotated[bool, typer.Option("--json", help="As one JSON document.")] = False,
+    threads: Threads = None, ram: Ram = "auto", margin: Margin = None, cache_policy: CachePolicy = "auto",
+    prefetch: Prefetch = "auto", no_prefetch: NoPrefetch = False, verify: Verify = "first",
+    activations: Activations = "auto", kv_cache: KvCache = "bf16",
+) -> None:
+    """Measure quality: perplexity on a text, distance from a reference store, tasks of the lm-eval harness."""
+    _check_flags(file, tasks, {"--against": against is not None, "--stride": stride != 0, "-n/--max-tokens":
+                               max_tokens != -1, "--fresh": fresh},
+                 {"--include-path": include_path is not None, "--limit": limit is not None})
+    from qmix import evaluate as evaluation
+
+    how = Loading(ctx_size, threads, ram, margin, cache_policy, prefetch, no_prefetch, verify, activations, kv_cache)
+    folder = model_folder(model)
+    document: dict[str, Any] = {}
+    if file is not None:
+        document = _text(evaluation.Request(
+            folder, _read(file), str(file), paths.evaluations_folder(),
+            None if against is None else paths.resolve(against, render.say), ctx_size, stride, max_tokens, fresh,
+            activations, kv_cache, None if ram == "auto" else flag_bytes("--ram", ram), margin_bytes(margin)), how)
+    if tasks is not None:
+        document |= _tasks(folder, how, tasks, include_path, limit)
+    print(render.document(document if json else evaluation.lines(document), as_json=json))
+
+
+def _check_flags(file: Path | None, tasks: str | None, of_text: dict[str, bool], of_tasks: dict[str, bool]) -> None:
+    """What was given must have an effect."""
+    if file is None and tasks is None:
+        raise UsageError("nothing to measure", "name a text with -f FILE, or tasks of the lm-eval harness with --tasks")
+    for given, needed, flags in ((file, "-f FILE", of_text), (tasks, "--tasks", of_tasks)):
+        for flag, used in flags.items():
+            if given is None and used:
+                raise UsageError(f"{flag}: has no effect without {needed}", f"drop it, or give {needed}")
+
+
+def _read(file: Path) -> str:
+    """The file's text as it is, line ends included."""
+    try:
+        text = file.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise UsageError(f"-f {file}: {error.strerror or error}", "name a readable text file") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"-f {file}: not UTF-8 at byte {error.start}", "convert it, as with iconv -t utf-8") from None
+    if not text.strip():
+        raise UsageError(f"-f {file}: the file is empty")
+    return text
+
+
+def _text(request: Any, how: Loading) -> dict[str, Any]:
+    from qmix import evaluate as evaluation
+    from qmix import oneshot
+
+    with oneshot.cancel_on_interrupt() as cancel, render.byte_bar("eval") as progress:
+        return evaluation.run(request, _loader(request, how), cancel=cancel, say=render.say, progress=progress)
+
+
+def _tasks(folder: Path, how: Loading, names: str, include: Path | None, limit: int | None) -> dict[str, Any]:
+    """{"tasks": rows}, and which model."""
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    if not wanted:
+        raise UsageError(f"--tasks {names!r}: names no task")
+    try:
+        from qmix.evaluate import tasks
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "lm_eval":
+            raise
+        raise UsageError("--tasks: the lm-eval harness is not installed", "pip install 'qmix[eval]'") from None
+    from qmix import __version__
+    from qmix.evaluate import about
+    from qmix.store import Store
+
+    def load() -> Any:
+        return load_engine(folder, how, keep_statistics=False, scoring=True)
+
+    with Store.open(folder) as store:
+        model = about(store)
+    return {"qmix": __version__, "model": model,
+            "tasks": tasks.run(wanted, folder, load, render.say, include, limit)}
+
+
+def _loader(request: Any, how: Loading) -> Callable[..., Any]:
+    """See suite.OpenEngine. What the reference's load says is marked as its own."""
+    def load(folder: Path, context: int, ram: int | None, base: int | None) -> Any:
+        fixed = how if ram is None else replace(how, ram=str(ram), margin=None)
+        mark = "reference: " if folder == request.reference and folder != request.model else ""
+        return load_engine(folder, replace(fixed, ctx_size=context), keep_statistics=False, base=base, scoring=True,
+                           say=lambda line: render.say(mark + line))
+
+    return load

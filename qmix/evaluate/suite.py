@@ -1,0 +1,190 @@
+"""The whole of an evaluation on a text: cut it, bring the models up within one budget, score window after window.
+
+What a window gives is written to the journal as soon as it is whole, so that a run that is stopped or killed goes on
+where it was, and its figures are those of a run that never stopped. Router statistics are neither used nor added to.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from qmix import __version__
+from qmix.config import Cancel
+from qmix.engine import Engine, Session, budget, needs_of
+from qmix.errors import Interrupted, QmixError, UsageError
+from qmix.evaluate.journal import Journal
+from qmix.evaluate.memory import share, taken
+from qmix.evaluate.score import Scores, score
+from qmix.evaluate.tally import Tally
+from qmix.evaluate.windows import Window, cut
+from qmix.render import Progress
+from qmix.sizes import format_bytes
+from qmix.store import Store, describe
+from qmix.tokenizer import load as load_tokenizer
+
+WINDOW = 2048  # tokens, where the models were trained for as many
+
+# (store, context in tokens, bytes for the process and bytes taken: None = as the flags say) -> a model for scoring
+OpenEngine = Callable[[Path, int, int | None, int | None], Engine]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """window: tokens, 0 = WINDOW or what the models were trained for; stride: 0 = window; most: tokens to score, -1 =
+    all; fresh: forget what earlier runs finished; journals: the folder of the journals; activations, kv, ram, margin:
+    as `load` will pass them to the engine."""
+
+    model: Path
+    text: str
+    text_name: str
+    journals: Path
+    reference: Path | None = None
+    window: int = 0
+    stride: int = 0
+    most: int = -1
+    fresh: bool = False
+    activations: str = "auto"
+    kv: str = "bf16"
+    ram: int | None = None
+    margin: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """What is scored: its ids, and how they are cut."""
+
+    ids: Sequence[int]
+    window: int
+    stride: int
+    windows: Sequence[Window]
+
+    @property
+    def context(self) -> int:
+        """Positions that the longest window needs: its last id is never read."""
+        return max(window.end - window.begin for window in self.windows) - 1
+
+    @property
+    def digest(self) -> str:
+        return xxhash.xxh3_128_hexdigest(array("I", self.ids).tobytes())
+
+
+def run(request: Request, load: OpenEngine, *, cancel: Cancel, say: Callable[[str], None],
+        progress: Progress) -> dict[str, Any]:
+    """The report as one document: see tally.Tally.results, and what was measured how.
+
+    UsageError where text, windows or the two models do not go together; Interrupted once `cancel` is set; QmixError
+    where a model's output is not a number; whatever `load` raises.
+    """
+    with ExitStack() as opened:
+        store = opened.enter_context(Store.open(request.model))
+        other = opened.enter_context(Store.open(request.reference)) if request.reference else None
+        text = _cut_text(request, store, other)
+        say(f"{request.text_name}: {len(text.ids)} tokens; {sum(w.scored for w in text.windows)} scored in "
+            f"{len(text.windows)} windows of {text.window} every {text.stride}")
+        reference, model = _load(request, load, store, other, text.context, opened)
+        arguments = _arguments(request, text, model, reference)
+        sizes = [window.scored for window in text.windows]
+        journal = opened.enter_context(Journal.open(request.journals, arguments, sizes, fresh=request.fresh, say=say))
+        tally = _measure(request, text, model, reference, journal, cancel, say, progress)
+        memory = model.stats()["memory"]
+        say(f"peak memory {format_bytes(memory['peak'])} of {format_bytes(memory['budget'])}")
+        return {"qmix": __version__, "model": about(store), "reference": about(other) if other else None,
+                "text": request.text_name, "text_bytes": len(request.text.encode()), "text_tokens": len(text.ids),
+                "tokens": tally.tokens, "windows": len(text.windows), "window": text.window, "stride": text.stride,
+                **tally.results(), "threads": model.threads, "kernels": dict(model.kernels),
+                "activations": request.activations, "kv_cache": request.kv}
+
+
+def _cut_text(request: Request, store: Store, other: Store | None) -> Text:
+    stores = [store] + ([other] if other else [])
+    ids = [load_tokenizer(one.path, one.config.vocab_size).encode(request.text) for one in stores]
+    if other is not None and (store.config.vocab_size != other.config.vocab_size or ids[0] != ids[1]):
+        raise UsageError(f"--against {other.path}: it has another vocabulary than {store.path}, so their distributions "
+                         "cannot be compared", "name a reference made of the same model, as with qmix quantize SRC OUT "
+                         "--format keep --dense keep")
+    longest = min(one.config.max_positions for one in stores)
+    window = request.window or min(WINDOW, longest)
+    if window > longest:
+        raise UsageError(f"--ctx-size {window}: the model was trained for {longest} positions",
+                         f"choose at most {longest}")
+    stride = request.stride or window
+    return Text(ids[0], window, stride, cut(len(ids[0]), window, stride, request.most))
+
+
+def _load(request: Request, load: OpenEngine, store: Store, other: Store | None, context: int,
+          opened: ExitStack) -> tuple[Engine | None, Engine]:
+    """(reference, model). Of two, each gets a share of the budget, and the second what the first left over."""
+    if other is None:
+        return None, opened.enter_context(load(store.path, context, None, None))
+    whole, base = budget(request.ram, request.margin)
+    first, second = (needs_of(one, context, request.kv, scoring=True) for one in (other, store))
+    reference = opened.enter_context(load(other.path, context, share(first, second, whole, base), base))
+    return reference, opened.enter_context(load(store.path, context, whole, taken(reference.plan.ram)))
+
+
+def _arguments(request: Request, text: Text, model: Engine, reference: Engine | None) -> dict[str, Any]:
+    """All that decides the bits of what a window gives."""
+    def engine(one: Engine) -> dict[str, Any]:
+        return {"store": one.store.identity, "threads": one.threads, "kernels": dict(one.kernels)}
+
+    return {"qmix": __version__, "torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability(),
+            "model": engine(model), "reference": engine(reference) if reference else None, "ids": text.digest,
+            "window": text.window, "stride": text.stride, "most": request.most, "kv": request.kv,
+            "activations": request.activations}
+
+
+def _measure(request: Request, text: Text, model: Engine, reference: Engine | None, journal: Journal, cancel: Cancel,
+             say: Callable[[str], None], progress: Progress) -> Tally:
+    tally = Tally(text.windows, reference is not None)
+    for window, scores in zip(text.windows, journal.done, strict=False):
+        tally.add(window, scores)
+    finished = len(journal.done)
+    if finished:
+        say(f"resumed: {finished} of {len(text.windows)} windows are finished already ({journal.path}); "
+            "--fresh starts over")
+    session, beside = model.session(), reference.session() if reference else None
+    nbytes = len(request.text.encode())
+    try:
+        for window in text.windows[finished:]:
+            scores = _score(text.ids, window, session, beside, cancel)
+            journal.append(scores)
+            tally.add(window, scores)
+            finished += 1
+            progress(nbytes * window.end // text.windows[-1].end, nbytes, f"perplexity {tally.perplexity:.4g}")
+    except Interrupted:
+        raise Interrupted(f"interrupted: {finished} of {len(text.windows)} windows are finished",
+                          "the same command goes on from there") from None
+    return tally
+
+
+def _score(ids: Sequence[int], window: Window, session: Session, beside: Session | None, cancel: Cancel) -> Scores:
+    """One window, read by one model after the other, from empty contexts."""
+    if cancel:
+        raise Interrupted("cancelled")
+    skip, targets = window.first - 1 - window.begin, torch.tensor(ids[window.first:window.end])
+    pieces = []
+    for one in (session, beside):
+        if one is not None:
+            one.trim(0)
+            pieces.append(one.read(ids[window.begin:window.end - 1], skip, cancel))
+    try:
+        return score(pieces[0], targets, pieces[1] if beside else None)
+    except QmixError as error:
+        raise QmixError(f"tokens {window.first} to {window.end - 1} of the text (window from {window.begin}): "
+                        f"{error.message}", error.cure) from None
+
+
+def about(store: Store) -> dict[str, Any]:
+    """Of what `qmix show` knows, which store it is and how it is quantized."""
+    about = describe(store)
+    names = ("store", "source", "fingerprint", "parameters", "bytes", "bits_per_weight", "dtype")
+    return {**{name: about[name] for name in names},
+            "formats": {row["class"]: row["format"] for row in about["classes"]}}

@@ -1,0 +1,501 @@
+"""`qmix eval`: windows as Hugging Face cuts them, perplexity as transformers has it, divergence as its definition says,
+and a killed run that goes on. Stores are real; the reference of a figure is never qmix's own arithmetic."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import KEEP, write_checkpoint, write_tiny_checkpoint
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from test_cli import Done, qmix
+from test_plan import MIXTRAL
+from tokenizer_files import spm_model
+
+from qmix import paths
+from qmix.bench import recorded_text
+from qmix.checkpoint import Checkpoint
+from qmix.config import Cancel, QuantConfig
+from qmix.demo import CHECKPOINT
+from qmix.engine import Engine, load
+from qmix.errors import DoesNotFit, Interrupted, QmixError, UsageError
+from qmix.evaluate.journal import Journal
+from qmix.evaluate.memory import share, taken
+from qmix.evaluate.score import Scores, continuations, score
+from qmix.evaluate.tally import EDGES, Tally
+from qmix.evaluate.windows import Window, cut
+from qmix.offload.plan import RESERVE, SCORED_PIECE, Needs, plan
+from qmix.quantize import quantize_checkpoint
+
+MIB = 2**20
+
+
+def make_store(source: Path, out: Path, quant: QuantConfig = KEEP) -> Path:
+    with Checkpoint.open(source) as checkpoint:
+        quantize_checkpoint(checkpoint, out, quant, threads=1)
+    return out
+
+
+def in_fp32(source: Path, path: Path) -> Path:
+    """The checkpoint with the same weights, exact in fp32."""
+    raw = json.loads((source / "config.json").read_text())
+    tensors = {name: t.float() for name, t in load_file(source / "model.safetensors").items()}
+    write_checkpoint(path, {**raw, "torch_dtype": "float32"}, tensors)
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        (path / name).write_bytes((source / name).read_bytes())
+    return path
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The bundled model: its int4, its bf16 as it is, and in fp32."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    return {"int4": make_store(CHECKPOINT, folder / "int4", QuantConfig()),
+            "keep": make_store(CHECKPOINT, folder / "keep"),
+            "fp32": make_store(in_fp32(CHECKPOINT, folder / "source"), folder / "fp32")}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(recorded_text(), encoding="utf-8")
+    return path
+
+
+def document(*args: object) -> dict[str, Any]:
+    done = qmix("eval", *args, "--json")
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+# --- windows ---
+
+def huggingface_losses(ids: int, window: int, stride: int) -> list[tuple[int, list[int]]]:
+    """(begin, scored ids) of the loop in transformers' "Perplexity of fixed-length models", labels shifted as its
+    models do: of the labelled ids, all that have one before them in the window."""
+    found, before = [], 0
+    for begin in range(0, ids, stride):
+        end = min(begin + window, ids)
+        labelled = range(end - (end - before), end)
+        found.append((begin, [i for i in labelled if i > begin]))
+        before = end
+        if end == ids:
+            break
+    return [(begin, scored) for begin, scored in found if scored]
+
+
+@given(st.integers(2, 300), st.integers(2, 80), st.data())
+def test_windows_are_those_of_huggingface(ids: int, window: int, data: st.DataObject) -> None:
+    stride = data.draw(st.integers(1, window))
+    found = cut(ids, window, stride)
+    assert [(w.begin, list(range(w.first, w.end))) for w in found] == huggingface_losses(ids, window, stride)
+    assert all(w.end - w.begin <= window for w in found)
+    if stride < window:
+        assert [i for w in found for i in range(w.first, w.end)] == list(range(1, ids))
+    most = data.draw(st.integers(1, 300))
+    limited = cut(ids, window, stride, most)
+    flat = [[i for w in ws for i in range(w.first, w.end)] for ws in (limited, found)]
+    assert flat[0] == flat[1][:most]
+    assert all(w.scored > 0 for w in limited)
+
+
+def test_windows_of_the_docstring() -> None:
+    assert cut(10, 4, 4) == [Window(0, 1, 4), Window(4, 5, 8), Window(8, 9, 10)]
+    assert cut(10, 4, 2)[:3] == [Window(0, 1, 4), Window(2, 4, 6), Window(4, 6, 8)]
+    assert cut(10, 4, 4, most=5)[-1] == Window(4, 5, 7)
+
+
+@pytest.mark.parametrize(("args", "names"), [
+    ((10, 1, 1), "--ctx-size 1"), ((10, 4, 5), "--stride 5"), ((10, 4, 0), "--stride 0"), ((1, 4, 4), "1 token:"),
+    ((0, 4, 4), "0 tokens"), ((10, 4, 4, 0), "--max-tokens 0"), ((10, 4, 4, -2), "--max-tokens -2")])
+def test_windows_that_make_no_sense(args: tuple[int, ...], names: str) -> None:
+    with pytest.raises(UsageError, match=names):
+        cut(*args)
+
+
+# --- scores ---
+
+def random_logits(rows: int, seed: int, spread: float = 3.0) -> torch.Tensor:
+    return torch.randn(rows, 50, generator=torch.Generator().manual_seed(seed)) * spread
+
+
+def test_scores_are_their_definitions() -> None:
+    ours, theirs = random_logits(53, 1), random_logits(53, 1) + 0.1 * random_logits(53, 2)
+    targets = torch.arange(53) % 50
+    found = score(iter(ours.split(20)), targets, iter(theirs.split(20)))
+    for row in range(53):
+        q, p = ([math.exp(v) for v in logits[row].double().tolist()] for logits in (ours, theirs))
+        q, p = [v / sum(q) for v in q], [v / sum(p) for v in p]
+        assert found.loss[row] == pytest.approx(-math.log(q[targets[row]]), rel=1e-6)
+        assert found.reference_loss[row] == pytest.approx(-math.log(p[targets[row]]), rel=1e-6)
+        kl = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+        assert found.kl[row] == pytest.approx(kl, rel=1e-5)
+        assert found.agree[row] == (max(range(50), key=q.__getitem__) == max(range(50), key=p.__getitem__))
+    alone = score(iter([ours]), targets)
+    assert torch.equal(alone.loss, found.loss) and len(alone.kl) == 0
+
+
+def test_likelihoods_of_continuations() -> None:
+    logits = random_logits(37, 3)
+    best = logits.argmax(1)
+    other = (best + 1) % 50
+    targets = torch.stack([best, other, torch.where(torch.arange(37) == 36, other, best)], 1)
+    likely, greedy = continuations(iter(logits.split(30)), targets)
+    want = logits.double().log_softmax(1).gather(1, targets).sum(0)
+    assert torch.allclose(likely, want, rtol=1e-12)
+    assert greedy.tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("whose", ["the model", "the reference"])
+def test_what_is_not_a_number_is_an_error(bad: float, whose: str) -> None:
+    ours, theirs = random_logits(9, 1), random_logits(9, 2)
+    (ours if whose == "the model" else theirs)[7, 3] = bad
+    with pytest.raises(QmixError, match=whose):
+        score(iter([ours]), torch.zeros(9, dtype=torch.int64), iter([theirs]))
+
+
+def test_the_tally_adds_up() -> None:
+    windows = cut(3000, 1200, 700)
+    size = sum(w.scored for w in windows)
+    values = torch.rand(4, size, generator=torch.Generator().manual_seed(5))
+    tally, done = Tally(windows, compared=True), 0
+    for w in windows:
+        tally.add(w, Scores(*values[:, done:done + w.scored]))
+        done += w.scored
+    found = tally.results()
+    loss, reference, kl, agree = values.double().tolist()
+    assert found["perplexity"] == pytest.approx(math.exp(sum(loss) / size)) == tally.perplexity
+    assert found["reference_perplexity"] == pytest.approx(math.exp(sum(reference) / size))
+    assert found["top1"] == pytest.approx(sum(agree) / size)
+    assert sum(v <= found["kl_p99"] for v in kl) == math.ceil(0.99 * size)
+    places = [i - w.begin for w in windows for i in range(w.first, w.end)]
+    for row in found["positions"]:
+        inside = [i for i, place in enumerate(places) if row["first"] <= place <= row["last"]]
+        assert row["first"] in EDGES and row["tokens"] == len(inside)
+        assert row["kl_mean"] == pytest.approx(sum(kl[i] for i in inside) / len(inside))
+    assert sum(row["tokens"] for row in found["positions"]) == size
+
+
+# --- the engine's side ---
+
+@pytest.fixture(scope="module")
+def engine(stores: dict[str, Path]) -> Iterator[Engine]:
+    with load(stores["int4"], threads=1, context=1500, scoring=True) as found:
+        yield found
+
+
+def test_reading_gives_the_logits_of_every_token(engine: Engine) -> None:
+    ids = engine.tokenizer.encode(recorded_text())[:1300]
+    session = engine.session()
+    pieces = list(session.read(ids, 100))
+    assert [len(piece) for piece in pieces] == [512, 512, 176] and session.ids == ids
+    assert all(piece.dtype == torch.float32 for piece in pieces)
+    after = session.decode(5)
+    session.trim(0)
+    found = torch.cat(pieces)
+    for count in (101, 700, 1300):
+        session.trim(0)
+        assert torch.allclose(session.prefill(ids[:count]), found[count - 101], atol=0.2)  # the head rounds to bf16
+    assert torch.equal(session.decode(5), after)
+
+
+def test_reading_has_the_bits_of_a_pass_that_returns_all(engine: Engine) -> None:
+    from qmix.config import Step
+    ids = engine.tokenizer.encode(recorded_text())[:1300]
+    model, session = engine._model, engine.session()
+    want = model.forward(torch.tensor(ids), torch.arange(1300), [model.new_cache(1300)], Step("prefill"), True)
+    assert torch.equal(torch.cat(list(session.read(ids))), want)
+
+
+def test_an_interrupted_reading_leaves_the_session(engine: Engine) -> None:
+    session, cancel = engine.session(), Cancel()
+    list(session.read([1, 5, 6]))
+    cancel.set()
+    with pytest.raises(Interrupted):
+        session.read([7, 8], 0, cancel)
+    assert session.ids == [1, 5, 6] and session.cache.length == 3
+
+
+def test_what_scoring_takes_is_in_the_plan() -> None:
+    for context in (100, 4096):
+        more = (Needs.of(MIXTRAL, KEEP, context, scoring=True).workspace - Needs.of(MIXTRAL, KEEP, context).workspace)
+        rows = min(context, SCORED_PIECE)
+        # a piece as bf16 and as fp32, and every token's residual
+        assert more > rows * MIXTRAL.vocab_size * (2 + 4) + context * MIXTRAL.hidden_size * 4
+        assert more < 400 * MIB
+
+
+@given(st.integers(0, 120 * 2**30), st.integers(0, 2**29), st.sampled_from([256, 4096]))
+def test_two_models_fit_where_one_budget_says_so(budget: int, base: int, context: int) -> None:
+    first, second = (Needs.of(MIXTRAL, quant, context, scoring=True) for quant in (KEEP, QuantConfig()))
+    least = sum(n.dense + n.kv + n.workspace + n.least_slots * n.record for n in (first, second))
+    try:
+        granted = share(first, second, budget, base)
+    except DoesNotFit:
+        assert budget < base + max(RESERVE, budget // 50) + least
+        return
+    reference = plan(first, granted, base)
+    model = plan(second, budget, taken(reference.ram))
+    assert model.ram.total <= budget
+    assert model.ram.total >= base + first.dense + second.dense + reference.ram.experts + model.ram.experts
+    if not (reference.resident and model.resident):
+        room = budget - model.ram.total
+        assert room < max(first.record, second.record) + 2 * MIB + budget // 1000  # nothing lies idle
+        if min(reference.slots, model.slots) > 64:
+            assert reference.slots == pytest.approx(model.slots, rel=0.2)
+
+
+# --- the journal ---
+
+def some_scores(sizes: list[int], compared: bool = True) -> list[Scores]:
+    random = torch.Generator().manual_seed(1)
+    return [Scores(*(torch.rand(n if compared or c == 0 else 0, generator=random) for c in range(4))) for n in sizes]
+
+
+def opened(folder: Path, arguments: dict[str, Any], sizes: list[int], fresh: bool = False) -> Journal:
+    return Journal.open(folder, arguments, sizes, fresh=fresh, say=lambda line: pytest.fail(line))
+
+
+@pytest.mark.parametrize("compared", [True, False])
+def test_a_journal_remembers_what_is_whole(tmp_path: Path, compared: bool) -> None:
+    sizes = [7, 7, 3]
+    scores = some_scores(sizes, compared)
+    with opened(tmp_path, {"a": 1}, sizes) as journal:
+        assert journal.done == []
+        for one in scores:
+            journal.append(one)
+        path = journal.path
+    data = path.read_bytes()
+    record = (len(data) - data.index(b"\n") - 1 - 48) // 4 // 17  # columns of 17 numbers, 3 heads and sums of 16 bytes
+    assert record == (4 if compared else 1)
+
+    def kept(data: bytes) -> int:
+        """How many windows are known, each as it was; and the file ends behind them."""
+        path.write_bytes(data)
+        with opened(tmp_path, {"a": 1}, sizes) as journal:
+            for got, want in zip(journal.done, scores, strict=False):
+                assert all(torch.equal(g, w) for g, w in zip(got.columns, want.columns, strict=True))
+            for one in scores[len(journal.done):]:
+                journal.append(one)
+            found = len(journal.done)
+        assert path.read_bytes() == whole
+        return found
+
+    whole = data
+    assert kept(data) == 3
+    assert [kept(data[:-n]) for n in (1, 8, 12)] == [2, 2, 2]
+    assert kept(data[:data.index(b"\n") + 1]) == 0
+    assert kept(data[:20]) == 0
+    assert kept(data + b"torn") == 3
+    middle = data.index(b"\n") + 20
+    assert kept(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1:]) == 0
+    with opened(tmp_path, {"a": 2}, sizes) as journal:
+        assert journal.done == [] and journal.path != path
+        with pytest.raises(UsageError, match="another process"):
+            opened(tmp_path, {"a": 2}, sizes)
+    with opened(tmp_path, {"a": 1}, sizes, fresh=True) as journal:
+        assert journal.done == []
+
+
+# --- whole runs ---
+
+def transformers_loss(source: Path, dtype: torch.dtype, ids: list[int], windows: list[Window]) -> float:
+    from transformers import MixtralForCausalLM
+    model = MixtralForCausalLM.from_pretrained(source, dtype=dtype).eval()
+    losses = []
+    with torch.inference_mode():
+        for w in windows:
+            logits = model(torch.tensor([ids[w.begin:w.end]])).logits[0, :-1].double()
+            likely = logits.log_softmax(1).gather(1, torch.tensor(ids[w.begin + 1:w.end])[:, None])[:, 0]
+            losses.append(-likely[w.first - w.begin - 1:])
+    return float(torch.cat(losses).mean())
+
+
+def sentencepiece_ids(source: Path, text: str) -> list[int]:
+    import sentencepiece
+    return [1, *sentencepiece.SentencePieceProcessor(model_file=str(source / "tokenizer.model")).encode(text)]
+
+
+@pytest.mark.parametrize("stride", [0, 60])
+def test_the_perplexity_is_that_of_transformers(stores: dict[str, Path], text: Path, stride: int) -> None:
+    """Of fp32, an fp32 store to more than 4 digits. A bf16 one computes in bf16, so its loss is off by the rounding."""
+    ids = sentencepiece_ids(CHECKPOINT, text.read_text(encoding="utf-8"))
+    windows = cut(len(ids), 200, stride or 200, 900)
+    want = math.exp(transformers_loss(CHECKPOINT, torch.float32, ids, windows))
+    args = ("-f", text, "-c", 200, "--stride", stride, "-n", 900)
+    found = document(stores["fp32"], *args)
+    assert (found["tokens"], found["windows"], found["text_tokens"]) == (900, len(windows), len(ids))
+    assert found["perplexity"] == pytest.approx(want, rel=2e-5)
+    assert document(stores["keep"], *args)["loss"] == pytest.approx(math.log(want), rel=2e-3)
+
+
+def test_the_trained_model_has_the_perplexity_that_transformers_gives(wiki_moe: Path, tmp_path: Path) -> None:
+    text = wiki_moe.parents[1] / "data" / "wikitext2-test.txt"
+    if not text.is_file():
+        pytest.skip("wikitext2-test.txt is not here")
+    ids = sentencepiece_ids(wiki_moe, text.read_text(encoding="utf-8"))
+    windows = cut(len(ids), 256, 256, 2000)
+    want = math.exp(transformers_loss(wiki_moe, torch.float32, ids, windows))
+    store = make_store(in_fp32(wiki_moe, tmp_path / "source"), tmp_path / "store")
+    found = document(store, "-f", text, "-c", 256, "-n", 2000)["perplexity"]
+    assert f"{found:.4g}" == f"{want:.4g}" and found == pytest.approx(want, rel=2e-5)
+    rounded = document(make_store(wiki_moe, tmp_path / "bf16"), "-f", text, "-c", 256, "-n", 2000)["perplexity"]
+    assert rounded == pytest.approx(want, rel=3e-3)
+
+
+def test_against_itself_a_store_is_at_no_distance(stores: dict[str, Path], text: Path) -> None:
+    found = document(stores["int4"], "-f", text, "-c", 128, "-n", 600, "--against", stores["int4"])
+    assert (found["kl_mean"], found["kl_p99"], found["top1"]) == (0, 0, 1)
+    assert found["perplexity"] == found["reference_perplexity"]
+
+
+def test_against_the_unquantized_model(stores: dict[str, Path], text: Path) -> None:
+    """KL and agreement from logits that each engine gives by itself, over the whole vocabulary at once."""
+    found = document(stores["int4"], "-f", text, "-c", 128, "-n", 500, "--against", stores["fp32"])
+    ids, kl, agree = sentencepiece_ids(CHECKPOINT, text.read_text(encoding="utf-8")), [], []
+    with load(stores["int4"], threads=1, context=128, scoring=True) as ours, \
+            load(stores["fp32"], threads=1, context=128, scoring=True) as theirs:
+        for w in cut(len(ids), 128, 128, 500):
+            q, p = (torch.cat(list(e.session().read(ids[w.begin:w.end - 1]))).double().softmax(1)
+                    for e in (ours, theirs))
+            kl.append(torch.nn.functional.kl_div(q.log(), p, reduction="none").sum(1))
+            agree.append(q.argmax(1) == p.argmax(1))
+    assert found["kl_mean"] == pytest.approx(float(torch.cat(kl).mean()), rel=1e-5)
+    assert found["top1"] == pytest.approx(float(torch.cat(agree).double().mean()))
+    assert 0 < found["kl_mean"] < found["kl_p99"] and 0.5 < found["top1"] < 1
+    assert found["reference"]["bits_per_weight"] > found["model"]["bits_per_weight"]
+    assert [row["first"] for row in found["positions"]] == [1, 16, 64]
+
+
+def test_the_table_has_what_the_document_has(stores: dict[str, Path], text: Path) -> None:
+    args = (stores["int4"], "-f", text, "-c", 128, "-n", 300, "--against", stores["keep"])
+    found, done = document(*args), qmix("eval", *args)
+    for words in (f"perplexity: {found['perplexity']:.4f}", f"{100 * found['top1']:.2f} %", "300 tokens in 3 windows",
+                  "by position", "16 to 63"):
+        assert words in done.stdout, done.stdout
+    assert "resumed: 3 of 3 windows" in done.stderr
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(stores: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    args = [str(stores["int4"]), "-f", str(text), "-c", "32", "--stride", "8", "-n", "1200", "--against",
+            str(stores["keep"]), "-t", "1"]
+    command = [sys.executable, "-m", "qmix", "eval", *args, "--json"]
+    journals = paths.evaluations_folder()
+    for end, code in ((signal.SIGKILL, -9), (signal.SIGINT, 130)):
+        before = sum(p.stat().st_size for p in journals.glob("*")) if journals.exists() else 0
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            until = time.monotonic() + 60
+            while time.monotonic() < until and process.poll() is None:
+                if sum(p.stat().st_size for p in journals.glob("*")) > before + 2500:
+                    break
+                time.sleep(0.01)
+            process.send_signal(end)
+            out, errors = process.communicate(timeout=60)
+        assert (process.returncode, out) == (code, ""), errors
+    assert "the same command goes on" in errors and "Traceback" not in errors
+    (journal,) = journals.glob("*.scores")
+    with journal.open("ab") as file:
+        file.write(b"\x08\x00\x00\x00\x04")  # a record that was being written
+    done = qmix("eval", *args, "--json")
+    assert done.returncode == 0, done.stderr
+    assert "resumed: " in done.stderr
+    fresh = qmix("eval", *args, "--json", "--fresh")
+    assert "resumed" not in fresh.stderr
+    assert fresh.stdout == done.stdout
+
+
+def test_another_thread_count_or_text_is_another_evaluation(stores: dict[str, Path], tmp_path: Path) -> None:
+    for name, words in (("a", "the fox and the owl"), ("b", "the fox or the owl")):
+        (tmp_path / name).write_text(words)
+        assert "resumed" not in qmix("eval", stores["int4"], "-f", tmp_path / name).stderr
+    for flags in (("-c", 8), ("-c", 8, "--stride", 2), ("--kv-cache", "int8"), ("-n", 2), ("--activations", "bf16"),
+                  ("--against", stores["keep"])):
+        done = qmix("eval", stores["int4"], "-f", tmp_path / "a", *flags)
+        assert done.returncode == 0 and "resumed" not in done.stderr, done.stderr
+    assert "resumed: 1 of 1" in qmix("eval", stores["int4"], "-f", tmp_path / "a").stderr
+
+
+def test_an_output_that_is_not_a_number_names_the_window(stores: dict[str, Path], text: Path,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    from qmix.model.mixtral import Mixtral
+    honest, count = Mixtral.logits, itertools.count()
+    monkeypatch.setattr(Mixtral, "logits", lambda self, residual: honest(self, residual) * (
+        math.nan if next(count) == 2 else 1))
+    done = qmix("eval", stores["int4"], "-f", text, "-c", 50)
+    assert done.returncode == 1 and "tokens 101 to 149" in done.stderr and done.stdout == "", done.stderr
+    assert "resumed: 2 of" in qmix("eval", stores["int4"], "-f", text, "-c", 50).stderr
+
+
+@pytest.mark.parametrize(("args", "code", "words"), [
+    ((), 2, ("-f FILE", "--tasks")),
+    (("-f", "{tmp}/none"), 2, ("none", "No such file")),
+    (("-f", "{tmp}/empty"), 2, ("empty",)),
+    (("-f", "{tmp}/latin"), 2, ("not UTF-8", "byte 3")),
+    (("-f", "{text}", "-c", "1"), 2, ("--ctx-size 1",)),
+    (("-f", "{text}", "-c", "2049"), 2, ("--ctx-size 2049", "2048")),
+    (("-f", "{text}", "-c", "64", "--stride", "65"), 2, ("--stride 65", "64")),
+    (("-f", "{text}", "--stride", "-1"), 2, ("--stride",)),
+    (("-f", "{text}", "-n", "0"), 2, ("--max-tokens 0",)),
+    (("-f", "{text}", "--against", "{tmp}"), 4, ("{tmp}",)),
+    (("-f", "{text}", "--against", "{tmp}/nothing"), 2, ("nothing",)),
+    (("-f", "{text}", "--against", "{other}"), 2, ("vocabulary", "{other}")),
+    (("-f", "{text}", "--limit", "5"), 2, ("--limit", "--tasks")),
+    (("--tasks", "x", "--fresh"), 2, ("--fresh", "-f FILE")),
+    (("--tasks", "x", "--against", "{tmp}"), 2, ("--against",)),
+    (("-f", "{text}", "--ram", "10M"), 3, ("RAM",)),
+    (("-f", "{text}", "--ram", "10M", "--against", "{keep}"), 3, ("both models", "RAM")),
+    (("-f", "{text}", "--ram", "8G", "--margin", "1G", "--against", "{keep}"), 2, ("--margin",)),
+])
+def test_what_makes_no_sense_is_refused(stores: dict[str, Path], text: Path, other: Path, tmp_path: Path,
+                                        args: tuple[str, ...], code: int, words: tuple[str, ...]) -> None:
+    (tmp_path / "empty").write_text(" \n")
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    places = {"tmp": tmp_path, "text": text, "other": other, "keep": stores["keep"]}
+    refused(qmix("eval", stores["int4"], *(a.format(**places) for a in args)), code,
+            *(w.format(**places) for w in words))
+
+
+def refused(done: Done, code: int, *words: str) -> None:
+    assert done.returncode == code and done.stdout == "", done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr, done.stderr
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another model with Mixtral's 32000 rows of vocabulary, and little else."""
+    folder = tmp_path_factory.mktemp("other")
+    source = write_tiny_checkpoint(folder / "source", vocab_size=32000)
+    (source / "tokenizer.model").write_bytes(spm_model())
+    return make_store(source, folder / "store")
+
+
+def test_two_models_stay_within_one_budget(other: Path, text: Path) -> None:
+    """In a process of its own, with as little as it says it needs: a piece of logits is 64 MiB here, four times the
+    models."""
+    command = [sys.executable, "-m", "qmix", "eval", str(other), "-f", str(text), "-c", "512", "-n", "1100",
+               "--against", str(other), "-t", "1", "--ram"]
+    refusal = subprocess.run([*command, "300M"], capture_output=True, text=True, check=False)
+    least = re.search(r"both models need (\d+) MiB", refusal.stderr)
+    assert refusal.returncode == 3 and least is not None, refusal.stderr
+    done = subprocess.run([*command, f"{int(least[1]) + 4}M"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    peak = re.search(r"peak memory (\d+) MiB", done.stderr)
+    assert peak is not None and int(peak[1]) <= int(least[1]) + 4
+    print(f"peak {peak[1]} of {int(least[1]) + 4} MiB")
