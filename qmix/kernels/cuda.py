@@ -1,0 +1,308 @@
+"""Triton kernels for the grouped formats int4, int3 and int2, on the bytes that a store has; nothing is repacked.
+
+The engine does not use them yet: `table.select` still knows the CPU alone. They are written and tested under Triton's
+interpreter and compiled for cards from sm_75 up, and have not run on one.
+
+    linear, gated            x and one matrix: up to FEW tokens by `gemv`, which reads each weight once for all of
+                             them; more by `matmul`, which decodes each piece of weights once for up to 128
+    chosen_experts           what the experts in some slots of a slab give for up to FEW tokens: four launches
+    sorted_linear            many tokens, sorted by expert, and slots of a slab
+
+What is promised: gemv computes in fp32, whatever the dtype of x, and a token's bits do not depend on the others of its
+call, nor on which slot an expert is in. matmul multiplies in `dot` (codes are exact in all of them; x is rounded to it)
+and sums in fp32; a row's bits may depend on how many rows there are.
+A launch handles one format: of a mixed store the caller groups experts by kind.
+
+T tokens, K chosen experts per token, E experts of a call, M tokens of its busiest expert, H hidden, F expert inner,
+N padded rows, B rows per block, S slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from types import MappingProxyType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qmix.errors import UsageError
+from qmix.formats.packed import Packed
+from qmix.sizes import MatrixSpec, RecordLayout
+
+FEW = 8  # tokens of a gemv call
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DOTS = ("bf16", "fp16", "fp32")
+FINISH = 1024  # results that a program of `finish` makes
+INDEX = torch.int32
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """How kernels are cut. threads: of a gemv program, each with a group and a word of the weights; unroll: columns
+    whose words are asked for together; block_m, block_n: tokens (at most) and rows of a matmul tile; warps and stages:
+    of a matmul program."""
+
+    threads: int = 128
+    unroll: int = 4
+    block_m: int = 128
+    block_n: int = 128
+    warps: int = 8
+    stages: int = 3
+
+
+# By compute capability, the nearest below where one is not listed. Chosen by registers and shared memory of the
+# compiled code, not yet by measurement. For sm_75 Triton compiles products without tensor cores, hence small tiles.
+CONFIGS = MappingProxyType({(7, 5): Config(block_m=16, block_n=64, warps=4, stages=2), (8, 0): Config(),
+                            (8, 6): Config(block_n=64), (9, 0): Config()})
+
+
+@dataclass(frozen=True, slots=True)
+class Matrices:
+    """Matrices of one spec that lie `slot_bytes` apart: those of the records in a slab, or a single one.
+
+    qweight uint8, qparams int32 (a pair a word): one-dimensional views that begin with those of slot 0. slots: how
+    many there are. Made through `of` or `in_slots`, which check.
+    """
+
+    spec: MatrixSpec
+    qweight: Tensor
+    qparams: Tensor
+    slot_bytes: int
+    slots: int
+
+    @classmethod
+    def of(cls, m: Packed) -> Matrices:
+        """A single matrix. UsageError where it is in no grouped format, or not where the kernels run."""
+        _check_place(m["qweight"], m.spec)
+        return cls(m.spec, m["qweight"].view(-1), m["qparams"].view(-1).view(torch.int32), 0, 1)
+
+    @classmethod
+    def in_slots(cls, slab: Tensor, record: RecordLayout, matrix: str) -> Matrices:
+        """The `matrix` ("w13" | "w2") of the records in slab, uint8 [S, bytes], each as `record` lays it out."""
+        spec = {"w13": record.w13, "w2": record.w2}[matrix]
+        _check_place(slab, spec)
+        if slab.dtype != torch.uint8 or slab.dim() != 2 or not slab.is_contiguous() or slab.shape[1] < record.payload \
+                or slab.shape[1] % 64 or slab.data_ptr() % 64:
+            raise UsageError(f"slab: got {slab.dtype} {list(slab.shape)}, want contiguous uint8 [slots, bytes], at "
+                             f"least {record.payload} bytes each, slots on 64-byte boundaries")
+        offsets = {p.tensor.name: p.offset for p in record.placed if p.matrix == matrix}
+        flat = slab.view(-1)
+        return cls(spec, flat[offsets["qweight"]:], flat[offsets["qparams"]:].view(torch.int32), slab.shape[1],
+                   len(slab))
+
+
+@dataclass(frozen=True, slots=True)
+class Jobs:
+    """What a gemv call computes, on the device of the weights: of expert e, in slot slots[e], the product with each
+    row rows[e, m] of x into row places[e, m] of y; -1 in both for none. slots [E], rows and places [E, M], M a power
+    of two up to FEW, int32. Their numbers are not checked: that would take a look at the device."""
+
+    slots: Tensor
+    rows: Tensor
+    places: Tensor
+
+    @classmethod
+    def of(cls, chosen: Sequence[Sequence[int]], slots: int, device: torch.device) -> tuple[Jobs, Jobs]:
+        """chosen: for each of up to FEW tokens the slots of its experts, each expert once; of `slots` that there are.
+        -> the jobs of w13, x [T, H] to y [T * K, F], and those of w2, x and y [T * K, .].
+
+        [[5, 2], [2, 9]] -> slots [5, 2, 9], rows [[0, -1], [0, 1], [1, -1]], places [[0, -1], [1, 2], [3, -1]].
+        """
+        of_slot: dict[int, list[tuple[int, int]]] = {}
+        for token, own in enumerate(chosen):
+            if len(own) != len(chosen[0]) or len(set(own)) != len(own) or not all(0 <= s < slots for s in own):
+                raise UsageError(f"slots of token {token}: got {list(own)}, want {len(chosen[0])} different ones of "
+                                 f"0 to {slots - 1}")
+            for rank, slot in enumerate(own):
+                of_slot.setdefault(slot, []).append((token, token * len(own) + rank))
+        if not of_slot or len(chosen) > FEW:
+            raise UsageError(f"got {len(chosen)} tokens, want 1 to {FEW} with an expert or more each")
+        width = _power_of_two(max(map(len, of_slot.values())))
+        filled = [pairs + [(-1, -1)] * (width - len(pairs)) for pairs in of_slot.values()]
+        both = torch.tensor(filled, dtype=INDEX)
+        flat = torch.cat((torch.tensor(list(of_slot), dtype=INDEX), both[..., 0].reshape(-1),
+                          both[..., 1].reshape(-1))).to(device)  # one copy
+        count = len(of_slot)
+        rows, places = flat[count:].view(2, count, width)
+        return cls(flat[:count], rows, places), cls(flat[:count], places, places)
+
+    @classmethod
+    def single(cls, tokens: int, device: torch.device) -> Jobs:
+        """All of up to FEW tokens and slot 0."""
+        at = torch.arange(_power_of_two(tokens), device=device, dtype=INDEX)
+        rows = torch.where(at < tokens, at, -1)[None]
+        return cls(torch.zeros(1, device=device, dtype=INDEX), rows, rows)
+
+
+def linear(x: Tensor, m: Packed, out_dtype: torch.dtype | None = None, dot: str | None = None) -> Tensor:
+    """x [T, cols] fp32, bf16 or fp16 -> [T, padded_rows] in `out_dtype` (x's), gaps of the padding zero where x is
+    finite. dot: see `sorted_linear`; it matters for more than FEW tokens. UsageError for what the kernels lack."""
+    weights = Matrices.of(m)
+    _check_x(x, weights)
+    y = x.new_empty(len(x), m.spec.padded_rows, dtype=out_dtype or x.dtype)
+    if not len(x):
+        return y
+    if len(x) <= FEW:
+        few(x, weights, Jobs.single(len(x), x.device), y)
+    else:
+        sorted_linear(x, weights, [0], [len(x)], y, dot)
+    return y
+
+
+def gated(x: Tensor, m: Packed, out_dtype: torch.dtype | None = None, dot: str | None = None) -> Tensor:
+    """The first half of an expert, silu(gate(x)) * up(x): x [T, H] -> [T, F]; m is gate over up, [2F, H]."""
+    weights = Matrices.of(m)
+    _check_x(x, weights)
+    y = x.new_empty(len(x), m.spec.rows // 2, dtype=out_dtype or x.dtype)
+    if not len(x):
+        return y
+    if len(x) <= FEW:
+        few(x, weights, Jobs.single(len(x), x.device), y, gated=True)
+    else:
+        both = x.new_empty(len(x), m.spec.padded_rows, dtype=torch.float32)
+        sorted_linear(x, weights, [0], [len(x)], both, dot)
+        silu_product(both, y)
+    return y
+
+
+def chosen_experts(x: Tensor, w13: Matrices, w2: Matrices, chosen: Sequence[Sequence[int]]) -> Tensor:
+    """The experts in slots chosen[t] of each token: x [T, H], T <= FEW -> fp32 [T, K, rows of w2], in the order of
+    `chosen`, to be weighted and summed in rank order. Four launches; between the halves fp32 [T * K, F]."""
+    first, second = Jobs.of(chosen, min(w13.slots, w2.slots), x.device)
+    if len(chosen) != len(x):
+        raise UsageError(f"chosen: got {len(chosen)} tokens, x has {len(x)}")
+    pairs = len(x) * len(chosen[0])
+    inner = x.new_empty(pairs, w13.spec.rows // 2, dtype=torch.float32)
+    few(x, w13, first, inner, gated=True)
+    y = x.new_empty(pairs, w2.spec.padded_rows, dtype=torch.float32)
+    few(inner, w2, second, y)
+    return y.view(len(x), -1, w2.spec.padded_rows)[..., :w2.spec.rows]
+
+
+def few(x: Tensor, weights: Matrices, jobs: Jobs, y: Tensor, gated: bool = False) -> None:
+    """What `jobs` say, into y [., padded_rows], or [., F] where gated. Two launches: the products of pieces of the
+    columns, then their sums, and silu(gate) * up with them."""
+    _check_x(x, weights)
+    jit, spec = _kernels(), weights.spec
+    config = _config(x.device)
+    groups, words = spec.padded_cols // spec.group_size, spec.block * _place(spec) // 32
+    lanes = min(config.threads // words, _power_of_two(groups))
+    splits = -(-groups // lanes)
+    count, width = jobs.rows.shape
+    partial = x.new_empty(count, width, splits, spec.padded_rows, dtype=torch.float32)
+    jit.gemv[spec.padded_rows // spec.block, splits, count](
+        x, weights.qweight.view(torch.int32), weights.qparams, jobs.slots, jobs.rows, partial, weights.slot_bytes // 4,
+        x.stride(0), spec.cols, groups, spec.padded_rows, M=width, GROUP=spec.group_size, BLOCK=spec.block,
+        BITS=spec.bits, LANES=lanes, UNROLL=config.unroll, num_warps=max(1, lanes * words // 32),
+        enable_fp_fusion=True)
+    _finish(jit, partial.view(-1, splits, spec.padded_rows), jobs.places, y, gated)
+
+
+def sorted_linear(x: Tensor, weights: Matrices, slots: Sequence[int], counts: Sequence[int], y: Tensor,
+                  dot: str | None = None) -> None:
+    """x [T, cols], its first counts[0] rows for the expert in slots[0], the next counts[1] for slots[1] and so on,
+    into y [T, padded_rows].
+
+    dot: "bf16" | "fp16" | "fp32", what x is rounded to: bf16 for bf16 where the card has it, fp16 for fp16, else
+    fp32, which is exact and slow. x beyond 65504 is infinite in fp16.
+    """
+    _check_x(x, weights)
+    if len(slots) != len(counts) or sum(counts) != len(x) or not all(0 <= s < weights.slots for s in slots):
+        raise UsageError(f"slots {list(slots)}, counts {list(counts)}: want as many of each, {len(x)} rows in all, "
+                         f"slots 0 to {weights.slots - 1}")
+    jit, spec = _kernels(), weights.spec
+    config = _config(x.device)
+    block_m = min(config.block_m, 128 if max(counts) > 64 else 64 if max(counts) > 16 else 16)
+    tiles, start = [], 0
+    for slot, count in zip(slots, counts, strict=True):
+        tiles += [(slot, first, start + count) for first in range(start, start + count, block_m)]
+        start += count
+    blocks, per_tile = spec.padded_rows // spec.block, config.block_n // spec.block
+    jit.matmul[len(tiles), -(-blocks // per_tile)](
+        x, weights.qweight, weights.qparams, torch.tensor(tiles, dtype=INDEX, device=x.device), y, weights.slot_bytes,
+        x.stride(0), y.stride(0), spec.cols, spec.padded_cols // spec.group_size, spec.padded_rows, blocks,
+        GROUP=spec.group_size, BLOCK=spec.block, BITS=spec.bits, BLOCK_M=block_m, BLOCKS=per_tile,
+        CHUNK=min(spec.group_size, 64), DOT=_dot(jit, x, dot), num_stages=config.stages, enable_fp_fusion=True,
+        num_warps=config.warps if block_m == config.block_m else 4)
+
+
+def silu_product(both: Tensor, y: Tensor) -> None:
+    """silu(gate) * up: both fp32 [T, N] contiguous, gate and up each the first F of a half, into y [T, F]."""
+    places = torch.arange(len(both), device=both.device, dtype=INDEX)
+    _finish(_kernels(), both[:, None], places, y, True)
+
+
+def config_for(capability: tuple[int, int]) -> Config:
+    """The configuration of a card's compute capability: the nearest listed one that is not above it."""
+    known = [c for c in CONFIGS if c <= capability]
+    if not known:
+        raise UsageError(f"compute capability {capability[0]}.{capability[1]}: the kernels want 7.5 or newer",
+                         "use the CPU")
+    return CONFIGS[max(known)]
+
+
+def _finish(jit: ModuleType, partial: Tensor, places: Tensor, y: Tensor, gated: bool) -> None:
+    pairs, splits, n = partial.shape
+    out = y.shape[1]
+    jit.finish[pairs, -(-out // FINISH)](partial, places, y, y.stride(0), n, out, splits, GATED=gated, SIZE=FINISH,
+                                         num_warps=4, enable_fp_fusion=True)
+
+
+def _kernels() -> ModuleType:
+    """The device code. UsageError where Triton is missing; it is imported here, at the first call."""
+    try:
+        return import_module("qmix.kernels.cuda_jit")
+    except ModuleNotFoundError as e:
+        if e.name is None or e.name.split(".")[0] != "triton":
+            raise
+        raise UsageError("the GPU kernels need Triton, which is not installed",
+                         "pip install triton (a CUDA build of torch for Linux brings it)") from None
+
+
+def _interpreted(jit: ModuleType) -> bool:
+    """Whether Triton's interpreter runs the kernels, as TRITON_INTERPRET=1 has it."""
+    return not isinstance(jit.gemv, jit.triton.JITFunction)
+
+
+def _config(device: torch.device) -> Config:
+    return config_for(torch.cuda.get_device_capability(device)) if device.type == "cuda" else Config()
+
+
+def _dot(jit: ModuleType, x: Tensor, dot: str | None) -> Any:
+    """Triton's dtype of a matmul's operands."""
+    if dot not in (None, *DOTS):
+        raise UsageError(f"dot: got {dot!r}, want " + ", ".join(DOTS))
+    lacking = x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) < (8, 0)
+    if dot == "bf16" and lacking:
+        raise UsageError(f"dot: {x.device} has no bf16 products", "use fp16 or fp32")
+    narrow = "fp16" if x.dtype == torch.float16 else "bf16" if x.dtype == torch.bfloat16 and not lacking else "fp32"
+    return {"bf16": jit.tl.bfloat16, "fp16": jit.tl.float16, "fp32": jit.tl.float32}[dot or narrow]
+
+
+def _check_place(tensor: Tensor, spec: MatrixSpec) -> None:
+    if not spec.bits:
+        raise UsageError(f"{spec.format}: the GPU kernels have int4, int3 and int2")
+    if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and _interpreted(_kernels())):
+        raise UsageError(f"weights on {tensor.device}: Triton's kernels want them on a CUDA device",
+                         "for tests without one, set TRITON_INTERPRET=1 before Python starts")
+
+
+def _check_x(x: Tensor, weights: Matrices) -> None:
+    if x.dim() != 2 or x.shape[1] != weights.spec.cols or x.dtype not in DTYPES or x.stride(1) != 1:
+        raise UsageError(f"x: got {x.dtype} {list(x.shape)}, strides {x.stride()}, want fp32, bf16 or fp16 "
+                         f"[T, {weights.spec.cols}], rows contiguous")
+    if x.device != weights.qweight.device:
+        raise UsageError(f"x is on {x.device}, the weights are on {weights.qweight.device}")
+
+
+def _place(spec: MatrixSpec) -> int:
+    """Bits between two codes of a byte."""
+    return 4 if spec.bits == 4 else 2
+
+
+def _power_of_two(n: int) -> int:
+    """The least that is not below n."""
+    return 1 << (n - 1).bit_length()
