@@ -40,16 +40,16 @@ class Row:
 def rows() -> list[Row]:
     found = [Row("experts", "unquantized", ("--format", "keep", "--dense", "keep")),
              Row("experts", "int8", ("--format", "int8", "--dense", "keep"))]
-    for bits, groups in ((4, (32, 64, 128)), (3, (32, 64, 128)), (2, (32, 64))):
+    for bits, groups in ((4, (32, 64, 128)), (3, (32, 64)), (2, (32, 64))):
         for group in groups:
-            for method in ("rtn", "hqq", "gptq"):
+            for method in ("rtn", "hqq", "gptq") if bits == 4 or group == 64 else ("hqq", "gptq"):
                 flags = ("--format", f"int{bits}", "--group-size", str(group), "--method", method, "--dense", "keep")
                 found.append(Row("experts", f"int{bits} g{group} {method}", flags, method == "gptq"))
     for name in ("nf4", "fp4"):
         found.append(Row("experts", name, ("--format", name, "--dense", "keep")))
     found.append(Row("experts", "nf4 double", ("--format", "nf4", "--double-quant", "--dense", "keep")))
-    for method in ("hqq", "gptq"):
-        for bits in ("4.5", "4.0", "3.7", "3.5", "3.3"):
+    for method, sizes in (("hqq", ("4.0", "3.5")), ("gptq", ("4.5", "4.0", "3.7", "3.5", "3.3"))):
+        for bits in sizes:
             found.append(Row("mixed", f"mixed {bits} {method}", ("--bpw", bits, "--method", method, "--dense", "keep"),
                              True))
     for dense in ("keep", "bf16", "int8", "int4"):
