@@ -87,6 +87,24 @@ def test_generate_streams_text_and_keeps_stdout_clean(store: Path) -> None:
     assert again.stdout == done.stdout
 
 
+def test_quantize_to_a_size(checkpoint: Path, tmp_path: Path) -> None:
+    """A mix that fits, by gptq and by hqq from what was measured once; and one that cannot be made."""
+    text = tmp_path / "text.txt"
+    text.write_text("The lamp at the harbour was lit, and nobody asked who had lit it. " * 60)
+    given = "--calibration", text, "--calibration-tokens", 1000
+    for method, said in (("gptq", "measuring on"), ("hqq", "as measured before")):
+        done = qmix("quantize", checkpoint, tmp_path / method, "--fit", "264K", "--method", method, *given)
+        assert done.returncode == 0, done.stderr
+        assert said in done.stderr and "expected divergence" in done.stderr
+        assert sum(file.stat().st_size for file in (tmp_path / method).glob("*.safetensors")) <= 264 * 1024
+        shown = json.loads(qmix("show", tmp_path / method, "--json").stdout)
+        assert shown["classes"][0]["format"].startswith(f"mixed {method}")
+        assert ("calibration" in shown) == (method == "gptq")
+        assert qmix("generate", tmp_path / method, "-p", "fox", "-n", 4, "--temp", 0).returncode == 0
+    refused(qmix("quantize", checkpoint, tmp_path / "no", "--fit", "64K", *given), 3, "--fit 64.0 KiB", "smallest mix")
+    assert not (tmp_path / "no").exists()
+
+
 def test_quantize_with_a_calibration(checkpoint: Path, tmp_path: Path) -> None:
     """The report and `show --experts` tell what the text was and what each expert saw of it."""
     text = tmp_path / "text.txt"
@@ -157,7 +175,15 @@ def test_environment_and_file_stand_behind_the_flag(store: Path, tmp_path: Path)
     (("quantize", "{checkpoint}", "{tmp}/out", "--format", "nf4", "--group-size", "64"), 2, ("--group-size", "int4")),
     (("quantize", "{checkpoint}", "{tmp}/out", "--format", "keep", "--method", "rtn"), 2, ("--method",)),
     (("quantize", "{checkpoint}", "{tmp}/out", "--method", "gptq"), 2, ("--calibration",)),
-    (("quantize", "{checkpoint}", "{tmp}/out", "--calibration", "x.txt"), 2, ("--calibration", "gptq")),
+    (("quantize", "{checkpoint}", "{tmp}/out", "--calibration", "x.txt"), 2, ("--calibration", "x.txt")),
+    (("quantize", "{checkpoint}", "{tmp}/out", "--format", "nf4", "--dense", "keep", "--calibration", "x.txt"), 2,
+     ("--calibration", "gptq")),
+    (("quantize", "{checkpoint}", "{tmp}/out", "--bpw", "3.7"), 2, ("--bpw 3.7", "--calibration FILE")),
+    (("quantize", "{checkpoint}", "{tmp}/out", "--fit", "22G", "--bpw", "3.7"), 2, ("--fit 22G", "one of them")),
+    (("quantize", "{checkpoint}", "{tmp}/out", "--fit", "22G", "--format", "int4"), 2, ("--fit 22G", "--format int4")),
+    (("quantize", "{checkpoint}", "{tmp}/out", "--fit", "22G", "--group-size", "32"), 2, ("--group-size 32",)),
+    (("quantize", "{checkpoint}", "{tmp}/out", "--fit", "22GB", "--calibration", "x.txt"), 2, ("--fit", "22GB")),
+    (("quantize", "{checkpoint}", "{tmp}/out", "--format", "mixed"), 2, ("mixed", "--fit")),
     (("quantize", "{checkpoint}", "{tmp}/out", "--method", "rtn", "--calibration-tokens", "9"), 2,
      ("--calibration-tokens", "gptq")),
     (("quantize", "{checkpoint}", "{tmp}/out", "--method", "gptq", "--calibration", "{tmp}/no.txt"), 2,
