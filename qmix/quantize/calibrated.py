@@ -1,8 +1,7 @@
 """GPTQ on whole matrices, and its stream: the forward pass goes along with the experts as they come by, and hands each
 matrix what its inputs were.
 
-An expert that the text sent fewer than LEAST tokens to is quantized by hqq, since GPTQ would fit the accidents of so
-few. The manifest has for each which method it was and how many tokens, and the report names those that fell back.
+An expert that the text sent fewer than LEAST tokens to is quantized by hqq: they say next to nothing. The manifest has for each which method it was and how many tokens, and the report names those that fell back.
 
 N padded rows, K columns, R rows of a strip, W columns of a group, G groups.
 """
