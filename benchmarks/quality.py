@@ -130,6 +130,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help="rows whose name has this in it")
     parser.add_argument("--write", type=Path, help="a document whose tables are replaced, between its markers")
     args = parser.parse_args()
+    if args.only and args.write:
+        parser.error("--only with --write would leave tables with holes")
     args.work.mkdir(parents=True, exist_ok=True)
     widen(args.checkpoint, args.work / "fp32")
     text = args.work / "text.txt"

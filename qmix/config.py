@@ -38,7 +38,7 @@ class ExpertKey(NamedTuple):
 
 def _want(condition: bool, name: str, got: object, want: str) -> None:
     if not condition:
-        raise ConfigError(f"{name}: got {got!r}, want {want}")
+        raise ConfigError(f"{name}: got {got!r:.200}, want {want}")
 
 
 def _number(raw: Mapping[str, Any], key: str, kind: type, default: Any = ...) -> Any:
@@ -204,10 +204,11 @@ class QuantConfig:
         letters = KIND_LETTERS[:len(self.kinds)]
         for line in self.mix:
             _want(bool(line) and set(line) <= set(letters), "mix", line, f"letters of {letters}")
+        _want(set("".join(self.mix)) == set(letters), "mix", self.mix, f"an expert of each kind, {letters}")
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; what only mixed stores have is left out of the others, as it was before there were any."""
-        found = asdict(self)
+        found = asdict(self) | {"kinds": [list(kind) for kind in self.kinds], "mix": list(self.mix)}
         return found if self.experts == "mixed" else {k: v for k, v in found.items() if k not in ("kinds", "mix")}
 
     @property
@@ -229,7 +230,7 @@ class QuantConfig:
         """ConfigError unless `mix` has a letter for each expert of that model."""
         if self.experts == "mixed":
             got, want = [len(line) for line in self.mix], [config.num_experts] * config.num_layers
-            _want(got == want, "mix", f"{len(got)} lines of {sorted(set(got))} letters",
+            _want(got == want, "mix", f"{len(got)} lines of {sorted(set(got))[:8]} letters",
                   f"{config.num_layers} of {config.num_experts}")
 
 

@@ -21,7 +21,7 @@ from qmix import hardware
 from qmix.checkpoint import Checkpoint
 from qmix.config import ExpertKey, ModelConfig, QuantConfig
 from qmix.engine import Engine, load
-from qmix.errors import ConfigError, DoesNotFit, StoreError
+from qmix.errors import ConfigError, DoesNotFit, Interrupted, StoreError, UsageError
 from qmix.offload.cache import Cache, make_policy, warm_order
 from qmix.offload.plan import RESERVE, Needs, plan
 from qmix.quantize import quantize_checkpoint
@@ -116,6 +116,23 @@ def test_same_bits_for_every_budget(mixed: Path, more: int, policy: str, prefetc
         assert engine.stats()["offload"]["decode"]["misses"] > 0
 
 
+def test_a_broken_run_goes_on(source: Path, mixed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def stop(done: int, total: int, label: str) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with Checkpoint.open(source) as checkpoint:
+        with pytest.raises(Interrupted):
+            quantize_checkpoint(checkpoint, out, MIXED, threads=1, progress=stop)
+        other = replace(MIXED, mix=(*MIX[:3], "02110212"))
+        with pytest.raises(UsageError, match="mix"):
+            quantize_checkpoint(checkpoint, out, other, threads=1)
+        assert quantize_checkpoint(checkpoint, out, MIXED, threads=1).resumed > 10
+    assert all(file.read_bytes() == (out / file.name).read_bytes() for file in mixed.iterdir())
+
+
 def test_show_and_plan_say_what_is_mixed(mixed: Path) -> None:
     with Store.open(mixed) as store:
         about = describe(store)
@@ -128,7 +145,8 @@ def test_show_and_plan_say_what_is_mixed(mixed: Path) -> None:
 @pytest.mark.parametrize(("change", "said"), [
     ({"mix": ["01201201"] * 3}, "mix"), ({"mix": ["0120120"] * 4}, "mix"), ({"mix": ["01201209"] * 4}, "letters"),
     ({"kinds": [["int4g64", "int5g64"]]}, "int5g64"), ({"kinds": []}, "kinds"), ({"kinds": [["int4g64"]]}, "kinds"),
-    ({"mix": 3}, "list"), ({"kinds": [3]}, "list"), ({"kinds": [["int4g64", "int4g64"]] * 2}, "different"),
+    ({"mix": ["00000000"] * 4}, "each kind"), ({"mix": 3}, "list"), ({"kinds": [3]}, "list"),
+    ({"kinds": [["int4g64", "int4g64"]] * 2}, "different"),
 ])
 def test_a_damaged_manifest_is_refused_by_key(mixed: Path, tmp_path: Path, change: dict[str, Any], said: str) -> None:
     import shutil
@@ -149,7 +167,7 @@ def test_what_does_not_make_a_mix_is_refused() -> None:
     with pytest.raises(ConfigError, match="int3g65"):
         QuantConfig("mixed", kinds=(("int3g65", "int3g64"),), mix=("0",))
     assert MIXED.grouped == MIXED.expert_formats == {"int4", "int3", "int2"}
-    assert "mix" not in QuantConfig().to_json() and MIXED.to_json()["mix"] == MIX
+    assert "mix" not in QuantConfig().to_json() and MIXED.to_json()["mix"] == list(MIX)
 
 
 @settings(max_examples=60, deadline=None)

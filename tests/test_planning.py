@@ -207,10 +207,8 @@ def test_stats_of_a_text(store: Path, tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 12)
     found = json.loads(good(qmix("stats", store, "-f", text, "--ctx-size", 64, "--json")).stdout)
-    rows = found["prefill"]["by layer"]
-    assert [row["layer"] for row in rows] == [0, 1, 2]
-    assert all(sum(row["counts"]) == 2 * found["prefill"]["tokens"] for row in rows)
-    assert all("first repeats %" in row for row in rows)
+    (about,) = found["texts"]
+    assert about["tokens"] > 100 and [row["layer"] for row in about["by_layer"]] == [0, 1, 2]
     assert json.loads(good(qmix("stats", store, "--json")).stdout)["prefill"]["tokens"] == 0, "a text is not a run"
     bad(qmix("stats", store, "-f", tmp_path / "none"), 2, "none")
     bad(qmix("stats", store, "-f", text, "--reset"), 2, "--reset")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,8 @@ def wanted_size(fit: str | None, bpw: float | None, format: str | None, group_si
     if fit is None and bpw is None:
         return None
     flag = f"--fit {fit}" if fit is not None else f"--bpw {bpw:g}"
+    if bpw is not None and not isfinite(bpw):
+        raise UsageError(f"{flag}: want a number, as 3.7")
     if fit is not None and bpw is not None:
         raise UsageError(f"{flag} and --bpw {bpw:g}: one size is enough", "drop one of them")
     if format is not None:
@@ -53,14 +56,16 @@ def mixed_config(checkpoint: Checkpoint, quant: QuantConfig, wanted: Wanted, tex
                  threads: int | None) -> QuantConfig:
     """`quant` with a mix of that size; measures what is not known of the checkpoint, and says what to expect."""
     from qmix import hardware
-    from qmix.quantize import fit
+    from qmix.quantize import fit, job
 
     threads = hardware.physical_cores() if threads is None else hardware.check_threads(threads)
+    fit.Sizes.of_model(checkpoint.config, quant, wanted)  # a size that cannot be is refused now
     part = text.part(fit.sensitivity_tokens(checkpoint.config))
+    job.check_memory(checkpoint, part.tokens * (checkpoint.config.num_layers + 1), threads)
     with render.byte_bar("measure") as progress:
         found = fit.sensitivity(checkpoint, part, quant, threads, paths.sensitivity_folder(), render.say, progress)
     mixed, choice = fit.mixed(checkpoint.config, quant, found, wanted)
-    for line in fit.lines(checkpoint.config, quant, found, choice):
+    for line in fit.lines(checkpoint.config, quant, found, choice, part.tokens):
         render.say(line)
     return mixed
 

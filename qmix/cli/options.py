@@ -134,7 +134,7 @@ def quant_config(format: str, dense: str, method: str | None, group_size: int | 
                   double_quant: bool) -> QuantConfig:
     """Fill in what the grouped formats need; a flag that does not apply to the chosen formats is an error."""
     if format == "mixed":
-        raise UsageError("--format mixed: a mix is made for a size", "name one with --fit or --bpw instead")
+        raise UsageError("--format mixed: a mix is made for a size", "use qmix quantize with --fit or --bpw instead")
     if GROUPED_BITS.keys() & {format, dense}:
         return checked(QuantConfig, format, dense, method or "hqq", 64 if group_size is None else group_size,
                         _block(block or "auto"), double_quant)

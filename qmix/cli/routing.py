@@ -135,7 +135,10 @@ def replay(
     record, identity = 0, ""
     if model is not None:
         with Store.open(paths.resolve(model, render.say)) as store:
-            record, identity = store.layout.record_bytes, store.identity
+            sizes = [store.layout.record(key).nbytes for key in store.config.expert_keys]
+            record, identity = round(sum(sizes) / len(sizes)), store.identity
+            if len(store.layout.kinds) > 1:
+                render.say(f"{store.path}: a mixed store; replayed as though any record fitted any slot")
     policies = [policy.strip() for policy in (cache_policy or "").split(",") if policy.strip()]
     report = routing.replay_report(trace, train or [], render.say, slots=_numbers(slots), policies=policies,
                                    quotas=quotas, record=record, store=identity)

@@ -45,11 +45,13 @@ def quantize(
         show_default=False)] = None,
     threads: Threads = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the store at OUT once the new one is whole.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written and leave.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written and leave; "
+                                        "--fit and --bpw measure all the same.")] = False,
 ) -> None:
     """Convert a checkpoint into a store of quantized experts; run it again after a break and it resumes."""
     from qmix.checkpoint import Checkpoint
     from qmix.quantize import quantize_checkpoint
+    from qmix.quantize.job import check_out
 
     wanted = wanted_size(fit, bpw, format, group_size, dense)
     if method is None and calibration is not None and (format or "int4") in GROUPED_BITS:
@@ -63,6 +65,8 @@ def quantize(
         text = None if calibration is None else read_calibration(checkpoint, calibration, calibration_tokens)
         if wanted is not None:
             assert text is not None
+            if not dry_run:
+                check_out(checkpoint, out, force)
             quant = mixed_config(checkpoint, quant, wanted, text, threads)
             text = text if quant.method in CALIBRATED else None
         with render.byte_bar("quantize") as progress:

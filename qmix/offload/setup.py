@@ -124,10 +124,13 @@ def open_offload(store: Store, kernels: KernelTable, plan: Plan, options: Offloa
             opened.callback(touching.close)
             pools.append(pool)
         counts, kind_of = [count for count, _ in plan.ram.kinds], store.layout.kind_of.__getitem__
+        tight = policy == "lru" and slots < 2 * config.experts_per_token * config.num_layers
+        if tight and len(counts) > 1:
+            say("--cache-policy lru: in a mixed store layers have no share of their own, so with few slots it throws "
+                "out what comes next; lfu does not")
         cache = Cache(counts, config.num_layers, make_policy(policy, prior),
                       # Only plain LRU throws out the layers that come next (docs/cache-policy.md).
-                      quotas=policy == "lru" and slots < 2 * config.experts_per_token * config.num_layers
-                      and len(counts) == 1,
+                      quotas=tight and len(counts) == 1,
                       probation=max(1, min(2 * config.experts_per_token, slots // 8)), kind_of=kind_of)
         tier = Tier(pools, cache, readers)
         prefetcher = Prefetcher(mode, config.num_layers, config.experts_per_token,

@@ -1,7 +1,8 @@
 """GPTQ on whole matrices, and its stream: the forward pass goes along with the experts as they come by, and hands each
 matrix what its inputs were.
 
-An expert that the text sent fewer than LEAST tokens to is quantized by hqq: they say next to nothing. The manifest has for each which method it was and how many tokens, and the report names those that fell back.
+An expert that the text sent fewer than LEAST tokens to is quantized by hqq: they say next to nothing. The manifest
+has for each which method it was and how many tokens, and the report names those that fell back.
 
 N padded rows, K columns, R rows of a strip, W columns of a group, G groups.
 """
@@ -21,7 +22,7 @@ from qmix.formats import Packed
 from qmix.formats.int4 import store_codes
 from qmix.formats.packed import refuse_nonfinite
 from qmix.quantize.calibration import CHUNK, LENGTH, SEQUENCES, Calibration, ForwardPass, Inputs
-from qmix.quantize.gptq import Fit, Walked, walk
+from qmix.quantize.gptq import DegenerateInputs, Fit, Walked, walk
 from qmix.quantize.methods import Error, blank, fit_group, quantize_measured
 from qmix.sizes import MatrixSpec, round_up
 
@@ -86,8 +87,8 @@ def choose_calibrated(weight: Tensor, spec: MatrixSpec, inputs: Inputs | None,
         try:
             packed, distance, output_error = quantize_calibrated(weight, spec, inputs, pool)
             return packed.tensors, distance, output_error
-        except ValueError:
-            pass  # inputs that are all zero, an expert whose gate is shut, tell nothing either
+        except DegenerateInputs:
+            pass  # an expert whose gate is shut tells nothing either
     packed, distance = quantize_measured(weight, spec, FALLBACK, pool)
     return packed.tensors, distance, None
 
@@ -97,7 +98,8 @@ def quantize_calibrated(weight: Tensor, spec: MatrixSpec, inputs: Inputs,
     """`weight` [rows, cols], any float dtype, in a grouped format by GPTQ: (packed, its error, the relative rms error
     of its outputs on `inputs`).
 
-    The same bytes for every pool. QmixError names the position of an inf or NaN; ValueError where all inputs are zero.
+    The same bytes for every pool. QmixError names the position of an inf or NaN; DegenerateInputs where all inputs are
+    zero.
     """
     packed, factor, bits = blank(weight, spec), inputs.factor(pool), spec.bits
 

@@ -111,7 +111,7 @@ class Inputs:
         self.energy = energy
 
     def factor(self, pool: Executor | None) -> Factor:
-        """S of the inputs, damped and factored, in the memory of their sums; ValueError where all were zero."""
+        """S of the inputs, damped and factored, in the memory of their sums; DegenerateInputs where all were zero."""
         return self._sums.factor(pool)
 
 

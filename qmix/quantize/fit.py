@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from qmix.checkpoint import Checkpoint
 from qmix.config import CALIBRATED, ModelConfig, QuantConfig
 from qmix.errors import DoesNotFit, Interrupted
 from qmix.quantize.calibration import TOKENS, Calibration
-from qmix.quantize.mix import FORMATS, Choice, choose
+from qmix.quantize.mix import FORMATS, Choice, Kind, choose
 from qmix.quantize.onethread import one_torch_thread
 from qmix.quantize.sensitivity import PROBE, Sensitivity, measure
 from qmix.render import Progress
@@ -25,7 +25,6 @@ from qmix.sizes import format_bytes, record_layouts
 from qmix.store import StoreLayout
 
 VERSION = 1  # of what is measured
-TRIES = 4  # until headers and pads of the store's files are what they were taken for
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,37 +71,60 @@ def sensitivity(source: Checkpoint, calibration: Calibration, quant: QuantConfig
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """of: bytes of a record of each kind; other: of the store's weight files beside the records; room: for these."""
+
+    of: Mapping[Kind, int]
+    other: int
+    room: int
+
+    @classmethod
+    def of_model(cls, config: ModelConfig, quant: QuantConfig, wanted: Wanted) -> Sizes:
+        """DoesNotFit, with the numbers, where not even the smallest mix is as small as `wanted`."""
+        alike = ("0" * config.num_experts,) * config.num_layers
+        sizes = {(a, b): record_layouts(config, _with(quant, ((a, b),), alike))[0].nbytes
+                 for a in FORMATS for b in FORMATS}
+        smallest = min(sizes, key=lambda kind: (sizes[kind], kind))
+        least = StoreLayout.of(config, _with(quant, (smallest,), alike)).nbytes
+        keys, weights = len(config.expert_keys), expert_weights(config)
+        low = keys * sizes[smallest]
+        room = int(wanted.bits * weights / 8) if wanted.bits else wanted.nbytes - (least - low)
+        if room < low:
+            raise DoesNotFit(
+                f"{wanted.flag}: the smallest mix, {smallest[0]}, takes {format_bytes(low)} for the experts "
+                f"({8 * low / weights:.2f} bits a weight)" + (
+                    "" if wanted.bits else f" and {format_bytes(least - low)} for the rest"),
+                "ask for more" + ("" if wanted.bits else ", or choose a smaller --dense"))
+        return cls(sizes, least - low, room)
+
+
 def mixed(config: ModelConfig, quant: QuantConfig, found: Sensitivity, wanted: Wanted) -> tuple[QuantConfig, Choice]:
-    """`quant` with the kinds and the mix that suit `wanted` best. DoesNotFit, with the numbers, where nothing does."""
-    pairs = tuple((a, b) for a in FORMATS for b in FORMATS)
-    sizes = {pair: record_layouts(config, _with(quant, (pair,), ("0" * config.num_experts,) * config.num_layers)
-                                  )[0].nbytes for pair in pairs}
-    smallest = min(pairs, key=lambda pair: (sizes[pair], pair))
-    least = _with(quant, (smallest,), ("0" * config.num_experts,) * config.num_layers)
-    keys, experts = len(config.expert_keys), 3 * config.hidden_size * config.intermediate_size
-    other = 0 if wanted.bits else StoreLayout.of(config, least).nbytes - keys * sizes[smallest]
-    room = int(wanted.bits * experts * keys / 8) if wanted.bits else wanted.nbytes - other
-    for _ in range(TRIES):
-        choice = choose(found.damages, sizes, room)
-        if choice is None:
-            break
+    """`quant` with the kinds and the mix that suit `wanted` best. DoesNotFit as Sizes.of_model says."""
+    sizes = Sizes.of_model(config, quant, wanted)
+    room = sizes.room
+    while True:
+        choice = choose(found.damages, sizes.of, room)
+        assert choice is not None, room
         chosen = _with(quant, choice.kinds, choice.lines(config))
-        over = StoreLayout.of(config, chosen).nbytes - wanted.nbytes
-        if wanted.bits or over <= 0:
+        over = 0 if wanted.bits else StoreLayout.of(config, chosen).nbytes - wanted.nbytes
+        if over <= 0:
             return chosen, choice
+        # The headers of the store's files are longer than those of the smallest mix.
+        if room - over < len(config.expert_keys) * min(sizes.of.values()):
+            raise DoesNotFit(f"{wanted.flag}: too small by {format_bytes(over)}", "ask for a little more")
         room -= over
-    low = keys * sizes[smallest]
-    raise DoesNotFit(
-        f"{wanted.flag}: the smallest mix, {smallest[0]}, takes {format_bytes(low)} for the experts "
-        f"({8 * low / experts / keys:.2f} bits a weight)" + ("" if wanted.bits else f" and {format_bytes(other)} for "
-                                                             "the rest"),
-        "ask for more" + ("" if wanted.bits else ", or choose a smaller --dense"))
 
 
-def lines(config: ModelConfig, quant: QuantConfig, found: Sensitivity, choice: Choice) -> list[str]:
+def expert_weights(config: ModelConfig) -> int:
+    """Of all experts."""
+    return 3 * config.hidden_size * config.intermediate_size * len(config.expert_keys)
+
+
+def lines(config: ModelConfig, quant: QuantConfig, found: Sensitivity, choice: Choice, tokens: int) -> list[str]:
     """What a user should know of a choice: its expected divergence, beside the largest plain format that is no
-    larger."""
-    weights = 3 * config.hidden_size * config.intermediate_size * len(config.expert_keys)
+    larger, and whether more was asked for than there is. tokens: that it was measured on."""
+    weights = expert_weights(config)
 
     def bits(kinds: tuple[tuple[str, str], ...], mix: tuple[str, ...]) -> float:
         layout = StoreLayout.of(config, _with(quant, kinds, mix))
@@ -112,9 +134,13 @@ def lines(config: ModelConfig, quant: QuantConfig, found: Sensitivity, choice: C
     plain = [(bits(((name, name),), alike), name, sum(d[m][name] for d in found.damages.values() for m in d))
              for name in FORMATS]
     mine = bits(choice.kinds, choice.lines(config))
+    by = ", chosen by hqq; gptq should do better" if quant.method in CALIBRATED else ""
     said = [f"mixed: {mine:.2f} bits a weight of the experts; expected divergence {choice.damage:.5f} nats a token"]
     if beside := max((row for row in plain if row[0] <= mine + 0.005), default=None):
         said[0] += f" ({beside[1]} alone: {beside[2]:.5f} at {beside[0]:.2f} bits)"
+    said[0] += f", on {tokens} tokens of the text{by}"
+    if choice.kinds == ((FORMATS[-1], FORMATS[-1]),):
+        said.append(f"that is all {FORMATS[-1]}: a mix is never larger; --format int8 is the next")
     return said
 
 

@@ -56,6 +56,10 @@ class Factor:
     damping: float
 
 
+class DegenerateInputs(Exception):
+    """They tell nothing of what a matrix is given: all of them are zero, or one is not finite."""
+
+
 class Moments:
     """S = X^T X of the inputs of a matrix, summed up batch by batch. Only tiles on and below the diagonal are."""
 
@@ -74,13 +78,13 @@ class Moments:
 
     def factor(self, pool: Executor | None = None) -> Factor:
         """Add the damping and factor S in its own memory: this object is used up. Damped harder where that fails;
-        ValueError where S is not finite or zero."""
+        DegenerateInputs where S is not finite or zero."""
         s = self._sum
-        del self._sum
         diagonal = s.diagonal().clone()
         mean = diagonal.mean().item()
         if not 0 < mean < float("inf"):
-            raise ValueError(f"inputs with a mean square sum of {mean}")
+            raise DegenerateInputs(f"inputs with a mean square sum of {mean}")
+        del self._sum
         for rows, cols in _tiles(len(s)):  # the sum once more above the diagonal, should the first try fail
             if rows != cols:
                 s[cols, rows] = s[rows, cols].T

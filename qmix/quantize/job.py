@@ -28,7 +28,7 @@ from qmix.quantize.journal import Finished, Journal
 from qmix.quantize.onethread import one_torch_thread
 from qmix.quantize.pipeline import Work, all_work, route, run
 from qmix.quantize.report import Report
-from qmix.quantize.target import Target, cannot_write, resolve, sync_folder, written_bytes
+from qmix.quantize.target import Target, cannot_write, check_replaceable, resolve, sync_folder, written_bytes
 from qmix.render import Progress
 from qmix.sizes import format_bytes
 from qmix.store import (
@@ -65,8 +65,7 @@ def quantize_checkpoint(source: Checkpoint, out: Path | str, quant: QuantConfig,
     all of them but the first the same call resumes.
     """
     out, threads = resolve(Path(out)), hardware.physical_cores() if threads is None else hardware.check_threads(threads)
-    if out.is_relative_to(source.path.resolve()):
-        raise UsageError(f"{out}: lies inside the checkpoint {source.path}", "choose an OUT beside it")
+    _check_place(source, out)
     if (quant.method in CALIBRATED) != (calibration is not None):
         raise UsageError(f"method {quant.method!r}: {'goes with no' if calibration else 'wants a'} calibration")
     layout = StoreLayout.of(source.config, quant)
@@ -76,7 +75,7 @@ def quantize_checkpoint(source: Checkpoint, out: Path | str, quant: QuantConfig,
     if dry_run:
         return _report(source, quant, out, layout, copies, None, None if calibration is None else calibration.entry)
     if calibration is not None:
-        _check_memory(source, calibration, threads)
+        check_memory(source, calibration.tokens, threads)
     target = Target.claim(out, force)
     try:
         job = _Job(source, quant, layout, work, copies, target, force, calibration)
@@ -87,6 +86,18 @@ def quantize_checkpoint(source: Checkpoint, out: Path | str, quant: QuantConfig,
         raise _failure(e, target.partial) from None
     finally:
         target.release()
+
+
+def check_out(source: Checkpoint, out: Path, force: bool) -> None:
+    """UsageError, before any work is done, where quantize_checkpoint would refuse `out`."""
+    out = resolve(out)
+    _check_place(source, out)
+    check_replaceable(out, force)
+
+
+def _check_place(source: Checkpoint, out: Path) -> None:
+    if out.is_relative_to(source.path.resolve()):
+        raise UsageError(f"{out}: lies inside the checkpoint {source.path}", "choose an OUT beside it")
 
 
 class _Job:
@@ -272,10 +283,11 @@ def _report(source: Checkpoint, quant: QuantConfig, out: Path, layout: StoreLayo
                   resumed, seconds, mb_per_s, calibration, layers, without)
 
 
-def _check_memory(source: Checkpoint, calibration: Calibration, threads: int) -> None:
-    needed, available = peak_bytes(source.config, calibration.tokens, threads), hardware.memory().available
+def check_memory(source: Checkpoint, tokens: int, threads: int) -> None:
+    """DoesNotFit where a forward pass over so many tokens, with what goes along with it, needs more than is free."""
+    needed, available = peak_bytes(source.config, tokens, threads), hardware.memory().available
     if needed > available:
-        raise DoesNotFit(f"a calibration on {calibration.tokens} tokens needs {format_bytes(needed)} of memory; "
+        raise DoesNotFit(f"a calibration on {tokens} tokens needs {format_bytes(needed)} of memory; "
                          f"{format_bytes(available)} is free", "take fewer with --calibration-tokens, or --threads 1")
 
 

@@ -75,7 +75,7 @@ class Report:
         if self.layers and not self.fell_back:
             found.append("  every expert had enough tokens")
         if self.fell_back:
-            found.append(f"  {len(self.fell_back)} saw too few tokens to be calibrated:")
+            found.append(f"  {len(self.fell_back)} saw too few tokens to be calibrated, or nothing but zeros:")
             found += ["    " + line for line in self.fell_back]
         return found
 

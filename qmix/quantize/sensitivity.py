@@ -16,6 +16,7 @@ n tokens of an expert, at most ROWS; T tokens of the text; H hidden, F expert in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from torch import Tensor
 from qmix import formats, names
 from qmix.checkpoint import Checkpoint
 from qmix.config import ExpertKey, QuantConfig
+from qmix.errors import QmixError
 from qmix.formats import Packed
 from qmix.quantize.calibration import Calibration, ForwardPass
 from qmix.quantize.methods import quantize
@@ -205,6 +207,10 @@ class _Copies(ForwardPass):
         sums = [0.0] * copies
         for found in self._map(some, range(0, self.tokens, HEAD_ROWS)):
             sums = [total + value for total, value in zip(sums, found, strict=True)]
+        for layer, total in enumerate(sums):
+            if not math.isfinite(total):
+                raise QmixError(f"{self._source.path}: its output is not a number with {PROBE} in layer {layer}",
+                                "quantize to a --format, and see with qmix eval if the model is sound")
         return [max(0.0, total / self.tokens) for total in sums]
 
     def _show(self, rows: int) -> None:
