@@ -102,9 +102,9 @@ def test_the_bundled_models_mix(bundled: tuple[Divergence, Calibration]) -> None
 @pytest.mark.timeout(300)
 def test_a_trained_models_methods(wiki_moe: Path, tmp_path: Path) -> None:
     data = wiki_moe.parents[1] / "data"
-    seen = calibration(wiki_moe, (data / "c4.txt").read_text()[:200_000], 8192)
-    held_out = (data / "wikitext2-test.txt").read_text()[:12_000]
-    kl = partial(divergence, wiki_moe, tmp_path, held_out, seen, 2500)
+    seen = calibration(wiki_moe, (data / "c4.txt").read_text()[:200_000], 4096)
+    held_out = (data / "wikitext2-test.txt").read_text()[:8_000]
+    kl = partial(divergence, wiki_moe, tmp_path, held_out, seen, 1500)
     rtn, hqq, gptq = (kl(method, grouped("int4", method)) for method in ("rtn", "hqq", "gptq"))
     assert gptq < 0.9 * hqq < 0.9 * rtn
     assert hqq < kl("nf4", NF4)
