@@ -79,8 +79,9 @@ def run(request: Request, load: OpenEngine, *, today: date, say: Callable[[str],
             say(f"{case.name}: {peaks.line()}")
             for state, part in (("cold", found[:1]), ("warm", found[1:])):
                 row = {**figures(case, state, part, peaks), **peaks.columns(), **placed}
-                emit(row)
+                # Counted before it is shown: who sees it and interrupts must not be told that it is missing.
                 document["rows"].append({**row, "seconds": [one.seconds for one in part]})
+                emit(row)
     except KeyboardInterrupt:
         document["interrupted"] = True
     return document
