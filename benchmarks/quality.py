@@ -55,7 +55,8 @@ def rows() -> list[Row]:
     for dense in ("keep", "bf16", "int8", "int4"):
         found.append(Row("dense", f"dense {dense}", ("--format", "int4", "--method", "gptq", "--dense", dense), True))
     found += [Row("activations", f"int4 g64 gptq, {name} activations",
-                  ("--format", "int4", "--method", "gptq", "--dense", "keep"), True, name) for name in ("bf16", "auto")]  # auto: int8 where the native kernels run
+                  ("--format", "int4", "--method", "gptq", "--dense", "keep"), True, name)
+              for name in ("bf16", "auto")]  # auto: int8 where the native kernels run
     return found
 
 
