@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1] / "qmix"
 LADDER = ("errors", "config", "names", "tensorfile", "sizes", "settings", "paths", "render")
 FLOORS = (
     {"formats"},
-    {"checkpoint", "store", "kernels", "hardware"},
+    {"checkpoint", "store", "kernels", "hardware", "device"},
     {"quantize", "model", "offload", "tokenizer", "sampling", "speculation"},
     {"generate"},
     {"engine"},

@@ -1,0 +1,137 @@
+"""An NVIDIA card, through torch.
+
+The stream that computes is torch's current one, in which prompts run too. Copies have streams of their own, which the
+threads that copy make current for themselves. Graphs are captured once the work has run twice, so that Triton has
+compiled its kernels and torch's libraries hold their workspaces.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qmix.device.device import Event, Work
+from qmix.errors import DoesNotFit, QmixError, UsageError
+
+OLDEST = (7, 5)  # compute capability; older cards lack what the kernels use
+
+
+class _Stream:
+    """A CUDA stream."""
+
+    def __init__(self, device: Cuda, stream: torch.cuda.Stream | None):
+        self._device = device
+        self._stream = stream  # None: whatever is current
+
+    def run(self, work: Work) -> None:
+        if self._stream is None:
+            self._device.launches += 1
+            work()
+        else:
+            with torch.cuda.stream(self._stream):
+                work()
+
+    def after(self, event: Event) -> None:
+        assert isinstance(event, _Event)
+        self._current().wait_event(event.event)
+
+    def record(self) -> Event:
+        event = _Event(torch.cuda.Event())
+        event.event.record(self._current())
+        return event
+
+    def _current(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self._device.place) if self._stream is None else self._stream
+
+
+class _Event:
+    def __init__(self, event: torch.cuda.Event):
+        self.event = event
+
+    def done(self) -> bool:
+        return bool(self.event.query())
+
+    def wait(self) -> None:
+        try:
+            self.event.synchronize()
+        except RuntimeError as e:  # torch.AcceleratorError is one
+            raise QmixError(f"the GPU failed: {str(e).splitlines()[0]}", "restart qmix; if it happens again, look at "
+                            "dmesg and the card's temperature and power") from None
+
+
+class Cuda:
+    """See device.Device. Make it through `open_cuda`, which says what is wrong where there is none."""
+
+    def __init__(self, index: int):
+        self.place = torch.device("cuda", index)
+        about = torch.cuda.get_device_properties(self.place)
+        self.name = about.name
+        self.capability = (about.major, about.minor)
+        self.half = torch.bfloat16 if self.capability >= (8, 0) else torch.float16
+        self.launches = 0
+        self.waits = 0
+        self.compute = _Stream(self, None)
+
+    def stream(self) -> _Stream:
+        return _Stream(self, torch.cuda.Stream(self.place))
+
+    def capture(self, work: Work) -> Work:
+        side = torch.cuda.Stream(self.place)
+        side.wait_stream(torch.cuda.current_stream(self.place))
+        with torch.cuda.stream(side):
+            work()
+            work()
+        torch.cuda.current_stream(self.place).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: the threads that copy go on meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            work()
+
+        def launch() -> None:
+            self.launches += 1
+            graph.replay()
+
+        return launch
+
+    def host(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, pin_memory=True)
+
+    def settle(self) -> None:
+        pass  # they go to the same stream
+
+    def wait(self, event: Event) -> None:
+        self.waits += 1
+        event.wait()
+
+    def memory(self) -> tuple[int, int]:
+        free, total = torch.cuda.mem_get_info(self.place)
+        return int(free), int(total)
+
+    def limit(self, nbytes: int) -> None:
+        """Have torch refuse to hold more than `nbytes` of the card's memory."""
+        torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / self.memory()[1]), self.place)
+
+    def close(self) -> None:
+        torch.cuda.synchronize(self.place)
+
+
+def open_cuda(index: int = 0) -> Cuda:
+    """The card of that number. UsageError where there is none that qmix can use, with the reason."""
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        raise UsageError("--device cuda: torch sees no NVIDIA GPU here",
+                         "this torch has no CUDA in it: install one of the CUDA builds of pytorch.org" if built is None
+                         else "`nvidia-smi` should show the card; `qmix doctor` says more; or use --device cpu")
+    if index >= torch.cuda.device_count():
+        raise UsageError(f"--device cuda:{index}: there are {torch.cuda.device_count()} GPUs",
+                         f"cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+    try:
+        card = Cuda(index)
+        torch.zeros(1, device=card.place)
+    except RuntimeError as e:
+        raise DoesNotFit(f"--device cuda:{index}: {str(e).splitlines()[0]}",
+                         "close other programs that use the GPU, or use --device cpu") from None
+    if card.capability < OLDEST:
+        raise UsageError(f"--device cuda:{index}: {card.name} has compute capability {card.capability[0]}."
+                         f"{card.capability[1]}, qmix wants 7.5 or newer", "use --device cpu")
+    return card

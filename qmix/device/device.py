@@ -1,0 +1,78 @@
+"""What the code above may ask of a device.
+
+A device runs work in streams: what is given to one stream runs in order, beside the host and beside other streams. An
+event, recorded in a stream, is over when all that was given to the stream before it is. The host waits for events;
+streams wait for events of others. Nothing else orders anything.
+
+Who may call. `compute` belongs to the thread that computes; every other stream to the one thread that asked for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Work = Callable[[], None]
+
+
+class Event(Protocol):
+    """A place in a stream."""
+
+    def done(self) -> bool:
+        """Whether the stream has come past it; never waits."""
+
+    def wait(self) -> None:
+        """The host waits until it has. Raises what work before it raised."""
+
+
+class Stream(Protocol):
+    """Work in order, beside everything else."""
+
+    def run(self, work: Work) -> None:
+        """Have `work` done: a function of torch operations and kernel launches into buffers that stay where they are.
+        It may run now, and only launch, or later: it reads nothing that the host may change meanwhile."""
+
+    def after(self, event: Event) -> None:
+        """What is given from now on runs when `event`, of another stream, is over."""
+
+    def record(self) -> Event: ...
+
+
+class Device(Protocol):
+    """name: for people. place: where its tensors live. half: 16-bit floats that its products have: bf16 or fp16.
+
+    launches, waits: how often work was given to `compute`, and how often the host waited for the device, since the
+    start; for figures.
+    """
+
+    name: str
+    place: torch.device
+    half: torch.dtype
+    compute: Stream
+    launches: int
+    waits: int
+
+    def stream(self) -> Stream:
+        """One more, for copies, to be used by one thread."""
+
+    def capture(self, work: Work) -> Work:
+        """`work` as one launch, a CUDA graph where the device has graphs. It is run by calling it. Captured work uses
+        the same buffers every time, allocates nothing that outlives it, and does not wait for anything."""
+
+    def host(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Host memory that copies to and from the device run beside the host from (page-locked)."""
+
+    def settle(self) -> None:
+        """Torch operations on tensors of this device, called from now on, find done what was given to `compute`."""
+
+    def wait(self, event: Event) -> None:
+        """event.wait(), counted."""
+
+    def memory(self) -> tuple[int, int]:
+        """(free, total) bytes of the device's memory."""
+
+    def close(self) -> None:
+        """End its streams; what was given to them is waited for."""

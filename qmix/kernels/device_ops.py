@@ -1,0 +1,143 @@
+"""What decoding does on a device, operation by operation, for up to FEW tokens: into buffers that are there already.
+
+Every operation reads and writes only what it is given, allocates nothing that outlives it, asks the host nothing and
+tells it nothing: a row of them can be a CUDA graph. Activations are fp32 throughout. A token gets the same bits
+whatever the others of its call are, and an expert whatever slot it is in.
+
+`TorchDeviceOps` says what each does, through the CPU's kernels; on a GPU it is cuda_ops.TritonOps.
+
+T tokens, H hidden, E experts, K chosen per token, Q query heads, KV key-value heads, D head size, S positions of a
+cache, N slots, A experts guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from qmix.formats.packed import Packed
+from qmix.kernels.attend import attend
+from qmix.kernels.layer import router_logits
+from qmix.kernels.table import KernelTable
+from qmix.sizes import RecordLayout
+
+FEW = 8  # tokens of a call
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSlots:
+    """Records of one layout in the slots of a slab: uint8 [N, bytes]; views: (w13, w2) of each slot. first: the number
+    of its first slot, where a tier has several slabs. made: what an implementation derives of them, once."""
+
+    slab: Tensor
+    record: RecordLayout
+    views: Sequence[tuple[Packed, Packed]]
+    first: int = 0
+    made: dict[str, Any] = field(default_factory=dict)
+
+
+class DeviceOps(Protocol):
+    """TorchDeviceOps has the meaning of each."""
+
+    name: str
+
+    def embed(self, tokens: Tensor, embedding: Tensor, residual: Tensor) -> None: ...
+
+    def norm(self, residual: Tensor, weight: Tensor, eps: float, out: Tensor,
+             rows: Tensor | None = None, weights: Tensor | None = None) -> None: ...
+
+    def linear(self, x: Tensor, m: Packed, y: Tensor, add: bool = False) -> None: ...
+
+    def keep(self, qkv: Tensor, inverse: Tensor, positions: Tensor, keys: Tensor, values: Tensor,
+             query: Tensor) -> None: ...
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None,
+               out: Tensor) -> None: ...
+
+    def route(self, residual: Tensor, weight: Tensor, router: Tensor, eps: float, normed: Tensor, ids: Tensor,
+              weights: Tensor) -> None: ...
+
+    def guess(self, residual: Tensor, weights: Sequence[Tensor], routers: Sequence[Tensor], eps: float,
+              ids: Tensor) -> None: ...
+
+    def experts(self, x: Tensor, slots: ExpertSlots, ids: Tensor, table: Tensor, rows: Tensor) -> None: ...
+
+
+class TorchDeviceOps:
+    """Through `kernels`, the CPU's, which must compute rows independently. For the CPU in a device's place."""
+
+    def __init__(self, kernels: KernelTable):
+        self.name = "the CPU's kernels"
+        self._kernels = kernels
+
+    def embed(self, tokens: Tensor, embedding: Tensor, residual: Tensor) -> None:
+        """The rows of embedding [V, H] of tokens [T] int64 into residual [T, H]."""
+        residual.copy_(embedding[tokens])
+
+    def norm(self, residual: Tensor, weight: Tensor, eps: float, out: Tensor,
+             rows: Tensor | None = None, weights: Tensor | None = None) -> None:
+        """residual / sqrt(mean(residual^2) + eps) * weight into out, all fp32: residual and out [T, H], weight [H].
+        Where rows [T, K, H] and weights [T, K] are given, sum_k weights[:, k] * rows[:, k], in that order, is first
+        added to the residual, in place."""
+        if rows is not None:
+            assert weights is not None
+            residual.add_(self._kernels.layer.combine(rows, weights))
+        out.copy_(self._kernels.layer.norm(residual, weight, eps, torch.float32))
+
+    def linear(self, x: Tensor, m: Packed, y: Tensor, add: bool = False) -> None:
+        """x [T, cols] times the matrix into y [T, rows], or added to what is there. Both fp32, rows contiguous."""
+        product = self._kernels.linear(x, m)
+        y.add_(product) if add else y.copy_(product)
+
+    def keep(self, qkv: Tensor, inverse: Tensor, positions: Tensor, keys: Tensor, values: Tensor,
+             query: Tensor) -> None:
+        """Rotary embedding, and into the KV cache: qkv [T, (Q + 2 KV) * D] fp32, queries before keys before values;
+        inverse [D / 2]: radians a position; positions [T] int64. Rotated queries into query [T, Q, D] fp32; rotated
+        keys and values to their positions in keys and values [KV, S, D], of any float dtype."""
+        heads, size = query.shape[1:]
+        q, k, v = qkv.split((heads * size, len(keys) * size, len(keys) * size), 1)
+        rotated, new = self._kernels.layer.rotate(q, k, *self._kernels.layer.angles(positions, inverse))
+        query.copy_(rotated)
+        keys[:, positions] = new.transpose(0, 1).to(keys.dtype)
+        values[:, positions] = v.view(len(v), -1, size).transpose(0, 1).to(values.dtype)
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None,
+               out: Tensor) -> None:
+        """Each token's queries [T, Q, D] over the keys and values [KV, S, D] up to its own of positions [T], or over
+        the last `window` of them, into out [T, Q * D] fp32. Query head h reads key-value head h // (Q / KV)."""
+        for token, position in enumerate(positions.tolist()):
+            end = position + 1
+            out[token] = attend(query[token:token + 1].to(keys.dtype), keys[:, :end], values[:, :end], window)[0]
+
+    def route(self, residual: Tensor, weight: Tensor, router: Tensor, eps: float, normed: Tensor, ids: Tensor,
+              weights: Tensor) -> None:
+        """norm(residual) into normed [T, H] fp32; the K experts with the largest logits, router [E, H] fp64 times that,
+        into ids [T, K] int32, the largest first, the lower number first among equals; softmax over these logits, in
+        fp32, into weights [T, K]. Logits are summed in fp64 and rounded to fp32."""
+        normed.copy_(self._kernels.layer.norm(residual, weight, eps, torch.float32))
+        logits = torch.cat([router_logits(row, router) for row in normed.split(1)])
+        top, chosen = torch.sort(logits, dim=1, descending=True, stable=True)
+        k = ids.shape[1]
+        weights.copy_(torch.softmax(top[:, :k], -1))
+        ids.copy_(chosen[:, :k])
+
+    def guess(self, residual: Tensor, weights: Sequence[Tensor], routers: Sequence[Tensor], eps: float,
+              ids: Tensor) -> None:
+        """What `route` would choose in later layers, asked now: weights and routers of D layers, ids [T, D, A]."""
+        for distance, (weight, router) in enumerate(zip(weights, routers, strict=True)):
+            normed = self._kernels.layer.norm(residual, weight, eps, torch.float32)
+            logits = torch.cat([router_logits(row, router) for row in normed.split(1)])
+            ids[:, distance] = torch.sort(logits, dim=1, descending=True, stable=True)[1][:, :ids.shape[2]]
+
+    def experts(self, x: Tensor, slots: ExpertSlots, ids: Tensor, table: Tensor, rows: Tensor) -> None:
+        """w2(silu(gate(x)) * up(x)) of the experts ids [T, K] int32 of x [T, H] fp32, into rows [T, K, H] fp32. table
+        [E] int32: the slot of each expert, in the slab of `slots`, -1 where it is in none: its rows stay."""
+        where = table.tolist()
+        for token, chosen in enumerate(ids.tolist()):
+            for rank, expert in enumerate(chosen):
+                if where[expert] >= 0:
+                    rows[token, rank] = self._kernels.expert(x[token:token + 1], *slots.views[where[expert]])[0]
