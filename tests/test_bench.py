@@ -147,7 +147,7 @@ def test_bytes_are_those_of_the_tensors_that_a_pass_reads(store: Path) -> None:
         dense = weights.final_norm.nbytes + sum(t.nbytes for t in weights.head.tensors.values())
         for layer in weights.layers:
             dense += layer.input_norm.nbytes + layer.post_norm.nbytes + layer.router.nbytes
-            dense += sum(t.nbytes for m in (layer.q, layer.k, layer.v, layer.o) for t in m.tensors.values())
+            dense += sum(t.nbytes for m in (*layer.heads, layer.o) for t in m.tensors.values())
         position = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 2  # keys and values, bf16
         model = Model.of(config, engine.store.quant, engine.plan.needs)
         ids = list(range(3, 40))

@@ -13,6 +13,7 @@ from helpers import KEEP, resident_experts, write_tiny_checkpoint
 from tokenizer_files import DEMO_TEMPLATE, spm_model
 
 import qmix
+from qmix import hardware
 from qmix.checkpoint import Checkpoint
 from qmix.config import Cancel, ExpertKey, QuantConfig, SamplingParams, Step
 from qmix.engine import Engine, load, select_kernels
@@ -166,7 +167,7 @@ def test_experts_agree_with_a_float64_sum(stores: dict[str, Path], name: str) ->
 
 def test_damage_to_the_dense_part_ends_a_load_whose_experts_are_still_read(
         stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    from qmix import engine as engine_module
+    from qmix.engine import loading as engine_module
 
     def damaged(*how: object) -> None:
         raise StoreError("model.norm.weight: its bytes are not those that were written")
@@ -245,7 +246,7 @@ def test_a_damaged_record_is_refused_and_no_thread_stays(stores: dict[str, Path]
 
 def test_too_little_memory_is_refused_before_loading(stores: dict[str, Path],
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qmix.hardware.memory", lambda: qmix.engine.hardware.Memory(10**6, 10**6))
+    monkeypatch.setattr("qmix.hardware.memory", lambda: hardware.Memory(10**6, 10**6))
     monkeypatch.setattr(setup, "begin_pool", lambda *a: pytest.fail("allocated before it was refused"))
     with pytest.raises(DoesNotFit, match="short of"):
         load(stores["int4"])

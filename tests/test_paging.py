@@ -346,7 +346,7 @@ def test_a_faster_tier_above_gives_the_same_bits(stores: dict[str, Path], above:
     from qmix.offload.prefetch import Prefetcher
     from qmix.offload.reads import Readers
     from qmix.offload.router_stats import RouterStats
-    from qmix.offload.setup import _half
+    from qmix.offload.setup import half
     from qmix.offload.tiers import Tier
     from qmix.offload.watch import RoutingWatch
 
@@ -360,7 +360,7 @@ def test_a_faster_tier_above_gives_the_same_bits(stores: dict[str, Path], above:
         pool = slot_pool(above, store.layout.record_bytes)
         high = Tier(pool, Cache(above, LAYERS, make_policy("lfu", {})), copies, copies.take_back)
         stacked = PagedExperts(config, kernels, high, [store.expert(ExpertKey(0, 0), slot) for slot in pool],
-                               [_half(store.layout.kinds[0])] * above, Prefetcher("ahead", LAYERS, TOP_K),
+                               [half(store.layout.kinds[0])] * above, Prefetcher("ahead", LAYERS, TOP_K),
                                RoutingWatch(LAYERS, EXPERTS, RouterStats(LAYERS, EXPERTS)))
         random = torch.Generator().manual_seed(7)
         for number in range(25):

@@ -5,6 +5,8 @@ streams, so that all that orders work on a device runs, and is tested, on any ma
 """
 
 from qmix.device.device import Device, Event, Stream
+from qmix.device.repeated import Repeated
+from qmix.device.routed import Routed
 from qmix.device.standin import StandIn
 
-__all__ = ["Device", "Event", "StandIn", "Stream"]
+__all__ = ["Device", "Event", "Repeated", "Routed", "StandIn", "Stream"]

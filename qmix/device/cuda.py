@@ -1,8 +1,8 @@
 """An NVIDIA card, through torch.
 
 The stream that computes is torch's current one, in which prompts run too. Copies have streams of their own, which the
-threads that copy make current for themselves. Graphs are captured once the work has run twice, so that Triton has
-compiled its kernels and torch's libraries hold their workspaces.
+threads that copy make current for themselves. Work has run once before it is captured, so Triton has compiled its
+kernels and scratch memory is there.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qmix.device.device import Event, Work
+from qmix.device.device import Event, Stream, Work
 from qmix.errors import DoesNotFit, QmixError, UsageError
 
+CONTEXT = 600 * 2**20  # bytes that a context takes with torch's and Triton's code, at most
 OLDEST = (7, 5)  # compute capability; older cards lack what the kernels use
 
 
@@ -68,24 +69,28 @@ class Cuda:
         self.name = about.name
         self.capability = (about.major, about.minor)
         self.half = torch.bfloat16 if self.capability >= (8, 0) else torch.float16
+        self.triton = True
+        # What a context takes shows only to who looks before and after, and looking makes one: so it is an upper
+        # bound where other programs use the card too, but never more than CONTEXT.
+        free, total = torch.cuda.mem_get_info(self.place)
+        self._context = min(total - free, CONTEXT)
         self.launches = 0
         self.waits = 0
-        self.compute = _Stream(self, None)
+        self.compute: Stream = _Stream(self, None)
+        self._capturing = torch.cuda.Stream(self.place)
 
     def stream(self) -> _Stream:
         return _Stream(self, torch.cuda.Stream(self.place))
 
     def capture(self, work: Work) -> Work:
-        side = torch.cuda.Stream(self.place)
-        side.wait_stream(torch.cuda.current_stream(self.place))
-        with torch.cuda.stream(side):
-            work()
-            work()
-        torch.cuda.current_stream(self.place).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # thread_local: the threads that copy go on meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            work()
+        # Not through torch.cuda.graph, which stops the whole card and collects garbage for each of some 64 graphs.
+        with torch.cuda.stream(self._capturing):
+            graph.capture_begin(capture_error_mode="thread_local")  # the threads that copy go on meanwhile
+            try:
+                work()
+            finally:
+                graph.capture_end()
 
         def launch() -> None:
             self.launches += 1
@@ -108,8 +113,10 @@ class Cuda:
         return int(free), int(total)
 
     def limit(self, nbytes: int) -> None:
-        """Have torch refuse to hold more than `nbytes` of the card's memory."""
         torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / self.memory()[1]), self.place)
+
+    def taken(self) -> int:
+        return self._context + torch.cuda.memory_reserved(self.place)
 
     def close(self) -> None:
         torch.cuda.synchronize(self.place)

@@ -44,6 +44,7 @@ class Stream(Protocol):
 class Device(Protocol):
     """name: for people. place: where its tensors live. half: 16-bit floats that its products have: bf16 or fp16.
 
+    triton: whether it runs Triton's kernels.
     launches, waits: how often work was given to `compute`, and how often the host waited for the device, since the
     start; for figures.
     """
@@ -51,6 +52,7 @@ class Device(Protocol):
     name: str
     place: torch.device
     half: torch.dtype
+    triton: bool
     compute: Stream
     launches: int
     waits: int
@@ -59,8 +61,9 @@ class Device(Protocol):
         """One more, for copies, to be used by one thread."""
 
     def capture(self, work: Work) -> Work:
-        """`work` as one launch, a CUDA graph where the device has graphs. It is run by calling it. Captured work uses
-        the same buffers every time, allocates nothing that outlives it, and does not wait for anything."""
+        """`work`, which has run before, as one launch: a CUDA graph where the device has graphs. Nothing runs until it
+        is called. Captured work uses the same buffers every time, allocates nothing that outlives it, and does not
+        wait for anything."""
 
     def host(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Host memory that copies to and from the device run beside the host from (page-locked)."""
@@ -73,6 +76,12 @@ class Device(Protocol):
 
     def memory(self) -> tuple[int, int]:
         """(free, total) bytes of the device's memory."""
+
+    def taken(self) -> int:
+        """Bytes of it that this process holds already, the driver's context among them."""
+
+    def limit(self, nbytes: int) -> None:
+        """Refuse to hold more than `nbytes` of it beside what was taken at the start."""
 
     def close(self) -> None:
         """End its streams; what was given to them is waited for."""

@@ -17,7 +17,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from qmix.device.device import Event, Work
+from qmix.device.device import Event, Stream, Work
 from qmix.errors import QmixError
 
 
@@ -84,18 +84,22 @@ class _Stream:
 
 
 class StandIn:
-    """See device.Device. delay: called by a stream's thread before each piece of work; half: what prompts compute
-    in."""
+    """See device.Device. delay: called by a stream's thread before each piece of work; half: what prompts compute in;
+    triton: with Triton's kernels, which then run under its interpreter; nbytes: of memory that it has, None for as much
+    as the machine."""
 
-    def __init__(self, delay: Callable[[], None] | None = None, half: torch.dtype = torch.bfloat16):
+    def __init__(self, delay: Callable[[], None] | None = None, half: torch.dtype = torch.bfloat16,
+                 triton: bool = False, nbytes: int | None = None):
         self.name = "the CPU in a GPU's place"
         self.place = torch.device("cpu")
         self.half = half
+        self.triton = triton
+        self._nbytes = nbytes
         self.launches = 0
         self.waits = 0
         self._delay = delay
         self._streams: list[_Stream] = []
-        self.compute = _Counted(self, self._new("qmix-compute"))
+        self.compute: Stream = _Counted(self, self._new("qmix-compute"))
 
     def stream(self) -> _Stream:
         return self._new(f"qmix-stream-{len(self._streams)}")
@@ -114,8 +118,16 @@ class StandIn:
         event.wait()
 
     def memory(self) -> tuple[int, int]:
+        if self._nbytes is not None:
+            return self._nbytes, self._nbytes
         found = psutil.virtual_memory()
         return found.available, found.total
+
+    def taken(self) -> int:
+        return 0
+
+    def limit(self, nbytes: int) -> None:
+        pass
 
     def close(self) -> None:
         for stream in self._streams:

@@ -8,8 +8,8 @@ N rows (out), K columns (in).
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
@@ -53,6 +53,23 @@ class Packed:
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
+
+    def to(self, place: torch.device) -> Packed:
+        """Itself, or a copy of it on another device."""
+        return Packed(self.spec, {name: tensor.to(place) for name, tensor in self.tensors.items()})
+
+
+def stacked(matrices: Sequence[Packed]) -> Packed | None:
+    """Matrices with equal columns as one, the rows of each after those of the one before, copied; None where their
+    formats differ, or padding would come to lie between them."""
+    specs = [m.spec for m in matrices]
+    first = specs[0]
+    if any(replace(spec, rows=first.rows) != first or spec.rows != spec.padded_rows or spec.parts > 1 or
+           spec.format in ("nf4", "fp4") for spec in specs):
+        return None
+    along = {"qparams": 1}  # everything else begins with the rows
+    tensors = {name: torch.cat([m[name] for m in matrices], along.get(name, 0)) for name in matrices[0].tensors}
+    return Packed.of(replace(first, rows=sum(spec.rows for spec in specs)), tensors, "stacked matrices")
 
 
 def view(buffer: Tensor, offset: int, spec: TensorSpec) -> Tensor:

@@ -64,6 +64,8 @@ class DeviceOps(Protocol):
     def guess(self, residual: Tensor, weights: Sequence[Tensor], routers: Sequence[Tensor], eps: float,
               ids: Tensor) -> None: ...
 
+    def handles(self, slots: ExpertSlots) -> bool: ...
+
     def experts(self, x: Tensor, slots: ExpertSlots, ids: Tensor, table: Tensor, rows: Tensor) -> None: ...
 
 
@@ -133,11 +135,15 @@ class TorchDeviceOps:
             logits = torch.cat([router_logits(row, router) for row in normed.split(1)])
             ids[:, distance] = torch.sort(logits, dim=1, descending=True, stable=True)[1][:, :ids.shape[2]]
 
+    def handles(self, slots: ExpertSlots) -> bool:
+        """Whether `experts` has the format of these records."""
+        return True
+
     def experts(self, x: Tensor, slots: ExpertSlots, ids: Tensor, table: Tensor, rows: Tensor) -> None:
         """w2(silu(gate(x)) * up(x)) of the experts ids [T, K] int32 of x [T, H] fp32, into rows [T, K, H] fp32. table
         [E] int32: the slot of each expert, in the slab of `slots`, -1 where it is in none: its rows stay."""
-        where = table.tolist()
+        where = [slot - slots.first if slot >= slots.first else -1 for slot in table.tolist()]
         for token, chosen in enumerate(ids.tolist()):
             for rank, expert in enumerate(chosen):
-                if where[expert] >= 0:
+                if 0 <= where[expert] < len(slots.views):
                     rows[token, rank] = self._kernels.expert(x[token:token + 1], *slots.views[where[expert]])[0]

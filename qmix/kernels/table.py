@@ -190,6 +190,11 @@ def _agrees(kernel: Kernel, m: Packed, activations: str = "bf16") -> bool:
     return got.shape == want.shape and bool((got - want).norm() <= 2**-8 * want.norm())
 
 
+def random_matrix(name: str, block: int) -> Packed:
+    """A small one to try a kernel on: in a grouped format and that block, or int8."""
+    return _random_int8() if name == "int8" else _random_grouped(name, block)
+
+
 def _random_grouped(name: str, block: int) -> Packed:
     spec = MatrixSpec(name, 192, 256, group_size=64, block=block)
     random = torch.Generator().manual_seed(block)

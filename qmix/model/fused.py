@@ -30,7 +30,7 @@ FIRST, ATTENTION = 0, 4  # calls of a layer's sequence that are patched
 def fits(weights: Weights, kernels: KernelTable, cache: KVCache) -> bool:
     """Whether the native kernels, all at one level, have everything that a layer of this model does."""
     own, layer, attention = kernels.native, kernels.layer, cache.native
-    matrices = [m for lw in weights.layers for m in (lw.q, lw.k, lw.v, lw.o)]
+    matrices = [m for lw in weights.layers for m in (*lw.heads, lw.o)]
     return own is not None and isinstance(layer, native.LayerOps) and attention is not None and \
         own.level == layer.level == attention.level and all(m.spec.format in own.formats for m in matrices)
 
@@ -96,8 +96,8 @@ class FusedToken:
         calls: list[tuple[int, list[bytes] | bytes]] = [
             first,
             (NORM, jobs.norm(self.residual, layer.input_norm, eps, self._x)),
-            (PRODUCTS, [native.job(Product(self._x, w, y)) for w, y in (
-                (layer.q, self._query), (layer.k, self._key), (layer.v, self._value))]),
+            (PRODUCTS, [native.job(Product(self._x, w, y)) for w, y in zip(
+                layer.heads, (self._query, self._key, self._value), strict=True)]),
             (ROTATE, jobs.rotate(self._query, self._key, self._cos, self._sin, self._rotated)),
             (ATTEND, cache.native.job(cache.kept(index), self._rotated[:, :heads], self._rotated[:, heads:],
                                       self._value.view(1, -1, self._config.head_dim), self._attended, 0, 1)),

@@ -9,6 +9,8 @@ L layers, Q query heads, KV key-value heads, D head size, T new positions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -17,18 +19,23 @@ from qmix.errors import UsageError
 from qmix.kernels.attend import attend
 from qmix.kernels.native import Attention, Kept
 
+CPU = torch.device("cpu")
+Attend = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]  # kernels.attend.attend has the meaning
+
 
 class KVCache:
     """Room for `capacity` positions, `length` of them filled. Keys are stored rotated. native: attends for one token
-    where `dtype` is bf16; torch does the rest."""
+    where `dtype` is bf16; `attend`, torch's or the device's, does the rest. place: where they lie."""
 
-    __slots__ = ("__weakref__", "_addresses", "_keys", "_values", "capacity", "length", "native")
+    __slots__ = ("__weakref__", "_addresses", "_attend", "_keys", "_values", "capacity", "length", "native")
 
-    def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype, native: Attention | None = None):
+    def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype, native: Attention | None = None,
+                 place: torch.device = CPU, attend: Attend = attend):
         shape = (config.num_layers, config.num_kv_heads, capacity, config.head_dim)
         # Positions of one head are adjacent: attention reads them as one block. fill_ touches every page.
-        self._keys = torch.empty(shape, dtype=dtype).fill_(0).unbind()
-        self._values = torch.empty(shape, dtype=dtype).fill_(0).unbind()
+        self._keys = torch.empty(shape, dtype=dtype, device=place).fill_(0).unbind()
+        self._values = torch.empty(shape, dtype=dtype, device=place).fill_(0).unbind()
+        self._attend = attend
         self.native = native if dtype == torch.bfloat16 else None
         self._addresses: list[tuple[int, int, int, int]] = []
         self.capacity = capacity
@@ -39,8 +46,13 @@ class KVCache:
         return 2 * len(self._keys) * self._keys[0].nbytes
 
     def kept(self, layer: int) -> Kept:
-        """What the native kernel reads of a layer."""
+        """What a layer has: of every position, in place."""
         return Kept(self._keys[layer], self._values[layer])
+
+    @property
+    def places(self) -> tuple[int, int]:
+        """Addresses of keys and values: no other living cache has them, and with them all of `kept` is known."""
+        return self._keys[0].data_ptr(), self._values[0].data_ptr()
 
     @property
     def addresses(self) -> list[tuple[int, int, int, int]]:
@@ -71,7 +83,7 @@ class KVCache:
         if len(q) == 1 and self.native is not None:
             first = 0 if window is None else max(0, end - window)
             return self.native.append(self.kept(layer), q, keys, values, first, end)
-        return attend(q.to(self._keys[0].dtype), *self.write(layer, start, keys, values), window)
+        return self._attend(q.to(self._keys[0].dtype), *self.write(layer, start, keys, values), window)
 
     def trim(self, length: int) -> None:
         """Forget all positions from `length` on; what follows overwrites them."""

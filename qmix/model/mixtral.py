@@ -28,10 +28,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qmix.config import ModelConfig, Step
+from qmix.device import Device
 from qmix.errors import Interrupted
 from qmix.kernels.attend import rotation
+from qmix.kernels.device_ops import FEW
 from qmix.kernels.layer import TORCH, LayerOps
 from qmix.kernels.table import KernelTable
+from qmix.model.device_decode import DeviceDecode
 from qmix.model.fused import Experts, FusedToken, fits
 from qmix.model.kvcache import KVCache
 from qmix.model.weights import LayerWeights, Weights
@@ -90,11 +93,13 @@ class Mixtral:
     fetches. Near the last layer D is smaller than depth, and for the last layer there is nothing to guess.
     guess_prompts: guess in prompts too.
     caches: makes the KV caches; their class decides how keys and values are kept and attended to.
+    device: where weights, caches and all tensors of a pass are; None for host memory. decode: what takes up to FEW
+    tokens through the layers while decoding, in place of `_pass`.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, kernels: KernelTable, experts: Experts,
                  ahead: int | None = None, depth: int = 1, caches: MakeCache = KVCache,
-                 guess_prompts: bool = False):
+                 guess_prompts: bool = False, device: Device | None = None, decode: DeviceDecode | None = None):
         self.config = config
         self._weights = weights
         self._kernels = kernels
@@ -105,7 +110,9 @@ class Mixtral:
         self._depth = min(depth, config.num_layers - 1)
         self._guess_prompts = guess_prompts
         self._make_cache = caches
-        self._inverse = rotation(config.head_dim, config.rope_theta)
+        self._place = torch.device("cpu") if device is None else device.place
+        self._decode = decode
+        self._inverse = rotation(config.head_dim, config.rope_theta).to(self._place)
         self._fused: FusedToken | None = None
         self._fits: bool | None = None  # whether there can be one; the first cache shows it
 
@@ -126,6 +133,8 @@ class Mixtral:
         """
         counts = _counts(len(tokens), len(caches), step)
         wanted = range(len(tokens)) if all_logits else [end - 1 for end in accumulate(counts)]
+        if self._decode is not None and step.phase == "decode":
+            return self._decode_few(self._decode, tokens, positions, caches, step, counts)[list(wanted)]
         # Made outside inference mode, so that the caller may change it in place.
         logits = torch.empty(len(wanted), self.config.vocab_size)
 
@@ -139,7 +148,7 @@ class Mixtral:
         """Append tokens [T] to one session; the residual stream [T - skip, H] fp32 after the last layer of all but
         the first `skip`, of which `logits` makes logits, a piece at a time: all at once they may be larger than the
         model. Errors as of forward."""
-        kept = torch.empty(len(tokens) - skip, self.config.hidden_size)
+        kept = torch.empty(len(tokens) - skip, self.config.hidden_size, device=self._place)
 
         def keep(first: int, residual: Tensor, ops: LayerOps) -> None:
             kept[first:first + len(residual)] = residual
@@ -151,7 +160,7 @@ class Mixtral:
         """Of at most BLOCK rows of `read`: fp32 [n, V], the bits that forward gives where the rows are cut as it cuts
         them."""
         with torch.inference_mode():
-            return self._project(residual, TORCH).float()
+            return self._project(residual, TORCH).float().cpu()
 
     def _run(self, tokens: Tensor, positions: Tensor, caches: Sequence[KVCache], step: Step, counts: Sequence[int],
              wanted: Sequence[int], take: Take) -> None:
@@ -176,6 +185,22 @@ class Mixtral:
             for cache, length in zip(caches, lengths, strict=True):
                 cache.length = length
             raise
+
+    def _decode_few(self, decode: DeviceDecode, tokens: Tensor, positions: Tensor, caches: Sequence[KVCache],
+                    step: Step, counts: Sequence[int]) -> Tensor:
+        """Logits [T, V] after each of a decode pass's tokens, FEW of them at a time."""
+        for cache, count in zip(caches, counts, strict=True):
+            cache.need(count)
+        own = [cache for cache, count in zip(caches, counts, strict=True) for _ in range(count)]
+        logits = torch.empty(len(tokens), self.config.vocab_size)
+        with torch.inference_mode():
+            for first in range(0, len(tokens), FEW):
+                part = slice(first, first + FEW)
+                logits[part] = decode(tokens[part], positions[part], own[part],
+                                      replace(step, sequence=step.sequence[part]))
+        for cache, count in zip(caches, counts, strict=True):
+            cache.length += count
+        return logits
 
     def _fused_for(self, cache: KVCache) -> FusedToken | None:
         """What takes a single token through the layers, if anything does but `_pass`."""
@@ -206,7 +231,7 @@ class Mixtral:
                 self._route(layer, after, block, ops)
             ahead = rows.ahead[:, :len(after)] if after else None
             if index + 1 == len(layers) and len(wanted) < end - first:
-                chosen = torch.tensor([row - first for row in wanted], dtype=torch.int64)
+                chosen = torch.tensor([row - first for row in wanted], dtype=torch.int64, device=self._place)
                 residual = rows.residual[chosen]
                 residual.add_(self._experts(index, rows.normed, rows.ids, rows.weights, step, ahead, chosen))
             else:
@@ -220,21 +245,25 @@ class Mixtral:
     def _rows(self, tokens: Tensor, positions: Tensor, spans: Sequence[Span], ops: LayerOps) -> Rows:
         """The pass before its first layer: embeddings, rotations, and room for the rest."""
         config, count = self.config, len(tokens)
-        cos, sin = ops.angles(positions, self._inverse)
+        cos, sin = ops.angles(positions.to(self._place), self._inverse)
+        empty = partial(torch.empty, device=self._place)
         return Rows(
-            spans, residual=F.embedding(tokens, self._weights.embedding).float(),
-            normed=torch.empty(count, config.hidden_size, dtype=self._weights.dtype),
-            ids=torch.empty(count, config.experts_per_token, dtype=torch.int64),
-            weights=torch.empty(count, config.experts_per_token),
-            ahead=torch.empty(count, self._depth, self._ahead, dtype=torch.int64), cos=cos, sin=sin)
+            spans, residual=F.embedding(tokens.to(self._place), self._weights.embedding).float(),
+            normed=empty(count, config.hidden_size, dtype=self._weights.dtype),
+            ids=empty(count, config.experts_per_token, dtype=torch.int64),
+            weights=empty(count, config.experts_per_token),
+            ahead=empty(count, self._depth, self._ahead, dtype=torch.int64), cos=cos, sin=sin)
 
     def _attention(self, index: int, layer: LayerWeights, block: Rows, ops: LayerOps) -> None:
         """Add grouped-query attention over each span's own cache to the block's residual."""
         config, dtype, linear = self.config, self._weights.dtype, self._linear
         x = ops.norm(block.residual, layer.input_norm, config.rms_norm_eps, dtype)
-        q, k, v = self._linears(x, layer.q, layer.k, layer.v)
+        found = self._linears(x, *layer.heads)
+        size = config.head_dim
+        q, k, v = found if len(found) == 3 else found[0].split(
+            (config.num_heads * size, config.num_kv_heads * size, config.num_kv_heads * size), 1)
         queries, keys = ops.rotate(q, k, block.cos, block.sin)
-        values = v.view(len(x), -1, config.head_dim)
+        values = v.unflatten(1, (-1, size))
         sizes = [span.end - span.begin for span in block.spans]
         parts = [(queries, keys, values)] if len(sizes) == 1 else zip(
             queries.split(sizes), keys.split(sizes), values.split(sizes), strict=True)

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from qmix import names
 from qmix.config import DTYPES, ModelConfig, QuantConfig
+from qmix.device import Device
 from qmix.errors import StoreError
 from qmix.formats import Packed
+from qmix.formats.packed import stacked
 from qmix.kernels.table import KernelTable
 from qmix.sizes import MatrixSpec
 from qmix.store import Store
@@ -28,12 +30,11 @@ DAMAGED = "the store is damaged or from another version: quantize again"
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One layer without its experts: norms [H] fp32, router [E, H] fp64, and packed matrices."""
+    """One layer without its experts: norms [H] fp32, router [E, H] fp64, and packed matrices. heads: the projections
+    to queries, keys and values; on a device one matrix, q over k over v, where the format allows it."""
 
     input_norm: Tensor
-    q: Packed
-    k: Packed
-    v: Packed
+    heads: tuple[Packed, ...]
     o: Packed
     post_norm: Tensor
     router: Tensor
@@ -51,30 +52,39 @@ class Weights:
     head: Packed
 
 
-def load_dense(store: Store, kernels: KernelTable) -> Weights:
-    """Every dense weight of `store`, ready for `kernels`; StoreError names what is missing or wrong."""
-    dtype, tensors = compute_dtype(store.config, store.quant), names.dense_tensors(store.config)
+def load_dense(store: Store, kernels: KernelTable, device: Device | None = None) -> Weights:
+    """Every dense weight of `store`, ready for `kernels`, on `device` where one is given: then a few at a time are in
+    host memory. StoreError names what is missing or wrong."""
+    tensors = names.dense_tensors(store.config)
+    dtype = compute_dtype(store.config, store.quant, torch.bfloat16 if device is None else device.half)
+
+    def read(name: str) -> Packed | Tensor:
+        found = store.dense(name)
+        return found if device is None else found.to(device.place)
+
     with ThreadPoolExecutor(READERS, "qmix-dense") as readers:
-        coming = {t.name: readers.submit(store.dense, t.name) for t in tensors}
+        coming = {t.name: readers.submit(read, t.name) for t in tensors}
         try:
-            weights = assemble(store.config, dtype, lambda name: coming.pop(name).result())
+            weights = assemble(store.config, dtype, lambda name: coming.pop(name).result(), device is not None)
         except BaseException:
             readers.shutdown(wait=True, cancel_futures=True)
             raise
     layer = weights.layers[0]
-    for packed in (layer.q, weights.head):
+    for packed in (layer.heads[0], weights.head):
         assert (packed.spec.format, packed.spec.block) in kernels.kernels, packed.spec
     return weights
 
 
-def compute_dtype(config: ModelConfig, quant: QuantConfig) -> torch.dtype:
-    """fp32 where every matrix is a plain one of fp32 or fp16, else bf16."""
+def compute_dtype(config: ModelConfig, quant: QuantConfig, half: torch.dtype = torch.bfloat16) -> torch.dtype:
+    """fp32 where every matrix is a plain one of fp32 or fp16, else `half`."""
     wide = quant.experts == quant.dense == "keep" and DTYPES[config.dtype] in ("fp16", "fp32")
-    return torch.float32 if wide else torch.bfloat16
+    return torch.float32 if wide else half
 
 
-def assemble(config: ModelConfig, dtype: torch.dtype, read: Callable[[str], Packed | Tensor]) -> Weights:
-    """Weights from `read(name)`, which gives a Packed for linear layers and head, else a Tensor."""
+def assemble(config: ModelConfig, dtype: torch.dtype, read: Callable[[str], Packed | Tensor],
+             stack: bool = False) -> Weights:
+    """Weights from `read(name)`, which gives a Packed for linear layers and head, else a Tensor. stack: q, k and v of
+    a layer as one matrix, where that can be."""
     left = {t.name: t for t in names.dense_tensors(config)}
 
     def matrix(name: str) -> Packed:
@@ -91,8 +101,10 @@ def assemble(config: ModelConfig, dtype: torch.dtype, read: Callable[[str], Pack
 
     def layer(prefix: str) -> LayerWeights:
         q, k, v, o = (matrix(f"{prefix}self_attn.{part}_proj.weight") for part in "qkvo")
+        whole = stacked((q, k, v)) if stack else None
         return LayerWeights(
-            input_norm=plain(prefix + "input_layernorm.weight").float(), q=q, k=k, v=v, o=o,
+            input_norm=plain(prefix + "input_layernorm.weight").float(), o=o,
+            heads=(q, k, v) if whole is None else (whole,),
             post_norm=plain(prefix + "post_attention_layernorm.weight").float(),
             router=plain(prefix + "block_sparse_moe.gate.weight").double())
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,6 +76,7 @@ class PagedExperts:
         self._experts = config.num_experts
         self._layers = config.num_layers
         self._tier = tier
+        self._caches = [tier.cache]  # whose histories are kept
         self._views = views
         self._halves = halves
         self._prefetcher = prefetcher
@@ -116,14 +117,14 @@ class PagedExperts:
 
         Interrupted when step.cancel is set between two experts or while one is waited for; StoreError where a
         record cannot be read. Either leaves everything ready for another pass."""
-        self._watch.layer(layer, step, ids, weights, ahead)
+        self._watch.layer(layer, step, ids.cpu(), weights.cpu(), None if ahead is None else ahead.cpu())
         routed = len(ids)
         if wanted is not None:
             x, ids, weights = x[wanted], ids[wanted], weights[wanted]
         if self._token is not None and len(x) == 1 and step.phase == "decode":
             return self._one_token(self._token, layer, x, ids[0].tolist(), weights, step)
         groups = self._groups(ids)
-        rows = torch.empty(len(x), self._top_k, x.shape[1], dtype=torch.float32)
+        rows = torch.empty(len(x), self._top_k, x.shape[1], dtype=torch.float32, device=x.device)
         if self._all_here:
             self.figures[step.phase].chosen += len(groups)
             self.figures[step.phase].hits += len(groups)
@@ -210,22 +211,23 @@ class PagedExperts:
         native.run(first)
         native.run(second)
 
-    def _settle(self, layer: int, step: Step, ids: Tensor, weights: Tensor, groups: dict[int, _Group],
+    def _settle(self, layer: int, step: Step, ids: Tensor, weights: Tensor, groups: Collection[int],
                 routed: int) -> None:
-        """The router of `layer` has spoken: into the cache's histories, and the guesses for it are judged."""
-        cache = self._tier.cache
+        """The router of `layer` has spoken: into the caches' histories, and the guesses for it are judged."""
         if step.phase == "decode":
-            if layer == 0:
-                cache.begin_token()
             self._prefetcher.settle(layer, ids.reshape(-1).tolist(), weights.reshape(-1).tolist())
-        else:
-            if layer == 0:
-                cache.begin_prefill(routed)
-            cache.seed(layer, self._watch.last_choices)
         self.figures[step.phase].prefetched += self._lookahead.settle(layer, groups)
-        for expert in groups if step.phase == "decode" else ():
-            cache.use(ExpertKey(layer, expert))
-        cache.settle(layer)
+        for cache in self._caches:
+            if step.phase == "decode":
+                if layer == 0:
+                    cache.begin_token()
+                for expert in groups:
+                    cache.use(ExpertKey(layer, expert))
+            else:
+                if layer == 0:
+                    cache.begin_prefill(routed)
+                cache.seed(layer, self._watch.last_choices)
+            cache.settle(layer)
 
     def _in_turn(self, layer: int, experts: Sequence[int], step: Step, ahead: Tensor | None) -> Iterator[ExpertKey]:
         """The records of `experts`, each when it can be computed, those that are here first."""
@@ -252,6 +254,7 @@ class PagedExperts:
                 key = self._next(here, coming)
                 self._await(key, self._halves[self._tier.slot(key)], step)
                 yield key
+                self._launched(key)
                 (here if key in here else coming).remove(key)
                 tier.unpin([key])
         finally:
@@ -280,6 +283,9 @@ class PagedExperts:
         elif len(step.sequence) * self._top_k >= CROWD * self._experts and layer + 2 < self._layers:
             # Of the last layer mostly the last token's experts are wanted: K, not all.
             self._lookahead.expect([ExpertKey(layer + 1, expert) for expert in range(self._experts)], account=False)
+
+    def _launched(self, key: ExpertKey) -> None:
+        """All that reads its slot has been computed, or on a device given to it."""
 
     def _await_all(self, key: ExpertKey, step: Step) -> None:
         if not self._all_here:

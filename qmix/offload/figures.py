@@ -13,9 +13,10 @@ class PhaseFigures:
     """Sums over the passes of one phase. Seconds of the process's clock, bytes read from the disk.
 
     chosen: records that passes needed (each once per layer and pass, however many tokens share it); hits: those
-    whose bytes were all there when the router spoke, prefetched: of these, read ahead for it. seconds: whole
-    passes; stalled_seconds: of those, waiting for records; read_seconds: the disk was reading, stalled or beside
-    the computing.
+    whose bytes were all there when the router spoke, prefetched: of these, read ahead for it. On a device: below,
+    misses that were in host memory; computed, those that the CPU computed there. seconds: whole passes;
+    stalled_seconds: of those, waiting for records; read_seconds: the disk was reading, stalled or beside the
+    computing.
     """
 
     tokens: int = 0
@@ -24,6 +25,8 @@ class PhaseFigures:
     hits: int = 0
     prefetched: int = 0
     misses: int = 0
+    below: int = 0
+    computed: int = 0
     bytes_read: int = 0
     seconds: float = 0.0
     stalled_seconds: float = 0.0

@@ -225,12 +225,12 @@ def scoring_bytes(config: ModelConfig, context: int) -> int:
     return (context * 4 + rows * 8) * config.hidden_size + (rows * 8 + looked_at) * config.vocab_size
 
 
-def plan(needs: Needs, ram: int, base: int, vram: int | None = None) -> Plan:
-    """Place a model within `ram` bytes for the whole process, `base` of them taken already, and `vram` bytes
-    where there is a GPU. DoesNotFit (exit 3) says how much is missing, and where."""
+def plan(needs: Needs, ram: int, base: int, vram: int | None = None, vram_base: int = CUDA_CONTEXT) -> Plan:
+    """Place a model within `ram` bytes for the whole process, `base` of them taken already, and, where there is a
+    GPU, `vram` bytes of it, vram_base of them taken. DoesNotFit (exit 3) says how much is missing, and where."""
     if vram is None:
         return Plan(needs, (_tier("RAM", needs, ram, base, needs.least, [count for count, _ in needs.by_kind]),))
-    fast = _tier("VRAM", needs, vram, CUDA_CONTEXT, needs.least, [count for count, _ in needs.by_kind])
+    fast = _tier("VRAM", needs, vram, vram_base, needs.least, [count for count, _ in needs.by_kind])
     most = [count - there + STAGING for (count, _), (there, _) in zip(needs.by_kind, fast.kinds, strict=True)]
     slow = _tier("RAM", needs, ram, base, [STAGING] * len(most), most, dense=False)
     return Plan(needs, (fast, slow))

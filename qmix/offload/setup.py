@@ -7,19 +7,21 @@ the first prompt goes ahead of the warming.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from qmix.config import ExpertKey
+from torch import Tensor
+
+from qmix.config import ExpertKey, ModelConfig
 from qmix.errors import StoreError, UsageError
 from qmix.kernels.table import KernelTable
 from qmix.offload.cache import Cache, make_policy, warm_order
 from qmix.offload.experts import PagedExperts
 from qmix.offload.figures import PhaseFigures
-from qmix.offload.plan import Plan
-from qmix.offload.pool import begin_pool
+from qmix.offload.plan import Plan, TierPlan
+from qmix.offload.pool import Touching, begin_pool
 from qmix.offload.prefetch import MODES, Prefetcher
 from qmix.offload.reads import Readers
 from qmix.offload.router_stats import RouterStats
@@ -51,10 +53,12 @@ class OffloadOptions:
 
 
 class Offload:
-    """The running parts. experts: what the model calls. Close it; reads that have begun are waited for."""
+    """The running parts. experts: what the model calls; extra: more figures, under "device". Close it; reads that have
+    begun are waited for."""
 
     def __init__(self, experts: PagedExperts, tier: Tier, readers: Readers, prefetcher: Prefetcher,
-                 stats: RouterStats, policy: str, closing: ExitStack):
+                 stats: RouterStats, policy: str, closing: ExitStack,
+                 extra: Callable[[], dict[str, Any]] | None = None):
         self.experts = experts
         self.tier = tier
         self.stats = stats
@@ -62,6 +66,7 @@ class Offload:
         self._prefetcher = prefetcher
         self._policy = policy
         self._closing = closing
+        self._extra = extra
         self._mark = self._meter()
 
     def end_pass(self, phase: str, tokens: int, seconds: float) -> None:
@@ -83,7 +88,8 @@ class Offload:
         figures = self.experts.figures
         return {"slots": len(self.tier.slots), "policy": self._policy, "prefetch": self._prefetcher.mode,
                 "warmed_bytes": self._readers.bytes_read[2], "decode": figures["decode"].report(),
-                "prefill": figures["prefill"].report(), "prefetcher": self._prefetcher.report()}
+                "prefill": figures["prefill"].report(), "prefetcher": self._prefetcher.report(),
+                **({} if self._extra is None else {"device": self._extra()})}
 
     def reset(self) -> None:
         """Start all figures anew; caches and estimates stay."""
@@ -98,61 +104,97 @@ class Offload:
         return sum(self._readers.bytes_read[:2]), self._readers.busy_seconds
 
 
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What the options come to for a store and a plan. prior: share of tokens that chose each expert in earlier
+    runs."""
+
+    policy: str
+    prior: Mapping[ExpertKey, float]
+    mode: str
+    depth: int
+    window: int
+
+    @classmethod
+    def of(cls, store: Store, plan: Plan, options: OffloadOptions, stats: RouterStats,
+           say: Callable[[str], None]) -> Choices:
+        config, fast = store.config, plan.tiers[0]
+        policy = AUTO_POLICY if options.policy == "auto" else options.policy
+        prior = stats.share("decode") or stats.share("prefill")
+        if policy == "static" and not any(prior.values()):
+            say("--cache-policy static: there are no router statistics of this store yet, so all experts count alike")
+        mode = options.prefetch
+        if mode == "auto" and plan.needs.record < SMALL and fast.slots < plan.needs.records:
+            mode = "off"
+            say(f"prefetch off: records of {format_bytes(plan.needs.record)} are read faster than guessed "
+                "(--prefetch ahead guesses all the same)")
+        if policy == "lru" and len(fast.kinds) > 1 and _tight(config, fast):
+            say("--cache-policy lru: in a mixed store layers have no share of their own, so with few slots it throws "
+                "out what comes next; lfu does not")
+        return cls(policy, prior, mode, *reach(fast.slots, config.num_layers, config.experts_per_token))
+
+    def cache(self, config: ModelConfig, tier: TierPlan, kind_of: Callable[[ExpertKey], int]) -> Cache:
+        """For a tier. Only plain LRU throws out the layers that come next (docs/cache-policy.md)."""
+        return Cache([count for count, _ in tier.kinds], config.num_layers, make_policy(self.policy, self.prior),
+                     quotas=self.policy == "lru" and len(tier.kinds) == 1 and _tight(config, tier),
+                     probation=max(1, min(2 * config.experts_per_token, tier.slots // 8)), kind_of=kind_of)
+
+
+def _tight(config: ModelConfig, tier: TierPlan) -> bool:
+    return tier.slots < 2 * config.experts_per_token * config.num_layers
+
+
 def open_offload(store: Store, kernels: KernelTable, plan: Plan, options: OffloadOptions, stats: RouterStats,
                  trace: Recorder | None = None, say: Callable[[str], None] = lambda line: None,
                  progress: Progress | None = None) -> Offload:
     """StoreError where a record that is read at the start is damaged; UsageError for a wrong option."""
-    config, slots = store.config, plan.slots
-    policy = AUTO_POLICY if options.policy == "auto" else options.policy
-    prior = stats.share("decode") or stats.share("prefill")
-    if policy == "static" and not any(prior.values()):
-        say("--cache-policy static: there are no router statistics of this store yet, so all experts count alike")
-    mode = options.prefetch
-    if mode == "auto" and plan.needs.record < SMALL and not plan.resident:
-        mode = "off"
-        say(f"prefetch off: records of {format_bytes(plan.needs.record)} are read faster than guessed "
-            "(--prefetch ahead guesses all the same)")
-    depth, window = reach(slots, config.num_layers, config.experts_per_token)
+    config, kind_of = store.config, store.layout.kind_of.__getitem__
+    choices = Choices.of(store, plan, options, stats, say)
     with ExitStack() as opened:
-        records = store.records(options.verify, say)  # type: ignore[arg-type]
-        opened.callback(records.close)
-        readers = Readers(records)
-        opened.callback(readers.close)
-        pools = []
-        touched = [begin_pool(count, nbytes) for count, nbytes in plan.ram.kinds]
-        for pool, touching in touched:
-            opened.callback(touching.close)
-            pools.append(pool)
-        counts, kind_of = [count for count, _ in plan.ram.kinds], store.layout.kind_of.__getitem__
-        tight = policy == "lru" and slots < 2 * config.experts_per_token * config.num_layers
-        if tight and len(counts) > 1:
-            say("--cache-policy lru: in a mixed store layers have no share of their own, so with few slots it throws "
-                "out what comes next; lfu does not")
-        cache = Cache(counts, config.num_layers, make_policy(policy, prior),
-                      # Only plain LRU throws out the layers that come next (docs/cache-policy.md).
-                      quotas=tight and len(counts) == 1,
-                      probation=max(1, min(2 * config.experts_per_token, slots // 8)), kind_of=kind_of)
-        tier = Tier(pools, cache, readers)
-        prefetcher = Prefetcher(mode, config.num_layers, config.experts_per_token,
-                                stats.next_probabilities)
+        readers = open_readers(store, options, say, opened)
+        pools, touched = open_pools(plan.ram, opened)
+        tier = Tier(pools, choices.cache(config, plan.ram, kind_of), readers)
+        prefetcher = Prefetcher(choices.mode, config.num_layers, config.experts_per_token, stats.next_probabilities)
         views = [store.expert_views(kind, slot) for kind, pool in enumerate(pools) for slot in pool]
-        halves = [_half(record) for record, pool in zip(store.layout.kinds, pools, strict=True) for _ in pool]
+        halves = [half(record) for record, pool in zip(store.layout.kinds, pools, strict=True) for _ in pool]
         experts = PagedExperts(config, kernels, tier, views, halves, prefetcher,
-                               RoutingWatch(config.num_layers, config.num_experts, stats, trace, say), depth, window)
-        order = warm_order(config.num_layers, config.num_experts, counts, prior, kind_of)
+                               RoutingWatch(config.num_layers, config.num_experts, stats, trace, say), choices.depth,
+                               choices.window)
+        order = warm_order(config.num_layers, config.num_experts, [count for count, _ in plan.ram.kinds],
+                           choices.prior, kind_of)
         if plan.resident:
             try:
-                _fill(tier, order, progress)
+                fill(tier, order, progress)
             except StoreError:
-                for _, touching in touched:
+                for touching in touched:
                     touching.wait()  # a read into memory that is not there fails too
                 raise
         else:
             for key in order:
                 tier.want(key, "warm")
-        for _, touching in touched:
+        for touching in touched:
             touching.wait()
-        return Offload(experts, tier, readers, prefetcher, stats, policy, opened.pop_all())
+        return Offload(experts, tier, readers, prefetcher, stats, choices.policy, opened.pop_all())
+
+
+def open_readers(store: Store, options: OffloadOptions, say: Callable[[str], None], opened: ExitStack) -> Readers:
+    """What reads records from the disk; closed with `opened`."""
+    records = store.records(options.verify, say)  # type: ignore[arg-type]
+    opened.callback(records.close)
+    readers = Readers(records)
+    opened.callback(readers.close)
+    return readers
+
+
+def open_pools(tier: TierPlan, opened: ExitStack) -> tuple[list[Tensor], list[Touching]]:
+    """Slots of each kind in host memory, and what still touches them; ended with `opened`."""
+    pools, touched = [], []
+    for count, nbytes in tier.kinds:
+        pool, touching = begin_pool(count, nbytes)
+        opened.callback(touching.close)
+        pools.append(pool)
+        touched.append(touching)
+    return pools, touched
 
 
 def reach(slots: int, layers: int, top_k: int) -> tuple[int, int]:
@@ -162,17 +204,20 @@ def reach(slots: int, layers: int, top_k: int) -> tuple[int, int]:
     return max(1, min(FARTHEST, spare // layers)), 2 if spare >= layers else 1
 
 
-def _half(record: RecordLayout) -> int:
+def half(record: RecordLayout) -> int:
     """Bytes of a record up to the end of its w13."""
     return max(p.offset + p.tensor.nbytes for p in record.placed if p.matrix == "w13")
 
 
-def _fill(tier: Tier, keys: list[ExpertKey], progress: Progress | None) -> None:
-    """Read everything now; the first error ends it."""
-    for key in keys:
-        tier.want(key, "demand")
-    done, total = 0, sum(len(tier.bytes_of(key)) for key in keys)
-    for key in keys:
+def fill(tier: Tier, keys: Sequence[ExpertKey], progress: Progress | None, window: int | None = None) -> None:
+    """Bring everything in now, `window` records at a time; the first error ends it. There are slots for all."""
+    done, total, window = 0, sum(map(len, tier.slots)), len(keys) if window is None else window
+    for index in range(len(keys) + window):
+        if index < len(keys):
+            tier.want(keys[index], "demand")
+        if index < window:
+            continue
+        key = keys[index - window]
         nbytes = len(tier.bytes_of(key))
         tier.wait(key, nbytes)
         done += nbytes

@@ -1,0 +1,41 @@
+"""What one layer's router decides about a few tokens, on the device and in host memory, and where the experts answer.
+
+The model's side writes it on the device; the experts' side reads it there and, after a readback, on the host.
+
+T tokens, H hidden, K experts chosen per token, D layers looked ahead, A experts guessed for each.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qmix.device.device import Device
+
+
+class Routed:
+    """Buffers for T tokens, the same for every layer.
+
+    On the device: x fp32 [T, H], what the experts read; ids int32 [T, K], weights fp32 [T, K]; ahead int32 [T, D, A];
+    rows fp32 [T, K, H], what each expert gives. All but rows lie in one piece, so that one copy brings it to the host:
+    host_x, host_ids, host_weights, host_ahead.
+    """
+
+    def __init__(self, device: Device, tokens: int, hidden: int, top_k: int, depth: int, guesses: int):
+        shapes = ((tokens, hidden), (tokens, top_k), (tokens, top_k), (tokens, depth, guesses))
+        sizes = [torch.Size(shape).numel() for shape in shapes]
+        self.tokens = tokens
+        self._here = torch.zeros(sum(sizes), dtype=torch.int32, device=device.place)
+        self._there = device.host(sum(sizes), dtype=torch.int32)
+        self.rows = torch.zeros(tokens, top_k, hidden, device=device.place)
+        self.x, self.weights, self.ids, self.ahead = _parts(self._here, shapes, sizes)
+        self.host_x, self.host_weights, self.host_ids, self.host_ahead = _parts(self._there, shapes, sizes)
+
+    def read_back(self) -> None:
+        """Work for a stream: all of it to the host."""
+        self._there.copy_(self._here, non_blocking=True)
+
+
+def _parts(whole: Tensor, shapes: tuple[tuple[int, ...], ...], sizes: list[int]) -> tuple[Tensor, ...]:
+    x, weights, ids, ahead = (part.view(shape) for part, shape in zip(whole.split(sizes), shapes, strict=True))
+    return x.view(torch.float32), weights.view(torch.float32), ids, ahead

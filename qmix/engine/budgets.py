@@ -1,0 +1,39 @@
+"""What a model needs and what there is, in bytes, before anything is loaded."""
+
+from __future__ import annotations
+
+from qmix import hardware
+from qmix.config import ModelConfig
+from qmix.errors import DoesNotFit, UsageError
+from qmix.offload.plan import MARGIN, Needs, choose_context
+from qmix.sizes import format_bytes
+from qmix.store import Store
+
+
+def needs_of(store: Store, context: int = 0, kv: str = "bf16", scoring: bool = False) -> Needs:
+    """What `load` with these arguments plans for."""
+    return Needs.of(store.config, store.quant, _context(store.config, context), kv, scoring)
+
+
+def budget(ram: int | None, margin: int | None, base: int | None = None) -> tuple[int, int]:
+    """(bytes for the whole process, bytes it has taken already). DoesNotFit where `ram` is more than there is."""
+    available = hardware.memory().available
+    base = hardware.resident_bytes() if base is None else base
+    if ram is None and margin is not None and margin >= available:
+        raise DoesNotFit(f"--margin {format_bytes(margin)}: only {format_bytes(available)} is free",
+                         "name a smaller one")
+    if ram is None:
+        return base + available - (min(MARGIN, available // 8) if margin is None else margin), base
+    if margin is not None:
+        raise UsageError("--margin: only says what --ram auto leaves free", "drop one of --ram and --margin")
+    if ram > base + available:
+        raise DoesNotFit(f"--ram {format_bytes(ram)}: only {format_bytes(base + available)} can be had, short of "
+                         f"{format_bytes(ram - base - available)}", "name a smaller budget, or close other programs")
+    return ram, base
+
+
+def _context(config: ModelConfig, asked: int) -> int:
+    if asked > config.max_positions:
+        raise UsageError(f"--ctx-size {asked}: the model was trained for {config.max_positions} positions",
+                         f"choose at most {config.max_positions}")
+    return choose_context(config, asked)

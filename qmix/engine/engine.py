@@ -1,0 +1,203 @@
+"""A loaded model: sessions, passes and figures."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+
+from qmix import hardware
+from qmix.config import Cancel, ModelConfig, SamplingParams, Step
+from qmix.engine.kernels import native_throughout
+from qmix.engine.session import Session
+from qmix.errors import DoesNotFit, UsageError
+from qmix.generate import Token, generate
+from qmix.kernels.native import Native
+from qmix.kernels.rows import bound_formats
+from qmix.kernels.table import KernelTable
+from qmix.model.kvcache import KVCache
+from qmix.model.mixtral import BLOCK, Mixtral
+from qmix.offload.plan import Plan
+from qmix.offload.setup import Offload
+from qmix.sizes import format_bytes
+from qmix.speculation import LONGEST, Pace
+from qmix.store import Store
+from qmix.tokenizer import Message, Tokenizer
+
+
+class Engine:
+    """A loaded model. Close it, or use it as a context manager."""
+
+    def __init__(self, store: Store, plan: Plan, tokenizer: Tokenizer, kernels: KernelTable, model: Mixtral,
+                 offload: Offload, closing: ExitStack):
+        self.store = store
+        self.plan = plan
+        self.tokenizer = tokenizer
+        self._kernels = kernels
+        self._threads = torch.get_num_threads()
+        self._decode_threads = 1 if native_throughout(store, kernels) else self._threads
+        self._model = model
+        self._offload = offload
+        self._closing = closing
+        self._caches: WeakSet[KVCache] = WeakSet()
+        self._lock = threading.Lock()
+        self._sessions = 0
+        self._paces: dict[int, Pace] = {}
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.store.config
+
+    @property
+    def kernels(self) -> Mapping[str, str]:
+        """{format: what computes it}."""
+        return self._offload.experts.kernels.names
+
+    @property
+    def threads(self) -> int:
+        """Compute threads."""
+        return self._threads
+
+    @property
+    def native(self) -> Native | None:
+        """What computes the experts, where the native kernels do."""
+        return self._kernels.native if self._kernels.native and self.store.quant.expert_formats <= set(
+            self._kernels.native.formats) else None
+
+    def session(self) -> Session:
+        """A new conversation with room for plan.context positions. The plan has room for one; DoesNotFit where
+        another one, beside those still in use, would break the budget."""
+        tier = self.plan.tiers[0]
+        spare = tier.budget - tier.total
+        used = sum(cache.nbytes for cache in self._caches)
+        if used > spare:
+            raise DoesNotFit(f"a KV cache of {format_bytes(tier.kv)} beside {len(self._caches)} in use: the "
+                             f"budget has {format_bytes(max(0, tier.kv + spare - used))} left for it",
+                             "let go of a session first, or load with a larger budget or a smaller context")
+        self._sessions += 1
+        cache = self._model.new_cache(self.plan.context)
+        self._caches.add(cache)
+        return Session(self, self._sessions - 1, cache)
+
+    def step(self, sessions: Sequence[Session], tokens: Sequence[Sequence[int]], phase: str,
+             cancel: Cancel | None = None, drafts: int = 0) -> Tensor:
+        """Append tokens[i] to sessions[i], all in one pass; logits [P, V] fp32 after each one's last token. drafts: how
+        many of the last tokens are guesses; then logits [T, V] after every token, and `settle` must follow.
+
+        UsageError where a session would outgrow its context; on any error every session is unchanged.
+        """
+        return self._advance(sessions, tokens, phase, cancel, drafts, lambda flat, positions, step: self._model.forward(
+            flat, positions, [s.cache for s in sessions], step, drafts > 0))
+
+    def read(self, session: Session, ids: Sequence[int], skip: int, cancel: Cancel | None = None) -> Iterator[Tensor]:
+        """See Session.read."""
+        assert self.plan.needs.scoring, "load with scoring=True"
+        residual = self._advance([session], [ids], "prefill", cancel, 0, lambda flat, positions, step: self._model.read(
+            flat, positions, session.cache, step, skip))
+        return map(self._logits, residual.split(BLOCK))
+
+    def _logits(self, residual: Tensor) -> Tensor:
+        with self._lock:
+            torch.set_num_threads(self._threads)
+            return self._model.logits(residual)
+
+    def _advance(self, sessions: Sequence[Session], tokens: Sequence[Sequence[int]], phase: str, cancel: Cancel | None,
+                 drafts: int, run: Callable[[Tensor, Tensor, Step], Tensor]) -> Tensor:
+        """`run` a pass that appends tokens[i] to sessions[i]; what it returns."""
+        vocabulary = self.config.vocab_size
+        for session, ids in zip(sessions, tokens, strict=True):
+            if not all(0 <= token < vocabulary for token in ids):
+                raise UsageError(f"token {next(t for t in ids if not 0 <= t < vocabulary)}: want 0 to {vocabulary - 1}")
+            if session.length + len(ids) > session.context:
+                raise UsageError(f"{session.length} + {len(ids)} tokens do not fit a context of {session.context}",
+                                 "raise -c/--ctx-size, or start over")
+        flat = torch.tensor([t for ids in tokens for t in ids])
+        positions = torch.cat([torch.arange(s.length, s.length + len(ids))
+                               for s, ids in zip(sessions, tokens, strict=True)])
+        sequence = tuple(s.number for s, ids in zip(sessions, tokens, strict=True) for _ in ids)
+        step = Step(phase, sequence, Cancel() if cancel is None else cancel, drafts)  # type: ignore[arg-type]
+        with self._lock:
+            torch.set_num_threads(self._decode_threads if phase == "decode" else self._threads)
+            start = time.perf_counter()
+            try:
+                found = run(flat, positions, step)
+            except BaseException:
+                for session in sessions:
+                    session.cache.trim(session.length)
+                raise
+            finally:
+                self._offload.end_pass(phase, len(flat), time.perf_counter() - start)
+        for session, ids in zip(sessions, tokens, strict=True):
+            session.ids.extend(ids)
+        return found
+
+    def settle(self, rejected: int) -> None:
+        """Of the drafts of the last pass, the last `rejected` were wrong: the statistics count the others."""
+        with self._lock:
+            self._offload.settle(rejected)
+
+    def pace(self, longest: int, say: Callable[[str], None] = lambda line: None) -> Pace | None:
+        """For generate: drafts of up to `longest` ids, as far as they pay; the same one each time, since it learns.
+        None, and a line, where they cannot be exact here, or would not be what a trace is to show."""
+        if not longest or longest in self._paces:
+            return self._paces.get(longest)
+        if self._offload.experts.traces:
+            say("no drafts while a trace is recorded: it shows one token a pass")
+            return None
+        if bound := bound_formats(self._kernels):
+            say(f"no drafts: here a row of {' and '.join(bound)} depends on those beside it, so the text might differ")
+            return None
+        return self._paces.setdefault(longest, Pace(longest, self.config.experts_per_token / self.config.num_experts))
+
+    def generate(self, prompt: str | Sequence[Message], params: SamplingParams | None = None,
+                 cancel: Cancel | None = None, draft: int = LONGEST) -> Iterator[Token]:
+        """Answer a prompt (a text is continued as it is) or a conversation, in a session of its own. draft: ids
+        guessed at a time where that pays, 0 to 7; the answer is the same."""
+        tokenizer, raw = self.tokenizer, isinstance(prompt, str)
+        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(list(prompt))
+        return generate(self.session(), ids, params or SamplingParams(), tokenizer, cancel,
+                        stops=() if raw else tokenizer.turn_stops, continuing=raw, pace=self.pace(draft))
+
+    def stats(self) -> dict[str, Any]:
+        """Since the last reset_stats: "experts", in percent where the chosen experts were (what was read ahead came
+        from the disk); "memory", the budget and the peak of the whole process in bytes; and "offload", all figures
+        of offload.setup.Offload.report."""
+        report = self._offload.report()
+        both = report["decode"] if report["decode"]["chosen"] else report["prefill"]
+        tiers = self._tiers(both)
+        memory = {"budget": self.plan.ram.budget, "peak": hardware.peak_bytes()}
+        return {"experts": tiers, "memory": memory, "offload": report}
+
+    def _tiers(self, figures: Mapping[str, Any]) -> dict[str, float]:
+        """Percent of the chosen experts by where they were; nothing chosen yet counts as all in the fastest."""
+        fast = len(self.plan.tiers) > 1 and self.plan.tiers[0].slots < self.plan.needs.records
+        chosen = figures["chosen"] or 1
+        first = 100.0 * (figures["hits"] - figures["prefetched"]) / chosen if figures["chosen"] else 100.0
+        if len(self.plan.tiers) == 1:
+            return {"ram": 100.0} if self.plan.resident else {"ram": first, "disk": 100.0 - first}
+        if not fast:
+            return {"vram": 100.0}
+        second = min(100.0 - first, 100.0 * figures["below"] / chosen)
+        rest = {} if self.plan.resident else {"disk": 100.0 - first - second}
+        return {"vram": first, "ram": 100.0 - first if self.plan.resident else second, **rest}
+
+    def reset_stats(self) -> None:
+        """Start the figures anew."""
+        self._offload.reset()
+
+    def close(self) -> None:
+        self._closing.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,92 @@
+"""Opens a store, plans, and has the parts brought up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from qmix import hardware
+from qmix.engine.budgets import budget, needs_of
+from qmix.engine.engine import Engine
+from qmix.engine.kernels import select_kernels
+from qmix.engine.machine import Placement
+from qmix.engine.parts import Parts, on_device, on_host
+from qmix.offload import router_stats
+from qmix.offload.forecast import Speeds, forecast, known_shares
+from qmix.offload.plan import Needs
+from qmix.offload.plan import plan as make_plan
+from qmix.offload.setup import OffloadOptions
+from qmix.offload.trace import TraceHeader, TraceWriter
+from qmix.offload.watch import Recorder
+from qmix.render import Progress
+from qmix.sizes import MIB, format_bytes
+from qmix.store import Store
+from qmix.tokenizer import load as load_tokenizer
+
+
+def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ram: int | None = None,
+         margin: int | None = None, policy: str = "auto", prefetch: str = "auto", verify: str = "first",
+         activations: str = "auto", kv: str = "bf16", trace: Path | Recorder | None = None,
+         state: Path | None = None, speeds: Speeds | None = None, base: int | None = None, scoring: bool = False,
+         placement: Placement | None = None, say: Callable[[str], None] = lambda line: None,
+         progress: Progress | None = None) -> Engine:
+    """Open a store and bring it into memory, within a budget.
+
+    threads: compute threads, default the physical cores, or 1 for a very small model; context: tokens,
+    0 = min(model, 8192); ram: bytes for the whole process, None = what is free but for `margin` bytes; policy,
+    prefetch, verify: see OffloadOptions; activations: see kernels.table.select; kv: how keys and values are kept,
+    "bf16" (that is, in the compute dtype) or "int8", in about half the bytes; trace: a file, or an object, that gets
+    every routing decision; state: the folder that keeps router statistics, None = nowhere; speeds: this machine's, for
+    a forecast; base: bytes that the process counts as taken already, None = what it holds now; scoring: with room for
+    what Session.read needs; placement: on which device, and how much of it; say: told every choice a user should know
+    of, a line each. placement None: on the CPU. With placement.exact no expert that belongs on the device is computed
+    by the CPU.
+    Raises DoesNotFit or UsageError before anything large is loaded, StoreError where the store is damaged.
+    """
+    options = OffloadOptions(policy, prefetch, verify)
+    with ExitStack() as opened:
+        store = opened.enter_context(Store.open(Path(folder)))
+        device = None if placement is None else placement.open(say)
+        if device is not None:
+            opened.callback(device.close)
+        threads = _default_threads(store) if threads is None else hardware.check_threads(threads)
+        torch.set_num_threads(threads)
+        config = store.config
+        needs = needs_of(store, context, kv, scoring)
+        tokenizer = load_tokenizer(store.path, config.vocab_size)
+        host = select_kernels(config, store.quant, say, activations)
+        plan = make_plan(needs, *budget(ram, margin, base), *(
+            placement.vram_budget(device) if placement and device else ()))
+        stats = router_stats.load(state, store.identity, config.num_layers, config.num_experts, say)
+        writer = opened.enter_context(_trace_writer(trace, store)) if isinstance(trace, Path) else trace
+        for line in plan.lines():
+            say(line)
+        if kv == "int8":
+            say(f"int8 KV cache: {format_bytes(needs.kv // needs.context)} a token, "
+                f"{format_bytes(Needs.of(config, store.quant, needs.context).kv // needs.context)} without")
+        say(f"{threads} compute thread{'s' if threads > 1 else ''}" + (
+            "; " + forecast(plan, speeds, known_shares(stats)).line() if speeds and not plan.resident else ""))
+        parts = Parts(store, plan, options, stats, writer, say, progress)
+        if device is None or placement is None:
+            kernels, model, offload = on_host(parts, host, kv)
+        else:
+            kernels, model, offload = on_device(parts, device, host, placement, kv, speeds)
+        opened.callback(offload.close)
+        if state is not None:
+            opened.callback(router_stats.save, state, store.identity, stats, say)
+        return Engine(store, plan, tokenizer, kernels, model, offload, opened.pop_all())
+
+
+def _trace_writer(path: Path, store: Store) -> TraceWriter:
+    config = store.config
+    return TraceWriter(path, TraceHeader(config.num_layers, config.num_experts, config.experts_per_token,
+                                         config.experts_per_token, store.identity, store.path.resolve().name))
+
+
+def _default_threads(store: Store) -> int:
+    """The physical cores; but with experts as small as the demo's, handing out the work costs more than a
+    second thread brings (a prompt: 5,700 tok/s with two, 10,900 with one), and many times more on a busy machine."""
+    return 1 if store.layout.record_bytes < MIB // 8 else hardware.physical_cores()

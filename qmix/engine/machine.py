@@ -1,0 +1,68 @@
+"""Which device a model is to run on, and how much of its memory it may take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from qmix import hardware
+from qmix.device import Device
+from qmix.device.cuda import open_cuda
+from qmix.errors import DoesNotFit, UsageError
+from qmix.sizes import GIB, format_bytes
+
+MARGIN = GIB // 2  # of a card's memory that `auto` leaves: to the desktop, to what torch's libraries take later
+PINNED = 0.5  # of the machine's memory, which `auto` page-locks at most
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", or one that is open already. vram, pin:
+    bytes, None for auto. exact: see engine.load. Flags that have no meaning without a GPU are refused there."""
+
+    device: str | Device = "auto"
+    vram: int | None = None
+    pin: int | None = None
+    exact: bool = False
+
+    def open(self, say: Callable[[str], None]) -> Device | None:
+        """The device; None for the CPU. UsageError, DoesNotFit where it cannot be had."""
+        if not isinstance(self.device, str):
+            return self.device
+        kind, colon, index = self.device.partition(":")
+        if kind not in ("auto", "cpu", "cuda") or (colon and (kind != "cuda" or not index.isdecimal())):
+            raise UsageError(f"--device {self.device}: want auto, cpu, cuda or cuda:NUMBER")
+        found = None if kind == "cpu" else open_cuda(int(index or 0)) if kind == "cuda" else _any(say)
+        if found is None:
+            for flag, value in (("--vram", self.vram), ("--pin", self.pin)):
+                if value is not None:
+                    raise UsageError(f"{flag} {format_bytes(value)}: there is no GPU in use here", f"drop {flag}")
+        return found
+
+    def vram_budget(self, device: Device) -> tuple[int, int]:
+        """(bytes of the device for this process, bytes of them that it has taken already)."""
+        free, taken = device.memory()[0], device.taken()
+        if self.vram is None:
+            return taken + max(0, free - min(MARGIN, free // 8)), taken
+        if self.vram > taken + free:
+            raise DoesNotFit(f"--vram {format_bytes(self.vram)}: only {format_bytes(taken + free)} can be had on "
+                             f"{device.name}, short of {format_bytes(self.vram - taken - free)}",
+                             "name a smaller one, or close other programs that use the GPU")
+        return self.vram, taken
+
+    def pin_budget(self) -> int:
+        """Bytes that may be page-locked."""
+        return int(hardware.memory().total * PINNED) if self.pin is None else self.pin
+
+
+def _any(say: Callable[[str], None]) -> Device | None:
+    """A GPU where there is one that qmix can use; else None, with the reason where one might have been expected."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    try:
+        return open_cuda(0)
+    except (UsageError, DoesNotFit) as e:
+        say(f"{e.message.removeprefix('--device cuda:0: ')}: the CPU computes")
+        return None

@@ -1,0 +1,109 @@
+"""Model and experts, joined: on the CPU, or on a device with the CPU beside it.
+
+Dense weights are read in the gaps of the experts' large reads; where they are damaged nobody need read the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+from qmix.device import Device
+from qmix.engine.kernels import stored_formats
+from qmix.engine.machine import Placement
+from qmix.errors import UsageError
+from qmix.kernels.attention import choose_attention
+from qmix.kernels.device_table import choose_device_kernels
+from qmix.kernels.table import KernelTable
+from qmix.model.device_decode import DeviceDecode
+from qmix.model.kvcache import KVCache
+from qmix.model.kvint8 import Int8KVCache
+from qmix.model.mixtral import Mixtral
+from qmix.model.weights import Weights, compute_dtype, load_dense
+from qmix.offload.device_experts import DeviceExperts
+from qmix.offload.device_setup import DeviceOptions, open_device_offload
+from qmix.offload.forecast import Speeds
+from qmix.offload.plan import Plan
+from qmix.offload.router_stats import RouterStats
+from qmix.offload.setup import Offload, OffloadOptions, open_offload
+from qmix.offload.watch import Recorder
+from qmix.render import Progress
+from qmix.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What is known before anything is loaded."""
+
+    store: Store
+    plan: Plan
+    options: OffloadOptions
+    stats: RouterStats
+    writer: Recorder | None
+    say: Callable[[str], None]
+    progress: Progress | None
+
+    def watched(self, dense: Future[Weights]) -> Progress:
+        """`progress`, which ends the load where the dense part turns out to be damaged."""
+
+        def report(done: int, total: int, label: str) -> None:
+            if dense.done():
+                dense.result()
+            if self.progress is not None:
+                self.progress(done, total, label)
+
+        return report
+
+
+def on_host(parts: Parts, kernels: KernelTable, kv: str) -> tuple[KernelTable, Mixtral, Offload]:
+    """All on the CPU."""
+    config = parts.store.config
+    attention = choose_attention(config.head_dim, kv, parts.say)
+    with ThreadPoolExecutor(1, "qmix-dense") as beside:
+        dense = beside.submit(load_dense, parts.store, kernels)
+        offload = open_offload(parts.store, kernels, parts.plan, parts.options, parts.stats, parts.writer, parts.say,
+                               parts.watched(dense))
+        weights = _result(dense, offload)
+    experts = offload.experts
+    return kernels, Mixtral(config, weights, kernels, experts, experts.ahead, experts.depth,
+                            partial(Int8KVCache if kv == "int8" else KVCache, native=attention),
+                            experts.guesses_prompts), offload
+
+
+def on_device(parts: Parts, device: Device, host: KernelTable, placement: Placement, kv: str,
+              speeds: Speeds | None) -> tuple[KernelTable, Mixtral, Offload]:
+    """All on the device but for the experts that do not fit there."""
+    store, say = parts.store, parts.say
+    config = store.config
+    if kv != "bf16":
+        raise UsageError(f"--kv-cache {kv}: on a GPU keys and values are kept in 16 bits so far", "drop it")
+    dtype = compute_dtype(config, store.quant, device.half)
+    say(f"{device.name}: prompts compute in {str(dtype).removeprefix('torch.')}" + (
+        ", since it has no bf16 products" if str(dtype) == "torch.float16" else ""))
+    device.limit(parts.plan.tiers[0].budget - device.taken())
+    kernels = choose_device_kernels(device.place, dtype, *stored_formats(config, store.quant), host, device.triton)
+    how = DeviceOptions(placement.pin_budget(), placement.exact, *((speeds.pcie, speeds.ram) if speeds else ()))
+    with ThreadPoolExecutor(1, "qmix-dense") as beside:
+        dense = beside.submit(load_dense, store, kernels.prompts, device)
+        offload = open_device_offload(store, device, kernels, parts.plan, parts.options, how, parts.stats,
+                                      parts.writer, say, parts.watched(dense))
+        weights = _result(dense, offload)
+    experts = offload.experts
+    assert isinstance(experts, DeviceExperts)
+    decode = DeviceDecode(config, weights, device, kernels.ops, experts, experts.depth, experts.ahead)
+    if not placement.exact and parts.plan.tiers[0].slots < parts.plan.needs.records:
+        say("experts that are not on the GPU are computed by the CPU where that is faster, so the last bits depend on "
+            "where an expert was (--exact forbids it)")
+    return kernels.prompts, Mixtral(
+        config, weights, kernels.prompts, experts, experts.ahead, experts.depth,
+        partial(KVCache, place=device.place, attend=kernels.attend), experts.guesses_prompts, device, decode), offload
+
+
+def _result(dense: Future[Weights], offload: Offload) -> Weights:
+    try:
+        return dense.result()
+    except BaseException:
+        offload.close()
+        raise

@@ -1,0 +1,64 @@
+"""One conversation: a KV cache, and what is in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from qmix.config import Cancel
+from qmix.model.kvcache import KVCache
+
+if TYPE_CHECKING:
+    from qmix.engine.engine import Engine
+
+
+class Session:
+    """One conversation's positions: its KV cache and the ids whose keys and values are in it."""
+
+    def __init__(self, engine: Engine, number: int, cache: KVCache):
+        self._engine = engine
+        self.number = number
+        self.cache = cache
+        self.ids: list[int] = []
+        self._drafts = 0  # of the last ids, verified and not settled
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
+
+    @property
+    def context(self) -> int:
+        """Positions that fit."""
+        return self.cache.capacity
+
+    def prefill(self, ids: Sequence[int], cancel: Cancel | None = None) -> Tensor:
+        """Append `ids`; logits [V] fp32 after the last one. When interrupted or failing the session is
+        as it was before."""
+        return self._engine.step([self], [ids], "prefill", cancel)[0]
+
+    def decode(self, token: int, cancel: Cancel | None = None) -> Tensor:
+        """Append one token; logits [V] fp32 after it."""
+        return self._engine.step([self], [[token]], "decode", cancel)[0]
+
+    def read(self, ids: Sequence[int], skip: int = 0, cancel: Cancel | None = None) -> Iterator[Tensor]:
+        """Append `ids`, then give the logits after each of them but the first `skip`, in order: pieces [n, V] fp32 of
+        at most BLOCK rows, each computed when it is asked for. Let go of one before asking for the next: a piece of
+        Mixtral's is 64 MiB. Errors come at the call, as of prefill. The engine must have been loaded for `scoring`."""
+        return self._engine.read(self, ids, skip, cancel)
+
+    def verify(self, ids: Sequence[int], cancel: Cancel | None = None) -> Tensor:
+        """Append a token and drafts for those after it, at most 8 in all; logits [T, V] fp32 after each, bit for bit
+        those of decode. `trim` must follow: the drafts that stay were right, and count in the statistics."""
+        logits = self._engine.step([self], [ids], "decode", cancel, drafts=len(ids) - 1)
+        self._drafts = len(ids) - 1
+        return logits
+
+    def trim(self, length: int) -> None:
+        """Forget all positions from `length` on."""
+        drafts, self._drafts = self._drafts, 0
+        if drafts:
+            self._engine.settle(min(drafts, self.length - length))
+        self.cache.trim(length)
+        del self.ids[length:]

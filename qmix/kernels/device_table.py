@@ -1,0 +1,78 @@
+"""Which kernels run on a device: Triton's on a card, the CPU's where the CPU stands in for one.
+
+A card's kernels are compared with the reference on small random matrices before anything is loaded; one that is wrong
+ends the start, since there is nothing to fall back to that would not be a hundred times slower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from qmix.config import GROUPED_BITS
+from qmix.errors import QmixError
+from qmix.formats import module, nf4
+from qmix.formats.packed import Packed
+from qmix.kernels import reference
+from qmix.kernels.attend import attend
+from qmix.kernels.device_ops import DeviceOps, TorchDeviceOps
+from qmix.kernels.table import KernelTable, random_matrix
+
+Attend = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]
+AGREES = 2**-7  # relative: operands and results rounded to 16 bits
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceKernels:
+    """prompts: what computes many tokens on the device; attend: their attention; ops: a few tokens; host: the
+    CPU's."""
+
+    prompts: KernelTable
+    attend: Attend
+    ops: DeviceOps
+    host: KernelTable
+
+
+def choose_device_kernels(place: torch.device, half: torch.dtype, formats: Iterable[str], blocks: Iterable[int],
+                          host: KernelTable, triton: bool) -> DeviceKernels:
+    """formats, blocks: as of table.select. half: what prompts compute in. triton: for a card, or under Triton's
+    interpreter; else the CPU's kernels stand in. UsageError where Triton or bitsandbytes is missing, QmixError where a
+    kernel is wrong."""
+    if not triton:
+        return DeviceKernels(host, attend, TorchDeviceOps(host), host)
+    from qmix.kernels import cuda_ops
+
+    wanted = {(module(name), name)[1] for name in formats}
+    if wanted & {"nf4", "fp4"}:
+        nf4.functional()
+    table = {(name, block): cuda_ops.linear_many for name in wanted for block in {0, *blocks}}
+    names = {name: cuda_ops.describe(name) for name in wanted}
+    if place.type == "cuda":
+        for name, block in sorted(table):
+            if (name in GROUPED_BITS and block) or (name == "int8" and not block):
+                _check(place, half, random_matrix(name, block))
+    return DeviceKernels(KernelTable(MappingProxyType(table), MappingProxyType(names)), cuda_ops.attend_many,
+                         cuda_ops.TritonOps(), host)
+
+
+def _check(place: torch.device, half: torch.dtype, m: Packed) -> None:
+    """Few tokens and many against the reference."""
+    from qmix.kernels import cuda_ops
+
+    there = m.to(place)
+    for tokens in (1, 5, 40):
+        x = torch.randn(tokens, m.spec.cols, generator=torch.Generator().manual_seed(1)).to(half)
+        want = reference.linear(x.float(), m)[:, :m.spec.rows]
+        if tokens > 8:
+            got = cuda_ops.linear_many(x.to(place), there)[:, :m.spec.rows]
+        else:
+            got = torch.empty(tokens, m.spec.rows, device=place)
+            cuda_ops.TritonOps().linear(x.float().to(place), there, got)
+        if not (got.float().cpu() - want).norm() <= AGREES * want.norm():
+            raise QmixError(f"the GPU kernel for {m.spec.format} gives wrong numbers here ({tokens} tokens, torch "
+                            f"{torch.__version__}, {torch.cuda.get_device_name(place)})",
+                            "use --device cpu, and please report it")

@@ -1,0 +1,232 @@
+"""A few tokens through the layers on a device, while decoding.
+
+A layer is two pieces of work: what comes before its experts, ending with the router's choice on its way to the host,
+and the experts that are in the device's slots, which need no word from the host. The host reads the choice while the
+second piece runs; what is missing it brings in or computes, and only then gives the next layer its first piece:
+
+    device   attention, router, readback | experts in slots      | experts that came | attention, router ...
+    host                                 ^ reads, asks for what is missing, waits for it ^
+
+Where every expert is in a slot nobody has to ask, and all layers and the head are one piece.
+
+A piece that is used twice, over the same caches, is captured (device.capture). All work is over buffers that stay, one
+set for each number of tokens.
+
+T tokens, H hidden, Q query heads, KV key-value heads, D head size, V vocabulary, K experts chosen, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from qmix.config import ModelConfig, Step
+from qmix.device import Device, Repeated, Routed
+from qmix.device.device import Work
+from qmix.errors import Interrupted
+from qmix.kernels.attend import rotation
+from qmix.kernels.device_ops import DeviceOps
+from qmix.model.kvcache import KVCache
+from qmix.model.weights import Weights
+
+KEPT = 16  # sets of pieces: numbers of tokens, and caches
+
+
+class DeviceExperts(Protocol):
+    """The experts' side."""
+
+    @property
+    def resident(self) -> bool:
+        """Whether all are in slots and stay there."""
+
+    def begin(self, layer: int, routed: Routed) -> Work | None:
+        """Work for the device: the rows of the chosen experts that are in slots when it runs. None where the device
+        cannot do that by itself."""
+
+    def refresh(self, layer: int) -> None:
+        """Before each begin's work is given to the device: what has arrived can be used."""
+
+    def finish(self, layer: int, routed: Routed, step: Step) -> None:
+        """The router's choice is on the host: have the other rows made. Called for every layer in turn."""
+
+    def count(self, layer: int, ids: Tensor, weights: Tensor, step: Step) -> None:
+        """In place of refresh and finish where all experts are resident: what was chosen, ids and weights [T, K]."""
+
+
+class _Buffers:
+    """Of one number of tokens."""
+
+    def __init__(self, config: ModelConfig, device: Device, tokens: int, depth: int, guesses: int):
+        def floats(*shape: int) -> Tensor:
+            return torch.zeros(shape, device=device.place)
+
+        layers, k, size = config.num_layers, config.experts_per_token, config.head_dim
+        self.given = device.host(2, tokens, dtype=torch.int64)  # tokens, positions
+        self.tokens, self.positions = self.arrived = torch.zeros(2, tokens, dtype=torch.int64, device=device.place)
+        self.caches: Sequence[KVCache] = ()  # of each token its session's, while it is computed
+        self.residual = floats(tokens, config.hidden_size)
+        self.x = floats(tokens, config.hidden_size)
+        self.qkv = floats(tokens, (config.num_heads + 2 * config.num_kv_heads) * size)
+        self.query = floats(tokens, config.num_heads, size)
+        self.attended = floats(tokens, config.num_heads * size)
+        self.logits = floats(tokens, config.vocab_size)
+        self.host_logits = device.host(tokens, config.vocab_size, dtype=torch.float32)
+        self.routed = Routed(device, tokens, config.hidden_size, k, max(1, depth), max(1, guesses))
+        # Where all is one piece: every layer's choice, to be counted afterwards.
+        self.ids = torch.zeros(layers, tokens, k, dtype=torch.int32, device=device.place)
+        self.weights = floats(layers, tokens, k)
+        self.host_ids = device.host(layers, tokens, k, dtype=torch.int32)
+        self.host_weights = device.host(layers, tokens, k, dtype=torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pieces:
+    """The work of one number of tokens over the same caches, by layer: before its experts, and of those in slots. last:
+    the head; where all experts are resident, everything."""
+
+    layers: Sequence[tuple[Repeated, Repeated | None]]
+    last: Repeated
+
+
+class DeviceDecode:
+    """depth, guesses: for how many layers ahead how many experts are guessed, 0 for none."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, device: Device, ops: DeviceOps, experts: DeviceExperts,
+                 depth: int, guesses: int):
+        self._config = config
+        self._weights = weights
+        self._device = device
+        self._ops = ops
+        self._experts = experts
+        self._depth = depth if guesses else 0
+        self._guesses = guesses
+        self._inverse = rotation(config.head_dim, config.rope_theta).to(device.place)
+        self._buffers: dict[int, _Buffers] = {}
+        self._pieces: dict[tuple[int, ...], _Pieces] = {}
+
+    def __call__(self, tokens: Tensor, positions: Tensor, caches: Sequence[KVCache], step: Step) -> Tensor:
+        """tokens, positions int64 [T] on the host; caches: of each token its session's -> logits [T, V] fp32 on the
+        host, overwritten by the next call. The caches' lengths are the caller's. Interrupted between two layers."""
+        found = self._buffers.get(len(tokens))
+        if found is None:
+            found = self._buffers[len(tokens)] = _Buffers(self._config, self._device, len(tokens), self._depth,
+                                                          self._guesses)
+        pieces = self._pieces_for(found, caches)
+        found.given[0], found.given[1] = tokens, positions
+        found.caches = caches
+        try:
+            (self._at_once if self._experts.resident else self._by_layer)(found, pieces, step)
+        finally:  # also where it ends early: what has been launched uses the buffers
+            self._device.wait(self._device.compute.record())
+            found.caches = ()
+        if self._experts.resident:
+            for layer in range(self._config.num_layers):
+                self._experts.count(layer, found.host_ids[layer], found.host_weights[layer], step)
+        return found.host_logits
+
+    def _at_once(self, found: _Buffers, pieces: _Pieces, step: Step) -> None:
+        if step.cancel:
+            raise Interrupted("cancelled")
+        pieces.last.launch()
+
+    def _by_layer(self, found: _Buffers, pieces: _Pieces, step: Step) -> None:
+        for layer, (before, inside) in enumerate(pieces.layers):
+            if step.cancel:
+                raise Interrupted("cancelled")
+            before.launch()
+            read = self._device.compute.record()
+            if inside is not None:
+                self._experts.refresh(layer)
+                inside.launch()
+            self._device.wait(read)
+            self._experts.finish(layer, found.routed, step)
+        pieces.last.launch()
+
+    def _pieces_for(self, found: _Buffers, caches: Sequence[KVCache]) -> _Pieces:
+        """By where the caches are, not by which they are: a new cache in an old one's place is served by its graphs."""
+        key = found.routed.tokens, *(address for cache in caches for address in cache.places)
+        pieces = self._pieces.pop(key, None) or self._cut(found, caches)
+        self._pieces[key] = pieces  # the last one used is the last to be forgotten
+        if len(self._pieces) > KEPT:
+            del self._pieces[next(iter(self._pieces))]
+        return pieces
+
+    def _cut(self, found: _Buffers, caches: Sequence[KVCache]) -> _Pieces:
+        works = [(self._before(found, layer, caches), self._experts.begin(layer, found.routed))
+                 for layer in range(self._config.num_layers)]
+        head, again = self._head(found), partial(Repeated, self._device)
+        if not self._experts.resident:
+            return _Pieces([(again(before), again(inside) if inside else None) for before, inside in works],
+                           again(head))
+        chain = [work for pair in works for work in pair if work is not None] + [head]
+
+        def everything() -> None:
+            for work in chain:
+                work()
+
+        return _Pieces((), again(everything))
+
+    def _before(self, found: _Buffers, index: int, caches: Sequence[KVCache]) -> Work:
+        """What comes before the experts of layer `index`: attention and router, their choice on its way to the host."""
+        config, ops, layer = self._config, self._ops, self._weights.layers[index]
+        routed, later = found.routed, self._weights.layers[index + 1:index + 1 + self._depth]
+        norms, routers = [w.post_norm for w in later], [w.router for w in later]
+        outs = found.qkv.split([m.spec.rows for m in layer.heads], 1)
+        runs = _runs(caches)
+
+        def work() -> None:
+            if index == 0:
+                found.arrived.copy_(found.given, non_blocking=True)
+                ops.embed(found.tokens, self._weights.embedding, found.residual)
+                ops.norm(found.residual, layer.input_norm, config.rms_norm_eps, found.x)
+            else:
+                ops.norm(found.residual, layer.input_norm, config.rms_norm_eps, found.x, routed.rows, routed.weights)
+            for m, out in zip(layer.heads, outs, strict=True):
+                ops.linear(found.x, m, out)
+            for first, end in runs:
+                kept = found.caches[first].kept(index)
+                ops.keep(found.qkv[first:end], self._inverse, found.positions[first:end], kept.keys, kept.values,
+                         found.query[first:end])
+                ops.attend(found.query[first:end], kept.keys, kept.values, found.positions[first:end],
+                           config.sliding_window, found.attended[first:end])
+            ops.linear(found.attended, layer.o, found.residual, add=True)
+            ops.route(found.residual, layer.post_norm, layer.router, config.rms_norm_eps, routed.x, routed.ids,
+                      routed.weights)
+            if later:
+                ops.guess(found.residual, norms, routers, config.rms_norm_eps, routed.ahead[:, :len(later)])
+            if self._experts.resident:
+                found.ids[index].copy_(routed.ids)
+                found.weights[index].copy_(routed.weights)
+            else:
+                routed.read_back()
+
+        return work
+
+    def _head(self, found: _Buffers) -> Work:
+        weights, ops, eps = self._weights, self._ops, self._config.rms_norm_eps
+
+        def work() -> None:
+            ops.norm(found.residual, weights.final_norm, eps, found.x, found.routed.rows, found.routed.weights)
+            ops.linear(found.x, weights.head, found.logits)
+            found.host_logits.copy_(found.logits, non_blocking=True)
+            if self._experts.resident:
+                found.host_ids.copy_(found.ids, non_blocking=True)
+                found.host_weights.copy_(found.weights, non_blocking=True)
+
+        return work
+
+
+def _runs(caches: Sequence[KVCache]) -> list[tuple[int, int]]:
+    """(first token, end) of neighbours with the same cache: a, b, b -> (0, 1), (1, 3)."""
+    found: list[tuple[int, int]] = []
+    for token, cache in enumerate(caches):
+        if token and cache is caches[token - 1]:
+            found[-1] = found[-1][0], token + 1
+        else:
+            found.append((token, token + 1))
+    return found

@@ -1,0 +1,273 @@
+"""Experts on a device: prompts as anywhere else, decoding by slots that the device finds for itself.
+
+While decoding, the experts that are in slots when a layer's router speaks are computed without a word from the host
+(`begin`). The host, once it has read the choice (`finish`), does three things at once with the others: has some copied
+into slots, computes some on the CPU where their records are (unless everything is to be exact: the CPU's bits are not
+the device's), and has guesses for the next layers read ahead. Each expert's row is its own and the rows are summed in
+rank order later, so what comes when, and how, decides no bit; but which kind of device computed a row does.
+
+Who may read a slot: work given to `compute` before the record left it. `tier.used` says until when.
+
+T tokens, H hidden, E experts, K chosen per token.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qmix.config import ExpertKey, Step
+from qmix.device import Device, Repeated, Routed
+from qmix.device.device import Work
+from qmix.errors import Interrupted
+from qmix.formats import Packed
+from qmix.kernels.device_ops import DeviceOps, ExpertSlots
+from qmix.kernels.table import KernelTable
+from qmix.offload.copies import Copies
+from qmix.offload.experts import PagedExperts
+from qmix.offload.slot_table import NOWHERE, SlotTable
+from qmix.offload.split import Split
+from qmix.offload.tiers import Tier
+
+RISING = 1  # records that come up because they are worth it, though the CPU has computed them
+
+
+@dataclass(frozen=True, slots=True)
+class Below:
+    """The tier below, in host memory: what comes from it, and what the CPU computes of it. views: (w13, w2) of each of
+    its slots; kernels: the CPU's; split: what is computed there, None for nothing."""
+
+    tier: Tier
+    copies: Copies
+    views: Sequence[tuple[Packed, Packed]]
+    kernels: KernelTable
+    split: Split | None
+
+
+class DeviceExperts(PagedExperts):
+    """slots: the tier's, by slab. table: told by the tier of what leaves. The rest as of PagedExperts, whose `kernels`
+    compute prompts."""
+
+    def __init__(self, device: Device, ops: DeviceOps, slots: Sequence[ExpertSlots], table: SlotTable, below: Below,
+                 *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self._device = device
+        self._ops = ops
+        self._slots = slots
+        self._table = table
+        self._below = below
+        self._caches = [self._tier.cache, below.tier.cache]
+        self._by_slot = all(ops.handles(one) for one in slots)  # else the host must name each expert
+        self._late = torch.full((self._experts,), NOWHERE, dtype=torch.int32, device=device.place)
+        self._late_works: dict[Routed, Repeated] = {}
+        self._made: dict[Routed, Tensor] = {}  # rows that the CPU computed, in host memory
+        self._rising: list[ExpertKey] = []
+        self._copied = 0, 0.0  # bytes and seconds of the bus so far
+
+    @property
+    def resident(self) -> bool:
+        """Whether the device never has to ask."""
+        return self._all_here and self._by_slot
+
+    def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, step: Step, ahead: Tensor | None = None,
+                 wanted: Tensor | None = None) -> Tensor:
+        self._device.settle()
+        return super().__call__(layer, x, ids, weights, step, ahead, wanted)
+
+    def begin(self, layer: int, routed: Routed) -> Work | None:
+        """See model.device_decode.DeviceExperts."""
+        return self._in_slots(routed, self._table.row(layer)) if self._by_slot else None
+
+    def _in_slots(self, routed: Routed, table: Tensor) -> Work:
+        def work() -> None:
+            for one in self._slots:
+                self._ops.experts(routed.x, one, routed.ids, table, routed.rows)
+
+        return work
+
+    def refresh(self, layer: int) -> None:
+        """Enter into the table what has arrived."""
+        tier, here = self._tier, self._table.here(layer)
+        for expert in range(self._experts):
+            if expert not in here and tier.ready(key := ExpertKey(layer, expert)):
+                self._table.enter(key, tier.slot(key))
+
+    def count(self, layer: int, ids: Tensor, weights: Tensor, step: Step) -> None:
+        """All were there: what was chosen, ids and weights [T, K] on the host."""
+        self._watch.layer(layer, step, ids.long(), weights, None)
+        chosen = len(set(ids.reshape(-1).tolist()))
+        self.figures[step.phase].chosen += chosen
+        self.figures[step.phase].hits += chosen
+
+    def finish(self, layer: int, routed: Routed, step: Step) -> None:
+        """See model.device_decode.DeviceExperts. Interrupted while a record is waited for, or StoreError: then the pass
+        is lost, and everything is ready for another one."""
+        ids, weights = routed.host_ids, routed.host_weights
+        look = min(self.depth, self._layers - 1 - layer)
+        ahead = routed.host_ahead[:, :look].long() if look > 0 and self.ahead else None
+        self._watch.layer(layer, step, ids.long(), weights, ahead)
+        experts = list(dict.fromkeys(ids.T.reshape(-1).tolist()))  # best ranks first
+        if not self._all_here:
+            self._settle(layer, step, ids, weights, experts, routed.tokens)
+        here = self._table.here(layer) if self._by_slot else {}
+        done = [ExpertKey(layer, expert) for expert in experts if expert in here]
+        missing = [ExpertKey(layer, expert) for expert in experts if expert not in here]
+        figures = self.figures[step.phase]
+        figures.chosen += len(experts)
+        figures.hits += len(done)
+        figures.misses += len(missing)
+        if done:
+            self._tier.used(done, self._device.compute.record())
+        if missing or not self._all_here:
+            self._bring(layer, experts, missing, ahead, routed, step)
+
+    def _bring(self, layer: int, experts: Sequence[int], missing: Sequence[ExpertKey], ahead: Tensor | None,
+               routed: Routed, step: Step) -> None:
+        """The rows of `missing`: some copied up and computed by the device, some computed by the CPU, at once."""
+        tier, below = self._tier, self._below.tier
+        copied, computed = self._divide(missing)
+        self.figures[step.phase].below += sum(below.ready(key) for key in missing if key not in tier)
+        for key in copied:
+            tier.pin(key)
+        waiting, coming = deque(copied), list[ExpertKey]()
+        looked = False
+        try:
+            while True:
+                while waiting and tier.want(waiting[0], "demand"):
+                    coming.append(waiting.popleft())
+                if not (waiting or looked):
+                    looked = True
+                    self._look_ahead(layer, experts, step, ahead)
+                self._lookahead.pursue()
+                if computed:
+                    self._on_host(computed.pop(0), routed, step)
+                elif coming:
+                    key = self._next([], coming)
+                    self._await(key, len(tier.bytes_of(key)), step)
+                    self._on_device(key, routed)
+                    coming.remove(key)
+                    tier.unpin([key])
+                else:
+                    assert not waiting, "no slot could be had"
+                    break
+        finally:
+            tier.unpin(copied)
+        self._measure()
+
+    def _divide(self, missing: Sequence[ExpertKey]) -> tuple[list[ExpertKey], list[ExpertKey]]:
+        """(to be copied, to be computed by the CPU). What is on its way up already, or cannot be computed below, is
+        waited for."""
+        split, tier = self._below.split, self._tier
+        if split is None or not missing:
+            return list(missing), []
+        coming = [key for key in missing if key in tier]
+        free = sorted((key for key in missing if key not in tier), key=self._below.tier.cache.score, reverse=True)
+        count = split.on_host([self._nbytes(key) for key in free], sum(map(self._nbytes, coming)))
+        return coming + free[:len(free) - count], free[len(free) - count:]
+
+    def _on_device(self, key: ExpertKey, routed: Routed) -> None:
+        """A record has come up: have its rows made."""
+        slot = self._tier.slot(key)
+        if not self._by_slot:
+            self._each(key, slot, routed)
+        else:
+            def name() -> None:
+                self._late.fill_(NOWHERE)
+                self._late[key.expert].fill_(slot)
+
+            self._device.compute.run(name)
+            if routed not in self._late_works:
+                self._late_works[routed] = Repeated(self._device, self._in_slots(routed, self._late))
+            self._late_works[routed].launch()
+        self._launched(key)
+
+    def _each(self, key: ExpertKey, slot: int, routed: Routed) -> None:
+        """In formats that the device does not compute by slot: one expert, through the kernels of prompts."""
+        tokens, ranks = (routed.host_ids == key.expert).nonzero(as_tuple=True)
+        at, rank, views = tokens.to(self._device.place), ranks.to(self._device.place), self._views[slot]
+
+        def work() -> None:
+            routed.rows[at, rank] = self._kernels.expert(routed.x[at], *views).float()
+
+        self._device.compute.run(work)
+
+    def _on_host(self, key: ExpertKey, routed: Routed, step: Step) -> None:
+        """Compute one expert where its record is, and send its rows up."""
+        below, split = self._below.tier, self._below.split
+        assert split is not None
+        below.pin(key)
+        try:
+            if not below.want(key, "demand"):  # all slots below are on their way up
+                below.unpin([key])
+                self._wait_up(key, routed, step)
+                return
+            self._await_in(below, key, step)
+            start = self._clock()
+            tokens, ranks = (routed.host_ids == key.expert).nonzero(as_tuple=True)
+            made = self._made.get(routed)
+            if made is None:
+                made = self._made[routed] = self._device.host(*routed.rows.shape, dtype=torch.float32)
+            made[tokens, ranks] = self._below.kernels.expert(routed.host_x[tokens], *self._below.views[below.slot(key)])
+            pairs = [(routed.rows[t, k], made[t, k]) for t, k in zip(tokens.tolist(), ranks.tolist(), strict=True)]
+
+            def send() -> None:
+                for row, own in pairs:
+                    row.copy_(own, non_blocking=True)
+
+            self._device.compute.run(send)
+            split.computed(self._nbytes(key), self._clock() - start)
+            self.figures[step.phase].computed += 1
+        finally:
+            below.unpin([key])
+        self._raise(key)
+
+    def _wait_up(self, key: ExpertKey, routed: Routed, step: Step) -> None:
+        self._tier.pin(key)
+        try:
+            while not self._tier.want(key, "demand"):
+                _check(step)
+                time.sleep(0.0005)
+            self._await(key, len(self._tier.bytes_of(key)), step)
+            self._on_device(key, routed)
+        finally:
+            self._tier.unpin([key])
+
+    def _raise(self, key: ExpertKey) -> None:
+        """The CPU has computed it; it goes up beside other work where it is worth more than what is there."""
+        self._rising = [k for k in self._rising if k in self._tier and not self._tier.ready(k)]
+        if len(self._rising) < RISING and key not in self._tier and self._tier.want(key, "warm"):
+            self._rising.append(key)
+
+    def _await_in(self, tier: Tier, key: ExpertKey, step: Step) -> None:
+        """Wait for a record in another tier than the fast one, on the stall clock."""
+        if tier.ready(key):
+            return
+        start = self._clock()
+        try:
+            tier.wait(key, self._nbytes(key), step.cancel)
+        finally:
+            self.figures[step.phase].stalled_seconds += self._clock() - start
+
+    def _launched(self, key: ExpertKey) -> None:
+        self._tier.used([key], self._device.compute.record())
+
+    def _measure(self) -> None:
+        """What the bus did since the last layer, for the split."""
+        split, copies = self._below.split, self._below.copies
+        if split is not None:
+            before, self._copied = self._copied, (sum(copies.bytes_up), copies.busy_seconds)
+            split.copied(self._copied[0] - before[0], self._copied[1] - before[1])
+
+    def _nbytes(self, key: ExpertKey) -> int:
+        return self._slots[self._tier.cache.kind_of(key)].record.nbytes
+
+
+def _check(step: Step) -> None:
+    if step.cancel:
+        raise Interrupted("cancelled")

@@ -1,0 +1,130 @@
+"""Brings experts up on a device: slots there, slots in host memory below them, and what moves records between them.
+
+The slots on the device are filled before the first token, the most frequent experts first where the router statistics
+know them; those in host memory are warmed in the background.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qmix.config import ExpertKey
+from qmix.device import Device
+from qmix.device.pinning import pin_pool
+from qmix.errors import DoesNotFit
+from qmix.kernels.device_ops import ExpertSlots
+from qmix.kernels.device_table import DeviceKernels
+from qmix.offload.cache import warm_order
+from qmix.offload.copies import Copies
+from qmix.offload.device_experts import Below, DeviceExperts
+from qmix.offload.plan import Plan, TierPlan
+from qmix.offload.prefetch import Prefetcher
+from qmix.offload.router_stats import RouterStats
+from qmix.offload.setup import Choices, Offload, OffloadOptions, fill, half, open_pools, open_readers
+from qmix.offload.slot_table import SlotTable
+from qmix.offload.split import Split
+from qmix.offload.tiers import Tier
+from qmix.offload.watch import Recorder, RoutingWatch
+from qmix.render import Progress
+from qmix.sizes import format_bytes
+from qmix.store import Store
+
+UPWARD = 4  # records on their way to the device at a time while its slots are filled
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceOptions:
+    """pin: bytes of host memory that may be page-locked; exact: nothing is computed by the CPU that belongs on the
+    device; copy_gbps, host_gbps: what is known of the bus and of the CPU's products."""
+
+    pin: int
+    exact: bool = False
+    copy_gbps: float | None = None
+    host_gbps: float | None = None
+
+
+def open_device_offload(store: Store, device: Device, kernels: DeviceKernels, plan: Plan, options: OffloadOptions,
+                        how: DeviceOptions, stats: RouterStats, trace: Recorder | None = None,
+                        say: Callable[[str], None] = lambda line: None, progress: Progress | None = None) -> Offload:
+    """StoreError where a record that is read at the start is damaged; DoesNotFit where the device has not the memory;
+    UsageError for a wrong option."""
+    config, kind_of = store.config, store.layout.kind_of.__getitem__
+    fast, slow = plan.tiers
+    choices = Choices.of(store, plan, options, stats, say)
+    with ExitStack() as opened:
+        readers = open_readers(store, options, say, opened)
+        pools, touched = open_pools(slow, opened)
+        for touching in touched:
+            touching.wait()
+        _pin(device, pools, how.pin, say, opened)
+        low = Tier(pools, choices.cache(config, slow, kind_of), readers)
+        copies = Copies(low, device)
+        opened.callback(copies.close)
+        slabs = _slabs(device, fast)
+        table = SlotTable(device, config.num_layers, config.num_experts)
+
+        def left(key: ExpertKey, slot: Tensor, comes: ExpertKey | None) -> None:
+            table.leave(key)
+            copies.take_back(key, slot, comes)
+
+        high = Tier(slabs, choices.cache(config, fast, kind_of), copies, left)
+        slots = [ExpertSlots(slab, record, [store.expert_views(kind, slot) for slot in slab], first)
+                 for kind, (slab, record, first) in enumerate(zip(
+                     slabs, store.layout.kinds, accumulate(map(len, slabs[:-1]), initial=0), strict=True))]
+        split = None if how.exact else Split(how.copy_gbps or Split.COPY, how.host_gbps or Split.HOST)
+        below = Below(low, copies, [store.expert_views(kind, slot) for kind, pool in enumerate(pools) for slot in pool],
+                      kernels.host, split)
+        prefetcher = Prefetcher(choices.mode, config.num_layers, config.experts_per_token, stats.next_probabilities)
+        experts = DeviceExperts(
+            device, kernels.ops, slots, table, below, config, kernels.prompts, high,
+            [views for one in slots for views in one.views],
+            [half(one.record) for one in slots for _ in one.views], prefetcher,
+            RoutingWatch(config.num_layers, config.num_experts, stats, trace, say), choices.depth, choices.window)
+        _fill(high, low, plan, choices, progress, kind_of, config.num_layers, config.num_experts)
+        for layer in range(config.num_layers):
+            experts.refresh(layer)
+
+        def figures() -> dict[str, Any]:
+            return {"slots": [len(high.slots), len(low.slots)], "launches": device.launches, "waits": device.waits,
+                    "bytes_up": sum(copies.bytes_up), "bytes_down": copies.bytes_down, "copy_seconds": copies.busy_seconds,
+                    "split": None if split is None else {"copy_gbps": split.copy_gbps, "host_gbps": split.host_gbps}}
+
+        return Offload(experts, high, readers, prefetcher, stats, choices.policy, opened.pop_all(), figures)
+
+
+def _pin(device: Device, pools: list[Tensor], limit: int, say: Callable[[str], None], opened: ExitStack) -> None:
+    if device.place.type != "cuda":
+        return
+    for pool in pools:
+        pinned = pin_pool(pool, limit, say)
+        opened.callback(pinned.close)
+        limit -= pinned.nbytes
+
+
+def _slabs(device: Device, fast: TierPlan) -> list[Tensor]:
+    try:
+        return [torch.empty(count, nbytes, dtype=torch.uint8, device=device.place) for count, nbytes in fast.kinds]
+    except RuntimeError as e:  # torch's out-of-memory errors are RuntimeErrors
+        raise DoesNotFit(f"the GPU gave no {format_bytes(fast.experts)} for expert slots: {str(e).splitlines()[0]}",
+                         "choose a smaller --vram, or close other programs that use the GPU") from None
+
+
+def _fill(high: Tier, low: Tier, plan: Plan, choices: Choices, progress: Progress | None,
+          kind_of: Callable[[ExpertKey], int], layers: int, experts: int) -> None:
+    """The device's slots now, through those below; then those below, in the background."""
+    fast, slow = plan.tiers
+    above = warm_order(layers, experts, [count for count, _ in fast.kinds], choices.prior, kind_of)
+    fill(high, above, progress, max(1, min(UPWARD, len(low.slots) - 1)))
+    both = [min(records, a + b) for (records, _), (a, _), (b, _) in zip(
+        plan.needs.by_kind, fast.kinds, slow.kinds, strict=True)]
+    taken = set(above)
+    for key in warm_order(layers, experts, both, choices.prior, kind_of):
+        if key not in taken:
+            low.want(key, "warm")

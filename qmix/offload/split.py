@@ -1,0 +1,51 @@
+"""Of the experts that a layer lacks on the device: which are copied there, and which the CPU computes where they are.
+
+Both go on at once: copies one after another over the bus, products one after another on the CPU, so the layer waits for
+the longer of the two. How long a byte takes each way is measured all the time, together as they run, since both read
+the same RAM. Ties go to copying: what was copied will be there next time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+MEMORY = 0.9  # of what was known, per measurement: twenty records forget a guess
+
+
+class Split:
+    """copy_gbps, host_gbps: a first guess of what the bus and the CPU's products do, decimal GB/s of record bytes."""
+
+    COPY, HOST = 12.0, 12.0
+
+    def __init__(self, copy_gbps: float = COPY, host_gbps: float = HOST):
+        self._copy = 1e-9 / copy_gbps  # seconds a byte
+        self._host = 1e-9 / host_gbps
+
+    @property
+    def copy_gbps(self) -> float:
+        return 1e-9 / self._copy
+
+    @property
+    def host_gbps(self) -> float:
+        return 1e-9 / self._host
+
+    def copied(self, nbytes: int, seconds: float) -> None:
+        """So many bytes went over the bus in so much time of its being busy."""
+        if nbytes > 0 and seconds > 0:
+            self._copy = MEMORY * self._copy + (1 - MEMORY) * seconds / nbytes
+
+    def computed(self, nbytes: int, seconds: float) -> None:
+        """The CPU went through records of so many bytes."""
+        if nbytes > 0 and seconds > 0:
+            self._host = MEMORY * self._host + (1 - MEMORY) * seconds / nbytes
+
+    def on_host(self, sizes: Sequence[int], coming: int = 0) -> int:
+        """sizes: bytes of the records that are missing, the one most worth copying first; coming: bytes that are on
+        their way already and will be waited for. How many of them, from the end, the CPU had better compute."""
+        best, least = 0, float("inf")
+        for count in range(len(sizes) + 1):
+            first = len(sizes) - count
+            longest = max((coming + sum(sizes[:first])) * self._copy, sum(sizes[first:]) * self._host)
+            if longest < least:
+                best, least = count, longest
+        return best
