@@ -106,8 +106,9 @@ class Frozen:
     def __init__(self) -> None:
         self.cancelled: list[ExpertKey] = []
 
-    def submit(self, key: ExpertKey, slot: torch.Tensor, urgency: int = DEMAND, after: Load | None = None) -> Load:
-        return Load(key, slot, urgency, after)
+    def submit(self, key: ExpertKey, slot: torch.Tensor, urgency: int = DEMAND, after: Load | None = None,
+               fence: Event | None = None) -> Load:
+        return Load(key, slot, urgency, after, fence)
 
     def promote(self, load: Load, urgency: int = DEMAND) -> None:
         load.urgency = min(load.urgency, urgency)
@@ -151,7 +152,7 @@ def test_right_late_and_wrong_guesses_are_told_apart() -> None:
     look.expect(keys((1, 0), (1, 1), (1, 2), (1, 3)))
     for expert in (0, 2):
         arrive(tier, ExpertKey(1, expert))
-    tier.load_of(ExpertKey(1, 3))._issued = 40  # type: ignore[union-attr]
+    tier.load_of(ExpertKey(1, 3)).taken = 40  # type: ignore[union-attr]
     look.settle(1, {0, 1})
     figures = prefetcher.figures[1]
     assert (figures.issued, figures.used, figures.late, figures.cancelled) == (4, 2, 1, 1)

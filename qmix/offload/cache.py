@@ -21,6 +21,9 @@ Admission. A demanded record always gets a slot. A speculative one, or one that 
 record of the last `guard` decoded tokens, except that `probation` speculative records at a time may: those
 are wanted sooner than anything else, and if the guess was wrong the harm is bounded. A warmed one also displaces
 none that scores higher. Prefill displaces records of the last tokens last.
+
+Spares. A record that a faster tier holds as well is a spare here: it costs nothing to drop, so for whatever comes a
+spare leaves before any other record, first the one with the highest score, which is surest to stay above.
 """
 
 from __future__ import annotations
@@ -181,6 +184,7 @@ class Cache:
         share, more = divmod(self.slots, layers)
         self._quota = [share + (i < more) for i in range(layers)] if quotas and share else None
         self._unproven: set[ExpertKey] = set()  # speculative records that nobody has used yet
+        self._spares: dict[ExpertKey, None] = {}
         # What each of the last `guard` decoded tokens used.
         self._recent: deque[set[ExpertKey]] = deque([set()] if guard else (), maxlen=guard)
         self._now = 0  # tokens in the histories
@@ -232,15 +236,31 @@ class Cache:
         """What the policy makes of a record now; the one with the lowest score leaves first."""
         return self._policy.score(key, self._clocks[key.layer], self._distance(key.layer) / self._layers)
 
+    def spare(self, key: ExpertKey) -> None:
+        """A faster tier holds `key` too."""
+        self._spares[key] = None
+        self._unproven.discard(key)
+
+    def keep(self, key: ExpertKey) -> None:
+        """It does not, any more."""
+        self._spares.pop(key, None)
+
+    @property
+    def spares(self) -> Collection[ExpertKey]:
+        """Those that leave first."""
+        return self._spares.keys()
+
     def admit(self, key: ExpertKey, reason: Reason, busy: Collection[ExpertKey] = ()) -> ExpertKey | bool:
         """Take `key` in. True: a slot was free. A key: it left, and its slot is the one. False: refused, since
         every record that may leave is busy (being read or computed), or, for a guess, worth more than the guess."""
         assert key not in self, key
         leaves = None
         if not self._free[self.kind_of(key)]:
-            leaves = self._victim(key, reason, busy)
-            if leaves is None or (reason == "warm" and self.score(leaves) > self.score(key)):
-                return False
+            leaves = self._surest(key, busy)
+            if leaves is None:
+                leaves = self._victim(key, reason, busy)
+                if leaves is None or (reason == "warm" and self.score(leaves) > self.score(key)):
+                    return False
             self.remove(leaves)
         self._held[key.layer][key] = None
         self._free[self.kind_of(key)] -= 1
@@ -255,6 +275,17 @@ class Cache:
         self._free[self.kind_of(key)] += 1
         self._count -= 1
         self._unproven.discard(key)
+        self._spares.pop(key, None)
+
+    def _surest(self, new: ExpertKey, busy: Collection[ExpertKey]) -> ExpertKey | None:
+        """Of the spares that may leave for `new`, whatever the quotas, the one with the highest score, the nearest
+        among equals."""
+        kind, best = self.kind_of(new), dict[int, ExpertKey]()
+        for key in self._spares:  # only the best of each layer is scored, as in _lowest
+            if key not in busy and self.kind_of(key) == kind and (
+                    key.layer not in best or self._policy.rank(key) > self._policy.rank(best[key.layer])):
+                best[key.layer] = key
+        return max(best.values(), key=lambda key: (self.score(key), -self._distance(key.layer)), default=None)
 
     def _victim(self, key: ExpertKey, reason: Reason, busy: Collection[ExpertKey]) -> ExpertKey | None:
         """What leaves for `key`. Guesses leave last, they are wanted within a layer or two, and one guess

@@ -1,157 +1,221 @@
 """Records on their way from one tier into the next faster one, and back.
 
-The two tiers exclude each other: what is above needs no slot below, so that 24 GB above 16 GB hold 40. A record
-that is wanted above is first brought into the tier below, if it is only on the disk, then copied up, then
-dropped below. A record that leaves the tier above goes down into a slot below, if there is a free one or one
-whose record is less likely to be wanted; otherwise it is on the disk still.
+    below (RAM)  -- up -->  above (VRAM)  -- down -->  below
 
-Who waits on whom. The compute thread owns both tiers and calls everything here but `_run`. One copying thread, which
-stands for the copy stream of a GPU, takes loads whose record below is whole, lowest urgency first, and copies
-chunk by chunk, so that a demanded record overtakes guesses. From submit() until the compute thread sees the load
-over (`_sweep`), the record below is pinned and its bytes do not move.
+Between them the two tiers hold, so that 24 GB above 16 GB hold nearly 40, what lies in either. A record that is wanted
+above is first brought into the tier below, if it is only on the disk, and copied up. The copy below is then a *spare*
+(cache.py): it gives way to anything that needs its slot. A record that leaves the tier above, and whose spare is gone,
+is copied down into a slot below, if there is a free one, a spare's, or one whose record is less likely to be wanted;
+otherwise it is on the disk still. Distinct records in both: the slots of both, less those on their way up.
+
+Who does what. The compute thread owns both tiers and calls everything here. Two lanes (`lane.py`), `up` and `down`,
+each a thread with a stream, make the copies. They share one lock and one bell, rung at whatever changes; no lock of
+another is taken while it is held.
+
+Who owns a buffer.
+    below, going up     pinned from submit() until the compute thread finds the trip over and none of its chunks on
+                        its way (`_sweep`); it may still be arriving, from the disk or from above, and goes up chunk by
+                        chunk as it comes
+    above, arriving     the up lane's, until arrived, failed or given up; of a trip that was given up chunks may still
+                        land, but before those of the next trip to that slot, which come after them in the same stream
+    above, leaving      free, for the tier; but each chunk of the record that comes next waits until that chunk of the
+                        leaving one has gone down, and its first one for the work of the device that reads the slot
+                        (the fence). Going down waits for no fence: both only read.
+    below, arriving     a record that comes down is `loading` there, by a load that is ours: whoever wants it waits for
+                        it; it may be given up like any other, and is then on the disk
+
+Who waits on whom. Up trips wait for reads of the disk, for down trips and for work that was given to the device before;
+down trips only for chunks that the disk's readers were already reading into their slot; readers only for chunks that
+are on their way down. So nothing goes round in a circle, however few slots there are. A demanded record for which all
+slots below are taken waits, in submit(), until one of those going up there has arrived or failed.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from qmix.config import Cancel, ExpertKey
+from qmix.device import Device, Event
 from qmix.errors import Interrupted, QmixError
-from qmix.offload.reads import CHUNK, DEMAND, POLL, Load
+from qmix.offload.cache import Reason
+from qmix.offload.lane import Lane, Trip
+from qmix.offload.reads import DEMAND, POLL, WARM, Load
 from qmix.offload.tiers import Tier
+from qmix.sizes import MIB
 
-REASONS = ("demand", "speculative", "warm")  # by urgency
+CHUNK = 8 * MIB  # bytes of a copy: 0.3 ms at 25 GB/s
+REASONS: tuple[Reason, ...] = ("demand", "speculative", "warm")  # by urgency
 
 
-def copy_bytes(source: Tensor, target: Tensor) -> None:
-    target.copy_(source)
+@dataclass(slots=True, eq=False)
+class _Ascent(Trip):
+    """began: nobody but this trip asked for the record in the tier below."""
+
+    began: bool = False
 
 
 class Copies:
-    """Fills slots of a faster tier from `below`. Close it before the tier below."""
+    """Fills slots of a faster tier from `below`: its source, with `take_back` as what it tells of records that leave.
+    Close it before the tier below, and before the device. chunk: bytes of a copy."""
 
-    def __init__(self, below: Tier, chunk: int = CHUNK, copy: Callable[[Tensor, Tensor], None] = copy_bytes):
+    def __init__(self, below: Tier, device: Device, chunk: int = CHUNK,
+                 clock: Callable[[], float] = time.perf_counter):
         self._below = below
-        self._chunk = chunk
-        self._copy = copy
-        self._lock = threading.Lock()
-        self._work, self._arrived = threading.Condition(self._lock), threading.Condition(self._lock)
-        self._queue: list[Load] = []
-        # A load -> the record's slot below, and the load that brings it in there.
-        self._fetching: dict[Load, tuple[Tensor, Load | None]] = {}
-        self._closed = False
-        self._thread = threading.Thread(target=self._run, name="qmix-copy", daemon=True)
-        self._thread.start()
+        self._bell = threading.Condition()
+        self._up = Lane("up", device.stream(), self._bell, chunk, clock)
+        self._down = Lane("down", device.stream(), self._bell, chunk, clock)
+        self._rising: dict[Load, _Ascent] = {}  # until the slot below is let go of
+        self._leaving: dict[int, Load] = {}  # the address of a slot above -> the load that takes its record down
 
-    def submit(self, key: ExpertKey, slot: Tensor, urgency: int = DEMAND, after: Load | None = None) -> Load:
+    @property
+    def bytes_up(self) -> list[int]:
+        """Bytes copied up, by urgency."""
+        return self._up.bytes
+
+    @property
+    def bytes_down(self) -> int:
+        return sum(self._down.bytes)
+
+    @property
+    def busy_seconds(self) -> float:
+        """How long something was on its way up, in all."""
+        return self._up.busy_seconds
+
+    @property
+    def busy_seconds_down(self) -> float:
+        """How long something was on its way down, in all."""
+        return self._down.busy_seconds
+
+    def submit(self, key: ExpertKey, slot: Tensor, urgency: int = DEMAND, after: Load | None = None,
+               fence: Event | None = None) -> Load:
         """Start to bring a record up. A guess for which there is no slot below fails at once; a demanded
-        record waits for one."""
-        load = Load(key, slot, urgency, after)
+        record waits for one. after: not needed, its chunks are ahead in the same stream."""
+        load = Load(key, slot, urgency, None, fence)
         self._sweep()
-        while not self._below.want(key, REASONS[urgency]):  # type: ignore[arg-type]
-            if urgency != DEMAND or not self._fetching:
+        began = key not in self._below
+        while not self._below.want(key, REASONS[urgency]):
+            if urgency != DEMAND or not self._rising:
                 load.error = QmixError(f"{key}: no slot for it in the tier below")
                 return load
-            with self._lock:
-                self._arrived.wait(POLL)
+            with self._bell:
+                self._bell.wait_for(lambda: any(_is_over(rising) for rising in self._rising))
             self._sweep()
         self._below.pin(key)
-        with self._lock:
-            self._fetching[load] = self._below.bytes_of(key), self._below.load_of(key)
-            self._queue.append(load)
-            self._work.notify()
+        self._below.cache.keep(key)
+        feed, leaving = self._below.load_of(key), self._leaving.get(slot.data_ptr())
+        if feed is not None:
+            feed.bell = self._ring
+        if leaving is not None:
+            self._hurry(leaving, urgency)
+        self._rising[load] = trip = _Ascent(load, self._below.bytes_of(key), feed, leaving, began)
+        self._up.submit(trip)
         return load
 
     def promote(self, load: Load, urgency: int = DEMAND) -> None:
-        if load.over or urgency >= load.urgency:
+        """Somebody waits for it now, and so for what it waits for."""
+        if not self._hurry(load, urgency):
             return
-        self._below.want(load.key, REASONS[urgency])  # type: ignore[arg-type]
-        with self._lock:
-            load.urgency = urgency
-            self._work.notify()
+        trip = self._rising.get(load)
+        if trip is not None and trip.leaving is not None:
+            self._hurry(trip.leaving, urgency)
+        if trip is not None and trip.feed is not None and not trip.feed.over:
+            self._below.want(load.key, REASONS[urgency])
 
     def cancel(self, load: Load) -> None:
-        with self._lock:
-            if not load.over:
-                load.cancelled = True
-        self._sweep()
+        """Nobody wants it any more. Chunks on their way still land in its slot."""
+        with self._bell:
+            load.cancelled = True  # also where it has just arrived: it is not kept
+            self._bell.notify_all()
+        if load in self._rising:  # else it comes down, and the tier below, which asks, is not to be changed meanwhile
+            self._sweep()
 
     def wait(self, load: Load, nbytes: int, cancel: Cancel | None = None) -> None:
         """See reads.Readers.wait."""
-        with self._lock:
+        with self._bell:
             while load.arrived < nbytes and load.error is None:
                 if cancel is not None and cancel:
                     raise Interrupted("cancelled")
-                self._arrived.wait(POLL)
-        self._sweep()
-        if load.error:
+                assert not load.cancelled, load.key
+                self._bell.wait(POLL)
+        if load in self._rising:
+            self._sweep()
+        if load.error is not None:
             raise load.error
 
-    def take_back(self, key: ExpertKey, slot: Tensor) -> None:
-        """A record loses its slot above: keep it below where that is worth it. Tier's `evicted`."""
+    def take_back(self, key: ExpertKey, slot: Tensor, comes: ExpertKey | None = None) -> None:
+        """A record loses its slot above: keep it below where that is worth it, but not in place of the one that comes
+        for it. Tier's `evicted`."""
         self._sweep()
-        self._below.adopt(key, lambda target: self._copy(slot, target))
+        self._forget_failed(key)
+        if key in self._below:
+            self._below.cache.keep(key)
+        else:
+            self._below.adopt(key, self, lambda target, after, fence: self._descend(key, slot, target, after, fence),
+                              stays=comes)
 
     def close(self) -> None:
-        with self._lock:
-            self._closed = True
-            self._work.notify()
-        self._thread.join()
-        for load in self._fetching:
-            if not load.over:
-                load.cancelled = True
+        """Wait for the chunks that are on their way; what else was to come fails, and so does what is asked later."""
+        self._up.close()
+        self._down.close()
         self._sweep()
+
+    def _descend(self, key: ExpertKey, slot: Tensor, target: Tensor, after: Load | None, fence: Event | None) -> Load:
+        load = Load(key, target, WARM, after, fence)
+        if load.after is not None:
+            load.after.bell = self._ring
+        self._leaving[slot.data_ptr()] = load
+        self._down.submit(Trip(load, slot))
+        return load
+
+    def _hurry(self, load: Load, urgency: int) -> bool:
+        """Whether it is more urgent now than it was."""
+        with self._bell:
+            if load.over or urgency >= load.urgency:
+                return False
+            load.urgency = urgency
+            self._bell.notify_all()
+            return True
 
     def _sweep(self) -> None:
         """Let go, below, of what has arrived above, and of what will not come."""
-        with self._lock:
-            over = [load for load in self._fetching if load.over and not load.reading]
-            for load in over:
-                del self._fetching[load]
-                if load in self._queue:
-                    self._queue.remove(load)
-            wanted = {load.key for load in self._fetching}
-        for load in over:
-            if load.key not in wanted:
-                self._below.unpin([load.key])
-                if load.done and load.key in self._below:
-                    self._below.drop(load.key)
+        with self._bell:
+            over = [load for load in self._rising if _is_over(load)]
+            down = [load for load in self._leaving.values() if _is_over(load)]
+            self._leaving = {at: load for at, load in self._leaving.items() if load not in down}
+        trips = [self._rising.pop(load) for load in over]
+        wanted = {load.key for load in self._rising}
+        for trip in trips:
+            if trip.load.key not in wanted:
+                self._let_go(trip)
+        for load in down:
+            self._forget_failed(load.key)
 
-    def _run(self) -> None:
-        while (task := self._next()) is not None:
-            load, below = task
-            error: QmixError | None = None
-            start, end = load.arrived, min(load.arrived + self._chunk, len(load.slot))
-            try:
-                self._copy(below[start:end], load.slot[start:end])
-            except BaseException as e:
-                error = QmixError(f"{load.key}: could not be copied to the faster tier: {type(e).__name__}: {e}")
-            with self._lock:
-                load.reading -= 1
-                if error is not None:
-                    load.error = error
-                elif not load.cancelled:
-                    load.arrived = end
-                    load.done = end == len(load.slot)
-                self._arrived.notify_all()
+    def _let_go(self, trip: _Ascent) -> None:
+        load, below = trip.load, self._below
+        below.unpin([load.key])
+        self._forget_failed(load.key)
+        if load.key not in below:
+            return
+        if load.done and not load.cancelled:
+            below.cache.spare(load.key)
+        elif load.cancelled and trip.began:
+            below.cancel_guess(load.key)
 
-    def _next(self) -> tuple[Load, Tensor] | None:
-        """A load whose next chunk can be copied now, and where from; None when closed."""
-        with self._lock:
-            while not self._closed:
-                for load in sorted(self._queue, key=lambda load: load.urgency):
-                    if load.over or (load.after is not None and load.after.reading):
-                        continue
-                    below, source = self._fetching[load]
-                    if source is not None and source.error is not None:
-                        load.error = source.error
-                        self._arrived.notify_all()
-                    elif source is None or source.done:
-                        load.reading += 1
-                        return load, below
-                # The tier below has no bell for this thread; a GPU's events are polled just so.
-                self._work.wait(0.001 if any(not load.over for load in self._queue) else None)
-        return None
+    def _forget_failed(self, key: ExpertKey) -> None:
+        """A record that could not be brought below would keep its slot until somebody asked for it."""
+        load = self._below.load_of(key)
+        if load is not None and load.error is not None:
+            self._below.drop(key)
+
+    def _ring(self) -> None:
+        with self._bell:
+            self._bell.notify_all()
+
+
+def _is_over(load: Load) -> bool:
+    return load.over and not load.reading

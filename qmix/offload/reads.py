@@ -7,7 +7,9 @@ choose a chunk.
 
 Who owns a buffer. From submit() until load.done, error or cancel() a slot's bytes belong to the readers;
 then to the compute thread again, except that chunks already being read at a cancel() still land: the
-next load into the same slot names the cancelled one as `after` and does not start before they have.
+next load into the same slot names the cancelled one as `after` and does not start before they have. Of a tier below a
+GPU a cancelled load may be a copy that comes down (`copies.py`); whoever waits for a load of others is rung by its
+`bell`. Where a device reads the slots, work given to it earlier may still do so: the `fence` says when it is over.
 
 Order. A chunk is taken from the first load of the lowest urgency number: a demanded record overtakes guesses
 and warming, which never hold more than half of the threads, and a guess that turns out right is promoted.
@@ -28,6 +30,7 @@ from typing import Protocol
 from torch import Tensor
 
 from qmix.config import Cancel, ExpertKey
+from qmix.device import Event
 from qmix.errors import Interrupted, QmixError
 from qmix.formats import memory
 
@@ -48,12 +51,13 @@ class Records(Protocol):
 
 class Load:
     """One record on its way into `slot`, uint8 [bytes]. done: all of it is there, and checked where it must
-    be. arrived: bytes from the start that may be used. error: why it will not come."""
+    be. arrived: bytes from the start that may be used. error: why it will not come. taken: bytes asked for so far,
+    which is what a guess that was wrong has cost."""
 
-    __slots__ = ("_checking", "_ends", "_issued", "after", "arrived", "cancelled", "done", "error", "key", "reading",
-                 "slot", "urgency", "view")
+    __slots__ = ("_checking", "_ends", "after", "arrived", "bell", "cancelled", "done", "error", "fence", "key",
+                 "reading", "slot", "taken", "urgency", "view")
 
-    def __init__(self, key: ExpertKey, slot: Tensor, urgency: int, after: Load | None):
+    def __init__(self, key: ExpertKey, slot: Tensor, urgency: int, after: Load | None, fence: Event | None = None):
         self.key = key
         self.slot = slot
         self.view = memoryview(b"")  # the slot's bytes, for whoever writes them with the CPU
@@ -61,17 +65,13 @@ class Load:
         self.reading: int = 0  # chunks being read now
         # A cancelled load that never began was itself waiting for one that may still be landing.
         self.after: Load | None = after if after is None or after.reading else after.after
-        self.arrived = 0
+        self.fence = fence
+        self.bell: Callable[[], None] | None = None  # rung, without a lock, when a chunk has landed or the load failed
+        self.arrived = self.taken = 0
         self.done = self.cancelled = False
         self.error: QmixError | None = None
-        self._issued = 0  # bytes handed out
         self._ends: dict[int, int] = {}  # finished chunks beyond the first gap: start -> end
         self._checking: bool | None = None  # whether the record is to be checked; known when it starts
-
-    @property
-    def taken(self) -> int:
-        """Bytes handed to the disk so far, which is what a guess that was wrong has cost."""
-        return self._issued
 
     @property
     def over(self) -> bool:
@@ -100,10 +100,14 @@ class Readers:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, key: ExpertKey, slot: Tensor, urgency: int = DEMAND, after: Load | None = None) -> Load:
-        """Start to read a record into `slot`. after: a cancelled load into the same slot."""
-        load = Load(key, slot, urgency, after)
+    def submit(self, key: ExpertKey, slot: Tensor, urgency: int = DEMAND, after: Load | None = None,
+               fence: Event | None = None) -> Load:
+        """Start to read a record into `slot`. after: a cancelled load into the same slot; fence: over when no work on
+        a device reads the slot any more."""
+        load = Load(key, slot, urgency, after, fence)
         load.view = memory(slot)
+        if load.after is not None:
+            load.after.bell = self._ring
         with self._lock:
             if self._closed or not self._alive:
                 load.error = self._records.failed(key, "the threads that read from the disk are gone")
@@ -157,8 +161,7 @@ class Readers:
         """Drop what has not started, wait for what has, end the threads. Later loads fail at once."""
         with self._lock:
             self._closed = True
-            self._fail_all("qmix is closing")
-            self._work.notify_all()
+        self._fail_all("qmix is closing")
         for thread in self._threads:
             thread.join()
 
@@ -169,8 +172,9 @@ class Readers:
         finally:
             with self._lock:
                 self._alive -= 1
-                if not self._alive and not self._closed:
-                    self._fail_all("the threads that read from the disk are gone")
+                last = not self._alive and not self._closed
+            if last:
+                self._fail_all("the threads that read from the disk are gone")
 
     def _next(self) -> tuple[Load, int, int] | None:
         """The next chunk (load, start, end), sleeping until there is one; None when closed."""
@@ -180,8 +184,8 @@ class Readers:
                 if load is None:
                     self._work.wait()
                     continue
-                start = load._issued
-                load._issued = end = min(start + self._chunk, len(load.view))
+                start = load.taken
+                load.taken = end = min(start + self._chunk, len(load.view))
                 if not any(self._reading):
                     self._busy_since = self._clock()
                 load.reading += 1
@@ -205,6 +209,8 @@ class Readers:
         """Read one chunk and account for it, whatever happens."""
         error: QmixError | None = None
         try:
+            if load.fence is not None:
+                load.fence.wait()
             if start == 0:
                 load._checking = self._records.must_check(load.key)
             self._records.read(load.key, load.view[start:end], start)
@@ -230,6 +236,12 @@ class Readers:
             self._arrived.notify_all()
             if load.over or load.urgency != DEMAND:
                 self._work.notify_all()  # a slot is free to be filled again, or a guess may go on
+        if load.bell is not None:
+            load.bell()
+
+    def _ring(self) -> None:
+        with self._lock:
+            self._work.notify_all()
 
     def _is_last(self, load: Load, start: int, end: int) -> bool:
         """Note a finished chunk; whether the record is whole now."""
@@ -248,8 +260,15 @@ class Readers:
             load.arrived = arrived
 
     def _fail_all(self, reason: str) -> None:
-        for queue in self._queues:
-            while queue:
-                load = queue.pop()
+        """What has chunks to be read does not come."""
+        with self._lock:
+            failed = [load for queue in self._queues for load in queue]
+            for queue in self._queues:
+                queue.clear()
+            for load in failed:
                 load.error = self._records.failed(load.key, reason)
-        self._arrived.notify_all()
+            self._arrived.notify_all()
+            self._work.notify_all()
+        for load in failed:
+            if load.bell is not None:
+                load.bell()

@@ -3,25 +3,28 @@
     disk (complete)  ->  RAM  ->  VRAM
 
 Each arrow is one Tier: it has slots of its own and a source that brings a record into one. The source of
-the RAM tier is the disk (`reads.Readers`); a tier above takes what the tier below has (`copies.py`).
+the RAM tier is the disk (`reads.Readers`); a tier above takes what the tier below has (`copies.py`), and hands
+back down what leaves it, so that a tier below has loads of two owners.
 
 A slot belongs to one key from admission to eviction. In between it is
-    loading   its bytes are arriving, and belong to the source
+    loading   its bytes are arriving, and belong to the load's owner
     ready     its bytes are there; a kernel may read them
     pinned    ready or loading, and needed by the pass that runs: it does not leave
-All of this is the compute thread's own; only `reads.py` knows of other threads. A load that is given up leaves
-its slot at once, and the next load into that slot waits for its last chunks (`after`).
+All of this is the compute thread's own; only those that bring records know of other threads. A load that is given up
+leaves its slot at once, and the next load into that slot waits for its last chunks (`after`), and for the work on a
+device that was given the slot to read (`used`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import Protocol
 
 from torch import Tensor
 
 from qmix.config import Cancel, ExpertKey
+from qmix.device import Event
 from qmix.errors import QmixError
 from qmix.offload.cache import Cache, Reason
 from qmix.offload.reads import AHEAD, DEMAND, WARM, Load
@@ -32,7 +35,8 @@ URGENCY = {"demand": DEMAND, "prefill": DEMAND, "speculative": AHEAD, "warm": WA
 class Source(Protocol):
     """Brings records into slots, in the background; reads.Readers, copies.Copies."""
 
-    def submit(self, key: ExpertKey, slot: Tensor, urgency: int = DEMAND, after: Load | None = None) -> Load: ...
+    def submit(self, key: ExpertKey, slot: Tensor, urgency: int = DEMAND, after: Load | None = None,
+               fence: Event | None = None) -> Load: ...
     def promote(self, load: Load, urgency: int = DEMAND) -> None: ...
     def cancel(self, load: Load) -> None: ...
     def wait(self, load: Load, nbytes: int, cancel: Cancel | None = None) -> None: ...
@@ -42,12 +46,12 @@ class Tier:
     """Slots, filled from `source` as `cache` decides. pool: [S, bytes] uint8; of a mixed store one such pool for each
     kind of record, in the order of the kinds.
 
-    evicted: told (key, slot tensor) of each whole record that is about to lose its slot, for a tier that
-    hands what leaves it to the one below.
+    evicted: told (key, slot tensor, the key that comes instead) of each whole record that is about to lose its slot,
+    for a tier that hands what leaves it to the one below.
     """
 
     def __init__(self, pool: Tensor | Sequence[Tensor], cache: Cache, source: Source,
-                 evicted: Callable[[ExpertKey, Tensor], None] | None = None):
+                 evicted: Callable[[ExpertKey, Tensor, ExpertKey | None], None] | None = None):
         pools = [pool] if isinstance(pool, Tensor) else pool
         self.slots = [slot for one in pools for slot in one]
         assert cache.slots == len(self.slots)
@@ -58,7 +62,9 @@ class Tier:
         ends = list(accumulate(map(len, pools)))
         self._free = [list(range(end - 1, end - len(one) - 1, -1)) for one, end in zip(pools, ends, strict=True)]
         self._loading: dict[ExpertKey, Load] = {}
+        self._owners: dict[ExpertKey, Source] = {}  # of loads that are not the source's
         self._draining: dict[int, Load] = {}  # given up, but its last chunks may still land in the slot
+        self._used: dict[int, Event] = {}  # a slot -> over when the device has read it for the last time
         self._pinned: set[ExpertKey] = set()
 
     def __contains__(self, key: ExpertKey) -> bool:
@@ -74,7 +80,7 @@ class Tier:
         if load is None:
             return key in self._slots
         if load.done:
-            del self._loading[key]
+            self._landed(key)
             return True
         return False
 
@@ -90,17 +96,14 @@ class Tier:
             self.drop(key)
             load = None
         if load is not None:
-            self._source.promote(load, URGENCY[reason])
+            self._owner(key).promote(load, URGENCY[reason])
         if key in self._slots:
             return True
-        leaves = self.cache.admit(key, reason, self._pinned)
-        if leaves is False:
+        slot = self._admit(key, reason, self._pinned)
+        if slot is None:
             return False
-        if leaves is not True:
-            self._release(leaves)
-        slot = self._free[self.cache.kind_of(key)].pop()
-        self._slots[key] = slot
-        self._loading[key] = self._source.submit(key, self.slots[slot], URGENCY[reason], self._draining.pop(slot, None))
+        self._loading[key] = self._source.submit(key, self.slots[slot], URGENCY[reason],
+                                                 self._draining.pop(slot, None), self._used.get(slot))
         return True
 
     def wait(self, key: ExpertKey, nbytes: int, cancel: Cancel | None = None) -> None:
@@ -110,13 +113,19 @@ class Tier:
         if load is None:
             return
         try:
-            self._source.wait(load, nbytes, cancel)
+            self._owner(key).wait(load, nbytes, cancel)
         except QmixError:
             if load.error is not None:  # else it was interrupted
                 self.drop(key)
             raise
         if load.done:
-            del self._loading[key]
+            self._landed(key)
+
+    def used(self, keys: Iterable[ExpertKey], event: Event) -> None:
+        """Work that reads these records was given to a device, and is over when `event` is: what comes into their
+        slots next waits for it. Events of one stream, the later ones later."""
+        for key in keys:
+            self._used[self._slots[key]] = event
 
     def slot(self, key: ExpertKey) -> int:
         """The index of its slot."""
@@ -126,26 +135,19 @@ class Tier:
         """Its slot, uint8 [bytes]."""
         return self.slots[self._slots[key]]
 
-    def adopt(self, key: ExpertKey, fill: Callable[[Tensor], None]) -> bool:
-        """Take in a whole record from elsewhere: fill(slot) writes it. False where no slot is worth it."""
-        if key in self._slots:
-            return True
-        leaves = self.cache.admit(key, "warm", self._pinned | self._loading.keys())
-        if leaves is False:
+    def adopt(self, key: ExpertKey, owner: Source, begin: Callable[[Tensor, Load | None, Event | None], Load],
+              stays: ExpertKey | None = None) -> bool:
+        """Take in a record that others have and bring, if it is worth a slot: begin(slot, after, fence) starts that,
+        and `owner` is asked what the source is asked of its own loads. False where no slot is worth it. stays: a
+        record that is not worth less, whatever its score."""
+        busy = {key for key in list(self._loading) if not self.ready(key) and not self._loading[key].over}
+        if stays is not None:
+            busy.add(stays)
+        slot = self._admit(key, "warm", self._pinned | busy)
+        if slot is None:
             return False
-        if leaves is not True:
-            self._release(leaves)
-        free = self._free[self.cache.kind_of(key)]
-        slot = free.pop()
-        draining = self._draining.pop(slot, None)
-        landing = draining is not None and (draining.reading or (draining.after and draining.after.reading))
-        if draining is not None and landing:  # its last chunks would land in the new record
-            free.append(slot)
-            self._draining[slot] = draining
-            self.cache.remove(key)
-            return False
-        fill(self.slots[slot])
-        self._slots[key] = slot
+        self._owners[key] = owner
+        self._loading[key] = begin(self.slots[slot], self._draining.pop(slot, None), self._used.get(slot))
         return True
 
     def pin(self, key: ExpertKey) -> None:
@@ -155,9 +157,10 @@ class Tier:
         self._pinned.difference_update(keys)
 
     def cancel_guess(self, key: ExpertKey) -> int:
-        """Give up a guess that turned out wrong, unless it is there already; the bytes read for it."""
+        """Give up a guess that turned out wrong, unless it is there already; the bytes read for it. What was adopted
+        was no guess."""
         load = self._loading.get(key)
-        if load is None or load.done or load.urgency == DEMAND:
+        if load is None or load.done or load.urgency == DEMAND or key in self._owners:
             return 0
         taken = load.taken
         self.drop(key)
@@ -168,13 +171,30 @@ class Tier:
         self.cache.remove(key)
         self._release(key)
 
-    def _release(self, key: ExpertKey) -> None:
+    def _admit(self, key: ExpertKey, reason: Reason, busy: Collection[ExpertKey]) -> int | None:
+        """The slot that is the record's from now on."""
+        leaves = self.cache.admit(key, reason, busy)
+        if leaves is False:
+            return None
+        if leaves is not True:
+            self._release(leaves, key)
+        slot = self._slots[key] = self._free[self.cache.kind_of(key)].pop()
+        return slot
+
+    def _release(self, key: ExpertKey, comes: ExpertKey | None = None) -> None:
         slot = self._slots.pop(key)
-        load = self._loading.pop(key, None)
+        load, owner = self._loading.pop(key, None), self._owners.pop(key, self._source)
         if load is not None and not load.done:
-            self._source.cancel(load)
+            owner.cancel(load)
             if load.reading or load.after is not None:
                 self._draining[slot] = load
         elif self._evicted is not None:
-            self._evicted(key, self.slots[slot])
+            self._evicted(key, self.slots[slot], comes)
         self._free[self.cache.kind_of(key)].append(slot)
+
+    def _owner(self, key: ExpertKey) -> Source:
+        return self._owners.get(key, self._source)
+
+    def _landed(self, key: ExpertKey) -> None:
+        del self._loading[key]
+        self._owners.pop(key, None)
