@@ -132,7 +132,7 @@ class DeviceExperts(PagedExperts):
         """The rows of `missing`: some copied up and computed by the device, some computed by the CPU, at once."""
         tier, below = self._tier, self._below.tier
         copied, computed = self._divide(missing)
-        self.figures[step.phase].below += sum(below.ready(key) for key in missing if key not in tier)
+        self.figures[step.phase].below += sum(map(below.ready, missing))
         for key in copied:
             tier.pin(key)
         waiting, coming = deque(copied), list[ExpertKey]()

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from qmix.config import ExpertKey
 from qmix.device import Device
-from qmix.device.pinning import pin_pool
 from qmix.errors import DoesNotFit
 from qmix.kernels.device_ops import ExpertSlots
 from qmix.kernels.device_table import DeviceKernels
@@ -93,7 +92,8 @@ def open_device_offload(store: Store, device: Device, kernels: DeviceKernels, pl
 
         def figures() -> dict[str, Any]:
             return {"slots": [len(high.slots), len(low.slots)], "launches": device.launches, "waits": device.waits,
-                    "bytes_up": sum(copies.bytes_up), "bytes_down": copies.bytes_down, "copy_seconds": copies.busy_seconds,
+                    "bytes_up": sum(copies.bytes_up), "bytes_down": copies.bytes_down,
+                    "copy_seconds": copies.busy_seconds,
                     "split": None if split is None else {"copy_gbps": split.copy_gbps, "host_gbps": split.host_gbps}}
 
         return Offload(experts, high, readers, prefetcher, stats, choices.policy, opened.pop_all(), figures)
@@ -102,6 +102,7 @@ def open_device_offload(store: Store, device: Device, kernels: DeviceKernels, pl
 def _pin(device: Device, pools: list[Tensor], limit: int, say: Callable[[str], None], opened: ExitStack) -> None:
     if device.place.type != "cuda":
         return
+    from qmix.device.pinning import pin_pool
     for pool in pools:
         pinned = pin_pool(pool, limit, say)
         opened.callback(pinned.close)
