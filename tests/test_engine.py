@@ -167,7 +167,7 @@ def test_experts_agree_with_a_float64_sum(stores: dict[str, Path], name: str) ->
 
 def test_damage_to_the_dense_part_ends_a_load_whose_experts_are_still_read(
         stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    from qmix.engine import loading as engine_module
+    from qmix.engine import parts as engine_module
 
     def damaged(*how: object) -> None:
         raise StoreError("model.norm.weight: its bytes are not those that were written")
@@ -197,7 +197,7 @@ def test_reads_into_memory_that_is_not_there_say_so(stores: dict[str, Path], mon
     def refused(self: Touching) -> None:
         raise DoesNotFit("the system gave no 3 GiB for 12 expert slots")
 
-    monkeypatch.setattr(setup, "_fill", failing_read)
+    monkeypatch.setattr(setup, "fill", failing_read)
     with pytest.raises(StoreError, match="Bad address"):
         load(stores["int4"], threads=1)
     monkeypatch.setattr(Touching, "wait", refused)

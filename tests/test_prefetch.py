@@ -107,7 +107,7 @@ class Frozen:
         self.cancelled: list[ExpertKey] = []
 
     def submit(self, key: ExpertKey, slot: torch.Tensor, urgency: int = DEMAND, after: Load | None = None,
-               fence: Event | None = None) -> Load:
+               fence: object = None) -> Load:
         return Load(key, slot, urgency, after, fence)
 
     def promote(self, load: Load, urgency: int = DEMAND) -> None:

@@ -37,10 +37,11 @@ class Answer:
 
 def respond(session: Session, tokenizer: Tokenizer, prompt: Sequence[int], params: SamplingParams,
             cancel: Cancel, show: Callable[[str], None], clock: Callable[[], float],
-            pace: Pace | None = None) -> Answer:
+            pace: Pace | None = None, fresh: bool = False) -> Answer:
     """Generate one answer to `prompt`, giving its text to `show` piece by piece. An error in the middle
-    ends the answer and is part of it; what was said until then stays. pace: see generate."""
-    session.trim(common_prefix(prompt, session.ids))
+    ends the answer and is part of it; what was said until then stays. pace: see generate; fresh: read the whole prompt
+    anew, since what a KV cache has of it has not the same last bits."""
+    session.trim(0 if fresh else common_prefix(prompt, session.ids))
     cached = session.length
     pieces: list[str] = []
     ids: list[int] = []

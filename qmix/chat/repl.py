@@ -162,13 +162,13 @@ class Chat:
                 f"with this message the conversation has {len(prompt)} tokens, the context holds {context}",
                 "/clear or /undo makes room, or start again with a larger -c/--ctx-size; "
                 "Up brings the message back")
-        unread = len(prompt) - common_prefix(prompt, self.session.ids)
+        unread = len(prompt) - (0 if self.engine.exact else common_prefix(prompt, self.session.ids))
         if unread >= LONG_PREFILL:
             self.screen.transient(f"reading {unread} tokens")
         self.screen.begin_answer()
         self.engine.reset_stats()
         answer = respond(self.session, self.engine.tokenizer, prompt, replace(self.params, seed=self.seed),
-                         self.cancel, self._show, self._clock, self.pace)
+                         self.cancel, self._show, self._clock, self.pace, self.engine.exact)
         self.screen.end_answer()
         self._keep(question, base, answer)
 

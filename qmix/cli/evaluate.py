@@ -13,15 +13,19 @@ from qmix import paths, render
 from qmix.cli.options import (
     Activations,
     CachePolicy,
+    Device,
+    Exact,
     KvCache,
     Loading,
     Margin,
     ModelArgument,
     NoPrefetch,
+    Pin,
     Prefetch,
     Ram,
     Threads,
     Verify,
+    Vram,
     flag_bytes,
     load_engine,
     margin_bytes,
@@ -52,6 +56,7 @@ def evaluate(
     threads: Threads = None, ram: Ram = "auto", margin: Margin = None, cache_policy: CachePolicy = "auto",
     prefetch: Prefetch = "auto", no_prefetch: NoPrefetch = False, verify: Verify = "first",
     activations: Activations = "auto", kv_cache: KvCache = "bf16",
+    device: Device = "auto", vram: Vram = "auto", pin: Pin = "auto", exact: Exact = False,
 ) -> None:
     """Measure quality: perplexity on a text, distance from a reference store, tasks of the lm-eval harness."""
     _check_flags(file, tasks, {"--against": against is not None, "--stride": stride != 0, "-n/--max-tokens":
@@ -59,7 +64,8 @@ def evaluate(
                  {"--include-path": include_path is not None, "--limit": limit is not None})
     from qmix import evaluate as evaluation
 
-    how = Loading(ctx_size, threads, ram, margin, cache_policy, prefetch, no_prefetch, verify, activations, kv_cache)
+    how = Loading(ctx_size, threads, ram, margin, cache_policy, prefetch, no_prefetch, verify, activations, kv_cache,
+                  device=device, vram=vram, pin=pin, exact=exact)
     folder = model_folder(model)
     document: dict[str, Any] = {}
     if file is not None:

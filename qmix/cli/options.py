@@ -51,13 +51,20 @@ Activations = Annotated[str, typer.Option("--activations", help="What int4 and i
                                           "auto (the fastest), int8 or bf16.")]
 KvCache = Annotated[str, typer.Option("--kv-cache", help="How keys and values are kept: bf16, or int8 in half the "
                                       "memory at a small error.")]
+Device = Annotated[str, typer.Option("--device", help="auto (a GPU where there is one), cpu, cuda, or cuda:1.")]
+Vram = Annotated[str, typer.Option("--vram", help="GPU memory for the whole process (24G); auto = what is free, but "
+                                   "for half a GiB.")]
+Pin = Annotated[str, typer.Option("--pin", help="Of the RAM, how much may be page-locked for fast copies to the GPU; "
+                                  "auto = up to half of the machine's.")]
+Exact = Annotated[bool, typer.Option("--exact", help="The same bits wherever an expert was: nothing that belongs on "
+                                     "the GPU is computed by the CPU, no KV cache is kept from turn to turn.")]
 Trace = Annotated[Path | None, typer.Option("--trace", help="Record every routing decision in this file, for qmix "
                                             "replay.", show_default=False)]
 
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """How a model is brought up: threads and context, budget, paging, KV cache."""
+    """How a model is brought up: threads and context, budget, paging, KV cache, device."""
 
     ctx_size: int = 0
     threads: int | None = None
@@ -70,6 +77,10 @@ class Loading:
     activations: str = "auto"
     kv_cache: str = "bf16"
     trace: Path | None = None
+    device: str = "cpu"
+    vram: str = "auto"
+    pin: str = "auto"
+    exact: bool = False
 
 
 def load_engine(folder: Path, how: Loading, keep_statistics: bool = True,
@@ -78,10 +89,10 @@ def load_engine(folder: Path, how: Loading, keep_statistics: bool = True,
     """The engine, its choices said and its loading shown on stderr. keep_statistics: start with the router
     statistics of earlier runs, and add to them. base, scoring: see engine.load; recorder: its `trace`, where that is
     no file."""
-    from qmix.engine import load
+    from qmix.engine import Placement, load
     from qmix.planning import known_speeds
 
-    ram = None if how.ram == "auto" else flag_bytes("--ram", how.ram)
+    ram = size_or_auto("--ram", how.ram)
     margin = margin_bytes(how.margin)
     if how.no_prefetch and how.prefetch not in ("auto", "off"):
         raise UsageError(f"--no-prefetch with --prefetch {how.prefetch}", "drop one of the two")
@@ -91,12 +102,19 @@ def load_engine(folder: Path, how: Loading, keep_statistics: bool = True,
                     activations=how.activations, kv=how.kv_cache, trace=how.trace if recorder is None else recorder,
                     state=paths.routing_folder() if keep_statistics else None,
                     speeds=known_speeds(paths.hardware_file(), render.say),
-                    base=base, scoring=scoring, say=say, progress=progress)
+                    base=base, scoring=scoring, say=say, progress=progress,
+                    placement=Placement(how.device, size_or_auto("--vram", how.vram), size_or_auto("--pin", how.pin),
+                                        how.exact))
 
 
 def margin_bytes(text: str | None) -> int | None:
     """--margin, which may also be 0."""
     return None if text is None else 0 if text.strip() == "0" else flag_bytes("--margin", text)
+
+
+def size_or_auto(flag: str, text: str) -> int | None:
+    """Bytes; None for auto."""
+    return None if text == "auto" else flag_bytes(flag, text)
 
 
 def flag_bytes(flag: str, text: str) -> int:

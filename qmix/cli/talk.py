@@ -13,7 +13,9 @@ from qmix.cli.options import (
     Activations,
     CachePolicy,
     Context,
+    Device,
     Draft,
+    Exact,
     KvCache,
     Loading,
     Margin,
@@ -22,6 +24,7 @@ from qmix.cli.options import (
     ModelArgument,
     NoPrefetch,
     Penalty,
+    Pin,
     Prefetch,
     Ram,
     Seed,
@@ -33,6 +36,7 @@ from qmix.cli.options import (
     TopP,
     Trace,
     Verify,
+    Vram,
     checked,
     load_engine,
     model_folder,
@@ -51,11 +55,12 @@ def chat(
     ram: Ram = "auto", margin: Margin = None, cache_policy: CachePolicy = "auto", prefetch: Prefetch = "auto",
     no_prefetch: NoPrefetch = False, verify: Verify = "first", activations: Activations = "auto", trace: Trace = None,
     draft: Draft = 7, kv_cache: KvCache = "bf16",
+    device: Device = "auto", vram: Vram = "auto", pin: Pin = "auto", exact: Exact = False,
 ) -> None:
     """Talk with a model in the terminal; /help inside lists the commands."""
     params = sampling(temp, top_p, top_k, min_p, repeat_penalty, seed, max_tokens, stop)
     how = Loading(ctx_size, threads, ram, margin, cache_policy, prefetch, no_prefetch, verify, activations, kv_cache,
-                  trace)
+                  trace, device, vram, pin, exact)
     _chat(model_folder(model), model or "", params, system, resume, stats, how, draft)
 
 
@@ -85,13 +90,14 @@ def generate(
     ram: Ram = "auto", margin: Margin = None, cache_policy: CachePolicy = "auto", prefetch: Prefetch = "auto",
     no_prefetch: NoPrefetch = False, verify: Verify = "first", activations: Activations = "auto", trace: Trace = None,
     draft: Draft = 7, kv_cache: KvCache = "bf16",
+    device: Device = "auto", vram: Vram = "auto", pin: Pin = "auto", exact: Exact = False,
 ) -> None:
     """Answer one prompt: the text on stdout, everything else on stderr."""
     from qmix import oneshot
 
     params = sampling(temp, top_p, top_k, min_p, repeat_penalty, seed, max_tokens, stop)
     how = Loading(ctx_size, threads, ram, margin, cache_policy, prefetch, no_prefetch, verify, activations, kv_cache,
-                  trace)
+                  trace, device, vram, pin, exact)
     folder = model_folder(model)
     text = oneshot.read_prompt(prompt, file, sys.stdin)
     with load_engine(folder, how) as engine:
@@ -101,7 +107,7 @@ def generate(
 def demo(
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Answer this and leave, instead of a chat.",
                                                show_default=False)] = None,
-    temp: Temp = 0.7, seed: Seed = None, threads: Threads = None,
+    temp: Temp = 0.7, seed: Seed = None, threads: Threads = None, device: Device = "auto",
 ) -> None:
     """Quantize the small bundled model (once) and chat with it: a toy for trying the machinery."""
     from qmix import oneshot
@@ -110,7 +116,7 @@ def demo(
     folder = demo_store(paths.models_folder() / "demo", render.say)
     params = checked(SamplingParams, temp, seed=seed)
     if prompt is None:
-        _chat(folder, "demo", params, None, False, False, Loading(threads=threads), 7)
+        _chat(folder, "demo", params, None, False, False, Loading(threads=threads, device=device), 7)
     else:
-        with load_engine(folder, Loading(threads=threads)) as engine:
+        with load_engine(folder, Loading(threads=threads, device=device)) as engine:
             raise typer.Exit(oneshot.run(engine, prompt, params, draft=7))

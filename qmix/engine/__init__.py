@@ -8,6 +8,7 @@ from qmix.engine.budgets import budget, needs_of
 from qmix.engine.engine import Engine
 from qmix.engine.kernels import select_kernels
 from qmix.engine.loading import load
+from qmix.engine.machine import Placement
 from qmix.engine.session import Session
 
-__all__ = ["Engine", "Session", "budget", "load", "needs_of", "select_kernels"]
+__all__ = ["Engine", "Placement", "Session", "budget", "load", "needs_of", "select_kernels"]

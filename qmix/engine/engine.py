@@ -33,11 +33,13 @@ from qmix.tokenizer import Message, Tokenizer
 
 
 class Engine:
-    """A loaded model. Close it, or use it as a context manager."""
+    """A loaded model. Close it, or use it as a context manager. exact: whoever keeps a session from turn to turn should
+    empty it first, since a prompt that is read in pieces has other last bits."""
 
     def __init__(self, store: Store, plan: Plan, tokenizer: Tokenizer, kernels: KernelTable, model: Mixtral,
-                 offload: Offload, closing: ExitStack):
+                 offload: Offload, closing: ExitStack, exact: bool = False):
         self.store = store
+        self.exact = exact
         self.plan = plan
         self.tokenizer = tokenizer
         self._kernels = kernels
@@ -151,7 +153,8 @@ class Engine:
         if self._offload.experts.traces:
             say("no drafts while a trace is recorded: it shows one token a pass")
             return None
-        if bound := bound_formats(self._kernels):
+        # A device's few tokens never depend on each other.
+        if not self._model.on_device and (bound := bound_formats(self._kernels)):
             say(f"no drafts: here a row of {' and '.join(bound)} depends on those beside it, so the text might differ")
             return None
         return self._paces.setdefault(longest, Pace(longest, self.config.experts_per_token / self.config.num_experts))

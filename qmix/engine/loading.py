@@ -77,7 +77,8 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
         opened.callback(offload.close)
         if state is not None:
             opened.callback(router_stats.save, state, store.identity, stats, say)
-        return Engine(store, plan, tokenizer, kernels, model, offload, opened.pop_all())
+        return Engine(store, plan, tokenizer, kernels, model, offload, opened.pop_all(),
+                      placement is not None and placement.exact)
 
 
 def _trace_writer(path: Path, store: Store) -> TraceWriter:

@@ -116,6 +116,11 @@ class Mixtral:
         self._fused: FusedToken | None = None
         self._fits: bool | None = None  # whether there can be one; the first cache shows it
 
+    @property
+    def on_device(self) -> bool:
+        """Whether a few tokens are decoded by a device."""
+        return self._decode is not None
+
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache for one session, with room for `capacity` positions."""
         return self._make_cache(self.config, capacity, self._weights.dtype)

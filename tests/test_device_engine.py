@@ -1,0 +1,306 @@
+"""The engine on a device, the CPU standing in for it: the same bits wherever an expert was and however late anything
+comes; the numbers of the CPU's own engine; errors and interruptions that lose nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import KEEP, write_tiny_checkpoint
+from tokenizer_files import DEMO_TEMPLATE, spm_model
+from torch import Tensor
+
+from qmix import hardware
+from qmix.checkpoint import Checkpoint
+from qmix.config import Cancel, ExpertKey, QuantConfig
+from qmix.device import StandIn
+from qmix.engine import Engine, Placement, load
+from qmix.errors import DoesNotFit, Interrupted, QmixError, StoreError, UsageError
+from qmix.kernels.device_ops import TorchDeviceOps
+from qmix.offload.plan import RESERVE, STAGING, Needs
+from qmix.offload.split import Split
+from qmix.quantize import quantize_checkpoint
+from qmix.store import RecordFiles, Store
+
+CONTEXT = 120
+LAYERS, EXPERTS, TOP_K = 4, 8, 2
+ALL = LAYERS * EXPERTS
+IDS = [(7 * i * i + 3) % 500 + 3 for i in range(60)]
+FORMATS = {"int4": QuantConfig(), "keep": KEEP, "int8": QuantConfig(experts="int8", dense="int4"),
+           "nf4": QuantConfig(experts="nf4", dense="int8", method="", group_size=0, block=0)}
+
+
+@pytest.fixture(autouse=True)
+def no_thread_stays() -> Iterator[None]:
+    before = threading.active_count()
+    yield
+    assert threading.active_count() == before
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("device")
+    source = write_tiny_checkpoint(folder / "tiny", dtype=torch.float32, vocab_size=512, num_hidden_layers=LAYERS,
+                                   num_local_experts=EXPERTS)
+    (source / "tokenizer.model").write_bytes(spm_model())
+    (source / "tokenizer_config.json").write_text(json.dumps({"chat_template": DEMO_TEMPLATE}))
+    with Checkpoint.open(source) as checkpoint:
+        for name, quant in FORMATS.items():
+            quantize_checkpoint(checkpoint, folder / name, quant)
+    return {name: folder / name for name in FORMATS}
+
+
+def delays(seed: int, share: float = 0.1, longest: float = 0.002) -> Callable[[], None]:
+    """Now and then a stream is late."""
+    dice = random.Random(seed)
+
+    def delay() -> None:
+        if dice.random() < share:
+            time.sleep(dice.random() * longest)
+
+    return delay
+
+
+def bring_up(monkeypatch: pytest.MonkeyPatch, folder: Path, above: int, below: int, device: StandIn | None = None,
+             exact: bool = True, **how: Any) -> Engine:
+    """The store at `folder` with so many slots on the device and below, whatever this process weighs."""
+    monkeypatch.setattr(hardware, "resident_bytes", lambda: 0)
+    with Store.open(folder) as store:
+        needs = Needs.of(store.config, store.quant, how.setdefault("context", CONTEXT))
+    vram = RESERVE + needs.dense + needs.kv + needs.workspace + above * needs.record
+    placement = Placement(device or StandIn(), vram, exact=exact)
+    engine = load(folder, threads=1, ram=RESERVE + below * needs.record, placement=placement,
+                  activations=how.pop("activations", "bf16"), **how)
+    fast, slow = engine.plan.tiers
+    assert fast.slots == above and slow.slots == min(below, ALL - above + STAGING)
+    return engine
+
+
+def run(engine: Engine) -> Tensor:
+    """Logits of a conversation of two turns: prompt, answer, another prompt, answer."""
+    session = engine.session()
+    found = [session.prefill(IDS[:40])]
+    for turn in range(2):
+        for token in IDS[turn * 12:turn * 12 + 12]:
+            found.append(session.decode(token).clone())
+        if turn == 0:
+            found.append(session.prefill(IDS[40:]))
+    return torch.stack(found)
+
+
+@pytest.fixture(scope="module")
+def resident(stores: dict[str, Path]) -> dict[str, Tensor]:
+    found = {}
+    for name, folder in stores.items():
+        with load(folder, threads=1, context=CONTEXT, activations="bf16", placement=Placement(StandIn())) as engine:
+            assert engine.plan.tiers[0].slots == ALL
+            found[name] = run(engine)
+            assert engine.stats()["experts"] == {"vram": 100.0}
+    return found
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_the_numbers_of_the_cpus_engine(stores: dict[str, Path], resident: dict[str, Tensor], name: str) -> None:
+    """A store that is not quantized computes in fp32 on both sides; in the others activations are rounded elsewhere,
+    and of a random model now and then a choice falls differently."""
+    with load(stores[name], threads=1, context=CONTEXT, activations="bf16") as engine:
+        want = run(engine)
+    errors = (resident[name] - want).norm(dim=1) / want.norm(dim=1)
+    assert errors.max() < 1e-5 if name == "keep" else errors.median() < 2e-2
+
+
+@pytest.mark.parametrize("prefetch", ["off", "ahead", "both"])
+@pytest.mark.parametrize(("above", "below"), [(ALL, 2), (20, 14), (20, 4), (9, 25), (4, 2), (4, 12)])
+@pytest.mark.parametrize("name", ["int4", "keep"])
+def test_same_bits_for_every_placement(stores: dict[str, Path], resident: dict[str, Tensor], name: str, above: int,
+                                       below: int, prefetch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = StandIn(delays(above * 100 + below))
+    with bring_up(monkeypatch, stores[name], above, below, device, prefetch=prefetch) as engine:
+        assert torch.equal(run(engine), resident[name])
+        figures = engine.stats()["offload"]["decode"]
+        assert figures["chosen"] == figures["hits"] + figures["misses"] == 24 * LAYERS * TOP_K
+        assert (figures["misses"] > 0) == (above < ALL) and not figures["computed"]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_same_bits_however_late_anything_comes(stores: dict[str, Path], resident: dict[str, Tensor], seed: int,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every stream and every read late by its own dice."""
+    dice, read = random.Random(seed), RecordFiles.read
+
+    def late(self: RecordFiles, *how: Any) -> None:
+        time.sleep(dice.random() * 0.001)
+        read(self, *how)
+
+    monkeypatch.setattr(RecordFiles, "read", late)
+    above, below = dice.choice([(6, 3), (12, 6), (16, 18)])
+    device = StandIn(delays(seed, 0.3, 0.003))
+    with bring_up(monkeypatch, stores["int4"], above, below, device, prefetch="ahead") as engine:
+        assert torch.equal(run(engine), resident["int4"])
+
+
+def test_once_all_is_in_memory_nothing_is_read(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with bring_up(monkeypatch, stores["int4"], 12, ALL) as engine:
+        assert engine.plan.resident
+        run(engine)
+        engine.reset_stats()
+        run(engine)
+        stats = engine.stats()
+        assert not stats["offload"]["decode"]["bytes_read"] and not stats["offload"]["prefill"]["bytes_read"]
+        assert set(stats["experts"]) == {"vram", "ram"} and stats["offload"]["device"]["bytes_up"] > 0
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_other_formats_page_too(stores: dict[str, Path], resident: dict[str, Tensor], name: str,
+                                monkeypatch: pytest.MonkeyPatch) -> None:
+    with bring_up(monkeypatch, stores[name], 10, 8, StandIn(delays(3))) as engine:
+        assert torch.equal(run(engine), resident[name])
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_formats_that_the_device_cannot_pick_by_slot(stores: dict[str, Path], resident: dict[str, Tensor], name: str,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the host names each expert, also where all are there."""
+    monkeypatch.setattr(TorchDeviceOps, "handles", lambda self, slots: False)
+    for above in (10, ALL):
+        with bring_up(monkeypatch, stores[name], above, 8, StandIn(delays(4))) as engine:
+            assert torch.equal(run(engine), resident[name])
+
+
+@pytest.mark.parametrize(("copy", "host"), [(1e-3, 10.0), (1.0, 1.0)], ids=["all by the CPU", "some"])
+def test_experts_that_the_cpu_computes(stores: dict[str, Path], resident: dict[str, Tensor], copy: float, host: float,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the stand-in both compute with the same kernels, so here even the bits agree."""
+    monkeypatch.setattr(Split, "COPY", copy)
+    monkeypatch.setattr(Split, "HOST", host)
+    with bring_up(monkeypatch, stores["keep"], 9, 12, StandIn(delays(5)), exact=False) as engine:
+        got = run(engine)
+        figures = engine.stats()["offload"]["decode"]
+        assert 0 < figures["computed"] <= figures["misses"]
+    torch.testing.assert_close(got, resident["keep"], rtol=1e-5, atol=1e-5)
+
+
+def test_drafts_have_the_bits_of_single_tokens(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with bring_up(monkeypatch, stores["int4"], 9, 8, StandIn(delays(6))) as engine:
+        one, other = engine.session(), None
+        one.prefill(IDS[:20])
+        alone = torch.stack([one.decode(token).clone() for token in IDS[20:28]])
+        one.trim(20)
+        for count in (2, 8, 3, 8):
+            together = one.verify(IDS[20:20 + count])
+            assert torch.equal(together, alone[:count])
+            one.trim(20)
+        assert other is None and engine.pace(4) is not None
+
+
+def test_sessions_that_decode_together(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with Store.open(stores["int4"]) as store:
+        kv = Needs.of(store.config, store.quant, CONTEXT).kv
+    monkeypatch.setattr("qmix.offload.plan.PREFILL_PASS", 8192)
+    with load(stores["int4"], threads=1, context=CONTEXT, activations="bf16",
+              placement=Placement(StandIn(delays(7)))) as engine:
+        assert kv * 2 < engine.plan.tiers[0].budget - engine.plan.tiers[0].total
+        a, b = engine.session(), engine.session()
+        a.prefill(IDS[:20])
+        b.prefill(IDS[5:33])
+        alone = [a.decode(7).clone(), b.decode(9).clone()]
+        a.trim(20)
+        b.trim(28)
+        together = engine.step([a, b], [[7], [9]], "decode")
+        assert torch.equal(together[0], alone[0]) and torch.equal(together[1], alone[1])
+
+
+def test_a_new_session_in_an_old_ones_place(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with bring_up(monkeypatch, stores["int4"], 12, 8) as engine:
+        first = run(engine)
+        for _ in range(3):
+            assert torch.equal(run(engine), first)
+
+
+def test_an_interrupted_pass_leaves_the_session_as_it_was(stores: dict[str, Path], resident: dict[str, Tensor],
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    with bring_up(monkeypatch, stores["int4"], 6, 4, StandIn(delays(8))) as engine:
+        session = engine.session()
+        want = [session.prefill(IDS[:40])]
+        for turn in range(12):
+            cancel = Cancel()
+            timer = threading.Timer(0.0004 * turn, cancel.set)
+            timer.start()
+            try:
+                session.decode(IDS[turn], cancel)
+                session.trim(session.length - 1)
+            except Interrupted:
+                pass
+            timer.join()
+            assert session.length == 40 + turn
+            want.append(session.decode(IDS[turn]).clone())
+        assert torch.equal(torch.stack(want), resident["int4"][:13])
+
+
+def test_a_damaged_record_is_named_and_the_next_pass_goes_on(stores: dict[str, Path], resident: dict[str, Tensor],
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    read, broken = RecordFiles.read, set[ExpertKey]()
+
+    def failing(self: RecordFiles, key: ExpertKey, *how: Any) -> None:
+        if key in broken:
+            raise self.failed(key, "unlucky")
+        read(self, key, *how)
+
+    monkeypatch.setattr(RecordFiles, "read", failing)
+    with bring_up(monkeypatch, stores["int4"], 4, 2) as engine:
+        session = engine.session()
+        session.prefill(IDS[:40])
+        broken.update(ExpertKey(2, e) for e in range(EXPERTS))
+        with pytest.raises(StoreError, match=r"layers\.2\.experts"):
+            for _ in range(3):
+                session.decode(IDS[0])
+        broken.clear()
+        session.trim(40)
+        assert torch.equal(session.decode(IDS[0]), resident["int4"][1])
+
+
+def test_a_device_that_fails_ends_the_pass_with_an_error(stores: dict[str, Path],
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    with bring_up(monkeypatch, stores["int4"], ALL, 2) as engine:
+        session = engine.session()
+        session.prefill(IDS[:10])
+
+        def fail(*how: object) -> None:
+            raise RuntimeError("an illegal memory access was encountered")
+
+        monkeypatch.setattr(TorchDeviceOps, "route", fail)
+        with pytest.raises(QmixError, match="the device failed: RuntimeError: an illegal memory access"):
+            session.decode(5)
+        assert session.length == 10
+
+
+def test_too_little_of_either_memory_is_refused_with_the_numbers(stores: dict[str, Path],
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DoesNotFit, match=r"of VRAM, has .*short of .*expert slots"):
+        bring_up(monkeypatch, stores["int4"], 3, 8)
+    with pytest.raises(DoesNotFit, match=r"of RAM, has .*short of"):
+        bring_up(monkeypatch, stores["int4"], 8, 1)
+    with pytest.raises(DoesNotFit, match=r"--vram 8\.0 GiB: only 1\.0 GiB can be had"):
+        load(stores["int4"], placement=Placement(StandIn(nbytes=2**30), 8 * 2**30))
+    with pytest.raises(UsageError, match=r"--vram 8\.0 GiB: there is no GPU"):
+        load(stores["int4"], placement=Placement("cpu", 8 * 2**30))
+    with pytest.raises(UsageError, match="want auto, cpu, cuda or cuda:NUMBER"):
+        load(stores["int4"], placement=Placement("rocm"))
+    with pytest.raises(UsageError, match="16 bits so far"):
+        load(stores["int4"], kv="int8", placement=Placement(StandIn()))
+
+
+def test_what_is_said(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    with bring_up(monkeypatch, stores["int4"], 9, 8, StandIn(half=torch.float16), exact=False, say=said.append):
+        pass
+    text = "\n".join(said)
+    assert "VRAM" in text and "RAM" in text and "prompts compute in float16, since it has no bf16 products" in text
+    assert "experts that are not on the GPU are computed by the CPU where that is faster" in text
