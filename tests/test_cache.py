@@ -20,8 +20,8 @@ HALF_LIVES = {"lfu:4": 4.0, "lfu": 32.0, "lfu:0.5": 0.5}
 
 @dataclass
 class Walk:
-    """One pass. chosen: by layer, the experts; extra: (reason, key) to admit after each layer's demand; gone: a key
-    that is dropped at the end if it is there."""
+    """One pass. chosen: by layer, the experts; extra: (reason, key) to admit after each layer's demand, or to be a
+    "spare" or not ("keep") if it is there; gone: a key that is dropped at the end if it is there."""
 
     prefill: list[list[set[int]]] | None  # by layer, by token
     chosen: list[set[int]]
@@ -40,6 +40,7 @@ class Naive:
         self.used: list[tuple[ExpertKey, int]] = []  # for the histories
         self.decoded: list[set[ExpertKey]] = [set()]
         self.unproven: set[ExpertKey] = set()
+        self.spares: set[ExpertKey] = set()
         self.now, self.clock, self.layer = 0, dict.fromkeys(range(LAYERS), 0), 0
 
     def quota(self, layer: int) -> int:
@@ -91,8 +92,15 @@ class Naive:
 
     def check(self, comes: ExpertKey, reason: str, busy: set[ExpertKey], answer: ExpertKey | bool) -> None:
         """Whether `answer` is right; then it is followed."""
+        spares = {key: self.score(key) for key in self.spares - busy}
         if len(self.keys) < self.slots:
             assert answer is True
+        elif spares:
+            highest = max(spares.values())
+            assert isinstance(answer, ExpertKey) and spares[answer] >= highest - 1e-9 * max(1e-9, abs(highest))
+            if highest == 0:
+                assert self.distance(answer.layer) == min(self.distance(k.layer) for k in spares)
+            self.drop(answer)
         else:
             candidates = self.candidates(comes, reason, busy)
             scores = {key: self.score(key) for key in candidates}
@@ -115,10 +123,16 @@ class Naive:
     def drop(self, key: ExpertKey) -> None:
         self.keys.remove(key)
         self.unproven.discard(key)
+        self.spares.discard(key)
+
+    def spare(self, key: ExpertKey) -> None:
+        self.spares.add(key)
+        self.unproven.discard(key)
 
 
 experts = st.sets(st.integers(0, EXPERTS - 1), min_size=1, max_size=2)
-extras = st.lists(st.tuples(st.sampled_from(["speculative", "warm"]), st.sampled_from(KEYS)), max_size=3)
+extras = st.lists(st.tuples(st.sampled_from(["speculative", "warm", "spare", "keep"]), st.sampled_from(KEYS)),
+                  max_size=4)
 walks = st.builds(
     Walk, st.none() | st.none() | st.lists(experts, min_size=1, max_size=5).map(lambda tokens: [tokens] * LAYERS),
     st.lists(experts, min_size=LAYERS, max_size=LAYERS), st.lists(extras, min_size=LAYERS, max_size=LAYERS),
@@ -127,7 +141,7 @@ shares = st.dictionaries(st.sampled_from(KEYS), st.sampled_from([0.0, 0.1, 0.3, 
 
 
 def admit(cache: Cache, naive: Naive, key: ExpertKey, reason: Any, busy: set[ExpertKey]) -> None:
-    before, unproven, recent = set(naive.keys), set(naive.unproven), naive.recent()
+    before, unproven, recent, spares = set(naive.keys), set(naive.unproven), naive.recent(), set(naive.spares)
     held = [naive.held(layer) for layer in range(LAYERS)]
     answer = cache.admit(key, reason, busy)
     naive.check(key, reason, busy, answer)
@@ -136,6 +150,8 @@ def admit(cache: Cache, naive: Naive, key: ExpertKey, reason: Any, busy: set[Exp
         assert all(k in busy or naive.quotas for k in before)
     if isinstance(answer, ExpertKey):
         assert answer in before and answer not in busy and answer not in cache
+        if answer in spares:
+            return
         if reason == "warm" or (reason == "speculative" and len(unproven) >= naive.probation):
             assert answer not in recent
         if naive.quotas and answer.layer != key.layer:
@@ -171,7 +187,14 @@ def walk_through(cache: Cache, naive: Naive, walk: Walk) -> None:
             if key not in cache:
                 admit(cache, naive, key, "demand" if walk.prefill is None else "prefill", chosen)
         for reason, key in walk.extra[layer]:
-            if key not in cache:
+            if reason in ("spare", "keep"):
+                if key in cache and reason == "spare":
+                    cache.spare(key)
+                    naive.spare(key)
+                elif reason == "keep":
+                    cache.keep(key)
+                    naive.spares.discard(key)
+            elif key not in cache:
                 admit(cache, naive, key, reason, chosen)
     if walk.gone is not None and walk.gone in cache:
         cache.remove(walk.gone)
@@ -190,6 +213,7 @@ def test_every_decision_is_the_naive_models(passes: list[Walk], slots: int, prio
     for key in KEYS:
         assert cache.score(key) == pytest.approx(naive.score(key), rel=1e-9, abs=1e-12)
         assert (key in cache) == (key in naive.keys)
+    assert set(cache.spares) == naive.spares
 
 
 @settings(max_examples=100, deadline=None)
@@ -267,6 +291,34 @@ def test_of_records_used_by_the_same_token_the_one_that_is_wanted_last_leaves(po
         assert cache.admit(ExpertKey(layer, 1), "demand", {ExpertKey(layer, 0)}) == ExpertKey((layer - 1) % LAYERS, 0)
         cache.remove(ExpertKey(layer, 1))
         cache.admit(ExpertKey((layer - 1) % LAYERS, 0), "demand")
+
+
+@pytest.mark.parametrize("reason", ["demand", "prefill", "speculative", "warm"])
+def test_a_spare_leaves_first_whatever_comes_and_the_surest_one_first_of_all(reason: Any) -> None:
+    prior = {ExpertKey(0, 0): 0.9, ExpertKey(0, 1): 0.8, ExpertKey(1, 0): 0.7, ExpertKey(1, 1): 0.0}
+    cache = Cache(4, LAYERS, make_policy("static", prior))
+    cache.begin_token()
+    for key in prior:
+        cache.admit(key, "demand")
+        cache.use(key)
+    for key in (ExpertKey(0, 0), ExpertKey(0, 1), ExpertKey(1, 0)):
+        cache.spare(key)
+    cache.keep(ExpertKey(0, 1))
+    new = [ExpertKey(2, e) for e in range(3)]
+    assert cache.admit(new[0], reason, {ExpertKey(0, 0)}) == ExpertKey(1, 0), "the other one is busy"
+    assert cache.admit(new[1], reason) == ExpertKey(0, 0)
+    assert not cache.spares and cache.admit(new[2], reason) in {False, ExpertKey(1, 1), *new[:2]}
+
+
+def test_only_a_spare_of_the_same_kind_makes_room() -> None:
+    cache = Cache([1, 2], LAYERS, make_policy("lfu", {}), kind_of=lambda key: key.expert % 2)
+    for expert in (0, 1, 3):
+        assert cache.admit(ExpertKey(0, expert), "demand") is True
+    cache.spare(ExpertKey(0, 0))
+    cache.spare(ExpertKey(0, 3))
+    assert cache.admit(ExpertKey(1, 1), "warm") == ExpertKey(0, 3)
+    assert cache.admit(ExpertKey(1, 3), "demand") in {ExpertKey(0, 1), ExpertKey(1, 1)}
+    assert set(cache.spares) == {ExpertKey(0, 0)}
 
 
 def test_quotas_need_a_slot_for_each_layer() -> None:

@@ -338,6 +338,7 @@ def test_a_faster_tier_above_gives_the_same_bits(stores: dict[str, Path], above:
     from helpers import resident_experts
 
     from qmix.config import Step
+    from qmix.device import StandIn
     from qmix.engine import select_kernels
     from qmix.offload.cache import Cache, make_policy
     from qmix.offload.copies import Copies
@@ -356,7 +357,8 @@ def test_a_faster_tier_above_gives_the_same_bits(stores: dict[str, Path], above:
         files = store.records()
         readers = Readers(files)
         low = Tier(slot_pool(below, store.layout.record_bytes), Cache(below, LAYERS, make_policy("lfu", {})), readers)
-        copies = Copies(low)
+        device = StandIn()
+        copies = Copies(low, device, chunk=4096)
         pool = slot_pool(above, store.layout.record_bytes)
         high = Tier(pool, Cache(above, LAYERS, make_policy("lfu", {})), copies, copies.take_back)
         stacked = PagedExperts(config, kernels, high, [store.expert(ExpertKey(0, 0), slot) for slot in pool],
@@ -376,4 +378,6 @@ def test_a_faster_tier_above_gives_the_same_bits(stores: dict[str, Path], above:
         copies.close()
         readers.close()
         files.close()
-        assert not {k for k in list(high) if high.ready(k)} & {k for k in list(low) if low.ready(k)}
+        device.close()
+        there = {k for k in list(high) if high.ready(k)}
+        assert set(low.cache.spares) == there & {k for k in list(low) if low.ready(k)}

@@ -1,4 +1,4 @@
-"""Tiers: the right bytes in the right slot under any sequence of requests, alone and one above the other."""
+"""Tiers: the right bytes in the right slot under any sequence of requests, and the memory they lie in."""
 
 from __future__ import annotations
 
@@ -8,20 +8,18 @@ import random
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_reads import CHUNK, RECORD, FakeRecords, content, key
 
 from qmix.config import ExpertKey
-from qmix.errors import DoesNotFit, QmixError, StoreError
+from qmix.device import StandIn
+from qmix.errors import DoesNotFit, StoreError
 from qmix.formats import memory
 from qmix.offload import pool as pool_module
 from qmix.offload.cache import Cache, make_policy
-from qmix.offload.copies import Copies
 from qmix.offload.pool import begin_pool, slot_pool
 from qmix.offload.reads import Readers
 from qmix.offload.tiers import Tier
@@ -158,94 +156,31 @@ def test_the_pool_is_aligned_and_private() -> None:
     assert pool.sum() == 0
 
 
-def two_tiers(above: int, below: int, records: FakeRecords, slow: float = 0.0,
-              ) -> tuple[Tier, Tier, Copies, Readers]:
-    dice = random.Random(above * 100 + below)
+def test_work_on_a_device_that_still_reads_a_slot_holds_back_what_is_read_into_it() -> None:
+    """A tier whose slots a device reads in place, filled from the disk: by two reader threads, chunks side by side."""
+    device, gate, saw = StandIn(), threading.Event(), list[bytes]()
+    readers = Readers(FakeRecords(), 2, CHUNK)
+    tier = Tier(slot_pool(1, RECORD), cache(1), readers)
 
-    def copy(source: torch.Tensor, target: torch.Tensor) -> None:
-        time.sleep(dice.random() * slow)
-        target.copy_(source)
+    def work() -> None:
+        assert gate.wait(20)
+        saw.append(bytes(memory(tier.slots[0])))
 
-    readers = Readers(records, 2, CHUNK)
-    low = Tier(slot_pool(below, RECORD), cache(below), readers)
-    copies = Copies(low, CHUNK, copy)
-    high = Tier(slot_pool(above, RECORD), cache(above), copies, copies.take_back)
-    return high, low, copies, readers
-
-
-def test_a_record_is_above_or_below_and_comes_back_down_when_it_leaves() -> None:
-    records = FakeRecords()
-    high, low, copies, readers = two_tiers(2, 3, records)
-    for i in (0, 1, 2, 3):
-        high.cache.begin_token()
-        high.cache.use(key(i))
-        assert high.want(key(i), "demand")
-        high.wait(key(i), RECORD)
-        assert right(high, key(i))
-    assert set(high) == {key(2), key(3)}
-    copies._sweep()
-    assert set(low) == {key(0), key(1)}
-    assert all(right(low, k) for k in low)
-    read = len(records.seen)
-    assert high.want(key(0), "demand")
-    high.wait(key(0), RECORD)
-    assert right(high, key(0)) and len(records.seen) == read, "read from the disk though it was in the tier below"
-    copies._sweep()
-    assert not set(high) & set(low)
-    copies.close()
+    tier.want(key(0), "demand")
+    tier.wait(key(0), RECORD)
+    device.compute.run(work)
+    tier.used([key(0)], device.compute.record())
+    tier.want(key(1), "speculative")
+    tier.cancel_guess(key(1))  # the fence outlives a load that did not begin
+    tier.want(key(2), "demand")
+    time.sleep(0.02)
+    assert tier.load_of(key(2)).arrived == 0  # type: ignore[union-attr]
+    gate.set()
+    tier.wait(key(2), RECORD)
+    device.settle()
+    assert saw == [content(key(0))] and right(tier, key(2))
     readers.close()
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.integers(0, 2**32), st.integers(2, 8), st.integers(2, 6))
-def test_two_tiers_under_any_sequence_with_delays_and_faults(seed: int, above: int, below: int) -> None:
-    dice = random.Random(seed)
-
-    def fault(k: ExpertKey, start: int) -> None:
-        time.sleep(dice.random() * 0.0004)
-        if dice.random() < 0.01:
-            raise OSError(5, "unlucky")
-
-    high, low, copies, readers = two_tiers(above, below, FakeRecords(fault=fault), slow=0.0003)
-    for _ in range(30):
-        high.cache.begin_token()
-        layer = dice.randrange(LAYERS)
-        chosen = [ExpertKey(layer, e) for e in dice.sample(range(8), 2)]
-        for k in chosen:
-            high.cache.use(k)
-            high.pin(k)
-        guess = ExpertKey((layer + 1) % LAYERS, dice.randrange(8))
-        high.want(guess, "speculative")
-        for k in chosen:
-            try:
-                assert high.want(k, "demand")
-                high.wait(k, RECORD)
-                assert right(high, k)
-            except QmixError:
-                assert k not in high
-        high.unpin(chosen)
-        if dice.random() < 0.5:
-            high.cancel_guess(guess)
-        assert slots_add_up(high) and slots_add_up(low)
-    for k in list(high):  # a guess that arrived between the sweep and the count would be seen in both
-        with suppress(QmixError):
-            high.wait(k, RECORD)
-    copies._sweep()
-    settled = {k for k in list(high) if high.ready(k)} & {k for k in list(low) if low.ready(k)}
-    assert not settled, "a record lies in both tiers"
-    copies.close()
-    readers.close()
-
-
-def test_close_while_records_are_on_their_way() -> None:
-    records = FakeRecords()
-    records.gate.clear()
-    high, _, copies, readers = two_tiers(4, 4, records)
-    for i in range(3):
-        high.want(key(i), "demand")
-    copies.close()
-    records.gate.set()
-    readers.close()
+    device.close()
 
 
 def test_what_is_written_while_the_pool_is_touched_stays(monkeypatch: pytest.MonkeyPatch) -> None:
