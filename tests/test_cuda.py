@@ -350,7 +350,7 @@ few = compiled(cuda_jit.gemv, {"qweight", "slots", "rows"}, target, 4, 1, M=2, L
                UNROLL=config.unroll, **shape)
 loop = few.asm["ttgir"].split("scf.for")[1].split("scf.yield")[0]
 assert "convert_layout" not in loop, "the loop moves data between threads"
-compiled(cuda_jit.finish, {"places"}, target, 4, 1, GATED=True, SIZE=cuda.FINISH)
+compiled(cuda_jit.finish, {"places"}, target, 4, 1, GATED=True, ADD=False, SIZE=cuda.FINISH)
 many = compiled(cuda_jit.matmul, {"tiles"}, target, config.warps, config.stages, BLOCK_M=config.block_m,
                 BLOCKS=config.block_n // block, CHUNK=64, DOT=tl.float16 if target < 80 else tl.bfloat16, **shape)
 assert many.metadata.shared <= (64 if target < 80 else 99) * 1024, many.metadata.shared

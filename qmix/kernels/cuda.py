@@ -19,7 +19,7 @@ N padded rows, B rows per block, S slots.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from types import MappingProxyType, ModuleType
@@ -37,6 +37,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DOTS = ("bf16", "fp16", "fp32")
 FINISH = 1024  # results that a program of `finish` makes
 INDEX = torch.int32
+Room = Callable[[tuple[int, ...], torch.device], Tensor]  # where results of a launch lie for the next one
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +98,8 @@ class Matrices:
 @dataclass(frozen=True, slots=True)
 class Jobs:
     """What a gemv call computes, on the device of the weights: of expert e, in slot slots[e], the product with each
-    row rows[e, m] of x into row places[e, m] of y; -1 in both for none. slots [E], rows and places [E, M], M a power
-    of two up to FEW, int32. Their numbers are not checked: that would take a look at the device."""
+    row rows[e, m] of x into row places[e, m] of y; -1 in both for none, and in slots[e] where all are none. slots [E],
+    rows and places [E, M], M a power of two up to FEW, int32. Their numbers are not checked: that would take a look at the device."""
 
     slots: Tensor
     rows: Tensor
@@ -120,7 +121,7 @@ class Jobs:
                 of_slot.setdefault(slot, []).append((token, token * len(own) + rank))
         if not of_slot or len(chosen) > FEW:
             raise UsageError(f"got {len(chosen)} tokens, want 1 to {FEW} with an expert or more each")
-        width = _power_of_two(max(map(len, of_slot.values())))
+        width = power_of_two(max(map(len, of_slot.values())))
         filled = [pairs + [(-1, -1)] * (width - len(pairs)) for pairs in of_slot.values()]
         both = torch.tensor(filled, dtype=INDEX)
         flat = torch.cat((torch.tensor(list(of_slot), dtype=INDEX), both[..., 0].reshape(-1),
@@ -132,7 +133,7 @@ class Jobs:
     @classmethod
     def single(cls, tokens: int, device: torch.device) -> Jobs:
         """All of up to FEW tokens and slot 0."""
-        at = torch.arange(_power_of_two(tokens), device=device, dtype=INDEX)
+        at = torch.arange(power_of_two(tokens), device=device, dtype=INDEX)
         rows = torch.where(at < tokens, at, -1)[None]
         return cls(torch.zeros(1, device=device, dtype=INDEX), rows, rows)
 
@@ -182,23 +183,30 @@ def chosen_experts(x: Tensor, w13: Matrices, w2: Matrices, chosen: Sequence[Sequ
     return y.view(len(x), -1, w2.spec.padded_rows)[..., :w2.spec.rows]
 
 
-def few(x: Tensor, weights: Matrices, jobs: Jobs, y: Tensor, gated: bool = False) -> None:
-    """What `jobs` say, into y [., padded_rows], or [., F] where gated. Two launches: the products of pieces of the
-    columns, then their sums, and silu(gate) * up with them."""
+def fresh(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """New memory, fp32 of that shape, undefined."""
+    return torch.empty(shape, dtype=torch.float32, device=device)
+
+
+def few(x: Tensor, weights: Matrices, jobs: Jobs, y: Tensor, gated: bool = False, add: bool = False,
+        room: Room = fresh) -> None:
+    """What `jobs` say, into y [., padded_rows] or its first columns, or [., F] where gated; or, where `add`, added to
+    what is there. Two launches: the products of pieces of the columns, into `room`, then their sums, and
+    silu(gate) * up with them."""
     _check_x(x, weights)
-    jit, spec = _kernels(), weights.spec
+    jit, spec = device_code("cuda_jit"), weights.spec
     config = _config(x.device)
     groups, words = spec.padded_cols // spec.group_size, spec.block * _place(spec) // 32
-    lanes = min(config.threads // words, _power_of_two(groups))
+    lanes = min(config.threads // words, power_of_two(groups))
     splits = -(-groups // lanes)
     count, width = jobs.rows.shape
-    partial = x.new_empty(count, width, splits, spec.padded_rows, dtype=torch.float32)
+    partial = room((count, width, splits, spec.padded_rows), x.device)
     jit.gemv[spec.padded_rows // spec.block, splits, count](
         x, weights.qweight.view(torch.int32), weights.qparams, jobs.slots, jobs.rows, partial, weights.slot_bytes // 4,
         x.stride(0), spec.cols, groups, spec.padded_rows, M=width, GROUP=spec.group_size, BLOCK=spec.block,
         BITS=spec.bits, LANES=lanes, UNROLL=config.unroll, num_warps=max(1, lanes * words // 32),
         enable_fp_fusion=True)
-    _finish(jit, partial.view(-1, splits, spec.padded_rows), jobs.places, y, gated)
+    _finish(jit, partial.view(-1, splits, spec.padded_rows), jobs.places, y, gated, add)
 
 
 def sorted_linear(x: Tensor, weights: Matrices, slots: Sequence[int], counts: Sequence[int], y: Tensor,
@@ -213,7 +221,7 @@ def sorted_linear(x: Tensor, weights: Matrices, slots: Sequence[int], counts: Se
     if len(slots) != len(counts) or sum(counts) != len(x) or not all(0 <= s < weights.slots for s in slots):
         raise UsageError(f"slots {list(slots)}, counts {list(counts)}: want as many of each, {len(x)} rows in all, "
                          f"slots 0 to {weights.slots - 1}")
-    jit, spec = _kernels(), weights.spec
+    jit, spec = device_code("cuda_jit"), weights.spec
     config = _config(x.device)
     block_m = min(config.block_m, 128 if max(counts) > 64 else 64 if max(counts) > 16 else 16)
     tiles, start = [], 0
@@ -232,7 +240,7 @@ def sorted_linear(x: Tensor, weights: Matrices, slots: Sequence[int], counts: Se
 def silu_product(both: Tensor, y: Tensor) -> None:
     """silu(gate) * up: both fp32 [T, N] contiguous, gate and up each the first F of a half, into y [T, F]."""
     places = torch.arange(len(both), device=both.device, dtype=INDEX)
-    _finish(_kernels(), both[:, None], places, y, True)
+    _finish(device_code("cuda_jit"), both[:, None], places, y, True, False)
 
 
 def config_for(capability: tuple[int, int]) -> Config:
@@ -244,17 +252,17 @@ def config_for(capability: tuple[int, int]) -> Config:
     return CONFIGS[max(known)]
 
 
-def _finish(jit: ModuleType, partial: Tensor, places: Tensor, y: Tensor, gated: bool) -> None:
+def _finish(jit: ModuleType, partial: Tensor, places: Tensor, y: Tensor, gated: bool, add: bool) -> None:
     pairs, splits, n = partial.shape
     out = y.shape[1]
-    jit.finish[pairs, -(-out // FINISH)](partial, places, y, y.stride(0), n, out, splits, GATED=gated, SIZE=FINISH,
-                                         num_warps=4, enable_fp_fusion=True)
+    jit.finish[pairs, -(-out // FINISH)](partial, places, y, y.stride(0), n, out, splits, GATED=gated, ADD=add,
+                                         SIZE=FINISH, num_warps=4, enable_fp_fusion=True)
 
 
-def _kernels() -> ModuleType:
-    """The device code. UsageError where Triton is missing; it is imported here, at the first call."""
+def device_code(name: str) -> ModuleType:
+    """A module of device code. UsageError where Triton is missing; it is imported here, at the first call."""
     try:
-        return import_module("qmix.kernels.cuda_jit")
+        return import_module(f"qmix.kernels.{name}")
     except ModuleNotFoundError as e:
         if e.name is None or e.name.split(".")[0] != "triton":
             raise
@@ -262,7 +270,7 @@ def _kernels() -> ModuleType:
                          "pip install triton (a CUDA build of torch for Linux brings it)") from None
 
 
-def _interpreted(jit: ModuleType) -> bool:
+def interpreted(jit: ModuleType) -> bool:
     """Whether Triton's interpreter runs the kernels, as TRITON_INTERPRET=1 has it."""
     return not isinstance(jit.gemv, jit.triton.JITFunction)
 
@@ -285,7 +293,7 @@ def _dot(jit: ModuleType, x: Tensor, dot: str | None) -> Any:
 def _check_place(tensor: Tensor, spec: MatrixSpec) -> None:
     if not spec.bits:
         raise UsageError(f"{spec.format}: the GPU kernels have int4, int3 and int2")
-    if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and _interpreted(_kernels())):
+    if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and interpreted(device_code("cuda_jit"))):
         raise UsageError(f"weights on {tensor.device}: Triton's kernels want them on a CUDA device",
                          "for tests without one, set TRITON_INTERPRET=1 before Python starts")
 
@@ -303,6 +311,6 @@ def _place(spec: MatrixSpec) -> int:
     return 4 if spec.bits == 4 else 2
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
     """The least that is not below n."""
     return 1 << (n - 1).bit_length()

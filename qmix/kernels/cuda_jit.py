@@ -38,8 +38,8 @@ def gemv(x, qweight, qparams, slots, rows, partial, slot_words, x_stride, cols, 
 
     A lane is one group and one 32-bit word of the low bits: it walks the columns of its group, and no lane needs
     another until the groups are summed at the end. Each word is read once for all tokens.
-    x [., cols]; qweight, qparams: int32 words; slots [E]; rows [E, M]: which of x, -1 for none; partial fp32
-    [E, M, splits, N]. Grid: blocks, splits, E.
+    x [., cols]; qweight, qparams: int32 words; slots [E], -1 where there is nothing to do; rows [E, M]: which of x, -1
+    for none; partial fp32 [E, M, splits, N]. Grid: blocks, splits, E.
     """
     PLACE: tl.constexpr = 4 if BITS == 4 else 2
     CODES: tl.constexpr = 32 // PLACE
@@ -51,7 +51,10 @@ def gemv(x, qweight, qparams, slots, rows, partial, slot_words, x_stride, cols, 
     block = tl.program_id(0)
     split = tl.program_id(1)
     expert = tl.program_id(2)
-    start = tl.load(slots + expert).to(tl.int64) * slot_words
+    slot = tl.load(slots + expert)
+    if slot < 0:
+        return
+    start = slot.to(tl.int64) * slot_words
     group = split * LANES + tl.arange(0, LANES)
     word = tl.arange(0, WORDS)
     here = group < groups
@@ -114,16 +117,19 @@ def gemv(x, qweight, qparams, slots, rows, partial, slot_words, x_stride, cols, 
 
 
 @triton.jit
-def finish(partial, places, y, y_stride, n, out, splits, GATED: tl.constexpr, SIZE: tl.constexpr):
-    """Sum the splits in their order, then silu(gate) * up where GATED, cast once, put in place.
+def finish(partial, places, y, y_stride, n, out, splits, GATED: tl.constexpr, ADD: tl.constexpr, SIZE: tl.constexpr):
+    """Sum the splits in their order, then silu(gate) * up where GATED, cast once, put in place or, where ADD, added to
+    what is there.
 
     partial fp32 [P, splits, N]; places [P]: the row of y, -1 for none; y [., out]; of gate and up each begins a half
     of N. Grid: P, pieces of `out`.
     """
     pair = tl.program_id(0)
     place = tl.load(places + pair).to(tl.int64)
+    if place < 0:
+        return
     at = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
-    mask = at < tl.where(place >= 0, out, 0)
+    mask = at < out
     source = partial + pair.to(tl.int64) * splits * n + at
     value = tl.zeros((SIZE,), tl.float32)
     other = tl.zeros((SIZE,), tl.float32)
@@ -133,6 +139,8 @@ def finish(partial, places, y, y_stride, n, out, splits, GATED: tl.constexpr, SI
             other += tl.load(source + split * n + n // 2, mask=mask, other=0.0)
     if GATED:
         value = value / (1.0 + tl.exp(-value)) * other
+    if ADD:
+        value += tl.load(y + place * y_stride + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(y + place * y_stride + at, value.to(y.dtype.element_ty), mask=mask)
 
 

@@ -31,7 +31,7 @@ FEW = 8  # tokens of a call
 @dataclass(frozen=True, slots=True)
 class ExpertSlots:
     """Records of one layout in the slots of a slab: uint8 [N, bytes]; views: (w13, w2) of each slot. first: the number
-    of its first slot, where a tier has several slabs. made: what an implementation derives of them, once."""
+    of its first slot in its tier, which may have several slabs. made: what an implementation derives of them, once."""
 
     slab: Tensor
     record: RecordLayout
@@ -141,8 +141,9 @@ class TorchDeviceOps:
 
     def experts(self, x: Tensor, slots: ExpertSlots, ids: Tensor, table: Tensor, rows: Tensor) -> None:
         """w2(silu(gate(x)) * up(x)) of the experts ids [T, K] int32 of x [T, H] fp32, into rows [T, K, H] fp32. table
-        [E] int32: the slot of each expert, in the slab of `slots`, -1 where it is in none: its rows stay."""
-        where = [slot - slots.first if slot >= slots.first else -1 for slot in table.tolist()]
+        [E] int32: the slot of each expert in its tier, -1 where it is in none. Rows of experts that are in no slot of
+        this slab stay."""
+        where = [slot - slots.first for slot in table.tolist()]
         for token, chosen in enumerate(ids.tolist()):
             for rank, expert in enumerate(chosen):
                 if 0 <= where[expert] < len(slots.views):

@@ -1,0 +1,159 @@
+"""Device code, in Triton: what decoding does to a few tokens beside products and attention. See cuda_ops.py.
+
+A program has all of one token's numbers at once, WIDTH of them, a power of two.
+T tokens, H hidden, E experts, K chosen per token, D layers asked, Q query heads, KV key-value heads, S positions.
+"""
+
+# mypy: disable-error-code="assignment, misc"
+# (tuples of tensors grow here, which is how Triton has a number of them that is known when it compiles)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def embed(tokens, embedding, residual, hidden, e_stride, r_stride, SIZE: tl.constexpr):
+    """Row tokens[t] of embedding [V, H] into residual fp32 [T, H]. Grid: T, pieces of H."""
+    token = tl.program_id(0)
+    at = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+    row = tl.load(tokens + token).to(tl.int64)
+    value = tl.load(embedding + row * e_stride + at, mask=at < hidden)
+    tl.store(residual + token * r_stride + at, value.to(tl.float32), mask=at < hidden)
+
+
+@triton.jit
+def normed_row(value, weight, at, eps, hidden):
+    """value / sqrt(mean(value^2) + eps) * weight; what is beyond `hidden` is 0 and stays 0."""
+    inverse = 1.0 / tl.sqrt_rn(tl.sum(value * value, axis=0) / hidden + eps)
+    return value * inverse * tl.load(weight + at, mask=at < hidden, other=0.0)
+
+
+@triton.jit
+def norm(residual, weight, out, rows, gains, eps, hidden, r_stride, out_stride, rows_token, rows_rank, gains_stride,
+         K: tl.constexpr, WIDTH: tl.constexpr):
+    """Where K, the sum of rows [T, K, H] times gains [T, K], in the order of K, is added to residual [T, H], in place;
+    its norm goes into out [T, H]. All fp32. Grid: T."""
+    token = tl.program_id(0)
+    at = tl.arange(0, WIDTH)
+    value = tl.load(residual + token * r_stride + at, mask=at < hidden, other=0.0)
+    if K:
+        total = tl.zeros((WIDTH,), tl.float32)
+        for k in tl.static_range(K):
+            row = tl.load(rows + token * rows_token + k * rows_rank + at, mask=at < hidden, other=0.0)
+            total += row * tl.load(gains + token * gains_stride + k)
+        value += total
+        tl.store(residual + token * r_stride + at, value, mask=at < hidden)
+    tl.store(out + token * out_stride + at, normed_row(value, weight, at, eps, hidden), mask=at < hidden)
+
+
+@triton.jit
+def route(residual, weights, routers, normed, ids, gains, eps, hidden, experts, r_stride, w_stride, routers_stride,
+          n_stride, ids_token, ids_layer, gains_stride, K: tl.constexpr, EXPERTS: tl.constexpr, WIDTH: tl.constexpr,
+          GAINS: tl.constexpr):
+    """Of token t, asked of layer d: its norm, the logits of all experts, the K largest of them.
+
+    residual fp32 [T, H]; weights fp32 [D, H]; routers fp64 [D, E, H]; ids [T, D, K], the largest first, of equals the
+    lower number. Where GAINS, norms go into normed fp32 [T, H], softmax over the chosen logits into gains fp32 [T, K].
+    Logits are summed in fp64 and rounded to fp32. NaN counts as the largest: ids are always numbers of experts, each
+    once. EXPERTS: E as a power of two. Grid: T, D.
+    """
+    token = tl.program_id(0)
+    layer = tl.program_id(1)
+    at = tl.arange(0, WIDTH)
+    value = tl.load(residual + token * r_stride + at, mask=at < hidden, other=0.0)
+    value = normed_row(value, weights + layer * w_stride, at, eps, hidden)
+    if GAINS:
+        tl.store(normed + token * n_stride + at, value, mask=at < hidden)
+    wide = value.to(tl.float64)
+    number = tl.arange(0, EXPERTS)
+    logits = tl.zeros((EXPERTS,), tl.float32)
+    row = routers + layer.to(tl.int64) * routers_stride + at
+    for expert in range(0, experts):
+        logit = tl.sum(wide * tl.load(row + expert * hidden, mask=at < hidden, other=0.0), axis=0)
+        logits = tl.where(number == expert, logit.to(tl.float32), logits)
+
+    keys = tl.where(logits == logits, logits, float("inf"))
+    left = number < experts
+    out = ids + token * ids_token + layer * ids_layer
+    tops = ()
+    for k in tl.static_range(K):
+        largest = tl.max(tl.where(left, keys, float("-inf")), axis=0)
+        chosen = tl.min(tl.where(left & (keys == largest), number, EXPERTS), axis=0)
+        left = left & (number != chosen)
+        tl.store(out + k, chosen.to(out.dtype.element_ty))
+        tops += (tl.sum(tl.where(number == chosen, logits, 0.0), axis=0),)
+    if GAINS:
+        total = tl.exp(tops[0] - tops[0])
+        for k in tl.static_range(1, K):
+            total += tl.exp(tops[k] - tops[0])
+        for k in tl.static_range(K):
+            tl.store(gains + token * gains_stride + k, tl.exp(tops[k] - tops[0]) / total)
+
+
+@triton.jit
+def keep(qkv, inverse, positions, keys, values, query, qkv_stride, k_head, k_position, v_head, v_position, query_stride,
+         queries, kv_heads, half, WIDTH: tl.constexpr):
+    """A head of a token: queries and keys turned by position * inverse, dimension i with i + D/2; keys and values to
+    their place in the cache, cast to its dtype.
+
+    The angle is a product in fp32, as the model was trained with; its cosine is taken in fp64, so that it is right
+    however large the angle.
+    qkv fp32 [T, (Q + 2 KV) * D]; inverse fp32 [D/2]; keys, values [KV, S, D]; query fp32 [T, Q, D]; half: D/2; WIDTH:
+    that as a power of two. Grid: T, Q + 2 KV.
+    """
+    token = tl.program_id(0)
+    head = tl.program_id(1)
+    at = tl.arange(0, WIDTH)
+    here = at < half
+    source = qkv + token * qkv_stride + head * 2 * half + at
+    low = tl.load(source, mask=here, other=0.0)
+    high = tl.load(source + half, mask=here, other=0.0)
+    position = tl.load(positions + token).to(tl.int64)
+    if head >= queries + kv_heads:
+        out = values + (head - queries - kv_heads).to(tl.int64) * v_head + position * v_position + at
+        tl.store(out, low.to(out.dtype.element_ty), mask=here)
+        tl.store(out + half, high.to(out.dtype.element_ty), mask=here)
+    else:
+        angle = (position.to(tl.float32) * tl.load(inverse + at, mask=here, other=0.0)).to(tl.float64)
+        cos = tl.cos(angle).to(tl.float32)
+        sin = tl.sin(angle).to(tl.float32)
+        turned = low * cos - high * sin
+        turned_high = high * cos + low * sin
+        if head < queries:
+            out = query + token * query_stride + head * 2 * half + at
+            tl.store(out, turned, mask=here)
+            tl.store(out + half, turned_high, mask=here)
+        else:
+            out = keys + (head - queries).to(tl.int64) * k_head + position * k_position + at
+            tl.store(out, turned.to(out.dtype.element_ty), mask=here)
+            tl.store(out + half, turned_high.to(out.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def jobs(ids, table, slots, rows, places, first, count, tokens, k, ids_stride, M: tl.constexpr, ONE: tl.constexpr):
+    """cuda.Jobs of experts ids [T, K] in slots `first` to first + count - 1 of table [E], all int32.
+
+    ONE token: a job for each rank. More: one for each expert, so that its weights are read once; M tokens, a power of
+    two. What is in no such slot has -1. Example: T 2, E 3, ids [[1, 2], [2, 0]], table [-1, 7, 5], first 5: slots
+    [-1, 2, 0], rows [[-1, -1], [0, -1], [0, 1]], places [[-1, -1], [0, -1], [1, 2]].
+    Grid: K, or E.
+    """
+    job = tl.program_id(0)
+    token = tl.arange(0, M)
+    if ONE:
+        expert = tl.load(ids + job)
+        place = token * 0 + job
+    else:
+        expert = job
+        place = token * 0 - 1
+        for rank in range(0, k):
+            found = tl.load(ids + token * ids_stride + rank, mask=token < tokens, other=-1)
+            place = tl.where(found == expert, token * k + rank, place)
+    slot = tl.load(table + expert) - first
+    slot = tl.where((slot >= 0) & (slot < count), slot, -1)
+    wanted = (place >= 0) & (slot >= 0)
+    tl.store(slots + job, tl.where(tl.max(place, axis=0) >= 0, slot, -1))
+    tl.store(rows + job * M + token, tl.where(wanted, token, -1))
+    tl.store(places + job * M + token, tl.where(wanted, place, -1))

@@ -1,0 +1,175 @@
+"""What decoding does on a GPU, in Triton: DeviceOps (device_ops.py has the meaning of each), tested under Triton's
+interpreter and compiled for cards from sm_75 up.
+
+Everything is computed in fp32, router logits and the rotary cosines in fp64. A token's bits do not depend on the others
+of its call: no sum's order depends on how many there are.
+
+What passes from one launch to the next lies in buffers that are made at the first call with such shapes and kept, so
+that a call in a CUDA graph allocates nothing after one outside of it. They are shared: calls of one TritonOps must
+follow each other in one stream, or in graphs that do. nf4 and fp4, which bitsandbytes decodes, do allocate.
+
+T tokens, H hidden, E experts, K chosen per token, Q query heads, KV key-value heads, D head size, S positions of a
+cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from qmix.errors import UsageError
+from qmix.formats import nf4
+from qmix.formats.packed import Packed
+from qmix.kernels import cuda
+from qmix.kernels.cuda import Jobs, Matrices, device_code, power_of_two
+from qmix.kernels.device_ops import FEW, ExpertSlots
+
+PIECE = 1024  # numbers of an embedding that a program copies
+ROWS, COLS, UNROLL = 16, 64, 4  # of a matrix, that a program of the dense gemv has in hand
+SMALL = 4096  # rows; a matrix with fewer is cut finer, so that there are enough programs
+
+
+class TritonOps:
+    """See DeviceOps."""
+
+    name = "Triton"
+
+    def __init__(self) -> None:
+        self._rooms: dict[tuple[object, ...], Tensor] = {}
+        self._single: dict[tuple[int, torch.device], Jobs] = {}
+        self._stacks: dict[tuple[int, ...], tuple[Tensor, Sequence[Tensor]]] = {}
+
+    def embed(self, tokens: Tensor, embedding: Tensor, residual: Tensor) -> None:
+        hidden = embedding.shape[1]
+        _layer().embed[len(tokens), -(-hidden // PIECE)](
+            tokens, embedding, residual, hidden, embedding.stride(0), residual.stride(0), SIZE=PIECE, num_warps=4)
+
+    def norm(self, residual: Tensor, weight: Tensor, eps: float, out: Tensor,
+             rows: Tensor | None = None, weights: Tensor | None = None) -> None:
+        count, hidden = residual.shape
+        strides, k = (0, 0, 0), 0
+        if rows is not None:
+            assert weights is not None and rows.stride(2) == 1 and weights.stride(1) == 1
+            strides, k = (rows.stride(0), rows.stride(1), weights.stride(0)), rows.shape[1]
+        width = power_of_two(hidden)
+        _layer().norm[count,](residual, weight, out, out if rows is None else rows, out if weights is None else weights,
+                              eps, hidden, residual.stride(0), out.stride(0), *strides, K=k, WIDTH=width,
+                              num_warps=_warps(width), enable_fp_fusion=True)
+
+    def linear(self, x: Tensor, m: Packed, y: Tensor, add: bool = False) -> None:
+        spec, tokens = m.spec, len(x)
+        if not 1 <= tokens <= FEW or x.dtype != torch.float32 or x.shape[1] != spec.cols or x.stride(1) != 1:
+            raise UsageError(f"x: got {x.dtype} {list(x.shape)}, want fp32 [1 to {FEW}, {spec.cols}], rows contiguous")
+        if y.dtype != torch.float32 or y.shape != (tokens, spec.rows) or y.stride(1) != 1:
+            raise UsageError(f"y: got {y.dtype} {list(y.shape)}, want fp32 [{tokens}, {spec.rows}], rows contiguous")
+        if spec.bits:
+            if spec.parts != 1:
+                raise UsageError("linear: the matrix is in parts", "use experts")
+            cuda.few(x, Matrices.of(m), self._all(tokens, x.device), y, add=add, room=self._room)
+        elif spec.format in ("nf4", "fp4"):
+            _decoded(x, m, y, add)
+        else:
+            scaled = spec.format == "int8"
+            weight = m["qweight" if scaled else "weight"]
+            rows = ROWS if spec.rows >= SMALL else ROWS // 2
+            device_code("cuda_dense_jit").gemv[-(-spec.rows // rows),](
+                x, weight, m["scale"] if scaled else weight, y, x.stride(0), y.stride(0), tokens, spec.cols,
+                spec.padded_cols, spec.rows, M=power_of_two(tokens), ROWS=rows, COLS=COLS, UNROLL=UNROLL, SCALED=scaled,
+                ADD=add, num_warps=4, enable_fp_fusion=True)
+
+    def keep(self, qkv: Tensor, inverse: Tensor, positions: Tensor, keys: Tensor, values: Tensor,
+             query: Tensor) -> None:
+        tokens, heads, size = query.shape
+        assert qkv.stride(1) == 1 and query.stride(1) == size and keys.stride(2) == values.stride(2) == 1
+        half = size // 2
+        _layer().keep[tokens, heads + 2 * len(keys)](
+            qkv, inverse, positions, keys, values, query, qkv.stride(0), keys.stride(0), keys.stride(1),
+            values.stride(0), values.stride(1), query.stride(0), heads, len(keys), half, WIDTH=power_of_two(half),
+            num_warps=1 if half <= 32 else 2)
+
+    def route(self, residual: Tensor, weight: Tensor, router: Tensor, eps: float, normed: Tensor, ids: Tensor,
+              weights: Tensor) -> None:
+        self._route(residual, weight[None], router[None], eps, normed, ids[:, None], weights)
+
+    def guess(self, residual: Tensor, weights: Sequence[Tensor], routers: Sequence[Tensor], eps: float,
+              ids: Tensor) -> None:
+        self._route(residual, self._together(weights), self._together(routers), eps, None, ids, None)
+
+    def handles(self, slots: ExpertSlots) -> bool:
+        return bool(slots.record.w13.bits and slots.record.w2.bits)
+
+    def experts(self, x: Tensor, slots: ExpertSlots, ids: Tensor, table: Tensor, rows: Tensor) -> None:
+        if "matrices" not in slots.made:
+            slots.made["matrices"] = tuple(Matrices.in_slots(slots.slab, slots.record, name) for name in ("w13", "w2"))
+        w13, w2 = slots.made["matrices"]
+        tokens, k = ids.shape
+        width, count = power_of_two(tokens), k if tokens == 1 else len(table)
+        room = self._room((count * (1 + 2 * width),), x.device, torch.int32, "jobs")
+        first, (wanted, places) = room[:count], room[count:].view(2, count, width)
+        assert ids.stride(1) == 1
+        _layer().jobs[count,](ids, table, first, wanted, places, slots.first, w13.slots, tokens, k, ids.stride(0),
+                              M=width, ONE=tokens == 1, num_warps=1)
+        inner = self._room((tokens * k, w13.spec.rows // 2), x.device, use="inner")
+        cuda.few(x, w13, Jobs(first, wanted, places), inner, gated=True, room=self._room)
+        cuda.few(inner, w2, Jobs(first, places, places), rows.view(tokens * k, -1), room=self._room)
+
+    def _route(self, residual: Tensor, weights: Tensor, routers: Tensor, eps: float, normed: Tensor | None,
+               ids: Tensor, gains: Tensor | None) -> None:
+        """One launch for all tokens and layers: weights [D, H], routers [D, E, H], ids [T, D, K]."""
+        count, hidden = residual.shape
+        layers, experts, _ = routers.shape
+        assert routers.dtype == torch.float64 and routers.stride(1) == hidden and ids.stride(2) == 1
+        width = power_of_two(hidden)
+        _layer().route[count, layers](
+            residual, weights, routers, residual if normed is None else normed, ids, residual if gains is None else
+            gains, eps, hidden, experts, residual.stride(0), weights.stride(0), routers.stride(0),
+            0 if normed is None else normed.stride(0), ids.stride(0), ids.stride(1),
+            0 if gains is None else gains.stride(0), K=ids.shape[2], EXPERTS=power_of_two(experts), WIDTH=width,
+            GAINS=gains is not None, num_warps=_warps(width), enable_fp_fusion=True)
+
+    def _together(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Them as one tensor: a view where they lie at equal distances in one storage, else a copy, made once."""
+        first = tensors[0]
+        step = tensors[1].storage_offset() - first.storage_offset() if len(tensors) > 1 else first.numel()
+        if step >= 0 and all(
+                t.is_contiguous() and t.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+                and t.storage_offset() == first.storage_offset() + i * step for i, t in enumerate(tensors)):
+            return first.as_strided((len(tensors), *first.shape), (step, *first.stride()))
+        key = tuple(t.data_ptr() for t in tensors)
+        if key not in self._stacks:
+            self._stacks[key] = torch.stack(list(tensors)), list(tensors)  # held, so that an address stays theirs
+        return self._stacks[key][0]
+
+    def _all(self, tokens: int, device: torch.device) -> Jobs:
+        if (tokens, device) not in self._single:
+            self._single[tokens, device] = Jobs.single(tokens, device)
+        return self._single[tokens, device]
+
+    def _room(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32,
+              use: str = "partial") -> Tensor:
+        key = use, shape, device
+        if key not in self._rooms:
+            self._rooms[key] = torch.empty(shape, dtype=dtype, device=device)
+        return self._rooms[key]
+
+
+def _decoded(x: Tensor, m: Packed, y: Tensor, add: bool) -> None:
+    """By tiles, which bitsandbytes decodes; each token alone, from memory of its own, has the bits that it always has.
+    """
+    rows = [row.clone() for row in x]
+    for start, tile in nf4.tiles(m):
+        for row, out in zip(rows, y, strict=True):
+            product = tile @ row
+            out[start:start + len(tile)] = out[start:start + len(tile)] + product if add else product
+
+
+def _layer() -> ModuleType:
+    return device_code("cuda_layer_jit")
+
+
+def _warps(width: int) -> int:
+    """Of a program with `width` numbers in hand."""
+    return max(1, min(8, width // 256))

@@ -1,0 +1,266 @@
+"""TritonOps, operation by operation, against float64 and against TorchDeviceOps; on the GPU where there is one, else
+under Triton's interpreter, which rounds fp32 to bf16 by cutting off: caches that are written are fp32 and fp16 there.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import decode, product, relative
+from test_cuda import DEVICE, NO_SHRINKING, SUMS, H, here, matrix, needs_triton, operand, silu_product, slab
+from torch import Tensor
+
+from qmix.errors import UsageError
+from qmix.formats import pack
+from qmix.formats.packed import Packed
+from qmix.kernels import cuda_ops
+from qmix.kernels.cuda import device_code
+from qmix.kernels.cuda_ops import TritonOps
+from qmix.kernels.device_ops import ExpertSlots
+from qmix.sizes import MatrixSpec
+
+pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore:overflow encountered in exp")]
+EPS = 1e-5
+DENSE = ("int8", "bf16", "fp16", "fp32")
+
+
+def dense(name: str, rows: int, cols: int, seed: int = 0) -> Packed:
+    """A matrix as the dense part of a store has it."""
+    if name in ("int4", "int3", "int2"):
+        return matrix(name, rows, cols, 32, 32, seed=seed)
+    return pack(operand(rows, cols, seed), MatrixSpec(name, rows, cols))
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def norm64(x: Tensor, weight: Tensor) -> Tensor:
+    x = x.double()
+    return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
+
+
+def linear(m: Packed, x: Tensor, add: Tensor | None = None) -> Tensor:
+    y = torch.full((len(x), m.spec.rows), 9.0, device=DEVICE) if add is None else add.clone().to(DEVICE)
+    TritonOps().linear(x.to(DEVICE), here(m), y, add=add is not None)
+    return y.cpu()
+
+
+class TestLinear:
+    @settings(max_examples=8, **NO_SHRINKING)
+    @given(st.sampled_from(DENSE), st.integers(1, 70), st.integers(1, 400), st.integers(1, 8))
+    def test_dense_formats(self, name: str, rows: int, cols: int, tokens: int) -> None:
+        m, x = dense(name, rows, cols), operand(tokens, cols, 1)
+        assert relative(linear(m, x), product(x, decode(m))) < SUMS
+
+    @pytest.mark.parametrize("name", [*DENSE, "int4", "int2", "nf4", "fp4"])
+    def test_added(self, name: str) -> None:
+        m, x, before = dense(name, 45, 130), operand(2, 130, 1), random(2, 45)
+        assert relative(linear(m, x, before), product(x, decode(m)) + before.double().numpy()) < SUMS
+
+    @pytest.mark.parametrize("name", [*DENSE, "int4", "int3", "nf4"])
+    def test_a_token_has_the_bits_that_it_has_alone(self, name: str) -> None:
+        m, x = dense(name, 40, 300), operand(8, 300, 1)
+        whole = linear(m, x)
+        for count in (1, 2, 3):
+            assert torch.equal(linear(m, x[4:4 + count]), whole[4:4 + count])
+
+    @pytest.mark.parametrize("name", [*DENSE, "int4", "nf4"])
+    def test_broken_activations_stay_with_their_token(self, name: str) -> None:
+        m, x = dense(name, 20, 70), operand(3, 70, 1)
+        clean = linear(m, x)
+        x[1, 69] = float("nan")
+        y = linear(m, x)
+        assert y[1].isnan().all() and torch.equal(y[[0, 2]], clean[[0, 2]])
+
+    def test_large_matrices_are_cut_coarser_and_strides_are_heeded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cuda_ops, "SMALL", 40)
+        m = dense("int8", 41, 70)
+        wide, y = operand(2, 100).to(DEVICE), torch.zeros(2, 50, device=DEVICE)
+        TritonOps().linear(wide[:, 10:80], here(m), y[:, :41])
+        assert relative(y[:, :41].cpu(), product(wide[:, 10:80].cpu(), decode(m))) < SUMS
+        assert not y[:, 41:].any()
+
+    def test_refusals(self) -> None:
+        m, y = here(dense("int8", 8, 64)), torch.empty(1, 8, device=DEVICE)
+        for x in (torch.zeros(9, 64), torch.zeros(0, 64), torch.zeros(1, 63), torch.zeros(1, 64).half()):
+            with pytest.raises(UsageError, match=r"x: got .* want fp32 \[1 to 8, 64\]"):
+                TritonOps().linear(x.to(DEVICE), m, y)
+        with pytest.raises(UsageError, match=r"y: got .* want fp32 \[1, 8\]"):
+            TritonOps().linear(torch.zeros(1, 64, device=DEVICE), m, y[:, :7])
+
+
+@settings(max_examples=5, **NO_SHRINKING)
+@given(st.integers(1, 1100), st.integers(1, 8), st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
+def test_embed(hidden: int, tokens: int, dtype: torch.dtype) -> None:
+    table, which = random(50, hidden).to(dtype), torch.randint(0, 50, (tokens,))
+    got = torch.empty(tokens, hidden, device=DEVICE)
+    TritonOps().embed(which.to(DEVICE), table.to(DEVICE), got)
+    assert torch.equal(got.cpu(), table[which].float())
+
+
+@settings(max_examples=8, **NO_SHRINKING)
+@given(st.sampled_from([1, 31, 96, 200, 2100]), st.integers(1, 8), st.sampled_from([0, 1, 2, 5]))
+def test_norm(hidden: int, tokens: int, k: int) -> None:
+    x, weight, rows, gains = random(tokens, hidden) * 10, random(hidden), random(tokens, k, hidden), random(tokens, k)
+    residual, out = x.clone().to(DEVICE), torch.empty(tokens, hidden, device=DEVICE)
+    given_rows = (rows.to(DEVICE), gains.to(DEVICE)) if k else (None, None)
+    TritonOps().norm(residual, weight.to(DEVICE), EPS, out, *given_rows)
+    want = x.double() + (rows.double() * gains.double()[..., None]).sum(1)
+    torch.testing.assert_close(residual.cpu().double(), want, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(out.cpu().double(), norm64(want, weight), rtol=1e-5, atol=2e-6)
+
+
+def test_rows_are_summed_in_the_order_of_the_ranks() -> None:
+    rows = torch.tensor([[[1e8], [1.0], [-1e8]]], device=DEVICE)
+    residual, out = torch.ones(1, 1, device=DEVICE), torch.empty(1, 1, device=DEVICE)
+    TritonOps().norm(residual, out.clone(), EPS, out, rows, torch.ones(1, 3, device=DEVICE))
+    assert residual.item() == 1  # (1e8 + 1) - 1e8 is 0 in fp32
+
+
+def route(x: Tensor, weight: Tensor, router: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    normed, ids, gains = torch.empty_like(x, device=DEVICE), torch.empty(len(x), k, dtype=torch.int32, device=DEVICE), \
+        torch.empty(len(x), k, device=DEVICE)
+    TritonOps().route(x.to(DEVICE), weight.to(DEVICE), router.to(DEVICE), EPS, normed, ids, gains)
+    return normed.cpu(), ids.cpu(), gains.cpu()
+
+
+class TestRoute:
+    @pytest.mark.parametrize(("experts", "k", "hidden"), [(8, 2, 96), (1, 1, 7), (5, 5, 33), (64, 8, 40), (60, 4, 300)])
+    def test_against_float64(self, experts: int, k: int, hidden: int) -> None:
+        x, weight, router = random(4, hidden), random(hidden), random(experts, hidden).double()
+        normed, ids, gains = route(x, weight, router, k)
+        top, chosen = (norm64(x, weight) @ router.T).topk(k)
+        assert torch.equal(ids.long(), chosen)
+        torch.testing.assert_close(gains.double(), top.softmax(-1), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(normed.double(), norm64(x, weight), rtol=1e-5, atol=1e-6)
+
+    def test_of_equal_logits_the_first_counts(self) -> None:
+        router = torch.ones(6, 32, dtype=torch.float64)
+        router[4] = 2
+        _, ids, gains = route(torch.ones(1, 32), torch.full((32,), 1e-3), router, 3)
+        assert ids.tolist() == [[4, 0, 1]]
+        assert gains.sum().item() == pytest.approx(1)
+
+    def test_broken_tokens_choose_experts_that_exist_and_leave_the_others_alone(self) -> None:
+        x, weight, router = random(3, 40), random(40), random(6, 40).double()
+        clean = route(x, weight, router, 2)
+        x[1, 3] = float("nan")
+        normed, ids, gains = route(x, weight, router, 2)
+        assert ids[1].tolist() == [0, 1] and gains[1].isnan().all() and normed[1].isnan().all()
+        for got, want in zip((normed, ids, gains), clean, strict=True):
+            assert torch.equal(got[[0, 2]], want[[0, 2]])
+
+    def test_a_token_has_the_bits_that_it_has_alone(self) -> None:
+        x, weight, router = random(8, 200), random(200), random(8, 200).double()
+        whole = route(x, weight, router, 2)
+        for token in (0, 5):
+            for got, want in zip(route(x[token:token + 1], weight, router, 2), whole, strict=True):
+                assert torch.equal(got[0], want[token])
+
+    @pytest.mark.parametrize("apart", [True, False])
+    def test_guesses_are_what_those_routers_would_choose(self, apart: bool) -> None:
+        x, weights, routers = random(3, 96), random(4, 96), random(4, 8, 96).double()
+        ids = torch.full((3, 5, 4), -1, dtype=torch.int64, device=DEVICE)
+        ops, lists = TritonOps(), [list(t.to(DEVICE)[1:]) for t in (weights, routers)]
+        if apart:
+            lists = [[t.clone() for t in layers] for layers in lists]
+        for _ in range(2):
+            ops.guess(x.to(DEVICE), *lists, EPS, ids[:, 1:4])
+        assert len(ops._stacks) == (2 if apart else 0)
+        for layer in (1, 2, 3):
+            assert torch.equal(ids[:, layer].cpu(), route(x, weights[layer], routers[layer], 4)[1].long())
+        assert bool((ids[:, [0, 4]] == -1).all())
+
+
+def rotated(x: Tensor, positions: Tensor, inverse: Tensor) -> Tensor:
+    """x [T, heads, D] in float64, by angles that are fp32 products."""
+    angle = (positions[:, None].float() * inverse).double()[:, None]
+    low, high = x.double().chunk(2, -1)
+    return torch.cat((low * angle.cos() - high * angle.sin(), high * angle.cos() + low * angle.sin()), -1)
+
+
+class TestKeep:
+    @settings(max_examples=6, **NO_SHRINKING)
+    @given(st.sampled_from([16, 32, 64, 80, 128]), st.sampled_from([1, 2, 4]), st.integers(1, 3), st.integers(1, 5),
+           st.sampled_from([torch.float32, torch.float16]))
+    def test_against_float64(self, size: int, group: int, kv: int, tokens: int, dtype: torch.dtype) -> None:
+        heads, room = group * kv, 40000
+        qkv = random(tokens, (heads + 2 * kv) * size)
+        inverse = 1.0 / 10000 ** (torch.arange(0, size, 2).float() / size)
+        positions = torch.tensor([0, 32767, 7, 39999, 12345])[:tokens]
+        keys, values = (torch.zeros(kv, room, size, dtype=dtype, device=DEVICE) for _ in range(2))
+        query = torch.empty(tokens, heads, size, device=DEVICE)
+        TritonOps().keep(qkv.to(DEVICE), inverse.to(DEVICE), positions.to(DEVICE), keys, values, query)
+        q, k, v = qkv.view(tokens, -1, size).split((heads, kv, kv), 1)
+        torch.testing.assert_close(query.cpu().double(), rotated(q, positions, inverse), rtol=1e-6, atol=1e-6)
+        rounding = 1e-6 if dtype == torch.float32 else 1e-3
+        torch.testing.assert_close(keys.cpu()[:, positions].transpose(0, 1).double(), rotated(k, positions, inverse),
+                                   rtol=rounding, atol=rounding)
+        assert torch.equal(values.cpu()[:, positions].transpose(0, 1), v.to(dtype))
+        others = torch.ones(room, dtype=torch.bool).index_fill(0, positions, False)
+        assert not keys.cpu()[:, others].any() and not values.cpu()[:, others].any()
+
+
+class TestExperts:
+    """The slab of test_cuda.py, 5 slots: numbers 10 to 14 of a tier. -1 and others are elsewhere."""
+
+    TABLE = (12, -1, 10, 14, 9, 15, 11)
+    FIRST = 10
+
+    def compute(self, x: Tensor, ids: list[list[int]], name: str = "int4") -> tuple[Tensor, np.ndarray]:
+        """Rows, 7 where nothing was written, and what they should be."""
+        pool, record, w13, w2 = slab(name)
+        rows = torch.full((len(ids), len(ids[0]), H), 7.0)
+        got, want = rows.clone().to(DEVICE), rows.double().numpy()
+        TritonOps().experts(x.to(DEVICE), ExpertSlots(pool, record, (), self.FIRST),
+                            torch.tensor(ids, dtype=torch.int32, device=DEVICE),
+                            torch.tensor(self.TABLE, dtype=torch.int32, device=DEVICE), got)
+        for token, chosen in enumerate(ids):
+            for rank, expert in enumerate(chosen):
+                slot = self.TABLE[expert] - self.FIRST
+                if 0 <= slot < 5:
+                    want[token, rank] = silu_product(product(x[token:token + 1], w13[slot])) @ w2[slot].T
+        return got.cpu(), want
+
+    @pytest.mark.parametrize(("name", "ids"), [
+        ("int4", [[3, 0]]), ("int3", [[1, 2]]), ("int2", [[4, 5]]), ("int4", [[6]]), ("int4", [[0, 6, 2], [2, 3, 1]]),
+        ("int3", [[4, 0], [0, 2], [5, 1], [2, 0], [6, 3]])], ids=str)
+    def test_those_in_slots_are_computed_and_the_rest_stays(self, name: str, ids: list[list[int]]) -> None:
+        got, want = self.compute(operand(len(ids), H) / 30, ids, name)
+        absent = want == 7
+        assert np.array_equal(got.numpy() == 7, absent)
+        if not absent.all():
+            assert relative(got[torch.from_numpy(~absent)], want[~absent]) < 5 * SUMS
+
+    def test_a_token_has_the_bits_that_it_has_alone(self) -> None:
+        x, ids = operand(8, H), [[0, 2], [2, 3], [3, 0], [6, 2], [0, 6], [1, 0], [2, 6], [3, 2]]
+        whole, _ = self.compute(x, ids)
+        for start, count in ((3, 1), (5, 1), (2, 3)):
+            assert torch.equal(self.compute(x[start:start + count], ids[start:start + count])[0],
+                               whole[start:start + count])
+
+    def test_the_same_buffers_serve_again(self) -> None:
+        pool, record, _, _ = slab("int4")
+        ops, slots = TritonOps(), ExpertSlots(pool, record, ())
+        x, table = operand(2, H).to(DEVICE), torch.tensor([1, -1, 4], dtype=torch.int32, device=DEVICE)
+        ids = torch.tensor([[0, 2], [2, 1]], dtype=torch.int32, device=DEVICE)
+        results = []
+        for _ in range(2):
+            rows = torch.zeros(2, 2, H, device=DEVICE)
+            ops.experts(x, slots, ids, table, rows)
+            ops.experts(x.flip(0), slots, ids.flip(0), table, rows.clone())
+            results.append((rows, len(ops._rooms), slots.made["matrices"]))
+        assert torch.equal(results[0][0], results[1][0]) and results[0][1:] == results[1][1:]
+
+    def test_the_example_of_jobs(self) -> None:
+        jit = device_code("cuda_layer_jit")
+        ids, table = (torch.tensor(t, dtype=torch.int32, device=DEVICE) for t in ([[1, 2], [2, 0]], [-1, 7, 5]))
+        slots, rows, places = (torch.full(shape, 9, dtype=torch.int32, device=DEVICE)
+                               for shape in ((3,), (3, 2), (3, 2)))
+        jit.jobs[3,](ids, table, slots, rows, places, 5, 5, 2, 2, 2, M=2, ONE=False)
+        assert slots.tolist() == [-1, 2, 0] and rows.tolist() == [[-1, -1], [0, -1], [0, 1]]
+        assert places.tolist() == [[-1, -1], [0, -1], [1, 2]]
