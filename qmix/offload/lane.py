@@ -7,8 +7,8 @@ event is over.
 
 A chunk may go when its bytes are there to be read (`feed`), and when nothing else needs the place it goes to: what was
 in that slot before has gone down from there (`leaving`), what others were bringing there has landed (`after`). Work of
-the device that reads the slot (`fence`) is waited for by the stream, not by the thread. None of these waits for a
-trip of the same lane that goes the same way, except for the stream's own order.
+the device that reads the slot (`fence`) is waited for by the stream, not by the thread. A trip that may not go yet is
+passed over: it holds up no other one.
 
 A trip that fails, fails its load; a lane whose thread ends fails all of them, so that nobody waits for ever.
 """
