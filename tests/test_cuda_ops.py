@@ -22,8 +22,9 @@ from qmix.kernels.cuda_ops import TritonOps
 from qmix.kernels.device_ops import ExpertSlots
 from qmix.sizes import MatrixSpec
 
-pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore:overflow encountered in exp")]
+pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore:(overflow encountered|All-NaN slice)")]
 EPS = 1e-5
+HALVES = [torch.bfloat16, torch.float16]
 DENSE = ("int8", "bf16", "fp16", "fp32")
 
 
@@ -94,7 +95,7 @@ class TestLinear:
 
 
 @settings(max_examples=5, **NO_SHRINKING)
-@given(st.integers(1, 1100), st.integers(1, 8), st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
+@given(st.integers(1, 1100), st.integers(1, 8), st.sampled_from([*HALVES, torch.float32]))
 def test_embed(hidden: int, tokens: int, dtype: torch.dtype) -> None:
     table, which = random(50, hidden).to(dtype), torch.randint(0, 50, (tokens,))
     got = torch.empty(tokens, hidden, device=DEVICE)
@@ -203,6 +204,64 @@ class TestKeep:
         assert torch.equal(values.cpu()[:, positions].transpose(0, 1), v.to(dtype))
         others = torch.ones(room, dtype=torch.bool).index_fill(0, positions, False)
         assert not keys.cpu()[:, others].any() and not values.cpu()[:, others].any()
+
+
+def attention(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None) -> Tensor:
+    """In float64, token by token and head by head: q [T, Q, D], keys and values [KV, S, D] -> [T, Q * D]."""
+    out, group = torch.empty(q.shape, dtype=torch.float64), q.shape[1] // len(keys)
+    for token, position in enumerate(positions.tolist()):
+        seen = slice(0 if window is None else max(0, position + 1 - window), position + 1)
+        for head, query in enumerate(q[token].double()):
+            k, v = keys[head // group, seen].double(), values[head // group, seen].double()
+            out[token, head] = (k @ query / q.shape[2]**0.5).softmax(0) @ v
+    return out.flatten(1)
+
+
+class TestAttend:
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None) -> Tensor:
+        out = torch.empty(len(q), q[0].numel(), device=DEVICE)
+        TritonOps().attend(*(t.to(DEVICE) for t in (q, keys, values, positions)), window, out)
+        return out.cpu()
+
+    @settings(max_examples=10, **NO_SHRINKING)
+    @given(st.sampled_from([16, 32, 64, 80, 128]), st.sampled_from([1, 2, 4]), st.integers(1, 2),
+           st.lists(st.sampled_from([0, 1, 63, 64, 127, 128, 190, 199]), min_size=1, max_size=4),
+           st.sampled_from([None, 1, 64, 65, 100, 500]), st.sampled_from([*HALVES, torch.float32]))
+    def test_against_float64(self, size: int, group: int, kv: int, positions: list[int], window: int | None,
+                             dtype: torch.dtype) -> None:
+        q, where = random(len(positions), group * kv, size) * 2, torch.tensor(positions)
+        keys, values = random(2, kv, 200, size).to(dtype)
+        got = self.attend(q, keys, values, where, window)
+        assert relative(got, attention(q, keys, values, where, window).numpy()) < 2 * SUMS
+
+    def test_what_a_token_does_not_see_does_not_count(self) -> None:
+        q, positions = random(2, 4, 32), torch.tensor([150, 70])
+        keys, values = random(2, 2, 200, 32)
+        want = self.attend(q, keys, values, positions, 40)
+        keys[:, :30] = values[:, :30] = keys[:, 71:100] = values[:, 151:] = float("nan")
+        assert torch.equal(self.attend(q, keys, values, positions, 40), want)
+
+    def test_large_scores(self) -> None:
+        q, positions = random(1, 2, 32) * 300, torch.tensor([150])
+        keys, values = random(2, 1, 200, 32) * 10
+        assert relative(self.attend(q, keys, values, positions, None),
+                        attention(q, keys, values, positions, None).numpy()) < 1e-4
+
+    def test_a_token_has_the_bits_that_it_has_alone_and_breaks_no_other(self) -> None:
+        q, positions = random(4, 4, 32), torch.tensor([3, 130, 131, 64])
+        keys, values = random(2, 2, 150, 32)
+        whole = self.attend(q, keys, values, positions, 100)
+        assert torch.equal(self.attend(q[1:2], keys, values, positions[1:2], 100), whole[1:2])
+        q[1, 2, 5] = float("nan")
+        broken = self.attend(q, keys, values, positions, 100).view(4, 4, 32)
+        assert broken[1, 2].isnan().all() and not broken[1, [0, 1, 3]].isnan().any()
+        assert torch.equal(broken[[0, 2, 3]].flatten(1), whole[[0, 2, 3]])
+
+    def test_a_long_cache_has_larger_splits(self) -> None:
+        q, positions = random(1, 2, 16), torch.tensor([8300])
+        keys, values = random(2, 1, 9000, 16)
+        assert relative(self.attend(q, keys, values, positions, 300),
+                        attention(q, keys, values, positions, 300).numpy()) < 2 * SUMS
 
 
 class TestExperts:

@@ -99,7 +99,8 @@ class Matrices:
 class Jobs:
     """What a gemv call computes, on the device of the weights: of expert e, in slot slots[e], the product with each
     row rows[e, m] of x into row places[e, m] of y; -1 in both for none, and in slots[e] where all are none. slots [E],
-    rows and places [E, M], M a power of two up to FEW, int32. Their numbers are not checked: that would take a look at the device."""
+    rows and places [E, M], M a power of two up to FEW, int32. Their numbers are not checked: that would take a look
+    at the device."""
 
     slots: Tensor
     rows: Tensor

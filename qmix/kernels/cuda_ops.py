@@ -30,6 +30,12 @@ from qmix.kernels.device_ops import FEW, ExpertSlots
 PIECE = 1024  # numbers of an embedding that a program copies
 ROWS, COLS, UNROLL = 16, 64, 4  # of a matrix, that a program of the dense gemv has in hand
 SMALL = 4096  # rows; a matrix with fewer is cut finer, so that there are enough programs
+# Attention is split over positions: the grid depends on the cache's capacity alone, what is beyond a token's position
+# ends at once. A split takes at least LEAST_SPLIT positions, so that a short context has several; there are at most
+# SPLITS, so that they are merged in little time. TILE: keys, times their size, that a program has in hand.
+LEAST_SPLIT, SPLITS, TILE = 64, 128, 2048
+EVERYTHING = 2**30  # a window that no context fills
+LOG2_E = 1.4426950408889634
 
 
 class TritonOps:
@@ -89,6 +95,24 @@ class TritonOps:
             qkv, inverse, positions, keys, values, query, qkv.stride(0), keys.stride(0), keys.stride(1),
             values.stride(0), values.stride(1), query.stride(0), heads, len(keys), half, WIDTH=power_of_two(half),
             num_warps=1 if half <= 32 else 2)
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None,
+               out: Tensor) -> None:
+        tokens, heads, size = query.shape
+        kv, capacity, _ = keys.shape
+        assert query.stride(1) == size and keys.stride(2) == values.stride(2) == out.stride(1) == 1
+        split = max(LEAST_SPLIT, power_of_two(-(-capacity // SPLITS)))
+        splits, width, reach = -(-capacity // split), power_of_two(size), window or EVERYTHING
+        partial = self._room((tokens, heads, splits, size), query.device, use="attended")
+        tops, totals = self._room((2, tokens, heads, splits), query.device, use="softmax").unbind()
+        jit = device_code("cuda_attend_jit")
+        jit.attend[kv, splits, tokens](
+            query, keys, values, positions, partial, tops, totals, reach, query.stride(0), keys.stride(0),
+            keys.stride(1), values.stride(0), values.stride(1), splits, size, LOG2_E / size**0.5, GROUP=heads // kv,
+            SPLIT=split, STEP=min(TILE // width, split), WIDTH=width,
+            num_warps=4 if heads // kv <= 4 else 8, enable_fp_fusion=True)
+        jit.merge[tokens, heads](partial, tops, totals, positions, out, reach, out.stride(0), splits, size, SPLIT=split,
+                                 SPLITS=power_of_two(splits), STEP=16, WIDTH=width, num_warps=4, enable_fp_fusion=True)
 
     def route(self, residual: Tensor, weight: Tensor, router: Tensor, eps: float, normed: Tensor, ids: Tensor,
               weights: Tensor) -> None:

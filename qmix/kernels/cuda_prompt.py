@@ -1,0 +1,118 @@
+"""Products and attention of many tokens at once, as prompts have them, on a GPU. Tested on the CPU, with Triton's
+interpreter where Triton is used, and not yet run on a card.
+
+Products are made in the dtype of x, of weights decoded to it a tile at a time; a row's bits may depend on how many
+there are.
+
+T tokens, N rows out, Q query heads, KV key-value heads, D head size, S positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qmix.errors import UsageError
+from qmix.formats import nf4
+from qmix.formats.packed import Packed, row_tiles
+from qmix.kernels import cuda
+from qmix.kernels.cuda import DTYPES, Matrices, device_code, power_of_two
+from qmix.kernels.cuda_ops import EVERYTHING, LOG2_E
+
+TILE_BYTES = 64 * 2**20  # the most that a decoded piece of weights takes
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How attention is cut: tokens (at most) and positions of a tile, warps and stages of a program."""
+
+    tokens: int
+    positions: int
+    warps: int
+    stages: int
+
+
+# By compute capability, the nearest below where one is not listed; chosen, for heads of 128, by registers and shared
+# memory of the compiled code, not yet by measurement. Without tensor cores, as for fp32 and on sm_75, sums of a tile
+# take many registers.
+TILES = MappingProxyType({(7, 5): Tile(32, 32, 8, 1), (8, 0): Tile(64, 64, 4, 2), (9, 0): Tile(128, 64, 8, 2)})
+WIDE = Tile(32, 32, 8, 1)
+LEAST = 16  # what a product of Triton's has in each direction, at least
+
+
+def linear_many(x: Tensor, m: Packed, out_dtype: torch.dtype | None = None) -> Tensor:
+    """x [T, cols] fp32, bf16 or fp16 -> [T, rows] in `out_dtype` (x's), padding and gaps between parts removed.
+
+    int8: codes are exact in bf16 and fp32, and their product is scaled; in fp16, where products of codes would
+    overflow, weights are scaled first, and so rounded.
+    """
+    spec, dtype = m.spec, out_dtype or x.dtype
+    if x.dim() != 2 or x.shape[1] != spec.cols or x.dtype not in DTYPES:
+        raise UsageError(f"x: got {x.dtype} {list(x.shape)}, want fp32, bf16 or fp16 [T, {spec.cols}]")
+    if spec.bits:
+        y = x.new_empty(len(x), spec.padded_rows, dtype=dtype)
+        if len(x):
+            cuda.sorted_linear(x.contiguous(), Matrices.of(m), [0], [len(x)], y)
+        return y.view(len(x), spec.parts, -1)[:, :, :spec.rows // spec.parts].reshape(len(x), spec.rows)
+    if "weight" in m.tensors and m["weight"].dtype == x.dtype == dtype:
+        return F.linear(x, m["weight"])
+    y = x.new_empty(len(x), spec.rows, dtype=dtype)
+    if spec.format in ("nf4", "fp4"):
+        for start, tile in nf4.tiles(m, x.dtype, TILE_BYTES):
+            y[:, start:start + len(tile)] = F.linear(x, tile)
+        return y
+    for start, row, rows in row_tiles(spec, x.dtype.itemsize, TILE_BYTES):
+        out, here = y[:, start:start + rows], slice(row, row + rows)
+        if spec.format == "int8":
+            out.copy_(_int8(x, m["qweight"][here, :spec.cols], m["scale"][here].float()))
+        else:
+            out.copy_(F.linear(x, m["weight"][here].to(x.dtype)))
+    return y
+
+
+def _int8(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """x [T, cols] times codes int8 [n, cols] times scale fp32 [n]: [T, n], fp16 or fp32."""
+    if x.dtype == torch.float16:
+        return F.linear(x, torch.mul(codes, scale[:, None], out=x.new_empty(codes.shape)))
+    return F.linear(x, codes.to(x.dtype)) * scale
+
+
+def attend_many(query: Tensor, keys: Tensor, values: Tensor, window: int | None = None) -> Tensor:
+    """Causal attention of the last T of S positions over all S, or over the last `window` of each: see attend.attend.
+
+    query [T, Q, D]; keys, values [KV, S, D] of one dtype, in which products are made; -> [T, Q * D] in query's dtype.
+    Nothing is allocated but the result.
+    """
+    tokens, heads, size = query.shape
+    kv, positions, _ = keys.shape
+    if keys.dtype not in DTYPES or values.dtype != keys.dtype or values.shape != keys.shape or heads % kv \
+            or keys.shape[2] != size or not 0 < tokens <= positions \
+            or not query.stride(2) == keys.stride(2) == values.stride(2) == 1:
+        raise UsageError(f"attend_many: got {query.dtype} {list(query.shape)}, {keys.dtype} {list(keys.shape)} and "
+                         f"{values.dtype} {list(values.shape)}, want [T, Q, D] and twice [KV, S, D], T up to S")
+    tile = _tile(keys)
+    block = max(LEAST, min(tile.tokens, power_of_two(tokens)))
+    out = query.new_empty(tokens, heads * size)
+    device_code("cuda_attend_jit").attend_many[-(-tokens // block), heads](
+        query, keys, values, out, window or EVERYTHING, query.stride(0), query.stride(1), keys.stride(0),
+        keys.stride(1), values.stride(0), values.stride(1), out.stride(0), tokens, positions - tokens, heads // kv,
+        size, LOG2_E / size**0.5, BLOCK_M=block, BLOCK_N=tile.positions, WIDTH=max(LEAST, power_of_two(size)),
+        num_warps=tile.warps if block == tile.tokens else min(4, tile.warps), num_stages=tile.stages,
+        enable_fp_fusion=True)
+    return out
+
+
+def _tile(keys: Tensor) -> Tile:
+    if keys.dtype == torch.float32 or keys.device.type != "cuda":
+        return WIDE
+    return tile_for(torch.cuda.get_device_capability(keys.device))
+
+
+def tile_for(capability: tuple[int, int]) -> Tile:
+    """The tile of a card's compute capability: the nearest listed one that is not above it."""
+    cuda.config_for(capability)  # refuses a card that is too old
+    return TILES[max(known for known in TILES if known <= capability)]

@@ -1,0 +1,98 @@
+"""Products and attention of many tokens against float64; Triton's interpreter gets bf16 products wrong, so those of
+the kernels are fp32 and fp16 here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import decode, product, relative
+from test_cuda import DEVICE, HALF, NO_SHRINKING, SUMS, here, matrix, needs_triton, operand
+from test_cuda_ops import attention, dense, random
+
+from qmix.errors import UsageError
+from qmix.formats import pack
+from qmix.kernels import cuda_prompt
+from qmix.kernels.cuda_prompt import attend_many, linear_many, tile_for
+from qmix.sizes import MatrixSpec
+
+pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore:invalid value encountered in divide")]
+OFF = {torch.float32: SUMS, torch.float16: 2 * HALF, torch.bfloat16: 2**-6}
+
+
+class TestLinear:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("name", ["int8", "bf16", "fp16", "fp32", "nf4", "fp4"])
+    def test_dense_formats_by_tiles(self, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cuda_prompt, "TILE_BYTES", 20 * 128 * dtype.itemsize)  # 20 rows
+        m, x = dense(name, 70, 130), operand(19, 130, 1).to(dtype)
+        y, wide = (linear_many(x.to(DEVICE), here(m), want).cpu() for want in (None, torch.float32))
+        assert y.dtype == dtype and wide.dtype == torch.float32
+        for got in (y, wide):
+            assert relative(got, product(x, decode(m))) < OFF[dtype]
+
+    def test_two_quantizations_of_nf4(self) -> None:
+        m = pack(operand(70, 130), MatrixSpec("nf4", 70, 130, double_quant=True))
+        x = operand(19, 130, 1)
+        assert relative(linear_many(x.to(DEVICE), here(m)).cpu(), product(x, decode(m))) < SUMS
+
+    @pytest.mark.parametrize(("name", "parts"), [("int4", 1), ("int3", 2)])
+    def test_grouped_formats_lose_their_padding(self, name: str, parts: int) -> None:
+        m, x = matrix(name, 70 * parts, 60, 32, 32, parts), operand(11, 60)
+        y = linear_many(x.to(DEVICE), here(m)).cpu()
+        assert y.shape == (11, 70 * parts) and relative(y, product(x, decode(m))) < SUMS
+
+    def test_int8_in_fp16_does_not_overflow(self) -> None:
+        m, x = pack(torch.full((4, 4096), 0.001), MatrixSpec("int8", 4, 4096)), torch.ones(9, 4096).half()
+        assert relative(linear_many(x.to(DEVICE), here(m)).cpu(), product(x, decode(m))) < OFF[torch.float16]
+
+    def test_refusals(self) -> None:
+        m = here(dense("int8", 8, 64))
+        for x in (torch.zeros(9, 63), torch.zeros(9, 64).double(), torch.zeros(64)):
+            with pytest.raises(UsageError, match=r"x: got .* want fp32, bf16 or fp16 \[T, 64\]"):
+                linear_many(x.to(DEVICE), m)
+
+
+class TestAttend:
+    @settings(max_examples=12, **NO_SHRINKING)
+    @given(st.sampled_from([16, 32, 64, 80, 128]), st.sampled_from([1, 2, 4]), st.integers(1, 2),
+           st.sampled_from([1, 9, 32, 33, 70]), st.sampled_from([0, 1, 31, 50]),
+           st.sampled_from([None, 1, 16, 33, 200]), st.sampled_from([torch.float32, torch.float16]))
+    def test_against_float64(self, size: int, group: int, kv: int, tokens: int, past: int, window: int | None,
+                             dtype: torch.dtype) -> None:
+        q = random(tokens, group * kv, size).to(dtype)
+        cache = random(2, kv, past + tokens + 5, size).to(dtype)
+        cache[:, :, past + tokens:] = float("nan")  # what lies beyond is scratch
+        keys, values = cache[:, :, :past + tokens]
+        got = attend_many(q.to(DEVICE), *cache.to(DEVICE)[:, :, :past + tokens], window)
+        assert got.dtype == dtype and got.shape == (tokens, group * kv * size)
+        want = attention(q, keys, values, torch.arange(past, past + tokens), window).numpy()
+        assert relative(got.cpu(), want) < OFF[dtype]
+
+    def test_queries_are_rounded_to_the_cache_and_results_are_not(self) -> None:
+        q, cache = random(20, 2, 32), random(2, 1, 20, 32).half()
+        got = attend_many(q.to(DEVICE), *cache.to(DEVICE)).cpu()
+        assert got.dtype == torch.float32
+        assert relative(got, attention(q.half(), *cache, torch.arange(20), None).numpy()) < HALF
+
+    def test_broken_queries_stay_with_their_row(self) -> None:
+        q, cache = random(20, 2, 32), random(2, 1, 20, 32)
+        clean = attend_many(q.to(DEVICE), *cache.to(DEVICE)).cpu()
+        q[7, 1, 3] = float("nan")
+        got = attend_many(q.to(DEVICE), *cache.to(DEVICE)).cpu().view(20, 2, 32)
+        assert got[7, 1].isnan().all()
+        got[7, 1] = clean.view(20, 2, 32)[7, 1]
+        assert torch.equal(got.flatten(1), clean)
+
+    def test_refusals(self) -> None:
+        q, cache = torch.zeros(5, 4, 16), torch.zeros(2, 2, 9, 16)
+        for bad in ((q[:0], *cache), (q, *cache[:, :, :4]), (q[:, :3], *cache), (q, cache[0], cache[1].half()),
+                    (q, *cache.double()), (q[..., :8], *cache)):
+            with pytest.raises(UsageError, match=r"attend_many: got .* want"):
+                attend_many(*bad)
+
+    def test_cards(self) -> None:
+        assert tile_for((7, 5)) != tile_for((8, 0)) == tile_for((8, 9)) and tile_for((12, 0)) == tile_for((9, 0))
+        with pytest.raises(UsageError, match=r"want 7\.5 or newer"):
+            tile_for((7, 0))
