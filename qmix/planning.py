@@ -85,8 +85,6 @@ def describe(model: Model, context: int, machine: Machine, known: Speeds | None,
     if assumed:
         say(f"assumed, neither measured nor given: {', '.join(assumed)} (qmix doctor --bandwidth measures)")
     guess = forecast(found, speeds, model.shares)
-    if machine.vram is not None:
-        say("a forecast only: this version of qmix computes on the CPU")
     return {
         "model": model.name, "context": needs.context, "kv_cache": needs.kv_cache,
         "records": needs.records, "record_bytes": needs.record, "in_memory": found.slots,

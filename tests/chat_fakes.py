@@ -165,6 +165,8 @@ class Eager(Pace):
 
 
 class FakeEngine:
+    exact = False
+
     def __init__(self, context: int = 4096):
         self.tokenizer = FakeTokenizer()
         self.context = context

@@ -161,6 +161,16 @@ def test_no_turn_computes_again_what_the_last_one_left(tmp_path: Path, draft: in
     assert timings is not None and timings.cached_tokens == timings.prompt_tokens - turns
 
 
+def test_exactly_means_that_every_turn_is_read_anew(tmp_path: Path) -> None:
+    talk = Talk(tmp_path)
+    talk.chat.engine.exact = True
+    said = [talk.say(line)[0] for line in ("roll", "turns?")]
+    assert said[1] == "turn 2\n"
+    timings = talk.chat.figures.timings if talk.chat.figures else None
+    assert timings is not None and timings.cached_tokens == 0
+    assert talk.session.computed[1] == timings.prompt_tokens
+
+
 def test_drafts_are_in_the_longer_statistics(tmp_path: Path) -> None:
     _, err = Talk(tmp_path, detailed=True, draft=7).say("again again again again")
     assert re.search(r"drafts    \d+ drafted, \d+ accepted \(\d+ %\), \d+ of 33 passes saved", err)

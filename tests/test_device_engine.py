@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,11 +26,12 @@ from qmix.device import StandIn
 from qmix.engine import Engine, Placement, load
 from qmix.errors import DoesNotFit, Interrupted, QmixError, StoreError, UsageError
 from qmix.kernels.device_ops import TorchDeviceOps
-from qmix.offload.plan import RESERVE, STAGING, Needs
+from qmix.offload.plan import DEVICE_TILES, RESERVE, STAGING, Needs
 from qmix.offload.split import Split
 from qmix.quantize import quantize_checkpoint
 from qmix.store import RecordFiles, Store
 
+HAVE_TRITON = subprocess.run([sys.executable, "-c", "import triton"], capture_output=True).returncode == 0
 CONTEXT = 120
 LAYERS, EXPERTS, TOP_K = 4, 8, 2
 ALL = LAYERS * EXPERTS
@@ -74,7 +77,7 @@ def bring_up(monkeypatch: pytest.MonkeyPatch, folder: Path, above: int, below: i
     monkeypatch.setattr(hardware, "resident_bytes", lambda: 0)
     with Store.open(folder) as store:
         needs = Needs.of(store.config, store.quant, how.setdefault("context", CONTEXT))
-    vram = RESERVE + needs.dense + needs.kv + needs.workspace + above * needs.record
+    vram = RESERVE + needs.dense + needs.kv + needs.workspace + DEVICE_TILES + above * needs.record
     placement = Placement(device or StandIn(), vram, exact=exact)
     engine = load(folder, threads=1, ram=RESERVE + below * needs.record, placement=placement,
                   activations=how.pop("activations", "bf16"), **how)
@@ -154,7 +157,7 @@ def test_once_all_is_in_memory_nothing_is_read(stores: dict[str, Path], monkeypa
         run(engine)
         stats = engine.stats()
         assert not stats["offload"]["decode"]["bytes_read"] and not stats["offload"]["prefill"]["bytes_read"]
-        assert set(stats["experts"]) == {"vram", "ram"} and stats["offload"]["device"]["bytes_up"] > 0
+        assert set(stats["experts"]) == {"vram", "ram"} and stats["offload"]["decode"]["bytes_up"] > 0
 
 
 @pytest.mark.parametrize("name", list(FORMATS))
@@ -304,3 +307,24 @@ def test_what_is_said(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) 
     text = "\n".join(said)
     assert "VRAM" in text and "RAM" in text and "prompts compute in float16, since it has no bf16 products" in text
     assert "experts that are not on the GPU are computed by the CPU where that is faster" in text
+
+
+@pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("name", ["keep", "int4"])
+def test_tritons_kernels_in_the_engine(stores: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the interpreter, or on a GPU: the numbers of the CPU's kernels, for a prompt, tokens and drafts, with
+    experts coming and going; and the same bits with drafts as without."""
+    half = torch.float16 if name == "int4" else torch.bfloat16  # the interpreter gets bf16 products wrong
+    found = []
+    for triton, above in ((False, ALL), (True, 12)):
+        device = StandIn(half=half, triton=triton)
+        with bring_up(monkeypatch, stores[name], above, 8, device, context=32) as engine:
+            session = engine.session()
+            logits = [session.prefill(IDS[:9])]
+            logits += [session.decode(token).clone() for token in IDS[9:11]]
+            session.trim(10)
+            logits += list(session.verify(IDS[10:12]).clone())
+            found.append(torch.stack(logits))
+    errors = (found[1] - found[0]).norm(dim=1) / found[0].norm(dim=1)
+    assert errors.max() < 1e-5 if name == "keep" else errors.median() < 2e-2
+    assert torch.equal(found[1][2], found[1][3])

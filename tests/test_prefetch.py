@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from qmix.config import Cancel, ExpertKey, Step
-from qmix.device import Event
 from qmix.errors import QmixError, UsageError
 from qmix.offload.cache import Cache, make_policy, warm_order
 from qmix.offload.lookahead import Lookahead

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qmix import hardware
 from qmix.config import Cancel, ModelConfig, SamplingParams, Step
+from qmix.device import Device
 from qmix.engine.kernels import native_throughout
 from qmix.engine.session import Session
 from qmix.errors import DoesNotFit, UsageError
@@ -37,8 +38,9 @@ class Engine:
     empty it first, since a prompt that is read in pieces has other last bits."""
 
     def __init__(self, store: Store, plan: Plan, tokenizer: Tokenizer, kernels: KernelTable, model: Mixtral,
-                 offload: Offload, closing: ExitStack, exact: bool = False):
+                 offload: Offload, closing: ExitStack, device: Device | None = None, exact: bool = False):
         self.store = store
+        self.device = device
         self.exact = exact
         self.plan = plan
         self.tokenizer = tokenizer
@@ -130,15 +132,32 @@ class Engine:
             start = time.perf_counter()
             try:
                 found = run(flat, positions, step)
-            except BaseException:
+            except BaseException as e:
                 for session in sessions:
                     session.cache.trim(session.length)
+                if isinstance(e, torch.OutOfMemoryError):
+                    raise DoesNotFit("the GPU's memory ran out in the middle of a pass: another program took it, or "
+                                     "qmix planned too tightly", "name a smaller --vram, or close other programs that "
+                                     "use the GPU") from None
                 raise
             finally:
                 self._offload.end_pass(phase, len(flat), time.perf_counter() - start)
         for session, ids in zip(sessions, tokens, strict=True):
             session.ids.extend(ids)
         return found
+
+    def warm_up(self) -> None:
+        """Two tokens that count nowhere: kernels are compiled, and graphs captured."""
+        session = self.session()
+        try:
+            for _ in range(2):
+                self.step([session], [[0]], "decode", drafts=1)
+                self.settle(1)
+                session.trim(0)
+        except Exception:
+            self.close()
+            raise
+        self.reset_stats()
 
     def settle(self, rejected: int) -> None:
         """Of the drafts of the last pass, the last `rejected` were wrong: the statistics count the others."""
@@ -176,6 +195,8 @@ class Engine:
         both = report["decode"] if report["decode"]["chosen"] else report["prefill"]
         tiers = self._tiers(both)
         memory = {"budget": self.plan.ram.budget, "peak": hardware.peak_bytes()}
+        if self.device is not None:
+            memory |= {"vram_budget": self.plan.tiers[0].budget, "vram_taken": self.device.taken()}
         return {"experts": tiers, "memory": memory, "offload": report}
 
     def _tiers(self, figures: Mapping[str, Any]) -> dict[str, float]:

@@ -49,7 +49,7 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
     options = OffloadOptions(policy, prefetch, verify)
     with ExitStack() as opened:
         store = opened.enter_context(Store.open(Path(folder)))
-        device = None if placement is None else placement.open(say)
+        device = None if placement is None else placement.open(store.layout.record_bytes, say)
         if device is not None:
             opened.callback(device.close)
         threads = _default_threads(store) if threads is None else hardware.check_threads(threads)
@@ -77,8 +77,12 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
         opened.callback(offload.close)
         if state is not None:
             opened.callback(router_stats.save, state, store.identity, stats, say)
-        return Engine(store, plan, tokenizer, kernels, model, offload, opened.pop_all(),
-                      placement is not None and placement.exact)
+        engine = Engine(store, plan, tokenizer, kernels, model, offload, opened.pop_all(), device,
+                        placement is not None and placement.exact)
+        if device is not None and device.place.type == "cuda":
+            say("compiling the GPU's kernels (up to a minute, the first time)")
+            engine.warm_up()
+        return engine
 
 
 def _trace_writer(path: Path, store: Store) -> TraceWriter:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
 
 from qmix import hardware
 from qmix.device import Device
 from qmix.device.cuda import open_cuda
 from qmix.errors import DoesNotFit, UsageError
-from qmix.sizes import GIB, format_bytes
+from qmix.sizes import GIB, MIB, format_bytes
 
 MARGIN = GIB // 2  # of a card's memory that `auto` leaves: to the desktop, to what torch's libraries take later
+TINY = MIB // 8  # bytes of a record below which `auto` leaves the GPU alone
 PINNED = 0.5  # of the machine's memory, which `auto` page-locks at most
 
 
@@ -25,14 +29,18 @@ class Placement:
     pin: int | None = None
     exact: bool = False
 
-    def open(self, say: Callable[[str], None]) -> Device | None:
-        """The device; None for the CPU. UsageError, DoesNotFit where it cannot be had."""
+    def open(self, record: int, say: Callable[[str], None]) -> Device | None:
+        """The device for a model with records of so many bytes; None for the CPU. UsageError, DoesNotFit where it
+        cannot be had."""
         if not isinstance(self.device, str):
             return self.device
         kind, colon, index = self.device.partition(":")
         if kind not in ("auto", "cpu", "cuda") or (colon and (kind != "cuda" or not index.isdecimal())):
             raise UsageError(f"--device {self.device}: want auto, cpu, cuda or cuda:NUMBER")
-        found = None if kind == "cpu" else open_cuda(int(index or 0)) if kind == "cuda" else _any(say)
+        tiny = kind == "auto" and record < TINY and self.vram is None
+        found = None if kind == "cpu" or tiny else open_cuda(int(index or 0)) if kind == "cuda" else _any(say)
+        if tiny and torch.cuda.is_available():
+            say("so small a model is faster on the CPU than compiling the GPU's kernels would take (--device cuda)")
         if found is None:
             for flag, value in (("--vram", self.vram), ("--pin", self.pin)):
                 if value is not None:
@@ -57,9 +65,10 @@ class Placement:
 
 def _any(say: Callable[[str], None]) -> Device | None:
     """A GPU where there is one that qmix can use; else None, with the reason where one might have been expected."""
-    import torch
-
     if not torch.cuda.is_available():
+        return None
+    if find_spec("triton") is None:
+        say("there is a GPU, but Triton is not installed (pip install triton): the CPU computes")
         return None
     try:
         return open_cuda(0)

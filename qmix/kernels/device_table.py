@@ -23,6 +23,7 @@ from qmix.kernels.device_ops import DeviceOps, TorchDeviceOps
 from qmix.kernels.table import KernelTable, random_matrix
 
 Attend = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]
+PROMPTS = {"int8": "Triton, decoded for prompts", "nf4": "bitsandbytes, decoded", "fp4": "bitsandbytes, decoded"}
 AGREES = 2**-7  # relative: operands and results rounded to 16 bits
 
 
@@ -44,31 +45,31 @@ def choose_device_kernels(place: torch.device, half: torch.dtype, formats: Itera
     kernel is wrong."""
     if not triton:
         return DeviceKernels(host, attend, TorchDeviceOps(host), host)
-    from qmix.kernels import cuda_ops
+    from qmix.kernels import cuda_ops, cuda_prompt
 
     wanted = {(module(name), name)[1] for name in formats}
     if wanted & {"nf4", "fp4"}:
         nf4.functional()
-    table = {(name, block): cuda_ops.linear_many for name in wanted for block in {0, *blocks}}
-    names = {name: cuda_ops.describe(name) for name in wanted}
+    table = {(name, block): cuda_prompt.linear_many for name in wanted for block in {0, *blocks}}
+    names = {name: PROMPTS.get(name, "Triton") for name in wanted}
     if place.type == "cuda":
         for name, block in sorted(table):
             if (name in GROUPED_BITS and block) or (name == "int8" and not block):
                 _check(place, half, random_matrix(name, block))
-    return DeviceKernels(KernelTable(MappingProxyType(table), MappingProxyType(names)), cuda_ops.attend_many,
+    return DeviceKernels(KernelTable(MappingProxyType(table), MappingProxyType(names)), cuda_prompt.attend_many,
                          cuda_ops.TritonOps(), host)
 
 
 def _check(place: torch.device, half: torch.dtype, m: Packed) -> None:
     """Few tokens and many against the reference."""
-    from qmix.kernels import cuda_ops
+    from qmix.kernels import cuda_ops, cuda_prompt
 
     there = m.to(place)
     for tokens in (1, 5, 40):
         x = torch.randn(tokens, m.spec.cols, generator=torch.Generator().manual_seed(1)).to(half)
         want = reference.linear(x.float(), m)[:, :m.spec.rows]
         if tokens > 8:
-            got = cuda_ops.linear_many(x.to(place), there)[:, :m.spec.rows]
+            got = cuda_prompt.linear_many(x.to(place), there)[:, :m.spec.rows]
         else:
             got = torch.empty(tokens, m.spec.rows, device=place)
             cuda_ops.TritonOps().linear(x.float().to(place), there, got)

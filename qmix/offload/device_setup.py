@@ -17,16 +17,18 @@ from torch import Tensor
 
 from qmix.config import ExpertKey
 from qmix.device import Device
+from qmix.device.pinning import pin_pool
 from qmix.errors import DoesNotFit
 from qmix.kernels.device_ops import ExpertSlots
 from qmix.kernels.device_table import DeviceKernels
 from qmix.offload.cache import warm_order
 from qmix.offload.copies import Copies
 from qmix.offload.device_experts import Below, DeviceExperts
+from qmix.offload.figures import Meter
 from qmix.offload.plan import Plan, TierPlan
 from qmix.offload.prefetch import Prefetcher
 from qmix.offload.router_stats import RouterStats
-from qmix.offload.setup import Choices, Offload, OffloadOptions, fill, half, open_pools, open_readers
+from qmix.offload.setup import Choices, Offload, OffloadOptions, fill, half, open_pools, open_readers, read_so_far
 from qmix.offload.slot_table import SlotTable
 from qmix.offload.split import Split
 from qmix.offload.tiers import Tier
@@ -90,19 +92,20 @@ def open_device_offload(store: Store, device: Device, kernels: DeviceKernels, pl
         for layer in range(config.num_layers):
             experts.refresh(layer)
 
-        def figures() -> dict[str, Any]:
-            return {"slots": [len(high.slots), len(low.slots)], "launches": device.launches, "waits": device.waits,
-                    "bytes_up": sum(copies.bytes_up), "bytes_down": copies.bytes_down,
-                    "copy_seconds": copies.busy_seconds,
-                    "split": None if split is None else {"copy_gbps": split.copy_gbps, "host_gbps": split.host_gbps}}
+        def meter() -> Meter:
+            return Meter(*read_so_far(readers)[:2], sum(copies.bytes_up), copies.bytes_down, copies.busy_seconds,
+                         device.launches, device.waits)
 
-        return Offload(experts, high, readers, prefetcher, stats, choices.policy, opened.pop_all(), figures)
+        def extra() -> dict[str, Any]:
+            return {"device": {"name": device.name, "slots": len(high.slots), "slots_below": len(low.slots), **(
+                {} if split is None else {"copy_gbps": split.copy_gbps, "host_gbps": split.host_gbps})}}
+
+        return Offload(experts, high, readers, prefetcher, stats, choices.policy, opened.pop_all(), meter, extra)
 
 
 def _pin(device: Device, pools: list[Tensor], limit: int, say: Callable[[str], None], opened: ExitStack) -> None:
     if device.place.type != "cuda":
         return
-    from qmix.device.pinning import pin_pool
     for pool in pools:
         pinned = pin_pool(pool, limit, say)
         opened.callback(pinned.close)

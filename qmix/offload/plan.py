@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from qmix.config import DTYPES, ModelConfig, QuantConfig
@@ -31,6 +31,7 @@ MARGIN = GIB  # what `auto` leaves to other programs
 RESERVE = 256 * MIB  # kept free within the budget, or 2 % of it where that is more
 PROGRAM = 260 * MIB  # interpreter and libraries, where they are not there to be measured
 CUDA_CONTEXT = 600 * MIB  # what a CUDA context with its libraries takes, before it is measured
+DEVICE_TILES = 128 * MIB  # of VRAM: decoded tiles of a matrix, partial sums, and what decoding passes on
 STAGING = 2  # RAM slots through which records pass on their way from the disk to VRAM
 
 
@@ -230,7 +231,8 @@ def plan(needs: Needs, ram: int, base: int, vram: int | None = None, vram_base: 
     GPU, `vram` bytes of it, vram_base of them taken. DoesNotFit (exit 3) says how much is missing, and where."""
     if vram is None:
         return Plan(needs, (_tier("RAM", needs, ram, base, needs.least, [count for count, _ in needs.by_kind]),))
-    fast = _tier("VRAM", needs, vram, vram_base, needs.least, [count for count, _ in needs.by_kind])
+    there = replace(needs, workspace=needs.workspace + DEVICE_TILES)
+    fast = _tier("VRAM", there, vram, vram_base, needs.least, [count for count, _ in needs.by_kind])
     most = [count - there + STAGING for (count, _), (there, _) in zip(needs.by_kind, fast.kinds, strict=True)]
     slow = _tier("RAM", needs, ram, base, [STAGING] * len(most), most, dense=False)
     return Plan(needs, (fast, slow))

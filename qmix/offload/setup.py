@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -19,7 +20,7 @@ from qmix.errors import StoreError, UsageError
 from qmix.kernels.table import KernelTable
 from qmix.offload.cache import Cache, make_policy, warm_order
 from qmix.offload.experts import PagedExperts
-from qmix.offload.figures import PhaseFigures
+from qmix.offload.figures import Meter, PhaseFigures
 from qmix.offload.plan import Plan, TierPlan
 from qmix.offload.pool import Touching, begin_pool
 from qmix.offload.prefetch import MODES, Prefetcher
@@ -53,12 +54,12 @@ class OffloadOptions:
 
 
 class Offload:
-    """The running parts. experts: what the model calls; extra: more figures, under "device". Close it; reads that have
-    begun are waited for."""
+    """The running parts. experts: what the model calls; meter: what moved and ran so far, None for the readers alone;
+    extra: more to report. Close it; reads that have begun are waited for."""
 
     def __init__(self, experts: PagedExperts, tier: Tier, readers: Readers, prefetcher: Prefetcher,
                  stats: RouterStats, policy: str, closing: ExitStack,
-                 extra: Callable[[], dict[str, Any]] | None = None):
+                 meter: Callable[[], Meter] | None = None, extra: Callable[[], dict[str, Any]] = dict):
         self.experts = experts
         self.tier = tier
         self.stats = stats
@@ -66,6 +67,7 @@ class Offload:
         self._prefetcher = prefetcher
         self._policy = policy
         self._closing = closing
+        self._meter = meter or partial(read_so_far, readers)
         self._extra = extra
         self._mark = self._meter()
 
@@ -73,11 +75,8 @@ class Offload:
         """A pass is over: to whose account its reading goes."""
         figures, before = self.experts.figures[phase], self._mark
         self._mark = self._meter()
-        figures.passes += 1
         figures.tokens += tokens
-        figures.seconds += seconds
-        figures.bytes_read += self._mark[0] - before[0]
-        figures.read_seconds += min(seconds, self._mark[1] - before[1])
+        figures.add(before, self._mark, seconds)
 
     def settle(self, rejected: int) -> None:
         """Of the drafts of the last pass, the last `rejected` were wrong."""
@@ -89,7 +88,7 @@ class Offload:
         return {"slots": len(self.tier.slots), "policy": self._policy, "prefetch": self._prefetcher.mode,
                 "warmed_bytes": self._readers.bytes_read[2], "decode": figures["decode"].report(),
                 "prefill": figures["prefill"].report(), "prefetcher": self._prefetcher.report(),
-                **({} if self._extra is None else {"device": self._extra()})}
+                **self._extra()}
 
     def reset(self) -> None:
         """Start all figures anew; caches and estimates stay."""
@@ -100,8 +99,9 @@ class Offload:
     def close(self) -> None:
         self._closing.close()
 
-    def _meter(self) -> tuple[int, float]:
-        return sum(self._readers.bytes_read[:2]), self._readers.busy_seconds
+
+def read_so_far(readers: Readers) -> Meter:
+    return Meter(sum(readers.bytes_read[:2]), readers.busy_seconds)
 
 
 @dataclass(frozen=True, slots=True)
