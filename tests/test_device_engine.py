@@ -317,7 +317,7 @@ def test_tritons_kernels_in_the_engine(stores: dict[str, Path], name: str, monke
     half = torch.float16 if name == "int4" else torch.bfloat16  # the interpreter gets bf16 products wrong
     found = []
     for triton, above in ((False, ALL), (True, 12)):
-        device = StandIn(half=half, triton=triton)
+        device = StandIn(half=half if triton else torch.bfloat16, triton=triton)
         with bring_up(monkeypatch, stores[name], above, 8, device, context=32) as engine:
             session = engine.session()
             logits = [session.prefill(IDS[:9])]

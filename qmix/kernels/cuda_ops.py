@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qmix.errors import UsageError
@@ -121,6 +122,14 @@ class TritonOps:
     def guess(self, residual: Tensor, weights: Sequence[Tensor], routers: Sequence[Tensor], eps: float,
               ids: Tensor) -> None:
         self._route(residual, self._together(weights), self._together(routers), eps, None, ids, None)
+
+    def expert(self, x: Tensor, w13: Packed, w2: Packed) -> Tensor:
+        both = x.new_empty(len(x), w13.spec.rows)
+        self.linear(x, w13, both)
+        gate, up = both.chunk(2, 1)
+        y = x.new_empty(len(x), w2.spec.rows)
+        self.linear(F.silu(gate) * up, w2, y)
+        return y
 
     def handles(self, slots: ExpertSlots) -> bool:
         return bool(slots.record.w13.bits and slots.record.w2.bits)

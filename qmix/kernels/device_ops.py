@@ -66,6 +66,8 @@ class DeviceOps(Protocol):
 
     def handles(self, slots: ExpertSlots) -> bool: ...
 
+    def expert(self, x: Tensor, w13: Packed, w2: Packed) -> Tensor: ...
+
     def experts(self, x: Tensor, slots: ExpertSlots, ids: Tensor, table: Tensor, rows: Tensor) -> None: ...
 
 
@@ -138,6 +140,10 @@ class TorchDeviceOps:
     def handles(self, slots: ExpertSlots) -> bool:
         """Whether `experts` has the format of these records."""
         return True
+
+    def expert(self, x: Tensor, w13: Packed, w2: Packed) -> Tensor:
+        """One expert, in any format, for x [T, H] fp32 -> [T, H] fp32. Not for captured work: it may allocate."""
+        return torch.cat([self._kernels.expert(row, w13, w2) for row in x.split(1)])
 
     def experts(self, x: Tensor, slots: ExpertSlots, ids: Tensor, table: Tensor, rows: Tensor) -> None:
         """w2(silu(gate(x)) * up(x)) of the experts ids [T, K] int32 of x [T, H] fp32, into rows [T, K, H] fp32. table

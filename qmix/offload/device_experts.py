@@ -188,12 +188,12 @@ class DeviceExperts(PagedExperts):
         self._launched(key)
 
     def _each(self, key: ExpertKey, slot: int, routed: Routed) -> None:
-        """In formats that the device does not compute by slot: one expert, through the kernels of prompts."""
+        """In formats that the device does not compute by slot: one expert."""
         tokens, ranks = (routed.host_ids == key.expert).nonzero(as_tuple=True)
         at, rank, views = tokens.to(self._device.place), ranks.to(self._device.place), self._views[slot]
 
         def work() -> None:
-            routed.rows[at, rank] = self._kernels.expert(routed.x[at], *views).float()
+            routed.rows[at, rank] = self._ops.expert(routed.x[at], *views)
 
         self._device.compute.run(work)
 
