@@ -112,23 +112,23 @@ def keep(qkv, inverse, positions, keys, values, query, qkv_stride, k_head, k_pos
     high = tl.load(source + half, mask=here, other=0.0)
     position = tl.load(positions + token).to(tl.int64)
     if head >= queries + kv_heads:
-        out = values + (head - queries - kv_heads).to(tl.int64) * v_head + position * v_position + at
-        tl.store(out, low.to(out.dtype.element_ty), mask=here)
-        tl.store(out + half, high.to(out.dtype.element_ty), mask=here)
+        value = values + (head - queries - kv_heads).to(tl.int64) * v_head + position * v_position + at
+        tl.store(value, low.to(values.dtype.element_ty), mask=here)
+        tl.store(value + half, high.to(values.dtype.element_ty), mask=here)
     else:
         angle = (position.to(tl.float32) * tl.load(inverse + at, mask=here, other=0.0)).to(tl.float64)
         cos = tl.cos(angle).to(tl.float32)
         sin = tl.sin(angle).to(tl.float32)
-        turned = low * cos - high * sin
+        turned_low = low * cos - high * sin
         turned_high = high * cos + low * sin
         if head < queries:
-            out = query + token * query_stride + head * 2 * half + at
-            tl.store(out, turned, mask=here)
-            tl.store(out + half, turned_high, mask=here)
+            asking = query + token * query_stride + head * 2 * half + at
+            tl.store(asking, turned_low, mask=here)
+            tl.store(asking + half, turned_high, mask=here)
         else:
-            out = keys + (head - queries).to(tl.int64) * k_head + position * k_position + at
-            tl.store(out, turned.to(out.dtype.element_ty), mask=here)
-            tl.store(out + half, turned_high.to(out.dtype.element_ty), mask=here)
+            key = keys + (head - queries).to(tl.int64) * k_head + position * k_position + at
+            tl.store(key, turned_low.to(keys.dtype.element_ty), mask=here)
+            tl.store(key + half, turned_high.to(keys.dtype.element_ty), mask=here)
 
 
 @triton.jit
