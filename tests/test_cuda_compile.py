@@ -54,8 +54,8 @@ for gains in (True, False):
     assert not spills(compiled(cuda_layer_jit.route, warps=8, K=2, EXPERTS=8, WIDTH=4096, GAINS=gains))
 assert "cos.approx" not in compiled(cuda_layer_jit.keep, warps=2, WIDTH=64).asm["ptx"]
 ints = dict.fromkeys(("ids", "table", "slots", "rows", "places"), "*i32") | {"tokens": "i32"}
-for one in (True, False):
-    compiled(cuda_layer_jit.jobs, ints, warps=1, M=1 if one else 4, ONE=one)
+for pairs in (True, False):
+    compiled(cuda_layer_jit.jobs, ints, warps=1, M=4, PAIRS=pairs)
 for group, warps in ((4, 4), (8, 8)):
     assert not spills(compiled(cuda_attend_jit.attend, {"scale": "fp32"}, warps, GROUP=group, SPLIT=64, STEP=16,
                                WIDTH=128))
@@ -75,7 +75,7 @@ compiled(cuda_layer_jit.norm, K=1, WIDTH=1, hidden=1, gains_stride=1, rows_rank=
 compiled(cuda_layer_jit.route, K=1, EXPERTS=1, WIDTH=64, GAINS=True, experts=1, gains_stride=1, ids_token=1,
          ids_layer=1)
 compiled(cuda_layer_jit.keep, WIDTH=64, queries=1, kv_heads=1, half=1, k_position=1)
-compiled(cuda_layer_jit.jobs, ints, M=1, ONE=True, tokens=1, k=1, ids_stride=1, count=1, first=1)
+compiled(cuda_layer_jit.jobs, ints, M=1, PAIRS=True, tokens=1, k=1, ids_stride=1, count=1, first=1)
 compiled(cuda_attend_jit.attend, {"scale": "fp32"}, GROUP=1, SPLIT=64, STEP=16, WIDTH=128, window=1, splits=1)
 compiled(cuda_attend_jit.merge, SPLIT=64, SPLITS=1, STEP=16, WIDTH=128, window=1, splits=1)
 compiled(cuda_attend_jit.attend_many, floats, BLOCK_M=16, BLOCK_N=32, WIDTH=128, window=1, tokens=1, past=1, group=1)

@@ -132,25 +132,27 @@ def keep(qkv, inverse, positions, keys, values, query, qkv_stride, k_head, k_pos
 
 
 @triton.jit
-def jobs(ids, table, slots, rows, places, first, count, tokens, k, ids_stride, M: tl.constexpr, ONE: tl.constexpr):
-    """cuda.Jobs of experts ids [T, K] in slots `first` to first + count - 1 of table [E], all int32.
+def jobs(ids, table, slots, rows, places, first, count, tokens, k, ids_stride, M: tl.constexpr, PAIRS: tl.constexpr):
+    """cuda.Jobs of experts ids [T, K] in slots `first` to first + count - 1 of table [E], all int32; M: T as a power of
+    two. An expert is one job, so that its weights are read once, and what is in no such slot has -1.
 
-    ONE token: a job for each rank. More: one for each expert, so that its weights are read once; M tokens, a power of
-    two. What is in no such slot has -1. Example: T 2, E 3, ids [[1, 2], [2, 0]], table [-1, 7, 5], first 5: slots
-    [-1, 2, 0], rows [[-1, -1], [0, -1], [0, 1]], places [[-1, -1], [0, -1], [1, 2]].
-    Grid: K, or E.
+    A job for each expert; or, where PAIRS, for each choice, of which those of an expert chosen before have nothing to
+    do. Example: T 2, E 3, ids [[1, 2], [2, 0]], table [-1, 7, 5], first 5: slots [-1, 2, 0], rows [[-1, -1], [0, -1],
+    [0, 1]], places [[-1, -1], [0, -1], [1, 2]]; as pairs slots [2, 0, -1, -1], rows [[0, -1], [0, 1], ...].
+    Grid: E, or T * K.
     """
     job = tl.program_id(0)
     token = tl.arange(0, M)
-    if ONE:
-        expert = tl.load(ids + job)
-        place = token * 0 + job
-    else:
-        expert = job
-        place = token * 0 - 1
-        for rank in range(0, k):
-            found = tl.load(ids + token * ids_stride + rank, mask=token < tokens, other=-1)
-            place = tl.where(found == expert, token * k + rank, place)
+    expert = job
+    if PAIRS:
+        expert = tl.load(ids + job // k * ids_stride + job % k)
+    place = token * 0 - 1
+    for rank in range(0, k):
+        found = tl.load(ids + token * ids_stride + rank, mask=token < tokens, other=-1)
+        place = tl.where(found == expert, token * k + rank, place)
+    if PAIRS:
+        earliest = tl.min(tl.where(place >= 0, place, job), axis=0)
+        place = tl.where(earliest == job, place, -1)
     slot = tl.load(table + expert) - first
     slot = tl.where((slot >= 0) & (slot < count), slot, -1)
     wanted = (place >= 0) & (slot >= 0)
