@@ -112,45 +112,47 @@ def keep(qkv, inverse, positions, keys, values, query, qkv_stride, k_head, k_pos
     high = tl.load(source + half, mask=here, other=0.0)
     position = tl.load(positions + token).to(tl.int64)
     if head >= queries + kv_heads:
-        out = values + (head - queries - kv_heads).to(tl.int64) * v_head + position * v_position + at
-        tl.store(out, low.to(out.dtype.element_ty), mask=here)
-        tl.store(out + half, high.to(out.dtype.element_ty), mask=here)
+        value = values + (head - queries - kv_heads).to(tl.int64) * v_head + position * v_position + at
+        tl.store(value, low.to(values.dtype.element_ty), mask=here)
+        tl.store(value + half, high.to(values.dtype.element_ty), mask=here)
     else:
         angle = (position.to(tl.float32) * tl.load(inverse + at, mask=here, other=0.0)).to(tl.float64)
         cos = tl.cos(angle).to(tl.float32)
         sin = tl.sin(angle).to(tl.float32)
-        turned = low * cos - high * sin
+        turned_low = low * cos - high * sin
         turned_high = high * cos + low * sin
         if head < queries:
-            out = query + token * query_stride + head * 2 * half + at
-            tl.store(out, turned, mask=here)
-            tl.store(out + half, turned_high, mask=here)
+            asking = query + token * query_stride + head * 2 * half + at
+            tl.store(asking, turned_low, mask=here)
+            tl.store(asking + half, turned_high, mask=here)
         else:
-            out = keys + (head - queries).to(tl.int64) * k_head + position * k_position + at
-            tl.store(out, turned.to(out.dtype.element_ty), mask=here)
-            tl.store(out + half, turned_high.to(out.dtype.element_ty), mask=here)
+            key = keys + (head - queries).to(tl.int64) * k_head + position * k_position + at
+            tl.store(key, turned_low.to(keys.dtype.element_ty), mask=here)
+            tl.store(key + half, turned_high.to(keys.dtype.element_ty), mask=here)
 
 
 @triton.jit
-def jobs(ids, table, slots, rows, places, first, count, tokens, k, ids_stride, M: tl.constexpr, ONE: tl.constexpr):
-    """cuda.Jobs of experts ids [T, K] in slots `first` to first + count - 1 of table [E], all int32.
+def jobs(ids, table, slots, rows, places, first, count, tokens, k, ids_stride, M: tl.constexpr, PAIRS: tl.constexpr):
+    """cuda.Jobs of experts ids [T, K] in slots `first` to first + count - 1 of table [E], all int32; M: T as a power of
+    two. An expert is one job, so that its weights are read once, and what is in no such slot has -1.
 
-    ONE token: a job for each rank. More: one for each expert, so that its weights are read once; M tokens, a power of
-    two. What is in no such slot has -1. Example: T 2, E 3, ids [[1, 2], [2, 0]], table [-1, 7, 5], first 5: slots
-    [-1, 2, 0], rows [[-1, -1], [0, -1], [0, 1]], places [[-1, -1], [0, -1], [1, 2]].
-    Grid: K, or E.
+    A job for each expert; or, where PAIRS, for each choice, of which those of an expert chosen before have nothing to
+    do. Example: T 2, E 3, ids [[1, 2], [2, 0]], table [-1, 7, 5], first 5: slots [-1, 2, 0], rows [[-1, -1], [0, -1],
+    [0, 1]], places [[-1, -1], [0, -1], [1, 2]]; as pairs slots [2, 0, -1, -1], rows [[0, -1], [0, 1], ...].
+    Grid: E, or T * K.
     """
     job = tl.program_id(0)
     token = tl.arange(0, M)
-    if ONE:
-        expert = tl.load(ids + job)
-        place = token * 0 + job
-    else:
-        expert = job
-        place = token * 0 - 1
-        for rank in range(0, k):
-            found = tl.load(ids + token * ids_stride + rank, mask=token < tokens, other=-1)
-            place = tl.where(found == expert, token * k + rank, place)
+    expert = job
+    if PAIRS:
+        expert = tl.load(ids + job // k * ids_stride + job % k)
+    place = token * 0 - 1
+    for rank in range(0, k):
+        found = tl.load(ids + token * ids_stride + rank, mask=token < tokens, other=-1)
+        place = tl.where(found == expert, token * k + rank, place)
+    if PAIRS:
+        earliest = tl.min(tl.where(place >= 0, place, job), axis=0)
+        place = tl.where(earliest == job, place, -1)
     slot = tl.load(table + expert) - first
     slot = tl.where((slot >= 0) & (slot < count), slot, -1)
     wanted = (place >= 0) & (slot >= 0)

@@ -139,12 +139,12 @@ class TritonOps:
             slots.made["matrices"] = tuple(Matrices.in_slots(slots.slab, slots.record, name) for name in ("w13", "w2"))
         w13, w2 = slots.made["matrices"]
         tokens, k = ids.shape
-        width, count = power_of_two(tokens), k if tokens == 1 else len(table)
+        width, count = power_of_two(tokens), min(tokens * k, len(table))
         room = self._room((count * (1 + 2 * width),), x.device, torch.int32, "jobs")
         first, (wanted, places) = room[:count], room[count:].view(2, count, width)
         assert ids.stride(1) == 1
         _layer().jobs[count,](ids, table, first, wanted, places, slots.first, w13.slots, tokens, k, ids.stride(0),
-                              M=width, ONE=tokens == 1, num_warps=1)
+                              M=width, PAIRS=tokens * k <= len(table), num_warps=1)
         inner = self._room((tokens * k, w13.spec.rows // 2), x.device, use="inner")
         cuda.few(x, w13, Jobs(first, wanted, places), inner, gated=True, room=self._room)
         cuda.few(inner, w2, Jobs(first, places, places), rows.view(tokens * k, -1), room=self._room)
