@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from test_lane import stays
+from test_lane import stays, until
 from test_reads import CHUNK, RECORD, FakeRecords, key
 from two_tiers import OPEN, Gates, Stack, content, stacks
 
