@@ -1,4 +1,4 @@
-"""Two tiers with the upper one on a GPU, where there is one: page-locked below, work that reads slots as they change."""
+"""Two tiers, the upper one on a GPU where there is one: page-locked below, work that reads slots as they change."""
 
 from __future__ import annotations
 
