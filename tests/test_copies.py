@@ -183,6 +183,26 @@ def test_a_guess_given_up_keeps_its_place_below_while_chunks_are_on_their_way(st
     assert key(1) not in stack.low._pinned and key(1) in stack.low and not stack.low.cache.spares
 
 
+def test_a_guess_given_up_and_wanted_again_keeps_its_place_below_for_the_second_trip(
+        stacked: Callable[..., Stack]) -> None:
+    stack = stacked(2, 2)
+    stack.gates.let(up=0)
+    assert stack.high.want(key(1), "speculative")
+    first = stack.high.load_of(key(1))
+    assert first is not None
+    until(lambda: first.reading == 2)
+    stack.high.cancel_guess(key(1))
+    stack.begin(1)
+    stack.gates.let(up=2)
+    until(lambda: first.reading == 0)
+    stack.copies._sweep()
+    assert key(1) in stack.low._pinned and not stack.low.cache.spares
+    stack.gates.let(up=OPEN)
+    stack.high.wait(key(1), RECORD)
+    assert set(stack.low.cache.spares) == {key(1)} and not stack.low._pinned
+    stack.check()
+
+
 def test_a_guess_that_arrives_while_it_is_given_up_leaves_no_spare(stacked: Callable[..., Stack]) -> None:
     """The tier saw it on its way, and gives it up when it is there: the copy below is the only one."""
     stack = stacked(2, 2)
