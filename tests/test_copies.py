@@ -73,9 +73,10 @@ def test_a_record_whose_spare_is_gone_comes_down_and_can_be_wanted_meanwhile(sta
 
 
 def test_a_record_on_its_way_down_can_be_given_up_and_its_slot_filled_from_the_disk(
-        stacked: Callable[..., Stack]) -> None:
+        stacked: Callable[..., Stack], monkeypatch: pytest.MonkeyPatch) -> None:
     """The readers wait for the chunks that still come down, and hear of it when they are there."""
     stack = stacked(3, 2)
+    monkeypatch.setattr(stack.readers, "cancel", lambda load: pytest.fail("this load is not theirs"))
     low, high = stack.low, stack.high
     stack.bring(0, 1, 2)
     gone, = {key(i) for i in range(3)} - set(low)

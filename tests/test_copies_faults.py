@@ -124,6 +124,19 @@ def test_an_error_on_the_way_down_costs_the_copy_and_no_more(stacked: Callable[.
     assert len(stack.records.seen) > 5 * RECORD // CHUNK, "what did not come down is read again"
 
 
+def test_what_failed_on_its_way_down_does_not_keep_its_slot(stacked: Callable[..., Stack]) -> None:
+    stack = stacked(3, 2, device=Failing(1, 0))
+    stack.bring(0, 1, 2)
+    gone, = {key(i) for i in range(3)} - set(stack.low)
+    stack.high.drop(gone)
+    load = stack.low.load_of(gone)
+    assert load is not None
+    until(lambda: load.error is not None and not load.reading)
+    stack.copies._sweep()
+    assert gone not in stack.low
+    stack.check()
+
+
 def test_a_failed_compute_fails_what_waits_for_it(stacked: Callable[..., Stack]) -> None:
     stack = stacked(1, 2)
     stack.bring(0)
