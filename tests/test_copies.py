@@ -56,6 +56,7 @@ def test_a_record_whose_spare_is_gone_comes_down_and_can_be_wanted_meanwhile(sta
     high.drop(gone)
     load = low.load_of(gone)
     assert load is not None and not low.ready(gone) and load.urgency == WARM
+    until(lambda: load.reading == 2)
     assert low.cancel_guess(gone) == 0 and gone in low
     assert low.want(gone, "demand") and load.urgency == DEMAND
     with pytest.raises(Interrupted):
