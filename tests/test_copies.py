@@ -56,6 +56,7 @@ def test_a_record_whose_spare_is_gone_comes_down_and_can_be_wanted_meanwhile(sta
     high.drop(gone)
     load = low.load_of(gone)
     assert load is not None and not low.ready(gone) and load.urgency == WARM
+    until(lambda: load.reading == 2)
     assert low.cancel_guess(gone) == 0 and gone in low
     assert low.want(gone, "demand") and load.urgency == DEMAND
     with pytest.raises(Interrupted):
@@ -73,9 +74,10 @@ def test_a_record_whose_spare_is_gone_comes_down_and_can_be_wanted_meanwhile(sta
 
 
 def test_a_record_on_its_way_down_can_be_given_up_and_its_slot_filled_from_the_disk(
-        stacked: Callable[..., Stack]) -> None:
+        stacked: Callable[..., Stack], monkeypatch: pytest.MonkeyPatch) -> None:
     """The readers wait for the chunks that still come down, and hear of it when they are there."""
     stack = stacked(3, 2)
+    monkeypatch.setattr(stack.readers, "cancel", lambda load: pytest.fail("this load is not theirs"))
     low, high = stack.low, stack.high
     stack.bring(0, 1, 2)
     gone, = {key(i) for i in range(3)} - set(low)
@@ -181,6 +183,26 @@ def test_a_guess_given_up_keeps_its_place_below_while_chunks_are_on_their_way(st
     until(lambda: load.reading == 0)
     stack.copies._sweep()
     assert key(1) not in stack.low._pinned and key(1) in stack.low and not stack.low.cache.spares
+
+
+def test_a_guess_given_up_and_wanted_again_keeps_its_place_below_for_the_second_trip(
+        stacked: Callable[..., Stack]) -> None:
+    stack = stacked(2, 2)
+    stack.gates.let(up=0)
+    assert stack.high.want(key(1), "speculative")
+    first = stack.high.load_of(key(1))
+    assert first is not None
+    until(lambda: first.reading == 2)
+    stack.high.cancel_guess(key(1))
+    stack.begin(1)
+    stack.gates.let(up=2)
+    until(lambda: first.reading == 0)
+    stack.copies._sweep()
+    assert key(1) in stack.low._pinned and not stack.low.cache.spares
+    stack.gates.let(up=OPEN)
+    stack.high.wait(key(1), RECORD)
+    assert set(stack.low.cache.spares) == {key(1)} and not stack.low._pinned
+    stack.check()
 
 
 def test_a_guess_that_arrives_while_it_is_given_up_leaves_no_spare(stacked: Callable[..., Stack]) -> None:

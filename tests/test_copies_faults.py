@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from test_lane import stays
+from test_lane import stays, until
 from test_reads import CHUNK, RECORD, FakeRecords, key
 from two_tiers import OPEN, Gates, Stack, content, stacks
 
@@ -122,6 +122,19 @@ def test_an_error_on_the_way_down_costs_the_copy_and_no_more(stacked: Callable[.
         stack.check()
     assert stack.copies.bytes_down <= 3 * CHUNK
     assert len(stack.records.seen) > 5 * RECORD // CHUNK, "what did not come down is read again"
+
+
+def test_what_failed_on_its_way_down_does_not_keep_its_slot(stacked: Callable[..., Stack]) -> None:
+    stack = stacked(3, 2, device=Failing(1, 0))
+    stack.bring(0, 1, 2)
+    gone, = {key(i) for i in range(3)} - set(stack.low)
+    stack.high.drop(gone)
+    load = stack.low.load_of(gone)
+    assert load is not None
+    until(lambda: load.error is not None and not load.reading)
+    stack.copies._sweep()
+    assert gone not in stack.low
+    stack.check()
 
 
 def test_a_failed_compute_fails_what_waits_for_it(stacked: Callable[..., Stack]) -> None:

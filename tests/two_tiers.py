@@ -114,6 +114,7 @@ class Stack:
         self.copies.close()
         self.readers.close()
         self.device.close()
+        assert self.readers._reading == [0, 0, 0], "they were asked about loads that are not theirs"
 
 
 def stacks() -> Iterator[Callable[..., Stack]]:
