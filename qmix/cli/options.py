@@ -55,7 +55,7 @@ Device = Annotated[str, typer.Option("--device", help="auto (a GPU where there i
 Vram = Annotated[str, typer.Option("--vram", help="GPU memory for the whole process (24G); auto = what is free, but "
                                    "for half a GiB.")]
 Pin = Annotated[str, typer.Option("--pin", help="Of the RAM, how much may be page-locked for fast copies to the GPU; "
-                                  "auto = up to half of the machine's.")]
+                                  "auto = all, under WSL less.")]
 Exact = Annotated[bool, typer.Option("--exact", help="The same bits wherever an expert was: nothing that belongs on "
                                      "the GPU is computed by the CPU, no KV cache is kept from turn to turn.")]
 Trace = Annotated[Path | None, typer.Option("--trace", help="Record every routing decision in this file, for qmix "

@@ -16,7 +16,7 @@ from qmix.sizes import GIB, MIB, format_bytes
 
 MARGIN = GIB // 2  # of a card's memory that `auto` leaves: to the desktop, to what torch's libraries take later
 TINY = MIB // 8  # bytes of a record below which `auto` leaves the GPU alone
-PINNED = 0.5  # of the machine's memory, which `auto` page-locks at most
+PINNED_WSL = 0.4  # of the memory, what `auto` page-locks at most under WSL, which refuses more than about half
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +59,11 @@ class Placement:
         return self.vram, taken
 
     def pin_budget(self) -> int:
-        """Bytes that may be page-locked."""
-        return int(hardware.memory().total * PINNED) if self.pin is None else self.pin
+        """Bytes that may be page-locked: of `auto` all that --ram allows, but for WSL."""
+        memory = hardware.memory().total
+        if self.pin is None:
+            return int(memory * PINNED_WSL) if hardware.is_wsl() else memory
+        return self.pin
 
 
 def _any(say: Callable[[str], None]) -> Device | None:

@@ -88,6 +88,11 @@ def _status(key: str, root: Path) -> int:
     return 1024 * int(found[1]) if found else 0
 
 
+def is_wsl(root: Path = Path("/")) -> bool:
+    """Whether Windows runs this Linux."""
+    return "microsoft" in read_text(root / "proc/sys/kernel/osrelease").lower()
+
+
 def hugepages(root: Path = Path("/")) -> str:
     """Transparent huge pages: "always", "madvise" or "never"; "unknown" where the system has no such setting."""
     found = re.search(r"\[(\w+)\]", read_text(root / "sys/kernel/mm/transparent_hugepage/enabled"))

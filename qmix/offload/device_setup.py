@@ -110,6 +110,9 @@ def _pin(device: Device, pools: list[Tensor], limit: int, say: Callable[[str], N
         pinned = pin_pool(pool, limit, say)
         opened.callback(pinned.close)
         limit -= pinned.nbytes
+        if pinned.slots < len(pool) and limit < pool.shape[1]:
+            say(f"--pin: {len(pool) - pinned.slots} of {len(pool)} slots in RAM are not page-locked: copies from them "
+                "are slower")
 
 
 def _slabs(device: Device, fast: TierPlan) -> list[Tensor]:
