@@ -7,4 +7,5 @@ takes seconds: import them where that is wanted. `hardware.memory` is the functi
 from qmix.hardware.cores import check_threads, physical_cores
 from qmix.hardware.memory import Memory, cgroup_limits, is_wsl, memory, peak_bytes, resident_bytes
 
-__all__ = ["Memory", "cgroup_limits", "check_threads", "is_wsl", "memory", "peak_bytes", "physical_cores", "resident_bytes"]
+__all__ = ["Memory", "cgroup_limits", "check_threads", "is_wsl", "memory", "peak_bytes", "physical_cores",
+           "resident_bytes"]
