@@ -20,10 +20,11 @@ from torch import Tensor
 from qmix import hardware
 from qmix.checkpoint import Checkpoint
 from qmix.config import ExpertKey, ModelConfig, QuantConfig
-from qmix.engine import Engine, load
+from qmix.device import StandIn
+from qmix.engine import Engine, Placement, load
 from qmix.errors import ConfigError, DoesNotFit, Interrupted, StoreError, UsageError
 from qmix.offload.cache import Cache, make_policy, warm_order
-from qmix.offload.plan import RESERVE, Needs, plan
+from qmix.offload.plan import DEVICE_TILES, RESERVE, STAGING, Needs, plan
 from qmix.quantize import quantize_checkpoint
 from qmix.quantize.methods import quantize
 from qmix.sizes import GIB, MIB
@@ -114,6 +115,24 @@ def test_same_bits_for_every_budget(mixed: Path, more: int, policy: str, prefetc
         assert not engine.plan.resident
         assert torch.equal(run(engine), want)
         assert engine.stats()["offload"]["decode"]["misses"] > 0
+
+
+@pytest.mark.parametrize("more", [0, 1, 6, 100])
+def test_same_bits_on_a_device(mixed: Path, more: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kind of record has a slab of its own there, and slots of its own below."""
+    with load(mixed, threads=1, context=120, activations="bf16", placement=Placement(StandIn())) as engine:
+        want = run(engine)
+    monkeypatch.setattr(hardware, "resident_bytes", lambda: 0)
+    with Store.open(mixed) as store:
+        needs = Needs.of(store.config, store.quant, 120)
+    least = [sum(count * nbytes for count, (_, nbytes) in zip(counts, needs.kinds, strict=True))
+             for counts in (needs.least, [STAGING] * len(KINDS))]
+    vram = RESERVE + needs.dense + needs.kv + needs.workspace + DEVICE_TILES + least[0] + more * needs.record
+    ram = RESERVE + least[1] + more * needs.record
+    with load(mixed, threads=1, context=120, activations="bf16", ram=ram, prefetch="ahead",
+              placement=Placement(StandIn(), vram, exact=True)) as engine:
+        assert engine.plan.resident == (more == 100)
+        assert torch.equal(run(engine), want)
 
 
 def test_a_broken_run_goes_on(source: Path, mixed: Path, tmp_path: Path) -> None:

@@ -72,8 +72,8 @@ class DeviceExperts(PagedExperts):
 
     @property
     def resident(self) -> bool:
-        """Whether the device never has to ask."""
-        return self._all_here and self._by_slot
+        """Whether the device never has to ask. A trace wants each layer's guesses, so then it does."""
+        return self._all_here and self._by_slot and not self.traces
 
     def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, step: Step, ahead: Tensor | None = None,
                  wanted: Tensor | None = None) -> Tensor:
