@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from test_lane import stays, until
 from test_reads import CHUNK, RECORD, FakeRecords, key
-from two_tiers import OPEN, Gates, Stack, content, stacks
+from two_tiers import OPEN, Gates, Stack, content, right, stacks
 
 from qmix.config import ExpertKey
 from qmix.device import StandIn
@@ -135,6 +135,22 @@ def test_what_failed_on_its_way_down_does_not_keep_its_slot(stacked: Callable[..
     stack.copies._sweep()
     assert gone not in stack.low
     stack.check()
+
+
+def test_what_comes_down_takes_the_slot_of_what_could_not_be_read(stacked: Callable[..., Stack]) -> None:
+    def fault(k: ExpertKey, start: int) -> None:
+        if k != key(1):
+            raise OSError(5, "unlucky")
+
+    stack = stacked(1, 2, FakeRecords(fault=fault))
+    stack.bring(1)
+    for number in (5, 6):
+        assert stack.low.want(key(number), "warm")
+    until(lambda: all((load := stack.low.load_of(k)) is not None and load.error is not None for k in stack.low))
+    stack.high.drop(key(1))
+    assert key(1) in stack.low
+    stack.low.wait(key(1), RECORD)
+    assert right(stack.low.bytes_of(key(1)), key(1)) and stack.copies.bytes_down == RECORD
 
 
 def test_a_failed_compute_fails_what_waits_for_it(stacked: Callable[..., Stack]) -> None:

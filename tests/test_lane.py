@@ -252,6 +252,7 @@ def test_a_lane_whose_thread_ends_leaves_nobody_waiting(monkeypatch: pytest.Monk
     line = Line()
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
     monkeypatch.setattr(Trip, "may_copy", lambda self, end: 1 // 0)
-    load = line.send(1)
-    until(lambda: load.error is not None)
+    loads = [line.send(1), line.send(2)]
+    until(lambda: all(load.error is not None for load in loads))
+    assert "could not be copied up: the thread that copies is gone" in str(loads[1].error)
     line.lane.close()

@@ -84,6 +84,7 @@ class Lane:
         self._flying = 0
         self._busy = self._busy_since = 0.0
         self._closed = False
+        self._over = "qmix is closing"  # why nothing is copied any more
         self.bytes = [0, 0, 0]
         self._thread = threading.Thread(target=self._run, name=f"qmix-copy-{name}", daemon=True)
         self._thread.start()
@@ -121,7 +122,8 @@ class Lane:
                 self._land(flights.popleft())
         finally:
             with self._bell:
-                self._closed = True
+                if not self._closed:
+                    self._closed, self._over = True, "the thread that copies is gone"
                 self._fail_all()
 
     def _take(self, wait: bool) -> _Flight | None:
@@ -199,7 +201,7 @@ class Lane:
     def _fail_all(self) -> None:
         for trip in self._queue:
             if not trip.load.over:
-                trip.load.error = QmixError(f"{trip.load.key}: could not be copied {self._name}: qmix is closing")
+                trip.load.error = QmixError(f"{trip.load.key}: could not be copied {self._name}: {self._over}")
         self._queue.clear()
         self._bell.notify_all()
 

@@ -90,7 +90,7 @@ class Tier:
 
     def want(self, key: ExpertKey, reason: Reason) -> bool:
         """Have the record brought in, or sooner if it is on its way; again, if it failed on its way. False: no slot
-        for it now, since all are pinned, or since for a guess nothing may be displaced."""
+        for it now, since all are pinned, or since for a guess nothing may be displaced, here or where it comes from."""
         load = self._loading.get(key)
         if load is not None and load.error is not None:
             self.drop(key)
@@ -102,8 +102,11 @@ class Tier:
         slot = self._admit(key, reason, self._pinned)
         if slot is None:
             return False
-        self._loading[key] = self._source.submit(key, self.slots[slot], URGENCY[reason],
-                                                 self._draining.pop(slot, None), self._used.get(slot))
+        self._loading[key] = load = self._source.submit(key, self.slots[slot], URGENCY[reason],
+                                                        self._draining.pop(slot, None), self._used.get(slot))
+        if load.error is not None and load.urgency != DEMAND:
+            self.drop(key)  # the source has no room for a guess
+            return False
         return True
 
     def wait(self, key: ExpertKey, nbytes: int, cancel: Cancel | None = None) -> None:
