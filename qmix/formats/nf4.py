@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from qmix.errors import QmixError
-from qmix.formats.packed import TILE_BYTES, Packed, gather, refuse_nonfinite, row_tiles
+from qmix.formats.packed import Packed, gather, refuse_nonfinite, row_tiles
 from qmix.sizes import BNB_BLOCK, BNB_NESTED_BLOCK, MatrixSpec
 
 IMPORTING = threading.Lock()  # what is hidden during the import is hidden from the whole process
@@ -94,9 +94,9 @@ def scales(packed: Packed) -> Tensor:
     return absmax.add_(packed["offset"])
 
 
-def tiles(packed: Packed, dtype: torch.dtype = torch.float32,
-          tile_bytes: int = TILE_BYTES) -> Iterator[tuple[int, Tensor]]:
-    """Decode tile by tile with bitsandbytes, where the matrix lies: (first logical row, `dtype` [n, cols])."""
+def tiles(packed: Packed, dtype: torch.dtype = torch.float32, tile_bytes: int = 0) -> Iterator[tuple[int, Tensor]]:
+    """Decode tile by tile with bitsandbytes, where the matrix lies: (first logical row, `dtype` [n, cols]).
+    tile_bytes: see `row_tiles`."""
     f, spec = functional(), packed.spec
     k, qweight, absmax = spec.padded_cols, packed["qweight"], scales(packed)
     for start, row, rows in row_tiles(spec, dtype.itemsize, tile_bytes):

@@ -104,13 +104,13 @@ def pad(weight: Tensor, spec: MatrixSpec, value: float = 0.0) -> Tensor:
     return padded
 
 
-def row_tiles(spec: MatrixSpec, item_bytes: int = 4, tile_bytes: int = TILE_BYTES) -> Iterator[tuple[int, int, int]]:
+def row_tiles(spec: MatrixSpec, item_bytes: int = 4, tile_bytes: int = 0) -> Iterator[tuple[int, int, int]]:
     """Walk the rows of a matrix in tiles: (first logical row, first padded row, rows of the tile).
 
-    A tile lies within one part, starts on a block, and takes at most `tile_bytes` when decoded to
+    A tile lies within one part, starts on a block, and takes at most `tile_bytes` (0: TILE_BYTES) when decoded to
     `item_bytes` a weight (but at least one block of rows, or one row where there are no blocks).
     """
-    step = max(1, tile_bytes // (spec.padded_cols * item_bytes))
+    step = max(1, (tile_bytes or TILE_BYTES) // (spec.padded_cols * item_bytes))
     if spec.block:
         step = max(spec.block, step // spec.block * spec.block)
     rows, padded = spec.rows // spec.parts, spec.padded_rows // spec.parts
