@@ -12,13 +12,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from qmix.bench.cases import Case
+from qmix.bench.device import Moved
 from qmix.bench.work import Model
 from qmix.engine import Engine, Session
 
 
 @dataclass(frozen=True, slots=True)
 class Repetition:
-    """Seconds that `tokens` took, of them stalled: waiting for records. ram_bytes, operations: see work.Model.
+    """Seconds that `tokens` took, of them stalled: waiting for records. ram_bytes, operations: see work.Model; where
+    there is a device, operations are its own and `moved` tells the rest.
 
     disk_bytes: records read for this repetition or guessed for it, warmed_bytes: read meanwhile by the warming that
     a load begins. chosen records were needed (once per layer and pass), hits of them were in a slot. recall: share of
@@ -36,6 +38,7 @@ class Repetition:
     hits: int
     recall: float | None
     wasted_bytes: int
+    moved: Moved | None = None
 
     @property
     def rate(self) -> float:
@@ -62,7 +65,12 @@ def repeat(engine: Engine, session: Session, model: Model, case: Case, ids: Sequ
         session.trim(0)
     report = engine.stats()["offload"]
     figures = report["prefill" if case.kind == "pp" else "decode"]
-    guesses = report["prefetcher"]
-    return Repetition(case.tokens, seconds, figures["stalled_seconds"], model.bytes_read(case, figures["chosen"]),
-                      model.operations(case), figures["bytes_read"], report["warmed_bytes"] - warmed,
-                      figures["chosen"], figures["hits"], guesses["recall"], guesses["wasted_bytes"])
+    guesses, computed = report["prefetcher"], figures["computed"]
+    fast = model.bytes_read(case, figures["chosen"] - computed)  # what the fast memory gave
+    moved = None if engine.device is None else Moved.of(fast, figures)
+    # Only single tokens leave a record to the CPU, so each is one expert's products.
+    return Repetition(case.tokens, seconds, figures["stalled_seconds"],
+                      fast if moved is None else computed * model.record + moved.bus_bytes,
+                      model.operations(case) - computed * 2 * model.expert, figures["bytes_read"],
+                      report["warmed_bytes"] - warmed, figures["chosen"], figures["hits"], guesses["recall"],
+                      guesses["wasted_bytes"], moved)

@@ -1,9 +1,9 @@
 """The whole of `qmix bench`: measure the machine, then each case on an engine of its own.
 
 Every case starts from a fresh load, so that its cold row is one and no case depends on those before it. All loads get
-the plan of the first: what the libraries allocate at their first use must not cost later cases slots. They
-neither use the router statistics of earlier runs nor add to them: a benchmark must not change with what was
-chatted before. The machine is measured anew before each case.
+the plan of the first, and its device: what the libraries allocate at their first use must not cost later cases
+slots. They neither use the router statistics of earlier runs nor add to them: a benchmark must not change with what
+was chatted before. The machine is measured anew before each case, a device after it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from qmix import __version__, hardware
 from qmix.bench import roofline
 from qmix.bench.cases import Case, context_of
+from qmix.bench.device import let_go, with_device
 from qmix.bench.measure import Repetition, repeat
 from qmix.bench.report import figures, short
 from qmix.bench.text import encode, piece
@@ -27,18 +28,18 @@ from qmix.engine import Engine
 from qmix.hardware.cores import cpu_model
 from qmix.hardware.memory import reset_peak
 from qmix.model.weights import compute_dtype
-from qmix.offload.plan import TierPlan
+from qmix.offload.plan import Plan
 from qmix.sizes import format_bytes
 from qmix.store import Store, describe
 
 Row = dict[str, Any]
-OpenEngine = Callable[[int, TierPlan | None], Engine]  # (context in tokens, the RAM's plan to repeat, None at first)
+OpenEngine = Callable[[int, Plan | None], Engine]  # (context in tokens, the plan to repeat, None at first)
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
     """cases: what to time, each once cold and `repetitions` times warm, on `text`, called text_name in the report.
-    ram: bytes for the process, None where the flags leave it to the engine."""
+    ram: bytes for the process, pin: of them page-locked, None where the flags leave it to the engine."""
 
     folder: Path
     cases: Sequence[Case]
@@ -46,6 +47,7 @@ class Request:
     text: str
     text_name: str
     ram: int | None
+    pin: int | None = None
 
 
 def run(request: Request, load: OpenEngine, *, today: date, say: Callable[[str], None],
@@ -61,20 +63,25 @@ def run(request: Request, load: OpenEngine, *, today: date, say: Callable[[str],
     document: dict[str, Any] = {"qmix": __version__, "date": today.isoformat(), "machine": {}, "model": _model(about),
                                 "text": request.text_name, "context": context, "interrupted": False, "rows": []}
     try:
-        tier: TierPlan | None = None
+        plan: Plan | None = None
         for case in request.cases:
             peaks = roofline.measure(compute_dtype(config, quant), request.ram, say)
             reset_peak()
-            with load(context, tier) as engine:
-                tier = engine.plan.ram
-                model = Model.of(config, quant, engine.plan.needs)
+            with load(context, plan) as engine:
+                plan, device = engine.plan, engine.device
+                model = Model.of(config, quant, plan.needs)
                 found = _repetitions(engine, model, case, request, say)
-                placed, paged = _placement(engine), not engine.plan.resident
+                placed = _placement(engine)
                 document["machine"] = _machine(engine)
-                if engine.native is not None:
+                if engine.native is not None and device is None:
                     peaks = roofline.with_native(peaks, engine.native)
             del engine  # its memory must be free before the next load takes stock
-            if paged:
+            if device is not None:
+                let_go(device.place)
+                fast = plan.tiers[0]
+                peaks = with_device(peaks, device.place, compute_dtype(config, quant, device.half),
+                                    vram=fast.budget - fast.base, ram=request.ram, pin=request.pin, say=say)
+            if not plan.resident:
                 peaks = roofline.with_disk(peaks, request.folder, say)
             say(f"{case.name}: {peaks.line()}")
             for state, part in (("cold", found[:1]), ("warm", found[1:])):
@@ -98,24 +105,31 @@ def _repetitions(engine: Engine, model: Model, case: Case, request: Request, say
         which = f"{number} of {request.repetitions}" if number else "cold"
         say(f"{case.name}: {which}, {short(found[-1].rate)} tok/s")
     memory = engine.stats()["memory"]
-    say(f"{case.name}: peak memory {format_bytes(memory['peak'])} of {format_bytes(memory['budget'])}")
+    device = "" if engine.device is None else (
+        f"; GPU memory {format_bytes(memory['vram_taken'])} of {format_bytes(memory['vram_budget'])}")
+    say(f"{case.name}: peak memory {format_bytes(memory['peak'])} of {format_bytes(memory['budget'])}{device}")
     return found
 
 
 def _placement(engine: Engine) -> dict[str, Any]:
     """What a row says of where the model was, and with which options."""
     stats, plan = engine.stats(), engine.plan
-    return {"model": engine.store.path.resolve().name, "threads": torch.get_num_threads(), "slots": plan.slots,
+    memory = stats["memory"]
+    placed = {"model": engine.store.path.resolve().name, "threads": torch.get_num_threads(), "slots": plan.slots,
             "records": plan.needs.records, "cache_policy": stats["offload"]["policy"],
             "prefetch": stats["offload"]["prefetch"], "kv_cache": plan.needs.kv_cache,
-            "budget_bytes": stats["memory"]["budget"],
-            "peak_bytes": stats["memory"]["peak"]}
+            "budget_bytes": memory["budget"], "peak_bytes": memory["peak"]}
+    if engine.device is not None:
+        placed |= {"device": engine.device.name, "exact": engine.exact, "vram_slots": plan.tiers[0].slots,
+                   "vram_budget_bytes": memory["vram_budget"], "vram_taken_bytes": memory["vram_taken"]}
+    return placed
 
 
 def _machine(engine: Engine) -> dict[str, Any]:
-    return {"cpu": cpu_model(), "physical_cores": hardware.physical_cores(), "memory_bytes": hardware.memory().total,
-            "torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability(),
-            "kernels": dict(engine.kernels)}
+    about = {"cpu": cpu_model(), "physical_cores": hardware.physical_cores(), "memory_bytes": hardware.memory().total,
+             "torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability(),
+             "kernels": dict(engine.kernels)}
+    return about if engine.device is None else {**about, "device": engine.device.name}
 
 
 def _model(about: dict[str, Any]) -> dict[str, Any]:

@@ -15,18 +15,22 @@ from qmix import render
 from qmix.cli.options import (
     Activations,
     CachePolicy,
+    Device,
+    Exact,
     KvCache,
     Loading,
     Margin,
     ModelArgument,
     NoPrefetch,
+    Pin,
     Prefetch,
     Ram,
     Threads,
     Verify,
-    flag_bytes,
+    Vram,
     load_engine,
     model_folder,
+    size_or_auto,
 )
 from qmix.errors import UsageError
 
@@ -48,8 +52,10 @@ def bench(
     threads: Threads = None, ram: Ram = "auto", margin: Margin = None, cache_policy: CachePolicy = "auto",
     prefetch: Prefetch = "auto", no_prefetch: NoPrefetch = False, verify: Verify = "first",
     activations: Activations = "auto", kv_cache: KvCache = "bf16",
+    device: Device = "auto", vram: Vram = "auto", pin: Pin = "auto", exact: Exact = False,
 ) -> None:
-    """Measure prefill and decoding, cold and warm, and what limits them: memory, disk, compute or overhead."""
+    """Measure prefill and decoding, cold and warm, and what limits them: GPU memory, bus, memory, disk, compute or
+    overhead."""
     if output not in OUTPUTS:
         raise UsageError(f"-o {output}: want {', '.join(OUTPUTS)}")
     from qmix import bench as benchmark
@@ -58,9 +64,10 @@ def bench(
     cases = benchmark.make_cases(*(benchmark.numbers(flag, text) for flag, text in (
         ("-p", prompt_tokens), ("-n", gen_tokens), ("-d", depth))))
     text = benchmark.recorded_text() if file is None else oneshot.read_prompt(None, file, sys.stdin)
-    how = Loading(0, threads, ram, margin, cache_policy, prefetch, no_prefetch, verify, activations, kv_cache)
+    how = Loading(0, threads, ram, margin, cache_policy, prefetch, no_prefetch, verify, activations, kv_cache,
+                  None, device, vram, pin, exact)
     request = benchmark.Request(model_folder(model), cases, repetitions, text, "recorded" if file is None else
-                                str(file), None if ram == "auto" else flag_bytes("--ram", ram))
+                                str(file), size_or_auto("--ram", ram), size_or_auto("--pin", pin))
     document = benchmark.run(request, _loader(request.folder, how), today=date.today(), say=render.say,
                              emit=_printer(output))
     if output == "json":
@@ -71,8 +78,7 @@ def bench(
 
 
 def _loader(folder: Path, how: Loading) -> Callable[[int, Any], Any]:
-    """load(context, the RAM's plan of an earlier load or None) -> engine; what each load would say again is said
-    once."""
+    """load(context, the plan of an earlier load or None) -> engine; what each load would say again is said once."""
     said: set[str] = set()
 
     def once(line: str) -> None:
@@ -81,11 +87,20 @@ def _loader(folder: Path, how: Loading) -> Callable[[int, Any], Any]:
             render.say(line)
 
     def load(context: int, like: Any) -> Any:
-        fixed = how if like is None else replace(how, ram=str(like.budget), margin=None)
-        return load_engine(folder, replace(fixed, ctx_size=context), keep_statistics=False,
-                           base=None if like is None else like.base, say=once)
+        fixed = how if like is None else _again(how, like)
+        base, vram_base = (None, None) if like is None else (like.ram.base, like.tiers[0].base)
+        return load_engine(folder, replace(fixed, ctx_size=context), keep_statistics=False, base=base, say=once,
+                           vram_base=vram_base)
 
     return load
+
+
+def _again(how: Loading, like: Any) -> Loading:
+    """What leads to the budgets of the plan `like` once more, and to the device that `how` led to."""
+    fixed = replace(how, ram=str(like.ram.budget), margin=None)
+    if len(like.tiers) == 1:
+        return replace(fixed, device="cpu")
+    return replace(fixed, device="cuda" if how.device == "auto" else how.device, vram=str(like.tiers[0].budget))
 
 
 def _printer(output: str) -> Callable[[dict[str, Any]], None]:

@@ -85,10 +85,10 @@ class Loading:
 
 def load_engine(folder: Path, how: Loading, keep_statistics: bool = True,
                 base: int | None = None, say: Callable[[str], None] = render.say, recorder: Any = None,
-                scoring: bool = False) -> Any:
+                scoring: bool = False, vram_base: int | None = None) -> Any:
     """The engine, its choices said and its loading shown on stderr. keep_statistics: start with the router
-    statistics of earlier runs, and add to them. base, scoring: see engine.load; recorder: its `trace`, where that is
-    no file."""
+    statistics of earlier runs, and add to them. base, scoring: see engine.load; vram_base: see engine.Placement;
+    recorder: its `trace`, where that is no file."""
     from qmix.engine import Placement, load
     from qmix.planning import known_speeds
 
@@ -104,7 +104,7 @@ def load_engine(folder: Path, how: Loading, keep_statistics: bool = True,
                     speeds=known_speeds(paths.hardware_file(), render.say),
                     base=base, scoring=scoring, say=say, progress=progress,
                     placement=Placement(how.device, size_or_auto("--vram", how.vram), size_or_auto("--pin", how.pin),
-                                        how.exact))
+                                        how.exact, vram_base))
 
 
 def margin_bytes(text: str | None) -> int | None:

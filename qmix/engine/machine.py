@@ -22,12 +22,14 @@ PINNED_WSL = 0.4  # of the memory, what `auto` page-locks at most under WSL, whi
 @dataclass(frozen=True, slots=True)
 class Placement:
     """device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", or one that is open already. vram, pin:
-    bytes, None for auto. exact: see engine.load. Flags that have no meaning without a GPU are refused there."""
+    bytes, None for auto. exact: see engine.load. base: bytes of the device that count as taken already, None = what the
+    process holds of it now. Flags that have no meaning without a GPU are refused there."""
 
     device: str | Device = "auto"
     vram: int | None = None
     pin: int | None = None
     exact: bool = False
+    base: int | None = None
 
     def open(self, record: int, say: Callable[[str], None]) -> Device | None:
         """The device for a model with records of so many bytes; None for the CPU. UsageError, DoesNotFit where it
@@ -48,15 +50,16 @@ class Placement:
         return found
 
     def vram_budget(self, device: Device) -> tuple[int, int]:
-        """(bytes of the device for this process, bytes of them that it has taken already)."""
+        """(bytes of the device for this process, bytes of them that count as taken already)."""
         free, taken = device.memory()[0], device.taken()
+        base = taken if self.base is None else self.base
         if self.vram is None:
-            return taken + max(0, free - min(MARGIN, free // 8)), taken
+            return taken + max(0, free - min(MARGIN, free // 8)), base
         if self.vram > taken + free:
             raise DoesNotFit(f"--vram {format_bytes(self.vram)}: only {format_bytes(taken + free)} can be had on "
                              f"{device.name}, short of {format_bytes(self.vram - taken - free)}",
                              "name a smaller one, or close other programs that use the GPU")
-        return self.vram, taken
+        return self.vram, base
 
     def pin_budget(self) -> int:
         """Bytes that may be page-locked: of `auto` all that --ram allows, but for WSL."""

@@ -82,7 +82,7 @@ def on_device(parts: Parts, device: Device, host: KernelTable, placement: Placem
     dtype = compute_dtype(config, store.quant, device.half)
     say(f"{device.name}: prompts compute in {str(dtype).removeprefix('torch.')}" + (
         ", since it has no bf16 products" if str(dtype) == "torch.float16" else ""))
-    device.limit(parts.plan.tiers[0].budget - device.taken())
+    device.limit(parts.plan.tiers[0].budget - parts.plan.tiers[0].base)
     kernels = choose_device_kernels(device.place, dtype, *stored_formats(config, store.quant), host, device.triton)
     how = DeviceOptions(placement.pin_budget(), placement.exact, *((speeds.pcie, speeds.ram) if speeds else ()))
     with ThreadPoolExecutor(1, "qmix-dense") as beside:

@@ -132,16 +132,24 @@ def measure_h2d(*, nbytes: int = 256 * MIB, repeats: int = 7, seconds: float = 2
         target = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
         for pinned in (True, False):
             source = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned).fill_(1)
-
-            def copy(source: torch.Tensor = source) -> None:
-                target.copy_(source, non_blocking=True)
-                torch.cuda.synchronize()
-
-            found.append(nbytes / _median_seconds(copy, repeats, seconds, clock) / 1e9)
+            found.append(measure_copies(source, target, repeats=repeats, seconds=seconds, clock=clock))
     except RuntimeError as e:  # torch's out-of-memory errors are RuntimeErrors
         say(f"copies to the GPU were not measured: {str(e).splitlines()[0]}")
         return None
     return found[0], found[1]
+
+
+def measure_copies(source: torch.Tensor, target: torch.Tensor, *, repeats: int = 7, seconds: float = 2.0,
+                   clock: Callable[[], float] = time.perf_counter) -> float:
+    """GB/s of copies of `source` to `target`, equal in shape and dtype, wherever each is: the bytes of one of them over
+    the median time."""
+
+    def copy() -> None:
+        target.copy_(source, non_blocking=True)
+        if target.is_cuda:
+            torch.cuda.synchronize(target.device)
+
+    return source.nbytes / _median_seconds(copy, repeats, seconds, clock) / 1e9
 
 
 def _median_seconds(work: Callable[[], object], repeats: int, seconds: float, clock: Callable[[], float]) -> float:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +79,12 @@ class DeviceExperts(PagedExperts):
                  wanted: Tensor | None = None) -> Tensor:
         self._device.settle()
         return super().__call__(layer, x, ids, weights, step, ahead, wanted)
+
+    def _in_turn(self, layer: int, experts: Sequence[int], step: Step, ahead: Tensor | None) -> Iterator[ExpertKey]:
+        keys = [ExpertKey(layer, expert) for expert in experts]
+        self.figures[step.phase].below += sum(
+            self._below.tier.ready(key) for key in keys if not self._tier.ready(key))
+        return super()._in_turn(layer, experts, step, ahead)
 
     def begin(self, layer: int, routed: Routed) -> Work | None:
         """See model.device_decode.DeviceExperts."""
