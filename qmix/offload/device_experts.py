@@ -221,8 +221,10 @@ class DeviceExperts(PagedExperts):
                     row.copy_(own, non_blocking=True)
 
             self._device.compute.run(send)
-            split.computed(self._nbytes(key), self._clock() - start)
+            seconds = self._clock() - start
+            split.computed(self._nbytes(key), seconds)
             self.figures[step.phase].computed += 1
+            self.figures[step.phase].host_seconds += seconds
         finally:
             below.unpin([key])
         self._raise(key)

@@ -14,8 +14,8 @@ class PhaseFigures:
 
     chosen: records that passes needed (each once per layer and pass, however many tokens share it); hits: those
     whose bytes were all there when the router spoke, prefetched: of these, read ahead for it. On a device: below,
-    misses that were in host memory; computed, those that the CPU computed there. seconds: whole passes;
-    stalled_seconds: of those, waiting for records; read_seconds: the disk was reading, stalled or beside the
+    misses that were in host memory; computed, those that the CPU computed there, in host_seconds. seconds: whole
+    passes; stalled_seconds: of those, waiting for records; read_seconds: the disk was reading, stalled or beside the
     computing.
     """
 
@@ -27,6 +27,7 @@ class PhaseFigures:
     misses: int = 0
     below: int = 0
     computed: int = 0
+    host_seconds: float = 0.0
     bytes_read: int = 0
     seconds: float = 0.0
     stalled_seconds: float = 0.0
