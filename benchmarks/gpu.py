@@ -72,23 +72,23 @@ def sections(args: argparse.Namespace, size: dict[str, Any], work: Path) -> list
     def part(name: str, do: str, least: float, most: float, task: dict[str, Any] = base, **rest: Any) -> Section:
         return Section(name, do, min(least, 8.0) if small else least, most, task, **rest)
 
-    def placed(name: str, vram: int | None, most: float = 45.0, prefetch: bool = True, split: bool = True,
-               kinds: Sequence[str] = ("local",), prompts: Sequence[int] = ()) -> Section:
+    def placed(name: str, vram: int | None, least: float = 25.0, most: float = 45.0, prefetch: bool = True,
+               split: bool = True, kinds: Sequence[str] = ("local",), prompts: Sequence[int] = ()) -> Section:
         # The stand-in's records are so small that `auto` would not look ahead.
         mode = ("ahead" if small else "auto") if prefetch else "off"
-        return part(name, "run", 30.0, most, {**base, "vram": vram, "exact": not split, "prefetch": mode,
-                                              "kinds": list(kinds), "prompts": list(prompts)}, needs=("store",))
+        return part(name, "run", least, most, {**base, "vram": vram, "exact": not split, "prefetch": mode,
+                                               "kinds": list(kinds), "prompts": list(prompts)}, needs=("store",))
 
     no_peer = None if args.peer_python else "no --peer-python was given"
     return [
-        part("machine", "machine", 10, 60),
-        part("check", "check", 25, 90),
-        part("store", "store", 30, 200),
-        part("bandwidth", "bandwidth", 10, 45, needs=("store",)),
-        placed("24 GB", 24, 110.0, prompts=size["prompts"]),
-        part("kernels", "kernels", 25, 60),
-        part("peer: transformers + accelerate", "peer", 30, 75, {**peer, "peer": "transformers"}),
-        placed("all in VRAM", None, 60.0, prompts=size["prompts"]),
+        part("machine", "machine", 15, 60),
+        part("check", "check", 45, 90),
+        part("store", "store", 75, 200),
+        part("bandwidth", "bandwidth", 20, 45, needs=("store",)),
+        placed("24 GB", 24, 80.0, 120.0, prompts=size["prompts"]),
+        part("kernels", "kernels", 40, 75),
+        part("peer: transformers + accelerate", "peer", 50, 90, {**peer, "peer": "transformers"}),
+        placed("all in VRAM", None, 40.0, 70.0, prompts=size["prompts"]),
         placed("24 GB, split off", 24, split=False),
         placed("24 GB, prefetch off", 24, prefetch=False),
         placed("12 GB", 12, prompts=size["prompts"]),
@@ -107,9 +107,7 @@ def sections(args: argparse.Namespace, size: dict[str, Any], work: Path) -> list
 
 
 def refused(section: Section, done: dict[str, Any]) -> str | None:
-    """Why a section cannot be run, given the results so far."""
-    if section.unless:
-        return section.unless
+    """Why a section is not to be run, given the results so far."""
     for name in section.needs:
         if done.get(name, {}).get("state") != "done":
             return f"needs {name}, which is not there"
@@ -121,16 +119,19 @@ def refused(section: Section, done: dict[str, Any]) -> str | None:
 def perform(todo: Sequence[Section], archive: dict[str, Any], ends: float, keep: Any) -> None:
     """Run the sections in order within the time; results into archive["sections"]."""
     results = archive["sections"]
-    waiting = list(todo)
+    results |= {section.name: {"state": "unavailable", "reason": section.unless} for section in todo if section.unless}
+    waiting = [section for section in todo if not section.unless]
     while waiting:
         section = waiting[0]
         seconds, dropped = allot(waiting, ends - time.monotonic())
         if reason := refused(section, results):
-            results[section.name] = {"state": "unavailable" if section.unless else "skipped", "reason": reason}
+            results[section.name] = {"state": "skipped", "reason": reason}
         elif section in dropped:
             results[section.name] = {"state": "skipped", "reason": "no time was left"}
         else:
             say(f"{section.name}: up to {seconds:.0f} s")
+
+            results[section.name] = {"state": "running"}
 
             def kept(result: dict[str, Any], name: str = section.name) -> None:
                 results[name] = result
@@ -164,7 +165,8 @@ class Files:
     def write(self) -> None:
         if self._out is None:
             return
-        card = "stand-in" if self._archive["stand_in"] else gpu_report.found_of(self._archive, "machine").get("card", "")
+        found = gpu_report.found_of(self._archive, "machine")
+        card = "stand-in" if self._archive["stand_in"] else found.get("card", "")
         stem = f"{self._archive['started'][:10]}-gpu-{self._name or slug(card) or 'unknown'}"
         if self.stem and stem != self.stem:  # the card's name is known now
             for kind in ("json", "md"):
@@ -198,7 +200,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=540.0, help="for everything")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the results go")
     parser.add_argument("--name", help="in the files' names, instead of the card's")
-    parser.add_argument("--only", metavar="NAMES", help="of sections, by comma: these alone, and those they need")
+    parser.add_argument("--only", metavar="NAMES", help="of sections, by semicolon: these alone, and those they need")
     parser.add_argument("--peer-python", help="interpreter with llama-cpp-python, built with CUDA, and gguf")
     parser.add_argument("--work", type=Path, metavar="DIR", help="where the store is made, for the time of the run")
     parser.add_argument("-t", "--threads", type=int, help="of the CPU (all physical cores)")
@@ -211,7 +213,7 @@ def chosen(todo: list[Section], only: str | None) -> list[Section]:
     """Those that --only names, and what they need. SystemExit for a name that there is not."""
     if only is None:
         return todo
-    names = {name.strip() for name in only.split(";" if ";" in only else "|")}
+    names = {name.strip() for name in only.split(";")}
     if unknown := names - {section.name for section in todo}:
         raise SystemExit(f"--only: there is no {sorted(unknown)[0]!r}; there are " +
                          "; ".join(section.name for section in todo))
@@ -233,6 +235,7 @@ def main() -> None:
     files = Files(archive, args.out, args.name)
 
     def terminated(signum: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what follows cleans up
         raise Terminated
 
     signal.signal(signal.SIGTERM, terminated)

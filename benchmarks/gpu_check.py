@@ -10,6 +10,7 @@ logits for good reason. So the median token may differ by TYPICAL, and one in te
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ def run(task: dict[str, Any]) -> None:
 
     for name, share, exact in (("all experts on the device", 1.0, True), ("few there, the device computes", FEW, True),
                                ("few there, the CPU computes some", FEW, False)):
+        gc.collect()  # of the engine before
         device = open_device(task["stand_in"])
         got, stats = logits(store, Placement(device, budget(device, share), exact=exact), prefetch="ahead")
         errors = (got - want).norm(dim=1) / want.norm(dim=1)

@@ -63,20 +63,23 @@ def vram_budget(device: Device, config: ModelConfig, quant: QuantConfig, context
     return min(gib * GIB, there)
 
 
-def per_call(device: Device, run: Callable[[int], object], calls: int, repeat: int = 5) -> float:
-    """Seconds of run(i): the median over `repeat` launches of run(0), ..., run(calls - 1) in a row, captured as one
-    where the device has graphs, so that what a launch costs the host does not count."""
+def per_call(device: Device, run: Callable[[int], object], calls: int, repeat: int = 5, captured: bool = True) -> float:
+    """Seconds of run(i): the median over `repeat` launches of run(0), ..., run(calls - 1) in a row. captured: as one
+    launch where the device has graphs, so that what a call costs the host does not count."""
     def work() -> None:
         for i in range(calls):
             run(i)
 
-    device.compute.run(work)  # compiles, and takes what memory it needs
+    def launch() -> None:
+        device.compute.run(work)
+
+    launch()  # compiles, and takes what memory it needs
     device.wait(device.compute.record())
-    captured = device.capture(work)
+    repeated = device.capture(work) if captured else launch
     took = []
     for _ in range(repeat + 1):
         start = time.perf_counter()
-        captured()
+        repeated()
         device.wait(device.compute.record())
         took.append(time.perf_counter() - start)
     return statistics.median(took[1:]) / calls
@@ -84,11 +87,11 @@ def per_call(device: Device, run: Callable[[int], object], calls: int, repeat: i
 
 def memory_bandwidth(device: Device, nbytes: int) -> dict[str, float]:
     """{"copy": GB/s read and written by copying `nbytes`, "read": GB/s of summing them up}."""
-    source = torch.ones(nbytes // 4, device=device.place)
+    source = torch.ones(min(nbytes, device.memory()[0] // 4) // 4, device=device.place)
     target = torch.empty_like(source)
     total = torch.empty((), device=device.place)
-    copied = per_call(device, lambda i: target.copy_(source), 4)
-    read = per_call(device, lambda i: torch.sum(source, dim=0, out=total), 4)
+    copied = per_call(device, lambda i: target.copy_(source), 4, captured=False)
+    read = per_call(device, lambda i: torch.sum(source, dim=0, out=total), 4, captured=False)
     return {"copy": 2 * source.nbytes / 1e9 / copied, "read": source.nbytes / 1e9 / read}
 
 

@@ -167,9 +167,10 @@ def _decoding(archive: Found) -> str:
                      percent(row["rate"] / limit.rate if limit else None)])
     if not rows:
         return ""
-    return ("Roofline: tokens/s at most = 1 / max(bytes that the GPU reads / VRAM bandwidth, bytes that were not in "
-            "VRAM / (PCIe + CPU), those bytes / RAM); with split off / PCIe alone. All bandwidths measured in this run, "
-            "the hit rate as observed (benchmarks/gpu_roofline.py).\n\n" + table(DECODE_HEAD, rows))
+    return ("Roofline: tokens/s at most = 1 / the longest of bytes that the GPU reads / VRAM bandwidth, bytes that "
+            "come up / PCIe, bytes that the CPU computes / its bandwidth, and the last two together / RAM; the missing "
+            "records are divided between bus and CPU as suits best (split off: all by the bus). Bandwidths as measured "
+            "in this run, the hit rate as observed (benchmarks/gpu_roofline.py).\n\n" + table(DECODE_HEAD, rows))
 
 
 def _times(archive: Found) -> str:

@@ -1,16 +1,17 @@
 """How fast decoding could be on a machine of these bandwidths, given what was where: the bound that gpu.py judges by.
 
 A token reads the dense weights, its keys and values, and K records a layer. Of the records some lie in VRAM when they
-are wanted; the others lie in RAM, and there are two ways to have them: copied up and computed by the GPU, or computed
-by the CPU where they are. So a token takes at least the longer of
+are wanted; the others lie in RAM, and there are two ways to have them: copied up and computed by the GPU, or, where the
+work is split, computed by the CPU where they are. So a token takes at least the longest of
 
-    GPU      (dense + KV + records, but for those that the CPU computes) / VRAM bandwidth
-    below    (records that are not in VRAM) / (PCIe + CPU), at most / RAM: both read the same RAM
-             with everything on the GPU: / PCIe
+    GPU      (dense + KV + records that the CPU does not compute) / VRAM bandwidth
+    PCIe     records that are missing and that the CPU does not compute / PCIe bandwidth
+    CPU      records that the CPU computes / bandwidth at which it does
+    RAM      records that are missing / RAM bandwidth: bus and CPU read the same RAM
 
-if the GPU works on one thing while another one comes, and of what is missing exactly the right share goes either way.
-Nothing is charged for launches, for waiting on each other, for records that go down to make room, or for guesses that
-were wrong: they are what keeps a program below the bound. A record that was read ahead of its time counts as missing.
+if all four go on at once, and the CPU computes just as many as makes that longest one shortest. Nothing is charged for
+launches, for waiting on each other, for records that go down to make room, or for guesses that were wrong: they are
+what keeps a program below the bound. A record that was read ahead of its time counts as missing.
 """
 
 from __future__ import annotations
@@ -59,14 +60,17 @@ class Bound:
 
 
 def bound(token: Token, machine: Bandwidths) -> Bound:
-    """See the top. 10 GB fixed and chosen, 1 GB of it missing, at 1000 GB/s of VRAM, 25 of PCIe, 25 of CPU: half a GB
-    goes each way in 20 ms while the GPU needs 9.5 ms, so 50 tokens a second."""
-    on_cpu = token.missing * machine.cpu / (machine.pcie + machine.cpu) if token.split else 0.0
-    seconds = {"VRAM": (token.fixed + token.chosen - on_cpu) / machine.vram / GB,
-               "RAM": token.missing / machine.ram / GB}
+    """See the top. 9 GB fixed and 1 GB chosen, all of that missing, at 1000 GB/s of VRAM, 25 of PCIe, 25 of CPU and 100
+    of RAM: half a GB goes each way in 20 ms while the GPU needs 9.5 ms, so 50 tokens a second."""
+    device = token.fixed + token.chosen
+    on_cpu = 0.0
     if token.split:
-        seconds["PCIe and CPU"] = token.missing / (machine.pcie + machine.cpu) / GB
-    else:
-        seconds["PCIe"] = token.missing / machine.pcie / GB
+        # More of it shortens what the bus and the GPU take, and lengthens what the CPU takes: until they are equal.
+        as_bus = token.missing * machine.cpu / (machine.pcie + machine.cpu)
+        as_device = device * machine.cpu / (machine.vram + machine.cpu)
+        on_cpu = min(token.missing, max(as_bus, as_device))
+    below = max((token.missing - on_cpu) / machine.pcie, on_cpu / machine.cpu)
+    seconds = {"VRAM": (device - on_cpu) / machine.vram / GB, "RAM": token.missing / machine.ram / GB,
+               "PCIe and CPU" if token.split else "PCIe": below / GB}
     limit = max(seconds, key=lambda name: seconds[name])
     return Bound(1 / seconds[limit], limit)
