@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 Report = dict[str, Any]  # what setup.Offload.report gives
+
+
+class Meter(NamedTuple):
+    """Sums since the start, as of PhaseFigures. launches: pieces of work given to the device; waits: for it, by the
+    host."""
+
+    bytes_read: int
+    read_seconds: float
+    bytes_up: int = 0
+    bytes_down: int = 0
+    up_seconds: float = 0.0
+    launches: int = 0
+    waits: int = 0
 
 
 @dataclass(slots=True)
@@ -14,9 +27,9 @@ class PhaseFigures:
 
     chosen: records that passes needed (each once per layer and pass, however many tokens share it); hits: those
     whose bytes were all there when the router spoke, prefetched: of these, read ahead for it. On a device: below,
-    misses that were in host memory; computed, those that the CPU computed there, in host_seconds. seconds: whole
-    passes; stalled_seconds: of those, waiting for records; read_seconds: the disk was reading, stalled or beside the
-    computing.
+    misses that were in host memory; computed, those that the CPU computed there. seconds: whole passes;
+    stalled_seconds: of those, waiting for records; read_seconds: the disk was reading, stalled or beside the
+    computing; bytes_up, up_seconds: to the device, likewise; bytes_down: from it; host_seconds: the CPU computed.
     """
 
     tokens: int = 0
@@ -27,11 +40,24 @@ class PhaseFigures:
     misses: int = 0
     below: int = 0
     computed: int = 0
-    host_seconds: float = 0.0
     bytes_read: int = 0
     seconds: float = 0.0
     stalled_seconds: float = 0.0
     read_seconds: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    up_seconds: float = 0.0
+    host_seconds: float = 0.0
+    launches: int = 0
+    waits: int = 0
+
+    def add(self, since: Meter, now: Meter, seconds: float) -> None:
+        """A pass that took `seconds`: what the meters gained in it."""
+        self.passes += 1
+        self.seconds += seconds
+        for name in Meter._fields:
+            gained = getattr(now, name) - getattr(since, name)
+            setattr(self, name, getattr(self, name) + (min(seconds, gained) if name.endswith("seconds") else gained))
 
     def report(self) -> dict[str, Any]:
         """All of it; compute_seconds is what was not stalled, overlapped_seconds what was read meanwhile."""
@@ -45,6 +71,8 @@ def sentences(report: Report) -> dict[str, str]:
     if not sum(phase["misses"] + phase["prefetched"] for phase in (decode, prefill)):
         return {}
     found = {}
+    if decode["launches"] and decode["tokens"]:
+        found["bus"] = _bus(decode)
     read, seconds = decode["bytes_read"], decode["read_seconds"]
     if decode["tokens"] and read:
         found["disk"] = (
@@ -64,6 +92,15 @@ def sentences(report: Report) -> dict[str, str]:
     if off:
         found["unguessed"] = f"for layers {', '.join(off)}: wrong too often to pay"
     return found
+
+
+def _bus(decode: Report) -> str:
+    """Of copies to the device and back, and of what the CPU computed."""
+    tokens, up, seconds = decode["tokens"], decode["bytes_up"], max(decode["up_seconds"], 1e-9)
+    return (f"{up / tokens / 1e9:.3g} GB a token to the GPU at {up / seconds / 1e9:.1f} GB/s, "
+            f"{decode['bytes_down'] / tokens / 1e9:.3g} back; {decode['computed']} of {decode['misses']} experts that "
+            f"were not there computed by the CPU; {decode['launches'] / tokens:.0f} launches and "
+            f"{decode['waits'] / tokens:.0f} waits a token")
 
 
 def _percent(share: float | None) -> str:
