@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_device import Watched, open_device
+from gpu_device import budget_for, open_device
 from gpu_sections import emit
 from torch import Tensor
 
 from qmix.demo import demo_store
 from qmix.engine import load
 from qmix.engine.machine import Placement
-from qmix.offload.plan import RESERVE, Needs
+from qmix.offload.plan import Needs
 from qmix.store import Store
 
 TYPICAL, STRAY, STRAYS = 0.02, 0.1, 0.1
@@ -63,15 +63,11 @@ def run(task: dict[str, Any]) -> None:
     with Store.open(store) as opened:
         needs = Needs.of(opened.config, opened.quant, CONTEXT)
 
-    def budget(device: Watched, share: float) -> int:
-        slots = max(needs.least_slots, round(share * needs.records))
-        return device.taken() + needs.dense + needs.kv + needs.workspace + RESERVE + slots * needs.record
-
     for name, share, exact in (("all experts on the device", 1.0, True), ("few there, the device computes", FEW, True),
                                ("few there, the CPU computes some", FEW, False)):
         gc.collect()  # of the engine before
         device = open_device(task["stand_in"])
-        got, stats = logits(store, Placement(device, budget(device, share), exact=exact), prefetch="ahead")
+        got, stats = logits(store, Placement(device, budget_for(needs, device, share), exact=exact), prefetch="ahead")
         errors = (got - want).norm(dim=1) / want.norm(dim=1)
         decode = stats["decode"]
         emit(row={"what": "check", "case": name, "median": float(errors.median()), "largest": float(errors.max()),

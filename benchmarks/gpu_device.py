@@ -18,7 +18,7 @@ from qmix.device import Device, StandIn
 from qmix.device.cuda import open_cuda
 from qmix.device.device import Event
 from qmix.errors import DoesNotFit
-from qmix.offload.plan import RESERVE, Needs
+from qmix.offload.plan import RESERVE, Needs, plan
 from qmix.sizes import GIB, format_bytes
 
 TOLERATED = 0.1  # of a budget: a "24 GB" card has less than 24 GiB
@@ -50,17 +50,22 @@ def open_device(stand_in: bool) -> Watched:
 def vram_budget(device: Device, config: ModelConfig, quant: QuantConfig, context: int, gib: int | None) -> int | None:
     """`gib` of VRAM in bytes, or a little less where the card has not quite as much; None, for all that is free, stays
     None. On the stand-in, what holds the same share of the records. DoesNotFit where the card is smaller."""
-    needs = Needs.of(config, quant, context)
-    fixed = device.taken() + needs.dense + needs.kv + needs.workspace + RESERVE
     if isinstance(getattr(device, "_device", device), StandIn):
-        slots = needs.records if gib is None else max(needs.least_slots, round(LIKE[gib] * needs.records))
-        return fixed + slots * needs.record
+        return budget_for(Needs.of(config, quant, context), device, 1.0 if gib is None else LIKE[gib])
     if gib is None:
         return None
     there = device.memory()[0] + device.taken()
     if there < (1 - TOLERATED) * gib * GIB:
         raise DoesNotFit(f"{gib} GiB of VRAM: {device.name} has {format_bytes(there)} free")
     return min(gib * GIB, there)
+
+
+def budget_for(needs: Needs, device: Device, share: float) -> int:
+    """The VRAM, in bytes, in which a share of the records of a small model fits, and not more."""
+    slots = max(needs.least_slots, round(share * needs.records))
+    # What the plan takes besides, its reserve at its least: any budget up to 50 of these shows it.
+    fixed = plan(needs, 2**50, 0, 50 * RESERVE, device.taken()).tiers[0].fixed
+    return fixed + slots * needs.record
 
 
 def per_call(device: Device, run: Callable[[int], object], calls: int, repeat: int = 5, captured: bool = True) -> float:

@@ -24,7 +24,6 @@ from qmix.store import Store
 
 Row = dict[str, Any]
 SHARE = 0.7  # of the seconds left after loading, that may go into the warm-ups and stretches of decoding
-COUNTED = ("launches", "waits", "bytes_up", "bytes_down", "copy_seconds")
 
 
 def run(task: dict[str, Any]) -> None:
@@ -89,7 +88,7 @@ class _Bench:
                 "kv_bytes": session.cache.nbytes // session.context * (depth + warm + done // 2),
                 "prefetcher": {key: report["prefetcher"].get(key) for key in ("issued", "used", "late", "recall",
                                                                               "wasted_bytes")},
-                "split": (report.get("device") or {}).get("split")}
+                "reported": report.get("device")}
 
     def _prompt(self, count: int) -> Row:
         task, session, engine = self._task, self._session, self._engine
@@ -107,9 +106,12 @@ class _Bench:
                 "stalled": figures["stalled_seconds"]}
 
     def _counters(self) -> dict[str, float]:
-        """Of the device, since the start."""
-        found = (self._engine.stats()["offload"].get("device") or {})
-        return {**{name: found.get(name, 0) for name in COUNTED}, "waited": self._device.waited}
+        """What was given to the device and waited for, and what went over the bus, up to now."""
+        report = self._engine.stats()["offload"]
+        # Of the phases since reset_stats, or of the device since the start: whichever this qmix counts.
+        moved = {name: sum(part.get(name, 0) for part in (report["decode"], report["prefill"], report.get(
+            "device") or {})) for name in ("bytes_up", "bytes_down")}
+        return {**moved, "launches": self._device.launches, "waits": self._device.waits, "waited": self._device.waited}
 
 
 def _difference(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
