@@ -22,7 +22,8 @@ run here is recorded with the reason while the rest goes on:
     peer        transformers + accelerate with CPU offload; bitsandbytes; llama.cpp (--peer-python: an interpreter with
                 llama-cpp-python, built with CUDA, and gguf)
 
-Ended by SIGTERM or Ctrl-C it kills what runs, writes what it has and exits with 143 or 130.
+Exit code 0 whatever failed or was skipped, 1 for wrong results, 2 without a card. Ended by SIGTERM or Ctrl-C it kills
+what runs, writes what it has and exits with 143 or 130. Run to its end on the stand-in only: no GPU was at hand.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ SIDE = Path(__file__).with_name("gpu_side.py")
 SHARED = Path("/dev/shm")
 LAYER_GB, REST_GB = 0.84, 0.5  # of the store
 SPARE = 16e9  # bytes of RAM beside the store and a second copy of it, for the store to lie in shared memory
+FIRST = "machine"  # where there is no card nothing else is tried
 CLOSING = 3.0  # seconds kept for the last report
 GPU = {"layers": 32, "hidden": 4096, "inner": 14336, "contexts": [128, 4096], "prompts": [512, 2048], "warm": 48,
        "timed": 96, "peer_layers": 4, "peer_timed": 8}
@@ -66,25 +68,26 @@ def sections(args: argparse.Namespace, size: dict[str, Any], work: Path) -> list
     """All of them, the most important first. Seconds are for a card; the stand-in needs less."""
     small = args.stand_in
     base = {"stand_in": small, "work": str(work), "store": str(work / "store"), "threads": args.threads,
-            "seed": args.seed, **size, "workers": 1 if small else os.cpu_count() or 1}
+            "seed": args.seed, "commit": args.commit, **size, "workers": 1 if small else os.cpu_count() or 1}
     peer = {**base, "vram": 24, "timed": size["peer_timed"], "peer_python": args.peer_python}
 
-    def part(name: str, do: str, least: float, most: float, task: dict[str, Any] = base, **rest: Any) -> Section:
-        return Section(name, do, min(least, 8.0) if small else least, most, task, **rest)
+    def part(name: str, do: str, least: float, most: float, task: dict[str, Any] = base,
+             needs: tuple[str, ...] = (FIRST,), unless: str | None = None) -> Section:
+        return Section(name, do, min(least, 8.0) if small else least, most, task, needs, unless)
 
     def placed(name: str, vram: int | None, least: float = 25.0, most: float = 45.0, prefetch: bool = True,
                split: bool = True, kinds: Sequence[str] = ("local",), prompts: Sequence[int] = ()) -> Section:
         # The stand-in's records are so small that `auto` would not look ahead.
         mode = ("ahead" if small else "auto") if prefetch else "off"
         return part(name, "run", least, most, {**base, "vram": vram, "exact": not split, "prefetch": mode,
-                                               "kinds": list(kinds), "prompts": list(prompts)}, needs=("store",))
+                                               "kinds": list(kinds), "prompts": list(prompts)}, needs=(FIRST, "store"))
 
     no_peer = None if args.peer_python else "no --peer-python was given"
     return [
-        part("machine", "machine", 15, 60),
+        part(FIRST, "machine", 15, 60, needs=()),
         part("check", "check", 45, 90),
         part("store", "store", 75, 200),
-        part("bandwidth", "bandwidth", 20, 45, needs=("store",)),
+        part("bandwidth", "bandwidth", 20, 45, needs=(FIRST, "store")),
         placed("24 GB", 24, 80.0, 120.0, prompts=size["prompts"]),
         part("kernels", "kernels", 40, 75),
         part("peer: transformers + accelerate", "peer", 50, 90, {**peer, "peer": "transformers"}),
@@ -110,7 +113,7 @@ def refused(section: Section, done: dict[str, Any]) -> str | None:
     """Why a section is not to be run, given the results so far."""
     for name in section.needs:
         if done.get(name, {}).get("state") != "done":
-            return f"needs {name}, which is not there"
+            return f"needs {name}, which failed" if name in done else f"needs {name}"
     if section.do in ("run", "peer") and done.get("check", {}).get("state") == "wrong":
         return "the check found wrong results: nothing is timed"
     return None
@@ -206,6 +209,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("-t", "--threads", type=int, help="of the CPU (all physical cores)")
     parser.add_argument("--layers", type=int, help="fewer than 32, to try things out")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--commit", help="to be recorded, where the code is a copy that git does not know")
     return parser.parse_args()
 
 
@@ -217,7 +221,7 @@ def chosen(todo: list[Section], only: str | None) -> list[Section]:
     if unknown := names - {section.name for section in todo}:
         raise SystemExit(f"--only: there is no {sorted(unknown)[0]!r}; there are " +
                          "; ".join(section.name for section in todo))
-    names |= {need for section in todo if section.name in names for need in section.needs}
+    names |= {FIRST} | {need for section in todo if section.name in names for need in section.needs}
     return [section for section in todo if section.name in names]
 
 
@@ -254,8 +258,11 @@ def main() -> None:
     archive["seconds"] = round(time.monotonic() - start, 1)
     files.write()
     print(files.report())
-    if any(result["state"] == "wrong" for result in archive["sections"].values()):
-        code = code or 1
+    states = {name: result["state"] for name, result in archive["sections"].items()}
+    if not code and states.get(FIRST) != "done":
+        code = 2
+    if not code and "wrong" in states.values():
+        code = 1
     sys.exit(code)
 
 

@@ -63,15 +63,28 @@ def run(task: dict[str, Any]) -> None:
     with Store.open(store) as opened:
         needs = Needs.of(opened.config, opened.quant, CONTEXT)
 
+    failed = []
     for name, share, exact in (("all experts on the device", 1.0, True), ("few there, the device computes", FEW, True),
                                ("few there, the CPU computes some", FEW, False)):
         gc.collect()  # of the engine before
-        device = open_device(task["stand_in"])
-        got, stats = logits(store, Placement(device, budget_for(needs, device, share), exact=exact), prefetch="ahead")
-        errors = (got - want).norm(dim=1) / want.norm(dim=1)
-        decode = stats["decode"]
-        emit(row={"what": "check", "case": name, "median": float(errors.median()), "largest": float(errors.max()),
-                  "same_best": float((got.argmax(1) == want.argmax(1)).float().mean()),
-                  "misses": decode["misses"], "computed": decode["computed"]})
-        if problem := judge(errors):
+        try:
+            problem = _case(name, store, needs, want, share, exact, task["stand_in"])
+        except Exception as e:
+            failed.append(f"{name}: {type(e).__name__}: {' '.join(str(e).split())}")
+            continue
+        if problem:
             emit(wrong=f"{name}: {problem}")
+    if failed:  # after the others, which may show more
+        raise SystemExit("; ".join(failed))
+
+
+def _case(name: str, store: Path, needs: Needs, want: Tensor, share: float, exact: bool, stand_in: bool) -> str | None:
+    """What is wrong with the logits where a share of the experts is on the device."""
+    device = open_device(stand_in)
+    got, stats = logits(store, Placement(device, budget_for(needs, device, share), exact=exact), prefetch="ahead")
+    errors = (got - want).norm(dim=1) / want.norm(dim=1)
+    decode = stats["decode"]
+    emit(row={"what": "check", "case": name, "median": float(errors.median()), "largest": float(errors.max()),
+              "same_best": float((got.argmax(1) == want.argmax(1)).float().mean()),
+              "misses": decode["misses"], "computed": decode["computed"]})
+    return judge(errors)

@@ -123,6 +123,8 @@ def _head(archive: Found) -> str:
 
 def _targets(archive: Found) -> str:
     met = {True: "met", False: "NOT MET", None: "not measured"}
+    if archive["stand_in"]:
+        met |= {True: "means nothing", False: "means nothing"}
     return table(["target", "want", "got", ""], [
         [v["target"], f">= {v['want']:g}", number(v["got"]), met[v["met"]]] for v in verdicts(archive)])
 
@@ -211,7 +213,11 @@ def _peers(archive: Found) -> str:
              archive["sections"].items() if name.startswith("peer") and result["state"] not in ("done", "running")]
     head = ["program", "layers measured", "layers of 32 on the card", "tok/s of these layers", "tok/s of 32 (scaled)",
             f"qmix {MAIN} ÷ this"]
-    return table(head, [[cell.replace("|", "/") for cell in row] for row in rows]) if rows else ""
+    if not rows:
+        return ""
+    return ("Few layers are measured, of which the same share lies on the card as would of 32 within 24 GB, rounded up; "
+            "the seconds of a token are scaled to 32 layers (benchmarks/gpu_peers.py).\n\n" +
+            table(head, [[cell.replace("|", "/") for cell in row] for row in rows]))
 
 
 def _sections(archive: Found) -> str:

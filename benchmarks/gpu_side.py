@@ -21,26 +21,35 @@ HOST_SLOTS = 12  # records that the CPU's speed is measured over: many times any
 
 
 def machine(task: Task) -> None:
-    """Where and with what. The driver is asked for what torch does not say."""
-    import peers
+    """Where and with what. Only a missing card ends it: nothing else that cannot be found out does."""
     import torch
     from gpu_device import open_device
 
-    found = peers.machine("")
-    found.pop("peer")
     device = open_device(task["stand_in"])
     free, total = device.memory()
-    emit(**found, card=device.name, vram_total=total, vram_free=free, cuda=torch.version.cuda,
+    emit(card=device.name, vram_total=total, vram_free=free, torch=torch.__version__, cuda=torch.version.cuda,
          packages={name: _version(name) for name in ("triton", "transformers", "accelerate", "bitsandbytes", "numpy")})
+    try:
+        import peers
+
+        emit(**peers.machine(""))
+    except Exception as e:
+        emit(note=f"{type(e).__name__}: {e}")
+    if task["commit"]:
+        emit(commit=task["commit"])
     if not task["stand_in"]:
-        emit(capability=list(device.capability))
-        query = "driver_version,pcie.link.gen.current,pcie.link.width.current,power.limit,clocks.max.memory"
-        try:
-            emit(nvidia_smi=dict(zip(query.split(","), subprocess.run(
-                ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True,
-                timeout=20, check=True).stdout.strip().split(", "), strict=False)))
-        except (OSError, subprocess.SubprocessError) as e:
-            emit(nvidia_smi=str(e))
+        emit(capability=list(device.capability), nvidia_smi=_driver())
+
+
+def _driver() -> dict[str, str] | str:
+    """What torch does not say."""
+    query = "driver_version,pcie.link.gen.current,pcie.link.width.current,power.limit,clocks.max.memory"
+    try:
+        said = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True,
+                              text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as e:
+        return str(e)
+    return dict(zip(query.split(","), said.strip().split(", "), strict=False))
 
 
 def check(task: Task) -> None:
