@@ -4,7 +4,7 @@ VRAM capped as on a smaller card.
     python setup.py build_ext --inplace                            # the CPU's kernels; without a compiler torch's serve
     PYTHONPATH=. python benchmarks/gpu.py --out benchmarks/results
     PYTHONPATH=. python benchmarks/gpu.py --stand-in --out DIR     # anywhere: the CPU as device, a small model; figures
-                                                                   # mean nothing, but every part has run
+                                                                   # mean nothing, but every part of qmix has run
 
 Needs no network and no model: weights are random bytes in Mixtral's shapes (synthetic.py: 26 GB, in shared memory where
 that has room), which route as a trained model does. `local` tokens repeat experts about as often as text does in

@@ -113,6 +113,9 @@ def _head(archive: Found) -> str:
     if wrong := [name for name, result in archive["sections"].items() if result["state"] == "wrong"]:
         lines.append(f"**WRONG RESULTS in {', '.join(wrong)}: the figures are worth nothing until that is mended.**")
     said = ", ".join(f"{name} {version or 'missing'}" for name, version in packages.items())
+    if machine.get("cuda"):
+        driver = machine.get("nvidia_smi")
+        said = f"CUDA {machine['cuda']}, {' / '.join(driver.values()) if isinstance(driver, dict) else driver}, {said}"
     processor, cores, memory, torch, system = (machine.get(key, "?") for key in (
         "processor", "cores", "memory_gib", "torch", "system"))
     lines.append(f"{processor}, {cores} cores, {memory} GiB of RAM; torch {torch}, {said}; {system}. Commit "
@@ -215,8 +218,8 @@ def _peers(archive: Found) -> str:
             f"qmix {MAIN} ÷ this"]
     if not rows:
         return ""
-    return ("Few layers are measured, of which the same share lies on the card as would of 32 within 24 GB, rounded up; "
-            "the seconds of a token are scaled to 32 layers (benchmarks/gpu_peers.py).\n\n" +
+    return ("Few layers are measured, of which the same share lies on the card as would of 32 within 24 GB, rounded "
+            "up; the seconds of a token are scaled to 32 layers (benchmarks/gpu_peers.py).\n\n" +
             table(head, [[cell.replace("|", "/") for cell in row] for row in rows]))
 
 
