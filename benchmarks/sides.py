@@ -29,17 +29,18 @@ def known_options(load: Callable[..., Any], wanted: Mapping[str, Any]) -> dict[s
 
 
 class LlamaModel:
-    """A GGUF file in llama.cpp, on the CPU. load_mode: "auto" | "none" | "mmap" | "direct_io"; repack: whether
-    weights are rearranged at load for the processor, which is faster and keeps a copy."""
+    """A GGUF file in llama.cpp. load_mode: "auto" | "none" | "mmap" | "direct_io"; repack: whether weights are
+    rearranged at load for the processor, which is faster and keeps a copy; gpu_layers: on the GPU, the others are
+    computed by the CPU."""
 
-    def __init__(self, path: str, *, load_mode: str = "auto", repack: bool = True):
+    def __init__(self, path: str, *, load_mode: str = "auto", repack: bool = True, gpu_layers: int = 0):
         import llama_cpp
 
         self.ll = ll = llama_cpp
         # Kept: llama.cpp calls it for as long as it runs. Level 4 is errors.
         self._log = ll.llama_log_callback(lambda level, text, data: say(text.decode().strip()) if level == 4 else None)
         ll.llama_log_set(self._log, None)
-        options = {"use_extra_bufts": repack, "n_gpu_layers": 0}
+        options = {"use_extra_bufts": repack, "n_gpu_layers": gpu_layers}
         if hasattr(ll, "LLAMA_LOAD_MODE_AUTO"):
             options["load_mode"] = getattr(ll, f"LLAMA_LOAD_MODE_{load_mode.upper()}")
         elif load_mode in ("none", "mmap"):  # its older binding

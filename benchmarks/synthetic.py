@@ -16,8 +16,11 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +39,7 @@ __all__ = ["Recipe", "local_tokens", "prose_tokens", "tokens_of", "uniform_token
 
 INT4_SPREAD = (255 / 12) ** 0.5  # deviation of q, uniform in 0..15
 INT8_SPREAD = (127 * 128 / 3) ** 0.5  # of q, uniform in -127..127
+Entries = tuple[dict[str, DenseEntry], dict[ExpertKey, RecordEntry]]
 
 
 def random_bytes(random: np.random.Generator, nbytes: int) -> Tensor:
@@ -111,36 +115,62 @@ def bytes_per_token(recipe: Recipe, dense: str = "int8") -> int:
             + config.num_layers * config.experts_per_token * layout.record_bytes)
 
 
-def write_store(recipe: Recipe, out: Path, dense_format: str = "int8") -> int:
-    """Write the store, through a temporary name; returns its bytes."""
+def write_store(recipe: Recipe, out: Path, dense_format: str = "int8", workers: int = 1,
+                tokenizer: Path | None = None) -> int:
+    """Write the store, through a temporary name; returns its bytes. workers: processes that draw and write, which
+    changes no byte; tokenizer: another tokenizer.model than Mixtral's."""
     config, quant, layout = layout_of(recipe, dense_format)
     folder = out.with_name(out.name + ".partial")
     folder.mkdir(parents=True)
+    dense, records = {}, {}
+    for some_dense, some_records in parts(recipe, folder, dense_format, workers):
+        dense |= some_dense
+        records |= some_records
+    copies = {CONFIG: json.dumps(recipe.raw_config(), indent=1).encode(),
+              "tokenizer.model": (tokenizer or tokenizer_file()).read_bytes()}
+    for name, data in copies.items():
+        (folder / name).write_bytes(data)
+    name = f"synthetic-{recipe.layers}-layers"
+    files = {name: FileEntry(name, len(data), digest(data)) for name, data in copies.items()}
+    manifest = Manifest(name, None, digest(repr(recipe).encode()), config.dtype, quant,
+                        {key: records[key] for key in layout.records},
+                        {t.name: dense[t.name] for t in names.dense_tensors(config)}, files)
+    (folder / MANIFEST).write_bytes(manifest.to_json())
+    os.sync()
+    folder.rename(out)
+    return layout.nbytes
+
+
+def parts(recipe: Recipe, folder: Path, dense_format: str, workers: int) -> Iterator[Entries]:
+    """What each of `workers` has written. Processes and not threads: most of the time goes into fresh memory, which
+    threads of one process wait for in turn."""
+    if workers == 1:
+        yield write_part(recipe, folder, dense_format, 0, 1)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        for job in [pool.submit(write_part, recipe, folder, dense_format, part, workers) for part in range(workers)]:
+            yield job.result()
+
+
+def write_part(recipe: Recipe, folder: Path, dense_format: str, part: int, of: int) -> Entries:
+    """Every `of`th dense tensor and record, from number `part` on; their entries in the manifest. Each part opens
+    files of its own: they write different regions, and the same headers."""
+    config, _, layout = layout_of(recipe, dense_format)
     specs = {"w13": layout.kinds[0].w13, "w2": layout.kinds[0].w2}
     none = {"w13": 0.0, "w2": 0.0, "all": 0.0}  # there was no original to differ from
     dense, records = {}, {}
     with StoreWriter(folder, layout) as writer:
-        for tensor in names.dense_tensors(config):
+        for tensor in islice(names.dense_tensors(config), part, None, of):
             region, spec = layout.dense[tensor.name], layout.specs[tensor.name]
             values = dense_tensor(recipe, tensor, spec)
             xxh3 = writer.write(region, {("", name): value for name, value in values.items()})
             dense[tensor.name] = DenseEntry(tensor.name, spec.format if spec else "plain", region.file,
                                             region.offset, region.nbytes, xxh3, 0.0 if spec else None)
-        for key, region in layout.records.items():
+        for key, region in islice(layout.records.items(), part, None, of):
             xxh3 = writer.write(region, record(recipe, key, specs))
             records[key] = RecordEntry(key, region.file, region.offset, region.nbytes, xxh3, none)
         writer.sync()
-    copies = {CONFIG: json.dumps(recipe.raw_config(), indent=1).encode(),
-              "tokenizer.model": tokenizer_file().read_bytes()}
-    for name, data in copies.items():
-        (folder / name).write_bytes(data)
-    name = f"synthetic-{recipe.layers}-layers"
-    files = {name: FileEntry(name, len(data), digest(data)) for name, data in copies.items()}
-    manifest = Manifest(name, None, digest(repr(recipe).encode()), config.dtype, quant, records, dense, files)
-    (folder / MANIFEST).write_bytes(manifest.to_json())
-    os.sync()
-    folder.rename(out)
-    return layout.nbytes
+    return dense, records
 
 
 def main() -> None:
@@ -149,6 +179,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--recall", type=float, default=0.85, help="of the next router, asked one layer early")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw and write; the bytes are the same")
     parser.add_argument("--hidden", type=int, default=4096, help="smaller only to try things out")
     parser.add_argument("--inner", type=int, default=14336)
     parser.add_argument("--dense", choices=("int8", "int4"), default="int8", help="attention and head (int8)")
@@ -177,7 +208,7 @@ def main() -> None:
         parser.error(f"{taken[0]}: exists")
     start = time.perf_counter()
     if not args.only_gguf:
-        nbytes = write_store(recipe, args.out, args.dense)
+        nbytes = write_store(recipe, args.out, args.dense, max(1, args.workers))
         rate = nbytes / 1e9 / (time.perf_counter() - start)
         print(f"{args.out}: {args.layers} layers, {format_bytes(nbytes)}, {rate:.2f} GB/s")
     if args.gguf:

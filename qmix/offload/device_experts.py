@@ -124,10 +124,12 @@ class DeviceExperts(PagedExperts):
         here = self._table.here(layer) if self._by_slot else {}
         done = [ExpertKey(layer, expert) for expert in experts if expert in here]
         missing = [ExpertKey(layer, expert) for expert in experts if expert not in here]
+        absent = [key for key in missing if not self._tier.ready(key)]  # the others have come since `refresh`
         figures = self.figures[step.phase]
         figures.chosen += len(experts)
-        figures.hits += len(done)
-        figures.misses += len(missing)
+        figures.hits += len(experts) - len(absent)
+        figures.misses += len(absent)
+        figures.below += sum(map(self._below.tier.ready, absent))
         if done:
             self._tier.used(done, self._device.compute.record())
         if missing or not self._all_here:
@@ -136,9 +138,8 @@ class DeviceExperts(PagedExperts):
     def _bring(self, layer: int, experts: Sequence[int], missing: Sequence[ExpertKey], ahead: Tensor | None,
                routed: Routed, step: Step) -> None:
         """The rows of `missing`: some copied up and computed by the device, some computed by the CPU, at once."""
-        tier, below = self._tier, self._below.tier
+        tier = self._tier
         copied, computed = self._divide(missing)
-        self.figures[step.phase].below += sum(map(below.ready, missing))
         for key in copied:
             tier.pin(key)
         waiting, coming = deque(copied), list[ExpertKey]()

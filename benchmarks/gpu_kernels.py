@@ -1,0 +1,219 @@
+"""How near each operation of decoding comes to the memory's bandwidth: all of DeviceOps, at Mixtral 8x7B's shapes.
+
+One token. Every operation walks over so many copies of its operands that the card's cache cannot hold them (where that
+is possible: what moves little is bound by its launch, and only shown). Calls are captured in a row, so the host's part
+does not count. Before an operation is timed, its result is compared with the reference on the CPU.
+
+H hidden, F expert inner, E experts, K chosen per token, Q query heads, KV key-value heads, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from cuda_kernels import random_slab
+from gpu_device import Watched, open_device, per_call
+from gpu_sections import emit
+from torch import Tensor
+
+from qmix.formats.packed import Packed, view
+from qmix.kernels.device_ops import DeviceOps, ExpertSlots, TorchDeviceOps
+from qmix.kernels.device_table import choose_device_kernels
+from qmix.kernels.table import select
+from qmix.sizes import MatrixSpec, RecordLayout
+
+AGREES = 2**-7  # relative: keys, values and operands of the reference are rounded to 16 bits
+HEAVY = 10e6  # bytes of a call from which it is the bandwidth that counts
+CALLS = 64  # in a row
+E, K, EPS = 8, 2, 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """cache: bytes that the copies of an operand take together, several times the card's cache; most: of them."""
+
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    size: int
+    vocabulary: int
+    positions: tuple[int, ...]
+    slots: int
+    cache: int
+    most: int
+
+
+MIXTRAL = Shape(4096, 14336, 32, 8, 128, 32000, (128, 4096, 8192), 16, 512 * 2**20, 64)
+SMALL = Shape(256, 256, 4, 1, 64, 512, (16, 128), 4, 2**20, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """run(i): on the i-th copy of its operands, into `out`; agree: what the same gives on the CPU; nbytes: that a call
+    must move."""
+
+    name: str
+    nbytes: int
+    run: Callable[[int], None]
+    out: Tensor
+    agree: Callable[[], Tensor]
+
+
+class Operations:
+    """Operations of `ops` on a device, and the same through the CPU's kernels."""
+
+    def __init__(self, device: Watched, ops: DeviceOps, reference: TorchDeviceOps, shape: Shape):
+        self._device, self._ops, self._reference, self._shape = device, ops, reference, shape
+        self._random = torch.Generator().manual_seed(0)
+
+    def all(self) -> Iterator[Operation]:
+        s = self._shape
+        for name, rows in (("q, o", s.heads * s.size), ("k, v", s.kv_heads * s.size), ("head", s.vocabulary)):
+            yield self._linear(f"int8 product, {name}", MatrixSpec("int8", rows, s.hidden))
+        yield self._experts()
+        for positions in s.positions:
+            yield self._attention(positions)
+        yield self._norm()
+        yield self._route()
+
+    def _copies(self, nbytes: int) -> int:
+        return max(2, min(self._shape.most, -(-self._shape.cache // nbytes)))
+
+    def _normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self._random)
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        """A copy on the device, also where that is the CPU."""
+        return tensor.to(self._device.place, copy=True)
+
+    def _linear(self, name: str, spec: MatrixSpec) -> Operation:
+        tensors = {t.name: torch.randint(-127, 128, t.shape, dtype=torch.int8, generator=self._random)
+                   if t.name == "qweight" else torch.full(t.shape, 0.01, dtype=torch.bfloat16) for t in spec.tensors}
+        m, x = Packed.of(spec, tensors), self._normal(1, spec.cols)
+        copies = [Packed.of(spec, {n: self._here(t) for n, t in tensors.items()})
+                  for _ in range(self._copies(spec.nbytes))]
+        here, y, want = self._here(x), torch.empty(1, spec.rows, device=self._device.place), torch.empty(1, spec.rows)
+
+        def agree() -> Tensor:
+            self._reference.linear(x, m, want)
+            return want
+
+        return Operation(name, spec.nbytes, lambda i: self._ops.linear(here, copies[i % len(copies)], y), y, agree)
+
+    def _experts(self) -> Operation:
+        s, place = self._shape, self._device.place
+        record = RecordLayout(MatrixSpec("int4", 2 * s.inner, s.hidden, 2, 64, 64),
+                              MatrixSpec("int4", s.hidden, s.inner, 1, 64, 64))
+        slots = _slots(random_slab(record, s.slots, place), record)
+        tables = torch.full((s.slots // K, E), -1, dtype=torch.int32)
+        for i, table in enumerate(tables):
+            table[:K] = torch.arange(K * i, K * i + K)
+        there, x, ids = self._here(tables), self._normal(1, s.hidden), torch.arange(K, dtype=torch.int32)[None]
+        here, here_ids, rows = self._here(x), self._here(ids), torch.zeros(1, K, s.hidden, device=place)
+
+        def agree() -> Tensor:
+            want = torch.zeros(1, K, s.hidden)
+            self._reference.experts(x, _slots(slots.slab[:K].cpu(), record), ids, tables[0], want)
+            return want
+
+        return Operation("int4 experts, 2 of 8", K * record.nbytes, lambda i: self._ops.experts(
+            here, slots, here_ids, there[i % len(there)], rows), rows, agree)
+
+    def _attention(self, positions: int) -> Operation:
+        s, place = self._shape, self._device.place
+        nbytes, capacity = 2 * s.kv_heads * positions * s.size * 2, max(positions, 256)
+        kept = [self._normal(2, s.kv_heads, capacity, s.size).to(self._device.half)
+                for _ in range(2)]
+        copies = [self._here(kept[i % 2]) for i in range(self._copies(nbytes))]
+        query, at = self._normal(1, s.heads, s.size), torch.tensor([positions - 1])
+        here, here_at, out = self._here(query), self._here(at), torch.empty(1, s.heads * s.size, device=place)
+
+        def run(i: int) -> None:
+            keys, values = copies[i % len(copies)]
+            self._ops.attend(here, keys, values, here_at, None, out)
+
+        def agree() -> Tensor:
+            want = torch.empty(1, s.heads * s.size)
+            self._reference.attend(query, *kept[0].float(), at, None, want)
+            return want
+
+        return Operation(f"attention, {positions} positions", nbytes, run, out, agree)
+
+    def _norm(self) -> Operation:
+        s, place = self._shape, self._device.place
+        residual, weight, rows = self._normal(1, s.hidden), self._normal(s.hidden), self._normal(1, K, s.hidden)
+        gains = torch.full((1, K), 0.5)
+        here = [self._here(t) for t in (residual, weight, rows, gains)]
+        start, out = self._here(residual), torch.empty(1, s.hidden, device=place)
+
+        def run(i: int) -> None:
+            self._ops.norm(start, here[1], EPS, out, here[2], here[3])
+
+        def agree() -> Tensor:
+            want, first = torch.empty(1, s.hidden), residual.clone()
+            self._reference.norm(first, weight, EPS, want, rows, gains)
+            return want
+
+        return Operation("norm, with the experts' rows", (K + 4) * 4 * s.hidden, run, out, agree)
+
+    def _route(self) -> Operation:
+        s, place = self._shape, self._device.place
+        residual, weight, router = self._normal(1, s.hidden), self._normal(s.hidden), self._normal(E, s.hidden).double()
+        here = [self._here(t) for t in (residual, weight, router)]
+        normed, gains = torch.empty(1, s.hidden, device=place), torch.empty(1, K, device=place)
+        ids = torch.empty(1, K, dtype=torch.int32, device=place)
+
+        def run(i: int) -> None:
+            self._ops.route(here[0], here[1], here[2], EPS, normed, ids, gains)
+
+        def agree() -> Tensor:
+            want = torch.empty(1, K)
+            self._reference.route(residual, weight, router, EPS, torch.empty(1, s.hidden),
+                                  torch.empty(1, K, dtype=torch.int32), want)
+            return want
+
+        return Operation("router", 8 * E * s.hidden + 12 * s.hidden, run, gains, agree)
+
+
+def _slots(slab: Tensor, record: RecordLayout) -> ExpertSlots:
+    specs = {"w13": record.w13, "w2": record.w2}
+    views = [tuple(Packed.of(specs[matrix], {p.tensor.name: view(slot, p.offset, p.tensor) for p in record.placed
+                                             if p.matrix == matrix}) for matrix in specs) for slot in slab]
+    return ExpertSlots(slab, record, views)  # type: ignore[arg-type]
+
+
+def measure(operation: Operation, device: Watched) -> dict[str, Any]:
+    """A row: checked, then timed. error: relative, of the first call."""
+    device.compute.run(lambda: operation.run(0))
+    device.wait(device.compute.record())
+    got, want = copy.deepcopy(operation.out).cpu().double(), operation.agree().double()
+    error = float((got - want).norm() / want.norm())
+    row: dict[str, Any] = {"what": "kernel", "kernel": operation.name, "bytes": operation.nbytes, "error": error,
+                           "heavy": operation.nbytes >= HEAVY}
+    if not error <= AGREES:
+        emit(wrong=f"{operation.name}: differs from the reference by {error:.2g}, more than {AGREES:.2g}")
+        return row
+    calls, captured = CALLS if device.place.type == "cuda" else 2, True
+    try:
+        seconds = per_call(device, operation.run, calls)
+    except RuntimeError as e:  # what a graph cannot hold is timed launch by launch, and said to be
+        captured, row["note"] = False, str(e).splitlines()[0]
+        seconds = per_call(device, operation.run, calls, captured=False)
+    return {**row, "us": 1e6 * seconds, "gbps": operation.nbytes / 1e9 / seconds, "captured": captured}
+
+
+def run(task: dict[str, Any]) -> None:
+    """task: stand_in."""
+    device = open_device(task["stand_in"])
+    host = select({"int4", "int8", "bf16"}, {64}, say=lambda line: None)
+    kernels = choose_device_kernels(device.place, device.half, {"int4", "int8", "bf16"}, {64}, host, device.triton)
+    emit(kernels=kernels.ops.name)
+    shape = SMALL if task["stand_in"] else MIXTRAL
+    for operation in Operations(device, kernels.ops, TorchDeviceOps(host), shape).all():
+        emit(row=measure(operation, device))
+    device.close()

@@ -1,0 +1,277 @@
+"""benchmarks/gpu.py: what bounds decoding, how time is shared out, what a section's process leaves behind, the report;
+and a run with the CPU in a GPU's place, from start to end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import gpu  # noqa: E402
+import gpu_check  # noqa: E402
+import gpu_peers  # noqa: E402
+import gpu_report  # noqa: E402
+import gpu_run  # noqa: E402
+import gpu_sections  # noqa: E402
+import synthetic  # noqa: E402
+from gpu_roofline import GB, Bandwidths, Token, bound  # noqa: E402
+from gpu_sections import Section, allot  # noqa: E402
+from synthetic_recipe import Recipe  # noqa: E402
+
+from qmix.demo import CHECKPOINT  # noqa: E402
+from qmix.store import Store  # noqa: E402
+
+GBPS = st.floats(1.0, 4000.0)
+
+
+def test_a_bound_by_hand() -> None:
+    machine = Bandwidths(vram=1000, pcie=25, cpu=25, ram=100)
+    assert bound(Token(9e9, 1e9, 1e9, True), machine).rate == pytest.approx(50)
+    found = bound(Token(9e9, 1e9, 1e9, False), machine)
+    assert (found.rate, found.limit) == (pytest.approx(25), "PCIe")
+    found = bound(Token(9e9, 1e9, 0, True), machine)
+    assert found.limit == "VRAM"
+    assert bound(Token(1e9, 1e9, 1e9, False), Bandwidths(1000, 50, 25, 10)).limit == "RAM"
+    with pytest.raises(ValueError, match="pcie"):
+        Bandwidths(1, 0, 1, 1)
+    with pytest.raises(ValueError, match="missing"):
+        Token(1, 1, 2, True)
+
+
+@given(GBPS, GBPS, GBPS, GBPS, st.floats(0, 20), st.floats(0.01, 10), st.floats(0, 1))
+def test_no_way_of_dividing_the_work_beats_the_bound(vram: float, pcie: float, cpu: float, ram: float, fixed: float,
+                                                     chosen: float, share: float) -> None:
+    """Against every twentieth of the missing bytes computed by the CPU; and one of them comes close."""
+    missing = share * chosen
+    seconds = []
+    for twentieth in range(21):
+        on_cpu = missing * twentieth / 20
+        seconds.append(max((fixed + chosen - on_cpu) / vram, (missing - on_cpu) / pcie, on_cpu / cpu, missing / ram))
+    least = 1 / bound(Token(fixed * GB, chosen * GB, missing * GB, True), Bandwidths(vram, pcie, cpu, ram)).rate
+    assert least <= min(seconds) * (1 + 1e-9)
+    assert min(seconds) <= least * (1 + 1e-9) + missing / 20 * max(1 / pcie, 1 / cpu, 1 / vram)
+    whole = 1 / bound(Token(fixed * GB, chosen * GB, missing * GB, False), Bandwidths(vram, pcie, cpu, ram)).rate
+    assert whole == pytest.approx(seconds[0])
+
+
+def test_time_is_promised_by_importance() -> None:
+    waiting = [Section("a", "", 30, 200), Section("b", "", 40, 50), Section("c", "", 50, 90)]
+    assert allot(waiting, 100) == (60, [waiting[2]])
+    assert allot(waiting, 500) == (200, [])
+    assert allot(waiting, 20) == (0, waiting)
+    assert allot(waiting, 35) == (35, waiting[1:])
+    assert allot([], 100) == (0, [])
+
+
+@given(st.lists(st.tuples(st.floats(1, 50), st.floats(1, 3)), min_size=1, max_size=8), st.floats(0, 200))
+def test_no_more_time_is_given_than_there_is(sizes: list[tuple[float, float]], left: float) -> None:
+    waiting = [Section(str(i), "", least, least * factor) for i, (least, factor) in enumerate(sizes)]
+    seconds, dropped = allot(waiting, left)
+    kept = [section for section in waiting if section not in dropped]
+    others = sum(section.least for section in kept if section is not waiting[0])
+    if waiting[0] in dropped:
+        assert seconds == 0 and waiting[0].least > left
+    else:
+        assert waiting[0].least <= seconds + 1e-9 and seconds <= waiting[0].most and seconds + others <= left + 1e-6
+
+
+SCRIPT = """
+import json, sys, time
+task = json.load(open(sys.argv[2]))
+print("noise"); print("{no json")
+print(json.dumps({"row": {"what": "decode", "limit": task["seconds"]}}), flush=True)
+print(json.dumps({"figure": 3}), flush=True)
+if sys.argv[1] == "wrong": print(json.dumps({"wrong": "twice two is five"}))
+if sys.argv[1] == "absent": print(json.dumps({"unavailable": "no such card"}))
+if sys.argv[1] == "slow": time.sleep(60)
+if sys.argv[1] == "crash": raise SystemExit("out of memory")
+"""
+
+
+@pytest.mark.parametrize("do, state, reason", [
+    ("well", "done", None), ("wrong", "wrong", "twice two is five"), ("absent", "unavailable", "no such card"),
+    ("slow", "late", "ended after 1 s"), ("crash", "failed", "exit 1: out of memory")])
+def test_what_a_section_printed_is_kept_however_it_ends(do: str, state: str, reason: str | None) -> None:
+    seen: list[int] = []
+    found = gpu_sections.run(Section("s", do, 1, 1), 1.0 if do == "slow" else 30.0, [sys.executable, "-c", SCRIPT],
+                             lambda result: seen.append(len(result["found"]["rows"])))
+    assert (found["state"], found.get("reason")) == (state, reason)
+    assert found["found"]["figure"] == 3 and len(found["found"]["rows"]) == 1 and len(seen) >= 2
+    assert found["seconds"] < 30
+
+
+def test_a_tokens_time_adds_up() -> None:
+    figures = {"chosen": 40, "hits": 30, "prefetched": 6, "misses": 10, "computed": 4, "stalled_seconds": 0.2,
+               "host_seconds": 0.1}
+    counted = {"waited": 0.3, "bytes_up": 100, "bytes_down": 50, "launches": 70, "waits": 33}
+    row = gpu_run.decode_row(figures, counted, tokens=10, seconds=1.0)
+    assert sum(row["ms_parts"].values()) == pytest.approx(row["ms"]) == pytest.approx(100)
+    assert row["ms_parts"] == pytest.approx({"device": 30, "copies": 20, "cpu": 10, "rest": 40})
+    assert (row["hit_rate"], row["found_rate"], row["missing"], row["bytes_up"]) == (0.6, 0.75, 1.6, 10)
+
+
+def test_what_lies_on_the_card_of_fewer_layers() -> None:
+    assert gpu_peers.on_card(24, 2.9, 3.4, 4) == (7, 1)
+    assert gpu_peers.on_card(2, 2.9, 3.4, 4) == (0, 0)
+    assert gpu_peers.on_card(500, 2.9, 3.4, 4) == (32, 4)
+
+
+def test_errors_are_judged_by_their_middle_and_their_tail() -> None:
+    fine = torch.full((20,), 0.01)
+    assert gpu_check.judge(fine) is None
+    assert gpu_check.judge(torch.cat([fine, torch.ones(2)])) is None  # a near tie that went the other way
+    assert "tokens have an error" in str(gpu_check.judge(torch.cat([fine, torch.ones(5)])))
+    assert "median" in str(gpu_check.judge(torch.full((20,), 0.03)))
+    assert "no numbers" in str(gpu_check.judge(torch.full((3,), float("nan"))))
+
+
+def archive(rate: float = 31.0, **sections: Any) -> dict[str, Any]:
+    """Of a run whose bound is 50 tokens a second."""
+    row = {"what": "decode", "tokens_kind": "local", "depth": 128, "rate": rate, "kv_bytes": 0, "chosen": 2.0,
+           "missing": 2.0, "hit_rate": 0.5, "found_rate": 0.5, "bytes_up": 1e9, "bytes_down": 0.0, "computed": 1.0,
+           "waits": 33.0, "launches": 90.0, "prefetcher": {"recall": None}, "ms": 1000 / rate,
+           "ms_parts": {"device": 1, "copies": 2, "cpu": 3, "rest": 4}}
+    found = {
+        "bandwidth": {"vram": {"copy": 1000, "read": 900}, "pcie": {"up": 25, "down": 20}, "cpu": 25, "ram": 100},
+        "24 GB": {"record_bytes": 5e8, "dense_bytes": 9e9, "split": True, "slots": 10, "records": 20, "rows": [row]},
+        "kernels": {"rows": [
+            {"what": "kernel", "kernel": "large", "bytes": 2e7, "gbps": 800, "us": 25, "error": 0.0, "heavy": True},
+            {"what": "kernel", "kernel": "small", "bytes": 2e3, "gbps": 1, "us": 2, "error": 0.0, "heavy": False}]},
+        "peer": {"rows": [{"what": "peer", "peer": gpu_report.PEER_NAME, "layers": 4, "on_card": 7,
+                           "rate_measured": 16.0, "rate": 2.0}]}, **sections}
+    return {"started": "2026-11-25T00:00:00", "stand_in": False, "command": "python gpu.py", "shape": "",
+            "sections": {name: {"state": "done", "seconds": 1.0, "found": value} for name, value in found.items()}}
+
+
+def test_targets_are_met_missed_or_not_measured() -> None:
+    met = {v["target"][:20]: (v["met"], v["got"]) for v in gpu_report.verdicts(archive())}
+    assert met == {"slowest decode kerne": (True, pytest.approx(0.8)),
+                   "decode with 24 GB at": (True, pytest.approx(0.62)),
+                   "decode with 24 GB, t": (True, pytest.approx(15.5))}
+    assert [v["met"] for v in gpu_report.verdicts(archive(rate=15.0))] == [True, False, False]
+    assert [v["met"] for v in gpu_report.verdicts(archive(bandwidth={}))] == [None, None, True]
+    fast = archive(bandwidth={"vram": {"copy": 4000}, "pcie": {"up": 25}, "cpu": 25, "ram": 100})
+    aim = gpu_report.verdicts(fast)[0]
+    assert (aim["want"], aim["met"], "an aim" in aim["target"]) == (gpu_report.AIM, False, True)
+
+
+def test_the_report_shows_what_there_is() -> None:
+    text = gpu_report.markdown(archive())
+    assert "| 24 GB | local | 128 | 10 of 20 | 31.00 | 50 % |" in text and "| 50.00 | PCIe and CPU | 62 % |" in text
+    assert "WRONG" not in text and "stood in" not in text
+    empty = {**archive(), "sections": {"check": {"state": "wrong", "reason": "a|b", "seconds": 1, "found": {}}},
+             "stand_in": True}
+    text = gpu_report.markdown(empty)
+    assert "WRONG RESULTS in check" in text and "| check | wrong | 1.0 | a/b |" in text and "stood in" in text
+    columns = {line.count("|") for line in gpu_report.markdown(archive()).split("## Decoding")[1].split("## ")[0]
+               .splitlines() if line.startswith("|")}
+    assert len(columns) == 1
+
+
+def test_a_card_names_its_files() -> None:
+    assert gpu.slug("NVIDIA H100 80GB HBM3") == "h100-80gb-hbm3"
+
+
+def test_parts_of_a_store_are_the_whole(tmp_path: Path) -> None:
+    """Written by two, one after the other, it has the bytes of a store written by one, and opens."""
+    recipe, tokenizer = Recipe(2, hidden=512, inner=256), CHECKPOINT / "tokenizer.model"
+    synthetic.write_store(recipe, tmp_path / "one", tokenizer=tokenizer)
+    (tmp_path / "two").mkdir()
+    dense, records = {}, {}
+    for part in (1, 0):
+        some_dense, some_records = synthetic.write_part(recipe, tmp_path / "two", "int8", part, 2)
+        dense |= some_dense
+        records |= some_records
+    with Store.open(tmp_path / "one") as store:
+        assert dict(store.manifest.records) == records and dict(store.manifest.dense) == dense
+    for file in (tmp_path / "two").iterdir():
+        assert file.read_bytes() == (tmp_path / "one" / file.name).read_bytes()
+
+
+def test_a_wrong_check_ends_with_1_and_nothing_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    side = tmp_path / "side.py"
+    side.write_text("import sys\nif sys.argv[1] == 'check': print('{\"wrong\": \"all of it\"}')\n")
+    monkeypatch.setattr(gpu, "SIDE", side)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--stand-in", "--out", str(tmp_path / "out"), "--name", "x",
+                                      "--only", "check;24 GB;kernels", "--work", str(tmp_path)])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            gpu.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 1
+    (file,) = (tmp_path / "out").glob("*-gpu-x.json")
+    states = {name: result["state"] for name, result in json.loads(file.read_text())["sections"].items()}
+    assert states == {"machine": "done", "check": "wrong", "store": "done", "24 GB": "skipped", "kernels": "done"}
+
+
+def test_without_a_card_nothing_is_tried(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a card here")
+    ordered = [word for word in command(tmp_path) if word != "--stand-in"]
+    done = subprocess.run(ordered, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    (file,) = tmp_path.glob("*-gpu-unknown.json")
+    found = json.loads(file.read_text())["sections"]
+    assert found["machine"]["state"] == "failed" and "torch sees no NVIDIA GPU" in found["machine"]["reason"]
+    assert {result["state"] for name, result in found.items() if name != "machine"} == {"skipped", "unavailable"}
+
+
+def command(out: Path, *options: str) -> list[str]:
+    return [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--stand-in", "--out", str(out), "--threads", "1",
+            "--layers", "2", *options]
+
+
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def test_a_run_from_start_to_end(tmp_path: Path) -> None:
+    (work := tmp_path / "work").mkdir()
+    done = subprocess.run(command(tmp_path, "--only", "check;bandwidth;24 GB;12 GB, split off;kernels;peer: llama.cpp",
+                                  "--work", str(work)), env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob("*-gpu-stand-in.json")
+    found = json.loads(file.read_text())
+    states = {name: result["state"] for name, result in found["sections"].items()}
+    assert states.pop("peer: llama.cpp") == "unavailable"
+    assert set(states.values()) == {"done"} and len(states) == 7, states
+    rows = [row for result in found["sections"].values() for row in result.get("found", {}).get("rows", ())]
+    assert {row["what"] for row in rows} == {"check", "decode", "prefill", "kernel"}
+    for row in rows:
+        if row["what"] == "decode":
+            assert row["tokens"] > 0 and 0 <= row["hit_rate"] <= row["found_rate"] <= 1 and row["waits"] > 0
+    paged = found["sections"]["12 GB, split off"]["found"]["rows"][0]
+    assert paged["missing"] > 0 and paged["bytes_up"] > 0 and paged["computed"] == 0
+    report = file.with_suffix(".md").read_text()
+    assert report in done.stdout and "## Decoding" in report and "| 24 GB | local | 16 |" in report
+    assert not list(work.iterdir())
+
+
+def test_what_is_there_at_sigterm_is_kept(tmp_path: Path) -> None:
+    (work := tmp_path / "work").mkdir()
+    with subprocess.Popen(command(tmp_path, "--only", "check;store", "--work", str(work)), env=ENV,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        until = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < until and not any(
+                "tolerance" in file.read_text() for file in tmp_path.glob("*.json")):
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(30) == 143
+    (file,) = tmp_path.glob("*.json")
+    found = json.loads(file.read_text())
+    assert found["ended"] == "by SIGTERM" and found["sections"]["check"]["found"]["tolerance"]
+    assert not list(work.iterdir())
