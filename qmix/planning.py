@@ -106,7 +106,7 @@ def known_speeds(cache_file: Path, say: Callable[[str], None]) -> Speeds | None:
     measured = bandwidth.load(cache_file, say)
     if measured is None or measured.disk_gbps is None:
         return None
-    return Speeds(measured.ram_gbps, measured.disk_gbps, measured.h2d_gbps)
+    return Speeds(measured.ram_gbps, measured.disk_gbps, measured.h2d_gbps, measured.vram_gbps)
 
 
 def _ram(machine: Machine) -> int:

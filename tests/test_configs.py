@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -28,7 +28,6 @@ from qmix.kernels.configs import (
     built_in,
     capability,
     from_plain,
-    plain,
 )
 from qmix.kernels.cuda_ops import TritonOps
 
@@ -49,7 +48,7 @@ def test_cards() -> None:
 
 @given(anything)
 def test_the_plain_form_comes_back(configs: Configs) -> None:
-    assert from_plain(json.loads(json.dumps(plain(configs)))) == configs
+    assert from_plain(json.loads(json.dumps(asdict(configs)))) == configs
 
 
 @pytest.mark.parametrize(("kernel", "key", "value"), [
@@ -58,14 +57,14 @@ def test_the_plain_form_comes_back(configs: Configs) -> None:
     ("dense", "cols", 128), ("dense", "rows", "16"), ("attention", "tokens", 8), ("attention", "warps", -4),
     ("attention", "warps", 10**400), ("attention", "more", 1), ("more", "more", 1)])
 def test_nonsense_is_refused_by_name(kernel: str, key: str, value: Any) -> None:
-    values: dict[str, Any] = plain(Configs())
+    values: dict[str, Any] = asdict(Configs())
     values.setdefault(kernel, {})[key] = value
     with pytest.raises(ConfigError) as refused:
         from_plain(values)
     assert (key if key != "more" else "want") in refused.value.message and len(refused.value.message) < 200
 
 
-@pytest.mark.parametrize("values", [None, [], {}, {"gemv": {}}, plain(Configs()) | {"gemv": 4}], ids=repr)
+@pytest.mark.parametrize("values", [None, [], {}, {"gemv": {}}, asdict(Configs()) | {"gemv": 4}], ids=repr)
 def test_what_is_no_configuration(values: Any) -> None:
     with pytest.raises(ConfigError):
         from_plain(values)

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 import torch
 
-from qmix import doctor, hardware, render
+from qmix import hardware, render
+from qmix.doctor import report as doctor
 from qmix.errors import DoesNotFit, UsageError
 from qmix.hardware.bandwidth import Bandwidths, load, save
 from qmix.hardware.disk import DiskEffort, direct_refusal

@@ -28,16 +28,20 @@ def doctor(
                                                 "that will hold one: its disk is examined too.")] = None,
     bandwidth: Annotated[bool, typer.Option("--bandwidth", help="Measure RAM, disk and GPU (half a minute), and "
                                             "remember it for forecasts.")] = False,
+    tune: Annotated[bool, typer.Option("--tune", help="Try configurations of the GPU's kernels for MODEL, a store (or "
+                                       "for Mixtral 8x7B), some minutes long, and use the fastest from then on, but "
+                                       "for --exact.")] = False,
     json: Json = False,
 ) -> None:
     """Examine this machine: cores, memory, libraries, kernels, disk; name what is wrong, with the cure."""
     from qmix import doctor as examination
 
-    folder = Path.cwd() if model is None else paths.resolve(model, render.say)
+    named = None if model is None else paths.resolve(model, render.say)
+    found = {"tuning": examination.tune(named, file=paths.kernels_file(), say=render.say)} if tune else {}
     with render.byte_bar("doctor") as progress:
-        report = examination.run(folder, bandwidth=bandwidth, cache_file=paths.hardware_file(), say=render.say,
-                                 progress=progress)
-    print(render.document(report, as_json=json))
+        report = examination.run(named or Path.cwd(), bandwidth=bandwidth, cache_file=paths.hardware_file(),
+                                 say=render.say, progress=progress)
+    print(render.document({**found, **report}, as_json=json))
 
 
 def plan(

@@ -12,7 +12,7 @@ token and for eight, since a token's bits must not depend on its company.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
@@ -124,13 +124,9 @@ def built_in(card: tuple[int, int] | None) -> Configs:
     return BUILT_IN[max(known)]
 
 
-def plain(configs: Configs) -> dict[str, dict[str, int]]:
-    """As JSON has it: {"gemv": {"threads": 128, "unroll": 4}, ...}."""
-    return asdict(configs)
-
-
 def from_plain(values: Any) -> Configs:
-    """What `plain` made; ConfigError for anything else."""
+    """What dataclasses.asdict makes of Configs, {"gemv": {"threads": 128, "unroll": 4}, ...}; ConfigError for anything
+    else."""
     kinds = {"gemv": Gemv, "matmul": Matmul, "dense": Dense, "attention": Attention}
     if type(values) is not dict or values.keys() != kinds.keys():
         raise ConfigError(f"configs: want {', '.join(kinds)}")

@@ -1,4 +1,4 @@
-"""What qmix finds on this machine, and what of it is in the way: the logic of `qmix doctor`.
+"""What qmix finds on this machine, and what of it is in the way.
 
 Each section is a function that returns its part of the report and the problems it saw, a cure with each.
 A section that cannot look says so in its place; the report is never cut short by one.
@@ -14,13 +14,14 @@ from dataclasses import asdict
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
 
 from qmix import hardware
 from qmix.config import BLOCKS, GROUPED_BITS
+from qmix.doctor.problem import Problem, Section
 from qmix.errors import QmixError, UsageError
 from qmix.hardware import bandwidth as bandwidths
 from qmix.hardware.cores import cpu_instructions, cpu_model, cpu_quota
@@ -39,16 +40,6 @@ WORTH_READING = 256 * MIB  # bytes of expert files below which a test file measu
 IN_MEMORY = ("tmpfs", "ramfs")
 FOREIGN = ("9p", "drvfs", "v9fs", "nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.sshfs")
 NOT_MEASURED = "not measured: run qmix doctor --bandwidth"
-
-
-class Problem(NamedTuple):
-    """What is in the way, and what to do about it."""
-
-    problem: str
-    cure: str
-
-
-Section = tuple[dict[str, Any], list[Problem]]
 
 
 def run(folder: Path | None, *, bandwidth: bool, cache_file: Path, say: Callable[[str], None],
