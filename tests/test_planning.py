@@ -137,6 +137,8 @@ def test_measured_speeds_are_used_and_nonsense_is_ignored(tmp_path: Path) -> Non
     assert planning.known_speeds(file, said.append) is None
     bandwidth.save(bandwidth.Bandwidths(30.0, 2.5, 4 * 2**20, 4, True, None, None, str(date(2026, 1, 1))), file)
     assert planning.known_speeds(file, said.append) == Speeds(30.0, 2.5)
+    bandwidth.save(bandwidth.Bandwidths(30.0, 2.5, 4 * 2**20, 4, True, 25.0, 6.0, str(date(2026, 1, 1)), 900.0), file)
+    assert planning.known_speeds(file, said.append) == Speeds(30.0, 2.5, 25.0, 900.0)
     assert not said
     file.write_text("{}")
     assert planning.known_speeds(file, said.append) is None
