@@ -10,14 +10,15 @@ import typer
 from qmix import paths, render
 from qmix.cli.options import (
     Context,
+    Device,
     KvCache,
     Margin,
     ModelArgument,
     Ram,
-    flag_bytes,
     margin_bytes,
     model_folder,
     quant_config,
+    size_or_auto,
 )
 
 Json = Annotated[bool, typer.Option("--json", help="As one JSON document.")]
@@ -47,8 +48,9 @@ def doctor(
 def plan(
     model: ModelArgument = None, ctx_size: Context = 0,
     ram: Ram = "auto", margin: Margin = None,
-    vram: Annotated[str | None, typer.Option("--vram", help="Memory of a GPU (24G): what the model would do there.",
-                                             show_default=False)] = None,
+    vram: Annotated[str, typer.Option("--vram", help="Memory of a GPU (24G): what the model would do there; auto = of "
+                                      "this machine's, where it has one.")] = "auto",
+    device: Device = "auto",
     disk: Annotated[float | None, typer.Option("--disk", min=0.001, max=1e5, show_default=False,
                                                help="Disk bandwidth, GB/s; else as measured.")] = None,
     ram_speed: Annotated[float | None, typer.Option("--ram-speed", min=0.001, max=1e5, show_default=False,
@@ -71,8 +73,8 @@ def plan(
         quant = quant_config(format or "int4", dense or "int8", None, group_size, None, False)
     path = paths.resolve(model, render.say, ("config.json",)) if model else model_folder(model)
     found = planning.find_model(path, quant, paths.routing_folder(), render.say)
-    machine = planning.Machine(None if ram == "auto" else flag_bytes("--ram", ram),
-                               margin_bytes(margin),
-                               None if vram is None else flag_bytes("--vram", vram), ram_speed, vram_speed, pcie, disk)
+    machine = planning.Machine(size_or_auto("--ram", ram), margin_bytes(margin),
+                               size_or_auto("--vram", vram), ram_speed, vram_speed, pcie, disk)
+    machine = planning.find_gpu(found, machine, device, kv_cache, render.say)
     known = planning.known_speeds(paths.hardware_file(), render.say)
     print(render.document(planning.describe(found, ctx_size, machine, known, render.say, kv_cache), as_json=json))

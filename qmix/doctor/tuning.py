@@ -15,7 +15,7 @@ from qmix.device import Device
 from qmix.device.cuda import open_cuda
 from qmix.errors import DoesNotFit, QmixError, UsageError
 from qmix.kernels import tuned
-from qmix.kernels.configs import KERNELS, Config, built_in, capability
+from qmix.kernels.configs import KERNELS, Config, Configs, built_in, capability
 from qmix.kernels.tuning import Outcome, Timer, candidates, choose
 from qmix.store import MANIFEST, Store
 
@@ -43,14 +43,10 @@ def tune(folder: Path | None, *, file: Path, say: Callable[[str], None], today: 
     say(f"tuning for {shapes.model} on {device.name}: a few minutes, most of them for compiling")
     outcomes = []
     for kernel in KERNELS:
-        try:
-            cases = trials.cases(kernel, shapes, at)
-        except torch.OutOfMemoryError:
-            raise DoesNotFit(f"--tune: the GPU's memory is too short for the weights of {kernel}",
-                             "close other programs that use the GPU") from None
-        if cases:
-            outcomes.append(choose(kernel, default, options(kernel), cases, timer))
-            say(_line(outcomes[-1]))
+        found = _tried(kernel, default, shapes, at, options(kernel), timer)
+        if found is not None:
+            outcomes.append(found)
+            say(_line(found))
     taken = {found.kernel: found.chosen for found in outcomes}
     card = tuned.Card.of(device.name, device.place)
     measured = (today or date.today()).isoformat()
@@ -71,6 +67,19 @@ def _gpu() -> Device:
         return open_cuda(0)
     except QmixError as e:
         raise type(e)(f"--tune: {e.message.removeprefix('--device cuda:0: ')}", e.cure) from None
+
+
+def _tried(kernel: str, default: Configs, shapes: Any, at: Any, options: Sequence[Config],
+           timer: Timer) -> Outcome | None:
+    """None where the model has no use for the kernel. Its weights are gone afterwards."""
+    from qmix.kernels import trials
+
+    try:
+        cases = trials.cases(kernel, shapes, at)
+    except torch.OutOfMemoryError:
+        raise DoesNotFit(f"--tune: the GPU's memory is too short for the weights of {kernel}",
+                         "close other programs that use the GPU") from None
+    return choose(kernel, default, options, cases, timer) if cases else None
 
 
 def _shapes(folder: Path) -> Any:

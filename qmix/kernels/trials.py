@@ -39,7 +39,7 @@ class Shapes:
     heads: int
     kv_heads: int
     head_dim: int
-    prompts: tuple[tuple[int, int], ...] = ((512, 0), (512, 3584))
+    prompts: tuple[tuple[int, int], ...] = ((512, 0), (512, 3584), (4096, 0))
 
     @classmethod
     def of(cls, model: str, config: ModelConfig, quant: QuantConfig) -> Shapes:
@@ -111,22 +111,19 @@ def _experts(layout: RecordLayout, shapes: Shapes, at: Place) -> list[Case]:
 
 
 def _prompts(layout: RecordLayout, shapes: Shapes, at: Place) -> list[Case]:
-    """An expert's share of a prompt, times both of its matrices in turn."""
+    """An expert's share of a prompt, times one of its matrices."""
     pool = _slab(layout, at.copies(layout.nbytes), at)
-    found = []
-    for tokens in dict.fromkeys(max(FEW + 1, count * shapes.chosen // shapes.experts) for count, _ in shapes.prompts):
-        inputs = {name: _numbers((tokens, spec.cols), at, at.half) for name, spec in _matrices(layout).items()}
 
-        def start(configs: Configs, inputs: dict[str, Tensor] = inputs) -> Work:
-            def work(i: int) -> Tensor:
-                results = [linear_many(inputs[name], _packed(pool[i % len(pool)], layout, name),
-                                       config=configs.matmul).flatten() for name in inputs]
-                return torch.cat(results)
+    def case(tokens: int, name: str, spec: MatrixSpec) -> Case:
+        x, matrices = _numbers((tokens, spec.cols), at, at.half), [_packed(record, layout, name) for record in pool]
 
-            return work
+        def start(configs: Configs) -> Work:
+            return lambda i: linear_many(x, matrices[i % len(matrices)], config=configs.matmul)
 
-        found.append(Case(f"{tokens} tokens", start))
-    return found
+        return Case(f"{name}, {tokens} tokens", start)
+
+    shares = dict.fromkeys(max(FEW + 1, count * shapes.chosen // shapes.experts) for count, _ in shapes.prompts)
+    return [case(tokens, name, spec) for tokens in shares for name, spec in _matrices(layout).items()]
 
 
 def _dense(spec: MatrixSpec, at: Place) -> list[Case]:
