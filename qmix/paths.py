@@ -51,6 +51,11 @@ def hardware_file() -> Path:
     return xdg_folder("cache") / "hardware.json"
 
 
+def kernels_file() -> Path:
+    """Measured configurations of the GPU's kernels."""
+    return xdg_folder("cache") / "kernels.json"
+
+
 def local_stores() -> list[Path]:
     """The stores in the models folder, sorted by alias; a half-written one (.partial) has no manifest."""
     return sorted(p.parent for p in models_folder().glob("*/qmix.json"))

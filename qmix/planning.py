@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qmix import hardware
 from qmix.config import ExpertKey, ModelConfig, QuantConfig
+from qmix.engine import Placement
 from qmix.errors import CheckpointError, ConfigError, UsageError
 from qmix.offload import router_stats
 from qmix.offload.forecast import Speeds, forecast, known_shares
-from qmix.offload.plan import MARGIN, PROGRAM, Needs, Plan, choose_context
+from qmix.offload.plan import CUDA_CONTEXT, MARGIN, PROGRAM, Needs, Plan, choose_context
 from qmix.offload.plan import plan as make_plan
-from qmix.sizes import format_bytes
+from qmix.sizes import format_bytes, record_layouts
 from qmix.store import CONFIG, MANIFEST, Store
 
 TYPICAL = Speeds(ram=40.0, disk=3.0, pcie=25.0, vram=900.0)  # GB/s, for what was neither measured nor given
@@ -27,7 +30,8 @@ TYPICAL = Speeds(ram=40.0, disk=3.0, pcie=25.0, vram=900.0)  # GB/s, for what wa
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Bytes and GB/s; None where they are to be found out."""
+    """Bytes and GB/s; None where they are to be found out, and vram None also without a GPU. vram_taken: of vram, by
+    this process and the driver; None = as much as is usual."""
 
     ram: int | None = None
     margin: int | None = None
@@ -36,6 +40,7 @@ class Machine:
     vram_speed: float | None = None
     pcie: float | None = None
     disk: float | None = None
+    vram_taken: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +77,30 @@ def find_model(path: Path, quant: QuantConfig | None, state: Path | None, say: C
     return Model(path.resolve().name, config, quant or QuantConfig(), {})
 
 
+def find_gpu(model: Model, machine: Machine, device: str, kv: str, say: Callable[[str], None]) -> Machine:
+    """`machine` with the memory that the engine would take of this machine's GPU, said; as it is where its GPU is
+    described, or none is to be used here. device: as of `--device`. Raises what the engine would."""
+    if machine.vram is not None:
+        if device != "auto":
+            raise UsageError(f"--device {device}: --vram describes a GPU, whichever is here", "drop one of the two")
+        return machine
+    if kv != "bf16" and device == "auto":
+        if torch.cuda.is_available():
+            say(f"--kv-cache {kv}: planned for the CPU, since a GPU keeps keys and values in 16 bits so far")
+        return machine
+    placement = Placement(device)
+    found = placement.open(max(layout.nbytes for layout in record_layouts(model.config, model.quant)), say)
+    if found is None:
+        return machine
+    try:
+        vram, taken = placement.vram_budget(found)
+    finally:
+        found.close()
+    say(f"planned for {found.name}, of whose memory {format_bytes(vram)} can be had (--vram 24G describes another GPU, "
+        "--device cpu leaves it out)")
+    return replace(machine, vram=vram, vram_taken=taken)
+
+
 def describe(model: Model, context: int, machine: Machine, known: Speeds | None, say: Callable[[str], None],
              kv: str = "bf16") -> dict[str, Any]:
     """All that `qmix plan` prints, as nested plain data; kv: how keys and values are kept. DoesNotFit says how much is
@@ -80,7 +109,8 @@ def describe(model: Model, context: int, machine: Machine, known: Speeds | None,
         raise UsageError(f"--ctx-size {context}: the model was trained for {model.config.max_positions} positions",
                          f"choose at most {model.config.max_positions}")
     needs = Needs.of(model.config, model.quant, choose_context(model.config, context), kv)
-    found = make_plan(needs, _ram(machine), PROGRAM, machine.vram)
+    taken = CUDA_CONTEXT if machine.vram_taken is None else machine.vram_taken
+    found = make_plan(needs, _ram(machine), PROGRAM, machine.vram, taken)
     speeds, assumed = _speeds(machine, known)
     if assumed:
         say(f"assumed, neither measured nor given: {', '.join(assumed)} (qmix doctor --bandwidth measures)")
@@ -100,13 +130,13 @@ def describe(model: Model, context: int, machine: Machine, known: Speeds | None,
 def known_speeds(cache_file: Path, say: Callable[[str], None]) -> Speeds | None:
     """What `qmix doctor --bandwidth` measured on this machine; None where it did not."""
     if not cache_file.is_file():
-        return None  # before torch is imported for nothing
+        return None
     from qmix.hardware import bandwidth
 
     measured = bandwidth.load(cache_file, say)
     if measured is None or measured.disk_gbps is None:
         return None
-    return Speeds(measured.ram_gbps, measured.disk_gbps, measured.h2d_gbps)
+    return Speeds(measured.ram_gbps, measured.disk_gbps, measured.h2d_gbps, measured.vram_gbps)
 
 
 def _ram(machine: Machine) -> int:
@@ -125,7 +155,8 @@ def _speeds(machine: Machine, known: Speeds | None) -> tuple[Speeds, list[str]]:
     if machine.vram is None:
         for flag, value in (("--pcie", machine.pcie), ("--vram-speed", machine.vram_speed)):
             if value is not None:
-                raise UsageError(f"{flag} {value:g}: only counts with --vram", "name the GPU's memory with --vram too")
+                raise UsageError(f"{flag} {value:g}: only counts with a GPU, and none is in use here",
+                                 "name a GPU's memory with --vram too")
     values: dict[str, Any] = {}
     assumed = []
     for name in wanted:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ from qmix.errors import UsageError
 from qmix.formats import int8
 from qmix.formats.packed import Packed, view
 from qmix.kernels import cuda
+from qmix.kernels.configs import Configs, Gemv
 from qmix.sizes import MatrixSpec, RecordLayout
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # numpy, as the interpreter uses it
@@ -88,12 +88,9 @@ class TestOneMatrix:
     @pytest.mark.parametrize("name", FORMATS)
     def test_each_format_and_block(self, name: str, block: int) -> None:
         """More groups than a program takes: sums of splits, with a ragged end."""
-        config = replace(cuda.config_for((8, 0)), threads=32)
         m = int4_matrix(70, 32 * 17 - 5, 32, block, name=name)
         x = operand(1, m.spec.cols)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cuda, "_config", lambda device: config)
-            y = cuda.linear(x.to(DEVICE), here(m))
+        y = cuda.linear(x.to(DEVICE), here(m), configs=Configs(gemv=Gemv(threads=32)))
         assert relative(logical(y, m.spec), product(x, decode(m))) < SUMS
 
     @settings(max_examples=30, **NO_SHRINKING)
@@ -282,13 +279,6 @@ class TestRefusals:
             cuda.linear(operand(9, 64), int4_matrix(32, 64, 32, 32), dot="bf16")
 
 
-def test_cards() -> None:
-    assert cuda.config_for((7, 5)) != cuda.config_for((8, 0))
-    assert cuda.config_for((8, 9)) == cuda.config_for((8, 6)) and cuda.config_for((12, 0)) == cuda.config_for((9, 0))
-    with pytest.raises(UsageError, match=r"7\.0: the kernels want 7\.5"):
-        cuda.config_for((7, 0))
-
-
 def in_another_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
@@ -301,6 +291,7 @@ import torch
 from qmix.errors import UsageError
 from qmix.formats import int4
 from qmix.kernels import cuda
+from qmix.kernels.configs import Configs, Gemv
 from qmix.sizes import MatrixSpec
 ones = torch.ones(32, 1, dtype=torch.bfloat16)
 m = int4.pack(torch.zeros(32, 32, dtype=torch.uint8), ones, ones, MatrixSpec("int4", 32, 32, 1, 32, 32))
@@ -332,6 +323,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from qmix.kernels import cuda, cuda_jit
+from qmix.kernels.configs import built_in
 
 POINTERS = {"x": "*bf16", "partial": "*fp32", "y": "*bf16", "qparams": "*i32"}
 
@@ -343,7 +335,7 @@ def compiled(function, words, target, warps, stages, **constants):
     return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
 
 target, bits, block = map(int, sys.argv[1:])
-config = cuda.config_for(divmod(target, 10))
+config, tile = built_in(divmod(target, 10)).gemv, built_in(divmod(target, 10)).matmul
 words = block * (4 if bits == 4 else 2) // 32
 shape = dict(GROUP=64, BLOCK=block, BITS=bits)
 few = compiled(cuda_jit.gemv, {"qweight", "slots", "rows"}, target, 4, 1, M=2, LANES=config.threads // words,
@@ -351,8 +343,8 @@ few = compiled(cuda_jit.gemv, {"qweight", "slots", "rows"}, target, 4, 1, M=2, L
 loop = few.asm["ttgir"].split("scf.for")[1].split("scf.yield")[0]
 assert "convert_layout" not in loop, "the loop moves data between threads"
 compiled(cuda_jit.finish, {"places"}, target, 4, 1, GATED=True, ADD=False, SIZE=cuda.FINISH)
-many = compiled(cuda_jit.matmul, {"tiles"}, target, config.warps, config.stages, BLOCK_M=config.block_m,
-                BLOCKS=config.block_n // block, CHUNK=64, DOT=tl.float16 if target < 80 else tl.bfloat16, **shape)
+many = compiled(cuda_jit.matmul, {"tiles"}, target, tile.warps, tile.stages, BLOCK_M=tile.tokens,
+                BLOCKS=tile.rows // block, CHUNK=64, DOT=tl.float16 if target < 80 else tl.bfloat16, **shape)
 assert many.metadata.shared <= (64 if target < 80 else 99) * 1024, many.metadata.shared
 print("compiled", many.asm["ptx"].count("mma"))
 """

@@ -14,7 +14,7 @@ from test_cuda_ops import attention, dense, random
 from qmix.errors import UsageError
 from qmix.formats import pack
 from qmix.kernels import cuda_prompt
-from qmix.kernels.cuda_prompt import attend_many, linear_many, tile_for
+from qmix.kernels.cuda_prompt import attend_many, linear_many
 from qmix.sizes import MatrixSpec
 
 pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore:invalid value encountered in divide")]
@@ -91,8 +91,3 @@ class TestAttend:
                     (q, *cache.double()), (q[..., :8], *cache)):
             with pytest.raises(UsageError, match=r"attend_many: got .* want"):
                 attend_many(*bad)
-
-    def test_cards(self) -> None:
-        assert tile_for((7, 5)) != tile_for((8, 0)) == tile_for((8, 9)) and tile_for((12, 0)) == tile_for((9, 0))
-        with pytest.raises(UsageError, match=r"want 7\.5 or newer"):
-            tile_for((7, 0))

@@ -10,6 +10,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from qmix import hardware
 from qmix.checkpoint import Checkpoint
 from qmix.config import Cancel, ExpertKey, QuantConfig
 from qmix.device import StandIn
-from qmix.engine import Engine, Placement, load
+from qmix.engine import Engine, Placement, load, parts
 from qmix.errors import DoesNotFit, Interrupted, QmixError, StoreError, UsageError
 from qmix.kernels.device_ops import TorchDeviceOps
 from qmix.offload.plan import DEVICE_TILES, RESERVE, STAGING, Needs
@@ -78,7 +80,7 @@ def bring_up(monkeypatch: pytest.MonkeyPatch, folder: Path, above: int, below: i
     with Store.open(folder) as store:
         needs = Needs.of(store.config, store.quant, how.setdefault("context", CONTEXT))
     vram = RESERVE + needs.dense + needs.kv + needs.workspace + DEVICE_TILES + above * needs.record
-    placement = Placement(device or StandIn(), vram, exact=exact)
+    placement = Placement(device or StandIn(), vram, exact=exact, tuned=how.pop("tuned", None))
     engine = load(folder, threads=1, ram=RESERVE + below * needs.record, placement=placement,
                   activations=how.pop("activations", "bf16"), **how)
     fast, slow = engine.plan.tiers
@@ -307,6 +309,47 @@ def test_what_is_said(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) 
     text = "\n".join(said)
     assert "VRAM" in text and "RAM" in text and "prompts compute in float16, since it has no bf16 products" in text
     assert "experts that are not on the GPU are computed by the CPU where that is faster" in text
+
+
+@pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed")
+def test_measured_configurations_are_used_and_named_but_for_exact(stores: dict[str, Path], tmp_path: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    from qmix.kernels.configs import INTERPRETED, Configs, Gemv
+    from qmix.kernels.tuned import Card, Tuned, save
+
+    file = tmp_path / "kernels.json"
+    used: list[Configs | None] = []
+    real = parts.choose_device_kernels
+
+    def choosing(*args: Any) -> Any:
+        used.append(args[6] if len(args) > 6 else None)
+        if used[-1] == broken:
+            raise QmixError("the GPU kernel for int4 gives wrong numbers here")
+        return real(*args)
+
+    monkeypatch.setattr(parts, "choose_device_kernels", choosing)
+
+    def loaded(exact: bool) -> list[str]:
+        said: list[str] = []
+        with bring_up(monkeypatch, stores["int4"], 9, 8, StandIn(half=torch.float16, triton=True), exact=exact,
+                      tuned=file, say=said.append):
+            pass
+        return [line for line in said if str(file) in line or "built-in" in line]
+
+    mine, broken = replace(INTERPRETED, gemv=Gemv(32, 2)), replace(INTERPRETED, gemv=Gemv(64, 2))
+    card = Card.of(StandIn.__name__, torch.device("cpu"))
+    assert loaded(False) == [] and used == [None], "no file"
+    save(Tuned(card, "x", "2026-01-31", mine), file)
+    (line,) = loaded(False)
+    assert "ignored (it was measured with StandIn" in line and used[1:] == [None], "another card's"
+    with closing(StandIn()) as device:
+        card = Card.of(device.name, device.place)
+    save(Tuned(card, "x", "2026-01-31", mine), file)
+    assert loaded(False) == [f"the GPU's kernels are cut as measured on 2026-01-31 for x: {file}"]
+    assert loaded(True) == [] and used[2:] == [mine, None], "--exact takes the built-in ones"
+    save(Tuned(card, "x", "2026-01-31", broken), file)
+    assert "wrong numbers here): the built-in configurations are used" in loaded(False)[1]
+    assert used[4:] == [broken, None]
 
 
 @pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed")

@@ -21,7 +21,7 @@ import torch
 from qmix import hardware
 from qmix.errors import ConfigError, DoesNotFit, QmixError, UsageError
 from qmix.hardware import bandwidth, cores, disk
-from qmix.hardware.bandwidth import Bandwidths, load, measure, measure_h2d, measure_ram, save
+from qmix.hardware.bandwidth import Bandwidths, load, measure, measure_h2d, measure_ram, measure_vram, save
 from qmix.hardware.disk import (
     DiskEffort,
     DiskReport,
@@ -407,13 +407,35 @@ def test_copies_to_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said == ["copies to the GPU were not measured: CUDA out of memory."]
 
 
+def test_memory_of_the_gpu_by_copies_within_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight copies of 1000 bytes in a second: 16,000 bytes read and written; and what has no room is said."""
+    assert not torch.cuda.is_available() and measure_vram(say=nothing) is None
+    real, synchronized = torch.empty, []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: synchronized.append(True))
+    monkeypatch.setattr("torch.empty", lambda nbytes, dtype, device: real(nbytes, dtype=dtype))
+    seconds = itertools.count()
+    assert measure_vram(nbytes=1000, repeats=1, say=nothing, clock=lambda: float(next(seconds))) == 1.6e-5
+    assert len(synchronized) == 2, "once for the call that does not count"
+
+    def full(*_: Any, **__: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
+
+    said: list[str] = []
+    monkeypatch.setattr("torch.empty", full)
+    assert measure_vram(say=said.append) is None
+    assert said == ["the GPU's memory was not measured: CUDA out of memory."]
+
+
 def test_measured_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bandwidth, "measure_ram", lambda **_: 43.4567)
     monkeypatch.setattr(bandwidth, "measure_h2d", lambda **_: (25.123, 7.0))
+    monkeypatch.setattr(bandwidth, "measure_vram", lambda **_: 912.34)
     report = DiskReport((DiskSpeed(4, 4 * MIB, 2.3456), DiskSpeed(1, MIB, 1.0)), True)
     assert measure(report, today=date(2026, 1, 31), say=nothing) == Bandwidths(
-        43.5, 2.35, 4 * MIB, 4, True, 25.1, 7.0, "2026-01-31")
+        43.5, 2.35, 4 * MIB, 4, True, 25.1, 7.0, "2026-01-31", 912.0)
     monkeypatch.setattr(bandwidth, "measure_h2d", lambda **_: None)
+    monkeypatch.setattr(bandwidth, "measure_vram", lambda **_: None)
     assert measure(None, today=date(2026, 1, 31), say=nothing) == Bandwidths(
         43.5, None, 0, 0, False, None, None, "2026-01-31")
 
@@ -423,7 +445,7 @@ def test_measured_together(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_figures_come_back(tmp_path: Path) -> None:
     path = tmp_path / "cache" / "hardware.json"
     assert load(path, nothing) is None
-    for figures in (GOOD, replace(GOOD, h2d_gbps=25, h2d_pageable_gbps=6.5),
+    for figures in (GOOD, replace(GOOD, h2d_gbps=25, h2d_pageable_gbps=6.5, vram_gbps=912.0),
                     Bandwidths(1e-3, None, 0, 0, False, None, None, "2026-12-01")):
         save(figures, path)
         assert load(path, nothing) == figures
@@ -433,7 +455,15 @@ def test_figures_come_back(tmp_path: Path) -> None:
             replace(GOOD, **half)
 
 
+def test_files_from_before_a_figure_still_load(tmp_path: Path) -> None:
+    old = asdict(GOOD)
+    del old["vram_gbps"]
+    (tmp_path / "hardware.json").write_text(json.dumps({"qmix_bandwidths": 1, **old}))
+    assert load(tmp_path / "hardware.json", nothing) == GOOD and GOOD.vram_gbps is None
+
+
 @pytest.mark.parametrize("field", [
+    {"vram_gbps": 0}, {"vram_gbps": "900"},
     {"ram_gbps": None}, {"ram_gbps": 0}, {"ram_gbps": -1.0}, {"ram_gbps": float("nan")}, {"ram_gbps": float("inf")},
     {"ram_gbps": 10**400}, {"ram_gbps": True}, {"ram_gbps": "43"}, {"disk_gbps": 0.0}, {"disk_gbps": 1e-300},
     {"disk_chunk": 0}, {"disk_chunk": 5000}, {"disk_chunk": 4096.0}, {"disk_chunk": 2**40}, {"disk_depth": 0},

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "qmix"
 # Floor 0 is a ladder: each of its modules may import those before it.
-LADDER = ("errors", "config", "names", "tensorfile", "sizes", "settings", "paths", "render")
+LADDER = ("errors", "config", "names", "tensorfile", "sizes", "settings", "paths", "notes", "render")
 FLOORS = (
     {"formats"},
     {"checkpoint", "store", "kernels", "hardware", "device"},
@@ -67,7 +67,7 @@ HEAVY = {"torch", "bitsandbytes", "transformers", "accelerate", "safetensors", "
 @pytest.mark.parametrize("code", [
     "import qmix",
     "from qmix.cli import main\ntry: main()\nexcept SystemExit: pass",
-    "import qmix.sizes, qmix.config, qmix.tensorfile, qmix.settings, qmix.paths, qmix.render",
+    "import qmix.sizes, qmix.config, qmix.tensorfile, qmix.settings, qmix.paths, qmix.notes, qmix.render",
 ])
 def test_help_and_floor_zero_import_nothing_heavy(code: str) -> None:
     assert not imported_modules(code) & HEAVY

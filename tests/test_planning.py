@@ -11,6 +11,9 @@ from test_cli import Done, qmix
 from tokenizer_files import DEMO_TEMPLATE, spm_model
 
 from qmix import planning
+from qmix.device import StandIn
+from qmix.engine import Placement
+from qmix.errors import UsageError
 from qmix.offload.forecast import Speeds
 
 MIXTRAL = {
@@ -62,18 +65,18 @@ def test_plan_of_a_described_machine_from_a_config_alone(config_file: Path) -> N
     assert sum(n for (memory, _), n in by.items() if memory == "VRAM") == 24 * 2**30
     assert sum(n for (memory, _), n in by.items() if memory == "RAM") == 32 * 2**30
     assert found["limited_by"] == "PCIe"
-    assert "forecast only" in done.stderr and "assumed" in done.stderr
+    assert "assumed, neither measured nor given: ram 40 GB/s, vram 900 GB/s" in done.stderr
 
 
 def test_plan_says_what_the_disk_costs(config_file: Path) -> None:
-    found = json.loads(good(qmix("plan", config_file, "--ram", "16G", "--disk", 2.5, "--ram-speed", 40,
-                                 "--json")).stdout)
+    found = json.loads(good(qmix("plan", config_file, "--ram", "16G", "--disk", 2.5, "--ram-speed", 40, "--device",
+                                 "cpu", "--json")).stdout)
     assert found["limited_by"] == "disk"
     missed = 64 * 99_090_432 * (1 - found["in_memory"] / 256)
     assert found["disk_bytes_per_token"] == pytest.approx(missed, rel=1e-6)
     least, most = found["tokens_per_second"]
     assert most == pytest.approx(2.5e9 / missed, abs=0.01) and least < most
-    text = good(qmix("plan", config_file, "--ram", "16G")).stdout
+    text = good(qmix("plan", config_file, "--ram", "16G", "--device", "cpu")).stdout
     assert "expert slots" in text and "forecast:" in text
 
 
@@ -84,7 +87,7 @@ def test_plan_of_a_store_and_of_this_machine(store: Path) -> None:
 
 
 def test_plan_that_cannot_fit_is_exit_3_with_the_shortfall(config_file: Path) -> None:
-    bad(qmix("plan", config_file, "--ram", "2G"), 3, "short of", "dense", "KV cache")
+    bad(qmix("plan", config_file, "--ram", "2G", "--device", "cpu"), 3, "short of", "dense", "KV cache")
     bad(qmix("plan", config_file, "--ram", "32G", "--vram", "2G"), 3, "of VRAM", "short of")
 
 
@@ -92,7 +95,9 @@ def test_plan_that_cannot_fit_is_exit_3_with_the_shortfall(config_file: Path) ->
     (("--ram", "lots"), ("--ram 'lots': not a size",)),
     (("--vram", "0"), ("--vram",)),
     (("--ram", "8G", "--margin", "1G"), ("--margin",)),
-    (("--pcie", "25"), ("--pcie 25: only counts with --vram",)),
+    (("--pcie", "25", "--device", "cpu"), ("--pcie 25: only counts with a GPU", "--vram")),
+    (("--device", "tpu"), ("--device tpu",)),
+    (("--device", "cpu", "--vram", "24G"), ("--device cpu: --vram describes a GPU",)),
     (("--ctx-size", "99999999"), ("--ctx-size 99999999",)),
     (("--format", "int5"), ("int5",)),
     (("--kv-cache", "int5"), ("--kv-cache int5: want bf16 or int8",)),
@@ -101,10 +106,46 @@ def test_plan_names_the_flag_that_is_wrong(config_file: Path, args: tuple[str, .
     bad(qmix("plan", config_file, *args), 2, *words)
 
 
+def test_plan_for_the_gpu_of_this_machine(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the engine would take: what is free but for a margin, some of it taken already."""
+    said: list[str] = []
+    closed: list[bool] = []
+    model = planning.find_model(config_file, None, None, said.append)
+    card = StandIn(nbytes=24 * 2**30)
+    monkeypatch.setattr(card, "taken", lambda: 2**29)
+    monkeypatch.setattr(card, "close", lambda close=card.close: (closed.append(True), close()))
+    monkeypatch.setattr(Placement, "open", lambda self, record, say: card if record == 99_090_432 else None)
+    machine = planning.find_gpu(model, planning.Machine(ram=32 * 2**30), "auto", "bf16", said.append)
+    assert (machine.vram, machine.vram_taken) == (24 * 2**30, 2**29) and closed == [True]
+    assert len(said) == 1 and "24.0 GiB can be had" in said[0] and "--device cpu" in said[0]
+    found = planning.describe(model, 0, machine, None, said.append)
+    by = {(row["memory"], row["holds"]): row["bytes"] for row in found["memory"]}
+    assert sum(n for (memory, _), n in by.items() if memory == "VRAM") == 24 * 2**30
+    assert by["VRAM", "program"] == 2**29 and found["limited_by"] == "PCIe"
+
+
+def test_a_plan_leaves_the_gpu_alone(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a GPU is described, where the KV cache could not lie there, and where there is none."""
+    said: list[str] = []
+    model = planning.find_model(config_file, None, None, said.append)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    mine, other = planning.Machine(ram=2**35), planning.Machine(vram=2**34)
+    assert planning.find_gpu(model, mine, "auto", "bf16", said.append) is mine
+    with pytest.raises(UsageError, match="torch sees no NVIDIA GPU"):
+        planning.find_gpu(model, mine, "cuda", "bf16", said.append)
+    monkeypatch.setattr(Placement, "open", None)  # calling it would fail
+    assert planning.find_gpu(model, other, "auto", "bf16", said.append) is other
+    assert planning.find_gpu(model, mine, "auto", "int8", said.append) is mine and not said
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert planning.find_gpu(model, mine, "auto", "int8", said.append) is mine
+    assert said == ["--kv-cache int8: planned for the CPU, since a GPU keeps keys and values in 16 bits so far"]
+
+
 def test_plan_with_an_int8_kv_cache(config_file: Path) -> None:
     sizes = {}
     for kv in ("bf16", "int8"):
-        found = json.loads(good(qmix("plan", config_file, "--ram", "32G", "--kv-cache", kv, "--json")).stdout)
+        found = json.loads(good(qmix("plan", config_file, "--ram", "32G", "--device", "cpu", "--kv-cache", kv,
+                                     "--json")).stdout)
         assert found["kv_cache"] == kv
         sizes[kv] = next(row["bytes"] for row in found["memory"] if row["holds"] == "KV cache") / found["context"]
     assert sizes == {"bf16": 128 * 1024, "int8": 66 * 1024}
@@ -137,6 +178,8 @@ def test_measured_speeds_are_used_and_nonsense_is_ignored(tmp_path: Path) -> Non
     assert planning.known_speeds(file, said.append) is None
     bandwidth.save(bandwidth.Bandwidths(30.0, 2.5, 4 * 2**20, 4, True, None, None, str(date(2026, 1, 1))), file)
     assert planning.known_speeds(file, said.append) == Speeds(30.0, 2.5)
+    bandwidth.save(bandwidth.Bandwidths(30.0, 2.5, 4 * 2**20, 4, True, 25.0, 6.0, str(date(2026, 1, 1)), 900.0), file)
+    assert planning.known_speeds(file, said.append) == Speeds(30.0, 2.5, 25.0, 900.0)
     assert not said
     file.write_text("{}")
     assert planning.known_speeds(file, said.append) is None

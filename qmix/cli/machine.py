@@ -10,14 +10,15 @@ import typer
 from qmix import paths, render
 from qmix.cli.options import (
     Context,
+    Device,
     KvCache,
     Margin,
     ModelArgument,
     Ram,
-    flag_bytes,
     margin_bytes,
     model_folder,
     quant_config,
+    size_or_auto,
 )
 
 Json = Annotated[bool, typer.Option("--json", help="As one JSON document.")]
@@ -28,23 +29,28 @@ def doctor(
                                                 "that will hold one: its disk is examined too.")] = None,
     bandwidth: Annotated[bool, typer.Option("--bandwidth", help="Measure RAM, disk and GPU (half a minute), and "
                                             "remember it for forecasts.")] = False,
+    tune: Annotated[bool, typer.Option("--tune", help="Try configurations of the GPU's kernels for MODEL, a store (or "
+                                       "for Mixtral 8x7B), some minutes long, and use the fastest from then on, but "
+                                       "for --exact.")] = False,
     json: Json = False,
 ) -> None:
     """Examine this machine: cores, memory, libraries, kernels, disk; name what is wrong, with the cure."""
     from qmix import doctor as examination
 
-    folder = Path.cwd() if model is None else paths.resolve(model, render.say)
+    named = None if model is None else paths.resolve(model, render.say)
+    found = {"tuning": examination.tune(named, file=paths.kernels_file(), say=render.say)} if tune else {}
     with render.byte_bar("doctor") as progress:
-        report = examination.run(folder, bandwidth=bandwidth, cache_file=paths.hardware_file(), say=render.say,
-                                 progress=progress)
-    print(render.document(report, as_json=json))
+        report = examination.run(named or Path.cwd(), bandwidth=bandwidth, cache_file=paths.hardware_file(),
+                                 say=render.say, progress=progress)
+    print(render.document({**found, **report}, as_json=json))
 
 
 def plan(
     model: ModelArgument = None, ctx_size: Context = 0,
     ram: Ram = "auto", margin: Margin = None,
-    vram: Annotated[str | None, typer.Option("--vram", help="Memory of a GPU (24G): what the model would do there.",
-                                             show_default=False)] = None,
+    vram: Annotated[str, typer.Option("--vram", help="Memory of a GPU (24G): what the model would do there; auto = of "
+                                      "this machine's, where it has one.")] = "auto",
+    device: Device = "auto",
     disk: Annotated[float | None, typer.Option("--disk", min=0.001, max=1e5, show_default=False,
                                                help="Disk bandwidth, GB/s; else as measured.")] = None,
     ram_speed: Annotated[float | None, typer.Option("--ram-speed", min=0.001, max=1e5, show_default=False,
@@ -67,8 +73,8 @@ def plan(
         quant = quant_config(format or "int4", dense or "int8", None, group_size, None, False)
     path = paths.resolve(model, render.say, ("config.json",)) if model else model_folder(model)
     found = planning.find_model(path, quant, paths.routing_folder(), render.say)
-    machine = planning.Machine(None if ram == "auto" else flag_bytes("--ram", ram),
-                               margin_bytes(margin),
-                               None if vram is None else flag_bytes("--vram", vram), ram_speed, vram_speed, pcie, disk)
+    machine = planning.Machine(size_or_auto("--ram", ram), margin_bytes(margin),
+                               size_or_auto("--vram", vram), ram_speed, vram_speed, pcie, disk)
+    machine = planning.find_gpu(found, machine, device, kv_cache, render.say)
     known = planning.known_speeds(paths.hardware_file(), render.say)
     print(render.document(planning.describe(found, ctx_size, machine, known, render.say, kv_cache), as_json=json))

@@ -57,7 +57,8 @@ Vram = Annotated[str, typer.Option("--vram", help="GPU memory for the whole proc
 Pin = Annotated[str, typer.Option("--pin", help="Of the RAM, how much may be page-locked for fast copies to the GPU; "
                                   "auto = all, under WSL less.")]
 Exact = Annotated[bool, typer.Option("--exact", help="The same bits wherever an expert was: nothing that belongs on "
-                                     "the GPU is computed by the CPU, no KV cache is kept from turn to turn.")]
+                                     "the GPU is computed by the CPU, no KV cache is kept from turn to turn, what "
+                                     "doctor --tune found is ignored.")]
 Trace = Annotated[Path | None, typer.Option("--trace", help="Record every routing decision in this file, for qmix "
                                             "replay.", show_default=False)]
 
@@ -104,7 +105,7 @@ def load_engine(folder: Path, how: Loading, keep_statistics: bool = True,
                     speeds=known_speeds(paths.hardware_file(), render.say),
                     base=base, scoring=scoring, say=say, progress=progress,
                     placement=Placement(how.device, size_or_auto("--vram", how.vram), size_or_auto("--pin", how.pin),
-                                        how.exact, vram_base))
+                                        how.exact, vram_base, paths.kernels_file()))
 
 
 def margin_bytes(text: str | None) -> int | None:

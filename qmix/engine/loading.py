@@ -43,7 +43,7 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
     a forecast; base: bytes that the process counts as taken already, None = what it holds now; scoring: with room for
     what Session.read needs; placement: on which device, and how much of it; say: told every choice a user should know
     of, a line each. placement None: on the CPU. With placement.exact no expert that belongs on the device is computed
-    by the CPU.
+    by the CPU, and the configurations in placement.tuned are ignored.
     Raises DoesNotFit or UsageError before anything large is loaded, StoreError where the store is damaged.
     """
     options = OffloadOptions(policy, prefetch, verify)

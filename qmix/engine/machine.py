@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -23,13 +24,15 @@ PINNED_WSL = 0.4  # of the memory, what `auto` page-locks at most under WSL, whi
 class Placement:
     """device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", or one that is open already. vram, pin:
     bytes, None for auto. exact: see engine.load. base: bytes of the device that count as taken already, None = what the
-    process holds of it now. Flags that have no meaning without a GPU are refused there."""
+    process holds of it now. tuned: the file of measured configurations of the GPU's kernels, where there is one; exact
+    ignores it. Flags that have no meaning without a GPU are refused there."""
 
     device: str | Device = "auto"
     vram: int | None = None
     pin: int | None = None
     exact: bool = False
     base: int | None = None
+    tuned: Path | None = None
 
     def open(self, record: int, say: Callable[[str], None]) -> Device | None:
         """The device for a model with records of so many bytes; None for the CPU. UsageError, DoesNotFit where it

@@ -10,12 +10,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
+import torch
+
 from qmix.device import Device
 from qmix.engine.kernels import stored_formats
 from qmix.engine.machine import Placement
 from qmix.errors import UsageError
+from qmix.kernels import tuned
 from qmix.kernels.attention import choose_attention
-from qmix.kernels.device_table import choose_device_kernels
+from qmix.kernels.device_table import DeviceKernels, choose_device_kernels
 from qmix.kernels.table import KernelTable
 from qmix.model.device_decode import DeviceDecode
 from qmix.model.kvcache import KVCache
@@ -83,7 +86,7 @@ def on_device(parts: Parts, device: Device, host: KernelTable, placement: Placem
     say(f"{device.name}: prompts compute in {str(dtype).removeprefix('torch.')}" + (
         ", since it has no bf16 products" if str(dtype) == "torch.float16" else ""))
     device.limit(parts.plan.tiers[0].budget - parts.plan.tiers[0].base)
-    kernels = choose_device_kernels(device.place, dtype, *stored_formats(config, store.quant), host, device.triton)
+    kernels = _device_kernels(parts, device, dtype, host, placement)
     how = DeviceOptions(placement.pin_budget(), placement.exact, *((speeds.pcie, speeds.ram) if speeds else ()))
     with ThreadPoolExecutor(1, "qmix-dense") as beside:
         dense = beside.submit(load_dense, store, kernels.prompts, device)
@@ -99,6 +102,28 @@ def on_device(parts: Parts, device: Device, host: KernelTable, placement: Placem
     return kernels.prompts, Mixtral(
         config, weights, kernels.prompts, experts, experts.ahead, experts.depth,
         partial(KVCache, place=device.place, attend=kernels.attend), experts.guesses_prompts, device, decode), offload
+
+
+def _device_kernels(parts: Parts, device: Device, dtype: torch.dtype, host: KernelTable,
+                    placement: Placement) -> DeviceKernels:
+    """Cut as was measured on this card, unless the bits are to depend on no measurement."""
+    choose = partial(choose_device_kernels, device.place, dtype, *stored_formats(parts.store.config, parts.store.quant),
+                     host, device.triton)
+    file = placement.tuned
+    if placement.exact or file is None or not device.triton:
+        return choose()
+    measured = tuned.load(file, tuned.Card.of(device.name, device.place), parts.say)
+    if measured is None:
+        return choose()
+    parts.say(f"the GPU's kernels are cut as measured on {measured.measured} for {measured.model}: {file}")
+    try:
+        return choose(measured.configs)
+    except UsageError:
+        raise
+    except Exception as e:  # wrong, or Triton's: it does not compile, or asks for too much
+        parts.say(f"that fails here now ({str(e).splitlines()[0] if str(e) else type(e).__name__}): the built-in "
+                  "configurations are used; `qmix doctor --tune` measures anew")
+        return choose()
 
 
 def _result(dense: Future[Weights], offload: Offload) -> Weights:

@@ -1,6 +1,6 @@
-"""How fast bytes move in this machine: out of RAM, off the disk, over to a GPU.
+"""How fast bytes move in this machine: out of RAM, off the disk, over to a GPU, within it.
 
-Three figures decide what paging can give: tokens/s is at most bandwidth / bytes a token needs. They
+These figures decide what paging can give: tokens/s is at most bandwidth / bytes a token needs. They
 are measured once (`qmix doctor --bandwidth`), kept in a small JSON file, and stated with their date,
 for they move with what else the machine does.
 
@@ -9,29 +9,26 @@ GB/s are decimal: 1e9 bytes a second.
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import stat
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from qmix.errors import ConfigError, DoesNotFit, QmixError
+from qmix import notes
+from qmix.errors import ConfigError, DoesNotFit
 from qmix.hardware.cores import last_level_cache, physical_cores
 from qmix.hardware.disk import DiskReport
 from qmix.hardware.memory import anonymous_memory, memory
 from qmix.sizes import GIB, MIB, RECORD_ALIGN, format_bytes
 
 FORMAT, VERSION = "qmix_bandwidths", 1
-MAX_FILE = 64 * 1024  # bytes of a file of ours are far fewer: what is larger is not read
 MIN_GBPS, MAX_GBPS = 1e-6, 1e5
+COPIES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +37,8 @@ class Bandwidths:
 
     ram_gbps: reading, all physical cores. disk_gbps: the best of disk_depth threads reading disk_chunk bytes
     at a time, disk_direct with O_DIRECT; None, 0, 0 and False where no disk was measured. h2d_gbps: from
-    pinned memory to the GPU, h2d_pageable_gbps from any; None without a GPU. measured: "YYYY-MM-DD".
+    pinned memory to the GPU, h2d_pageable_gbps from any; vram_gbps: what a copy within the GPU's memory reads and
+    writes; None without a GPU. measured: "YYYY-MM-DD".
     """
 
     ram_gbps: float
@@ -51,11 +49,12 @@ class Bandwidths:
     h2d_gbps: float | None
     h2d_pageable_gbps: float | None
     measured: str
+    vram_gbps: float | None = None
 
     def __post_init__(self) -> None:
         disk = self.disk_gbps is not None
         for name, optional in (("ram_gbps", False), ("disk_gbps", True), ("h2d_gbps", True),
-                               ("h2d_pageable_gbps", True)):
+                               ("h2d_pageable_gbps", True), ("vram_gbps", True)):
             _check(name, getattr(self, name), f"{MIN_GBPS:g} to {MAX_GBPS:g} GB/s", lambda v, o=optional: (
                 (v is None and o) or (type(v) in (int, float) and MIN_GBPS <= v <= MAX_GBPS)))
         _check("disk_chunk", self.disk_chunk, f"a multiple of {RECORD_ALIGN} bytes up to 1 GiB, 0 without a disk",
@@ -63,19 +62,12 @@ class Bandwidths:
         _check("disk_depth", self.disk_depth, "1 to 1024 threads, 0 without a disk",
                lambda v: type(v) is int and 0 <= v <= 1024 and bool(v) == disk)
         _check("disk_direct", self.disk_direct, "true or false", lambda v: type(v) is bool and (disk or not v))
-        _check("measured", self.measured, "YYYY-MM-DD", _is_date)
+        _check("measured", self.measured, "YYYY-MM-DD", notes.is_date)
 
 
 def _check(name: str, value: object, want: str, fits: Callable[..., bool]) -> None:
     if not fits(value):
         raise ConfigError(f"{name}: got {value!r:.40}, want {want}")
-
-
-def _is_date(text: object) -> bool:
-    try:
-        return isinstance(text, str) and date.fromisoformat(text).isoformat() == text
-    except ValueError:
-        return False
 
 
 def measure(disk: DiskReport | None, *, today: date, ram_bytes: int | None = None, seconds: float = 2.0,
@@ -84,10 +76,12 @@ def measure(disk: DiskReport | None, *, today: date, ram_bytes: int | None = Non
     ram = _rounded(measure_ram(nbytes=ram_bytes, seconds=seconds, say=say))
     copies = measure_h2d(seconds=seconds, say=say)
     pinned, pageable = (_rounded(copies[0]), _rounded(copies[1])) if copies else (None, None)
+    within = measure_vram(seconds=seconds, say=say)
+    vram = None if within is None else _rounded(within)
     if disk is None:
-        return Bandwidths(ram, None, 0, 0, False, pinned, pageable, today.isoformat())
+        return Bandwidths(ram, None, 0, 0, False, pinned, pageable, today.isoformat(), vram)
     return Bandwidths(ram, _rounded(disk.best.gbps), disk.best.chunk, disk.best.depth, disk.direct, pinned, pageable,
-                      today.isoformat())
+                      today.isoformat(), vram)
 
 
 def measure_ram(threads: int | None = None, *, nbytes: int | None = None, repeats: int = 7, seconds: float = 2.0,
@@ -152,6 +146,26 @@ def measure_copies(source: torch.Tensor, target: torch.Tensor, *, repeats: int =
     return source.nbytes / _median_seconds(copy, repeats, seconds, clock) / 1e9
 
 
+def measure_vram(*, nbytes: int = 512 * MIB, repeats: int = 7, seconds: float = 2.0, say: Callable[[str], None],
+                 clock: Callable[[], float] = time.perf_counter) -> float | None:
+    """GB/s that copies of `nbytes`, larger than any cache, within the current GPU's memory read and write, COPIES to
+    each time the host waits, so that the launch does not count; None without a GPU, or, said, where it has no room."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        source, target = (torch.empty(nbytes, dtype=torch.uint8, device="cuda").fill_(1) for _ in range(2))
+
+        def copy() -> None:
+            for _ in range(COPIES):
+                target.copy_(source)
+            torch.cuda.synchronize()
+
+        return 2 * COPIES * nbytes / _median_seconds(copy, repeats, seconds, clock) / 1e9
+    except RuntimeError as e:
+        say(f"the GPU's memory was not measured: {str(e).splitlines()[0]}")
+        return None
+
+
 def _median_seconds(work: Callable[[], object], repeats: int, seconds: float, clock: Callable[[], float]) -> float:
     """Of at least one call after a first that does not count, until `repeats` or `seconds` are used up."""
     work()
@@ -171,56 +185,16 @@ def _rounded(gbps: float) -> float:
 
 def save(bandwidths: Bandwidths, path: Path) -> None:
     """Write `path`, whole or not at all; QmixError where that fails."""
-    text = json.dumps({FORMAT: VERSION, **asdict(bandwidths)}, indent=2) + "\n"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        try:
-            with open(fd, "w") as file:
-                file.write(text)
-            Path(name).replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                Path(name).unlink()
-            raise
-    except OSError as e:
-        raise QmixError(f"{path}: cannot be written: {e.strerror}",
-                        "check the folder's permissions and space") from None
+    notes.save(path, FORMAT, VERSION, asdict(bandwidths))
 
 
 def load(path: Path, say: Callable[[str], None]) -> Bandwidths | None:
     """What save wrote; None where there is no such file, or, said in one line, where it is not one of ours."""
-    try:
-        values = json.loads(_read_small(path))
-        if type(values) is not dict or values.pop(FORMAT, None) != VERSION:
-            raise ValueError(f"not a file of {FORMAT}, version {VERSION}")
-        if set(values) != {field.name for field in fields(Bandwidths)}:
-            raise ValueError("its fields are not those of this version")
-        return Bandwidths(**values)
-    except FileNotFoundError:
-        return None
-    except ConfigError as e:
-        reason = e.message
-    except OSError as e:
-        reason = e.strerror or "cannot be read"
-    except json.JSONDecodeError:
-        reason = "not JSON"
-    except UnicodeDecodeError:
-        reason = "not text"
-    except RecursionError:
-        reason = "nested too deeply"
-    except ValueError as e:
-        reason = str(e).splitlines()[0]
-    say(f"{path}: ignored ({reason}); `qmix doctor --bandwidth` writes it anew")
-    return None
+    return notes.load(path, FORMAT, VERSION, _made, "qmix doctor --bandwidth", say)
 
 
-def _read_small(path: Path) -> str:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))  # a pipe in its place must not hang
-    with open(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise ValueError("not a regular file")
-        raw = file.read(MAX_FILE + 1)
-    if len(raw) > MAX_FILE:
-        raise ValueError(f"larger than {format_bytes(MAX_FILE)}")
-    return raw.decode()
+def _made(values: dict[str, Any]) -> Bandwidths:
+    """vram_gbps is younger than the rest: files of before lack it."""
+    if {"vram_gbps": None, **values}.keys() != {field.name for field in fields(Bandwidths)}:
+        raise ValueError("its fields are not those of this version")
+    return Bandwidths(**values)

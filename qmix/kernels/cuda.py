@@ -1,7 +1,7 @@
 """Triton kernels for the grouped formats int4, int3 and int2, on the bytes that a store has; nothing is repacked.
 
-The engine does not use them yet: `table.select` still knows the CPU alone. They are written and tested under Triton's
-interpreter and compiled for cards from sm_75 up, and have not run on one.
+Tested under Triton's interpreter and compiled for cards from sm_75 up; they have not run on one. How they are cut is an
+argument everywhere (configs.py), None for what is built in for the card.
 
     linear, gated            x and one matrix: up to FEW tokens by `gemv`, which reads each weight once for all of
                              them; more by `matmul`, which decodes each piece of weights once for up to 128
@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from types import MappingProxyType, ModuleType
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from qmix.errors import UsageError
 from qmix.formats.packed import Packed
+from qmix.kernels.configs import Configs, Gemv, Matmul, built_in, capability
 from qmix.sizes import MatrixSpec, RecordLayout
 
 FEW = 8  # tokens of a gemv call
@@ -38,26 +39,6 @@ DOTS = ("bf16", "fp16", "fp32")
 FINISH = 1024  # results that a program of `finish` makes
 INDEX = torch.int32
 Room = Callable[[tuple[int, ...], torch.device], Tensor]  # where results of a launch lie for the next one
-
-
-@dataclass(frozen=True, slots=True)
-class Config:
-    """How kernels are cut. threads: of a gemv program, each with a group and a word of the weights; unroll: columns
-    whose words are asked for together; block_m, block_n: tokens (at most) and rows of a matmul tile; warps and stages:
-    of a matmul program."""
-
-    threads: int = 128
-    unroll: int = 4
-    block_m: int = 128
-    block_n: int = 128
-    warps: int = 8
-    stages: int = 3
-
-
-# By compute capability, the nearest below where one is not listed. Chosen by registers and shared memory of the
-# compiled code, not yet by measurement. For sm_75 Triton compiles products without tensor cores, hence small tiles.
-CONFIGS = MappingProxyType({(7, 5): Config(block_m=16, block_n=64, warps=4, stages=2), (8, 0): Config(),
-                            (8, 6): Config(block_n=64), (9, 0): Config()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,33 +120,35 @@ class Jobs:
         return cls(torch.zeros(1, device=device, dtype=INDEX), rows, rows)
 
 
-def linear(x: Tensor, m: Packed, out_dtype: torch.dtype | None = None, dot: str | None = None) -> Tensor:
+def linear(x: Tensor, m: Packed, out_dtype: torch.dtype | None = None, dot: str | None = None,
+           configs: Configs | None = None) -> Tensor:
     """x [T, cols] fp32, bf16 or fp16 -> [T, padded_rows] in `out_dtype` (x's), gaps of the padding zero where x is
     finite. dot: see `sorted_linear`; it matters for more than FEW tokens. UsageError for what the kernels lack."""
-    weights = Matrices.of(m)
+    weights, configs = Matrices.of(m), configs or _configs(x.device)
     _check_x(x, weights)
     y = x.new_empty(len(x), m.spec.padded_rows, dtype=out_dtype or x.dtype)
     if not len(x):
         return y
     if len(x) <= FEW:
-        few(x, weights, Jobs.single(len(x), x.device), y)
+        few(x, weights, Jobs.single(len(x), x.device), y, config=configs.gemv)
     else:
-        sorted_linear(x, weights, [0], [len(x)], y, dot)
+        sorted_linear(x, weights, [0], [len(x)], y, dot, configs.matmul)
     return y
 
 
-def gated(x: Tensor, m: Packed, out_dtype: torch.dtype | None = None, dot: str | None = None) -> Tensor:
+def gated(x: Tensor, m: Packed, out_dtype: torch.dtype | None = None, dot: str | None = None,
+          configs: Configs | None = None) -> Tensor:
     """The first half of an expert, silu(gate(x)) * up(x): x [T, H] -> [T, F]; m is gate over up, [2F, H]."""
-    weights = Matrices.of(m)
+    weights, configs = Matrices.of(m), configs or _configs(x.device)
     _check_x(x, weights)
     y = x.new_empty(len(x), m.spec.rows // 2, dtype=out_dtype or x.dtype)
     if not len(x):
         return y
     if len(x) <= FEW:
-        few(x, weights, Jobs.single(len(x), x.device), y, gated=True)
+        few(x, weights, Jobs.single(len(x), x.device), y, gated=True, config=configs.gemv)
     else:
         both = x.new_empty(len(x), m.spec.padded_rows, dtype=torch.float32)
-        sorted_linear(x, weights, [0], [len(x)], both, dot)
+        sorted_linear(x, weights, [0], [len(x)], both, dot, configs.matmul)
         silu_product(both, y)
     return y
 
@@ -190,13 +173,13 @@ def fresh(shape: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def few(x: Tensor, weights: Matrices, jobs: Jobs, y: Tensor, gated: bool = False, add: bool = False,
-        room: Room = fresh) -> None:
+        room: Room = fresh, config: Gemv | None = None) -> None:
     """What `jobs` say, into y [., padded_rows] or its first columns, or [., F] where gated; or, where `add`, added to
     what is there. Two launches: the products of pieces of the columns, into `room`, then their sums, and
     silu(gate) * up with them."""
     _check_x(x, weights)
     jit, spec = device_code("cuda_jit"), weights.spec
-    config = _config(x.device)
+    config = config or _configs(x.device).gemv
     groups, words = spec.padded_cols // spec.group_size, spec.block * _place(spec) // 32
     lanes = min(config.threads // words, power_of_two(groups))
     splits = -(-groups // lanes)
@@ -211,7 +194,7 @@ def few(x: Tensor, weights: Matrices, jobs: Jobs, y: Tensor, gated: bool = False
 
 
 def sorted_linear(x: Tensor, weights: Matrices, slots: Sequence[int], counts: Sequence[int], y: Tensor,
-                  dot: str | None = None) -> None:
+                  dot: str | None = None, config: Matmul | None = None) -> None:
     """x [T, cols], its first counts[0] rows for the expert in slots[0], the next counts[1] for slots[1] and so on,
     into y [T, padded_rows].
 
@@ -223,34 +206,25 @@ def sorted_linear(x: Tensor, weights: Matrices, slots: Sequence[int], counts: Se
         raise UsageError(f"slots {list(slots)}, counts {list(counts)}: want as many of each, {len(x)} rows in all, "
                          f"slots 0 to {weights.slots - 1}")
     jit, spec = device_code("cuda_jit"), weights.spec
-    config = _config(x.device)
-    block_m = min(config.block_m, 128 if max(counts) > 64 else 64 if max(counts) > 16 else 16)
+    config = config or _configs(x.device).matmul
+    block_m = min(config.tokens, 128 if max(counts) > 64 else 64 if max(counts) > 16 else 16)
     tiles, start = [], 0
     for slot, count in zip(slots, counts, strict=True):
         tiles += [(slot, first, start + count) for first in range(start, start + count, block_m)]
         start += count
-    blocks, per_tile = spec.padded_rows // spec.block, config.block_n // spec.block
+    blocks, per_tile = spec.padded_rows // spec.block, config.rows // spec.block
     jit.matmul[len(tiles), -(-blocks // per_tile)](
         x, weights.qweight, weights.qparams, torch.tensor(tiles, dtype=INDEX, device=x.device), y, weights.slot_bytes,
         x.stride(0), y.stride(0), spec.cols, spec.padded_cols // spec.group_size, spec.padded_rows, blocks,
         GROUP=spec.group_size, BLOCK=spec.block, BITS=spec.bits, BLOCK_M=block_m, BLOCKS=per_tile,
         CHUNK=min(spec.group_size, 64), DOT=_dot(jit, x, dot), num_stages=config.stages, enable_fp_fusion=True,
-        num_warps=config.warps if block_m == config.block_m else 4)
+        num_warps=config.warps if block_m == config.tokens else 4)
 
 
 def silu_product(both: Tensor, y: Tensor) -> None:
     """silu(gate) * up: both fp32 [T, N] contiguous, gate and up each the first F of a half, into y [T, F]."""
     places = torch.arange(len(both), device=both.device, dtype=INDEX)
     _finish(device_code("cuda_jit"), both[:, None], places, y, True, False)
-
-
-def config_for(capability: tuple[int, int]) -> Config:
-    """The configuration of a card's compute capability: the nearest listed one that is not above it."""
-    known = [c for c in CONFIGS if c <= capability]
-    if not known:
-        raise UsageError(f"compute capability {capability[0]}.{capability[1]}: the kernels want 7.5 or newer",
-                         "use the CPU")
-    return CONFIGS[max(known)]
 
 
 def _finish(jit: ModuleType, partial: Tensor, places: Tensor, y: Tensor, gated: bool, add: bool) -> None:
@@ -276,8 +250,8 @@ def interpreted(jit: ModuleType) -> bool:
     return not isinstance(jit.gemv, jit.triton.JITFunction)
 
 
-def _config(device: torch.device) -> Config:
-    return config_for(torch.cuda.get_device_capability(device)) if device.type == "cuda" else Config()
+def _configs(device: torch.device) -> Configs:
+    return built_in(capability(device))
 
 
 def _dot(jit: ModuleType, x: Tensor, dot: str | None) -> Any:

@@ -25,11 +25,11 @@ from qmix.errors import UsageError
 from qmix.formats import nf4
 from qmix.formats.packed import Packed
 from qmix.kernels import cuda
+from qmix.kernels.configs import Configs, built_in, capability
 from qmix.kernels.cuda import Jobs, Matrices, device_code, power_of_two
 from qmix.kernels.device_ops import FEW, ExpertSlots
 
 PIECE = 1024  # numbers of an embedding that a program copies
-ROWS, COLS, UNROLL = 16, 64, 4  # of a matrix, that a program of the dense gemv has in hand
 SMALL = 4096  # rows; a matrix with fewer is cut finer, so that there are enough programs
 # Attention is split over positions: the grid depends on the cache's capacity alone, what is beyond a token's position
 # ends at once. A split takes at least LEAST_SPLIT positions, so that a short context has several; there are at most
@@ -40,11 +40,12 @@ LOG2_E = 1.4426950408889634
 
 
 class TritonOps:
-    """See DeviceOps."""
+    """See DeviceOps. configs: how kernels are cut, None for what is built in for the card of each call."""
 
     name = "Triton"
 
-    def __init__(self) -> None:
+    def __init__(self, configs: Configs | None = None) -> None:
+        self._configs = configs
         self._rooms: dict[tuple[object, ...], Tensor] = {}
         self._single: dict[tuple[int, torch.device], Jobs] = {}
         self._stacks: dict[tuple[int, ...], tuple[Tensor, Sequence[Tensor]]] = {}
@@ -75,17 +76,19 @@ class TritonOps:
         if spec.bits:
             if spec.parts != 1:
                 raise UsageError("linear: the matrix is in parts", "use experts")
-            cuda.few(x, Matrices.of(m), self._all(tokens, x.device), y, add=add, room=self._room)
+            cuda.few(x, Matrices.of(m), self._all(tokens, x.device), y, add=add, room=self._room,
+                     config=self._cut(x).gemv)
         elif spec.format in ("nf4", "fp4"):
             _decoded(x, m, y, add)
         else:
             scaled = spec.format == "int8"
             weight = m["qweight" if scaled else "weight"]
-            rows = ROWS if spec.rows >= SMALL else ROWS // 2
+            config = self._cut(x).dense
+            rows = config.rows if spec.rows >= SMALL else config.rows // 2
             device_code("cuda_dense_jit").gemv[-(-spec.rows // rows),](
                 x, weight, m["scale"] if scaled else weight, y, x.stride(0), y.stride(0), tokens, spec.cols,
-                spec.padded_cols, spec.rows, M=power_of_two(tokens), ROWS=rows, COLS=COLS, UNROLL=UNROLL, SCALED=scaled,
-                ADD=add, num_warps=4, enable_fp_fusion=True)
+                spec.padded_cols, spec.rows, M=power_of_two(tokens), ROWS=rows, COLS=config.cols, UNROLL=config.unroll,
+                SCALED=scaled, ADD=add, num_warps=4, enable_fp_fusion=True)
 
     def keep(self, qkv: Tensor, inverse: Tensor, positions: Tensor, keys: Tensor, values: Tensor,
              query: Tensor) -> None:
@@ -146,8 +149,9 @@ class TritonOps:
         _layer().jobs[count,](ids, table, first, wanted, places, slots.first, w13.slots, tokens, k, ids.stride(0),
                               M=width, PAIRS=tokens * k <= len(table), num_warps=1)
         inner = self._room((tokens * k, w13.spec.rows // 2), x.device, use="inner")
-        cuda.few(x, w13, Jobs(first, wanted, places), inner, gated=True, room=self._room)
-        cuda.few(inner, w2, Jobs(first, places, places), rows.view(tokens * k, -1), room=self._room)
+        gemv = self._cut(x).gemv
+        cuda.few(x, w13, Jobs(first, wanted, places), inner, gated=True, room=self._room, config=gemv)
+        cuda.few(inner, w2, Jobs(first, places, places), rows.view(tokens * k, -1), room=self._room, config=gemv)
 
     def _route(self, residual: Tensor, weights: Tensor, routers: Tensor, eps: float, normed: Tensor | None,
                ids: Tensor, gains: Tensor | None) -> None:
@@ -175,6 +179,9 @@ class TritonOps:
         if key not in self._stacks:
             self._stacks[key] = torch.stack(list(tensors)), list(tensors)  # held, so that an address stays theirs
         return self._stacks[key][0]
+
+    def _cut(self, x: Tensor) -> Configs:
+        return self._configs or built_in(capability(x.device))
 
     def _all(self, tokens: int, device: torch.device) -> Jobs:
         if (tokens, device) not in self._single:

@@ -9,9 +9,6 @@ T tokens, N rows out, Q query heads, KV key-value heads, D head size, S position
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from types import MappingProxyType
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,31 +17,17 @@ from qmix.errors import UsageError
 from qmix.formats import nf4
 from qmix.formats.packed import Packed, row_tiles
 from qmix.kernels import cuda
+from qmix.kernels.configs import WIDE, Attention, Matmul, built_in, capability
 from qmix.kernels.cuda import DTYPES, Matrices, device_code, power_of_two
 from qmix.kernels.cuda_ops import EVERYTHING, LOG2_E
 
 TILE_BYTES = 64 * 2**20  # the most that a decoded piece of weights takes
 
 
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """How attention is cut: tokens (at most) and positions of a tile, warps and stages of a program."""
-
-    tokens: int
-    positions: int
-    warps: int
-    stages: int
-
-
-# By compute capability, the nearest below where one is not listed; chosen, for heads of 128, by registers and shared
-# memory of the compiled code, not yet by measurement. Without tensor cores, as for fp32 and on sm_75, sums of a tile
-# take many registers.
-TILES = MappingProxyType({(7, 5): Tile(32, 32, 8, 1), (8, 0): Tile(64, 64, 4, 2), (9, 0): Tile(128, 64, 8, 2)})
-WIDE = Tile(32, 32, 8, 1)
 LEAST = 16  # what a product of Triton's has in each direction, at least
 
 
-def linear_many(x: Tensor, m: Packed, out_dtype: torch.dtype | None = None) -> Tensor:
+def linear_many(x: Tensor, m: Packed, out_dtype: torch.dtype | None = None, config: Matmul | None = None) -> Tensor:
     """x [T, cols] fp32, bf16 or fp16 -> [T, rows] in `out_dtype` (x's), padding and gaps between parts removed.
 
     int8: codes are exact in bf16 and fp32, and their product is scaled; in fp16, where products of codes would
@@ -56,7 +39,7 @@ def linear_many(x: Tensor, m: Packed, out_dtype: torch.dtype | None = None) -> T
     if spec.bits:
         y = x.new_empty(len(x), spec.padded_rows, dtype=dtype)
         if len(x):
-            cuda.sorted_linear(x.contiguous(), Matrices.of(m), [0], [len(x)], y)
+            cuda.sorted_linear(x.contiguous(), Matrices.of(m), [0], [len(x)], y, config=config)
         return y.view(len(x), spec.parts, -1)[:, :, :spec.rows // spec.parts].reshape(len(x), spec.rows)
     if "weight" in m.tensors and m["weight"].dtype == x.dtype == dtype:
         return F.linear(x, m["weight"])
@@ -81,7 +64,8 @@ def _int8(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     return F.linear(x, codes.to(x.dtype)) * scale
 
 
-def attend_many(query: Tensor, keys: Tensor, values: Tensor, window: int | None = None) -> Tensor:
+def attend_many(query: Tensor, keys: Tensor, values: Tensor, window: int | None = None,
+                config: Attention | None = None) -> Tensor:
     """Causal attention of the last T of S positions over all S, or over the last `window` of each: see attend.attend.
 
     query [T, Q, D]; keys, values [KV, S, D] of one dtype, in which products are made; -> [T, Q * D] in query's dtype.
@@ -94,7 +78,7 @@ def attend_many(query: Tensor, keys: Tensor, values: Tensor, window: int | None 
             or not query.stride(2) == keys.stride(2) == values.stride(2) == 1:
         raise UsageError(f"attend_many: got {query.dtype} {list(query.shape)}, {keys.dtype} {list(keys.shape)} and "
                          f"{values.dtype} {list(values.shape)}, want [T, Q, D] and twice [KV, S, D], T up to S")
-    tile = _tile(keys)
+    tile = _cut(keys, config)
     block = max(LEAST, min(tile.tokens, power_of_two(tokens)))
     out = query.new_empty(tokens, heads * size)
     device_code("cuda_attend_jit").attend_many[-(-tokens // block), heads](
@@ -106,13 +90,5 @@ def attend_many(query: Tensor, keys: Tensor, values: Tensor, window: int | None 
     return out
 
 
-def _tile(keys: Tensor) -> Tile:
-    if keys.dtype == torch.float32 or keys.device.type != "cuda":
-        return WIDE
-    return tile_for(torch.cuda.get_device_capability(keys.device))
-
-
-def tile_for(capability: tuple[int, int]) -> Tile:
-    """The tile of a card's compute capability: the nearest listed one that is not above it."""
-    cuda.config_for(capability)  # refuses a card that is too old
-    return TILES[max(known for known in TILES if known <= capability)]
+def _cut(keys: Tensor, config: Attention | None) -> Attention:
+    return WIDE if keys.dtype == torch.float32 else config or built_in(capability(keys.device)).attention

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -19,6 +20,8 @@ from qmix.formats import module, nf4
 from qmix.formats.packed import Packed
 from qmix.kernels import reference
 from qmix.kernels.attend import attend
+from qmix.kernels.configs import Configs, built_in, capability
+from qmix.kernels.cpu import Kernel
 from qmix.kernels.device_ops import DeviceOps, TorchDeviceOps
 from qmix.kernels.table import KernelTable, random_matrix
 
@@ -39,40 +42,40 @@ class DeviceKernels:
 
 
 def choose_device_kernels(place: torch.device, half: torch.dtype, formats: Iterable[str], blocks: Iterable[int],
-                          host: KernelTable, triton: bool) -> DeviceKernels:
+                          host: KernelTable, triton: bool, configs: Configs | None = None) -> DeviceKernels:
     """formats, blocks: as of table.select. half: what prompts compute in. triton: for a card, or under Triton's
-    interpreter; else the CPU's kernels stand in. UsageError where Triton or bitsandbytes is missing, QmixError where a
-    kernel is wrong."""
+    interpreter; else the CPU's kernels stand in. configs: how kernels are cut, None = as is built in. UsageError where
+    Triton or bitsandbytes is missing, QmixError where a kernel is wrong."""
     if not triton:
         return DeviceKernels(host, attend, TorchDeviceOps(host), host)
     from qmix.kernels import cuda_ops, cuda_prompt
 
+    configs = configs or built_in(capability(place))
+    many, ops = partial(cuda_prompt.linear_many, config=configs.matmul), cuda_ops.TritonOps(configs)
     wanted = {(module(name), name)[1] for name in formats}
     if wanted & {"nf4", "fp4"}:
         nf4.functional()
-    table = {(name, block): cuda_prompt.linear_many for name in wanted for block in {0, *blocks}}
+    table = {(name, block): many for name in wanted for block in {0, *blocks}}
     names = {name: PROMPTS.get(name, "Triton") for name in wanted}
     if place.type == "cuda":
         for name, block in sorted(table):
             if (name in GROUPED_BITS and block) or (name == "int8" and not block):
-                _check(place, half, random_matrix(name, block))
-    return DeviceKernels(KernelTable(MappingProxyType(table), MappingProxyType(names)), cuda_prompt.attend_many,
-                         cuda_ops.TritonOps(), host)
+                _check(place, half, random_matrix(name, block), many, ops)
+    return DeviceKernels(KernelTable(MappingProxyType(table), MappingProxyType(names)),
+                         partial(cuda_prompt.attend_many, config=configs.attention), ops, host)
 
 
-def _check(place: torch.device, half: torch.dtype, m: Packed) -> None:
+def _check(place: torch.device, half: torch.dtype, m: Packed, many: Kernel, ops: DeviceOps) -> None:
     """Few tokens and many against the reference."""
-    from qmix.kernels import cuda_ops, cuda_prompt
-
     there = m.to(place)
     for tokens in (1, 5, 40):
         x = torch.randn(tokens, m.spec.cols, generator=torch.Generator().manual_seed(1)).to(half)
         want = reference.linear(x.float(), m)[:, :m.spec.rows]
         if tokens > 8:
-            got = cuda_prompt.linear_many(x.to(place), there)[:, :m.spec.rows]
+            got = many(x.to(place), there)[:, :m.spec.rows]
         else:
             got = torch.empty(tokens, m.spec.rows, device=place)
-            cuda_ops.TritonOps().linear(x.float().to(place), there, got)
+            ops.linear(x.float().to(place), there, got)
         if not (got.float().cpu() - want).norm() <= AGREES * want.norm():
             raise QmixError(f"the GPU kernel for {m.spec.format} gives wrong numbers here ({tokens} tokens, torch "
                             f"{torch.__version__}, {torch.cuda.get_device_name(place)})",

@@ -84,7 +84,7 @@ def select(formats: Iterable[str], blocks: Iterable[int] = BLOCKS, device: str =
     unknown format or device, and for activations that nothing here has.
     """
     if device != "cpu":
-        raise UsageError(f"device: got {device!r}, want 'cpu' (the only one with kernels so far)")
+        raise UsageError(f"device: got {device!r}, want 'cpu' (device_table.py has a GPU's kernels)")
     if activations not in ACTIVATIONS:
         raise UsageError(f"--activations {activations}: want " + ", ".join(ACTIVATIONS))
     names: dict[str, str] = {}

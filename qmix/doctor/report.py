@@ -1,4 +1,4 @@
-"""What qmix finds on this machine, and what of it is in the way: the logic of `qmix doctor`.
+"""What qmix finds on this machine, and what of it is in the way.
 
 Each section is a function that returns its part of the report and the problems it saw, a cure with each.
 A section that cannot look says so in its place; the report is never cut short by one.
@@ -14,13 +14,15 @@ from dataclasses import asdict
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
 
 from qmix import hardware
 from qmix.config import BLOCKS, GROUPED_BITS
+from qmix.doctor.gpu import gpu
+from qmix.doctor.problem import Problem, Section
 from qmix.errors import QmixError, UsageError
 from qmix.hardware import bandwidth as bandwidths
 from qmix.hardware.cores import cpu_instructions, cpu_model, cpu_quota
@@ -41,16 +43,6 @@ FOREIGN = ("9p", "drvfs", "v9fs", "nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.
 NOT_MEASURED = "not measured: run qmix doctor --bandwidth"
 
 
-class Problem(NamedTuple):
-    """What is in the way, and what to do about it."""
-
-    problem: str
-    cure: str
-
-
-Section = tuple[dict[str, Any], list[Problem]]
-
-
 def run(folder: Path | None, *, bandwidth: bool, cache_file: Path, say: Callable[[str], None],
         progress: Progress | None = None, effort: DiskEffort | None = None, scratch_bytes: int = GIB,
         ram_bytes: int | None = None, today: date | None = None, root: Path = Path("/")) -> dict[str, Any]:
@@ -67,7 +59,7 @@ def run(folder: Path | None, *, bandwidth: bool, cache_file: Path, say: Callable
     report: dict[str, Any] = {}
     problems: list[Problem] = []
     for name, section in (("machine", lambda: machine(root)), ("libraries", libraries), ("kernels", kernels),
-                          ("gpu", lambda: gpu(root))):
+                          ("gpu", lambda: gpu(root, say))):
         report[name], found = section()
         problems += found
     disk, measured, found = examine_disk(folder, bandwidth, effort or DiskEffort(), scratch_bytes, say, progress)
@@ -149,25 +141,6 @@ def kernels() -> Section:
             "notes": [{"note": line} for line in dict.fromkeys(lines)]}, [
         Problem(f"{name} runs on the slow reference kernel", "install the torch that qmix is tested with "
                 "(constraints.txt), on a CPU with AVX2 or AVX-512") for name in slow]
-
-
-def gpu(root: Path) -> Section:
-    """The GPUs that torch sees."""
-    rows: list[dict[str, Any]] = []
-    if not torch.cuda.is_available():
-        if not (root / "proc/driver/nvidia/version").exists():
-            return {"devices": rows}, []
-        return {"devices": rows}, [Problem("an NVIDIA driver is loaded, but torch sees no GPU",
-                                           "install a torch build with CUDA that suits the driver (nvidia-smi)")]
-    for i in range(torch.cuda.device_count()):
-        about = torch.cuda.get_device_properties(i)
-        try:
-            free: int | str = torch.cuda.mem_get_info(i)[0]
-        except RuntimeError:  # a GPU that another process has for itself, or that is full
-            free = "unknown"
-        rows.append({"name": about.name, "total_bytes": about.total_memory, "free_bytes": free,
-                     "compute_capability": f"{about.major}.{about.minor}"})
-    return {"devices": rows}, []
 
 
 def examine_disk(folder: Path | None, measure: bool, effort: DiskEffort, scratch_bytes: int,

@@ -1,0 +1,7 @@
+"""`qmix doctor`: what this machine has and what is in the way (report.py, its GPU in gpu.py), and the measurement of
+configurations of the GPU's kernels (tuning.py)."""
+
+from qmix.doctor.report import run
+from qmix.doctor.tuning import tune
+
+__all__ = ["run", "tune"]

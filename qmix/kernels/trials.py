@@ -1,0 +1,216 @@
+"""The calls that a model makes of each kernel, with weights of random codes, for tuning.py.
+
+There are as many weights as a few times the card's cache holds, and calls take turns among them, as layers do.
+H hidden, F expert inner, E experts, K chosen per token, S slots.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qmix.config import DTYPES, ModelConfig, QuantConfig
+from qmix.formats.packed import TORCH_DTYPES, Packed, view
+from qmix.kernels.configs import Configs
+from qmix.kernels.cuda_ops import TritonOps
+from qmix.kernels.cuda_prompt import attend_many, linear_many
+from qmix.kernels.device_ops import FEW, ExpertSlots
+from qmix.kernels.tuning import Case, Timer, Work
+from qmix.sizes import MIB, MatrixSpec, RecordLayout, record_layouts
+
+CACHES = 3  # times the card's cache
+TIMED = 15  # calls, of which the median is taken
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """Of one model. layouts: of its expert records; dense: its matrices in formats that the dense gemv has. prompts:
+    (tokens, positions before them) of a prompt's pieces."""
+
+    model: str
+    layouts: tuple[RecordLayout, ...]
+    dense: tuple[MatrixSpec, ...]
+    experts: int
+    chosen: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    prompts: tuple[tuple[int, int], ...] = ((512, 0), (512, 3584), (4096, 0))
+
+    @classmethod
+    def of(cls, model: str, config: ModelConfig, quant: QuantConfig) -> Shapes:
+        """Grouped dense matrices leave the dense gemv nothing to do."""
+        heads, size, hidden = config.num_heads, config.head_dim, config.hidden_size
+        kind = {"int8": "int8", "keep": DTYPES[config.dtype]}.get(quant.dense, "")
+        shapes = ((heads + 2 * config.num_kv_heads) * size, hidden), (hidden, heads * size), (config.vocab_size, hidden)
+        return cls(model, tuple(x for x in record_layouts(config, quant) if x.w13.bits and x.w2.bits),
+                   tuple(MatrixSpec(kind, *shape) for shape in shapes if kind), config.num_experts,
+                   config.experts_per_token, heads, config.num_kv_heads, size)
+
+
+def mixtral() -> Shapes:
+    """Mixtral 8x7B, int4 in groups of 64 and int8."""
+    return Shapes.of("Mixtral 8x7B", ModelConfig(32000, 4096, 14336, 32, 32, 8, 128, 8, 2, 1e6, 1e-5, 32768),
+                     QuantConfig())
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where trials run. half: what prompts compute in; cache: bytes of the card's cache; room: bytes that weights may
+    take."""
+
+    place: torch.device
+    half: torch.dtype
+    cache: int
+    room: int
+
+    def copies(self, nbytes: int, least: int = 1) -> int:
+        """How many weights of so many bytes: more than the cache holds, where there is room."""
+        return max(least, min(-(-CACHES * self.cache // nbytes) + 1, self.room // nbytes))
+
+
+def cases(kernel: str, shapes: Shapes, at: Place) -> list[Case]:
+    """None where the model has no use for the kernel. Their weights live as long as they do."""
+    if kernel == "gemv":
+        return [case for layout in shapes.layouts for case in _experts(layout, shapes, at)]
+    if kernel == "matmul":
+        return [case for layout in shapes.layouts for case in _prompts(layout, shapes, at)]
+    if kernel == "dense":
+        return [case for spec in dict.fromkeys(shapes.dense) for case in _dense(spec, at)]
+    return [_attention(tokens, past, shapes, at) for tokens, past in shapes.prompts]
+
+
+def _experts(layout: RecordLayout, shapes: Shapes, at: Place) -> list[Case]:
+    """The experts of one token and of FEW, through tables that point to other slots at each call."""
+    pool = _slab(layout, at.copies(layout.nbytes, shapes.experts), at)
+    tables = [((torch.arange(shapes.experts, dtype=torch.int32) + turn * shapes.chosen) % len(pool)).to(at.place)
+              for turn in range(len(pool))]
+
+    def case(tokens: int) -> Case:
+        x = _numbers((tokens, layout.w13.cols), at, torch.float32) / layout.w13.cols**0.5
+        spread = torch.arange(tokens * shapes.chosen, dtype=torch.int32) % shapes.experts
+        ids = spread.view(tokens, shapes.chosen).to(at.place)
+        rows = torch.zeros(tokens, shapes.chosen, layout.w2.rows, device=at.place)
+
+        def start(configs: Configs) -> Work:
+            ops, slots = TritonOps(configs), ExpertSlots(pool, layout, ())
+
+            def work(i: int) -> Tensor:
+                ops.experts(x, slots, ids, tables[i % len(tables)], rows)
+                return rows
+
+            return work
+
+        return Case(f"experts of {tokens}", start)
+
+    return [case(1), case(FEW)]
+
+
+def _prompts(layout: RecordLayout, shapes: Shapes, at: Place) -> list[Case]:
+    """An expert's share of a prompt, times one of its matrices."""
+    pool = _slab(layout, at.copies(layout.nbytes), at)
+
+    def case(tokens: int, name: str, spec: MatrixSpec) -> Case:
+        x, matrices = _numbers((tokens, spec.cols), at, at.half), [_packed(record, layout, name) for record in pool]
+
+        def start(configs: Configs) -> Work:
+            return lambda i: linear_many(x, matrices[i % len(matrices)], config=configs.matmul)
+
+        return Case(f"{name}, {tokens} tokens", start)
+
+    shares = dict.fromkeys(max(FEW + 1, count * shapes.chosen // shapes.experts) for count, _ in shapes.prompts)
+    return [case(tokens, name, spec) for tokens in shares for name, spec in _matrices(layout).items()]
+
+
+def _dense(spec: MatrixSpec, at: Place) -> list[Case]:
+    matrices = [_matrix(spec, at) for _ in range(at.copies(spec.nbytes))]
+
+    def case(tokens: int) -> Case:
+        x, y = _numbers((tokens, spec.cols), at, torch.float32), torch.zeros(tokens, spec.rows, device=at.place)
+
+        def start(configs: Configs) -> Work:
+            ops = TritonOps(configs)
+
+            def work(i: int) -> Tensor:
+                ops.linear(x, matrices[i % len(matrices)], y)
+                return y
+
+            return work
+
+        return Case(f"{spec.rows} rows, {tokens}", start)
+
+    return [case(1), case(FEW)]
+
+
+def _attention(tokens: int, past: int, shapes: Shapes, at: Place) -> Case:
+    size, positions = shapes.head_dim, past + tokens
+    query = _numbers((tokens, shapes.heads, size), at, at.half)
+    nbytes = 2 * shapes.kv_heads * positions * size * at.half.itemsize
+    caches = [_numbers((2, shapes.kv_heads, positions, size), at, at.half) for _ in range(at.copies(nbytes))]
+
+    def start(configs: Configs) -> Work:
+        def work(i: int) -> Tensor:
+            keys, values = caches[i % len(caches)]
+            return attend_many(query, keys, values, config=configs.attention)
+
+        return work
+
+    return Case(f"{tokens} tokens after {past}", start)
+
+
+def _matrices(layout: RecordLayout) -> dict[str, MatrixSpec]:
+    return {"w13": layout.w13, "w2": layout.w2}
+
+
+def _packed(record: Tensor, layout: RecordLayout, matrix: str) -> Packed:
+    return Packed.of(_matrices(layout)[matrix], {p.tensor.name: view(record, p.offset, p.tensor)
+                                                 for p in layout.placed if p.matrix == matrix})
+
+
+def _slab(layout: RecordLayout, slots: int, at: Place) -> Tensor:
+    """uint8 [S, bytes]: random codes, and scales and zeros of such a size that products are near 1."""
+    pool = torch.randint(0, 256, (slots, layout.nbytes), dtype=torch.uint8, device=at.place)
+    for p in layout.placed:
+        if p.tensor.name == "qparams":
+            size = _matrices(layout)[p.matrix].cols**-0.5
+            for record in pool:
+                view(record, p.offset, p.tensor).copy_(_numbers(p.tensor.shape, at, torch.bfloat16) * size / 8)
+    return pool
+
+
+def _matrix(spec: MatrixSpec, at: Place) -> Packed:
+    if spec.format != "int8":
+        plain = TORCH_DTYPES[spec.tensors[0].dtype]
+        return Packed.of(spec, {"weight": _numbers((spec.rows, spec.cols), at, plain)})
+    codes = torch.randint(-127, 128, (spec.rows, spec.padded_cols), dtype=torch.int8, device=at.place)
+    return Packed.of(spec, {"qweight": codes, "scale": torch.full((spec.rows,), 0.01, dtype=torch.bfloat16,
+                                                                  device=at.place)})
+
+
+def _numbers(shape: Sequence[int], at: Place, dtype: torch.dtype) -> Tensor:
+    return torch.randn(tuple(shape), device=at.place).to(dtype)
+
+
+def event_timer(place: torch.device, cache: int) -> Timer:
+    """Times calls on a card by its events. Before each, a copy larger than the cache keeps the card busy while the host
+    launches, and empties the cache: so neither the launch nor what is left of earlier calls counts."""
+    busy = torch.empty(2, max(CACHES * cache, 256 * MIB), dtype=torch.uint8, device=place)
+
+    def timed(work: Callable[[int], object]) -> float:
+        work(0)
+        events = []
+        for i in range(TIMED):
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            busy[0].copy_(busy[1])
+            first.record()
+            work(i)
+            last.record()
+            events.append((first, last))
+        torch.cuda.synchronize(place)
+        return statistics.median(first.elapsed_time(last) for first, last in events) / 1e3
+
+    return timed

@@ -1,0 +1,47 @@
+"""Which kernels run on a device, and that they are cut as they are told."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+import pytest
+import torch
+from test_cuda import DEVICE, here, matrix, needs_triton, operand
+from test_cuda_ops import random
+
+from qmix.kernels import cuda_ops, cuda_prompt
+from qmix.kernels.configs import Attention, Configs, Dense, Gemv, Matmul
+from qmix.kernels.device_ops import TorchDeviceOps
+from qmix.kernels.device_table import choose_device_kernels
+from qmix.kernels.table import KernelTable
+
+HOST = KernelTable(MappingProxyType({}), MappingProxyType({}))
+
+
+def test_the_cpu_stands_in_with_its_own() -> None:
+    found = choose_device_kernels(torch.device("cpu"), torch.bfloat16, ["int4"], [64], HOST, False)
+    assert found.prompts is found.host is HOST and isinstance(found.ops, TorchDeviceOps)
+
+
+@needs_triton
+def test_kernels_are_cut_as_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the bits, and by what reaches the kernels."""
+    mine = Configs(Gemv(32, 1), Matmul(16, 64, 4, 1), Dense(8, 32, 2), Attention(16, 16, 4, 1))
+    found = choose_device_kernels(DEVICE, torch.float16, ["int4"], [64], HOST, True, mine)
+    assert dict(found.prompts.names) == {"int4": "Triton"}
+    m, x = here(matrix("int4", 70, 32 * 9, 32, 64)), operand(2, 32 * 9).to(DEVICE)
+    got, same, other = torch.empty(3, 2, 70, device=DEVICE)
+    found.ops.linear(x, m, got)
+    cuda_ops.TritonOps(mine).linear(x, m, same)
+    cuda_ops.TritonOps().linear(x, m, other)
+    assert torch.equal(got, same) and not torch.equal(got, other)
+    seen: list[object] = []
+    real = cuda_prompt.cuda.sorted_linear
+    monkeypatch.setattr(cuda_prompt.cuda, "sorted_linear",
+                        lambda *args, config: (seen.append(config), real(*args, config=config)))
+    found.prompts.linear(operand(9, 32 * 9).half().to(DEVICE), m)
+    assert seen == [mine.matmul]
+    q, cache = random(20, 2, 32).half().to(DEVICE), random(2, 1, 40, 32).half().to(DEVICE)
+    attended = found.attend(q, cache[0], cache[1], None)
+    assert torch.equal(attended, cuda_prompt.attend_many(q, *cache, config=mine.attention))
+    assert not torch.equal(attended, cuda_prompt.attend_many(q, *cache))
