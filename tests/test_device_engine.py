@@ -25,7 +25,7 @@ from qmix import hardware
 from qmix.checkpoint import Checkpoint
 from qmix.config import Cancel, ExpertKey, QuantConfig
 from qmix.device import StandIn
-from qmix.engine import Engine, Placement, load, parts
+from qmix.engine import Engine, Placement, load, placing
 from qmix.errors import DoesNotFit, Interrupted, QmixError, StoreError, UsageError
 from qmix.kernels.device_ops import TorchDeviceOps
 from qmix.offload.plan import DEVICE_TILES, RESERVE, STAGING, Needs
@@ -319,7 +319,7 @@ def test_measured_configurations_are_used_and_named_but_for_exact(stores: dict[s
 
     file = tmp_path / "kernels.json"
     used: list[Configs | None] = []
-    real = parts.choose_device_kernels
+    real = placing.choose_device_kernels
 
     def choosing(*args: Any) -> Any:
         used.append(args[6] if len(args) > 6 else None)
@@ -327,7 +327,7 @@ def test_measured_configurations_are_used_and_named_but_for_exact(stores: dict[s
             raise QmixError("the GPU kernel for int4 gives wrong numbers here")
         return real(*args)
 
-    monkeypatch.setattr(parts, "choose_device_kernels", choosing)
+    monkeypatch.setattr(placing, "choose_device_kernels", choosing)
 
     def loaded(exact: bool) -> list[str]:
         said: list[str] = []
@@ -371,3 +371,24 @@ def test_tritons_kernels_in_the_engine(stores: dict[str, Path], name: str, monke
     errors = (found[1] - found[0]).norm(dim=1) / found[0].norm(dim=1)
     assert errors.max() < 1e-5 if name == "keep" else errors.median() < 2e-2
     assert torch.equal(found[1][2], found[1][3])
+
+
+def test_auto_says_why_it_does_not_use_a_gpu(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever names the GPU gets the error instead."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("qmix.engine.machine.TINY", 0)
+    real = placing.choose_device_kernels
+    for reason, wrong in (("wrong numbers here", lambda *how: broken()), ("of VRAM, has", real)):
+        monkeypatch.setattr(placing, "choose_device_kernels", wrong)
+        monkeypatch.setattr("qmix.engine.machine.open_cuda", lambda index: StandIn(nbytes=2**20))
+        said: list[str] = []
+        with load(stores["int4"], threads=1, placement=Placement("auto"), say=said.append) as engine:
+            assert engine.device is None and len(engine.plan.tiers) == 1
+        (line,) = [line for line in said if line.startswith("not on ")]
+        assert reason in line and line.endswith("the CPU computes")
+        with pytest.raises(QmixError, match=reason):
+            load(stores["int4"], threads=1, placement=Placement("cuda"))
+
+
+def broken() -> None:
+    raise QmixError("the GPU kernel for int4 gives wrong numbers here")

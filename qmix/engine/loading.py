@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,10 +15,10 @@ from qmix.engine.engine import Engine
 from qmix.engine.kernels import select_kernels
 from qmix.engine.machine import Placement
 from qmix.engine.parts import Parts, on_device, on_host
+from qmix.engine.placing import place
 from qmix.offload import router_stats
 from qmix.offload.forecast import Speeds, forecast, known_shares
 from qmix.offload.plan import Needs
-from qmix.offload.plan import plan as make_plan
 from qmix.offload.setup import OffloadOptions
 from qmix.offload.trace import TraceHeader, TraceWriter
 from qmix.offload.watch import Recorder
@@ -49,17 +50,13 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
     options = OffloadOptions(policy, prefetch, verify)
     with ExitStack() as opened:
         store = opened.enter_context(Store.open(Path(folder)))
-        device = None if placement is None else placement.open(store.layout.record_bytes, say)
-        if device is not None:
-            opened.callback(device.close)
         threads = _default_threads(store) if threads is None else hardware.check_threads(threads)
         torch.set_num_threads(threads)
         config = store.config
         needs = needs_of(store, context, kv, scoring)
         tokenizer = load_tokenizer(store.path, config.vocab_size)
         host = select_kernels(config, store.quant, say, activations)
-        plan = make_plan(needs, *budget(ram, margin, base), *(
-            placement.vram_budget(device) if placement and device else ()))
+        plan, device, there = place(store, needs, placement, host, partial(budget, ram, margin, base), say, opened)
         stats = router_stats.load(state, store.identity, config.num_layers, config.num_experts, say)
         writer = opened.enter_context(_trace_writer(trace, store)) if isinstance(trace, Path) else trace
         for line in plan.lines():
@@ -70,10 +67,10 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
         say(f"{threads} compute thread{'s' if threads > 1 else ''}" + (
             "; " + forecast(plan, speeds, known_shares(stats)).line() if speeds and not plan.resident else ""))
         parts = Parts(store, plan, options, stats, writer, say, progress)
-        if device is None or placement is None:
-            kernels, model, offload = on_host(parts, host, kv)
+        if placement is not None and device is not None and there is not None:
+            kernels, model, offload = on_device(parts, device, there, placement, speeds)
         else:
-            kernels, model, offload = on_device(parts, device, host, placement, kv, speeds)
+            kernels, model, offload = on_host(parts, host, kv)
         opened.callback(offload.close)
         if state is not None:
             opened.callback(router_stats.save, state, store.identity, stats, say)

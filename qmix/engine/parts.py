@@ -10,15 +10,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-
 from qmix.device import Device
-from qmix.engine.kernels import stored_formats
 from qmix.engine.machine import Placement
-from qmix.errors import UsageError
-from qmix.kernels import tuned
 from qmix.kernels.attention import choose_attention
-from qmix.kernels.device_table import DeviceKernels, choose_device_kernels
+from qmix.kernels.device_table import DeviceKernels
 from qmix.kernels.table import KernelTable
 from qmix.model.device_decode import DeviceDecode
 from qmix.model.kvcache import KVCache
@@ -75,18 +70,15 @@ def on_host(parts: Parts, kernels: KernelTable, kv: str) -> tuple[KernelTable, M
                             experts.guesses_prompts), offload
 
 
-def on_device(parts: Parts, device: Device, host: KernelTable, placement: Placement, kv: str,
+def on_device(parts: Parts, device: Device, kernels: DeviceKernels, placement: Placement,
               speeds: Speeds | None) -> tuple[KernelTable, Mixtral, Offload]:
     """All on the device but for the experts that do not fit there."""
     store, say = parts.store, parts.say
     config = store.config
-    if kv != "bf16":
-        raise UsageError(f"--kv-cache {kv}: on a GPU keys and values are kept in 16 bits so far", "drop it")
     dtype = compute_dtype(config, store.quant, device.half)
     say(f"{device.name}: prompts compute in {str(dtype).removeprefix('torch.')}" + (
         ", since it has no bf16 products" if str(dtype) == "torch.float16" else ""))
     device.limit(parts.plan.tiers[0].budget - parts.plan.tiers[0].base)
-    kernels = _device_kernels(parts, device, dtype, host, placement)
     how = DeviceOptions(placement.pin_budget(), placement.exact, *((speeds.pcie, speeds.ram) if speeds else ()))
     with ThreadPoolExecutor(1, "qmix-dense") as beside:
         dense = beside.submit(load_dense, store, kernels.prompts, device)
@@ -102,28 +94,6 @@ def on_device(parts: Parts, device: Device, host: KernelTable, placement: Placem
     return kernels.prompts, Mixtral(
         config, weights, kernels.prompts, experts, experts.ahead, experts.depth,
         partial(KVCache, place=device.place, attend=kernels.attend), experts.guesses_prompts, device, decode), offload
-
-
-def _device_kernels(parts: Parts, device: Device, dtype: torch.dtype, host: KernelTable,
-                    placement: Placement) -> DeviceKernels:
-    """Cut as was measured on this card, unless the bits are to depend on no measurement."""
-    choose = partial(choose_device_kernels, device.place, dtype, *stored_formats(parts.store.config, parts.store.quant),
-                     host, device.triton)
-    file = placement.tuned
-    if placement.exact or file is None or not device.triton:
-        return choose()
-    measured = tuned.load(file, tuned.Card.of(device.name, device.place), parts.say)
-    if measured is None:
-        return choose()
-    parts.say(f"the GPU's kernels are cut as measured on {measured.measured} for {measured.model}: {file}")
-    try:
-        return choose(measured.configs)
-    except UsageError:
-        raise
-    except Exception as e:  # wrong, or Triton's: it does not compile, or asks for too much
-        parts.say(f"that fails here now ({str(e).splitlines()[0] if str(e) else type(e).__name__}): the built-in "
-                  "configurations are used; `qmix doctor --tune` measures anew")
-        return choose()
 
 
 def _result(dense: Future[Weights], offload: Offload) -> Weights:

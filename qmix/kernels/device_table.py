@@ -60,7 +60,14 @@ def choose_device_kernels(place: torch.device, half: torch.dtype, formats: Itera
     if place.type == "cuda":
         for name, block in sorted(table):
             if (name in GROUPED_BITS and block) or (name == "int8" and not block):
-                _check(place, half, random_matrix(name, block), many, ops)
+                try:
+                    _check(place, half, random_matrix(name, block), many, ops)
+                except QmixError:
+                    raise
+                except Exception as e:  # Triton's many: it does not compile, asks for too much, the driver refuses
+                    raise QmixError(f"the GPU kernel for {name} does not run here: "
+                                    f"{(str(e).splitlines() or [type(e).__name__])[0]}",
+                                    "use --device cpu, and please report it") from e
     return DeviceKernels(KernelTable(MappingProxyType(table), MappingProxyType(names)),
                          partial(cuda_prompt.attend_many, config=configs.attention), ops, host)
 

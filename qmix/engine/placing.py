@@ -1,0 +1,72 @@
+"""Decides between GPU and CPU, and plans.
+
+With --device auto whatever keeps the GPU from being used is said, and the CPU computes; whoever names the GPU, or a
+budget of its memory, gets the error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+
+from qmix.device import Device
+from qmix.engine.kernels import stored_formats
+from qmix.engine.machine import Placement
+from qmix.errors import QmixError, UsageError
+from qmix.kernels import tuned
+from qmix.kernels.device_table import DeviceKernels, choose_device_kernels
+from qmix.kernels.table import KernelTable
+from qmix.model.weights import compute_dtype
+from qmix.offload.plan import Needs, Plan
+from qmix.offload.plan import plan as make_plan
+from qmix.store import Store
+
+
+def place(store: Store, needs: Needs, placement: Placement | None, host: KernelTable,
+          ram: Callable[[], tuple[int, int]], say: Callable[[str], None], opened: ExitStack) -> tuple[Plan, Device | None, DeviceKernels | None]:
+    """ram: as of engine.budget, asked when the device's driver has taken what it takes of the process. The device,
+    closed with `opened`, and what computes there; None for the CPU. Errors as of engine.load."""
+    device = None if placement is None else placement.open(store.layout.record_bytes, say)
+    if device is None or placement is None:
+        return make_plan(needs, *ram()), None, None
+    try:
+        if needs.kv_cache != "bf16":
+            raise UsageError(f"--kv-cache {needs.kv_cache}: on a GPU keys and values are kept in 16 bits so far",
+                             "drop it, or use --device cpu")
+        kernels = _kernels(store, device, host, placement, say)
+        found = make_plan(needs, *ram(), *placement.vram_budget(device))
+    except QmixError as e:
+        device.close()
+        if placement.device != "auto" or placement.vram is not None:
+            raise
+        say(f"not on {device.name}: {e.message}; the CPU computes")
+        return make_plan(needs, *ram()), None, None
+    except BaseException:
+        device.close()
+        raise
+    opened.callback(device.close)
+    return found, device, kernels
+
+
+def _kernels(store: Store, device: Device, host: KernelTable, placement: Placement,
+             say: Callable[[str], None]) -> DeviceKernels:
+    """Cut as was measured on this card, unless the bits are to depend on no measurement."""
+    dtype = compute_dtype(store.config, store.quant, device.half)
+    choose = partial(choose_device_kernels, device.place, dtype, *stored_formats(store.config, store.quant), host,
+                     device.triton)
+    file = placement.tuned
+    if placement.exact or file is None or not device.triton:
+        return choose()
+    measured = tuned.load(file, tuned.Card.of(device.name, device.place), say)
+    if measured is None:
+        return choose()
+    say(f"the GPU's kernels are cut as measured on {measured.measured} for {measured.model}: {file}")
+    try:
+        return choose(measured.configs)
+    except UsageError:
+        raise
+    except Exception as e:  # wrong, or Triton's: it does not compile, or asks for too much
+        say(f"that fails here now ({str(e).splitlines()[0] if str(e) else type(e).__name__}): the built-in "
+                  "configurations are used; `qmix doctor --tune` measures anew")
+        return choose()
