@@ -189,3 +189,42 @@ class TestTrials:
 
         place = trials.Place(DEVICE, torch.float16, 50, 1000)
         assert [place.copies(10), place.copies(400), place.copies(2000), place.copies(10, 40)] == [16, 2, 1, 40]
+
+
+@needs_triton
+def test_the_cards_timer_takes_the_median_of_calls_and_fills_the_card_before_each(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """With events whose clock the calls themselves advance: call i takes 10 * i ms, the copy before it a second."""
+    from qmix.kernels import trials
+
+    clock = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing: bool):
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = clock[0]
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.at - self.at
+
+    def copying(self: torch.Tensor, other: torch.Tensor) -> None:
+        clock[0] += 1000.0
+
+    sizes: list[tuple[int, ...]] = []
+    monkeypatch.setattr("torch.cuda.Event", Event)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda place: None)
+    monkeypatch.setattr("torch.empty", lambda *size, dtype, device: (sizes.append(size), torch.zeros(2, 4))[1])
+    monkeypatch.setattr("torch.Tensor.copy_", copying)
+    timer = trials.event_timer(torch.device("cpu"), 200 * 2**20)
+    called: list[int] = []
+
+    def work(i: int) -> Tensor:
+        called.append(i)
+        clock[0] += 10.0 * i
+        return torch.ones(1)
+
+    assert timer(work) == pytest.approx(0.010 * (trials.TIMED // 2))
+    assert called == [0, *range(trials.TIMED)] and clock[0] > 1000 * trials.TIMED
+    assert sizes == [(2, 600 * 2**20)], "more than the cache"
