@@ -96,6 +96,8 @@ def reply(ids: Sequence[int]) -> Iterator[int]:
 class FakeSession:
     """Positions are ids; logits choose the next id of reply(prompt), or any digit for ANY_DIGIT."""
 
+    warm = True
+
     def __init__(self, context: int):
         self.context = context
         self.ids: list[int] = []

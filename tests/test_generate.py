@@ -25,6 +25,8 @@ class ScriptedSession:
     """Its logits want the ids of `script` in turn, and EOS after them. cancel_at, fail_at: the pass (0 is
     the prefill) in which the cancel token is set, or an error raised, with half the work done."""
 
+    warm = True
+
     def __init__(self, script: Sequence[int], context: int = 1000, vocab: int = 420, cancel_at: int = -1,
                  fail_at: int = -1, error: BaseException | None = None):
         self.script, self.context, self.vocab = list(script), context, vocab

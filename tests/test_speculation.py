@@ -140,6 +140,8 @@ class ToySession:
     """A deterministic model whose next id depends on the last two: it soon repeats itself. fail_at: the pass, prefill
     not counted, that cancels or raises with half the work done; broken: a position whose logits are NaN."""
 
+    warm = True
+
     def __init__(self, context: int = 300, seed: int = 0, fail_at: int = -1, error: BaseException | None = None,
                  broken: int = -1):
         self.context, self.seed = context, seed

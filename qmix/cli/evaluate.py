@@ -64,6 +64,8 @@ def evaluate(
                  {"--include-path": include_path is not None, "--limit": limit is not None})
     from qmix import evaluate as evaluation
 
+    if against is not None:
+        device = _beside_a_reference(device, vram, pin)
     how = Loading(ctx_size, threads, ram, margin, cache_policy, prefetch, no_prefetch, verify, activations, kv_cache,
                   device=device, vram=vram, pin=pin, exact=exact)
     folder = model_folder(model)
@@ -86,6 +88,15 @@ def _check_flags(file: Path | None, tasks: str | None, of_text: dict[str, bool],
         for flag, used in flags.items():
             if given is None and used:
                 raise UsageError(f"{flag}: has no effect without {needed}", f"drop it, or give {needed}")
+
+
+def _beside_a_reference(device: str, vram: str, pin: str) -> str:
+    """Two models share the RAM by their needs; a GPU they do not share yet."""
+    for flag, value, default in (("--device", device, ("auto", "cpu")), ("--vram", vram, ("auto",)),
+                                 ("--pin", pin, ("auto",))):
+        if value not in default:
+            raise UsageError(f"{flag} {value} with --against: two models do not share a GPU yet", f"drop {flag}")
+    return "cpu"
 
 
 def _read(file: Path) -> str:

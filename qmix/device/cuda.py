@@ -7,12 +7,16 @@ kernels and scratch memory is there.
 
 from __future__ import annotations
 
+import gc
+from contextlib import AbstractContextManager, suppress
+
 import torch
 from torch import Tensor
 
 from qmix.device.device import Event, Stream, Work
 from qmix.errors import DoesNotFit, QmixError, UsageError
 
+ARENA = 32 * 2**20  # bytes of page-locked memory for what decoding sends to and fro
 CONTEXT = 600 * 2**20  # bytes that a context takes with torch's and Triton's code, at most
 OLDEST = (7, 5)  # compute capability; older cards lack what the kernels use
 
@@ -75,6 +79,9 @@ class Cuda:
         # bound where other programs use the card too, but never more than CONTEXT.
         free, total = torch.cuda.mem_get_info(self.place)
         self._context = min(total - free, CONTEXT)
+        self._arena = torch.zeros(ARENA, dtype=torch.uint8, pin_memory=True)
+        self._arena_used = 0
+        self.trouble = ""
         self.launches = 0
         self.waits = 0
         self.compute: Stream = _Stream(self, None)
@@ -87,11 +94,15 @@ class Cuda:
         graph = torch.cuda.CUDAGraph()
         # Not through torch.cuda.graph, which stops the whole card and collects garbage for each of some 64 graphs.
         with torch.cuda.stream(self._capturing):
-            graph.capture_begin(capture_error_mode="thread_local")  # the threads that copy go on meanwhile
             try:
+                graph.capture_begin(capture_error_mode="thread_local")  # the threads that copy go on meanwhile
                 work()
-            finally:
                 graph.capture_end()
+            except RuntimeError as e:
+                with suppress(RuntimeError):  # it must end in any case, and complains of what the work did
+                    graph.capture_end()
+                self.trouble = f"no CUDA graphs here ({str(e).splitlines()[0]}): every kernel is launched by itself"
+                return lambda: self.compute.run(work)
 
         def launch() -> None:
             self.launches += 1
@@ -100,7 +111,12 @@ class Cuda:
         return launch
 
     def host(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, pin_memory=True)
+        """Out of one piece that was page-locked first of all: WSL may refuse more once the experts' slots are."""
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        start, self._arena_used = self._arena_used, self._arena_used + (nbytes + 255) // 256 * 256
+        if self._arena_used > len(self._arena):
+            return torch.zeros(shape, dtype=dtype, pin_memory=True)
+        return self._arena[start:start + nbytes].view(dtype).view(shape)
 
     def settle(self) -> None:
         pass  # they go to the same stream
@@ -114,10 +130,18 @@ class Cuda:
         return int(free), int(total)
 
     def limit(self, nbytes: int) -> None:
-        torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / self.memory()[1]), self.place)
+        # torch counts what it has reserved already.
+        held = torch.cuda.memory_reserved(self.place)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (nbytes + held) / self.memory()[1]), self.place)
 
     def taken(self) -> int:
         return self._context + torch.cuda.memory_reserved(self.place)
+
+    def entered(self) -> AbstractContextManager[object]:
+        return torch.cuda.device(self.place)
+
+    def tidy(self) -> None:
+        torch.cuda.empty_cache()
 
     def close(self) -> None:
         torch.cuda.synchronize(self.place)
@@ -134,12 +158,17 @@ def open_cuda(index: int = 0) -> Cuda:
         raise UsageError(f"--device cuda:{index}: there are {torch.cuda.device_count()} GPUs",
                          f"cuda:0 to cuda:{torch.cuda.device_count() - 1}")
     try:
+        torch.cuda.set_device(index)
+        gc.collect()  # an earlier engine's slots, which only circles of references hold
+        torch.cuda.empty_cache()
         card = Cuda(index)
-        torch.zeros(1, device=card.place)
     except RuntimeError as e:
         raise DoesNotFit(f"--device cuda:{index}: {str(e).splitlines()[0]}",
                          "close other programs that use the GPU, or use --device cpu") from None
     if card.capability < OLDEST:
         raise UsageError(f"--device cuda:{index}: {card.name} has compute capability {card.capability[0]}."
                          f"{card.capability[1]}, qmix wants 7.5 or newer", "use --device cpu")
+    # Else cuBLAS may add up the parts of a long sum in 16 bits.
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     return card

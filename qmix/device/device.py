@@ -10,6 +10,7 @@ Who may call. `compute` belongs to the thread that computes; every other stream 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -45,6 +46,7 @@ class Device(Protocol):
     """name: for people. place: where its tensors live. half: 16-bit floats that its products have: bf16 or fp16.
 
     triton: whether it runs Triton's kernels.
+    trouble: what did not work and was done otherwise, to be said once; "" for nothing.
     launches, waits: how often work was given to `compute`, and how often the host waited for the device, since the
     start; for figures.
     """
@@ -53,6 +55,7 @@ class Device(Protocol):
     place: torch.device
     half: torch.dtype
     triton: bool
+    trouble: str
     compute: Stream
     launches: int
     waits: int
@@ -81,7 +84,13 @@ class Device(Protocol):
         """Bytes of it that this process holds already, the driver's context among them."""
 
     def limit(self, nbytes: int) -> None:
-        """Refuse to hold more than `nbytes` of it beside what was taken at the start."""
+        """Refuse to hold more than `nbytes` of it beside what is held already."""
+
+    def entered(self) -> AbstractContextManager[object]:
+        """While it lasts, the calling thread's launches go to this device: of several cards one is current."""
+
+    def tidy(self) -> None:
+        """Give back what was only needed while loading."""
 
     def close(self) -> None:
         """End its streams; what was given to them is waited for."""

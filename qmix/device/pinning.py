@@ -2,8 +2,8 @@
 
 CUDA registers memory that is there already (torch's own pinned allocator would round each slot up to a power of two).
 It is done in pieces, each some whole slots of at most PIECE bytes: a system that allows only so much, as WSL does near
-half of the RAM, then refuses one piece and not everything. A copy from memory that is not page-locked still works: the
-driver takes it through a buffer of its own, at a fraction of the rate.
+half of the RAM or far earlier, then refuses one piece and not everything. A copy from memory that is not page-locked
+still works: the driver takes it through a buffer of its own, at a fraction of the rate.
 
 torch.cuda.cudart().cudaHostRegister returns an error code and does not raise; and the CUDA runtime keeps such an error
 until somebody asks for the last one, which the next kernel launch does, and then fails in its place. So after a refusal
@@ -69,7 +69,8 @@ class Pinned:
 def pin_pool(pool: Tensor, limit: int, say: Callable[[str], None] = lambda line: None, register: Register = _register,
              unregister: Unregister = _unregister) -> Pinned:
     """Page-lock the slots of pool [S, bytes] uint8, contiguous, from the first one on, as many as fit in `limit` bytes.
-    A refusal ends it, and is said. register(address, bytes) and unregister(address) raise RuntimeError.
+    After a refusal half as much is tried, down to a slot, whose refusal ends it and is said. register(address, bytes)
+    and unregister(address) raise RuntimeError.
 
     Slots are whole pages, so that no page is in two pieces. Example: slots of 99 MB and a limit of 2.5 GB: pieces of
     10, 10 and 5 slots."""
@@ -84,6 +85,9 @@ def pin_pool(pool: Tensor, limit: int, say: Callable[[str], None] = lambda line:
         try:
             register(address, slots * nbytes)
         except RuntimeError as e:
+            if slots > 1:  # WSL may allow some hundred MB where it does not allow a GB
+                step = slots // 2
+                continue
             say(f"page-locked {format_bytes(pinned.nbytes)} of {format_bytes(count * nbytes)} of RAM for the GPU, more "
                 f"was refused ({e}): the rest is copied through pageable memory, slower")
             break

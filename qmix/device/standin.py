@@ -12,6 +12,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import psutil
 import torch
@@ -93,6 +94,7 @@ class StandIn:
         self.name = "the CPU in a GPU's place"
         self.place = torch.device("cpu")
         self.half = half
+        self.trouble = ""
         self.triton = triton
         self._nbytes = nbytes
         self.launches = 0
@@ -127,6 +129,12 @@ class StandIn:
         return 0
 
     def limit(self, nbytes: int) -> None:
+        pass
+
+    def entered(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def tidy(self) -> None:
         pass
 
     def close(self) -> None:

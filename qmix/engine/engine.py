@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import TracebackType
 from typing import Any
 from weakref import WeakSet
@@ -18,7 +18,7 @@ from qmix.config import Cancel, ModelConfig, SamplingParams, Step
 from qmix.device import Device
 from qmix.engine.kernels import native_throughout
 from qmix.engine.session import Session
-from qmix.errors import DoesNotFit, UsageError
+from qmix.errors import DoesNotFit, QmixError, UsageError
 from qmix.generate import Token, generate
 from qmix.kernels.native import Native
 from qmix.kernels.rows import bound_formats
@@ -31,6 +31,8 @@ from qmix.sizes import format_bytes
 from qmix.speculation import LONGEST, Pace
 from qmix.store import Store
 from qmix.tokenizer import Message, Tokenizer
+
+WARMED = (1, 2, 4, 8)  # tokens of a pass, of each of which the kernels are other ones
 
 
 class Engine:
@@ -63,6 +65,11 @@ class Engine:
     def kernels(self) -> Mapping[str, str]:
         """{format: what computes it}."""
         return self._offload.experts.kernels.names
+
+    @property
+    def warm(self) -> bool:
+        """Whether the last decode pass says how long another one will take: see Mixtral.warm."""
+        return self._model.warm
 
     @property
     def threads(self) -> int:
@@ -108,9 +115,12 @@ class Engine:
         return map(self._logits, residual.split(BLOCK))
 
     def _logits(self, residual: Tensor) -> Tensor:
-        with self._lock:
+        with self._lock, self._entered():
             torch.set_num_threads(self._threads)
             return self._model.logits(residual)
+
+    def _entered(self) -> AbstractContextManager[object]:
+        return nullcontext() if self.device is None else self.device.entered()
 
     def _advance(self, sessions: Sequence[Session], tokens: Sequence[Sequence[int]], phase: str, cancel: Cancel | None,
                  drafts: int, run: Callable[[Tensor, Tensor, Step], Tensor]) -> Tensor:
@@ -127,7 +137,7 @@ class Engine:
                                for s, ids in zip(sessions, tokens, strict=True)])
         sequence = tuple(s.number for s, ids in zip(sessions, tokens, strict=True) for _ in ids)
         step = Step(phase, sequence, Cancel() if cancel is None else cancel, drafts)  # type: ignore[arg-type]
-        with self._lock:
+        with self._lock, self._entered():
             torch.set_num_threads(self._decode_threads if phase == "decode" else self._threads)
             start = time.perf_counter()
             try:
@@ -147,16 +157,22 @@ class Engine:
         return found
 
     def warm_up(self) -> None:
-        """Two tokens that count nowhere: kernels are compiled, and graphs captured."""
+        """Passes that count nowhere: kernels are compiled, and graphs captured. QmixError where they do not run."""
         session = self.session()
         try:
-            for _ in range(2):
-                self.step([session], [[0]], "decode", drafts=1)
-                self.settle(1)
-                session.trim(0)
-        except Exception:
+            for tokens in [tokens for tokens in WARMED if tokens <= session.context] * 2:
+                self.step([session], [[0] * tokens], "decode", drafts=tokens)
+                self.settle(tokens)
+                session.cache.trim(0)
+                session.ids.clear()
+        except QmixError:
             self.close()
             raise
+        except Exception as e:
+            self.close()
+            raise QmixError(f"the GPU's kernels do not run here: {(str(e).splitlines() or [type(e).__name__])[0]}",
+                            "Triton needs a C compiler and Python's headers (gcc, python3-dev); or use --device "
+                            "cpu") from e
         self.reset_stats()
 
     def settle(self, rejected: int) -> None:

@@ -77,8 +77,9 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
         engine = Engine(store, plan, tokenizer, kernels, model, offload, opened.pop_all(), device,
                         placement is not None and placement.exact)
         if device is not None and device.place.type == "cuda":
-            say("compiling the GPU's kernels (up to a minute, the first time)")
             engine.warm_up()
+            if device.trouble:
+                say(device.trouble)
         return engine
 
 

@@ -23,8 +23,9 @@ from qmix.offload.plan import plan as make_plan
 from qmix.store import Store
 
 
-def place(store: Store, needs: Needs, placement: Placement | None, host: KernelTable, ram: Callable[[], tuple[int, int]],
-          say: Callable[[str], None], opened: ExitStack) -> tuple[Plan, Device | None, DeviceKernels | None]:
+def place(store: Store, needs: Needs, placement: Placement | None, host: KernelTable,
+          ram: Callable[[], tuple[int, int]], say: Callable[[str], None],
+          opened: ExitStack) -> tuple[Plan, Device | None, DeviceKernels | None]:
     """ram: as of engine.budget, asked when the device's driver has taken what it takes of the process. The device,
     closed with `opened`, and what computes there; None for the CPU. Errors as of engine.load."""
     device = None if placement is None else placement.open(store.layout.record_bytes, say)

@@ -55,6 +55,11 @@ class Session:
         self._drafts = len(ids) - 1
         return logits
 
+    @property
+    def warm(self) -> bool:
+        """See Engine.warm."""
+        return self._engine.warm
+
     def trim(self, length: int) -> None:
         """Forget all positions from `length` on."""
         drafts, self._drafts = self._drafts, 0

@@ -34,7 +34,7 @@ from qmix.kernels.device_ops import DeviceOps
 from qmix.model.kvcache import KVCache
 from qmix.model.weights import Weights
 
-KEPT = 16  # sets of pieces: numbers of tokens, and caches
+KEPT = 8  # sets of pieces: numbers of tokens, and caches
 
 
 class DeviceExperts(Protocol):
@@ -107,6 +107,7 @@ class DeviceDecode:
         self._guesses = guesses
         self._inverse = rotation(config.head_dim, config.rope_theta).to(device.place)
         self._buffers: dict[int, _Buffers] = {}
+        self.warm = True  # whether the last call launched only what had been captured before
         self._pieces: dict[tuple[int, ...], _Pieces] = {}
 
     def __call__(self, tokens: Tensor, positions: Tensor, caches: Sequence[KVCache], step: Step) -> Tensor:
@@ -117,6 +118,7 @@ class DeviceDecode:
             found = self._buffers[len(tokens)] = _Buffers(self._config, self._device, len(tokens), self._depth,
                                                           self._guesses)
         pieces = self._pieces_for(found, caches)
+        self.warm = pieces.last.warm
         found.given[0], found.given[1] = tokens, positions
         found.caches = caches
         try:

@@ -121,6 +121,11 @@ class Mixtral:
         """Whether a few tokens are decoded by a device."""
         return self._decode is not None
 
+    @property
+    def warm(self) -> bool:
+        """Whether the last decode pass took as long as another one like it will: nothing was compiled or captured."""
+        return self._decode is None or self._decode.warm
+
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache for one session, with room for `capacity` positions."""
         return self._make_cache(self.config, capacity, self._weights.dtype)

@@ -25,6 +25,7 @@ from qmix.sizes import MatrixSpec
 from qmix.store import Store
 
 READERS = 4  # threads: one alone does not keep the disk busy
+STACKED = tuple(f".{part}_proj.weight" for part in "qkv")  # the ends of their names
 DAMAGED = "the store is damaged or from another version: quantize again"
 
 
@@ -60,12 +61,14 @@ def load_dense(store: Store, kernels: KernelTable, device: Device | None = None)
 
     def read(name: str) -> Packed | Tensor:
         found = store.dense(name)
-        return found if device is None else found.to(device.place)
+        # Those that are stacked go there afterwards: their own memory would be left in pieces between others'.
+        return found if device is None or name.endswith(STACKED) else found.to(device.place)
 
     with ThreadPoolExecutor(READERS, "qmix-dense") as readers:
         coming = {t.name: readers.submit(read, t.name) for t in tensors}
         try:
-            weights = assemble(store.config, dtype, lambda name: coming.pop(name).result(), device is not None)
+            weights = assemble(store.config, dtype, lambda name: coming.pop(name).result(),
+                               None if device is None else device.place)
         except BaseException:
             readers.shutdown(wait=True, cancel_futures=True)
             raise
@@ -82,9 +85,9 @@ def compute_dtype(config: ModelConfig, quant: QuantConfig, half: torch.dtype = t
 
 
 def assemble(config: ModelConfig, dtype: torch.dtype, read: Callable[[str], Packed | Tensor],
-             stack: bool = False) -> Weights:
-    """Weights from `read(name)`, which gives a Packed for linear layers and head, else a Tensor. stack: q, k and v of
-    a layer as one matrix, where that can be."""
+             place: torch.device | None = None) -> Weights:
+    """Weights from `read(name)`, which gives a Packed for linear layers and head, else a Tensor. place: q, k and v of
+    a layer as one matrix, where that can be, and there."""
     left = {t.name: t for t in names.dense_tensors(config)}
 
     def matrix(name: str) -> Packed:
@@ -101,10 +104,13 @@ def assemble(config: ModelConfig, dtype: torch.dtype, read: Callable[[str], Pack
 
     def layer(prefix: str) -> LayerWeights:
         q, k, v, o = (matrix(f"{prefix}self_attn.{part}_proj.weight") for part in "qkvo")
-        whole = stacked((q, k, v)) if stack else None
+        heads: tuple[Packed, ...] = (q, k, v)
+        if place is not None:
+            whole = stacked(heads)
+            heads = tuple(m.to(place) for m in (heads if whole is None else (whole,)))
         return LayerWeights(
             input_norm=plain(prefix + "input_layernorm.weight").float(), o=o,
-            heads=(q, k, v) if whole is None else (whole,),
+            heads=heads,
             post_norm=plain(prefix + "post_attention_layernorm.weight").float(),
             router=plain(prefix + "block_sparse_moe.gate.weight").double())
 

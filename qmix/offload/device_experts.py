@@ -196,11 +196,12 @@ class DeviceExperts(PagedExperts):
 
     def _each(self, key: ExpertKey, slot: int, routed: Routed) -> None:
         """In formats that the device does not compute by slot: one expert."""
-        tokens, ranks = (routed.host_ids == key.expert).nonzero(as_tuple=True)
-        at, rank, views = tokens.to(self._device.place), ranks.to(self._device.place), self._views[slot]
+        places, views = (routed.host_ids == key.expert).nonzero().tolist(), self._views[slot]
 
-        def work() -> None:
-            routed.rows[at, rank] = self._ops.expert(routed.x[at], *views)
+        def work() -> None:  # by slices: an index would have to go up, and the host to wait for it
+            x = torch.cat([routed.x[token:token + 1] for token, _ in places])
+            for (token, rank), row in zip(places, self._ops.expert(x, *views), strict=True):
+                routed.rows[token, rank].copy_(row)
 
         self._device.compute.run(work)
 

@@ -95,6 +95,11 @@ class PagedExperts:
         self.figures = {"prefill": PhaseFigures(), "decode": PhaseFigures()}
 
     @property
+    def views(self) -> list[tuple[Packed, Packed]]:
+        """(w13, w2) of a slot of each kind of record."""
+        return list({(w13.spec, w2.spec): (w13, w2) for w13, w2 in self._views}.values())
+
+    @property
     def traces(self) -> bool:
         """Whether every decision is recorded."""
         return self._watch.traces
@@ -117,13 +122,15 @@ class PagedExperts:
 
         Interrupted when step.cancel is set between two experts or while one is waited for; StoreError where a
         record cannot be read. Either leaves everything ready for another pass."""
-        self._watch.layer(layer, step, ids.cpu(), weights.cpu(), None if ahead is None else ahead.cpu())
+        chosen = ids.cpu()
+        self._watch.layer(layer, step, chosen, weights.cpu(), None if ahead is None else ahead.cpu())
         routed = len(ids)
         if wanted is not None:
-            x, ids, weights = x[wanted], ids[wanted], weights[wanted]
+            x, chosen, weights = x[wanted], chosen[wanted.cpu()], weights[wanted]
+        ids = chosen  # on the host from here on
         if self._token is not None and len(x) == 1 and step.phase == "decode":
             return self._one_token(self._token, layer, x, ids[0].tolist(), weights, step)
-        groups = self._groups(ids)
+        groups = self._groups(ids, x.device)
         rows = torch.empty(len(x), self._top_k, x.shape[1], dtype=torch.float32, device=x.device)
         if self._all_here:
             self.figures[step.phase].chosen += len(groups)
@@ -153,13 +160,14 @@ class PagedExperts:
         """What computes them."""
         return self._kernels
 
-    def _groups(self, ids: Tensor) -> dict[int, _Group]:
-        """{expert: its tokens}, in order of rank for one token, else of expert."""
+    def _groups(self, ids: Tensor, place: torch.device) -> dict[int, _Group]:
+        """{expert: its tokens}, in order of rank for one token, else of expert. ids on the host; the tokens go to
+        `place`, all at once."""
         if len(ids) == 1:
             return {expert: _Group(None, rank) for rank, expert in enumerate(ids[0].tolist())}
         # One sort instead of a search per expert: the (token, rank) pairs of an expert become adjacent.
         flat = ids.reshape(-1)
-        order = torch.argsort(flat, stable=True)
+        order = torch.argsort(flat, stable=True).to(place)
         groups, start = {}, 0
         for expert, count in enumerate(torch.bincount(flat, minlength=self._experts).tolist()):
             if count:

@@ -30,6 +30,10 @@ class Session(Protocol):
     def context(self) -> int:
         """Positions that it can hold."""
 
+    @property
+    def warm(self) -> bool:
+        """Whether the last pass took as long as another one like it will; not where something was compiled in it."""
+
     def prefill(self, ids: Sequence[int], cancel: Cancel) -> Tensor:
         """Append ids; logits [V] after the last. Raises Interrupted when `cancel` is set meanwhile."""
 
@@ -114,7 +118,7 @@ class Passes:
             self.decode_seconds += seconds
         self.decode_passes += 1
         self.drafted += len(drafts)
-        if self._pace is not None:
+        if self._pace is not None and session.warm:
             self._pace.took(1 + len(drafts), seconds)
         if not drafts:
             return found
