@@ -4,12 +4,14 @@
 # VENV=.venv          where everything is installed
 # PYTHON=python3      the interpreter that makes the venv (3.11 or newer)
 # PIP_ARGS=           extra arguments for pip, e.g. an --index-url that serves CPU-only torch wheels
+# WORKERS=            "" runs the tests one after another; by default files share the cores
 # PYTEST_ARGS=        extra arguments for pytest, e.g. -k store
 
 VENV ?= .venv
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+WORKERS ?= -n logical --maxprocesses 4 --dist loadfile
 
 PIP := $(VENV)/bin/python -m pip install --quiet -c constraints.txt $(PIP_ARGS)
 QMIX := $(VENV)/bin/qmix
@@ -24,7 +26,7 @@ demo: $(VENV)/.qmix
 	@echo "Talk to it: $(QMIX) chat $(DEMO_STORE)"
 
 test: $(VENV)/.qmix-dev lint
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 lint: $(VENV)/.qmix-dev
 	$(VENV)/bin/ruff check .

@@ -108,9 +108,7 @@ class _Bench:
     def _counters(self) -> dict[str, float]:
         """What was given to the device and waited for, and what went over the bus, up to now."""
         report = self._engine.stats()["offload"]
-        # Of the phases since reset_stats, or of the device since the start: whichever this qmix counts.
-        moved = {name: sum(part.get(name, 0) for part in (report["decode"], report["prefill"], report.get(
-            "device") or {})) for name in ("bytes_up", "bytes_down")}
+        moved = {name: report["decode"][name] + report["prefill"][name] for name in ("bytes_up", "bytes_down")}
         return {**moved, "launches": self._device.launches, "waits": self._device.waits, "waited": self._device.waited}
 
 
