@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from tokenizer_files import DEMO_TEMPLATE, spm_model
 from torch import Tensor
 
 from qmix import names
@@ -84,6 +85,17 @@ def write_tiny_checkpoint(path: Path, seed: int = 0, dtype: torch.dtype = torch.
     `...` to leave one out. Returns `path`."""
     raw = tiny_config(torch_dtype=str(dtype).removeprefix("torch."), **overrides)
     return write_checkpoint(path, raw, tiny_tensors(ModelConfig.from_hf(raw), seed, dtype), shards)
+
+
+def write_tiny_stores(folder: Path, formats: Mapping[str, QuantConfig], **overrides: Any) -> dict[str, Path]:
+    """One fp32 checkpoint with a tokenizer, in several formats: {name: store}. overrides: keys of config.json."""
+    source = write_tiny_checkpoint(folder / "tiny", dtype=torch.float32, vocab_size=512, **overrides)
+    (source / "tokenizer.model").write_bytes(spm_model())
+    (source / "tokenizer_config.json").write_text(json.dumps({"chat_template": DEMO_TEMPLATE}))
+    with Checkpoint.open(source) as checkpoint:
+        for name, quant in formats.items():
+            quantize_checkpoint(checkpoint, folder / name, quant)
+    return {name: folder / name for name in formats}
 
 
 def keep_weights(checkpoint: Checkpoint) -> Weights:

@@ -3,7 +3,6 @@ comes; the numbers of the CPU's own engine; errors and interruptions that lose n
 
 from __future__ import annotations
 
-import json
 import random
 import subprocess
 import sys
@@ -17,12 +16,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import KEEP, write_tiny_checkpoint
-from tokenizer_files import DEMO_TEMPLATE, spm_model
+from helpers import KEEP, write_tiny_stores
 from torch import Tensor
 
 from qmix import hardware
-from qmix.checkpoint import Checkpoint
 from qmix.config import Cancel, ExpertKey, QuantConfig
 from qmix.device import StandIn
 from qmix.engine import Engine, Placement, load, placing
@@ -30,7 +27,6 @@ from qmix.errors import DoesNotFit, Interrupted, QmixError, StoreError, UsageErr
 from qmix.kernels.device_ops import TorchDeviceOps
 from qmix.offload.plan import DEVICE_TILES, RESERVE, STAGING, Needs
 from qmix.offload.split import Split
-from qmix.quantize import quantize_checkpoint
 from qmix.store import RecordFiles, Store
 
 HAVE_TRITON = subprocess.run([sys.executable, "-c", "import triton"], capture_output=True).returncode == 0
@@ -51,15 +47,8 @@ def no_thread_stays() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("device")
-    source = write_tiny_checkpoint(folder / "tiny", dtype=torch.float32, vocab_size=512, num_hidden_layers=LAYERS,
-                                   num_local_experts=EXPERTS)
-    (source / "tokenizer.model").write_bytes(spm_model())
-    (source / "tokenizer_config.json").write_text(json.dumps({"chat_template": DEMO_TEMPLATE}))
-    with Checkpoint.open(source) as checkpoint:
-        for name, quant in FORMATS.items():
-            quantize_checkpoint(checkpoint, folder / name, quant)
-    return {name: folder / name for name in FORMATS}
+    return write_tiny_stores(tmp_path_factory.mktemp("device"), FORMATS, num_hidden_layers=LAYERS,
+                             num_local_experts=EXPERTS)
 
 
 def delays(seed: int, share: float = 0.1, longest: float = 0.002) -> Callable[[], None]:

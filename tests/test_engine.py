@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import KEEP, resident_experts, write_tiny_checkpoint
-from tokenizer_files import DEMO_TEMPLATE, spm_model
+from helpers import KEEP, resident_experts, write_tiny_stores
 
 import qmix
 from qmix import hardware
-from qmix.checkpoint import Checkpoint
 from qmix.config import Cancel, ExpertKey, QuantConfig, SamplingParams, Step
 from qmix.engine import Engine, load, select_kernels
 from qmix.errors import DoesNotFit, Interrupted, StoreError, UsageError
@@ -22,7 +19,6 @@ from qmix.formats import unpack
 from qmix.kernels import native
 from qmix.offload import setup
 from qmix.offload.pool import slot_pool
-from qmix.quantize import quantize_checkpoint
 from qmix.sizes import RECORD_ALIGN
 from qmix.store import Store
 from qmix.tokenizer import Message
@@ -33,14 +29,7 @@ FORMATS = {"int4": QuantConfig(), "nf4": QuantConfig("nf4", "int8", "", 0, 0), "
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One fp32 checkpoint in several formats."""
-    folder = tmp_path_factory.mktemp("engine")
-    source = write_tiny_checkpoint(folder / "tiny", dtype=torch.float32, vocab_size=512)
-    (source / "tokenizer.model").write_bytes(spm_model())
-    (source / "tokenizer_config.json").write_text(json.dumps({"chat_template": DEMO_TEMPLATE}))
-    with Checkpoint.open(source) as checkpoint:
-        for name, quant in FORMATS.items():
-            quantize_checkpoint(checkpoint, folder / name, quant)
-    return {name: folder / name for name in FORMATS}
+    return write_tiny_stores(tmp_path_factory.mktemp("engine"), FORMATS)
 
 
 @pytest.fixture

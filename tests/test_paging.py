@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import shutil
 import threading
@@ -14,8 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import KEEP, write_tiny_checkpoint
-from tokenizer_files import DEMO_TEMPLATE, spm_model
+from helpers import KEEP, write_tiny_stores
 from torch import Tensor
 
 from qmix import hardware
@@ -41,15 +39,8 @@ def no_thread_stays() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("paging")
-    source = write_tiny_checkpoint(folder / "tiny", dtype=torch.float32, vocab_size=512, num_hidden_layers=LAYERS,
-                                   num_local_experts=EXPERTS)
-    (source / "tokenizer.model").write_bytes(spm_model())
-    (source / "tokenizer_config.json").write_text(json.dumps({"chat_template": DEMO_TEMPLATE}))
-    with Checkpoint.open(source) as checkpoint:
-        for name, quant in {"int4": QuantConfig(), "keep": KEEP}.items():
-            quantize_checkpoint(checkpoint, folder / name, quant)
-    return {name: folder / name for name in ("int4", "keep")}
+    return write_tiny_stores(tmp_path_factory.mktemp("paging"), {"int4": QuantConfig(), "keep": KEEP},
+                             num_hidden_layers=LAYERS, num_local_experts=EXPERTS)
 
 
 def page(monkeypatch: pytest.MonkeyPatch, folder: Path, slots: int, **how: Any) -> Engine:
