@@ -36,6 +36,9 @@ def compiled(function, kinds=(), warps=4, stages=1, **constants):
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
 
+def varying(function):
+    return {p.name for p in function.params if p.do_not_specialize}
+
 def spills(done):
     return ".local" in done.asm["ptx"]
 
@@ -62,6 +65,7 @@ for group, warps in ((4, 4), (8, 8)):
     assert not spills(compiled(cuda_attend_jit.attend, {"scale": "fp32"}, warps, GROUP=group, SPLIT=64, STEP=16,
                                WIDTH=128))
 compiled(cuda_attend_jit.merge, SPLIT=64, SPLITS=128, STEP=16, WIDTH=128)
+assert varying(cuda_attend_jit.attend_many) == {"window", "tokens", "past"}  # vary by prompt
 tile = configs.attention
 floats = {"query": HALF, "out": HALF, "scale": "fp32", "tokens": "i32"}
 many = compiled(cuda_attend_jit.attend_many, floats, tile.warps, tile.stages, BLOCK_M=tile.tokens,
@@ -79,7 +83,7 @@ compiled(cuda_layer_jit.keep, WIDTH=64, queries=1, kv_heads=1, half=1, k_positio
 compiled(cuda_layer_jit.jobs, ints, M=1, PAIRS=True, tokens=1, k=1, ids_stride=1, count=1, first=1)
 compiled(cuda_attend_jit.attend, {"scale": "fp32"}, GROUP=1, SPLIT=64, STEP=16, WIDTH=128, window=1, splits=1)
 compiled(cuda_attend_jit.merge, SPLIT=64, SPLITS=1, STEP=16, WIDTH=128, window=1, splits=1)
-compiled(cuda_attend_jit.attend_many, floats, BLOCK_M=16, BLOCK_N=32, WIDTH=128, window=1, tokens=1, past=1, group=1)
+compiled(cuda_attend_jit.attend_many, floats, BLOCK_M=16, BLOCK_N=32, WIDTH=128, group=1)
 print("compiled", many.asm["ptx"].count("mma"))
 """
 

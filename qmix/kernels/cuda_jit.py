@@ -144,7 +144,7 @@ def finish(partial, places, y, y_stride, n, out, splits, GATED: tl.constexpr, AD
     tl.store(y + place * y_stride + at, value.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["slot", "tokens"])
+@triton.jit(do_not_specialize=["slot", "tokens"])  # else compiled anew for some prompts
 def matmul(x, qweight, qparams, tiles, y, slot, tokens, slot_bytes, x_stride, y_stride, cols, groups, n, blocks,
            SINGLE: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr,
            BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr):
