@@ -180,9 +180,8 @@ def few(x: Tensor, weights: Matrices, jobs: Jobs, y: Tensor, gated: bool = False
     _check_x(x, weights)
     jit, spec = device_code("cuda_jit"), weights.spec
     config = config or _configs(x.device).gemv
-    groups, words = spec.padded_cols // spec.group_size, spec.block * _place(spec) // 32
-    lanes = min(config.threads // words, power_of_two(groups))
-    splits = -(-groups // lanes)
+    groups, words = spec.padded_cols // spec.group_size, _words(spec)
+    lanes, splits = _lanes(spec, config), splits_of(spec, config)
     count, width = jobs.rows.shape
     partial = room((count, width, splits, spec.padded_rows), x.device)
     jit.gemv[spec.padded_rows // spec.block, splits, count](
@@ -191,6 +190,11 @@ def few(x: Tensor, weights: Matrices, jobs: Jobs, y: Tensor, gated: bool = False
         BITS=spec.bits, LANES=lanes, UNROLL=config.unroll, num_warps=max(1, lanes * words // 32),
         enable_fp_fusion=True)
     _finish(jit, partial.view(-1, splits, spec.padded_rows), jobs.places, y, gated, add)
+
+
+def splits_of(spec: MatrixSpec, config: Gemv) -> int:
+    """Into how many pieces `few` cuts the columns; each has results of its own for all rows."""
+    return -(-(spec.padded_cols // spec.group_size) // _lanes(spec, config))
 
 
 def sorted_linear(x: Tensor, weights: Matrices, slots: Sequence[int], counts: Sequence[int], y: Tensor,
@@ -220,7 +224,8 @@ def sorted_linear(x: Tensor, weights: Matrices, slots: Sequence[int], counts: Se
     blocks, per_tile = spec.padded_rows // spec.block, config.rows // spec.block
     jit.matmul[many, -(-blocks // per_tile)](
         x, weights.qweight, weights.qparams, tiles, y, slots[0], len(x), weights.slot_bytes, x.stride(0), y.stride(0),
-        spec.cols, spec.padded_cols // spec.group_size, spec.padded_rows, blocks, SINGLE=single, GROUP=spec.group_size, BLOCK=spec.block, BITS=spec.bits, BLOCK_M=block_m, BLOCKS=per_tile,
+        spec.cols, spec.padded_cols // spec.group_size, spec.padded_rows, blocks, SINGLE=single,
+        GROUP=spec.group_size, BLOCK=spec.block, BITS=spec.bits, BLOCK_M=block_m, BLOCKS=per_tile,
         CHUNK=min(spec.group_size, 64), DOT=_dot(jit, x, dot), num_stages=config.stages, enable_fp_fusion=True,
         num_warps=config.warps if block_m == config.tokens else 4)
 
@@ -283,6 +288,16 @@ def _check_x(x: Tensor, weights: Matrices) -> None:
                          f"[T, {weights.spec.cols}], rows contiguous")
     if x.device != weights.qweight.device:
         raise UsageError(f"x is on {x.device}, the weights are on {weights.qweight.device}")
+
+
+def _lanes(spec: MatrixSpec, config: Gemv) -> int:
+    """Groups that a program of gemv has."""
+    return min(config.threads // _words(spec), power_of_two(spec.padded_cols // spec.group_size))
+
+
+def _words(spec: MatrixSpec) -> int:
+    """32-bit words of the low bits of a block's column."""
+    return spec.block * _place(spec) // 32
 
 
 def _place(spec: MatrixSpec) -> int:
