@@ -223,6 +223,18 @@ class TestSlots:
         cuda.silu_product(y / 50, h)
         assert relative(h.cpu(), silu_product(numbers(logical(y / 50, weights.spec)))) < SUMS
 
+    @pytest.mark.parametrize("tokens", [1, 16, 91])
+    def test_one_slot_needs_no_table_and_has_the_bits_that_it_has_among_several(
+            self, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        pool, record, _, _ = slab("int4")
+        weights = cuda.Matrices.in_slots(pool, record, "w13")
+        x = operand(tokens, H).to(DEVICE)
+        alone, among = (torch.full((tokens, weights.spec.padded_rows), 7.0, device=DEVICE) for _ in range(2))
+        cuda.sorted_linear(x, weights, [3, 1], [tokens, 0], among)
+        monkeypatch.setattr(cuda.torch, "tensor", None)  # a copy to the card, which waits for it
+        cuda.sorted_linear(x, weights, [3], [tokens], alone)
+        assert torch.equal(alone, among)
+
     def test_offsets_beyond_two_gigabytes(self) -> None:
         """Slots are addressed in 64 bits. The pages between the records are never touched."""
         if DEVICE.type == "cuda" and torch.cuda.mem_get_info()[0] < 6 * 2**30:
@@ -343,9 +355,11 @@ few = compiled(cuda_jit.gemv, {"qweight", "slots", "rows"}, target, 4, 1, M=2, L
 loop = few.asm["ttgir"].split("scf.for")[1].split("scf.yield")[0]
 assert "convert_layout" not in loop, "the loop moves data between threads"
 compiled(cuda_jit.finish, {"places"}, target, 4, 1, GATED=True, ADD=False, SIZE=cuda.FINISH)
-many = compiled(cuda_jit.matmul, {"tiles"}, target, tile.warps, tile.stages, BLOCK_M=tile.tokens,
-                BLOCKS=tile.rows // block, CHUNK=64, DOT=tl.float16 if target < 80 else tl.bfloat16, **shape)
-assert many.metadata.shared <= (64 if target < 80 else 99) * 1024, many.metadata.shared
+assert {p.name for p in cuda_jit.matmul.params if p.do_not_specialize} == {"slot", "tokens"}  # vary by prompt
+for single in (False, True):
+    many = compiled(cuda_jit.matmul, {"tiles"}, target, tile.warps, tile.stages, SINGLE=single, BLOCK_M=tile.tokens,
+                    BLOCKS=tile.rows // block, CHUNK=64, DOT=tl.float16 if target < 80 else tl.bfloat16, **shape)
+    assert many.metadata.shared <= (64 if target < 80 else 99) * 1024, many.metadata.shared
 print("compiled", many.asm["ptx"].count("mma"))
 """
 

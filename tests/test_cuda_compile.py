@@ -14,9 +14,11 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from qmix.kernels import cuda_attend_jit, cuda_dense_jit, cuda_layer_jit, cuda_ops, cuda_prompt
+from qmix.kernels import cuda_attend_jit, cuda_dense_jit, cuda_layer_jit, cuda_ops
+from qmix.kernels.configs import WIDE, built_in
 
 target = int(sys.argv[1])
+configs = built_in(divmod(target, 10))
 HALF = "*bf16" if target >= 80 else "*fp16"  # of a cache
 KINDS = {"scale": "*bf16", "x": "*fp32", "y": "*fp32", "weight": "*fp32", "weights": "*fp32", "eps": "fp32",
          "tokens": "*i64", "embedding": "*bf16", "positions": "*i64", "keys": HALF, "values": HALF, "out": "*fp32",
@@ -34,6 +36,9 @@ def compiled(function, kinds=(), warps=4, stages=1, **constants):
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
 
+def varying(function):
+    return {p.name for p in function.params if p.do_not_specialize}
+
 def spills(done):
     return ".local" in done.asm["ptx"]
 
@@ -41,8 +46,8 @@ def spills(done):
 for kind in ("*i8", HALF):
     orders = set()
     for tokens in (1, 8):
-        done = compiled(cuda_dense_jit.gemv, {"weight": kind, "tokens": "i32"}, M=tokens, ROWS=cuda_ops.ROWS,
-                        COLS=cuda_ops.COLS, UNROLL=cuda_ops.UNROLL, SCALED=kind == "*i8", ADD=True)
+        done = compiled(cuda_dense_jit.gemv, {"weight": kind, "tokens": "i32"}, M=tokens, ROWS=configs.dense.rows,
+                        COLS=configs.dense.cols, UNROLL=configs.dense.unroll, SCALED=kind == "*i8", ADD=True)
         code = done.asm["ttgir"]
         assert "convert_layout" not in code.split("scf.for")[1].split("scf.yield")[0]
         assert re.search(r"ld.global[^;]*v[24]", done.asm["ptx"])
@@ -60,14 +65,14 @@ for group, warps in ((4, 4), (8, 8)):
     assert not spills(compiled(cuda_attend_jit.attend, {"scale": "fp32"}, warps, GROUP=group, SPLIT=64, STEP=16,
                                WIDTH=128))
 compiled(cuda_attend_jit.merge, SPLIT=64, SPLITS=128, STEP=16, WIDTH=128)
-tile = cuda_prompt.tile_for(divmod(target, 10))
+assert varying(cuda_attend_jit.attend_many) == {"window", "tokens", "past"}  # vary by prompt
+tile = configs.attention
 floats = {"query": HALF, "out": HALF, "scale": "fp32", "tokens": "i32"}
 many = compiled(cuda_attend_jit.attend_many, floats, tile.warps, tile.stages, BLOCK_M=tile.tokens,
                 BLOCK_N=tile.positions, WIDTH=128)
 assert many.metadata.shared <= (64 if target < 80 else 99) * 1024, many.metadata.shared
-wide = cuda_prompt.WIDE
-compiled(cuda_attend_jit.attend_many, floats | {"keys": "*fp32", "values": "*fp32"}, wide.warps, wide.stages,
-         BLOCK_M=wide.tokens, BLOCK_N=wide.positions, WIDTH=128)
+compiled(cuda_attend_jit.attend_many, floats | {"keys": "*fp32", "values": "*fp32"}, WIDE.warps, WIDE.stages,
+         BLOCK_M=WIDE.tokens, BLOCK_N=WIDE.positions, WIDTH=128)
 # Triton makes a constant of each argument that is 1.
 compiled(cuda_dense_jit.gemv, {"weight": "*i8"}, M=1, ROWS=8, COLS=64, UNROLL=4, SCALED=True, ADD=False, tokens=1,
          cols=1)
@@ -78,7 +83,7 @@ compiled(cuda_layer_jit.keep, WIDTH=64, queries=1, kv_heads=1, half=1, k_positio
 compiled(cuda_layer_jit.jobs, ints, M=1, PAIRS=True, tokens=1, k=1, ids_stride=1, count=1, first=1)
 compiled(cuda_attend_jit.attend, {"scale": "fp32"}, GROUP=1, SPLIT=64, STEP=16, WIDTH=128, window=1, splits=1)
 compiled(cuda_attend_jit.merge, SPLIT=64, SPLITS=1, STEP=16, WIDTH=128, window=1, splits=1)
-compiled(cuda_attend_jit.attend_many, floats, BLOCK_M=16, BLOCK_N=32, WIDTH=128, window=1, tokens=1, past=1, group=1)
+compiled(cuda_attend_jit.attend_many, floats, BLOCK_M=16, BLOCK_N=32, WIDTH=128, group=1)
 print("compiled", many.asm["ptx"].count("mma"))
 """
 

@@ -180,9 +180,8 @@ def few(x: Tensor, weights: Matrices, jobs: Jobs, y: Tensor, gated: bool = False
     _check_x(x, weights)
     jit, spec = device_code("cuda_jit"), weights.spec
     config = config or _configs(x.device).gemv
-    groups, words = spec.padded_cols // spec.group_size, spec.block * _place(spec) // 32
-    lanes = min(config.threads // words, power_of_two(groups))
-    splits = -(-groups // lanes)
+    groups, words = spec.padded_cols // spec.group_size, _words(spec)
+    lanes, splits = _lanes(spec, config), splits_of(spec, config)
     count, width = jobs.rows.shape
     partial = room((count, width, splits, spec.padded_rows), x.device)
     jit.gemv[spec.padded_rows // spec.block, splits, count](
@@ -193,13 +192,19 @@ def few(x: Tensor, weights: Matrices, jobs: Jobs, y: Tensor, gated: bool = False
     _finish(jit, partial.view(-1, splits, spec.padded_rows), jobs.places, y, gated, add)
 
 
+def splits_of(spec: MatrixSpec, config: Gemv) -> int:
+    """Into how many pieces `few` cuts the columns; each has results of its own for all rows."""
+    return -(-(spec.padded_cols // spec.group_size) // _lanes(spec, config))
+
+
 def sorted_linear(x: Tensor, weights: Matrices, slots: Sequence[int], counts: Sequence[int], y: Tensor,
                   dot: str | None = None, config: Matmul | None = None) -> None:
     """x [T, cols], its first counts[0] rows for the expert in slots[0], the next counts[1] for slots[1] and so on,
     into y [T, padded_rows].
 
     dot: "bf16" | "fp16" | "fp32", what x is rounded to: bf16 for bf16 where the card has it, fp16 for fp16, else
-    fp32, which is exact and slow. x beyond 65504 is infinite in fp16.
+    fp32, which is exact and slow. x beyond 65504 is infinite in fp16. With several slots their table is copied to
+    the card, for which the CPU waits until the card has done what it had; with one nothing is.
     """
     _check_x(x, weights)
     if len(slots) != len(counts) or sum(counts) != len(x) or not all(0 <= s < weights.slots for s in slots):
@@ -208,14 +213,18 @@ def sorted_linear(x: Tensor, weights: Matrices, slots: Sequence[int], counts: Se
     jit, spec = device_code("cuda_jit"), weights.spec
     config = config or _configs(x.device).matmul
     block_m = min(config.tokens, 128 if max(counts) > 64 else 64 if max(counts) > 16 else 16)
-    tiles, start = [], 0
-    for slot, count in zip(slots, counts, strict=True):
-        tiles += [(slot, first, start + count) for first in range(start, start + count, block_m)]
-        start += count
+    single, many = len(slots) == 1, -(-len(x) // block_m)
+    tiles = weights.qparams  # anything, where it is not read
+    if not single:
+        listed, start = [], 0
+        for slot, count in zip(slots, counts, strict=True):
+            listed += [(slot, first, start + count) for first in range(start, start + count, block_m)]
+            start += count
+        many, tiles = len(listed), torch.tensor(listed, dtype=INDEX, device=x.device)
     blocks, per_tile = spec.padded_rows // spec.block, config.rows // spec.block
-    jit.matmul[len(tiles), -(-blocks // per_tile)](
-        x, weights.qweight, weights.qparams, torch.tensor(tiles, dtype=INDEX, device=x.device), y, weights.slot_bytes,
-        x.stride(0), y.stride(0), spec.cols, spec.padded_cols // spec.group_size, spec.padded_rows, blocks,
+    jit.matmul[many, -(-blocks // per_tile)](
+        x, weights.qweight, weights.qparams, tiles, y, slots[0], len(x), weights.slot_bytes, x.stride(0), y.stride(0),
+        spec.cols, spec.padded_cols // spec.group_size, spec.padded_rows, blocks, SINGLE=single,
         GROUP=spec.group_size, BLOCK=spec.block, BITS=spec.bits, BLOCK_M=block_m, BLOCKS=per_tile,
         CHUNK=min(spec.group_size, 64), DOT=_dot(jit, x, dot), num_stages=config.stages, enable_fp_fusion=True,
         num_warps=config.warps if block_m == config.tokens else 4)
@@ -279,6 +288,16 @@ def _check_x(x: Tensor, weights: Matrices) -> None:
                          f"[T, {weights.spec.cols}], rows contiguous")
     if x.device != weights.qweight.device:
         raise UsageError(f"x is on {x.device}, the weights are on {weights.qweight.device}")
+
+
+def _lanes(spec: MatrixSpec, config: Gemv) -> int:
+    """Groups that a program of gemv has."""
+    return min(config.threads // _words(spec), power_of_two(spec.padded_cols // spec.group_size))
+
+
+def _words(spec: MatrixSpec) -> int:
+    """32-bit words of the low bits of a block's column."""
+    return spec.block * _place(spec) // 32
 
 
 def _place(spec: MatrixSpec) -> int:

@@ -108,7 +108,7 @@ def merge(partial, tops, totals, positions, out, window, out_stride, splits, siz
     tl.store(out + token * out_stride + head * size + at, tl.sum(sums, axis=0) / total, mask=at < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window", "tokens", "past"])  # else compiled anew for some prompts
 def attend_many(query, keys, values, out, window, q_token, q_head, k_head, k_position, v_head, v_position, out_token,
                 tokens, past, group, size, scale, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr):
     """BLOCK_M tokens of one query head over what they see, BLOCK_N positions at a time: products in the dtype of keys
