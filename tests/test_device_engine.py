@@ -352,14 +352,13 @@ def test_tritons_kernels_in_the_engine(stores: dict[str, Path], name: str, monke
         device = StandIn(half=half if triton else torch.bfloat16, triton=triton)
         with bring_up(monkeypatch, stores[name], above, 8, device, context=32) as engine:
             session = engine.session()
-            logits = [session.prefill(IDS[:9])]
-            logits += [session.decode(token).clone() for token in IDS[9:11]]
-            session.trim(10)
-            logits += list(session.verify(IDS[10:12]).clone())
+            logits = [session.prefill(IDS[:5]), session.decode(IDS[5]).clone()]
+            session.trim(5)
+            logits += list(session.verify(IDS[5:7]).clone())
             found.append(torch.stack(logits))
     errors = (found[1] - found[0]).norm(dim=1) / found[0].norm(dim=1)
     assert errors.max() < 1e-5 if name == "keep" else errors.median() < 2e-2
-    assert torch.equal(found[1][2], found[1][3])
+    assert torch.equal(found[1][1], found[1][2])
 
 
 def test_auto_says_why_it_does_not_use_a_gpu(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
