@@ -336,9 +336,10 @@ class TestRooms:
         for tokens in (1, 8, 3):
             layer = Layer(ops, DEVICE, tokens, "int4")
             layer.forward(torch.arange(tokens, device=DEVICE), torch.arange(tokens, device=DEVICE))
-            # the pieces of qkv's products, then those of the experts', for which the first is too small
+            # the pieces of qkv's products, then those of the experts', for which the first is too small; the
+            # logits of the layer, then those of two later ones
             assert {key[0]: len(made) for key, made in ops._rooms.items()} == \
-                {"partial": 2, "attended": 1, "softmax": 1, "jobs": 1, "inner": 1}
+                {"partial": 2, "attended": 1, "softmax": 1, "jobs": 1, "inner": 1, "logits": 2}
 
     def test_a_larger_one_leaves_the_smaller_one_alive(self) -> None:
         ops = TritonOps()
@@ -361,7 +362,7 @@ class TestRooms:
             ops._partial(experts)((1, 1, cuda.splits_of(spec, gemv), spec.padded_rows), none)
         _, splits = cuda_ops.split_of(8192)
         for use, most in (("attended", (8, 32, splits, 128)), ("softmax", (2, 8, 32, splits)), ("inner", (16, 14336)),
-                          ("jobs", (8 * 17,))):
+                          ("jobs", (8 * 17,)), ("logits", (8, 3, 8))):
             ops._room(use, most, most, none)
         total = sum(room.nbytes for rooms in ops._rooms.values() for room in rooms)
         assert 45 * 2**20 < total < 46 * 2**20

@@ -49,33 +49,42 @@ def norm(residual, weight, out, rows, gains, eps, hidden, r_stride, out_stride, 
 
 
 @triton.jit
-def route(residual, weights, routers, normed, ids, gains, eps, hidden, experts, r_stride, w_stride, routers_stride,
-          n_stride, ids_token, ids_layer, gains_stride, K: tl.constexpr, EXPERTS: tl.constexpr, WIDTH: tl.constexpr,
-          GAINS: tl.constexpr):
-    """Of token t, asked of layer d: its norm, the logits of all experts, the K largest of them.
+def logits(residual, weights, routers, normed, out, eps, hidden, experts, r_stride, w_stride, routers_stride, n_stride,
+           WIDTH: tl.constexpr, NORMED: tl.constexpr):
+    """Of token t, asked of layer d: its norm, and the logit of one expert, summed in fp64 and rounded to fp32.
 
-    residual fp32 [T, H]; weights fp32 [D, H]; routers fp64 [D, E, H]; ids [T, D, K], the largest first, of equals the
-    lower number. Where GAINS, norms go into normed fp32 [T, H], softmax over the chosen logits into gains fp32 [T, K].
-    Logits are summed in fp64 and rounded to fp32. NaN counts as the largest: ids are always numbers of experts, each
-    once. EXPERTS: E as a power of two. Grid: T, D.
+    residual fp32 [T, H]; weights fp32 [D, H]; routers fp64 [D, E, H]; out fp32 [T, D, E]. Where NORMED, norms go into
+    normed fp32 [T, H], which is not the residual. Each expert has a program, though each makes the norm anew: cards for
+    games have few units of fp64, and one multiprocessor's would be long about all experts. Grid: T, D * E.
     """
     token = tl.program_id(0)
-    layer = tl.program_id(1)
+    place = tl.program_id(1)
+    layer = place // experts
     at = tl.arange(0, WIDTH)
     value = tl.load(residual + token * r_stride + at, mask=at < hidden, other=0.0)
     value = normed_row(value, weights + layer * w_stride, at, eps, hidden)
-    if GAINS:
-        tl.store(normed + token * n_stride + at, value, mask=at < hidden)
-    wide = value.to(tl.float64)
-    number = tl.arange(0, EXPERTS)
-    logits = tl.zeros((EXPERTS,), tl.float32)
-    row = routers + layer.to(tl.int64) * routers_stride + at
-    for expert in range(0, experts):
-        logit = tl.sum(wide * tl.load(row + expert * hidden, mask=at < hidden, other=0.0), axis=0)
-        logits = tl.where(number == expert, logit.to(tl.float32), logits)
+    if NORMED:
+        tl.store(normed + token * n_stride + at, value, mask=at < tl.where(place == 0, hidden, 0))
+    row = routers + layer.to(tl.int64) * routers_stride + place % experts * hidden + at
+    logit = tl.sum(value.to(tl.float64) * tl.load(row, mask=at < hidden, other=0.0), axis=0)
+    tl.store(out + token * tl.num_programs(1) + place, logit.to(tl.float32))
 
-    keys = tl.where(logits == logits, logits, float("inf"))
+
+@triton.jit
+def choose(logits, ids, gains, experts, ids_token, ids_layer, gains_stride, K: tl.constexpr, EXPERTS: tl.constexpr,
+           GAINS: tl.constexpr):
+    """The K largest logits of token t, asked of layer d.
+
+    logits fp32 [T, D, E]; ids [T, D, K], the largest first, of equals the lower number; where GAINS, softmax over the
+    chosen logits into gains fp32 [T, K]. NaN counts as the largest: ids are always numbers of experts, each once.
+    EXPERTS: E as a power of two. Grid: T, D.
+    """
+    token = tl.program_id(0)
+    layer = tl.program_id(1)
+    number = tl.arange(0, EXPERTS)
     left = number < experts
+    values = tl.load(logits + (token * tl.num_programs(1) + layer) * experts + number, mask=left, other=0.0)
+    keys = tl.where(values == values, values, float("inf"))
     out = ids + token * ids_token + layer * ids_layer
     tops = ()
     for k in tl.static_range(K):
@@ -83,7 +92,7 @@ def route(residual, weights, routers, normed, ids, gains, eps, hidden, experts, 
         chosen = tl.min(tl.where(left & (keys == largest), number, EXPERTS), axis=0)
         left = left & (number != chosen)
         tl.store(out + k, chosen.to(out.dtype.element_ty))
-        tops += (tl.sum(tl.where(number == chosen, logits, 0.0), axis=0),)
+        tops += (tl.sum(tl.where(number == chosen, values, 0.0), axis=0),)
     if GAINS:
         total = tl.exp(tops[0] - tops[0])
         for k in tl.static_range(1, K):

@@ -161,17 +161,21 @@ class TritonOps:
 
     def _route(self, residual: Tensor, weights: Tensor, routers: Tensor, eps: float, normed: Tensor | None,
                ids: Tensor, gains: Tensor | None) -> None:
-        """One launch for all tokens and layers: weights [D, H], routers [D, E, H], ids [T, D, K]."""
+        """Two launches for all tokens and layers: weights [D, H], routers [D, E, H], ids [T, D, K]."""
         count, hidden = residual.shape
         layers, experts, _ = routers.shape
         assert routers.dtype == torch.float64 and routers.stride(1) == hidden and ids.stride(2) == 1
-        width = power_of_two(hidden)
-        _layer().route[count, layers](
-            residual, weights, routers, residual if normed is None else normed, ids, residual if gains is None else
-            gains, eps, hidden, experts, residual.stride(0), weights.stride(0), routers.stride(0),
-            0 if normed is None else normed.stride(0), ids.stride(0), ids.stride(1),
-            0 if gains is None else gains.stride(0), K=ids.shape[2], EXPERTS=power_of_two(experts), WIDTH=width,
-            GAINS=gains is not None, num_warps=_warps(width), enable_fp_fusion=True)
+        assert normed is None or normed.data_ptr() != residual.data_ptr()  # which other programs still read
+        width, shape = power_of_two(hidden), (layers, experts)
+        logits = self._room("logits", (count, *shape), (FEW, *shape), residual.device)
+        _layer().logits[count, layers * experts](
+            residual, weights, routers, residual if normed is None else normed, logits, eps, hidden, experts,
+            residual.stride(0), weights.stride(0), routers.stride(0), 0 if normed is None else normed.stride(0),
+            WIDTH=width, NORMED=normed is not None, num_warps=_warps(width), enable_fp_fusion=True)
+        _layer().choose[count, layers](
+            logits, ids, logits if gains is None else gains, experts, ids.stride(0), ids.stride(1),
+            0 if gains is None else gains.stride(0), K=ids.shape[2], EXPERTS=power_of_two(experts),
+            GAINS=gains is not None, num_warps=1, enable_fp_fusion=True)
 
     def _together(self, tensors: Sequence[Tensor]) -> Tensor:
         """Them as one tensor: a view where they lie at equal distances in one storage, else a copy, made once."""
