@@ -122,12 +122,14 @@ class PagedExperts:
 
         Interrupted when step.cancel is set between two experts or while one is waited for; StoreError where a
         record cannot be read. Either leaves everything ready for another pass."""
-        chosen = ids.cpu()
-        self._watch.layer(layer, step, chosen, weights.cpu(), None if ahead is None else ahead.cpu())
+        if ids.is_cpu:
+            self._watch.layer(layer, step, ids, weights, ahead)
+        else:
+            ids = ids.cpu()  # from here on
+            self._watch.layer(layer, step, ids, weights.cpu(), None if ahead is None else ahead.cpu())
         routed = len(ids)
         if wanted is not None:
-            x, chosen, weights = x[wanted], chosen[wanted.cpu()], weights[wanted]
-        ids = chosen  # on the host from here on
+            x, ids, weights = x[wanted], ids[wanted.cpu()], weights[wanted]
         if self._token is not None and len(x) == 1 and step.phase == "decode":
             return self._one_token(self._token, layer, x, ids[0].tolist(), weights, step)
         groups = self._groups(ids, x.device)

@@ -31,7 +31,7 @@ MARGIN = GIB  # what `auto` leaves to other programs
 RESERVE = 256 * MIB  # kept free within the budget, or 2 % of it where that is more
 PROGRAM = 260 * MIB  # interpreter and libraries, where they are not there to be measured
 CUDA_CONTEXT = 600 * MIB  # what a CUDA context with its libraries takes, before it is measured
-DEVICE_TILES = 128 * MIB  # of VRAM: decoded tiles of a matrix, partial sums, and what decoding passes on
+DEVICE_TILES = 128 * MIB  # of VRAM: decoded tiles of a matrix, 46 MiB of partial sums, and what decoding passes on
 STAGING = 2  # RAM slots through which records pass on their way from the disk to VRAM
 
 
