@@ -13,6 +13,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 SHARED = Path(__file__).parents[2] / "shared"
+# One thread by default: small matrices gain nothing from more, and on a busy machine lose several times over.
+THREADS = int(os.environ.get("QMIX_TEST_THREADS", "1"))
 
 
 @pytest.fixture(scope="session")
@@ -25,16 +27,15 @@ def wiki_moe() -> Path:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def one_thread() -> None:
-    torch.set_num_threads(1)
+def threads() -> None:
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(autouse=True)
 def own_settings(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes the user's settings, stores or history."""
     home = tmp_path_factory.mktemp("home")
-    # One thread: small matrices gain nothing from more, and on a busy machine lose several times over.
     for command in ("QUANTIZE", "GENERATE", "CHAT", "DEMO", "BENCH", "EVAL"):
-        monkeypatch.setenv(f"QMIX_{command}_THREADS", "1")
+        monkeypatch.setenv(f"QMIX_{command}_THREADS", str(THREADS))
     for kind in ("CONFIG", "DATA", "STATE", "CACHE"):
         monkeypatch.setenv(f"XDG_{kind}_HOME", str(home / kind.lower()))

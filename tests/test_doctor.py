@@ -287,6 +287,6 @@ def test_the_real_machine_without_bitsandbytes_being_imported(tmp_path: Path) ->
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["libraries"]["torch"] == torch.__version__ and report["libraries"]["bitsandbytes"][0].isdigit()
     assert len(report["kernels"]["table"]) == 7 and all(row["kernel"] for row in report["kernels"]["table"])
-    assert report["kernels"]["norm_router_rotary"] == (f"native {next(iter(native.levels()))}" if native.levels() else
-                                                       "torch")
+    assert report["kernels"]["norm_router_rotary"] == " ".join(["native", *native.wanted_levels()[:1]]
+                                                               if native.wanted_levels() else ["torch"])
     assert report["machine"]["memory"]["usable_bytes"] > 0 and report["disk"]["filesystem"] != "unknown"

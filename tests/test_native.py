@@ -273,6 +273,10 @@ def test_the_peak_counts_its_operations(level: str, activations: str) -> None:
 
 
 class TestChoice:
+    @pytest.fixture(autouse=True)
+    def no_level_is_forced(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("QMIX_NATIVE", raising=False)
+
     def lines(self, **options: str) -> tuple[list[str], dict[str, str]]:
         said: list[str] = []
         return said, dict(select({"int4", "int8"}, {64}, say=said.append, **options).names)
@@ -299,7 +303,6 @@ class TestChoice:
             self.lines()
 
     def test_without_the_library_torch_computes_and_it_is_said(self, monkeypatch) -> None:
-        monkeypatch.delenv("QMIX_NATIVE", raising=False)
         monkeypatch.setattr("qmix.kernels.native.loader.library", lambda: None)
         monkeypatch.setattr("qmix.kernels.native.library", lambda: None)  # the same function, as table.py calls it
         said, names = self.lines(activations="auto")
