@@ -45,15 +45,6 @@ def kernels(without_native: None) -> KernelTable:
     return select(FORMATS, say=lambda line: None)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """These matrices are tiny: threads that wait for each other take longer than the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def random_matrix(spec: MatrixSpec, seed: int = 0) -> Packed:
     """Weights whose rows and groups differ in scale and offset, so that a mix-up cannot go unnoticed."""
     random = torch.Generator().manual_seed(seed)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import bounds
 import pytest
 import torch
 from helpers import decode as decode_one
@@ -37,14 +38,6 @@ LEVELS = list(native.levels())
 needs_library = pytest.mark.skipif(not LEVELS, reason="the native kernels were not built: no C compiler")
 IDS = torch.randint(0, 128, (700,), generator=torch.Generator().manual_seed(3)).tolist()
 SHAPES = [(1, 1, 16), (2, 1, 32), (2, 3, 48), (2, 4, 128), (1, 9, 80)]  # KV heads, query heads of each, head size
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def config_of(kv_heads: int, group: int, size: int, layers: int = 2) -> ModelConfig:
@@ -272,10 +265,11 @@ def test_logits_stay_close_and_prefill_is_decode(checkpoint: Checkpoint, own: st
     prefill(model, IDS[:30], cache)
     steps = torch.cat([decode_one(model, token, cache) for token in IDS[30:80]])
     errors = (whole - want).norm(dim=-1) / want.norm(dim=-1)
-    assert 0 < errors.median() < 0.02
-    # A last bit may turn a code: but prefill and decode read the same numbers but for that.
+    config = checkpoint.config
+    assert 0 < errors.median() < bounds.int8_keys_and_values(config.num_layers, config.head_dim)
+    # Prefill and decode read the same numbers, but where a last bit turned a code: in few of them.
     apart = (steps - whole[30:]).norm(dim=-1) / whole[30:].norm(dim=-1)
-    assert apart.median() < 0.005
+    assert apart.median() < errors.median()
 
 
 @pytest.mark.parametrize("own", [None, *LEVELS[:1]])

@@ -3,7 +3,6 @@ pool, padding that touches nothing, bad weights refused by position."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from math import inf, nan
 
@@ -20,15 +19,6 @@ from qmix.quantize.methods import Error, error, quantize
 from qmix.sizes import MatrixSpec
 
 METHODS = ["rtn", "hqq"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """These matrices are small: threads of torch that wait for each other take longer than the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def heavy_tailed(rows: int, cols: int, seed: int = 0) -> torch.Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import bounds
 import pytest
 import torch
 from helpers import (
@@ -43,14 +44,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "top-3 of 5": {"num_local_experts": 5, "num_experts_per_tok": 3},
 }
 IDS = torch.randint(0, 128, (1500,), generator=torch.Generator().manual_seed(3)).tolist()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -444,9 +437,8 @@ def test_bf16_weights_compute_in_bf16(tmp_path: Path) -> None:
     assert got.dtype == torch.float32
     assert cache.nbytes == 40 * kv_bytes_per_token(opened.config, 2)
     want = prefill(wide, IDS[:40], wide.new_cache(40), True)
-    # bf16 keeps 8 bits, and a close race between two experts may end differently for a token.
     errors = (got - want).norm(dim=-1) / want.norm(dim=-1)
-    assert errors.median() < 0.05
+    assert errors.median() < bounds.model_rounded(opened.config.num_layers)
 
 
 @pytest.mark.parametrize(("dtype", "experts", "dense", "want"), [

@@ -4,7 +4,6 @@ greedy tokens, on tiny random models of every shape and on a small trained one."
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +41,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
                                                                         "rope_type": "default"}},
     "odd sizes": {"hidden_size": 72, "head_dim": 14, "intermediate_size": 50, "vocab_size": 131},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def reference(path: Path) -> Any:
