@@ -1,10 +1,11 @@
 """qmix runs Mixture-of-Experts language models on one consumer machine.
 
-    engine = qmix.load("mixtral-int4")
-    for token in engine.generate("Why is the sky blue?"):
-        print(token.text, end="")
+    with qmix.load("mixtral-int4") as engine:
+        for token in engine.generate("The tiger is"):
+            print(token.text, end="")
 
-The names below import torch when first used; importing qmix itself does not.
+docs/python.md shows the public names, which are those of __all__. They import torch when first used; importing qmix
+itself does not.
 """
 
 from __future__ import annotations
@@ -13,13 +14,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qmix.engine import Engine, load
+    from qmix.checkpoint import Checkpoint
+    from qmix.config import Cancel, QuantConfig, SamplingParams
+    from qmix.engine import Engine, Placement, Session, load
+    from qmix.errors import QmixError
+    from qmix.generate import Summary, Timings, Token
     from qmix.quantize import quantize_checkpoint
+    from qmix.tokenizer import Message
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "load", "quantize_checkpoint"]
+__all__ = ["Cancel", "Checkpoint", "Engine", "Message", "Placement", "QmixError", "QuantConfig", "SamplingParams",
+           "Session", "Summary", "Timings", "Token", "load", "quantize_checkpoint"]
 
-_HOME = {"Engine": "qmix.engine", "load": "qmix.engine", "quantize_checkpoint": "qmix.quantize"}
+_HOME = {"Cancel": "qmix.config", "Checkpoint": "qmix.checkpoint", "Engine": "qmix.engine",
+         "Message": "qmix.tokenizer", "Placement": "qmix.engine", "QmixError": "qmix.errors",
+         "QuantConfig": "qmix.config", "SamplingParams": "qmix.config", "Session": "qmix.engine",
+         "Summary": "qmix.generate", "Timings": "qmix.generate", "Token": "qmix.generate", "load": "qmix.engine",
+         "quantize_checkpoint": "qmix.quantize"}
 
 
 def __getattr__(name: str) -> Any:
