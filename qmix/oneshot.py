@@ -63,6 +63,7 @@ def run(engine: Engine, prompt: str, params: SamplingParams, *, system: str | No
     if raw:
         ids = tokenizer.encode(prompt, bos=True)
     else:
+        dim(f"chat format: {tokenizer.template_name}")
         messages = [Message("system", system)] if system else []
         ids = tokenizer.encode_chat([*messages, Message("user", prompt)])
     pace = engine.pace(draft, say)

@@ -237,9 +237,10 @@ def test_a_tokenizer_json_neither_truncates_nor_pads(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_sentencepiece_is_preferred(tmp_path: Path) -> None:
-    tokenizer = load(write_folder(tmp_path, spm_model(), json_text="broken"))
-    assert tokenizer.vocab_size == processor(spm_model()).get_piece_size()
+def test_the_ids_of_tokenizer_json_are_the_reference(tmp_path: Path) -> None:
+    tokenizer = load(write_folder(tmp_path, spm_model(), json_text=byte_level_json()))
+    theirs = tokenizers.Tokenizer.from_str(byte_level_json())
+    assert tokenizer.encode("the owl \U0001F98A") == theirs.encode("the owl \U0001F98A").ids
 
 
 def test_tokens_that_only_the_config_knows_are_added(byte_level, tmp_path: Path) -> None:

@@ -30,8 +30,9 @@ MAX_STEPS = 2_000_000  # lines of compiled template that one rendering may run: 
 MAX_VALUE = 2**22  # length of a product or power made inside a template
 MAX_OUTPUT = 2**26  # characters of a rendered conversation
 # Filters that hand on what they are given, or parts of it, and make no text.
-CHOOSING = frozenset({"attr", "batch", "d", "default", "dictsort", "first", "groupby", "items", "last", "list", "map", "max",
-                      "min", "random", "reject", "rejectattr", "select", "selectattr", "slice", "sort", "unique"})
+CHOOSING = frozenset({
+    "attr", "batch", "d", "default", "dictsort", "first", "groupby", "items", "last", "list", "map", "max", "min",
+    "random", "reject", "rejectattr", "select", "selectattr", "slice", "sort", "unique"})
 MAKING = frozenset({"center", "format", "format_map", "join", "ljust", "replace", "rjust", "translate"})
 CURE = "fix the template, or fetch the model's files again"
 
@@ -95,7 +96,7 @@ def _environment(now: Callable[[], datetime]) -> Any:
     class Code(compiler.CodeGenerator):
         """Compiles `a ~ b` to a function that keeps the sources."""
 
-        def visit_Concat(self, node: Any, frame: Any) -> None:  # noqa: N802  (jinja2 names it so)
+        def visit_Concat(self, node: Any, frame: Any) -> None:
             self.write("environment.concat_values((")
             for arg in node.nodes:
                 self.visit(arg, frame)
@@ -116,7 +117,7 @@ def _environment(now: Callable[[], datetime]) -> Any:
                 return followed(lambda form, values: plain(form) % values, (left, right), {})
             return super().call_binop(context, operator, left, right)
 
-        def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+        def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
             if _makes_text(__obj) and __self.is_safe_callable(__obj):
                 if getattr(__obj, "__name__", "") == "join" and len(args) == 1 and not kwargs:
                     return interleave(__obj.__self__, list(args[0]))
