@@ -82,7 +82,8 @@ class JsonVocabulary(Vocabulary):
         encoding = self._tokenizer.encode(ANCHOR * bool(shift) + part.text, add_special_tokens=False)
         ids: list[int] = encoding.ids
         skipped = len(self._anchor) if shift else 0
-        if ids[:skipped] == self._anchor[:skipped] and all(
+        if ids[:skipped] == self._anchor[:skipped] and (
+                not shift or encoding.offsets[skipped - 1][1] <= shift) and all(
                 self._may_be_read(i, part, begin - shift, end - shift)
                 for i, (begin, end) in zip(ids[skipped:], encoding.offsets[skipped:], strict=True)
                 if i in self._marker_ids or i == self._unk_id):
@@ -104,8 +105,12 @@ class JsonVocabulary(Vocabulary):
         if start:
             return self._plain.encode(text, add_special_tokens=False).ids
         n = len(self._anchor)
-        ids: list[int] = self._plain.encode(ANCHOR + text, add_special_tokens=False).ids
-        return ids[n:] if ids[:n] == self._anchor else self._plain.encode(text, add_special_tokens=False).ids
+        encoding = self._plain.encode(ANCHOR + text, add_special_tokens=False)
+        ids: list[int] = encoding.ids
+        if ids[:n] != self._anchor:
+            return self._encode(text, True)
+        # An anchor that is unknown is one with unknown characters behind it.
+        return ids[n - (encoding.offsets[n - 1][1] > len(ANCHOR)):]
 
     def _fresh_after_marker(self) -> bool:
         """Whether text behind a marker is encoded as at the start of a prompt."""

@@ -119,6 +119,7 @@ def _environment(now: Callable[[], datetime]) -> Any:
 
         def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
             if _makes_text(__obj) and __self.is_safe_callable(__obj):
+                kwargs = {k: v for k, v in kwargs.items() if k not in ("_loop_vars", "_block_vars")}  # jinja2's own
                 if getattr(__obj, "__name__", "") == "join" and len(args) == 1 and not kwargs:
                     return interleave(__obj.__self__, list(args[0]))
                 return followed(__obj, args, kwargs)

@@ -62,9 +62,12 @@ class SentencePieceVocabulary(Vocabulary):
         if start:
             return self._model.encode(text)
         n = len(self._anchor)
-        ids = self._model.encode(ANCHOR + text)
-        # An anchor of the unknown id swallows unknown characters behind it; then the text starts afresh.
-        return ids[n:] if ids[:n] == self._anchor else self._model.encode(text)
+        ids: list[int] = self._model.encode(ANCHOR + text)
+        if ids[:n] != self._anchor:
+            return self._encode(text, True)
+        # An anchor that is unknown is one with unknown characters behind it.
+        fused = ids[n - 1] == self._unk_id and not self._model.encode(ANCHOR + text, out_type=str)[n - 1].endswith(ANCHOR)
+        return ids[n - fused:]
 
     def _leading_space(self) -> tuple[bool, bool]:
         """Whether decoding drops the first piece's space, and every piece's until there is text
