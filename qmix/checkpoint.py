@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmix import names
+from qmix import modelfiles, names
 from qmix.config import ExpertKey, ModelConfig
 from qmix.errors import CheckpointError, ConfigError
 from qmix.formats import TORCH_DTYPES, memory
@@ -35,9 +35,6 @@ INDEX = "model.safetensors.index.json"
 STORE_MANIFEST = "qmix.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DTYPE_NAMES = MappingProxyType({"BF16": "bfloat16", "F16": "float16", "F32": "float32"})
-EXTRA_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-               "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
-               "generation_config.json")
 SAMPLE = 4096  # bytes of each tensor that go into the fingerprint
 MAX_TENSORS = 10**6  # far above any real model; keeps a hostile config.json from costing memory
 
@@ -159,9 +156,9 @@ class Checkpoint:
         return data.view(TORCH_DTYPES[place.entry.dtype]).view(place.entry.shape)
 
     @property
-    def extra_files(self) -> list[Path]:
-        """Tokenizer, chat template and generation defaults, as far as they are there."""
-        return [self.path / name for name in EXTRA_FILES if (self.path / name).is_file()]
+    def extra_files(self) -> list[str]:
+        """Names of tokenizer, chat template and generation defaults in the folder, as far as they are there."""
+        return list(modelfiles.present(self.path))
 
     def fingerprint(self) -> str:
         """Hex digest of the content: config, every tensor's name, shape and place, and a sample of its

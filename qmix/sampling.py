@@ -42,12 +42,13 @@ def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
     """What temperature, top-k, top-p and min-p leave: ids [C] int64 and their probabilities [C] fp64,
     which sum to 1. logits [V]; temperature > 0; at least one candidate always stays.
 
-    top-k keeps ties with the k-th; top-p keeps the smallest set of the most probable whose mass reaches
-    p, the lower id first among equals; min-p keeps what has at least that share of the best's probability.
+    top-k keeps k, the lower id first among equals (logits of a 16-bit head are often equal); top-p keeps the
+    smallest set of the most probable whose mass reaches p, the lower id first among equals; min-p keeps what has at
+    least that share of the best's probability.
     """
     ids = torch.arange(logits.numel())
     if 0 < params.top_k < logits.numel():  # before the scaling, which keeps the order but may round
-        ids = torch.nonzero(logits >= logits.topk(params.top_k).values[-1]).squeeze(1)
+        ids = _largest(logits, params.top_k)
     scaled = logits[ids].double()
     scaled = (scaled - scaled.max()) / params.temperature  # <= 0, the best is 0 however small the temperature
     probs = torch.softmax(scaled, dim=0)
@@ -58,6 +59,13 @@ def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
         kept = probs >= params.min_p * probs.max()
         ids, probs = ids[kept], probs[kept]
     return ids, probs / probs.sum()
+
+
+def _largest(logits: Tensor, k: int) -> Tensor:
+    """Ids [k] of the k largest logits [V], the lower id first among equals: [1, 3, 3, 3], 2 -> [1, 2]."""
+    least = logits.topk(k).values[-1]
+    above, equal = torch.nonzero(logits > least).squeeze(1), torch.nonzero(logits == least).squeeze(1)
+    return torch.cat([above, equal[:k - above.numel()]]).sort().values
 
 
 def _nucleus(probs: Tensor, top_p: float) -> Tensor:

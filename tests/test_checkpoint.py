@@ -446,6 +446,5 @@ def test_companion_files(tmp_path: Path) -> None:
     for name in ("tokenizer.model", "tokenizer_config.json", "generation_config.json", "README.md"):
         (path / name).write_text("{}")
     with Checkpoint.open(path) as checkpoint:
-        assert [p.name for p in checkpoint.extra_files] == ["tokenizer.model", "tokenizer_config.json",
-                                                            "generation_config.json"]
+        assert checkpoint.extra_files == ["tokenizer.model", "tokenizer_config.json", "generation_config.json"]
         assert checkpoint.raw_config == json.loads((path / "config.json").read_text())

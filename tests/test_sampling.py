@@ -26,8 +26,7 @@ def naive(logits: np.ndarray, p: SamplingParams) -> dict[int, float]:
     scaled = logits.astype(np.float64) / p.temperature
     kept = list(range(len(scaled)))
     if 0 < p.top_k < len(scaled):
-        least = sorted(scaled, reverse=True)[p.top_k - 1]
-        kept = [i for i in kept if scaled[i] >= least]
+        kept = sorted(kept, key=lambda i: (-scaled[i], i))[:p.top_k]
 
     def probabilities(ids: list[int]) -> dict[int, float]:
         top = max(scaled[i] for i in ids)
@@ -198,6 +197,17 @@ def test_top_k_of_one_and_tiny_top_p_are_greedy() -> None:
     logits = torch.randn(100, generator=torch.Generator().manual_seed(2))
     for p in (params(top_k=1), params(top_p=1e-12), params(min_p=1.0)):
         assert Sampler(p).choose(logits) == int(logits.argmax())
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 40])
+def test_ties_at_the_end_of_top_k_go_to_the_lower_ids(k: int) -> None:
+    """Logits of a 16-bit head are often equal: which of them stay must not depend on the seed."""
+    logits = (torch.randn(200, generator=torch.Generator().manual_seed(5)) * 2).round().bfloat16().float()
+    ids, _ = candidates(logits, params(top_k=k))
+    assert ids.tolist() == sorted(logits.sort(descending=True, stable=True).indices[:k].tolist())
+    if k == 1:
+        chosen = {Sampler(params(top_k=1, seed=seed)).choose(logits) for seed in range(50)}
+        assert chosen == {int(logits.argmax())}
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

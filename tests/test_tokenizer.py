@@ -237,9 +237,10 @@ def test_a_tokenizer_json_neither_truncates_nor_pads(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_sentencepiece_is_preferred(tmp_path: Path) -> None:
-    tokenizer = load(write_folder(tmp_path, spm_model(), json_text="broken"))
-    assert tokenizer.vocab_size == processor(spm_model()).get_piece_size()
+def test_the_ids_of_tokenizer_json_are_the_reference(tmp_path: Path) -> None:
+    tokenizer = load(write_folder(tmp_path, spm_model(), json_text=byte_level_json()))
+    theirs = tokenizers.Tokenizer.from_str(byte_level_json())
+    assert tokenizer.encode("the owl \U0001F98A") == theirs.encode("the owl \U0001F98A").ids
 
 
 def test_tokens_that_only_the_config_knows_are_added(byte_level, tmp_path: Path) -> None:
@@ -285,7 +286,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
     ({"generation_config.json": b'{"eos_token_id": "x"}'}, "generation_config.json: eos_token_id: got 'x'"),
     ({"generation_config.json": b'{"eos_token_id": 5000}'}, "eos_token_id: got 5000"),
     ({"chat_template.jinja": b"{% for %}"}, "chat_template.jinja: the chat template line 1 is broken"),
-    ({"chat_template.jinja": b"\xff"}, "chat_template.jinja: not readable"),
+    ({"chat_template.jinja": b"\xff"}, "chat_template.jinja: not UTF-8 at byte 0"),
 ])
 def test_damaged_files_are_named(files: dict[str, bytes], message: str, tmp_path: Path) -> None:
     if files and not {"tokenizer.model", "tokenizer.json"} & set(files):

@@ -139,7 +139,7 @@ def test_ids_of_any_conversation_are_those_of_mistral_common(v1, mistral, first,
 
 
 def test_mistral_says_its_name(mistral: Tokenizer) -> None:
-    assert mistral.template_name == "Mistral v1 segments (built in, not the checkpoint's template)"
+    assert mistral.template_name == "Mistral v1 segments (built in; the checkpoint's template says the same)"
     assert (mistral.bos_id, mistral.eos_ids, mistral.turn_stops) == (1, (2,), ())
 
 

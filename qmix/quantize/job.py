@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from qmix import hardware
+from qmix import hardware, modelfiles
 from qmix.checkpoint import Checkpoint
 from qmix.config import CALIBRATED, ExpertKey, QuantConfig
 from qmix.errors import CheckpointError, DoesNotFit, Interrupted, QmixError, StoreError, UsageError
@@ -196,8 +196,14 @@ class _Job:
     def _finish(self) -> Manifest:
         """Copied files, manifest, and the rename; every weight is on the disk before."""
         folder = self._target.partial
+        for name in modelfiles.present(folder):
+            if name not in self._copies:
+                (folder / name).unlink()  # of a killed run, and gone from the checkpoint: the store would read it
         for name, data in self._copies.items():
+            (folder / name).parent.mkdir(exist_ok=True)
             _write_synced(folder / name, data)
+        if (folder / modelfiles.TEMPLATES).is_dir():
+            sync_folder(folder / modelfiles.TEMPLATES)
         manifest = self._manifest()
         draft = folder / (MANIFEST + ".tmp")
         _write_synced(draft, manifest.to_json())
@@ -245,11 +251,11 @@ def _account(source: Checkpoint, work: list[Work]) -> None:
 def _read_copies(source: Checkpoint) -> dict[str, bytes]:
     """{name: bytes} of config.json and what goes with it."""
     found = {}
-    for path in (source.path / CONFIG, *source.extra_files):
+    for name in (CONFIG, *source.extra_files):
         try:
-            found[path.name] = path.read_bytes()
+            found[name] = (source.path / name).read_bytes()
         except OSError as e:
-            raise CheckpointError(f"{path}: {e.strerror}", "check its permissions") from None
+            raise CheckpointError(f"{source.path / name}: {e.strerror}", "check its permissions") from None
     return found
 
 

@@ -20,12 +20,12 @@ import os
 import re
 from pathlib import Path
 
-from qmix.checkpoint import EXTRA_FILES
+from qmix import modelfiles
 from qmix.errors import QmixError, UsageError
 from qmix.store import CONFIG, JOURNAL, MANIFEST
 
 WEIGHTS = re.compile(r"dense\.safetensors|experts-\d{2,}\.safetensors")
-OURS = frozenset({CONFIG, MANIFEST, JOURNAL, MANIFEST + ".tmp", JOURNAL + ".tmp", *EXTRA_FILES})
+OURS = frozenset({CONFIG, MANIFEST, JOURNAL, MANIFEST + ".tmp", JOURNAL + ".tmp", *modelfiles.FILES})
 
 
 class Target:
@@ -137,6 +137,12 @@ def _check_partial(partial: Path) -> None:
 def foreign(folder: Path) -> str | None:
     """The first entry of a folder that is no file of a qmix store, quoted, or None."""
     for entry in sorted(os.scandir(folder), key=lambda e: e.name):
+        if entry.name == modelfiles.TEMPLATES and entry.is_dir(follow_symlinks=False):
+            for inner in sorted(os.scandir(entry.path), key=lambda e: e.name):
+                name = f"{entry.name}/{inner.name}"
+                if not modelfiles.TEMPLATE_NAME.fullmatch(name) or not inner.is_file(follow_symlinks=False):
+                    return f"{name!r:.80}"
+            continue
         known = entry.name in OURS or WEIGHTS.fullmatch(entry.name)
         if not known or not entry.is_file(follow_symlinks=False):
             return f"{entry.name!r:.80}"
@@ -194,7 +200,12 @@ def _remove_files(folder: Path) -> None:
     assert foreign(folder) is None, folder
     last = (MANIFEST, JOURNAL)
     for entry in sorted(os.scandir(folder), key=lambda e: (e.name in last, e.name)):
-        Path(entry.path).unlink()
+        if entry.is_dir(follow_symlinks=False):  # of chat templates
+            for inner in os.scandir(entry.path):
+                Path(inner.path).unlink()
+            Path(entry.path).rmdir()
+        else:
+            Path(entry.path).unlink()
 
 
 def _remove(folder: Path) -> None:

@@ -33,6 +33,7 @@ from typing import Any
 from qmix import __version__
 from qmix.config import DTYPES, METHODS, ExpertKey, QuantConfig
 from qmix.errors import ConfigError, StoreError
+from qmix.modelfiles import TEMPLATE_NAME
 
 FORMAT_VERSION = 1
 NEEDS_QMIX = "0.1.0"
@@ -279,9 +280,10 @@ class _Object:
         return value
 
     def name(self, key: str) -> str:
-        """The name of a file inside the store: never a path."""
+        """The name of a file inside the store: never a path, but for a chat template in its folder."""
         value = self.text(key)
-        if not re.fullmatch(r"[A-Za-z0-9_-][\w.-]{0,254}", value, re.ASCII):
+        plain = re.fullmatch(r"[A-Za-z0-9_-][\w.-]{0,254}", value, re.ASCII)
+        if not plain and not TEMPLATE_NAME.fullmatch(value):
             raise self.wrong(key, "the plain name of a file in the store")
         return value
 

@@ -5,21 +5,27 @@
     decoder = tokenizer.decoder()
     for token_id in generated: print(decoder.push(token_id), end="")
 
-files.py reads what the folder says; spm.py and hf.py are the two kinds of vocabulary over
-vocabulary.py; stream.py decodes; mistral.py, template.py (over sandbox.py) and plain.py are the three
-chat formats. No torch here; sentencepiece, tokenizers and jinja2 are imported when needed.
+files.py reads what the folder says; hf.py and spm.py are the two kinds of vocabulary over vocabulary.py;
+stream.py decodes; mistral.py, template.py (over sandbox.py and traced.py) and plain.py are the three chat
+formats. No torch here; sentencepiece, tokenizers and jinja2 are imported when needed.
+
+The ids of tokenizer.json are the reference where it is there, and the model's own template is the chat format.
+Mixtral's own format is the one exception: where the template says the same, conversations are encoded as Mistral
+does it, with tokenizer.model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
+from qmix import render
 from qmix.errors import ModelFileError, UsageError
 from qmix.tokenizer.files import TokenizerFiles, read_files
 from qmix.tokenizer.message import ROLES, ChatFormat, Message
-from qmix.tokenizer.mistral import MistralV1Format, is_mistral_v1
+from qmix.tokenizer.mistral import MistralV1Format, has_mistral_v1_pieces, may_be_mistral_v1
 from qmix.tokenizer.plain import PlainFormat
 from qmix.tokenizer.sandbox import Template
 from qmix.tokenizer.stream import SILENT, Piece, StreamDecoder
@@ -36,11 +42,10 @@ class Tokenizer:
     has_template: whether it is the model's own format, and not a transcript made up for a base model.
     turn_stops: stop strings that this format needs besides eos_ids."""
 
-    def __init__(self, vocabulary: Vocabulary, chat: ChatFormat, eos_ids: Iterable[int], *, add_bos: bool,
+    def __init__(self, vocabulary: Vocabulary, chat: ChatFormat, eos_ids: Iterable[int], *,
                  rows: int | None = None):
         self._vocabulary = vocabulary
         self._chat = chat
-        self._add_bos = add_bos
         self._rows = max(rows or 0, vocabulary.size)
         self.bos_id = vocabulary.bos_id
         self.eos_ids = tuple(dict.fromkeys(eos_ids))
@@ -51,9 +56,9 @@ class Tokenizer:
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """ids of plain text; what spells a control token is text like any other. bos: with the start id in
-        front, where the model has one and its config does not say `add_bos_token: false`."""
-        first = [self.bos_id] if bos and self._add_bos and self.bos_id is not None else []
-        return first + self._vocabulary.encode_text(text)
+        front, where the model's own tokenizer puts one there."""
+        vocabulary = self._vocabulary
+        return [*(vocabulary.head if bos else ()), *vocabulary.encode_text(text, vocabulary.fresh_at_start)]
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """ids of a conversation, ending with the start of the next answer; never two BOS.
@@ -86,50 +91,69 @@ class Tokenizer:
 
 
 def load(folder: Path, vocab_size: int | None = None,
-         now: Callable[[], datetime] = datetime.now) -> Tokenizer:
+         now: Callable[[], datetime] = datetime.now, say: Callable[[str], None] = render.say) -> Tokenizer:
     """Read the tokenizer of a checkpoint or store. vocab_size: rows of the model's embedding, which bound
-    the ids; now: the clock that a chat template may ask.
+    the ids; now: the clock that a chat template may ask; say: takes a line that the user must know.
 
     ModelFileError names the file and the key at fault."""
     folder = Path(folder)
     files = read_files(folder)
-    vocabulary = _vocabulary(files)
+    vocabulary, chat = _mistral(files, vocab_size, now, say) or (_vocabulary(files), None)
+    eos = _end_ids(files, vocabulary, vocab_size)
+    if chat is None:
+        own = _own_template(vocabulary, files, eos, now, say)
+        chat = PlainFormat(vocabulary, eos) if own is None else own
+    if chat.turn_end is not None:
+        eos.append(chat.turn_end)
+    return Tokenizer(vocabulary, chat, eos, rows=vocab_size)
+
+
+def _vocabulary(files: TokenizerFiles) -> Vocabulary:
+    if files.json is not None:
+        from qmix.tokenizer.hf import JsonVocabulary
+
+        return JsonVocabulary(files.json, files)
+    from qmix.tokenizer.spm import SentencePieceVocabulary
+
+    assert files.spm is not None  # read_files found one of the two
+    return SentencePieceVocabulary(files.spm, files)
+
+
+def _mistral(files: TokenizerFiles, vocab_size: int | None, now: Callable[[], datetime],
+             say: Callable[[str], None]) -> tuple[Vocabulary, ChatFormat] | None:
+    """The vocabulary of tokenizer.model, where it is there, and Mistral's first chat format, where the model has it."""
+    if not may_be_mistral_v1(files):
+        return None
+    vocabulary = _vocabulary(replace(files, json=None) if files.spm is not None else files)
+    if not has_mistral_v1_pieces(vocabulary):
+        return None
+    eos = _end_ids(files, vocabulary, vocab_size)
+    template = _own_template(vocabulary, files, eos, now, say)
+    chat = MistralV1Format(vocabulary, eos, template, say, both=None not in (files.spm, files.json))
+    return (vocabulary, chat) if chat.fits_template() else None
+
+
+def _end_ids(files: TokenizerFiles, vocabulary: Vocabulary, vocab_size: int | None) -> list[int]:
+    """The ids that end an answer by the files; ModelFileError where ids are beyond the model's."""
     if vocab_size is not None and vocabulary.size > vocab_size:
-        path = files.spm or files.json
         raise ModelFileError(
-            f"{path}: the tokenizer has {vocabulary.size} ids, added tokens included; the model's "
+            f"{files.json or files.spm}: the tokenizer has {vocabulary.size} ids, added tokens included; the model's "
             f"vocab_size is {vocab_size}", "fetch the tokenizer files that belong to this model")
     rows = vocab_size or vocabulary.size
     eos = [i for i in (*files.eos_ids, vocabulary.eos_id) if i is not None]
     if wrong := [i for i in eos if i >= rows]:
-        raise ModelFileError(f"{folder}: eos_token_id: got {wrong[0]}, want less than {rows}",
+        raise ModelFileError(f"{files.folder}: eos_token_id: got {wrong[0]}, want less than {rows}",
                              "correct config.json or generation_config.json")
-    chat = _chat_format(vocabulary, files, eos, now)
-    if chat.turn_end is not None:
-        eos.append(chat.turn_end)
-    return Tokenizer(vocabulary, chat, eos, add_bos=files.add_bos, rows=vocab_size)
+    return eos
 
 
-def _vocabulary(files: TokenizerFiles) -> Vocabulary:
-    if files.spm is not None:
-        from qmix.tokenizer.spm import SentencePieceVocabulary
-
-        return SentencePieceVocabulary(files.spm, files)
-    from qmix.tokenizer.hf import JsonVocabulary
-
-    assert files.json is not None  # read_files found one of the two
-    return JsonVocabulary(files.json, files)
-
-
-def _chat_format(vocabulary: Vocabulary, files: TokenizerFiles, eos: Sequence[int],
-                 now: Callable[[], datetime]) -> ChatFormat:
-    if is_mistral_v1(vocabulary, files):
-        return MistralV1Format(vocabulary, eos)
+def _own_template(vocabulary: Vocabulary, files: TokenizerFiles, eos: Sequence[int], now: Callable[[], datetime],
+                  say: Callable[[str], None]) -> TemplateFormat | None:
     if files.template is None:
-        return PlainFormat(vocabulary, eos)
+        return None
     assert files.template_file is not None
     named = dict(files.named)
     for name, token_id in (("bos_token", vocabulary.bos_id), ("eos_token", vocabulary.eos_id)):
         if token_id is not None:
             named.setdefault(name, vocabulary.token(token_id))
-    return TemplateFormat(vocabulary, Template(files.template, files.template_file, now), named, eos)
+    return TemplateFormat(vocabulary, Template(files.template, files.template_file, now), named, eos, say)

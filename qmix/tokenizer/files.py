@@ -1,10 +1,10 @@
-"""What a model folder says about its tokenizer, read from all the files that may say it.
+"""What a model folder says about its tokenizer, read from all the files that may say it (modelfiles.py lists them).
 
-    tokenizer.model           sentencepiece; preferred where present
-    tokenizer.json            the tokenizers library
-    tokenizer_config.json     special tokens, added tokens, add_bos_token, chat_template
+    tokenizer.json            the tokenizers library; its ids are the reference where it is there
+    tokenizer.model           sentencepiece; read where there is no tokenizer.json, and for Mixtral's own chat format
+    tokenizer_config.json     special tokens, added tokens, legacy, add_prefix_space, add_bos_token, chat_template
     special_tokens_map.json, added_tokens.json    the same in older exports
-    chat_template.jinja, chat_template.json       the template in newer exports; .jinja wins (transformers)
+    additional_chat_templates/default.jinja, chat_template.jinja, chat_template.json    the template in newer exports
     config.json, generation_config.json           eos_token_id
 
 The folder is a checkpoint or a qmix store. Errors are ModelFileError naming the file and the key.
@@ -19,8 +19,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qmix.errors import ModelFileError
+from qmix.modelfiles import (
+    ADDED_TOKENS,
+    GENERATION_CONFIG,
+    SENTENCEPIECE,
+    SPECIAL_TOKENS,
+    TEMPLATE_JINJA,
+    TEMPLATE_JSON,
+    TEMPLATES,
+    TOKENIZER_CONFIG,
+    TOKENIZER_JSON,
+)
+from qmix.textfile import read_text
 
-NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 MAX_JSON = 256 * 2**20
 FETCH = "the file is damaged: fetch it again from where the model came from"
 LFS = "run `git lfs pull` in the folder"
@@ -31,12 +43,18 @@ class Added(NamedTuple):
 
     id: int
     special: bool
+    lstrip: bool = False  # white space on that side belongs to the token
+    rstrip: bool = False
+    normalized: bool = False  # looked for in the normalized text
+    single_word: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerFiles:
     """spm and json are the vocabulary files that exist. named: "bos_token" and the like to their text.
-    special: every text declared special. names: what the model is called, as far as the folder knows."""
+    special: every text declared special. names: what the model is called, as far as the folder knows. legacy: whether
+    sentencepiece's leading space is written after every special token, and not only at the start of a text;
+    prefix_space: whether it is written at all."""
 
     folder: Path
     spm: Path | None
@@ -46,6 +64,8 @@ class TokenizerFiles:
     special: frozenset[str]
     added: Mapping[str, Added]
     add_bos: bool
+    legacy: bool
+    prefix_space: bool
     template: str | None
     template_file: Path | None
     eos_ids: tuple[int, ...]
@@ -55,14 +75,14 @@ def read_files(folder: Path) -> TokenizerFiles:
     if not folder.is_dir():
         raise ModelFileError(f"{folder}: no such folder", "give the folder that holds the model's files")
     spm, vocab = (folder / name if (folder / name).is_file() else None
-                  for name in ("tokenizer.model", "tokenizer.json"))
+                  for name in (SENTENCEPIECE, TOKENIZER_JSON))
     if spm is None and vocab is None:
         raise ModelFileError(f"{folder}: holds neither tokenizer.model nor tokenizer.json",
                              "copy the tokenizer files of the original model into the folder")
-    path = folder / "tokenizer_config.json"
-    config = {**_json(folder / "special_tokens_map.json"), **_json(path)}
+    path = folder / TOKENIZER_CONFIG
+    config = {**_json(folder / SPECIAL_TOKENS), **_json(path)}
     model = _json(folder / "config.json")
-    added = _added(path, config.get("added_tokens_decoder"), _json(folder / "added_tokens.json"))
+    added = _added(path, config.get("added_tokens_decoder"), _json(folder / ADDED_TOKENS))
     named = {name: text for name in NAMED if (text := _text(path, name, config.get(name))) is not None}
     extra = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
     extra = [*extra.values()] if isinstance(extra, dict) else extra
@@ -74,8 +94,9 @@ def read_files(folder: Path) -> TokenizerFiles:
     names = [folder.resolve().name, model.get("_name_or_path")]
     return TokenizerFiles(
         folder, spm, vocab, tuple(name for name in names if isinstance(name, str)), named, frozenset(special),
-        added, config.get("add_bos_token") is not False, template, template_file,
-        _eos_ids(folder / "config.json", model) + _eos_ids(folder / "generation_config.json"))
+        added, config.get("add_bos_token") is not False, config.get("legacy") is not False,
+        config.get("add_prefix_space") is not False, template, template_file,
+        _eos_ids(folder / "config.json", model) + _eos_ids(folder / GENERATION_CONFIG))
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -83,12 +104,12 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_JSON:
             raise ModelFileError(f"{path}: {path.stat().st_size} bytes, want at most {MAX_JSON}", FETCH)
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_bytes())  # of bytes: a byte order mark is skipped
     except FileNotFoundError:
         return {}
     except OSError as e:
         raise ModelFileError(f"{path}: {e.strerror or e}", "check the path and its permissions") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # of decoding, too
         raise ModelFileError(f"{path}: not valid JSON", FETCH) from None
     if not isinstance(value, dict):
         raise ModelFileError(f"{path}: got a {type(value).__name__}, want an object", FETCH)
@@ -111,9 +132,10 @@ def _added(path: Path, table: object, old: Mapping[str, Any]) -> dict[str, Added
     try:
         for key, token in (table or {}).items():  # type: ignore[attr-defined]
             if token["content"]:
-                found[token["content"]] = Added(int(key), token.get("special", False) is True)
+                flags = {name: token.get(name, False) is True for name in Added._fields[1:]}
+                found[token["content"]] = Added(int(key), **flags)
         if not found:
-            path = path.with_name("added_tokens.json")
+            path = path.with_name(ADDED_TOKENS)
             found = {text: Added(int(number), True) for text, number in old.items() if text}
     except (AttributeError, KeyError, TypeError, ValueError):
         raise ModelFileError(f"{path}: the table of added tokens is malformed", FETCH) from None
@@ -124,31 +146,39 @@ def _added(path: Path, table: object, old: Mapping[str, Any]) -> dict[str, Added
 
 
 def _template(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, Path | None]:
-    """The chat template and the file it stands in."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8"), path
-        except (OSError, UnicodeDecodeError) as e:
-            raise ModelFileError(f"{path}: not readable as UTF-8 text ({e})", FETCH) from None
-    path, value = folder / "tokenizer_config.json", config.get("chat_template")
+    """The template for plain chat and the file it stands in; the order is that of transformers."""
+    extra = {path.stem: path for path in sorted((folder / TEMPLATES).glob("*.jinja"))}
+    for path in (extra.get("default"), folder / TEMPLATE_JINJA):
+        if path is not None and path.is_file():
+            return read_text(path, error=ModelFileError, cure="check the path and its permissions"), path
+    path, value = folder / TOKENIZER_CONFIG, config.get("chat_template")
     if value is None:
-        path = folder / "chat_template.json"
+        path = folder / TEMPLATE_JSON
         value = _json(path).get("chat_template")
-    if isinstance(value, list):
-        try:
-            choices = {entry["name"]: entry["template"] for entry in value}
-        except (KeyError, TypeError):
-            raise ModelFileError(f"{path}: chat_template: want entries of name and template", FETCH) from None
-        value = next(iter(choices.values())) if len(choices) == 1 else choices.get("default")
-        if value is None:
-            raise ModelFileError(f"{path}: chat_template: got the names {sorted(choices)}, want 'default' "
-                                 "among them", "name the template for plain chat 'default'")
     if value is None:
+        path, value = folder / TEMPLATES, dict.fromkeys(extra)  # none of them is for plain chat
+    choices = _choices(path, value)
+    if not choices:
         return None, None
+    value = choices.get("default") if len(choices) > 1 else next(iter(choices.values()))
+    if value is None:
+        raise ModelFileError(f"{path}: chat_template: got the names {sorted(choices)}, want 'default' "
+                             "among them", "name the template for plain chat 'default'")
     if not isinstance(value, str):
         raise ModelFileError(f"{path}: chat_template: got a {type(value).__name__}, want text", FETCH)
     return value, path
+
+
+def _choices(path: Path, value: object) -> dict[str, Any]:
+    """{name: template} of a chat_template: a text, a list of entries of name and template, or an object."""
+    if isinstance(value, dict):
+        return value
+    if not isinstance(value, list):
+        return {"default": value}
+    try:
+        return {entry["name"]: entry["template"] for entry in value}
+    except (KeyError, TypeError):
+        raise ModelFileError(f"{path}: chat_template: want entries of name and template", FETCH) from None
 
 
 def _eos_ids(path: Path, config: Mapping[str, Any] | None = None) -> tuple[int, ...]:

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from qmix.errors import ModelFileError
+from qmix.textfile import without_mark
 from qmix.tokenizer.files import FETCH, LFS, TokenizerFiles
-from qmix.tokenizer.spm import SPACE
+from qmix.tokenizer.spm import ANCHOR, SPACE
 from qmix.tokenizer.stream import SILENT, Piece, StreamDecoder
-from qmix.tokenizer.vocabulary import Segment, Splice, Vocabulary, check_text, looks_like_marker
+from qmix.tokenizer.vocabulary import Rendered, Vocabulary, check_text, looks_like_marker
 
 BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 SPELLED = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
@@ -33,12 +34,13 @@ def _visible_bytes() -> dict[str, int]:
 
 class JsonVocabulary(Vocabulary):
     def __init__(self, path: Path, files: TokenizerFiles):
-        self._tokenizer, kinds = _load(path)
+        self._tokenizer, steps = _load(path)
+        kinds = {str(step.get("type")) for step in steps}
         _add(path, self._tokenizer, files)
         self.per_byte = "ByteLevel" not in kinds
         self._alphabet = None if self.per_byte else _visible_bytes()
         self._has_bytes = "ByteFallback" in kinds
-        self._drops_space = bool(kinds & {"Strip", "Metaspace"})
+        self._drops_space = any(map(_drops_space, steps))
         entries: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         added = self._tokenizer.get_added_tokens_decoder()
         self._silent = {i for i, token in added.items() if token.special}
@@ -47,7 +49,13 @@ class JsonVocabulary(Vocabulary):
         bos, eos = (entries.get(files.named.get(name, "")) for name in ("bos_token", "eos_token"))
         size = max(entries.values(), default=-1) + 1
         super().__init__(size, {text: i for text, i in markers.items() if text}, bos_id=bos, eos_id=eos,
-                         unk_id=entries.get(files.named.get("unk_token", "")))
+                         unk_id=_unknown(self._tokenizer, files, entries), declared=self._silent,
+                         lstrip={i for i, token in added.items() if token.lstrip},
+                         rstrip={i for i, token in added.items() if token.rstrip})
+        self._plain = _without_markers(self._tokenizer, self._marker_ids)
+        self._anchor: list[int] = self._plain.encode(ANCHOR, add_special_tokens=False).ids
+        self.fresh_after_marker = self._fresh_after_marker()
+        self.head = _head(self._tokenizer)
         self._check(path)
 
     def token(self, token_id: int) -> str:
@@ -66,37 +74,56 @@ class JsonVocabulary(Vocabulary):
         text = text.replace(SPACE, " ")
         return Piece(text.encode(), space=self._drops_space and text.startswith(" "))
 
-    def encode_segments(self, segments: Sequence[Segment]) -> list[int]:
-        """As transformers does it: the text between two splices is encoded in one go, markers and all.
-        Where that would read a marker out of a message, each segment is encoded alone."""
-        ids: list[int] = []
-        run: list[int | str] = []
-        for segment in [*segments, Splice(())]:
-            if not isinstance(segment, Splice):
-                run.append(segment)
-                continue
-            if run:
-                ids += self._encode_run(run)
-            ids += segment.ids
-            run = []
-        return ids
+    def _encode_part(self, part: Rendered, start: bool | None) -> list[int]:
+        """As transformers does it: all in one go, markers and all. Where that would read a marker out of a message, the
+        texts between the template's own markers are encoded each alone."""
+        check_text(part.text)
+        shift = 0 if start is None else len(ANCHOR)
+        encoding = self._tokenizer.encode(ANCHOR * bool(shift) + part.text, add_special_tokens=False)
+        ids: list[int] = encoding.ids
+        skipped = len(self._anchor) if shift else 0
+        if ids[:skipped] == self._anchor[:skipped] and (
+                not shift or encoding.offsets[skipped - 1][1] <= shift) and all(
+                self._may_be_read(i, part, begin - shift, end - shift)
+                for i, (begin, end) in zip(ids[skipped:], encoding.offsets[skipped:], strict=True)
+                if i in self._marker_ids or i == self._unk_id):
+            return ids[skipped:]
+        return super()._encode_part(part, start)
 
-    def _encode_run(self, run: list[int | str]) -> list[int]:
-        texts, markers = [s for s in run if isinstance(s, str)], [s for s in run if isinstance(s, int)]
-        for text in texts:
-            check_text(text)
-        whole = self._encode("".join(s if isinstance(s, str) else self.token(s) for s in run), True)
-        if self.marker_ids(whole) == self.marker_ids(markers) and not any(
-                self._reads_unknown(text, whole) for text in texts):
-            return whole
-        return super().encode_segments(run)
+    def _may_be_read(self, token_id: int, part: Rendered, begin: int, end: int) -> bool:
+        """Whether the id may come from those characters: a marker from trusted ones only, white space that it takes
+        with it aside; the unknown id from whatever does not spell it."""
+        text = part.text[begin:end]
+        if token_id == self._unk_id and self.token(token_id) not in text:
+            return True
+        return self._trusted(token_id, "".join(
+            c for c, t in zip(part.trust[begin:end], text, strict=True) if not t.isspace()))
 
     def _encode(self, text: str, start: bool) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        """ids of text without its markers. What continues a text is encoded behind an anchor, which keeps the
+        tokenizer from writing a leading space."""
+        if start:
+            return self._plain.encode(text, add_special_tokens=False).ids
+        n = len(self._anchor)
+        encoding = self._plain.encode(ANCHOR + text, add_special_tokens=False)
+        ids: list[int] = encoding.ids
+        if ids[:n] != self._anchor:
+            return self._encode(text, True)
+        # An anchor that is unknown is one with unknown characters behind it.
+        return ids[n - (encoding.offsets[n - 1][1] > len(ANCHOR)):]
+
+    def _fresh_after_marker(self) -> bool:
+        """Whether text behind a marker is encoded as at the start of a prompt."""
+        text = PROBE.split()[0]
+        for marker, i in self.markers.items():
+            ids = self._tokenizer.encode(marker + text, add_special_tokens=False).ids
+            if ids[:1] == [i]:
+                return bool(ids[1:] == self._encode(text, True))
+        return True
 
     def _check(self, path: Path) -> None:
         """Our pieces against the library on a probe text."""
-        ids = self._encode(PROBE, True)
+        ids = self._tokenizer.encode(PROBE, add_special_tokens=False).ids
         decoder = StreamDecoder(self.piece, per_byte=self.per_byte)
         ours = "".join(map(decoder.push, ids)) + decoder.finish()
         theirs = self._tokenizer.decode(ids, skip_special_tokens=True)
@@ -106,6 +133,39 @@ class JsonVocabulary(Vocabulary):
                 "use the model's tokenizer.model instead, or report this tokenizer")
 
 
+def _without_markers(tokenizer: Any, markers: Collection[int]) -> Any:
+    """A copy that reads no marker out of text; other added tokens it does read."""
+    from tokenizers import Tokenizer
+
+    raw = json.loads(tokenizer.to_str())
+    for token in raw["added_tokens"]:
+        token["special"] = token["special"] or token["id"] in markers
+    plain = Tokenizer.from_str(json.dumps(raw))
+    plain.encode_special_tokens = True
+    return plain
+
+
+def _head(tokenizer: Any) -> tuple[int, ...]:
+    """The ids that the file's post-processor puts in front of a text. Those that it puts behind are left out: an end
+    would end the text that is to be continued."""
+    bare: list[int] = tokenizer.encode("a", add_special_tokens=False).ids
+    ids: list[int] = tokenizer.encode("a", add_special_tokens=True).ids
+    return tuple(ids[:next((i for i in range(len(ids)) if ids[i:i + len(bare)] == bare), 0)])
+
+
+def _unknown(tokenizer: Any, files: TokenizerFiles, entries: Mapping[str, int]) -> int | None:
+    """The id of characters that the vocabulary lacks: the model's, or as the config names it."""
+    name = getattr(tokenizer.model, "unk_token", None) or files.named.get("unk_token", "")
+    return entries.get(name)
+
+
+def _drops_space(step: Mapping[str, Any]) -> bool:
+    """Whether a step of the decoder drops the space in front of the first word."""
+    if step.get("type") == "Metaspace":
+        return step.get("prepend_scheme", "always") != "never"
+    return step.get("type") == "Strip" and step.get("content") == " " and step.get("start", 0) > 0
+
+
 def _add(path: Path, tokenizer: Any, files: TokenizerFiles) -> None:
     """Added tokens that only tokenizer_config.json knows; their ids must come out as it says."""
     from tokenizers import AddedToken
@@ -113,18 +173,19 @@ def _add(path: Path, tokenizer: Any, files: TokenizerFiles) -> None:
     for text, token in sorted(files.added.items(), key=lambda item: item[1].id):
         if tokenizer.token_to_id(text) is None:
             add = tokenizer.add_special_tokens if token.special else tokenizer.add_tokens
-            add([AddedToken(text, special=token.special, normalized=False)])
+            add([AddedToken(text, special=token.special, normalized=token.normalized, lstrip=token.lstrip,
+                            rstrip=token.rstrip, single_word=token.single_word)])
         if (got := tokenizer.token_to_id(text)) != token.id:
             raise ModelFileError(f"{path}: {text!r}: has id {got}, tokenizer_config.json says {token.id}",
                                  "fetch the tokenizer files again, all from the same model")
 
 
-def _load(path: Path) -> tuple[Any, set[str]]:
-    """The library's tokenizer, which neither cuts nor pads, and the kinds of its decoder."""
+def _load(path: Path) -> tuple[Any, list[dict[str, Any]]]:
+    """The library's tokenizer, which neither cuts nor pads, and the steps of its decoder."""
     from tokenizers import Tokenizer
 
     try:
-        text = path.read_text(encoding="utf-8")
+        text = without_mark(path.read_bytes().decode("utf-8"))
         if text.startswith("version https://git-lfs"):
             raise ModelFileError(f"{path}: a Git LFS pointer, not the file itself", LFS)
         tokenizer = Tokenizer.from_str(text)
@@ -143,4 +204,4 @@ def _load(path: Path) -> tuple[Any, set[str]]:
         raise ModelFileError(f"{path}: decoder: got {' + '.join(sorted(kinds))}, want ByteLevel, Metaspace "
                              "or Replace + ByteFallback + Fuse + Strip",
                              "use the model's tokenizer.model instead")
-    return tokenizer, kinds
+    return tokenizer, steps

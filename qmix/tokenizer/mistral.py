@@ -7,18 +7,25 @@ comes once, EOS after each answer; rendering the conversation to one string and 
 other ids. The system text is joined by a blank line to the first user message, and neighbours of the
 same role are joined by a blank line. Nothing is trimmed. Source and oracle: mistral-common,
 InstructTokenizerV1 and InstructRequestNormalizer.
+
+A template beside this vocabulary wins, unless it writes the same: "[INST] question [/INST]" and answers, with a space
+or none at the borders, which is how Mistral's own templates differ from the segments. Whether it does is tried on
+conversations when the model is loaded, and again on each conversation that comes.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
+from qmix.errors import UsageError
 from qmix.tokenizer.files import TokenizerFiles
 from qmix.tokenizer.message import Message, check_conversation, without_end
-from qmix.tokenizer.vocabulary import Segment, Splice, Vocabulary
+from qmix.tokenizer.template import TemplateFormat
+from qmix.tokenizer.vocabulary import Vocabulary
 
 PIECES = 32000
 # SHA-256 of the vocabulary's pieces joined by newlines: the tokenizer that Mistral 7B v0.1 and v0.2 and
@@ -26,34 +33,63 @@ PIECES = 32000
 PIECES_SHA256 = "9667493c598ed599f14df3157cb9a6f373d49a1b2d99d98c79e937ff490d219b"
 
 
-def is_mistral_v1(vocabulary: Vocabulary, files: TokenizerFiles) -> bool:
-    """Whether conversations are Mistral's segments instead of the checkpoint's own template.
-
-    The vocabulary must be Mistral's first one, piece by piece, and the template one of the
-    "[INST]" kind (a fine-tune on this vocabulary may talk ChatML, or Llama 2's "<<SYS>>"). Without
-    any template, only a folder with "instruct" in its name or in config.json's `_name_or_path` is
-    taken for one: the base model has the same vocabulary.
-    """
+def may_be_mistral_v1(files: TokenizerFiles) -> bool:
+    """Whether conversations may be Mistral's segments, as far as is known without the vocabulary. Without any template,
+    only a folder with "instruct" in its name or in config.json's `_name_or_path` is taken for one: the base
+    model has the same vocabulary."""
     if files.template is not None:
-        if "[INST]" not in files.template or "<<SYS>>" in files.template:
-            return False
-    elif not any("instruct" in Path(name).name.lower() for name in files.names):
-        return False
+        return "[INST]" in files.template
+    return any("instruct" in Path(name).name.lower() for name in files.names)
+
+
+def has_mistral_v1_pieces(vocabulary: Vocabulary) -> bool:
+    """Whether the vocabulary is Mistral's first one, piece by piece."""
     if vocabulary.size < PIECES:
         return False
     pieces = "\n".join(vocabulary.token(i) for i in range(PIECES))
     return hashlib.sha256(pieces.encode("utf-8")).hexdigest() == PIECES_SHA256
 
 
+def _probes() -> list[list[Message]]:
+    """Conversations that a template must write as the segments are."""
+    user, answer = (lambda text, role=role: Message(role, text) for role in ("user", "assistant"))
+    long = [user("one"), answer("two"), user(" three\n"), answer("four"), user("five?")]
+    return [long[:1], long[2:3], long[:3], long, [Message("system", "Be brief."), user("one")]]
+
+
 class MistralV1Format:
-    name = "Mistral v1 segments (built in, not the checkpoint's template)"
+    """template: the checkpoint's own, where it has one. both: there are tokenizer.json and tokenizer.model."""
+
     turn_stops: tuple[str, ...] = ()
 
-    def __init__(self, vocabulary: Vocabulary, eos_ids: Sequence[int]):
+    def __init__(self, vocabulary: Vocabulary, eos_ids: Sequence[int], template: TemplateFormat | None,
+                 say: Callable[[str], None], *, both: bool = False):
         assert vocabulary.bos_id is not None and vocabulary.eos_id is not None  # pieces 1 and 2
+        why = "the checkpoint has no template" if template is None else "the checkpoint's template says the same"
+        self.name = f"Mistral v1 segments (built in; {why}{'; ids of tokenizer.model' if both else ''})"
         self._vocabulary = vocabulary
+        self._template = template
+        self._say = say
+        self._said = False
         self._bos, self._eos = vocabulary.bos_id, vocabulary.eos_id
         self._ends = tuple(eos_ids)
+
+    def fits_template(self) -> bool:
+        """Whether the checkpoint's template, if any, writes the same as the segments are."""
+        return all(self._same(probe) for probe in _probes())
+
+    def _same(self, messages: Sequence[Message]) -> bool:
+        """Whether the template writes this conversation as the segments are, or refuses it."""
+        if self._template is None:
+            return True
+        try:
+            written = self._template.render(messages)
+        except UsageError:  # Mistral's first templates take no system text
+            return len(messages) > 1 or messages[0].role != "user"
+        bos, eos = (re.escape(self._vocabulary.token(i)) for i in (self._bos, self._eos))
+        turns = (rf"\s?{re.escape(text)}" + (rf"\s?{eos}" if role == "assistant" else "")
+                 for role, text, _ in _turns(messages))
+        return re.fullmatch(f"(?:{bos})?" + bos + "".join(turns) + r"\s?", written) is not None
 
     @property
     def turn_end(self) -> int:
@@ -61,20 +97,32 @@ class MistralV1Format:
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         check_conversation(messages)
-        system = "\n\n".join(m.content for m in messages if m.role == "system" and m.content)
-        segments: list[Segment] = [self._bos]
-        turns = [(role, list(turn)) for role, turn in groupby(
-            (m for m in messages if m.role != "system"), key=lambda m: m.role)]
-        if turns[0][0] != "user":
-            turns.insert(0, ("user", [Message("user", "")]))
-        for i, (role, turn) in enumerate(turns):
-            content = "\n\n".join(m.content for m in turn if m.content)
-            if role == "user":
-                lead = f"{system}\n\n" if i == 0 and system else ""
-                segments.append(f"[INST] {lead}{content} [/INST]")
-            elif len(turn) == 1 and turn[0].ids is not None:
-                segments += [Splice(without_end(turn[0].ids, self._ends)), self._eos]
-            else:
-                segments += [content, self._eos]
-        # Every text is a segment of its own, so an instruction after an answer keeps its space too.
-        return [i for segment in segments for i in self._vocabulary.encode_segments([segment])]
+        if self._template is not None and not self._same(messages):
+            if not self._said:
+                self._said = True
+                self._say("the checkpoint's template writes this conversation otherwise than Mistral v1 segments: "
+                          "the template is used")
+            return self._template.encode(messages)
+        ids = [self._bos]
+        for role, text, generated in _turns(messages):
+            # Every text is a segment of its own, so an instruction after an answer keeps its space too.
+            ids += self._vocabulary.encode_text(text, start=True) if generated is None else \
+                without_end(generated, self._ends)
+            ids += [self._eos] if role == "assistant" else []
+        return ids
+
+
+def _turns(messages: Sequence[Message]) -> Iterator[tuple[str, str, tuple[int, ...] | None]]:
+    """(role, text as it is encoded, ids of an answer that are known) of each turn."""
+    system = "\n\n".join(m.content for m in messages if m.role == "system" and m.content)
+    turns = [(role, list(turn)) for role, turn in groupby(
+        (m for m in messages if m.role != "system"), key=lambda m: m.role)]
+    if turns[0][0] != "user":
+        turns.insert(0, ("user", [Message("user", "")]))
+    for i, (role, turn) in enumerate(turns):
+        content = "\n\n".join(m.content for m in turn if m.content)
+        if role == "user":
+            lead = f"{system}\n\n" if i == 0 and system else ""
+            yield role, f"[INST] {lead}{content} [/INST]", None
+        else:
+            yield role, content, turn[0].ids if len(turn) == 1 else None

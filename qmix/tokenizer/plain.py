@@ -31,8 +31,7 @@ class PlainFormat:
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         check_conversation(messages)
-        bos = self._vocabulary.bos_id
-        segments: list[Segment] = [] if bos is None else [bos]
+        segments: list[Segment] = []
         text = ""
         for message in messages:
             if message.role == "system":
@@ -43,4 +42,4 @@ class PlainFormat:
                 # No space after the label: the first generated piece brings its own.
                 segments += [text + LABELS["assistant"], Splice(without_end(message.ids, self._eos_ids))]
                 text = "\n"
-        return self._vocabulary.encode_segments([*segments, text + LABELS["assistant"]])
+        return [*self._vocabulary.head, *self._vocabulary.encode_segments([*segments, text + LABELS["assistant"]])]

@@ -3,6 +3,10 @@
 What transformers gives a template is here (raise_exception, strftime_now, tojson, loop controls, the
 {% generation %} mark); files, imports and attributes of Python objects are not. It sees plain dicts
 and strings only. Its source, its steps, its products and its output are bounded.
+
+What comes out says of each character whether the template wrote it or which message it came from: see traced.py. All
+ways in which a template makes a text out of others are followed here: output, `~`, operators, filters, methods of
+literals, macros and blocks.
 """
 
 from __future__ import annotations
@@ -13,16 +17,23 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
+from functools import wraps
 from pathlib import Path
-from types import FrameType
+from types import BuiltinMethodType, FrameType, FunctionType
 from typing import Any
 
 from qmix.errors import ModelFileError, QmixError, UsageError
+from qmix.tokenizer.traced import Traced, as_text, concat, followed, interleave, plain, sources_of
 
 MAX_SOURCE = 2**20  # characters of a template
 MAX_STEPS = 2_000_000  # lines of compiled template that one rendering may run: about a second
 MAX_VALUE = 2**22  # length of a product or power made inside a template
 MAX_OUTPUT = 2**26  # characters of a rendered conversation
+# Filters that hand on what they are given, or parts of it, and make no text.
+CHOOSING = frozenset({
+    "attr", "batch", "d", "default", "dictsort", "first", "groupby", "items", "last", "list", "map", "max", "min",
+    "random", "reject", "rejectattr", "select", "selectattr", "slice", "sort", "unique"})
+MAKING = frozenset({"center", "format", "format_map", "join", "ljust", "replace", "rjust", "translate"})
 CURE = "fix the template, or fetch the model's files again"
 
 
@@ -50,8 +61,9 @@ class Template:
             line = f" line {e.lineno}" if isinstance(e, jinja2.TemplateSyntaxError) else ""
             raise ModelFileError(f"{file}: the chat template{line} is broken: {e}", CURE) from None
 
-    def render(self, messages: list[dict[str, str]], named: Mapping[str, str], prompt: bool) -> str:
+    def render(self, messages: list[dict[str, str]], named: Mapping[str, str], prompt: bool) -> Traced:
         """The conversation as text. named: bos_token and the like. prompt: end with the start of an answer.
+        The sources of what a message brings are those of its `content`; a plain str is as the template's own.
 
         UsageError with the template's own words where it refuses the conversation, ModelFileError
         where the template fails."""
@@ -75,18 +87,43 @@ class Template:
         except Exception as e:  # a template can fail in as many ways as a program
             raise ModelFileError(f"{self._file}: the chat template fails: {type(e).__name__}: {e}",
                                  CURE) from None
-        return "".join(parts)
+        return Traced("".join(parts), "".join(map(sources_of, parts)))
 
 
 def _environment(now: Callable[[], datetime]) -> Any:
-    from jinja2 import ext, nodes, sandbox, utils
+    from jinja2 import compiler, ext, filters, nodes, sandbox, utils
+
+    class Code(compiler.CodeGenerator):
+        """Compiles `a ~ b` to a function that keeps the sources."""
+
+        def visit_Concat(self, node: Any, frame: Any) -> None:
+            self.write("environment.concat_values((")
+            for arg in node.nodes:
+                self.visit(arg, frame)
+                self.write(", ")
+            self.write("))")
 
     class Environment(sandbox.ImmutableSandboxedEnvironment):
         intercepted_binops = frozenset({"+", "*", "**", "%"})
+        code_generator_class = Code
+        concat = staticmethod(concat)
+
+        def concat_values(self, values: tuple[Any, ...]) -> str:
+            return concat(map(as_text, values))
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
             _check_operation(operator, left, right)
+            if operator == "%" and isinstance(left, str):
+                return followed(lambda form, values: plain(form) % values, (left, right), {})
             return super().call_binop(context, operator, left, right)
+
+        def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+            if _makes_text(__obj) and __self.is_safe_callable(__obj):
+                kwargs = {k: v for k, v in kwargs.items() if k not in ("_loop_vars", "_block_vars")}  # jinja2's own
+                if getattr(__obj, "__name__", "") == "join" and len(args) == 1 and not kwargs:
+                    return interleave(__obj.__self__, list(args[0]))
+                return followed(__obj, args, kwargs)
+            return super().call(__context, __obj, *args, **kwargs)
 
     class Generation(ext.Extension):
         """{% generation %}...{% endgeneration %} marks answers for training; here it only shows them."""
@@ -118,14 +155,37 @@ def _environment(now: Callable[[], datetime]) -> Any:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
                           sort_keys=sort_keys)
 
-    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols, Generation])
+    def join(environment: Any, value: Any, d: Any = "", attribute: Any = None) -> str:
+        items = value if attribute is None else map(filters.make_attrgetter(environment, attribute), value)
+        return interleave(as_text(d), list(map(as_text, items)))
+
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols, Generation],
+                              finalize=as_text)
     environment.filters["tojson"] = tojson
+    for name, function in environment.filters.items():
+        if name not in CHOOSING:
+            environment.filters[name] = _following(function)
+    environment.filters["join"] = utils.pass_environment(join)
     environment.globals.pop("lipsum")
     environment.globals["namespace"] = Namespace
     environment.globals["dict"] = lambda *args, **kwargs: dict(*args, **kwargs)
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: now().strftime(form)
+    environment.globals["strftime_now"] = lambda form: followed(now().strftime, (plain(form),), {})
     return environment
+
+
+def _following(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter whose text is traced; jinja2's marks of what it is to be passed stay."""
+    return wraps(function)(lambda *args, **kwargs: followed(function, args, kwargs))
+
+
+def _makes_text(method: Any) -> bool:
+    """Whether it is a method of a str that may put its arguments into its result. Those of Traced follow by
+    themselves, but for format, which the sandbox wraps; those that only cut or search give the str's own characters."""
+    name = getattr(method, "__name__", "")
+    if isinstance(method, FunctionType):
+        return name in ("format", "format_map") and hasattr(method, "__wrapped__")
+    return isinstance(method, BuiltinMethodType) and isinstance(method.__self__, str) and name in MAKING
 
 
 def _check_name(name: object) -> None:

@@ -32,8 +32,14 @@ class SentencePieceVocabulary(Vocabulary):
         markers[self._pieces[unknown]] = unknown
         bos, eos = (markers.get(files.named.get(name, ""), default if default >= 0 else None)
                     for name, default in (("bos_token", model.bos_id()), ("eos_token", model.eos_id())))
-        super().__init__(size, markers, bos_id=bos, eos_id=eos, unk_id=unknown)
-        self._drops_space, self.drop_all = self._leading_space()
+        self.head = (bos,) if files.add_bos and bos is not None else ()
+        added = files.added.values()
+        super().__init__(size, markers, bos_id=bos, eos_id=eos, unk_id=unknown,
+                         declared=self._silent | {i for text, i in markers.items() if text in files.special},
+                         lstrip={token.id for token in added if token.lstrip},
+                         rstrip={token.id for token in added if token.rstrip})
+        self.fresh_at_start, self.fresh_after_marker = files.prefix_space, files.prefix_space and files.legacy
+        self._drops_space, self.drop_all = self._leading_space() if files.prefix_space else (False, False)
         self._anchor: list[int] = model.encode(ANCHOR)
 
     def token(self, token_id: int) -> str:
@@ -56,9 +62,12 @@ class SentencePieceVocabulary(Vocabulary):
         if start:
             return self._model.encode(text)
         n = len(self._anchor)
-        ids = self._model.encode(ANCHOR + text)
-        # An anchor of the unknown id swallows unknown characters behind it; then the text starts afresh.
-        return ids[n:] if ids[:n] == self._anchor else self._model.encode(text)
+        ids: list[int] = self._model.encode(ANCHOR + text)
+        if ids[:n] != self._anchor:
+            return self._encode(text, True)
+        # An anchor that is unknown is one with unknown characters behind it.
+        fused = ids[n - 1] == self._unk_id and not self._model.encode(ANCHOR + text, out_type=str)[n - 1].endswith(ANCHOR)
+        return ids[n - fused:]
 
     def _leading_space(self) -> tuple[bool, bool]:
         """Whether decoding drops the first piece's space, and every piece's until there is text

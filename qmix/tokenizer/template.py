@@ -1,78 +1,41 @@
 """The checkpoint's own chat template, rendered to text and encoded without trusting the messages.
 
-A rendered conversation is one string in which "</s>" may be the template's marker or five characters
-that a user typed. So the template never sees the typed ones: before rendering, every marker spelled in a
-message is replaced by one private-use character, and so are a message's first and last character where
-they could complete a marker together with the template's text or a neighbour's. Whatever marker is in the
-rendered text is then the template's own. The text is split there, the stand-ins are put back, and the texts
-between are encoded as plain text. An answer whose ids are kept is a stand-in as a whole.
+A rendered conversation is one string in which "</s>" may be the template's marker or five characters that a user
+typed. The template sees the messages as they are, so that it takes the branches that they ask for, and the result
+says of each character who wrote it (traced.py). The vocabulary then reads as a marker only what the template wrote.
+
+Where a template does something to a message that cannot be followed, the text that came out counts as typed: a marker
+in it is encoded as text, and that is said. An answer whose ids are kept is spliced in as those ids where the template
+shows it whole, white space at its ends aside; where it shows a part (without the thoughts of an earlier answer), that
+part is encoded as text.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from qmix.errors import QmixError, UsageError
 from qmix.tokenizer.message import Message, check_conversation, without_end
 from qmix.tokenizer.sandbox import Template
-from qmix.tokenizer.vocabulary import Segment, Splice, Vocabulary, check_text
+from qmix.tokenizer.traced import TEMPLATE, UNKNOWN, Traced, plain, source, sources_of
+from qmix.tokenizer.vocabulary import ANSWER, OWN, TYPED, Rendered, Splice, Vocabulary, check_text
 
-PRIVATE_USE = range(0x100000, 0x10FFFE)  # plane 16
-
-
-class _StandIns:
-    """Private-use characters that stand for text, or for the ids of a whole answer."""
-
-    def __init__(self, vocabulary: Vocabulary, texts: Sequence[str]):
-        used = {c for text in texts for c in text}
-        self._free = (c for c in map(chr, PRIVATE_USE) if c not in used)
-        self._pattern = vocabulary.marker_pattern
-        self._marker_characters = {c for text in vocabulary.markers for c in text}
-        self._of: dict[str, str] = {}
-        self._texts: dict[int, str] = {}
-        self.splices: dict[str, Splice] = {}
-
-    def _new(self) -> str:
-        found = next(self._free, None)
-        if found is None:
-            raise UsageError("the conversation uses every private-use character of Unicode", "shorten it")
-        return found
-
-    def _for(self, text: str) -> str:
-        if text not in self._of:
-            self._of[text] = self._new()
-            self._texts[ord(self._of[text])] = text
-        return self._of[text]
-
-    def protect(self, content: str) -> str:
-        """content without any marker in it, with safe edges; white space stays, for the template to trim."""
-        safe = self._pattern.sub(lambda match: self._for(match[0]), content)
-        inner = safe.strip()
-        start = safe.find(inner)
-        for at in {start, start + len(inner) - 1} if inner else ():
-            if safe[at] in self._marker_characters:
-                safe = safe[:at] + self._for(safe[at]) + safe[at + 1:]
-        return safe
-
-    def splice(self, ids: Sequence[int]) -> str:
-        character = self._new()
-        self.splices[character] = Splice(ids)
-        return character
-
-    def restore(self, text: str) -> str:
-        return text.translate(self._texts)
+STAND_IN = "\U00100000"  # private use, plane 16
+OTHER = "qmix"  # what stands for a message to see whether the template looks at it
 
 
 class TemplateFormat:
-    name = "the checkpoint's template"
     turn_stops: tuple[str, ...] = ()
 
     def __init__(self, vocabulary: Vocabulary, template: Template, named: Mapping[str, str],
-                 eos_ids: Sequence[int]):
+                 eos_ids: Sequence[int], say: Callable[[str], None], name: str = "the checkpoint's template"):
+        self.name = name
         self._vocabulary = vocabulary
         self._template = template
         self._named = dict(named)
+        self._say = say
+        self._said = False
         self.turn_end = self._find_turn_end()
         ends = [*eos_ids, self.turn_end]
         self._ends = tuple(i for i in ends if i is not None)
@@ -81,55 +44,74 @@ class TemplateFormat:
         check_conversation(messages)
         for message in messages:
             check_text(message.content)
-        stand_ins, shown = self._show(messages)
-        text = self._template.render(shown, self._named, prompt=True)
-        self._check_complete(messages, stand_ins.restore(text))
-        text = self._align(text, shown, stand_ins)
-        segments = list(_join_ends(list(self._split(text, stand_ins)), self._ends))
-        ids = self._vocabulary.encode_segments(segments)
+        text = self._render(messages)
+        self._check_complete(messages, text)
+        parts = list(self._splice(text, messages))
+        self._check_followed(text)
+        ids = self._vocabulary.encode_rendered(list(_join_ends(parts, self._ends, self._vocabulary)))
         bos = self._vocabulary.bos_id
         while bos is not None and ids[:2] == [bos, bos]:
             del ids[0]
         return ids
 
-    def _show(self, messages: Sequence[Message]) -> tuple[_StandIns, list[dict[str, str]]]:
-        """The messages as the template sees them."""
-        stand_ins = _StandIns(self._vocabulary, [message.content for message in messages])
-        shown = []
-        for message in messages:
-            ids, content = message.ids, message.content
-            content = stand_ins.protect(content) if ids is None else stand_ins.splice(ids)
-            shown.append({"role": message.role, "content": content})
-        return stand_ins, shown
+    def render(self, messages: Sequence[Message], prompt: bool = True) -> str:
+        """The conversation as the template writes it; prompt: with the start of the next answer."""
+        return plain(self._render(messages, prompt))
 
-    def _align(self, text: str, shown: list[dict[str, str]], stand_ins: _StandIns) -> str:
-        """In front of a spliced answer put the white space that was there when it was generated: a template
-        that writes "[/INST] answer" but asks with "[/INST]" would else change the ids in front of it."""
-        for i in range(len(shown) - 1, 0, -1):
-            at = text.find(shown[i]["content"]) if shown[i]["content"] in stand_ins.splices else -1
-            if at < 0:
+    def _render(self, messages: Sequence[Message], prompt: bool = True) -> Traced:
+        shown: list[dict[str, str]] = [
+            {"role": m.role, "content": Traced(m.content, source(k) * len(m.content))} for k, m in enumerate(messages)]
+        return self._template.render(shown, self._named, prompt)
+
+    def _splice(self, text: Traced, messages: Sequence[Message]) -> Iterator[Rendered | Splice]:
+        """The rendered text, with the ids of each answer that is shown whole in its place."""
+        places = sorted((match.start(), match.end(), k) for k, message in enumerate(messages)
+                        if message.ids is not None and message.content.strip()
+                        for match in re.finditer(f"{re.escape(source(k))}+", sources_of(text)))
+        begin = 0
+        for start, end, k in places:
+            ids = messages[k].ids
+            if ids is None or plain(text[start:end]).strip() != messages[k].content.strip():
                 continue
-            asked = self._template.render(shown[:i], self._named, prompt=True)
-            before = text[:at].rstrip()
-            if before == asked.rstrip():
-                text = before + asked[len(before):] + text[at:]
-        return text
+            yield self._rendered(self._align(text, start, messages[:k])[begin:], messages)
+            yield Splice(ids)
+            begin = end
+        yield self._rendered(text[begin:], messages)
 
-    def _split(self, text: str, stand_ins: _StandIns) -> Iterator[Segment]:
-        pattern = "|".join([self._vocabulary.marker_pattern.pattern, *map(re.escape, stand_ins.splices)])
-        for part in re.split(f"({pattern})", text):
-            if part in stand_ins.splices:
-                yield stand_ins.splices[part]
-            elif part in self._vocabulary.markers:
-                yield self._vocabulary.markers[part]
-            elif part:
-                yield stand_ins.restore(part)
+    def _align(self, text: Traced, start: int, before: Sequence[Message]) -> Traced:
+        """The text in front of a spliced answer, with the white space that was there when it was generated: a template
+        that writes "[/INST] answer" but asks with "[/INST]" would else change the ids in front of it."""
+        ahead = text[:start]
+        asked = self._render(before)
+        bare = ahead.rstrip()
+        return bare + asked[len(bare):] if plain(bare) == plain(asked.rstrip()) else ahead
 
-    def _check_complete(self, messages: Sequence[Message], rendered: str) -> None:
-        """A template that leaves out a system prompt would do so in silence."""
-        squeezed = "".join(rendered.split())
-        for message in messages:
-            if message.role != "assistant" and "".join(message.content.split()) not in squeezed:
+    def _rendered(self, text: Traced, messages: Sequence[Message]) -> Rendered:
+        """The text with who is behind each character; white space at the ends of answers is the template's."""
+        trust = {ord(TEMPLATE): OWN, ord(UNKNOWN): TYPED}
+        for k, message in enumerate(messages):
+            trust[ord(source(k))] = ANSWER if message.role == "assistant" else TYPED
+        return Rendered(plain(text), sources_of(text).translate(trust))
+
+    def _check_followed(self, text: Traced) -> None:
+        """Say, once, that markers in what the template made of a message are encoded as text."""
+        unknown = (match.span() for match in re.finditer(f"{UNKNOWN}+", sources_of(text)))
+        found = next((m for start, end in unknown if (m := self._vocabulary.marker_pattern.search(
+            plain(text), start, end))), None)
+        if found is not None and not self._said:
+            self._said = True
+            self._say(f"the chat template rewrites a message in a way that qmix cannot follow: {found[0]!r} in it is "
+                      "encoded as text, not as a control token")
+
+    def _check_complete(self, messages: Sequence[Message], text: Traced) -> None:
+        """A template that leaves out a system prompt would do so in silence. One that looks at it does not: it writes
+        something else for another message."""
+        shown = set(sources_of(text))
+        for k, message in enumerate(messages):
+            if message.role == "assistant" or not message.content.strip() or source(k) in shown:
+                continue
+            other = [*messages[:k], Message(message.role, OTHER), *messages[k + 1:]]
+            if self.render(other) == plain(text):
                 raise UsageError(f"the model's chat template leaves out the {message.role} message",
                                  "this model takes no system prompt: put it into your first message"
                                  if message.role == "system" else None)
@@ -137,32 +119,39 @@ class TemplateFormat:
     def _find_turn_end(self) -> int | None:
         """The marker that the template writes behind an answer."""
         try:
-            stand_ins, shown = self._show([Message("user", "x"), Message("assistant", "", ids=())])
-            text = self._template.render(shown, self._named, prompt=False)
+            text = self._render([Message("user", "x"), Message("assistant", STAND_IN)], prompt=False)
         except QmixError:
             return None  # a template that fails here fails with its message when a conversation comes
-        segments = [s for s in self._split(text, stand_ins) if not (isinstance(s, str) and s.isspace())]
-        after = next((i + 1 for i, s in enumerate(segments) if isinstance(s, Splice)), len(segments))
-        end = segments[after] if after < len(segments) else None
-        return end if isinstance(end, int) else None
+        at = sources_of(text).rfind(source(1))
+        if at < 0:
+            return None
+        after = self._vocabulary.split(Rendered(plain(text[at + 1:]).lstrip(), OWN * len(text[at + 1:].lstrip())))
+        return after[0] if after and isinstance(after[0], int) else None
 
 
-def _join_ends(segments: Sequence[Segment], ends: Sequence[int]) -> Iterator[Segment]:
+def _join_ends(parts: Sequence[Rendered | Splice], ends: Sequence[int],
+               vocabulary: Vocabulary) -> Iterator[Rendered | Splice]:
     """Let each answer end once: a generated end that the template writes too comes from the template, and
     white space that it puts between the answer and that end is left out, as it was not generated."""
-    i = 0
-    while i < len(segments):
-        segment = segments[i]
-        i += 1
-        if not isinstance(segment, Splice):
-            yield segment
+    ended = False
+    for i, part in enumerate(parts):
+        if isinstance(part, Splice):
+            kept = without_end(part.ids, ends)
+            ended = len(kept) < len(part.ids) and _begins_with_end(parts[i + 1:], ends, vocabulary)
+            yield Splice(kept) if ended else part
             continue
-        ended = len(without_end(segment.ids, ends)) < len(segment.ids)
-        space = segments[i] if i < len(segments) else None
-        ahead = i + (isinstance(space, str) and space.isspace())
-        marker = segments[ahead] if ahead < len(segments) else None
-        if ended and isinstance(marker, int) and (ahead == i or marker in ends):
-            i = ahead
-            yield Splice(without_end(segment.ids, ends))
-        else:
-            yield segment
+        spaces = len(part.text) - len(part.text.lstrip())
+        yield Rendered(part.text[spaces:], part.trust[spaces:]) if ended else part
+        ended = False
+
+
+def _begins_with_end(parts: Sequence[Rendered | Splice], ends: Sequence[int], vocabulary: Vocabulary) -> bool:
+    """Whether the template goes on with a marker, which after white space must be one that ends an answer."""
+    if not parts or isinstance(parts[0], Splice):
+        return False
+    text, trust = parts[0].text, parts[0].trust
+    spaces = len(text) - len(text.lstrip())
+    match = vocabulary.marker_pattern.match(text, spaces)
+    if match is None or set(trust[match.start():match.end()]) != {OWN}:
+        return False
+    return spaces == 0 or vocabulary.markers[match[0]] in ends

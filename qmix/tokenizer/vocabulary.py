@@ -6,15 +6,17 @@ builds a prompt, never from the text of a message: text that spells a marker is 
 it is made of.
 
 A prompt is a list of segments: an id, a text (encoded without markers), or a splice of ids that an
-earlier answer generated.
+earlier answer generated. What a chat template rendered is a text that says of each character who is behind it: the
+template, whose markers count, an answer, or a message that somebody typed.
 """
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from qmix.errors import ModelFileError, UsageError
 from qmix.tokenizer.files import TokenizerFiles
@@ -29,6 +31,17 @@ class Splice:
 
 
 Segment = int | str | Splice
+
+# Who is behind a character. In an answer, tokens that are not declared special count ("<think>"), markers do not.
+OWN, ANSWER, TYPED = "t", "a", "u"
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A text of which `trust` has OWN, ANSWER or TYPED for each character."""
+
+    text: str
+    trust: str
 
 # Tokens of this shape structure a conversation although nothing declares them special.
 TAG = re.compile(r"<\|[^|<>\s]+\|>")
@@ -54,23 +67,30 @@ def check_text(text: str) -> None:
 
 
 class Vocabulary(ABC):
-    """size counts ids 0..size-1. markers maps a marker's text to its id."""
+    """size counts ids 0..size-1. markers maps a marker's text to its id; of these `declared` are declared special, the
+    others are markers by their look. lstrip and rstrip: markers that take the white space on that side with them."""
 
     # How a decoder for this vocabulary behaves; see StreamDecoder.
     per_byte = True
     drop_all = False
+    # Whether a text begins afresh (with sentencepiece's leading space) at the start of a prompt, and after a marker.
+    fresh_at_start = True
+    fresh_after_marker = True
+    # What the model's own tokenizer puts in front of a text: the start id, or nothing.
+    head: tuple[int, ...] = ()
 
     def __init__(self, size: int, markers: Mapping[str, int], *, bos_id: int | None, eos_id: int | None,
-                 unk_id: int | None = None):
+                 unk_id: int | None = None, declared: Collection[int] | None = None,
+                 lstrip: Collection[int] = (), rstrip: Collection[int] = ()):
         self.size = size
         self.markers = dict(markers)
         self.bos_id = bos_id
         self.eos_id = eos_id
+        self.declared = frozenset(markers.values() if declared is None else declared)
+        self._lstrip, self._rstrip = frozenset(lstrip), frozenset(rstrip)
         self._unk_id = unk_id
         self._marker_ids = frozenset(markers.values()) - {unk_id}  # which stands for unknown characters too
-        longest_first = sorted(markers, key=len, reverse=True)
-        # "(?!)" matches nothing.
-        self.marker_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self.marker_pattern = _any_of(markers)
 
     @abstractmethod
     def token(self, token_id: int) -> str:
@@ -86,38 +106,94 @@ class Vocabulary(ABC):
         segment of its own, which sentencepiece shows by a space in front of the first word."""
 
     def encode_text(self, text: str, start: bool = True) -> list[int]:
-        """ids of text, no marker's among them; [] for "". UsageError where the text is no Unicode."""
+        """ids of text, no marker's among them; [] for "". UsageError where the text is no Unicode.
+
+        Takes time in proportion to the text, whatever it spells."""
         check_text(text)
+        found = self._encode(text, start) if text else []
+        if not self.marker_ids(found) and not self._reads_unknown(text, found):
+            return found
+        return self._cut_apart(text, start, (self._readable, self.marker_pattern))
+
+    def _cut_apart(self, text: str, start: bool, patterns: Sequence[re.Pattern[str]]) -> list[int]:
+        """ids of a text whose markers are each cut behind the first character: neither half is the marker. The
+        first pattern is tried on the whole text, the next ones where markers are left."""
         ids: list[int] = []
-        while text:
-            found = self._encode(text, start)
-            if not self.marker_ids(found) and not self._reads_unknown(text, found):
-                return ids + found
-            # Cut the spelled-out marker behind its first character: neither half is the marker.
-            match = self.marker_pattern.search(text)
-            if match is None or len(match[0]) == 1:
-                marker = self.token(next(i for i in found if i in self.markers.values()))
-                raise UsageError(f"the text holds {marker!r}, which is a control token of this model",
-                                 "write it differently")
-            ids += self._encode(text[:match.start() + 1], start)
-            text, start = text[match.start() + 1:], False
+        begin = 0
+        for end in [*_cuts(text, patterns[0]), len(text)]:
+            part = text[begin:end]
+            found = self._encode(part, start and begin == 0) if part else []
+            if self.marker_ids(found) or self._reads_unknown(part, found):
+                if len(patterns) == 1:
+                    marker = self.token(next(i for i in found if i in self.markers.values()))
+                    raise UsageError(f"the text holds {marker!r}, which is a control token of this model",
+                                     "write it differently")
+                found = self._cut_apart(part, start and begin == 0, patterns[1:])
+            ids += found
+            begin = end
         return ids
 
-    def encode_segments(self, segments: Sequence[Segment]) -> list[int]:
-        """ids of a prompt. A text begins afresh at the start and after a marker; after spliced ids it
-        continues the answer."""
+    @cached_property
+    def _readable(self) -> re.Pattern[str]:
+        """The markers that the library reads out of text."""
+        return _any_of(text for text, i in self.markers.items() if i in self._encode(text, False))
+
+    def encode_segments(self, segments: Sequence[Segment], start: bool | None = None) -> list[int]:
+        """ids of a prompt. A text begins afresh at the start and after a marker, as far as the model does so; after
+        spliced ids it continues the answer. start: whether the first text begins afresh."""
         ids: list[int] = []
-        start = True
+        start = self.fresh_at_start if start is None else start
         for segment in segments:
             if isinstance(segment, Splice):
                 ids += segment.ids
                 start = False
             elif isinstance(segment, str):
                 ids += self.encode_text(segment, start)
+                start = start and not segment
             else:
                 ids.append(segment)
-                start = True
+                start = self.fresh_after_marker
         return ids
+
+    def encode_rendered(self, parts: Sequence[Rendered | Splice]) -> list[int]:
+        """ids of what a template rendered, with spliced answers in it; no character but the template's own is read as
+        part of a marker."""
+        ids: list[int] = []
+        start: bool | None = None
+        for part in parts:
+            if isinstance(part, Splice):
+                ids += part.ids
+                start = False
+            elif part.text:
+                ids += self._encode_part(part, start)
+                start = False
+        return ids
+
+    def _encode_part(self, part: Rendered, start: bool | None) -> list[int]:
+        return self.encode_segments(self.split(part), start)
+
+    def split(self, part: Rendered) -> list[int | str]:
+        """The markers that are the template's, and the texts between them: "<s>hi <s>" with only the first "<s>" its
+        own -> [1, "hi <s>"]."""
+        found: list[int | str] = []
+        begin, at, text, strip = 0, 0, part.text, False
+        while (match := self.marker_pattern.search(text, at)) is not None:
+            marker = self.markers[match[0]]
+            if not self._trusted(marker, part.trust[match.start():match.end()]):
+                at = match.start() + 1
+                continue
+            before = text[begin:match.start()]
+            before = before.lstrip() if strip else before
+            before = before.rstrip() if marker in self._lstrip else before
+            found += [before, marker] if before else [marker]
+            begin = at = match.end()
+            strip = marker in self._rstrip
+        rest = text[begin:].lstrip() if strip else text[begin:]
+        return [*found, rest] if rest else found
+
+    def _trusted(self, marker: int, trust: str) -> bool:
+        """Whether a marker spelled by such characters counts."""
+        return set(trust) <= ({OWN} if marker in self.declared else {OWN, ANSWER})
 
     def marker_ids(self, ids: Iterable[int]) -> list[int]:
         """The markers among ids, in order; the unknown id is none, for characters can be unknown."""
@@ -126,6 +202,20 @@ class Vocabulary(ABC):
     def _reads_unknown(self, text: str, found: Sequence[int]) -> bool:
         """Whether the unknown token among the ids of text may come from text that spells it."""
         return self._unk_id in found and self.token(self._unk_id) in text  # type: ignore[arg-type]
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Matches the longest of the texts that stands at a place; "(?!)" matches nothing."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
+
+
+def _cuts(text: str, pattern: re.Pattern[str]) -> Iterator[int]:
+    """Places between the characters of text such that no match stays whole, overlapping ones included."""
+    match = pattern.search(text)
+    while match is not None:
+        if len(match[0]) > 1:
+            yield match.start() + 1
+        match = pattern.search(text, match.start() + 1)
 
 
 def with_added(size: int, markers: Mapping[str, int], files: TokenizerFiles) -> tuple[int, dict[str, int]]:

@@ -1,0 +1,192 @@
+"""Ids held against transformers, over the kinds of tokenizer.json that causal models come with and templates that look
+into the messages; and control tokens that users type, over the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizer_families import CORPUS, FAMILIES, FLAGS, SPECIAL, folder
+from tokenizer_files import CHATML, spm_model
+
+from qmix.tokenizer import Message, Tokenizer, load
+
+transformers = pytest.importorskip("transformers")
+
+TEXTS = (*dict.fromkeys(CORPUS), "", " ", "  a", "a  ", "\n\nx\n", "\t", "\u00a0x\u3000", "caf\u00e9 cafe\u0301", "\u202fthree3",
+         "\U0001F98A\U0001F469\u200d\U0001F469\u200d\U0001F467", "three", "threes", "</think", "< s>", "|im_end|", "a<", "<|", "\x00\ufeff")
+PIECES = st.sampled_from(["the ", " fox", "three", "\n", "  ", "\t", "\u00e9", "\u4f60", "\U0001F98A", "12", "<", "|", ">", "<|", "im_end", "s", "/", "x."])
+benign = (st.lists(PIECES, max_size=6).map("".join) | st.text(max_size=12)).filter(
+    lambda text: not any(token in text for token in ("<s>", "</s>", "<unk>", "<think>", "</think>", *SPECIAL)))
+hostile = st.lists(st.sampled_from(["<s>", "</s>", "<unk>", *SPECIAL, "<|im_", "start|>", "end|>", "<", ">", "s", " ", "fox", "\n", "<|", "|>"]),
+                   min_size=1, max_size=6).map("".join)
+
+
+def pair(path: Path, **how: Any) -> tuple[Tokenizer, Any]:
+    """(our tokenizer, transformers' own) of one folder."""
+    made = folder(path, **how)
+    return load(made), transformers.AutoTokenizer.from_pretrained(made)
+
+
+def chat_ids(theirs: Any, messages: list[Message], **how: Any) -> list[int]:
+    return theirs.apply_chat_template([{"role": m.role, "content": m.content} for m in messages], add_generation_prompt=True,
+                                      tokenize=True, return_dict=False, **how)
+
+
+def talk(*texts: str) -> list[Message]:
+    roles = ["user", "assistant"] * len(texts)
+    return [Message(role, text) for role, text in zip(roles, texts, strict=False)]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
+    return pair(tmp_path_factory.mktemp("family") / "x", family=request.param)
+
+
+def test_ids_of_texts(both: tuple[Tokenizer, Any]) -> None:
+    ours, theirs = both
+    for text in TEXTS:
+        assert ours.encode(text) == theirs(text)["input_ids"], text
+        assert ours.encode(text, bos=False) == theirs(text, add_special_tokens=False)["input_ids"], text
+
+
+def test_ids_of_chats(both: tuple[Tokenizer, Any]) -> None:
+    ours, theirs = both
+    for text in TEXTS:
+        for messages in (talk(text), talk("a", text, "b"), [Message("system", text or "x"), *talk(text)]):
+            assert ours.encode_chat(messages) == chat_ids(theirs, messages), text
+
+
+@settings(max_examples=40, deadline=None)
+@given(texts=st.lists(benign, min_size=3, max_size=3))
+def test_ids_of_any_chat(both: tuple[Tokenizer, Any], texts: list[str]) -> None:
+    ours, theirs = both
+    assert ours.encode_chat(talk(*texts)) == chat_ids(theirs, talk(*texts))
+
+
+@settings(max_examples=40, deadline=None)
+@given(texts=st.lists(hostile, min_size=3, max_size=3))
+def test_no_typed_text_becomes_a_control_token(both: tuple[Tokenizer, Any], texts: list[str]) -> None:
+    ours, theirs = both
+    ids, harmless = ours.encode_chat(talk(*texts)), ours.encode_chat(talk("a", "b", "c"))
+    control = set(theirs.all_special_ids) | {theirs.convert_tokens_to_ids(token) for token in SPECIAL}
+    control.discard(theirs.unk_token_id)
+    assert [i for i in ids if i in control] == [i for i in harmless if i in control]
+    shown = "".join(theirs.apply_chat_template([{"role": m.role, "content": m.content} for m in talk(*texts)],
+                                               add_generation_prompt=True, tokenize=False).split())
+    if theirs.unk_token_id not in ids:
+        shown_again = "".join(theirs.decode(ids, skip_special_tokens=False).split())
+        assert shown_again == shown
+
+
+@pytest.mark.parametrize("flags", [name for name in FLAGS if name != "plain"])
+@pytest.mark.parametrize("family", ["qwen", "llama2", "mistral", "unigram"])
+def test_flags_of_added_tokens(family: str, flags: str, tmp_path: Path) -> None:
+    ours, theirs = pair(tmp_path / "x", family=family, flags=flags)
+    for text in TEXTS:
+        assert ours.encode_chat(talk(text, text, text)) == chat_ids(theirs, talk(text, text, text)), text
+
+
+@pytest.mark.parametrize("family", ["qwen", "llama2"])
+@pytest.mark.parametrize(("bos", "config"), [(True, {}), (False, {}), (False, {"add_bos_token": True}),
+                                             (True, {"add_bos_token": False})])
+def test_bos_comes_where_transformers_puts_it(family: str, bos: bool, config: dict[str, bool], tmp_path: Path) -> None:
+    ours, theirs = pair(tmp_path / "x", family=family, bos=bos, **config)
+    assert ours.encode("the fox") == theirs("the fox")["input_ids"]
+    written = pair(tmp_path / "y", family=family, bos=bos, template="{{ bos_token }}" + CHATML, **config)
+    assert written[0].encode_chat(talk("the fox")) == chat_ids(written[1], talk("the fox"))
+    assert written[0].encode_chat(talk("the fox")).count(written[0].bos_id) == 1
+
+
+@pytest.mark.parametrize("family", ["qwen", "llama2", "mistral"])
+def test_a_tokenizer_model_beside_it_changes_nothing(family: str, tmp_path: Path) -> None:
+    alone = load(folder(tmp_path / "a", family=family))
+    made = folder(tmp_path / "b", family=family)
+    (made / "tokenizer.model").write_bytes(spm_model())
+    ours = load(made)
+    for text in TEXTS:
+        assert ours.encode_chat(talk(text)) == alone.encode_chat(talk(text))
+        assert ours.encode(text) == alone.encode(text)
+
+
+# ---- templates that look into messages or change them
+
+TURNS = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+         "<|im_start|>assistant\n")
+THINKING = (
+    "{%- set ns = namespace(last=-1) %}{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}"
+    "{%- endif %}{%- endfor %}{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' }}{%- set content = m.content %}"
+    "{%- if m.role == 'assistant' %}{%- set reasoning = '' %}{%- if '</think>' in content %}"
+    "{%- set reasoning = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}"
+    "{%- set content = content.split('</think>')[-1].lstrip('\\n') %}{%- endif %}{%- if loop.index0 > ns.last and reasoning %}"
+    "{{- '<think>\\n' + reasoning + '\\n</think>\\n\\n' }}{%- endif %}{%- endif %}{{- content + '<|im_end|>\\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- if '/no_think' in messages[-1].content %}"
+    "{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}")
+TEMPLATES = {
+    "contains": "{% if '/quick' in messages[0].content %}A{% else %}B{% endif %}" + TURNS,
+    "equals": "{% if messages[0].content == 'reasoning on' %}A{% else %}B{% endif %}" + TURNS,
+    "startswith": "{% if messages[-1].content.startswith('/') %}A{% else %}B{% endif %}" + TURNS,
+    "endswith": "{% if messages[-1].content.endswith('s') %}A{% else %}B{% endif %}" + TURNS,
+    "length": "{% if messages[0].content | length > 5 %}A{% else %}B{% endif %}" + TURNS,
+    "last character": "{{ messages[0].content[-1:] }}{{ messages[0].content[:1] | upper }}" + TURNS,
+    "replace": TURNS.replace("m.content", "m.content | replace('/quick', '')"),
+    "method replace": TURNS.replace("m.content", "m.content.replace('/quick', '<|call|>')"),
+    "trim": TURNS.replace("m.content", "m.content | trim"),
+    "strip": TURNS.replace("m.content", "m.content.strip()"),
+    "upper": TURNS.replace("m.content", "m.content | upper"),
+    "title": TURNS.replace("m.content", "m.content | title"),
+    "json": TURNS.replace("m.content", "m.content | tojson"),
+    "all as JSON": "{{ messages | tojson }}<|im_end|>",
+    "lines": TURNS.replace("m.content", "m.content.splitlines() | join('<|call|>')"),
+    "words": TURNS.replace("m.content", "' '.join(m.content.split())"),
+    "indent": TURNS.replace("m.content", "m.content | indent(2)"),
+    "percent": TURNS.replace("'<|im_start|>' + m.role + '\\n' + m.content", "'<|im_start|>%s\\n%s' % (m.role, m.content)"),
+    "format": TURNS.replace("'<|im_start|>' + m.role + '\\n' + m.content", "'<|im_start|>{}\\n{}'.format(m.role, m.content)"),
+    "tilde": TURNS.replace("'<|im_start|>' + m.role + '\\n' + m.content", "'<|im_start|>' ~ m.role ~ '\\n' ~ m.content ~ 1"),
+    "macro": "{% macro turn(m) %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endmacro %}"
+             "{% for m in messages %}{{ turn(m) }}{% endfor %}",
+    "block": "{% set shown %}{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}{% endset %}{{ shown | trim }}",
+    "placeholder": "{% for m in messages %}{{ '<|im_start|>TEXT<|im_end|>' | replace('TEXT', m.content) }}{% endfor %}",
+    "twice": "{% for m in messages %}<|im_start|>{{ m.content }}<|call|>{{ m.content }}<|im_end|>{% endfor %}",
+    "joined": "<|im_start|>{{ messages | map(attribute='content') | join('<|call|>') }}<|im_end|>",
+    "characters": "{% for m in messages %}<|im_start|>{% for c in m.content %}{{ c }}{% endfor %}<|im_end|>{% endfor %}",
+    "collected": "{% set ns = namespace(all='') %}{% for m in messages %}{% set ns.all = ns.all + m.content + '<|call|>' %}"
+                 "{% endfor %}{{ ns.all }}",
+    "thinking": THINKING,
+    "part": "{% for m in messages %}<|im_start|>{{ m.content.partition(':')[2] or m.content }}<|im_end|>{% endfor %}",
+}
+CONVERSATIONS = [
+    talk("/quick"), talk("say /quick what qmix is"), talk("what is it? /quick"), talk("reasoning on"), talk("tigers"),
+    talk("/ x"), talk('say "hi"\n'), talk("a\nb\n\nc"), talk(" a  b "), talk("user"), talk("TEXT"), talk(""), talk("%s {} {{ x }}"),
+    talk("stra\u00dfe \u0130"), talk("a", "<think>\nhm: 1\n</think>\n\nSo it is.", "b /no_think"), talk("a: b", "a: b", "a: b"),
+    talk("a", "one </think> two", "b"), talk("assistant\n", "\n", "\u00a0x\u00a0"),
+    [Message("system", "/quick be brief"), *talk("Hello")],
+]
+
+
+@pytest.fixture(scope="module", params=TEMPLATES)
+def looking(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
+    return pair(tmp_path_factory.mktemp("template") / "x", family="qwen", template=TEMPLATES[request.param])
+
+
+@pytest.mark.parametrize("messages", CONVERSATIONS, ids=range(len(CONVERSATIONS)))
+def test_templates_that_look_into_messages(looking: tuple[Tokenizer, Any], messages: list[Message]) -> None:
+    ours, theirs = looking
+    assert ours.encode_chat(messages) == chat_ids(theirs, messages)
+
+
+@settings(max_examples=30, deadline=None)
+@given(texts=st.lists(benign | hostile, min_size=3, max_size=3))
+def test_typed_control_tokens_stay_text_whatever_the_template_does(looking: tuple[Tokenizer, Any], texts: list[str]) -> None:
+    """As many control tokens of each kind as for the same messages with the brackets taken out of them."""
+    ours, theirs = looking
+    control = {theirs.convert_tokens_to_ids(token) for token in ("<s>", "</s>", *SPECIAL)}
+    bare = [text.replace("<", "(").replace(">", ")") for text in texts]
+
+    def counts(messages: list[Message]) -> list[int]:
+        return [i for i in ours.encode_chat(messages) if i in control]
+
+    assert counts(talk(*texts)) == counts(talk(*bare))
