@@ -82,4 +82,4 @@ def _read_small(path: Path) -> str:
         raw = file.read(MAX_FILE + 1)
     if len(raw) > MAX_FILE:
         raise ValueError(f"larger than {format_bytes(MAX_FILE)}")
-    return raw.decode()
+    return raw.decode("utf-8-sig")

@@ -19,6 +19,7 @@ from qmix.config import Cancel, SamplingParams
 from qmix.errors import UsageError
 from qmix.generate import Summary, generate
 from qmix.render import clean, dim, say
+from qmix.textfile import read_text, with_plain_line_ends, without_mark
 from qmix.tokenizer import Message
 
 if TYPE_CHECKING:
@@ -30,15 +31,11 @@ def read_prompt(prompt: str | None, file: Path | None, stdin: TextIO) -> str:
     if prompt is not None and file is not None:
         raise UsageError("-p and -f: both given", "name one source of the prompt")
     if file is not None:
-        try:
-            text = file.read_text()
-        except (OSError, UnicodeDecodeError) as e:
-            reason = getattr(e, "strerror", None) or e
-            raise UsageError(f"-f {file}: {reason}", "name a readable UTF-8 text file") from None
+        text = with_plain_line_ends(read_text(file, f"-f {file}"))
     elif prompt in (None, "-"):
         if stdin.isatty():
             raise UsageError("no prompt: stdin is a terminal", 'give -p "..." or -f FILE, or talk with qmix chat')
-        text = stdin.read()
+        text = without_mark(stdin.read())
     else:
         text = prompt or ""
     if not text.strip():

@@ -65,7 +65,7 @@ def find_model(path: Path, quant: QuantConfig | None, state: Path | None, say: C
             return Model(path.resolve().name, config, store.quant, known_shares(stats))
     file = path / CONFIG if path.is_dir() else path
     try:
-        raw = json.loads(file.read_text())
+        raw = json.loads(file.read_bytes())
         if not isinstance(raw, dict):
             raise ValueError("not an object")
         config = ModelConfig.from_hf(raw)

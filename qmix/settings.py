@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from qmix.errors import ConfigError
+from qmix.textfile import decode
 
 ENV_PREFIX = "QMIX"
 NATIVE = "QMIX_NATIVE"
@@ -47,10 +48,14 @@ def read_file(path: Path, commands: Kinds) -> dict[str, dict[str, Any]]:
     commands: {"chat": {"model": str | None, "temp": float, ...}, ...}, what each command accepts.
     """
     try:
-        raw = tomllib.loads(path.read_text())
+        data = path.read_bytes()
     except FileNotFoundError:
         return {}
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+    except OSError as e:
+        raise ConfigError(f"{path}: {e.strerror or e}", "repair the file or remove it") from None
+    try:
+        raw = tomllib.loads(decode(data, str(path), ConfigError))
+    except tomllib.TOMLDecodeError as e:
         raise ConfigError(f"{path}: {e}", "repair the file or remove it") from None
     found: dict[str, dict[str, Any]] = {name: {} for name in commands}
     for key, value in raw.items():

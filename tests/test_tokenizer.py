@@ -285,7 +285,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
     ({"generation_config.json": b'{"eos_token_id": "x"}'}, "generation_config.json: eos_token_id: got 'x'"),
     ({"generation_config.json": b'{"eos_token_id": 5000}'}, "eos_token_id: got 5000"),
     ({"chat_template.jinja": b"{% for %}"}, "chat_template.jinja: the chat template line 1 is broken"),
-    ({"chat_template.jinja": b"\xff"}, "chat_template.jinja: not readable"),
+    ({"chat_template.jinja": b"\xff"}, "chat_template.jinja: not UTF-8 at byte 0"),
 ])
 def test_damaged_files_are_named(files: dict[str, bytes], message: str, tmp_path: Path) -> None:
     if files and not {"tokenizer.model", "tokenizer.json"} & set(files):

@@ -40,7 +40,7 @@ def prepare(out: Path) -> None:
 
 def _ours(path: Path) -> bool:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(found, dict) and FORMAT in found

@@ -77,7 +77,7 @@ def load(path: Path) -> tuple[Conversation, SamplingParams]:
             raise _foreign(path, "not a regular file")
         if status.st_size > LARGEST:
             raise _foreign(path, f"{status.st_size} bytes, want at most {LARGEST}")
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_bytes())
     except OSError as e:
         raise QmixError(f"{path}: cannot read: {e.strerror or e}") from None
     except (ValueError, RecursionError) as e:  # UnicodeDecodeError and JSONDecodeError are ValueErrors

@@ -11,6 +11,7 @@ from qmix.cli.options import flag_bytes
 from qmix.config import CALIBRATED, QuantConfig
 from qmix.errors import UsageError
 from qmix.sizes import MIB, format_bytes
+from qmix.textfile import decode
 
 if TYPE_CHECKING:
     from qmix.checkpoint import Checkpoint
@@ -82,13 +83,7 @@ def read_calibration(checkpoint: Checkpoint, file: Path, tokens: int | None) -> 
         raise UsageError(f"--calibration {file}: {e.strerror}", "name a text file that can be read") from None
     if len(data) > MOST:
         render.say(f"{file}: only the first {format_bytes(MOST)} are looked at")
-        data = data[:MOST]
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as e:
-        if len(data) < MOST or e.start < MOST - 4:
-            raise UsageError(f"--calibration {file}: byte {e.start} is not UTF-8", "name a text file") from None
-        text = data[:e.start].decode()  # a character cut in two
+    text = decode(data[:MOST], f"--calibration {file}", cut=len(data) > MOST)
     tokenizer = load(checkpoint.path, checkpoint.config.vocab_size)
     plain = tokenizer.encode(text, bos=False)
     head = tokenizer.encode("", bos=True)

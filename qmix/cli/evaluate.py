@@ -32,6 +32,7 @@ from qmix.cli.options import (
     model_folder,
 )
 from qmix.errors import UsageError
+from qmix.textfile import read_text
 
 
 def evaluate(
@@ -101,12 +102,7 @@ def _beside_a_reference(device: str, vram: str, pin: str) -> str:
 
 def _read(file: Path) -> str:
     """The file's text as it is, line ends included."""
-    try:
-        text = file.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise UsageError(f"-f {file}: {error.strerror or error}", "name a readable text file") from None
-    except UnicodeDecodeError as error:
-        raise UsageError(f"-f {file}: not UTF-8 at byte {error.start}", "convert it, as with iconv -t utf-8") from None
+    text = read_text(file, f"-f {file}")
     if not text.strip():
         raise UsageError(f"-f {file}: the file is empty")
     return text

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qmix.errors import ModelFileError
+from qmix.textfile import read_text
 
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 MAX_JSON = 256 * 2**20
@@ -83,12 +84,12 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_JSON:
             raise ModelFileError(f"{path}: {path.stat().st_size} bytes, want at most {MAX_JSON}", FETCH)
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_bytes())  # of bytes: a byte order mark is skipped
     except FileNotFoundError:
         return {}
     except OSError as e:
         raise ModelFileError(f"{path}: {e.strerror or e}", "check the path and its permissions") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # of decoding, too
         raise ModelFileError(f"{path}: not valid JSON", FETCH) from None
     if not isinstance(value, dict):
         raise ModelFileError(f"{path}: got a {type(value).__name__}, want an object", FETCH)
@@ -127,10 +128,7 @@ def _template(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, Path
     """The chat template and the file it stands in."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8"), path
-        except (OSError, UnicodeDecodeError) as e:
-            raise ModelFileError(f"{path}: not readable as UTF-8 text ({e})", FETCH) from None
+        return read_text(path, error=ModelFileError, cure="check the path and its permissions"), path
     path, value = folder / "tokenizer_config.json", config.get("chat_template")
     if value is None:
         path = folder / "chat_template.json"

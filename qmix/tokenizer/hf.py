@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qmix.errors import ModelFileError
+from qmix.textfile import without_mark
 from qmix.tokenizer.files import FETCH, LFS, TokenizerFiles
 from qmix.tokenizer.spm import SPACE
 from qmix.tokenizer.stream import SILENT, Piece, StreamDecoder
@@ -124,7 +125,7 @@ def _load(path: Path) -> tuple[Any, set[str]]:
     from tokenizers import Tokenizer
 
     try:
-        text = path.read_text(encoding="utf-8")
+        text = without_mark(path.read_bytes().decode("utf-8"))
         if text.startswith("version https://git-lfs"):
             raise ModelFileError(f"{path}: a Git LFS pointer, not the file itself", LFS)
         tokenizer = Tokenizer.from_str(text)
