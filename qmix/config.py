@@ -274,10 +274,11 @@ class SamplingParams:
         for name in ("temperature", "top_p", "min_p", "repeat_penalty"):
             value = getattr(self, name)
             _want(isinstance(value, Real) and not isinstance(value, bool), name, value, "a number")
-        for name in ("top_k", "max_tokens", "seed"):
+        for name in ("top_k", "max_tokens"):
             value = getattr(self, name)
-            _want(isinstance(value, Integral) and not isinstance(value, bool) or name == "seed" and value is None, name,
-                  value, "an integer" + (" or None" if name == "seed" else ""))
+            _want(isinstance(value, Integral) and not isinstance(value, bool), name, value, "an integer")
+        _want(self.seed is None or (isinstance(self.seed, Integral) and not isinstance(self.seed, bool)), "seed",
+              self.seed, "an integer or None")
         object.__setattr__(self, "stop", strings("stop", self.stop))
         _want(0 <= self.temperature <= 100, "temperature", self.temperature, "0 to 100")
         _want(0 < self.top_p <= 1, "top_p", self.top_p, "> 0 and <= 1")

@@ -49,9 +49,9 @@ class Prompt(Protocol):
     def leave(self) -> None: ...
 
 
-def open_prompt(stdin: TextIO, stdout: TextIO, history: Path, commands: Iterable[str],
+def open_prompt(stdin: TextIO, stdout: TextIO, history: Path | None, commands: Iterable[str],
                 environ: Mapping[str, str] = os.environ) -> Prompt:
-    """The prompt for this terminal. history: the file of earlier inputs, created with mode 0600."""
+    """The prompt for this terminal. history: the file of earlier inputs, created with mode 0600; None for none."""
     if environ.get("TERM", "dumb").lower() in ("dumb", "unknown"):
         return LinePrompt(stdin, stdout)
     return EditingPrompt(stdin, stdout, history, commands, environ.get("TERM"))
@@ -71,7 +71,7 @@ def repaired(text: str) -> str:
 class EditingPrompt:
     """prompt_toolkit: editing, history, completion of commands, many lines."""
 
-    def __init__(self, stdin: TextIO, stdout: TextIO, history: Path, commands: Iterable[str],
+    def __init__(self, stdin: TextIO, stdout: TextIO, history: Path | None, commands: Iterable[str],
                  term: str | None):
         self.problem: str | None = None
         self._leaving = False
@@ -104,9 +104,13 @@ class EditingPrompt:
         self.problem = problem
 
 
-def open_history(path: Path, tell: Callable[[str], None]) -> History:
+def open_history(path: Path | None, tell: Callable[[str], None]) -> History:
     """Earlier inputs from `path`, made with mode 0600; what fails is told once, and then they are kept
     in memory."""
+    if path is None:
+        tell("no history of inputs, and conversations are not saved: there is no home folder (set HOME or "
+             "XDG_STATE_HOME)")
+        return InMemoryHistory()
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600))
