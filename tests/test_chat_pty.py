@@ -207,13 +207,16 @@ def test_a_terminal_closed_at_the_prompt_ends_the_chat_with_and_without_sighup(s
 
 
 def test_dumb_terminal_and_no_color(start: Start, tmp_path: Path) -> None:
-    chat = start({"TERM": "dumb"})
+    chat = start({"TERM": "dumb"}, context=20000)
     chat.ask("Hello", "You said: Hello")
     chat.send('"""' + ENTER)
     chat.expect("...")
     chat.send("one" + ENTER)
     chat.ask('two"""', "You said: one")
     assert saved(tmp_path)[1][0] == "one\ntwo"
+    pasted = "begin " + "x" * 6000 + " END"  # more than a terminal's own line holds
+    chat.ask(pasted, "You said: begin")
+    assert saved(tmp_path)[2][0] == pasted
     chat.send(CTRL_C)
     chat.expect("Ctrl-D or /exit leaves")
     chat.expect(">>>")

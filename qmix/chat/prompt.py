@@ -31,6 +31,7 @@ from prompt_toolkit.output.vt100 import Vt100_Output
 from prompt_toolkit.shortcuts import CompleteStyle
 
 from qmix.chat import keyboard
+from qmix.chat.lines import Lines
 
 PROMPT, CONTINUATION = ">>> ", "... "
 QUOTES = '"""'
@@ -197,7 +198,7 @@ def _key_bindings() -> KeyBindings:
 
 
 class LinePrompt:
-    """Reads lines from a terminal that cannot move its cursor; no editing, no history."""
+    """Reads lines from a terminal that cannot move its cursor; erasing is all the editing, and there is no history."""
 
     def __init__(self, stdin: TextIO, stdout: TextIO):
         self.problem: str | None = "dumb terminal: no line editing, no history of inputs"
@@ -205,6 +206,7 @@ class LinePrompt:
         self._out = stdout
         self._reading = False
         self._leaving = False
+        self._lines = Lines(stdin.fileno(), self._show)
 
     def read(self) -> str:
         text = self._line(PROMPT)
@@ -228,14 +230,18 @@ class LinePrompt:
             self._reading = True
             if self._leaving:
                 raise EOFError
-            self._out.write(prompt)
-            self._out.flush()
-            with keyboard.lines(self._in.fileno()):
-                line = self._in.buffer.readline()
+            self._show(prompt)
+            with keyboard.quiet(self._in.fileno()):
+                line = self._lines.read()
         except termios.error as e:
             raise OSError(*e.args) from None
         finally:
             self._reading = False
-        if not line:
+        if line is None:
             raise EOFError
-        return line.decode("utf-8", "surrogateescape").rstrip("\r\n")
+        return line
+
+    def _show(self, text: str) -> None:
+        encoding = self._out.encoding or "utf-8"
+        self._out.write(text.encode(encoding, "replace").decode(encoding))
+        self._out.flush()
