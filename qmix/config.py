@@ -7,8 +7,9 @@ They check themselves when made and name the field at fault. No torch here: `qmi
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -53,6 +54,18 @@ def _number(raw: Mapping[str, Any], key: str, kind: type, default: Any = ...) ->
         want = "a finite number" if kind is float else "an integer"
         raise ConfigError(f"{key}: got {value!r:.40}, want {want}")
     return kind(value)
+
+
+def strings(name: str, value: Iterable[str]) -> tuple[str, ...]:
+    """`value` as a tuple of strings. A plain string is one of them, not its letters: "ab" -> ("ab",). ConfigError for
+    anything else, which names the parameter `name`."""
+    if isinstance(value, str):
+        return (value,)
+    _want(isinstance(value, Iterable) and not isinstance(value, bytes | Mapping), name, value,
+          "a string or a list of strings")
+    found = tuple(value)
+    _want(all(isinstance(text, str) for text in found), name, found, "a string or a list of strings")
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +215,7 @@ class QuantConfig:
             for name in kind:
                 parse_grouped(name)
         letters = KIND_LETTERS[:len(self.kinds)]
+        _want(not isinstance(self.mix, str), "mix", self.mix, "a line for each layer")
         for line in self.mix:
             _want(bool(line) and set(line) <= set(letters), "mix", line, f"letters of {letters}")
         _want(set("".join(self.mix)) == set(letters), "mix", self.mix, f"an expert of each kind, {letters}")
@@ -244,7 +258,8 @@ def parse_grouped(name: str) -> tuple[str, int]:
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the next token is chosen. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and
-    repeat_penalty 1 switch that step off; max_tokens -1 means until the context is full."""
+    repeat_penalty 1 switch that step off; max_tokens -1 means until the context is full. stop also takes one plain
+    string, which is one stop string, and any list of strings. ConfigError names the field that is wrong."""
 
     temperature: float = 0.7
     top_p: float = 0.95
@@ -256,6 +271,15 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p", "repeat_penalty"):
+            value = getattr(self, name)
+            _want(isinstance(value, Real) and not isinstance(value, bool), name, value, "a number")
+        for name in ("top_k", "max_tokens"):
+            value = getattr(self, name)
+            _want(isinstance(value, Integral) and not isinstance(value, bool), name, value, "an integer")
+        _want(self.seed is None or (isinstance(self.seed, Integral) and not isinstance(self.seed, bool)), "seed",
+              self.seed, "an integer or None")
+        object.__setattr__(self, "stop", strings("stop", self.stop))
         _want(0 <= self.temperature <= 100, "temperature", self.temperature, "0 to 100")
         _want(0 < self.top_p <= 1, "top_p", self.top_p, "> 0 and <= 1")
         _want(self.top_k >= 0, "top_k", self.top_k, ">= 0")

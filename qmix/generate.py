@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from qmix.config import Cancel, SamplingParams
+from qmix.config import Cancel, SamplingParams, strings
 from qmix.errors import Interrupted, UsageError
 from qmix.sampling import Sampler, check_logits, logprob
 from qmix.speculation import Pace, Passes, Session
@@ -188,7 +188,7 @@ def generate(session: Session, prompt_ids: Sequence[int], params: SamplingParams
     cancel = Cancel() if cancel is None else cancel
     _check_prompt(session, prompt_ids)
     sampler = Sampler(params, prompt_ids)
-    answer = _Answer(tokenizer.decoder(continuing), StopFinder((*params.stop, *stops)))
+    answer = _Answer(tokenizer.decoder(continuing), StopFinder((*params.stop, *strings("stops", stops))))
     started, first = clock(), None
     if session.length >= len(prompt_ids):
         session.trim(len(prompt_ids) - 1)

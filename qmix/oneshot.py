@@ -5,7 +5,6 @@ The answer streams to stdout as it comes, or as one JSON document at the end; al
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from collections.abc import Iterator
@@ -15,10 +14,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
+from qmix import streams
 from qmix.config import Cancel, SamplingParams
 from qmix.errors import UsageError
 from qmix.generate import Summary, generate
-from qmix.render import clean, dim, say
+from qmix.render import clean, dim, json_text, say
 from qmix.textfile import read_text, with_plain_line_ends, without_mark
 from qmix.tokenizer import Message
 
@@ -35,12 +35,22 @@ def read_prompt(prompt: str | None, file: Path | None, stdin: TextIO) -> str:
     elif prompt in (None, "-"):
         if stdin.isatty():
             raise UsageError("no prompt: stdin is a terminal", 'give -p "..." or -f FILE, or talk with qmix chat')
-        text = without_mark(stdin.read())
+        text = without_mark(_piped(stdin))
     else:
         text = prompt or ""
     if not text.strip():
         raise UsageError("the prompt is empty")
     return text
+
+
+def _piped(stdin: TextIO) -> str:
+    """All of stdin, as UTF-8 whatever the locale is."""
+    if not hasattr(stdin, "buffer"):
+        return stdin.read()
+    text, problem = streams.decoded(stdin.buffer.read())
+    if problem:
+        say(problem)
+    return with_plain_line_ends(text)
 
 
 def run(engine: Engine, prompt: str, params: SamplingParams, *, system: str | None = None, raw: bool = False,
@@ -78,7 +88,7 @@ def run(engine: Engine, prompt: str, params: SamplingParams, *, system: str | No
             summary, reason = token.summary, token.finish_reason
     assert summary is not None  # the last record carries it
     if as_json:
-        print(json.dumps(_document("".join(text), reason, summary, engine.stats()), ensure_ascii=False), file=out)
+        print(json_text(_document("".join(text), reason, summary, engine.stats())), file=out)
     elif not "".join(text).endswith("\n"):
         print(file=out)
     _report(summary, reason, params, engine.stats()["experts"])

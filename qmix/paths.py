@@ -4,7 +4,8 @@
     demo                                 an alias: a store in qmix's data folder, see `qmix list`
     mistralai/Mixtral-8x7B-v0.1@main     a hub id, downloaded (or found in the hub's cache)
 
-A local path never contacts the hub.
+A local path never contacts the hub. A folder in the current directory comes before an alias of its name where it holds
+a model; one that holds none does not hide the alias. Both are said.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qmix.errors import CheckpointError, UsageError
-from qmix.settings import xdg_folder
+from qmix.settings import NoHome, xdg_folder
 
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?")
 # Weights other than safetensors are never fetched: qmix does not read pickle.
@@ -56,23 +57,64 @@ def kernels_file() -> Path:
     return xdg_folder("cache") / "kernels.json"
 
 
+def if_any(folder: Callable[[], Path]) -> Path | None:
+    """folder(), None where there is no home folder: for files that a command can do without."""
+    try:
+        return folder()
+    except NoHome:
+        return None
+
+
 def local_stores() -> list[Path]:
     """The stores in the models folder, sorted by alias; a half-written one (.partial) has no manifest."""
-    return sorted(p.parent for p in models_folder().glob("*/qmix.json"))
+    models = if_any(models_folder)
+    return [] if models is None else sorted(p.parent for p in models.glob("*/qmix.json"))
 
 
 def resolve(text: str, say: Callable[[str], None], hub_files: tuple[str, ...] = HUB_FILES) -> Path:
     """The local folder of a model named on the command line; UsageError or CheckpointError otherwise."""
-    path = Path(text).expanduser()
+    path = expanded(text)
+    alias = _alias(text)
     if path.exists():
-        return path
-    alias = models_folder() / text
-    if "/" not in text and alias.is_dir():
+        if alias is None:
+            if HUB_ID.fullmatch(text) and not _holds_model(path):
+                say(f"{text}: the folder {path.absolute()}, which holds no model; the hub is not asked for a name that "
+                    "is a folder here")
+            return path
+        if _holds_model(path):
+            say(f"{text}: the folder {path.absolute()}, which hides the alias {text} ({alias})")
+            return path
+        say(f"{text}: the alias ({alias}), not the folder {path.absolute()}, which holds no model")
+        return alias
+    if alias is not None:
         return alias
     if HUB_ID.fullmatch(text):
         return _download(text, say, hub_files)
     known = ", ".join(p.name for p in local_stores()) or "none yet"
     raise UsageError(f"{text}: no such folder, alias or hub id", f"aliases here: {known}; a hub id is org/name")
+
+
+def expanded(text: str) -> Path:
+    """A path as typed, with ~ and ~user; UsageError where there is no such user or home."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        what = "there is no home folder" if text == "~" or text.startswith("~/") else "there is no such user"
+        raise UsageError(f"{text}: {what}", "write the whole path, or ./~NAME for a file whose name begins "
+                         "so") from None
+
+
+def _alias(text: str) -> Path | None:
+    """The folder of an alias; None where there is none of that name."""
+    models = if_any(models_folder)
+    if models is None or "/" in text or text in ("", ".", ".."):
+        return None
+    return models / text if (models / text).is_dir() else None
+
+
+def _holds_model(path: Path) -> bool:
+    """Whether a path may be meant as a model: a store, a checkpoint, or a file such as a config.json."""
+    return not path.is_dir() or any((path / name).exists() for name in ("qmix.json", "config.json"))
 
 
 def _download(text: str, say: Callable[[str], None], hub_files: tuple[str, ...]) -> Path:

@@ -127,9 +127,9 @@ def describe(model: Model, context: int, machine: Machine, known: Speeds | None,
     }
 
 
-def known_speeds(cache_file: Path, say: Callable[[str], None]) -> Speeds | None:
-    """What `qmix doctor --bandwidth` measured on this machine; None where it did not."""
-    if not cache_file.is_file():
+def known_speeds(cache_file: Path | None, say: Callable[[str], None]) -> Speeds | None:
+    """What `qmix doctor --bandwidth` measured on this machine; None where it did not, or there is no such file."""
+    if cache_file is None or not cache_file.is_file():
         return None
     from qmix.hardware import bandwidth
 

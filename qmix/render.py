@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, Protocol, TextIO
 
+from qmix import streams
 from qmix.errors import QmixError
 from qmix.sizes import format_bytes
 
@@ -31,13 +32,19 @@ class Progress(Protocol):
 
 
 def say(line: str) -> None:
-    """One line on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    """One line on stderr. A stderr that cannot be written (closed, a full disk, a reader that left) loses the line and
+    never the answer."""
+    if sys.stderr is None:  # print would take stdout instead
+        return
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        streams.abandon(sys.stderr)
 
 
 def dim(line: str) -> None:
     """One dim line on stderr, for figures beside an answer; plain where that is no terminal."""
-    say(f"{DIM}{line}{PLAIN}" if wants_color(sys.stderr, os.environ) else line)
+    say(f"{DIM}{line}{PLAIN}" if sys.stderr is not None and wants_color(sys.stderr, os.environ) else line)
 
 
 def wants_color(stream: TextIO, environ: Mapping[str, str]) -> bool:
@@ -71,7 +78,7 @@ def fail(error: QmixError) -> None:
 @contextmanager
 def byte_bar(title: str) -> Iterator[Progress]:
     """A bar with bytes, rate and time left; on a stderr that is no terminal, a line now and then."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         yield _plain_progress(title)
         return
     bars: list[tuple[Any, Any]] = []
@@ -122,10 +129,20 @@ def _plain_progress(title: str) -> Progress:
     return update
 
 
+def json_text(data: Any, indent: int | None = None) -> str:
+    """`data` as JSON that stdout can hold: with escapes (\\u2013) where its encoding lacks a character."""
+    text = json.dumps(data, indent=indent, ensure_ascii=False)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(data, indent=indent)
+    return text
+
+
 def document(data: dict[str, Any], as_json: bool) -> str:
     """Nested data as one JSON document, or as indented `key: value` lines with tables for lists of rows."""
     if as_json:
-        return json.dumps(data, indent=2, ensure_ascii=False)
+        return json_text(data, indent=2)
     lines = []
     for key, value in data.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
@@ -142,9 +159,9 @@ def document(data: dict[str, Any], as_json: bool) -> str:
 def table(rows: Sequence[dict[str, Any]], style: str = "table") -> str:
     """Rows of equal keys as "table" (aligned text) | "json" | "jsonl" | "csv" | "md"."""
     if style == "json":
-        return json.dumps(list(rows), indent=2, ensure_ascii=False)
+        return json_text(list(rows), indent=2)
     if style == "jsonl":
-        return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        return "\n".join(json_text(row) for row in rows)
     if not rows:
         return ""
     head = list(rows[0])

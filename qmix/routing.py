@@ -11,6 +11,7 @@ from math import log2
 from pathlib import Path
 from typing import Any
 
+from qmix.config import strings
 from qmix.errors import UsageError
 from qmix.offload import replay
 from qmix.offload.router_stats import PHASES, Counts, RouterStats
@@ -85,7 +86,8 @@ def replay_report(tests: Sequence[Path], trains: Sequence[Path], say: Callable[[
         raise UsageError(f"{tests[0]}: no token was decoded in it", "record an answer, not only a prompt")
     if not trains:
         say("no --train trace: the caches start without statistics, so static keeps what it has")
-    rows = replay.rows(played, learnt, slots or default_slots(header), policies or SHOWN_POLICIES,
+    rows = replay.rows(played, learnt, slots or default_slots(header),
+                       strings("policies", policies) or SHOWN_POLICIES,
                        (False, True) if quotas else (False,), record)
     return {"source": header.source, "layers": header.layers, "experts": header.experts, "decoded tokens": decoded,
             "policies": rows, "predictions": replay.prediction_rows(played, learnt, guesses)}

@@ -204,7 +204,7 @@ class Talk:
         params: SamplingParams | None = None,
         *,
         system: str | None = None,
-        resume: bool = False,
+        resume: str | None = None,
         model: str = "fake",
         context: int = 4096,
         detailed: bool = False,

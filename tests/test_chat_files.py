@@ -83,7 +83,7 @@ def test_any_mix_of_undo_regen_save_and_load_agrees_with_a_plain_list(steps: lis
                 talk.say("a")
                 talk.say(f"/load {folder}/{number}.json")
             elif step == "continue":
-                talk = Talk(Path(folder), resume=bool(said))
+                talk = Talk(Path(folder), resume="" if said else None)
             else:
                 talk.say(step)
                 said.append(answer(step, len(said)))
@@ -227,45 +227,32 @@ def test_continue_takes_up_the_last_conversation(tmp_path: Path) -> None:
     first.say("one")
     first.say("two")
     first.say("/undo")
-    second = Talk(tmp_path, SamplingParams(temperature=0.1), resume=True)
+    second = Talk(tmp_path, SamplingParams(temperature=0.1), resume="")
     assert second.chat.conversation == first.chat.conversation
     err = second.err.getvalue()
     assert (
         "continuing 1 exchange, the last question was “one”" in err and "not the saved ones: temp 0.7" in err
     )
     assert second.say("turns?")[0] == "turn 2\n" and second.say("system?")[0] == "it is 'be kind'\n"
-    third = Talk(tmp_path, system="be short", resume=True)
+    third = Talk(tmp_path, system="be short", resume="")
     assert "--system replaces" in third.err.getvalue() and third.say("system?")[0] == "it is 'be short'\n"
 
 
 def test_continue_knows_models_apart_and_says_when_there_is_nothing(tmp_path: Path) -> None:
     for model in ("a/b", "a_b", "a b"):
-        talk = Talk(tmp_path, model=model, resume=True)
+        talk = Talk(tmp_path, model=model, resume="")
         assert "no saved conversation" in talk.err.getvalue()
         talk.say(f"I am {model}")
-    assert Talk(tmp_path, model="a_b", resume=True).said[0][0] == "I am a_b"
-
-
-def test_a_new_conversation_keeps_the_one_before_it(tmp_path: Path) -> None:
-    one = Talk(tmp_path)
-    one.say("one")
-    two = Talk(tmp_path)
-    assert savefile.load(two.chat.autosave.path)[0] == one.chat.conversation
-    two.say("two")
-    assert savefile.load(two.chat.autosave.previous)[0] == one.chat.conversation
-    kept = two.chat.conversation
-    assert str(two.chat.autosave.previous) in two.say("/clear")[1]
-    two.say("three")
-    assert savefile.load(two.chat.autosave.previous)[0] == kept
-    assert [e.question for e in savefile.load(two.chat.autosave.path)[0].exchanges] == ["three"]
+    assert Talk(tmp_path, model="a_b", resume="").said[0][0] == "I am a_b"
 
 
 def test_continue_of_a_damaged_file_is_an_error_that_names_it(tmp_path: Path) -> None:
     talk = Talk(tmp_path)
     talk.say("one")
+    assert talk.chat.autosave.path is not None
     talk.chat.autosave.path.write_text("{")
     with pytest.raises(UsageError, match="no JSON") as caught:
-        Talk(tmp_path, resume=True)
+        Talk(tmp_path, resume="")
     assert str(talk.chat.autosave.path) in caught.value.message and "--continue" in caught.value.cure
 
 

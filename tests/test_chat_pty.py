@@ -164,7 +164,7 @@ def test_continue_and_history(start: Start, tmp_path: Path) -> None:
     chat.ask("first", "You said: first")
     chat.send(CTRL_D)
     assert chat.end() == 0
-    again = start(resume=True, stats=True)
+    again = start(resume="", stats=True)
     assert "continuing 1 exchange, the last question was “first”" in again.raw
     assert "more were in the KV cache" in again.ask("turns?", "turn 2")
     again.ask("system?", "it is 'be kind'")
@@ -187,11 +187,11 @@ def test_termination_and_hangup_save_and_restore(start: Start, tmp_path: Path) -
     assert chat.end() == 128 + signal.SIGTERM and chat.modes_are_restored
     assert saved(tmp_path)[0][1].startswith("1 2 3 4 5 6 7 8")
 
-    chat = start(resume=True)
+    chat = start(resume="")
     os.kill(chat.process.pid, signal.SIGTERM)
     assert chat.end() == 128 + signal.SIGTERM and chat.modes_are_restored
 
-    chat = start(resume=True)
+    chat = start(resume="")
     chat.send("count" + ENTER)
     chat.expect("5 6 7 8")
     chat.hang_up()
@@ -207,13 +207,16 @@ def test_a_terminal_closed_at_the_prompt_ends_the_chat_with_and_without_sighup(s
 
 
 def test_dumb_terminal_and_no_color(start: Start, tmp_path: Path) -> None:
-    chat = start({"TERM": "dumb"})
+    chat = start({"TERM": "dumb"}, context=20000)
     chat.ask("Hello", "You said: Hello")
     chat.send('"""' + ENTER)
     chat.expect("...")
     chat.send("one" + ENTER)
     chat.ask('two"""', "You said: one")
     assert saved(tmp_path)[1][0] == "one\ntwo"
+    pasted = "begin " + "x" * 6000 + " END"  # more than a terminal's own line holds
+    chat.ask(pasted, "You said: begin")
+    assert saved(tmp_path)[2][0] == pasted
     chat.send(CTRL_C)
     chat.expect("Ctrl-D or /exit leaves")
     chat.expect(">>>")

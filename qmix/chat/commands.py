@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from qmix.chat import parameters, savefile, statline
 from qmix.chat.conversation import adopted
 from qmix.errors import QmixError, UsageError
+from qmix.paths import expanded
 
 if TYPE_CHECKING:
     from qmix.chat.repl import Chat
@@ -81,11 +82,11 @@ def _exit(chat: Chat, argument: str) -> None:
 
 
 def _clear(chat: Chat, argument: str) -> None:
-    count = len(chat.conversation)
+    count, name = len(chat.conversation), chat.autosave.name
     chat.start_over(replace(chat.conversation, exchanges=()))
     chat.screen.say(f"cleared {exchanges(count)}; system prompt and parameters stay")
-    if count and not chat.autosave_failed:
-        chat.screen.dim(f"with the next message it moves to {chat.autosave.previous}")
+    if count and name and not chat.autosave_failed:
+        chat.screen.dim(f"it stays saved as conversation {name} (qmix chat --continue={name})")
 
 
 def _regen(chat: Chat, argument: str) -> None:
@@ -142,7 +143,7 @@ def _show(chat: Chat, argument: str) -> None:
         "parameters": parameters.listed(chat.params),
         "seed": chat.seed_text(),
         "context": f"{used} of {chat.session.context} tokens used, {exchanges(len(chat.conversation))}",
-        "saved in": f"{chat.autosave.path}{' (failing)' if chat.autosave_failed else ''}",
+        "saved in": f"{chat.autosave.path or 'nothing yet'}{' (failing)' if chat.autosave_failed else ''}",
     }
     for name, value in rows.items():
         chat.screen.say(f"{name:<11} {value}")
@@ -187,10 +188,7 @@ def _path(text: str) -> Path:
     """A file name as typed: spaces need no quotes, but quotes around the whole are taken off."""
     if len(text) > 2 and text[0] == text[-1] and text[0] in "'\"":
         text = text[1:-1]
-    try:
-        return Path(text).expanduser()
-    except RuntimeError as e:  # ~nobody
-        raise UsageError(f"{text}: {e}") from None
+    return expanded(text)
 
 
 def exchanges(count: int) -> str:

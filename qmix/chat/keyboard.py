@@ -2,7 +2,7 @@
 
 While the chat runs, keys are not echoed and not gathered into lines: what is typed while an answer
 streams does not land inside it but waits for the next prompt. Ctrl-C still sends SIGINT. The editing
-prompt sets its own mode; the plain one asks for `lines`.
+prompt sets its own mode; the plain one (lines.py) reads key by key.
 """
 
 from __future__ import annotations
@@ -12,29 +12,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-LOCAL = 3  # the local modes' place in termios attributes
+LOCAL, CHARACTERS = 3, 6  # the places of local modes and control characters in termios attributes
 LINE_MODES = termios.ECHO | termios.ICANON
 
 
 @contextmanager
 def quiet(fd: int) -> Iterator[None]:
-    """No echo, no lines; then the terminal as it was before."""
-    with _local_modes(fd, off=LINE_MODES):
-        yield
-
-
-@contextmanager
-def lines(fd: int) -> Iterator[None]:
-    """Echo, and lines edited by the terminal itself."""
-    with _local_modes(fd, on=LINE_MODES):
-        yield
-
-
-@contextmanager
-def _local_modes(fd: int, on: int = 0, off: int = 0) -> Iterator[None]:
+    """No echo, no lines, each key at once; then the terminal as it was before."""
     before = termios.tcgetattr(fd)
     wanted = list(before)
-    wanted[LOCAL] = (wanted[LOCAL] | on) & ~off
+    wanted[LOCAL] &= ~LINE_MODES
+    wanted[CHARACTERS] = list(before[CHARACTERS])
+    wanted[CHARACTERS][termios.VMIN], wanted[CHARACTERS][termios.VTIME] = 1, 0
     termios.tcsetattr(fd, termios.TCSANOW, wanted)
     try:
         yield

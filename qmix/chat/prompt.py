@@ -31,6 +31,7 @@ from prompt_toolkit.output.vt100 import Vt100_Output
 from prompt_toolkit.shortcuts import CompleteStyle
 
 from qmix.chat import keyboard
+from qmix.chat.lines import Lines
 
 PROMPT, CONTINUATION = ">>> ", "... "
 QUOTES = '"""'
@@ -49,9 +50,9 @@ class Prompt(Protocol):
     def leave(self) -> None: ...
 
 
-def open_prompt(stdin: TextIO, stdout: TextIO, history: Path, commands: Iterable[str],
+def open_prompt(stdin: TextIO, stdout: TextIO, history: Path | None, commands: Iterable[str],
                 environ: Mapping[str, str] = os.environ) -> Prompt:
-    """The prompt for this terminal. history: the file of earlier inputs, created with mode 0600."""
+    """The prompt for this terminal. history: the file of earlier inputs, created with mode 0600; None for none."""
     if environ.get("TERM", "dumb").lower() in ("dumb", "unknown"):
         return LinePrompt(stdin, stdout)
     return EditingPrompt(stdin, stdout, history, commands, environ.get("TERM"))
@@ -71,7 +72,7 @@ def repaired(text: str) -> str:
 class EditingPrompt:
     """prompt_toolkit: editing, history, completion of commands, many lines."""
 
-    def __init__(self, stdin: TextIO, stdout: TextIO, history: Path, commands: Iterable[str],
+    def __init__(self, stdin: TextIO, stdout: TextIO, history: Path | None, commands: Iterable[str],
                  term: str | None):
         self.problem: str | None = None
         self._leaving = False
@@ -104,9 +105,13 @@ class EditingPrompt:
         self.problem = problem
 
 
-def open_history(path: Path, tell: Callable[[str], None]) -> History:
+def open_history(path: Path | None, tell: Callable[[str], None]) -> History:
     """Earlier inputs from `path`, made with mode 0600; what fails is told once, and then they are kept
     in memory."""
+    if path is None:
+        tell("no history of inputs, and conversations are not saved: there is no home folder (set HOME or "
+             "XDG_STATE_HOME)")
+        return InMemoryHistory()
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600))
@@ -193,7 +198,7 @@ def _key_bindings() -> KeyBindings:
 
 
 class LinePrompt:
-    """Reads lines from a terminal that cannot move its cursor; no editing, no history."""
+    """Reads lines from a terminal that cannot move its cursor; erasing is all the editing, and there is no history."""
 
     def __init__(self, stdin: TextIO, stdout: TextIO):
         self.problem: str | None = "dumb terminal: no line editing, no history of inputs"
@@ -201,6 +206,7 @@ class LinePrompt:
         self._out = stdout
         self._reading = False
         self._leaving = False
+        self._lines = Lines(stdin.fileno(), self._show)
 
     def read(self) -> str:
         text = self._line(PROMPT)
@@ -224,14 +230,18 @@ class LinePrompt:
             self._reading = True
             if self._leaving:
                 raise EOFError
-            self._out.write(prompt)
-            self._out.flush()
-            with keyboard.lines(self._in.fileno()):
-                line = self._in.buffer.readline()
+            self._show(prompt)
+            with keyboard.quiet(self._in.fileno()):
+                line = self._lines.read()
         except termios.error as e:
             raise OSError(*e.args) from None
         finally:
             self._reading = False
-        if not line:
+        if line is None:
             raise EOFError
-        return line.decode("utf-8", "surrogateescape").rstrip("\r\n")
+        return line
+
+    def _show(self, text: str) -> None:
+        encoding = self._out.encoding or "utf-8"
+        self._out.write(text.encode(encoding, "replace").decode(encoding))
+        self._out.flush()

@@ -17,10 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from qmix.chat import commands, keyboard, parameters, savefile, statline
+from qmix.chat import commands, keyboard, parameters, statline
 from qmix.chat.answer import Answer, respond
 from qmix.chat.conversation import Conversation, Exchange, adopted
 from qmix.chat.prompt import Prompt, open_prompt
+from qmix.chat.savefile import Autosave
 from qmix.chat.screen import Screen
 from qmix.chat.signals import Signals
 from qmix.config import Cancel, SamplingParams
@@ -33,27 +34,29 @@ SEEDS = 2**31  # a random seed stays short enough to be typed again
 
 
 def run(engine: Any, *, model_name: str, params: SamplingParams, system: str | None = None,
-        resume: bool = False, stats: bool = False, draft: int = 0, state_dir: Path, stdin: TextIO | None = None,
+        resume: str | None = None, stats: bool = False, draft: int = 0, state_dir: Path | None,
+        stdin: TextIO | None = None,
         stdout: TextIO | None = None, stderr: TextIO | None = None,
         environ: Mapping[str, str] = os.environ) -> int:
     """Chat until the user leaves; the exit code: 0, or 128 + the number of the signal that ended it.
 
-    engine: an Engine; its session is used by this chat alone. resume: go on with the conversation that
-    was last saved in state_dir for model_name. stats: all figures after each answer. draft: ids guessed
-    at a time where that pays, 0 for none. The streams are
+    engine: an Engine; its session is used by this chat alone. resume: go on with the conversation of that
+    name in state_dir, "" for the one last saved for model_name. state_dir None: nothing is saved, which is said.
+    stats: all figures after each answer. draft: ids guessed at a time where that pays, 0 for none. The streams are
     sys.stdin, sys.stdout and sys.stderr unless given.
-    UsageError without a terminal, or where the template refuses the system prompt.
+    UsageError without a terminal, where the template refuses the system prompt, or for a name that there is not.
     """
     stdin, stdout, stderr = stdin or sys.stdin, stdout or sys.stdout, stderr or sys.stderr
     for name, stream in (("stdin", stdin), ("stdout", stdout)):
-        if not stream.isatty():
+        if stream is None or not stream.isatty():
             raise UsageError(f"chat needs a terminal: {name} is none",
                              'for pipes and scripts: qmix generate MODEL -p "..."')
     chat = Chat(engine, model_name, params, Screen(stdout, stderr, environ),
-                savefile.Autosave(state_dir, model_name), detailed=stats, draft=draft)
+                Autosave(state_dir, model_name), detailed=stats, draft=draft)
     chat.begin(system, resume)
     names = [c.name for c in commands.COMMANDS]
-    prompt = open_prompt(stdin, stdout, state_dir / "chat_history", names, environ)
+    history = None if state_dir is None else state_dir / "chat_history"
+    prompt = open_prompt(stdin, stdout, history, names, environ)
     with keyboard.quiet(stdin.fileno()), Signals(chat.cancel, prompt) as signals:
         chat.ending = lambda: signals.ending
         _loop(chat, prompt)
@@ -85,7 +88,7 @@ class Chat:
     """One conversation with one engine. The commands (commands.py) are its other half."""
 
     def __init__(self, engine: Any, model_name: str, params: SamplingParams, screen: Screen,
-                 autosave: savefile.Autosave, *, detailed: bool = False, draft: int = 0,
+                 autosave: Autosave, *, detailed: bool = False, draft: int = 0,
                  draw: Callable[[], int] = lambda: secrets.randbelow(SEEDS),
                  clock: Callable[[], float] = time.perf_counter):
         """draft: ids guessed at a time, 0 for none; draw: a random seed; clock: seconds."""
@@ -106,21 +109,23 @@ class Chat:
         self._clock = clock
         self.seed = draw() if params.seed is None else params.seed
 
-    def begin(self, system: str | None, resume: bool) -> None:
-        """Say what the chat works with, and take up the saved conversation if asked to."""
+    def begin(self, system: str | None, resume: str | None) -> None:
+        """Say what the chat works with, and take up a saved conversation if asked to: see run."""
         self.set_system(system)
         self.screen.dim(f"{self.conversation.model} · context {self.session.context} tokens · "
                         f"seed {self.seed_text()}")
         self.screen.dim(f"chat format: {self.engine.tokenizer.template_name}")
-        if resume:
-            self._resume(system)
+        if resume is not None:
+            self._resume(resume, system)
         self.screen.dim("/help lists the commands, Ctrl-D leaves")
 
-    def _resume(self, system: str | None) -> None:
+    def _resume(self, name: str, system: str | None) -> None:
         try:
-            saved = self.autosave.load()
+            saved = self.autosave.load(name)
+        except UsageError:
+            raise
         except QmixError as e:
-            cure = "start without --continue; the file stays, as *.previous.json"
+            cure = "--continue=NAME takes another (qmix chat --list shows them); this file stays as it is"
             raise UsageError(e.message, cure) from None
         if saved is None:
             self.screen.say(f"no saved conversation with {self.conversation.model}: this is a new one")
@@ -218,7 +223,8 @@ class Chat:
     def autosave_now(self) -> None:
         """Save for --continue; a failure is told once, and never stops the chat."""
         try:
-            self.autosave.save(self.conversation, self.params)
+            if told := self.autosave.save(self.conversation, self.params):
+                self.screen.say(told)
             self.autosave_failed = False
         except QmixError as e:
             if not self.autosave_failed:

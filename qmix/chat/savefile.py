@@ -1,40 +1,50 @@
-"""Conversations as files: JSON, versioned, written whole or not at all, readable by their owner only.
+"""Conversations as files, readable by their owner only, written whole or not at all.
 
-    {"format": "qmix-conversation", "version": 1, "model": "mixtral-int4", "system": null,
-     "parameters": {"temperature": 0.7, ..., "seed": null, "stop": []},
-     "messages": [{"role": "user", "content": "Hi"},
-                  {"role": "assistant", "content": "Hello", "ids": [22557]}]}
+The chat saves its conversation after each change, a file each in the state folder, named by model and number:
 
-seed null: random. ids null: not known, the text is encoded. Errors name the file and the field.
+    chats/mixtral-int4-5e0c1a2b.1.json     --continue=1
+    chats/mixtral-int4-5e0c1a2b.2.json     --continue=2, and --continue where it is the one last saved
+
+Two chats with one model never write one file. A new conversation takes the next free number, and a chat that goes on
+with a saved one first looks whether the file is still as it left it: where another chat has written it since, this one
+goes on under a number of its own. A lock on the folder makes look and write one step. Where the file system has no
+locks, two saves in the same millisecond could still meet.
+
+Before conversations had numbers there was MODEL.json, the last one, and MODEL.previous.json; they are still found, as
+"old" and "previous".
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
-import json
 import os
 import re
 import stat
 import tempfile
-from dataclasses import asdict, fields
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from qmix.chat.conversation import Conversation, Exchange
+from qmix.chat.conversation import Conversation
+from qmix.chat.document import foreign, parsed, written
 from qmix.config import SamplingParams
-from qmix.errors import QmixError
+from qmix.errors import QmixError, UsageError
 
-FORMAT, VERSION = "qmix-conversation", 1
 LARGEST = 64 << 20  # bytes; a conversation of a million tokens is a tenth of it
+OLD, PREVIOUS = "old", "previous"
+FILE = re.compile(r"(?P<stem>.*-[0-9a-f]{8})(\.(?P<name>[1-9][0-9]*|previous))?\.json")
+FIRST_WORDS = 60  # characters of the first question that a list shows
+Identity = tuple[int, int, int]
 
 
-def save(path: Path, conversation: Conversation, params: SamplingParams) -> None:
-    """Write or replace `path`. QmixError where that fails; then an older file is as it was."""
-    document = {"format": FORMAT, "version": VERSION, "model": conversation.model,
-                "system": conversation.system, "parameters": asdict(params),
-                "messages": _messages(conversation)}
-    text = json.dumps(document, ensure_ascii=False, indent=1) + "\n"
+def save(path: Path, conversation: Conversation, params: SamplingParams, *, new: bool = False) -> None:
+    """Write or replace `path`. QmixError where that fails; then an older file is as it was. new: never replace;
+    FileExistsError where there is a file of that name."""
+    text = written(conversation, params)
     temporary = None
     try:
         # A private name in the same folder: mkstemp gives mode 0600, and replace needs one file system.
@@ -43,21 +53,30 @@ def save(path: Path, conversation: Conversation, params: SamplingParams) -> None
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).replace(path)
+        _into_place(Path(temporary), path, new)
+    except FileExistsError:
+        raise
     except (OSError, ValueError) as e:  # ValueError: a name with a NUL byte
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                Path(temporary).unlink()
         reason = e.strerror if isinstance(e, OSError) else e
         raise QmixError(f"{path}: cannot save: {reason}", "choose another file") from None
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                Path(temporary).unlink()  # gone already, unless something failed
 
 
-def _messages(conversation: Conversation) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    for e in conversation.exchanges:
-        found.append({"role": "user", "content": e.question})
-        found.append({"role": "assistant", "content": e.answer, "ids": e.ids})
-    return found
+def _into_place(temporary: Path, path: Path, new: bool) -> None:
+    """Give a whole file its name. A hard link, unlike a rename, fails where the name is taken."""
+    if new:
+        try:
+            os.link(temporary, path)
+            return
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            if exists(path):
+                raise FileExistsError(str(path)) from None
+    temporary.replace(path)
 
 
 def exists(path: Path) -> bool:
@@ -74,106 +93,149 @@ def load(path: Path) -> tuple[Conversation, SamplingParams]:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise _foreign(path, "not a regular file")
+            raise foreign(path, "not a regular file")
         if status.st_size > LARGEST:
-            raise _foreign(path, f"{status.st_size} bytes, want at most {LARGEST}")
-        raw = json.loads(path.read_bytes())
+            raise foreign(path, f"{status.st_size} bytes, want at most {LARGEST}")
+        data = path.read_bytes()
     except OSError as e:
         raise QmixError(f"{path}: cannot read: {e.strerror or e}") from None
-    except (ValueError, RecursionError) as e:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise _foreign(path, f"no JSON: {e}") from None
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-        raise _foreign(path, "no qmix conversation")
-    if raw.get("version") != VERSION:
-        raise _foreign(path, f"version: got {raw.get('version')!r}, this qmix reads {VERSION}")
-    system = raw.get("system")
-    conversation = Conversation(_text(path, raw.get("model"), "model"),
-                                None if system is None else _text(path, system, "system"),
-                                _exchanges(path, raw.get("messages")))
-    return conversation, _params(path, raw.get("parameters"))
+    except ValueError as e:  # a name with a NUL byte
+        raise QmixError(f"{path}: cannot read: {e}") from None
+    return parsed(path, data)
 
 
-def _exchanges(path: Path, raw: Any) -> tuple[Exchange, ...]:
-    if not isinstance(raw, list) or not all(isinstance(m, dict) for m in raw):
-        raise _foreign(path, "messages: want a list of objects")
-    roles = [m.get("role") for m in raw]
-    if roles != ["user", "assistant"] * (len(raw) // 2):
-        raise _foreign(path, "messages: want user and assistant in turn")
-    found = []
-    for n in range(0, len(raw), 2):
-        ids = raw[n + 1].get("ids")
-        if ids is not None and not (isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)):
-            raise _foreign(path, f"messages[{n + 1}].ids: want token ids or null")
-        found.append(Exchange(_text(path, raw[n].get("content"), f"messages[{n}].content"),
-                              _text(path, raw[n + 1].get("content"), f"messages[{n + 1}].content"),
-                              None if ids is None else tuple(ids)))
-    return tuple(found)
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A saved conversation. stem: of which model; name: what --continue takes; changed: nanoseconds since 1970."""
 
-
-def _text(path: Path, value: Any, field: str) -> str:
-    if not isinstance(value, str):
-        raise _foreign(path, f"{field}: want a text")
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # "\\ud800" is JSON but no Unicode text
-        raise _foreign(path, f"{field}: half a surrogate pair") from None
-    return value
-
-
-def _params(path: Path, raw: Any) -> SamplingParams:
-    kinds: dict[str, tuple[type, ...]] = {f.name: (int, float) if "float" in str(f.type) else (int,)
-                                          for f in fields(SamplingParams)}
-    kinds |= {"seed": (int, type(None)), "stop": (list,)}
-    if not isinstance(raw, dict):
-        raise _foreign(path, "parameters: want an object")
-    for name, value in raw.items():
-        if name not in kinds:
-            raise _foreign(path, f"parameters.{name}: no such parameter")
-        if isinstance(value, bool) or not isinstance(value, kinds[name]):
-            raise _foreign(path, f"parameters.{name}: got {value!r}")
-    stop = tuple(_text(path, text, "parameters.stop") for text in raw.get("stop", ()))
-    try:
-        return SamplingParams(**{**raw, "stop": stop})
-    except QmixError as e:
-        raise _foreign(path, f"parameters.{e.message}") from None
-
-
-def _foreign(path: Path, what: str) -> QmixError:
-    return QmixError(f"{path}: {what}")
+    stem: str
+    name: str
+    path: Path
+    changed: int
 
 
 class Autosave:
-    """The last conversation with a model, in the state folder, so that --continue finds it.
+    """The conversation that goes on, saved whenever it changes. path and name: of its file, None before the first
+    save and where there is no state folder."""
 
-    A new conversation does not overwrite the one before it: that stays beside it as *.previous.json.
-    """
-
-    def __init__(self, state_dir: Path, model: str):
-        readable = re.sub(r"[^\w.-]+", "_", model)[-60:].lstrip(".")
-        name = f"{readable}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"
-        self.path = state_dir / "chats" / f"{name}.json"
-        self.previous = self.path.with_name(f"{name}.previous.json")
-        self._fresh = True
+    def __init__(self, state_dir: Path | None, model: str):
+        self._folder = None if state_dir is None else state_dir / "chats"
+        self._stem = stem_of(model)
+        self._written: Identity | None = None  # the file as this chat wrote or read it last
+        self.path: Path | None = None
+        self.name: str | None = None
 
     def start_new(self) -> None:
         """What is saved from now on is another conversation."""
-        self._fresh = True
+        self.path = self.name = self._written = None
 
-    def save(self, conversation: Conversation, params: SamplingParams) -> None:
-        """QmixError where the folder cannot be written."""
+    def save(self, conversation: Conversation, params: SamplingParams) -> str:
+        """QmixError where it cannot be saved. What to tell the user, "" for nothing."""
+        if self._folder is None:
+            raise QmixError("there is no home folder for it", "set HOME or XDG_STATE_HOME")
         try:
-            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if self._fresh and self.path.exists():
-                self.path.replace(self.previous)
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with _locked(self._folder):
+                return self._save(self._folder, conversation, params)
         except OSError as e:
-            raise QmixError(f"{self.path}: cannot save: {e.strerror or e}") from None
-        save(self.path, conversation, params)
-        self._fresh = False
+            raise QmixError(f"{self._folder}: cannot save: {e.strerror or e}") from None
 
-    def load(self) -> tuple[Conversation, SamplingParams] | None:
-        """The last conversation, to be gone on with; None where there is none."""
-        if not self.path.exists():
+    def _save(self, folder: Path, conversation: Conversation, params: SamplingParams) -> str:
+        before = self.name
+        if self.path is not None and self._written is not None and _identity(self.path) == self._written:
+            save(self.path, conversation, params)
+        else:
+            self.path, self.name = self._new_file(folder, conversation, params)
+        self._written = _identity(self.path)
+        if before in (None, self.name):
+            return ""
+        return (f"conversation {before} was changed or removed outside this chat: it stays as it is, and this one is "
+                f"now conversation {self.name}")
+
+    def _new_file(self, folder: Path, conversation: Conversation, params: SamplingParams) -> tuple[Path, str]:
+        """Saved under the next free number."""
+        number = 1 + max((int(one.name) for one in self.saved() if one.name.isdigit()), default=0)
+        while True:
+            path = folder / f"{self._stem}.{number}.json"
+            try:
+                save(path, conversation, params, new=True)
+                return path, str(number)
+            except FileExistsError:  # no locks here, and another chat was faster
+                number += 1
+
+    def saved(self) -> list[Saved]:
+        """All saved conversations with this model, the one last saved first."""
+        return [one for one in _saved(self._folder) if one.stem == self._stem]
+
+    def load(self, name: str = "") -> tuple[Conversation, SamplingParams] | None:
+        """The conversation of that name, or the one last saved, to be gone on with; None where there is none to go on
+        with. UsageError for a name that there is not; QmixError where its file is damaged."""
+        found = self.saved()
+        one = next((one for one in found if name in ("", one.name)), None)
+        if one is None and name:
+            names = ", ".join(each.name for each in found) or "none"
+            raise UsageError(f"--continue={name}: no such conversation with this model",
+                             f"saved: {names}; qmix chat --list shows them")
+        if one is None:
             return None
-        found = load(self.path)
-        self._fresh = False
-        return found
+        written = _identity(one.path)
+        loaded = load(one.path)
+        self.path, self.name, self._written = one.path, one.name, written
+        return loaded
+
+
+def stem_of(model: str) -> str:
+    """What the files of a model's conversations begin with: readable, and different for each name."""
+    readable = re.sub(r"[^\w.-]+", "_", model)[-60:].lstrip(".")
+    return f"{readable}-{hashlib.sha256(os.fsencode(model)).hexdigest()[:8]}"
+
+
+def rows(state_dir: Path, model: str | None = None) -> list[dict[str, Any]]:
+    """What `qmix chat --list` prints: a row for each saved conversation, the one last saved first. model: only with
+    this one."""
+    stem = None if model is None else stem_of(model)
+    found = []
+    for one in _saved(state_dir / "chats"):
+        if stem not in (None, one.stem):
+            continue
+        try:
+            conversation, _ = load(one.path)
+        except QmixError as e:
+            name, count, first = one.stem, 0, f"(damaged: {e.message})"
+        else:
+            name, count = conversation.model, len(conversation)
+            first = conversation.exchanges[0].question.strip().partition("\n")[0][:FIRST_WORDS] if count else ""
+        when = datetime.fromtimestamp(one.changed / 1e9).strftime("%Y-%m-%d %H:%M")
+        found.append({"name": one.name, **({"model": name} if model is None else {}), "saved": when,
+                      "exchanges": count, "begins": first})
+    return found
+
+
+def _saved(folder: Path | None) -> list[Saved]:
+    """Of all models, the one last saved first; of two saved at once, the one with the larger number."""
+    found = []
+    for path in folder.iterdir() if folder is not None and folder.is_dir() else ():
+        if (parts := FILE.fullmatch(path.name)) and (identity := _identity(path)):
+            found.append(Saved(parts["stem"], parts["name"] or OLD, path, identity[1]))
+    return sorted(found, key=lambda one: (one.changed, one.name != PREVIOUS, len(one.name), one.name), reverse=True)
+
+
+def _identity(path: Path) -> Identity | None:
+    """What changes whenever a file is replaced: inode, time, size; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """No other chat saves meanwhile."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)

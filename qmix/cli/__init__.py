@@ -6,26 +6,28 @@ commands, so that `qmix --help` answers without torch.
 
 from __future__ import annotations
 
-import os
+import errno
 import sys
 from collections.abc import Callable
-from typing import Annotated, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from qmix import __version__, render, settings
+from qmix import __version__, render, settings, streams
+from qmix.cli import failures
 from qmix.cli.bench import bench
 from qmix.cli.evaluate import evaluate
 from qmix.cli.machine import doctor, plan
 from qmix.cli.routing import replay, stats
 from qmix.cli.stores import list_models, quantize, show, verify
-from qmix.cli.talk import chat, demo, generate
+from qmix.cli.talk import ChatCommand, chat, demo, generate
 from qmix.errors import QmixError
 
 HELP = """Run Mixture-of-Experts models on one machine: 4-bit experts, one command to quantize, one to chat.
 
 Exit codes: 0 done, 1 runtime error, 2 usage, 3 does not fit, 4 model files missing or corrupt, 130 interrupted.
-Every flag can stand in the environment as QMIX_COMMAND_FLAG (QMIX_CHAT_TEMP=0.3), or in qmix.toml."""
+Every flag can stand in the environment as QMIX_COMMAND_FLAG (QMIX_CHAT_TEMP=0.3), or in qmix.toml. One that may be
+repeated takes a JSON list there: QMIX_CHAT_STOP='["### a", "b"]'."""
 
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=True, rich_markup_mode=None,
                   context_settings={"help_option_names": ["-h", "--help"]})
@@ -42,43 +44,71 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate, "stats": stats, "replay": replay, "show": show, "list": list_models, "verify": verify,
     "demo": demo}
 for _name, _command in COMMANDS.items():
-    app.command(_name)(_command)
+    app.command(_name, cls=ChatCommand if _name == "chat" else None)(_command)
 
 
 def main(argv: list[str] | None = None) -> None:
     """The console script: run a command and leave with its exit code."""
-    command = typer.main.get_command(app)
+    replaced = streams.prepare()
+    code = _exit_code(argv)
+    code = _flush_stdout() or code
+    if line := replaced.line():
+        render.say(line)
+    if code:
+        sys.exit(code)
+
+
+def _exit_code(argv: list[str] | None) -> int:
+    """Run a command. What it raises is said here, and nowhere else."""
     try:
-        kinds = {}
-        for name, one in command.commands.items():  # type: ignore[attr-defined]
-            kinds[name] = get_type_hints(COMMANDS[name])
-            for parameter in one.params:
-                parameter.show_envvar = False  # the rule stands once, in the help of qmix itself
-        defaults = settings.read_file(settings.xdg_folder("config") / "qmix.toml", kinds)
-        settings.check_environment(kinds)
-        command.main(argv, prog_name="qmix", default_map=defaults, auto_envvar_prefix=settings.ENV_PREFIX)
+        command = typer.main.get_command(app)
+        command.main(argv, prog_name="qmix", default_map=_defaults(command), auto_envvar_prefix=settings.ENV_PREFIX)
     except SystemExit as left:
         if isinstance(left.__context__, BrokenPipeError):  # typer's way out when a reader left early
-            sys.exit(0)
-        raise
+            return 0
+        return left.code if isinstance(left.code, int) else int(left.code is not None)
     except QmixError as error:
         render.fail(error)
-        sys.exit(error.exit_code)
+        return error.exit_code
+    except KeyboardInterrupt:
+        render.say("interrupted")
+        return 130
     except OSError as error:
-        # Files of ours raise QmixErrors; what is left is the terminal, the disk or a pipe.
-        render.say(f"error: {error.filename or 'input/output'}: {error.strerror or error}")
-        sys.exit(1)
-    except MemoryError:
-        render.say("error: out of memory\n  close other programs or choose a smaller -c/--ctx-size")
-        sys.exit(1)
-    finally:
-        _flush_stdout()
+        if failures.out_of_memory(error):
+            failures.report(error)
+        else:  # Files of ours raise QmixErrors; what is left is the terminal, the disk or a pipe.
+            render.say(f"error: {error.filename or 'input/output'}: {error.strerror or error}")
+        return 1
+    except Exception as error:
+        failures.report(error)
+        return 1
+    return 0
 
 
-def _flush_stdout() -> None:
-    """A reader that left early (`| head`, a closed terminal) is no error; point stdout elsewhere so that
-    exit stays quiet."""
+def _defaults(command: Any) -> dict[str, dict[str, Any]]:
+    """What the environment's lists and qmix.toml say, for click; no QMIX_ variable and no key is ignored."""
+    kinds = {name: get_type_hints(COMMANDS[name]) for name in command.commands}
+    settings.check_environment(kinds)
+    defaults = settings.read_file(settings.config_file(), kinds)
+    for name, one in command.commands.items():
+        for parameter in one.params:
+            parameter.show_envvar = False  # the rule stands once, in the help of qmix itself
+            if parameter.name in kinds[name] and settings.is_list(kinds[name][parameter.name]):
+                parameter.allow_from_autoenv = False  # click would split it at spaces
+    for name, lists in settings.environment_lists(kinds).items():
+        defaults.setdefault(name, {}).update(lists)
+    return defaults
+
+
+def _flush_stdout() -> int:
+    """1 where the end of the output could not be written. A reader that left early (`| head`, a closed terminal) is no
+    error; stdout then points elsewhere, so that exit stays quiet."""
     try:
         sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (OSError, ValueError) as error:
+        streams.abandon(sys.stdout)
+        if isinstance(error, BrokenPipeError) or getattr(error, "errno", None) == errno.EIO:
+            return 0
+        render.say(f"error: stdout: {getattr(error, 'strerror', None) or error}")
+        return 1

@@ -64,7 +64,8 @@ def mixed_config(checkpoint: Checkpoint, quant: QuantConfig, wanted: Wanted, tex
     part = text.part(fit.sensitivity_tokens(checkpoint.config))
     job.check_memory(checkpoint, part.tokens * (checkpoint.config.num_layers + 1), threads)
     with render.byte_bar("measure") as progress:
-        found = fit.sensitivity(checkpoint, part, quant, threads, paths.sensitivity_folder(), render.say, progress)
+        found = fit.sensitivity(checkpoint, part, quant, threads,
+                                paths.if_any(paths.sensitivity_folder), render.say, progress)
     mixed, choice = fit.mixed(checkpoint.config, quant, found, wanted)
     for line in fit.lines(checkpoint.config, quant, found, choice, part.tokens):
         render.say(line)

@@ -39,8 +39,9 @@ def doctor(
 
     named = None if model is None else paths.resolve(model, render.say)
     found = {"tuning": examination.tune(named, file=paths.kernels_file(), say=render.say)} if tune else {}
+    cache = paths.hardware_file() if bandwidth else paths.if_any(paths.hardware_file)
     with render.byte_bar("doctor") as progress:
-        report = examination.run(named or Path.cwd(), bandwidth=bandwidth, cache_file=paths.hardware_file(),
+        report = examination.run(named or Path.cwd(), bandwidth=bandwidth, cache_file=cache,
                                  say=render.say, progress=progress)
     print(render.document({**found, **report}, as_json=json))
 
@@ -72,9 +73,9 @@ def plan(
     if format or dense or group_size:
         quant = quant_config(format or "int4", dense or "int8", None, group_size, None, False)
     path = paths.resolve(model, render.say, ("config.json",)) if model else model_folder(model)
-    found = planning.find_model(path, quant, paths.routing_folder(), render.say)
+    found = planning.find_model(path, quant, paths.if_any(paths.routing_folder), render.say)
     machine = planning.Machine(size_or_auto("--ram", ram), margin_bytes(margin),
                                size_or_auto("--vram", vram), ram_speed, vram_speed, pcie, disk)
     machine = planning.find_gpu(found, machine, device, kv_cache, render.say)
-    known = planning.known_speeds(paths.hardware_file(), render.say)
+    known = planning.known_speeds(paths.if_any(paths.hardware_file), render.say)
     print(render.document(planning.describe(found, ctx_size, machine, known, render.say, kv_cache), as_json=json))

@@ -97,15 +97,17 @@ def load_engine(folder: Path, how: Loading, keep_statistics: bool = True,
     margin = margin_bytes(how.margin)
     if how.no_prefetch and how.prefetch not in ("auto", "off"):
         raise UsageError(f"--no-prefetch with --prefetch {how.prefetch}", "drop one of the two")
+    state = paths.if_any(paths.routing_folder) if keep_statistics else None
+    if keep_statistics and state is None:
+        say("no home folder: router statistics are not kept (set HOME or XDG_STATE_HOME)")
     with render.byte_bar("load") as progress:
         return load(folder, threads=how.threads, context=how.ctx_size, ram=ram, margin=margin, policy=how.cache_policy,
                     prefetch="off" if how.no_prefetch else how.prefetch, verify=how.verify,
                     activations=how.activations, kv=how.kv_cache, trace=how.trace if recorder is None else recorder,
-                    state=paths.routing_folder() if keep_statistics else None,
-                    speeds=known_speeds(paths.hardware_file(), render.say),
+                    state=state, speeds=known_speeds(paths.if_any(paths.hardware_file), render.say),
                     base=base, scoring=scoring, say=say, progress=progress,
                     placement=Placement(how.device, size_or_auto("--vram", how.vram), size_or_auto("--pin", how.pin),
-                                        how.exact, vram_base, paths.kernels_file()))
+                                        how.exact, vram_base, paths.if_any(paths.kernels_file)))
 
 
 def margin_bytes(text: str | None) -> int | None:

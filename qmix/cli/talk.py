@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from qmix import paths, render
 from qmix.cli.options import (
@@ -48,7 +49,10 @@ from qmix.errors import UsageError
 
 def chat(
     model: ModelArgument = None, system: System = None,
-    resume: Annotated[bool, typer.Option("--continue", help="Go on with the last conversation.")] = False,
+    resume: Annotated[str | None, typer.Option("--continue", metavar="[=NAME]", help="Go on with the last "
+                                               "conversation, or with this one.", show_default=False)] = None,
+    saved: Annotated[bool, typer.Option("--list", help="List the saved conversations, of all models or with MODEL, and "
+                                        "leave.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="More figures after each answer.")] = False,
     temp: Temp = 0.7, top_p: TopP = 0.95, top_k: TopK = 0, min_p: MinP = 0.0, repeat_penalty: Penalty = 1.0,
     seed: Seed = None, stop: Stop = None, max_tokens: MaxTokens = -1, ctx_size: Context = 0, threads: Threads = None,
@@ -58,13 +62,35 @@ def chat(
     device: Device = "auto", vram: Vram = "auto", pin: Pin = "auto", exact: Exact = False,
 ) -> None:
     """Talk with a model in the terminal; /help inside lists the commands."""
+    if saved:
+        _list_saved(model)
+        return
     params = sampling(temp, top_p, top_k, min_p, repeat_penalty, seed, max_tokens, stop)
     how = Loading(ctx_size, threads, ram, margin, cache_policy, prefetch, no_prefetch, verify, activations, kv_cache,
                   trace, device, vram, pin, exact)
     _chat(model_folder(model), model or "", params, system, resume, stats, how, draft)
 
 
-def _chat(folder: Path, name: str, params: SamplingParams, system: str | None, resume: bool, stats: bool,
+class ChatCommand(TyperCommand):
+    """`--continue` takes a name only as --continue=NAME: in `--continue mixtral` the model follows."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        end = args.index("--") if "--" in args else len(args)
+        return super().parse_args(ctx, [f"{arg}=" if arg == "--continue" and n < end else arg
+                                        for n, arg in enumerate(args)])
+
+
+def _list_saved(model: str | None) -> None:
+    from qmix.chat.savefile import rows
+
+    found = rows(paths.state_folder(), model)
+    if not found:
+        render.say("no saved conversations" + (f" with {model}" if model else ""))
+        return
+    print(render.table([{key: render.clean(str(value)) for key, value in row.items()} for row in found]))
+
+
+def _chat(folder: Path, name: str, params: SamplingParams, system: str | None, resume: str | None, stats: bool,
           how: Loading, draft: int) -> None:
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UsageError("chat needs a terminal", "for pipes and scripts: qmix generate MODEL -p \"...\"")
@@ -72,7 +98,8 @@ def _chat(folder: Path, name: str, params: SamplingParams, system: str | None, r
 
     with load_engine(folder, how) as engine:
         raise typer.Exit(chat_package.run(engine, model_name=name or folder.name, params=params, system=system,
-                                          resume=resume, stats=stats, draft=draft, state_dir=paths.state_folder()))
+                                          resume=resume, stats=stats, draft=draft,
+                                          state_dir=paths.if_any(paths.state_folder)))
 
 
 def generate(
@@ -116,7 +143,7 @@ def demo(
     folder = demo_store(paths.models_folder() / "demo", render.say)
     params = checked(SamplingParams, temp, seed=seed)
     if prompt is None:
-        _chat(folder, "demo", params, None, False, False, Loading(threads=threads, device=device), 7)
+        _chat(folder, "demo", params, None, None, False, Loading(threads=threads, device=device), 7)
     else:
         with load_engine(folder, Loading(threads=threads, device=device)) as engine:
             raise typer.Exit(oneshot.run(engine, prompt, params, draft=7))

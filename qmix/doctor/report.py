@@ -43,7 +43,7 @@ FOREIGN = ("9p", "drvfs", "v9fs", "nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.
 NOT_MEASURED = "not measured: run qmix doctor --bandwidth"
 
 
-def run(folder: Path | None, *, bandwidth: bool, cache_file: Path, say: Callable[[str], None],
+def run(folder: Path | None, *, bandwidth: bool, cache_file: Path | None, say: Callable[[str], None],
         progress: Progress | None = None, effort: DiskEffort | None = None, scratch_bytes: int = GIB,
         ram_bytes: int | None = None, today: date | None = None, root: Path = Path("/")) -> dict[str, Any]:
     """The report, nested plain data for render.document; "problems" is its last key, a row each.
@@ -192,11 +192,11 @@ def _measure(folder: Path, files: list[Path], effort: DiskEffort, scratch_bytes:
         return measure_disk([path], effort, say=say, progress=progress)
 
 
-def examine_bandwidths(disk: DiskReport | None, measure: bool, cache_file: Path, ram_bytes: int | None, today: date,
-                       say: Callable[[str], None]) -> Section:
+def examine_bandwidths(disk: DiskReport | None, measure: bool, cache_file: Path | None, ram_bytes: int | None,
+                       today: date, say: Callable[[str], None]) -> Section:
     """What was measured, now or earlier; what is measured now is kept in cache_file."""
-    if not measure:
-        known = bandwidths.load(cache_file, say)
+    if not measure or cache_file is None:
+        known = None if cache_file is None else bandwidths.load(cache_file, say)
         return ({"source": NOT_MEASURED}, []) if known is None else ({"source": str(cache_file), **asdict(known)}, [])
     try:
         found = bandwidths.measure(disk, today=today, ram_bytes=ram_bytes, say=say)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from qmix import hardware
+from qmix import forks, hardware
 from qmix.config import Cancel, ModelConfig, SamplingParams, Step
 from qmix.device import Device
 from qmix.engine.kernels import native_throughout
@@ -54,6 +55,8 @@ class Engine:
         self._closing = closing
         self._caches: WeakSet[KVCache] = WeakSet()
         self._lock = threading.Lock()
+        self._closed = False
+        self._pid = os.getpid()
         self._sessions = 0
         self._paces: dict[int, Pace] = {}
 
@@ -84,7 +87,9 @@ class Engine:
 
     def session(self) -> Session:
         """A new conversation with room for plan.context positions. The plan has room for one; DoesNotFit where
-        another one, beside those still in use, would break the budget."""
+        another one, beside those still in use, would break the budget; QmixError where the engine is closed, or this
+        process was forked after it was loaded."""
+        self._check_usable()
         tier = self.plan.tiers[0]
         spare = tier.budget - tier.total
         used = sum(cache.nbytes for cache in self._caches)
@@ -115,6 +120,7 @@ class Engine:
         return map(self._logits, residual.split(BLOCK))
 
     def _logits(self, residual: Tensor) -> Tensor:
+        self._check_usable()
         with self._lock, self._entered():
             torch.set_num_threads(self._threads)
             return self._model.logits(residual)
@@ -125,6 +131,7 @@ class Engine:
     def _advance(self, sessions: Sequence[Session], tokens: Sequence[Sequence[int]], phase: str, cancel: Cancel | None,
                  drafts: int, run: Callable[[Tensor, Tensor, Step], Tensor]) -> Tensor:
         """`run` a pass that appends tokens[i] to sessions[i]; what it returns."""
+        self._check_usable()
         vocabulary = self.config.vocab_size
         for session, ids in zip(sessions, tokens, strict=True):
             if not all(0 <= token < vocabulary for token in ids):
@@ -176,7 +183,10 @@ class Engine:
         self.reset_stats()
 
     def settle(self, rejected: int) -> None:
-        """Of the drafts of the last pass, the last `rejected` were wrong: the statistics count the others."""
+        """Of the drafts of the last pass, the last `rejected` were wrong: the statistics count the others. Nothing in
+        a closed engine or a forked child, where an answer that was not read to its end is dropped."""
+        if self._closed or self._forked:
+            return
         with self._lock:
             self._offload.settle(rejected)
 
@@ -198,8 +208,9 @@ class Engine:
                  cancel: Cancel | None = None, draft: int = LONGEST) -> Iterator[Token]:
         """Answer a prompt (a text is continued as it is) or a conversation, in a session of its own. draft: ids
         guessed at a time where that pays, 0 to 7; the answer is the same."""
+        self._check_usable()
         tokenizer, raw = self.tokenizer, isinstance(prompt, str)
-        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(list(prompt))
+        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(_messages(prompt))
         return generate(self.session(), ids, params or SamplingParams(), tokenizer, cancel,
                         stops=() if raw else tokenizer.turn_stops, continuing=raw, pace=self.pace(draft))
 
@@ -233,7 +244,29 @@ class Engine:
         self._offload.reset()
 
     def close(self) -> None:
+        """Free everything. A pass that another thread computes is waited for; the next one is refused, and so are
+        answers that were not read to their end. A forked child only lets go: files and threads are its parent's."""
+        if self._forked:
+            self._closed = True
+            self._closing.pop_all()
+            return
+        with self._lock:
+            self._closed = True
         self._closing.close()
+
+    @property
+    def _forked(self) -> bool:
+        return os.getpid() != self._pid
+
+    def _check_usable(self) -> None:
+        """QmixError where a pass would hang, or read memory and files that are gone."""
+        if self._closed:
+            raise QmixError(f"{self.store.path}: the engine is closed",
+                            "read an answer to its end before Engine.close, or inside the engine's `with` block")
+        alone = self._threads == 1 and self.plan.resident and self.device is None and not self._offload.experts.traces
+        if self._forked and not alone:
+            raise QmixError(f"{self.store.path}: this process was forked after the model was loaded, and a forked "
+                            "process has none of the model's threads", forks.CURE)
 
     def __enter__(self) -> Engine:
         return self
@@ -241,3 +274,14 @@ class Engine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
         self.close()
+
+
+def _messages(prompt: Sequence[Message]) -> list[Message]:
+    """A conversation given to Engine.generate; UsageError for anything else."""
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+        raise UsageError(f"prompt: got {type(prompt).__name__}, want a text or a list of Message records")
+    for n, message in enumerate(prompt):
+        if not isinstance(message, Message):
+            raise UsageError(f"prompt[{n}]: got {type(message).__name__}, want a Message record",
+                             'as qmix.tokenizer.Message("user", "Hi"); a text to continue is one plain string')
+    return list(prompt)

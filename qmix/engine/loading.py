@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from qmix import hardware
+from qmix import forks, hardware
 from qmix.engine.budgets import budget, needs_of
 from qmix.engine.engine import Engine
 from qmix.engine.kernels import select_kernels
@@ -51,6 +51,7 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
     with ExitStack() as opened:
         store = opened.enter_context(Store.open(Path(folder)))
         threads = _default_threads(store) if threads is None else hardware.check_threads(threads)
+        forks.check_threads_work(threads)
         torch.set_num_threads(threads)
         config = store.config
         needs = needs_of(store, context, kv, scoring)

@@ -1,0 +1,28 @@
+"""Forked processes: os.fork, and multiprocessing where its start method is "fork".
+
+A forked child has the memory of its parent but none of the parent's threads. OpenMP does not notice: its next parallel
+loop in the child waits for threads that do not exist, forever. So a child is refused before its first parallel loop.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+from qmix.errors import QmixError
+
+CURE = 'load the model in the process that uses it, started with multiprocessing.get_context("spawn")'
+
+
+def check_threads_work(threads: int) -> None:
+    """QmixError where `threads` compute threads would hang: this process was forked from one that computed with more
+    than one. Called before each computation that may be a process's first."""
+    if threads > 1 and _first_to_compute() != os.getpid():
+        raise QmixError(f"{threads} compute threads: this process was forked from one that had already computed with "
+                        "several, and a forked process has none of them", f"{CURE}, or ask for 1 thread")
+
+
+@cache
+def _first_to_compute() -> int:
+    """The process that first computed with several threads: the cache goes with a fork into the child."""
+    return os.getpid()
