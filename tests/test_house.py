@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1] / "qmix"
 LADDER = ("errors", "config", "names", "tensorfile", "sizes", "settings", "paths", "notes", "render")
 FLOORS = (
     {"formats"},
+    {"shards"},
     {"checkpoint", "store", "kernels", "hardware", "device"},
     {"quantize", "model", "offload", "tokenizer", "sampling", "speculation"},
     {"generate"},

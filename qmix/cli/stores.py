@@ -61,6 +61,8 @@ def quantize(
     with Checkpoint.open(paths.resolve(source, render.say)) as checkpoint:
         for name in checkpoint.skipped:
             render.say(f"skipped: {name} (the model does not need it)")
+        for note in checkpoint.notes:
+            render.say(f"note: {note}")
         _check_tokenizer(checkpoint)
         text = None if calibration is None else read_calibration(checkpoint, calibration, calibration_tokens)
         if wanted is not None:

@@ -41,7 +41,7 @@ class Tokenizer:
         self._vocabulary = vocabulary
         self._chat = chat
         self._add_bos = add_bos
-        self._rows = max(rows or 0, vocabulary.size)
+        self._rows = vocabulary.size if rows is None else rows
         self.bos_id = vocabulary.bos_id
         self.eos_ids = tuple(dict.fromkeys(eos_ids))
         self.vocab_size = vocabulary.size
@@ -53,13 +53,20 @@ class Tokenizer:
         """ids of plain text; what spells a control token is text like any other. bos: with the start id in
         front, where the model has one and its config does not say `add_bos_token: false`."""
         first = [self.bos_id] if bos and self._add_bos and self.bos_id is not None else []
-        return first + self._vocabulary.encode_text(text)
+        return self._with_rows(first + self._vocabulary.encode_text(text))
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """ids of a conversation, ending with the start of the next answer; never two BOS.
 
         UsageError where the last message is not the user's, or the template refuses the conversation."""
-        return self._chat.encode(messages)
+        return self._with_rows(self._chat.encode(messages))
+
+    def _with_rows(self, ids: list[int]) -> list[int]:
+        """ids, all of which the model has a row for; UsageError for a token that only the tokenizer knows."""
+        if ids and max(ids) >= self._rows:
+            raise UsageError(f"the text holds {self._vocabulary.token(max(ids))!r}, token {max(ids)}, for which the "
+                             f"model has no row (it has {self._rows})", "write it differently")
+        return ids
 
     def decoder(self, continuing: bool = False) -> StreamDecoder:
         """A decoder for one text. continuing: the text goes on from a prompt, so that the space in front
@@ -94,7 +101,7 @@ def load(folder: Path, vocab_size: int | None = None,
     folder = Path(folder)
     files = read_files(folder)
     vocabulary = _vocabulary(files)
-    if vocab_size is not None and vocabulary.size > vocab_size:
+    if vocab_size is not None and not _fits(vocabulary, files, vocab_size):
         path = files.spm or files.json
         raise ModelFileError(
             f"{path}: the tokenizer has {vocabulary.size} ids, added tokens included; the model's "
@@ -108,6 +115,17 @@ def load(folder: Path, vocab_size: int | None = None,
     if chat.turn_end is not None:
         eos.append(chat.turn_end)
     return Tokenizer(vocabulary, chat, eos, add_bos=files.add_bos, rows=vocab_size)
+
+
+def _fits(vocabulary: Vocabulary, files: TokenizerFiles, rows: int) -> bool:
+    """Whether the model has a row for all ids that a prompt needs. Fine-tuners add a padding token and leave the
+    embedding as it was: added tokens may lie beyond, unless the template, BOS or EOS are among them."""
+    for token_id in range(rows, vocabulary.size):
+        text = vocabulary.token(token_id)
+        if token_id in (vocabulary.bos_id, vocabulary.eos_id) or text in (files.template or "") \
+                or (text not in files.added and text not in vocabulary.markers):
+            return False
+    return True
 
 
 def _vocabulary(files: TokenizerFiles) -> Vocabulary:
