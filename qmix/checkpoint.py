@@ -151,7 +151,9 @@ def _check_folder(path: Path) -> None:
     if pickles:
         raise CheckpointError(f"{path}: only pickled weights ({pickles[0]}), which can run code when loaded",
                               "fetch the safetensors version, or convert it with transformers")
-    raise CheckpointError(f"{path / SINGLE}: missing", REFETCH)
+    cached = path.parent.name == "snapshots"  # of the hub: then it was fetched as the repository has it
+    raise CheckpointError(f"{path / SINGLE}: missing", "the repository has no safetensors weights (neither "
+                          f"{SINGLE} nor {INDEX}): choose one that has" if cached else REFETCH)
 
 
 def _check_unquantized(path: Path, raw: Mapping[str, Any]) -> None:
