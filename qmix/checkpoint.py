@@ -12,90 +12,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from qmix import modelfiles, names
 from qmix.config import ExpertKey, ModelConfig
 from qmix.errors import CheckpointError, ConfigError
-from qmix.formats import TORCH_DTYPES, memory
-from qmix.tensorfile import Entry, TensorFile, read_exact, read_header
+from qmix.formats import TORCH_DTYPES
+from qmix.shards import INDEX, REFETCH, SINGLE, Place, equal, locate, read_json
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 STORE_MANIFEST = "qmix.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DTYPE_NAMES = MappingProxyType({"BF16": "bfloat16", "F16": "float16", "F32": "float32"})
+LOW_BITS = ("F4", "F6_", "F8_")
 SAMPLE = 4096  # bytes of each tensor that go into the fingerprint
 MAX_TENSORS = 10**6  # far above any real model; keeps a hostile config.json from costing memory
 
 FOLDER = "give the folder that holds config.json and model*.safetensors"
-REFETCH = "the checkpoint is incomplete or damaged: fetch it again"
 WRONG_CONFIG = "config.json and the weights do not belong together: fetch both again, or mend config.json"
-
-
-class _Shard:
-    """One open safetensors file; reads are safe from several threads."""
-
-    def __init__(self, path: Path):
-        if not path.is_file():  # before opening: a pipe would block
-            raise CheckpointError(f"{path}: {'not a file' if path.exists() else 'missing'}", REFETCH)
-        try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as e:
-            raise CheckpointError(f"{path}: {e.strerror}", "check its permissions") from None
-        try:
-            self._state = self._stat()
-            self.file: TensorFile = read_header(path, CheckpointError)
-        except BaseException:
-            self.close()
-            raise
-
-    def read(self, entry: Entry, begin: int = 0, nbytes: int | None = None, out: Tensor | None = None) -> Tensor:
-        """Bytes [begin, begin + nbytes) of a tensor, by default all, in `out`, by default a fresh uint8 tensor."""
-        nbytes = entry.nbytes - begin if nbytes is None else nbytes
-        buffer = torch.empty(nbytes, dtype=torch.uint8) if out is None else out
-        assert buffer.nbytes == nbytes
-        offset = entry.offset + begin
-        try:
-            read_exact(self._fd, memory(buffer), offset)
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
-            changed = self._stat() != self._state
-        except EOFError:
-            changed = True
-        except OSError as e:
-            raise CheckpointError(f"{self.file.path}: {entry.name}: {e.strerror}", REFETCH) from None
-        if changed:
-            raise CheckpointError(f"{self.file.path}: changed while it was being read ({entry.name})",
-                                  "let the download finish, then start again")
-        return buffer
-
-    def _stat(self) -> tuple[int, int]:
-        state = os.fstat(self._fd)
-        return state.st_size, state.st_mtime_ns
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a tensor lies."""
-
-    shard: _Shard
-    entry: Entry
 
 
 class Checkpoint:
@@ -103,15 +43,17 @@ class Checkpoint:
 
     path: the folder. config: its shape, `dtype` as the files have it whatever config.json says.
     raw_config: config.json as it stands. nbytes: bytes of all used weights.
-    skipped: names of tensors and weight files that the model does not need.
+    skipped: names of tensors and weight files that the model does not need. notes: lines on what the folder says
+    and qmix does not follow.
     """
 
-    def __init__(self, path: Path, raw_config: Mapping[str, Any], config: ModelConfig,
-                 places: Mapping[str, _Place], skipped: tuple[str, ...], opened: ExitStack):
+    def __init__(self, path: Path, raw_config: Mapping[str, Any], config: ModelConfig, places: Mapping[str, Place],
+                 skipped: tuple[str, ...], notes: tuple[str, ...], opened: ExitStack):
         self.path = path
         self.raw_config = raw_config
         self.config = config
         self.skipped = skipped
+        self.notes = notes
         self.nbytes = sum(place.entry.nbytes for place in places.values())
         self._places = places
         self._opened = opened
@@ -123,13 +65,15 @@ class Checkpoint:
         with ExitStack() as opened:
             try:
                 _check_folder(path)
-                raw = _read_json(path / "config.json")
-                places, unused = _locate(path, opened)
+                raw = read_json(path / "config.json")
+                _check_unquantized(path / "config.json", raw)
+                places, unused, notes = locate(path, opened)
             except OSError as e:
                 raise CheckpointError(f"{path}: {e.strerror}", "check the path and its permissions") from None
             config = _read_config(path / "config.json", raw, places)
             used, skipped = _account(path, config, places)
-            return cls(path, raw, config, used, (*skipped, *unused), opened.pop_all())
+            notes += _ignored_keys(path / "config.json", raw)
+            return cls(path, raw, config, used, (*skipped, *unused), tuple(notes), opened.pop_all())
 
     def dense(self, name: str) -> Tensor:
         """A tensor of names.dense_tensors, in the file's dtype and fresh memory."""
@@ -194,8 +138,6 @@ def _check_folder(path: Path) -> None:
     if not (path / "config.json").exists():
         native = " (Mistral's own layout)" if (path / "params.json").exists() else ""
         raise CheckpointError(f"{path / 'config.json'}: missing{native}", f"{FOLDER}, Hugging Face layout")
-    if (path / SINGLE).exists() and (path / INDEX).exists():
-        raise CheckpointError(f"{path}: both {SINGLE} and {INDEX}", "remove the one that does not belong")
     if (path / SINGLE).exists() or (path / INDEX).exists():
         return
     others = sorted(p.name for p in path.glob("*.safetensors"))
@@ -206,26 +148,38 @@ def _check_folder(path: Path) -> None:
     if pickles:
         raise CheckpointError(f"{path}: only pickled weights ({pickles[0]}), which can run code when loaded",
                               "fetch the safetensors version, or convert it with transformers")
-    raise CheckpointError(f"{path / SINGLE}: missing", REFETCH)
+    cached = path.parent.name == "snapshots"  # of the hub: then it was fetched as the repository has it
+    raise CheckpointError(f"{path / SINGLE}: missing", "the repository has no safetensors weights (neither "
+                          f"{SINGLE} nor {INDEX}): choose one that has" if cached else REFETCH)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_bytes())
-    except OSError as e:
-        raise CheckpointError(f"{path}: {e.strerror}", REFETCH) from None
-    except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path}: not JSON ({str(e).splitlines()[0]})", REFETCH) from None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: not a JSON object", REFETCH)
-    return raw
-
-
-def _read_config(path: Path, raw: Mapping[str, Any], places: Mapping[str, _Place]) -> ModelConfig:
-    """config.json as a ModelConfig, with the dtype that most tensors have."""
-    if "quantization_config" in raw:
-        raise CheckpointError(f"{path}: quantization_config: the weights are quantized already",
+def _check_unquantized(path: Path, raw: Mapping[str, Any]) -> None:
+    """CheckpointError where config.json says how the weights were quantized; null says that they are not. Headers are
+    read after this: those of a quantized checkpoint may have dtypes that qmix does not know."""
+    found = raw.get("quantization_config")
+    if found is not None:
+        method = found.get("quant_method") if isinstance(found, dict) else None
+        how = f", as {method}" if isinstance(method, str) and method else ""
+        raise CheckpointError(f"{path}: quantization_config: the weights are quantized already{how}",
                               "give the original bf16, fp16 or fp32 checkpoint")
+
+
+def _ignored_keys(path: Path, raw: Mapping[str, Any]) -> list[str]:
+    """Lines on values of config.json that qmix reads otherwise than they stand there."""
+    found = []
+    if raw.get("auto_map"):
+        found.append("auto_map names code that comes with the model (trust_remote_code): qmix never runs such code and "
+                     "computes the model as transformers' own Mixtral does")
+    if "sliding_window" in raw and raw["sliding_window"] is not None and raw["sliding_window"] <= 0:
+        found.append(f"sliding_window {raw['sliding_window']}: read as no window, full attention")
+    eos = raw.get("eos_token_id")
+    if any(i < 0 for i in (eos if isinstance(eos, list) else [] if eos is None else [eos])):
+        found.append(f"eos_token_id {eos}: a negative id is no token; it ends no answer")
+    return [f"{path}: {line}" for line in found]
+
+
+def _read_config(path: Path, raw: Mapping[str, Any], places: Mapping[str, Place]) -> ModelConfig:
+    """config.json as a ModelConfig, with the dtype that most tensors have."""
     found = Counter(p.entry.dtype for name, p in places.items() if not names.SKIPPED.fullmatch(name))
     dtype = found.most_common(1)[0][0] if found else "BF16"
     try:
@@ -234,45 +188,8 @@ def _read_config(path: Path, raw: Mapping[str, Any], places: Mapping[str, _Place
         raise CheckpointError(f"{path}: {e.message}", "if this is a Mixtral, mend its config.json") from None
 
 
-def _locate(path: Path, opened: ExitStack) -> tuple[dict[str, _Place], list[str]]:
-    """Open the weight files and find every tensor: ({name: place}, names of weight files not used)."""
-    weight_map = _read_index(path / INDEX) if (path / INDEX).exists() else None
-    files = [SINGLE] if weight_map is None else sorted(set(weight_map.values()))
-    absent = [name for name in files if not (path / name).exists()]
-    if absent:
-        raise CheckpointError(f"{path / absent[0]}: missing ({len(absent)} of {len(files)} files)", REFETCH)
-    places: dict[str, _Place] = {}
-    for name in files:
-        shard = _Shard(path / name)
-        opened.callback(shard.close)
-        for tensor, entry in shard.file.entries.items():
-            listed = name if weight_map is None else weight_map.get(tensor)
-            if listed != name:
-                where = f"{INDEX} places it in {listed}" if listed else f"{INDEX} does not name it"
-                raise CheckpointError(f"{path / name}: {tensor}: {where}", REFETCH)
-            places[tensor] = _Place(shard, entry)
-    for tensor, name in (weight_map or {}).items():
-        if tensor not in places:
-            raise CheckpointError(f"{path / name}: {tensor}: not in it, though {INDEX} says so", REFETCH)
-    return places, sorted(p.name for p in path.glob("*.safetensors") if p.name not in files)
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    """The weight map {tensor name: file name}; file names must be plain names of safetensors files."""
-    weight_map = _read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path}: weight_map: got {weight_map!r:.80}, want {{tensor: file}}", REFETCH)
-    for tensor, name in weight_map.items():
-        plain = isinstance(name, str) and "/" not in name and "\\" not in name and "\0" not in name
-        if not plain or not name.endswith(".safetensors"):
-            raise CheckpointError(
-                f"{path}: weight_map.{tensor}: got {name!r:.80}, want a .safetensors file in the same folder",
-                "do not use this checkpoint unless you trust its source")
-    return weight_map
-
-
 def _account(path: Path, config: ModelConfig,
-             places: Mapping[str, _Place]) -> tuple[dict[str, _Place], list[str]]:
+             places: Mapping[str, Place]) -> tuple[dict[str, Place], list[str]]:
     """({name: place} of all that the model uses, names skipped); CheckpointError for whatever is missing,
     left over, misshapen or of another dtype."""
     count = config.num_layers * (7 + 3 * config.num_experts)
@@ -281,11 +198,14 @@ def _account(path: Path, config: ModelConfig,
             f"{path / 'config.json'}: num_hidden_layers {config.num_layers}, num_local_experts "
             f"{config.num_experts}: {count} tensors, want at most {MAX_TENSORS}", WRONG_CONFIG)
     wanted = _wanted_shapes(config)
+    _check_no_low_bits(wanted, places)
     missing = [name for name in wanted if name not in places]
     if missing:
-        cure = "if the model ties its embeddings, config.json must say tie_word_embeddings: true"
+        both = f"{path / SINGLE} is read and {INDEX} ignored: remove the one that does not belong to the model"
+        tied = "if the model ties its embeddings, config.json must say tie_word_embeddings: true"
         raise CheckpointError(f"{path}: {missing[0]}: missing ({len(missing)} of {len(wanted)} tensors are)",
-                              cure if missing == [names.HEAD] else WRONG_CONFIG)
+                              tied if missing == [names.HEAD] else
+                              both if (path / SINGLE).is_file() and (path / INDEX).exists() else WRONG_CONFIG)
     for name, shape in wanted.items():
         _check_tensor(places[name], shape, config.dtype)
     skipped = [name for name in places if names.SKIPPED.fullmatch(name)]
@@ -307,7 +227,7 @@ def _wanted_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return wanted
 
 
-def _check_tensor(place: _Place, shape: tuple[int, ...], dtype: str) -> None:
+def _check_tensor(place: Place, shape: tuple[int, ...], dtype: str) -> None:
     entry, where = place.entry, f"{place.shard.file.path}: {place.entry.name}"
     if entry.shape != shape:
         raise CheckpointError(f"{where}: got shape {list(entry.shape)}, want {list(shape)} by config.json",
@@ -320,13 +240,20 @@ def _check_tensor(place: _Place, shape: tuple[int, ...], dtype: str) -> None:
                               "save the checkpoint again with one dtype")
 
 
-def _check_tied(embedding: _Place, head: _Place, step: int = 2**24) -> None:
+def _check_no_low_bits(wanted: Mapping[str, object], places: Mapping[str, Place]) -> None:
+    """A checkpoint with 4-, 6- or 8-bit floats is named as what it is, by the model's own tensor where that has one;
+    otherwise its scales would be called leftovers and its weights missing."""
+    low = {name: place for name, place in places.items() if place.entry.dtype.startswith(LOW_BITS)}
+    if low:
+        place = next((low[name] for name in wanted if name in low), next(iter(low.values())))
+        raise CheckpointError(f"{place.shard.file.path}: {place.entry.name}: got dtype {place.entry.dtype}, want BF16, "
+                              "F16 or F32: the weights are quantized already",
+                              "give the original, unquantized checkpoint")
+
+
+def _check_tied(embedding: Place, head: Place) -> None:
     """The head of a model with tied embeddings may be there, but must be the embedding."""
-    same = (embedding.entry.dtype, embedding.entry.shape) == (head.entry.dtype, head.entry.shape)
-    for begin in range(0, embedding.entry.nbytes if same else 0, step):
-        nbytes = min(step, embedding.entry.nbytes - begin)
-        same = same and torch.equal(*(p.shard.read(p.entry, begin, nbytes) for p in (embedding, head)))
-    if not same:
+    if not equal(embedding, head):
         raise CheckpointError(f"{head.shard.file.path}: {names.HEAD}: differs from {names.EMBEDDING}, though "
                               "config.json says tie_word_embeddings: true",
                               "set tie_word_embeddings to false in config.json to use both")

@@ -121,7 +121,7 @@ class ModelConfig:
         kind = raw.get("model_type")
         _want(kind == "mixtral", "model_type", kind, "'mixtral' (the only architecture so far)")
         act = raw.get("hidden_act", "silu")
-        _want(act == "silu", "hidden_act", act, "'silu'")
+        _want(act in ("silu", "swish"), "hidden_act", act, "'silu' or 'swish', which are the same")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         _want(isinstance(rope, Mapping), "rope_parameters", rope, "an object")
         rope_type = rope.get("rope_type", rope.get("type", "default"))
@@ -130,11 +130,12 @@ class ModelConfig:
         hidden = _number(raw, "hidden_size", int)
         heads = _number(raw, "num_attention_heads", int)
         _want(heads >= 1, "num_attention_heads", heads, ">= 1")
-        head_dim = _number(raw, "head_dim", int, None)
+        head_dim = _number(raw, "head_dim", int, None) or None  # 0, as null, is hidden_size / heads (transformers)
         if head_dim is None:
             _want(hidden % heads == 0, "num_attention_heads", heads, f"a divisor of hidden_size = {hidden}")
             head_dim = hidden // heads
         kv_heads = _number(raw, "num_key_value_heads", int, None)
+        window = _number(raw, "sliding_window", int, None)  # exporters write 0 or -1 for none
         tie = raw.get("tie_word_embeddings", False)
         _want(isinstance(tie, bool), "tie_word_embeddings", tie, "true or false")
         return cls(
@@ -151,7 +152,7 @@ class ModelConfig:
             rms_norm_eps=_number(raw, "rms_norm_eps", float, 1e-5),
             max_positions=_number(raw, "max_position_embeddings", int, 32768),
             dtype=raw.get("dtype") or raw.get("torch_dtype") or "bfloat16",
-            sliding_window=_number(raw, "sliding_window", int, None),
+            sliding_window=None if window is None or window <= 0 else window,
             tie_embeddings=tie,
             bos_id=_number(raw, "bos_token_id", int, None),
             eos_ids=_ids(raw.get("eos_token_id")),
@@ -164,11 +165,10 @@ class ModelConfig:
 
 
 def _ids(value: Any) -> tuple[int, ...]:
-    """`eos_token_id` is an id, a list of ids, or absent."""
+    """`eos_token_id` is an id, a list of ids, or absent; -1, as exporters write for none, never comes up."""
     ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
-    _want(all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids),
-          "eos_token_id", value, "token ids")
-    return ids
+    _want(all(isinstance(i, int) and not isinstance(i, bool) for i in ids), "eos_token_id", value, "token ids")
+    return tuple(i for i in ids if i >= 0)
 
 
 @dataclass(frozen=True, slots=True)

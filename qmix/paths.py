@@ -14,12 +14,12 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from qmix.errors import CheckpointError, UsageError
+from qmix import hub
+from qmix.errors import UsageError
 from qmix.settings import NoHome, xdg_folder
 
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?")
-# Weights other than safetensors are never fetched: qmix does not read pickle.
-HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model*", "*.jinja")
+HUB_FILES = hub.FILES  # the small files of a repository; these name the weights
 
 
 def models_folder() -> Path:
@@ -71,8 +71,9 @@ def local_stores() -> list[Path]:
     return [] if models is None else sorted(p.parent for p in models.glob("*/qmix.json"))
 
 
-def resolve(text: str, say: Callable[[str], None], hub_files: tuple[str, ...] = HUB_FILES) -> Path:
-    """The local folder of a model named on the command line; UsageError or CheckpointError otherwise."""
+def resolve(text: str, say: Callable[[str], None], wanted: hub.Wanted = "either") -> Path:
+    """The local folder of a model named on the command line; UsageError or CheckpointError otherwise. wanted: what
+    is fetched where the hub has it."""
     path = expanded(text)
     alias = _alias(text)
     if path.exists():
@@ -89,7 +90,7 @@ def resolve(text: str, say: Callable[[str], None], hub_files: tuple[str, ...] = 
     if alias is not None:
         return alias
     if HUB_ID.fullmatch(text):
-        return _download(text, say, hub_files)
+        return hub.download(text, wanted, say)
     known = ", ".join(p.name for p in local_stores()) or "none yet"
     raise UsageError(f"{text}: no such folder, alias or hub id", f"aliases here: {known}; a hub id is org/name")
 
@@ -115,17 +116,3 @@ def _alias(text: str) -> Path | None:
 def _holds_model(path: Path) -> bool:
     """Whether a path may be meant as a model: a store, a checkpoint, or a file such as a config.json."""
     return not path.is_dir() or any((path / name).exists() for name in ("qmix.json", "config.json"))
-
-
-def _download(text: str, say: Callable[[str], None], hub_files: tuple[str, ...]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    repo, _, revision = text.partition("@")
-    say(f"{text}: not a local folder; asking the Hugging Face hub")
-    try:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=list(hub_files)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as e:
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise CheckpointError(f"{text}: the hub did not give it: {reason}",
-                              "check the name, the network and `hf auth login`; a local folder needs no hub") from None

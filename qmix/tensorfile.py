@@ -17,12 +17,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 
 from qmix.errors import ModelFileError
 
 ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2,
               "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
+# Every dtype of the specification, in bits. Those below 8 bits and the scales of microscaling formats (F8_E8M0) are
+# listed only so that a file that holds them is understood: qmix writes none of them.
+DTYPE_BITS = MappingProxyType({**{name: 8 * size for name, size in ITEM_BYTES.items()}, "F4": 4, "F6_E2M3": 6,
+                               "F6_E3M2": 6, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "C64": 64})
 DAMAGED = "the file is damaged or still downloading: fetch or write it again"
+UNKNOWN_DTYPE = ("qmix reads BF16, F16 and F32 weights: give the original, unquantized checkpoint; if the file should "
+                 "hold these, it is damaged: fetch it again")
 MAX_HEADER = 100 * 2**20  # the safetensors library's own limit
 
 
@@ -80,10 +87,14 @@ def read_header(path: Path, error: type[ModelFileError] = ModelFileError) -> Ten
 def _entry(path: Path, name: str, raw: object, start: int, error: type[ModelFileError]) -> Entry:
     try:
         dtype, shape, (begin, end) = raw["dtype"], tuple(raw["shape"]), raw["data_offsets"]  # type: ignore[index]
-        nbytes = prod(shape) * ITEM_BYTES[dtype]
+        known = DTYPE_BITS.get(dtype) is not None
+        nbytes = -(-prod(shape) * DTYPE_BITS.get(dtype, 0) // 8)
         sane = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
     except (KeyError, TypeError, ValueError):
         raise error(f"{path}: {name}: malformed header entry {raw!r:.200}", DAMAGED) from None
+    if sane and not known and isinstance(dtype, str):
+        raise error(f"{path}: {name}: dtype {dtype!r:.40} is not supported (this version of qmix does not know it)",
+                    UNKNOWN_DTYPE)
     if not sane or end - begin != nbytes:
         raise error(f"{path}: {name}: {dtype} {list(shape)} takes {nbytes} bytes, the header gives it "
                     f"[{begin}, {end})", DAMAGED)

@@ -211,6 +211,38 @@ def test_config_that_is_not_an_object(tmp_path: Path, text: str) -> None:
     refused(path, "config.json: not")
 
 
+def read_back(path: Path) -> list[str]:
+    """Open and compare every tensor with the ones that the factory wrote; the notes."""
+    want = tiny_tensors(CONFIG)
+    with Checkpoint.open(path) as checkpoint:
+        for dense in names.dense_tensors(CONFIG):
+            assert torch.equal(checkpoint.dense(dense.name), want[dense.name])
+        for key in CONFIG.expert_keys:
+            parts = names.expert_tensors(CONFIG, key)
+            for part, got in zip(("w1", "w2", "w3"), checkpoint.expert(key), strict=True):
+                assert torch.equal(got, want[parts[part][0]])
+        return list(checkpoint.notes)
+
+
+@pytest.mark.parametrize(("key", "value", "note"), [
+    ("quantization_config", None, ""), ("auto_map", None, ""), ("auto_map", {}, ""), ("hidden_act", "swish", ""),
+    ("auto_map", {"AutoModelForCausalLM": "modeling_x.Mixtral"}, "auto_map names code"),
+    ("sliding_window", 0, "sliding_window 0: read as no window"), ("sliding_window", -1, "no window"),
+    ("eos_token_id", -1, "eos_token_id -1"), ("eos_token_id", [2, -1], "negative"), ("pad_token_id", 10**6, "")])
+def test_what_transformers_loads_is_read_and_said(tmp_path: Path, key: str, value: Any, note: str) -> None:
+    path = write_tiny_checkpoint(tmp_path)
+    edit_json(path / "config.json", lambda raw: raw.update({key: value}))
+    notes = read_back(path)
+    assert len(notes) == bool(note) and all(note in line and "config.json: " in line for line in notes)
+
+
+def test_the_quantizer_of_the_weights_is_named_before_a_header_is_read(tmp_path: Path) -> None:
+    path = write_tiny_checkpoint(tmp_path)
+    edit_json(path / "config.json", lambda raw: raw.update(quantization_config={"quant_method": "mxfp8"}))
+    (path / SINGLE).write_bytes(b"what an unknown dtype would look like")
+    assert "original" in str(refused(path, "quantized already, as mxfp8").cure)
+
+
 @pytest.mark.parametrize(("key", "value"), [
     ("num_local_experts", 0), ("hidden_size", "64"), ("model_type", "llama"), ("rope_theta", None),
     ("quantization_config", {"quant_method": "gptq"}), ("num_hidden_layers", 10**12),
@@ -266,24 +298,35 @@ def test_shard_that_is_a_folder_or_a_pipe(tmp_path: Path) -> None:
     refused(path, f"{shard}: not a file")
 
 
-def test_index_and_shards_must_agree(tmp_path: Path) -> None:
+def test_a_stale_index_is_read_as_transformers_does(tmp_path: Path) -> None:
+    """Only the names of the files count; what the index says otherwise about a tensor is a note."""
     one, two = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
     path = write_tiny_checkpoint(tmp_path, shards=2)
-    index = json.loads((path / INDEX).read_text())
-    where = index["weight_map"][W1]
-    other = one if where == two else two
+    weight_map = json.loads((path / INDEX).read_text())["weight_map"]
+    other = one if weight_map[W1] == two else two
+    for changed, note in (({**weight_map, W1: other}, f"places {W1} in another file"),
+                          ({n: f for n, f in weight_map.items() if n != W1}, f"does not name {W1}"),
+                          ({**weight_map, "model.ghost": one}, "names model.ghost, which no file holds"),
+                          (dict.fromkeys(weight_map, one) | {W1: two}, "more)")):
+        (path / INDEX).write_text(json.dumps({"weight_map": changed}))
+        notes = read_back(path)
+        assert len(notes) == 1 and note in notes[0] and INDEX in notes[0]
+    (path / INDEX).write_text(json.dumps({"weight_map": {**weight_map, "model.ghost": "ghost.safetensors"}}))
+    refused(path, "ghost.safetensors: missing (1 of 3 files)")
 
-    def say(**change: Any) -> None:
-        weight_map = {**index["weight_map"], **change.get("put", {})}
-        weight_map.pop(change.get("drop"), None)
-        (path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
-    say(put={W1: other})
-    refused(path, f"{where}: {W1}: {INDEX} places it in {other}")
-    say(drop=W1)
-    refused(path, f"{where}: {W1}: {INDEX} does not name it")
-    say(put={"model.ghost": one})
-    refused(path, f"{one}: model.ghost: not in it")
+def test_transformers_reads_the_same(tmp_path: Path) -> None:
+    """The claim of the tests around this one, for the two that decide which bytes are read."""
+    from transformers import MixtralForCausalLM
+    both = write_tiny_checkpoint(write_tiny_checkpoint(tmp_path / "both", seed=9, shards=2))
+    stale = write_tiny_checkpoint(tmp_path / "stale", shards=2)
+    edit_json(stale / INDEX, lambda raw: raw["weight_map"].pop(W1))
+    want = tiny_tensors(CONFIG)
+    for path in (both, stale):
+        found = MixtralForCausalLM.from_pretrained(path, dtype=torch.bfloat16).state_dict()
+        layer, expert = (int(part) for part in W1.split(".") if part.isdigit())
+        assert torch.equal(found[f"model.layers.{layer}.mlp.experts.gate_up_proj"][expert, :96], want[W1])
+        assert torch.equal(found[names.HEAD], want[names.HEAD])
 
 
 def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
@@ -292,13 +335,30 @@ def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
     other = path / next(name for name in where.values() if name != where[W1])
     tensors = {n: t for n, t in tiny_tensors(CONFIG).items() if n == W1 or where[n] == other.name}
     save_file(tensors, other)
-    refused(path, W1, f"places it in {where[W1]}")
+    read_back(path)
+    save_file({**tensors, W1: tensors[W1] * 2}, other)
+    refused(path, W1, "differs from the one in model-0000")
 
 
-def test_single_file_beside_an_index(tmp_path: Path) -> None:
-    path = write_tiny_checkpoint(tmp_path, shards=2)
+def test_a_single_file_wins_over_an_index(tmp_path: Path) -> None:
+    """As mlx-lm writes both, and as a conversion leaves the old index, or the old shards too."""
+    path = write_tiny_checkpoint(tmp_path / "old", seed=3, shards=2)
     write_tiny_checkpoint(path)
-    refused(path, f"both {SINGLE} and {INDEX}")
+    read_back(path)
+    with Checkpoint.open(path) as checkpoint:
+        assert set(checkpoint.skipped) == {INDEX, *(f"model-0000{i}-of-00002.safetensors" for i in (1, 2))}
+    for shard in path.glob("model-*"):
+        shard.unlink()
+    read_back(path)
+    (path / INDEX).write_text("{")
+    read_back(path)
+    weight_map = dict.fromkeys(tiny_tensors(CONFIG), SINGLE)
+    (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    assert read_back(path) == []
+    (path / SINGLE).unlink()
+    refused(path, f"{SINGLE}: missing (1 of 1 files)")
+    save_file({W1: torch.zeros(96, 64).bfloat16()}, path / SINGLE)
+    assert INDEX in str(refused(path, "missing").cure)
 
 
 # --- damaged and hostile files ---
@@ -323,6 +383,9 @@ def test_git_lfs_pointer(tmp_path: Path) -> None:
     b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}',
     b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [-4, 4]}}',
     b'{"a": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}}',
+    b'{"a": {"dtype": "F4", "shape": [3], "data_offsets": [0, 8]}}',
+    b'{"a": {"dtype": "F6_E2M3", "shape": [8], "data_offsets": [0, 8]}}',
+    b'{"a": {"dtype": null, "shape": [8], "data_offsets": [0, 8]}}',
     b'{"a": {"dtype": "F32", "shape": [99999999999999], "data_offsets": [0, 399999999999996]}}',
     b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, '
     b'"b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
@@ -331,6 +394,45 @@ def test_hostile_headers(tmp_path: Path, header: bytes) -> None:
     path = write_tiny_checkpoint(tmp_path)
     (path / SINGLE).write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
     refused(path, SINGLE)
+
+
+NEW_DTYPES = {"F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+
+
+def with_tensor(path: Path, name: str, dtype: str, shape: list[int], nbytes: int) -> Path:
+    """The checkpoint with one more tensor in its file, or another in the place of one, of any dtype."""
+    data = (path / SINGLE).read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header, body = json.loads(data[8:8 + length]), data[8 + length:]
+    header.pop(name, None)
+    gap = sorted(v["data_offsets"] for v in header.values() if "data_offsets" in v)
+    kept, offset = b"", 0
+    for begin, end in gap:  # closes the hole that a replaced tensor leaves
+        entry = next(v for v in header.values() if v.get("data_offsets") == [begin, end])
+        entry["data_offsets"] = [offset, offset + end - begin]
+        kept, offset = kept + body[begin:end], offset + end - begin
+    header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + nbytes]}
+    text = json.dumps(header).encode()
+    (path / SINGLE).write_bytes(struct.pack("<Q", len(text)) + text + kept + bytes(nbytes))
+    return path
+
+
+@pytest.mark.parametrize("dtype", NEW_DTYPES)
+def test_the_new_dtypes_are_understood_and_named(tmp_path: Path, dtype: str) -> None:
+    from safetensors import safe_open
+    scale = W1 + "_scale"
+    path = with_tensor(write_tiny_checkpoint(tmp_path / "scale"), scale, dtype, [16], 2 * NEW_DTYPES[dtype])
+    with safe_open(path / SINGLE, "pt") as file:
+        assert scale in file.keys()  # noqa: SIM118 - not a dict
+    assert "unquantized" in str(refused(path, scale, f"got dtype {dtype}", "quantized already").cure)
+    path = with_tensor(write_tiny_checkpoint(tmp_path / "weight"), W1, dtype, [96, 64], 96 * 8 * NEW_DTYPES[dtype])
+    refused(path, f"{W1}: got dtype {dtype}", "quantized already")
+
+
+def test_a_dtype_that_nobody_knows_yet_is_no_damage(tmp_path: Path) -> None:
+    path = with_tensor(write_tiny_checkpoint(tmp_path), W1 + "_scale", "F2_E1M0", [16], 4)
+    error = refused(path, W1 + "_scale", "'F2_E1M0' is not supported")
+    assert "unquantized" in str(error.cure) and "damaged" not in error.message
 
 
 @pytest.fixture(scope="module")

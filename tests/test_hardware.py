@@ -75,6 +75,57 @@ def test_version_1(tmp_path: Path) -> None:
     assert hardware.memory(root) == hardware.Memory(2000, 0)
 
 
+G = 2**30
+
+
+def in_cgroup(tmp_path: Path, **files: int | str) -> hardware.Memory:
+    """Memory within a cgroup of version 2 whose folder has these files, memory_max being memory.max."""
+    found = {f"sys/fs/cgroup/a/b/{name.replace('_', '.', 1)}": f"{text}\n" for name, text in files.items()}
+    return hardware.memory(fake_root(tmp_path, {"proc/self/cgroup": "0::/a/b\n", **found}))
+
+
+def test_page_cache_of_a_cgroup_is_free(tmp_path: Path) -> None:
+    """A model that was copied or verified fills the cgroup with cache; what was read twice is on the active list."""
+    stat = [f"anon {G // 2}", f"file {7 * G}", f"inactive_file {G}", f"active_file {6 * G}", "odd", "x y z", "a -"]
+    found = in_cgroup(tmp_path, memory_max=8 * G, memory_current=8 * G, memory_stat="\n".join(stat))
+    assert found == hardware.Memory(8 * G, 7 * G)
+
+
+def test_page_cache_of_a_cgroup_of_version_1(tmp_path: Path) -> None:
+    """total_ counts the groups below too, which usage_in_bytes does as well."""
+    group = "sys/fs/cgroup/memory/x/"
+    root = fake_root(tmp_path, {
+        "proc/self/cgroup": "3:memory:/x\n", group + "memory.limit_in_bytes": f"{4 * G}\n",
+        group + "memory.usage_in_bytes": f"{4 * G}\n",
+        group + "memory.stat": f"inactive_file 1\nactive_file 2\ntotal_inactive_file {G}\ntotal_active_file {2 * G}\n"})
+    assert hardware.memory(root) == hardware.Memory(4 * G, 3 * G)
+
+
+@pytest.mark.parametrize(("most", "high", "want"), [
+    ("max", 2 * G, 2 * G), (4 * G, 2 * G, 2 * G), (2 * G, 4 * G, 2 * G), (2 * G, "max", 2 * G), (3 * G, 0, 0)])
+def test_the_lower_of_max_and_high_counts(tmp_path: Path, most: int | str, high: int | str, want: int) -> None:
+    found = in_cgroup(tmp_path, memory_max=most, memory_high=high, memory_current=G // 4, memory_stat="inactive_file 0")
+    assert found == hardware.Memory(want, max(0, want - G // 4))
+
+
+def test_the_least_along_the_path_counts(tmp_path: Path) -> None:
+    """The tightest limit may be one level's memory.high and the fullest group another's."""
+    root = fake_root(tmp_path, {
+        "proc/self/cgroup": "0::/user.slice/app.scope\n",
+        "sys/fs/cgroup/user.slice/app.scope/memory.max": f"{6 * G}\n",
+        "sys/fs/cgroup/user.slice/app.scope/memory.current": f"{G}\n",
+        "sys/fs/cgroup/user.slice/memory.high": f"{5 * G}\n",
+        "sys/fs/cgroup/user.slice/memory.current": f"{4 * G}\n",
+        "sys/fs/cgroup/user.slice/memory.stat": f"inactive_file 0\nactive_file {2 * G}\n"})
+    assert hardware.cgroup_limits(root) == [(6 * G, G), (5 * G, 2 * G)]
+    assert hardware.memory(root) == hardware.Memory(5 * G, 3 * G)
+
+
+def test_a_list_of_cgroups_that_is_not_one_is_no_limit(tmp_path: Path) -> None:
+    root = fake_root(tmp_path, {"proc/self/cgroup": "\nodd\n1:name\n0::/\n"})
+    assert hardware.cgroup_limits(root) == []
+
+
 def test_no_cgroup_is_the_machine(tmp_path: Path) -> None:
     found = hardware.memory(tmp_path)
     assert 0 < found.available <= found.total

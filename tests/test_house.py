@@ -12,9 +12,10 @@ import pytest
 ROOT = Path(__file__).parents[1] / "qmix"
 # Floor 0 is a ladder: each of its modules may import those before it.
 LADDER = ("errors", "textfile", "modelfiles", "streams", "forks", "config", "names", "tensorfile", "sizes", "settings",
-          "paths", "notes", "render")
+          "hub", "paths", "notes", "render")
 FLOORS = (
     {"formats"},
+    {"shards"},
     {"checkpoint", "store", "kernels", "hardware", "device"},
     {"quantize", "model", "offload", "tokenizer", "sampling", "speculation"},
     {"generate"},

@@ -37,7 +37,7 @@ def doctor(
     """Examine this machine: cores, memory, libraries, kernels, disk; name what is wrong, with the cure."""
     from qmix import doctor as examination
 
-    named = None if model is None else paths.resolve(model, render.say)
+    named = None if model is None else paths.resolve(model, render.say, "store")
     found = {"tuning": examination.tune(named, file=paths.kernels_file(), say=render.say)} if tune else {}
     cache = paths.hardware_file() if bandwidth else paths.if_any(paths.hardware_file)
     with render.byte_bar("doctor") as progress:
@@ -72,7 +72,7 @@ def plan(
     quant = None
     if format or dense or group_size:
         quant = quant_config(format or "int4", dense or "int8", None, group_size, None, False)
-    path = paths.resolve(model, render.say, ("config.json",)) if model else model_folder(model)
+    path = paths.resolve(model, render.say, "config") if model else model_folder(model)
     found = planning.find_model(path, quant, paths.if_any(paths.routing_folder), render.say)
     machine = planning.Machine(size_or_auto("--ram", ram), margin_bytes(margin),
                                size_or_auto("--vram", vram), ram_speed, vram_speed, pcie, disk)

@@ -148,7 +148,7 @@ def model_folder(model: str | None) -> Path:
         known = ", ".join(p.name for p in paths.local_stores())
         raise UsageError("which model? MODEL is missing", f"aliases here: {known}" if known else
                          "quantize one: qmix quantize SRC OUT, or try qmix demo")
-    return paths.resolve(model, render.say)
+    return paths.resolve(model, render.say, "store")
 
 
 def quant_config(format: str, dense: str, method: str | None, group_size: int | None, block: str | None,

@@ -134,7 +134,7 @@ def replay(
         raise UsageError(f"-o {output}: want table, md, csv, jsonl or json")
     record, identity = 0, ""
     if model is not None:
-        with Store.open(paths.resolve(model, render.say)) as store:
+        with Store.open(paths.resolve(model, render.say, "store")) as store:
             sizes = [store.layout.record(key).nbytes for key in store.config.expert_keys]
             record, identity = round(sum(sizes) / len(sizes)), store.identity
             if len(store.layout.kinds) > 1:

@@ -58,9 +58,11 @@ def quantize(
         method = "gptq"
     quant = quant_config(format or "int4", dense, method, group_size, block, double_quant)
     check_calibration(quant, wanted, calibration, calibration_tokens)
-    with Checkpoint.open(paths.resolve(source, render.say)) as checkpoint:
+    with Checkpoint.open(paths.resolve(source, render.say, "checkpoint")) as checkpoint:
         for name in checkpoint.skipped:
             render.say(f"skipped: {name} (the model does not need it)")
+        for note in checkpoint.notes:
+            render.say(f"note: {note}")
         _check_tokenizer(checkpoint)
         text = None if calibration is None else read_calibration(checkpoint, calibration, calibration_tokens)
         if wanted is not None:

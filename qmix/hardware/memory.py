@@ -1,7 +1,7 @@
 """Memory: what this process may take, and what it has taken.
 
 Bytes are what the process may really take: the smaller of the machine's memory and every cgroup
-limit (v1 and v2) above it.
+limit (version 1, or 2 with memory.high) above it. Page cache is free memory, in a cgroup as on the machine.
 """
 
 from __future__ import annotations
@@ -36,23 +36,32 @@ def memory(root: Path = Path("/")) -> Memory:
 def cgroup_limits(root: Path = Path("/")) -> list[tuple[int, int]]:
     """(limit, used) bytes of this process's memory cgroup and each one above it.
 
-    used excludes page cache that the kernel would drop (inactive_file). Unlimited levels are left out.
+    limit: in version 2 the lower of memory.max and memory.high, above which the kernel throttles a process instead
+    of killing it. used excludes page cache of files, active or not: the kernel drops both lists before it refuses
+    memory, and a file that was read twice is on the active one. Levels without a limit are left out.
     """
     found = []
     for v2, level in cgroup_levels("memory", root):
-        names = ("memory.max", "memory.current") if v2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        limit, used = read_text(level / names[0]).strip(), read_text(level / names[1]).strip()
-        if limit.isdigit() and used.isdigit():
-            stat = dict(row.split() for row in read_text(level / "memory.stat").splitlines())
-            cache = int(stat.get("total_inactive_file", stat.get("inactive_file", "0")))
-            found.append((int(limit), max(0, int(used) - cache)))
+        bounds = ("memory.max", "memory.high") if v2 else ("memory.limit_in_bytes",)
+        limits = [int(text) for name in bounds if (text := read_text(level / name).strip()).isdigit()]
+        used = read_text(level / ("memory.current" if v2 else "memory.usage_in_bytes")).strip()
+        if limits and used.isdigit():
+            found.append((min(limits), max(0, int(used) - _file_cache(level))))
     return found
+
+
+def _file_cache(level: Path) -> int:
+    """Bytes of page cache on both lists, with the groups below (which version 1 counts apart, as total_)."""
+    rows = (line.split() for line in read_text(level / "memory.stat").splitlines())
+    stat = {row[0]: int(row[1]) for row in rows if len(row) == 2 and row[1].isdigit()}
+    return sum(stat.get(f"total_{name}", stat.get(name, 0)) for name in ("inactive_file", "active_file"))
 
 
 def cgroup_levels(controller: str, root: Path = Path("/")) -> Iterator[tuple[bool, Path]]:
     """(whether it is version 2, folder) of this process's cgroup for `controller` and each one above it."""
     for line in read_text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
         v2 = controllers == ""
         if not v2 and controller not in controllers.split(","):
             continue

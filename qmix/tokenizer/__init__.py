@@ -46,7 +46,7 @@ class Tokenizer:
                  rows: int | None = None):
         self._vocabulary = vocabulary
         self._chat = chat
-        self._rows = max(rows or 0, vocabulary.size)
+        self._rows = vocabulary.size if rows is None else rows
         self.bos_id = vocabulary.bos_id
         self.eos_ids = tuple(dict.fromkeys(eos_ids))
         self.vocab_size = vocabulary.size
@@ -58,13 +58,21 @@ class Tokenizer:
         """ids of plain text; what spells a control token is text like any other. bos: with the start id in
         front, where the model's own tokenizer puts one there."""
         vocabulary = self._vocabulary
-        return [*(vocabulary.head if bos else ()), *vocabulary.encode_text(text, vocabulary.fresh_at_start)]
+        head = vocabulary.head if bos else ()
+        return self._with_rows([*head, *vocabulary.encode_text(text, vocabulary.fresh_at_start)])
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """ids of a conversation, ending with the start of the next answer; never two BOS.
 
         UsageError where the last message is not the user's, or the template refuses the conversation."""
-        return self._chat.encode(messages)
+        return self._with_rows(self._chat.encode(messages))
+
+    def _with_rows(self, ids: list[int]) -> list[int]:
+        """ids, all of which the model has a row for; UsageError for a token that only the tokenizer knows."""
+        if ids and max(ids) >= self._rows:
+            raise UsageError(f"the text holds {self._vocabulary.token(max(ids))!r}, token {max(ids)}, for which the "
+                             f"model has no row (it has {self._rows})", "write it differently")
+        return ids
 
     def decoder(self, continuing: bool = False) -> StreamDecoder:
         """A decoder for one text. continuing: the text goes on from a prompt, so that the space in front
@@ -135,7 +143,7 @@ def _mistral(files: TokenizerFiles, vocab_size: int | None, now: Callable[[], da
 
 def _end_ids(files: TokenizerFiles, vocabulary: Vocabulary, vocab_size: int | None) -> list[int]:
     """The ids that end an answer by the files; ModelFileError where ids are beyond the model's."""
-    if vocab_size is not None and vocabulary.size > vocab_size:
+    if vocab_size is not None and not _fits(vocabulary, files, vocab_size):
         raise ModelFileError(
             f"{files.json or files.spm}: the tokenizer has {vocabulary.size} ids, added tokens included; the model's "
             f"vocab_size is {vocab_size}", "fetch the tokenizer files that belong to this model")
@@ -145,6 +153,17 @@ def _end_ids(files: TokenizerFiles, vocabulary: Vocabulary, vocab_size: int | No
         raise ModelFileError(f"{files.folder}: eos_token_id: got {wrong[0]}, want less than {rows}",
                              "correct config.json or generation_config.json")
     return eos
+
+
+def _fits(vocabulary: Vocabulary, files: TokenizerFiles, rows: int) -> bool:
+    """Whether the model has a row for all ids that a prompt needs. Fine-tuners add a padding token and leave the
+    embedding as it was: added tokens may lie beyond, unless the template, BOS or EOS are among them."""
+    for token_id in range(rows, vocabulary.size):
+        text = vocabulary.token(token_id)
+        if token_id in (vocabulary.bos_id, vocabulary.eos_id) or text in (files.template or "") \
+                or (text not in files.added and text not in vocabulary.markers):
+            return False
+    return True
 
 
 def _own_template(vocabulary: Vocabulary, files: TokenizerFiles, eos: Sequence[int], now: Callable[[], datetime],

@@ -182,8 +182,9 @@ def _choices(path: Path, value: object) -> dict[str, Any]:
 
 
 def _eos_ids(path: Path, config: Mapping[str, Any] | None = None) -> tuple[int, ...]:
+    """Exporters write -1 where there is none, as transformers reads it."""
     value = (_json(path) if config is None else config).get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(i) is int and i >= 0 for i in ids):
+    if not all(type(i) is int for i in ids):
         raise ModelFileError(f"{path}: eos_token_id: got {value!r:.80}, want token ids", FETCH)
-    return tuple(ids)
+    return tuple(i for i in ids if i >= 0)

@@ -1,0 +1,161 @@
+"""The weight files of a checkpoint: which belong to it, what stands in each, and reading from them.
+
+As transformers does: model.safetensors wins over an index, and of an index only the names of the files count, so that
+a tensor is found in whichever of them holds it. Files are read with pread into fresh memory, never mapped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qmix.errors import CheckpointError
+from qmix.formats import memory
+from qmix.tensorfile import Entry, TensorFile, read_exact, read_header
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+REFETCH = "the checkpoint is incomplete or damaged: fetch it again"
+
+
+class Shard:
+    """One open safetensors file; reads are safe from several threads."""
+
+    def __init__(self, path: Path):
+        if not path.is_file():  # before opening: a pipe would block
+            raise CheckpointError(f"{path}: {'not a file' if path.exists() else 'missing'}", REFETCH)
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as e:
+            raise CheckpointError(f"{path}: {e.strerror}", "check its permissions") from None
+        try:
+            self._state = self._stat()
+            self.file: TensorFile = read_header(path, CheckpointError)
+        except BaseException:
+            self.close()
+            raise
+
+    def read(self, entry: Entry, begin: int = 0, nbytes: int | None = None, out: Tensor | None = None) -> Tensor:
+        """Bytes [begin, begin + nbytes) of a tensor, by default all, in `out`, by default a fresh uint8 tensor."""
+        nbytes = entry.nbytes - begin if nbytes is None else nbytes
+        buffer = torch.empty(nbytes, dtype=torch.uint8) if out is None else out
+        assert buffer.nbytes == nbytes
+        offset = entry.offset + begin
+        try:
+            read_exact(self._fd, memory(buffer), offset)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+            changed = self._stat() != self._state
+        except EOFError:
+            changed = True
+        except OSError as e:
+            raise CheckpointError(f"{self.file.path}: {entry.name}: {e.strerror}", REFETCH) from None
+        if changed:
+            raise CheckpointError(f"{self.file.path}: changed while it was being read ({entry.name})",
+                                  "let the download finish, then start again")
+        return buffer
+
+    def _stat(self) -> tuple[int, int]:
+        state = os.fstat(self._fd)
+        return state.st_size, state.st_mtime_ns
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor lies."""
+
+    shard: Shard
+    entry: Entry
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_bytes())
+    except OSError as e:
+        raise CheckpointError(f"{path}: {e.strerror}", REFETCH) from None
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(f"{path}: not JSON ({str(e).splitlines()[0]})", REFETCH) from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: not a JSON object", REFETCH)
+    return raw
+
+
+def locate(path: Path, opened: ExitStack) -> tuple[dict[str, Place], list[str], list[str]]:
+    """Open the weight files and find every tensor: ({name: place}, names of weight files not used, notes on
+    an index that disagrees with the files)."""
+    single, listed = (path / SINGLE).is_file(), (path / INDEX).exists()
+    weight_map = _read_index(path / INDEX) if listed and not single else None
+    files = [SINGLE] if weight_map is None else sorted(set(weight_map.values()))
+    absent = [name for name in files if not (path / name).exists()]
+    if absent:
+        raise CheckpointError(f"{path / absent[0]}: missing ({len(absent)} of {len(files)} files)", REFETCH)
+    places: dict[str, Place] = {}
+    for name in files:
+        shard = Shard(path / name)
+        opened.callback(shard.close)
+        for tensor, entry in shard.file.entries.items():
+            place = Place(shard, entry)
+            if tensor in places:
+                _check_copy(places[tensor], place)
+            places[tensor] = place
+    notes = [] if weight_map is None else _disagreements(path / INDEX, weight_map, places)
+    unused = sorted(p.name for p in path.glob("*.safetensors") if p.name not in files)
+    return places, unused + [INDEX] * (single and listed), notes
+
+
+def _check_copy(one: Place, two: Place) -> None:
+    """A tensor may stand in two files, but must be the same in both."""
+    if not equal(one, two):
+        raise CheckpointError(f"{two.shard.file.path}: {two.entry.name}: differs from the one in "
+                              f"{one.shard.file.path.name}", "remove the file that does not belong to the model, from "
+                              f"{INDEX} too")
+
+
+def _disagreements(index: Path, weight_map: Mapping[str, str], places: Mapping[str, Place]) -> list[str]:
+    """Lines on what a stale index says otherwise than the files."""
+    found = []
+    for words, tensors in (
+            ("places {} in another file than holds it", [n for n, file in weight_map.items() if n in places
+                                                         and places[n].shard.file.path.name != file]),
+            ("does not name {}", [n for n in places if n not in weight_map]),
+            ("names {}, which no file holds", [n for n in weight_map if n not in places])):
+        if tensors:
+            more = f" (and {len(tensors) - 1} more)" if len(tensors) > 1 else ""
+            found.append(f"{index}: {words.format(tensors[0])}{more}: the files' own headers count")
+    return found
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """The weight map {tensor name: file name}; file names must be plain names of safetensors files."""
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: weight_map: got {weight_map!r:.80}, want {{tensor: file}}", REFETCH)
+    for tensor, name in weight_map.items():
+        plain = isinstance(name, str) and "/" not in name and "\\" not in name and "\0" not in name
+        if not plain or not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{path}: weight_map.{tensor}: got {name!r:.80}, want a .safetensors file in the same folder",
+                "do not use this checkpoint unless you trust its source")
+    return weight_map
+
+
+def equal(one: Place, two: Place, step: int = 2**24) -> bool:
+    """Whether two tensors have the same dtype, shape and bytes."""
+    same = (one.entry.dtype, one.entry.shape) == (two.entry.dtype, two.entry.shape)
+    for begin in range(0, one.entry.nbytes if same else 0, step):
+        nbytes = min(step, one.entry.nbytes - begin)
+        same = same and torch.equal(*(p.shard.read(p.entry, begin, nbytes) for p in (one, two)))
+    return same
