@@ -351,7 +351,7 @@ config, tile = built_in(divmod(target, 10)).gemv, built_in(divmod(target, 10)).m
 words = block * (4 if bits == 4 else 2) // 32
 shape = dict(GROUP=64, BLOCK=block, BITS=bits)
 few = compiled(cuda_jit.gemv, {"qweight", "slots", "rows"}, target, 4, 1, M=2, LANES=config.threads // words,
-               UNROLL=config.unroll, **shape)
+               UNROLL=config.unroll, RAGGED=True, **shape)
 loop = few.asm["ttgir"].split("scf.for")[1].split("scf.yield")[0]
 assert "convert_layout" not in loop, "the loop moves data between threads"
 compiled(cuda_jit.finish, {"places"}, target, 4, 1, GATED=True, ADD=False, SIZE=cuda.FINISH)

@@ -187,8 +187,8 @@ def few(x: Tensor, weights: Matrices, jobs: Jobs, y: Tensor, gated: bool = False
     jit.gemv[spec.padded_rows // spec.block, splits, count](
         x, weights.qweight.view(torch.int32), weights.qparams, jobs.slots, jobs.rows, partial, weights.slot_bytes // 4,
         x.stride(0), spec.cols, groups, spec.padded_rows, M=width, GROUP=spec.group_size, BLOCK=spec.block,
-        BITS=spec.bits, LANES=lanes, UNROLL=config.unroll, num_warps=max(1, lanes * words // 32),
-        enable_fp_fusion=True)
+        BITS=spec.bits, LANES=lanes, UNROLL=config.unroll, RAGGED=spec.cols < spec.padded_cols,
+        num_warps=max(1, lanes * words // 32), enable_fp_fusion=True)
     _finish(jit, partial.view(-1, splits, spec.padded_rows), jobs.places, y, gated, add)
 
 
