@@ -267,7 +267,7 @@ def _dot(jit: ModuleType, x: Tensor, dot: str | None) -> Any:
     """Triton's dtype of a matmul's operands."""
     if dot not in (None, *DOTS):
         raise UsageError(f"dot: got {dot!r}, want " + ", ".join(DOTS))
-    lacking = x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) < (8, 0)
+    lacking = (capability(x.device) or (0, 0)) < (8, 0)
     if dot == "bf16" and lacking:
         raise UsageError(f"dot: {x.device} has no bf16 products", "use fp16 or fp32")
     narrow = "fp16" if x.dtype == torch.float16 else "bf16" if x.dtype == torch.bfloat16 and not lacking else "fp32"
