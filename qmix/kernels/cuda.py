@@ -234,6 +234,19 @@ def sorted_linear(x: Tensor, weights: Matrices, slots: Sequence[int], counts: Se
         num_warps=config.warps if block_m == config.tokens else 4)
 
 
+def decoded(weights: Matrices, first: int, blocks: int, dtype: torch.dtype) -> Tensor:
+    """Rows of slot 0 as numbers, those of `blocks` blocks from number `first` on, rounded to dtype: [rows, padded_cols],
+    a view whose columns are contiguous."""
+    spec = weights.spec
+    chunk = min(spec.group_size, 2048 // spec.block)  # columns of a program, which has 2048 numbers in hand
+    out = weights.qweight.new_empty(spec.padded_cols, blocks * spec.block, dtype=dtype)
+    device_code("cuda_jit").decode[blocks, spec.padded_cols // chunk](
+        weights.qweight, weights.qparams, out, first, spec.padded_cols // spec.group_size, spec.padded_rows,
+        out.stride(0), GROUP=spec.group_size, BLOCK=spec.block, BITS=spec.bits, CHUNK=chunk, num_warps=4,
+        enable_fp_fusion=True)
+    return out.T
+
+
 def silu_product(both: Tensor, y: Tensor) -> None:
     """silu(gate) * up: both fp32 [T, N] contiguous, gate and up each the first F of a half, into y [T, F]."""
     places = torch.arange(len(both), device=both.device, dtype=INDEX)

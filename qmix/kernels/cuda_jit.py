@@ -246,3 +246,44 @@ def matmul(x, qweight, qparams, tiles, y, slot, tokens, slot_bytes, x_stride, y_
         total += product * scale[None, :] + tl.sum(values.to(tl.float32), axis=1)[:, None] * zero[None, :]
     tl.store(y + token[:, None] * y_stride + row[None, :], total.to(y.dtype.element_ty),
              mask=given[:, None] & real[None, :])
+
+
+@triton.jit
+def decode(qweight, qparams, out, first, groups, n, out_stride,
+           GROUP: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, CHUNK: tl.constexpr):
+    """Blocks `first` and on as numbers, w = (q - m) * scale + zero in fp32, rounded to out's dtype.
+
+    qweight bytes, qparams int32 words; out [groups * GROUP, rows], out[k, r] of column k and row r of those blocks.
+    Grid: blocks, pieces of CHUNK columns, which divides a group.
+    """
+    PLACE: tl.constexpr = 4 if BITS == 4 else 2
+    PER_BYTE: tl.constexpr = 8 // PLACE
+    STEP: tl.constexpr = BLOCK // PER_BYTE
+    COLUMN: tl.constexpr = BLOCK * BITS // 8
+    MIDDLE: tl.constexpr = 2**(BITS - 1)
+    block = tl.program_id(0)
+    at = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    column = ((first + block).to(tl.int64) * groups * GROUP + at) * COLUMN
+    byte = tl.arange(0, STEP)
+    bits = tl.load(qweight + (column[:, None] + byte[None, :])).to(tl.int32)
+    bits = tl.join(bits, bits >> 4)
+    if BITS != 4:
+        bits = tl.join(bits, bits >> 2)
+    codes = bits & (2**PLACE - 1)
+    if BITS == 3:
+        high = tl.load(qweight + (column[:, None] + STEP + (byte % (STEP // 2))[None, :])).to(tl.int32)
+        high = high >> (byte // (STEP // 2))[None, :]
+        high = tl.join(high, high >> 4)
+        high = tl.join(high, high >> 2)
+        codes = codes | ((high & 1) << 2)
+    codes = tl.reshape(codes, (CHUNK, BLOCK))
+    numbers = (codes | MAGIC).to(tl.float32, bitcast=True) - (8388608.0 + MIDDLE)
+    code = tl.arange(0, BLOCK)
+    row = code // PER_BYTE + code % PER_BYTE * STEP
+    group = (tl.program_id(1) * CHUNK // GROUP).to(tl.int64)
+    pair = tl.load(qparams + (group * n + (first + block) * BLOCK + row))
+    scale = (pair << 16).to(tl.float32, bitcast=True)
+    zero = (pair & HIGH).to(tl.float32, bitcast=True)
+    value = numbers * scale[None, :] + zero[None, :]
+    place = out + at.to(tl.int64)[:, None] * out_stride + (block * BLOCK + row)[None, :]
+    tl.store(place, value.to(out.dtype.element_ty))
