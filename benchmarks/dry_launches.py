@@ -71,6 +71,19 @@ class Launch:
         return self.compiled.metadata.num_warps
 
     @property
+    def kinds(self) -> dict[str, str]:
+        """Types of the arguments that are not constants, e.g. "*bf16" for pointers."""
+        return {name: kind for name, kind in self.compiled.src.signature.items() if kind != "constexpr"}
+
+    @property
+    def accumulators(self) -> str:
+        """How what the first loop carries is laid out over threads; "" without a loop."""
+        text = self.compiled.asm["ttgir"]
+        carried = re.search(r"scf\.for .*? -> \((.*?)\)  *:", text)
+        names = set(re.findall(r"#\w+", carried[1])) if carried else set()
+        return "; ".join(sorted(re.search(rf"^{name} = (.*)$", text, re.M)[1] for name in names))
+
+    @property
     def wgmma(self) -> int:
         return self.compiled.asm["ptx"].count("wgmma.mma_async")
 

@@ -1,11 +1,15 @@
-"""What decoding and prompts launch on a GPU, compiled for cards that need not be here: registers, spills, shared memory,
-tensor core instructions, and instructions a weight of the GEMVs.
+"""What decoding and prompts launch on a GPU, compiled for cards that need not be here: registers, spills, shared
+memory, tensor core instructions, and instructions a weight of the GEMVs.
 
-    python benchmarks/launches.py [--card 8.6 ...] [--model mixtral demo] [--tokens 1 2 4 8] [--prompt 12 40 200 512]
-                                  [--format int4] [--count] [--json]
+    python benchmarks/launches.py [--card 8.6 ...] [--model mixtral ...] [--tokens 1 2 4 8] [--prompt 12 40 200 512]
+                                  [--format int4] [--count]
 
---count disassembles the GEMVs, which takes a second each. Decoding is the engine's own loop (DeviceDecode) over
-TritonOps; prompts are what device_table.py chooses for the card. Of Mixtral 8x7B four layers do: others launch the same.
+--count disassembles the GEMVs, which takes a second each. Decoding is the engine's own loop (DeviceDecode) over the
+operations and prompts are the products and attention that device_table.py chooses for the card. Of Mixtral 8x7B four
+layers do: others launch the same. "smallest" has 1 of everything, of which Triton makes a constant; it has no prompts
+that are longer than its context of 64. Exit code 1 where something is wrong: too much shared memory, spills from 8.0 to
+9.0, products without tensor cores, a GEMV that moves data in its loop or whose order of sums depends on the number of
+tokens.
 """
 
 from __future__ import annotations
@@ -13,38 +17,42 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported
 
-import torch  # noqa: E402
-from dry_launches import SHARED, Launch, Launches, recording  # noqa: E402
-from torch import Tensor  # noqa: E402
+import torch
+from dry_launches import SHARED, Launch, Launches, recording
+from torch import Tensor
 
-from qmix import demo  # noqa: E402
-from qmix.config import ModelConfig, Step  # noqa: E402
-from qmix.device import Routed  # noqa: E402
-from qmix.device.device import Event, Work  # noqa: E402
-from qmix.formats.packed import TORCH_DTYPES, Packed, view  # noqa: E402
-from qmix.kernels.device_ops import ExpertSlots  # noqa: E402
-from qmix.kernels.device_table import DeviceKernels, choose_device_kernels  # noqa: E402
-from qmix.kernels.table import KernelTable  # noqa: E402
-from qmix.model.device_decode import DeviceDecode  # noqa: E402
-from qmix.model.kvcache import KVCache  # noqa: E402
-from qmix.model.weights import LayerWeights, Weights  # noqa: E402
-from qmix.sizes import MatrixSpec, RecordLayout  # noqa: E402
+from qmix import demo
+from qmix.config import ModelConfig, Step
+from qmix.device import Routed
+from qmix.device.device import Event, Work
+from qmix.formats.packed import TORCH_DTYPES, Packed, view
+from qmix.kernels.configs import TENSOR_CORES
+from qmix.kernels.device_ops import ExpertSlots
+from qmix.kernels.device_table import DeviceKernels, choose_device_kernels
+from qmix.kernels.table import KernelTable
+from qmix.model.device_decode import DeviceDecode
+from qmix.model.kvcache import KVCache
+from qmix.model.weights import LayerWeights, Weights
+from qmix.sizes import MatrixSpec, RecordLayout
 
 CPU = torch.device("cpu")
-LAYERS, DEPTH, GUESSES, SLOTS, GROUP, BLOCK = 4, 3, 2, 3, 64, 64
-TOKENS, PROMPTS = (1, 2, 4, 8), (12, 40, 200, 512)
+LAYERS, DEPTH, GUESSES, SLOTS = 4, 3, 2, 3
+TOKENS, PROMPTS = (1, 2, 4, 8), (12, 40, 200, 511, 512)
+SPILLS_NOTHING = (8, 0), (9, 0)  # from, to
 
 
 @dataclass(frozen=True)
 class Model:
     """head: its format; context: positions of the cache."""
 
+    name: str
     config: ModelConfig
     head: str
     context: int
@@ -53,7 +61,10 @@ class Model:
 def models() -> dict[str, Model]:
     mixtral = ModelConfig(32000, 4096, 14336, LAYERS, 32, 8, 128, 8, 2, 1e6, 1e-5, 32768)
     small = ModelConfig.from_hf(json.loads((demo.CHECKPOINT / "config.json").read_text()))
-    return {"mixtral": Model(mixtral, "int8", 8192), "demo": Model(small, "bf16", small.max_positions)}
+    smallest = ModelConfig(1, 1, 1, LAYERS, 1, 1, 2, 1, 1, 1e6, 1e-5, 64)
+    every = (Model("mixtral", mixtral, "int8", 8192), Model("demo", small, "bf16", small.max_positions),
+             Model("smallest", smallest, "int8", 64))
+    return {model.name: model for model in every}
 
 
 def empty(spec: MatrixSpec) -> Packed:
@@ -107,7 +118,8 @@ class InSlots:
     resident = False
 
     def __init__(self, kernels: DeviceKernels, config: ModelConfig, record: RecordLayout):
-        self._ops, self._slots = kernels.ops, ExpertSlots(torch.empty(SLOTS, record.nbytes, dtype=torch.uint8), record, ())
+        slab = torch.empty(SLOTS, record.nbytes, dtype=torch.uint8)
+        self._ops, self._slots = kernels.ops, ExpertSlots(slab, record, ())
         self._table = torch.zeros(config.num_experts, dtype=torch.int32)
 
     def begin(self, layer: int, routed: Routed) -> Work:
@@ -120,36 +132,77 @@ class InSlots:
         pass
 
 
-def launch(model: Model, card: tuple[int, int], tokens: Iterable[int], prompts: Iterable[int], expert_format: str,
-           found: Launches) -> None:
-    """Decode `tokens` at a time, and the products and attention of `prompts`, within `recording`."""
-    config, half = model.config, torch.float16 if card < (8, 0) else torch.bfloat16
-    record = RecordLayout(MatrixSpec(expert_format, 2 * config.intermediate_size, config.hidden_size, 2, GROUP, BLOCK),
-                          MatrixSpec(expert_format, config.hidden_size, config.intermediate_size, 1, GROUP, BLOCK))
-    kernels = choose_device_kernels(CPU, half, (expert_format, "int8", model.head), (BLOCK,), KernelTable({}, {}), True)
-    weights, device = dense_weights(model, half), Immediate(half)
-    decode = DeviceDecode(config, weights, device, kernels.ops, InSlots(kernels, config, record), DEPTH, GUESSES)
-    cache = KVCache(config, model.context, half, place=CPU, attend=kernels.attend)
+def launch(model: Model, card: tuple[int, int], found: Launches, tokens: Iterable[int] = TOKENS,
+           prompts: Iterable[int] = PROMPTS, experts: str = "int4", group: int = 64, block: int = 64,
+           dtype: torch.dtype | None = None) -> None:
+    """Decode `tokens` at a time, and the products and attention of `prompts`, within `recording`. experts, group,
+    block: their format; dtype: what prompts compute in, None for the card's 16 bits."""
+    config, dtype = model.config, dtype or (torch.float16 if card < TENSOR_CORES else torch.bfloat16)
+    record = RecordLayout(MatrixSpec(experts, 2 * config.intermediate_size, config.hidden_size, 2, group, block),
+                          MatrixSpec(experts, config.hidden_size, config.intermediate_size, 1, group, block))
+    formats = {experts, "int8", model.head}
+    kernels = choose_device_kernels(CPU, dtype, formats, (block,), KernelTable({}, {}), True)
+    weights = dense_weights(model, dtype)
+    decode = DeviceDecode(config, weights, Immediate(dtype), kernels.ops, InSlots(kernels, config, record), DEPTH,
+                          min(GUESSES, config.num_experts))
+    cache = KVCache(config, model.context, dtype, place=CPU, attend=kernels.attend)
     for count in tokens:
-        found.label = f"{count} tokens" if count > 1 else "1 token"
+        found.label = f"{model.name}, decode {count}"
         given = torch.zeros(count, dtype=torch.int64)
         decode(given, given, [cache] * count, Step("decode"))
     slot, layer = torch.empty(record.nbytes, dtype=torch.uint8), weights.layers[0]
-    w13, w2 = (Packed.of(spec, {p.tensor.name: view(slot, p.offset, p.tensor) for p in record.placed if p.matrix == name})
-               for name, spec in (("w13", record.w13), ("w2", record.w2)))
-    for count in prompts:
-        found.label = f"prompt of {count}"
-        x = torch.empty(count, config.hidden_size, dtype=half)
+    w13, w2 = (Packed.of(spec, {p.tensor.name: view(slot, p.offset, p.tensor) for p in record.placed
+                                if p.matrix == name}) for name, spec in (("w13", record.w13), ("w2", record.w2)))
+    for count in (n for n in prompts if n <= model.context):
+        found.label = f"{model.name}, prompt {count}"
+        x = torch.empty(count, config.hidden_size, dtype=dtype)
         for m in layer.heads:
             kernels.prompts.linear(x, m)
-        attended = cache.attend(0, 0, *(torch.empty(count, heads, config.head_dim, dtype=half) for heads in (
-            config.num_heads, config.num_kv_heads, config.num_kv_heads)), None)
-        kernels.prompts.linear(attended, layer.o)
+        heads = config.num_heads, config.num_kv_heads, config.num_kv_heads
+        new = (torch.empty(count, number, config.head_dim, dtype=dtype) for number in heads)
+        kernels.prompts.linear(cache.attend(0, 0, *new, config.sliding_window), layer.o)
         kernels.prompts.expert(x, w13, w2)
         kernels.prompts.linear(x[-1:], weights.head)
 
 
-def table(launches: list[Launch], count: bool) -> Iterator[str]:
+def wrong(one: Launch, card: tuple[int, int]) -> Iterator[str]:
+    """What must not be."""
+    asm = one.compiled.asm
+    if one.shared > SHARED[card]:
+        yield f"{one.shared} bytes of shared memory, the card has {SHARED[card]}"
+    if one.spills and SPILLS_NOTHING[0] <= card <= SPILLS_NOTHING[1]:
+        yield f"{one.spills} bytes of registers are spilled"
+    if one.kernel in ("matmul", "attend_many"):
+        if card < TENSOR_CORES:
+            yield "this is torch's work here, which has tensor cores"
+        elif not one.mma + one.wgmma and "fp32" not in str(one.constants.get("DOT")) + one.kinds.get("keys", ""):
+            yield "no tensor cores"
+    if one.kernel == "gemv":
+        if "convert_layout" in asm["ttgir"].split("scf.for")[1].split("scf.yield")[0]:
+            yield "the loop moves data between threads"
+        if one.module == "cuda_dense_jit" and not re.search(r"ld\.global[^;]*\.v[24]", asm["ptx"]):
+            yield "weights are loaded one by one"
+        if ".ftz" in asm["ptx"]:
+            yield "subnormal numbers are taken as zero"
+    if re.search(r"\b(cos|sin)\.approx", asm["ptx"]):
+        yield "an approximate cosine"
+
+
+def wrong_together(launches: Launches) -> Iterator[str]:
+    """What must not be between variants of a kernel."""
+    orders: dict[tuple[object, ...], set[str]] = {}
+    prompts: Counter[str] = Counter()
+    for one in launches:
+        if one.kernel == "gemv":  # sums of a token in the same order, whatever the number of tokens
+            same = *(value for name, value in one.constants.items() if name not in ("M", "ADD")), str(one.kinds)
+            orders.setdefault((one.module, *map(str, same)), set()).add(one.accumulators)
+        if one.kernel in ("matmul", "attend_many"):  # compiled by tile, not anew for some prompts
+            prompts[f"{one.kernel} {one.constants} {one.kinds}"] += 1
+    yield from (f"{key}: sums in {len(found)} orders" for key, found in orders.items() if len(found) > 1)
+    yield from (f"{name}: compiled {times} times" for name, times in prompts.items() if times > 1)
+
+
+def table(launches: Launches, count: bool) -> Iterator[str]:
     yield f"{'kernel':24} {'regs':>4} {'spills':>6} {'shared':>7} {'warps':>5} {'wgmma':>5} {'mma':>4}" \
           + f" {'a weight':>8}" * count + "  constants; launches"
     for one in launches:
@@ -161,19 +214,12 @@ def table(launches: list[Launch], count: bool) -> Iterator[str]:
               + f"  {constants}; " + ", ".join(f"{label}: {times}" for label, times in one.labels.items())
 
 
-def plain(one: Launch, card: tuple[int, int], model: str, count: bool) -> dict[str, Any]:
-    return {"card": card, "model": model, "kernel": one.kernel, "module": one.module, "registers": one.registers,
-            "spills": one.spills, "shared": one.shared, "warps": one.warps, "wgmma": one.wgmma, "mma": one.mma,
-            "labels": one.labels, "constants": {name: str(value) for name, value in one.constants.items()},
-            "a_weight": one.per_weight if count else None}
-
-
 def card_of(text: str) -> tuple[int, int]:
     major, _, minor = text.partition(".")
     return int(major), int(minor)
 
 
-def main() -> None:
+def main() -> int:
     known = models()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--card", type=card_of, nargs="+", default=list(SHARED))
@@ -182,20 +228,22 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, nargs="*", default=PROMPTS)
     parser.add_argument("--format", default="int4")
     parser.add_argument("--count", action="store_true")
-    parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    failed = 0
     for card in args.card:
-        for name in args.model:
-            with recording(card) as found, torch.inference_mode():
-                launch(known[name], card, args.tokens, args.prompt, args.format, found)
-            if args.json:
-                for one in found:
-                    print(json.dumps(plain(one, card, name, args.count)), flush=True)
-            else:
-                print(f"\n{card[0]}.{card[1]}, {name}: {sum(sum(one.labels.values()) for one in found)} launches of "
-                      f"{len(found)} kernels", *table(found, args.count), sep="\n", flush=True)
+        with recording(card) as found, torch.inference_mode():
+            for name in args.model:
+                launch(known[name], card, found, args.tokens, args.prompt, args.format)
+        launches = sum(sum(one.labels.values()) for one in found)
+        print(f"\n{card[0]}.{card[1]}: {launches} launches of {len(found)} kernels", *table(found, args.count),
+              sep="\n", flush=True)
+        for line in (*(f"{one.kernel} {one.constants}: {why}" for one in found for why in wrong(one, card)),
+                     *wrong_together(found)):
+            print("WRONG:", line)
+            failed = 1
+    return failed
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

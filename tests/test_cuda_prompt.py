@@ -69,7 +69,8 @@ class TestWithoutTensorCores:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
     @pytest.mark.parametrize(("name", "parts"), [("int4", 2), ("int3", 1), ("int2", 1)])
-    def test_products_by_tiles(self, name: str, parts: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_products_by_tiles(self, name: str, parts: int, dtype: torch.dtype,
+                               monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(cuda_prompt, "TILE_BYTES", 64 * 160 * dtype.itemsize)  # two blocks of rows
         m, x = matrix(name, 100 * parts, 150, 32, 32, parts), operand(19, 150, 1).to(dtype)
         for out in (dtype, torch.float32):

@@ -6,14 +6,18 @@ byte i is that of row i + s * STEP of the block, STEP = BLOCK * PLACE / 8. The t
 i % (STEP / 2), shifted by i / (STEP / 2), has those of byte i at the same distance from each other as the low bits.
 
 The codes of a word are laid beside each other by joins, so that code c of the new last dimension is the one c * PLACE
-bits up; a joined dimension lies within a thread. A code becomes a float without a conversion. In gemv one instruction
-does it: the bits of an fp32 below 2^24 are a multiple of its smallest number, 2^-149, so a code that a mask leaves where
-it is, `up` bits up, is q * 2^(up - 149). Multiplying takes subnormal numbers at full speed on NVIDIA's cards, and x is
-multiplied by 2^64 first, so that products are not subnormal; scale undoes both, and 2^(bits - 1) times the sum of x is
-subtracted. All these factors are powers of two, hence exact. x must be below 2^64 (the squares of a norm overflow
-there too), and a product is wrong by at most 2^-65 more than fp32 has it. In matmul a code, or-ed into the mantissa
-of 2^23, is 2^23 + q, from which 2^23 + m is subtracted. Of a (scale, zero) pair, one 32-bit word, the scale is the low
-half and the zero the high one, and a bf16 is the high half of an fp32.
+bits up; a joined dimension lies within a thread. A code becomes a float without a conversion:
+
+- In gemv one mask does it. Bits below 2^24, read as an fp32, are that multiple of its smallest number, 2^-149. So a
+  code that the mask leaves where it is, `up` bits up, is q * 2^(up - 149), a subnormal number or nearly, which NVIDIA's
+  cards multiply at full speed. x is multiplied by 2^64 first, so that products are not subnormal. Both factors are
+  powers of two, hence exact, and are undone with the scale. q counts from 0, so m times the sum of x is subtracted.
+  x must be below 2^64, where the squares of a norm overflow too; below 2^-41 a product loses bits of fp32, but is
+  never wrong by more than 2^-65.
+- In matmul and decode a code, or-ed into the mantissa of 2^23, is 2^23 + q, from which 2^23 + m is subtracted.
+
+Of a (scale, zero) pair, one 32-bit word, the scale is the low half and the zero the high one, and a bf16 is the high
+half of an fp32.
 
 Only what Triton 3.6 and its interpreter both have is used: no autotune, no inline assembly, no atomics.
 

@@ -45,8 +45,8 @@ def linear_many(x: Tensor, m: Packed, out_dtype: torch.dtype | None = None, conf
     """x [T, cols] fp32, bf16 or fp16 -> [T, rows] in `out_dtype` (x's), padding and gaps between parts removed.
 
     int8: codes are exact in bf16 and fp32, and their product is scaled; in fp16, where products of codes would
-    overflow, weights are scaled first, and so rounded. The grouped formats: on a card for which Triton's products have no
-    tensor cores (sm_75) as `linear_decoded` has them.
+    overflow, weights are scaled first, and so rounded. The grouped formats: on a card for which Triton's products have
+    no tensor cores (sm_75) as `linear_decoded` has them.
     """
     spec, dtype = m.spec, out_dtype or x.dtype
     if x.dim() != 2 or x.shape[1] != spec.cols or x.dtype not in DTYPES:
@@ -136,8 +136,8 @@ def without_tensor_cores(card: tuple[int, int] | None) -> bool:
 
 def prompt_attention(card: tuple[int, int] | None, config: Attention) -> Callable[..., Tensor]:
     """What attends in prompts on a card of this compute capability: torch's kernels on Hopper, where `attend_many` may
-    not have the tiles that would make it fast, and on cards for which it has no tensor cores; else `attend_many`, cut as
-    `config` says."""
+    not have the tiles that would make it fast, and where it has no tensor cores; else `attend_many`, cut as `config`
+    says."""
     by_torch = without_tensor_cores(card) or (card is not None and card[0] == HOPPER)
     return attend_torch if by_torch else partial(attend_many, config=config)
 
