@@ -1,5 +1,6 @@
 """The Triton kernels against float64 products of what the bytes say: on the GPU where there is one, else under
-Triton's interpreter on the CPU (conftest.py sees to that); and that they compile for cards that are not here.
+Triton's interpreter on the CPU (conftest.py sees to that). test_cuda_launches.py compiles them for cards that are not
+here.
 
 The interpreter rounds fp32 to bf16 by cutting off and gets bf16 products wrong; both are left to the GPU.
 """
@@ -326,52 +327,3 @@ def test_tensors_of_the_cpu_are_refused_without_the_interpreter() -> None:
 def test_importing_it_imports_no_triton() -> None:
     done = in_another_process("import sys, qmix.kernels.cuda, qmix.kernels.table; print('triton' in sys.modules)")
     assert done.stdout == "False\n", done.stderr
-
-
-COMPILE = """
-import sys
-import triton
-import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from qmix.kernels import cuda, cuda_jit
-from qmix.kernels.configs import built_in
-
-POINTERS = {"x": "*bf16", "partial": "*fp32", "y": "*bf16", "qparams": "*i32"}
-
-def compiled(function, words, target, warps, stages, **constants):
-    kinds = {a: "constexpr" if a in constants else POINTERS.get(a) or ("*i32" if a in words else "i32")
-             for a in function.arg_names}
-    source = ASTSource(function, kinds | ({"qweight": "*u8"} if function is cuda_jit.matmul else {}), constants)
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
-
-target, bits, block = map(int, sys.argv[1:])
-config, tile = built_in(divmod(target, 10)).gemv, built_in(divmod(target, 10)).matmul
-words = block * (4 if bits == 4 else 2) // 32
-shape = dict(GROUP=64, BLOCK=block, BITS=bits)
-few = compiled(cuda_jit.gemv, {"qweight", "slots", "rows"}, target, 4, 1, M=2, LANES=config.threads // words,
-               UNROLL=config.unroll, **shape)
-loop = few.asm["ttgir"].split("scf.for")[1].split("scf.yield")[0]
-assert "convert_layout" not in loop, "the loop moves data between threads"
-compiled(cuda_jit.finish, {"places"}, target, 4, 1, GATED=True, ADD=False, SIZE=cuda.FINISH)
-assert {p.name for p in cuda_jit.matmul.params if p.do_not_specialize} == {"slot", "tokens"}  # vary by prompt
-for single in (False, True):
-    many = compiled(cuda_jit.matmul, {"tiles"}, target, tile.warps, tile.stages, SINGLE=single, BLOCK_M=tile.tokens,
-                    BLOCKS=tile.rows // block, CHUNK=64, DOT=tl.float16 if target < 80 else tl.bfloat16, **shape)
-    assert many.metadata.shared <= (64 if target < 80 else 99) * 1024, many.metadata.shared
-print("compiled", many.asm["ptx"].count("mma"))
-"""
-
-
-@needs_triton
-@pytest.mark.parametrize(("target", "bits", "block"), [(75, 4, 64), (86, 3, 32), (90, 2, 64)])
-def test_it_compiles_for_cards(target: int, bits: int, block: int, tmp_path: Path) -> None:
-    """To machine code, with Triton's own assembler, which needs no GPU. From sm_80 up matmul uses tensor cores; for
-    sm_75 Triton has none to give."""
-    code = f"import sys; sys.argv[1:] = {[str(target), str(bits), str(block)]}\n" \
-        f"exec(compile(open({str(tmp_path / 'c.py')!r}).read(), 'c.py', 'exec'))"
-    (tmp_path / "c.py").write_text(COMPILE)
-    done = in_another_process(code, TRITON_CACHE_DIR=str(tmp_path / "cache"))
-    assert done.stdout.startswith("compiled"), done.stderr[-2000:]
-    assert (int(done.stdout.split()[1]) > 0) == (target >= 80)

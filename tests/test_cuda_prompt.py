@@ -13,7 +13,7 @@ from test_cuda_ops import attention, dense, random
 
 from qmix.errors import UsageError
 from qmix.formats import pack
-from qmix.kernels import cuda_prompt
+from qmix.kernels import cuda, cuda_prompt
 from qmix.kernels.cuda_prompt import attend_many, linear_many
 from qmix.sizes import MatrixSpec
 
@@ -52,6 +52,41 @@ class TestLinear:
         for x in (torch.zeros(9, 63), torch.zeros(9, 64).double(), torch.zeros(64)):
             with pytest.raises(UsageError, match=r"x: got .* want fp32, bf16 or fp16 \[T, 64\]"):
                 linear_many(x.to(DEVICE), m)
+
+
+class TestWithoutTensorCores:
+    """What cards of compute capability 7.5 use."""
+
+    @pytest.mark.parametrize(("name", "block", "group"), [
+        ("int4", 64, 64), ("int4", 32, 128), ("int3", 64, 32), ("int3", 32, 64), ("int2", 64, 128), ("int2", 32, 32)])
+    def test_decoded_weights_are_rounded_once(self, name: str, block: int, group: int) -> None:
+        m = matrix(name, 200, 150, group, block)
+        want = torch.from_numpy(decode(m))[block:3 * block]
+        for dtype in (torch.float32, torch.float16):
+            got = cuda.decoded(cuda.Matrices.of(here(m)), 1, 2, dtype)
+            assert got.dtype == dtype and got.shape == (2 * block, m.spec.padded_cols)
+            assert torch.equal(got[:len(want), :150].cpu(), want.float().to(dtype))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize(("name", "parts"), [("int4", 2), ("int3", 1), ("int2", 1)])
+    def test_products_by_tiles(self, name: str, parts: int, dtype: torch.dtype,
+                               monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cuda_prompt, "TILE_BYTES", 64 * 160 * dtype.itemsize)  # two blocks of rows
+        m, x = matrix(name, 100 * parts, 150, 32, 32, parts), operand(19, 150, 1).to(dtype)
+        for out in (dtype, torch.float32):
+            y = cuda_prompt.linear_decoded(x.to(DEVICE), here(m), out).cpu()
+            assert y.dtype == out and relative(y, product(x, decode(m))) < OFF[dtype]
+        assert cuda_prompt.linear_decoded(x[:0].to(DEVICE), here(m), dtype).shape == (0, 100 * parts)
+
+    @pytest.mark.parametrize(("card", "by_torch"), [((7, 5), True), ((8, 0), False), ((12, 0), False), (None, False)])
+    def test_the_card_decides(self, card: tuple[int, int] | None, by_torch: bool,
+                              monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[object] = []
+        m, x = here(matrix("int4", 64, 64, 32, 32)), operand(9, 64).to(DEVICE)
+        monkeypatch.setattr(cuda_prompt, "linear_decoded", lambda *args: asked.append(args))
+        monkeypatch.setattr(cuda_prompt, "capability", lambda place: card)
+        linear_many(x, m)
+        assert bool(asked) == by_torch
 
 
 class TestAttend:

@@ -85,6 +85,7 @@ class Attention:
 Config = Gemv | Matmul | Dense | Attention
 # Without tensor cores, as for fp32 and on sm_75, sums of a tile take many registers.
 WIDE = Attention(32, 32, 8, 1)
+TENSOR_CORES = (8, 0)  # the first compute capability for which Triton's products have them
 # The compute capability, major, for which Triton multiplies by WGMMA: where a tile has WGMMA_TOKENS rows or more and
 # WGMMA_WARPS warps or more.
 HOPPER, WGMMA_TOKENS, WGMMA_WARPS = 9, 64, 4

@@ -39,6 +39,7 @@ DOTS = ("bf16", "fp16", "fp32")
 NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FINISH = 1024  # results that a program of `finish` makes
 INDEX = torch.int32
+REGISTERS = 168  # of a thread of gemv, int4, FEW tokens: it needs no more, and three programs of four warps run at once
 Room = Callable[[tuple[int, ...], torch.device], Tensor]  # where results of a launch lie for the next one
 
 
@@ -184,11 +185,13 @@ def few(x: Tensor, weights: Matrices, jobs: Jobs, y: Tensor, gated: bool = False
     groups, words = spec.padded_cols // spec.group_size, _words(spec)
     lanes, splits = _lanes(spec, config), splits_of(spec, config)
     count, width = jobs.rows.shape
+    warps = max(1, lanes * words // 32)
     partial = room((count, width, splits, spec.padded_rows), x.device)
     jit.gemv[spec.padded_rows // spec.block, splits, count](
         x, weights.qweight.view(torch.int32), weights.qparams, jobs.slots, jobs.rows, partial, weights.slot_bytes // 4,
         x.stride(0), spec.cols, groups, spec.padded_rows, M=width, GROUP=spec.group_size, BLOCK=spec.block,
-        BITS=spec.bits, LANES=lanes, UNROLL=config.unroll, num_warps=max(1, lanes * words // 32),
+        BITS=spec.bits, LANES=lanes, UNROLL=config.unroll, RAGGED=spec.cols < spec.padded_cols,
+        num_warps=warps, maxnreg=REGISTERS if width == FEW and spec.bits == 4 and warps <= 8 else None,
         enable_fp_fusion=True)
     _finish(jit, partial.view(-1, splits, spec.padded_rows), jobs.places, y, gated, add)
 
@@ -234,6 +237,19 @@ def sorted_linear(x: Tensor, weights: Matrices, slots: Sequence[int], counts: Se
         num_warps=config.warps if block_m == config.tokens else 4)
 
 
+def decoded(weights: Matrices, first: int, blocks: int, dtype: torch.dtype) -> Tensor:
+    """Rows of slot 0 as numbers, those of `blocks` blocks from number `first` on, rounded to dtype, [rows,
+    padded_cols]: a view whose columns are contiguous."""
+    spec = weights.spec
+    chunk = min(spec.group_size, 2048 // spec.block)  # columns of a program, which has 2048 numbers in hand
+    out = weights.qweight.new_empty(spec.padded_cols, blocks * spec.block, dtype=dtype)
+    device_code("cuda_jit").decode[blocks, spec.padded_cols // chunk](
+        weights.qweight, weights.qparams, out, first, spec.padded_cols // spec.group_size, spec.padded_rows,
+        out.stride(0), GROUP=spec.group_size, BLOCK=spec.block, BITS=spec.bits, CHUNK=chunk, num_warps=4,
+        enable_fp_fusion=True)
+    return out.T
+
+
 def silu_product(both: Tensor, y: Tensor) -> None:
     """silu(gate) * up: both fp32 [T, N] contiguous, gate and up each the first F of a half, into y [T, F]."""
     places = torch.arange(len(both), device=both.device, dtype=INDEX)
@@ -271,7 +287,7 @@ def _dot(jit: ModuleType, x: Tensor, dot: str | None) -> Any:
     """Triton's dtype of a matmul's operands."""
     if dot not in (None, *DOTS):
         raise UsageError(f"dot: got {dot!r}, want " + ", ".join(DOTS))
-    lacking = x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) < (8, 0)
+    lacking = (capability(x.device) or (0, 0)) < (8, 0)
     if dot == "bf16" and lacking:
         raise UsageError(f"dot: {x.device} has no bf16 products", "use fp16 or fp32")
     narrow = "fp16" if x.dtype == torch.float16 else "bf16" if x.dtype == torch.bfloat16 and not lacking else "fp32"

@@ -5,11 +5,19 @@ Every kernel reads the bytes of formats/int4.py as they are stored, in slot `slo
 byte i is that of row i + s * STEP of the block, STEP = BLOCK * PLACE / 8. The third bits of int3 lie so that the byte
 i % (STEP / 2), shifted by i / (STEP / 2), has those of byte i at the same distance from each other as the low bits.
 
-The codes of a word are laid beside each other by joins of the word and itself shifted, by half of it first, then by a
-quarter, so that code c of the new last dimension is the one c * PLACE bits up; a joined dimension lies within a thread.
-A code becomes a float without a conversion: or-ed into the mantissa of 2^23 it is 2^23 + q, from which 2^23 + m is
-subtracted; both are exact. Of a (scale, zero) pair, one 32-bit word, the scale is the low half and the zero the high
-one, and a bf16 is the high half of an fp32.
+The codes of a word are laid beside each other by joins, so that code c of the new last dimension is the one c * PLACE
+bits up; a joined dimension lies within a thread. A code becomes a float without a conversion:
+
+- In gemv one mask does it. Bits below 2^24, read as an fp32, are that multiple of its smallest number, 2^-149. So a
+  code that the mask leaves where it is, `up` bits up, is q * 2^(up - 149), a subnormal number or nearly, which NVIDIA's
+  cards multiply at full speed. x is multiplied by 2^64 first, so that products are not subnormal. Both factors are
+  powers of two, hence exact, and are undone with the scale. q counts from 0, so m times the sum of x is subtracted.
+  x must be below 2^64, where the squares of a norm overflow too; below 2^-41 a product loses bits of fp32, but is
+  never wrong by more than 2^-65.
+- In matmul and decode a code, or-ed into the mantissa of 2^23, is 2^23 + q, from which 2^23 + m is subtracted.
+
+Of a (scale, zero) pair, one 32-bit word, the scale is the low half and the zero the high one, and a bf16 is the high
+half of an fp32.
 
 Only what Triton 3.6 and its interpreter both have is used: no autotune, no inline assembly, no atomics.
 
@@ -28,18 +36,28 @@ import triton.language as tl
 MAGIC = tl.constexpr(0x4B000000)  # the bits of 2^23 as fp32
 MAGIC_HALF = tl.constexpr(0x6400)  # the bits of 2^10 as fp16
 HIGH = tl.constexpr(-65536)  # 0xFFFF0000
+LIFT = tl.constexpr(2.0**64)  # what gemv multiplies x by
+UNIT = tl.constexpr((127 + 149 - 64) << 23)  # the bits of 2^149 / LIFT as fp32
+
+
+@triton.jit
+def parted(bits, LOWER: tl.constexpr, UPPER: tl.constexpr):
+    """The codes under each mask beside each other, where they are. The masks of calls in a row become one mask."""
+    return tl.join(bits & LOWER, bits & UPPER)
 
 
 @triton.jit
 def gemv(x, qweight, qparams, slots, rows, partial, slot_words, x_stride, cols, groups, n,
          M: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, LANES: tl.constexpr,
-         UNROLL: tl.constexpr):
+         UNROLL: tl.constexpr, RAGGED: tl.constexpr):
     """A block of rows, LANES groups of columns, all M tokens of one expert, in fp32.
 
     A lane is one group and one 32-bit word of the low bits: it walks the columns of its group, and no lane needs
-    another until the groups are summed at the end. Each word is read once for all tokens.
+    another until the groups are summed at the end. Each word is read once for all tokens. A lane beyond the last group
+    reads that one, and a token without a row reads the first: so the loop has no conditions, and their results are left
+    out at the end.
     x [., cols]; qweight, qparams: int32 words; slots [E], -1 where there is nothing to do; rows [E, M]: which of x, -1
-    for none; partial fp32 [E, M, splits, N]. Grid: blocks, splits, E.
+    for none; partial fp32 [E, M, splits, N]. RAGGED: `cols` ends within a group. Grid: blocks, splits, E.
     """
     PLACE: tl.constexpr = 4 if BITS == 4 else 2
     CODES: tl.constexpr = 32 // PLACE
@@ -48,6 +66,9 @@ def gemv(x, qweight, qparams, slots, rows, partial, slot_words, x_stride, cols, 
     WORDS: tl.constexpr = STEP // 4
     COLUMN: tl.constexpr = BLOCK * BITS // 32
     MIDDLE: tl.constexpr = 2**(BITS - 1)
+    # Numbers of x that a thread loads at once. A tile of fewer than the program has threads, which is LANES * WORDS:
+    # Triton then loads it where it is multiplied, else once, and moves it between threads.
+    VECTOR: tl.constexpr = min(4, UNROLL, max(1, WORDS // 2))
     block = tl.program_id(0)
     split = tl.program_id(1)
     expert = tl.program_id(2)
@@ -55,65 +76,80 @@ def gemv(x, qweight, qparams, slots, rows, partial, slot_words, x_stride, cols, 
     if slot < 0:
         return
     start = slot.to(tl.int64) * slot_words
-    group = split * LANES + tl.arange(0, LANES)
+    lane = split * LANES + tl.arange(0, LANES)
+    group = tl.minimum(lane, groups - 1)
     word = tl.arange(0, WORDS)
-    here = group < groups
     column = ((block * groups + group) * GROUP * COLUMN)[:, None]
     low = qweight + start + (column + word[None, :])
     if BITS == 3:
         third = qweight + start + (column + (WORDS + word % (WORDS // 2))[None, :])
         aside = (word // (WORDS // 2))[None, :]
 
-    rows_of = ()
-    ends = ()
+    own = ()
     sums = ()
     dots = ()
     for m in tl.static_range(M):
-        rows_of += (tl.load(rows + expert * M + m).to(tl.int64),)
-        ends += (tl.where(rows_of[m] >= 0, cols, 0),)
-        sums += (tl.zeros((LANES,), tl.float32),)
+        row_of = tl.maximum(tl.load(rows + expert * M + m), 0).to(tl.int64)
+        own += (x + row_of * x_stride,)
+        whole = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        sums += (tl.sum(tl.load(own[m] + whole, mask=whole < cols, other=0.0).to(tl.float32), axis=1)[:, None, None],)
         dots += (tl.zeros((LANES, WORDS, CODES), tl.float32),)
 
+    near = tl.arange(0, VECTOR)
     for first in range(0, GROUP, UNROLL):
-        for step in tl.static_range(UNROLL):
-            inside = first + step
-            bits = tl.load(low + inside * COLUMN, mask=here[:, None], other=0)
-            bits = tl.join(bits, bits >> 16)
-            bits = tl.join(bits, bits >> 8)
-            bits = tl.join(bits, bits >> 4)
-            if BITS != 4:
-                bits = tl.join(bits, bits >> 2)
-            codes = bits & (2**PLACE - 1)
-            if BITS == 3:
-                high = tl.load(third + inside * COLUMN, mask=here[:, None], other=0) >> aside
-                high = tl.join(high, high >> 16)
-                high = tl.join(high, high >> 8)
-                high = tl.join(high, high >> 4)
-                high = tl.join(high, high >> 2)
-                codes = codes | ((high & 1) << 2)
-            numbers = (codes | MAGIC).to(tl.float32, bitcast=True) - (8388608.0 + MIDDLE)
-            numbers = tl.reshape(numbers, (LANES, WORDS, CODES))
-            at = group * GROUP + inside
-            new_sums = ()
-            new_dots = ()
+        for piece in tl.static_range(UNROLL // VECTOR):
+            at = group[:, None] * GROUP + first + piece * VECTOR + near[None, :]
+            values = ()
             for m in tl.static_range(M):
-                value = tl.load(x + rows_of[m] * x_stride + at, mask=at < ends[m], other=0.0)
-                value = value.to(tl.float32)
-                new_sums += (sums[m] + value,)
-                new_dots += (dots[m] + numbers * value[:, None, None],)
-            sums = new_sums
-            dots = new_dots
+                if RAGGED:
+                    value = tl.load(own[m] + at, mask=at < cols, other=0.0).to(tl.float32) * LIFT
+                else:
+                    value = tl.load(own[m] + at).to(tl.float32) * LIFT
+                if VECTOR == 4:
+                    even, odd = tl.split(tl.reshape(value, (LANES, 2, 2)))
+                    value0, value2 = tl.split(even)
+                    value1, value3 = tl.split(odd)
+                    values += (value0, value1, value2, value3)
+                elif VECTOR == 2:
+                    value0, value1 = tl.split(value)
+                    values += (value0, value1)
+                else:
+                    values += (tl.reshape(value, (LANES,)),)
+            for step in tl.static_range(VECTOR):
+                inside = first + piece * VECTOR + step
+                bits = tl.load(low + inside * COLUMN).to(tl.uint32, bitcast=True)
+                if BITS == 3:
+                    high = tl.load(third + inside * COLUMN).to(tl.uint32, bitcast=True) >> aside
+                    bits = tl.join((bits & 0x33333333) | ((high << 2) & 0x44444444),
+                                   ((bits >> 2) & 0x33333333) | (high & 0x44444444))
+                bits = tl.join(bits, bits >> 16)
+                bits = parted(parted(bits, 0x00FF, 0xFF00), 0x0F0F, 0xF0F0)
+                if BITS == 2:
+                    bits = parted(bits, 0x3333, 0xCCCC)
+                numbers = tl.reshape(bits.to(tl.float32, bitcast=True), (LANES, WORDS, CODES))
+                new_dots = ()
+                for m in tl.static_range(M):
+                    new_dots += (dots[m] + numbers * values[m * VECTOR + step][:, None, None],)
+                dots = new_dots
 
     code = tl.arange(0, CODES)
+    up = code % 4 * 4
+    if BITS == 3:
+        code = code % 8 * 2 + code // 8
+    elif BITS == 2:
+        up = code % 8 * 2
+    unit = (up * -2**23 + UNIT).to(tl.float32, bitcast=True)[None, None, :]
     row = block * BLOCK + word[:, None] * 4 + (code // PER_BYTE + code % PER_BYTE * STEP)[None, :]
-    pair = tl.load(qparams + start + ((group * n)[:, None, None] + row[None, :, :]), mask=here[:, None, None], other=0)
+    here = (lane < groups)[:, None, None]
+    pair = tl.load(qparams + start + ((group * n)[:, None, None] + row[None, :, :]))
     scale = (pair << 16).to(tl.float32, bitcast=True)
     zero = (pair & HIGH).to(tl.float32, bitcast=True)
     splits = tl.num_programs(1)
     for m in tl.static_range(M):
-        total = tl.sum(dots[m] * scale + sums[m][:, None, None] * zero, axis=0)
+        total = (dots[m] * unit - sums[m] * MIDDLE) * scale + sums[m] * zero
+        total = tl.sum(tl.where(here, total, 0.0), axis=0)
         out = partial + ((expert * M + m) * splits + split).to(tl.int64) * n + row
-        tl.store(out, total, mask=row < tl.where(rows_of[m] >= 0, n, 0))
+        tl.store(out, total, mask=row < tl.where(tl.load(rows + expert * M + m) >= 0, n, 0))
 
 
 @triton.jit
@@ -214,3 +250,44 @@ def matmul(x, qweight, qparams, tiles, y, slot, tokens, slot_bytes, x_stride, y_
         total += product * scale[None, :] + tl.sum(values.to(tl.float32), axis=1)[:, None] * zero[None, :]
     tl.store(y + token[:, None] * y_stride + row[None, :], total.to(y.dtype.element_ty),
              mask=given[:, None] & real[None, :])
+
+
+@triton.jit
+def decode(qweight, qparams, out, first, groups, n, out_stride,
+           GROUP: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, CHUNK: tl.constexpr):
+    """Blocks `first` and on as numbers, w = (q - m) * scale + zero in fp32, rounded to out's dtype.
+
+    qweight bytes, qparams int32 words; out [groups * GROUP, rows], out[k, r] of column k and row r of those blocks.
+    Grid: blocks, pieces of CHUNK columns, which divides a group.
+    """
+    PLACE: tl.constexpr = 4 if BITS == 4 else 2
+    PER_BYTE: tl.constexpr = 8 // PLACE
+    STEP: tl.constexpr = BLOCK // PER_BYTE
+    COLUMN: tl.constexpr = BLOCK * BITS // 8
+    MIDDLE: tl.constexpr = 2**(BITS - 1)
+    block = tl.program_id(0)
+    at = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    column = ((first + block).to(tl.int64) * groups * GROUP + at) * COLUMN
+    byte = tl.arange(0, STEP)
+    bits = tl.load(qweight + (column[:, None] + byte[None, :])).to(tl.int32)
+    bits = tl.join(bits, bits >> 4)
+    if BITS != 4:
+        bits = tl.join(bits, bits >> 2)
+    codes = bits & (2**PLACE - 1)
+    if BITS == 3:
+        high = tl.load(qweight + (column[:, None] + STEP + (byte % (STEP // 2))[None, :])).to(tl.int32)
+        high = high >> (byte // (STEP // 2))[None, :]
+        high = tl.join(high, high >> 4)
+        high = tl.join(high, high >> 2)
+        codes = codes | ((high & 1) << 2)
+    codes = tl.reshape(codes, (CHUNK, BLOCK))
+    numbers = (codes | MAGIC).to(tl.float32, bitcast=True) - (8388608.0 + MIDDLE)
+    code = tl.arange(0, BLOCK)
+    row = code // PER_BYTE + code % PER_BYTE * STEP
+    group = (tl.program_id(1) * CHUNK // GROUP).to(tl.int64)
+    pair = tl.load(qparams + (group * n + (first + block) * BLOCK + row))
+    scale = (pair << 16).to(tl.float32, bitcast=True)
+    zero = (pair & HIGH).to(tl.float32, bitcast=True)
+    value = numbers * scale[None, :] + zero[None, :]
+    place = out + at.to(tl.int64)[:, None] * out_stride + (block * BLOCK + row)[None, :]
+    tl.store(place, value.to(out.dtype.element_ty))

@@ -23,6 +23,7 @@ from qmix.kernels import cuda
 from qmix.kernels.attend import attend_torch
 from qmix.kernels.configs import (
     HOPPER,
+    TENSOR_CORES,
     WGMMA_TOKENS,
     WGMMA_WARPS,
     WIDE,
@@ -44,11 +45,14 @@ def linear_many(x: Tensor, m: Packed, out_dtype: torch.dtype | None = None, conf
     """x [T, cols] fp32, bf16 or fp16 -> [T, rows] in `out_dtype` (x's), padding and gaps between parts removed.
 
     int8: codes are exact in bf16 and fp32, and their product is scaled; in fp16, where products of codes would
-    overflow, weights are scaled first, and so rounded.
+    overflow, weights are scaled first, and so rounded. The grouped formats: on a card for which Triton's products have
+    no tensor cores (sm_75) as `linear_decoded` has them.
     """
     spec, dtype = m.spec, out_dtype or x.dtype
     if x.dim() != 2 or x.shape[1] != spec.cols or x.dtype not in DTYPES:
         raise UsageError(f"x: got {x.dtype} {list(x.shape)}, want fp32, bf16 or fp16 [T, {spec.cols}]")
+    if spec.bits and without_tensor_cores(capability(x.device)):
+        return linear_decoded(x, m, dtype)
     if spec.bits:
         y = x.new_empty(len(x), spec.padded_rows, dtype=dtype)
         if len(x):
@@ -67,6 +71,21 @@ def linear_many(x: Tensor, m: Packed, out_dtype: torch.dtype | None = None, conf
             out.copy_(_int8(x, m["qweight"][here, :spec.cols], m["scale"][here].float()))
         else:
             out.copy_(F.linear(x, m["weight"][here].to(x.dtype)))
+    return y
+
+
+def linear_decoded(x: Tensor, m: Packed, out_dtype: torch.dtype) -> Tensor:
+    """`linear_many` of a grouped format through torch's product, of rows that are decoded TILE_BYTES at a time.
+
+    Products are made in x's dtype, or in fp32 for bf16, which cards that need this do not have; weights are rounded to
+    that, where `sorted_linear` has them exact.
+    """
+    spec, weights = m.spec, Matrices.of(m)
+    y = x.new_empty(len(x), spec.rows, dtype=out_dtype)
+    x = x.float() if x.dtype == torch.bfloat16 else x
+    for start, row, rows in row_tiles(spec, x.dtype.itemsize, TILE_BYTES) if len(x) else ():
+        tile = cuda.decoded(weights, row // spec.block, -(-rows // spec.block), x.dtype)
+        y[:, start:start + rows] = F.linear(x, tile[:rows, :spec.cols])
     return y
 
 
@@ -110,10 +129,17 @@ def attend_many(query: Tensor, keys: Tensor, values: Tensor, window: int | None 
     return out
 
 
+def without_tensor_cores(card: tuple[int, int] | None) -> bool:
+    """Whether Triton compiles products for this compute capability without tensor cores, where torch's have them."""
+    return card is not None and card < TENSOR_CORES
+
+
 def prompt_attention(card: tuple[int, int] | None, config: Attention) -> Callable[..., Tensor]:
     """What attends in prompts on a card of this compute capability: torch's kernels on Hopper, where `attend_many` may
-    not have the tiles that would make it fast; else `attend_many`, cut as `config` says."""
-    return attend_torch if card and card[0] == HOPPER else partial(attend_many, config=config)
+    not have the tiles that would make it fast, and where it has no tensor cores; else `attend_many`, cut as `config`
+    says."""
+    by_torch = without_tensor_cores(card) or (card is not None and card[0] == HOPPER)
+    return attend_torch if by_torch else partial(attend_many, config=config)
 
 
 def _cut(keys: Tensor, config: Attention | None) -> Attention:

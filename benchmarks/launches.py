@@ -1,0 +1,249 @@
+"""What decoding and prompts launch on a GPU, compiled for cards that need not be here: registers, spills, shared
+memory, tensor core instructions, and instructions a weight of the GEMVs.
+
+    python benchmarks/launches.py [--card 8.6 ...] [--model mixtral ...] [--tokens 1 2 4 8] [--prompt 12 40 200 512]
+                                  [--format int4] [--count]
+
+--count disassembles the GEMVs, which takes a second each. Decoding is the engine's own loop (DeviceDecode) over the
+operations and prompts are the products and attention that device_table.py chooses for the card. Of Mixtral 8x7B four
+layers do: others launch the same. "smallest" has 1 of everything, of which Triton makes a constant; it has no prompts
+that are longer than its context of 64. Exit code 1 where something is wrong: too much shared memory, spills from 8.0 to
+9.0, products without tensor cores, a GEMV that moves data in its loop or whose order of sums depends on the number of
+tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported
+
+import torch
+from dry_launches import SHARED, Launch, Launches, recording
+from torch import Tensor
+
+from qmix import demo
+from qmix.config import ModelConfig, Step
+from qmix.device import Routed
+from qmix.device.device import Event, Work
+from qmix.formats.packed import TORCH_DTYPES, Packed, view
+from qmix.kernels.configs import TENSOR_CORES
+from qmix.kernels.device_ops import ExpertSlots
+from qmix.kernels.device_table import DeviceKernels, choose_device_kernels
+from qmix.kernels.table import KernelTable
+from qmix.model.device_decode import DeviceDecode
+from qmix.model.kvcache import KVCache
+from qmix.model.weights import LayerWeights, Weights
+from qmix.sizes import MatrixSpec, RecordLayout
+
+CPU = torch.device("cpu")
+LAYERS, DEPTH, GUESSES, SLOTS = 4, 3, 2, 3
+TOKENS, PROMPTS = (1, 2, 4, 8), (12, 40, 200, 511, 512)
+SPILLS_NOTHING = (8, 0), (9, 0)  # from, to
+
+
+@dataclass(frozen=True)
+class Model:
+    """head: its format; context: positions of the cache."""
+
+    name: str
+    config: ModelConfig
+    head: str
+    context: int
+
+
+def models() -> dict[str, Model]:
+    mixtral = ModelConfig(32000, 4096, 14336, LAYERS, 32, 8, 128, 8, 2, 1e6, 1e-5, 32768)
+    small = ModelConfig.from_hf(json.loads((demo.CHECKPOINT / "config.json").read_text()))
+    smallest = ModelConfig(1, 1, 1, LAYERS, 1, 1, 2, 1, 1, 1e6, 1e-5, 64)
+    every = (Model("mixtral", mixtral, "int8", 8192), Model("demo", small, "bf16", small.max_positions),
+             Model("smallest", smallest, "int8", 64))
+    return {model.name: model for model in every}
+
+
+def empty(spec: MatrixSpec) -> Packed:
+    return Packed.of(spec, {t.name: torch.empty(t.shape, dtype=TORCH_DTYPES[t.dtype]) for t in spec.tensors})
+
+
+def dense_weights(model: Model, half: torch.dtype) -> Weights:
+    """As load_dense gives them for a device: q, k and v as one matrix, int8."""
+    config = model.config
+    hidden, queries = config.hidden_size, config.num_heads * config.head_dim
+    rows = queries + 2 * config.num_kv_heads * config.head_dim
+
+    def layer() -> LayerWeights:
+        return LayerWeights(torch.empty(hidden), (empty(MatrixSpec("int8", rows, hidden)),),
+                            empty(MatrixSpec("int8", hidden, queries)), torch.empty(hidden),
+                            torch.empty(config.num_experts, hidden, dtype=torch.float64))
+
+    embedding = torch.empty(config.vocab_size, hidden, dtype=torch.bfloat16)
+    return Weights(half, embedding, tuple(layer() for _ in range(config.num_layers)), torch.empty(hidden),
+                   empty(MatrixSpec(model.head, config.vocab_size, hidden)))
+
+
+class Immediate:
+    """A device, and its stream, that does what it is given when it is given."""
+
+    name, place, triton, trouble = "a card that is not here", CPU, True, ""
+    launches = waits = 0
+
+    def __init__(self, half: torch.dtype):
+        self.half, self.compute = half, self
+
+    def run(self, work: Work) -> None:
+        work()
+
+    def record(self) -> None:
+        return None
+
+    def wait(self, event: Event | None) -> None:
+        pass
+
+    def capture(self, work: Work) -> Work:
+        return work
+
+    def host(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+
+class InSlots:
+    """All experts that are asked for are in slots, though others could be missing."""
+
+    resident = False
+
+    def __init__(self, kernels: DeviceKernels, config: ModelConfig, record: RecordLayout):
+        slab = torch.empty(SLOTS, record.nbytes, dtype=torch.uint8)
+        self._ops, self._slots = kernels.ops, ExpertSlots(slab, record, ())
+        self._table = torch.zeros(config.num_experts, dtype=torch.int32)
+
+    def begin(self, layer: int, routed: Routed) -> Work:
+        return lambda: self._ops.experts(routed.x, self._slots, routed.ids, self._table, routed.rows)
+
+    def refresh(self, layer: int) -> None:
+        pass
+
+    def finish(self, layer: int, routed: Routed, step: Step) -> None:
+        pass
+
+
+def launch(model: Model, card: tuple[int, int], found: Launches, tokens: Iterable[int] = TOKENS,
+           prompts: Iterable[int] = PROMPTS, experts: str = "int4", group: int = 64, block: int = 64,
+           dtype: torch.dtype | None = None) -> None:
+    """Decode `tokens` at a time, and the products and attention of `prompts`, within `recording`. experts, group,
+    block: their format; dtype: what prompts compute in, None for the card's 16 bits."""
+    config, dtype = model.config, dtype or (torch.float16 if card < TENSOR_CORES else torch.bfloat16)
+    record = RecordLayout(MatrixSpec(experts, 2 * config.intermediate_size, config.hidden_size, 2, group, block),
+                          MatrixSpec(experts, config.hidden_size, config.intermediate_size, 1, group, block))
+    formats = {experts, "int8", model.head}
+    kernels = choose_device_kernels(CPU, dtype, formats, (block,), KernelTable({}, {}), True)
+    weights = dense_weights(model, dtype)
+    decode = DeviceDecode(config, weights, Immediate(dtype), kernels.ops, InSlots(kernels, config, record), DEPTH,
+                          min(GUESSES, config.num_experts))
+    cache = KVCache(config, model.context, dtype, place=CPU, attend=kernels.attend)
+    for count in tokens:
+        found.label = f"{model.name}, decode {count}"
+        given = torch.zeros(count, dtype=torch.int64)
+        decode(given, given, [cache] * count, Step("decode"))
+    slot, layer = torch.empty(record.nbytes, dtype=torch.uint8), weights.layers[0]
+    w13, w2 = (Packed.of(spec, {p.tensor.name: view(slot, p.offset, p.tensor) for p in record.placed
+                                if p.matrix == name}) for name, spec in (("w13", record.w13), ("w2", record.w2)))
+    for count in (n for n in prompts if n <= model.context):
+        found.label = f"{model.name}, prompt {count}"
+        x = torch.empty(count, config.hidden_size, dtype=dtype)
+        for m in layer.heads:
+            kernels.prompts.linear(x, m)
+        heads = config.num_heads, config.num_kv_heads, config.num_kv_heads
+        new = (torch.empty(count, number, config.head_dim, dtype=dtype) for number in heads)
+        kernels.prompts.linear(cache.attend(0, 0, *new, config.sliding_window), layer.o)
+        kernels.prompts.expert(x, w13, w2)
+        kernels.prompts.linear(x[-1:], weights.head)
+
+
+def wrong(one: Launch, card: tuple[int, int]) -> Iterator[str]:
+    """What must not be."""
+    asm = one.compiled.asm
+    if one.shared > SHARED[card]:
+        yield f"{one.shared} bytes of shared memory, the card has {SHARED[card]}"
+    if one.spills and SPILLS_NOTHING[0] <= card <= SPILLS_NOTHING[1]:
+        yield f"{one.spills} bytes of registers are spilled"
+    if one.kernel in ("matmul", "attend_many"):
+        if card < TENSOR_CORES:
+            yield "this is torch's work here, which has tensor cores"
+        elif not one.mma + one.wgmma and "fp32" not in str(one.constants.get("DOT")) + one.kinds.get("keys", ""):
+            yield "no tensor cores"
+    if one.kernel == "gemv":
+        if "convert_layout" in asm["ttgir"].split("scf.for")[1].split("scf.yield")[0]:
+            yield "the loop moves data between threads"
+        if one.module == "cuda_dense_jit" and not re.search(r"ld\.global[^;]*\.v[24]", asm["ptx"]):
+            yield "weights are loaded one by one"
+        if ".ftz" in asm["ptx"]:
+            yield "subnormal numbers are taken as zero"
+    if re.search(r"\b(cos|sin)\.approx", asm["ptx"]):
+        yield "an approximate cosine"
+
+
+def wrong_together(launches: Launches) -> Iterator[str]:
+    """What must not be between variants of a kernel."""
+    orders: dict[tuple[object, ...], set[str]] = {}
+    prompts: Counter[str] = Counter()
+    for one in launches:
+        if one.kernel == "gemv":  # sums of a token in the same order, whatever the number of tokens
+            same = *(value for name, value in one.constants.items() if name not in ("M", "ADD")), str(one.kinds)
+            orders.setdefault((one.module, *map(str, same)), set()).add(one.accumulators)
+        if one.kernel in ("matmul", "attend_many"):  # compiled by tile, not anew for some prompts
+            prompts[f"{one.kernel} {one.constants} {one.kinds}"] += 1
+    yield from (f"{key}: sums in {len(found)} orders" for key, found in orders.items() if len(found) > 1)
+    yield from (f"{name}: compiled {times} times" for name, times in prompts.items() if times > 1)
+
+
+def table(launches: Launches, count: bool) -> Iterator[str]:
+    yield f"{'kernel':24} {'regs':>4} {'spills':>6} {'shared':>7} {'warps':>5} {'wgmma':>5} {'mma':>4}" \
+          + f" {'a weight':>8}" * count + "  constants; launches"
+    for one in launches:
+        each = one.per_weight if count else None
+        constants = " ".join(f"{name}={value}" for name, value in one.constants.items())
+        yield f"{one.module.removeprefix('cuda_') + '.' + one.kernel:24} {one.registers:4} {one.spills:6} " \
+              f"{one.shared:7} {one.warps:5} {one.wgmma:5} {one.mma:4}" \
+              + (f" {each:8.2f}" if each else " " * 9) * count \
+              + f"  {constants}; " + ", ".join(f"{label}: {times}" for label, times in one.labels.items())
+
+
+def card_of(text: str) -> tuple[int, int]:
+    major, _, minor = text.partition(".")
+    return int(major), int(minor)
+
+
+def main() -> int:
+    known = models()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--card", type=card_of, nargs="+", default=list(SHARED))
+    parser.add_argument("--model", choices=known, nargs="+", default=list(known))
+    parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS)
+    parser.add_argument("--prompt", type=int, nargs="*", default=PROMPTS)
+    parser.add_argument("--format", default="int4")
+    parser.add_argument("--count", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    failed = 0
+    for card in args.card:
+        with recording(card) as found, torch.inference_mode():
+            for name in args.model:
+                launch(known[name], card, found, args.tokens, args.prompt, args.format)
+        launches = sum(sum(one.labels.values()) for one in found)
+        print(f"\n{card[0]}.{card[1]}: {launches} launches of {len(found)} kernels", *table(found, args.count),
+              sep="\n", flush=True)
+        for line in (*(f"{one.kernel} {one.constants}: {why}" for one in found for why in wrong(one, card)),
+                     *wrong_together(found)):
+            print("WRONG:", line)
+            failed = 1
+    return failed
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

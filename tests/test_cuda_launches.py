@@ -1,0 +1,92 @@
+"""Every launch of decoding and prompts compiles to machine code for cards that are not here, with Triton's own
+assembler and its run-time specialization, and fits the card. benchmarks/launches.py does the work, in a process without
+Triton's interpreter; `python benchmarks/launches.py` compiles all models and numbers of tokens for all cards, and takes
+several minutes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_cuda import in_another_process, needs_triton
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+# One process, so that torch and Triton are imported once and models share what they launch alike. (card; model, tokens
+# of decoding, of prompts, format, group, block): all of Mixtral for three cards, the ends for cards that are like them;
+# other formats, models and dtypes where they are cheap.
+ALL, ENDS = [1, 2, 4, 8], [1, 8]
+WANTED = [
+    ([7, 5], ["mixtral", ALL, [12, 40, 200, 511, 512]], ["demo", [1], [12, 100], "int3", 64, 32]),
+    ([8, 0], ["mixtral", ENDS, [12, 40, 200, 512]]),
+    ([8, 6], ["mixtral", ALL, [12, 40, 200, 511, 512]], ["demo", ENDS, [12, 100]],
+     ["demo", [2], [40], "int3", 32, 32], ["smallest", [1, 2], [9]]),
+    ([8, 9], ["mixtral", ENDS, [12, 512]]),
+    ([9, 0], ["mixtral", ALL, [12, 40, 200, 511, 512]], ["demo", [2], [40], "int2", 128, 64]),
+    ([12, 0], ["mixtral", ENDS, [12, 40, 200, 512]]),
+]
+COUNTED = [[8, 6], [9, 0]]
+CODE = f"""
+import json, sys
+sys.path.insert(0, {str(BENCHMARKS)!r})
+import torch
+import launches
+from dry_launches import recording
+
+torch.set_num_threads(1)
+known = launches.models()
+for card, *runs in {WANTED!r}:
+    card = tuple(card)
+    with recording(card) as found, torch.inference_mode():
+        for model, *rest in runs:
+            launches.launch(known[model], card, found, *rest)
+        if card == (8, 6):
+            launches.launch(known["demo"], card, found, (), (40,), "int4", 64, 64, torch.float32)
+    for one in found:
+        counted = list(card) in {COUNTED!r} and one.module == "cuda_jit" and one.constants.get("M") in (1, 8)
+        print(json.dumps(dict(card=card, kernel=one.kernel, module=one.module, labels=one.labels, shared=one.shared,
+            constants={{name: str(value) for name, value in one.constants.items()}}, registers=one.registers,
+            wrong=list(launches.wrong(one, card)), per_weight=one.per_weight if counted else None)), flush=True)
+    print(json.dumps(dict(card=card, kernel="", wrong=list(launches.wrong_together(found)))), flush=True)
+"""
+pytestmark = [needs_triton, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def launched() -> list[dict[str, Any]]:
+    done = in_another_process(CODE)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_everything_compiles_and_fits(launched: list[dict[str, Any]]) -> None:
+    assert not [line for line in launched if line["wrong"]]
+    for card, *runs in WANTED:
+        labels = {label for line in launched if line["card"] == card and line["kernel"] for label in line["labels"]}
+        wanted = {f"{model}, decode {count}" for model, tokens, *_ in runs for count in tokens}
+        # A prompt of which torch does everything launches nothing of ours.
+        assert wanted <= labels
+
+
+def test_what_prompts_launch(launched: list[dict[str, Any]]) -> None:
+    """On 7.5 Triton has no tensor cores: its products are left to torch. On Hopper attention is."""
+    found = {tuple(card): {line["kernel"] for line in launched if line["card"] == card and any(
+        "prompt" in label for label in line.get("labels", ()))} for card, *_ in WANTED}
+    assert found[7, 5] == {"decode"}
+    assert found[9, 0] == {"matmul"}
+    assert all(found[card] == {"matmul", "attend_many"} for card in ((8, 0), (8, 6), (8, 9), (12, 0)))
+
+
+def test_the_gemv_takes_few_instructions_a_weight(launched: list[dict[str, Any]]) -> None:
+    """One token: a mask and a product, and what loading takes. Eight: a product each beside that."""
+    for tokens, most in (("1", 3), ("8", 12.5)):
+        counted = [line["per_weight"] for line in launched if line.get("per_weight")
+                   and line["constants"]["M"] == tokens and line["constants"]["BITS"] == "4"]
+        assert len(counted) >= len(COUNTED) and max(counted) < most, counted
+
+
+def test_a_number_of_tokens_compiles_nothing_anew(launched: list[dict[str, Any]]) -> None:
+    """Of prompts; decoding has a variant for each power of two."""
+    own = [line for line in launched if line["card"] == [8, 6] and line["kernel"] in ("matmul", "attend_many")]
+    assert any({"mixtral, prompt 511", "mixtral, prompt 512"} <= set(line["labels"]) for line in own)
