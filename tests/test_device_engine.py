@@ -181,6 +181,41 @@ def test_experts_that_the_cpu_computes(stores: dict[str, Path], resident: dict[s
     torch.testing.assert_close(got, resident["keep"], rtol=1e-5, atol=1e-5)
 
 
+def test_the_cpu_computes_what_is_on_its_way_up_but_would_come_too_late(
+        stores: dict[str, Path], resident: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bus stands still, and the split knows it for slow: guesses that come true are not waited for, and can be
+    used when it goes on. Their records below stay while they are going up."""
+    monkeypatch.setattr(Split, "COPY", 1e-6)
+    monkeypatch.setattr(Split, "HOST", 1e6)
+    monkeypatch.setattr(Split, "copied", lambda *how: None)
+    bus, stuck = threading.Event(), list[str]()
+    bus.set()
+
+    def delay() -> None:
+        if threading.current_thread().name == "qmix-stream-1" and not bus.wait(3):
+            stuck.append("a copy was waited for")
+
+    with bring_up(monkeypatch, stores["keep"], 12, ALL, StandIn(delay), exact=False, prefetch="ahead") as engine:
+        below, above = engine._offload.experts._below.tier, engine._offload.tier  # type: ignore[attr-defined]
+        session = engine.session()
+        found = [session.prefill(IDS[:40])]
+        bus.clear()
+        engine.reset_stats()
+        for token in IDS[:12]:
+            found.append(session.decode(token).clone())
+            going = [key for key in above if not above.ready(key)]
+            assert all(key in below._pinned and below.ready(key) for key in going)
+        stats = engine.stats()["offload"]
+        assert not stuck and going and stats["prefetcher"]["late"] > 0, "no guess on its way came true"
+        assert stats["decode"]["computed"] == stats["decode"]["misses"] > 0 == stats["decode"]["bytes_up"]
+        bus.set()
+        for key in going:
+            above.wait(key, len(above.bytes_of(key)))
+        assert all(map(above.ready, going)) and not below._pinned
+        found += [session.prefill(IDS[40:]), *(session.decode(token).clone() for token in IDS[12:24])]
+    torch.testing.assert_close(torch.stack(found), resident["keep"], rtol=1e-5, atol=1e-5)
+
+
 def test_drafts_have_the_bits_of_single_tokens(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     with bring_up(monkeypatch, stores["int4"], 9, 8, StandIn(delays(6))) as engine:
         one, other = engine.session(), None
