@@ -73,7 +73,8 @@ def bring_up(monkeypatch: pytest.MonkeyPatch, folder: Path, above: int, below: i
     engine = load(folder, threads=1, ram=RESERVE + below * needs.record, placement=placement,
                   activations=how.pop("activations", "bf16"), **how)
     fast, slow = engine.plan.tiers
-    assert fast.slots == above and slow.slots == min(below, ALL - above + STAGING)
+    assert fast.slots == above
+    assert slow.slots == (ALL if above < ALL <= below else min(below, ALL - above + STAGING))
     return engine
 
 
@@ -111,7 +112,7 @@ def test_the_numbers_of_the_cpus_engine(stores: dict[str, Path], resident: dict[
 
 
 @pytest.mark.parametrize("prefetch", ["off", "ahead", "both"])
-@pytest.mark.parametrize(("above", "below"), [(ALL, 2), (20, 14), (20, 4), (9, 25), (4, 2), (4, 12)])
+@pytest.mark.parametrize(("above", "below"), [(ALL, 2), (20, 14), (20, 4), (9, 25), (4, 2), (4, 12), (9, ALL)])
 @pytest.mark.parametrize("name", ["int4", "keep"])
 def test_same_bits_for_every_placement(stores: dict[str, Path], resident: dict[str, Tensor], name: str, above: int,
                                        below: int, prefetch: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,6 +150,25 @@ def test_once_all_is_in_memory_nothing_is_read(stores: dict[str, Path], monkeypa
         stats = engine.stats()
         assert not stats["offload"]["decode"]["bytes_read"] and not stats["offload"]["prefill"]["bytes_read"]
         assert set(stats["experts"]) == {"vram", "ram"} and stats["offload"]["decode"]["bytes_up"] > 0
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("below", [ALL - 1, ALL])
+def test_where_ram_holds_all_nothing_is_copied_down(stores: dict[str, Path], resident: dict[str, Tensor], below: int,
+                                                    exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is in RAM stays there; with a slot less both tiers hold different records, and some come down."""
+    device = StandIn(delays(9))
+    with bring_up(monkeypatch, stores["keep"], 6, below, device, exact=exact, prefetch="ahead") as engine:
+        assert engine.plan.inclusive == (below == ALL) and engine.plan.resident
+        found = run(engine)
+        report = engine.stats()["offload"]
+        down = sum(report[phase]["bytes_down"] for phase in ("prefill", "decode"))
+        low = engine._offload.experts._below.tier  # type: ignore[attr-defined]
+        assert (down == 0) == (below == ALL) and report["decode"]["bytes_up"] > 0
+        assert (len(set(low)) == ALL) == (below == ALL), "RAM has let go of a record"
+    if exact:
+        assert torch.equal(found, resident["keep"])
+    torch.testing.assert_close(found, resident["keep"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", list(FORMATS))
