@@ -31,7 +31,7 @@ TYPICAL = Speeds(ram=40.0, disk=3.0, pcie=25.0, vram=900.0)  # GB/s, for what wa
 @dataclass(frozen=True, slots=True)
 class Machine:
     """Bytes and GB/s; None where they are to be found out, and vram None also without a GPU. vram_taken: of vram, by
-    this process and the driver; None = as much as is usual."""
+    this process and the driver; None = as much as is usual. pin: bytes of ram that may be page-locked; None = all."""
 
     ram: int | None = None
     margin: int | None = None
@@ -41,6 +41,7 @@ class Machine:
     pcie: float | None = None
     disk: float | None = None
     vram_taken: int | None = None
+    pin: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,7 @@ def find_gpu(model: Model, machine: Machine, device: str, kv: str, say: Callable
         found.close()
     say(f"planned for {found.name}, of whose memory {format_bytes(vram)} can be had (--vram 24G describes another GPU, "
         "--device cpu leaves it out)")
-    return replace(machine, vram=vram, vram_taken=taken)
+    return replace(machine, vram=vram, vram_taken=taken, pin=placement.pin_budget())
 
 
 def describe(model: Model, context: int, machine: Machine, known: Speeds | None, say: Callable[[str], None],
@@ -110,7 +111,7 @@ def describe(model: Model, context: int, machine: Machine, known: Speeds | None,
                          f"choose at most {model.config.max_positions}")
     needs = Needs.of(model.config, model.quant, choose_context(model.config, context), kv)
     taken = CUDA_CONTEXT if machine.vram_taken is None else machine.vram_taken
-    found = make_plan(needs, _ram(machine), PROGRAM, machine.vram, taken)
+    found = make_plan(needs, _ram(machine), PROGRAM, machine.vram, taken, machine.pin)
     speeds, assumed = _speeds(machine, known)
     if assumed:
         say(f"assumed, neither measured nor given: {', '.join(assumed)} (qmix doctor --bandwidth measures)")

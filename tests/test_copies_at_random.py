@@ -124,3 +124,27 @@ def test_two_tiers_that_hold_all_records_between_them_read_each_of_them_once(see
     assert sorted(stack.records.seen) == sorted((k, start) for k in ALL for start in range(0, RECORD, CHUNK))
     assert set(stack.high) | set(stack.low) == set(ALL)
     stack.close()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**32), st.integers(3, len(ALL) - 1), st.booleans())
+def test_where_the_tier_below_has_a_slot_for_every_record_nothing_comes_down(seed: int, above: int,
+                                                                             mixed: bool) -> None:
+    """And none of them ever leaves it, also where guesses are given up and records leave above at any time."""
+    dice = random.Random(seed)
+    stack = Stack(above, len(ALL), gates=Gates(dice, 0.0002), mixed=mixed)
+    seen: set[ExpertKey] = set()
+    for k in dice.sample(ALL, len(ALL)):
+        assert stack.high.want(k, "demand")
+        stack.high.wait(k, len(stack.high.bytes_of(k)))
+        seen.add(k)
+        assert seen <= set(stack.low)
+    for _ in range(4):
+        play(stack, dice, 10, faults=False)
+        for k in dice.sample(sorted(stack.high), 2):
+            stack.high.drop(k)
+    stack.settle()
+    stack.check()
+    assert stack.copies.bytes_down == 0 and set(stack.low) == set(ALL)
+    assert len(stack.records.seen) == len(set(stack.records.seen)), "a record was read twice"
+    stack.close()

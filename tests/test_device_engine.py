@@ -74,7 +74,8 @@ def bring_up(monkeypatch: pytest.MonkeyPatch, folder: Path, above: int, below: i
     engine = load(folder, threads=1, ram=RESERVE + below * needs.record, placement=placement,
                   activations=how.pop("activations", "bf16"), **how)
     fast, slow = engine.plan.tiers
-    assert fast.slots == above and slow.slots == min(below, ALL - above + STAGING)
+    assert fast.slots == above
+    assert slow.slots == (ALL if above < ALL <= below else min(below, ALL - above + STAGING))
     return engine
 
 
@@ -118,7 +119,7 @@ def test_the_numbers_of_the_cpus_engine(stores: dict[str, Path], resident: dict[
 
 
 @pytest.mark.parametrize("prefetch", ["off", "ahead", "both"])
-@pytest.mark.parametrize(("above", "below"), [(ALL, 2), (20, 14), (20, 4), (9, 25), (4, 2), (4, 12)])
+@pytest.mark.parametrize(("above", "below"), [(ALL, 2), (20, 14), (20, 4), (9, 25), (4, 2), (4, 12), (9, ALL)])
 @pytest.mark.parametrize("name", ["int4", "keep"])
 def test_same_bits_for_every_placement(stores: dict[str, Path], resident: dict[str, Tensor], name: str, above: int,
                                        below: int, prefetch: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,6 +159,25 @@ def test_once_all_is_in_memory_nothing_is_read(stores: dict[str, Path], monkeypa
         assert set(stats["experts"]) == {"vram", "ram"} and stats["offload"]["decode"]["bytes_up"] > 0
 
 
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("below", [ALL - 1, ALL])
+def test_where_ram_holds_all_nothing_is_copied_down(stores: dict[str, Path], resident: dict[str, Tensor], below: int,
+                                                    exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is in RAM stays there; with a slot less both tiers hold different records, and some come down."""
+    device = StandIn(delays(9))
+    with bring_up(monkeypatch, stores["keep"], 6, below, device, exact=exact, prefetch="ahead") as engine:
+        assert engine.plan.inclusive == (below == ALL) and engine.plan.resident
+        found = run(engine)
+        report = engine.stats()["offload"]
+        down = sum(report[phase]["bytes_down"] for phase in ("prefill", "decode"))
+        low = engine._offload.experts._below.tier  # type: ignore[attr-defined]
+        assert (down == 0) == (below == ALL) and report["decode"]["bytes_up"] > 0
+        assert (len(set(low)) == ALL) == (below == ALL), "RAM has let go of a record"
+    if exact:
+        assert torch.equal(found, resident["keep"])
+    torch.testing.assert_close(found, resident["keep"], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", list(FORMATS))
 def test_other_formats_page_too(stores: dict[str, Path], resident: dict[str, Tensor], name: str,
                                 monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,6 +207,41 @@ def test_experts_that_the_cpu_computes(stores: dict[str, Path], resident: dict[s
         assert 0 < figures["computed"] <= figures["misses"]
     want = resident["keep"]
     assert_near((got - want).norm(dim=1) / want.norm(dim=1), engine, "keep")
+
+
+def test_the_cpu_computes_what_is_on_its_way_up_but_would_come_too_late(
+        stores: dict[str, Path], resident: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bus stands still, and the split knows it for slow: guesses that come true are not waited for, and can be
+    used when it goes on. Their records below stay while they are going up."""
+    monkeypatch.setattr(Split, "COPY", 1e-6)
+    monkeypatch.setattr(Split, "HOST", 1e6)
+    monkeypatch.setattr(Split, "copied", lambda *how: None)
+    bus, stuck = threading.Event(), list[str]()
+    bus.set()
+
+    def delay() -> None:
+        if threading.current_thread().name == "qmix-stream-1" and not bus.wait(3):
+            stuck.append("a copy was waited for")
+
+    with bring_up(monkeypatch, stores["keep"], 12, ALL, StandIn(delay), exact=False, prefetch="ahead") as engine:
+        below, above = engine._offload.experts._below.tier, engine._offload.tier  # type: ignore[attr-defined]
+        session = engine.session()
+        found = [session.prefill(IDS[:40])]
+        bus.clear()
+        engine.reset_stats()
+        for token in IDS[:12]:
+            found.append(session.decode(token).clone())
+            going = [key for key in above if not above.ready(key)]
+            assert all(key in below._pinned and below.ready(key) for key in going)
+        stats = engine.stats()["offload"]
+        assert not stuck and going and stats["prefetcher"]["late"] > 0, "no guess on its way came true"
+        assert stats["decode"]["computed"] == stats["decode"]["misses"] > 0 == stats["decode"]["bytes_up"]
+        bus.set()
+        for key in going:
+            above.wait(key, len(above.bytes_of(key)))
+        assert all(map(above.ready, going)) and not below._pinned
+        found += [session.prefill(IDS[40:]), *(session.decode(token).clone() for token in IDS[12:24])]
+    torch.testing.assert_close(torch.stack(found), resident["keep"], rtol=1e-5, atol=1e-5)
 
 
 def test_drafts_have_the_bits_of_single_tokens(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

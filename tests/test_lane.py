@@ -236,6 +236,26 @@ def test_busy_seconds_are_those_with_something_on_its_way(line: Line) -> None:
     assert line.lane.busy_seconds == 2.0
 
 
+def test_a_wait_for_a_fence_is_not_busy_but_the_copy_before_it_is(line: Line) -> None:
+    """Else the bus would seem slower the longer the device computes."""
+    first, second = line.send(1), line.send(2, fence=HandEvent())
+    for chunk in range(RECORD // CHUNK):
+        until(lambda chunk=chunk: len(line.stream.given) > chunk)
+        line.stream.go()
+    until(lambda: first.done and len(line.stream.given) == RECORD // CHUNK + 3)
+    until(lambda: line.lane._busy_since is None)
+    line.now = 5.0
+    assert line.lane.busy_seconds == 0.0
+    line.stream.go()  # the fence is over
+    until(lambda: line.lane._busy_since is not None)
+    line.now = 7.0
+    assert line.lane.busy_seconds == 2.0
+    line.finish(second)
+    assert line.lane.busy_seconds == 2.0 and right(second)
+    line.now = 9.0
+    assert line.lane.busy_seconds == 2.0
+
+
 def test_a_closed_lane_fails_what_did_not_start_and_what_comes_later() -> None:
     line = Line()
     load, waiting = line.send(1), line.send(2, WARM)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -90,8 +92,37 @@ def test_with_a_gpu_the_tiers_hold_different_records() -> None:
     assert vram.base == CUDA_CONTEXT and vram.dense == NEEDS.dense and ram.dense == ram.kv == 0
     assert found.resident, "16 GB RAM and 24 GB VRAM hold all of Mixtral"
     assert ram.slots == 256 - vram.slots + STAGING
+    assert not found.inclusive and found.lines()[-1] == "experts: all 256 resident"
     with pytest.raises(DoesNotFit, match="VRAM"):
         plan(NEEDS, 16 * GIB, 0, vram=2 * GIB)
+
+
+def test_where_ram_has_room_for_all_records_it_holds_those_of_vram_too() -> None:
+    fixed, whole = 400 * MIB + 32 * GIB // 50, 256 * RECORD
+    found = plan(NEEDS, 32 * GIB, 400 * MIB, vram=24 * GIB)
+    assert found.inclusive and found.ram.slots == found.slots == 256 and found.ram.total == fixed + whole <= 32 * GIB
+    assert found.lines()[-1] == "experts: all 256 resident, all of them in RAM"
+    assert plan(NEEDS, 32 * GIB, 400 * MIB, vram=24 * GIB, pin=whole).inclusive
+    few = plan(NEEDS, 32 * GIB, 400 * MIB, vram=24 * GIB, pin=whole - 1)
+    assert not few.inclusive and few.resident and few.ram.slots == 256 - few.tiers[0].slots + STAGING
+    in_vram = plan(NEEDS, 64 * GIB, 400 * MIB, vram=48 * GIB)
+    assert in_vram.resident and in_vram.ram.slots == STAGING and not in_vram.inclusive, "nothing ever leaves VRAM"
+
+
+@given(st.integers(8 * GIB, 40 * GIB), st.integers(8 * GIB, 40 * GIB), st.booleans())
+def test_a_tier_of_ram_holds_all_or_what_vram_lacks(ram: int, vram: int, mixed: bool) -> None:
+    needs = replace(NEEDS, kinds=((100, RECORD), (156, RECORD // 2))) if mixed else NEEDS
+    found = plan(needs, ram, 400 * MIB, vram)
+    room = ram - 400 * MIB - found.ram.reserve
+    fast = [slots for slots, _ in found.tiers[0].kinds]
+    whole = [count if slots < count else STAGING for slots, (count, _) in zip(fast, needs.by_kind, strict=True)]
+    fits = sum(slots * nbytes for slots, (_, nbytes) in zip(whole, needs.by_kind, strict=True)) <= room
+    for i, (slots, nbytes) in enumerate(found.ram.kinds):
+        count = needs.by_kind[i][0]
+        assert slots == whole[i] if fits else slots <= count - fast[i] + STAGING
+        assert found.held[i] == min(count, max(slots, fast[i] + slots - STAGING)) and nbytes == needs.by_kind[i][1]
+    assert found.inclusive or not fits or list(fast) == [count for count, _ in needs.by_kind]
+    assert found.ram.total <= ram
 
 
 def test_few_slots_are_warned_of() -> None:

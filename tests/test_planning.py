@@ -64,6 +64,7 @@ def test_plan_of_a_described_machine_from_a_config_alone(config_file: Path) -> N
     by = {(row["memory"], row["holds"]): row["bytes"] for row in found["memory"]}
     assert sum(n for (memory, _), n in by.items() if memory == "VRAM") == 24 * 2**30
     assert sum(n for (memory, _), n in by.items() if memory == "RAM") == 32 * 2**30
+    assert by["RAM", "expert slots"] == 256 * 99_090_432 and found["plan"][-1].endswith("all of them in RAM")
     assert found["limited_by"] == "PCIe"
     assert "assumed, neither measured nor given: ram 40 GB/s, vram 900 GB/s" in done.stderr
 
@@ -115,6 +116,7 @@ def test_plan_for_the_gpu_of_this_machine(config_file: Path, monkeypatch: pytest
     monkeypatch.setattr(card, "taken", lambda: 2**29)
     monkeypatch.setattr(card, "close", lambda close=card.close: (closed.append(True), close()))
     monkeypatch.setattr(Placement, "open", lambda self, record, say: card if record == 99_090_432 else None)
+    monkeypatch.setattr(Placement, "pin_budget", lambda self: 2**40)
     machine = planning.find_gpu(model, planning.Machine(ram=32 * 2**30), "auto", "bf16", said.append)
     assert (machine.vram, machine.vram_taken) == (24 * 2**30, 2**29) and closed == [True]
     assert len(said) == 1 and "24.0 GiB can be had" in said[0] and "--device cpu" in said[0]
@@ -122,6 +124,11 @@ def test_plan_for_the_gpu_of_this_machine(config_file: Path, monkeypatch: pytest
     by = {(row["memory"], row["holds"]): row["bytes"] for row in found["memory"]}
     assert sum(n for (memory, _), n in by.items() if memory == "VRAM") == 24 * 2**30
     assert by["VRAM", "program"] == 2**29 and found["limited_by"] == "PCIe"
+    assert by["RAM", "expert slots"] == 256 * 99_090_432
+    monkeypatch.setattr(Placement, "pin_budget", lambda self: 12 * 2**30)  # as WSL's would be
+    machine = planning.find_gpu(model, planning.Machine(ram=32 * 2**30), "auto", "bf16", said.append)
+    rows = planning.describe(model, 0, machine, None, said.append)["memory"]
+    assert next(row["bytes"] for row in rows if (row["memory"], row["holds"]) == ("RAM", "expert slots")) < 12 * 2**30
 
 
 def test_a_plan_leaves_the_gpu_alone(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ def place(store: Store, needs: Needs, placement: Placement | None, host: KernelT
             raise UsageError(f"--kv-cache {needs.kv_cache}: on a GPU keys and values are kept in 16 bits so far",
                              "drop it, or use --device cpu")
         kernels = _kernels(store, device, host, placement, say)
-        found = make_plan(needs, *ram(), *placement.vram_budget(device))
+        found = make_plan(needs, *ram(), *placement.vram_budget(device), placement.pin_budget())
     except QmixError as e:
         device.close()
         if placement.device != "auto" or placement.vram is not None:

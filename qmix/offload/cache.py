@@ -35,6 +35,7 @@ from typing import Literal, Protocol
 
 from qmix.config import ExpertKey
 from qmix.errors import UsageError
+from qmix.offload.ranking import Ranking, Scores
 
 Reason = Literal["demand", "prefill", "speculative", "warm"]
 
@@ -44,18 +45,11 @@ NEAR = 0.6  # an estimate loses up to this share for the wait until its layer co
 POLICIES = ("lru", "lfu", "static")
 
 
-class Policy(Protocol):
+class Policy(Scores, Protocol):
     """Estimates, from the past, how likely a record is to be wanted. Times are counted in tokens."""
 
     def use(self, key: ExpertKey, now: int) -> None:
         """The router chose `key` for token `now`."""
-
-    def rank(self, key: ExpertKey) -> float:
-        """Orders the records of one layer at any time: the lowest leaves first."""
-
-    def score(self, key: ExpertKey, now: int, wait: float) -> float:
-        """Orders records of different layers, and those of one layer as rank does. now: the last token that their
-        layer knows of; wait: the part of a token, 0 to 1, until their layer comes next."""
 
 
 class Lru:
@@ -72,8 +66,11 @@ class Lru:
         # Tokens are numbered from 1, so any use outranks any share.
         return self._last[key] if key in self._last else self._prior.get(key, 0.0) - 1
 
-    def score(self, key: ExpertKey, now: int, wait: float) -> float:
-        return self.rank(key) - now - wait
+    def worth(self, rank: float, now: int) -> float:
+        return rank - now
+
+    def scores(self, worths: Sequence[float], waits: Sequence[float]) -> list[float]:
+        return [worth - wait for worth, wait in zip(worths, waits, strict=True)]
 
 
 class Lfu:
@@ -99,8 +96,11 @@ class Lfu:
     def rank(self, key: ExpertKey) -> float:
         return self._log.get(key, -1e18)
 
-    def score(self, key: ExpertKey, now: int, wait: float) -> float:
-        return 2 ** max(self.rank(key) - now / self._half_life, -1000.0) * (1 - NEAR * wait)
+    def worth(self, rank: float, now: int) -> float:
+        return 2 ** max(rank - now / self._half_life, -1000.0)
+
+    def scores(self, worths: Sequence[float], waits: Sequence[float]) -> list[float]:
+        return _nearer(worths, waits)
 
 
 class Static:
@@ -115,8 +115,20 @@ class Static:
     def rank(self, key: ExpertKey) -> float:
         return self._prior.get(key, 0.0)
 
-    def score(self, key: ExpertKey, now: int, wait: float) -> float:
-        return self.rank(key) * (1 - NEAR * wait)
+    def worth(self, rank: float, now: int) -> float:
+        return rank
+
+    def scores(self, worths: Sequence[float], waits: Sequence[float]) -> list[float]:
+        return _nearer(worths, waits)
+
+
+def _nearer(worths: Sequence[float], waits: Sequence[float]) -> list[float]:
+    return [worth * (1 - NEAR * wait) for worth, wait in zip(worths, waits, strict=True)]
+
+
+def score(policy: Policy, key: ExpertKey, now: int, wait: float) -> float:
+    """Of one record; see Scores.scores."""
+    return policy.scores([policy.worth(policy.rank(key), now)], [wait])[0]
 
 
 def make_policy(name: str, prior: Mapping[ExpertKey, float]) -> Policy:
@@ -184,7 +196,10 @@ class Cache:
         share, more = divmod(self.slots, layers)
         self._quota = [share + (i < more) for i in range(layers)] if quotas and share else None
         self._unproven: set[ExpertKey] = set()  # speculative records that nobody has used yet
-        self._spares: dict[ExpertKey, None] = {}
+        # Of each kind: all, and the spares.
+        self._ranked = [Ranking(policy, layers) for _ in self._free]
+        self._spares = [Ranking(policy, layers, highest=True) for _ in self._free]
+        self._rankings = [*self._ranked, *self._spares]
         # What each of the last `guard` decoded tokens used.
         self._recent: deque[set[ExpertKey]] = deque([set()] if guard else (), maxlen=guard)
         self._now = 0  # tokens in the histories
@@ -214,6 +229,8 @@ class Cache:
         self._layer = key.layer
         self._clocks[key.layer] = self._now
         self._policy.use(key, self._now)
+        for ranking in self._rankings:
+            ranking.used(key)
         if self._recent:
             self._recent[-1].add(key)
         self._unproven.discard(key)
@@ -226,6 +243,9 @@ class Cache:
         for token, experts in enumerate(choices):
             for expert in experts:
                 self._policy.use(ExpertKey(layer, expert), first + token)
+        for expert in set().union(*choices):
+            for ranking in self._rankings:
+                ranking.used(ExpertKey(layer, expert))
         self.settle(layer)
 
     def settle(self, layer: int) -> None:
@@ -234,36 +254,38 @@ class Cache:
 
     def score(self, key: ExpertKey) -> float:
         """What the policy makes of a record now; the one with the lowest score leaves first."""
-        return self._policy.score(key, self._clocks[key.layer], self._distance(key.layer) / self._layers)
+        return score(self._policy, key, self._clocks[key.layer], self._distance(key.layer) / self._layers)
 
     def spare(self, key: ExpertKey) -> None:
         """A faster tier holds `key` too."""
-        self._spares[key] = None
+        self._spares[self.kind_of(key)].add(key)
         self._unproven.discard(key)
 
     def keep(self, key: ExpertKey) -> None:
         """It does not, any more."""
-        self._spares.pop(key, None)
+        self._spares[self.kind_of(key)].remove(key)
 
     @property
     def spares(self) -> Collection[ExpertKey]:
         """Those that leave first."""
-        return self._spares.keys()
+        return [key for ranking in self._spares for key in ranking.keys]
 
     def admit(self, key: ExpertKey, reason: Reason, busy: Collection[ExpertKey] = ()) -> ExpertKey | bool:
         """Take `key` in. True: a slot was free. A key: it left, and its slot is the one. False: refused, since
         every record that may leave is busy (being read or computed), or, for a guess, worth more than the guess."""
         assert key not in self, key
-        leaves = None
-        if not self._free[self.kind_of(key)]:
-            leaves = self._surest(key, busy)
+        kind, leaves = self.kind_of(key), None
+        if not self._free[kind]:
+            stays = busy if isinstance(busy, set) else set(busy)
+            leaves = self._spares[kind].best(self._layer, self._clocks, [stays])  # whatever the quotas
             if leaves is None:
-                leaves = self._victim(key, reason, busy)
+                leaves = self._victim(key, reason, stays)
                 if leaves is None or (reason == "warm" and self.score(leaves) > self.score(key)):
                     return False
             self.remove(leaves)
         self._held[key.layer][key] = None
-        self._free[self.kind_of(key)] -= 1
+        self._ranked[kind].add(key)
+        self._free[kind] -= 1
         self._count += 1
         if reason == "speculative":
             self._unproven.add(key)
@@ -271,60 +293,42 @@ class Cache:
 
     def remove(self, key: ExpertKey) -> None:
         """Its slot is free: evicted, or what was to be read into it did not come."""
+        kind = self.kind_of(key)
         del self._held[key.layer][key]
-        self._free[self.kind_of(key)] += 1
+        self._ranked[kind].remove(key)
+        self._spares[kind].remove(key)
+        self._free[kind] += 1
         self._count -= 1
         self._unproven.discard(key)
-        self._spares.pop(key, None)
 
-    def _surest(self, new: ExpertKey, busy: Collection[ExpertKey]) -> ExpertKey | None:
-        """Of the spares that may leave for `new`, whatever the quotas, the one with the highest score, the nearest
-        among equals."""
-        kind, best = self.kind_of(new), dict[int, ExpertKey]()
-        for key in self._spares:  # only the best of each layer is scored, as in _lowest
-            if key not in busy and self.kind_of(key) == kind and (
-                    key.layer not in best or self._policy.rank(key) > self._policy.rank(best[key.layer])):
-                best[key.layer] = key
-        return max(best.values(), key=lambda key: (self.score(key), -self._distance(key.layer)), default=None)
-
-    def _victim(self, key: ExpertKey, reason: Reason, busy: Collection[ExpertKey]) -> ExpertKey | None:
+    def _victim(self, key: ExpertKey, reason: Reason, busy: set[ExpertKey]) -> ExpertKey | None:
         """What leaves for `key`. Guesses leave last, they are wanted within a layer or two, and one guess
         does not displace another one."""
-        recent, soon = set().union(*self._recent), self._unproven
-        spared: list[set[ExpertKey]]  # tried in turn: what stays besides what is busy
+        recent, soon = list(self._recent), self._unproven
+        spared: list[list[set[ExpertKey]]]  # tried in turn: what stays besides what is busy
         if reason == "demand":
-            spared = [soon, set()]
+            spared = [[soon], []]
         elif reason == "prefill":
-            spared = [soon | recent, soon, set()]
+            spared = [[soon, *recent], [soon], []]
         elif reason == "speculative" and len(self._unproven) < self._probation:
-            spared = [soon | recent, soon]
+            spared = [[soon, *recent], [soon]]
         else:
-            spared = [soon | recent]
+            spared = [[soon, *recent]]
+        ranked, layers = self._ranked[self.kind_of(key)], self._sources(key.layer)
         for stays in spared:
-            leaves = self._lowest(key, stays.union(busy))
+            leaves = ranked.best(self._layer, self._clocks, [busy, *stays], layers)
             if leaves is not None:
                 return leaves
         return None
 
-    def _lowest(self, new: ExpertKey, stays: Collection[ExpertKey]) -> ExpertKey | None:
-        """Of the records that may leave for `new`, which are of its kind, the one with the lowest score, the farthest
-        among equals.
-        Only the lowest of each layer is scored: this runs for every miss, over all slots."""
-        lowest = []
-        kind, mixed = self.kind_of(new), len(self._free) > 1
-        for held in self._sources(new.layer):
-            candidates = [key for key in held if key not in stays and (not mixed or self.kind_of(key) == kind)]
-            if candidates:
-                lowest.append(min(candidates, key=self._policy.rank))
-        return min(lowest, key=lambda key: (self.score(key), -self._distance(key.layer)), default=None)
-
-    def _sources(self, layer: int) -> list[dict[ExpertKey, None]]:
-        """With quotas a layer that has its share makes room itself, else those that have more than their own."""
+    def _sources(self, layer: int) -> list[int] | None:
+        """With quotas a layer that has its share makes room itself, else those that have more than their own; None for
+        all."""
         if self._quota is None:
-            return self._held
+            return None
         if len(self._held[layer]) >= self._quota[layer]:
-            return [self._held[layer]]
-        return [held for held, quota in zip(self._held, self._quota, strict=True) if len(held) > quota]
+            return [layer]
+        return [i for i, (held, quota) in enumerate(zip(self._held, self._quota, strict=True)) if len(held) > quota]
 
     def _distance(self, layer: int) -> int:
         """Layers until the walk is there."""

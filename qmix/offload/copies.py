@@ -6,7 +6,8 @@ Between them the two tiers hold, so that 24 GB above 16 GB hold nearly 40, what 
 above is first brought into the tier below, if it is only on the disk, and copied up. The copy below is then a *spare*
 (cache.py): it gives way to anything that needs its slot. A record that leaves the tier above, and whose spare is gone,
 is copied down into a slot below, if there is a free one, a spare's, or one whose record is less likely to be wanted;
-otherwise it is on the disk still. Distinct records in both: the slots of both, less those on their way up.
+otherwise it is on the disk still. Distinct records in both: the slots of both, less those on their way up. Where the
+tier below has a slot for every record (`Plan.inclusive`), none ever leaves it, and so none comes down.
 
 Who does what. The compute thread owns both tiers and calls everything here. Two lanes (`lane.py`), `up` and `down`,
 each a thread with a stream, make the copies. They share one lock and one bell, rung at whatever changes; no lock of

@@ -2,9 +2,10 @@
 
 While decoding, the experts that are in slots when a layer's router speaks are computed without a word from the host
 (`begin`). The host, once it has read the choice (`finish`), does three things at once with the others: has some copied
-into slots, computes some on the CPU where their records are (unless everything is to be exact: the CPU's bits are not
-the device's), and has guesses for the next layers read ahead. Each expert's row is its own and the rows are summed in
-rank order later, so what comes when, and how, decides no bit; but which kind of device computed a row does.
+into slots, computes some on the CPU where their records are, and has guesses for the next layers read ahead. The CPU
+also computes an expert whose copy is on its way but would arrive too late. Where everything is to be exact it computes
+none, since its bits are not the device's. Each expert's row is its own and the rows are summed in rank order later, so
+what comes when, and how, decides no bit; but which kind of device computed a row does.
 
 Who may read a slot: work given to `compute` before the record left it. `tier.used` says until when.
 
@@ -168,15 +169,22 @@ class DeviceExperts(PagedExperts):
         self._measure()
 
     def _divide(self, missing: Sequence[ExpertKey]) -> tuple[list[ExpertKey], list[ExpertKey]]:
-        """(to be copied, to be computed by the CPU). What is on its way up already, or cannot be computed below, is
-        waited for."""
-        split, tier = self._below.split, self._tier
+        """(to be copied, to be computed by the CPU). What is on its way up while the disk still reads it is waited for:
+        the CPU could not begin before it is here either."""
+        split, below = self._below.split, self._below.tier
         if split is None or not missing:
             return list(missing), []
-        coming = [key for key in missing if key in tier]
-        free = sorted((key for key in missing if key not in tier), key=self._below.tier.cache.score, reverse=True)
-        count = split.on_host([self._nbytes(key) for key in free], sum(map(self._nbytes, coming)))
-        return coming + free[:len(free) - count], free[len(free) - count:]
+        waited = [key for key in missing if key in self._tier and not below.ready(key)]
+        coming = sorted((key for key in missing if key in self._tier and key not in waited), key=self._left)
+        free = sorted((key for key in missing if key not in self._tier), key=below.cache.score, reverse=True)
+        order = coming + free
+        count = split.on_host([(self._left(key), self._nbytes(key)) for key in order], sum(map(self._left, waited)))
+        return waited + order[:len(order) - count], order[len(order) - count:]
+
+    def _left(self, key: ExpertKey) -> int:
+        """Bytes of it that have still to be copied up."""
+        load = self._tier.load_of(key)
+        return 0 if self._tier.ready(key) else self._nbytes(key) - (load.arrived if load is not None else 0)
 
     def _on_device(self, key: ExpertKey, routed: Routed) -> None:
         """A record has come up: have its rows made."""
@@ -209,10 +217,11 @@ class DeviceExperts(PagedExperts):
         """Compute one expert where its record is, and send its rows up."""
         below, split = self._below.tier, self._below.split
         assert split is not None
-        below.pin(key)
+        ours = [key] if below.pin(key) else []  # else it is going up, and stays pinned until it is there
         try:
             if not below.want(key, "demand"):  # all slots below are on their way up
-                below.unpin([key])
+                below.unpin(ours)
+                ours = []
                 self._wait_up(key, routed, step)
                 return
             self._await_in(below, key, step)
@@ -234,7 +243,7 @@ class DeviceExperts(PagedExperts):
             self.figures[step.phase].computed += 1
             self.figures[step.phase].host_seconds += seconds
         finally:
-            below.unpin([key])
+            below.unpin(ours)
         self._raise(key)
 
     def _wait_up(self, key: ExpertKey, routed: Routed, step: Step) -> None:

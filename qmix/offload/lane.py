@@ -8,7 +8,8 @@ event is over.
 A chunk may go when its bytes are there to be read (`feed`), and when nothing else needs the place it goes to: what was
 in that slot before has gone down from there (`leaving`), what others were bringing there has landed (`after`). Work of
 the device that reads the slot (`fence`) is waited for by the stream, not by the thread. A trip that may not go yet is
-passed over: it holds up no other one.
+passed over: it holds up no other one. The lane counts as busy while a chunk is copied, and not while it waits for a
+fence.
 
 A trip that fails, fails its load; a lane whose thread ends fails all of them, so that nobody waits for ever.
 """
@@ -61,12 +62,14 @@ class Trip:
 
 @dataclass(slots=True)
 class _Flight:
-    """A chunk on its way. event: over when it has landed; or why it did not start."""
+    """A chunk on its way. event: over when it has landed; or why it did not start. fence: of a chunk that waits for
+    one, an event of the stream that is over when the wait is."""
 
     trip: Trip
     start: int
     end: int
     event: Event | BaseException
+    fence: Event | None = None
 
 
 class Lane:
@@ -82,7 +85,8 @@ class Lane:
         self._clock = clock
         self._queue: list[Trip] = []  # with chunks that have not started
         self._flying = 0
-        self._busy = self._busy_since = 0.0
+        self._busy = 0.0
+        self._busy_since: float | None = None  # None: nothing is copied now
         self._closed = False
         self._over = "qmix is closing"  # why nothing is copied any more
         self.bytes = [0, 0, 0]
@@ -99,9 +103,9 @@ class Lane:
 
     @property
     def busy_seconds(self) -> float:
-        """How long at least one chunk was on its way, in all."""
+        """How long chunks were copied, in all."""
         with self._bell:
-            return self._busy + (self._clock() - self._busy_since if self._flying else 0.0)
+            return self._busy + (0.0 if self._busy_since is None else self._clock() - self._busy_since)
 
     def close(self) -> None:
         """Wait for the chunks that are on their way; what else was to come fails."""
@@ -137,7 +141,7 @@ class Lane:
                     start = load.taken
                     load.taken = end = min(start + self._chunk, len(load.slot))
                     load.reading += 1
-                    if not self._flying:
+                    if not self._flying and not (start == 0 and load.fence is not None):
                         self._busy_since = self._clock()
                     self._flying += 1
                     if end == len(load.slot):
@@ -166,6 +170,7 @@ class Lane:
         try:
             if flight.start == 0 and load.fence is not None:
                 self._stream.after(load.fence)
+                flight.fence = self._stream.record()
             self._stream.run(lambda: _copy(source, target))
             flight.event = self._stream.record()
         except BaseException as e:
@@ -177,6 +182,10 @@ class Lane:
         try:
             if isinstance(flight.event, BaseException):
                 raise flight.event
+            if flight.fence is not None:
+                self._count(False)
+                flight.fence.wait()
+                self._count(True)
             flight.event.wait()
         except QmixError as e:
             error = QmixError(f"{load.key}: could not be copied {self._name}: {e.message}", e.cure)
@@ -185,8 +194,7 @@ class Lane:
         with self._bell:
             load.reading -= 1
             self._flying -= 1
-            if not self._flying:
-                self._busy += self._clock() - self._busy_since
+            self._count(self._flying > 0)
             if error is None:
                 self.bytes[load.urgency] += flight.end - flight.start
             if not load.over:
@@ -197,6 +205,14 @@ class Lane:
             self._bell.notify_all()
         if load.bell is not None:
             load.bell()
+
+    def _count(self, busy: bool) -> None:
+        """From now on something is copied, or not."""
+        with self._bell:
+            now = self._clock()
+            if self._busy_since is not None:
+                self._busy += now - self._busy_since
+            self._busy_since = now if busy else None
 
     def _fail_all(self) -> None:
         for trip in self._queue:

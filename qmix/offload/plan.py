@@ -5,7 +5,9 @@ libraries), the dense weights, the KV cache, the workspace of one prefill pass a
 rest is slots for expert records. What does not fit is refused with the numbers.
 
 With a GPU the fast tier is VRAM: dense weights, KV cache and workspace lie there, and RAM holds, apart
-from the program, only slots. The two tiers exclude each other: what is in VRAM needs no slot in RAM.
+from the program, only slots. Where RAM has room for all records it holds them all, those in VRAM too: a record that
+leaves VRAM is then in RAM already, and nothing is ever copied down. Else the two tiers exclude each other: what is in
+VRAM needs no slot in RAM, and a record that leaves VRAM is copied down.
 """
 
 from __future__ import annotations
@@ -147,15 +149,22 @@ class Plan:
 
     @property
     def slots(self) -> int:
-        """Records held in some memory; VRAM and RAM hold different ones."""
+        """Different records held in some memory."""
         return sum(self.held)
 
     @property
     def held(self) -> tuple[int, ...]:
         """`slots`, of each kind."""
         staging = STAGING if len(self.tiers) > 1 else 0
-        return tuple(min(count, sum(tier.kinds[i][0] for tier in self.tiers) - staging)
+        return tuple(min(count, max(self.ram.kinds[i][0], sum(tier.kinds[i][0] for tier in self.tiers) - staging))
                      for i, (count, _) in enumerate(self.needs.by_kind))
+
+    @property
+    def inclusive(self) -> bool:
+        """Whether RAM holds what VRAM holds too, so that nothing is copied down."""
+        return len(self.tiers) > 1 and any(
+            slots >= count > fast for (slots, _), (fast, _), (count, _) in zip(
+                self.ram.kinds, self.tiers[0].kinds, self.needs.by_kind, strict=True))
 
     @property
     def resident(self) -> bool:
@@ -174,7 +183,8 @@ class Plan:
             + (f" ({self.context} tokens)" if tier.kv else "") for tier in self.tiers]
         needs = self.needs
         if self.resident:
-            return [*found, f"experts: all {needs.records} resident"]
+            whole = ", all of them in RAM" if self.inclusive else ""
+            return [*found, f"experts: all {needs.records} resident{whole}"]
         per_layer = self.slots / needs.layers
         found.append(f"experts: {self.slots} of {needs.records} in memory ({100 * self.slots // needs.records} %, "
                      f"{per_layer:.1f} of {needs.records // needs.layers} a layer), "
@@ -226,16 +236,32 @@ def scoring_bytes(config: ModelConfig, context: int) -> int:
     return (context * 4 + rows * 8) * config.hidden_size + (rows * 8 + looked_at) * config.vocab_size
 
 
-def plan(needs: Needs, ram: int, base: int, vram: int | None = None, vram_base: int = CUDA_CONTEXT) -> Plan:
+def plan(needs: Needs, ram: int, base: int, vram: int | None = None, vram_base: int = CUDA_CONTEXT,
+         pin: int | None = None) -> Plan:
     """Place a model within `ram` bytes for the whole process, `base` of them taken already, and, where there is a
-    GPU, `vram` bytes of it, vram_base of them taken. DoesNotFit (exit 3) says how much is missing, and where."""
+    GPU, `vram` bytes of it, vram_base of them taken. pin: bytes of RAM that may be page-locked, None for all.
+    DoesNotFit (exit 3) says how much is missing, and where."""
+    all_of_them = [count for count, _ in needs.by_kind]
     if vram is None:
-        return Plan(needs, (_tier("RAM", needs, ram, base, needs.least, [count for count, _ in needs.by_kind]),))
+        return Plan(needs, (_tier("RAM", needs, ram, base, needs.least, all_of_them),))
     there = replace(needs, workspace=needs.workspace + DEVICE_TILES)
-    fast = _tier("VRAM", there, vram, vram_base, needs.least, [count for count, _ in needs.by_kind])
-    most = [count - there + STAGING for (count, _), (there, _) in zip(needs.by_kind, fast.kinds, strict=True)]
-    slow = _tier("RAM", needs, ram, base, [STAGING] * len(most), most, dense=False)
-    return Plan(needs, (fast, slow))
+    fast = _tier("VRAM", there, vram, vram_base, needs.least, all_of_them)
+    return Plan(needs, (fast, _below(needs, fast, ram, base, pin)))
+
+
+def _below(needs: Needs, fast: TierPlan, ram: int, base: int, pin: int | None) -> TierPlan:
+    """RAM below VRAM: slots for all records of each kind of which VRAM does not have all, where that fits and can be
+    page-locked; else for those that VRAM lacks. Copies from memory that is not page-locked take several times as long,
+    so a small RAM tier that is page-locked beats a large one that is not."""
+    kinds = list(zip(needs.by_kind, fast.kinds, strict=True))
+    whole = [count if slots < count else STAGING for (count, _), (slots, _) in kinds]
+    rest = [count - slots + STAGING for (count, _), (slots, _) in kinds]
+    taken = sum(slots * nbytes for slots, ((_, nbytes), _) in zip(whole, kinds, strict=True))
+    least = [STAGING] * len(kinds)
+    found = _tier("RAM", needs, ram, base, least, whole, dense=False)
+    if found.experts == taken and (pin is None or taken <= pin):
+        return found
+    return _tier("RAM", needs, ram, base, least, rest, dense=False)
 
 
 def _tier(name: str, needs: Needs, budget: int, base: int, least: Sequence[int], most: Sequence[int],

@@ -3,6 +3,9 @@
 Both go on at once: copies one after another over the bus, products one after another on the CPU, so the layer waits for
 the longer of the two. How long a byte takes each way is measured all the time, together as they run, since both read
 the same RAM. Ties go to copying: what was copied will be there next time.
+
+A record that is on its way up already has only its remaining bytes to copy, but all of them to compute. The CPU takes
+it where its rest would arrive later than the CPU is done; the copy goes on, for later tokens.
 """
 
 from __future__ import annotations
@@ -39,13 +42,21 @@ class Split:
         if nbytes > 0 and seconds > 0:
             self._host = MEMORY * self._host + (1 - MEMORY) * seconds / nbytes
 
-    def on_host(self, sizes: Sequence[int], coming: int = 0) -> int:
-        """sizes: bytes of the records that are missing, the one most worth copying first; coming: bytes that are on
-        their way already and will be waited for. How many of them, from the end, the CPU had better compute."""
+    def on_host(self, missing: Sequence[tuple[int, int]], coming: int = 0) -> int:
+        """missing: of each missing record (bytes that have still to be copied, bytes that the CPU would go through),
+        the one most worth copying first; coming: bytes of others that are waited for in any case. How many of
+        `missing`, from the end, the CPU had better compute.
+
+        Example: a copy takes 8 ms and a product 10. Of [(half, whole), (whole, whole)] the CPU computes the last:
+        max(4, 10) ms, where copying both takes 12. Of [(half, whole)] alone nothing: 4 ms. At 1 ms a product, both.
+
+        Of records of one size it should have those with the most bytes left. Where `missing` is sorted by these, no
+        other choice makes the layer wait less."""
         best, least = 0, float("inf")
-        for count in range(len(sizes) + 1):
-            first = len(sizes) - count
-            longest = max((coming + sum(sizes[:first])) * self._copy, sum(sizes[first:]) * self._host)
+        for count in range(len(missing) + 1):
+            first = len(missing) - count
+            longest = max((coming + sum(left for left, _ in missing[:first])) * self._copy,
+                          sum(whole for _, whole in missing[first:]) * self._host)
             if longest < least:
                 best, least = count, longest
         return best

@@ -153,8 +153,12 @@ class Tier:
         self._loading[key] = begin(self.slots[slot], self._draining.pop(slot, None), self._used.get(slot))
         return True
 
-    def pin(self, key: ExpertKey) -> None:
+    def pin(self, key: ExpertKey) -> bool:
+        """Whether it was not pinned before: else whoever pinned it unpins it too."""
+        if key in self._pinned:
+            return False
         self._pinned.add(key)
+        return True
 
     def unpin(self, keys: Iterable[ExpertKey]) -> None:
         self._pinned.difference_update(keys)
