@@ -24,6 +24,7 @@ class Driver:
 
     def __init__(self) -> None:
         self.underway: dict[tuple[int, int], weakref.ref[Graph]] = {}  # pools that torch's allocator gives to a capture
+        self.host: set[tuple[int, int]] = set()  # and pools that its allocator of page-locked memory gives to one
         self.uses: dict[tuple[int, int], int] = {}
         self.capturing: Graph | None = None
         self.invalid = False
@@ -58,6 +59,9 @@ class Graph:
         assert self.driver.uses.get(pool) != 0, "use_count > 0 INTERNAL ASSERT FAILED"
         self.driver.uses[pool] = self.driver.uses.get(pool, 0) + 1
         self.driver.underway[pool], self.pool = weakref.ref(self), pool
+        if pool in self.driver.host:
+            raise RuntimeError("beginAllocateToPool: already recording to pool_id")
+        self.driver.host.add(pool)
         if self.driver.capturing is not None:
             raise RuntimeError("CUDA error: operation would make the legacy stream depend on a capturing stream")
         self.driver.capturing, self.driver.invalid = self, False
@@ -70,6 +74,7 @@ class Graph:
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture\nmore lines")
         assert self.pool is not None
         self.driver.end_pool(0, self.pool)
+        self.driver.host.remove(self.pool)
         self.ended = True
 
     def replay(self) -> None:
@@ -135,8 +140,10 @@ def test_a_capture_that_fails_ends_in_stream_and_allocator(driver: Driver, error
         assert device.trouble == f"no CUDA graphs here ({reason}): every kernel is launched by itself"
     assert driver.capturing is None and not driver.underway
     driver.allocate()
-    device.capture(lambda: done.append(1))()
-    assert done == [1] and device.launches == 1
+    launch = device.capture(lambda: done.append(1))
+    launch()
+    launch()
+    assert done == [1] and device.launches == 2, "the next one is captured again"
 
 
 def test_a_capture_that_only_its_end_shows_to_have_failed_is_run_by_launches(driver: Driver) -> None:
