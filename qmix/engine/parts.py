@@ -80,8 +80,7 @@ def on_device(parts: Parts, device: Device, kernels: DeviceKernels, placement: P
     say(f"{device.name}: prompts compute in {str(dtype).removeprefix('torch.')}" + (
         ", since it has no bf16 products" if str(dtype) == "torch.float16" else ""))
     fast = parts.plan.tiers[0]
-    # Half of the reserve is for what the driver takes beside torch: kernels, graphs, cuBLAS.
-    device.limit(fast.budget - fast.base - fast.reserve // 2)
+    device.limit(fast.budget - fast.base - fast.beside)
     how = DeviceOptions(placement.pin_budget(), placement.exact, *((speeds.pcie, speeds.ram) if speeds else ()))
     with ThreadPoolExecutor(1, "qmix-dense") as beside:
         dense = beside.submit(load_dense, store, kernels.prompts, device)
