@@ -52,6 +52,11 @@ def hardware_file() -> Path:
     return xdg_folder("cache") / "hardware.json"
 
 
+def gpu_memory_file() -> Path:
+    """What of this machine's GPU's memory goes elsewhere than to tensors, as measured."""
+    return xdg_folder("cache") / "gpu-memory.json"
+
+
 def kernels_file() -> Path:
     """Measured configurations of the GPU's kernels."""
     return xdg_folder("cache") / "kernels.json"

@@ -18,6 +18,7 @@ from qmix import hardware
 from qmix.config import ExpertKey, ModelConfig, QuantConfig
 from qmix.engine import Placement
 from qmix.errors import CheckpointError, ConfigError, UsageError
+from qmix.hardware.gpu_memory import GpuMemory
 from qmix.offload import router_stats
 from qmix.offload.forecast import Speeds, forecast, known_shares
 from qmix.offload.plan import CUDA_CONTEXT, MARGIN, PROGRAM, Needs, Plan, choose_context
@@ -31,7 +32,8 @@ TYPICAL = Speeds(ram=40.0, disk=3.0, pcie=25.0, vram=900.0)  # GB/s, for what wa
 @dataclass(frozen=True, slots=True)
 class Machine:
     """Bytes and GB/s; None where they are to be found out, and vram None also without a GPU. vram_taken: of vram, by
-    this process and the driver; None = as much as is usual. pin: bytes of ram that may be page-locked; None = all."""
+    this process and the driver; None = as gpu says, which is what was measured on one, or as much as is usual. pin:
+    bytes of ram that may be page-locked; None = all."""
 
     ram: int | None = None
     margin: int | None = None
@@ -42,6 +44,7 @@ class Machine:
     disk: float | None = None
     vram_taken: int | None = None
     pin: int | None = None
+    gpu: GpuMemory | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +102,8 @@ def find_gpu(model: Model, machine: Machine, device: str, kv: str, say: Callable
         found.close()
     say(f"planned for {found.name}, of whose memory {format_bytes(vram)} can be had (--vram 24G describes another GPU, "
         "--device cpu leaves it out)")
-    return replace(machine, vram=vram, vram_taken=taken, pin=placement.pin_budget())
+    measured = machine.gpu if machine.gpu is not None and machine.gpu.card == found.name else None
+    return replace(machine, vram=vram, vram_taken=taken, pin=placement.pin_budget(), gpu=measured)
 
 
 def describe(model: Model, context: int, machine: Machine, known: Speeds | None, say: Callable[[str], None],
@@ -110,8 +114,8 @@ def describe(model: Model, context: int, machine: Machine, known: Speeds | None,
         raise UsageError(f"--ctx-size {context}: the model was trained for {model.config.max_positions} positions",
                          f"choose at most {model.config.max_positions}")
     needs = Needs.of(model.config, model.quant, choose_context(model.config, context), kv)
-    taken = CUDA_CONTEXT if machine.vram_taken is None else machine.vram_taken
-    found = make_plan(needs, _ram(machine), PROGRAM, machine.vram, taken, machine.pin)
+    taken, beside = _beside(machine, say)
+    found = make_plan(needs, _ram(machine), PROGRAM, machine.vram, taken, machine.pin, beside)
     speeds, assumed = _speeds(machine, known)
     if assumed:
         say(f"assumed, neither measured nor given: {', '.join(assumed)} (qmix doctor --bandwidth measures)")
@@ -126,6 +130,25 @@ def describe(model: Model, context: int, machine: Machine, known: Speeds | None,
         "tokens_per_second": [round(guess.least, 2), round(guess.most, 2)], "limited_by": guess.bottleneck,
         "plan": found.lines(), "forecast": guess.line().removeprefix("forecast: "),
     }
+
+
+def known_gpu(file: Path | None, say: Callable[[str], None]) -> GpuMemory | None:
+    """What runs on a GPU have measured of its memory; None where there were none."""
+    from qmix.hardware import gpu_memory
+
+    return None if file is None else gpu_memory.load(file, say)
+
+
+def _beside(machine: Machine, say: Callable[[str], None]) -> tuple[int, int | None]:
+    """(bytes of a GPU that the driver and this process take before anything is loaded; bytes that torch does not count
+    later, None where that was never measured)."""
+    gpu = machine.gpu
+    taken = machine.vram_taken if machine.vram_taken is not None else gpu.context if gpu else CUDA_CONTEXT
+    if machine.vram is not None:
+        what = "code and graphs" if machine.vram_taken is not None else "the driver, code and graphs"
+        say(f"of VRAM, for {what}: as measured on {gpu.card} on {gpu.measured}" if gpu else
+            f"of VRAM, for {what}: assumed, the first run on a GPU measures it")
+    return taken, gpu.beside if gpu else None
 
 
 def known_speeds(cache_file: Path | None, say: Callable[[str], None]) -> Speeds | None:

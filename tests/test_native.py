@@ -303,10 +303,16 @@ class TestChoice:
             self.lines()
 
     def test_without_the_library_torch_computes_and_it_is_said(self, monkeypatch) -> None:
-        monkeypatch.setattr("qmix.kernels.native.loader.library", lambda: None)
-        monkeypatch.setattr("qmix.kernels.native.library", lambda: None)  # the same function, as table.py calls it
+        monkeypatch.setattr("qmix.kernels.native.loader._found", lambda: (None, "no C compiler was found (cc)"))
         said, names = self.lines(activations="auto")
-        assert "not built" in said[0] and "native" not in names["int4"]
+        assert "no native kernels: no C compiler was found (cc)" in said[0] and "native" not in names["int4"]
+
+    @needs_library
+    def test_a_library_of_an_earlier_build_is_used_and_said(self, monkeypatch) -> None:
+        found = native.library(), "an earlier build is in use, the last one failed: x.c: error"
+        monkeypatch.setattr("qmix.kernels.native.loader._found", lambda: found)
+        said, names = self.lines(activations="auto")
+        assert said == [f"native kernels: {found[1]}"] and names["int4"].startswith("native")
 
     @needs_library
     def test_kernels_that_give_wrong_numbers_are_not_used(self, monkeypatch) -> None:

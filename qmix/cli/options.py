@@ -107,7 +107,8 @@ def load_engine(folder: Path, how: Loading, keep_statistics: bool = True,
                     state=state, speeds=known_speeds(paths.if_any(paths.hardware_file), render.say),
                     base=base, scoring=scoring, say=say, progress=progress,
                     placement=Placement(how.device, size_or_auto("--vram", how.vram), size_or_auto("--pin", how.pin),
-                                        how.exact, vram_base, paths.if_any(paths.kernels_file)))
+                                        how.exact, vram_base, paths.if_any(paths.kernels_file),
+                                        paths.if_any(paths.gpu_memory_file)))
 
 
 def margin_bytes(text: str | None) -> int | None:

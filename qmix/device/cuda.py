@@ -13,11 +13,13 @@ from contextlib import AbstractContextManager, suppress
 import torch
 from torch import Tensor
 
+from qmix.device import nvml
 from qmix.device.device import Event, Stream, Work
 from qmix.errors import DoesNotFit, QmixError, UsageError
 
 ARENA = 32 * 2**20  # bytes of page-locked memory for what decoding sends to and fro
-CONTEXT = 600 * 2**20  # bytes that a context takes with torch's and Triton's code, at most
+CONTEXT = 600 * 2**20  # bytes that a context takes with torch's and Triton's code, at most: where it is not measured
+FAILURES = 3  # captures that may fail before no more are tried
 OLDEST = (7, 5)  # compute capability; older cards lack what the kernels use
 
 
@@ -61,48 +63,69 @@ class _Event:
         try:
             self.event.synchronize()
         except RuntimeError as e:  # torch.AcceleratorError is one
-            raise QmixError(f"the GPU failed: {str(e).splitlines()[0]}", "restart qmix; if it happens again, look at "
+            raise QmixError(f"the GPU failed: {_line(e)}", "restart qmix; if it happens again, look at "
                             "dmesg and the card's temperature and power") from None
 
 
 class Cuda:
-    """See device.Device. Make it through `open_cuda`, which says what is wrong where there is none."""
+    """See device.Device. Make it through `open_cuda`, which says what is wrong where there is none. before: bytes of
+    the card that were in use before this process had a context there, where that is known."""
 
-    def __init__(self, index: int):
+    def __init__(self, index: int, before: int | None = None):
         self.place = torch.device("cuda", index)
         about = torch.cuda.get_device_properties(self.place)
         self.name = about.name
         self.capability = (about.major, about.minor)
         self.half = torch.bfloat16 if self.capability >= (8, 0) else torch.float16
         self.triton = True
-        # What a context takes shows only to who looks before and after, and looking makes one: so it is an upper
-        # bound where other programs use the card too, but never more than CONTEXT.
-        free, total = torch.cuda.mem_get_info(self.place)
-        self._context = min(total - free, CONTEXT)
-        self._arena = torch.zeros(ARENA, dtype=torch.uint8, pin_memory=True)
+        self._context, self._used = self._context_bytes(before)
+        self._reserved = torch.cuda.memory_reserved(self.place)
+        self._arena = _page_locked((ARENA,), torch.uint8)
         self._arena_used = 0
         self.trouble = ""
         self.launches = 0
         self.waits = 0
         self.compute: Stream = _Stream(self, None)
         self._capturing = torch.cuda.Stream(self.place)
+        # One pool for all graphs: they run one after the other, and what a graph allocates does not outlive it. With
+        # a pool for each, every graph of a store in nf4 would hold the memory of a decoded tile.
+        self._pool = torch.cuda.graph_pool_handle()
+        self._first: torch.cuda.CUDAGraph | None = None  # torch lets no graph into a pool that all others have left
+        self._failed: list[torch.cuda.CUDAGraph] = []
+
+    def _context_bytes(self, before: int | None) -> tuple[int, int]:
+        """(bytes that the context takes, bytes of the card in use with it).
+
+        Only the driver's management library can say what was in use before. Where it cannot be asked, or there was a
+        context already, all that is in use is an upper bound, but never more than CONTEXT."""
+        free, total = torch.cuda.mem_get_info(self.place)  # makes the context, if there is none
+        after = None if before is None else _in_use(self.place.index)
+        used = total - free
+        bound = min(used - torch.cuda.memory_reserved(self.place), CONTEXT)
+        measured = 0 if before is None or after is None else after - before
+        return (measured if 0 < measured <= used else bound), used
 
     def stream(self) -> _Stream:
         return _Stream(self, torch.cuda.Stream(self.place))
 
     def capture(self, work: Work) -> Work:
+        if len(self._failed) >= FAILURES:
+            return lambda: self.compute.run(work)
         graph = torch.cuda.CUDAGraph()
         # Not through torch.cuda.graph, which stops the whole card and collects garbage for each of some 64 graphs.
         with torch.cuda.stream(self._capturing):
             try:
-                graph.capture_begin(capture_error_mode="thread_local")  # the threads that copy go on meanwhile
+                # thread_local: the threads that copy go on meanwhile.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 work()
                 graph.capture_end()
-            except RuntimeError as e:
-                with suppress(RuntimeError):  # it must end in any case, and complains of what the work did
-                    graph.capture_end()
-                self.trouble = f"no CUDA graphs here ({str(e).splitlines()[0]}): every kernel is launched by itself"
+            except BaseException as e:
+                self._abandon(graph)
+                if not isinstance(e, Exception):  # interrupted
+                    raise
+                self.trouble = f"no CUDA graphs here ({_line(e)}): every kernel is launched by itself"
                 return lambda: self.compute.run(work)
+        self._first = self._first or graph
 
         def launch() -> None:
             self.launches += 1
@@ -110,12 +133,24 @@ class Cuda:
 
         return launch
 
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a capture that failed: in the stream, which capture_end does in any case, and in torch's allocator, which
+        capture_end does only where all went well. The allocator would ask the graph at every later allocation whether
+        it belongs to it. That of page-locked memory has no such end and goes on asking, so the graph is kept and its
+        pool is not used again."""
+        with suppress(RuntimeError):
+            graph.capture_end()
+        with suppress(RuntimeError, AttributeError):  # it has ended
+            torch._C._cuda_endAllocateToPool(self.place.index, self._pool)
+        self._failed.append(graph)
+        self._pool, self._first = torch.cuda.graph_pool_handle(), None
+
     def host(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Out of one piece that was page-locked first of all: WSL may refuse more once the experts' slots are."""
-        nbytes = torch.Size(shape).numel() * dtype.itemsize
-        start, self._arena_used = self._arena_used, self._arena_used + (nbytes + 255) // 256 * 256
-        if self._arena_used > len(self._arena):
-            return torch.zeros(shape, dtype=dtype, pin_memory=True)
+        nbytes, start = torch.Size(shape).numel() * dtype.itemsize, self._arena_used
+        if start + nbytes > len(self._arena):
+            return _page_locked(shape, dtype)
+        self._arena_used = start + (nbytes + 255) // 256 * 256
         return self._arena[start:start + nbytes].view(dtype).view(shape)
 
     def settle(self) -> None:
@@ -137,6 +172,10 @@ class Cuda:
     def taken(self) -> int:
         return self._context + torch.cuda.memory_reserved(self.place)
 
+    def beside(self) -> int:
+        free, total = self.memory()
+        return max(0, total - free - self._used - (torch.cuda.memory_reserved(self.place) - self._reserved))
+
     def entered(self) -> AbstractContextManager[object]:
         return torch.cuda.device(self.place)
 
@@ -145,6 +184,19 @@ class Cuda:
 
     def close(self) -> None:
         torch.cuda.synchronize(self.place)
+
+
+def _in_use(index: int) -> int | None:
+    """Bytes of the card in use by all programs, asked without making a context; None where that cannot be asked."""
+    return nvml.used_bytes(f"GPU-{torch.cuda.get_device_properties(index).uuid}")
+
+
+def _page_locked(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, pin_memory=True)
+
+
+def _line(e: BaseException) -> str:
+    return (str(e).strip().splitlines() or [type(e).__name__])[0]
 
 
 def open_cuda(index: int = 0) -> Cuda:
@@ -158,12 +210,13 @@ def open_cuda(index: int = 0) -> Cuda:
         raise UsageError(f"--device cuda:{index}: there are {torch.cuda.device_count()} GPUs",
                          f"cuda:0 to cuda:{torch.cuda.device_count() - 1}")
     try:
+        before = _in_use(index)  # CUDA 12 and later make the context in set_device
         torch.cuda.set_device(index)
         gc.collect()  # an earlier engine's slots, which only circles of references hold
         torch.cuda.empty_cache()
-        card = Cuda(index)
+        card = Cuda(index, before)
     except RuntimeError as e:
-        raise DoesNotFit(f"--device cuda:{index}: {str(e).splitlines()[0]}",
+        raise DoesNotFit(f"--device cuda:{index}: {_line(e)}",
                          "close other programs that use the GPU, or use --device cpu") from None
     if card.capability < OLDEST:
         raise UsageError(f"--device cuda:{index}: {card.name} has compute capability {card.capability[0]}."

@@ -83,6 +83,10 @@ class Device(Protocol):
     def taken(self) -> int:
         """Bytes of it that this process holds already, the driver's context among them."""
 
+    def beside(self) -> int:
+        """Bytes of it that have gone since it was opened, and not to tensors: to code, graphs and libraries; also what
+        other programs have taken meanwhile, which cannot be told apart."""
+
     def limit(self, nbytes: int) -> None:
         """Refuse to hold more than `nbytes` of it beside what is held already."""
 

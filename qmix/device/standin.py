@@ -87,16 +87,17 @@ class _Stream:
 class StandIn:
     """See device.Device. delay: called by a stream's thread before each piece of work; half: what prompts compute in;
     triton: with Triton's kernels, which then run under its interpreter; nbytes: of memory that it has, None for as much
-    as the machine."""
+    as the machine; beside: bytes of it that do not go to tensors."""
 
     def __init__(self, delay: Callable[[], None] | None = None, half: torch.dtype = torch.bfloat16,
-                 triton: bool = False, nbytes: int | None = None):
+                 triton: bool = False, nbytes: int | None = None, beside: int = 0):
         self.name = "the CPU in a GPU's place"
         self.place = torch.device("cpu")
         self.half = half
         self.trouble = ""
         self.triton = triton
         self._nbytes = nbytes
+        self._beside = beside
         self.launches = 0
         self.waits = 0
         self._delay = delay
@@ -127,6 +128,9 @@ class StandIn:
 
     def taken(self) -> int:
         return 0
+
+    def beside(self) -> int:
+        return self._beside
 
     def limit(self, nbytes: int) -> None:
         pass

@@ -136,11 +136,21 @@ def kernels() -> Section:
         rows.append({"format": name, "block": block or "-", "kernel": table.names[name]})
         if table.kernels[name, block] is reference.packed_linear and name not in slow:
             slow.append(name)
-    levels = ", ".join(native.levels()) or "none: not built"
+    levels = ", ".join(native.levels()) or f"none: {native.trouble()}"
     return {"native_levels": levels, "norm_router_rotary": table.layer.name, "table": rows,
-            "notes": [{"note": line} for line in dict.fromkeys(lines)]}, [
+            "notes": [{"note": line} for line in dict.fromkeys(lines)]}, _native_problems() + [
         Problem(f"{name} runs on the slow reference kernel", "install the torch that qmix is tested with "
                 "(constraints.txt), on a CPU with AVX2 or AVX-512") for name in slow]
+
+
+def _native_problems() -> list[Problem]:
+    if not (trouble := native.trouble()):
+        return []
+    report = native.build_report()
+    again = ("install a C compiler (gcc), then install qmix again (pip install --force-reinstall --no-deps), or in its "
+             "source folder: python setup.py build_ext --inplace")
+    return [Problem(f"native kernels: {trouble}", again if report is None else
+                    f"{again}; the end of the compiler's output is in {report}")]
 
 
 def examine_disk(folder: Path | None, measure: bool, effort: DiskEffort, scratch_bytes: int,

@@ -223,7 +223,8 @@ class Engine:
         tiers = self._tiers(both)
         memory = {"budget": self.plan.ram.budget, "peak": hardware.peak_bytes()}
         if self.device is not None:
-            memory |= {"vram_budget": self.plan.tiers[0].budget, "vram_taken": self.device.taken()}
+            memory |= {"vram_budget": self.plan.tiers[0].budget, "vram_taken": self.device.taken(),
+                       "vram_beside": self.device.beside()}
         return {"experts": tiers, "memory": memory, "offload": report}
 
     def _tiers(self, figures: Mapping[str, Any]) -> dict[str, float]:

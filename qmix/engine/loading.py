@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from qmix import forks, hardware
+from qmix.engine import vram
 from qmix.engine.budgets import budget, needs_of
 from qmix.engine.engine import Engine
 from qmix.engine.kernels import select_kernels
@@ -81,6 +82,8 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
             engine.warm_up()
             if device.trouble:
                 say(device.trouble)
+        if device is not None and placement is not None:
+            vram.check(placement, device, plan.tiers[0], say)
         return engine
 
 

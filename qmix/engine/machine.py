@@ -25,7 +25,8 @@ class Placement:
     """device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", or one that is open already. vram, pin:
     bytes, None for auto. exact: see engine.load. base: bytes of the device that count as taken already, None = what the
     process holds of it now. tuned: the file of measured configurations of the GPU's kernels, where there is one; exact
-    ignores it. Flags that have no meaning without a GPU are refused there."""
+    ignores it. memory: the file that keeps what of the GPU's memory torch does not count (engine.vram); None = it is
+    neither read nor written. Flags that have no meaning without a GPU are refused there."""
 
     device: str | Device = "auto"
     vram: int | None = None
@@ -33,6 +34,7 @@ class Placement:
     exact: bool = False
     base: int | None = None
     tuned: Path | None = None
+    memory: Path | None = None
 
     def open(self, record: int, say: Callable[[str], None]) -> Device | None:
         """The device for a model with records of so many bytes; None for the CPU. UsageError, DoesNotFit where it

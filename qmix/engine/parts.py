@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-
-from qmix.config import ModelConfig
 from qmix.device import Device
+from qmix.engine.compiling import compile_prompts
 from qmix.engine.machine import Placement
 from qmix.kernels.attention import choose_attention
 from qmix.kernels.device_table import DeviceKernels
@@ -33,8 +30,6 @@ from qmix.offload.setup import Offload, OffloadOptions, open_offload
 from qmix.offload.watch import Recorder
 from qmix.render import Progress
 from qmix.store import Store
-
-COMPILED = (12, 40, 200)  # tokens of a prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +80,7 @@ def on_device(parts: Parts, device: Device, kernels: DeviceKernels, placement: P
     say(f"{device.name}: prompts compute in {str(dtype).removeprefix('torch.')}" + (
         ", since it has no bf16 products" if str(dtype) == "torch.float16" else ""))
     fast = parts.plan.tiers[0]
-    # Half of the reserve is for what the driver takes beside torch: kernels, graphs, cuBLAS.
-    device.limit(fast.budget - fast.base - fast.reserve // 2)
+    device.limit(fast.budget - fast.base - fast.beside)
     how = DeviceOptions(placement.pin_budget(), placement.exact, *((speeds.pcie, speeds.ram) if speeds else ()))
     with ThreadPoolExecutor(1, "qmix-dense") as beside:
         dense = beside.submit(load_dense, store, kernels.prompts, device)
@@ -95,7 +89,7 @@ def on_device(parts: Parts, device: Device, kernels: DeviceKernels, placement: P
         weights = _result(dense, offload)
     if device.place.type == "cuda":
         say("compiling the GPU's kernels (up to a minute, the first time)")
-        _compile(kernels, weights, offload, config, device, dtype)
+        compile_prompts(kernels, weights, offload, config, device, dtype, say)
     device.tidy()
     experts = offload.experts
     assert isinstance(experts, DeviceExperts)
@@ -106,24 +100,6 @@ def on_device(parts: Parts, device: Device, kernels: DeviceKernels, placement: P
     return kernels.prompts, Mixtral(
         config, weights, kernels.prompts, experts, experts.ahead, experts.depth,
         partial(KVCache, place=device.place, attend=kernels.attend), experts.guesses_prompts, device, decode), offload
-
-
-def _compile(kernels: DeviceKernels, weights: Weights, offload: Offload, config: ModelConfig, device: Device,
-             dtype: torch.dtype) -> None:
-    """What prompts use, for numbers of tokens that are cut differently. Whatever fails here does at the first token,
-    where it is told."""
-    with suppress(Exception):
-        layer, views = weights.layers[0], offload.experts.views
-        matrices = [*layer.heads, layer.o, weights.head]
-        for tokens in COMPILED:
-            x = torch.zeros(tokens, config.hidden_size, dtype=dtype, device=device.place)
-            for m in matrices:
-                kernels.prompts.linear(x.new_zeros(tokens, m.spec.cols), m)
-            for w13, w2 in views:
-                kernels.prompts.linear(kernels.prompts.gated(x, w13), w2)
-            heads = x.new_zeros(tokens, config.num_heads, config.head_dim)
-            kept = x.new_zeros(config.num_kv_heads, tokens, config.head_dim)
-            kernels.attend(heads, kept, kept, config.sliding_window)
 
 
 def _result(dense: Future[Weights], offload: Offload) -> Weights:

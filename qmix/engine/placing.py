@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from functools import partial
 
 from qmix.device import Device
+from qmix.engine import vram
 from qmix.engine.kernels import stored_formats
 from qmix.engine.machine import Placement
 from qmix.errors import QmixError, UsageError
@@ -36,7 +37,9 @@ def place(store: Store, needs: Needs, placement: Placement | None, host: KernelT
             raise UsageError(f"--kv-cache {needs.kv_cache}: on a GPU keys and values are kept in 16 bits so far",
                              "drop it, or use --device cpu")
         kernels = _kernels(store, device, host, placement, say)
-        found = make_plan(needs, *ram(), *placement.vram_budget(device), placement.pin_budget())
+        measured = vram.known(placement, device, say)
+        found = make_plan(needs, *ram(), *placement.vram_budget(device), placement.pin_budget(),
+                          measured.beside if measured else None)
     except QmixError as e:
         device.close()
         if placement.device != "auto" or placement.vram is not None:

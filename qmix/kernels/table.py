@@ -91,6 +91,9 @@ def select(formats: Iterable[str], blocks: Iterable[int] = BLOCKS, device: str =
     kernels: dict[tuple[str, int], Kernel] = {}
     wanted = {(module(name), name)[1] for name in formats}  # `module` refuses unknown names
     blocks = sorted(set(blocks) - {0}, reverse=True)
+    if (trouble := native.trouble()) and settings.native_level() != "off":
+        say(f"native kernels: {trouble}" if native.library() is not None else f"no native kernels: {trouble}; torch "
+            "computes, at about half the speed (`qmix doctor` has the cure)")
     own = _choose_native(wanted, blocks, activations, say)
     for name in sorted(wanted):
         if name in GROUPED_BITS and own is not None:
@@ -129,9 +132,6 @@ def _choose_native(formats: set[str], blocks: list[int], activations: str,
         if all(_agrees(_one(own), m, own.activations) for m in samples):
             return own
         say(f"the native kernels failed their self-test here ({level}, {_machine()}): the next best computes")
-    if native.library() is None and settings.native_level() != "off":
-        say("the native kernels were not built when this qmix was installed (no C compiler?): torch computes, at about "
-            "half the speed")
     if activations == "int8":
         raise UsageError("--activations int8: only the native kernels have it, and they are not in use here",
                          "install a C compiler and qmix again, or use --activations bf16")

@@ -97,7 +97,8 @@ class Needs:
 @dataclass(frozen=True, slots=True)
 class TierPlan:
     """One memory: `budget` bytes, of which `base` are taken before anything is loaded. fixed: what is not slots;
-    kinds: (slots, bytes of one) of each kind of record."""
+    kinds: (slots, bytes of one) of each kind of record; beside: of a GPU's reserve, what is for code, graphs and
+    libraries, which torch does not count."""
 
     name: str
     budget: int
@@ -107,6 +108,7 @@ class TierPlan:
     workspace: int
     reserve: int
     kinds: tuple[tuple[int, int], ...]
+    beside: int = 0
 
     @property
     def slots(self) -> int:
@@ -237,15 +239,17 @@ def scoring_bytes(config: ModelConfig, context: int) -> int:
 
 
 def plan(needs: Needs, ram: int, base: int, vram: int | None = None, vram_base: int = CUDA_CONTEXT,
-         pin: int | None = None) -> Plan:
+         pin: int | None = None, vram_beside: int | None = None) -> Plan:
     """Place a model within `ram` bytes for the whole process, `base` of them taken already, and, where there is a
     GPU, `vram` bytes of it, vram_base of them taken. pin: bytes of RAM that may be page-locked, None for all.
-    DoesNotFit (exit 3) says how much is missing, and where."""
+    vram_beside: what was measured there of memory that torch does not count, None = never measured: then half of the
+    reserve is for it, and never less than that. DoesNotFit (exit 3) says how much is missing, and where."""
     all_of_them = [count for count, _ in needs.by_kind]
     if vram is None:
         return Plan(needs, (_tier("RAM", needs, ram, base, needs.least, all_of_them),))
     there = replace(needs, workspace=needs.workspace + DEVICE_TILES)
-    fast = _tier("VRAM", there, vram, vram_base, needs.least, all_of_them)
+    half = max(RESERVE, vram // 50) // 2
+    fast = _tier("VRAM", there, vram, vram_base, needs.least, all_of_them, beside=max(half, vram_beside or 0))
     return Plan(needs, (fast, _below(needs, fast, ram, base, pin)))
 
 
@@ -265,8 +269,10 @@ def _below(needs: Needs, fast: TierPlan, ram: int, base: int, pin: int | None) -
 
 
 def _tier(name: str, needs: Needs, budget: int, base: int, least: Sequence[int], most: Sequence[int],
-          dense: bool = True) -> TierPlan:
+          dense: bool = True, beside: int = 0) -> TierPlan:
     reserve = max(RESERVE, budget // 50)
+    if beside:
+        reserve += beside - reserve // 2
     fixed = (needs.dense, needs.kv, needs.workspace) if dense else (0, 0, 0)
     room = budget - base - reserve - sum(fixed)
     sizes = [nbytes for _, nbytes in needs.by_kind]
@@ -280,7 +286,7 @@ def _tier(name: str, needs: Needs, budget: int, base: int, least: Sequence[int],
             f"give it more --{name.lower()}, choose a smaller -c/--ctx-size, close other programs, or quantize "
             "to fewer bits")
     slots = _share_out(room, sizes, least, most)
-    return TierPlan(name, budget, base, *fixed, reserve, tuple(zip(slots, sizes, strict=True)))
+    return TierPlan(name, budget, base, *fixed, reserve, tuple(zip(slots, sizes, strict=True)), beside)
 
 
 def _share_out(room: int, sizes: Sequence[int], least: Sequence[int], most: Sequence[int]) -> list[int]:

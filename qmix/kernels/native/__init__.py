@@ -2,7 +2,8 @@
 token over a KV cache of bf16 or int8, and norm, router and rotary embedding of a few tokens.
 
 The library holds the same kernels for several instruction sets ("levels") and runs the best that this processor has.
-Without it (no C compiler when qmix was installed) torch's packed products do the work.
+Without it (no C compiler when qmix was installed, a build that failed) torch's packed products do the work, and
+`trouble` says why.
 
 Activations are either rounded to 8 bits ("int8": one step for each token and group of columns, products summed exactly
 in integers; the fastest) or to bf16 ("bf16"). Results and sums are fp32. The bits of a row of the result do not depend
@@ -11,9 +12,9 @@ on how many rows are computed together, nor on the number of threads.
 
 from qmix.kernels.native.attention import HEAD_UNIT, Attention, Kept
 from qmix.kernels.native.layer import LayerOps
-from qmix.kernels.native.loader import levels, library, wanted_levels
+from qmix.kernels.native.loader import build_report, levels, library, trouble, wanted_levels
 from qmix.kernels.native.products import DENSE_GROUP, FORMATS, Native, Product, as_seen
 from qmix.kernels.native.sequence import Sequence
 
 __all__ = ["DENSE_GROUP", "FORMATS", "HEAD_UNIT", "Attention", "Kept", "LayerOps", "Native", "Product", "Sequence",
-           "as_seen", "levels", "library", "wanted_levels"]
+           "as_seen", "build_report", "levels", "library", "trouble", "wanted_levels"]

@@ -1,3 +1,9 @@
+/* For 256 and 512 bits: columns of packed rows, whose bytes become lanes. */
+#include <immintrin.h>
+#include <string.h>
+
+#include "level.h"
+
 /* Column k of a block of 64 or 32 rows as nibbles, 32 or 16 bytes; those of int3 and int2 as formats/narrow.py has it. */
 ALWAYS __m256i nibbles_of_64(int bits, const uint8_t *from, int k) {
     if (bits == 4)

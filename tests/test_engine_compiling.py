@@ -1,0 +1,79 @@
+"""What fails ahead of the first prompt is said, once for each reason, and the rest is still compiled."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from qmix.device import StandIn
+from qmix.engine.compiling import COMPILED, LOG, compile_prompts
+
+
+class Kernels:
+    """Products and attention that note what they are given; `fail` names what raises."""
+
+    def __init__(self, fail: str = "", error: Exception | None = None):
+        self.fail, self.error = fail, error
+        self.done: list[tuple[str, int]] = []
+        self.prompts = self
+
+    def linear(self, x: torch.Tensor, m: Any) -> torch.Tensor:
+        return self._note(m.name, x)
+
+    def gated(self, x: torch.Tensor, m: Any) -> torch.Tensor:
+        return self._note(m.name, x)
+
+    def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int | None) -> torch.Tensor:
+        return self._note("attention", q)
+
+    def _note(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        self.done.append((name, len(x)))
+        if name == self.fail:
+            assert self.error is not None
+            raise self.error
+        return x
+
+
+def compiled(kernels: Kernels) -> list[str]:
+    def matrix(name: str, format: str) -> Any:
+        return SimpleNamespace(name=name, spec=SimpleNamespace(cols=8, format=format))
+
+    weights = SimpleNamespace(layers=[SimpleNamespace(heads=[matrix("qkv", "int4")], o=matrix("o", "int4"))],
+                              head=matrix("head", "int8"))
+    offload = SimpleNamespace(experts=SimpleNamespace(views=[(matrix("w13", "int3"), matrix("w2", "int3"))]))
+    config = SimpleNamespace(hidden_size=8, num_heads=2, num_kv_heads=1, head_dim=4, sliding_window=None)
+    device, lines = StandIn(), list[str]()
+    try:
+        compile_prompts(kernels, weights, offload, config, device, torch.float32, lines.append)  # type: ignore[arg-type]
+    finally:
+        device.close()
+    return lines
+
+
+def test_every_piece_is_run_for_every_number_of_tokens() -> None:
+    kernels = Kernels()
+    assert compiled(kernels) == []
+    names = ("qkv", "o", "head", "w13", "w2", "attention")
+    assert kernels.done == [(name, tokens) for tokens in COMPILED for name in names]
+
+
+@pytest.mark.parametrize(("fail", "piece"), [("o", "a product of 12 tokens with a dense matrix in int4"),
+                                             ("w13", "an expert in int3 of 12 tokens"),
+                                             ("attention", "attention of 12 tokens")])
+def test_a_piece_that_fails_is_said_and_the_rest_is_run(fail: str, piece: str) -> None:
+    kernels = Kernels(fail, RuntimeError("PTX assembly aborted\nand much more"))
+    assert compiled(kernels) == [f"{piece} failed ahead of the first prompt, which will fail too if it needs that: "
+                                 "RuntimeError: PTX assembly aborted"]
+    assert {name for name, _ in kernels.done} >= {"qkv", "head", "attention"}
+    assert ("attention", COMPILED[-1]) in kernels.done
+
+
+def test_the_traceback_goes_to_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, LOG.name):
+        (line,) = compiled(Kernels("attention", ValueError("")))
+    assert line.endswith("ValueError: no message (the log has the traceback)")
+    assert "_note" in caplog.text and "attention of 200 tokens" in caplog.text
