@@ -10,15 +10,17 @@ Needs no network and no model: weights are random bytes in Mixtral's shapes (syn
 that has room), which route as a trained model does. `local` tokens repeat experts about as often as text does in
 Mixtral, `uniform` ones never on purpose. Writes DATE-gpu-CARD.json and .md into --out, anew after every result.
 
-Sections, by importance; each is a process of its own with a share of --seconds, and one that fails, is late or cannot
-run here is recorded with the reason while the rest goes on:
+Sections, in order; each has a share of --seconds, and one that fails, is late or cannot run here is recorded with the
+reason, its traceback and the end of its stderr while the rest goes on. One process serves them one after another
+(gpu_worker.py):
 
-    check       the demo's model on the device against the CPU. Wrong results: nothing else is timed but the kernels,
-                which are compared with the reference one by one, and the exit code is 1
+    check       the demo's model on the device against the CPU, a prompt of 520 tokens and 40 more. Wrong results:
+                nothing else is timed but the kernels, which are compared with the reference one by one; exit code 1
+    kernels     every operation of decoding against the memory's bandwidth; formats: cuda_kernels.py for the others
     store, bandwidth    the weights; VRAM, PCIe up and down, RAM, and the CPU computing experts
-    24 GB       decoding at 128 and 4096 tokens of context, prompts of 512 and 2048; then with all experts in VRAM, with
-                8, 12 and 16 GB, without prefetch, with everything computed by the GPU ("split off"), and neither
-    kernels     every operation of decoding against the memory's bandwidth; cuda_kernels.py for the other formats
+    24 GB       decoding at 128 and 4096 tokens of context, prompts of 512 and 2048; then with all experts in VRAM; a
+                mixed store of 22 GiB that fits whole; without prefetch; with everything computed by the GPU ("split
+                off"); with 8, 12 and 16 GB
     peer        transformers + accelerate with CPU offload; bitsandbytes; llama.cpp (--peer-python: an interpreter with
                 llama-cpp-python, built with CUDA, and gguf)
 
@@ -38,24 +40,26 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import gpu_report
-from gpu_sections import Section, allot, run
-from sides import number, say
+from gpu_sections import Found, Section, allot
+from gpu_worker import Workers
+from sides import say
 
 SIDE = Path(__file__).with_name("gpu_side.py")
 SHARED = Path("/dev/shm")
-LAYER_GB, REST_GB = 0.84, 0.5  # of the store
-SPARE = 16e9  # bytes of RAM beside the store and a second copy of it, for the store to lie in shared memory
 FIRST = "machine"  # where there is no card nothing else is tried
 CLOSING = 3.0  # seconds kept for the last report
 GPU = {"layers": 32, "hidden": 4096, "inner": 14336, "contexts": [128, 4096], "prompts": [512, 2048], "warm": 48,
        "timed": 96, "peer_layers": 4, "peer_timed": 8}
+FIT = 0.863  # bytes of the mixed experts, of those of int4: with 32 layers, a store of 22 GiB
 STAND_IN = {"layers": 3, "hidden": 512, "inner": 256, "contexts": [16, 64], "prompts": [32, 64], "warm": 4, "timed": 6,
             "peer_layers": 2, "peer_timed": 2}
 
@@ -64,36 +68,44 @@ class Terminated(BaseException):
     """SIGTERM."""
 
 
-def sections(args: argparse.Namespace, size: dict[str, Any], work: Path) -> list[Section]:
-    """All of them, the most important first. Seconds are for a card; the stand-in needs less."""
+def sections(args: argparse.Namespace, size: dict[str, Any], folders: Sequence[Path]) -> list[Section]:
+    """All of them, in order: what tells most for its time comes first. Seconds are for a card; the stand-in needs
+    less. folders: for the stores, the first where it is best."""
     small = args.stand_in
-    base = {"stand_in": small, "work": str(work), "store": str(work / "store"), "threads": args.threads,
+    base = {"stand_in": small, "work": str(folders[-1]), "folders": list(map(str, folders)), "threads": args.threads,
             "seed": args.seed, "commit": args.commit, **size, "workers": 1 if small else os.cpu_count() or 1}
     peer = {**base, "vram": 24, "timed": size["peer_timed"], "peer_python": args.peer_python}
 
     def part(name: str, do: str, least: float, most: float, task: dict[str, Any] = base,
              needs: tuple[str, ...] = (FIRST,), unless: str | None = None) -> Section:
-        return Section(name, do, min(least, 8.0) if small else least, most, task, needs, unless)
+        return Section(name, do, min(least, 8.0) if small else least, most, task, needs, unless, do == "peer")
 
-    def placed(name: str, vram: int | None, least: float = 25.0, most: float = 45.0, prefetch: bool = True,
-               split: bool = True, kinds: Sequence[str] = ("local",), prompts: Sequence[int] = ()) -> Section:
+    def written(name: str, least: float, most: float, fit: float) -> Section:
+        return part(name, "store", least, most, {**base, "name": name.replace(" ", "-"), "fit": fit})
+
+    def placed(name: str, vram: int | None, least: float = 20.0, most: float = 45.0, prefetch: bool = True,
+               split: bool = True, kinds: Sequence[str] = ("local",), prompts: Sequence[int] = (),
+               store: str = "store", whole: bool = False) -> Section:
         # The stand-in's records are so small that `auto` would not look ahead.
         mode = ("ahead" if small else "auto") if prefetch else "off"
-        return part(name, "run", least, most, {**base, "vram": vram, "exact": not split, "prefetch": mode,
-                                               "kinds": list(kinds), "prompts": list(prompts)}, needs=(FIRST, "store"))
+        return part(name, "run", least, most, {
+            **base, "vram": vram, "exact": not split, "prefetch": mode, "kinds": list(kinds), "prompts": list(prompts),
+            "store_of": store, "whole": whole}, needs=(FIRST, store))
 
     no_peer = None if args.peer_python else "no --peer-python was given"
     return [
-        part(FIRST, "machine", 15, 60, needs=()),
-        part("check", "check", 45, 90),
-        part("store", "store", 75, 200),
-        part("bandwidth", "bandwidth", 20, 45, needs=(FIRST, "store")),
-        placed("24 GB", 24, 80.0, 120.0, prompts=size["prompts"]),
-        part("kernels", "kernels", 40, 75),
-        part("peer: transformers + accelerate", "peer", 50, 90, {**peer, "peer": "transformers"}),
-        placed("all in VRAM", None, 40.0, 70.0, prompts=size["prompts"]),
-        placed("24 GB, split off", 24, split=False),
+        part(FIRST, "machine", 15, 150, needs=()),  # a first import of torch may take a minute and more
+        part("check", "check", 30, 90),
+        part("kernels", "kernels", 30, 75),
+        part("formats", "formats", 15, 60),
+        written("store", 40, 200, 0.0),
+        part("bandwidth", "bandwidth", 15, 45, {**base, "store_of": "store"}, needs=(FIRST, "store")),
+        placed("24 GB", 24, 60.0, 120.0, prompts=size["prompts"]),
+        placed("all in VRAM", None, 30.0, 70.0, prompts=size["prompts"]),
+        written("mixed store", 30, 150, FIT),
+        placed("mixed, whole in 24 GB", 24, 30.0, 60.0, prompts=size["prompts"], store="mixed store", whole=True),
         placed("24 GB, prefetch off", 24, prefetch=False),
+        placed("24 GB, split off", 24, split=False),
         placed("12 GB", 12, prompts=size["prompts"]),
         placed("16 GB", 16),
         placed("8 GB", 8),
@@ -101,11 +113,10 @@ def sections(args: argparse.Namespace, size: dict[str, Any], work: Path) -> list
         placed("24 GB, prefetch and split off", 24, prefetch=False, split=False),
         placed("12 GB, split off", 12, split=False),
         placed("12 GB, prefetch off", 12, prefetch=False),
-        part("formats", "formats", 25, 60, {**base, "options": [
-            "--interpret", "--format", "int4"] if small else ["--repeat", "20"]}),
+        placed("12 GB, prefetch and split off", 12, prefetch=False, split=False),
+        part("peer: transformers + accelerate", "peer", 45, 90, {**peer, "peer": "transformers"}),
         part("peer: llama.cpp", "peer", 45, 120, {**peer, "peer": "llama"}, unless=no_peer),
         part("peer: bitsandbytes", "peer", 40, 60, {**peer, "peer": "bitsandbytes"}),
-        placed("12 GB, prefetch and split off", 12, prefetch=False, split=False),
     ]
 
 
@@ -119,7 +130,8 @@ def refused(section: Section, done: dict[str, Any]) -> str | None:
     return None
 
 
-def perform(todo: Sequence[Section], archive: dict[str, Any], ends: float, keep: Any) -> None:
+def perform(todo: Sequence[Section], archive: dict[str, Any], ends: float, keep: Callable[[], None],
+            workers: Workers) -> None:
     """Run the sections in order within the time; results into archive["sections"]."""
     results = archive["sections"]
     results |= {section.name: {"state": "unavailable", "reason": section.unless} for section in todo if section.unless}
@@ -133,29 +145,38 @@ def perform(todo: Sequence[Section], archive: dict[str, Any], ends: float, keep:
             results[section.name] = {"state": "skipped", "reason": "no time was left"}
         else:
             say(f"{section.name}: up to {seconds:.0f} s")
-
             results[section.name] = {"state": "running"}
 
-            def kept(result: dict[str, Any], name: str = section.name) -> None:
+            def kept(result: Found, name: str = section.name) -> None:
                 results[name] = result
                 keep()
 
-            results[section.name] = run(section, seconds, [sys.executable, str(SIDE)], kept)
-            say(f"{section.name}: {results[section.name]['state']}, {results[section.name]['seconds']} s "
-                f"{results[section.name].get('reason', '')}")
+            found = results[section.name] = workers.run(with_store(section, results), seconds, kept)
+            say(f"{section.name}: {found['state']}, {found['seconds']} s {found.get('reason', found.get('left', ''))}")
         waiting.pop(0)
+        drop_store(section, waiting, results)
         keep()
+    archive["processes"] = workers.started
 
 
-def work_folder(args: argparse.Namespace, size: dict[str, Any]) -> tempfile.TemporaryDirectory[str]:
-    """Shared memory where the store fits there beside what is loaded of it; else a temporary folder."""
-    need = 0.0 if args.stand_in else 1e9 * (LAYER_GB * size["layers"] + REST_GB)
-    available = 1024 * number("/proc/meminfo", r"MemAvailable:\s+(\d+)")
-    parent = args.work
-    if parent is None and SHARED.is_dir() and shutil.disk_usage(SHARED).free > 1.05 * need and (
-            available > 2 * need + (0 if args.stand_in else SPARE)):
-        parent = SHARED
-    return tempfile.TemporaryDirectory(prefix="qmix-gpu-", dir=parent, ignore_cleanup_errors=True)
+def with_store(section: Section, results: dict[str, Any]) -> Section:
+    """The section, told where the store lies that it needs."""
+    name = section.task.get("store_of")
+    return replace(section, task={**section.task, "store": results[name]["found"]["path"]}) if name else section
+
+
+def drop_store(section: Section, waiting: Sequence[Section], results: dict[str, Any]) -> None:
+    """Its store goes once nobody waits for it: two in shared memory leave little for what is loaded."""
+    name = section.task.get("store_of")
+    if name and name in results and all(other.task.get("store_of") != name for other in waiting):
+        shutil.rmtree(results[name].get("found", {}).get("path", ""), ignore_errors=True)
+
+
+def work_folders(asked: Path | None, opened: ExitStack) -> list[Path]:
+    """Where stores may go, emptied at the end: shared memory, then a temporary folder; or in the one that is asked."""
+    parents = [asked] if asked else [*([SHARED] if SHARED.is_dir() and os.access(SHARED, os.W_OK) else []), None]
+    return [Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="qmix-gpu-", dir=parent,
+                                                                  ignore_cleanup_errors=True))) for parent in parents]
 
 
 class Files:
@@ -245,9 +266,14 @@ def main() -> None:
     signal.signal(signal.SIGTERM, terminated)
     code = 0
     try:
-        with work_folder(args, size) as work:
-            perform(chosen(sections(args, size, Path(work)), args.only), archive, start + args.seconds - CLOSING,
-                    files.write)
+        with ExitStack() as opened:
+            folders = work_folders(args.work, opened)
+            # The stand-in's Triton kernels are run by Triton's interpreter.
+            workers = Workers([sys.executable, str(SIDE)],
+                              {**os.environ, "TRITON_INTERPRET": "1"} if args.stand_in else None)
+            opened.callback(workers.close)
+            perform(chosen(sections(args, size, folders), args.only), archive, start + args.seconds - CLOSING,
+                    files.write, workers)
     except Terminated:
         archive["ended"], code = "by SIGTERM", 143
     except KeyboardInterrupt:

@@ -12,15 +12,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from cuda_kernels import random_slab
 from gpu_device import Watched, open_device, per_call
-from gpu_sections import emit
+from gpu_sections import emit, emit_failure
+from synthetic import layout_of
+from synthetic_recipe import Recipe
 from torch import Tensor
 
 from qmix.formats.packed import Packed, view
+from qmix.hardware import physical_cores
 from qmix.kernels.device_ops import DeviceOps, ExpertSlots, TorchDeviceOps
 from qmix.kernels.device_table import choose_device_kernels
 from qmix.kernels.table import select
@@ -65,21 +69,24 @@ class Operation:
 
 
 class Operations:
-    """Operations of `ops` on a device, and the same through the CPU's kernels."""
+    """Operations of `ops` on a device, and the same through the CPU's kernels. block: rows of a block of int4, as in
+    the store that is decoded."""
 
-    def __init__(self, device: Watched, ops: DeviceOps, reference: TorchDeviceOps, shape: Shape):
-        self._device, self._ops, self._reference, self._shape = device, ops, reference, shape
+    def __init__(self, device: Watched, ops: DeviceOps, reference: TorchDeviceOps, shape: Shape, block: int):
+        self._device, self._ops, self._reference, self._shape, self._block = device, ops, reference, shape, block
         self._random = torch.Generator().manual_seed(0)
 
-    def all(self) -> Iterator[Operation]:
+    def all(self) -> Iterator[tuple[str, Callable[[], Operation]]]:
+        """What each is about, and what makes it."""
         s = self._shape
         for name, rows in (("q, o", s.heads * s.size), ("k, v", s.kv_heads * s.size), ("head", s.vocabulary)):
-            yield self._linear(f"int8 product, {name}", MatrixSpec("int8", rows, s.hidden))
-        yield self._experts()
+            yield f"int8 product, {name}", partial(self._linear, f"int8 product, {name}",
+                                                   MatrixSpec("int8", rows, s.hidden))
+        yield "experts", self._experts
         for positions in s.positions:
-            yield self._attention(positions)
-        yield self._norm()
-        yield self._route()
+            yield f"attention, {positions}", partial(self._attention, positions)
+        yield "norm", self._norm
+        yield "router", self._route
 
     def _copies(self, nbytes: int) -> int:
         return max(2, min(self._shape.most, -(-self._shape.cache // nbytes)))
@@ -107,8 +114,8 @@ class Operations:
 
     def _experts(self) -> Operation:
         s, place = self._shape, self._device.place
-        record = RecordLayout(MatrixSpec("int4", 2 * s.inner, s.hidden, 2, 64, 64),
-                              MatrixSpec("int4", s.hidden, s.inner, 1, 64, 64))
+        record = RecordLayout(MatrixSpec("int4", 2 * s.inner, s.hidden, 2, 64, self._block),
+                              MatrixSpec("int4", s.hidden, s.inner, 1, 64, self._block))
         slots = _slots(random_slab(record, s.slots, place), record)
         tables = torch.full((s.slots // K, E), -1, dtype=torch.int32)
         for i, table in enumerate(tables):
@@ -208,12 +215,17 @@ def measure(operation: Operation, device: Watched) -> dict[str, Any]:
 
 
 def run(task: dict[str, Any]) -> None:
-    """task: stand_in."""
+    """task: stand_in. An operation that dies is kept with its traceback, and the others run."""
+    torch.set_num_threads(physical_cores())  # for the reference; a section before may have wanted fewer
     device = open_device(task["stand_in"])
-    host = select({"int4", "int8", "bf16"}, {64}, say=lambda line: None)
-    kernels = choose_device_kernels(device.place, device.half, {"int4", "int8", "bf16"}, {64}, host, device.triton)
-    emit(kernels=kernels.ops.name)
+    block = layout_of(Recipe(1))[1].block
+    host = select({"int4", "int8", "bf16"}, {block}, say=lambda line: None)
+    kernels = choose_device_kernels(device.place, device.half, {"int4", "int8", "bf16"}, {block}, host, device.triton)
+    emit(kernels=kernels.ops.name, block=block)
     shape = SMALL if task["stand_in"] else MIXTRAL
-    for operation in Operations(device, kernels.ops, TorchDeviceOps(host), shape).all():
-        emit(row=measure(operation, device))
+    for name, made in Operations(device, kernels.ops, TorchDeviceOps(host), shape, block).all():
+        try:
+            emit(row=measure(made(), device))
+        except Exception as e:
+            emit_failure(name, e)
     device.close()

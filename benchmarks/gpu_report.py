@@ -15,6 +15,7 @@ from peers_report import table
 Found = dict[str, Any]
 SLOW_CARD = 1100.0  # GB/s up to which a card's kernels are held to KERNELS; faster ones are only meant to reach AIM
 KERNELS, AIM, ROOFLINE, PEER = 0.75, 0.45, 0.60, 10.0
+SHOWN = 6000  # characters of what a section said that failed; the JSON has more
 MAIN = "24 GB"  # the configuration that targets speak of
 PEER_NAME = "transformers + accelerate, bf16"
 
@@ -97,7 +98,8 @@ def markdown(archive: Found) -> str:
                         ("Where a token's time goes, ms", _times(archive)), ("Prompts", _prompts(archive)),
                         ("Kernels of decoding", _kernel_table(archive)),
                         ("Expert kernels by format (cuda_kernels.py)", _formats(archive)),
-                        ("Others", _peers(archive)), ("Sections", _sections(archive))):
+                        ("Others", _peers(archive)), ("Sections", _sections(archive)),
+                        ("What failed", _failures(archive))):
         if made:
             parts.append(f"## {title}\n\n{made}")
     return "\n\n".join(parts) + "\n"
@@ -212,7 +214,7 @@ def _peers(archive: Found) -> str:
     rows = [[row["peer"], str(row["layers"]), str(row.get("on_card", "–")), number(row["rate_measured"], 3),
              number(row["rate"], 3), number(mine / row["rate"] if mine else None, 1)]
             for _, row in rows_of(archive, "peer")]
-    rows += [[name, "–", "–", "–", "–", f"not available: {result['reason']}"] for name, result in
+    rows += [[name, "–", "–", "–", "–", f"not available: {result.get('reason', '')}"] for name, result in
              archive["sections"].items() if name.startswith("peer") and result["state"] not in ("done", "running")]
     head = ["program", "layers measured", "layers of 32 on the card", "tok/s of these layers", "tok/s of 32 (scaled)",
             f"qmix {MAIN} ÷ this"]
@@ -225,6 +227,24 @@ def _peers(archive: Found) -> str:
 
 def _sections(archive: Found) -> str:
     rows: list[Sequence[str]] = [[name, result["state"], number(result.get("seconds"), 1),
-                                  str(result.get("reason", "")).replace("|", "/")]
+                                  "yes" if result.get("fresh") else "",
+                                  str(result.get("reason") or result.get("left", "")).replace("|", "/")]
                                  for name, result in archive["sections"].items()]
-    return table(["section", "state", "s", "reason"], rows)
+    return table(["section", "state", "s", "new process", "reason"], rows)
+
+
+def _failures(archive: Found) -> str:
+    """Whole tracebacks, and the end of what a section said that gave none."""
+    return "\n\n".join(f"{title}:\n\n```\n{text}\n```" for title, text in failures(archive))
+
+
+def failures(archive: Found) -> Iterator[tuple[str, str]]:
+    """(section or case, its traceback or the end of its stderr), of all that failed or were late."""
+    for name, result in archive["sections"].items():
+        cases = result.get("found", {}).get("failures", ())
+        for case in cases:
+            yield f"{name}, {case['case']}", case["traceback"].strip()
+        if result["state"] in ("failed", "late") and not cases:
+            text = str(result.get("traceback") or result.get("stderr", ""))[-SHOWN:].strip()
+            if text:
+                yield f"{name} ({result['state']})", text

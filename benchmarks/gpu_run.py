@@ -27,9 +27,11 @@ SHARE = 0.7  # of the seconds left after loading, that may go into the warm-ups 
 
 
 def run(task: dict[str, Any]) -> None:
-    """task: store, stand_in, vram (GiB, None for all), exact, prefetch, contexts, prompts, kinds, warm, timed, seed,
-    threads, ends (of the section, in seconds since the epoch). Prints what loading said, then a row a measurement."""
-    device = open_device(task["stand_in"])
+    """task: store, stand_in, vram (GiB, None for all), whole (whether all records fit into that), exact, prefetch,
+    contexts, prompts, kinds, warm, timed, seed, threads, ends (of the section, in seconds since the epoch). Prints what
+    loading said, then a row a measurement."""
+    small = task["stand_in"]
+    device = open_device(small)
     longest = max(*task["contexts"], *task["prompts"], 1)
     context = -(-(longest + task["warm"] + task["timed"] + 1) // 256) * 256
     with Store.open(Path(task["store"])) as store:
@@ -37,7 +39,7 @@ def run(task: dict[str, Any]) -> None:
         dense = sum(region.nbytes for region in store.layout.dense.values())
         embedding = store.layout.dense[names.EMBEDDING].nbytes
     try:
-        vram = vram_budget(device, config, quant, context, task["vram"])
+        vram = vram_budget(device, config, quant, context, None if small and task.get("whole") else task["vram"])
     except DoesNotFit as e:
         emit(unavailable=e.message)
         return
@@ -50,8 +52,8 @@ def run(task: dict[str, Any]) -> None:
              records=plan.needs.records, record_bytes=plan.needs.record, context=context, vram=plan.tiers[0].budget,
              split=not task["exact"], threads=engine.threads, kernels=dict(engine.kernels),
              dense_bytes=dense - embedding + embedding // config.vocab_size)
-        if task["vram"] is None and plan.tiers[0].slots < plan.needs.records:
-            emit(unavailable=f"{plan.tiers[0].slots} of {plan.needs.records} experts fit the card")
+        if (task["vram"] is None or task.get("whole")) and plan.tiers[0].slots < plan.needs.records:
+            emit(unavailable=f"{plan.tiers[0].slots} of {plan.needs.records} experts fit")
             return
         _Bench(engine, device, task).all()
 

@@ -1,32 +1,28 @@
-"""Sections of gpu.py: pieces of work, each a process of its own with a time limit, whose results come line by line.
+"""Sections of gpu.py: pieces of work with a time limit each, what they print, and how time is shared out.
 
-A section's process prints JSON objects, a line each: {"row": {...}} adds a row, {"wrong": text} says that a result is
-not what it must be, anything else is a figure. What it has printed is kept when it fails, is late or is killed.
+A section prints JSON objects, a line each: {"row": {...}} adds a row, {"wrong": text} says that a result is not what it
+must be, {"failure": {...}} keeps what one case of several died of; anything else is a figure. What was printed is kept
+when the section fails, is late or is killed. gpu_worker.py runs sections, gpu_side.py is the process that they run in.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import tempfile
-import threading
-import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-GRACE = 5.0  # seconds that a process gets between being asked to end and being made to
 Found = dict[str, Any]
+LISTS = {"row": "rows", "wrong": "wrong", "failure": "failures"}
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
     """do: what gpu_side.py is to run, with `task`. least, most: seconds that it needs to be worth starting, and that it
-    can use. needs: sections that must have been done; unless: why it cannot be run here, None where it can."""
+    can use. needs: sections that must have been done; unless: why it cannot be run here, None where it can. alone:
+    whether it has a process of its own, because it leaves settings or memory behind."""
 
     name: str
     do: str
@@ -35,6 +31,7 @@ class Section:
     task: Found = field(default_factory=dict)
     needs: tuple[str, ...] = ()
     unless: str | None = None
+    alone: bool = False
 
 
 def allot(waiting: Sequence[Section], left: float) -> tuple[float, list[Section]]:
@@ -53,86 +50,37 @@ def allot(waiting: Sequence[Section], left: float) -> tuple[float, list[Section]
     return min(first.most, left - promised + first.least), dropped
 
 
-def add(found: Found, line: str) -> bool:
-    """Take in one line of a section's output; whether it was one of ours."""
+def add(found: Found, message: Found) -> None:
+    """Take in one message of a section."""
+    for name, value in message.items():
+        if name in LISTS:
+            found.setdefault(LISTS[name], []).append(value)
+        else:
+            found[name] = value
+
+
+def parse(line: str) -> Found | None:
+    """A line of a section's output as a message; None where something else printed it."""
     if not line.startswith("{"):
-        return False
+        return None
     try:
         message = json.loads(line)
     except ValueError:
-        return False
-    for name, value in message.items():
-        if name in ("row", "wrong"):
-            found.setdefault("rows" if name == "row" else "wrong", []).append(value)
-        else:
-            found[name] = value
-    return True
-
-
-def run(section: Section, seconds: float, command: Sequence[str], keep: Callable[[Found], None]) -> Found:
-    """Run a section; {"state", "seconds", "found", "reason"}. state: "done", "late" (what it had is kept), "failed", or
-    "wrong". keep: called with that at every line."""
-    found: Found = {}
-    result: Found = {"state": "running", "seconds": 0.0, "limit": round(seconds, 1), "found": found}
-    start = time.perf_counter()
-    task = {**section.task, "seconds": seconds, "ends": time.time() + seconds}
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file, tempfile.TemporaryFile("w+") as errors:
-        json.dump(task, file)
-        file.flush()
-        process = subprocess.Popen([*command, section.do, file.name], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                   stderr=errors, text=True, start_new_session=True)
-        late = threading.Event()
-        timer = threading.Timer(seconds, lambda: (late.set(), end(process)))
-        timer.daemon = True
-        timer.start()
-        try:
-            for line in process.stdout or ():
-                if add(found, line):
-                    result["seconds"] = round(time.perf_counter() - start, 1)
-                    keep(result)
-            process.wait()
-        finally:
-            timer.cancel()
-            end(process)
-            if process.stdout:
-                process.stdout.close()
-        errors.seek(0)
-        said = errors.read().strip().splitlines()
-    result["seconds"] = round(time.perf_counter() - start, 1)
-    if found.get("wrong"):
-        result |= {"state": "wrong", "reason": "; ".join(found["wrong"])}
-    elif late.is_set():
-        result |= {"state": "late", "reason": f"ended after {seconds:.0f} s"}
-    elif process.returncode:
-        result |= {"state": "failed", "reason": why(process.returncode, said), "stderr": said[-30:]}
-    elif "unavailable" in found:
-        result |= {"state": "unavailable", "reason": found["unavailable"]}
-    else:
-        result["state"] = "done"
-    return result
-
-
-def why(code: int, said: Sequence[str]) -> str:
-    """Of a process that failed: its last line, or else how it ended."""
-    ended = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit {code}"
-    return f"{ended}: {said[-1][:300]}" if said else ended
-
-
-def end(process: subprocess.Popen[str]) -> None:
-    """It, and all that it started: asked first, then made to."""
-    if process.poll() is not None:
-        return
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(GRACE)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(GRACE)
+        return None
+    return message if isinstance(message, dict) else None
 
 
 def emit(**values: Any) -> None:
     """In a section's process: print figures, at once."""
     sys.stdout.write(json.dumps(values) + "\n")
     sys.stdout.flush()
+
+
+def short(error: BaseException) -> str:
+    """"RuntimeError: CUDA error: ...", in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+
+
+def emit_failure(case: str, error: BaseException) -> None:
+    """One case of a section died while the section goes on: keep why, with the whole traceback."""
+    emit(failure={"case": case, "reason": short(error), "traceback": "".join(traceback.format_exception(error))})

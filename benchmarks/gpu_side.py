@@ -1,22 +1,31 @@
-"""A section of gpu.py, as a process of its own: `python benchmarks/gpu_side.py SECTION TASK.json`; prints JSON lines.
+"""The process that runs gpu.py's sections, one after another (gpu_worker.py says how it is asked); prints JSON lines.
 
 Each section imports what it needs when it runs: what one lacks does not stop the others.
 """
 
 from __future__ import annotations
 
+import faulthandler
+import gc
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gpu_sections import emit
+from gpu_sections import emit, emit_failure, short
 
 Task = dict[str, Any]
+STACKS = 4.0  # seconds before a section's end at which the stacks of its threads are written down
+# Bytes more than before a section from which it left something behind that the next would be measured with.
+LEFT = {"VRAM": 64 * 2**20, "RAM": 2 * 2**30}
+SPARE = int(16e9)  # bytes of RAM beside the store and a second copy of it, for the store to lie in shared memory
 HOST_SLOTS = 12  # records that the CPU's speed is measured over: many times any cache
 
 
@@ -92,19 +101,43 @@ def bandwidth(task: Task) -> None:
 
 
 def store(task: Task) -> None:
-    """The random model's weights, written here."""
+    """The random model's weights, written here. task: folders, the first in shared memory; name, of the store; fit: the
+    share of the bytes of int4 experts that mixed ones take, 0 for int4."""
     import synthetic
     from synthetic_recipe import Recipe
 
     from qmix.demo import CHECKPOINT
 
     recipe = Recipe(task["layers"], hidden=task["hidden"], inner=task["inner"], seed=task["seed"])
+    _, quant, layout = synthetic.layout_of(recipe)
+    size = 0
+    if task["fit"]:
+        size = layout.nbytes - int((1 - task["fit"]) * sum(region.nbytes for region in layout.records.values()))
+        _, quant, layout = synthetic.layout_of(recipe, size=size)
+    folder, available = roomy([Path(folder) for folder in task["folders"]], layout.nbytes)
+    experts, weights = sum(region.nbytes for region in layout.records.values()), 3 * task["hidden"] * task["inner"]
+    emit(folder=str(folder.parent), available=available, kinds=[list(kind) for kind in quant.kinds],
+         block=quant.block, bits=8 * experts / weights / len(layout.records))
     start = time.perf_counter()
     # Any tokenizer does: tokens are given by number.
-    nbytes = synthetic.write_store(recipe, Path(task["store"]), workers=task["workers"],
+    nbytes = synthetic.write_store(recipe, folder / task["name"], workers=task["workers"], size=size,
                                    tokenizer=CHECKPOINT / "tokenizer.model")
     seconds = time.perf_counter() - start
-    emit(bytes=nbytes, write_seconds=seconds, gbps=nbytes / 1e9 / seconds, workers=task["workers"])
+    emit(path=str(folder / task["name"]), bytes=nbytes, write_seconds=seconds, gbps=nbytes / 1e9 / seconds,
+         workers=task["workers"])
+
+
+def roomy(folders: list[Path], nbytes: int) -> tuple[Path, int]:
+    """(the first folder with room for a store of so many bytes, bytes of RAM that are free): the first is in shared
+    memory, where what is loaded of the store must fit beside it. Asked late: a virtual machine's memory may grow."""
+    from sides import number
+
+    available = 1024 * number("/proc/meminfo", r"MemAvailable:\s+(\d+)")
+    for folder in folders[:-1]:
+        spare = SPARE if nbytes > SPARE else nbytes
+        if shutil.disk_usage(folder).free > 1.05 * nbytes and available > 2 * nbytes + spare:
+            return folder, available
+    return folders[-1], available
 
 
 def run(task: Task) -> None:
@@ -121,23 +154,27 @@ def kernels(task: Task) -> None:
 
 def formats(task: Task) -> None:
     """cuda_kernels.py: the expert kernels of every format, and of prompts."""
-    import tempfile
+    import cuda_kernels
+    import torch
+    from synthetic import layout_of
+    from synthetic_recipe import Recipe
 
-    script = Path(__file__).with_name("cuda_kernels.py")
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "figures.json"
-        done = subprocess.run([sys.executable, str(script), "--json", str(file), *task["options"]],
-                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        if done.returncode:
-            said = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
-            if "differs from the reference" in said:
-                emit(wrong=said)
-                return
-            raise SystemExit(said)
-        figures = json.loads(file.read_text())
-    emit(copy=figures["copy GB/s"])
-    for row in figures["rows"]:
-        emit(row={"what": "format", **row})
+    from qmix.hardware import physical_cores
+
+    small = task["stand_in"]
+    torch.set_num_threads(physical_cores())  # for the reference; a section before may have wanted fewer
+    device = torch.device("cpu" if small else "cuda")
+    block = layout_of(Recipe(1))[1].block  # the store's
+    emit(copy=cuda_kernels.copy_bandwidth(20, device), block=block)
+    shape = cuda_kernels.TINY if small else cuda_kernels.MIXTRAL
+    for name in ("int4",) if small else cuda_kernels.FORMATS:
+        try:
+            for row in cuda_kernels.Case(name, shape, device, block=block, repeat=20).measure():
+                emit(row={"what": "format", **row})
+        except cuda_kernels.Differs as e:
+            emit(wrong=str(e))
+        except Exception as e:
+            emit_failure(name, e)
 
 
 def peer(task: Task) -> None:
@@ -160,19 +197,69 @@ RUN: dict[str, Callable[[Task], None]] = {
     "formats": formats, "peer": peer}
 
 
-def main() -> None:
-    section, task = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
-    try:
-        RUN[section](task)
-    except Exception as e:  # its last line is the reason that the report gives
-        import traceback
+def held() -> dict[str, int]:
+    """Bytes that this process has: on the card by torch's count, and in RAM without what it shares."""
+    import psutil
 
-        traceback.print_exc()
-        print(f"{type(e).__name__}: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(1)
-    sys.stdout.flush()
+    memory = psutil.Process().memory_info()
+    found = {"RAM": memory.rss - memory.shared, "VRAM": 0}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(1.0)  # an engine limits it to its budget
+        found["VRAM"] = torch.cuda.memory_allocated()
+    return found
+
+
+def left_behind(before: dict[str, int], first: bool) -> str | None:
+    """What a section did not give back, as text, where it is so much that the next one would be measured wrongly. Of
+    the first, RAM does not count: libraries stay."""
+    gc.collect()
+    after = held()
+    if first:
+        before = {**before, "RAM": after["RAM"]}
+    more = [f"{(after[name] - before[name]) / 2**20:.0f} MiB of {name}" for name, limit in LEFT.items()
+            if after[name] - before[name] > limit]
+    return f"did not give back {' and '.join(more)}" if more else None
+
+
+def one(do: str, task: Task, first: bool) -> dict[str, Any]:
+    """Run a section; its last message. first: in this process, whose libraries are not loaded yet."""
+    before = held()
+    # A stall shows where it was before its process is ended; twice, since the parent's SIGTERM tells it again.
+    faulthandler.dump_traceback_later(max(0.5 * task["seconds"], task["seconds"] - STACKS), file=sys.stderr)
+    try:
+        RUN[do](task)
+        return {"reason": None, "traceback": None, "left": left_behind(before, first)}
+    except (Exception, SystemExit) as e:  # a library's exit is the section's, too
+        text = traceback.format_exc()
+        sys.stderr.write(text)
+        reason = str(e) if isinstance(e, SystemExit) else short(e)
+        return {"reason": reason or "ended without a reason", "traceback": text, "left": None}
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def serve() -> None:
+    """Sections named on stdin, a line each, until it ends or one fails. Messages have a pipe of their own: what a
+    library prints goes to stderr, and what a child process reads is empty."""
+    commands, sys.stdout = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
+    os.dup2(2, 1)
+    faulthandler.enable(all_threads=True)
+    faulthandler.register(signal.SIGTERM, all_threads=True, chain=True)
+    first = True
+    for line in commands:
+        asked = json.loads(line)
+        found = one(asked["do"], asked["task"], first)
+        emit(end=found)
+        if found["reason"] or found["left"]:
+            break
+        first = False
     os._exit(0)  # threads of the stand-in, of readers and of libraries may be about still
 
 
 if __name__ == "__main__":
-    main()
+    serve()

@@ -3,10 +3,11 @@ the same model for llama.cpp.
 
     python benchmarks/synthetic.py OUT --layers 12                     # 9.9 GB; 32 layers: 26 GB
     python benchmarks/synthetic.py OUT --layers 12 --gguf OUT.gguf     # both; --only-gguf for the second alone
+    python benchmarks/synthetic.py OUT --fit 22G                       # int4, int3 and int2 mixed
     python benchmarks/synthetic.py OUT --check [-f TEXT]               # how an existing store routes
 
-The shapes, formats and bytes are Mixtral's (int4 g64 experts, int8 or --dense int4), so speed and memory can be
-measured on it; what it says is noise. How it routes is chosen: see synthetic_recipe.py. Expert bytes are
+The shapes, formats and bytes are Mixtral's (int4 g64 experts or a mix, int8 or --dense int4), so speed and memory can
+be measured on it; what it says is noise. How it routes is chosen: see synthetic_recipe.py. Expert bytes are
 random, distinct, and streamed; the same flags give the same store. Needs numpy and mistral-common.
 """
 
@@ -29,15 +30,18 @@ from synthetic_recipe import CLUSTERS, Recipe, local_tokens, prose_tokens, token
 from torch import Tensor
 
 from qmix import names
-from qmix.config import ExpertKey, ModelConfig, QuantConfig
+from qmix.config import GROUPED_BITS, ExpertKey, ModelConfig, QuantConfig, parse_grouped
+from qmix.errors import QmixError
 from qmix.kernels.table import native_block
-from qmix.sizes import MatrixSpec, format_bytes
+from qmix.quantize.fit import Wanted, mixed
+from qmix.quantize.mix import FORMATS
+from qmix.quantize.sensitivity import Sensitivity
+from qmix.sizes import MatrixSpec, format_bytes, parse_bytes
 from qmix.store import CONFIG, MANIFEST, DenseEntry, FileEntry, Manifest, RecordEntry, StoreLayout, StoreWriter
 from qmix.store.raw import digest
 
 __all__ = ["Recipe", "local_tokens", "prose_tokens", "tokens_of", "uniform_tokens", "write_store"]
 
-INT4_SPREAD = (255 / 12) ** 0.5  # deviation of q, uniform in 0..15
 INT8_SPREAD = (127 * 128 / 3) ** 0.5  # of q, uniform in -127..127
 Entries = tuple[dict[str, DenseEntry], dict[ExpertKey, RecordEntry]]
 
@@ -47,10 +51,11 @@ def random_bytes(random: np.random.Generator, nbytes: int) -> Tensor:
     return torch.from_numpy(random.integers(0, 2**64, -(-nbytes // 8), dtype=np.uint64).view(np.uint8)[:nbytes])
 
 
-def int4_matrix(random: np.random.Generator, spec: MatrixSpec, spread: float) -> dict[str, Tensor]:
-    """Random codes; uniform q - 8 has mean -1/2, so zero = scale / 2 makes the weights' mean 0."""
+def grouped_matrix(random: np.random.Generator, spec: MatrixSpec, spread: float) -> dict[str, Tensor]:
+    """int4, int3 or int2: random codes q, uniform in 0..2^bits - 1, of deviation sqrt((4^bits - 1) / 12).
+    q - 2^(bits - 1) has mean -1/2, so zero = scale / 2 makes the weights' mean 0."""
     qweight, qparams = spec.tensors
-    scale = torch.tensor(spread / INT4_SPREAD).bfloat16()
+    scale = torch.tensor(spread / ((4**spec.bits - 1) / 12) ** 0.5).bfloat16()
     return {"qweight": random_bytes(random, qweight.nbytes).view(qweight.shape),
             "qparams": torch.stack((scale, scale / 2)).expand(qparams.shape).contiguous()}
 
@@ -63,7 +68,7 @@ def int8_matrix(random: np.random.Generator, spec: MatrixSpec, spread: float) ->
 
 
 def dense_matrix(random: np.random.Generator, spec: MatrixSpec, spread: float) -> dict[str, Tensor]:
-    return (int4_matrix if spec.format == "int4" else int8_matrix)(random, spec, spread)
+    return (grouped_matrix if spec.format == "int4" else int8_matrix)(random, spec, spread)
 
 
 def dense_tensor(recipe: Recipe, tensor: names.DenseTensor, spec: MatrixSpec | None) -> dict[str, Tensor]:
@@ -97,14 +102,33 @@ def copied(keys: Tensor, heads: int, times: int) -> Tensor:
 def record(recipe: Recipe, key: ExpertKey, specs: Mapping[str, MatrixSpec]) -> dict[tuple[str, str], Tensor]:
     """{(matrix, tensor name): values} of one expert."""
     return {(matrix, name): tensor for matrix, spec in specs.items()
-            for name, tensor in int4_matrix(recipe.stream(matrix, *key), spec,
+            for name, tensor in grouped_matrix(recipe.stream(matrix, *key), spec,
                                             recipe.spread(matrix, key.layer)).items()}
 
 
-def layout_of(recipe: Recipe, dense: str = "int8") -> tuple[ModelConfig, QuantConfig, StoreLayout]:
+def layout_of(recipe: Recipe, dense: str = "int8", size: int = 0) -> tuple[ModelConfig, QuantConfig, StoreLayout]:
+    """size: bytes of a mixed store, as `qmix quantize --fit` has it; 0 for int4 throughout. The block is the one that
+    `qmix quantize` chooses on this machine."""
     config = ModelConfig.from_hf(recipe.raw_config())
     quant = QuantConfig(dense=dense, method="rtn", block=native_block())
+    if size:
+        quant, _ = mixed(config, quant, random_sensitivity(recipe, config), Wanted(nbytes=size))
     return config, quant, StoreLayout.of(config, quant)
+
+
+def random_sensitivity(recipe: Recipe, config: ModelConfig) -> Sensitivity:
+    """There is nothing to measure: damages a quarter as large a bit, times a factor of each expert's own, so that the
+    chooser mixes formats within every layer as it does for trained models."""
+    factors = {key: float(np.exp(recipe.stream("damage", *key).standard_normal())) for key in config.expert_keys}
+
+    def damage(name: str) -> float:
+        kind, group = parse_grouped(name)
+        return float(4.0**-(GROUPED_BITS[kind] + 32 / group))
+
+    rows = {name: damage(name) for name in FORMATS}
+    damages = {key: {matrix: {name: factor * value for name, value in rows.items()} for matrix in ("w13", "w2")}
+               for key, factor in factors.items()}
+    return Sensitivity(damages, dict.fromkeys(factors, 0), [0.0] * config.num_layers)
 
 
 def bytes_per_token(recipe: Recipe, dense: str = "int8") -> int:
@@ -116,14 +140,14 @@ def bytes_per_token(recipe: Recipe, dense: str = "int8") -> int:
 
 
 def write_store(recipe: Recipe, out: Path, dense_format: str = "int8", workers: int = 1,
-                tokenizer: Path | None = None) -> int:
+                tokenizer: Path | None = None, size: int = 0) -> int:
     """Write the store, through a temporary name; returns its bytes. workers: processes that draw and write, which
-    changes no byte; tokenizer: another tokenizer.model than Mixtral's."""
-    config, quant, layout = layout_of(recipe, dense_format)
+    changes no byte; tokenizer: another tokenizer.model than Mixtral's; size: see layout_of."""
+    config, quant, layout = layout_of(recipe, dense_format, size)
     folder = out.with_name(out.name + ".partial")
     folder.mkdir(parents=True)
     dense, records = {}, {}
-    for some_dense, some_records in parts(recipe, folder, dense_format, workers):
+    for some_dense, some_records in parts(recipe, folder, dense_format, workers, size):
         dense |= some_dense
         records |= some_records
     copies = {CONFIG: json.dumps(recipe.raw_config(), indent=1).encode(),
@@ -141,22 +165,22 @@ def write_store(recipe: Recipe, out: Path, dense_format: str = "int8", workers: 
     return layout.nbytes
 
 
-def parts(recipe: Recipe, folder: Path, dense_format: str, workers: int) -> Iterator[Entries]:
+def parts(recipe: Recipe, folder: Path, dense_format: str, workers: int, size: int = 0) -> Iterator[Entries]:
     """What each of `workers` has written. Processes and not threads: most of the time goes into fresh memory, which
     threads of one process wait for in turn."""
     if workers == 1:
-        yield write_part(recipe, folder, dense_format, 0, 1)
+        yield write_part(recipe, folder, dense_format, 0, 1, size)
         return
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        for job in [pool.submit(write_part, recipe, folder, dense_format, part, workers) for part in range(workers)]:
+        for job in [pool.submit(write_part, recipe, folder, dense_format, part, workers, size)
+                    for part in range(workers)]:
             yield job.result()
 
 
-def write_part(recipe: Recipe, folder: Path, dense_format: str, part: int, of: int) -> Entries:
+def write_part(recipe: Recipe, folder: Path, dense_format: str, part: int, of: int, size: int = 0) -> Entries:
     """Every `of`th dense tensor and record, from number `part` on; their entries in the manifest. Each part opens
     files of its own: they write different regions, and the same headers."""
-    config, _, layout = layout_of(recipe, dense_format)
-    specs = {"w13": layout.kinds[0].w13, "w2": layout.kinds[0].w2}
+    config, _, layout = layout_of(recipe, dense_format, size)
     none = {"w13": 0.0, "w2": 0.0, "all": 0.0}  # there was no original to differ from
     dense, records = {}, {}
     with StoreWriter(folder, layout) as writer:
@@ -167,7 +191,8 @@ def write_part(recipe: Recipe, folder: Path, dense_format: str, part: int, of: i
             dense[tensor.name] = DenseEntry(tensor.name, spec.format if spec else "plain", region.file,
                                             region.offset, region.nbytes, xxh3, 0.0 if spec else None)
         for key, region in islice(layout.records.items(), part, None, of):
-            xxh3 = writer.write(region, record(recipe, key, specs))
+            kind = layout.record(key)
+            xxh3 = writer.write(region, record(recipe, key, {"w13": kind.w13, "w2": kind.w2}))
             records[key] = RecordEntry(key, region.file, region.offset, region.nbytes, xxh3, none)
         writer.sync()
     return dense, records
@@ -183,6 +208,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=4096, help="smaller only to try things out")
     parser.add_argument("--inner", type=int, default=14336)
     parser.add_argument("--dense", choices=("int8", "int4"), default="int8", help="attention and head (int8)")
+    parser.add_argument("--fit", metavar="SIZE", help="a mix of int4, int3 and int2 of this size, as 22G")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="also write the model for llama.cpp (needs gguf)")
     parser.add_argument("--gguf-type", choices=("mixed", "q4_0", "q4_k_m"), default="mixed",
                         help="mixed is Q4_0 experts and Q8_0 attention and head; see synthetic_gguf.py")
@@ -208,7 +234,11 @@ def main() -> None:
         parser.error(f"{taken[0]}: exists")
     start = time.perf_counter()
     if not args.only_gguf:
-        nbytes = write_store(recipe, args.out, args.dense, max(1, args.workers))
+        try:
+            nbytes = write_store(recipe, args.out, args.dense, max(1, args.workers),
+                                 size=parse_bytes(args.fit) if args.fit else 0)
+        except QmixError as e:
+            parser.error(f"--fit {args.fit}: {e.message}")
         rate = nbytes / 1e9 / (time.perf_counter() - start)
         print(f"{args.out}: {args.layers} layers, {format_bytes(nbytes)}, {rate:.2f} GB/s")
     if args.gguf:

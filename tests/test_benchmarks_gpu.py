@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from oracles import decode
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -25,13 +26,17 @@ import gpu_check  # noqa: E402
 import gpu_peers  # noqa: E402
 import gpu_report  # noqa: E402
 import gpu_run  # noqa: E402
-import gpu_sections  # noqa: E402
+import gpu_side  # noqa: E402
+import gpu_worker  # noqa: E402
 import synthetic  # noqa: E402
 from gpu_roofline import GB, Bandwidths, Token, bound  # noqa: E402
 from gpu_sections import Section, allot  # noqa: E402
 from synthetic_recipe import Recipe  # noqa: E402
 
 from qmix.demo import CHECKPOINT  # noqa: E402
+from qmix.engine import load  # noqa: E402
+from qmix.formats.packed import Packed  # noqa: E402
+from qmix.sizes import MatrixSpec  # noqa: E402
 from qmix.store import Store  # noqa: E402
 
 GBPS = st.floats(1.0, 4000.0)
@@ -88,29 +93,85 @@ def test_no_more_time_is_given_than_there_is(sizes: list[tuple[float, float]], l
         assert waiting[0].least <= seconds + 1e-9 and seconds <= waiting[0].most and seconds + others <= left + 1e-6
 
 
-SCRIPT = """
-import json, sys, time
-task = json.load(open(sys.argv[2]))
-print("noise"); print("{no json")
-print(json.dumps({"row": {"what": "decode", "limit": task["seconds"]}}), flush=True)
-print(json.dumps({"figure": 3}), flush=True)
-if sys.argv[1] == "wrong": print(json.dumps({"wrong": "twice two is five"}))
-if sys.argv[1] == "absent": print(json.dumps({"unavailable": "no such card"}))
-if sys.argv[1] == "slow": time.sleep(60)
-if sys.argv[1] == "crash": raise SystemExit("out of memory")
+SIDE = """
+import os, sys, time
+sys.path.insert(0, os.environ["BENCHMARKS"])
+import gpu_side
+from gpu_sections import emit, emit_failure
+
+def printing(task):
+    os.write(1, b"noise {no json")
+    print("noise"); print("{no json"); print("a warning", file=sys.stderr)
+    emit(row={"what": "decode", "limit": task["seconds"]})
+    emit(figure=3, process=os.getpid())
+
+def but(then):
+    return lambda task: (printing(task), then())
+
+def crash():
+    raise RuntimeError("out of memory")
+
+def one_case():
+    try:
+        crash()
+    except RuntimeError as e:
+        emit_failure("the second case", e)
+
+def stall():
+    time.sleep(60)
+
+gpu_side.RUN |= {"well": printing, "wrong": but(lambda: emit(wrong="twice two is five")),
+                 "absent": but(lambda: emit(unavailable="no such card")), "slow": but(stall), "crash": but(crash),
+                 "exit": but(lambda: sys.exit("enough")), "abort": but(os.abort), "case": but(one_case),
+                 "leak": but(lambda: gpu_side.LEFT.update(RAM=-1)), "check": lambda task: emit(wrong="all of it")}
+gpu_side.serve()
 """
 
 
-@pytest.mark.parametrize("do, state, reason", [
-    ("well", "done", None), ("wrong", "wrong", "twice two is five"), ("absent", "unavailable", "no such card"),
-    ("slow", "late", "ended after 1 s"), ("crash", "failed", "exit 1: out of memory")])
-def test_what_a_section_printed_is_kept_however_it_ends(do: str, state: str, reason: str | None) -> None:
-    seen: list[int] = []
-    found = gpu_sections.run(Section("s", do, 1, 1), 1.0 if do == "slow" else 30.0, [sys.executable, "-c", SCRIPT],
+@pytest.fixture
+def side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """gpu_side.py with sections that end in every way."""
+    monkeypatch.setenv("BENCHMARKS", str(ROOT / "benchmarks"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (file := tmp_path / "side.py").write_text(SIDE)
+    return file
+
+
+ENDS = [("well", "done", None), ("wrong", "wrong", "twice two is five"), ("absent", "unavailable", "no such card"),
+        ("slow", "late", "ended after 2 s"), ("well", "done", None), ("crash", "failed", "RuntimeError: out of memory"),
+        ("exit", "failed", "enough"), ("abort", "failed", "killed by SIGABRT: Fatal Python error: Aborted"),
+        ("case", "failed", "the second case: RuntimeError: out of memory"), ("well", "done", None)]
+
+
+def test_what_a_section_printed_is_kept_however_it_ends(side: Path) -> None:
+    """One process serves, until a section ends it; and what is known of that section is there."""
+    workers, found, seen = gpu_worker.Workers([sys.executable, str(side)]), [], []
+    for do, state, reason in ENDS:
+        result = workers.run(Section("s", do, 1, 1), 2.0 if do == "slow" else 60.0,
                              lambda result: seen.append(len(result["found"]["rows"])))
-    assert (found["state"], found.get("reason")) == (state, reason)
-    assert found["found"]["figure"] == 3 and len(found["found"]["rows"]) == 1 and len(seen) >= 2
-    assert found["seconds"] < 30
+        assert (result["state"], result.get("reason")) == (state, reason), result
+        assert result["found"]["figure"] == 3 and len(result["found"]["rows"]) == 1 and "a warning" in result["stderr"]
+        found.append(result)
+    workers.close()
+    assert [result["fresh"] for result in found] == [True, *[False] * 3, True, False, True, True, True, False]
+    assert len(seen) >= 2 * len(ENDS) and workers.started == 5
+    ends = dict(zip((do for do, _, _ in ENDS), found, strict=True))
+    assert "in stall" in ends["slow"]["stderr"] and "Timeout (" in ends["slow"]["stderr"]
+    for do in ("crash", "exit"):
+        assert "line" in ends[do]["traceback"] and ends[do]["traceback"] in ends[do]["stderr"] + "\n"
+    assert "in crash" in ends["crash"]["traceback"] and "in printing" not in ends["abort"]["stderr"]
+    assert "in crash" in ends["case"]["found"]["failures"][0]["traceback"]
+
+
+def test_a_process_that_keeps_memory_serves_no_more(side: Path) -> None:
+    workers = gpu_worker.Workers([sys.executable, str(side)])
+    found = [workers.run(Section("s", do, 1, 1, alone=alone), 60.0, lambda result: None)
+             for do, alone in (("well", False), ("leak", False), ("well", True), ("well", False))]
+    workers.close()
+    assert [result["fresh"] for result in found] == [True, False, True, True]
+    assert {result["state"] for result in found} == {"done"} and "MiB of RAM" in found[1]["left"]
+    with pytest.raises(ProcessLookupError):
+        os.kill(found[3]["found"]["process"], 0)
 
 
 def test_a_tokens_time_adds_up() -> None:
@@ -175,10 +236,22 @@ def test_the_report_shows_what_there_is() -> None:
     empty = {**archive(), "sections": {"check": {"state": "wrong", "reason": "a|b", "seconds": 1, "found": {}}},
              "stand_in": True}
     text = gpu_report.markdown(empty)
-    assert "WRONG RESULTS in check" in text and "| check | wrong | 1.0 | a/b |" in text and "stood in" in text
+    assert "WRONG RESULTS in check" in text and "| check | wrong | 1.0 |  | a/b |" in text and "stood in" in text
     columns = {line.count("|") for line in gpu_report.markdown(archive()).split("## Decoding")[1].split("## ")[0]
                .splitlines() if line.startswith("|")}
     assert len(columns) == 1
+
+
+def test_the_report_has_whole_tracebacks() -> None:
+    found = {**archive(), "sections": {
+        "check": {"state": "failed", "reason": "x", "seconds": 1, "found": {"failures": [
+            {"case": "few there", "reason": "x", "traceback": "Traceback of a case"}]}},
+        "kernels": {"state": "failed", "reason": "y", "seconds": 1, "found": {}, "traceback": "Traceback of all",
+                    "stderr": "warnings"},
+        "store": {"state": "late", "reason": "z", "seconds": 1, "found": {}, "stderr": "Thread 0x1: stacks"}}}
+    text = gpu_report.markdown(found).split("## What failed")[1]
+    assert "check, few there:\n\n```\nTraceback of a case\n```" in text and "Traceback of all" in text
+    assert "Thread 0x1: stacks" in text and "warnings" not in text
 
 
 def test_a_card_names_its_files() -> None:
@@ -201,12 +274,11 @@ def test_parts_of_a_store_are_the_whole(tmp_path: Path) -> None:
         assert file.read_bytes() == (tmp_path / "one" / file.name).read_bytes()
 
 
-def test_a_wrong_check_ends_with_1_and_nothing_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    side = tmp_path / "side.py"
-    side.write_text("import sys\nif sys.argv[1] == 'check': print('{\"wrong\": \"all of it\"}')\n")
+def test_a_wrong_check_ends_with_1_and_nothing_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                        side: Path) -> None:
     monkeypatch.setattr(gpu, "SIDE", side)
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--stand-in", "--out", str(tmp_path / "out"), "--name", "x",
-                                      "--only", "check;24 GB;kernels", "--work", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--stand-in", "--out", str(tmp_path / "out"), "--name", "x", "--layers",
+                                      "2", "--only", "check;24 GB;kernels", "--work", str(tmp_path)])
     before = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(SystemExit) as ended:
@@ -217,6 +289,34 @@ def test_a_wrong_check_ends_with_1_and_nothing_is_timed(tmp_path: Path, monkeypa
     (file,) = (tmp_path / "out").glob("*-gpu-x.json")
     states = {name: result["state"] for name, result in json.loads(file.read_text())["sections"].items()}
     assert states == {"machine": "done", "check": "wrong", "store": "done", "24 GB": "skipped", "kernels": "done"}
+
+
+def test_a_mixed_store_has_the_size_that_is_asked_for(tmp_path: Path) -> None:
+    recipe = Recipe(2, hidden=512, inner=256)
+    _, _, plain = synthetic.layout_of(recipe)
+    size = plain.nbytes - sum(region.nbytes for region in plain.records.values()) // 7
+    synthetic.write_store(recipe, tmp_path / "store", tokenizer=CHECKPOINT / "tokenizer.model", size=size)
+    with Store.open(tmp_path / "store") as store:
+        assert 0.98 * size < store.layout.nbytes <= size and len(store.quant.kinds) > 2
+    with load(tmp_path / "store", threads=1, context=32) as engine:
+        assert engine.session().prefill([600, 700, 800]).isfinite().all()
+
+
+def test_random_codes_of_every_width_have_the_spread_that_is_asked_for() -> None:
+    for name in ("int4", "int3", "int2"):
+        spec = MatrixSpec(name, 256, 512, 1, 64, 64)
+        weights = decode(Packed.of(spec, synthetic.grouped_matrix(Recipe(1).stream("w", 0), spec, 0.02)))
+        # The scale is rounded to 8 bits; the mean of 131,072 of deviation 0.02 has a deviation of 6e-5.
+        assert weights.std() == pytest.approx(0.02, rel=2**-8 + 0.01) and abs(weights.mean()) < 4e-4
+
+
+def test_stores_lie_in_shared_memory_only_where_there_is_room(tmp_path: Path) -> None:
+    folders = [tmp_path / "shared", tmp_path / "disk"]
+    for folder in folders:
+        folder.mkdir()
+    assert gpu_side.roomy(folders, 1)[0] == folders[0]
+    assert gpu_side.roomy(folders, 2**50)[0] == folders[1]
+    assert gpu_side.roomy(folders[1:], 2**50)[0] == folders[1]
 
 
 def test_without_a_card_nothing_is_tried(tmp_path: Path) -> None:
@@ -241,14 +341,15 @@ ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 def test_a_run_from_start_to_end(tmp_path: Path) -> None:
     (work := tmp_path / "work").mkdir()
-    done = subprocess.run(command(tmp_path, "--only", "check;bandwidth;24 GB;12 GB, split off;kernels;peer: llama.cpp",
-                                  "--work", str(work)), env=ENV, capture_output=True, text=True)
+    names = "check;bandwidth;24 GB;12 GB, split off;mixed, whole in 24 GB;kernels;peer: llama.cpp"
+    done = subprocess.run(command(tmp_path, "--only", names, "--work", str(work)), env=ENV, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr
     (file,) = tmp_path.glob("*-gpu-stand-in.json")
     found = json.loads(file.read_text())
     states = {name: result["state"] for name, result in found["sections"].items()}
     assert states.pop("peer: llama.cpp") == "unavailable"
-    assert set(states.values()) == {"done"} and len(states) == 7, states
+    assert set(states.values()) == {"done"} and len(states) == 9, states
     rows = [row for result in found["sections"].values() for row in result.get("found", {}).get("rows", ())]
     assert {row["what"] for row in rows} == {"check", "decode", "prefill", "kernel"}
     for row in rows:
@@ -256,6 +357,8 @@ def test_a_run_from_start_to_end(tmp_path: Path) -> None:
             assert row["tokens"] > 0 and 0 <= row["hit_rate"] <= row["found_rate"] <= 1 and row["waits"] > 0
     paged = found["sections"]["12 GB, split off"]["found"]["rows"][0]
     assert paged["missing"] > 0 and paged["bytes_up"] > 0 and paged["computed"] == 0
+    assert found["processes"] == 1  # served all of them
+    assert found["sections"]["mixed, whole in 24 GB"]["found"]["rows"][0]["missing"] == 0
     report = file.with_suffix(".md").read_text()
     assert report in done.stdout and "## Decoding" in report and "| 24 GB | local | 16 |" in report
     assert not list(work.iterdir())
