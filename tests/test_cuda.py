@@ -153,6 +153,13 @@ class TestOneMatrix:
         for count in (1, 3):
             assert torch.equal(cuda.linear(x[5:5 + count], m), whole[5:5 + count])
 
+    @pytest.mark.parametrize("name", FORMATS)
+    @pytest.mark.parametrize("exponent", [-38, 60])
+    def test_activations_of_any_size(self, exponent: int, name: str) -> None:
+        """They are multiplied by a power of two on the way, and codes are subnormal numbers."""
+        m, x = matrix(name, 60, 60, 32, 64), operand(2, 60) * 2.0**exponent
+        assert relative(logical(cuda.linear(x.to(DEVICE), here(m)), m.spec), product(x, decode(m))) < SUMS
+
     def test_rows_of_a_larger_matrix_and_no_tokens(self) -> None:
         m = here(int4_matrix(40, 64, 32, 32))
         wide = operand(4, 100).to(DEVICE)

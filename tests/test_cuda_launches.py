@@ -50,7 +50,7 @@ for card, *runs in {WANTED!r}:
             wrong=list(launches.wrong(one, card)), per_weight=one.per_weight if counted else None)), flush=True)
     print(json.dumps(dict(card=card, kernel="", wrong=list(launches.wrong_together(found)))), flush=True)
 """
-pytestmark = [needs_triton, pytest.mark.timeout(900)]
+pytestmark = [needs_triton, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")

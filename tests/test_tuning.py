@@ -184,6 +184,17 @@ class TestTrials:
         kept = trials.Shapes.of("kept", TINY, QuantConfig("keep", "int4"))
         assert trials.cases("gemv", kept, at) == trials.cases("dense", kept, at) == []
 
+    @pytest.mark.parametrize(("card", "tuned"), [((7, 5), set()), ((9, 0), {"matmul"}),
+                                                 ((8, 6), {"matmul", "attention"})])
+    def test_what_torch_does_on_a_card_is_not_tuned(self, card: tuple[int, int], tuned: set[str],
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+        from qmix.kernels import trials
+
+        monkeypatch.setattr(trials, "capability", lambda place: card)
+        shapes = replace(trials.Shapes.of("tiny", TINY, QuantConfig(group_size=32)), prompts=((20, 0),))
+        at = trials.Place(DEVICE, torch.float16, 1, 2**20)
+        assert {kernel for kernel in ("matmul", "attention") if trials.cases(kernel, shapes, at)} == tuned
+
     def test_copies_outgrow_the_cache_within_the_room(self) -> None:
         from qmix.kernels import trials
 

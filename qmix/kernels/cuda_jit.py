@@ -252,7 +252,7 @@ def matmul(x, qweight, qparams, tiles, y, slot, tokens, slot_bytes, x_stride, y_
              mask=given[:, None] & real[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])  # else compiled anew for some tiles
 def decode(qweight, qparams, out, first, groups, n, out_stride,
            GROUP: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, CHUNK: tl.constexpr):
     """Blocks `first` and on as numbers, w = (q - m) * scale + zero in fp32, rounded to out's dtype.

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from qmix.config import DTYPES, ModelConfig, QuantConfig
 from qmix.formats.packed import TORCH_DTYPES, Packed, view
-from qmix.kernels.configs import Configs
+from qmix.kernels.attend import attend_torch
+from qmix.kernels.configs import Attention, Configs, capability
 from qmix.kernels.cuda_ops import TritonOps
-from qmix.kernels.cuda_prompt import attend_many, linear_many
+from qmix.kernels.cuda_prompt import attend_many, linear_many, prompt_attention, without_tensor_cores
 from qmix.kernels.device_ops import FEW, ExpertSlots
 from qmix.kernels.tuning import Case, Timer, Work
 from qmix.sizes import MIB, MatrixSpec, RecordLayout, record_layouts
@@ -74,7 +75,12 @@ class Place:
 
 
 def cases(kernel: str, shapes: Shapes, at: Place) -> list[Case]:
-    """None where the model has no use for the kernel. Their weights live as long as they do."""
+    """None where the model has no use for the kernel, or the card, on which torch does its work. Their weights live as
+    long as they do."""
+    card = capability(at.place)
+    if (kernel == "matmul" and without_tensor_cores(card)) or (
+            kernel == "attention" and prompt_attention(card, Attention()) is attend_torch):
+        return []
     if kernel == "gemv":
         return [case for layout in shapes.layouts for case in _experts(layout, shapes, at)]
     if kernel == "matmul":
