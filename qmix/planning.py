@@ -111,7 +111,7 @@ def describe(model: Model, context: int, machine: Machine, known: Speeds | None,
                          f"choose at most {model.config.max_positions}")
     needs = Needs.of(model.config, model.quant, choose_context(model.config, context), kv)
     taken = CUDA_CONTEXT if machine.vram_taken is None else machine.vram_taken
-    found = make_plan(needs, _ram(machine), PROGRAM, machine.vram, taken, machine.pin)
+    found = make_plan(needs, _ram(machine), PROGRAM, machine.vram, taken, pin=machine.pin)
     speeds, assumed = _speeds(machine, known)
     if assumed:
         say(f"assumed, neither measured nor given: {', '.join(assumed)} (qmix doctor --bandwidth measures)")
