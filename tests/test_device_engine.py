@@ -71,7 +71,7 @@ def bring_up(monkeypatch: pytest.MonkeyPatch, folder: Path, above: int, below: i
         needs = Needs.of(store.config, store.quant, how.setdefault("context", CONTEXT))
     vram = RESERVE + needs.dense + needs.kv + needs.workspace + DEVICE_TILES + above * needs.record
     placement = Placement(device or StandIn(), vram, exact=exact, tuned=how.pop("tuned", None))
-    engine = load(folder, threads=1, ram=RESERVE + below * needs.record, placement=placement,
+    engine = load(folder, threads=how.pop("threads", 1), ram=RESERVE + below * needs.record, placement=placement,
                   activations=how.pop("activations", "bf16"), **how)
     fast, slow = engine.plan.tiers
     assert fast.slots == above
@@ -361,6 +361,36 @@ def test_what_is_said(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) 
     text = "\n".join(said)
     assert "VRAM" in text and "RAM" in text and "prompts compute in float16, since it has no bf16 products" in text
     assert "experts that are not on the GPU are computed by the CPU where that is faster" in text
+
+
+@pytest.mark.parametrize(("asked", "exact", "count", "said"), [
+    (None, False, 3, "3 compute threads, one core left to the copies to the GPU"), (None, True, 4, "4 compute threads"),
+    (4, False, 4, "4 compute threads, as asked: no core left to the copies to the GPU"),
+    (2, False, 2, "2 compute threads")])
+def test_a_core_is_left_to_the_copies(stores: dict[str, Path], asked: int | None, exact: bool, count: int, said: str,
+                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """For every placement alike: threads may decide bits, and a budget may not. Without the GPU all cores compute, also
+    where it was to be used and the model does not fit there."""
+    monkeypatch.setattr(hardware, "physical_cores", lambda: 4)
+    monkeypatch.setattr("qmix.engine.threads.SMALL", 0)
+    threads = torch.get_num_threads()
+    try:
+        for above, below in ((9, 8), (ALL, 2)):
+            lines: list[str] = []
+            with bring_up(monkeypatch, stores["int4"], above, below, exact=exact, threads=asked,
+                          say=lines.append) as engine:
+                assert engine.threads == count and said in lines
+                native = engine._offload.experts._below.kernels.native  # type: ignore[attr-defined]
+                assert native is None or native.threads == count
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr("qmix.engine.machine.TINY", 0)
+        monkeypatch.setattr("qmix.engine.machine.open_cuda", lambda index: StandIn(nbytes=2**20))
+        for placement in (None, Placement("auto", exact=exact)):
+            with load(stores["int4"], threads=asked, placement=placement) as engine:
+                assert engine.device is None and engine.threads == (asked or 4)
+                assert engine.native is None or engine.native.threads == (asked or 4)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from qmix import forks, hardware
+from qmix import forks
 from qmix.engine import vram
 from qmix.engine.budgets import budget, needs_of
 from qmix.engine.engine import Engine
@@ -17,6 +17,8 @@ from qmix.engine.kernels import select_kernels
 from qmix.engine.machine import Placement
 from qmix.engine.parts import Parts, on_device, on_host
 from qmix.engine.placing import place
+from qmix.engine.threads import Threads
+from qmix.kernels.table import KernelTable
 from qmix.offload import router_stats
 from qmix.offload.forecast import Speeds, forecast, known_shares
 from qmix.offload.plan import Needs
@@ -24,7 +26,7 @@ from qmix.offload.setup import OffloadOptions
 from qmix.offload.trace import TraceHeader, TraceWriter
 from qmix.offload.watch import Recorder
 from qmix.render import Progress
-from qmix.sizes import MIB, format_bytes
+from qmix.sizes import format_bytes
 from qmix.store import Store
 from qmix.tokenizer import load as load_tokenizer
 
@@ -37,7 +39,7 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
          progress: Progress | None = None) -> Engine:
     """Open a store and bring it into memory, within a budget.
 
-    threads: compute threads, default the physical cores, or 1 for a very small model; context: tokens,
+    threads: compute threads, None = as engine.threads has it; context: tokens,
     0 = min(model, 8192); ram: bytes for the whole process, None = what is free but for `margin` bytes; policy,
     prefetch, verify: see OffloadOptions; activations: see kernels.table.select; kv: how keys and values are kept,
     "bf16" (that is, in the compute dtype) or "int8", in about half the bytes; trace: a file, or an object, that gets
@@ -51,14 +53,19 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
     options = OffloadOptions(policy, prefetch, verify)
     with ExitStack() as opened:
         store = opened.enter_context(Store.open(Path(folder)))
-        threads = _default_threads(store) if threads is None else hardware.check_threads(threads)
-        forks.check_threads_work(threads)
-        torch.set_num_threads(threads)
+        compute = Threads(threads, store.layout.record_bytes)
+        compute.count(False)  # a wrong number is told before anything else is
+        forks.check_threads_work(compute.count(False))
         config = store.config
         needs = needs_of(store, context, kv, scoring)
         tokenizer = load_tokenizer(store.path, config.vocab_size)
-        host = select_kernels(config, store.quant, say, activations)
-        plan, device, there = place(store, needs, placement, host, partial(budget, ram, margin, base), say, opened)
+
+        def on_cpu(beside: bool) -> KernelTable:
+            torch.set_num_threads(compute.count(beside))
+            return select_kernels(config, store.quant, say, activations)
+
+        plan, device, there, host = place(store, needs, placement, on_cpu, partial(budget, ram, margin, base), say,
+                                          opened)
         stats = router_stats.load(state, store.identity, config.num_layers, config.num_experts, say)
         writer = opened.enter_context(_trace_writer(trace, store)) if isinstance(trace, Path) else trace
         for line in plan.lines():
@@ -66,7 +73,7 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
         if kv == "int8":
             say(f"int8 KV cache: {format_bytes(needs.kv // needs.context)} a token, "
                 f"{format_bytes(Needs.of(config, store.quant, needs.context).kv // needs.context)} without")
-        say(f"{threads} compute thread{'s' if threads > 1 else ''}" + (
+        say(compute.line(device is not None and placement is not None and not placement.exact) + (
             "; " + forecast(plan, speeds, known_shares(stats)).line() if speeds and not plan.resident else ""))
         parts = Parts(store, plan, options, stats, writer, say, progress)
         if placement is not None and device is not None and there is not None:
@@ -91,9 +98,3 @@ def _trace_writer(path: Path, store: Store) -> TraceWriter:
     config = store.config
     return TraceWriter(path, TraceHeader(config.num_layers, config.num_experts, config.experts_per_token,
                                          config.experts_per_token, store.identity, store.path.resolve().name))
-
-
-def _default_threads(store: Store) -> int:
-    """The physical cores; but with experts as small as the demo's, handing out the work costs more than a
-    second thread brings (a prompt: 5,700 tok/s with two, 10,900 with one), and many times more on a busy machine."""
-    return 1 if store.layout.record_bytes < MIB // 8 else hardware.physical_cores()

@@ -24,18 +24,21 @@ from qmix.offload.plan import plan as make_plan
 from qmix.store import Store
 
 
-def place(store: Store, needs: Needs, placement: Placement | None, host: KernelTable,
+def place(store: Store, needs: Needs, placement: Placement | None, on_cpu: Callable[[bool], KernelTable],
           ram: Callable[[], tuple[int, int]], say: Callable[[str], None],
-          opened: ExitStack) -> tuple[Plan, Device | None, DeviceKernels | None]:
-    """ram: as of engine.budget, asked when the device's driver has taken what it takes of the process. The device,
-    closed with `opened`, and what computes there; None for the CPU. Errors as of engine.load."""
+          opened: ExitStack) -> tuple[Plan, Device | None, DeviceKernels | None, KernelTable]:
+    """on_cpu: makes the CPU's kernels, for it alone or (True) to compute beside a device; ram: as of engine.budget,
+    asked when the device's driver has taken what it takes of the process. The plan; the device, closed with `opened`,
+    and what computes there, None for the CPU; and the CPU's kernels. Errors as of engine.load."""
     device = None if placement is None else placement.open(store.layout.record_bytes, say)
     if device is None or placement is None:
-        return make_plan(needs, *ram()), None, None
+        host = on_cpu(False)
+        return make_plan(needs, *ram()), None, None, host
     try:
         if needs.kv_cache != "bf16":
             raise UsageError(f"--kv-cache {needs.kv_cache}: on a GPU keys and values are kept in 16 bits so far",
                              "drop it, or use --device cpu")
+        host = on_cpu(not placement.exact)
         kernels = _kernels(store, device, host, placement, say)
         measured = vram.known(placement, device, say)
         found = make_plan(needs, *ram(), *placement.vram_budget(device), placement.pin_budget(),
@@ -45,12 +48,13 @@ def place(store: Store, needs: Needs, placement: Placement | None, host: KernelT
         if placement.device != "auto" or placement.vram is not None:
             raise
         say(f"not on {device.name}: {e.message}; the CPU computes")
-        return make_plan(needs, *ram()), None, None
+        host = on_cpu(False)
+        return make_plan(needs, *ram()), None, None, host
     except BaseException:
         device.close()
         raise
     opened.callback(device.close)
-    return found, device, kernels
+    return found, device, kernels, host
 
 
 def _kernels(store: Store, device: Device, host: KernelTable, placement: Placement,

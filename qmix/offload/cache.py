@@ -224,16 +224,18 @@ class Cache:
         """A prefill pass over `tokens` tokens starts."""
         self._now += min(tokens, SEED)
 
-    def use(self, key: ExpertKey) -> None:
-        """The router chose `key` for the token being decoded."""
-        self._layer = key.layer
-        self._clocks[key.layer] = self._now
-        self._policy.use(key, self._now)
+    def use(self, *keys: ExpertKey) -> None:
+        """The router of their layer chose `keys` for the token being decoded; of several tokens each key once."""
+        layer, now, use = keys[0].layer, self._now, self._policy.use
+        self._layer = layer
+        self._clocks[layer] = now
+        for key in keys:
+            use(key, now)
         for ranking in self._rankings:
-            ranking.used(key)
+            ranking.used(layer, keys)
         if self._recent:
-            self._recent[-1].add(key)
-        self._unproven.discard(key)
+            self._recent[-1].update(keys)
+        self._unproven.difference_update(keys)
 
     def seed(self, layer: int, choices: Sequence[Collection[int]]) -> None:
         """What the last tokens of a prompt (at most SEED of them, oldest first) chose in `layer`."""
@@ -243,14 +245,15 @@ class Cache:
         for token, experts in enumerate(choices):
             for expert in experts:
                 self._policy.use(ExpertKey(layer, expert), first + token)
-        for expert in set().union(*choices):
-            for ranking in self._rankings:
-                ranking.used(ExpertKey(layer, expert))
+        keys = [ExpertKey(layer, expert) for expert in set().union(*choices)]
+        for ranking in self._rankings:
+            ranking.used(layer, keys)
         self.settle(layer)
 
     def settle(self, layer: int) -> None:
         """The router of `layer` has spoken: guesses that it did not confirm are ordinary records now."""
-        self._unproven = {key for key in self._unproven if key.layer != layer}
+        if self._unproven:
+            self._unproven = {key for key in self._unproven if key.layer != layer}
 
     def score(self, key: ExpertKey) -> float:
         """What the policy makes of a record now; the one with the lowest score leaves first."""

@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -100,14 +101,12 @@ class DeviceExperts(PagedExperts):
 
     def refresh(self, layer: int) -> None:
         """Enter into the table what has arrived."""
-        tier, here = self._tier, self._table.here(layer)
-        for expert in range(self._experts):
-            if expert not in here and tier.ready(key := ExpertKey(layer, expert)):
-                self._table.enter(key, tier.slot(key))
+        for key in self._tier.arrived(layer):
+            self._table.enter(key, self._tier.slot(key))
 
     def count(self, layer: int, ids: Tensor, weights: Tensor, step: Step) -> None:
         """All were there: what was chosen, ids and weights [T, K] on the host."""
-        self._watch.layer(layer, step, ids.long(), weights, None)
+        self._watch.layer(layer, step, ids, weights, None)
         chosen = len(set(ids.reshape(-1).tolist()))
         self.figures[step.phase].chosen += chosen
         self.figures[step.phase].hits += chosen
@@ -117,14 +116,15 @@ class DeviceExperts(PagedExperts):
         is lost, and everything is ready for another one."""
         ids, weights = routed.host_ids, routed.host_weights
         look = min(self.depth, self._layers - 1 - layer)
-        ahead = routed.host_ahead[:, :look].long() if look > 0 and self.ahead else None
-        self._watch.layer(layer, step, ids.long(), weights, ahead)
-        experts = list(dict.fromkeys(ids.T.reshape(-1).tolist()))  # best ranks first
+        ahead = routed.host_ahead[:, :look] if look > 0 and self.ahead else None
+        self._watch.layer(layer, step, ids, weights, ahead)
+        experts = list(dict.fromkeys(chain.from_iterable(zip(*ids.tolist(), strict=True))))  # best ranks first
         if not self._all_here:
             self._settle(layer, step, ids, weights, experts, routed.tokens)
         here = self._table.here(layer) if self._by_slot else {}
-        done = [ExpertKey(layer, expert) for expert in experts if expert in here]
-        missing = [ExpertKey(layer, expert) for expert in experts if expert not in here]
+        keys = [ExpertKey(layer, expert) for expert in experts]
+        done = [key for key in keys if key.expert in here]
+        missing = [key for key in keys if key.expert not in here]
         absent = [key for key in missing if not self._tier.ready(key)]  # the others have come since `refresh`
         figures = self.figures[step.phase]
         figures.chosen += len(experts)

@@ -224,15 +224,15 @@ class PagedExperts:
     def _settle(self, layer: int, step: Step, ids: Tensor, weights: Tensor, groups: Collection[int],
                 routed: int) -> None:
         """The router of `layer` has spoken: into the caches' histories, and the guesses for it are judged."""
-        if step.phase == "decode":
+        if step.phase == "decode" and self._prefetcher.guessed(layer):
             self._prefetcher.settle(layer, ids.reshape(-1).tolist(), weights.reshape(-1).tolist())
         self.figures[step.phase].prefetched += self._lookahead.settle(layer, groups)
+        keys = [ExpertKey(layer, expert) for expert in groups]
         for cache in self._caches:
             if step.phase == "decode":
                 if layer == 0:
                     cache.begin_token()
-                for expert in groups:
-                    cache.use(ExpertKey(layer, expert))
+                cache.use(*keys)
             else:
                 if layer == 0:
                     cache.begin_prefill(routed)

@@ -134,6 +134,10 @@ class Prefetcher:
                 found.append(Guess(ExpertKey(layer + 1, expert), min(shares[expert], so_far)))
         return found
 
+    def guessed(self, layer: int) -> bool:
+        """Whether there is something for `settle` to judge."""
+        return bool(self._pending[layer].named)
+
     def settle(self, layer: int, chosen: Sequence[int], weights: Sequence[float]) -> None:
         """What the router of `layer` really chose, all tokens of the pass, with its weights: the guesses for it
         are judged."""

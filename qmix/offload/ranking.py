@@ -11,7 +11,7 @@ their place before.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import count
 from math import inf
 from typing import Protocol
@@ -83,12 +83,12 @@ class Ranking:
             self._chosen.discard(key)
             self._stale.add(key.layer)
 
-    def used(self, key: ExpertKey) -> None:
-        """The router of its layer has chosen it, whether it is here or not: the layer's clock and the key's rank are
+    def used(self, layer: int, keys: Iterable[ExpertKey]) -> None:
+        """The router of `layer` has chosen `keys`, whether they are here or not: the layer's clock and their ranks are
         other ones."""
-        self._stale.add(key.layer)
-        if self._sign < 0 and key in self._entries:
-            self._chosen.add(key)
+        self._stale.add(layer)
+        if self._sign < 0 and self._entries:
+            self._chosen.update(self._entries.keys() & keys)
 
     def best(self, at: int, clocks: Sequence[int], stays: Sequence[Keys],
              among: Collection[int] | None = None) -> ExpertKey | None:

@@ -66,6 +66,7 @@ class Tier:
         self._draining: dict[int, Load] = {}  # given up, but its last chunks may still land in the slot
         self._used: dict[int, Event] = {}  # a slot -> over when the device has read it for the last time
         self._pinned: set[ExpertKey] = set()
+        self._new: dict[int, set[ExpertKey]] = {}  # by layer: admitted, and not told by `arrived` yet
 
     def __contains__(self, key: ExpertKey) -> bool:
         """In a slot, or on its way into one."""
@@ -83,6 +84,15 @@ class Tier:
             self._landed(key)
             return True
         return False
+
+    def arrived(self, layer: int) -> list[ExpertKey]:
+        """Its records that can be used now, and were not named by an earlier call."""
+        new = self._new.get(layer)
+        if not new:
+            return []
+        found = [key for key in new if self.ready(key)]
+        new.difference_update(found)
+        return found
 
     def load_of(self, key: ExpertKey) -> Load | None:
         """How a record that is not ready is coming along."""
@@ -186,10 +196,12 @@ class Tier:
         if leaves is not True:
             self._release(leaves, key)
         slot = self._slots[key] = self._free[self.cache.kind_of(key)].pop()
+        self._new.setdefault(key.layer, set()).add(key)
         return slot
 
     def _release(self, key: ExpertKey, comes: ExpertKey | None = None) -> None:
         slot = self._slots.pop(key)
+        self._new[key.layer].discard(key)
         load, owner = self._loading.pop(key, None), self._owners.pop(key, self._source)
         if load is not None and not load.done:
             owner.cancel(load)
