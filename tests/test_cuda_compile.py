@@ -23,7 +23,7 @@ HALF = "*bf16" if target >= 80 else "*fp16"  # of a cache
 KINDS = {"scale": "*bf16", "x": "*fp32", "y": "*fp32", "weight": "*fp32", "weights": "*fp32", "eps": "fp32",
          "tokens": "*i64", "embedding": "*bf16", "positions": "*i64", "keys": HALF, "values": HALF, "out": "*fp32",
          "routers": "*fp64", "ids": "*i32", **dict.fromkeys(("residual", "rows", "gains", "normed", "qkv", "inverse",
-         "query", "partial", "tops", "totals"), "*fp32")}
+         "query", "cos_sin", "partial", "tops", "totals"), "*fp32")}
 
 def compiled(function, kinds=(), warps=4, stages=1, **constants):
     kinds = KINDS | dict(kinds)
@@ -58,13 +58,15 @@ compiled(cuda_layer_jit.norm, warps=8, K=2, WIDTH=4096)
 for gains in (True, False):
     assert not spills(compiled(cuda_layer_jit.logits, warps=8, WIDTH=4096, NORMED=gains))
     compiled(cuda_layer_jit.choose, {"logits": "*fp32"}, warps=1, K=2, EXPERTS=8, GAINS=gains)
-assert "cos.approx" not in compiled(cuda_layer_jit.keep, warps=2, WIDTH=64).asm["ptx"]
+for kernel in (cuda_layer_jit.keep, cuda_layer_jit.rope_cos_sin):
+    assert "cos.approx" not in compiled(kernel, warps=2, WIDTH=64).asm["ptx"]
 ints = dict.fromkeys(("ids", "table", "slots", "rows", "places"), "*i32") | {"tokens": "i32"}
 for pairs in (True, False):
     compiled(cuda_layer_jit.jobs, ints, warps=1, M=4, PAIRS=pairs)
 for group, warps in ((4, 4), (8, 8)):
-    assert not spills(compiled(cuda_attend_jit.attend, {"scale": "fp32"}, warps, GROUP=group, SPLIT=64, STEP=16,
-                               WIDTH=128))
+    for rope in (True, False):
+        assert not spills(compiled(cuda_attend_jit.attend, {"scale": "fp32"}, warps, GROUP=group, SPLIT=64, STEP=16,
+                                   WIDTH=128, ROPE=rope))
 compiled(cuda_attend_jit.merge, SPLIT=64, SPLITS=128, STEP=16, WIDTH=128)
 assert varying(cuda_attend_jit.attend_many) == {"window", "tokens", "past"}  # vary by prompt
 tile = configs.attention
@@ -83,7 +85,7 @@ compiled(cuda_layer_jit.choose, {"logits": "*fp32"}, warps=1, K=1, EXPERTS=1, GA
          ids_token=1, ids_layer=1)
 compiled(cuda_layer_jit.keep, WIDTH=64, queries=1, kv_heads=1, half=1, k_position=1)
 compiled(cuda_layer_jit.jobs, ints, M=1, PAIRS=True, tokens=1, k=1, ids_stride=1, count=1, first=1)
-compiled(cuda_attend_jit.attend, {"scale": "fp32"}, GROUP=1, SPLIT=64, STEP=16, WIDTH=128, window=1, splits=1)
+compiled(cuda_attend_jit.attend, {"scale": "fp32"}, GROUP=1, SPLIT=64, STEP=16, WIDTH=128, ROPE=True, window=1, splits=1)
 compiled(cuda_attend_jit.merge, SPLIT=64, SPLITS=1, STEP=16, WIDTH=128, window=1, splits=1)
 compiled(cuda_attend_jit.attend_many, floats, BLOCK_M=16, BLOCK_N=32, WIDTH=128, group=1)
 print("compiled", many.asm["ptx"].count("mma"))

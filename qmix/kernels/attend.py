@@ -1,7 +1,7 @@
 """What the layers of a transformer are made of, as plain functions on tensors: speeds of the rotary embedding,
 attention. kernels/layer.py has the rest.
 
-T query positions, S key positions, D head size, Q query heads, KV key-value heads.
+T query positions, S key positions, D head size, Q query heads, KV key-value heads, G = Q / KV.
 """
 
 from __future__ import annotations
@@ -9,6 +9,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+
+SCORES = 64 * 2**20  # the most bytes of scores that attend_torch has at once, in fp32 and twice
+# Not cuDNN's attention, which makes a plan for each new length.
+FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
 
 def rotation(head_dim: int, theta: float) -> Tensor:
@@ -38,3 +45,47 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tenso
         mask &= columns > rows - window
     out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], keys, values, mask, enable_gqa=True)
     return out[0].transpose(0, 1).reshape(count, heads * size)
+
+
+def attend_torch(query: Tensor, keys: Tensor, values: Tensor, window: int | None = None) -> Tensor:
+    """What `attend` computes, for prompts on a GPU, through torch's kernels and in bounded memory.
+
+    query [T, Q, D], rounded to the dtype of keys and values [KV, S, D]; -> [T, Q * D] in query's dtype. Where the
+    window leaves nothing out, one call of flash attention, or of torch's memory-efficient kernel where the card or the
+    dtype has no flash attention (sm_75): nothing is allocated but the result. With a window, and where torch has
+    neither kernel for these tensors, tiles of the queries with a mask each: beside the result at most about SCORES
+    bytes, and a copy of keys and values in fp32. Keys and values are never repeated for the G heads that read them.
+    A row's bits may depend on T.
+    """
+    count, heads, size = query.shape
+    kv, positions, _ = keys.shape
+    asked = query.to(keys.dtype).view(count, kv, heads // kv, size).permute(1, 2, 0, 3)  # [KV, G, T, D]
+    if window is None or window >= positions:
+        shared, given = (t[:, None].expand(-1, heads // kv, -1, -1) for t in (keys, values))
+        if fused_attention(asked, shared, given):
+            with sdpa_kernel(FUSED):
+                out = F.scaled_dot_product_attention(asked, shared, given, causal_lower_right(count, positions))
+            return out.permute(2, 0, 1, 3).reshape(count, heads * size).to(query.dtype)
+    out = query.new_empty(count, kv, heads // kv, size)
+    tile = max(1, SCORES // (heads * min(positions, (window or positions) + count) * 2 * torch.float32.itemsize))
+    for begin in range(0, count, tile):
+        piece = asked[:, :, begin:begin + tile]
+        start = positions - count + begin  # position of the tile's first query
+        end = start + piece.shape[2]
+        first = 0 if window is None else max(0, start - window + 1)
+        rows, columns = (torch.arange(*ends, device=query.device) for ends in ((start, end), (first, end)))
+        mask = columns <= rows[:, None]
+        if window is not None:
+            mask &= columns > rows[:, None] - window
+        # The G heads of a key-value head are rows of one product, each with the mask of its token.
+        done = F.scaled_dot_product_attention(piece.flatten(1, 2)[None], keys[None, :, first:end],
+                                              values[None, :, first:end], mask.repeat(heads // kv, 1))
+        out[begin:begin + tile] = done.view(kv, heads // kv, -1, size).permute(2, 0, 1, 3)
+    return out.view(count, heads * size)
+
+
+def fused_attention(query: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether torch has a kernel for these, [., heads, ., D], that makes no matrix of scores. Head sizes that it would
+    pad, and so copy, do not count."""
+    params = SDPAParams(query, keys, values, None, 0.0, False, False)
+    return query.shape[-1] % 8 == 0 and (can_use_flash_attention(params) or can_use_efficient_attention(params))

@@ -85,6 +85,9 @@ class Attention:
 Config = Gemv | Matmul | Dense | Attention
 # Without tensor cores, as for fp32 and on sm_75, sums of a tile take many registers.
 WIDE = Attention(32, 32, 8, 1)
+# The compute capability, major, for which Triton multiplies by WGMMA: where a tile has WGMMA_TOKENS rows or more and
+# WGMMA_WARPS warps or more.
+HOPPER, WGMMA_TOKENS, WGMMA_WARPS = 9, 64, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +102,13 @@ class Configs:
 
 KERNELS = tuple(f.name for f in fields(Configs))
 # The nearest below serves cards that are not listed. For sm_75 Triton compiles products without tensor cores, hence
-# small tiles. Attention is for heads of 128.
+# small tiles. Attention is for heads of 128; on Hopper its tiles are too small for WGMMA, see cuda_prompt.attend_many.
 BUILT_IN = MappingProxyType({
     (7, 5): Configs(matmul=Matmul(16, 64, 4, 2), attention=WIDE),
     (8, 0): Configs(),
     (8, 6): Configs(matmul=Matmul(rows=64)),
-    (9, 0): Configs(attention=Attention(128, 64, 8, 2)),
+    (9, 0): Configs(attention=Attention(32, 64, 4, 2)),
+    (10, 0): Configs(attention=Attention(128, 64, 8, 2)),
 })
 INTERPRETED = Configs(attention=WIDE)
 

@@ -36,6 +36,7 @@ from qmix.sizes import MatrixSpec, RecordLayout
 FEW = 8  # tokens of a gemv call
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DOTS = ("bf16", "fp16", "fp32")
+NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FINISH = 1024  # results that a program of `finish` makes
 INDEX = torch.int32
 Room = Callable[[tuple[int, ...], torch.device], Tensor]  # where results of a launch lie for the next one
@@ -204,14 +205,17 @@ def sorted_linear(x: Tensor, weights: Matrices, slots: Sequence[int], counts: Se
 
     dot: "bf16" | "fp16" | "fp32", what x is rounded to: bf16 for bf16 where the card has it, fp16 for fp16, else
     fp32, which is exact and slow. x beyond 65504 is infinite in fp16. With several slots their table is copied to
-    the card, for which the CPU waits until the card has done what it had; with one nothing is.
+    the card, for which the CPU waits until the card has done what it had; with one nothing is. x that has to be rounded
+    is rounded before the launch: a product of 16-bit numbers must read x as it lies in memory, since operands that are
+    made in registers are not safe on Hopper (cuda_prompt.attend_many says why).
     """
     _check_x(x, weights)
     if len(slots) != len(counts) or sum(counts) != len(x) or not all(0 <= s < weights.slots for s in slots):
         raise UsageError(f"slots {list(slots)}, counts {list(counts)}: want as many of each, {len(x)} rows in all, "
                          f"slots 0 to {weights.slots - 1}")
     jit, spec = device_code("cuda_jit"), weights.spec
-    config = config or _configs(x.device).matmul
+    config, operands = config or _configs(x.device).matmul, _dot(jit, x, dot)
+    x = x.to(NARROW.get(operands.name, x.dtype))
     block_m = min(config.tokens, 128 if max(counts) > 64 else 64 if max(counts) > 16 else 16)
     single, many = len(slots) == 1, -(-len(x) // block_m)
     tiles = weights.qparams  # anything, where it is not read
@@ -226,7 +230,7 @@ def sorted_linear(x: Tensor, weights: Matrices, slots: Sequence[int], counts: Se
         x, weights.qweight, weights.qparams, tiles, y, slots[0], len(x), weights.slot_bytes, x.stride(0), y.stride(0),
         spec.cols, spec.padded_cols // spec.group_size, spec.padded_rows, blocks, SINGLE=single,
         GROUP=spec.group_size, BLOCK=spec.block, BITS=spec.bits, BLOCK_M=block_m, BLOCKS=per_tile,
-        CHUNK=min(spec.group_size, 64), DOT=_dot(jit, x, dot), num_stages=config.stages, enable_fp_fusion=True,
+        CHUNK=min(spec.group_size, 64), DOT=operands, num_stages=config.stages, enable_fp_fusion=True,
         num_warps=config.warps if block_m == config.tokens else 4)
 
 

@@ -1,5 +1,9 @@
 """Device code, in Triton: attention of a few tokens, split over the positions, and of many (Dao et al. 2022, 2023).
 
+A few tokens may bring their keys and values with them. One program then writes a token's key and value of a head into
+the cache, and no program of that launch reads from the cache what the launch writes: each takes the new keys and values
+from where the projections are, rotated and rounded as they are written.
+
 The softmax is taken in pieces: each keeps its largest score and the sums of weights relative to that, and pieces are
 rescaled to the larger of their scores when they are put together. Scores are in powers of two. A piece that has seen
 nothing has the score LOWEST, which is finite, so that no difference is NaN.
@@ -19,15 +23,33 @@ LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
-def attend(query, keys, values, positions, partial, tops, totals, window, q_token, k_head, k_position, v_head,
-           v_position, splits, size, scale, GROUP: tl.constexpr, SPLIT: tl.constexpr, STEP: tl.constexpr,
-           WIDTH: tl.constexpr):
+def rotated(head, cos_sin, at, size):
+    """D numbers at `head`, dimension i turned with i + D/2; cos_sin: D/2 cosines, then the sines. The one rounding of
+    each product is asked for, so that a key has the same bits wherever it is rotated."""
+    half = size // 2
+    low = at < half
+    partner = tl.where(low, at + half, at - half)
+    angle = tl.where(low, at, partner)
+    own = tl.load(head + at, mask=at < size, other=0.0)
+    other = tl.load(head + partner, mask=at < size, other=0.0)
+    cos = tl.load(cos_sin + angle, mask=at < size, other=0.0)
+    sin = tl.load(cos_sin + half + angle, mask=at < size, other=0.0)
+    return tl.fma(own, cos, other * tl.where(low, -sin, sin))
+
+
+@triton.jit
+def attend(query, cos_sin, keys, values, positions, partial, tops, totals, window, q_token, c_token, k_head, k_position,
+           v_head, v_position, splits, size, scale, GROUP: tl.constexpr, SPLIT: tl.constexpr, STEP: tl.constexpr,
+           WIDTH: tl.constexpr, ROPE: tl.constexpr):
     """SPLIT positions of a key-value head, STEP at a time, for its GROUP query heads of one token, in fp32.
 
     Each place of a step has its own softmax, and they are merged once, at the end: no thread waits for another before.
-    query fp32 [T, Q, D]; keys, values [KV, S, D]; positions [T]; scale: of the scores, with log2(e); partial fp32
-    [T, Q, splits, D]: weighted sums of values, tops and totals fp32 [T, Q, splits]: their largest score, and the sum of
-    the weights. WIDTH: D as a power of two. Grid: KV, splits, T; a split that a token does not see writes nothing.
+    query fp32 [T, Q, D], rotated; or, where ROPE, [T, Q + 2 KV, D], not rotated, with the keys and values of these T
+    tokens after the queries; their positions follow each other, cos_sin [T, D] is as of `rotated`, and keys and values
+    are written to their positions. keys, values [KV, S, D]; positions [T]; scale: of the scores, with log2(e); partial
+    fp32 [T, Q, splits, D]: weighted sums of values, tops and totals fp32 [T, Q, splits]: their largest score, and the
+    sum of the weights. WIDTH: D as a power of two. Grid: KV, splits, T; a split that a token does not see writes
+    nothing.
     """
     head = tl.program_id(0)
     split = tl.program_id(1)
@@ -40,24 +62,44 @@ def attend(query, keys, values, positions, partial, tops, totals, window, q_toke
     heads = tl.num_programs(0) * GROUP
     at = tl.arange(0, WIDTH)
     inside = tl.arange(0, STEP)
+    keys += head.to(tl.int64) * k_head
+    values += head.to(tl.int64) * v_head
+    new = position + 1  # the first position that is not read from the cache
+    if ROPE:
+        new = position - token
+        own = query + (tl.num_programs(0) * GROUP + head) * size  # the new keys of this head
+        kv_size = tl.num_programs(0) * size  # from a key to its value
+        if position < start + SPLIT:
+            key_row = rotated(own + token * q_token, cos_sin + token * c_token, at, size)
+            value_row = tl.load(own + token * q_token + kv_size + at, mask=at < size, other=0.0)
+            tl.store(keys + position * k_position + at, key_row.to(keys.dtype.element_ty), mask=at < size)
+            tl.store(values + position * v_position + at, value_row.to(values.dtype.element_ty), mask=at < size)
     queries = ()
     top = ()
     total = ()
     sums = ()
     for g in tl.static_range(GROUP):
-        asking = query + token * q_token + (head * GROUP + g) * size + at
-        queries += (tl.load(asking, mask=at < size, other=0.0) * scale,)
+        asking = query + token * q_token + (head * GROUP + g) * size
+        if ROPE:
+            queries += (rotated(asking, cos_sin + token * c_token, at, size) * scale,)
+        else:
+            queries += (tl.load(asking + at, mask=at < size, other=0.0) * scale,)
         top += (tl.full((STEP,), LOWEST, tl.float32),)
         total += (tl.zeros((STEP,), tl.float32),)
         sums += (tl.zeros((STEP, WIDTH), tl.float32),)
-    keys += head.to(tl.int64) * k_head
-    values += head.to(tl.int64) * v_head
     for begin in range(start, tl.minimum(start + SPLIT, position + 1), STEP):
         where = begin + inside
         seen = (where >= first) & (where <= position)
-        mask = seen[:, None] & (at < size)[None, :]
+        mask = (seen & (where < new))[:, None] & (at < size)[None, :]
         key = tl.load(keys + where[:, None] * k_position + at[None, :], mask=mask, other=0.0).to(tl.float32)
         value = tl.load(values + where[:, None] * v_position + at[None, :], mask=mask, other=0.0).to(tl.float32)
+        if ROPE:
+            for other in range(tl.maximum(begin - new, 0), tl.minimum(begin + STEP - new, token + 1)):
+                here = (seen & (where == new + other))[:, None]
+                key_row = rotated(own + other * q_token, cos_sin + other * c_token, at, size)
+                value_row = tl.load(own + other * q_token + kv_size + at, mask=at < size, other=0.0)
+                key = tl.where(here, key_row.to(keys.dtype.element_ty).to(tl.float32)[None, :], key)
+                value = tl.where(here, value_row.to(values.dtype.element_ty).to(tl.float32)[None, :], value)
         new_top = ()
         new_total = ()
         new_sums = ()

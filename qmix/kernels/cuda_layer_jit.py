@@ -102,6 +102,17 @@ def choose(logits, ids, gains, experts, ids_token, ids_layer, gains_stride, K: t
 
 
 @triton.jit
+def rope_cos_sin(positions, inverse, out, out_stride, half, WIDTH: tl.constexpr):
+    """Cosines of position * inverse, then their sines, into out fp32 [T, D]. See keep. Grid: T."""
+    token = tl.program_id(0)
+    at = tl.arange(0, WIDTH)
+    position = tl.load(positions + token).to(tl.float32)
+    angle = (position * tl.load(inverse + at, mask=at < half, other=0.0)).to(tl.float64)
+    tl.store(out + token * out_stride + at, tl.cos(angle).to(tl.float32), mask=at < half)
+    tl.store(out + token * out_stride + half + at, tl.sin(angle).to(tl.float32), mask=at < half)
+
+
+@triton.jit
 def keep(qkv, inverse, positions, keys, values, query, qkv_stride, k_head, k_position, v_head, v_position, query_stride,
          queries, kv_heads, half, WIDTH: tl.constexpr):
     """A head of a token: queries and keys turned by position * inverse, dimension i with i + D/2; keys and values to

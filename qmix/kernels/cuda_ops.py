@@ -103,11 +103,30 @@ class TritonOps:
             values.stride(0), values.stride(1), query.stride(0), heads, len(keys), half, WIDTH=power_of_two(half),
             num_warps=1 if half <= 32 else 2)
 
+    def rope_cos_sin(self, positions: Tensor, inverse: Tensor, out: Tensor) -> None:
+        half = len(inverse)
+        assert out.shape == (len(positions), 2 * half) and out.stride(1) == 1
+        _layer().rope_cos_sin[len(positions),](positions, inverse, out, out.stride(0), half, WIDTH=power_of_two(half),
+                                               num_warps=1 if half <= 32 else 2)
+
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None,
                out: Tensor) -> None:
-        tokens, heads, size = query.shape
-        kv, capacity, _ = keys.shape
-        assert query.stride(1) == size and keys.stride(2) == values.stride(2) == out.stride(1) == 1
+        assert query.stride(1) == query.shape[2]
+        self._attend(query, None, keys, values, positions, window, out)
+
+    def rope_attend(self, qkv: Tensor, cos_sin: Tensor, keys: Tensor, values: Tensor, positions: Tensor,
+                    window: int | None, out: Tensor) -> None:
+        size = keys.shape[2]
+        assert qkv.stride(1) == cos_sin.stride(1) == 1 and cos_sin.shape == (len(qkv), size)
+        assert qkv.shape[1] == out.shape[1] + 2 * len(keys) * size
+        self._attend(qkv.unflatten(1, (-1, size)), cos_sin, keys, values, positions, window, out)
+
+    def _attend(self, query: Tensor, cos_sin: Tensor | None, keys: Tensor, values: Tensor, positions: Tensor,
+                window: int | None, out: Tensor) -> None:
+        """Two launches. query [T, Q, D], or [T, Q + 2 KV, D] with cos_sin."""
+        (kv, capacity, size), tokens = keys.shape, len(query)
+        heads = out.shape[1] // size
+        assert keys.stride(2) == values.stride(2) == out.stride(1) == 1
         split, splits = split_of(capacity)
         width, reach = power_of_two(size), window or EVERYTHING
         shape = heads, splits, size
@@ -115,9 +134,10 @@ class TritonOps:
         tops, totals = self._room("softmax", (2, tokens, *shape[:2]), (2, FEW, *shape[:2]), query.device).unbind()
         jit = device_code("cuda_attend_jit")
         jit.attend[kv, splits, tokens](
-            query, keys, values, positions, partial, tops, totals, reach, query.stride(0), keys.stride(0),
-            keys.stride(1), values.stride(0), values.stride(1), splits, size, LOG2_E / size**0.5, GROUP=heads // kv,
-            SPLIT=split, STEP=min(TILE // width, split), WIDTH=width,
+            query, query if cos_sin is None else cos_sin, keys, values, positions, partial, tops, totals, reach,
+            query.stride(0), 0 if cos_sin is None else cos_sin.stride(0), keys.stride(0), keys.stride(1),
+            values.stride(0), values.stride(1), splits, size, LOG2_E / size**0.5, GROUP=heads // kv, SPLIT=split,
+            STEP=min(TILE // width, split), WIDTH=width, ROPE=cos_sin is not None,
             num_warps=4 if heads // kv <= 4 else 8, enable_fp_fusion=True)
         jit.merge[tokens, heads](partial, tops, totals, positions, out, reach, out.stride(0), splits, size, SPLIT=split,
                                  SPLITS=power_of_two(splits), STEP=16, WIDTH=width, num_warps=4, enable_fp_fusion=True)

@@ -9,6 +9,9 @@ T tokens, N rows out, Q query heads, KV key-value heads, D head size, S position
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +20,17 @@ from qmix.errors import UsageError
 from qmix.formats import nf4
 from qmix.formats.packed import Packed, row_tiles
 from qmix.kernels import cuda
-from qmix.kernels.configs import WIDE, Attention, Matmul, built_in, capability
+from qmix.kernels.attend import attend_torch
+from qmix.kernels.configs import (
+    HOPPER,
+    WGMMA_TOKENS,
+    WGMMA_WARPS,
+    WIDE,
+    Attention,
+    Matmul,
+    built_in,
+    capability,
+)
 from qmix.kernels.cuda import DTYPES, Matrices, device_code, power_of_two
 from qmix.kernels.cuda_ops import EVERYTHING, LOG2_E
 
@@ -70,6 +83,10 @@ def attend_many(query: Tensor, keys: Tensor, values: Tensor, window: int | None 
 
     query [T, Q, D]; keys, values [KV, S, D] of one dtype, in which products are made; -> [T, Q * D] in query's dtype.
     Nothing is allocated but the result.
+
+    UsageError for a tile that Triton would multiply by WGMMA on Hopper. The weights of values are made in registers,
+    and from there WGMMA would read them; ptxas before CUDA 13.3, which Triton up to 3.7 brings, may use these
+    registers again too early (triton-lang/triton#11781).
     """
     tokens, heads, size = query.shape
     kv, positions, _ = keys.shape
@@ -78,7 +95,10 @@ def attend_many(query: Tensor, keys: Tensor, values: Tensor, window: int | None 
             or not query.stride(2) == keys.stride(2) == values.stride(2) == 1:
         raise UsageError(f"attend_many: got {query.dtype} {list(query.shape)}, {keys.dtype} {list(keys.shape)} and "
                          f"{values.dtype} {list(values.shape)}, want [T, Q, D] and twice [KV, S, D], T up to S")
-    tile = _cut(keys, config)
+    tile, card = _cut(keys, config), capability(keys.device)
+    if card and card[0] == HOPPER and tile.tokens >= WGMMA_TOKENS and tile.warps >= WGMMA_WARPS:
+        raise UsageError(f"attend_many: got tiles of {tile.tokens} tokens in {tile.warps} warps, want fewer than "
+                         f"{WGMMA_TOKENS} or {WGMMA_WARPS} on Hopper, where larger ones may give wrong numbers")
     block = max(LEAST, min(tile.tokens, power_of_two(tokens)))
     out = query.new_empty(tokens, heads * size)
     device_code("cuda_attend_jit").attend_many[-(-tokens // block), heads](
@@ -88,6 +108,12 @@ def attend_many(query: Tensor, keys: Tensor, values: Tensor, window: int | None 
         num_warps=tile.warps if block == tile.tokens else min(4, tile.warps), num_stages=tile.stages,
         enable_fp_fusion=True)
     return out
+
+
+def prompt_attention(card: tuple[int, int] | None, config: Attention) -> Callable[..., Tensor]:
+    """What attends in prompts on a card of this compute capability: torch's kernels on Hopper, where `attend_many` may
+    not have the tiles that would make it fast; else `attend_many`, cut as `config` says."""
+    return attend_torch if card and card[0] == HOPPER else partial(attend_many, config=config)
 
 
 def _cut(keys: Tensor, config: Attention | None) -> Attention:

@@ -7,7 +7,7 @@ whatever the others of its call are, and an expert whatever slot it is in.
 `TorchDeviceOps` says what each does, through the CPU's kernels; on a GPU it is cuda_ops.TritonOps.
 
 T tokens, H hidden, E experts, K chosen per token, Q query heads, KV key-value heads, D head size, S positions of a
-cache, N slots, A experts guessed.
+cache, N slots, L layers asked, A experts guessed.
 """
 
 from __future__ import annotations
@@ -57,6 +57,11 @@ class DeviceOps(Protocol):
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None,
                out: Tensor) -> None: ...
+
+    def rope_cos_sin(self, positions: Tensor, inverse: Tensor, out: Tensor) -> None: ...
+
+    def rope_attend(self, qkv: Tensor, cos_sin: Tensor, keys: Tensor, values: Tensor, positions: Tensor,
+                    window: int | None, out: Tensor) -> None: ...
 
     def route(self, residual: Tensor, weight: Tensor, router: Tensor, eps: float, normed: Tensor, ids: Tensor,
               weights: Tensor) -> None: ...
@@ -116,6 +121,25 @@ class TorchDeviceOps:
         for token, position in enumerate(positions.tolist()):
             end = position + 1
             out[token] = attend(query[token:token + 1].to(keys.dtype), keys[:, :end], values[:, :end], window)[0]
+
+    def rope_cos_sin(self, positions: Tensor, inverse: Tensor, out: Tensor) -> None:
+        """What rotates heads at positions [T] int64, inverse [D / 2] as of `keep`: the D / 2 cosines, then the sines,
+        into out fp32 [T, D]. The same for every layer."""
+        half = len(inverse)
+        cos, signed = self._kernels.layer.angles(positions, inverse)
+        out[:, :half], out[:, half:] = cos[:, 0, :half], signed[:, 0, half:]
+
+    def rope_attend(self, qkv: Tensor, cos_sin: Tensor, keys: Tensor, values: Tensor, positions: Tensor,
+                    window: int | None, out: Tensor) -> None:
+        """`keep` and then `attend`, with cos_sin [T, D] of `rope_cos_sin`. Positions [T] follow each other, as a
+        session's new tokens have them: each is one more than the last."""
+        (kv, _, size), heads = keys.shape, out.shape[1]
+        q, k, v = qkv.split((heads, kv * size, kv * size), 1)
+        cos, sin = cos_sin[:, None].chunk(2, -1)
+        query, new = self._kernels.layer.rotate(q, k, torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
+        keys[:, positions] = new.transpose(0, 1).to(keys.dtype)
+        values[:, positions] = v.view(len(v), -1, size).transpose(0, 1).to(values.dtype)
+        self.attend(query, keys, values, positions, window, out)
 
     def route(self, residual: Tensor, weight: Tensor, router: Tensor, eps: float, normed: Tensor, ids: Tensor,
               weights: Tensor) -> None:

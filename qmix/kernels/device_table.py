@@ -69,7 +69,7 @@ def choose_device_kernels(place: torch.device, half: torch.dtype, formats: Itera
                                     f"{(str(e).splitlines() or [type(e).__name__])[0]}",
                                     "use --device cpu, and please report it") from e
     return DeviceKernels(KernelTable(MappingProxyType(table), MappingProxyType(names)),
-                         partial(cuda_prompt.attend_many, config=configs.attention), ops, host)
+                         cuda_prompt.prompt_attention(capability(place), configs.attention), ops, host)
 
 
 def _check(place: torch.device, half: torch.dtype, m: Packed, many: Kernel, ops: DeviceOps) -> None:

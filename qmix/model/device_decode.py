@@ -72,7 +72,7 @@ class _Buffers:
         self.residual = floats(tokens, config.hidden_size)
         self.x = floats(tokens, config.hidden_size)
         self.qkv = floats(tokens, (config.num_heads + 2 * config.num_kv_heads) * size)
-        self.query = floats(tokens, config.num_heads, size)
+        self.cos_sin = floats(tokens, size)
         self.attended = floats(tokens, config.num_heads * size)
         self.logits = floats(tokens, config.vocab_size)
         self.host_logits = device.host(tokens, config.vocab_size, dtype=torch.float32)
@@ -185,6 +185,7 @@ class DeviceDecode:
             if index == 0:
                 found.arrived.copy_(found.given, non_blocking=True)
                 ops.embed(found.tokens, self._weights.embedding, found.residual)
+                ops.rope_cos_sin(found.positions, self._inverse, found.cos_sin)
                 ops.norm(found.residual, layer.input_norm, config.rms_norm_eps, found.x)
             else:
                 ops.norm(found.residual, layer.input_norm, config.rms_norm_eps, found.x, routed.rows, routed.weights)
@@ -192,10 +193,8 @@ class DeviceDecode:
                 ops.linear(found.x, m, out)
             for first, end in runs:
                 kept = found.caches[first].kept(index)
-                ops.keep(found.qkv[first:end], self._inverse, found.positions[first:end], kept.keys, kept.values,
-                         found.query[first:end])
-                ops.attend(found.query[first:end], kept.keys, kept.values, found.positions[first:end],
-                           config.sliding_window, found.attended[first:end])
+                ops.rope_attend(found.qkv[first:end], found.cos_sin[first:end], kept.keys, kept.values,
+                                found.positions[first:end], config.sliding_window, found.attended[first:end])
             ops.linear(found.attended, layer.o, found.residual, add=True)
             ops.route(found.residual, layer.post_norm, layer.router, config.rms_norm_eps, routed.x, routed.ids,
                       routed.weights)

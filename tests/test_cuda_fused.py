@@ -1,0 +1,131 @@
+"""Operations that were several launches: attention that rotates and keeps the new keys, and a router that guesses.
+Against float64 and, bit for bit, against themselves token by token; on the GPU where there is one, else under Triton's
+interpreter, whose programs run one after another, here also in the opposite order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import relative
+from test_cuda import DEVICE, NO_SHRINKING, SUMS, needs_triton
+from test_cuda_ops import attention, random, rotated
+from torch import Tensor
+
+from qmix.kernels.cuda_ops import TritonOps
+from qmix.kernels.device_ops import DeviceOps, TorchDeviceOps
+from qmix.kernels.table import KernelTable
+
+pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore:(overflow encountered|All-NaN slice|invalid value)")]
+REFERENCE = TorchDeviceOps(KernelTable({}, {}))
+CAPACITY = 200
+
+
+@contextmanager
+def last_program_first() -> Iterator[None]:
+    """Under the interpreter programs run from the last to the first: what one takes from another, that comes before it
+    otherwise, is not there yet. On a GPU nothing changes."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    real = builder.set_grid_idx
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "set_grid_idx",
+                      lambda *place: real(*(n - 1 - i for n, i in zip(builder.grid_dim, place, strict=True))))
+        yield
+
+
+def inverse_of(size: int) -> Tensor:
+    return 1.0 / 10000 ** (torch.arange(0, size, 2).float() / size)
+
+
+def cos_sin_of(ops: DeviceOps, positions: Tensor, size: int) -> Tensor:
+    place = DEVICE if isinstance(ops, TritonOps) else torch.device("cpu")
+    out = torch.empty(len(positions), size, device=place)
+    ops.rope_cos_sin(positions.to(place), inverse_of(size).to(place), out)
+    return out.cpu()
+
+
+def rope_attend(qkv: Tensor, cache: Tensor, start: int, window: int | None, ops: DeviceOps) -> tuple[Tensor, Tensor]:
+    """(What the tokens at positions `start` and on attend to, the cache afterwards)."""
+    place = DEVICE if isinstance(ops, TritonOps) else torch.device("cpu")
+    size, kv = cache.shape[3], cache.shape[1]
+    positions = torch.arange(start, start + len(qkv))
+    cos_sin, here = cos_sin_of(ops, positions, size), cache.clone().to(place)
+    out = torch.empty(len(qkv), qkv.shape[1] - 2 * kv * size, device=place)
+    ops.rope_attend(qkv.to(place), cos_sin.to(place), here[0], here[1], positions.to(place), window, out)
+    return out.cpu(), here.cpu()
+
+
+@pytest.mark.parametrize("ops", [TritonOps(), REFERENCE], ids=["Triton", "reference"])
+def test_cosines(ops: DeviceOps) -> None:
+    """To half an ulp of fp32: the angle is a product in fp32, as models are trained, its cosine is taken in fp64."""
+    positions, inverse = torch.tensor([0, 1, 7, 32767, 131071]), inverse_of(80)
+    angle = (positions[:, None].float() * inverse).double()
+    assert torch.equal(cos_sin_of(ops, positions, 80), torch.cat((angle.cos(), angle.sin()), 1).float())
+
+
+class TestRopeAttend:
+    @pytest.mark.parametrize("ops", [TritonOps(), REFERENCE], ids=["Triton", "reference"])
+    @settings(max_examples=8, **NO_SHRINKING)
+    @given(size=st.sampled_from([16, 32, 80, 128]), group=st.sampled_from([1, 2, 4]), kv=st.integers(1, 2),
+           tokens=st.sampled_from([1, 2, 5]), start=st.sampled_from([0, 1, 60, 63, 64, 126, 190]),
+           window=st.sampled_from([None, 1, 3, 64, 500]), dtype=st.sampled_from([torch.float32, torch.float16]))
+    def test_against_float64(self, ops: DeviceOps, size: int, group: int, kv: int, tokens: int, start: int,
+                             window: int | None, dtype: torch.dtype) -> None:
+        """Keys to an ulp of the cache's dtype; attention over the keys that are in the cache then, with queries that
+        the rotation may have moved by an ulp: each of D products of a score by 2^-23."""
+        heads, cache = group * kv, random(2, kv, CAPACITY, size).to(dtype)
+        cache[:, :, start:] = float("nan")  # what lies beyond is scratch
+        qkv, positions = random(tokens, (heads + 2 * kv) * size), torch.arange(start, start + tokens)
+        got, after = rope_attend(qkv, cache, start, window, ops)
+        q, k, v = qkv.view(tokens, -1, size).split((heads, kv, kv), 1)
+        turned, ulp = rotated(k, positions, inverse_of(size)), torch.finfo(dtype).eps
+        # Products and their sum are rounded to fp32: by 2^-24 of numbers below 8.
+        torch.testing.assert_close(after[0, :, positions].transpose(0, 1).double(), turned, rtol=ulp, atol=3 * 2**-21)
+        assert torch.equal(after[1, :, positions].transpose(0, 1), v.to(dtype))
+        assert torch.equal(after[:, :, :start], cache[:, :, :start]) and after[:, :, start + tokens:].isnan().all()
+        if ops is REFERENCE and dtype != torch.float32:
+            return  # it rounds queries to the cache's dtype too
+        want = attention(rotated(q, positions, inverse_of(size)), *after, positions, window)
+        assert relative(got, want.numpy()) < 2 * SUMS
+
+    @pytest.mark.parametrize(("start", "dtype"), [(62, torch.bfloat16), (127, torch.float32)], ids=str)
+    def test_drafts_have_the_bits_that_tokens_have_one_by_one(self, start: int, dtype: torch.dtype) -> None:
+        """Whichever program comes first, and whatever the cache holds where the new keys go."""
+        cache, qkv = random(2, 1, CAPACITY, 16).to(dtype), random(4, (2 + 2) * 16)
+        cache[:, :, start:] = float("nan")
+        want, one = [], cache
+        for token, row in enumerate(qkv.split(1)):
+            out, one = rope_attend(row, one, start + token, 100, TritonOps())
+            want.append(out)
+        assert not torch.cat(want).isnan().any()
+        for tokens in (4, 3):
+            got, after = rope_attend(qkv[:tokens], cache, start, 100, TritonOps())
+            with last_program_first():
+                other, other_after = rope_attend(qkv[:tokens], cache, start, 100, TritonOps())
+            assert torch.equal(got, other) and torch.equal(got, torch.cat(want[:tokens]))
+            for found in (after, other_after):
+                assert torch.equal(found[:, :, :start + tokens], one[:, :, :start + tokens])
+                assert found[:, :, start + tokens:].isnan().all()
+
+    def test_it_gives_what_rotating_keeping_and_attending_give(self) -> None:
+        """Up to fp32 sums; a cache of fp32 keeps rotated keys to an ulp."""
+        cache, qkv, positions = random(2, 2, CAPACITY, 32), random(3, 8 * 32), torch.arange(70, 73)
+        got, after = rope_attend(qkv, cache, 70, None, TritonOps())
+        query, out = torch.empty(3, 4, 32, device=DEVICE), torch.empty(3, 128, device=DEVICE)
+        ops, here = TritonOps(), cache.clone().to(DEVICE)
+        ops.keep(qkv.to(DEVICE), inverse_of(32).to(DEVICE), positions.to(DEVICE), here[0], here[1], query)
+        ops.attend(query, here[0], here[1], positions.to(DEVICE), None, out)
+        torch.testing.assert_close(after, here.cpu(), rtol=2**-22, atol=2**-22)
+        assert relative(got, out.cpu().double().numpy()) < SUMS
+
+    def test_a_broken_draft_breaks_none_before_it(self) -> None:
+        cache, qkv = random(2, 2, CAPACITY, 32), random(4, 8 * 32)
+        clean, _ = rope_attend(qkv, cache, 62, None, TritonOps())
+        qkv[2] = float("nan")
+        got, _ = rope_attend(qkv, cache, 62, None, TritonOps())
+        assert torch.equal(got[:2], clean[:2]) and got[2:].isnan().all()

@@ -1,0 +1,101 @@
+"""On Hopper no product of Triton's reads an operand from registers, however it is cut: ptxas before CUDA 13.3 may use
+those registers again while the product still reads them. Seen in the PTX that Triton makes for compute capability 9.0,
+with its specialization of the arguments; nothing is assembled and nothing runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from test_cuda import in_another_process, needs_triton
+
+from qmix.kernels.attend import attend_torch
+from qmix.kernels.configs import BUILT_IN
+from qmix.kernels.cuda_prompt import prompt_attention
+
+SETUP = """
+import re
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime import driver, jit
+from qmix.errors import UsageError
+from qmix.kernels import cuda, cuda_prompt, tuning
+from qmix.kernels.configs import WGMMA_TOKENS, built_in
+
+class Hopper:
+    get_current_device = get_current_stream = staticmethod(lambda *_: 0)
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
+    map_python_to_cpp_type = staticmethod(lambda kind: kind)
+
+driver.set_active(Hopper())
+CUDABackend.make_cubin = lambda *_, **__: b""
+real, made = jit.JITFunction.run, []
+
+def compile_only(self, *args, grid, warmup, **kwargs):
+    made.append(real(self, *args, grid=grid, warmup=True, **kwargs).asm["ptx"])
+
+jit.JITFunction.run = compile_only
+cuda_prompt.capability = lambda _: (9, 0)
+cuda._check_place = lambda *_: None
+cuda._dot = lambda jit, x, dot: jit.tl.float16 if x.dtype == torch.float16 else jit.tl.bfloat16
+
+def products(ptx):
+    "Of WGMMA: how many take their first operand from registers, from shared memory."
+    after = re.findall(r"wgmma\\.mma_async[^{]*{[^}]*},\\s*(.)", ptx)
+    return after.count("{"), after.count("%")
+
+def attend(config, query=torch.bfloat16, cache=torch.bfloat16):
+    keys = torch.empty(2, 700, 64, dtype=cache)[:, :600]
+    cuda_prompt.attend_many(torch.empty(512, 8, 64, dtype=query), keys, keys, config=config)
+    return products(made[-1])
+"""
+
+ATTENTION = """
+assert attend(built_in((9, 0)).attention) == (0, 0) and "mma.sync" in made[-1]
+done = refused = 0
+for config in tuning.candidates("attention"):
+    try:
+        assert attend(config) == (0, 0), config
+        done += 1
+    except UsageError as e:
+        assert "on Hopper, where larger ones may give wrong numbers" in str(e)
+        refused += 1
+assert attend(built_in((9, 0)).attention, torch.float32) == (0, 0)
+assert done >= 2 and refused >= 2
+cuda_prompt.capability = lambda _: None  # what is refused has what this looks for
+assert attend(built_in((8, 0)).attention)[0] > 0
+"""
+
+MATMUL = """
+from qmix.formats.packed import TORCH_DTYPES, Packed
+from qmix.kernels.cuda import Matrices
+from qmix.sizes import MatrixSpec
+
+def matmul(config, dtype, bits=4):
+    spec = MatrixSpec(f"int{bits}", 512, 512, 1, 64, 64)
+    m = Packed.of(spec, {t.name: torch.empty(t.shape, dtype=TORCH_DTYPES[t.dtype]) for t in spec.tensors})
+    y = torch.empty(512, spec.padded_rows, dtype=dtype)
+    cuda.sorted_linear(torch.empty(512, 512, dtype=dtype), Matrices.of(m), [0], [512], y, config=config)
+    return products(made[-1])
+
+cuts = [*tuning.candidates("matmul"), built_in((9, 0)).matmul]
+for config in {(c.tokens, c.rows, c.warps): c for c in cuts}.values():  # of those with other stages the last
+    registers, shared = matmul(config, torch.bfloat16)
+    assert not registers and (shared or config.tokens < WGMMA_TOKENS), config
+assert matmul(built_in((9, 0)).matmul, torch.float16, 3)[0] == 0
+assert matmul(built_in((9, 0)).matmul, torch.float32)[0] == 0  # rounded to bf16
+print("right")
+"""
+
+
+@needs_triton
+def test_no_product_reads_registers(tmp_path: Path) -> None:
+    done = in_another_process(SETUP + ATTENTION + MATMUL, TRITON_CACHE_DIR=str(tmp_path))
+    assert done.stdout == "right\n", done.stderr[-2000:]
+
+
+def test_torch_attends_on_hopper() -> None:
+    for card, configs in BUILT_IN.items():
+        assert (prompt_attention(card, configs.attention) is attend_torch) == (card == (9, 0))
+    assert prompt_attention(None, BUILT_IN[8, 0].attention) is not attend_torch
