@@ -64,9 +64,11 @@ ints = dict.fromkeys(("ids", "table", "slots", "rows", "places"), "*i32") | {"to
 for pairs in (True, False):
     compiled(cuda_layer_jit.jobs, ints, warps=1, M=4, PAIRS=pairs)
 for group, warps in ((4, 4), (8, 8)):
-    for rope in (True, False):
-        assert not spills(compiled(cuda_attend_jit.attend, {"scale": "fp32"}, warps, GROUP=group, SPLIT=64, STEP=16,
-                                   WIDTH=128, ROPE=rope))
+    for rope, int8 in ((True, False), (False, False), (True, True)):
+        kinds = {"scale": "fp32", "key_scales": "*fp32", "value_scales": "*fp32"} | (
+            {"keys": "*i8", "values": "*i8"} if int8 else {})
+        assert not spills(compiled(cuda_attend_jit.attend, kinds, warps, GROUP=group, SPLIT=64, STEP=16, WIDTH=128,
+                                   ROPE=rope, INT8=int8))
 compiled(cuda_attend_jit.merge, SPLIT=64, SPLITS=128, STEP=16, WIDTH=128)
 assert varying(cuda_attend_jit.attend_many) == {"window", "tokens", "past"}  # vary by prompt
 tile = configs.attention
@@ -85,7 +87,8 @@ compiled(cuda_layer_jit.choose, {"logits": "*fp32"}, warps=1, K=1, EXPERTS=1, GA
          ids_token=1, ids_layer=1)
 compiled(cuda_layer_jit.keep, WIDTH=64, queries=1, kv_heads=1, half=1, k_position=1)
 compiled(cuda_layer_jit.jobs, ints, M=1, PAIRS=True, tokens=1, k=1, ids_stride=1, count=1, first=1)
-compiled(cuda_attend_jit.attend, {"scale": "fp32"}, GROUP=1, SPLIT=64, STEP=16, WIDTH=128, ROPE=True, window=1, splits=1)
+compiled(cuda_attend_jit.attend, {"scale": "fp32", "key_scales": HALF, "value_scales": HALF}, GROUP=1, SPLIT=64,
+         STEP=16, WIDTH=128, ROPE=True, INT8=False, window=1, splits=1)
 compiled(cuda_attend_jit.merge, SPLIT=64, SPLITS=1, STEP=16, WIDTH=128, window=1, splits=1)
 compiled(cuda_attend_jit.attend_many, floats, BLOCK_M=16, BLOCK_N=32, WIDTH=128, group=1)
 print("compiled", many.asm["ptx"].count("mma"))

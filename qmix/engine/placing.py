@@ -33,9 +33,6 @@ def place(store: Store, needs: Needs, placement: Placement | None, host: KernelT
     if device is None or placement is None:
         return make_plan(needs, *ram()), None, None
     try:
-        if needs.kv_cache != "bf16":
-            raise UsageError(f"--kv-cache {needs.kv_cache}: on a GPU keys and values are kept in 16 bits so far",
-                             "drop it, or use --device cpu")
         kernels = _kernels(store, device, host, placement, say)
         measured = vram.known(placement, device, say)
         found = make_plan(needs, *ram(), *placement.vram_budget(device), measured.beside if measured else None)

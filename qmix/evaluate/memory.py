@@ -41,7 +41,7 @@ def reference_part(reference: Needs, model: Needs, ram: Budget, vram: Budget | N
     """The reference's part, which is loaded first. DoesNotFit says how much is missing."""
     if vram is None:
         return Part((share(reference, model, *ram), ram[1]))
-    there = [replace(needs, workspace=needs.workspace + DEVICE_TILES) for needs in (reference, model)]
+    there = [replace(needs, workspace=needs.workspace + DEVICE_TILES + needs.decoded) for needs in (reference, model)]
     above = share(there[0], there[1], *vram, "VRAM")
     plans = [make_plan(reference, UNBOUNDED, 0, above, vram[1])]
     plans.append(make_plan(model, UNBOUNDED, 0, vram[0], taken(plans[0].tiers[0])))
