@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from qmix import hardware
 from qmix.config import ExpertKey, ModelConfig, QuantConfig
 from qmix.engine import Placement
@@ -81,16 +79,12 @@ def find_model(path: Path, quant: QuantConfig | None, state: Path | None, say: C
     return Model(path.resolve().name, config, quant or QuantConfig(), {})
 
 
-def find_gpu(model: Model, machine: Machine, device: str, kv: str, say: Callable[[str], None]) -> Machine:
+def find_gpu(model: Model, machine: Machine, device: str, say: Callable[[str], None]) -> Machine:
     """`machine` with the memory that the engine would take of this machine's GPU, said; as it is where its GPU is
     described, or none is to be used here. device: as of `--device`. Raises what the engine would."""
     if machine.vram is not None:
         if device != "auto":
             raise UsageError(f"--device {device}: --vram describes a GPU, whichever is here", "drop one of the two")
-        return machine
-    if kv != "bf16" and device == "auto":
-        if torch.cuda.is_available():
-            say(f"--kv-cache {kv}: planned for the CPU, since a GPU keeps keys and values in 16 bits so far")
         return machine
     placement = Placement(device)
     found = placement.open(max(layout.nbytes for layout in record_layouts(model.config, model.quant)), say)

@@ -499,14 +499,3 @@ def test_two_models_stay_within_one_budget(other: Path, text: Path) -> None:
     peak = re.search(r"peak memory (\d+) MiB", done.stderr)
     assert peak is not None and int(peak[1]) <= int(least[1]) + 4
     print(f"peak {peak[1]} of {int(least[1]) + 4} MiB")
-
-
-@pytest.mark.parametrize("flags", [["--device", "cuda"], ["--vram", "8G"], ["--pin", "1G"]])
-def test_a_gpu_beside_a_reference_is_refused(flags: list[str], tmp_path: Path,
-                                             capsys: pytest.CaptureFixture[str]) -> None:
-    from qmix.cli import main
-
-    (tmp_path / "text").write_text("x")
-    with pytest.raises(SystemExit) as ended:
-        main(["eval", str(tmp_path), "-f", str(tmp_path / "text"), "--against", str(tmp_path), *flags])
-    assert ended.value.code == 2 and "two models do not share a GPU yet" in capsys.readouterr().err

@@ -117,7 +117,7 @@ def test_plan_for_the_gpu_of_this_machine(config_file: Path, monkeypatch: pytest
     monkeypatch.setattr(card, "close", lambda close=card.close: (closed.append(True), close()))
     monkeypatch.setattr(Placement, "open", lambda self, record, say: card if record == 99_090_432 else None)
     monkeypatch.setattr(Placement, "pin_budget", lambda self: 2**40)
-    machine = planning.find_gpu(model, planning.Machine(ram=32 * 2**30), "auto", "bf16", said.append)
+    machine = planning.find_gpu(model, planning.Machine(ram=32 * 2**30), "auto", said.append)
     assert (machine.vram, machine.vram_taken) == (24 * 2**30, 2**29) and closed == [True]
     assert len(said) == 1 and "24.0 GiB can be had" in said[0] and "--device cpu" in said[0]
     found = planning.describe(model, 0, machine, None, said.append)
@@ -132,20 +132,17 @@ def test_plan_for_the_gpu_of_this_machine(config_file: Path, monkeypatch: pytest
 
 
 def test_a_plan_leaves_the_gpu_alone(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a GPU is described, where the KV cache could not lie there, and where there is none."""
+    """Where a GPU is described, and where there is none."""
     said: list[str] = []
     model = planning.find_model(config_file, None, None, said.append)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     mine, other = planning.Machine(ram=2**35), planning.Machine(vram=2**34)
-    assert planning.find_gpu(model, mine, "auto", "bf16", said.append) is mine
+    assert planning.find_gpu(model, mine, "auto", said.append) is mine
     with pytest.raises(UsageError, match="torch sees no NVIDIA GPU"):
-        planning.find_gpu(model, mine, "cuda", "bf16", said.append)
+        planning.find_gpu(model, mine, "cuda", said.append)
     monkeypatch.setattr(Placement, "open", None)  # calling it would fail
-    assert planning.find_gpu(model, other, "auto", "bf16", said.append) is other
-    assert planning.find_gpu(model, mine, "auto", "int8", said.append) is mine and not said
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert planning.find_gpu(model, mine, "auto", "int8", said.append) is mine
-    assert said == ["--kv-cache int8: planned for the CPU, since a GPU keeps keys and values in 16 bits so far"]
+    assert planning.find_gpu(model, other, "auto", said.append) is other
+    assert not said
 
 
 def test_plan_with_an_int8_kv_cache(config_file: Path) -> None:

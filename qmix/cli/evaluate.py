@@ -30,6 +30,7 @@ from qmix.cli.options import (
     load_engine,
     margin_bytes,
     model_folder,
+    size_or_auto,
 )
 from qmix.errors import UsageError
 from qmix.textfile import read_text
@@ -65,8 +66,6 @@ def evaluate(
                  {"--include-path": include_path is not None, "--limit": limit is not None})
     from qmix import evaluate as evaluation
 
-    if against is not None:
-        device = _beside_a_reference(device, vram, pin)
     how = Loading(ctx_size, threads, ram, margin, cache_policy, prefetch, no_prefetch, verify, activations, kv_cache,
                   device=device, vram=vram, pin=pin, exact=exact)
     folder = model_folder(model)
@@ -75,7 +74,8 @@ def evaluate(
         document = _text(evaluation.Request(
             folder, _read(file), str(file), paths.evaluations_folder(),
             None if against is None else paths.resolve(against, render.say), ctx_size, stride, max_tokens, fresh,
-            activations, kv_cache, None if ram == "auto" else flag_bytes("--ram", ram), margin_bytes(margin)), how)
+            activations, kv_cache, None if ram == "auto" else flag_bytes("--ram", ram), margin_bytes(margin),
+            _gpu_for_both(how)), how)
     if tasks is not None:
         document |= _tasks(folder, how, tasks, include_path, limit)
     print(render.document(document if json else evaluation.lines(document), as_json=json))
@@ -91,13 +91,36 @@ def _check_flags(file: Path | None, tasks: str | None, of_text: dict[str, bool],
                 raise UsageError(f"{flag}: has no effect without {needed}", f"drop it, or give {needed}")
 
 
-def _beside_a_reference(device: str, vram: str, pin: str) -> str:
-    """Two models share the RAM by their needs; a GPU they do not share yet."""
-    for flag, value, default in (("--device", device, ("auto", "cpu")), ("--vram", vram, ("auto",)),
-                                 ("--pin", pin, ("auto",))):
-        if value not in default:
-            raise UsageError(f"{flag} {value} with --against: two models do not share a GPU yet", f"drop {flag}")
-    return "cpu"
+def _gpu_for_both(how: Loading) -> Callable[[int], Any]:
+    """See suite.FindGpu."""
+    def find(record: int) -> Any:
+        from qmix.engine import Placement
+        from qmix.evaluate.memory import Gpu
+
+        placement = Placement(how.device, size_or_auto("--vram", how.vram), size_or_auto("--pin", how.pin))
+        device = placement.open(record, render.say)
+        if device is None:
+            return None
+        try:
+            return Gpu(device.name, placement.vram_budget(device), how.device != "auto" or how.vram != "auto")
+        finally:
+            device.close()
+
+    return find
+
+
+def _share_of(how: Loading, part: Any) -> Loading:
+    """The flags with which one of two models gets its part. What may be page-locked is halved, where it is limited."""
+    from qmix import hardware
+    from qmix.engine import Placement
+
+    fixed = replace(how, ram=str(part.ram[0]), margin=None)
+    if part.vram is None:
+        return replace(fixed, device="cpu", vram="auto", pin="auto")
+    pin = size_or_auto("--pin", how.pin)
+    if pin is not None or hardware.is_wsl():
+        fixed = replace(fixed, pin=str(Placement(pin=pin).pin_budget() // 2))
+    return replace(fixed, device="cuda" if how.device == "auto" else how.device, vram=str(part.vram[0]))
 
 
 def _read(file: Path) -> str:
@@ -142,10 +165,11 @@ def _tasks(folder: Path, how: Loading, names: str, include: Path | None, limit: 
 
 def _loader(request: Any, how: Loading) -> Callable[..., Any]:
     """See suite.OpenEngine. What the reference's load says is marked as its own."""
-    def load(folder: Path, context: int, ram: int | None, base: int | None) -> Any:
-        fixed = how if ram is None else replace(how, ram=str(ram), margin=None)
+    def load(folder: Path, context: int, part: Any) -> Any:
+        fixed = how if part is None else _share_of(how, part)
+        base, vram_base = (None, None) if part is None else (part.ram[1], None if part.vram is None else part.vram[1])
         mark = "reference: " if folder == request.reference and folder != request.model else ""
         return load_engine(folder, replace(fixed, ctx_size=context), keep_statistics=False, base=base, scoring=True,
-                           say=lambda line: render.say(mark + line))
+                           say=lambda line: render.say(mark + line), vram_base=vram_base)
 
     return load

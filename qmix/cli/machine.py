@@ -77,6 +77,6 @@ def plan(
     machine = planning.Machine(size_or_auto("--ram", ram), margin_bytes(margin),
                                size_or_auto("--vram", vram), ram_speed, vram_speed, pcie, disk,
                                gpu=planning.known_gpu(paths.if_any(paths.gpu_memory_file), render.say))
-    machine = planning.find_gpu(found, machine, device, kv_cache, render.say)
+    machine = planning.find_gpu(found, machine, device, render.say)
     known = planning.known_speeds(paths.if_any(paths.hardware_file), render.say)
     print(render.document(planning.describe(found, ctx_size, machine, known, render.say, kv_cache), as_json=json))

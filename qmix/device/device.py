@@ -88,7 +88,7 @@ class Device(Protocol):
         other programs have taken meanwhile, which cannot be told apart."""
 
     def limit(self, nbytes: int) -> None:
-        """Refuse to hold more than `nbytes` of it beside what is held already."""
+        """Refuse to hold more than `nbytes` of tensors there beside those that are held already."""
 
     def entered(self) -> AbstractContextManager[object]:
         """While it lasts, the calling thread's launches go to this device: of several cards one is current."""

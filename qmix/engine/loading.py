@@ -77,7 +77,7 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
             "; " + forecast(plan, speeds, known_shares(stats)).line() if speeds and not plan.resident else ""))
         parts = Parts(store, plan, options, stats, writer, say, progress)
         if placement is not None and device is not None and there is not None:
-            kernels, model, offload = on_device(parts, device, there, placement, speeds)
+            kernels, model, offload = on_device(parts, device, there, placement, speeds, kv)
         else:
             kernels, model, offload = on_host(parts, host, kv)
         opened.callback(offload.close)

@@ -72,7 +72,7 @@ def on_host(parts: Parts, kernels: KernelTable, kv: str) -> tuple[KernelTable, M
 
 
 def on_device(parts: Parts, device: Device, kernels: DeviceKernels, placement: Placement,
-              speeds: Speeds | None) -> tuple[KernelTable, Mixtral, Offload]:
+              speeds: Speeds | None, kv: str) -> tuple[KernelTable, Mixtral, Offload]:
     """All on the device but for the experts that do not fit there."""
     store, say = parts.store, parts.say
     config = store.config
@@ -93,13 +93,15 @@ def on_device(parts: Parts, device: Device, kernels: DeviceKernels, placement: P
     device.tidy()
     experts = offload.experts
     assert isinstance(experts, DeviceExperts)
+    caches = (partial(Int8KVCache, place=device.place, there=kernels.attend) if kv == "int8" else
+              partial(KVCache, place=device.place, attend=kernels.attend))
     decode = DeviceDecode(config, weights, device, kernels.ops, experts, experts.depth, experts.ahead)
     if not placement.exact and fast.slots < parts.plan.needs.records:
         say("experts that are not on the GPU are computed by the CPU where that is faster, so the last bits depend on "
             "where an expert was (--exact forbids it)")
     return kernels.prompts, Mixtral(
         config, weights, kernels.prompts, experts, experts.ahead, experts.depth,
-        partial(KVCache, place=device.place, attend=kernels.attend), experts.guesses_prompts, device, decode), offload
+        caches, experts.guesses_prompts, device, decode), offload
 
 
 def _result(dense: Future[Weights], offload: Offload) -> Weights:

@@ -35,9 +35,6 @@ def place(store: Store, needs: Needs, placement: Placement | None, on_cpu: Calla
         host = on_cpu(False)
         return make_plan(needs, *ram()), None, None, host
     try:
-        if needs.kv_cache != "bf16":
-            raise UsageError(f"--kv-cache {needs.kv_cache}: on a GPU keys and values are kept in 16 bits so far",
-                             "drop it, or use --device cpu")
         host = on_cpu(not placement.exact)
         kernels = _kernels(store, device, host, placement, say)
         measured = vram.known(placement, device, say)

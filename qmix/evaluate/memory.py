@@ -1,4 +1,5 @@
-"""Two models in one budget: how much of it the reference gets, before anything is loaded. Integers, no torch.
+"""Two models in one budget of RAM, and of a GPU's memory where they are computed there: how much of it the reference
+gets, before anything is loaded. Integers, no torch.
 
 Each gets what it cannot do without. Where the rest does not hold all experts of both, it is shared in proportion
 to what each still wants, so that about the same share of either one's experts is in memory.
@@ -6,24 +7,69 @@ to what each still wants, so that about the same share of either one's experts i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
 from qmix.errors import DoesNotFit
-from qmix.offload.plan import RESERVE, Needs, TierPlan
+from qmix.offload.plan import DEVICE_TILES, RESERVE, STAGING, Needs, Plan, TierPlan
+from qmix.offload.plan import plan as make_plan
 from qmix.sizes import format_bytes
 
+UNBOUNDED = 2**60  # bytes of RAM, to see what a model would make use of
+Budget = tuple[int, int]  # (bytes for the whole process, bytes of them that are taken already)
 
-def share(reference: Needs, model: Needs, budget: int, base: int) -> int:
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """The GPU that both models would be computed on. budget: of its memory, for both; chosen: whether the user named
+    it, or its memory: then what keeps it from being used is an error."""
+
+    name: str
+    budget: Budget
+    chosen: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """With what one of two models is loaded; vram: None for the CPU."""
+
+    ram: Budget
+    vram: Budget | None = None
+
+
+def reference_part(reference: Needs, model: Needs, ram: Budget, vram: Budget | None) -> Part:
+    """The reference's part, which is loaded first. DoesNotFit says how much is missing."""
+    if vram is None:
+        return Part((share(reference, model, *ram), ram[1]))
+    there = [replace(needs, workspace=needs.workspace + DEVICE_TILES + needs.decoded) for needs in (reference, model)]
+    above = share(there[0], there[1], *vram, "VRAM")
+    plans = [make_plan(reference, UNBOUNDED, 0, above, vram[1])]
+    plans.append(make_plan(model, UNBOUNDED, 0, vram[0], taken(plans[0].tiers[0])))
+    least = [STAGING * sum(nbytes for _, nbytes in needs.by_kind) for needs in (reference, model)]
+    below = _divided(least, [one.ram.experts for one in plans], *ram, "RAM")
+    return Part((below, ram[1]), (above, vram[1]))
+
+
+def model_part(reference: Plan, ram: Budget, vram: Budget | None) -> Part:
+    """The rest, for the model, once the reference is there."""
+    return Part((ram[0], taken(reference.ram)), None if vram is None else (vram[0], taken(reference.tiers[0])))
+
+
+def tensors_to_come(reference: Plan, model: Plan) -> int:
+    """Bytes of a GPU that both may take once both are loaded: their workspaces, and what is not planned for. (The
+    model's load limited it to what it needs itself, beside what the reference held then.)"""
+    fast = model.tiers[0]
+    unused = fast.budget - fast.total + fast.reserve - fast.beside
+    return reference.tiers[0].workspace + fast.workspace + unused
+
+
+def share(reference: Needs, model: Needs, budget: int, base: int, memory: str = "RAM") -> int:
     """Bytes of `budget` within which to load the reference first, `base` being taken; the model then has the rest.
     DoesNotFit says how much is missing."""
-    least = [_fixed(needs) + needs.least_bytes for needs in (reference, model)]
-    wanted = [needs.expert_bytes - needs.least_bytes for needs in (reference, model)]
-    spare = budget - base - max(RESERVE, budget // 50) - sum(least)
-    if spare < 0:
-        raise DoesNotFit(f"both models need {format_bytes(budget - spare)} of RAM at least, have "
-                         f"{format_bytes(budget)}: short of {format_bytes(-spare)} (reference "
-                         f"{format_bytes(least[0])}, model {format_bytes(least[1])}, program and reserve the rest)",
-                         "give it more --ram, choose a smaller -c/--ctx-size, or close other programs")
-    granted = wanted[0] if spare >= sum(wanted) else spare * wanted[0] // sum(wanted)
-    return _with_reserve(base + least[0] + granted)
+    both = reference, model
+    fixed = [needs.dense + needs.kv + needs.workspace for needs in both]
+    return _divided([size + needs.least_bytes for size, needs in zip(fixed, both, strict=True)],
+                    [size + needs.expert_bytes for size, needs in zip(fixed, both, strict=True)], budget, base, memory)
 
 
 def taken(plan: TierPlan) -> int:
@@ -31,8 +77,17 @@ def taken(plan: TierPlan) -> int:
     return plan.total - plan.reserve
 
 
-def _fixed(needs: Needs) -> int:
-    return needs.dense + needs.kv + needs.workspace
+def _divided(least: Sequence[int], most: Sequence[int], budget: int, base: int, memory: str) -> int:
+    """`share`, of two that take `least` bytes each and can make use of `most`."""
+    wanted = [top - low for top, low in zip(most, least, strict=True)]
+    spare = budget - base - max(RESERVE, budget // 50) - sum(least)
+    if spare < 0:
+        raise DoesNotFit(f"both models need {format_bytes(budget - spare)} of {memory} at least, have "
+                         f"{format_bytes(budget)}: short of {format_bytes(-spare)} (reference "
+                         f"{format_bytes(least[0])}, model {format_bytes(least[1])}, program and reserve the rest)",
+                         f"give it more --{memory.lower()}, choose a smaller -c/--ctx-size, or close other programs")
+    granted = wanted[0] if spare >= sum(wanted) else spare * wanted[0] // sum(wanted)
+    return _with_reserve(base + least[0] + granted)
 
 
 def _with_reserve(nbytes: int) -> int:

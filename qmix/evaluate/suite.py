@@ -21,7 +21,7 @@ from qmix.config import Cancel
 from qmix.engine import Engine, Session, budget, needs_of
 from qmix.errors import Interrupted, QmixError, UsageError
 from qmix.evaluate.journal import Journal
-from qmix.evaluate.memory import share, taken
+from qmix.evaluate.memory import Gpu, Part, model_part, reference_part, tensors_to_come
 from qmix.evaluate.score import Scores, score
 from qmix.evaluate.tally import Tally
 from qmix.evaluate.windows import Window, cut
@@ -32,15 +32,17 @@ from qmix.tokenizer import load as load_tokenizer
 
 WINDOW = 2048  # tokens, where the models were trained for as many
 
-# (store, context in tokens, bytes for the process and bytes taken: None = as the flags say) -> a model for scoring
-OpenEngine = Callable[[Path, int, int | None, int | None], Engine]
+# (store, context in tokens, its part of the memory that two models share; None = as the flags say) -> for scoring
+OpenEngine = Callable[[Path, int, Part | None], Engine]
+# (bytes of a record, the largest of both models) -> the GPU for two models; None for the CPU
+FindGpu = Callable[[int], Gpu | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
     """window: tokens, 0 = WINDOW or what the models were trained for; stride: 0 = window; most: tokens to score, -1 =
     all; fresh: forget what earlier runs finished; journals: the folder of the journals; activations, kv, ram, margin:
-    as `load` will pass them to the engine."""
+    as `load` will pass them to the engine; gpu: asked where two models are compared."""
 
     model: Path
     text: str
@@ -55,6 +57,7 @@ class Request:
     kv: str = "bf16"
     ram: int | None = None
     margin: int | None = None
+    gpu: FindGpu = lambda record: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +92,7 @@ def run(request: Request, load: OpenEngine, *, cancel: Cancel, say: Callable[[st
         text = _cut_text(request, store, other)
         say(f"{request.text_name}: {len(text.ids)} tokens; {sum(w.scored for w in text.windows)} scored in "
             f"{len(text.windows)} windows of {text.window} every {text.stride}")
-        reference, model = _load(request, load, store, other, text.context, opened)
+        reference, model = _load(request, load, store, other, text.context, opened, say)
         arguments = _arguments(request, text, model, reference)
         sizes = [window.scored for window in text.windows]
         journal = opened.enter_context(Journal.open(request.journals, arguments, sizes, fresh=request.fresh, say=say))
@@ -99,7 +102,7 @@ def run(request: Request, load: OpenEngine, *, cancel: Cancel, say: Callable[[st
         return {"qmix": __version__, "model": about(store), "reference": about(other) if other else None,
                 "text": request.text_name, "text_bytes": len(request.text.encode()), "text_tokens": len(text.ids),
                 "tokens": tally.tokens, "windows": len(text.windows), "window": text.window, "stride": text.stride,
-                **tally.results(), "threads": model.threads, "kernels": dict(model.kernels),
+                **tally.results(), "threads": model.threads, "device": _device(model), "kernels": dict(model.kernels),
                 "activations": request.activations, "kv_cache": request.kv}
 
 
@@ -120,20 +123,47 @@ def _cut_text(request: Request, store: Store, other: Store | None) -> Text:
 
 
 def _load(request: Request, load: OpenEngine, store: Store, other: Store | None, context: int,
-          opened: ExitStack) -> tuple[Engine | None, Engine]:
-    """(reference, model). Of two, each gets a share of the budget, and the second what the first left over."""
+          opened: ExitStack, say: Callable[[str], None]) -> tuple[Engine | None, Engine]:
+    """(reference, model). Two are computed on the same device: on different ones their arithmetic would differ by
+    more than a good quantization does."""
     if other is None:
-        return None, opened.enter_context(load(store.path, context, None, None))
-    whole, base = budget(request.ram, request.margin)
+        return None, opened.enter_context(load(store.path, context, None))
+    gpu = request.gpu(max(store.layout.record_bytes, other.layout.record_bytes))
+    if gpu is None:
+        return _load_both(request, load, store, other, context, None, opened, say)
+    try:
+        return _load_both(request, load, store, other, context, gpu, opened, say)
+    except QmixError as error:
+        if gpu.chosen:
+            raise
+        say(f"not on {gpu.name}: {error.message}; the CPU computes both models")
+    return _load_both(request, load, store, other, context, None, opened, say)
+
+
+def _load_both(request: Request, load: OpenEngine, store: Store, other: Store, context: int, gpu: Gpu | None,
+               opened: ExitStack, say: Callable[[str], None]) -> tuple[Engine, Engine]:
+    """Each gets a share of the budget, and the second what the first left over; closed with `opened`."""
+    ram, vram = budget(request.ram, request.margin), None if gpu is None else gpu.budget
     first, second = (needs_of(one, context, request.kv, scoring=True) for one in (other, store))
-    reference = opened.enter_context(load(other.path, context, share(first, second, whole, base), base))
-    return reference, opened.enter_context(load(store.path, context, whole, taken(reference.plan.ram)))
+    with ExitStack() as both:
+        say(f"reference and model are both computed on {'the CPU' if gpu is None else gpu.name}")
+        reference = both.enter_context(load(other.path, context, reference_part(first, second, ram, vram)))
+        model = both.enter_context(load(store.path, context, model_part(reference.plan, ram, vram)))
+        if model.device is not None:
+            model.device.limit(tensors_to_come(reference.plan, model.plan))
+        opened.enter_context(both.pop_all())
+    return reference, model
+
+
+def _device(engine: Engine) -> str:
+    return "CPU" if engine.device is None else engine.device.name
 
 
 def _arguments(request: Request, text: Text, model: Engine, reference: Engine | None) -> dict[str, Any]:
     """All that decides the bits of what a window gives."""
     def engine(one: Engine) -> dict[str, Any]:
-        return {"store": one.store.identity, "threads": one.threads, "kernels": dict(one.kernels)}
+        return {"store": one.store.identity, "threads": one.threads, "kernels": dict(one.kernels),
+                "device": _device(one), "exact": one.exact}
 
     return {"qmix": __version__, "torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability(),
             "model": engine(model), "reference": engine(reference) if reference else None, "ids": text.digest,

@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 
 LOWEST = tl.constexpr(-1e30)
+TINY = tl.constexpr(1e-30)  # kv_codes.TINY
+ROUND = tl.constexpr(1.5 * 2**23)  # added to a number below 2^22, it leaves no digit behind the point
 
 
 @triton.jit
@@ -38,15 +40,27 @@ def rotated(head, cos_sin, at, size):
 
 
 @triton.jit
-def attend(query, cos_sin, keys, values, positions, partial, tops, totals, window, q_token, c_token, k_head, k_position,
-           v_head, v_position, splits, size, scale, GROUP: tl.constexpr, SPLIT: tl.constexpr, STEP: tl.constexpr,
-           WIDTH: tl.constexpr, ROPE: tl.constexpr):
+def coded(row):
+    """(Codes of D numbers, as fp32; their scale): see kv_codes.py. A row with a NaN has the scale NaN. Adding ROUND
+    rounds a code to the nearest whole number, of two to the even one. Product and sum are one fused operation, so that
+    a row has the same codes wherever they are made."""
+    largest = tl.max(tl.abs(row), axis=0)
+    largest = tl.where(tl.max(tl.where(row == row, 0, 1), axis=0) == 0, largest, float("nan"))
+    codes = tl.fma(row, 127.0 / tl.maximum(largest, TINY), ROUND) - ROUND
+    return tl.where(largest < float("inf"), codes, 0.0), largest * (1 / 127)
+
+
+@triton.jit
+def attend(query, cos_sin, keys, values, key_scales, value_scales, positions, partial, tops, totals, window, q_token,
+           c_token, k_head, k_position, v_head, v_position, ks_head, vs_head, splits, size, scale, GROUP: tl.constexpr,
+           SPLIT: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr, ROPE: tl.constexpr, INT8: tl.constexpr):
     """SPLIT positions of a key-value head, STEP at a time, for its GROUP query heads of one token, in fp32.
 
     Each place of a step has its own softmax, and they are merged once, at the end: no thread waits for another before.
     query fp32 [T, Q, D], rotated; or, where ROPE, [T, Q + 2 KV, D], not rotated, with the keys and values of these T
     tokens after the queries; their positions follow each other, cos_sin [T, D] is as of `rotated`, and keys and values
-    are written to their positions. keys, values [KV, S, D]; positions [T]; scale: of the scores, with log2(e); partial
+    are written to their positions. keys, values [KV, S, D], where INT8 codes, with key_scales and value_scales fp32
+    [KV, S]; positions [T]; scale: of the scores, with log2(e); partial
     fp32 [T, Q, splits, D]: weighted sums of values, tops and totals fp32 [T, Q, splits]: their largest score, and the
     sum of the weights. WIDTH: D as a power of two. Grid: KV, splits, T; a split that a token does not see writes
     nothing.
@@ -64,6 +78,9 @@ def attend(query, cos_sin, keys, values, positions, partial, tops, totals, windo
     inside = tl.arange(0, STEP)
     keys += head.to(tl.int64) * k_head
     values += head.to(tl.int64) * v_head
+    if INT8:
+        key_scales += head.to(tl.int64) * ks_head
+        value_scales += head.to(tl.int64) * vs_head
     new = position + 1  # the first position that is not read from the cache
     if ROPE:
         new = position - token
@@ -72,6 +89,11 @@ def attend(query, cos_sin, keys, values, positions, partial, tops, totals, windo
         if position < start + SPLIT:
             key_row = rotated(own + token * q_token, cos_sin + token * c_token, at, size)
             value_row = tl.load(own + token * q_token + kv_size + at, mask=at < size, other=0.0)
+            if INT8:
+                key_row, key_scale = coded(key_row)
+                value_row, value_scale = coded(value_row)
+                tl.store(key_scales + position, key_scale)
+                tl.store(value_scales + position, value_scale)
             tl.store(keys + position * k_position + at, key_row.to(keys.dtype.element_ty), mask=at < size)
             tl.store(values + position * v_position + at, value_row.to(values.dtype.element_ty), mask=at < size)
     queries = ()
@@ -93,22 +115,36 @@ def attend(query, cos_sin, keys, values, positions, partial, tops, totals, windo
         mask = (seen & (where < new))[:, None] & (at < size)[None, :]
         key = tl.load(keys + where[:, None] * k_position + at[None, :], mask=mask, other=0.0).to(tl.float32)
         value = tl.load(values + where[:, None] * v_position + at[None, :], mask=mask, other=0.0).to(tl.float32)
+        if INT8:
+            key_scale = tl.load(key_scales + where, mask=seen & (where < new), other=0.0)
+            value_scale = tl.load(value_scales + where, mask=seen & (where < new), other=0.0)
         if ROPE:
             for other in range(tl.maximum(begin - new, 0), tl.minimum(begin + STEP - new, token + 1)):
-                here = (seen & (where == new + other))[:, None]
+                place = seen & (where == new + other)
+                here = place[:, None]
                 key_row = rotated(own + other * q_token, cos_sin + other * c_token, at, size)
                 value_row = tl.load(own + other * q_token + kv_size + at, mask=at < size, other=0.0)
+                if INT8:
+                    key_row, own_scale = coded(key_row)
+                    key_scale = tl.where(place, own_scale, key_scale)
+                    value_row, own_scale = coded(value_row)
+                    value_scale = tl.where(place, own_scale, value_scale)
                 key = tl.where(here, key_row.to(keys.dtype.element_ty).to(tl.float32)[None, :], key)
                 value = tl.where(here, value_row.to(values.dtype.element_ty).to(tl.float32)[None, :], value)
         new_top = ()
         new_total = ()
         new_sums = ()
         for g in tl.static_range(GROUP):
-            score = tl.where(seen, tl.sum(key * queries[g][None, :], axis=1), float("-inf"))
+            score = tl.sum(key * queries[g][None, :], axis=1)
+            if INT8:
+                score *= key_scale
+            score = tl.where(seen, score, float("-inf"))
             new_top += (tl.maximum(top[g], score),)
             weight = tl.exp2(score - new_top[g])
             fade = tl.exp2(top[g] - new_top[g])
             new_total += (total[g] * fade + weight,)
+            if INT8:
+                weight *= value_scale
             new_sums += (sums[g] * fade[:, None] + value * weight[:, None],)
         top = new_top
         total = new_total

@@ -30,7 +30,7 @@ from qmix.formats.packed import Packed
 from qmix.kernels import cuda
 from qmix.kernels.configs import Configs, built_in, capability
 from qmix.kernels.cuda import Jobs, Matrices, device_code, power_of_two
-from qmix.kernels.device_ops import FEW, ExpertSlots, Later
+from qmix.kernels.device_ops import FEW, ExpertSlots, Later, Scales
 
 PIECE = 1024  # numbers of an embedding that a program copies
 SMALL = 4096  # rows; a matrix with fewer is cut finer, so that there are enough programs
@@ -110,23 +110,25 @@ class TritonOps:
                                                num_warps=1 if half <= 32 else 2)
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None,
-               out: Tensor) -> None:
+               out: Tensor, scales: Scales | None = None) -> None:
         assert query.stride(1) == query.shape[2]
-        self._attend(query, None, keys, values, positions, window, out)
+        self._attend(query, None, keys, values, positions, window, out, scales)
 
     def rope_attend(self, qkv: Tensor, cos_sin: Tensor, keys: Tensor, values: Tensor, positions: Tensor,
-                    window: int | None, out: Tensor) -> None:
+                    window: int | None, out: Tensor, scales: Scales | None = None) -> None:
         size = keys.shape[2]
         assert qkv.stride(1) == cos_sin.stride(1) == 1 and cos_sin.shape == (len(qkv), size)
         assert qkv.shape[1] == out.shape[1] + 2 * len(keys) * size
-        self._attend(qkv.unflatten(1, (-1, size)), cos_sin, keys, values, positions, window, out)
+        self._attend(qkv.unflatten(1, (-1, size)), cos_sin, keys, values, positions, window, out, scales)
 
     def _attend(self, query: Tensor, cos_sin: Tensor | None, keys: Tensor, values: Tensor, positions: Tensor,
-                window: int | None, out: Tensor) -> None:
+                window: int | None, out: Tensor, scales: Scales | None) -> None:
         """Two launches. query [T, Q, D], or [T, Q + 2 KV, D] with cos_sin."""
         (kv, capacity, size), tokens = keys.shape, len(query)
         heads = out.shape[1] // size
-        assert keys.stride(2) == values.stride(2) == out.stride(1) == 1
+        assert keys.stride(2) == values.stride(2) == out.stride(1) == 1 and (keys.dtype == torch.int8) == bool(scales)
+        of_keys, of_values = scales or (keys, values)
+        assert not scales or of_keys.stride(1) == of_values.stride(1) == 1
         split, splits = split_of(capacity)
         width, reach = power_of_two(size), window or EVERYTHING
         shape = heads, splits, size
@@ -134,10 +136,11 @@ class TritonOps:
         tops, totals = self._room("softmax", (2, tokens, *shape[:2]), (2, FEW, *shape[:2]), query.device).unbind()
         jit = device_code("cuda_attend_jit")
         jit.attend[kv, splits, tokens](
-            query, query if cos_sin is None else cos_sin, keys, values, positions, partial, tops, totals, reach,
-            query.stride(0), 0 if cos_sin is None else cos_sin.stride(0), keys.stride(0), keys.stride(1),
-            values.stride(0), values.stride(1), splits, size, LOG2_E / size**0.5, GROUP=heads // kv, SPLIT=split,
-            STEP=min(TILE // width, split), WIDTH=width, ROPE=cos_sin is not None,
+            query, query if cos_sin is None else cos_sin, keys, values, of_keys, of_values, positions, partial, tops,
+            totals, reach, query.stride(0), 0 if cos_sin is None else cos_sin.stride(0), keys.stride(0), keys.stride(1),
+            values.stride(0), values.stride(1), of_keys.stride(0), of_values.stride(0), splits, size,
+            LOG2_E / size**0.5, GROUP=heads // kv, SPLIT=split, STEP=min(TILE // width, split), WIDTH=width,
+            ROPE=cos_sin is not None, INT8=scales is not None,
             num_warps=4 if heads // kv <= 4 else 8, enable_fp_fusion=True)
         jit.merge[tokens, heads](partial, tops, totals, positions, out, reach, out.stride(0), splits, size, SPLIT=split,
                                  SPLITS=power_of_two(splits), STEP=16, WIDTH=width, num_warps=4, enable_fp_fusion=True)

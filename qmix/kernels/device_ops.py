@@ -21,11 +21,13 @@ from torch import Tensor
 
 from qmix.formats.packed import Packed
 from qmix.kernels.attend import attend
+from qmix.kernels.kv_codes import decoded, quantize
 from qmix.kernels.layer import router_logits
 from qmix.kernels.table import KernelTable
 from qmix.sizes import RecordLayout
 
 FEW = 8  # tokens of a call
+Scales = tuple[Tensor, Tensor]  # of the keys and the values of an int8 cache, fp32 [KV, S] each, positions adjacent
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +68,12 @@ class DeviceOps(Protocol):
              query: Tensor) -> None: ...
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None,
-               out: Tensor) -> None: ...
+               out: Tensor, scales: Scales | None = None) -> None: ...
 
     def rope_cos_sin(self, positions: Tensor, inverse: Tensor, out: Tensor) -> None: ...
 
     def rope_attend(self, qkv: Tensor, cos_sin: Tensor, keys: Tensor, values: Tensor, positions: Tensor,
-                    window: int | None, out: Tensor) -> None: ...
+                    window: int | None, out: Tensor, scales: Scales | None = None) -> None: ...
 
     def route(self, residual: Tensor, weight: Tensor, router: Tensor, eps: float, normed: Tensor, ids: Tensor,
               weights: Tensor, later: Later | None = None, more: tuple[Tensor, Tensor] | None = None) -> None: ...
@@ -122,12 +124,17 @@ class TorchDeviceOps:
         values[:, positions] = v.view(len(v), -1, size).transpose(0, 1).to(values.dtype)
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None,
-               out: Tensor) -> None:
+               out: Tensor, scales: Scales | None = None) -> None:
         """Each token's queries [T, Q, D] over the keys and values [KV, S, D] up to its own of positions [T], or over
-        the last `window` of them, into out [T, Q * D] fp32. Query head h reads key-value head h // (Q / KV)."""
+        the last `window` of them, into out [T, Q * D] fp32. Query head h reads key-value head h // (Q / KV). scales:
+        where keys and values are int8 codes, of which they are made in fp32."""
         for token, position in enumerate(positions.tolist()):
-            end = position + 1
-            out[token] = attend(query[token:token + 1].to(keys.dtype), keys[:, :end], values[:, :end], window)[0]
+            seen = slice(0 if window is None else max(0, position + 1 - window), position + 1)
+            here, there = keys[:, seen], values[:, seen]
+            if scales is not None:
+                here, there = (decoded(codes, scale[:, seen], torch.float32) for codes, scale in zip(
+                    (here, there), scales, strict=True))
+            out[token] = attend(query[token:token + 1].to(here.dtype), here, there, None)[0]
 
     def rope_cos_sin(self, positions: Tensor, inverse: Tensor, out: Tensor) -> None:
         """What rotates heads at positions [T] int64, inverse [D / 2] as of `keep`: the D / 2 cosines, then the sines,
@@ -137,16 +144,23 @@ class TorchDeviceOps:
         out[:, :half], out[:, half:] = cos[:, 0, :half], signed[:, 0, half:]
 
     def rope_attend(self, qkv: Tensor, cos_sin: Tensor, keys: Tensor, values: Tensor, positions: Tensor,
-                    window: int | None, out: Tensor) -> None:
+                    window: int | None, out: Tensor, scales: Scales | None = None) -> None:
         """`keep` and then `attend`, with cos_sin [T, D] of `rope_cos_sin`. Positions [T] follow each other, as a
-        session's new tokens have them: each is one more than the last."""
+        session's new tokens have them: each is one more than the last. scales: of a cache of int8 codes, to which the
+        new keys and values are rounded first (kv_codes.py)."""
         (kv, _, size), heads = keys.shape, out.shape[1]
         q, k, v = qkv.split((heads, kv * size, kv * size), 1)
         cos, sin = cos_sin[:, None].chunk(2, -1)
         query, new = self._kernels.layer.rotate(q, k, torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
-        keys[:, positions] = new.transpose(0, 1).to(keys.dtype)
-        values[:, positions] = v.view(len(v), -1, size).transpose(0, 1).to(values.dtype)
-        self.attend(query, keys, values, positions, window, out)
+        for there, x, scale in zip((keys, values), (new, v.view(len(v), -1, size)), scales or (None, None),
+                                   strict=True):
+            if scale is None:
+                there[:, positions] = x.transpose(0, 1).to(there.dtype)
+            else:
+                codes, own = there.new_empty(kv, len(x), size), scale.new_empty(kv, len(x))
+                quantize(x, codes, own)
+                there[:, positions], scale[:, positions] = codes, own
+        self.attend(query, keys, values, positions, window, out, scales)
 
     def route(self, residual: Tensor, weight: Tensor, router: Tensor, eps: float, normed: Tensor, ids: Tensor,
               weights: Tensor, later: Later | None = None, more: tuple[Tensor, Tensor] | None = None) -> None:

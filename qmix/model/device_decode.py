@@ -194,8 +194,10 @@ class DeviceDecode:
                 ops.linear(found.x, m, out)
             for first, end in runs:
                 kept = found.caches[first].kept(index)
+                scales = None if kept.key_scales is None or kept.value_scales is None else (
+                    kept.key_scales, kept.value_scales)
                 ops.rope_attend(found.qkv[first:end], found.cos_sin[first:end], kept.keys, kept.values,
-                                found.positions[first:end], config.sliding_window, found.attended[first:end])
+                                found.positions[first:end], config.sliding_window, found.attended[first:end], scales)
             ops.linear(found.attended, layer.o, found.residual, add=True)
             ops.route(found.residual, layer.post_norm, layer.router, config.rms_norm_eps, routed.x, routed.ids,
                       routed.weights, asked if later else None, counted)

@@ -50,7 +50,7 @@ class KVCache:
         return Kept(self._keys[layer], self._values[layer])
 
     @property
-    def places(self) -> tuple[int, int]:
+    def places(self) -> tuple[int, ...]:
         """Addresses of keys and values: no other living cache has them, and with them all of `kept` is known."""
         return self._keys[0].data_ptr(), self._values[0].data_ptr()
 

@@ -1,10 +1,11 @@
 """A KV cache in 8 bits: half the memory of bf16, and half the bytes that a token of a long context reads.
 
-A key or value head of a position is one vector with one scale: x = code * scale, codes -127 to 127, scale =
-max |x| / 127. So no number is off by more than half a scale. Keys are quantized rotated, as they are kept.
+kernels/kv_codes.py has the numbers: a key or value head of a position is one vector of codes with one scale. Keys are
+quantized rotated, as they are kept.
 
-One token attends through the native kernel, which reads the codes. A prompt, and everything where that kernel is
-missing, attends through torch, to one key-value head after the other, decoded to the compute dtype.
+One token attends through a kernel that reads the codes: the native one, or a device's (DeviceOps.rope_attend). A
+prompt, and on the CPU everything where that kernel is missing, attends to keys and values decoded to the compute dtype:
+on the CPU of one key-value head after the other, on a device of all heads at once, which the plan has room for.
 
 L layers, Q query heads, KV key-value heads, D head size, T new positions, S positions.
 """
@@ -16,29 +17,34 @@ from torch import Tensor
 
 from qmix.config import ModelConfig
 from qmix.kernels.attend import attend
+from qmix.kernels.kv_codes import decoded, quantize
 from qmix.kernels.native import Attention, Kept
-from qmix.model.kvcache import KVCache
+from qmix.model.kvcache import CPU, Attend, KVCache
 from qmix.sizes import KV_PIECE
-
-TINY = 1e-30  # a vector below this is kept as zeros, so that 1 / max |x| is finite
 
 
 class Int8KVCache(KVCache):
-    """A KVCache of int8 codes, [KV, capacity, D] a layer, and fp32 scales, [KV, capacity]; dtype: what torch computes
-    attention in."""
+    """A KVCache of int8 codes, [KV, capacity, D] a layer, and fp32 scales, [KV, capacity]; dtype: what prompts compute
+    attention in. there: the attention of a device's prompts, with the cache at `place`; None on the CPU."""
 
-    __slots__ = ("_dtype", "_key_scales", "_value_scales")
+    __slots__ = ("_dtype", "_key_scales", "_there", "_value_scales")
 
-    def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype, native: Attention | None = None):
-        super().__init__(config, capacity, torch.int8)
+    def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype, native: Attention | None = None,
+                 place: torch.device = CPU, there: Attend | None = None):
+        super().__init__(config, capacity, torch.int8, place=place)
         self._dtype = dtype
+        self._there = there
         shape = (config.num_layers, config.num_kv_heads, capacity)
-        self._key_scales = torch.empty(shape).fill_(0).unbind()
-        self._value_scales = torch.empty(shape).fill_(0).unbind()
+        self._key_scales = torch.empty(shape, device=place).fill_(0).unbind()
+        self._value_scales = torch.empty(shape, device=place).fill_(0).unbind()
         self.native = native
 
     def kept(self, layer: int) -> Kept:
         return Kept(self._keys[layer], self._values[layer], self._key_scales[layer], self._value_scales[layer])
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        return (*super().places, self._key_scales[0].data_ptr(), self._value_scales[0].data_ptr())
 
     @property
     def nbytes(self) -> int:
@@ -61,6 +67,11 @@ class Int8KVCache(KVCache):
             return self.native.append(self.kept(layer), q, keys, values, first, end)
         q = q.to(self._dtype)
         self._keep(layer, start, keys, values)
+        if self._there is not None:
+            part = slice(first, end)
+            return self._there(q, decoded(self._keys[layer][:, part], self._key_scales[layer][:, part], self._dtype),
+                               decoded(self._values[layer][:, part], self._value_scales[layer][:, part], self._dtype),
+                               window)
         heads = self._keys[layer].shape[0]
         group = q.shape[1] // heads
         out = torch.empty(len(q), heads, group * q.shape[2], dtype=q.dtype)
@@ -84,13 +95,3 @@ class Int8KVCache(KVCache):
                 out[at - begin:part.stop - begin] = codes[layer][head, part] * scales[layer][head, part, None]
             found.append(out[None])
         return found[0], found[1]
-
-
-def quantize(x: Tensor, codes: Tensor, scales: Tensor) -> None:
-    """x [T, KV, D] of any float dtype into codes [KV, T, D] int8 and scales [KV, T] fp32. native/attention.h does the
-    same to the bit. A vector with a NaN or an infinity decodes to numbers that are not finite."""
-    wide = x.transpose(0, 1).float()
-    largest = wide.abs().amax(-1)
-    inverse = largest.clamp(min=TINY).reciprocal() * 127
-    codes.copy_((wide * inverse[..., None]).round_())
-    scales.copy_(largest / 127)

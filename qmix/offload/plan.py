@@ -41,7 +41,7 @@ STAGING = 2  # RAM slots through which records pass on their way from the disk t
 class Needs:
     """Bytes that a model takes wherever it runs; records: how many of `record` bytes each, or in a mixed store on
     average, where kinds has (records, bytes of one) for each kind; kv_cache: how keys and values are kept, one of
-    sizes.KV_FORMATS."""
+    sizes.KV_FORMATS; decoded: what an int8 cache takes of a GPU besides, whose prompts decode all heads at once."""
 
     context: int
     dense: int
@@ -54,6 +54,7 @@ class Needs:
     kv_cache: str = "bf16"
     kinds: tuple[tuple[int, int], ...] = ()
     scoring: bool = False
+    decoded: int = 0
 
     @classmethod
     def of(cls, config: ModelConfig, quant: QuantConfig, context: int, kv: str = "bf16",
@@ -68,7 +69,8 @@ class Needs:
         return cls(context, resident_dense_bytes(config, quant), kv_bytes_per_token(config, itemsize, kv) * context,
                    workspace_bytes(config, context, itemsize, kv) + (
                        scoring_bytes(config, context) if scoring else 0), mean, len(keys), config.num_layers,
-                   config.experts_per_token, kv, kinds if len(kinds) > 1 else (), scoring)
+                   config.experts_per_token, kv, kinds if len(kinds) > 1 else (), scoring,
+                   2 * context * config.num_kv_heads * config.head_dim * itemsize if kv == "int8" else 0)
 
     @property
     def by_kind(self) -> tuple[tuple[int, int], ...]:
@@ -247,7 +249,7 @@ def plan(needs: Needs, ram: int, base: int, vram: int | None = None, vram_base: 
     all_of_them = [count for count, _ in needs.by_kind]
     if vram is None:
         return Plan(needs, (_tier("RAM", needs, ram, base, needs.least, all_of_them),))
-    there = replace(needs, workspace=needs.workspace + DEVICE_TILES)
+    there = replace(needs, workspace=needs.workspace + DEVICE_TILES + needs.decoded)
     half = max(RESERVE, vram // 50) // 2
     fast = _tier("VRAM", there, vram, vram_base, needs.least, all_of_them, beside=max(half, vram_beside or 0))
     return Plan(needs, (fast, _below(needs, fast, ram, base, pin)))
