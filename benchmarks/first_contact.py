@@ -140,9 +140,9 @@ def facts(args: argparse.Namespace, env: Mapping[str, str], place: Place) -> Non
     place.log(f"== Python {sys.executable}\n{asked([sys.executable, '-c', code], env)}")
 
 
-def asked(command: Sequence[str], env: Mapping[str, str]) -> str:
+def asked(command: Sequence[str], env: Mapping[str, str], seconds: float = 15.0) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=15, env=dict(env), cwd=ROOT)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=dict(env), cwd=ROOT)
     except (OSError, subprocess.TimeoutExpired) as e:
         return f"{type(e).__name__}: {e}"
     return (done.stdout + done.stderr).strip()
@@ -172,7 +172,7 @@ def steps(args: argparse.Namespace, env: Mapping[str, str], place: Place, cores:
     for i, (name, more) in enumerate(variants.items()):
         share, file = (0.10, 0.07, 0.07)[i], place.scratch / f"prompt-{i}.json"
         check = [sys.executable, str(HERE / "prompt_check.py"), *small, "--json", str(file), "--seconds", "{seconds}",
-                 "--repeat", "3" if small else "20"]
+                 "--repeat", "3" if small else "20", *(["--cases", "2"] if small and i else [])]
         missing = "no other ptxas was found: TRITON_PTXAS_PATH names one" if i == 2 and ptxas is None else None
         found.append(Step(f"prompt_check, {'another ptxas' if missing else name}", check, share / 2, share,
                           {**env, **more, "TRITON_CACHE_DIR": str(place.scratch / f"triton-{i}")}, missing))
@@ -234,10 +234,10 @@ def prepare(env: Mapping[str, str], place: Place, seconds: float) -> dict[str, A
         building = None if built else pool.submit(run, build, seconds, place)
         warmed = pool.submit(run, warm, seconds, place).result()
         made = building.result() if building else {"state": "done", "seconds": 0.0, "output": ""}
-    levels = asked([sys.executable, "-c", LEVELS], env)
+    levels = asked([sys.executable, "-c", LEVELS], env, 60.0)
     if built and "native kernels: none" in levels:  # of another qmix
         made = run(build, seconds, place)
-        levels = asked([sys.executable, "-c", LEVELS], env)
+        levels = asked([sys.executable, "-c", LEVELS], env, 60.0)
     made["text"] = levels[-300:] + (f" ({built[0].name} was there)" if built else "")
     if "native kernels" not in levels or "none" in levels:
         made |= {"state": "failed", "reason": "the CPU computes through torch: " + made["output"][-300:]}
