@@ -74,7 +74,7 @@ print("native kernels: " + (", ".join(loader.levels()) or "none"))
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """command, in `env`; least, most: shares of all the time. unless: why it cannot run here. stop: the signal that
+    """command, in `env`; least, most: shares of the time that the steps have together. unless: why it cannot run here. stop: the signal that
     asks it to end."""
 
     name: str
@@ -157,7 +157,7 @@ def other_ptxas() -> Path | None:
 
 
 def steps(args: argparse.Namespace, env: Mapping[str, str], place: Place, cores: int) -> list[Step]:
-    """In order: what is cheap and tells most comes first. Shares of the time; gpu.py has at least half."""
+    """In order: what is cheap and tells most comes first; gpu.py has more than half of the time."""
     small = ["--stand-in"] if args.stand_in else []
     files = args.tests or sorted(str(path.relative_to(ROOT)) for name in TESTS for path in (ROOT / "tests").glob(name))
     lacking = [name for name in ("pytest", "hypothesis") if not have(name, args)]
@@ -180,7 +180,7 @@ def steps(args: argparse.Namespace, env: Mapping[str, str], place: Place, cores:
     gpu = [sys.executable, str(HERE / "gpu.py"), *small, *out, "--seconds", "{seconds}",
            *(["--commit", args.commit] if args.commit else []), *(["--only", args.sections] if args.sections else []),
            *(["--layers", "2", "--threads", "1"] if small else [])]
-    return [*found, Step("gpu.py", gpu, 0.45, 1.0, env)]
+    return [*found, Step("gpu.py", gpu, 0.4, 1.0, env)]
 
 
 def run(step: Step, seconds: float, place: Place) -> dict[str, Any]:
@@ -256,10 +256,10 @@ def perform(args: argparse.Namespace, archive: dict[str, Any], place: Place, end
     if "card: none" in done["import torch"]["output"] and not args.stand_in:
         archive["ended"] = "torch sees no card here; --stand-in rehearses without one"
         return
-    waiting = steps(args, env, place, os.cpu_count() or 1)
+    waiting, total = steps(args, env, place, os.cpu_count() or 1), ends - time.monotonic()
     while waiting:
         step, left = waiting[0], ends - time.monotonic()
-        rest = [Section(s.name, "", s.least * args.seconds, s.most * args.seconds) for s in waiting if not s.unless]
+        rest = [Section(s.name, "", s.least * total, s.most * total) for s in waiting if not s.unless]
         seconds, dropped = allot(rest, left)
         if step.unless:
             done[step.name] = {"state": "unavailable", "reason": step.unless, "seconds": 0.0}
