@@ -74,8 +74,8 @@ print("native kernels: " + (", ".join(loader.levels()) or "none"))
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """command, in `env`; least, most: shares of the time that the steps have together. unless: why it cannot run here. stop: the signal that
-    asks it to end."""
+    """command, in `env`; least, most: shares of the time that the steps have together. unless: why it cannot run here.
+    stop: the signal that asks it to end."""
 
     name: str
     command: Sequence[str]
