@@ -127,7 +127,8 @@ def orphan():
 gpu_side.RUN |= {"well": printing, "wrong": but(lambda: emit(wrong="twice two is five")),
                  "absent": but(lambda: emit(unavailable="no such card")), "slow": but(stall), "crash": but(crash),
                  "exit": but(lambda: sys.exit("enough")), "abort": but(os.abort), "case": but(one_case),
-                 "orphan": but(orphan), "leak": but(lambda: gpu_side.LEFT.update(RAM=-1)), "check": lambda task: emit(wrong="all of it")}
+                 "leak": but(lambda: gpu_side.LEFT.update(RAM=-1)), "orphan": but(orphan),
+                 "check": lambda task: emit(wrong="all of it")}
 gpu_side.serve()
 """
 
