@@ -160,9 +160,10 @@ def steps(args: argparse.Namespace, env: Mapping[str, str], place: Place, cores:
     """In order: what is cheap and tells most comes first; gpu.py has more than half of the time."""
     small = ["--stand-in"] if args.stand_in else []
     files = args.tests or sorted(str(path.relative_to(ROOT)) for name in TESTS for path in (ROOT / "tests").glob(name))
+    spread = ["-n", str(min(12, cores))] if len(files) > 1 and have("xdist", args) else []
     lacking = [name for name in ("pytest", "hypothesis") if not have(name, args)]
     pytest = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-rfE", "--tb=short", "-o", "addopts=",
-              "-o", "faulthandler_timeout=45", *(["-n", str(min(12, cores))] if have("xdist", args) else []),
+              "-o", "faulthandler_timeout=45", *spread,
               *([] if have("bitsandbytes", args) else ["-k", "not nf4 and not fp4"]), *files]
     found = [Step("tests", pytest, 0.08, 0.2, env, f"{lacking[0]} is not installed" if lacking else None,
                   signal.SIGINT)]
