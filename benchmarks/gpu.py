@@ -1,5 +1,5 @@
 """qmix on a machine with one NVIDIA GPU, in one call of at most ten minutes: Mixtral 8x7B at full size, 4-bit experts,
-VRAM capped as on a smaller card.
+VRAM capped as on a smaller card. first_contact.sh runs it last, behind what is cheaper.
 
     python setup.py build_ext --inplace                            # the CPU's kernels; without a compiler torch's serve
     PYTHONPATH=. python benchmarks/gpu.py --out benchmarks/results

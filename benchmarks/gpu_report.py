@@ -177,7 +177,18 @@ def _decoding(archive: Found) -> str:
     return ("Roofline: tokens/s at most = 1 / the longest of bytes that the GPU reads / VRAM bandwidth, bytes that "
             "come up / PCIe, bytes that the CPU computes / its bandwidth, and the last two together / RAM; the missing "
             "records are divided between bus and CPU as suits best (split off: all by the bus). Bandwidths as measured "
-            "in this run, the hit rate as observed (benchmarks/gpu_roofline.py).\n\n" + table(DECODE_HEAD, rows))
+            "in this run, the hit rate as observed (benchmarks/gpu_roofline.py)." + _mixed(archive) + "\n\n"
+            + table(DECODE_HEAD, rows))
+
+
+def _mixed(archive: Found) -> str:
+    """What the mixed store is made of."""
+    found = found_of(archive, "mixed store")
+    if "bytes" not in found:
+        return ""
+    kinds = ", ".join(" + ".join(kind) for kind in found["kinds"])
+    return (f" The mixed store has {found['bits']:.2f} bits a weight of the experts ({found['bytes'] / GB:.1f} GB): "
+            f"{kinds}.")
 
 
 def _times(archive: Found) -> str:

@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import signal
 import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from typing import IO
 
 from gpu_sections import Found, Section, add, parse
 
@@ -36,6 +38,7 @@ class Workers:
         self._env = dict(os.environ if env is None else env)
         self._process: subprocess.Popen[str] | None = None
         self._errors = tempfile.TemporaryFile("a+b")  # noqa: SIM115  (as long as the processes)
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self.started = 0
 
     def run(self, section: Section, seconds: float, keep: Callable[[Found], None]) -> Found:
@@ -47,7 +50,7 @@ class Workers:
         fresh = self._ready(section.alone)
         result: Found = {"state": "running", "seconds": 0.0, "limit": round(seconds, 1), "fresh": fresh, "found": found}
         process, written, late = self._process, self._errors.seek(0, os.SEEK_END), threading.Event()
-        assert process is not None and process.stdin is not None and process.stdout is not None
+        assert process is not None and process.stdin is not None
         timer = threading.Timer(seconds, lambda: (late.set(), end(process)))  # type: ignore[arg-type]
         timer.daemon = True
         timer.start()
@@ -57,23 +60,20 @@ class Workers:
             with suppress(BrokenPipeError):
                 process.stdin.write(json.dumps({"do": section.do, "task": task}) + "\n")
                 process.stdin.flush()
-            for line in process.stdout:
-                message = parse(line)
-                if message is None:
-                    continue
+            for message in self._messages(start + seconds + 3 * GRACE):
                 if "end" in message:
                     last = message["end"]
                     break
                 add(found, message)
                 result["seconds"] = round(time.perf_counter() - start, 1)
                 keep(result)
-            if last is None:
+            else:
                 with suppress(subprocess.TimeoutExpired):
-                    process.wait(2 * GRACE)
+                    process.wait(GRACE)
         finally:
             timer.cancel()
             if last is None or last["reason"] or last["left"] or section.alone or late.is_set():
-                self.close()
+                self.close(idle=last is not None)
         self._errors.seek(written)
         said = self._errors.read().decode(errors="replace").strip()
         result["seconds"] = round(time.perf_counter() - start, 1)
@@ -90,22 +90,44 @@ class Workers:
             return False
         self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                          stderr=self._errors, text=True, start_new_session=True, env=self._env)
+        self._lines = queue.SimpleQueue()  # of this process alone
+        threading.Thread(target=read, args=(self._process.stdout, self._lines), daemon=True).start()
         self.started += 1
         return True
 
-    def close(self) -> None:
-        """End the process, if there is one: a closed stdin tells it to go."""
+    def _messages(self, until: float) -> Iterator[Found]:
+        """What the process says, until its stdout ends; or until that time, by perf_counter, since a process that waits
+        for a hung driver cannot be killed."""
+        while True:
+            try:
+                line = self._lines.get(timeout=max(0.0, until - time.perf_counter()))
+            except queue.Empty:
+                return
+            if line is None:
+                return
+            if (message := parse(line)) is not None:
+                yield message
+
+    def close(self, idle: bool = True) -> None:
+        """End the process, if there is one. idle: it waits for a section, and a closed stdin tells it to go."""
         process, self._process = self._process, None
         if process is None:
             return
         if process.stdin:
             with suppress(BrokenPipeError):
                 process.stdin.close()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE)
+        if idle:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
         end(process)
-        if process.stdout:
-            process.stdout.close()
+
+
+def read(stream: IO[str], lines: queue.SimpleQueue[str | None]) -> None:
+    """Pass on all lines, and None at the end; a thread of its own, since reading may never return."""
+    with stream:
+        for line in stream:
+            lines.put(line)
+    lines.put(None)
 
 
 def judged(found: Found, last: Found | None, process: subprocess.Popen[str], late: bool, seconds: float,

@@ -94,7 +94,7 @@ def test_no_more_time_is_given_than_there_is(sizes: list[tuple[float, float]], l
 
 
 SIDE = """
-import os, sys, time
+import os, subprocess, sys, time
 sys.path.insert(0, os.environ["BENCHMARKS"])
 import gpu_side
 from gpu_sections import emit, emit_failure
@@ -120,10 +120,15 @@ def one_case():
 def stall():
     time.sleep(60)
 
+def orphan():
+    subprocess.Popen(["sleep", "30"], start_new_session=True, stdout=sys.stdout.fileno())
+    os._exit(3)
+
 gpu_side.RUN |= {"well": printing, "wrong": but(lambda: emit(wrong="twice two is five")),
                  "absent": but(lambda: emit(unavailable="no such card")), "slow": but(stall), "crash": but(crash),
                  "exit": but(lambda: sys.exit("enough")), "abort": but(os.abort), "case": but(one_case),
-                 "leak": but(lambda: gpu_side.LEFT.update(RAM=-1)), "check": lambda task: emit(wrong="all of it")}
+                 "leak": but(lambda: gpu_side.LEFT.update(RAM=-1)), "orphan": but(orphan),
+                 "check": lambda task: emit(wrong="all of it")}
 gpu_side.serve()
 """
 
@@ -161,6 +166,16 @@ def test_what_a_section_printed_is_kept_however_it_ends(side: Path) -> None:
         assert "line" in ends[do]["traceback"] and ends[do]["traceback"] in ends[do]["stderr"] + "\n"
     assert "in crash" in ends["crash"]["traceback"] and "in printing" not in ends["abort"]["stderr"]
     assert "in crash" in ends["case"]["found"]["failures"][0]["traceback"]
+
+
+def test_nobody_waits_for_what_cannot_be_ended(side: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a hung driver's process cannot, whose pipe stays open."""
+    monkeypatch.setattr(gpu_worker, "GRACE", 0.5)
+    workers = gpu_worker.Workers([sys.executable, str(side)])
+    found = workers.run(Section("s", "orphan", 1, 1), 2.0, lambda result: None)
+    assert found["state"] == "late" and found["found"]["figure"] == 3 and found["seconds"] < 25
+    assert workers.run(Section("s", "well", 1, 1), 60.0, lambda result: None)["state"] == "done"
+    workers.close()
 
 
 def test_a_process_that_keeps_memory_serves_no_more(side: Path) -> None:
