@@ -199,7 +199,9 @@ class Engine:
         """Answer a prompt (a text is continued as it is) or a conversation, in a session of its own. draft: ids
         guessed at a time where that pays, 0 to 7; the answer is the same."""
         tokenizer, raw = self.tokenizer, isinstance(prompt, str)
-        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(list(prompt))
+        limit = self.plan.context
+        ids = tokenizer.encode(prompt, limit=limit) if isinstance(prompt, str) else \
+            tokenizer.encode_chat(list(prompt), limit)
         return generate(self.session(), ids, params or SamplingParams(), tokenizer, cancel,
                         stops=() if raw else tokenizer.turn_stops, continuing=raw, pace=self.pace(draft))
 
