@@ -168,17 +168,33 @@ def _drops_space(step: Mapping[str, Any]) -> bool:
 
 
 def _add(path: Path, tokenizer: Any, files: TokenizerFiles) -> None:
-    """Added tokens that only tokenizer_config.json knows; their ids must come out as it says."""
+    """Added tokens as transformers adds them: those of tokenizer_config.json's table, whose flags win and whose ids must
+    come out as it says; then special tokens that have a name or are listed, where the file does not know them as such.
+    """
     from tokenizers import AddedToken
 
     for text, token in sorted(files.added.items(), key=lambda item: item[1].id):
-        if tokenizer.token_to_id(text) is None:
+        if token.stated or tokenizer.token_to_id(text) is None:
+            flags = {k: v for k, v in token._asdict().items() if k not in ("id", "special", "stated")}
             add = tokenizer.add_special_tokens if token.special else tokenizer.add_tokens
-            add([AddedToken(text, special=token.special, normalized=token.normalized, lstrip=token.lstrip,
-                            rstrip=token.rstrip, single_word=token.single_word)])
+            add([AddedToken(text, special=token.special, **flags)])
         if (got := tokenizer.token_to_id(text)) != token.id:
             raise ModelFileError(f"{path}: {text!r}: has id {got}, tokenizer_config.json says {token.id}",
                                  "fetch the tokenizer files again, all from the same model")
+    stated = {text for text, token in files.added.items() if token.stated}
+    for text in dict.fromkeys((*files.named.values(), *files.extra)):
+        known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}.get(text)
+        fits = tokenizer.token_to_id(text) is not None or files.rows is None or _next_id(tokenizer) < files.rows
+        keeps = text not in files.extra and (text in stated or not stated)
+        if known is not None and keeps:
+            known.special = True
+        if fits:
+            tokenizer.add_special_tokens([known if known is not None and keeps else AddedToken(text, normalized=False)])
+
+
+def _next_id(tokenizer: Any) -> int:
+    """The id that a further token gets."""
+    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
 
 def _load(path: Path) -> tuple[Any, list[dict[str, Any]]]:

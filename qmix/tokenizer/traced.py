@@ -216,7 +216,8 @@ def as_text(value: Any) -> str:
     return text if simple else Traced(text)
 
 
-def followed(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], *, exact: bool = False) -> Any:
+def followed(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], *,
+             exact: bool = False) -> Any:
     """function(*args, **kwargs); a text that it makes out of traced ones is traced. exact: a Traced that it returns can
     be relied on, since it uses methods of Traced alone: a join of str, say, would lose the sources of a part.
 
