@@ -190,7 +190,8 @@ def _not_special(raw: dict[str, Any], config: dict[str, Any]) -> None:
 def _flags_in_config(raw: dict[str, Any], config: dict[str, Any]) -> None:
     number = next(token["id"] for token in raw["added_tokens"] if token["content"] == "<|im_end|>")
     config["added_tokens_decoder"] = {str(number): {
-        "content": "<|im_end|>", "lstrip": True, "rstrip": True, "normalized": False, "single_word": False, "special": True}}
+        "content": "<|im_end|>", "lstrip": True, "rstrip": True, "normalized": False, "single_word": False,
+        "special": True}}
 
 
 def _named_with_flags(raw: dict[str, Any], config: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
-"""A folder with tokenizer.model alone heeds `legacy`, `add_prefix_space` and the flags of added tokens: its ids are those
-of the tokenizer.json that says the same, built here from the same pieces."""
+"""A folder with tokenizer.model alone heeds `legacy`, `add_prefix_space` and the flags of added tokens.
+
+Its ids are those of the tokenizer.json that says the same, built here from the same pieces."""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ from tokenizer_files import CHATML, TEXT
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|call|>")
 THINK = ("<think>", "</think>")
 WIDE = (
-    "Les \u00e9l\u00e8ves \u2014 \u00e7a va? \u4f60\u597d\uff0c\u4e16\u754c\u3002 \u041f\u0440\u0438\u0432\u0435\u0442! "
+    "Les \u00e9l\u00e8ves \u2014 \u00e7a va? \u4f60\u597d\uff0c\u4e16\u754c\u3002 "
+    "\u041f\u0440\u0438\u0432\u0435\u0442! "
     "\u0645\u0631\u062d\u0628\u0627 "
     "\u0928\u092e\u0938\u094d\u0924\u0947",
     "def f(x):\n\tif x  >  1:\n        return {'a': [x, 2]}  # comment\n\n\n",

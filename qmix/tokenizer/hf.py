@@ -168,9 +168,8 @@ def _drops_space(step: Mapping[str, Any]) -> bool:
 
 
 def _add(path: Path, tokenizer: Any, files: TokenizerFiles) -> None:
-    """Added tokens as transformers adds them: those of tokenizer_config.json's table, whose flags win and whose ids must
-    come out as it says; then special tokens that have a name or are listed, where the file does not know them as such.
-    """
+    """Added tokens as transformers adds them: those of tokenizer_config.json's table, whose flags win and whose ids
+    must come out as it says; then special tokens that have a name or are listed, where the file has them as others."""
     from tokenizers import AddedToken
 
     for text, token in sorted(files.added.items(), key=lambda item: item[1].id):
@@ -181,15 +180,11 @@ def _add(path: Path, tokenizer: Any, files: TokenizerFiles) -> None:
         if (got := tokenizer.token_to_id(text)) != token.id:
             raise ModelFileError(f"{path}: {text!r}: has id {got}, tokenizer_config.json says {token.id}",
                                  "fetch the tokenizer files again, all from the same model")
-    stated = {text for text, token in files.added.items() if token.stated}
     for text in dict.fromkeys((*files.named.values(), *files.extra)):
         known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}.get(text)
         fits = tokenizer.token_to_id(text) is not None or files.rows is None or _next_id(tokenizer) < files.rows
-        keeps = text not in files.extra and (text in stated or not stated)
-        if known is not None and keeps:
-            known.special = True
         if fits:
-            tokenizer.add_special_tokens([known if known is not None and keeps else AddedToken(text, normalized=False)])
+            tokenizer.add_special_tokens([known or AddedToken(text, normalized=False)])
 
 
 def _next_id(tokenizer: Any) -> int:
