@@ -188,7 +188,7 @@ def test_all_files_that_the_tokenizer_reads_are_copied(source: Path, out: Path, 
         assert store.verify(deep=True) == [] and set(store.manifest.files) == {"config.json", *names}
     (out / modelfiles.TEMPLATES / "default.jinja").write_text("another")
     with Store.open(out) as store:
-        assert any("default.jinja" in problem for problem in store.verify())
+        assert any("default.jinja" in problem for problem in store.verify(deep=False))
     run(source, out, force=True)  # a folder of templates is a part of the store, and goes with it
     assert not (out / modelfiles.TEMPLATES).exists()
 

@@ -181,7 +181,7 @@ SPACED = (  # as Mistral wrote it later: spaces at the borders, and a place for 
     (MIXTRAL.replace("message['content'] + ' [/INST]'", "message['content'].strip() + ' [/INST]'"), False),
     (MIXTRAL.replace("{{ bos_token }}", ""), False),
     (MIXTRAL.replace("{{ bos_token }}", "{{ bos_token }}You are a pirate. "), False),
-    (SPACED.replace("system + '\\n\\n'", "'<<' + system + '>>'"), False),  # its own place for a system text
+    (SPACED.replace("system + '\n\n'", "'<<' + system + '>>'"), False),  # its own place for a system text
     (MIXTRAL.replace("message['content'] + eos_token", "message['content']"), False),  # no end of an answer
     (MIXTRAL + "{% if add_generation_prompt %}Sure: {% endif %}", False),
 ])
