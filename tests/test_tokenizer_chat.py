@@ -195,7 +195,7 @@ def test_the_models_template_wins_unless_it_says_the_same(template: str, mistral
         assert tokenizer.template_name == "the checkpoint's template"
         shown = Template(template, folder).render([{"role": "user", "content": "Hello"}],
                                                   {"bos_token": "", "eos_token": ""}, True)
-        assert tokenizer.decode(tokenizer.encode_chat([user("Hello")])) == shown.lstrip()
+        assert tokenizer.decode(tokenizer.encode_chat([user("Hello")])).lstrip() == shown.lstrip()
 
 
 def test_a_conversation_that_the_template_writes_otherwise_is_the_templates(v1_model: bytes, mistral: Tokenizer,
