@@ -70,17 +70,18 @@ def run(engine: Engine, prompt: str, params: SamplingParams, *, system: str | No
         raw = True
     if raw and system is not None:
         raise UsageError("--system with --raw: raw text has no system prompt", "drop one of the two")
+    session = engine.session()
     if raw:
-        ids = tokenizer.encode(prompt, bos=True)
+        ids = tokenizer.encode(prompt, bos=True, limit=session.context)
     else:
         dim(f"chat format: {tokenizer.template_name}")
         messages = [Message("system", system)] if system else []
-        ids = tokenizer.encode_chat([*messages, Message("user", prompt)])
+        ids = tokenizer.encode_chat([*messages, Message("user", prompt)], limit=session.context)
     pace = engine.pace(draft, say)
     text: list[str] = []
     summary, reason = None, None
     with cancel_on_interrupt() as cancel:
-        for token in generate(engine.session(), ids, params, tokenizer, cancel, continuing=raw, pace=pace):
+        for token in generate(session, ids, params, tokenizer, cancel, continuing=raw, pace=pace):
             text.append(token.text)
             if not as_json:
                 out.write(clean(token.text) if out.isatty() else token.text)

@@ -40,10 +40,10 @@ class FakeTokenizer:
     template_name = "fake format"
     turn_stops: tuple[str, ...] = ()
 
-    def encode(self, text: str, bos: bool = True) -> list[int]:
+    def encode(self, text: str, bos: bool = True, limit: int | None = None) -> list[int]:
         return [BOS] * bos + [10 + byte for byte in text.encode()]
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message], limit: int | None = None) -> list[int]:
         marks = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
         ids = [BOS]
         for m in messages:

@@ -100,7 +100,8 @@ def test_quantize_to_a_size(checkpoint: Path, tmp_path: Path) -> None:
         shown = json.loads(qmix("show", tmp_path / method, "--json").stdout)
         assert shown["classes"][0]["format"].startswith(f"mixed {method}")
         assert ("calibration" in shown) == (method == "gptq")
-        assert qmix("generate", tmp_path / method, "-p", "fox", "-n", 4, "--temp", 0).returncode == 0
+        done = qmix("generate", tmp_path / method, "-p", "fox", "-n", 4, "--temp", 0)
+        assert done.returncode == 0 and "chat format: the checkpoint's template" in done.stderr
     refused(qmix("quantize", checkpoint, tmp_path / "no", "--fit", "64K", *given), 3, "--fit 64.0 KiB", "smallest mix")
     assert not (tmp_path / "no").exists()
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers import KEEP, tiny_config, tiny_tensors, write_checkpoint, write_tiny_checkpoint
 
+from qmix import modelfiles
 from qmix.checkpoint import Checkpoint
 from qmix.config import ModelConfig, QuantConfig
 from qmix.errors import CheckpointError, DoesNotFit, Interrupted, QmixError, StoreError, UsageError
@@ -164,6 +165,53 @@ def test_dry_run_writes_nothing_and_is_right(source: Path, out: Path, whole: Who
 
 
 # What stands at OUT.
+
+def with_templates(source: Path, folder: Path) -> Path:
+    """A copy of the checkpoint with all the files that a tokenizer and a chat template may come in."""
+    shutil.copytree(source, folder)
+    (folder / modelfiles.TEMPLATES).mkdir()
+    templates = [f"{modelfiles.TEMPLATES}/{name}" for name in ("default.jinja", "tool_use.jinja")]
+    for name in (*modelfiles.FILES, *templates):
+        (folder / name).write_text(f"the {name}")
+    (folder / modelfiles.TEMPLATES / "notes.txt").write_text("is not copied")
+    return folder
+
+
+def test_all_files_that_the_tokenizer_reads_are_copied(source: Path, out: Path, tmp_path: Path) -> None:
+    folder = with_templates(source, tmp_path / "tiny")
+    run(folder, out)
+    names = [*modelfiles.present(folder)]
+    assert len(names) == len(modelfiles.FILES) + 2 and [*modelfiles.present(out)] == names
+    for name in names:
+        assert (out / name).read_bytes() == (folder / name).read_bytes()
+    with Store.open(out) as store:
+        assert store.verify(deep=True) == [] and set(store.manifest.files) == {"config.json", *names}
+    (out / modelfiles.TEMPLATES / "default.jinja").write_text("another")
+    with Store.open(out) as store:
+        assert any("default.jinja" in problem for problem in store.verify(deep=False))
+    run(source, out, force=True)  # a folder of templates is a part of the store, and goes with it
+    assert not (out / modelfiles.TEMPLATES).exists()
+
+
+def test_what_else_lies_in_a_folder_of_templates_is_never_touched(source: Path, out: Path, whole: Whole) -> None:
+    shutil.copytree(whole.path, out)
+    (out / modelfiles.TEMPLATES).mkdir()
+    (out / modelfiles.TEMPLATES / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"additional_chat_templates/notes\.txt"):
+        run(source, out, force=True)
+
+
+def test_a_template_that_is_gone_from_the_checkpoint_is_not_in_the_store(source: Path, out: Path,
+                                                                         tmp_path: Path) -> None:
+    """A run that was killed just before its end leaves copies behind, which the store's reader would read."""
+    folder = with_templates(source, tmp_path / "tiny")
+    run(folder, out)
+    out.rename(out.parent / "out.partial")
+    for name in ("chat_template.json", f"{modelfiles.TEMPLATES}/default.jinja"):
+        (folder / name).unlink()
+    run(folder, out)
+    assert [*modelfiles.present(out)] == [*modelfiles.present(folder)]
+
 
 def test_a_store_is_replaced_only_with_force(source: Path, out: Path, whole: Whole) -> None:
     run(source, out, KEEP)

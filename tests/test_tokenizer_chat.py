@@ -164,6 +164,64 @@ def test_when_mistrals_segments_are_used(template, name: str, mistral: bool, v1_
     assert tokenizer.template_name.startswith("Mistral v1") == mistral
 
 
+SPACED = (  # as Mistral wrote it later: spaces at the borders, and a place for the system text
+    "{{ bos_token }}{% if messages[0].role == 'system' %}"
+    "{% set system = messages[0].content %}{% set turns = messages[1:] %}"
+    "{% else %}{% set turns = messages %}{% endif %}{% for m in turns %}{% if m.role == 'user' %}"
+    "{% if loop.first and system is defined %}{{ ' [INST] ' + system + '\n\n' + m.content + ' [/INST]' }}"
+    "{% else %}{{ ' [INST] ' + m.content + ' [/INST]' }}{% endif %}"
+    "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}")
+
+
+@pytest.mark.parametrize(("template", "mistral"), [
+    (SPACED, True),
+    (LLAMA, True),
+    (MIXTRAL.replace("'[INST] '", "'[INST] Answer in French. '"), False),
+    (MIXTRAL.replace("'[INST] '", "'[INST]'"), False),  # no space, as later vocabularies want it
+    (MIXTRAL.replace("message['content'] + ' [/INST]'", "message['content'].strip() + ' [/INST]'"), False),
+    (MIXTRAL.replace("{{ bos_token }}", ""), False),
+    (MIXTRAL.replace("{{ bos_token }}", "{{ bos_token }}You are a pirate. "), False),
+    (SPACED.replace("system + '\n\n'", "'<<' + system + '>>'"), False),  # its own place for a system text
+    (MIXTRAL.replace("message['content'] + eos_token", "message['content']"), False),  # no end of an answer
+    (MIXTRAL + "{% if add_generation_prompt %}Sure: {% endif %}", False),
+])
+def test_the_models_template_wins_unless_it_says_the_same(template: str, mistral: bool, v1_model: bytes,
+                                                          tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "Mixtral-Instruct", v1_model, bos_token="<s>", eos_token="</s>",
+                          chat_template=template)
+    tokenizer = load(folder)
+    assert tokenizer.template_name.startswith("Mistral v1") == mistral
+    if not mistral:
+        assert tokenizer.template_name == "the checkpoint's template"
+        shown = Template(template, folder).render([{"role": "user", "content": "Hello"}],
+                                                  {"bos_token": "", "eos_token": ""}, True)
+        assert tokenizer.decode(tokenizer.encode_chat([user("Hello")])).lstrip() == shown.lstrip()
+
+
+def test_a_conversation_that_the_template_writes_otherwise_is_the_templates(v1_model: bytes, mistral: Tokenizer,
+                                                                            tmp_path: Path) -> None:
+    """What a template does to a word that no probe holds is seen when the word comes, and said."""
+    template = MIXTRAL.replace(
+        "'[INST] ' + ", "('[INST] Briefly. ' if '/quick' in message['content'] else '[INST] ') + ")
+    said: list[str] = []
+    tokenizer = load(write_folder(tmp_path, v1_model, bos_token="<s>", eos_token="</s>", chat_template=template),
+                     say=said.append)
+    assert tokenizer.encode_chat([user("Hello")]) == mistral.encode_chat([user("Hello")]) and said == []
+    for _ in range(2):
+        assert tokenizer.decode(tokenizer.encode_chat([user("Why? /quick")])) == "[INST] Briefly. Why? /quick [/INST]"
+    assert len(said) == 1 and "the template is used" in said[0]
+
+
+def test_mistrals_segments_keep_the_ids_of_tokenizer_model(v1, v1_model: bytes, tmp_path: Path) -> None:
+    """Beside a tokenizer.json, which is the reference otherwise; the chat format says so."""
+    folder = write_folder(tmp_path, v1_model, json_text=byte_level_json(), bos_token="<s>", eos_token="</s>",
+                          chat_template=MIXTRAL)
+    tokenizer = load(folder)
+    talk = [user("one"), answer("two"), user("three")]
+    assert tokenizer.encode_chat(talk) == common_ids(v1, talk)
+    assert tokenizer.template_name.endswith("ids of tokenizer.model)")
+
+
 def test_another_vocabulary_with_mistrals_template_uses_the_template(tmp_path: Path) -> None:
     tokenizer = load(write_folder(tmp_path, spm_model(), chat_template=MIXTRAL))
     assert tokenizer.template_name == "the checkpoint's template"
@@ -311,6 +369,104 @@ def test_an_empty_answer_is_spliced_as_nothing(demo: Tokenizer) -> None:
     assert demo.encode_chat(talk) == demo_ids([user("a"), answer(""), user("b")])
 
 
+THOUGHTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and '</think>' in m.content %}"
+    "{{ m.content.split('</think>')[-1].lstrip('\n') }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n")
+
+
+def test_thoughts_of_earlier_answers_are_dropped_although_their_ids_are_kept(tmp_path: Path) -> None:
+    """What the template shows whole is spliced; of what it shows in part, the part is encoded."""
+    tokenizer = load(write_folder(tmp_path, json_text=byte_level_json(), chat_template=THOUGHTS,
+                                  eos_token="<|im_end|>"))
+    thought, plain = "<think>\nA fox?\n</think>\n\nIt is over there.", "The owl  asked. "
+    odd = tuple(i for c in plain for i in tokenizer.encode(c))  # ids that encoding the text would not give
+    talk = [user("a"), answer(thought, *tokenizer.encode(thought)), user("b"), answer(plain, *odd), user("c")]
+    ids = tokenizer.encode_chat(talk)
+    bare = [user("a"), answer("It is over there."), user("b"), answer(plain, *odd), user("c")]
+    assert ids == tokenizer.encode_chat(bare) and "fox" not in tokenizer.decode(ids)
+    assert any(tuple(ids[i:i + len(odd)]) == odd for i in range(len(ids)))
+
+
+def test_a_rewrite_that_cannot_be_followed_is_text_and_said_once(tmp_path: Path) -> None:
+    said: list[str] = []
+    folder = write_folder(tmp_path, json_text=byte_level_json(), eos_token="<|im_end|>",
+                          chat_template="{% for m in messages %}{{ {'<|im_start|>': m.content} }}{% endfor %}"
+                                        "<|im_start|>")
+    tokenizer = load(folder, say=said.append)
+    start = next(i for i in range(tokenizer.vocab_size) if tokenizer.token(i) == "<|im_start|>")
+    for _ in range(2):
+        ids = tokenizer.encode_chat([user("hi")])
+        assert ids.count(start) == 1 and ids[-1] == start
+        assert tokenizer.decode(ids) == "{'<|im_start|>': 'hi'}"
+    assert len(said) == 1 and "'<|im_start|>' in it is encoded as text" in said[0]
+
+
+def test_a_system_prompt_that_the_template_only_looks_at_is_not_left_out(tmp_path: Path) -> None:
+    source = ("{% if messages[0].content == '/quick' %}Quick.{% endif %}"
+              "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")
+    tokenizer = load(write_folder(tmp_path, spm_model(), chat_template=source))
+    assert tokenizer.decode(tokenizer.encode_chat([system("/quick"), user("fox")])) == "Quick.fox"
+    with pytest.raises(UsageError, match="leaves out the system message"):
+        tokenizer.encode_chat([system("Be kind."), user("fox")])
+
+
+# ---- long texts
+
+@pytest.mark.parametrize("marker", ["</s>", "<|im_end|>", "<|tool|>"])
+@pytest.mark.parametrize("kind", ["json", "unigram", "model"])
+def test_a_text_of_many_markers_takes_linear_time(kind: str, marker: str, tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted, not timed: no character is handed to the library more than a few times."""
+    from tokenizer_families import folder as family
+
+    if kind == "model":
+        folder = write_folder(tmp_path / "x", spm_model(defined=("<|tool|>", "<|im_end|>"), vocab_size=440),
+                              chat_template=CHATML)
+    else:
+        folder = family(tmp_path / "x", "qwen" if kind == "json" else "unigram")
+    tokenizer, count = load(folder), 0
+    vocabulary = tokenizer._vocabulary
+    encode = vocabulary._encode
+
+    def counted(text: str, start: bool) -> list[int]:
+        nonlocal count
+        count += len(text)
+        return encode(text, start)
+
+    monkeypatch.setattr(vocabulary, "_encode", counted)
+    tokenizer.encode(marker)  # what is looked up once
+    for repeats in (50, 400):
+        text = f"a {marker}{marker[:-1]}b\n" * repeats
+        count = 0
+        ids = tokenizer.encode(text)
+        assert kind == "unigram" or tokenizer.decode(ids).split() == text.split()  # it lacks some of the characters
+        tokenizer.encode_chat([user(text)])
+        assert count <= 8 * len(text)
+
+
+def test_the_length_limit_comes_before_the_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load(demo_folder(tmp_path))
+    longest = max(len(tokenizer.token(i)) for i in range(tokenizer.vocab_size))
+    text = "</s>x" * 1000
+    fits = tokenizer.encode_chat([user("the owl " * 40)], limit=10**6)
+    assert tokenizer.encode_chat([user("the owl " * 40)], limit=len(fits)) == fits
+    monkeypatch.setattr(tokenizer._vocabulary, "encode_text", None)
+    least = -(-len(text) // longest)
+    for encode in (lambda limit: tokenizer.encode(text, limit=limit),
+                   lambda limit: tokenizer.encode_chat([user(text)], limit=limit)):
+        with pytest.raises(UsageError, match=r"the prompt has at least \d+ tokens, the context holds") as caught:
+            encode(least - 1)
+        assert caught.value.exit_code == 2
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(max_size=60) | texts)
+def test_a_text_is_never_refused_that_fits(formats: list[Tokenizer], text: str) -> None:
+    for tokenizer in formats:
+        tokenizer.encode(text, limit=len(tokenizer.encode(text)))
+
+
 # ---- plain transcript
 
 @pytest.fixture(scope="module")
@@ -446,6 +602,31 @@ def test_templates_in_files_of_their_own(name: str, content: str, tmp_path: Path
     (folder / name).write_text(content)
     tokenizer = load(folder)
     assert tokenizer.decode(tokenizer.encode_chat([user("fox")])) == "file:fox"
+
+
+def test_the_folder_of_templates_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, spm_model(), chat_template="config {{ messages[0].content }}")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("tools {{ messages[0].content }}")
+    assert load(folder).decode(load(folder).encode_chat([user("fox")])) == "config fox"
+    (folder / "chat_template.jinja").write_text("file {{ messages[0].content }}")
+    assert load(folder).decode(load(folder).encode_chat([user("fox")])) == "file fox"
+    (folder / "additional_chat_templates" / "default.jinja").write_text("folder {{ messages[0].content }}")
+    assert load(folder).decode(load(folder).encode_chat([user("fox")])) == "folder fox"
+
+
+def test_templates_of_which_none_is_for_chat_are_refused(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, spm_model())
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("x")
+    with pytest.raises(ModelFileError, match=r"got the names \['rag'\], want 'default'"):
+        load(folder)
+
+
+def test_templates_by_name_in_an_object(tmp_path: Path) -> None:
+    choices = {"tool_use": "no", "default": "yes {{ messages[0].content }}"}
+    tokenizer = load(write_folder(tmp_path, spm_model(), chat_template=choices))
+    assert tokenizer.decode(tokenizer.encode_chat([user("fox")])) == "yes fox"
 
 
 def test_a_list_of_templates_uses_the_default_one(tmp_path: Path) -> None:

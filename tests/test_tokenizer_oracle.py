@@ -3,6 +3,7 @@ into the messages; and control tokens that users type, over the same."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,64 @@ from hypothesis import strategies as st
 from tokenizer_families import CORPUS, FAMILIES, FLAGS, SPECIAL, folder
 from tokenizer_files import CHATML, spm_model
 
+from qmix.errors import QmixError
 from qmix.tokenizer import Message, Tokenizer, load
 
 transformers = pytest.importorskip("transformers")
 
-TEXTS = (*dict.fromkeys(CORPUS), "", " ", "  a", "a  ", "\n\nx\n", "\t", "\u00a0x\u3000", "caf\u00e9 cafe\u0301", "\u202fthree3",
-         "\U0001F98A\U0001F469\u200d\U0001F469\u200d\U0001F467", "three", "threes", "</think", "< s>", "|im_end|", "a<", "<|", "\x00\ufeff")
-PIECES = st.sampled_from(["the ", " fox", "three", "\n", "  ", "\t", "\u00e9", "\u4f60", "\U0001F98A", "12", "<", "|", ">", "<|", "im_end", "s", "/", "x."])
+TEXTS = (
+    *dict.fromkeys(CORPUS),
+    "",
+    " ",
+    "  a",
+    "a  ",
+    "\n\nx\n",
+    "\t",
+    "\u00a0x\u3000",
+    "caf\u00e9 cafe\u0301",
+    "\u202fthree3",
+    "\U0001f98a\U0001f469\u200d\U0001f469\u200d\U0001f467",
+    "three",
+    "threes",
+    "</think",
+    "< s>",
+    "|im_end|",
+    "a<",
+    "<|",
+    "\x00\ufeff",
+)
+PIECES = st.sampled_from(
+    [
+        "the ",
+        " fox",
+        "three",
+        "\n",
+        "  ",
+        "\t",
+        "\u00e9",
+        "\u4f60",
+        "\U0001f98a",
+        "12",
+        "<",
+        "|",
+        ">",
+        "<|",
+        "im_end",
+        "s",
+        "/",
+        "x.",
+    ]
+)
 benign = (st.lists(PIECES, max_size=6).map("".join) | st.text(max_size=12)).filter(
-    lambda text: not any(token in text for token in ("<s>", "</s>", "<unk>", "<think>", "</think>", *SPECIAL)))
-hostile = st.lists(st.sampled_from(["<s>", "</s>", "<unk>", *SPECIAL, "<|im_", "start|>", "end|>", "<", ">", "s", " ", "fox", "\n", "<|", "|>"]),
-                   min_size=1, max_size=6).map("".join)
+    lambda text: not any(token in text for token in ("<s>", "</s>", "<unk>", "<think>", "</think>", *SPECIAL))
+)
+hostile = st.lists(
+    st.sampled_from(
+        ["<s>", "</s>", "<unk>", *SPECIAL, "<|im_", "start|>", "end|>", "<", ">", "s", " ", "fox", "\n", "<|", "|>"]
+    ),
+    min_size=1,
+    max_size=6,
+).map("".join)
 
 
 def pair(path: Path, **how: Any) -> tuple[Tokenizer, Any]:
@@ -32,8 +80,13 @@ def pair(path: Path, **how: Any) -> tuple[Tokenizer, Any]:
 
 
 def chat_ids(theirs: Any, messages: list[Message], **how: Any) -> list[int]:
-    return theirs.apply_chat_template([{"role": m.role, "content": m.content} for m in messages], add_generation_prompt=True,
-                                      tokenize=True, return_dict=False, **how)
+    return theirs.apply_chat_template(
+        [{"role": m.role, "content": m.content} for m in messages],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=False,
+        **how,
+    )
 
 
 def talk(*texts: str) -> list[Message]:
@@ -75,8 +128,11 @@ def test_no_typed_text_becomes_a_control_token(both: tuple[Tokenizer, Any], text
     control = set(theirs.all_special_ids) | {theirs.convert_tokens_to_ids(token) for token in SPECIAL}
     control.discard(theirs.unk_token_id)
     assert [i for i in ids if i in control] == [i for i in harmless if i in control]
-    shown = "".join(theirs.apply_chat_template([{"role": m.role, "content": m.content} for m in talk(*texts)],
-                                               add_generation_prompt=True, tokenize=False).split())
+    shown = "".join(
+        theirs.apply_chat_template(
+            [{"role": m.role, "content": m.content} for m in talk(*texts)], add_generation_prompt=True, tokenize=False
+        ).split()
+    )
     if theirs.unk_token_id not in ids:
         shown_again = "".join(theirs.decode(ids, skip_special_tokens=False).split())
         assert shown_again == shown
@@ -91,8 +147,9 @@ def test_flags_of_added_tokens(family: str, flags: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen", "llama2"])
-@pytest.mark.parametrize(("bos", "config"), [(True, {}), (False, {}), (False, {"add_bos_token": True}),
-                                             (True, {"add_bos_token": False})])
+@pytest.mark.parametrize(
+    ("bos", "config"), [(True, {}), (False, {}), (False, {"add_bos_token": True}), (True, {"add_bos_token": False})]
+)
 def test_bos_comes_where_transformers_puts_it(family: str, bos: bool, config: dict[str, bool], tmp_path: Path) -> None:
     ours, theirs = pair(tmp_path / "x", family=family, bos=bos, **config)
     assert ours.encode("the fox") == theirs("the fox")["input_ids"]
@@ -112,19 +169,88 @@ def test_a_tokenizer_model_beside_it_changes_nothing(family: str, tmp_path: Path
         assert ours.encode(text) == alone.encode(text)
 
 
+# ---- special tokens that tokenizer.json and tokenizer_config.json know differently
+
+def _only_in_vocabulary(raw: dict[str, Any], config: dict[str, Any]) -> None:
+    """The end token is an entry of the vocabulary, not an added token."""
+    vocab = raw["model"]["vocab"]
+    raw["added_tokens"] = [token for token in raw["added_tokens"] if token["content"] != "<|im_end|>"]
+    vocab["<|im_end|>"] = new = max(vocab.values()) + 1
+    for token in raw["added_tokens"]:
+        token["id"] = new = new + 1
+    special = raw["post_processor"]["special_tokens"]["<s>"]
+    special["ids"] = [next(token["id"] for token in raw["added_tokens"] if token["content"] == "<s>")]
+
+
+def _not_special(raw: dict[str, Any], config: dict[str, Any]) -> None:
+    for token in raw["added_tokens"]:
+        token["special"] = token["special"] and token["content"] not in SPECIAL
+
+
+def _flags_in_config(raw: dict[str, Any], config: dict[str, Any]) -> None:
+    number = next(token["id"] for token in raw["added_tokens"] if token["content"] == "<|im_end|>")
+    config["added_tokens_decoder"] = {str(number): {
+        "content": "<|im_end|>", "lstrip": True, "rstrip": True, "normalized": False, "single_word": False,
+        "special": True}}
+
+
+def _named_with_flags(raw: dict[str, Any], config: dict[str, Any]) -> None:
+    config["eos_token"] = {"__type": "AddedToken", "content": "<|im_end|>", "lstrip": False, "rstrip": True,
+                           "normalized": False, "single_word": False, "special": True}
+
+
+def _listed_only(raw: dict[str, Any], config: dict[str, Any]) -> None:
+    config["additional_special_tokens"] = ["<|new|>", "<|call|>"]
+
+
+def _named_only(raw: dict[str, Any], config: dict[str, Any]) -> None:
+    config["eot_token"] = "<|new|>"
+
+
+DIFFERENCES = {f.__name__[1:]: f for f in (_only_in_vocabulary, _not_special, _flags_in_config, _named_with_flags,
+                                           _listed_only, _named_only)}
+
+
+@pytest.mark.parametrize("flags", ["plain", "rstrip"])
+@pytest.mark.parametrize("difference", DIFFERENCES)
+def test_special_tokens_of_two_files(difference: str, flags: str, tmp_path: Path) -> None:
+    made = folder(tmp_path / "x", family="qwen", flags=flags, template=CHATML + "<|new|> <|call|> x")
+    raw, config = (json.loads((made / name).read_text()) for name in ("tokenizer.json", "tokenizer_config.json"))
+    DIFFERENCES[difference](raw, config)
+    (made / "tokenizer.json").write_text(json.dumps(raw))
+    (made / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, theirs = load(made), transformers.AutoTokenizer.from_pretrained(made)
+    for text in TEXTS:
+        assert ours.encode_chat(talk(text)) == chat_ids(theirs, talk(text)), text
+
+
+def test_a_named_token_beyond_the_model_is_not_added(tmp_path: Path) -> None:
+    made = folder(tmp_path / "x", family="qwen", pad_token="[PAD]")
+    rows = load(made).vocab_size - 1
+    (made / "config.json").write_text(json.dumps({"vocab_size": rows}))
+    assert load(made, rows).vocab_size == rows
+
+
 # ---- templates that look into messages or change them
 
-TURNS = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
-         "<|im_start|>assistant\n")
+TURNS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    "<|im_start|>assistant\n"
+)
 THINKING = (
-    "{%- set ns = namespace(last=-1) %}{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}"
-    "{%- endif %}{%- endfor %}{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' }}{%- set content = m.content %}"
+    "{%- set ns = namespace(last=-1) %}{%- for m in messages %}{%- if m.role == 'user' %}"
+    "{%- set ns.last = loop.index0 %}"
+    "{%- endif %}{%- endfor %}{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' }}"
+    "{%- set content = m.content %}"
     "{%- if m.role == 'assistant' %}{%- set reasoning = '' %}{%- if '</think>' in content %}"
     "{%- set reasoning = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}"
-    "{%- set content = content.split('</think>')[-1].lstrip('\\n') %}{%- endif %}{%- if loop.index0 > ns.last and reasoning %}"
-    "{{- '<think>\\n' + reasoning + '\\n</think>\\n\\n' }}{%- endif %}{%- endif %}{{- content + '<|im_end|>\\n' }}{%- endfor %}"
+    "{%- set content = content.split('</think>')[-1].lstrip('\\n') %}{%- endif %}"
+    "{%- if loop.index0 > ns.last and reasoning %}"
+    "{{- '<think>\\n' + reasoning + '\\n</think>\\n\\n' }}{%- endif %}{%- endif %}"
+    "{{- content + '<|im_end|>\\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- if '/no_think' in messages[-1].content %}"
-    "{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}")
+    "{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}"
+)
 TEMPLATES = {
     "contains": "{% if '/quick' in messages[0].content %}A{% else %}B{% endif %}" + TURNS,
     "equals": "{% if messages[0].content == 'reasoning on' %}A{% else %}B{% endif %}" + TURNS,
@@ -143,26 +269,49 @@ TEMPLATES = {
     "lines": TURNS.replace("m.content", "m.content.splitlines() | join('<|call|>')"),
     "words": TURNS.replace("m.content", "' '.join(m.content.split())"),
     "indent": TURNS.replace("m.content", "m.content | indent(2)"),
-    "percent": TURNS.replace("'<|im_start|>' + m.role + '\\n' + m.content", "'<|im_start|>%s\\n%s' % (m.role, m.content)"),
-    "format": TURNS.replace("'<|im_start|>' + m.role + '\\n' + m.content", "'<|im_start|>{}\\n{}'.format(m.role, m.content)"),
-    "tilde": TURNS.replace("'<|im_start|>' + m.role + '\\n' + m.content", "'<|im_start|>' ~ m.role ~ '\\n' ~ m.content ~ 1"),
+    "percent": TURNS.replace(
+        "'<|im_start|>' + m.role + '\\n' + m.content", "'<|im_start|>%s\\n%s' % (m.role, m.content)"
+    ),
+    "format": TURNS.replace(
+        "'<|im_start|>' + m.role + '\\n' + m.content", "'<|im_start|>{}\\n{}'.format(m.role, m.content)"
+    ),
+    "tilde": TURNS.replace(
+        "'<|im_start|>' + m.role + '\\n' + m.content", "'<|im_start|>' ~ m.role ~ '\\n' ~ m.content ~ 1"
+    ),
     "macro": "{% macro turn(m) %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endmacro %}"
-             "{% for m in messages %}{{ turn(m) }}{% endfor %}",
-    "block": "{% set shown %}{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}{% endset %}{{ shown | trim }}",
+    "{% for m in messages %}{{ turn(m) }}{% endfor %}",
+    "block": "{% set shown %}{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}{% endset %}"
+    "{{ shown | trim }}",
     "placeholder": "{% for m in messages %}{{ '<|im_start|>TEXT<|im_end|>' | replace('TEXT', m.content) }}{% endfor %}",
     "twice": "{% for m in messages %}<|im_start|>{{ m.content }}<|call|>{{ m.content }}<|im_end|>{% endfor %}",
     "joined": "<|im_start|>{{ messages | map(attribute='content') | join('<|call|>') }}<|im_end|>",
-    "characters": "{% for m in messages %}<|im_start|>{% for c in m.content %}{{ c }}{% endfor %}<|im_end|>{% endfor %}",
-    "collected": "{% set ns = namespace(all='') %}{% for m in messages %}{% set ns.all = ns.all + m.content + '<|call|>' %}"
-                 "{% endfor %}{{ ns.all }}",
+    "characters": "{% for m in messages %}<|im_start|>"
+    "{% for c in m.content %}{{ c }}{% endfor %}<|im_end|>{% endfor %}",
+    "collected": "{% set ns = namespace(all='') %}{% for m in messages %}"
+    "{% set ns.all = ns.all + m.content + '<|call|>' %}"
+    "{% endfor %}{{ ns.all }}",
     "thinking": THINKING,
     "part": "{% for m in messages %}<|im_start|>{{ m.content.partition(':')[2] or m.content }}<|im_end|>{% endfor %}",
 }
 CONVERSATIONS = [
-    talk("/quick"), talk("say /quick what qmix is"), talk("what is it? /quick"), talk("reasoning on"), talk("tigers"),
-    talk("/ x"), talk('say "hi"\n'), talk("a\nb\n\nc"), talk(" a  b "), talk("user"), talk("TEXT"), talk(""), talk("%s {} {{ x }}"),
-    talk("stra\u00dfe \u0130"), talk("a", "<think>\nhm: 1\n</think>\n\nSo it is.", "b /no_think"), talk("a: b", "a: b", "a: b"),
-    talk("a", "one </think> two", "b"), talk("assistant\n", "\n", "\u00a0x\u00a0"),
+    talk("/quick"),
+    talk("say /quick what qmix is"),
+    talk("what is it? /quick"),
+    talk("reasoning on"),
+    talk("tigers"),
+    talk("/ x"),
+    talk('say "hi"\n'),
+    talk("a\nb\n\nc"),
+    talk(" a  b "),
+    talk("user"),
+    talk("TEXT"),
+    talk(""),
+    talk("%s {} {{ x }}"),
+    talk("stra\u00dfe \u0130"),
+    talk("a", "<think>\nhm: 1\n</think>\n\nSo it is.", "b /no_think"),
+    talk("a: b", "a: b", "a: b"),
+    talk("a", "one </think> two", "b"),
+    talk("assistant\n", "\n", "\u00a0x\u00a0"),
     [Message("system", "/quick be brief"), *talk("Hello")],
 ]
 
@@ -180,7 +329,9 @@ def test_templates_that_look_into_messages(looking: tuple[Tokenizer, Any], messa
 
 @settings(max_examples=30, deadline=None)
 @given(texts=st.lists(benign | hostile, min_size=3, max_size=3))
-def test_typed_control_tokens_stay_text_whatever_the_template_does(looking: tuple[Tokenizer, Any], texts: list[str]) -> None:
+def test_typed_control_tokens_stay_text_whatever_the_template_does(
+    looking: tuple[Tokenizer, Any], texts: list[str]
+) -> None:
     """As many control tokens of each kind as for the same messages with the brackets taken out of them."""
     ours, theirs = looking
     control = {theirs.convert_tokens_to_ids(token) for token in ("<s>", "</s>", *SPECIAL)}
@@ -190,3 +341,131 @@ def test_typed_control_tokens_stay_text_whatever_the_template_does(looking: tupl
         return [i for i in ours.encode_chat(messages) if i in control]
 
     assert counts(talk(*texts)) == counts(talk(*bare))
+
+
+FILTERS = [
+    "capitalize",
+    "center(80)",
+    "default('x')",
+    "e",
+    "escape",
+    "first",
+    "forceescape",
+    "format",
+    "indent",
+    "indent(2, true)",
+    "join",
+    "join(',')",
+    "last",
+    "list",
+    "list | join",
+    "list | reverse | join",
+    "lower",
+    "map('upper') | join",
+    "max",
+    "min",
+    "pprint",
+    "random",
+    "replace('s', 'S')",
+    "replace('<', '<')",
+    "reverse | reverse",
+    "safe",
+    "sort | join",
+    "string",
+    "striptags",
+    "title",
+    "tojson",
+    "tojson(indent=2)",
+    "trim",
+    "truncate",
+    "truncate(9, true)",
+    "unique | join",
+    "upper",
+    "urlencode",
+    "urlize",
+    "wordwrap",
+    "wordwrap(4)",
+    "batch(2) | first | join",
+    "slice(2) | first | join",
+    "groupby(0) | list",
+    "select | join",
+    "center(80) | trim",
+    "safe ~ ''",
+    "[1:]",
+    "[:-1]",
+]
+METHODS = [
+    "capitalize()",
+    "casefold()",
+    "center(90)",
+    "expandtabs()",
+    "format()",
+    "format_map({})",
+    "join(['a', 'b'])",
+    "ljust(90)",
+    "lower()",
+    "lstrip()",
+    "lstrip('x')",
+    "partition('x')[0]",
+    "partition('|')[2]",
+    "removeprefix('x')",
+    "removesuffix('x')",
+    "replace('', 'x')",
+    "replace('e', 'e')",
+    "rjust(90)",
+    "rpartition('|')[0]",
+    "rsplit('|', 1) | join",
+    "rsplit() | join(' ')",
+    "rstrip()",
+    "split('e') | join('e')",
+    "splitlines(true) | join",
+    "strip()",
+    "swapcase()",
+    "title()",
+    "translate({})",
+    "upper()",
+    "zfill(90)",
+]
+WAYS = [
+    *(f"(messages[0].content | {way})" if way[0] != "[" else f"messages[0].content{way}" for way in FILTERS),
+    *(f"messages[0].content.{way}" for way in METHODS),
+    "messages",
+    "messages[0]",
+    "messages[0].values() | list",
+    "(messages[0].content,)",
+    "{'a': messages[0].content}",
+    "'%s' % messages[0].content",
+    "'%s' % messages[0].content % ()",
+    "'%(a)s' % {'a': messages[0].content}",
+    "'%80s' % messages[0].content",
+    "'{}'.format(messages[0].content)",
+    "'{a}'.format(a=messages[0].content)",
+    "'{a[content]}'.format(a=messages[0])",
+    "'{a}'.format_map({'a': messages[0].content})",
+    "'{:>80}'.format(messages[0].content)",
+    "'x'.replace('x', messages[0].content)",
+    "'x'.join([messages[0].content, messages[0].content])",
+    "'a' ~ [messages[0].content]",
+    "'x' * 2 ~ messages[0].content * 2",
+    "'a'.translate({97: messages[0].content})",
+    "strftime_now(messages[0].content)",
+    "dict(a=messages[0].content) | tojson",
+    "namespace(a=messages[0].content).a",
+    "namespace(a=messages[0].content)",
+    "joiner(messages[0].content)() ~ cycler(messages[0].content).next()",
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_way_through_a_template_makes_typed_text_a_control_token(way: str, tmp_path: Path) -> None:
+    """Whatever a template can do to a text, it may fail, but what a user typed does not come out as a control token."""
+    template = "<|im_start|>{{ " + way + " }}<|im_end|>"
+    tokenizer = load(folder(tmp_path / "x", family="qwen", template=template), say=lambda line: None)
+    control = {i for i in range(tokenizer.vocab_size) if tokenizer.token(i) in (*SPECIAL, "<s>", "</s>")}
+    start, end = (next(i for i in control if tokenizer.token(i) == token) for token in SPECIAL[:2])
+    for text in ("<|im_end|>", "a <|im_end|>\n<|im_start|>b </s>", "<<s>s>", "x|<|call|>|x", "{}<s>%s</s>"):
+        try:
+            ids = tokenizer.encode_chat(talk(text))
+        except QmixError:
+            continue
+        assert [i for i in ids if i in control] == [start, end], tokenizer.decode(ids)

@@ -160,8 +160,8 @@ class Chat:
     def answer(self, question: str, base: Conversation) -> None:
         """Answer `question` after `base`; the conversation becomes base and this exchange, unless nothing
         was said. UsageError with the numbers where the context is too small."""
-        prompt = self.engine.tokenizer.encode_chat(base.messages(question))
         context = self.session.context
+        prompt = self.engine.tokenizer.encode_chat(base.messages(question), limit=context)
         if len(prompt) >= context:
             raise UsageError(
                 f"with this message the conversation has {len(prompt)} tokens, the context holds {context}",

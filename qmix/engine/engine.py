@@ -210,7 +210,9 @@ class Engine:
         guessed at a time where that pays, 0 to 7; the answer is the same."""
         self._check_usable()
         tokenizer, raw = self.tokenizer, isinstance(prompt, str)
-        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(_messages(prompt))
+        limit = self.plan.context
+        ids = tokenizer.encode(prompt, limit=limit) if isinstance(prompt, str) else \
+            tokenizer.encode_chat(_messages(prompt), limit)
         return generate(self.session(), ids, params or SamplingParams(), tokenizer, cancel,
                         stops=() if raw else tokenizer.turn_stops, continuing=raw, pace=self.pace(draft))
 

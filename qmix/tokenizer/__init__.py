@@ -54,18 +54,20 @@ class Tokenizer:
         self.has_template = not isinstance(chat, PlainFormat)
         self.turn_stops = chat.turn_stops
 
-    def encode(self, text: str, bos: bool = True) -> list[int]:
+    def encode(self, text: str, bos: bool = True, limit: int | None = None) -> list[int]:
         """ids of plain text; what spells a control token is text like any other. bos: with the start id in
-        front, where the model's own tokenizer puts one there."""
+        front, where the model's own tokenizer puts one there. limit: UsageError, at once, for a text that surely has
+        more ids; one that has may still come back."""
         vocabulary = self._vocabulary
+        vocabulary.check_length([text], limit)
         head = vocabulary.head if bos else ()
         return self._with_rows([*head, *vocabulary.encode_text(text, vocabulary.fresh_at_start)])
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """ids of a conversation, ending with the start of the next answer; never two BOS.
+    def encode_chat(self, messages: Sequence[Message], limit: int | None = None) -> list[int]:
+        """ids of a conversation, ending with the start of the next answer; never two BOS. limit: as of `encode`.
 
         UsageError where the last message is not the user's, or the template refuses the conversation."""
-        return self._with_rows(self._chat.encode(messages))
+        return self._with_rows(self._chat.encode(messages, limit))
 
     def _with_rows(self, ids: list[int]) -> list[int]:
         """ids, all of which the model has a row for; UsageError for a token that only the tokenizer knows."""

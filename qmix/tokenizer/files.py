@@ -47,14 +47,15 @@ class Added(NamedTuple):
     rstrip: bool = False
     normalized: bool = False  # looked for in the normalized text
     single_word: bool = False
+    stated: bool = True  # whether the flags stand in the file
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerFiles:
-    """spm and json are the vocabulary files that exist. named: "bos_token" and the like to their text.
-    special: every text declared special. names: what the model is called, as far as the folder knows. legacy: whether
-    sentencepiece's leading space is written after every special token, and not only at the start of a text;
-    prefix_space: whether it is written at all."""
+    """spm and json are the vocabulary files that exist. named: "bos_token" and the like to their text. special: every
+    text declared special; extra: those of them without a name. names: what the model is called, as far as the folder
+    knows. legacy: whether sentencepiece's leading space is written after every special token, and not only at the
+    start of a text; prefix_space: whether it is written at all. rows: ids of the model, where known."""
 
     folder: Path
     spm: Path | None
@@ -62,6 +63,7 @@ class TokenizerFiles:
     names: tuple[str, ...]
     named: Mapping[str, str]
     special: frozenset[str]
+    extra: tuple[str, ...]
     added: Mapping[str, Added]
     add_bos: bool
     legacy: bool
@@ -69,6 +71,7 @@ class TokenizerFiles:
     template: str | None
     template_file: Path | None
     eos_ids: tuple[int, ...]
+    rows: int | None
 
 
 def read_files(folder: Path) -> TokenizerFiles:
@@ -83,20 +86,24 @@ def read_files(folder: Path) -> TokenizerFiles:
     config = {**_json(folder / SPECIAL_TOKENS), **_json(path)}
     model = _json(folder / "config.json")
     added = _added(path, config.get("added_tokens_decoder"), _json(folder / ADDED_TOKENS))
-    named = {name: text for name in NAMED if (text := _text(path, name, config.get(name))) is not None}
+    others = (key for key, value in config.items() if key.endswith("_token") and isinstance(value, str | dict))
+    names = dict.fromkeys((*NAMED, *others))
+    named = {name: text for name in names if (text := _text(path, name, config.get(name))) is not None}
     extra = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
     extra = [*extra.values()] if isinstance(extra, dict) else extra
     if not isinstance(extra, list):
         raise ModelFileError(f"{path}: additional_special_tokens: got {extra!r:.80}, want a list", FETCH)
-    texts = [_text(path, "additional_special_tokens", token) for token in extra]
-    special = {*named.values(), *(t for t in texts if t), *(t for t, token in added.items() if token.special)}
+    texts = tuple(t for token in extra if (t := _text(path, "additional_special_tokens", token)))
+    special = {*named.values(), *texts, *(t for t, token in added.items() if token.special)}
     template, template_file = _template(folder, config)
-    names = [folder.resolve().name, model.get("_name_or_path")]
+    called = [folder.resolve().name, model.get("_name_or_path")]
+    rows = model.get("vocab_size")
     return TokenizerFiles(
-        folder, spm, vocab, tuple(name for name in names if isinstance(name, str)), named, frozenset(special),
+        folder, spm, vocab, tuple(name for name in called if isinstance(name, str)), named, frozenset(special), texts,
         added, config.get("add_bos_token") is not False, config.get("legacy") is not False,
         config.get("add_prefix_space") is not False, template, template_file,
-        _eos_ids(folder / "config.json", model) + _eos_ids(folder / GENERATION_CONFIG))
+        _eos_ids(folder / "config.json", model) + _eos_ids(folder / GENERATION_CONFIG),
+        rows if type(rows) is int else None)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -132,11 +139,11 @@ def _added(path: Path, table: object, old: Mapping[str, Any]) -> dict[str, Added
     try:
         for key, token in (table or {}).items():  # type: ignore[attr-defined]
             if token["content"]:
-                flags = {name: token.get(name, False) is True for name in Added._fields[1:]}
+                flags = {name: token.get(name, False) is True for name in Added._fields[1:-1]}
                 found[token["content"]] = Added(int(key), **flags)
         if not found:
             path = path.with_name(ADDED_TOKENS)
-            found = {text: Added(int(number), True) for text, number in old.items() if text}
+            found = {text: Added(int(number), True, stated=False) for text, number in old.items() if text}
     except (AttributeError, KeyError, TypeError, ValueError):
         raise ModelFileError(f"{path}: the table of added tokens is malformed", FETCH) from None
     for text, token in found.items():

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,7 @@ class JsonVocabulary(Vocabulary):
                          unk_id=_unknown(self._tokenizer, files, entries), declared=self._silent,
                          lstrip={i for i, token in added.items() if token.lstrip},
                          rstrip={i for i, token in added.items() if token.rstrip})
-        self._plain = _without_markers(self._tokenizer, self._marker_ids)
-        self._anchor: list[int] = self._plain.encode(ANCHOR, add_special_tokens=False).ids
-        self.fresh_after_marker = self._fresh_after_marker()
+        self._anchor: list[int] = self._tokenizer.encode(ANCHOR, add_special_tokens=False).ids
         self.head = _head(self._tokenizer)
         self._check(path)
 
@@ -102,18 +101,32 @@ class JsonVocabulary(Vocabulary):
     def _encode(self, text: str, start: bool) -> list[int]:
         """ids of text without its markers. What continues a text is encoded behind an anchor, which keeps the
         tokenizer from writing a leading space."""
-        if start:
-            return self._plain.encode(text, add_special_tokens=False).ids
-        n = len(self._anchor)
-        encoding = self._plain.encode(ANCHOR + text, add_special_tokens=False)
+        shift = 0 if start else len(ANCHOR)
+        encoding = self._tokenizer.encode(ANCHOR * (not start) + text, add_special_tokens=False)
+        if self.marker_ids(encoding.ids) or self._reads_unknown(text, encoding.ids):
+            encoding = self._markerless.encode(ANCHOR * (not start) + text, add_special_tokens=False)
         ids: list[int] = encoding.ids
-        if ids[:n] != self._anchor:
+        n = len(self._anchor) if shift else 0
+        if ids[:n] != self._anchor[:n]:
             return self._encode(text, True)
         # An anchor that is unknown is one with unknown characters behind it.
-        return ids[n - (encoding.offsets[n - 1][1] > len(ANCHOR)):]
+        fused = n > 0 and encoding.offsets[n - 1][1] > shift
+        return ids[n - fused:]
 
-    def _fresh_after_marker(self) -> bool:
-        """Whether text behind a marker is encoded as at the start of a prompt."""
+    @cached_property
+    def _markerless(self) -> Any:
+        """A copy of the tokenizer that reads no marker out of text; other added tokens it does read."""
+        from tokenizers import Tokenizer
+
+        raw = json.loads(self._tokenizer.to_str())
+        for token in raw["added_tokens"]:
+            token["special"] = token["special"] or token["id"] in self._marker_ids
+        found = Tokenizer.from_str(json.dumps(raw))
+        found.encode_special_tokens = True
+        return found
+
+    @cached_property
+    def fresh_after_marker(self) -> bool:  # type: ignore[override]
         text = PROBE.split()[0]
         for marker, i in self.markers.items():
             ids = self._tokenizer.encode(marker + text, add_special_tokens=False).ids
@@ -131,18 +144,6 @@ class JsonVocabulary(Vocabulary):
             raise ModelFileError(
                 f"{path}: decodes a probe text to {theirs!r}, qmix's reading of its decoder gives {ours!r}",
                 "use the model's tokenizer.model instead, or report this tokenizer")
-
-
-def _without_markers(tokenizer: Any, markers: Collection[int]) -> Any:
-    """A copy that reads no marker out of text; other added tokens it does read."""
-    from tokenizers import Tokenizer
-
-    raw = json.loads(tokenizer.to_str())
-    for token in raw["added_tokens"]:
-        token["special"] = token["special"] or token["id"] in markers
-    plain = Tokenizer.from_str(json.dumps(raw))
-    plain.encode_special_tokens = True
-    return plain
 
 
 def _head(tokenizer: Any) -> tuple[int, ...]:
@@ -167,17 +168,28 @@ def _drops_space(step: Mapping[str, Any]) -> bool:
 
 
 def _add(path: Path, tokenizer: Any, files: TokenizerFiles) -> None:
-    """Added tokens that only tokenizer_config.json knows; their ids must come out as it says."""
+    """Added tokens as transformers adds them: those of tokenizer_config.json's table, whose flags win and whose ids
+    must come out as it says; then special tokens that have a name or are listed, where the file has them as others."""
     from tokenizers import AddedToken
 
     for text, token in sorted(files.added.items(), key=lambda item: item[1].id):
-        if tokenizer.token_to_id(text) is None:
+        if token.stated or tokenizer.token_to_id(text) is None:
+            flags = {k: v for k, v in token._asdict().items() if k not in ("id", "special", "stated")}
             add = tokenizer.add_special_tokens if token.special else tokenizer.add_tokens
-            add([AddedToken(text, special=token.special, normalized=token.normalized, lstrip=token.lstrip,
-                            rstrip=token.rstrip, single_word=token.single_word)])
+            add([AddedToken(text, special=token.special, **flags)])
         if (got := tokenizer.token_to_id(text)) != token.id:
             raise ModelFileError(f"{path}: {text!r}: has id {got}, tokenizer_config.json says {token.id}",
                                  "fetch the tokenizer files again, all from the same model")
+    for text in dict.fromkeys((*files.named.values(), *files.extra)):
+        known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}.get(text)
+        fits = tokenizer.token_to_id(text) is not None or files.rows is None or _next_id(tokenizer) < files.rows
+        if fits:
+            tokenizer.add_special_tokens([known or AddedToken(text, normalized=False)])
+
+
+def _next_id(tokenizer: Any) -> int:
+    """The id that a further token gets."""
+    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
 
 def _load(path: Path) -> tuple[Any, list[dict[str, Any]]]:

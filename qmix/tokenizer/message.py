@@ -48,8 +48,8 @@ class ChatFormat(Protocol):
     def turn_end(self) -> int | None:
         """The id that closes an answer, where it is known from the format alone."""
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
-        """ids of the whole conversation, ready for the next answer."""
+    def encode(self, messages: Sequence[Message], limit: int | None = None) -> list[int]:
+        """ids of the whole conversation, ready for the next answer. limit: see Vocabulary.check_length."""
 
 
 def check_conversation(messages: Sequence[Message]) -> None:

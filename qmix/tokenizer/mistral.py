@@ -95,14 +95,15 @@ class MistralV1Format:
     def turn_end(self) -> int:
         return self._eos
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
+    def encode(self, messages: Sequence[Message], limit: int | None = None) -> list[int]:
         check_conversation(messages)
         if self._template is not None and not self._same(messages):
             if not self._said:
                 self._said = True
                 self._say("the checkpoint's template writes this conversation otherwise than Mistral v1 segments: "
                           "the template is used")
-            return self._template.encode(messages)
+            return self._template.encode(messages, limit)
+        self._vocabulary.check_length((text for _, text, _ in _turns(messages)), limit)
         ids = [self._bos]
         for role, text, generated in _turns(messages):
             # Every text is a segment of its own, so an instruction after an answer keeps its space too.

@@ -29,8 +29,9 @@ class PlainFormat:
         self._vocabulary = vocabulary
         self._eos_ids = tuple(eos_ids)
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
+    def encode(self, messages: Sequence[Message], limit: int | None = None) -> list[int]:
         check_conversation(messages)
+        self._vocabulary.check_length((message.content for message in messages), limit)
         segments: list[Segment] = []
         text = ""
         for message in messages:

@@ -33,6 +33,9 @@ MAX_OUTPUT = 2**26  # characters of a rendered conversation
 CHOOSING = frozenset({
     "attr", "batch", "d", "default", "dictsort", "first", "groupby", "items", "last", "list", "map", "max", "min",
     "random", "reject", "rejectattr", "select", "selectattr", "slice", "sort", "unique"})
+# Filters that call one method of the text.
+EXACT = frozenset({"capitalize", "lower", "replace", "reverse", "string", "trim", "upper"})
+# Methods of a literal that put their arguments into the result.
 MAKING = frozenset({"center", "format", "format_map", "join", "ljust", "replace", "rjust", "translate"})
 CURE = "fix the template, or fetch the model's files again"
 
@@ -122,7 +125,7 @@ def _environment(now: Callable[[], datetime]) -> Any:
                 kwargs = {k: v for k, v in kwargs.items() if k not in ("_loop_vars", "_block_vars")}  # jinja2's own
                 if getattr(__obj, "__name__", "") == "join" and len(args) == 1 and not kwargs:
                     return interleave(__obj.__self__, list(args[0]))
-                return followed(__obj, args, kwargs)
+                return followed(__obj, args, kwargs, exact=True)
             return super().call(__context, __obj, *args, **kwargs)
 
     class Generation(ext.Extension):
@@ -159,24 +162,28 @@ def _environment(now: Callable[[], datetime]) -> Any:
         items = value if attribute is None else map(filters.make_attrgetter(environment, attribute), value)
         return interleave(as_text(d), list(map(as_text, items)))
 
+    def strftime_now(form: str) -> str:
+        text = now().strftime(plain(form))
+        return Traced(text) if isinstance(form, Traced) else text
+
     environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols, Generation],
                               finalize=as_text)
     environment.filters["tojson"] = tojson
     for name, function in environment.filters.items():
         if name not in CHOOSING:
-            environment.filters[name] = _following(function)
+            environment.filters[name] = _following(function, exact=name in EXACT)
     environment.filters["join"] = utils.pass_environment(join)
     environment.globals.pop("lipsum")
     environment.globals["namespace"] = Namespace
     environment.globals["dict"] = lambda *args, **kwargs: dict(*args, **kwargs)
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: followed(now().strftime, (plain(form),), {})
+    environment.globals["strftime_now"] = strftime_now
     return environment
 
 
-def _following(function: Callable[..., Any]) -> Callable[..., Any]:
+def _following(function: Callable[..., Any], exact: bool) -> Callable[..., Any]:
     """A filter whose text is traced; jinja2's marks of what it is to be passed stay."""
-    return wraps(function)(lambda *args, **kwargs: followed(function, args, kwargs))
+    return wraps(function)(lambda *args, **kwargs: followed(function, args, kwargs, exact=exact))
 
 
 def _makes_text(method: Any) -> bool:

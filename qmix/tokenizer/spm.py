@@ -66,7 +66,8 @@ class SentencePieceVocabulary(Vocabulary):
         if ids[:n] != self._anchor:
             return self._encode(text, True)
         # An anchor that is unknown is one with unknown characters behind it.
-        fused = ids[n - 1] == self._unk_id and not self._model.encode(ANCHOR + text, out_type=str)[n - 1].endswith(ANCHOR)
+        shown = self._model.encode(ANCHOR + text, out_type=str) if ids[n - 1] == self._unk_id else []
+        fused = bool(shown) and not shown[n - 1].endswith(ANCHOR)
         return ids[n - fused:]
 
     def _leading_space(self) -> tuple[bool, bool]:

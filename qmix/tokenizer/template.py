@@ -40,11 +40,12 @@ class TemplateFormat:
         ends = [*eos_ids, self.turn_end]
         self._ends = tuple(i for i in ends if i is not None)
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
+    def encode(self, messages: Sequence[Message], limit: int | None = None) -> list[int]:
         check_conversation(messages)
         for message in messages:
             check_text(message.content)
         text = self._render(messages)
+        self._vocabulary.check_length([plain(text)], limit)
         self._check_complete(messages, text)
         parts = list(self._splice(text, messages))
         self._check_followed(text)

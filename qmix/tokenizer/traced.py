@@ -216,14 +216,16 @@ def as_text(value: Any) -> str:
     return text if simple else Traced(text)
 
 
-def followed(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """function(*args, **kwargs); a text that it makes out of traced ones is traced.
+def followed(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], *,
+             exact: bool = False) -> Any:
+    """function(*args, **kwargs); a text that it makes out of traced ones is traced. exact: a Traced that it returns can
+    be relied on, since it uses methods of Traced alone: a join of str, say, would lose the sources of a part.
 
     The function is run again with each character of a source replaced by one that stands for the source. Where both
     results are alike but for those, they say where each character came from; else the source is UNKNOWN.
     """
     real = function(*args, **kwargs)
-    if not isinstance(real, str) or isinstance(real, Traced) or not (
+    if not isinstance(real, str) or (exact and isinstance(real, Traced)) or not (
             holds_traced(tuple(args)) or holds_traced(dict(kwargs))):
         return real
     text = str.__str__(real)

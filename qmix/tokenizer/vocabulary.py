@@ -45,6 +45,7 @@ class Rendered:
 
 # Tokens of this shape structure a conversation although nothing declares them special.
 TAG = re.compile(r"<\|[^|<>\s]+\|>")
+UNPRINTED = re.compile(r"[^!-~]+")  # all but printable ASCII
 BRACKETED = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 
 
@@ -104,6 +105,25 @@ class Vocabulary(ABC):
     def _encode(self, text: str, start: bool) -> list[int]:
         """ids of valid Unicode text, which may come out as markers. start: whether the text begins a
         segment of its own, which sentencepiece shows by a space in front of the first word."""
+
+    def check_length(self, parts: Iterable[str], limit: int | None) -> None:
+        """UsageError, before anything is encoded, where a prompt of these texts surely has more than `limit` ids. No id
+        stands for more characters than the longest entry has; only printable ASCII is counted, which no
+        normalization drops, and nothing where a vocabulary has unknown characters."""
+        parts = list(parts)
+        if limit is None or sum(map(len, parts)) <= limit or not self._longest:
+            return
+        least = -(-sum(len(UNPRINTED.sub("", text)) for text in parts) // self._longest)
+        if least > limit:
+            raise UsageError(f"the prompt has at least {least} tokens, the context holds {limit}",
+                             "shorten it, or start with a larger --ctx-size")
+
+    @cached_property
+    def _longest(self) -> int:
+        """Characters of the longest entry; 0 where an ASCII character may be unknown, and many of them one id."""
+        if self._unk_id is not None and any(self._unk_id in self._encode(chr(c), False) for c in range(0x21, 0x7F)):
+            return 0
+        return max(len(self.token(i)) for i in range(self.size))
 
     def encode_text(self, text: str, start: bool = True) -> list[int]:
         """ids of text, no marker's among them; [] for "". UsageError where the text is no Unicode.
