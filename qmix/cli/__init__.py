@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
 def _exit_code(argv: list[str] | None) -> int:
     """Run a command. What it raises is said here, and nowhere else."""
     try:
+        failures.check_address_space(sys.argv[1:] if argv is None else argv)
         command = typer.main.get_command(app)
         command.main(argv, prog_name="qmix", default_map=_defaults(command), auto_envvar_prefix=settings.ENV_PREFIX)
     except SystemExit as left:

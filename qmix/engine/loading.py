@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 
-from qmix import forks, hardware
-from qmix.engine.budgets import budget, needs_of
+from qmix import hardware, process
+from qmix.engine.budgets import budget, mapping_limits, needs_of
 from qmix.engine.engine import Engine
 from qmix.engine.kernels import select_kernels
 from qmix.engine.machine import Placement
 from qmix.engine.parts import Parts, on_device, on_host
 from qmix.engine.placing import place
+from qmix.errors import DoesNotFit
 from qmix.offload import router_stats
 from qmix.offload.forecast import Speeds, forecast, known_shares
 from qmix.offload.plan import Needs
@@ -51,13 +52,16 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
     with ExitStack() as opened:
         store = opened.enter_context(Store.open(Path(folder)))
         threads = _default_threads(store) if threads is None else hardware.check_threads(threads)
-        forks.check_threads_work(threads)
+        process.check_threads_work(threads)
         torch.set_num_threads(threads)
         config = store.config
         needs = needs_of(store, context, kv, scoring)
         tokenizer = load_tokenizer(store.path, config.vocab_size)
         host = select_kernels(config, store.quant, say, activations)
-        plan, device, there = place(store, needs, placement, host, partial(budget, ram, margin, base), say, opened)
+        try:
+            plan, device, there = place(store, needs, placement, host, partial(budget, ram, margin, base), say, opened)
+        except DoesNotFit as error:
+            raise DoesNotFit(error.message, mapping_limits() or error.cure) from None
         stats = router_stats.load(state, store.identity, config.num_layers, config.num_experts, say)
         writer = opened.enter_context(_trace_writer(trace, store)) if isinstance(trace, Path) else trace
         for line in plan.lines():
