@@ -162,7 +162,9 @@ def _ram(machine: Machine) -> int:
         if machine.margin is not None:
             raise UsageError("--margin: only says what --ram auto leaves free", "drop one of --ram and --margin")
         return machine.ram
-    available = hardware.memory().available + hardware.resident_bytes()
+    mappable = hardware.address_space_left()
+    available = hardware.memory().available
+    available = hardware.resident_bytes() + (available if mappable is None else min(available, mappable))
     return available - (min(MARGIN, available // 8) if machine.margin is None else machine.margin)
 
 

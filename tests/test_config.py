@@ -127,7 +127,9 @@ def test_quant_config_refuses_what_does_not_apply() -> None:
 
 @pytest.mark.parametrize("bad", [
     {"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": -1}, {"min_p": 2}, {"repeat_penalty": 0},
-    {"seed": -1}, {"max_tokens": 0}, {"stop": ("",)}, {"temperature": float("nan")},
+    {"seed": -1}, {"max_tokens": 0}, {"stop": ("",)}, {"temperature": float("nan")}, {"temperature": "0"},
+    {"temperature": None}, {"top_k": 1.5}, {"top_k": True}, {"seed": "1"}, {"max_tokens": "9"}, {"stop": None},
+    {"stop": 5}, {"stop": b"ab"}, {"stop": ("a", 1)}, {"stop": ""}, {"stop": {"a": 1}},
 ])
 def test_sampling_params_name_the_field(bad: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(bad))):
@@ -141,3 +143,10 @@ def test_cancel() -> None:
     assert cancel
     cancel.clear()
     assert not cancel
+
+
+def test_a_plain_string_is_one_stop_string() -> None:
+    assert SamplingParams(stop="ab").stop == SamplingParams(stop=["ab"]).stop == ("ab",)  # type: ignore[arg-type]
+    assert SamplingParams(stop=iter("ab")).stop == ("a", "b")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="mix"):
+        QuantConfig(experts="mixed", kinds=(("int4g64", "int4g64"),), mix="00")  # type: ignore[arg-type]

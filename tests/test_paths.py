@@ -54,3 +54,22 @@ def test_hub_failure_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(CheckpointError) as error:
         paths.resolve("org/name", lambda line: None)
     assert error.value.message == "org/name: the hub did not give it: no route to host"
+
+
+def test_a_folder_and_an_alias_of_one_name(hub: list[tuple], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that holds a model comes first, any other does not hide the alias; either is said."""
+    monkeypatch.chdir(tmp_path)
+    alias = paths.models_folder() / "both"
+    alias.mkdir(parents=True)
+    here = tmp_path / "both"
+    here.mkdir()
+    said: list[str] = []
+    assert paths.resolve("both", said.append) == alias
+    assert "the alias" in said[-1] and str(alias) in said[-1] and str(here) in said[-1]
+    (here / "config.json").write_text("{}")
+    assert paths.resolve("both", said.append) == Path("both")
+    assert "hides the alias both" in said[-1] and str(alias) in said[-1]
+    assert paths.resolve("./both", said.append) == Path("both") and len(said) == 2
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    assert paths.resolve("org/name", said.append) == Path("org/name")
+    assert "holds no model; the hub is not asked" in said[-1] and not hub

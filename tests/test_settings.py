@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qmix.errors import ConfigError
-from qmix.settings import check_environment, read_file, xdg_folder
+from qmix.settings import check_environment, environment_lists, read_file, xdg_folder
 
 COMMANDS = {"chat": {"temp": float, "threads": int | None, "ctx_size": int, "stop": list[str] | None, "stats": bool,
                      "system": str | None},
@@ -68,3 +68,20 @@ def test_a_misspelt_variable_is_an_error() -> None:
     check_environment(COMMANDS, {"QMIX_CHAT_CTX_SIZE": "5", "QMIX_OTHER": "1", "HOME": "/"})
     with pytest.raises(ConfigError, match="QMIX_CHAT_TEMPP"):
         check_environment(COMMANDS, {"QMIX_CHAT_TEMPP": "1"})
+
+
+@pytest.mark.parametrize(("text", "values"), [
+    ("### a", ["### a"]), ("\n", ["\n"]), ('["a", "b c"]', ["a", "b c"]), ("[INST]", ["[INST]"]), ("[1]", ["[1]"]),
+    ("[]", ["[]"]), ('["a", 1]', ['["a", 1]']), ("[" * 100_000, ["[" * 100_000]),
+])
+def test_lists_in_the_environment(text: str, values: list[str]) -> None:
+    assert environment_lists(COMMANDS, {"QMIX_CHAT_STOP": text, "QMIX_CHAT_TEMP": "1"}) == {"chat": {"stop": values}}
+
+
+def test_an_empty_variable_is_no_list() -> None:
+    assert environment_lists(COMMANDS, {"QMIX_CHAT_STOP": ""}) == {}
+
+
+def test_a_file_nested_too_deeply_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"qmix\.toml"):
+        read_file(write(tmp_path, "a = " + "[" * 100_000), COMMANDS)

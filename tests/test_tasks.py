@@ -22,8 +22,8 @@ from qmix.checkpoint import Checkpoint
 from qmix.config import QuantConfig
 from qmix.demo import CHECKPOINT
 from qmix.engine import Engine, load
-from qmix.errors import UsageError
-from qmix.evaluate.tasks import HarnessModel, rows, sampling
+from qmix.errors import StoreError, UsageError
+from qmix.evaluate.tasks import HarnessModel, prepare, rows, sampling
 from qmix.quantize import quantize_checkpoint
 
 CHOOSE = """
@@ -207,3 +207,52 @@ def test_tasks_that_there_are_not(store: Path, tmp_path: Path, request: pytest.F
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr, done.stderr
     for word in words:
         assert word in done.stderr
+
+
+WISHES = CHOOSE + """
+output_type: generate_until
+doc_to_target: "{{{{said}}}}"
+generation_kwargs: {{until: [" the"], {wish}}}
+"""
+
+
+@pytest.mark.parametrize(("wish", "words"), [
+    ("max_gen_toks: 4, num_beams: 5", ("task qmix_wishes", "num_beams")),
+    ("max_gen_toks: 96", ("task qmix_wishes", "96 tokens", "--ctx-size")),
+])
+def test_what_a_later_task_cannot_have_is_refused_before_the_first_runs(
+        store: Path, tasks: Path, only_ours: None, wish: str, words: tuple[str, ...],
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    (tasks / "qmix_wishes.yaml").write_text(WISHES.format(name="qmix_wishes", data=tasks / "data.jsonl", wish=wish))
+    monkeypatch.setattr("qmix.engine.load", lambda *args, **how: pytest.fail("nothing is to be loaded"))
+    text = tasks / "text.txt"
+    text.write_text("The fox carried a lantern. " * 20)
+    done = qmix("eval", store, "--tasks", "qmix_choices,qmix_wishes", "--include-path", tasks, "-c", 96, "-f", text)
+    assert done.returncode == 2 and done.stdout == "", done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+def test_figures_are_printed_though_a_later_task_fails(store: Path, tasks: Path, only_ours: None,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: HarnessModel, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        raise StoreError("experts-00.safetensors: checksum differs")
+
+    monkeypatch.setattr(HarnessModel, "generate_until", fail)
+    text = tasks / "text.txt"
+    text.write_text("The fox carried a lantern. " * 20)
+    done = qmix("eval", store, "--tasks", "qmix_choices,qmix_answers", "--include-path", tasks, "-c", 96, "--json",
+                "-f", text)
+    assert done.returncode == 4 and "error: task qmix_answers: experts-00.safetensors" in done.stderr
+    document = json.loads(done.stdout)
+    assert [row["task"] for row in document["tasks"]] == ["qmix_choices"] and document["perplexity"] > 1
+
+
+def test_a_task_named_twice(store: Path, tasks: Path, only_ours: None) -> None:
+    """Once is enough; and a plain string is one name, not its letters."""
+    found = prepare("qmix_choices", store, 96, tasks)
+    assert [name for name, _ in found._items] == ["qmix_choices"]
+    assert len(prepare(["qmix_choices", "qmix_choices"], store, 96, tasks)._items) == 1
+    (tasks / "group.yaml").write_text("group: qmix_group\ntask: [qmix_choices]\n")
+    with pytest.raises(UsageError, match="part of qmix_group and of qmix_choices"):
+        prepare(["qmix_group", "qmix_choices"], store, 96, tasks)

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     """The console script: run a command and leave with its exit code."""
     replaced = streams.prepare()
     code = _exit_code(argv)
-    code = _flush_stdout() or code
+    code = _flush_stdout(code)
     if line := replaced.line():
         render.say(line)
     if code:
@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
 def _exit_code(argv: list[str] | None) -> int:
     """Run a command. What it raises is said here, and nowhere else."""
     try:
+        failures.check_address_space(sys.argv[1:] if argv is None else argv)
         command = typer.main.get_command(app)
         command.main(argv, prog_name="qmix", default_map=_defaults(command), auto_envvar_prefix=settings.ENV_PREFIX)
     except SystemExit as left:
@@ -100,15 +101,15 @@ def _defaults(command: Any) -> dict[str, dict[str, Any]]:
     return defaults
 
 
-def _flush_stdout() -> int:
-    """1 where the end of the output could not be written. A reader that left early (`| head`, a closed terminal) is no
-    error; stdout then points elsewhere, so that exit stays quiet."""
+def _flush_stdout(code: int) -> int:
+    """The exit code: 1 instead of 0 where the end of the output could not be written. A reader that left early
+    (`| head`, a closed terminal) is no error; stdout then points elsewhere, so that exit stays quiet."""
     try:
         sys.stdout.flush()
-        return 0
+        return code
     except (OSError, ValueError) as error:
         streams.abandon(sys.stdout)
-        if isinstance(error, BrokenPipeError) or getattr(error, "errno", None) == errno.EIO:
-            return 0
+        if code or isinstance(error, BrokenPipeError) or getattr(error, "errno", None) == errno.EIO:
+            return code
         render.say(f"error: stdout: {getattr(error, 'strerror', None) or error}")
         return 1

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qmix import render
+from qmix import render, streams
 from qmix.cli.options import (
     Activations,
     CachePolicy,
@@ -61,6 +61,7 @@ def bench(
     from qmix import bench as benchmark
     from qmix import oneshot
 
+    streams.check_stdout()
     cases = benchmark.make_cases(*(benchmark.numbers(flag, text) for flag, text in (
         ("-p", prompt_tokens), ("-n", gen_tokens), ("-d", depth))))
     text = benchmark.recorded_text() if file is None else oneshot.read_prompt(None, file, sys.stdin)
@@ -68,8 +69,14 @@ def bench(
                   None, device, vram, pin, exact)
     request = benchmark.Request(model_folder(model), cases, repetitions, text, "recorded" if file is None else
                                 str(file), size_or_auto("--ram", ram), size_or_auto("--pin", pin))
-    document = benchmark.run(request, _loader(request.folder, how), today=date.today(), say=render.say,
-                             emit=_printer(output))
+    rows: list[dict[str, Any]] = []
+    try:
+        document = benchmark.run(request, _loader(request.folder, how), today=date.today(), say=render.say,
+                                 emit=rows.append if output == "json" else _printer(output))
+    except BaseException:
+        if rows:  # a later case failed: what was measured is printed all the same
+            print(render.document({"interrupted": True, "rows": rows}, as_json=True))
+        raise
     if output == "json":
         print(render.document(document, as_json=True))
     if document["interrupted"]:
@@ -104,16 +111,15 @@ def _again(how: Loading, like: Any) -> Loading:
 
 
 def _printer(output: str) -> Callable[[dict[str, Any]], None]:
-    """Prints a row at a time; of md and csv the head with the first. One JSON document is printed at the end."""
+    """Prints a row at a time; of md and csv the head with the first."""
     from qmix.bench import cells
 
     first = True
 
     def emit(row: dict[str, Any]) -> None:
         nonlocal first
-        if output != "json":
-            lines = render.table([cells(row) if output == "md" else row], output).splitlines()
-            print("\n".join(lines if first else lines[-1:]), flush=True)
+        lines = render.table([cells(row) if output == "md" else row], output).splitlines()
+        print("\n".join(lines if first else lines[-1:]), flush=True)
         first = False
 
     return emit

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qmix import paths, render
+from qmix import paths, render, streams
 from qmix.cli.options import (
     Activations,
     CachePolicy,
@@ -66,19 +66,24 @@ def evaluate(
                  {"--include-path": include_path is not None, "--limit": limit is not None})
     from qmix import evaluate as evaluation
 
+    streams.check_stdout()
     how = Loading(ctx_size, threads, ram, margin, cache_policy, prefetch, no_prefetch, verify, activations, kv_cache,
                   device=device, vram=vram, pin=pin, exact=exact)
     folder = model_folder(model)
+    prepared = None if tasks is None else _prepare(folder, tasks, ctx_size, include_path, limit)
     document: dict[str, Any] = {}
-    if file is not None:
-        document = _text(evaluation.Request(
-            folder, _read(file), str(file), paths.evaluations_folder(),
-            None if against is None else paths.resolve(against, render.say), ctx_size, stride, max_tokens, fresh,
-            activations, kv_cache, None if ram == "auto" else flag_bytes("--ram", ram), margin_bytes(margin),
-            _gpu_for_both(how)), how)
-    if tasks is not None:
-        document |= _tasks(folder, how, tasks, include_path, limit)
-    print(render.document(document if json else evaluation.lines(document), as_json=json))
+    try:
+        if file is not None:
+            document = _text(evaluation.Request(
+                folder, _read(file), str(file), paths.evaluations_folder(),
+                None if against is None else paths.resolve(against, render.say), ctx_size, stride, max_tokens, fresh,
+                activations, kv_cache, None if ram == "auto" else flag_bytes("--ram", ram), margin_bytes(margin),
+                _gpu_for_both(how)), how)
+        if prepared is not None:
+            _tasks(folder, how, prepared, document)
+    finally:  # what is known is printed, whatever ended the rest
+        if document:
+            print(render.document(document if json else evaluation.lines(document), as_json=json))
 
 
 def _check_flags(file: Path | None, tasks: str | None, of_text: dict[str, bool], of_tasks: dict[str, bool]) -> None:
@@ -139,8 +144,8 @@ def _text(request: Any, how: Loading) -> dict[str, Any]:
         return evaluation.run(request, _loader(request, how), cancel=cancel, say=render.say, progress=progress)
 
 
-def _tasks(folder: Path, how: Loading, names: str, include: Path | None, limit: int | None) -> dict[str, Any]:
-    """{"tasks": rows}, and which model."""
+def _prepare(folder: Path, names: str, ctx_size: int, include: Path | None, limit: int | None) -> Any:
+    """The tasks, checked before any model is loaded."""
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if not wanted:
         raise UsageError(f"--tasks {names!r}: names no task")
@@ -150,6 +155,11 @@ def _tasks(folder: Path, how: Loading, names: str, include: Path | None, limit: 
         if (error.name or "").partition(".")[0] != "lm_eval":
             raise
         raise UsageError("--tasks: the lm-eval harness is not installed", "pip install 'qmix[eval]'") from None
+    return tasks.prepare(wanted, folder, ctx_size, include, limit)
+
+
+def _tasks(folder: Path, how: Loading, prepared: Any, document: dict[str, Any]) -> None:
+    """Add the tasks' rows to `document`, each as soon as it is known, and which model it was."""
     from qmix import __version__
     from qmix.evaluate import about
     from qmix.store import Store
@@ -159,8 +169,8 @@ def _tasks(folder: Path, how: Loading, names: str, include: Path | None, limit: 
 
     with Store.open(folder) as store:
         model = about(store)
-    return {"qmix": __version__, "model": model,
-            "tasks": tasks.run(wanted, folder, load, render.say, include, limit)}
+    for row in prepared.run(load, render.say):
+        document.update({"qmix": __version__, "model": model, "tasks": [*document.get("tasks", []), row]})
 
 
 def _loader(request: Any, how: Loading) -> Callable[..., Any]:

@@ -12,14 +12,29 @@ import shlex
 import sys
 import tempfile
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 from qmix import __version__, render
+from qmix.errors import DoesNotFit
+from qmix.process import address_space_limit
+from qmix.sizes import format_bytes
 
+LEAST = 1 << 30  # bytes of address space that Python, torch and its first threads map, without any model
 LIMITS = "close other programs, choose a smaller --ram or -c/--ctx-size, or raise the limits (ulimit -v, ulimit -u)"
 # How libraries say that an allocation, a mapping or a thread was refused, where they raise no MemoryError.
 REFUSED = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "can't start new thread",
            "failed to map segment", "bad_alloc", "thread constructor failed")
+
+
+def check_address_space(args: Sequence[str]) -> None:
+    """DoesNotFit where `ulimit -v` is so low that importing torch would abort the process, or hang it. args: the
+    command line; what needs no torch is let through."""
+    limit = address_space_limit()
+    if limit is None or limit >= LEAST or not args or args[0] in ("list", "--version") or {"-h", "--help"} & set(args):
+        return
+    raise DoesNotFit(f"ulimit -v {limit // 1024}: {format_bytes(limit)} of address space, and torch alone maps about "
+                     f"{format_bytes(LEAST)}", "raise it (ulimit -v unlimited); --ram limits the memory that is used")
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qmix import paths, render
+from qmix import paths, render, streams
 from qmix.cli.options import Loading, Margin, ModelArgument, Ram, Threads, load_engine, model_folder
 from qmix.errors import UsageError
 
@@ -72,6 +72,7 @@ def _analyse(folder: Path, files: list[Path], how: Loading, tokens: int, plot: P
     from qmix.analysis.recorder import Collector
     from qmix.store import Store
 
+    streams.check_stdout()
     if plot is not None:
         from qmix.analysis import plots
 

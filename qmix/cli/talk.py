@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from qmix import paths, render
+from qmix import paths, render, streams
 from qmix.cli.options import (
     Activations,
     CachePolicy,
@@ -125,6 +125,7 @@ def generate(
     params = sampling(temp, top_p, top_k, min_p, repeat_penalty, seed, max_tokens, stop)
     how = Loading(ctx_size, threads, ram, margin, cache_policy, prefetch, no_prefetch, verify, activations, kv_cache,
                   trace, device, vram, pin, exact)
+    streams.check_stdout()
     folder = model_folder(model)
     text = oneshot.read_prompt(prompt, file, sys.stdin)
     with load_engine(folder, how) as engine:
@@ -145,5 +146,6 @@ def demo(
     if prompt is None:
         _chat(folder, "demo", params, None, None, False, Loading(threads=threads, device=device), 7)
     else:
+        streams.check_stdout()
         with load_engine(folder, Loading(threads=threads, device=device)) as engine:
             raise typer.Exit(oneshot.run(engine, prompt, params, draft=7))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qmix import hardware
+from qmix import hardware, process
 from qmix.config import ModelConfig
 from qmix.errors import DoesNotFit, UsageError
 from qmix.offload.plan import MARGIN, Needs, choose_context
@@ -16,8 +16,11 @@ def needs_of(store: Store, context: int = 0, kv: str = "bf16", scoring: bool = F
 
 
 def budget(ram: int | None, margin: int | None, base: int | None = None) -> tuple[int, int]:
-    """(bytes for the whole process, bytes it has taken already). DoesNotFit where `ram` is more than there is."""
-    available = hardware.memory().available
+    """(bytes for the whole process, bytes it has taken already). DoesNotFit where `ram` is more than there is, or more
+    than the limit of the address space (ulimit -v) allows."""
+    available, cure = hardware.memory().available, "name a smaller budget, or close other programs"
+    if mapping_limits():
+        available, cure = hardware.address_space_left() or 0, mapping_limits()
     base = hardware.resident_bytes() if base is None else base
     if ram is None and margin is not None and margin >= available:
         raise DoesNotFit(f"--margin {format_bytes(margin)}: only {format_bytes(available)} is free",
@@ -28,8 +31,17 @@ def budget(ram: int | None, margin: int | None, base: int | None = None) -> tupl
         raise UsageError("--margin: only says what --ram auto leaves free", "drop one of --ram and --margin")
     if ram > base + available:
         raise DoesNotFit(f"--ram {format_bytes(ram)}: only {format_bytes(base + available)} can be had, short of "
-                         f"{format_bytes(ram - base - available)}", "name a smaller budget, or close other programs")
+                         f"{format_bytes(ram - base - available)}", cure)
     return ram, base
+
+
+def mapping_limits() -> str:
+    """What to do about a limit of the address space that is tighter than memory; "" where there is none."""
+    left, limit = hardware.address_space_left(), process.address_space_limit()
+    if left is None or limit is None or left >= hardware.memory().available:
+        return ""
+    return (f"raise the limit of the address space, ulimit -v {limit // 1024} ({format_bytes(limit)}), or name a "
+            "smaller budget or context")
 
 
 def _context(config: ModelConfig, asked: int) -> int:

@@ -14,7 +14,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from qmix import forks, hardware
+from qmix import hardware, process
 from qmix.config import Cancel, ModelConfig, SamplingParams, Step
 from qmix.device import Device
 from qmix.engine.kernels import native_throughout
@@ -269,7 +269,7 @@ class Engine:
         alone = self._threads == 1 and self.plan.resident and self.device is None and not self._offload.experts.traces
         if self._forked and not alone:
             raise QmixError(f"{self.store.path}: this process was forked after the model was loaded, and a forked "
-                            "process has none of the model's threads", forks.CURE)
+                            "process has none of the model's threads", process.CURE)
 
     def __enter__(self) -> Engine:
         return self

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import torch
 
-from qmix import forks
+from qmix import process
 from qmix.engine import vram
-from qmix.engine.budgets import budget, needs_of
+from qmix.engine.budgets import budget, mapping_limits, needs_of
 from qmix.engine.engine import Engine
 from qmix.engine.kernels import select_kernels
 from qmix.engine.machine import Placement
 from qmix.engine.parts import Parts, on_device, on_host
 from qmix.engine.placing import place
 from qmix.engine.threads import Threads
+from qmix.errors import DoesNotFit
 from qmix.kernels.table import KernelTable
 from qmix.offload import router_stats
 from qmix.offload.forecast import Speeds, forecast, known_shares
@@ -55,7 +56,7 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
         store = opened.enter_context(Store.open(Path(folder)))
         compute = Threads(threads, store.layout.record_bytes)
         compute.count(False)  # a wrong number is told before anything else is
-        forks.check_threads_work(compute.count(False))
+        process.check_threads_work(compute.count(False))
         config = store.config
         needs = needs_of(store, context, kv, scoring)
         tokenizer = load_tokenizer(store.path, config.vocab_size)
@@ -64,8 +65,11 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
             torch.set_num_threads(compute.count(beside))
             return select_kernels(config, store.quant, say, activations)
 
-        plan, device, there, host = place(store, needs, placement, on_cpu, partial(budget, ram, margin, base), say,
-                                          opened)
+        try:
+            plan, device, there, host = place(store, needs, placement, on_cpu, partial(budget, ram, margin, base), say,
+                                              opened)
+        except DoesNotFit as error:
+            raise DoesNotFit(error.message, mapping_limits() or error.cure) from None
         stats = router_stats.load(state, store.identity, config.num_layers, config.num_experts, say)
         writer = opened.enter_context(_trace_writer(trace, store)) if isinstance(trace, Path) else trace
         for line in plan.lines():

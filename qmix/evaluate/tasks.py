@@ -1,8 +1,11 @@
 """`qmix eval --tasks`: the lm-eval harness (the extra `eval`) drives a model through an adapter.
 
 The harness makes the prompts and counts; the model gives log-likelihoods and greedy answers. Texts begin with the BOS
-token where the tokenizer sets one, and contexts that are too long lose their beginning, which is said. The model is
-loaded at the first request: by then the harness has its data in memory, so that they count in the budget as taken.
+token where the tokenizer sets one, and contexts that are too long lose their beginning, which is said.
+
+All tasks are prepared, and what they ask for is checked, before the model is loaded: a wish that qmix does not know is
+refused before hours of another task. The harness then has its data in memory, so that they count in the budget as
+taken. Tasks are run one after the other, and what each gives is given at once: a later failure drops no figure.
 
 This is the one file of qmix that imports lm_eval, and nothing imports it but `--tasks`.
 """
@@ -23,11 +26,12 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from qmix.config import SamplingParams
+from qmix.config import SamplingParams, strings
 from qmix.engine import Engine, Session
 from qmix.errors import QmixError, UsageError
 from qmix.evaluate.score import continuations
 from qmix.generate import generate
+from qmix.offload.plan import choose_context
 from qmix.store import Store
 from qmix.tokenizer import Tokenizer
 from qmix.tokenizer import load as load_tokenizer
@@ -35,6 +39,7 @@ from qmix.tokenizer import load as load_tokenizer
 ANSWER = 256  # tokens that a task gets which does not say how many it wants, as in the harness's own models
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens")
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")
+FEWSHOT_SEED = 1234  # as the harness has it by default
 SEED = 1234  # of sampled answers, as the harness seeds torch
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # ((context, continuation) or None, their ids)
 
@@ -75,9 +80,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         session = self._ready()
         groups: dict[tuple[tuple[int, ...], int], list[int]] = {}
         for number, (_, context, continuation) in enumerate(requests):
-            if not 0 < len(continuation) <= session.context:
-                raise UsageError(f"a continuation of {len(continuation)} tokens: want 1 to {session.context}, the "
-                                 "context", "raise -c/--ctx-size")
+            check_continuation(len(continuation), session.context)
             read = self._fitted([*context, *continuation[:-1]], session.context)
             groups.setdefault((tuple(read), len(continuation)), []).append(number)
         found: dict[int, tuple[float, bool]] = {}
@@ -109,9 +112,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         for request in tqdm(requests, desc="generate_until", disable=disable_tqdm):
             context, wishes = request.args
             params = sampling(wishes)
-            if params.max_tokens >= session.context:
-                raise UsageError(f"an answer of {params.max_tokens} tokens does not fit a context of {session.context}",
-                                 "raise -c/--ctx-size")
+            check_answer(params, session.context)
             session.trim(0)
             ids = self._fitted(self.tok_encode(context), session.context - params.max_tokens)
             tokens = generate(session, ids, params, self._tokens, continuing=True)
@@ -155,36 +156,108 @@ def sampling(wishes: Mapping[str, Any]) -> SamplingParams:
                           min_p=float(wishes.get("min_p", 0.0)))
 
 
-def run(names: Sequence[str], folder: Path, load: Callable[[], Engine], say: Callable[[str], None],
-        include: Path | None = None, limit: int | None = None) -> list[dict[str, Any]]:
-    """A row for each metric of each task and group, in the harness's order: task, version, filter, shots, samples,
-    metric, value, stderr or None. include: a folder with more tasks; limit: samples of each, None = all.
+class Prepared:
+    """Tasks whose data and requests are in memory, and which ask for nothing that qmix cannot do."""
 
-    UsageError for a task that there is not, and where a task's data cannot be had.
+    def __init__(self, items: Sequence[tuple[str, list[Any]]], manager: TaskManager, tokenizer: Tokenizer,
+                 limit: int | None):
+        self._items, self._manager, self._tokenizer, self._limit = items, manager, tokenizer, limit
+
+    def run(self, load: Callable[[], Engine], say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+        """A row for each metric of each task and group, as soon as it is known: task, version, filter, shots,
+        samples, metric, value, stderr or None. QmixError names the task that failed."""
+        model = HarnessModel(self._tokenizer, load, say)
+        try:
+            for name, parts in self._items:
+                try:
+                    with redirect_stdout(sys.stderr):  # stdout is for the result
+                        found = simple_evaluate(model, tasks=list(parts), task_manager=self._manager,
+                                                limit=self._limit, log_samples=False)
+                except QmixError as error:
+                    error.message = f"task {name}: {error.message}"
+                    raise
+                yield from rows(found)
+        finally:
+            model.close()
+
+
+def prepare(names: Sequence[str], folder: Path, context: int, include: Path | None = None,
+            limit: int | None = None) -> Prepared:
+    """names: of tasks, groups and tags, or one of them as a plain string; context: tokens, 0 = as engine.load takes
+    it; include: a folder with more tasks; limit: samples of each, None = all.
+
+    UsageError for a task that there is not, where a task's data cannot be had, and where one asks for what qmix
+    cannot do.
     """
+    names = strings("tasks", names)
     if include is not None and not include.is_dir():
         raise UsageError(f"--include-path {include}: no such folder")
     with Store.open(folder) as store:
         tokenizer = load_tokenizer(store.path, store.config.vocab_size)
-    model = HarnessModel(tokenizer, load, say)
+        context = choose_context(store.config, context)
     try:
-        with redirect_stdout(sys.stderr):  # stdout is for the result
+        with redirect_stdout(sys.stderr):
             manager = TaskManager(include_path=None if include is None else str(include))
             if unknown := [name for name in names if name not in manager.all_tasks]:
                 raise UsageError(f"--tasks {unknown[0]}: the lm-eval harness has no such task",
                                  "lm-eval ls tasks lists them; your own are found with --include-path")
-            found = simple_evaluate(model, tasks=list(names), task_manager=manager, limit=limit, log_samples=False)
+            items, seen = [], dict[str, str]()
+            for name in dict.fromkeys(names):
+                loaded = manager.load([name])
+                for one, task in loaded["tasks"].items():
+                    if one in seen:
+                        raise UsageError(f"--tasks: {one} is part of {seen[one]} and of {name}", "name one of them")
+                    seen[one] = name
+                    _check(one, task, tokenizer, context, limit)
+                items.append((name, [loaded["groups"][name]] if name in loaded["groups"] else
+                              list(loaded["tasks"].values())))
     except QmixError:
         raise
     except Exception as error:  # whatever datasets, yaml or a task's own code raise
-        if model.engine is not None:
-            raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(f"--tasks {','.join(names)}: the lm-eval harness cannot prepare them: {reason}",
                          "tasks fetch their data from the Hugging Face hub, unless it is in its cache") from None
-    finally:
-        model.close()
-    return list(rows(found))
+    return Prepared(items, manager, tokenizer, limit)
+
+
+def _check(name: str, task: Any, tokenizer: Tokenizer, context: int, limit: int | None) -> None:
+    """Build the requests of a task, as the harness will once more, and look at what they ask for."""
+    if getattr(task, "MULTIMODAL", False):
+        raise UsageError(f"task {name}: shows pictures or sounds, and qmix reads text only")
+    if getattr(task, "UNSAFE_CODE", False):
+        raise UsageError(f"task {name}: runs code that the model writes, which qmix does not do")
+    if task.get_config("num_fewshot") is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    task.build_all_requests(limit=limit, rank=0, world_size=1)
+    checked = set()
+    for request in task.instances:
+        if request.request_type not in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+            raise UsageError(f"task {name}: wants {request.request_type}, which qmix does not do")
+        if request.request_type == "loglikelihood_rolling" or repr(request.args[1]) in checked:
+            continue
+        wish = request.args[1]
+        checked.add(repr(wish))
+        try:
+            if request.request_type == "generate_until":
+                check_answer(sampling(wish), context)
+            else:
+                check_continuation(len(tokenizer.encode(wish, bos=False)), context)
+        except QmixError as error:
+            raise UsageError(f"task {name}: {error.message}", error.cure) from None
+
+
+def check_answer(params: SamplingParams, context: int) -> None:
+    """UsageError where the longest answer leaves no room for a prompt."""
+    if params.max_tokens >= context:
+        raise UsageError(f"an answer of {params.max_tokens} tokens does not fit a context of {context}",
+                         "raise -c/--ctx-size")
+
+
+def check_continuation(tokens: int, context: int) -> None:
+    """UsageError where a continuation cannot be scored."""
+    if not 0 < tokens <= context:
+        raise UsageError(f"a continuation of {tokens} tokens: want 1 to {context}, the context", "raise -c/--ctx-size")
 
 
 def rows(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

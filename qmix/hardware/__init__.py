@@ -4,8 +4,9 @@ memory.py and cores.py answer at once and are re-exported here. disk.py and band
 takes seconds: import them where that is wanted. `hardware.memory` is the function of that name.
 """
 
+from qmix.hardware.address_space import address_space_left
 from qmix.hardware.cores import check_threads, physical_cores
 from qmix.hardware.memory import Memory, cgroup_limits, is_wsl, memory, peak_bytes, resident_bytes
 
-__all__ = ["Memory", "cgroup_limits", "check_threads", "is_wsl", "memory", "peak_bytes", "physical_cores",
-           "resident_bytes"]
+__all__ = ["Memory", "address_space_left", "cgroup_limits", "check_threads", "is_wsl", "memory",
+           "peak_bytes", "physical_cores", "resident_bytes"]

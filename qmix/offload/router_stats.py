@@ -249,7 +249,7 @@ def _read(path: Path) -> bytes:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST:
             raise ValueError("not a regular file, or a huge one")
-        return file.read(LARGEST)
+        return file.read(status.st_size)  # read(LARGEST) would allocate as much first
 
 
 def save(folder: Path, fingerprint: str, stats: RouterStats, say: Say, patience: float = PATIENCE) -> None:

@@ -1,7 +1,11 @@
-"""Forked processes: os.fork, and multiprocessing where its start method is "fork".
+"""What this process may do: compute with several threads, and map memory.
 
-A forked child has the memory of its parent but none of the parent's threads. OpenMP does not notice: its next parallel
-loop in the child waits for threads that do not exist, forever. So a child is refused before its first parallel loop.
+Forks (os.fork, and multiprocessing where its start method is "fork"): a forked child has the memory of its parent but
+none of the parent's threads. OpenMP does not notice: its next parallel loop in the child waits for threads that do not
+exist, forever. So a child is refused before its first parallel loop.
+
+Address space (ulimit -v) counts all that is mapped, whether or not it is in RAM: libraries, stacks of threads, pools
+not yet touched.
 """
 
 from __future__ import annotations
@@ -26,3 +30,13 @@ def check_threads_work(threads: int) -> None:
 def _first_to_compute() -> int:
     """The process that first computed with several threads: the cache goes with a fork into the child."""
     return os.getpid()
+
+
+def address_space_limit() -> int | None:
+    """Bytes that this process may map (RLIMIT_AS); None where there is no limit."""
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    soft = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if soft == resource.RLIM_INFINITY else soft

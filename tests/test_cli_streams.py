@@ -1,0 +1,231 @@
+"""The command line where the streams, the locale, the home folder or the address space are not as usual."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_cli import qmix, refused
+
+from qmix import settings, streams
+from qmix.checkpoint import Checkpoint
+from qmix.config import QuantConfig
+from qmix.demo import CHECKPOINT
+from qmix.errors import QmixError
+from qmix.quantize import quantize_checkpoint
+
+ANSWER = ("-p", "Who are you?", "--temp", "0", "-n", "6", "-t", "1")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("streams") / "store"
+    with Checkpoint.open(CHECKPOINT) as checkpoint:
+        quantize_checkpoint(checkpoint, out, QuantConfig(method="rtn"), threads=1)
+    return out
+
+
+def shell(line: str, *args: object, stdin: bytes = b"", **env: str) -> subprocess.CompletedProcess[bytes]:
+    """qmix ARGS in a shell of its own, with `line` behind it: redirections, as a user types them."""
+    command = " ".join([sys.executable, "-m", "qmix", *(f"'{arg}'" for arg in args), line])
+    return subprocess.run(["bash", "-c", command], input=stdin, capture_output=True, timeout=300,
+                          env={**os.environ, **env})
+
+
+@pytest.fixture(scope="module")
+def answer(store: Path) -> bytes:
+    done = shell("", "generate", store, *ANSWER)
+    assert done.returncode == 0 and done.stdout.strip()
+    return done.stdout
+
+
+@pytest.mark.parametrize("line", ["2>&-", "<&-", "2>&- <&-", "2>/dev/full"])
+def test_the_answer_survives_streams_that_are_closed_or_full(store: Path, answer: bytes, line: str) -> None:
+    done = shell(line, "generate", store, *ANSWER)
+    assert (done.returncode, done.stdout) == (0, answer)
+
+
+@pytest.mark.parametrize("line", [">&-", "<&- >&-"])
+def test_an_answer_that_can_go_nowhere_is_refused_at_once(store: Path, line: str) -> None:
+    done = shell(line, "generate", store, *ANSWER)
+    assert done.returncode == 1 and done.stderr.count(b"error: ") == 1
+    assert b"stdout" in done.stderr and b"experts" not in done.stderr, done.stderr
+
+
+def test_a_full_disk_behind_stdout_is_an_error(store: Path) -> None:
+    done = shell(">/dev/full", "show", store, "--json")
+    assert done.returncode == 1 and done.stderr.count(b"error: ") == 1 and b"No space left" in done.stderr
+
+
+def test_closed_streams_have_no_numbers_for_files_to_take(tmp_path: Path) -> None:
+    """With all three closed, the store's files must not be what a library's stderr goes into."""
+    done = shell("<&- >&- 2>&-", "quantize", CHECKPOINT, tmp_path / "out", "-t", 1, "--method", "rtn")
+    assert done.returncode == 0
+    assert qmix("verify", tmp_path / "out", "--deep").returncode == 0
+
+
+def test_bytes_on_stdin_that_are_not_utf8_are_replaced_and_said(store: Path) -> None:
+    done = shell("", "generate", store, *ANSWER[2:], "--json", stdin=b"-price: 5 \xa3\n+price: 6 \xa3\n")
+    assert done.returncode == 0, done.stderr
+    assert b"stdin: 2 pieces that are not UTF-8, the first at byte 10 (0xa3)" in done.stderr
+    clean = shell("", "generate", store, *ANSWER[2:], "--json", stdin="-price: 5 \ufffd\n+price: 6 \ufffd\n".encode())
+    assert json.loads(clean.stdout)["token_ids"] == json.loads(done.stdout)["token_ids"]
+    assert b"not UTF-8" not in clean.stderr
+
+
+@pytest.mark.parametrize(("data", "text", "first"), [
+    (b"plain", "plain", None), (b"\xff", "\ufffd", 0), ("é".encode() + b"\xc3", "é\ufffd", 2),
+    ("\ufffd".encode(), "\ufffd", None), ("\ufffd".encode() + b"\xff", "\ufffd\ufffd", 3),
+])
+def test_decoding_of_pipes(data: bytes, text: str, first: int | None) -> None:
+    found, problem = streams.decoded(data)
+    assert found == text
+    assert (problem == "") if first is None else f"1 piece that is not UTF-8, the first at byte {first} " in problem
+
+
+def test_characters_that_the_locale_lacks(store: Path) -> None:
+    """An answer of a model that says an en dash, on an ASCII stdout: replaced and counted; JSON escapes it."""
+    program = ("import sys; from qmix.tokenizer.stream import StreamDecoder; from qmix.cli import main\n"
+               "push = StreamDecoder.push\n"
+               "StreamDecoder.push = lambda self, i: push(self, i).replace('a', chr(0x2013))\n"
+               "main(sys.argv[1:])")
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+
+    def run(*flags: str) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run([sys.executable, "-c", program, "generate", str(store), *ANSWER, *flags], env=env,
+                              capture_output=True, timeout=300)
+
+    done, document = run(), run("--json")
+    assert done.returncode == document.returncode == 0, done.stderr
+    assert b"?" in done.stdout and b"became ?: stdout's encoding, ascii, lacks them" in done.stderr
+    assert "\u2013" in json.loads(document.stdout)["text"] and b"became ?" not in document.stderr
+
+
+def test_a_path_that_is_not_utf8_is_printed_as_it_is(store: Path, tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"st\xff")).symlink_to(store)
+    done = subprocess.run([sys.executable, "-m", "qmix", "verify", bytes(tmp_path) + b"/st\xff"], capture_output=True,
+                          timeout=300, env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+    assert b"Traceback" not in done.stderr and b"a fault in qmix" not in done.stderr, done.stderr
+
+
+def test_without_a_home_folder(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container under any uid: no HOME, and no entry in the system's list of users."""
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    for name in ("HOME", "XDG_CONFIG_HOME", "XDG_STATE_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert qmix("--version").returncode == 0
+    assert qmix("show", store).returncode == 0
+    done = qmix("generate", store, *ANSWER)
+    assert done.returncode == 0 and "router statistics are not kept" in done.stderr
+    assert qmix("plan", store).returncode == 0
+    for args in (("list",), ("stats", store), ("demo", "-p", "x"), ("doctor", "--bandwidth"), ("chat", "--list")):
+        refused(qmix(*args), 1, "no home folder", "HOME")
+    refused(qmix("show", "~/x"), 2, "~/x", "no home folder")
+    with pytest.raises(settings.NoHome):
+        settings.xdg_folder("data", {})
+
+
+def test_a_user_that_there_is_not(tmp_path: Path) -> None:
+    for command in ("show", "plan", "generate", "verify", "quantize"):
+        refused(qmix(command, "~nobody-here/model", *([tmp_path / "out"] if command == "quantize" else [])), 2,
+                "~nobody-here/model", "no such user")
+
+
+@pytest.mark.parametrize("limit", [500, 1100])  # MiB: less than torch needs, and less than the model needs beside it
+def test_a_tight_address_space_does_not_fit(store: Path, limit: int) -> None:
+    done = subprocess.run(["bash", "-c", f"ulimit -v {limit * 1024}; exec {sys.executable} -m qmix generate {store} "
+                           "-p x -n 2 -t 1"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 3, done.stderr
+    assert "ulimit -v" in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
+
+
+def test_a_fault_is_one_line_and_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fault() -> None:
+        raise AttributeError("nothing has no name\nsecond line")
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("qmix.paths.local_stores", fault)
+    done = qmix("list")
+    refused(done, 1, "a fault in qmix: AttributeError: nothing has no name;", "please report it")
+    (file,) = tmp_path.glob("qmix-error-*.txt")
+    assert str(file) in done.stderr and done.stderr.count("\n") == 1
+    text = file.read_text()
+    assert "Traceback" in text and "second line" in text and "qmix 0." in text
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    lost = qmix("list")
+    assert lost.returncode == 1 and "Traceback" in lost.stderr and "please report it" in lost.stderr
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), OSError(12, "Cannot allocate memory"), RuntimeError("can't start new thread"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to"),
+    ImportError("libtorch.so: failed to map segment from shared object"),
+])
+def test_memory_that_the_system_refuses_is_no_fault(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise error
+
+    monkeypatch.setattr("qmix.paths.local_stores", refuse)
+    refused(qmix("list"), 1, "out of memory")
+
+
+def test_an_interrupt_at_any_moment_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qmix.paths.local_stores", interrupt)
+    done = qmix("list")
+    assert done.returncode == 130 and "Traceback" not in done.stderr
+
+
+def test_stop_strings_from_the_environment(store: Path) -> None:
+    """One is one, spaces and all; a JSON list is several."""
+    def text(*args: object, **env: str) -> str:
+        return str(json.loads(qmix("generate", store, "-p", "Who are you?", "--temp", 0, "-n", 20, "-t", 1, "--json",
+                                   *args, **env).stdout)["text"])
+
+    whole = text()
+    first, second = whole[4:10], whole[8:14]
+    assert " " in first
+    assert text(QMIX_GENERATE_STOP=first) == text("--stop", first) == whole[:whole.index(first)]
+    assert text(QMIX_GENERATE_STOP="### a") == text("--stop", "### a")
+    both = json.dumps(["no such text", second])
+    assert text(QMIX_GENERATE_STOP=both) == text("--stop", second)
+    assert text("--stop", second, QMIX_GENERATE_STOP=first) == text("--stop", second)
+
+
+def test_files_from_the_environment_may_have_spaces(store: Path, tmp_path: Path) -> None:
+    text = tmp_path / "a text: one.txt"
+    text.write_text("The fox carried a lantern over the hill. " * 20)
+    done = qmix("stats", store, "--json", QMIX_STATS_FILE=str(text))
+    assert done.returncode == 0, done.stderr
+
+
+def test_check_stdout_lets_streams_without_a_file_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams.check_stdout()
+    with open(os.devnull) as read_only:
+        monkeypatch.setattr("sys.stdout", read_only)
+        with pytest.raises(QmixError, match="stdout"):
+            streams.check_stdout()
+
+
+def test_the_list_of_saved_conversations(tmp_path: Path) -> None:
+    from qmix.chat.conversation import Conversation, Exchange
+    from qmix.chat.savefile import Autosave
+    from qmix.config import SamplingParams
+
+    empty = qmix("chat", "--list", XDG_STATE_HOME=str(tmp_path))
+    assert (empty.returncode, empty.stdout) == (0, "") and "no saved conversations" in empty.stderr
+    said = Conversation("tiny", None, (Exchange("Hi\x1b[2J", "x"),))
+    Autosave(tmp_path / "qmix", "tiny").save(said, SamplingParams())
+    done = qmix("chat", "--list", XDG_STATE_HOME=str(tmp_path))
+    assert done.returncode == 0 and "tiny" in done.stdout and "Hi" in done.stdout and "\x1b" not in done.stdout
+    assert "Hi" in qmix("chat", "tiny", "--list", XDG_STATE_HOME=str(tmp_path)).stdout
+    assert qmix("chat", "other", "--list", XDG_STATE_HOME=str(tmp_path)).stdout == ""

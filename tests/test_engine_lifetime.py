@@ -1,0 +1,110 @@
+"""An engine that is closed, and one in a forked process: a clear error at once, or an answer."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qmix.checkpoint import Checkpoint
+from qmix.config import QuantConfig, SamplingParams
+from qmix.demo import CHECKPOINT
+from qmix.engine import Engine, load
+from qmix.errors import DoesNotFit, QmixError, UsageError
+from qmix.quantize import quantize_checkpoint
+from qmix.sizes import MIB
+
+GREEDY = SamplingParams(temperature=0, max_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("lifetime") / "store"
+    with Checkpoint.open(CHECKPOINT) as checkpoint:
+        quantize_checkpoint(checkpoint, out, QuantConfig(method="rtn"), threads=1)
+    return out
+
+
+@pytest.fixture(params=["resident", "paged"])
+def engine(request: pytest.FixtureRequest, store: Path) -> Iterator[Engine]:
+    """With all experts in memory, and with a budget that pages them."""
+    if request.param == "resident":
+        with load(store, threads=1, scoring=True) as found:
+            yield found
+        return
+    for ram in range(256 * MIB, 400 * MIB, MIB // 2):
+        try:
+            found = load(store, threads=1, ram=ram, base=MIB, scoring=True)
+        except DoesNotFit:
+            continue
+        with found:
+            assert not found.plan.resident
+            yield found
+        return
+
+
+def test_a_closed_engine_says_so(engine: Engine) -> None:
+    session, other = engine.session(), engine.session()
+    later = engine.generate("Once upon a time", GREEDY)
+    begun = engine.generate("Once upon a time", GREEDY)
+    next(begun)
+    scores = other.read([1, 2, 3])
+    engine.close()
+    engine.close()  # twice is no error
+    for use in (lambda: next(later), lambda: next(begun), lambda: session.prefill([1]), lambda: session.decode(1),
+                lambda: next(scores), engine.session, lambda: engine.generate("x")):
+        with pytest.raises(QmixError, match="the engine is closed"):
+            use()
+    session.trim(0)
+    assert engine.stats()["memory"]["budget"] > 0
+
+
+def test_a_prompt_that_is_neither_text_nor_messages(store: Path) -> None:
+    with load(store, threads=1) as engine:
+        for prompt, words in ((b"x", "got bytes"), (5, "got int"), (["x"], r"prompt\[0\]: got str"),
+                              ([{"role": "user", "content": "x"}], r"prompt\[0\]: got dict")):
+            with pytest.raises(UsageError, match=words):
+                engine.generate(prompt)  # type: ignore[arg-type]
+
+
+FORK = """
+import os, sys, qmix
+from qmix.config import SamplingParams
+def say(e):
+    return "".join(t.text for t in e.generate("Once upon a time", SamplingParams(temperature=0, max_tokens=4)))
+store, threads, own = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+engine = qmix.load(store, threads=threads)
+want = say(engine)
+if os.fork() == 0:
+    try:
+        if own:
+            engine = qmix.load(store, threads=own)
+        text = say(engine)
+        engine.close()
+        print("the same" if text == want else "another", flush=True)
+    except qmix.errors.QmixError as error:
+        print(error, flush=True)
+    os._exit(0)
+os.wait()
+print("parent", say(engine) == want)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.parametrize(("threads", "own", "words"), [
+    (1, 0, "the same"),  # no thread is needed
+    (2, 0, "forked after the model was loaded"),
+    (2, 2, "forked from one that had already computed"),
+    (2, 1, ""),  # an engine of the child's own, with one thread; bits depend on the number of threads
+])
+def test_a_forked_child_answers_or_is_refused(store: Path, threads: int, own: int, words: str) -> None:
+    done = subprocess.run([sys.executable, "-c", "import qmix.errors\n" + FORK, str(store), str(threads), str(own)],
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    child, parent = done.stdout.strip().rsplit("\n", 1)
+    assert words in child and parent == "parent True", done.stdout
+    assert ("spawn" in child) == (words.startswith("forked"))
