@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "qmix"
 # Floor 0 is a ladder: each of its modules may import those before it.
-LADDER = ("errors", "textfile", "modelfiles", "streams", "process", "config", "names", "tensorfile", "sizes", "settings",
-          "hub", "paths", "notes", "render")
+LADDER = ("errors", "textfile", "modelfiles", "streams", "process", "config", "names", "tensorfile", "sizes",
+          "settings", "hub", "paths", "notes", "render")
 FLOORS = (
     {"formats"},
     {"shards"},
