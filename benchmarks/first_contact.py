@@ -66,6 +66,23 @@ if torch.cuda.is_available():
 else:
     print("card: none")
 """
+# setup.py, with its files compiled at once: one after another they take a minute, longer than importing torch.
+BUILD = """
+import runpy, sys
+from concurrent.futures import ThreadPoolExecutor
+import setuptools
+try:
+    from distutils.ccompiler import CCompiler
+    one_by_one = CCompiler.compile
+    def compile(self, sources, *args, **kwargs):
+        with ThreadPoolExecutor() as pool:
+            return sum(pool.map(lambda source: one_by_one(self, [source], *args, **kwargs), sources), [])
+    CCompiler.compile = compile
+except ImportError as e:
+    print(f"compiled one by one: {e}")
+sys.argv = ["setup.py", "build_ext", "--inplace"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
 LEVELS = """
 from qmix.kernels.native import loader
 print("native kernels: " + (", ".join(loader.levels()) or "none"))
@@ -229,16 +246,16 @@ def stop(process: subprocess.Popen[bytes], asking: signal.Signals) -> None:
 def prepare(env: Mapping[str, str], place: Place, seconds: float) -> dict[str, Any]:
     """Build the C library, unless a prebuilt one is here, and import torch, both at once: {name: result}."""
     built = [path for suffix in EXTENSION_SUFFIXES if (path := NATIVE / f"_native{suffix}").exists()]
-    build = Step("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 0, 0, env)
+    build = Step("build", [sys.executable, "-c", BUILD], 0, 0, env)
     warm = Step("import torch", [sys.executable, "-c", WARM], 0, 0, env)
     with ThreadPoolExecutor(2) as pool:
         building = None if built else pool.submit(run, build, seconds, place)
         warmed = pool.submit(run, warm, seconds, place).result()
         made = building.result() if building else {"state": "done", "seconds": 0.0, "output": ""}
-    levels = asked([sys.executable, "-c", LEVELS], env, 60.0)
+    levels = asked([sys.executable, "-c", LEVELS], env, max(60.0, seconds))
     if built and "native kernels: none" in levels:  # of another qmix
         made = run(build, seconds, place)
-        levels = asked([sys.executable, "-c", LEVELS], env, 60.0)
+        levels = asked([sys.executable, "-c", LEVELS], env, max(60.0, seconds))
     made["text"] = levels[-300:] + (f" ({built[0].name} was there)" if built else "")
     if "native kernels" not in levels or "none" in levels:
         state = "late" if made["state"] == "late" else "failed"

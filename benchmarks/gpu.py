@@ -134,12 +134,13 @@ def perform(todo: Sequence[Section], archive: dict[str, Any], ends: float, keep:
             workers: Workers) -> None:
     """Run the sections in order within the time; results into archive["sections"]."""
     results = archive["sections"]
-    results |= {section.name: {"state": "unavailable", "reason": section.unless} for section in todo if section.unless}
-    waiting = [section for section in todo if not section.unless]
+    waiting = list(todo)
     while waiting:
         section = waiting[0]
-        seconds, dropped = allot(waiting, ends - time.monotonic())
-        if reason := refused(section, results):
+        seconds, dropped = allot([other for other in waiting if not other.unless], ends - time.monotonic())
+        if section.unless:
+            results[section.name] = {"state": "unavailable", "reason": section.unless}
+        elif reason := refused(section, results):
             results[section.name] = {"state": "skipped", "reason": reason}
         elif section in dropped:
             results[section.name] = {"state": "skipped", "reason": "no time was left"}

@@ -99,7 +99,7 @@ def scaled(found: dict[str, Any], layers: int) -> dict[str, Any]:
 def transformers(task: dict[str, Any]) -> None:
     """transformers + accelerate, bf16: layers that do not fit lie in RAM and come up whole, for each token."""
     missing = _missing("transformers") or _missing("accelerate")
-    if missing and not task["stand_in"]:
+    if missing:
         emit(unavailable=missing)
         return
     recipe = Recipe(task["peer_layers"], hidden=task["hidden"], inner=task["inner"])

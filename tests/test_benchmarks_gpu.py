@@ -205,6 +205,15 @@ def test_what_lies_on_the_card_of_fewer_layers() -> None:
     assert gpu_peers.on_card(500, 2.9, 3.4, 4) == (32, 4)
 
 
+@pytest.mark.parametrize("peer", ["transformers", "bitsandbytes"])
+@pytest.mark.parametrize("absent", ["transformers", "accelerate"])
+def test_a_peer_whose_packages_are_missing_is_unavailable(peer: str, absent: str, monkeypatch: pytest.MonkeyPatch,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(gpu_peers.importlib.util, "find_spec", lambda name: None if name == absent else "a spec")
+    gpu_peers.RUN[peer]({"stand_in": True})
+    assert json.loads(capsys.readouterr().out) == {"unavailable": f"{absent} is not installed"}
+
+
 def test_errors_are_judged_by_their_middle_and_their_tail() -> None:
     fine = torch.full((20,), 0.01)
     assert gpu_check.judge(fine) is None

@@ -3,6 +3,7 @@ leaves behind however it ends; a report that fits a caller's window; and prompt_
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -102,6 +103,27 @@ def test_what_a_step_said_is_kept_however_it_ends(tmp_path: Path, monkeypatch: p
         time.sleep(0.05)
     log = (tmp_path / "first-contact.log").read_text()
     assert "ZeroDivisionError" in log and "interrupted" in log
+
+
+def test_files_are_compiled_at_once_and_all_are_linked(tmp_path: Path) -> None:
+    """BUILD, on an extension of two files; each waits for the other to be at the compiler."""
+    (tmp_path / "setup.py").write_text("from setuptools import Extension, setup\n"
+                                       "setup(name='x', ext_modules=[Extension('both', ['a.c', 'b.c'])])\n")
+    (tmp_path / "a.c").write_text("int other(void);\nint PyInit_both(void) { return other(); }\n")
+    (tmp_path / "b.c").write_text("int other(void) { return 7; }\n")
+    (tmp_path / "cc").write_text("""#!/bin/sh
+case "$*" in
+  *a.c*) touch a.seen; for i in $(seq 300); do [ -e b.seen ] && break; sleep 0.1; done; [ -e b.seen ] || exit 1;;
+  *b.c*) touch b.seen; for i in $(seq 300); do [ -e a.seen ] && break; sleep 0.1; done; [ -e a.seen ] || exit 1;;
+esac
+exec gcc "$@"
+""")
+    (tmp_path / "cc").chmod(0o755)
+    done = subprocess.run([sys.executable, "-c", first_contact.BUILD], cwd=tmp_path, capture_output=True, text=True,
+                          env={**ENV, "CC": str(tmp_path / "cc")})
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = tmp_path.glob("both*.so")
+    assert ctypes.CDLL(str(built)).PyInit_both() == 7
 
 
 def test_tests_are_counted_as_pytest_prints_them_also_when_it_was_ended() -> None:
