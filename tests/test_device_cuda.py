@@ -16,6 +16,7 @@ import torch
 
 from qmix.device import cuda, nvml
 from qmix.device.cuda import CONTEXT, FAILURES, Cuda, open_cuda
+from qmix.errors import QmixError
 from qmix.sizes import GIB, MIB
 
 
@@ -230,6 +231,18 @@ def test_what_goes_elsewhere_than_to_tensors(driver: Driver) -> None:
     assert device.beside() == 77 * MIB and device.memory() == (driver.free, driver.total)
     driver.free += GIB  # another program has ended
     assert device.beside() == 0
+
+
+def test_a_card_that_has_failed_is_told_and_can_be_closed(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore lines")
+
+    device = Cuda(0)
+    event = cuda._Event(SimpleNamespace(synchronize=fail))  # type: ignore[arg-type]
+    with pytest.raises(QmixError, match="the GPU failed: CUDA error: an illegal memory access was"):
+        device.wait(event)
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    device.close()
 
 
 class Library:

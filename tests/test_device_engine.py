@@ -338,6 +338,19 @@ def test_a_device_that_fails_ends_the_pass_with_an_error(stores: dict[str, Path]
         assert session.length == 10
 
 
+def test_a_device_that_fails_in_a_prompt_is_told(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with bring_up(monkeypatch, stores["int4"], ALL, 2) as engine:
+        session = engine.session()
+
+        def fail(*how: object) -> None:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore lines")
+
+        monkeypatch.setattr(session.cache, "_attend", fail)
+        with pytest.raises(QmixError, match="the GPU failed: CUDA error: an illegal memory access was"):
+            session.prefill(IDS[:10])
+        assert session.length == 0
+
+
 def test_too_little_of_either_memory_is_refused_with_the_numbers(stores: dict[str, Path],
                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DoesNotFit, match=r"of VRAM, has .*short of .*expert slots"):

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from qmix.device import nvml
-from qmix.device.device import Event, Stream, Work
-from qmix.errors import DoesNotFit, QmixError, UsageError
+from qmix.device.device import Event, Stream, Work, failure
+from qmix.errors import DoesNotFit, UsageError
 
 ARENA = 32 * 2**20  # bytes of page-locked memory for what decoding sends to and fro
 CONTEXT = 600 * 2**20  # bytes that a context takes with torch's and Triton's code, at most: where it is not measured
@@ -63,8 +63,7 @@ class _Event:
         try:
             self.event.synchronize()
         except RuntimeError as e:  # torch.AcceleratorError is one
-            raise QmixError(f"the GPU failed: {_line(e)}", "restart qmix; if it happens again, look at "
-                            "dmesg and the card's temperature and power") from None
+            raise failure(e) from None
 
 
 class Cuda:
@@ -183,7 +182,8 @@ class Cuda:
         torch.cuda.empty_cache()
 
     def close(self) -> None:
-        torch.cuda.synchronize(self.place)
+        with suppress(RuntimeError):  # of a card that has failed: who waited for it was told
+            torch.cuda.synchronize(self.place)
 
 
 def _in_use(index: int) -> int | None:

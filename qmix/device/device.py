@@ -16,6 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from qmix.errors import QmixError
+
 Work = Callable[[], None]
 
 
@@ -98,3 +100,11 @@ class Device(Protocol):
 
     def close(self) -> None:
         """End its streams; what was given to them is waited for."""
+
+
+def failure(error: BaseException) -> QmixError:
+    """What the user is told of a device that has failed: its work, and all that is asked of it later, raises `error`.
+    """
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return QmixError(f"the GPU failed: {line}", "restart qmix; if it happens again, look at dmesg and the card's "
+                     "temperature and power")

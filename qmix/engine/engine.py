@@ -17,6 +17,7 @@ from torch import Tensor
 from qmix import hardware, process
 from qmix.config import Cancel, ModelConfig, SamplingParams, Step
 from qmix.device import Device
+from qmix.device.device import failure
 from qmix.engine.kernels import native_throughout
 from qmix.engine.session import Session
 from qmix.errors import DoesNotFit, QmixError, UsageError
@@ -156,6 +157,8 @@ class Engine:
                     raise DoesNotFit("the GPU's memory ran out in the middle of a pass: another program took it, or "
                                      "qmix planned too tightly", "name a smaller --vram, or close other programs that "
                                      "use the GPU") from None
+                if isinstance(e, torch.AcceleratorError):  # in prompts any operation may be the one that meets it
+                    raise failure(e) from None
                 raise
             finally:
                 self._offload.end_pass(phase, len(flat), time.perf_counter() - start)
