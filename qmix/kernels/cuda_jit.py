@@ -86,13 +86,10 @@ def gemv(x, qweight, qparams, slots, rows, partial, slot_words, x_stride, cols, 
         aside = (word // (WORDS // 2))[None, :]
 
     own = ()
-    sums = ()
     dots = ()
     for m in tl.static_range(M):
         row_of = tl.maximum(tl.load(rows + expert * M + m), 0).to(tl.int64)
         own += (x + row_of * x_stride,)
-        whole = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-        sums += (tl.sum(tl.load(own[m] + whole, mask=whole < cols, other=0.0).to(tl.float32), axis=1)[:, None, None],)
         dots += (tl.zeros((LANES, WORDS, CODES), tl.float32),)
 
     near = tl.arange(0, VECTOR)
@@ -145,8 +142,11 @@ def gemv(x, qweight, qparams, slots, rows, partial, slot_words, x_stride, cols, 
     scale = (pair << 16).to(tl.float32, bitcast=True)
     zero = (pair & HIGH).to(tl.float32, bitcast=True)
     splits = tl.num_programs(1)
+    at = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     for m in tl.static_range(M):
-        total = (dots[m] * unit - sums[m] * MIDDLE) * scale + sums[m] * zero
+        values = tl.load(own[m] + at, mask=at < cols, other=0.0).to(tl.float32)
+        sums = tl.sum(values, axis=1)[:, None, None]
+        total = (dots[m] * unit - sums * MIDDLE) * scale + sums * zero
         total = tl.sum(tl.where(here, total, 0.0), axis=0)
         out = partial + ((expert * M + m) * splits + split).to(tl.int64) * n + row
         tl.store(out, total, mask=row < tl.where(tl.load(rows + expert * M + m) >= 0, n, 0))
