@@ -48,19 +48,26 @@ def engine(request: pytest.FixtureRequest, store: Path) -> Iterator[Engine]:
 
 
 def test_a_closed_engine_says_so(engine: Engine) -> None:
-    session, other = engine.session(), engine.session()
-    later = engine.generate("Once upon a time", GREEDY)
+    """A budget has room for one session, so the answer that was begun is the only one."""
     begun = engine.generate("Once upon a time", GREEDY)
     next(begun)
-    scores = other.read([1, 2, 3])
     engine.close()
     engine.close()  # twice is no error
-    for use in (lambda: next(later), lambda: next(begun), lambda: session.prefill([1]), lambda: session.decode(1),
-                lambda: next(scores), engine.session, lambda: engine.generate("x")):
+    for use in (lambda: next(begun), engine.session, lambda: engine.generate("x")):
+        with pytest.raises(QmixError, match="the engine is closed"):
+            use()
+    assert engine.stats()["memory"]["budget"] > 0
+
+
+def test_sessions_of_a_closed_engine(store: Path) -> None:
+    with load(store, threads=1, scoring=True) as engine:
+        session = engine.session()
+        scores = engine.session().read([1, 2, 3])
+        later = engine.generate("Once upon a time", GREEDY)
+    for use in (lambda: session.prefill([1]), lambda: session.decode(1), lambda: next(scores), lambda: next(later)):
         with pytest.raises(QmixError, match="the engine is closed"):
             use()
     session.trim(0)
-    assert engine.stats()["memory"]["budget"] > 0
 
 
 def test_a_prompt_that_is_neither_text_nor_messages(store: Path) -> None:
