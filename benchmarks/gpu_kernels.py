@@ -21,6 +21,7 @@ from gpu_sections import emit
 from torch import Tensor
 
 from qmix.formats.packed import Packed, view
+from qmix.kernels.attend import rotation
 from qmix.kernels.device_ops import DeviceOps, ExpertSlots, TorchDeviceOps
 from qmix.kernels.device_table import choose_device_kernels
 from qmix.kernels.table import select
@@ -130,16 +131,19 @@ class Operations:
         kept = [self._normal(2, s.kv_heads, capacity, s.size).to(self._device.half)
                 for _ in range(2)]
         copies = [self._here(kept[i % 2]) for i in range(self._copies(nbytes))]
-        query, at = self._normal(1, s.heads, s.size), torch.tensor([positions - 1])
-        here, here_at, out = self._here(query), self._here(at), torch.empty(1, s.heads * s.size, device=place)
+        qkv, at = self._normal(1, (s.heads + 2 * s.kv_heads) * s.size), torch.tensor([positions - 1])
+        cos_sin = torch.empty(1, s.size)
+        self._reference.rope_cos_sin(at, rotation(s.size, 1e6), cos_sin)
+        here, here_at, there = self._here(qkv), self._here(at), self._here(cos_sin)
+        out = torch.empty(1, s.heads * s.size, device=place)
 
         def run(i: int) -> None:
             keys, values = copies[i % len(copies)]
-            self._ops.attend(here, keys, values, here_at, None, out)
+            self._ops.rope_attend(here, there, keys, values, here_at, None, out)
 
         def agree() -> Tensor:
             want = torch.empty(1, s.heads * s.size)
-            self._reference.attend(query, *kept[0].float(), at, None, want)
+            self._reference.rope_attend(qkv, cos_sin, *kept[0].float(), at, None, want)
             return want
 
         return Operation(f"attention, {positions} positions", nbytes, run, out, agree)

@@ -55,9 +55,10 @@ for kind in ("*i8", HALF):
     assert len(orders) == 1, orders
 compiled(cuda_layer_jit.embed, SIZE=cuda_ops.PIECE)
 compiled(cuda_layer_jit.norm, warps=8, K=2, WIDTH=4096)
-for gains in (True, False):
-    assert not spills(compiled(cuda_layer_jit.logits, warps=8, WIDTH=4096, NORMED=gains))
-    compiled(cuda_layer_jit.choose, {"logits": "*fp32"}, warps=1, K=2, EXPERTS=8, GAINS=gains)
+router = {"logits": "*fp32", "router": "*fp64", "ahead": "*i32", "more_ids": "*i32", "more_gains": "*fp32"}
+assert not spills(compiled(cuda_layer_jit.logits, router, warps=8, WIDTH=4096))
+for guesses, more in ((2, False), (0, True)):
+    compiled(cuda_layer_jit.choose, router, warps=1, K=2, GUESSES=guesses, EXPERTS=8, MORE=more)
 for kernel in (cuda_layer_jit.keep, cuda_layer_jit.rope_cos_sin):
     assert "cos.approx" not in compiled(kernel, warps=2, WIDTH=64).asm["ptx"]
 ints = dict.fromkeys(("ids", "table", "slots", "rows", "places"), "*i32") | {"tokens": "i32"}
@@ -82,9 +83,9 @@ compiled(cuda_attend_jit.attend_many, floats | {"keys": "*fp32", "values": "*fp3
 compiled(cuda_dense_jit.gemv, {"weight": "*i8"}, M=1, ROWS=8, COLS=64, UNROLL=4, SCALED=True, ADD=False, tokens=1,
          cols=1)
 compiled(cuda_layer_jit.norm, K=1, WIDTH=1, hidden=1, gains_stride=1, rows_rank=1)
-compiled(cuda_layer_jit.logits, WIDTH=1, NORMED=True, experts=1, hidden=1, n_stride=1)
-compiled(cuda_layer_jit.choose, {"logits": "*fp32"}, warps=1, K=1, EXPERTS=1, GAINS=True, experts=1, gains_stride=1,
-         ids_token=1, ids_layer=1)
+compiled(cuda_layer_jit.logits, router, WIDTH=1, experts=1, hidden=1, n_stride=1)
+compiled(cuda_layer_jit.choose, router, warps=1, K=1, GUESSES=1, EXPERTS=1, MORE=True, experts=1, gains_stride=1,
+         ids_stride=1, ahead_token=1, ahead_layer=1)
 compiled(cuda_layer_jit.keep, WIDTH=64, queries=1, kv_heads=1, half=1, k_position=1)
 compiled(cuda_layer_jit.jobs, ints, M=1, PAIRS=True, tokens=1, k=1, ids_stride=1, count=1, first=1)
 compiled(cuda_attend_jit.attend, {"scale": "fp32", "key_scales": HALF, "value_scales": HALF}, GROUP=1, SPLIT=64,

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import relative
 from test_cuda import DEVICE, NO_SHRINKING, SUMS, needs_triton
-from test_cuda_ops import attention, random, rotated
+from test_cuda_ops import EPS, attention, random, rotated, route
 from torch import Tensor
 
 from qmix.kernels.cuda_ops import TritonOps
-from qmix.kernels.device_ops import DeviceOps, TorchDeviceOps
+from qmix.kernels.device_ops import DeviceOps, Later, TorchDeviceOps
 from qmix.kernels.table import KernelTable
 
 pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore:(overflow encountered|All-NaN slice|invalid value)")]
@@ -129,3 +129,45 @@ class TestRopeAttend:
         qkv[2] = float("nan")
         got, _ = rope_attend(qkv, cache, 62, None, TritonOps())
         assert torch.equal(got[:2], clean[:2]) and got[2:].isnan().all()
+
+
+class TestRoute:
+    """Of 4 layers with 8 experts of 96 numbers, the first asked by its own tokens, 3 of them."""
+
+    def route(self, ops: DeviceOps, apart: bool = False) -> tuple[Tensor, ...]:
+        """normed, ids, weights; ids and weights once more, within wider buffers; guesses, within a larger buffer."""
+        place = DEVICE if isinstance(ops, TritonOps) else torch.device("cpu")
+        x, norms, routers = (t.to(place) for t in (random(3, 96), random(4, 96), random(4, 8, 96).double()))
+        guesses = torch.full((3, 5, 4), -1, dtype=torch.int32, device=place)
+        lists = [[t.clone() if apart else t for t in layers[1:]] for layers in (norms, routers)]
+        ids, more = torch.empty(3, 2, dtype=torch.int32, device=place), torch.full((3, 4), -1.0, device=place)
+        normed, weights, again = torch.empty_like(x), torch.empty(3, 2, device=place), more.int()
+        ops.route(x, norms[0], routers[0], EPS, normed, ids, weights, Later(*lists, guesses[:, 1:4]),
+                  (again[:, 1:3], more[:, 1:3]))
+        return tuple(t.cpu() for t in (normed, ids, weights, again, more, guesses))
+
+    @pytest.mark.parametrize("ops", [TritonOps(), REFERENCE], ids=["Triton", "reference"])
+    @pytest.mark.parametrize("apart", [True, False])
+    def test_guesses_are_what_those_routers_would_choose(self, ops: DeviceOps, apart: bool) -> None:
+        x, norms, routers = random(3, 96), random(4, 96), random(4, 8, 96).double()
+        normed, ids, weights, again, more, guesses = self.route(ops, apart)
+        for layer in (1, 2, 3):
+            assert torch.equal(guesses[:, layer], route(x, norms[layer], routers[layer], 4)[1])
+        assert bool((guesses[:, [0, 4]] == -1).all())
+        for got, want in zip((normed, ids, weights), route(x, norms[0], routers[0], 2), strict=True):
+            torch.testing.assert_close(got, want, rtol=0 if ops is not REFERENCE else 1e-5, atol=0)
+        assert torch.equal(again[:, 1:3], ids) and torch.equal(more[:, 1:3], weights)
+        assert bool((again[:, [0, 3]] == -1).all() and (more[:, [0, 3]] == -1).all())
+
+    def test_routers_that_lie_apart_are_put_together_once(self) -> None:
+        ops = TritonOps()
+        for _ in range(2):
+            self.route(ops)
+        assert not ops._stacks
+        later = [random(96).to(DEVICE), random(8, 96).double().to(DEVICE)]
+        asked = Later([later[0], later[0].clone()], [later[1], later[1].clone()],
+                      torch.empty(1, 2, 2, dtype=torch.int32, device=DEVICE))
+        for _ in range(2):
+            ops.route(random(1, 96).to(DEVICE), *later, EPS, torch.empty(1, 96, device=DEVICE),
+                      torch.empty(1, 2, dtype=torch.int32, device=DEVICE), torch.empty(1, 2, device=DEVICE), asked)
+        assert len(ops._stacks) == 2

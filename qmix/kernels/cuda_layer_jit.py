@@ -1,7 +1,7 @@
 """Device code, in Triton: what decoding does to a few tokens beside products and attention. See cuda_ops.py.
 
 A program has all of one token's numbers at once, WIDTH of them, a power of two.
-T tokens, H hidden, E experts, K chosen per token, D layers asked, Q query heads, KV key-value heads, S positions.
+T tokens, H hidden, E experts, K chosen per token, L later layers, Q query heads, KV key-value heads, S positions.
 """
 
 # mypy: disable-error-code="assignment, misc"
@@ -49,35 +49,39 @@ def norm(residual, weight, out, rows, gains, eps, hidden, r_stride, out_stride, 
 
 
 @triton.jit
-def logits(residual, weights, routers, normed, out, eps, hidden, experts, r_stride, w_stride, routers_stride, n_stride,
-           WIDTH: tl.constexpr, NORMED: tl.constexpr):
+def logits(residual, weight, router, weights, routers, normed, out, eps, hidden, experts, r_stride, w_stride,
+           routers_stride, n_stride, WIDTH: tl.constexpr):
     """Of token t, asked of layer d: its norm, and the logit of one expert, summed in fp64 and rounded to fp32.
 
-    residual fp32 [T, H]; weights fp32 [D, H]; routers fp64 [D, E, H]; out fp32 [T, D, E]. Where NORMED, norms go into
-    normed fp32 [T, H], which is not the residual. Each expert has a program, though each makes the norm anew: cards for
-    games have few units of fp64, and one multiprocessor's would be long about all experts. Grid: T, D * E.
+    residual fp32 [T, H]; the layer's own, d = 0: weight fp32 [H], router fp64 [E, H], and the norm into normed fp32
+    [T, H], which is not the residual; those of L later ones, d = 1 to L: weights [L, H], routers [L, E, H]; out fp32
+    [T, 1 + L, E]. Each expert has a program, though each makes the norm anew: cards for games have few units of fp64,
+    and one multiprocessor's would be long about all experts. Grid: T, (1 + L) * E.
     """
     token = tl.program_id(0)
     place = tl.program_id(1)
     layer = place // experts
+    if layer > 0:
+        weight = weights + (layer - 1) * w_stride
+        router = routers + (layer - 1).to(tl.int64) * routers_stride
     at = tl.arange(0, WIDTH)
     value = tl.load(residual + token * r_stride + at, mask=at < hidden, other=0.0)
-    value = normed_row(value, weights + layer * w_stride, at, eps, hidden)
-    if NORMED:
-        tl.store(normed + token * n_stride + at, value, mask=at < tl.where(place == 0, hidden, 0))
-    row = routers + layer.to(tl.int64) * routers_stride + place % experts * hidden + at
-    logit = tl.sum(value.to(tl.float64) * tl.load(row, mask=at < hidden, other=0.0), axis=0)
+    value = normed_row(value, weight, at, eps, hidden)
+    tl.store(normed + token * n_stride + at, value, mask=at < tl.where(place == 0, hidden, 0))
+    row = tl.load(router + place % experts * hidden + at, mask=at < hidden, other=0.0)
+    logit = tl.sum(value.to(tl.float64) * row, axis=0)
     tl.store(out + token * tl.num_programs(1) + place, logit.to(tl.float32))
 
 
 @triton.jit
-def choose(logits, ids, gains, experts, ids_token, ids_layer, gains_stride, K: tl.constexpr, EXPERTS: tl.constexpr,
-           GAINS: tl.constexpr):
-    """The K largest logits of token t, asked of layer d.
+def choose(logits, ids, gains, ahead, more_ids, more_gains, experts, ids_stride, gains_stride, ahead_token, ahead_layer,
+           more_ids_stride, more_gains_stride, K: tl.constexpr, GUESSES: tl.constexpr, EXPERTS: tl.constexpr,
+           MORE: tl.constexpr):
+    """The largest logits of token t, asked of layer d, the largest first, of equals the lower number.
 
-    logits fp32 [T, D, E]; ids [T, D, K], the largest first, of equals the lower number; where GAINS, softmax over the
-    chosen logits into gains fp32 [T, K]. NaN counts as the largest: ids are always numbers of experts, each once.
-    EXPERTS: E as a power of two. Grid: T, D.
+    logits fp32 [T, 1 + L, E]. Of the layer's own, d = 0, K into ids [T, K], and softmax over them into gains fp32
+    [T, K]; where MORE, both a second time. Of later ones GUESSES into ahead [T, L, GUESSES]. NaN counts as the largest:
+    ids are always numbers of experts, each once. EXPERTS: E as a power of two. Grid: T, 1 + L.
     """
     token = tl.program_id(0)
     layer = tl.program_id(1)
@@ -85,20 +89,35 @@ def choose(logits, ids, gains, experts, ids_token, ids_layer, gains_stride, K: t
     left = number < experts
     values = tl.load(logits + (token * tl.num_programs(1) + layer) * experts + number, mask=left, other=0.0)
     keys = tl.where(values == values, values, float("inf"))
-    out = ids + token * ids_token + layer * ids_layer
-    tops = ()
-    for k in tl.static_range(K):
-        largest = tl.max(tl.where(left, keys, float("-inf")), axis=0)
-        chosen = tl.min(tl.where(left & (keys == largest), number, EXPERTS), axis=0)
-        left = left & (number != chosen)
-        tl.store(out + k, chosen.to(out.dtype.element_ty))
-        tops += (tl.sum(tl.where(number == chosen, values, 0.0), axis=0),)
-    if GAINS:
+    if layer > 0:
+        for k in tl.static_range(GUESSES):
+            chosen = largest(keys, left, number)
+            left = left & (number != chosen)
+            tl.store(ahead + token * ahead_token + (layer - 1) * ahead_layer + k, chosen.to(ahead.dtype.element_ty))
+    else:
+        tops = ()
+        for k in tl.static_range(K):
+            chosen = largest(keys, left, number)
+            left = left & (number != chosen)
+            tl.store(ids + token * ids_stride + k, chosen.to(ids.dtype.element_ty))
+            if MORE:
+                tl.store(more_ids + token * more_ids_stride + k, chosen.to(more_ids.dtype.element_ty))
+            tops += (tl.sum(tl.where(number == chosen, values, 0.0), axis=0),)
         total = tl.exp(tops[0] - tops[0])
         for k in tl.static_range(1, K):
             total += tl.exp(tops[k] - tops[0])
         for k in tl.static_range(K):
-            tl.store(gains + token * gains_stride + k, tl.exp(tops[k] - tops[0]) / total)
+            gain = tl.exp(tops[k] - tops[0]) / total
+            tl.store(gains + token * gains_stride + k, gain)
+            if MORE:
+                tl.store(more_gains + token * more_gains_stride + k, gain)
+
+
+@triton.jit
+def largest(keys, left, number):
+    """Which of those left is the largest, of equals the lower number."""
+    most = tl.max(tl.where(left, keys, float("-inf")), axis=0)
+    return tl.min(tl.where(left & (keys == most), number, 2147483647), axis=0)
 
 
 @triton.jit

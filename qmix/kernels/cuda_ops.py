@@ -30,7 +30,7 @@ from qmix.formats.packed import Packed
 from qmix.kernels import cuda
 from qmix.kernels.configs import Configs, built_in, capability
 from qmix.kernels.cuda import Jobs, Matrices, device_code, power_of_two
-from qmix.kernels.device_ops import FEW, ExpertSlots, Scales
+from qmix.kernels.device_ops import FEW, ExpertSlots, Later, Scales
 
 PIECE = 1024  # numbers of an embedding that a program copies
 SMALL = 4096  # rows; a matrix with fewer is cut finer, so that there are enough programs
@@ -146,12 +146,29 @@ class TritonOps:
                                  SPLITS=power_of_two(splits), STEP=16, WIDTH=width, num_warps=4, enable_fp_fusion=True)
 
     def route(self, residual: Tensor, weight: Tensor, router: Tensor, eps: float, normed: Tensor, ids: Tensor,
-              weights: Tensor) -> None:
-        self._route(residual, weight[None], router[None], eps, normed, ids[:, None], weights)
-
-    def guess(self, residual: Tensor, weights: Sequence[Tensor], routers: Sequence[Tensor], eps: float,
-              ids: Tensor) -> None:
-        self._route(residual, self._together(weights), self._together(routers), eps, None, ids, None)
+              weights: Tensor, later: Later | None = None, more: tuple[Tensor, Tensor] | None = None) -> None:
+        """Two launches for all tokens and layers."""
+        (count, hidden), experts = residual.shape, len(router)
+        layers, norms, routers, ahead = 1, weight[None], router[None], ids[:, None]  # what is not read
+        if later is not None:
+            norms, routers, ahead = self._together(later.norms), self._together(later.routers), later.ids
+            layers += len(routers)
+        for each in (router, *routers):
+            assert each.dtype == torch.float64 and each.shape == (experts, hidden) and each.is_contiguous()
+        assert normed.data_ptr() != residual.data_ptr()  # which other programs still read
+        more_ids, more_weights = more or (ids, weights)
+        assert all(t.stride(-1) == 1 for t in (ids, weights, ahead, more_ids, more_weights))
+        width, shape = power_of_two(hidden), (layers, experts)
+        logits = self._room("logits", (count, *shape), (FEW, *shape), residual.device)
+        _layer().logits[count, layers * experts](
+            residual, weight, router, norms, routers, normed, logits, eps, hidden, experts, residual.stride(0),
+            norms.stride(0), routers.stride(0), normed.stride(0), WIDTH=width, num_warps=_warps(width),
+            enable_fp_fusion=True)
+        _layer().choose[count, layers](
+            logits, ids, weights, ahead, more_ids, more_weights, experts, ids.stride(0), weights.stride(0),
+            ahead.stride(0), ahead.stride(1), more_ids.stride(0), more_weights.stride(0), K=ids.shape[1],
+            GUESSES=0 if later is None else ahead.shape[2], EXPERTS=power_of_two(experts), MORE=more is not None,
+            num_warps=1, enable_fp_fusion=True)
 
     def expert(self, x: Tensor, w13: Packed, w2: Packed) -> Tensor:
         both = x.new_empty(len(x), w13.spec.rows)
@@ -181,24 +198,6 @@ class TritonOps:
         gemv, partial = self._cut(x).gemv, self._partial(most)
         cuda.few(x, w13, Jobs(first, wanted, places), inner, gated=True, room=partial, config=gemv)
         cuda.few(inner, w2, Jobs(first, places, places), rows.view(tokens * k, -1), room=partial, config=gemv)
-
-    def _route(self, residual: Tensor, weights: Tensor, routers: Tensor, eps: float, normed: Tensor | None,
-               ids: Tensor, gains: Tensor | None) -> None:
-        """Two launches for all tokens and layers: weights [D, H], routers [D, E, H], ids [T, D, K]."""
-        count, hidden = residual.shape
-        layers, experts, _ = routers.shape
-        assert routers.dtype == torch.float64 and routers.stride(1) == hidden and ids.stride(2) == 1
-        assert normed is None or normed.data_ptr() != residual.data_ptr()  # which other programs still read
-        width, shape = power_of_two(hidden), (layers, experts)
-        logits = self._room("logits", (count, *shape), (FEW, *shape), residual.device)
-        _layer().logits[count, layers * experts](
-            residual, weights, routers, residual if normed is None else normed, logits, eps, hidden, experts,
-            residual.stride(0), weights.stride(0), routers.stride(0), 0 if normed is None else normed.stride(0),
-            WIDTH=width, NORMED=normed is not None, num_warps=_warps(width), enable_fp_fusion=True)
-        _layer().choose[count, layers](
-            logits, ids, logits if gains is None else gains, experts, ids.stride(0), ids.stride(1),
-            0 if gains is None else gains.stride(0), K=ids.shape[2], EXPERTS=power_of_two(experts),
-            GAINS=gains is not None, num_warps=1, enable_fp_fusion=True)
 
     def _together(self, tensors: Sequence[Tensor]) -> Tensor:
         """Them as one tensor: a view where they lie at equal distances in one storage, else a copy, made once."""

@@ -42,6 +42,16 @@ class ExpertSlots:
     made: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Later:
+    """Routers of later layers that are asked beside a layer's own: norms [H] fp32 and routers [E, H] fp64 of L layers;
+    ids int32 [T, L, A]: where the A experts go that each would choose."""
+
+    norms: Sequence[Tensor]
+    routers: Sequence[Tensor]
+    ids: Tensor
+
+
 class DeviceOps(Protocol):
     """TorchDeviceOps has the meaning of each."""
 
@@ -66,10 +76,7 @@ class DeviceOps(Protocol):
                     window: int | None, out: Tensor, scales: Scales | None = None) -> None: ...
 
     def route(self, residual: Tensor, weight: Tensor, router: Tensor, eps: float, normed: Tensor, ids: Tensor,
-              weights: Tensor) -> None: ...
-
-    def guess(self, residual: Tensor, weights: Sequence[Tensor], routers: Sequence[Tensor], eps: float,
-              ids: Tensor) -> None: ...
+              weights: Tensor, later: Later | None = None, more: tuple[Tensor, Tensor] | None = None) -> None: ...
 
     def handles(self, slots: ExpertSlots) -> bool: ...
 
@@ -156,24 +163,24 @@ class TorchDeviceOps:
         self.attend(query, keys, values, positions, window, out, scales)
 
     def route(self, residual: Tensor, weight: Tensor, router: Tensor, eps: float, normed: Tensor, ids: Tensor,
-              weights: Tensor) -> None:
+              weights: Tensor, later: Later | None = None, more: tuple[Tensor, Tensor] | None = None) -> None:
         """norm(residual) into normed [T, H] fp32; the K experts with the largest logits, router [E, H] fp64 times that,
         into ids [T, K] int32, the largest first, the lower number first among equals; softmax over these logits, in
-        fp32, into weights [T, K]. Logits are summed in fp64 and rounded to fp32."""
-        normed.copy_(self._kernels.layer.norm(residual, weight, eps, torch.float32))
-        logits = torch.cat([router_logits(row, router) for row in normed.split(1)])
-        top, chosen = torch.sort(logits, dim=1, descending=True, stable=True)
-        k = ids.shape[1]
-        weights.copy_(torch.softmax(top[:, :k], -1))
-        ids.copy_(chosen[:, :k])
+        fp32, into weights [T, K]. Logits are summed in fp64 and rounded to fp32.
 
-    def guess(self, residual: Tensor, weights: Sequence[Tensor], routers: Sequence[Tensor], eps: float,
-              ids: Tensor) -> None:
-        """What `route` would choose in later layers, asked now: weights and routers of D layers, ids [T, D, A]."""
-        for distance, (weight, router) in enumerate(zip(weights, routers, strict=True)):
-            normed = self._kernels.layer.norm(residual, weight, eps, torch.float32)
-            logits = torch.cat([router_logits(row, router) for row in normed.split(1)])
-            ids[:, distance] = torch.sort(logits, dim=1, descending=True, stable=True)[1][:, :ids.shape[2]]
+        later: what these routers would choose, asked now. more: ids and weights are written a second time, into these.
+        """
+        normed.copy_(self._kernels.layer.norm(residual, weight, eps, torch.float32))
+        top, chosen = _sorted_logits(normed, router)
+        ids.copy_(chosen[:, :ids.shape[1]])
+        weights.copy_(torch.softmax(top[:, :ids.shape[1]], -1))
+        if more is not None:
+            more[0].copy_(ids)
+            more[1].copy_(weights)
+        if later is not None:
+            for distance, (norm, asked) in enumerate(zip(later.norms, later.routers, strict=True)):
+                there = self._kernels.layer.norm(residual, norm, eps, torch.float32)
+                later.ids[:, distance] = _sorted_logits(there, asked)[1][:, :later.ids.shape[2]]
 
     def handles(self, slots: ExpertSlots) -> bool:
         """Whether `experts` has the format of these records."""
@@ -192,3 +199,9 @@ class TorchDeviceOps:
             for rank, expert in enumerate(chosen):
                 if 0 <= where[expert] < len(slots.views):
                     rows[token, rank] = self._kernels.expert(x[token:token + 1], *slots.views[where[expert]])[0]
+
+
+def _sorted_logits(normed: Tensor, router: Tensor) -> tuple[Tensor, Tensor]:
+    """(logits [T, E] fp32, the largest first; the experts that they are of)."""
+    logits = torch.cat([router_logits(row, router) for row in normed.split(1)])
+    return torch.sort(logits, dim=1, descending=True, stable=True)

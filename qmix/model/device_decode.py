@@ -30,7 +30,7 @@ from qmix.device import Device, Repeated, Routed
 from qmix.device.device import Work
 from qmix.errors import Interrupted
 from qmix.kernels.attend import rotation
-from qmix.kernels.device_ops import DeviceOps
+from qmix.kernels.device_ops import DeviceOps, Later
 from qmix.model.kvcache import KVCache
 from qmix.model.weights import Weights
 
@@ -177,7 +177,8 @@ class DeviceDecode:
         """What comes before the experts of layer `index`: attention and router, their choice on its way to the host."""
         config, ops, layer = self._config, self._ops, self._weights.layers[index]
         routed, later = found.routed, self._weights.layers[index + 1:index + 1 + self._depth]
-        norms, routers = [w.post_norm for w in later], [w.router for w in later]
+        asked = Later([w.post_norm for w in later], [w.router for w in later], routed.ahead[:, :len(later)])
+        counted = (found.ids[index], found.weights[index]) if self._experts.resident else None
         outs = found.qkv.split([m.spec.rows for m in layer.heads], 1)
         runs = _runs(caches)
 
@@ -199,13 +200,8 @@ class DeviceDecode:
                                 found.positions[first:end], config.sliding_window, found.attended[first:end], scales)
             ops.linear(found.attended, layer.o, found.residual, add=True)
             ops.route(found.residual, layer.post_norm, layer.router, config.rms_norm_eps, routed.x, routed.ids,
-                      routed.weights)
-            if later:
-                ops.guess(found.residual, norms, routers, config.rms_norm_eps, routed.ahead[:, :len(later)])
-            if self._experts.resident:
-                found.ids[index].copy_(routed.ids)
-                found.weights[index].copy_(routed.weights)
-            else:
+                      routed.weights, asked if later else None, counted)
+            if not self._experts.resident:
                 routed.read_back()
 
         return work
