@@ -177,7 +177,7 @@ def wrong(one: Launch, card: tuple[int, int]) -> Iterator[str]:
     if one.kernel in ("matmul", "attend_many"):
         if card < TENSOR_CORES:
             yield "this is torch's work here, which has tensor cores"
-        elif not one.mma + one.wgmma and "fp32" not in str(one.constants.get("DOT")) + one.kinds.get("keys", ""):
+        elif not one.mma + one.wgmma and "32" not in str(one.constants.get("DOT")) + one.kinds.get("keys", ""):
             yield "no tensor cores"
     if one.kernel == "gemv":
         if fills_its_threads(one) and "convert_layout" in asm["ttgir"].split("scf.for")[1].split("scf.yield")[0]:
