@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -178,12 +177,12 @@ def wrong(one: Launch, card: tuple[int, int]) -> Iterator[str]:
     if one.kernel in ("matmul", "attend_many"):
         if card < TENSOR_CORES:
             yield "this is torch's work here, which has tensor cores"
-        elif not one.mma + one.wgmma and "fp32" not in str(one.constants.get("DOT")) + one.kinds.get("keys", ""):
+        elif not one.mma + one.wgmma and "32" not in str(one.constants.get("DOT")) + one.kinds.get("keys", ""):
             yield "no tensor cores"
     if one.kernel == "gemv":
         if fills_its_threads(one) and "convert_layout" in asm["ttgir"].split("scf.for")[1].split("scf.yield")[0]:
             yield "the loop moves data between threads"
-        if one.module == "cuda_dense_jit" and not re.search(r"ld\.global[^;]*\.v[24]", asm["ptx"]):
+        if one.module == "cuda_dense_jit" and one.grid[0] > 1 and not re.search(r"ld\.global[^;]*\.v[24]", asm["ptx"]):
             yield "weights are loaded one by one"
         if ".ftz" in asm["ptx"]:
             yield "subnormal numbers are taken as zero"
@@ -202,17 +201,18 @@ def fills_its_threads(gemv: Launch) -> bool:
 def wrong_together(launches: Launches) -> Iterator[str]:
     """What must not be between variants of a kernel."""
     orders: dict[tuple[object, ...], set[str]] = {}
-    prompts: Counter[str] = Counter()
+    prompts: dict[str, set[frozenset[str]]] = {}  # matrices may differ, but each variant has every prompt of its tile
     for one in launches:
         if one.kernel == "gemv":  # sums of a token in the same order, whatever the number of tokens
             same = *(value for name, value in one.constants.items() if name not in ("M", "ADD")), str(one.kinds)
             orders.setdefault((one.module, *map(str, same)), set()).add(one.accumulators)
         if one.kernel in ("matmul", "attend_many"):  # compiled by tile, not anew for some prompts
             kind = one.kinds["x" if one.kernel == "matmul" else "keys"]
-            prompts.update(f"{model}: {one.kernel} {one.constants}, {kind}"
-                           for model in {label.split(",")[0] for label in one.labels})
+            for model in {label.split(",")[0] for label in one.labels}:
+                own = frozenset(label for label in one.labels if label.startswith(f"{model},"))
+                prompts.setdefault(f"{model}: {one.kernel} {one.constants}, {kind}", set()).add(own)
     yield from (f"{key}: sums in {len(found)} orders" for key, found in orders.items() if len(found) > 1)
-    yield from (f"{name}: compiled {times} times" for name, times in prompts.items() if times > 1)
+    yield from (f"{name}: compiled anew for some prompts" for name, found in prompts.items() if len(found) > 1)
 
 
 def table(launches: Launches, count: bool) -> Iterator[str]:

@@ -74,7 +74,8 @@ def test_what_prompts_launch(launched: list[dict[str, Any]]) -> None:
         "prompt" in label for label in line.get("labels", ()))} for card, *_ in WANTED}
     assert found[7, 5] == {"decode"}
     assert found[9, 0] == {"matmul"}
-    assert all(found[card] == {"matmul", "attend_many"} for card in ((8, 0), (8, 6), (8, 9), (12, 0)))
+    assert all(found[card] == {"matmul", "attend_many"} for card in ((8, 0), (8, 9), (12, 0)))
+    assert found[8, 6] == {"matmul", "attend_many", "decode"}  # what is in fp32 is torch's too
 
 
 def test_the_gemv_takes_few_instructions_a_weight(launched: list[dict[str, Any]]) -> None:

@@ -82,11 +82,13 @@ class TestWithoutTensorCores:
     def test_the_card_decides(self, card: tuple[int, int] | None, by_torch: bool,
                               monkeypatch: pytest.MonkeyPatch) -> None:
         asked: list[object] = []
-        m, x = here(matrix("int4", 64, 64, 32, 32)), operand(9, 64).to(DEVICE)
+        m, x = here(matrix("int4", 64, 64, 32, 32)), operand(9, 64).half().to(DEVICE)
         monkeypatch.setattr(cuda_prompt, "linear_decoded", lambda *args: asked.append(args))
         monkeypatch.setattr(cuda_prompt, "capability", lambda place: card)
         linear_many(x, m)
         assert bool(asked) == by_torch
+        linear_many(x.float(), m)
+        assert len(asked) == by_torch + (card is not None)
 
 
 class TestAttend:

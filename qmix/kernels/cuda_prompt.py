@@ -46,12 +46,13 @@ def linear_many(x: Tensor, m: Packed, out_dtype: torch.dtype | None = None, conf
 
     int8: codes are exact in bf16 and fp32, and their product is scaled; in fp16, where products of codes would
     overflow, weights are scaled first, and so rounded. The grouped formats: on a card for which Triton's products have
-    no tensor cores (sm_75) as `linear_decoded` has them.
+    no tensor cores (sm_75), and in fp32, as `linear_decoded` has them: Triton's tiles would not fit the registers.
     """
     spec, dtype = m.spec, out_dtype or x.dtype
     if x.dim() != 2 or x.shape[1] != spec.cols or x.dtype not in DTYPES:
         raise UsageError(f"x: got {x.dtype} {list(x.shape)}, want fp32, bf16 or fp16 [T, {spec.cols}]")
-    if spec.bits and without_tensor_cores(capability(x.device)):
+    card = capability(x.device)
+    if spec.bits and card and (without_tensor_cores(card) or x.dtype == torch.float32):
         return linear_decoded(x, m, dtype)
     if spec.bits:
         y = x.new_empty(len(x), spec.padded_rows, dtype=dtype)
