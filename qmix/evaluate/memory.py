@@ -14,25 +14,36 @@ from qmix.sizes import format_bytes
 def share(reference: Needs, model: Needs, budget: int, base: int) -> int:
     """Bytes of `budget` within which to load the reference first, `base` being taken; the model then has the rest.
     DoesNotFit says how much is missing."""
-    least = [_fixed(needs) + needs.least_bytes for needs in (reference, model)]
-    wanted = [needs.expert_bytes - needs.least_bytes for needs in (reference, model)]
-    spare = budget - base - max(RESERVE, budget // 50) - sum(least)
+    granted = divide((least(reference), more(reference)), model, budget, base)
+    return _with_reserve(base + granted)
+
+
+def divide(reference: tuple[int, int], model: Needs, budget: int, base: int) -> int:
+    """Bytes for a reference that cannot do without the first number and has use for the second beyond it."""
+    needed = reference[0] + least(model)
+    spare = budget - base - max(RESERVE, budget // 50) - needed
     if spare < 0:
         raise DoesNotFit(f"both models need {format_bytes(budget - spare)} of RAM at least, have "
                          f"{format_bytes(budget)}: short of {format_bytes(-spare)} (reference "
-                         f"{format_bytes(least[0])}, model {format_bytes(least[1])}, program and reserve the rest)",
-                         "give it more --ram, choose a smaller -c/--ctx-size, or close other programs")
-    granted = wanted[0] if spare >= sum(wanted) else spare * wanted[0] // sum(wanted)
-    return _with_reserve(base + least[0] + granted)
+                         f"{format_bytes(reference[0])}, model {format_bytes(least(model))}, program and reserve the "
+                         "rest)", "give it more --ram, choose a smaller -c/--ctx-size, or close other programs")
+    wanted = reference[1] + more(model)
+    return reference[0] + (reference[1] if spare >= wanted else spare * reference[1] // wanted)
+
+
+def least(needs: Needs) -> int:
+    """Bytes that a model cannot do without."""
+    return needs.dense + needs.kv + needs.workspace + needs.least_bytes
+
+
+def more(needs: Needs) -> int:
+    """Bytes beyond the least that hold experts."""
+    return needs.expert_bytes - needs.least_bytes
 
 
 def taken(plan: TierPlan) -> int:
     """Bytes that a loaded model counts for, in the plan of the next: the reserve is the process's, not each one's."""
     return plan.total - plan.reserve
-
-
-def _fixed(needs: Needs) -> int:
-    return needs.dense + needs.kv + needs.workspace
 
 
 def _with_reserve(nbytes: int) -> int:
