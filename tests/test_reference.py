@@ -160,8 +160,8 @@ def test_within_a_budget_that_leaves_the_weights_on_disk(wiki_moe: Path, text: P
     least = re.search(r"both models need (\d+) MiB", refusal.stderr)
     assert refusal.returncode == 3 and least is not None, refusal.stderr
     budget = int(least[1]) + 12  # the program takes a few MiB more or less each time it starts
-    done, roomy = run(f"{budget}M"), qmix("eval", store, "-f", text, "-c", 128, "-n", 200, "--against", wiki_moe, "-t", 1,
-                                          "--json", "--fresh")
+    done = run(f"{budget}M")
+    roomy = qmix("eval", store, "-f", text, "-c", 128, "-n", 200, "--against", wiki_moe, "-t", 1, "--json", "--fresh")
     assert done.returncode == 0 and roomy.returncode == 0, done.stderr + roomy.stderr
     assert "each window reads" in done.stderr and "all its weights in RAM" in roomy.stderr
     assert json.loads(done.stdout) == json.loads(roomy.stdout)
