@@ -167,7 +167,7 @@ def test_within_a_budget_that_leaves_the_weights_on_disk(wiki_moe: Path, text: P
     assert json.loads(done.stdout) == json.loads(roomy.stdout)
     peak = re.search(r"peak memory (\d+) MiB", done.stderr)
     assert peak is not None and int(peak[1]) <= budget
-    assert not list((tmp_path / "tmp").iterdir())
+    assert not [p for p in (tmp_path / "tmp").rglob("*") if p.is_file()]  # torch makes an empty folder there
     print(f"peak {peak[1]} of {budget} MiB")
 
 

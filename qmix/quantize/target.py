@@ -101,7 +101,7 @@ class Target:
         return True
 
     def _move_up(self) -> None:
-        """Delete the old store's files, then move the new one's to OUT; see the module's prose for what a kill leaves."""
+        """Delete the old store's files, then move the new one's to OUT; the module's prose says what a kill leaves."""
         if (self.out / MANIFEST).exists():
             (self.out / MANIFEST).rename(self.partial / OLD_MANIFEST)  # closes the old store, and says what follows
             sync_folder(self.partial)
@@ -141,7 +141,8 @@ class Target:
                 if not (self.partial / name).exists() and (self.out / name).is_file():
                     (self.out / name).rename(self.partial / name)
             self._delete_replaced()
-        if (self.out / MANIFEST).exists():
+            (self.partial / OLD_MANIFEST).unlink(missing_ok=True)
+        if (self.out / MANIFEST).exists():  # killed behind the last rename
             (self.partial / OLD_MANIFEST).unlink(missing_ok=True)
         if not self.replaced.exists():
             return
@@ -155,8 +156,11 @@ class Target:
 
 
 def resolve(out: Path) -> Path:
-    """OUT without links, so that what stands beside it is on the same disk."""
-    return Path(os.path.realpath(out))
+    """OUT without links, so that what stands beside it is on the same disk. UsageError for links that form a ring."""
+    found = Path(os.path.realpath(out))
+    if found.is_symlink():
+        raise UsageError(f"{out}: a link that leads back to itself", "choose another OUT, or remove the link")
+    return found
 
 
 def partial_of(out: Path) -> Path:
@@ -182,7 +186,8 @@ def _names(manifest: Path) -> set[str]:
         found = Manifest.read(manifest)
     except StoreError:
         return set()
-    return {entry.file for entry in (*found.records.values(), *found.dense.values())} | {*found.files}
+    places = [r.file for r in found.records.values()] + [d.file for d in found.dense.values()]
+    return {*places, *found.files}
 
 
 def _entries(out: Path) -> list[Path]:
