@@ -158,7 +158,7 @@ class Target:
 def resolve(out: Path) -> Path:
     """OUT without links, so that what stands beside it is on the same disk. UsageError for links that form a ring."""
     found = Path(os.path.realpath(out))
-    if found.is_symlink():
+    if os.path.islink(found):
         raise UsageError(f"{out}: a link that leads back to itself", "choose another OUT, or remove the link")
     return found
 
