@@ -158,7 +158,11 @@ class Target:
 def resolve(out: Path) -> Path:
     """OUT without links, so that what stands beside it is on the same disk. UsageError for links that form a ring."""
     found = Path(os.path.realpath(out))
-    if os.path.islink(found):
+    try:
+        ring = found.is_symlink()
+    except OSError as e:  # a name too long
+        raise cannot_write(e) from None
+    if ring:
         raise UsageError(f"{out}: a link that leads back to itself", "choose another OUT, or remove the link")
     return found
 
