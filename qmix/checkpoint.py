@@ -19,6 +19,7 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qmix import modelfiles, names
@@ -93,6 +94,11 @@ class Checkpoint:
         w1, _, w2 = (self._tensor(tensors[name][0], buffer[i * part:(i + 1) * part])
                      for i, name in enumerate(("w1", "w3", "w2")))
         return buffer[:2 * part].view(w1.dtype).view(2 * w1.shape[0], w1.shape[1]), w2
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Any tensor of the model, into contiguous memory of its dtype and shape."""
+        assert out.is_contiguous() and tuple(out.shape) == self._places[name].entry.shape
+        self._tensor(name, out.view(-1).view(torch.uint8))
 
     def _tensor(self, name: str, out: Tensor | None = None) -> Tensor:
         place = self._places[name]

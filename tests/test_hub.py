@@ -201,6 +201,6 @@ def test_an_absent_repository_is_one_line(serve: Server, tmp_path: Path) -> None
 
 
 def test_every_file_that_a_store_copies_is_fetched() -> None:
-    assert {*checkpoint.EXTRA_FILES, INDEX, SINGLE, "config.json"} <= {*hub.FILES, hub.SINGLE}
+    assert {*modelfiles.FILES, INDEX, SINGLE, "config.json"} <= {*hub.FILES, hub.SINGLE}
     assert (hub.INDEX, hub.SINGLE) == (INDEX, SINGLE)
     assert not any("*" in name or "/" in name for name in hub.FILES)

@@ -6,6 +6,7 @@ disk is counted; a process kills itself right before its n-th one, or, where tha
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -24,7 +25,7 @@ from helpers import KEEP, write_tiny_checkpoint
 from qmix.checkpoint import Checkpoint
 from qmix.config import QuantConfig
 from qmix.errors import Interrupted, QmixError, StoreError, UsageError
-from qmix.quantize import quantize_checkpoint
+from qmix.quantize import quantize_checkpoint, target
 from qmix.store import Store, writer
 
 RTN = QuantConfig(method="rtn")
@@ -35,10 +36,26 @@ def run(source: str, out: str, force: bool = False, quant: QuantConfig = RTN) ->
         quantize_checkpoint(checkpoint, out, quant, threads=1, force=force)
 
 
-def child(source: str, out: str, force: bool, kill_at: int) -> None:
+def mount(out: Path, setattr: Callable[[Any, str, Any], None]) -> None:
+    """OUT is a mount point as far as the job can tell: it is named as one, and cannot be renamed or removed."""
+    def refuse(change: Callable[..., Any]) -> Callable[..., Any]:
+        def changed(self: Path, *other: Any, **options: Any) -> Any:
+            if out in (self, *other):
+                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(self))
+            return change(self, *other, **options)
+        return changed
+
+    setattr(target, "is_mount", lambda folder: folder == out)
+    for name in ("rename", "replace", "rmdir"):
+        setattr(Path, name, refuse(getattr(Path, name)))
+
+
+def child(source: str, out: str, force: bool, kill_at: int, mounted: bool = False) -> None:
     """Run the job in this process; before its `kill_at`-th change to the disk the process dies. The number
     of changes goes to the file `changes` beside the source."""
     changes = 0
+    if mounted:
+        mount(Path(out), setattr)
 
     def step(change: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         nonlocal changes
@@ -145,15 +162,15 @@ def whole(source: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, by
     return files(out)
 
 
-def count(server: Server, source: str, out: Path, force: bool) -> int:
+def count(server: Server, source: str, out: Path, force: bool, mounted: bool = False) -> int:
     """How many changes to the disk an uninterrupted run makes."""
-    server.start(source, str(out), force, 0)
+    server.start(source, str(out), force, 0, mounted)
     assert server.status() == 0
     return int(Path(source).with_name("changes").read_text())
 
 
-def killed(server: Server, source: str, out: Path, force: bool, step: int) -> None:
-    server.start(source, str(out), force, step)
+def killed(server: Server, source: str, out: Path, force: bool, step: int, mounted: bool = False) -> None:
+    server.start(source, str(out), force, step, mounted)
     assert server.status() == -signal.SIGKILL, f"step {step} was never reached"
 
 
@@ -210,6 +227,45 @@ def test_killed_while_replacing(server: Server, source: str, whole: dict[str, by
         run(source, str(out), force=True)
         assert files(out) == whole, f"killed at step {step} of {last}"
         assert [p.name for p in out.parent.iterdir()] == ["out"], f"killed at step {step} of {last}"
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_killed_in_a_mount_point(server: Server, source: str, whole: dict[str, bytes], tmp_path: Path, force: bool,
+                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    """OUT cannot be renamed, so files are moved up one by one; with --force a store stands there. A run that is killed
+    is followed by one that is killed too, and that by one that is not. Nothing is ever half of a store, nor beside
+    OUT, and what the disk began with stays."""
+    def prepare(name: str) -> Path:
+        out = tmp_path / name / "out"
+        if force:
+            run(source, str(out), quant=KEEP)
+        (out / "lost+found").mkdir(parents=True)
+        return out
+
+    def stores(out: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+
+    last = count(server, source, prepare("counted"), force, True)
+    old = stores(prepare("old"))
+    assert stores(tmp_path / "counted" / "out") == whole and last > 60
+    for step in [2, 9, last - 30, *range(last - 23, last, 2), last]:
+        out = prepare(str(step))
+        killed(server, source, out, force, step, True)
+        for again in (last - 8, 5) if step % 3 == 0 else ():
+            if not (out / "qmix.json").exists():
+                server.start(source, str(out), force, again, True)
+                server.status()
+        try:
+            with Store.open(out) as store:
+                assert store.verify(deep=True) == [] and stores(out) in (old, whole), f"killed at step {step} of {last}"
+        except (StoreError, UsageError):
+            assert "qmix.json" not in stores(out), f"killed at step {step} of {last}"
+        with monkeypatch.context() as patch:
+            mount(out, patch.setattr)
+            if stores(out) != whole:
+                run(source, str(out), force=force)
+        assert stores(out) == whole, f"killed at step {step} of {last}"
+        assert [p.name for p in out.parent.iterdir()] == ["out"] and (out / "lost+found").is_dir()
 
 
 def test_killed_while_starting_over(server: Server, source: str, whole: dict[str, bytes], tmp_path: Path) -> None:

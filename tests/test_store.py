@@ -388,6 +388,16 @@ def fuzzed(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     return Path(shutil.copytree(stores["int4"], tmp_path_factory.mktemp("fuzz") / "store"))
 
 
+def test_a_path_that_is_not_utf8_is_no_damage(stores: dict[str, Path], tmp_path: Path) -> None:
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    shutil.copytree(stores["int4"], odd)
+    with Store.open(odd) as opened:
+        assert opened.verify(deep=True) == []
+    (odd / "dense.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(StoreError, match=r"dense\.safetensors"):
+        Store.open(odd)
+
+
 def test_files_are_closed(stores: dict[str, Path], store: Path) -> None:
     def opened() -> int:
         return len(list(Path("/proc/self/fd").iterdir()))

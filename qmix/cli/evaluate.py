@@ -39,8 +39,9 @@ from qmix.textfile import read_text
 def evaluate(
     model: ModelArgument = None,
     file: Annotated[Path | None, typer.Option("-f", "--file", help="The text, UTF-8.", show_default=False)] = None,
-    against: Annotated[str | None, typer.Option("--against", metavar="REF", help="A reference store, as of quantize "
-                                                "--format keep --dense keep: also KL divergence and top-1 agreement.",
+    against: Annotated[str | None, typer.Option("--against", metavar="REF", help="The original checkpoint, which "
+                                                "transformers and accelerate run, or a store of it (quantize --format "
+                                                "keep --dense keep): also KL divergence and top-1 agreement.",
                                                 show_default=False)] = None,
     ctx_size: Annotated[int, typer.Option("-c", "--ctx-size", min=0, help="Tokens of a window; 0 = 2048, or what the "
                                           "model was trained for.")] = 0,

@@ -67,9 +67,13 @@ def share(reference: Needs, model: Needs, budget: int, base: int, memory: str = 
     """Bytes of `budget` within which to load the reference first, `base` being taken; the model then has the rest.
     DoesNotFit says how much is missing."""
     both = reference, model
-    fixed = [needs.dense + needs.kv + needs.workspace for needs in both]
-    return _divided([size + needs.least_bytes for size, needs in zip(fixed, both, strict=True)],
-                    [size + needs.expert_bytes for size, needs in zip(fixed, both, strict=True)], budget, base, memory)
+    return _divided([_least(needs) for needs in both], [_most(needs) for needs in both], budget, base, memory)
+
+
+def divide(reference: tuple[int, int], model: Needs, budget: int, base: int) -> int:
+    """Bytes of RAM for a reference that cannot do without the first number and has use for the second beyond it.
+    DoesNotFit says how much is missing."""
+    return _granted([reference[0], _least(model)], [sum(reference), _most(model)], budget, base, "RAM")
 
 
 def taken(plan: TierPlan) -> int:
@@ -77,8 +81,23 @@ def taken(plan: TierPlan) -> int:
     return plan.total - plan.reserve
 
 
+def _least(needs: Needs) -> int:
+    """Bytes that a model cannot do without."""
+    return needs.dense + needs.kv + needs.workspace + needs.least_bytes
+
+
+def _most(needs: Needs) -> int:
+    """Bytes that a model has use for."""
+    return needs.dense + needs.kv + needs.workspace + needs.expert_bytes
+
+
 def _divided(least: Sequence[int], most: Sequence[int], budget: int, base: int, memory: str) -> int:
     """`share`, of two that take `least` bytes each and can make use of `most`."""
+    return _with_reserve(base + _granted(least, most, budget, base, memory))
+
+
+def _granted(least: Sequence[int], most: Sequence[int], budget: int, base: int, memory: str) -> int:
+    """Bytes for the first of the two, in proportion to what each wants beyond its least."""
     wanted = [top - low for top, low in zip(most, least, strict=True)]
     spare = budget - base - max(RESERVE, budget // 50) - sum(least)
     if spare < 0:
@@ -86,8 +105,7 @@ def _divided(least: Sequence[int], most: Sequence[int], budget: int, base: int, 
                          f"{format_bytes(budget)}: short of {format_bytes(-spare)} (reference "
                          f"{format_bytes(least[0])}, model {format_bytes(least[1])}, program and reserve the rest)",
                          f"give it more --{memory.lower()}, choose a smaller -c/--ctx-size, or close other programs")
-    granted = wanted[0] if spare >= sum(wanted) else spare * wanted[0] // sum(wanted)
-    return _with_reserve(base + least[0] + granted)
+    return least[0] + (wanted[0] if spare >= sum(wanted) else spare * wanted[0] // sum(wanted))
 
 
 def _with_reserve(nbytes: int) -> int:

@@ -39,4 +39,7 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _name(about: dict[str, Any]) -> str:
+    if "run_by" in about:
+        how = about["run_by"]
+        return (f"{about['checkpoint']}, unquantized, by transformers {how['transformers']} in {how['computed_in']}")
     return f"{about['store']}, {about['bits_per_weight']} bits a weight"

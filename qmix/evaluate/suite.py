@@ -21,13 +21,14 @@ from qmix.config import Cancel
 from qmix.engine import Engine, Session, budget, needs_of
 from qmix.errors import Interrupted, QmixError, UsageError
 from qmix.evaluate.journal import Journal
-from qmix.evaluate.memory import Gpu, Part, model_part, reference_part, tensors_to_come
+from qmix.evaluate.memory import Gpu, Part, divide, model_part, reference_part, tensors_to_come
+from qmix.evaluate.reference import Original
 from qmix.evaluate.score import Scores, score
 from qmix.evaluate.tally import Tally
 from qmix.evaluate.windows import Window, cut
 from qmix.render import Progress
 from qmix.sizes import format_bytes
-from qmix.store import Store, describe
+from qmix.store import CONFIG, MANIFEST, Store, describe
 from qmix.tokenizer import load as load_tokenizer
 
 WINDOW = 2048  # tokens, where the models were trained for as many
@@ -88,7 +89,10 @@ def run(request: Request, load: OpenEngine, *, cancel: Cancel, say: Callable[[st
     """
     with ExitStack() as opened:
         store = opened.enter_context(Store.open(request.model))
-        other = opened.enter_context(Store.open(request.reference)) if request.reference else None
+        other: Store | Original | None = None
+        if request.reference is not None:
+            other = _open_reference(request.reference, say)
+            opened.push(other)
         text = _cut_text(request, store, other)
         say(f"{request.text_name}: {len(text.ids)} tokens; {sum(w.scored for w in text.windows)} scored in "
             f"{len(text.windows)} windows of {text.window} every {text.stride}")
@@ -106,8 +110,15 @@ def run(request: Request, load: OpenEngine, *, cancel: Cancel, say: Callable[[st
                 "activations": request.activations, "kv_cache": request.kv}
 
 
-def _cut_text(request: Request, store: Store, other: Store | None) -> Text:
-    stores = [store] + ([other] if other else [])
+def _open_reference(path: Path, say: Callable[[str], None]) -> Store | Original:
+    """A store; or, of a folder that holds no store but a config.json, the checkpoint as transformers runs it."""
+    if (path / MANIFEST).exists() or not (path / CONFIG).is_file():
+        return Store.open(path)
+    return Original.open(path, lambda line: say(f"reference: {line}"))
+
+
+def _cut_text(request: Request, store: Store, other: Store | Original | None) -> Text:
+    stores: list[Store | Original] = [store, *([other] if other else [])]
     ids = [load_tokenizer(one.path, one.config.vocab_size).encode(request.text) for one in stores]
     if other is not None and (store.config.vocab_size != other.config.vocab_size or ids[0] != ids[1]):
         raise UsageError(f"--against {other.path}: it has another vocabulary than {store.path}, so their distributions "
@@ -122,12 +133,14 @@ def _cut_text(request: Request, store: Store, other: Store | None) -> Text:
     return Text(ids[0], window, stride, cut(len(ids[0]), window, stride, request.most))
 
 
-def _load(request: Request, load: OpenEngine, store: Store, other: Store | None, context: int,
-          opened: ExitStack, say: Callable[[str], None]) -> tuple[Engine | None, Engine]:
+def _load(request: Request, load: OpenEngine, store: Store, other: Store | Original | None, context: int,
+          opened: ExitStack, say: Callable[[str], None]) -> tuple[Engine | Original | None, Engine]:
     """(reference, model). Two are computed on the same device: on different ones their arithmetic would differ by
     more than a good quantization does."""
     if other is None:
         return None, opened.enter_context(load(store.path, context, None))
+    if isinstance(other, Original):
+        return other, _beside_original(request, load, store, other, context, opened, say)
     gpu = request.gpu(max(store.layout.record_bytes, other.layout.record_bytes))
     if gpu is None:
         return _load_both(request, load, store, other, context, None, opened, say)
@@ -138,6 +151,22 @@ def _load(request: Request, load: OpenEngine, store: Store, other: Store | None,
             raise
         say(f"not on {gpu.name}: {error.message}; the CPU computes both models")
     return _load_both(request, load, store, other, context, None, opened, say)
+
+
+def _beside_original(request: Request, load: OpenEngine, store: Store, other: Original, context: int,
+                     opened: ExitStack, say: Callable[[str], None]) -> Engine:
+    """The model; transformers computes a checkpoint on the CPU, and the model with it."""
+    gpu = request.gpu(store.layout.record_bytes)
+    if gpu is not None and gpu.chosen:
+        raise UsageError(f"--against {other.path}: transformers runs a checkpoint on the CPU here, and both models are "
+                         f"computed on the same device, not on {gpu.name}", "drop --device and --vram, or make a "
+                         "reference store (quantize --format keep --dense keep)")
+    say("reference and model are both computed on the CPU")
+    whole, base = budget(request.ram, request.margin)
+    needs = needs_of(store, context, request.kv, scoring=True)
+    granted = divide((other.least_bytes(context), other.weight_bytes), needs, whole, base)
+    other.plan(granted, context)
+    return opened.enter_context(load(store.path, context, Part((whole, base + granted))))
 
 
 def _load_both(request: Request, load: OpenEngine, store: Store, other: Store, context: int, gpu: Gpu | None,
@@ -159,9 +188,11 @@ def _device(engine: Engine) -> str:
     return "CPU" if engine.device is None else engine.device.name
 
 
-def _arguments(request: Request, text: Text, model: Engine, reference: Engine | None) -> dict[str, Any]:
+def _arguments(request: Request, text: Text, model: Engine, reference: Engine | Original | None) -> dict[str, Any]:
     """All that decides the bits of what a window gives."""
-    def engine(one: Engine) -> dict[str, Any]:
+    def engine(one: Engine | Original) -> dict[str, Any]:
+        if isinstance(one, Original):
+            return one.identity
         return {"store": one.store.identity, "threads": one.threads, "kernels": dict(one.kernels),
                 "device": _device(one), "exact": one.exact}
 
@@ -171,8 +202,8 @@ def _arguments(request: Request, text: Text, model: Engine, reference: Engine | 
             "activations": request.activations}
 
 
-def _measure(request: Request, text: Text, model: Engine, reference: Engine | None, journal: Journal, cancel: Cancel,
-             say: Callable[[str], None], progress: Progress) -> Tally:
+def _measure(request: Request, text: Text, model: Engine, reference: Engine | Original | None, journal: Journal,
+             cancel: Cancel, say: Callable[[str], None], progress: Progress) -> Tally:
     tally = Tally(text.windows, reference is not None)
     for window, scores in zip(text.windows, journal.done, strict=False):
         tally.add(window, scores)
@@ -195,7 +226,8 @@ def _measure(request: Request, text: Text, model: Engine, reference: Engine | No
     return tally
 
 
-def _score(ids: Sequence[int], window: Window, session: Session, beside: Session | None, cancel: Cancel) -> Scores:
+def _score(ids: Sequence[int], window: Window, session: Session, beside: Session | Original | None,
+           cancel: Cancel) -> Scores:
     """One window, read by one model after the other, from empty contexts."""
     if cancel:
         raise Interrupted("cancelled")
@@ -212,8 +244,10 @@ def _score(ids: Sequence[int], window: Window, session: Session, beside: Session
                         f"{error.message}", error.cure) from None
 
 
-def about(store: Store) -> dict[str, Any]:
+def about(store: Store | Original) -> dict[str, Any]:
     """Of what `qmix show` knows, which store it is and how it is quantized."""
+    if isinstance(store, Original):
+        return store.about()
     about = describe(store)
     names = ("store", "source", "fingerprint", "parameters", "bytes", "bits_per_weight", "dtype")
     return {**{name: about[name] for name in names},

@@ -28,7 +28,7 @@ from qmix.quantize.journal import Finished, Journal
 from qmix.quantize.onethread import one_torch_thread
 from qmix.quantize.pipeline import Work, all_work, route, run
 from qmix.quantize.report import Report
-from qmix.quantize.target import Target, cannot_write, check_replaceable, resolve, sync_folder, written_bytes
+from qmix.quantize.target import Target, cannot_write, resolve, sync_folder, written_bytes
 from qmix.render import Progress
 from qmix.sizes import format_bytes
 from qmix.store import (
@@ -89,10 +89,10 @@ def quantize_checkpoint(source: Checkpoint, out: Path | str, quant: QuantConfig,
 
 
 def check_out(source: Checkpoint, out: Path, force: bool) -> None:
-    """UsageError, before any work is done, where quantize_checkpoint would refuse `out`."""
+    """An error, before any work is done, where quantize_checkpoint would refuse `out` or cannot write there."""
     out = resolve(out)
     _check_place(source, out)
-    check_replaceable(out, force)
+    Target.claim(out, force).release()
 
 
 def _check_place(source: Checkpoint, out: Path) -> None:

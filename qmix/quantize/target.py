@@ -10,22 +10,34 @@ A process may be killed anywhere. Left behind is then one of:
     OUT.replaced, no OUT                   broken off between the renames: the old store goes back first
     OUT.replaced and OUT                   broken off while deleting: deleting goes on
 
+A mount point (a Docker volume, a disk of its own) cannot be renamed, and its parent is another disk; nor may the
+folder above OUT be written everywhere. The store is then written in OUT/store.partial, and its files are moved up one
+by one, qmix.json last, so that no half of a store ever opens. Left behind is then one of:
+    OUT/store.partial with a journal       unfinished, as above
+    OUT/store.partial with qmix.json       finished; files that were moved up already go back, and it is checked
+    ... and with qmix.json.replaced        the old store's manifest: its other files are being deleted
+
 Nothing is ever removed or renamed except folders that hold files of a qmix store and nothing else.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
 from pathlib import Path
 
+import psutil
+
 from qmix import modelfiles
-from qmix.errors import QmixError, UsageError
-from qmix.store import CONFIG, JOURNAL, MANIFEST
+from qmix.errors import QmixError, StoreError, UsageError
+from qmix.store import CONFIG, JOURNAL, MANIFEST, Manifest
 
 WEIGHTS = re.compile(r"dense\.safetensors|experts-\d{2,}\.safetensors")
-OURS = frozenset({CONFIG, MANIFEST, JOURNAL, MANIFEST + ".tmp", JOURNAL + ".tmp", *modelfiles.FILES})
+OLD_MANIFEST = MANIFEST + ".replaced"
+OURS = frozenset({CONFIG, MANIFEST, OLD_MANIFEST, JOURNAL, MANIFEST + ".tmp", JOURNAL + ".tmp", *modelfiles.FILES})
+INSIDE = "store.partial"
 
 
 class Target:
@@ -33,7 +45,7 @@ class Target:
 
     def __init__(self, out: Path, lock: int):
         self.out = out
-        self.partial, self.replaced = _beside(out, ".partial"), _beside(out, ".replaced")
+        self.partial, self.replaced = partial_of(out), _beside(out, ".replaced")
         self._lock = lock
 
     @classmethod
@@ -41,9 +53,10 @@ class Target:
         """Check OUT, mend what an earlier run left, and lock. UsageError (exit 2) where OUT may not be
         written, QmixError where another process is at it. `out` is free of links: see `resolve`."""
         try:
-            check_replaceable(out, force)  # first of all, so that a refusal leaves no trace
+            if not _half_moved(out, partial_of(out)):
+                check_replaceable(out, force)  # first of all, so that a refusal leaves no trace
             out.parent.mkdir(parents=True, exist_ok=True)
-            target = cls(out, _lock(_beside(out, ".partial")))
+            target = cls(out, _lock(partial_of(out)))
         except OSError as e:
             raise cannot_write(e) from None
         try:
@@ -68,12 +81,46 @@ class Target:
         sync_folder(self.partial)
         (self.partial / JOURNAL).unlink()
         sync_folder(self.partial)
+        if self.partial.parent == self.out or not self._rename():
+            self._move_up()
+
+    def _rename(self) -> bool:
+        """Give the folder its name; False where the system cannot rename what stands at OUT: it became a mount point,
+        or it belongs to a lower layer of an overlay, as in a container's image."""
         if self.out.exists() and any(self.out.iterdir()):
-            self.out.rename(self.replaced)
+            try:
+                self.out.rename(self.replaced)
+            except OSError as e:
+                if e.errno in (errno.EXDEV, errno.EBUSY):
+                    return False
+                raise
         self.partial.rename(self.out)
         sync_folder(self.out.parent)
         if self.replaced.exists():
             _remove(self.replaced)
+        return True
+
+    def _move_up(self) -> None:
+        """Delete the old store's files, then move the new one's to OUT; the module's prose says what a kill leaves."""
+        if (self.out / MANIFEST).exists():
+            (self.out / MANIFEST).rename(self.partial / OLD_MANIFEST)  # closes the old store, and says what follows
+            sync_folder(self.partial)
+        self._delete_replaced()
+        for path in sorted(self.partial.iterdir(), key=lambda path: path.name == MANIFEST):
+            if path.name != OLD_MANIFEST:
+                if path.name == MANIFEST:
+                    sync_folder(self.out)
+                path.rename(self.out / path.name)
+        sync_folder(self.out)
+        (self.partial / OLD_MANIFEST).unlink(missing_ok=True)
+        self.partial.rmdir()
+        sync_folder(self.out)
+
+    def _delete_replaced(self) -> None:
+        """What is left of the old store in OUT."""
+        if (self.partial / OLD_MANIFEST).exists() and foreign(self.out) is None:
+            for path in _entries(self.out):
+                path.unlink()
 
     def release(self) -> None:
         """Give up the lock; a folder in which nothing was written goes too."""
@@ -89,6 +136,14 @@ class Target:
 
     def _mend(self) -> None:
         """Undo or finish what a killed run left between two renames."""
+        if _half_moved(self.out, self.partial):
+            for name in _names(self.partial / MANIFEST):
+                if not (self.partial / name).exists() and (self.out / name).is_file():
+                    (self.out / name).rename(self.partial / name)
+            self._delete_replaced()
+            (self.partial / OLD_MANIFEST).unlink(missing_ok=True)
+        if (self.out / MANIFEST).exists():  # killed behind the last rename
+            (self.partial / OLD_MANIFEST).unlink(missing_ok=True)
         if not self.replaced.exists():
             return
         stranger = foreign(self.replaced)
@@ -101,8 +156,48 @@ class Target:
 
 
 def resolve(out: Path) -> Path:
-    """OUT without links, so that what stands beside it is on the same disk."""
-    return Path(os.path.realpath(out))
+    """OUT without links, so that what stands beside it is on the same disk. UsageError for links that form a ring."""
+    found = Path(os.path.realpath(out))
+    try:
+        ring = found.is_symlink()
+    except OSError as e:  # a name too long
+        raise cannot_write(e) from None
+    if ring:
+        raise UsageError(f"{out}: a link that leads back to itself", "choose another OUT, or remove the link")
+    return found
+
+
+def partial_of(out: Path) -> Path:
+    """Where a store for OUT is written: beside it, or inside where it is a mount point or nothing may stand beside."""
+    if out.is_dir() and (is_mount(out) or (out / INSIDE).is_dir() or not os.access(out.parent, os.W_OK)):
+        return out / INSIDE
+    return _beside(out, ".partial")
+
+
+def is_mount(folder: Path) -> bool:
+    """Whether something is mounted there; a bind mount of the same disk shows in the system's list alone."""
+    return os.path.ismount(folder) or any(Path(m.mountpoint) == folder for m in psutil.disk_partitions(all=True))
+
+
+def _half_moved(out: Path, partial: Path) -> bool:
+    """Whether a finished store may lie partly in OUT already."""
+    return (partial / MANIFEST).exists() and not (partial / JOURNAL).exists() and not (out / MANIFEST).exists()
+
+
+def _names(manifest: Path) -> set[str]:
+    """The files of a finished store, but for the manifest; none where it cannot be read: then all is made again."""
+    try:
+        found = Manifest.read(manifest)
+    except StoreError:
+        return set()
+    places = [r.file for r in found.records.values()] + [d.file for d in found.dense.values()]
+    return {*places, *found.files}
+
+
+def _entries(out: Path) -> list[Path]:
+    """What a folder holds, but for a store that is being written in it and what a disk of its own begins with."""
+    ours = {INSIDE, "lost+found"} if is_mount(out) or (out / INSIDE).is_dir() else set()
+    return sorted(path for path in out.iterdir() if path.name not in ours or not path.is_dir())
 
 
 def check_replaceable(out: Path, force: bool) -> None:
@@ -111,7 +206,7 @@ def check_replaceable(out: Path, force: bool) -> None:
         return
     if not out.is_dir():
         raise UsageError(f"{out}: a file is in the way", "choose another OUT")
-    if not any(out.iterdir()):
+    if not _entries(out):
         return
     stranger = foreign(out)
     if stranger is None and not (out / MANIFEST).exists():
@@ -136,16 +231,16 @@ def _check_partial(partial: Path) -> None:
 
 def foreign(folder: Path) -> str | None:
     """The first entry of a folder that is no file of a qmix store, quoted, or None."""
-    for entry in sorted(os.scandir(folder), key=lambda e: e.name):
-        if entry.name == modelfiles.TEMPLATES and entry.is_dir(follow_symlinks=False):
-            for inner in sorted(os.scandir(entry.path), key=lambda e: e.name):
-                name = f"{entry.name}/{inner.name}"
-                if not modelfiles.TEMPLATE_NAME.fullmatch(name) or not inner.is_file(follow_symlinks=False):
+    for path in _entries(folder):
+        if path.name == modelfiles.TEMPLATES and path.is_dir() and not path.is_symlink():
+            for inner in _entries(path):
+                name = f"{path.name}/{inner.name}"
+                if not modelfiles.TEMPLATE_NAME.fullmatch(name) or inner.is_symlink() or not inner.is_file():
                     return f"{name!r:.80}"
             continue
-        known = entry.name in OURS or WEIGHTS.fullmatch(entry.name)
-        if not known or not entry.is_file(follow_symlinks=False):
-            return f"{entry.name!r:.80}"
+        known = path.name in OURS or WEIGHTS.fullmatch(path.name)
+        if not known or path.is_symlink() or not path.is_file():
+            return f"{path.name!r:.80}"
     return None
 
 

@@ -282,9 +282,15 @@ def _check_file(path: Path, file: FileLayout) -> None:
 
 def _check_portable(file: Path) -> None:
     """A store promises files that any safetensors reader opens: ask the library, which shares no code
-    with us."""
+    with us. It takes no path that is not UTF-8, so it gets a name of the open file."""
     try:
-        with safe_open(file, framework="pt") as opened:
+        with open(file, "rb") as held, safe_open(f"/proc/self/fd/{held.fileno()}" if _odd(file) else file,
+                                                 framework="pt") as opened:
             opened.keys()
     except (SafetensorError, OSError) as e:
         raise StoreError(f"{file}: the safetensors library refuses it: {e}", DAMAGED) from None
+
+
+def _odd(path: Path) -> bool:
+    """Whether a path holds bytes that are no UTF-8, which Python shows as lone surrogates."""
+    return any("\ud800" <= letter <= "\udfff" for letter in str(path))

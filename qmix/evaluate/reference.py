@@ -1,0 +1,264 @@
+"""The unquantized original as a reference: transformers computes it, accelerate places it, qmix only reads the files.
+
+    checkpoint -> transformers' own model without weights -> accelerate's device map for a number of bytes
+    -> what fits lies in RAM; the rest is read from the checkpoint, module by module, whenever it is used
+
+accelerate's disk offload wants a folder with a second copy of the weights, for transformers stacks a layer's experts
+into one tensor. A mapping takes its place here: it reads the same stack from the checkpoint itself, so that 94 GB
+need neither 94 GB more nor a `keep` store. Everything runs in the checkpoint's dtype, as transformers does by default;
+norms, the softmax of router and attention and rotary angles are in fp32 there.
+
+E experts, F expert inner, H hidden, T tokens of a window, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qmix import names
+from qmix.checkpoint import Checkpoint
+from qmix.config import Cancel, ExpertKey, ModelConfig
+from qmix.errors import Interrupted, QmixError, UsageError
+from qmix.offload.plan import SCORED_COPIES, SCORED_PIECE, SCORED_ROWS
+from qmix.sizes import MIB, format_bytes
+
+STACK = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up_proj|down_proj)")
+
+
+class Weights(Mapping[str, Tensor]):
+    """The tensors of transformers' Mixtral by its names, each read from the checkpoint whenever it is asked for."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self._checkpoint = checkpoint
+        config = checkpoint.config
+        self.shapes = {_ours(t.name): t.shape for t in names.dense_tensors(config)}
+        if config.tie_embeddings:
+            self.shapes[names.HEAD] = self.shapes[names.EMBEDDING]
+        hidden, inner = config.hidden_size, config.intermediate_size
+        for layer in range(config.num_layers):
+            prefix = f"{names.layer_prefix(layer)}mlp.experts."
+            self.shapes[prefix + "gate_up_proj"] = (config.num_experts, 2 * inner, hidden)
+            self.shapes[prefix + "down_proj"] = (config.num_experts, hidden, inner)
+
+    def __getitem__(self, name: str) -> Tensor:
+        found = STACK.fullmatch(name)
+        if found is not None:
+            return self._stack(int(found[1]), found[2], self.shapes[name])
+        tied = self._checkpoint.config.tie_embeddings and name == names.HEAD
+        return self._checkpoint.dense(names.EMBEDDING if tied else name.replace(".mlp.", ".block_sparse_moe."))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def _stack(self, layer: int, part: str, shape: tuple[int, ...]) -> Tensor:
+        """A layer's experts in one tensor: [E, 2F, H], each the gate w1 above w3, or w2 [E, H, F]."""
+        config = self._checkpoint.config
+        stack = torch.empty(shape, dtype=getattr(torch, config.dtype))
+        for expert in range(config.num_experts):
+            sources = names.expert_tensors(config, ExpertKey(layer, expert))
+            parts = ("w1", "w3") if part == "gate_up_proj" else ("w2",)
+            for short, rows in zip(parts, stack[expert].chunk(len(parts)), strict=True):
+                self._checkpoint.read_into(sources[short][0], rows)
+        return stack
+
+
+class Original:
+    """A checkpoint that scores like an engine's session. Open within a `with`, `plan`, then `read`."""
+
+    def __init__(self, checkpoint: Checkpoint, model: Any, say: Callable[[str], None]):
+        self.path = checkpoint.path
+        self.config = checkpoint.config
+        self._checkpoint, self._model, self._say = checkpoint, model, say
+        self._bytes = 0
+        self._weights = Weights(checkpoint)
+        self._cancel: Cancel | None = None
+        self._ready = False
+        _check_names(model, self._weights)
+
+    @classmethod
+    def open(cls, path: Path, say: Callable[[str], None]) -> Original:
+        """UsageError where transformers or accelerate are not installed, CheckpointError as Checkpoint.open."""
+        _import(path)
+        with ExitStack() as opened:
+            checkpoint = opened.enter_context(Checkpoint.open(path))
+            found = cls(checkpoint, _skeleton(path, checkpoint.config), say)
+            opened.pop_all()
+            return found
+
+    def __enter__(self) -> Original:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._model = None
+        self._checkpoint.close()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that decides the bits of its logits, threads and torch aside."""
+        return {"checkpoint": self._checkpoint.fingerprint(), **self._how}
+
+    def about(self) -> dict[str, Any]:
+        """As suite.about of a store."""
+        nbytes, item = self._checkpoint.nbytes, getattr(torch, self.config.dtype).itemsize
+        return {"checkpoint": str(self.path), "fingerprint": self._checkpoint.fingerprint(),
+                "parameters": nbytes // item, "bytes": nbytes, "bits_per_weight": float(8 * item),
+                "dtype": self.config.dtype, "run_by": self._how}
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        config = self._model.config
+        return {"transformers": version("transformers"), "accelerate": version("accelerate"),
+                "computed_in": self.config.dtype, "attention": config._attn_implementation,
+                "experts": config._experts_implementation}
+
+    def least_bytes(self, context: int) -> int:
+        """Without it no window can be read: one module's weights, and the workspace."""
+        return _largest(self.config) + workspace(self.config, context)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of RAM, beyond the least, that could hold weights."""
+        return self._checkpoint.nbytes
+
+    def plan(self, nbytes: int, context: int) -> None:
+        """Take so many bytes in all, once the first window is read."""
+        self._bytes = nbytes - workspace(self.config, context)
+
+    def session(self) -> Original:
+        return self
+
+    def trim(self, length: int) -> None:
+        """Nothing is kept between windows."""
+        assert length == 0
+
+    def read(self, ids: Sequence[int], skip: int = 0, cancel: Cancel | None = None) -> Iterator[Tensor]:
+        """Session.read: the logits after each id but the first `skip`, in the same pieces."""
+        self._cancel = cancel
+        if not self._ready:
+            self._bring_up()
+        with torch.inference_mode():
+            states = self._model.model(torch.tensor([ids]), use_cache=False).last_hidden_state[0, skip:]
+
+        def pieces() -> Iterator[Tensor]:
+            for part in states.split(SCORED_PIECE):
+                with torch.inference_mode():
+                    logits = self._model.lm_head(part).float()
+                yield logits
+                del logits
+
+        return pieces()
+
+    def _bring_up(self) -> None:
+        """Give the model its weights, or hooks that read them, within `plan`."""
+        from accelerate import dispatch_model, infer_auto_device_map
+        from accelerate.utils import set_module_tensor_to_device
+
+        model, weights = self._model, self._weights
+        places = infer_auto_device_map(model, {"cpu": self._bytes}, model._no_split_modules, self.config.dtype)
+        held = {name for name in weights if _place(places, name) != "disk"}
+        for name in held:
+            self._stop_if_cancelled()
+            set_module_tensor_to_device(model, name, "cpu", weights[name])
+        model.tie_weights()
+        self._model = dispatch_model(model, places, state_dict=weights, offload_index={})
+        for layer in model.model.layers:
+            layer.register_forward_pre_hook(self._stop_if_cancelled)
+        self._ready = True
+        read = sum(_nbytes(weights.shapes[name], self.config) for name in weights if name not in held)
+        where = f"each window reads {format_bytes(read)} from the checkpoint" if read else "all its weights in RAM"
+        self._say(f"transformers {version('transformers')} with accelerate {version('accelerate')}, in "
+                  f"{self.config.dtype}; {where}")
+
+    def _stop_if_cancelled(self, *forward: object) -> None:
+        if self._cancel:
+            raise Interrupted("cancelled")
+
+
+def workspace(config: ModelConfig, context: int) -> int:
+    """Bytes that a window of T tokens takes beside weights, at most: residuals, and one in fp32 for a norm; q, k, v and
+    the attention's output; for each choice of a token, its row in and out of an expert, gate and up and what becomes of
+    them; the mask; a matrix that the CPU's kernels lay out anew; a piece of logits, and what scoring makes of it."""
+    item, hidden, inner = getattr(torch, config.dtype).itemsize, config.hidden_size, config.intermediate_size
+    chosen = config.experts_per_token * (4 * hidden + 5 * inner)
+    token = item * (4 * hidden + chosen + 4 * config.num_heads * config.head_dim) + 12 * hidden
+    head = min(context, SCORED_PIECE) * config.vocab_size * (item + 4)
+    scored = SCORED_ROWS * SCORED_COPIES * config.vocab_size * 8
+    return context * token + 5 * context * context + _nbytes((2 * inner, hidden), config) + head + scored + 32 * MIB
+
+
+def _largest(config: ModelConfig) -> int:
+    """Bytes of the largest part that is brought in at once: a layer, as accelerate plans it, or embedding or head."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    attention = 2 * hidden * config.head_dim * (config.num_heads + config.num_kv_heads)
+    layer = config.num_experts * (3 * hidden * inner + hidden) + attention + 2 * hidden
+    return _nbytes((max(layer, config.vocab_size * hidden),), config)
+
+
+def _nbytes(shape: Sequence[int], config: ModelConfig) -> int:
+    count = getattr(torch, config.dtype).itemsize
+    for size in shape:
+        count *= size
+    return count
+
+
+def _import(path: Path) -> None:
+    """Both libraries, before memory is measured. UsageError says how to install them."""
+    cure = "pip install 'qmix[reference]'; or name a store, as of qmix quantize --format keep --dense keep"
+    try:
+        import accelerate  # noqa: F401
+        import transformers
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("accelerate", "transformers"):
+            raise
+        raise UsageError(f"--against {path}: a checkpoint is run by transformers and accelerate, and {error.name} is "
+                         "not installed", cure) from None
+    if int(transformers.__version__.partition(".")[0]) < 5:
+        raise UsageError(f"--against {path}: a checkpoint is run by transformers 5 or newer, and "
+                         f"{transformers.__version__} is installed", cure)
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # that weights are on no device is what they are for
+
+
+def _skeleton(path: Path, config: ModelConfig) -> Any:
+    """transformers' model of the checkpoint's config, its weights on no device, its buffers in RAM."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    theirs = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    theirs.sliding_window = config.sliding_window  # 0 is none; see ModelConfig.from_hf
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(theirs, dtype=getattr(torch, config.dtype), trust_remote_code=False,
+                                                 attn_implementation="sdpa")  # others keep T x T scores
+    model.tie_weights()
+    return model.eval()
+
+
+def _check_names(model: Any, weights: Weights) -> None:
+    found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    wrong = sorted(name for name in found.keys() | weights.shapes.keys() if found.get(name) != weights.shapes.get(name))
+    if wrong:
+        raise QmixError(f"transformers {version('transformers')} lays the model out in another way than qmix knows: "
+                        f"{wrong[0]}: {found.get(wrong[0])}, want {weights.shapes.get(wrong[0])}",
+                        "install the version that constraints.txt names, or name a store as the reference")
+
+
+def _place(places: Mapping[str, Any], name: str) -> Any:
+    """Of a tensor, the device of the longest module name before it."""
+    inside = [module for module in places if module == "" or name == module or name.startswith(module + ".")]
+    return places[max(inside, key=len)]
+
+
+def _ours(name: str) -> str:
+    return name.replace(".block_sparse_moe.", ".mlp.")

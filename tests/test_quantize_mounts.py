@@ -1,0 +1,160 @@
+"""OUT on disks of its own: real mounts, in a namespace of the test's own, and folders whose parent is not writable.
+
+What cannot work is refused before a weight is read; what can is a whole store afterwards.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import KEEP, write_tiny_checkpoint
+
+from qmix.checkpoint import Checkpoint
+from qmix.errors import DoesNotFit, QmixError, UsageError
+from qmix.quantize import pipeline, quantize_checkpoint
+from qmix.quantize.job import check_out
+from qmix.quantize.target import INSIDE
+from qmix.store import Store
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("mounts") / "tiny", seed=2)
+
+
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No weight may be read."""
+    def refuse(*args: Any) -> None:
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(pipeline, "_load", refuse)
+
+
+def quantized(source: Path, out: Path, **options: Any) -> None:
+    with Checkpoint.open(source) as checkpoint:
+        quantize_checkpoint(checkpoint, out, KEEP, threads=1, **options)
+
+
+def in_namespace(script: str, folder: Path, source: Path, **names: object) -> list[str]:
+    """Lines that a shell script prints where mounts are its own; $Q is `qmix quantize SOURCE`, followed by OUT."""
+    quantize = f"{sys.executable} -m qmix quantize {source} -t 1 --format keep --dense keep"
+    prepare = f"set -e; cd {folder}; Q='{quantize}'; try() {{ \"$@\" 2>&1 && echo rc 0 || echo rc $?; }}\n"
+    done = subprocess.run(["unshare", "-rm", "bash", "-c", prepare + script.format(**names)], capture_output=True,
+                          text=True, check=False)
+    if done.returncode and ("unshare" in done.stderr or "mount" in done.stderr):
+        pytest.skip(f"no mounts of one's own here: {done.stderr.strip()[:100]}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout
+    return done.stdout.splitlines()
+
+
+MOUNTS = {"tmpfs": "mount -t tmpfs -o size=8m tmpfs out", "bind": "mkdir disk; mount --bind disk out"}
+
+
+@pytest.mark.parametrize("kind", MOUNTS)
+def test_a_mount_point(kind: str, source: Path, tmp_path: Path) -> None:
+    """Empty as a Docker volume, then with --force over the store in it, through a link, and with lost+found."""
+    found = in_namespace("""
+        mkdir out; {mount}; mkdir out/lost+found; ln -s out link
+        try $Q out; try python3 -c 'print(*sorted(__import__("os").listdir("out")))'
+        try $Q link --force; try {python} -m qmix verify --deep out; ls -A; ls -A out
+        """, tmp_path, source, mount=MOUNTS[kind], python=sys.executable)
+    codes = [line for line in found if line.startswith("rc ")]
+    assert codes == ["rc 0", "rc 0", "rc 0", "rc 0"], found
+    store = ["config.json", "dense.safetensors", *(f"experts-0{i}.safetensors" for i in range(3)), "lost+found",
+             "qmix.json"]
+    assert " ".join(store) in found and found[-len(store):] == store
+    assert [line for line in found if line in ("out.partial", "out.replaced", "store.partial")] == []
+
+
+def test_the_free_space_is_that_of_the_mounted_disk(source: Path, tmp_path: Path) -> None:
+    found = in_namespace("mkdir out; mount -t tmpfs -o size=300k tmpfs out; try $Q out; ls -A out", tmp_path, source)
+    assert found[-1] == "rc 3", found  # and nothing stays behind
+    assert any("needs" in line and "of disk" in line for line in found)
+
+
+def test_a_mount_that_cannot_be_written(source: Path, tmp_path: Path) -> None:
+    found = in_namespace("mkdir out; mount -t tmpfs tmpfs out; mount -o remount,ro out; try $Q out; try $Q out/deep/er",
+                         tmp_path, source)
+    assert [line for line in found if line.startswith("rc")] == ["rc 1", "rc 1"], found
+    assert sum("Read-only file system" in line for line in found) == 2 and not (tmp_path / "out.partial").exists()
+
+
+def test_a_mount_with_other_files_is_kept(source: Path, tmp_path: Path) -> None:
+    found = in_namespace("mkdir out; mount -t tmpfs tmpfs out; echo x > out/mine; try $Q out --force; cat out/mine",
+                         tmp_path, source)
+    assert found[-2:] == ["rc 2", "x"] and any("'mine'" in line for line in found), found
+
+
+def test_a_store_of_a_lower_layer_of_an_overlay(source: Path, tmp_path: Path) -> None:
+    """As a store in a container's image: the kernel refuses to rename its folder, and that only at the end."""
+    quantized(source, tmp_path / "low" / "out")
+    found = in_namespace("""
+        mkdir up top; mount -t tmpfs tmpfs up; mkdir up/upper up/work
+        mount -t overlay overlay -o lowerdir=low,upperdir=up/upper,workdir=up/work top
+        try $Q top/out --force --group-size 32 --dense int4; try {python} -m qmix verify --deep top/out
+        ls -A top""", tmp_path, source, python=sys.executable)
+    assert [line for line in found if line.startswith("rc")] == ["rc 0", "rc 0"], found
+    assert found[-1] == "out"
+
+
+def test_a_folder_whose_parent_is_not_writable(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As /mnt/models, made by root and given to a user."""
+    out, access, mkdir = tmp_path / "root" / "out", os.access, Path.mkdir
+    out.mkdir(parents=True)
+
+    def make(self: Path, *rest: Any, **options: Any) -> None:
+        if self.parent == out.parent and self != out:
+            raise PermissionError(13, "Permission denied", str(self))
+        mkdir(self, *rest, **options)
+
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != out.parent and access(path, mode))
+    monkeypatch.setattr(Path, "mkdir", make)
+    quantized(source, out)
+    with Store.open(out) as store:
+        assert store.verify(deep=True) == []
+    assert not (out / INSIDE).exists() and [p.name for p in out.parent.iterdir()] == ["out"]
+    quantized(source, out, force=True)
+
+
+@pytest.mark.usefixtures("unread")
+def test_what_cannot_work_is_refused_before_a_weight_is_read(source: Path, tmp_path: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("mine")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name, kind in (("file", UsageError), ("file/below", UsageError), ("full", UsageError), ("loop", QmixError),
+                       ("x" * 300, QmixError)):
+        for check in (quantized, quantized_later):
+            with pytest.raises(kind):
+                check(source, tmp_path / name)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "full", "loop"]
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(10, 9, 1))
+    with pytest.raises(DoesNotFit):
+        quantized(source, tmp_path / "out")
+
+
+class Usage:
+    def __init__(self, total: int, used: int, free: int):
+        self.total, self.used, self.free = total, used, free
+
+
+def quantized_later(source: Path, out: Path) -> None:
+    """What a command does that measures for hours before it quantizes (--fit)."""
+    with Checkpoint.open(source) as checkpoint:
+        check_out(checkpoint, out, False)
+
+
+def test_looking_at_out_leaves_no_trace(source: Path, tmp_path: Path) -> None:
+    quantized_later(source, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "there").mkdir()
+    quantized_later(source, tmp_path / "there")
+    assert [p.name for p in tmp_path.iterdir()] == ["there"] and list((tmp_path / "there").iterdir()) == []
