@@ -18,7 +18,7 @@ import pytest
 from helpers import KEEP, write_tiny_checkpoint
 from tokenizer_files import demo_folder
 
-from qmix import checkpoint, hub
+from qmix import hub, modelfiles
 from qmix.checkpoint import INDEX, SINGLE, Checkpoint
 from qmix.quantize import quantize_checkpoint
 
