@@ -1,4 +1,4 @@
-"""Every relative link of the documentation leads to a file of the repository, and to a heading of it if it names one."""
+"""Each relative link of the documentation leads to a file of the repository, and to a heading of it if it names one."""
 
 from __future__ import annotations
 
