@@ -1,8 +1,8 @@
-"""Brings the experts of a store up within a plan: pool, cache, readers, tier and the callable, joined.
+"""Sets up the experts of a store within a plan: pool, cache, readers, tier and the callable, joined.
 
-When everything fits, every record is read and checked here, and nothing is fetched later. Otherwise the
-slots are warmed in the background, most frequent experts first where the router statistics know them, and
-the first prompt goes ahead of the warming.
+If everything fits, every record is read and checked here, and nothing is fetched later. Otherwise the slots are warmed
+in the background, the most frequent experts first if the router statistics know them, and the first prompt has priority
+over the warming.
 """
 
 from __future__ import annotations
