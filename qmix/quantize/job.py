@@ -3,8 +3,8 @@
     claim OUT -> take over what an earlier run finished -> check the disk -> make the rest, region by region
     -> manifest -> sync -> rename
 
-Kill it anywhere and run it again: finished regions are taken over after their checksums have been
-compared, and the store comes out byte for byte the same. See target.py for what may be left behind.
+You can kill it at any moment and run it again: finished regions are taken over after their checksums have been
+compared, and the store comes out byte for byte the same. target.py lists what a killed run may leave behind.
 """
 
 from __future__ import annotations
