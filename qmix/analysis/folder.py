@@ -1,6 +1,6 @@
 """The folder of `qmix stats --plot`: stats.json, routing.csv, text.html and the plots, each replaced whole.
 
-A folder is ours when its stats.json says so. In any other, files that bear one of our names are left alone: the command
+A folder is ours if its stats.json says so. In any other folder, files with one of our names are left alone: the command
 refuses before it computes anything.
 """
 

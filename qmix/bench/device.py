@@ -1,7 +1,7 @@
-"""The device's side: how fast its memory, its bus and its products are, and what a repetition took of them.
+"""The device's side: how fast its memory, its bus and its products are, and how much of them a repetition used.
 
-Measured after a test, once the model has left the device: beside it there is no room. On the CPU in a GPU's place
-all of it is RAM.
+The device is measured after a test, once the model has left it: there is no room for both. With the CPU in a GPU's
+place, all of it is RAM.
 """
 
 from __future__ import annotations

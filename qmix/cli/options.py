@@ -1,4 +1,4 @@
-"""The flags that several commands share, as annotated types, and what turns their text into values."""
+"""The flags that several commands share, as annotated types, and the functions that turn their text into values."""
 
 from __future__ import annotations
 

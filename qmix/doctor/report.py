@@ -1,7 +1,7 @@
-"""What qmix finds on this machine, and what of it is in the way.
+"""What qmix finds on this machine, and what of it is a problem.
 
-Each section is a function that returns its part of the report and the problems it saw, a cure with each.
-A section that cannot look says so in its place; the report is never cut short by one.
+Each section is a function that returns its part of the report and the problems it saw, each with a cure. A section
+that cannot look says so in its place; it never cuts the report short.
 
 Sizes are bytes, bandwidths decimal GB/s.
 """
