@@ -23,7 +23,7 @@ def check_threads_work(threads: int) -> None:
     than one. Called before each computation that may be a process's first."""
     if threads > 1 and _first_to_compute() != os.getpid():
         raise QmixError(f"{threads} compute threads: this process was forked from one that had already computed with "
-                        "several, and a forked process has none of them", f"{CURE}, or ask for 1 thread")
+                        "several, and a forked process does not inherit them", f"{CURE}, or ask for 1 thread")
 
 
 @cache

@@ -58,7 +58,7 @@ def with_device(peaks: Peaks, place: torch.device, dtype: torch.dtype, *, vram: 
         within, up = _copies(place, nbytes, pin, say)
         gflops = measure_products(dtype, place=place, side=CARD_SIDE if place.type == "cuda" else SIDE)
     except (OSError, torch.OutOfMemoryError):
-        raise DoesNotFit(f"{format_bytes(nbytes)} to measure the device with could not be had",
+        raise DoesNotFit(f"no {format_bytes(nbytes)} of memory are free to measure the device",
                          "close other programs that use the GPU or much memory") from None
     finally:
         let_go(place)

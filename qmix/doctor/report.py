@@ -83,7 +83,7 @@ def machine(root: Path) -> Section:
                                 "limit, or choose a smaller model"))
     elif memory.available < LOW:
         problems.append(Problem(f"memory: {format_bytes(memory.available)} of {format_bytes(memory.total)} available",
-                                "close other programs: what they hold, experts cannot"))
+                                "close other programs: experts can use their memory"))
     if quota is not None and quota < cores:
         problems.append(Problem(f"cores: {cores}, but a cgroup grants the time of {quota:g}",
                                 f"run with --threads {max(1, int(quota))}, or raise the container's CPU limit"))

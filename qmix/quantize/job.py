@@ -238,7 +238,7 @@ def _failure(e: OSError, folder: Path) -> QmixError:
         return DoesNotFit(f"{where}: {e.strerror}", f"make room on the disk, then {AGAIN}")
     if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return cannot_write(e)
-    return QmixError(f"{where}: {e.strerror}", f"see to the disk, then {AGAIN}")
+    return QmixError(f"{where}: {e.strerror}", f"check the disk, then {AGAIN}")
 
 
 def _account(source: Checkpoint, work: list[Work]) -> None:

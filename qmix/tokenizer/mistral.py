@@ -99,7 +99,7 @@ class MistralV1Format:
         if self._template is not None and not self._same(messages):
             if not self._said:
                 self._said = True
-                self._say("the checkpoint's template writes this conversation otherwise than Mistral v1 segments: "
+                self._say("the checkpoint's template writes this conversation differently from Mistral v1 segments: "
                           "the template is used")
             return self._template.encode(messages, limit)
         self._vocabulary.check_length((text for _, text, _ in _turns(messages)), limit)
