@@ -1,9 +1,9 @@
 """A Mixtral checkpoint in Hugging Face layout, read one tensor at a time.
 
-Opening reads config.json and the headers only, and accounts for every tensor: each one is used, or
-named in `skipped`, or the checkpoint is refused by that tensor's name. Tensors are then read with
-pread into fresh memory, never mapped and never unpickled, and their pages are given back to the
-system at once: streaming 94 GB neither grows the process nor empties the page cache.
+Opening reads config.json and the headers only, and accounts for every tensor: each one is used, or named in `skipped`,
+or the checkpoint is refused by that tensor's name. Tensors are then read with pread into fresh memory, never mapped and
+never unpickled, and their pages are given back to the system at once. So streaming 94 GB neither grows the process nor
+empties the page cache.
 
 A file that changes or disappears while it is read is an error, not a wrong model.
 """

@@ -4,15 +4,15 @@
         print(token.text, end="")
     token.summary       # on the last record: why it ended, ids for the next turn, timings
 
-`text` of all records joined is the answer: a token whose text is not certain yet (half a character, or what
-may be the start of a stop string) brings "", and a later one brings it. Exactly one record, the last,
-has a finish_reason: "stop" (an end id or a stop string), "length" (max_tokens, or the context is full,
-which summary.context_full says), "cancelled".
+The `text` of all records joined is the answer. A token whose text is not certain yet (half a character, or what may be
+the start of a stop string) has the text "", and a later record has it. Exactly one record, the last, has a
+finish_reason: "stop" (an end id or a stop string), "length" (max_tokens, or the context is full, which
+summary.context_full says), "cancelled".
 
-The session's KV cache holds prompt_ids and then every generated id except the last, between records
-and after the end, however that comes: a pass that is cancelled or fails is trimmed away, and a generator
-that is closed early stops between two records. Only while drafts come true it runs ahead of the records, until
-the generator goes on or is closed.
+Between records and after the end, however that comes, the session's KV cache holds prompt_ids and then every generated
+id except the last. A pass that is cancelled or fails is trimmed away, and a generator that is closed early stops
+between two records. Only while drafts are right the cache is ahead of the records, until the generator continues or is
+closed.
 """
 
 from __future__ import annotations

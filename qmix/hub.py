@@ -4,8 +4,9 @@
     a checkpoint's weights                        the files that its index names; without one, model.safetensors
     a store's weights                             the files that qmix.json names
 
-Repositories hold the same weights in other layouts too (consolidated.safetensors, original/, onnx/, checkpoint-500/):
-none of them is fetched. Pickled weights never are. The disk is looked at before the first weight is fetched.
+Repositories hold the same weights in other layouts too (consolidated.safetensors, original/, onnx/, checkpoint-500/).
+None of them is fetched, and pickled weights never are. The free disk space is checked before the first weight is
+fetched.
 """
 
 from __future__ import annotations

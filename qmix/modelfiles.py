@@ -1,9 +1,9 @@
-"""The files of a checkpoint besides config.json and the weights: one list for who reads and who copies them.
+"""The files of a checkpoint besides config.json and the weights: one list for the code that reads and the code that
+copies them.
 
 `qmix.tokenizer` reads a model's tokenizer, chat template and end tokens from these files, in a checkpoint and in a
-store alike; `qmix quantize` copies exactly these. They are what transformers 5 reads for a tokenizer, a
-chat template and a generation config. A file that the reader knows and the copier does not would change the answers of
-the store without a word.
+store alike; `qmix quantize` copies exactly these. They are what transformers 5 reads for a tokenizer, a chat template
+and a generation config. A file that is read but not copied would change the answers of the store without a word.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Small JSON files in which qmix keeps what it measured on this machine: written whole or not at all, and read with
-distrust, since anything may lie in their place. A file begins with its format's name and version."""
+"""Small JSON files in which qmix keeps what it measured on this machine. They are written whole or not at all, and
+checked when they are read, since anything may have replaced them. A file begins with its format's name and version."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """One prompt, one answer: what `qmix generate` does with a loaded engine.
 
-The answer streams to stdout as it comes, or as one JSON document at the end; all else goes to stderr.
+The answer streams to stdout token by token, or is one JSON document at the end. Everything else goes to stderr.
 """
 
 from __future__ import annotations

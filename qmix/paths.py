@@ -4,8 +4,8 @@
     demo                                 an alias: a store in qmix's data folder, see `qmix list`
     mistralai/Mixtral-8x7B-v0.1@main     a hub id, downloaded (or found in the hub's cache)
 
-A local path never contacts the hub. A folder in the current directory comes before an alias of its name where it holds
-a model; one that holds none does not hide the alias. Both are said.
+A local path never contacts the hub. A folder in the current directory has priority over an alias of the same name if it
+holds a model; a folder without a model does not hide the alias. qmix says both.
 """
 
 from __future__ import annotations

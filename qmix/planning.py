@@ -1,6 +1,6 @@
-"""What `qmix plan` says: where every byte of a model would go, and how fast it should then run.
+"""The contents of `qmix plan`: where every byte of a model would go, and how fast it should then run.
 
-For a store, a checkpoint or a config.json alone; for this machine, or for one described by its sizes and
+It works for a store, a checkpoint or a config.json alone, and for this machine or one described by its sizes and
 bandwidths. Nothing is loaded.
 """
 

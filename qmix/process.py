@@ -1,8 +1,8 @@
 """What this process may do: compute with several threads, and map memory.
 
 Forks (os.fork, and multiprocessing where its start method is "fork"): a forked child has the memory of its parent but
-none of the parent's threads. OpenMP does not notice: its next parallel loop in the child waits for threads that do not
-exist, forever. So a child is refused before its first parallel loop.
+none of the parent's threads. OpenMP does not notice this, and its next parallel loop in the child would wait for ever
+for threads that do not exist. So a child is refused before its first parallel loop.
 
 Address space (ulimit -v) counts all that is mapped, whether or not it is in RAM: libraries, stacks of threads, pools
 not yet touched.
@@ -23,7 +23,7 @@ def check_threads_work(threads: int) -> None:
     than one. Called before each computation that may be a process's first."""
     if threads > 1 and _first_to_compute() != os.getpid():
         raise QmixError(f"{threads} compute threads: this process was forked from one that had already computed with "
-                        "several, and a forked process has none of them", f"{CURE}, or ask for 1 thread")
+                        "several, and a forked process does not inherit them", f"{CURE}, or ask for 1 thread")
 
 
 @cache

@@ -1,7 +1,7 @@
-"""What the user sees apart from the answer: lines, tables and progress bars on stderr, data on stdout.
+"""Everything the user sees apart from the answer: lines, tables and progress bars on stderr, data on stdout.
 
-stdout carries an answer or one document; everything else goes to stderr, so that pipes stay clean.
-rich draws bars and tables; it is imported when the first one is drawn.
+stdout carries an answer or one document; everything else goes to stderr, so that pipes stay clean. rich draws bars and
+tables; it is imported when the first one is drawn.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What routers did in earlier runs, for people: the logic of `qmix stats` without a text, and of `qmix replay`. Plain
-data out, for render.document. No torch.
+"""The routers' choices in earlier runs, for people: the logic of `qmix stats` without a text, and of `qmix replay`. The
+results are plain data for render.document. No torch.
 
 L layers, E experts, K chosen per token.
 """

@@ -4,10 +4,10 @@ The steps, in the order of Hugging Face transformers:
 
     repetition penalty -> temperature -> top-k -> top-p -> min-p -> draw
 
-Temperature 0 is greedy: after the penalty the highest logit wins, the lowest id among equals, and no
-random number is used. Otherwise each token takes exactly one random number, so a seed gives the same
-tokens wherever the logits are the same, and a token's draw does not depend on how many candidates an
-earlier one had. Everything after the penalty is computed in float64.
+Temperature 0 is greedy: after the penalty the highest logit wins, the lowest id among equals, and no random number is
+used. Otherwise each token takes exactly one random number. So a seed gives the same tokens wherever the logits are the
+same, and a token's draw does not depend on how many candidates an earlier token had. Everything after the penalty is
+computed in float64.
 
 V vocabulary, C candidates that are left.
 """

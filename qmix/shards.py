@@ -1,7 +1,8 @@
-"""The weight files of a checkpoint: which belong to it, what stands in each, and reading from them.
+"""The weight files of a checkpoint: which files belong to it, what each holds, and how they are read.
 
-As transformers does: model.safetensors wins over an index, and of an index only the names of the files count, so that
-a tensor is found in whichever of them holds it. Files are read with pread into fresh memory, never mapped.
+The rules are those of transformers: model.safetensors has priority over an index. Of an index only the names of the
+files count, so a tensor is found in whichever of them holds it. Files are read with pread into fresh memory, never
+mapped.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The three standard streams, made safe before a command runs.
 
-Closed streams (`2>&-`, daemons): the system gives a closed stream's number to the next file that is opened, and what a
-library then prints would be written into a model's file. So closed streams are opened on /dev/null first: stdin is at
-its end, stderr takes everything, and stdout refuses to be written, since an answer must not vanish in silence.
+Closed streams (`2>&-`, daemons): the system gives a closed stream's number to the next file that is opened, and
+whatever a library then prints would be written into a model's file. So closed streams are opened on /dev/null first:
+stdin is at its end, stderr takes everything, and stdout refuses to be written, since an answer must not vanish in
+silence.
 
 Encodings: a character that stdout's encoding lacks becomes "?", and is counted. A byte of a file name that is not UTF-8
 is written as it is.

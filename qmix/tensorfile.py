@@ -1,11 +1,11 @@
 """safetensors files, read and laid out by header alone, without loading or mapping them.
 
-qmix reads with pread into buffers of its own: a mapped 94 GB checkpoint would count against the
-process's memory, and a record must be one read. Headers of foreign files are hostile until checked:
-every range must lie inside the file, match its shape and dtype, and leave no hole or overlap.
+qmix reads with pread into buffers of its own: a mapped 94 GB checkpoint would count against the process's memory, and a
+record must be one read. Headers of foreign files are hostile until checked: every range must lie inside the file, match
+its shape and dtype, and leave no hole or overlap.
 
-Layout (safetensors specification): u64 little-endian header length, JSON header padded with spaces,
-then the tensors' bytes; offsets in the header count from the end of the header.
+Layout (safetensors specification): u64 little-endian header length, JSON header padded with spaces, then the tensors'
+bytes; offsets in the header count from the end of the header.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a router would give that chose without looking: the levels that figures are shown beside.
+"""The figures of a router that chooses at random, as a level of comparison.
 
 E experts, K different ones chosen per token.
 """

@@ -1,6 +1,6 @@
 """The folder of `qmix stats --plot`: stats.json, routing.csv, text.html and the plots, each replaced whole.
 
-A folder is ours when its stats.json says so. In any other, files that bear one of our names are left alone: the command
+A folder is ours if its stats.json says so. In any other folder, files with one of our names are left alone: the command
 refuses before it computes anything.
 """
 
@@ -29,7 +29,7 @@ def prepare(out: Path) -> None:
         if not _ours(out / STATS):
             taken = [name for name in (STATS, TABLE, TEXT, *PLOTS) if os.path.lexists(out / name)]
             if taken:
-                raise UsageError(f"--plot {out}: its {taken[0]} is not of qmix stats, and would be overwritten",
+                raise UsageError(f"--plot {out}: its {taken[0]} was not written by qmix stats and would be lost",
                                  "name another folder, or move that file away")
         with tempfile.TemporaryFile(dir=out):
             pass  # better to know now than after an hour

@@ -1,7 +1,6 @@
-"""The figures of one layer's routing, each counted token by token and never holding more than counts.
+"""The figures of one layer's routing, counted token by token; only counts are kept.
 
-`ids` are the K different experts of a token, best choice first. All results are fractions, None where nothing was
-seen.
+`ids` are the K different experts of a token, best choice first. All results are fractions, None if nothing was seen.
 
 E experts, K chosen per token.
 """

@@ -1,7 +1,7 @@
-"""The report as pictures, in SVG, legible without colour: a text is known by its hatch or by its line and marker.
+"""The report as pictures, in SVG, readable without colour: each text has its own hatch, or its own line and marker.
 
-The same report gives the same bytes. matplotlib (extra `plots`) is used without pyplot, so that neither a display nor
-a process-wide state is involved.
+The same report gives the same bytes. matplotlib (extra `plots`) is used without pyplot, so it needs neither a display
+nor process-wide state.
 
 E experts, L layers.
 """

@@ -1,5 +1,5 @@
-"""Routing on its way from a running model into the figures, one pass after the other; nothing of a pass is kept but
-counts, and of the first SHOWN tokens the choices, for the coloured text.
+"""Passes the routing of a running model on to the figures, one pass after the other. Only counts are kept of a pass,
+and the choices of the first SHOWN tokens, for the coloured text.
 
 L layers, E experts, K chosen per token, T tokens of a pass.
 """

@@ -1,4 +1,4 @@
-"""Run a model over texts and let the collector watch: windows of the context, each from an empty one."""
+"""Runs a model over texts while the collector watches: in windows of the context, each from an empty one."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A text coloured by the expert that each token chose first (figure 8): as a page, and for a terminal.
 
-No colour carries what cannot be read without it: on the page every token has its expert's number, in the terminal a
-legend names the colours, and where there are none the numbers stand in the text.
+Nothing is shown by colour alone: on the page every token has its expert's number, in the terminal a legend names the
+colours, and without colours the numbers stand in the text.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""`qmix bench`: how fast a store runs, in the manner of llama-bench, and what keeps it from running faster.
+"""`qmix bench`: how fast a store runs, in the manner of llama-bench, and what limits its speed.
 
-cases.py says what is timed, text.py of which text, work.py what that must move and compute at least, roofline.py
-how fast this machine could, device.py what a GPU has of its own, measure.py times it, report.py makes rows of it,
-suite.py joins them.
+cases.py says what is timed, text.py on which text, and work.py how much that must move and compute at least.
+roofline.py measures how fast this machine could go, and device.py the same for a GPU. measure.py times the cases,
+report.py makes rows of the results, suite.py joins them.
 """
 
 from qmix.bench.cases import Case, make_cases, numbers

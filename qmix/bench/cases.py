@@ -1,4 +1,4 @@
-"""What is timed: cases named as llama-bench names them, `pp512`, `tg128`, `tg128 @ d2048`."""
+"""The timed cases, named as llama-bench names them: `pp512`, `tg128`, `tg128 @ d2048`."""
 
 from __future__ import annotations
 

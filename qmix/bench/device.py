@@ -1,7 +1,7 @@
-"""The device's side: how fast its memory, its bus and its products are, and what a repetition took of them.
+"""The device's side: how fast its memory, its bus and its products are, and how much of them a repetition used.
 
-Measured after a test, once the model has left the device: beside it there is no room. On the CPU in a GPU's place
-all of it is RAM.
+The device is measured after a test, once the model has left it: there is no room for both. With the CPU in a GPU's
+place, all of it is RAM.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def with_device(peaks: Peaks, place: torch.device, dtype: torch.dtype, *, vram: 
         within, up = _copies(place, nbytes, pin, say)
         gflops = measure_products(dtype, place=place, side=CARD_SIDE if place.type == "cuda" else SIDE)
     except (OSError, torch.OutOfMemoryError):
-        raise DoesNotFit(f"{format_bytes(nbytes)} to measure the device with could not be had",
+        raise DoesNotFit(f"no {format_bytes(nbytes)} of memory are free to measure the device",
                          "close other programs that use the GPU or much memory") from None
     finally:
         let_go(place)

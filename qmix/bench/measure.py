@@ -1,6 +1,6 @@
-"""Times one repetition of a case on a loaded engine, and takes down what the engine counted meanwhile.
+"""Times one repetition of a case on a loaded engine, and records what the engine counted meanwhile.
 
-The clock runs around the passes alone: tokens are given, not sampled, in `pp` and in `tg`. A `tg` is teacher forced:
+The clock runs only around the passes: tokens are given, not sampled, in `pp` and in `tg`. A `tg` is teacher forced:
 each step appends the next token of the text, whatever the model would have said, so that every run of every store
 of a model routes the same text.
 """

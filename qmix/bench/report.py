@@ -1,11 +1,11 @@
 """Rows out of repetitions: plain data for csv, jsonl and json, and cells that people read.
 
 A case gives two rows, "cold" (the first repetition after a load) and "warm" (the others). Rates are the median over
-the repetitions of a row; bytes, hits and shares of time are of all of them together. GB/s are bytes a token
-times the median rate, so the columns of a row agree with one another.
+the repetitions of a row. Bytes, hits and shares of time are of all repetitions together. GB/s are bytes a token times
+the median rate, so the columns of a row agree with one another.
 
-Rows of a device have fields and columns that those of the CPU have not. One run of `qmix bench` has rows of one kind
-only, so that its csv has one header.
+Rows of a device have fields and columns that rows of the CPU do not have. One run of `qmix bench` has rows of one kind
+only, so its csv has one header.
 """
 
 from __future__ import annotations

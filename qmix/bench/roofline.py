@@ -1,8 +1,8 @@
-"""How fast this machine could go: its bandwidths and its rate of products, measured now, and what they allow.
+"""How fast this machine could go: its bandwidths and its rate of products, measured now, and the speed that they allow.
 
-Measured at every run and not taken from `qmix doctor`'s notes, since on a machine that others use too they move by
-half within the hour: a share of the roofline means something only within the minute. What a device has of its own is
-measured in device.py.
+They are measured at every run and not read from the file that `qmix doctor` keeps. On a machine that others use too,
+they change by half within the hour, so a share of the roofline means something only within the minute. The rates of a
+device are measured in device.py.
 
 GB/s are decimal, GFLOP/s are 1e9 operations a second.
 """

@@ -1,9 +1,9 @@
-"""The whole of `qmix bench`: measure the machine, then each case on an engine of its own.
+"""All of `qmix bench`: measure the machine, then each case on an engine of its own.
 
-Every case starts from a fresh load, so that its cold row is one and no case depends on those before it. All loads get
-the plan of the first, and its device: what the libraries allocate at their first use must not cost later cases
-slots. They neither use the router statistics of earlier runs nor add to them: a benchmark must not change with what
-was chatted before. The machine is measured anew before each case, a device after it.
+Every case starts from a fresh load, so its cold row is really cold and no case depends on those before it. All loads
+use the plan of the first one, and its device: memory that the libraries allocate at their first use must not cost later
+cases slots. They neither use the router statistics of earlier runs nor add to them: a benchmark must not depend on
+earlier chats. The machine is measured anew before each case, a device after it.
 """
 
 from __future__ import annotations

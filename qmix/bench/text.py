@@ -1,9 +1,9 @@
-"""The text that is run: which experts a token chooses depends on it, so random tokens would measure another model.
+"""The text that is run. A token's experts depend on it, so random tokens would measure another model.
 
-recorded.txt belongs to qmix: English prose on two subjects, Python, German, a letter, a list. Repetition i of a
-case takes the i-th piece of it, so that a warm cache has seen such text but not this very one, as in a
-conversation; where the text ends, it goes on from its beginning, which is another offset in it for every piece
-unless its length happens to be a multiple of the piece's.
+recorded.txt belongs to qmix: English prose on two subjects, Python, German, a letter, a list. Repetition i of a case
+takes the i-th piece of it. So a warm cache has seen similar text but not this very piece, as in a conversation. If the
+text ends, it starts again from its beginning, at another offset for every piece unless its length happens to be a
+multiple of the piece's.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What a repetition must move and compute, at the least: the numerators of the roofline.
+"""How much a repetition must move and compute at least: the numerators of the roofline.
 
-Counted per pass through the model. A pass reads every dense weight once (of the embedding only single rows, which
-are left out), each chosen record once, with its padding, and the keys and values of all positions it attends
-to. Kernels that read something twice, and what computing writes, are not work but the reason why a share stays
-below 100 %. On a device the dense weights, the chosen records and the keys and values are in its memory, but
-for the records that the CPU computes: their bytes are read from RAM, and so is what is copied to the device.
-Products count 2 operations a weight and token, attention 4 a head dimension and pair of positions.
+Work is counted per pass through the model. A pass reads every dense weight once (of the embedding only single rows,
+which are left out), each chosen record once, with its padding, and the keys and values of all positions it attends to.
+Kernels that read something twice, and the results that they write, do not count as work; they are the reason why a
+share stays below 100 %. On a device, the dense weights, the chosen records and the keys and values are in its memory,
+except the records that the CPU computes: their bytes are read from RAM, and so are the bytes that are copied to the
+device. Products count 2 operations a weight and token, attention 4 a head dimension and pair of positions.
 
 L layers, K experts chosen per token, H hidden, V vocabulary.
 """

@@ -1,8 +1,7 @@
-"""One turn: the conversation's ids through the session and the generator, text out as it comes.
+"""One turn: the conversation's ids go through the session and the generator, and text comes out piece by piece.
 
-Of the ids only those after the common prefix with the KV cache are computed. The prefix is what the
-session holds, not what the chat remembers, so whatever happened before (an undo, a cancelled turn, a
-changed system prompt) the next turn is right.
+Only the ids after the common prefix with the KV cache are computed. The prefix is what the session holds, not what the
+chat remembers. So the next turn is right whatever happened before: an undo, a cancelled turn, a changed system prompt.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-'''The slash commands, as data: name, argument, one line of help, and what to do.
+'''The slash commands, as data: name, argument, one line of help, and the function that runs them.
 
-A line that begins with a slash is a command or an error, never a prompt; a text that must begin with
+A line that begins with a slash is a command or an error, never a prompt. A text that must begin with
 a slash goes between """ and """.
 '''
 

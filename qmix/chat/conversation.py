@@ -1,9 +1,8 @@
-"""What was said: an immutable list of exchanges, and its way to token ids.
+"""What was said: an immutable list of exchanges, and how it becomes token ids.
 
-An exchange is a question and its answer; a conversation grows and shrinks by whole exchanges only, so
-it is consistent at every moment. An answer carries the ids that the model generated, and these are what
-the next turn is encoded with: text turned back into ids may give other ids, and then nothing of the
-KV cache would match.
+An exchange is a question and its answer. A conversation grows and shrinks only by whole exchanges, so it is consistent
+at every moment. An answer carries the ids that the model generated, and the next turn is encoded with these. Encoding
+the answer's text again could give other ids, and then nothing of the KV cache would match.
 """
 
 from __future__ import annotations

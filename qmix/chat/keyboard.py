@@ -1,8 +1,8 @@
 """The terminal's mode between and during prompts.
 
-While the chat runs, keys are not echoed and not gathered into lines: what is typed while an answer
-streams does not land inside it but waits for the next prompt. Ctrl-C still sends SIGINT. The editing
-prompt sets its own mode; the plain one (lines.py) reads key by key.
+While the chat runs, keys are not echoed and not gathered into lines. So text that is typed while an answer streams does
+not appear inside the answer, but waits for the next prompt. Ctrl-C still sends SIGINT. The editing prompt sets its own
+mode; the plain one (lines.py) reads key by key.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Lines typed on a terminal that cannot move its cursor, read key by key.
 
-The terminal's own line editing (canonical mode) ends a line at 4,095 bytes and drops the rest without a word, so it is
-off, and its few keys are done here: erase, erase word, erase line, end of input, with the codes that the terminal names
-for them. What is typed or pasted beyond a line waits for the next one.
+The terminal's own line editing (canonical mode) ends a line at 4,095 bytes and drops the rest without a word. So it is
+switched off, and its few keys are handled here: erase, erase word, erase line, end of input, with the codes that the
+terminal names for them. Text that is typed or pasted beyond a line waits for the next line.
 """
 
 from __future__ import annotations

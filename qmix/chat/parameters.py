@@ -2,7 +2,7 @@
 
     temp top-p top-k min-p repeat-penalty seed max-tokens stop
 
-A seed of None means random: the chat then draws one, says it, and draws another for /regen.
+A seed of None means random: the chat then draws one, shows it, and draws another for /regen.
 """
 
 from __future__ import annotations

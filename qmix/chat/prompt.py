@@ -1,9 +1,9 @@
 '''The input line: prompt_toolkit on a capable terminal, plain line reading on a dumb one.
 
-Both give the same outcomes from `read()`: a text, EOFError (Ctrl-D or `leave()`), KeyboardInterrupt
-(Ctrl-C with nothing typed), OSError (the terminal is gone). A text that begins with """ goes on over
-many lines until a line ends with """; so does the text of /system. The result still carries the
-quotes: what they mean is for commands.parse.
+In both, `read()` returns a text or raises EOFError (Ctrl-D or `leave()`), KeyboardInterrupt (Ctrl-C with
+nothing typed) or OSError (the terminal is gone). A text that begins with """ continues over many lines
+until a line ends with """; so does the text of /system. The result still has the quotes: commands.parse
+interprets them.
 '''
 
 from __future__ import annotations

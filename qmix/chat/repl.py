@@ -1,8 +1,8 @@
-"""The chat's loop, and its state: read a line, do it, say what came of it.
+"""The chat's loop, and its state: read a line, run it, show the result.
 
-Everything that changes while chatting is an attribute of Chat. A turn replaces the conversation in one
-assignment after the answer ended, so that an error, Ctrl-C or a signal at any moment leaves it whole;
-after each change it is saved for --continue.
+Everything that changes while chatting is an attribute of Chat. A turn replaces the conversation in one assignment after
+the answer ended, so an error, Ctrl-C or a signal at any moment leaves the conversation whole. After each change it is
+saved for --continue.
 """
 
 from __future__ import annotations

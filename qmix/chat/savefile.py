@@ -5,12 +5,12 @@ The chat saves its conversation after each change, a file each in the state fold
     chats/mixtral-int4-5e0c1a2b.1.json     --continue=1
     chats/mixtral-int4-5e0c1a2b.2.json     --continue=2, and --continue where it is the one last saved
 
-Two chats with one model never write one file. A new conversation takes the next free number, and a chat that goes on
-with a saved one first looks whether the file is still as it left it: where another chat has written it since, this one
-goes on under a number of its own. A lock on the folder makes look and write one step. Where the file system has no
-locks, two saves in the same millisecond could still meet.
+Two chats with one model never write one file. A new conversation takes the next free number. A chat that continues a
+saved one first checks that the file is still as the chat left it. If another chat has written it since, this one
+continues under a number of its own. A lock on the folder makes check and write one step. If the file system has no
+locks, two saves in the same millisecond could still collide.
 
-Before conversations had numbers there was MODEL.json, the last one, and MODEL.previous.json; they are still found, as
+Before conversations had numbers there was MODEL.json, the last one, and MODEL.previous.json. They are still found, as
 "old" and "previous".
 """
 

@@ -1,8 +1,8 @@
 """The two streams of the chat: the answer on stdout, everything else on stderr.
 
-Nothing that a model or a file says reaches the terminal raw: an escape sequence in an answer could
-move the cursor, set the title or fake a prompt, so control characters are shown as their pictures.
-A terminal that is gone (hangup) never raises here; `gone` says so and the chat leaves.
+No text of a model or a file reaches the terminal raw: an escape sequence in an answer could move the cursor, set the
+title or fake a prompt, so control characters are shown as their pictures. If the terminal is gone (hangup), nothing
+here raises an error; `gone` says so and the chat leaves.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Signals while the chat runs.
 
-SIGINT (Ctrl-C) cancels the answer and nothing else: at the prompt it is a key, elsewhere it has no
-effect, so pressing it twice never kills. SIGTERM and SIGHUP cancel the answer, end the prompt and set
-`ending`; the loop then saves what was said and leaves with 128 + the signal's number. Handlers only
-set flags and wake the prompt; all work happens in the loop. Everything is restored on exit.
+SIGINT (Ctrl-C) cancels the answer and nothing else: at the prompt it is a key, elsewhere it has no effect, so pressing
+it twice never kills. SIGTERM and SIGHUP cancel the answer, end the prompt and set `ending`; the loop then saves the
+conversation and leaves with 128 + the signal's number. Handlers only set flags and wake the prompt; all work happens in
+the loop. All handlers are restored on exit.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The command line: parse, call, map a QmixError to its exit code.
+"""The command line: parse, call, turn a QmixError into its exit code.
 
-One file per kind of command; options.py has the flags they share. Heavy imports stand inside the
-commands, so that `qmix --help` answers without torch.
+One file per kind of command; options.py has the flags they share. Heavy imports stand inside the commands, so that
+`qmix --help` answers without torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""--calibration: a text file as the tokens that a calibrated method reads, and --fit and --bpw, which measure on it."""
+"""--calibration turns a text file into the tokens that a calibrated method reads; --fit and --bpw measure on them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The last line of defence: an exception that no file of qmix raised on purpose.
 
-Users' input meets a QmixError or an OSError where it is read. What is left are faults of qmix itself and limits of the
-machine that show up anywhere. Each is one line and exit code 1; a fault's traceback goes into a file, for the report.
+Users' input meets a QmixError or an OSError where it is read. All other exceptions are faults of qmix itself, or limits
+of the machine that show up anywhere. Each is one line and exit code 1. The traceback of a fault goes into a file, for
+the report.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Commands on machine and memory: doctor, plan."""
+"""Commands about machine and memory: doctor, plan."""
 
 from __future__ import annotations
 

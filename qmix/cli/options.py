@@ -1,4 +1,4 @@
-"""The flags that several commands share, as annotated types, and what turns their text into values."""
+"""The flags that several commands share, as annotated types, and the functions that turn their text into values."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Threads = Annotated[int | None, typer.Option(
     "-t", "--threads", min=1, help="Compute threads; default: physical cores, one less beside a GPU, or 1 for a very "
                                    "small model.", show_default=False)]
 Ram = Annotated[str, typer.Option("--ram", help="Memory for the whole process (8G, 512M); auto = what is free, "
-                                  "but for --margin.")]
+                                  "less --margin.")]
 Margin = Annotated[str | None, typer.Option("--margin", help="What --ram auto leaves to other programs; 1G, less on a "
                                             "small machine.", show_default=False)]
 CachePolicy = Annotated[str, typer.Option("--cache-policy", help="Which expert leaves when a slot is needed: auto, "
@@ -47,14 +47,14 @@ Prefetch = Annotated[str, typer.Option("--prefetch", help="Where guesses come fr
 NoPrefetch = Annotated[bool, typer.Option("--no-prefetch", help="The same as --prefetch off.")]
 Verify = Annotated[str, typer.Option("--verify", help="Which reads of experts are checked by checksum: first, always "
                                      "or never.")]
-Activations = Annotated[str, typer.Option("--activations", help="What int4 and int8 products see of the activations: "
-                                          "auto (the fastest), int8 or bf16.")]
+Activations = Annotated[str, typer.Option("--activations", help="How activations are rounded for int4 and int8 "
+                                          "products: auto (the fastest), int8 or bf16.")]
 KvCache = Annotated[str, typer.Option("--kv-cache", help="How keys and values are kept: bf16, or int8 in half the "
                                       "memory at a small error.")]
 Device = Annotated[str, typer.Option("--device", help="auto (a GPU where there is one), cpu, cuda, or cuda:1.")]
-Vram = Annotated[str, typer.Option("--vram", help="GPU memory for the whole process (24G); auto = what is free, but "
-                                   "for half a GiB.")]
-Pin = Annotated[str, typer.Option("--pin", help="Of the RAM, how much may be page-locked for fast copies to the GPU; "
+Vram = Annotated[str, typer.Option("--vram", help="GPU memory for the whole process (24G); auto = what is free, less "
+                                   "half a GiB.")]
+Pin = Annotated[str, typer.Option("--pin", help="How much RAM may be page-locked for fast copies to the GPU; "
                                   "auto = all, under WSL less.")]
 Exact = Annotated[bool, typer.Option("--exact", help="The same bits wherever an expert was: nothing that belongs on "
                                      "the GPU is computed by the CPU, no KV cache is kept from turn to turn, what "

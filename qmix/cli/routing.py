@@ -1,4 +1,4 @@
-"""Commands on the routers: stats, replay."""
+"""Commands about the routers: stats, replay."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands on stores: quantize, show, list, verify."""
+"""Commands about stores: quantize, show, list, verify."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What computes and holds the fast tier: a GPU, or the CPU standing in for one.
+"""A device computes and holds the fast tier: a GPU, or the CPU in its place.
 
-`device.py` says what a device is; `cuda.py` is an NVIDIA card through torch; `standin.py` is the CPU, with threads for
-streams, so that all that orders work on a device runs, and is tested, on any machine.
+`device.py` says what a device is. `cuda.py` is an NVIDIA card through torch. `standin.py` is the CPU, with threads for
+streams, so that everything that orders work on a device runs, and is tested, on any machine.
 """
 
 from qmix.device.device import Device, Event, Stream

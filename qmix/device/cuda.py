@@ -1,8 +1,8 @@
 """An NVIDIA card, through torch.
 
-The stream that computes is torch's current one, in which prompts run too. Copies have streams of their own, which the
-threads that copy make current for themselves. Work has run once before it is captured, so Triton has compiled its
-kernels and scratch memory is there.
+The compute stream is torch's current stream, in which prompts run too. Copies have streams of their own, and each
+thread that copies makes its stream current for itself. Work runs once before it is captured, so that Triton has
+compiled its kernels and scratch memory exists.
 """
 
 from __future__ import annotations

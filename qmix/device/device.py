@@ -1,8 +1,8 @@
 """What the code above may ask of a device.
 
-A device runs work in streams: what is given to one stream runs in order, beside the host and beside other streams. An
-event, recorded in a stream, is over when all that was given to the stream before it is. The host waits for events;
-streams wait for events of others. Nothing else orders anything.
+A device runs work in streams. Work in one stream runs in order, in parallel with the host and with other streams. An
+event is recorded in a stream, and is over when all work that was submitted to the stream before it is done. The host
+waits for events; streams wait for events of other streams. Nothing else orders anything.
 
 Who may call. `compute` belongs to the thread that computes; every other stream to the one thread that asked for it.
 """

@@ -1,5 +1,5 @@
-"""How much of a card's memory is in use, asked of the driver's management library (NVML), which needs no CUDA context:
-so it can be asked before there is one, and the difference is what the context takes."""
+"""How much of a card's memory is in use, asked of the driver's management library (NVML). NVML needs no CUDA context,
+so it can be asked before there is one; the difference afterwards is what the context takes."""
 
 from __future__ import annotations
 

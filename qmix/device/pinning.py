@@ -1,13 +1,13 @@
-"""Page-locks a pool of slots, so that copies to the GPU run beside the host and at the bus's full rate.
+"""Page-locks a pool of slots, so that copies to the GPU run at the bus's full rate while the host works on.
 
-CUDA registers memory that is there already (torch's own pinned allocator would round each slot up to a power of two).
-It is done in pieces, each some whole slots of at most PIECE bytes: a system that allows only so much, as WSL does near
+CUDA registers memory that exists already (torch's own pinned allocator would round each slot up to a power of two).
+The pool is registered in pieces, each some whole slots of at most PIECE bytes. A system with a limit, such as WSL near
 half of the RAM or far earlier, then refuses one piece and not everything. A copy from memory that is not page-locked
-still works: the driver takes it through a buffer of its own, at a fraction of the rate.
+still works: the driver copies through a buffer of its own, at a fraction of the rate.
 
-torch.cuda.cudart().cudaHostRegister returns an error code and does not raise; and the CUDA runtime keeps such an error
-until somebody asks for the last one, which the next kernel launch does, and then fails in its place. So after a refusal
-one is launched for that.
+torch.cuda.cudart().cudaHostRegister returns an error code and does not raise. The CUDA runtime keeps such an error
+until somebody asks for the last one. The next kernel launch does ask, and would fail with it. So after a refusal a
+kernel is launched only to clear the error.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Work that is given to the device again and again."""
+"""Work that is given to the device many times, and captured at its second launch."""
 
 from __future__ import annotations
 

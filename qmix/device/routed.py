@@ -1,6 +1,7 @@
-"""What one layer's router decides about a few tokens, on the device and in host memory, and where the experts answer.
+"""What one layer's router decides about a few tokens, on the device and in host memory, and where the experts put their
+results.
 
-The model's side writes it on the device; the experts' side reads it there and, after a readback, on the host.
+The model writes it on the device. The experts read it there and, after a readback, on the host.
 
 T tokens, H hidden, K experts chosen per token, D layers looked ahead, A experts guessed for each.
 """

@@ -1,7 +1,7 @@
-"""The CPU in a GPU's place: streams are threads, memory is memory.
+"""The CPU in a GPU's place: threads are the streams, RAM is the device's memory.
 
-All that decides what runs when on a GPU runs here too, and more strictly: work given to a stream is done later, by
-another thread, with a `delay` before each piece where a test wants one, so that whoever forgets to wait reads the wrong
+The code that decides what runs when on a GPU runs here too, under stricter conditions. Another thread does the
+submitted work later, with a `delay` before each piece if a test wants one. So code that forgets to wait reads the wrong
 bytes here as well.
 
 Work that raises ends its stream: what follows is dropped, and whoever waits for an event gets the error.

@@ -1,4 +1,4 @@
-"""`qmix doctor`: what this machine has and what is in the way (report.py, its GPU in gpu.py), and the measurement of
+"""`qmix doctor`: what this machine has and what is wrong with it (report.py, its GPU in gpu.py), and the measurement of
 configurations of the GPU's kernels (tuning.py)."""
 
 from qmix.doctor.report import run

@@ -1,5 +1,5 @@
-"""The GPU's part of the report: the cards, and, of the one that `--device auto` takes, what its kernels are and whether
-memory can be page-locked for it."""
+"""The GPU's part of the report: the cards, and, for the one that `--device auto` takes, its kernels and whether memory
+can be page-locked for it."""
 
 from __future__ import annotations
 

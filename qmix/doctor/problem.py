@@ -1,4 +1,4 @@
-"""What a section of the report is made of."""
+"""A problem that the report found, with its cure; and a section of the report."""
 
 from __future__ import annotations
 

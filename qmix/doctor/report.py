@@ -1,7 +1,7 @@
-"""What qmix finds on this machine, and what of it is in the way.
+"""What qmix finds on this machine, and what of it is a problem.
 
-Each section is a function that returns its part of the report and the problems it saw, a cure with each.
-A section that cannot look says so in its place; the report is never cut short by one.
+Each section is a function that returns its part of the report and the problems it saw, each with a cure. A section
+that cannot look says so in its place; it never cuts the report short.
 
 Sizes are bytes, bandwidths decimal GB/s.
 """
@@ -83,7 +83,7 @@ def machine(root: Path) -> Section:
                                 "limit, or choose a smaller model"))
     elif memory.available < LOW:
         problems.append(Problem(f"memory: {format_bytes(memory.available)} of {format_bytes(memory.total)} available",
-                                "close other programs: what they hold, experts cannot"))
+                                "close other programs: experts can use their memory"))
     if quota is not None and quota < cores:
         problems.append(Problem(f"cores: {cores}, but a cgroup grants the time of {quota:g}",
                                 f"run with --threads {max(1, int(quota))}, or raise the container's CPU limit"))

@@ -1,4 +1,4 @@
-"""`qmix doctor --tune`: configurations of the GPU's kernels, tried on this card and kept where they gain."""
+"""`qmix doctor --tune`: tries configurations of the GPU's kernels on this card and keeps those that are faster."""
 
 from __future__ import annotations
 

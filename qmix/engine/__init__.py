@@ -1,7 +1,7 @@
 """The engine: the one place where a store, a placement plan, the model and the experts meet.
 
-load(folder) -> Engine; Engine.session() -> Session with a KV cache of its own; Engine.step advances
-sessions together. One pass runs at a time (a lock), on the caller's thread.
+load(folder) -> Engine; Engine.session() -> Session with a KV cache of its own; Engine.step advances sessions together.
+One pass runs at a time (a lock), on the caller's thread.
 """
 
 from qmix.engine.budgets import budget, needs_of

@@ -1,4 +1,4 @@
-"""What a model needs and what there is, in bytes, before anything is loaded."""
+"""How many bytes a model needs and how many there are, before anything is loaded."""
 
 from __future__ import annotations
 

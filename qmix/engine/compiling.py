@@ -1,7 +1,8 @@
-"""Runs what prompts use once before the first prompt, so that Triton compiles it while the model loads.
+"""Runs the kernels of prompts once before the first prompt, so that Triton compiles them while the model loads.
 
-A piece that fails is said and does not end the load: a prompt may never need it, and if one does, it fails there and is
-told as an error."""
+If a piece fails, qmix says so and the load continues: a prompt may never need that piece, and if one does, it fails
+there with an error.
+"""
 
 from __future__ import annotations
 

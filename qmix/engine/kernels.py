@@ -1,4 +1,4 @@
-"""Which kernels a store needs."""
+"""The kernels that a store needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Opens a store, plans, and has the parts brought up."""
+"""Opens a store, plans, and loads the parts."""
 
 from __future__ import annotations
 

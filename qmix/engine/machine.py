@@ -1,4 +1,4 @@
-"""Which device a model is to run on, and how much of its memory it may take."""
+"""The device that a model is to run on, and how much of its memory it may take."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Model and experts, joined: on the CPU, or on a device with the CPU beside it.
+"""Model and experts, joined: on the CPU, or on a device together with the CPU.
 
-Dense weights are read in the gaps of the experts' large reads; where they are damaged nobody need read the rest.
+Dense weights are read in the gaps between the experts' large reads. If they are damaged, the rest is not read.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Decides between GPU and CPU, and plans.
 
-With --device auto whatever keeps the GPU from being used is said, and the CPU computes; whoever names the GPU, or a
-budget of its memory, gets the error.
+With --device auto, if something keeps the GPU from being used, qmix says what it is and the CPU computes. If the user
+names the GPU, or a budget of its memory, it is an error.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One conversation: a KV cache, and what is in it."""
+"""One conversation: a KV cache and its contents."""
 
 from __future__ import annotations
 

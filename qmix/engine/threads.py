@@ -1,5 +1,5 @@
-"""How many threads compute. Decided before anything is loaded, and by configuration alone, never by a budget or by what
-fits where, since with some kernels bits depend on it."""
+"""How many threads compute. This is decided before anything is loaded, by configuration alone, never by a budget or by
+what fits, because with some kernels bits depend on it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Memory of a GPU that torch does not count: what the plan leaves for it, and whether that was enough.
+"""GPU memory that torch does not count: how much the plan leaves for it, and whether that was enough.
 
-Code, graphs and libraries take it, most of them while the engine warms up. Only then can it be measured; the next plan
-knows it."""
+Code, graphs and libraries take it, most of them while the engine warms up. Only then can it be measured, and the next
+plan uses the measurement.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,12 @@
-"""What an evaluation has finished, so that a broken one goes on: a file in the state folder, a record per window.
+"""The finished part of an evaluation, so that an interrupted one can continue: a file in the state folder, a record per
+window.
 
-    {"qmix eval": 1, "arguments": {"model": "5e...", "window": 2048, ...}}\n      all that decides a number
+    {"qmix eval": 1, "arguments": {"model": "5e...", "window": 2048, ...}}
+      all that decides a number
     uint32 tokens, uint32 columns, columns x fp32 [tokens], 8 bytes xxh3_64 of all before      little-endian, in order
 
-Records are appended with one write each. Reading stops at the first that is torn or damaged, and what follows it is cut
-off. The file is locked while it is open: two runs must not append to one.
+Records are appended with one write each. Reading stops at the first record that is torn or damaged, and the rest of the
+file is cut off. The file is locked while it is open: two runs must not append to one.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Two models in one budget of RAM, and of a GPU's memory where they are computed there: how much of it the reference
-gets, before anything is loaded. Integers, no torch.
+"""Divides a budget of RAM, and of a GPU's memory if the models are computed there, between two models: how much of it
+the reference gets, before anything is loaded. Integers, no torch.
 
-Each gets what it cannot do without. Where the rest does not hold all experts of both, it is shared in proportion
-to what each still wants, so that about the same share of either one's experts is in memory.
+Each gets the least that it needs. If the rest does not hold all experts of both, it is divided in proportion to what
+each could still hold, so that about the same share of either model's experts is in memory.
 """
 
 from __future__ import annotations

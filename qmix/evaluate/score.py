@@ -1,10 +1,11 @@
 """Judges logits: how likely the text's own next token was, and how far from a reference's distribution they are.
 
-In fp64, a few rows at a time: near a good quantization the divergence is a small difference of large logarithms.
+All is computed in fp64, a few rows at a time: near a good quantization the divergence is a small difference of large
+logarithms.
 
     loss = -log p(target)                             natural logarithm
     KL(ref || model) = sum over the vocabulary of p_ref (log p_ref - log p)
-    agree: whether both find the same token the likeliest; of equal ones the lowest id
+    agree: whether both models find the same token the likeliest; among equal ones the lowest id
 
 n rows, V vocabulary.
 """

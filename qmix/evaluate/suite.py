@@ -1,7 +1,7 @@
-"""The whole of an evaluation on a text: cut it, bring the models up within one budget, score window after window.
+"""A whole evaluation on a text: cut the text, load the models within one budget, score window after window.
 
-What a window gives is written to the journal as soon as it is whole, so that a run that is stopped or killed goes on
-where it was, and its figures are those of a run that never stopped. Router statistics are neither used nor added to.
+The scores of a window are written to the journal as soon as it is whole. So a run that is stopped or killed can
+continue, and its figures are those of a run that never stopped. Router statistics are neither used nor added to.
 """
 
 from __future__ import annotations

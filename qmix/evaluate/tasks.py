@@ -1,13 +1,13 @@
 """`qmix eval --tasks`: the lm-eval harness (the extra `eval`) drives a model through an adapter.
 
 The harness makes the prompts and counts; the model gives log-likelihoods and greedy answers. Texts begin with the BOS
-token where the tokenizer sets one, and contexts that are too long lose their beginning, which is said.
+token if the tokenizer sets one. Contexts that are too long lose their beginning, and qmix says so.
 
-All tasks are prepared, and what they ask for is checked, before the model is loaded: a wish that qmix does not know is
-refused before hours of another task. The harness then has its data in memory, so that they count in the budget as
-taken. Tasks are run one after the other, and what each gives is given at once: a later failure drops no figure.
+All tasks are prepared, and what they ask for is checked, before the model is loaded: an option that qmix does not know
+is refused before hours of another task. The harness then has its data in memory, so the budget counts them as taken.
+Tasks run one after another, and the results of each are given at once: a later failure drops no figure.
 
-This is the one file of qmix that imports lm_eval, and nothing imports it but `--tasks`.
+This is the only file of qmix that imports lm_eval, and it is imported only for `--tasks`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """Cuts a text into windows, as Hugging Face's "Perplexity of fixed-length models" does for WikiText-2.
 
-The text is tokenized once, as a whole, with the BOS token at its very start where the tokenizer sets one. Windows of
-`window` ids begin every `stride` ids and each is read from an empty context. Of a window those ids count that no
-window before it scored, but never its first: nothing stands before that to predict it. With stride = window every
-window of n ids thus scores n - 1; with a smaller stride each id but the text's first is scored once, with at
-least window - stride ids before it.
+The text is tokenized once, as a whole, with the BOS token at its very start if the tokenizer sets one. Windows of
+`window` ids begin every `stride` ids, and each is read from an empty context. A window scores the ids that no window
+before it scored, but never its first id, which has no context. With stride = window every window of n ids thus scores
+n - 1. With a smaller stride each id but the text's first is scored once, with at least window - stride ids before it.
 
     10 ids, window 4, stride 4:  [0 1 2 3] [4 5 6 7] [8 9]         scored 1 2 3, 5 6 7, 9
     10 ids, window 4, stride 2:  [0 1 2 3] [2 3 4 5] [4 5 6 7] ...  scored 1 2 3, 4 5, 6 7, ...

@@ -1,7 +1,7 @@
 """The byte contract that every tier and kernel shares: one file per format.
 
-Each format has `pack` (that of the grouped ones takes codes, which quantize/methods.py chooses), `tiles`, which
-decodes a matrix in pieces of at most 4 MiB, and `unpack`. Here they are found by the name in a spec.
+Each format has `pack` (for the grouped formats it takes codes, which quantize/methods.py chooses), `tiles`, which
+decodes a matrix in pieces of at most 4 MiB, and `unpack`. This module finds them by the name in a spec.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""int4, int3 and int2: weights of so many bits in groups along the input dimension, asymmetric. qmix's own byte
+"""int4, int3 and int2: weights of 4, 3 or 2 bits in groups along the input dimension, asymmetric. qmix's own byte
 contract.
 
 Formula   w = (q - m) * scale + zero, q in 0..2^bits - 1, m = 2^(bits - 1); scale and zero bf16, one pair per row and

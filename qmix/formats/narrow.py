@@ -1,14 +1,14 @@
-"""int3 and int2 codes as int4 codes and back: rewriting bytes, exact both ways.
+"""Rewrites int3 and int2 codes as int4 codes and back, exactly.
 
-What reads int4 then reads them too: a code of 3 or 2 bits becomes the nibble 8 + (q - 2^(bits - 1)), which stands for
-the same distance from the middle. Per block and column, B rows, c = 8 - 2^(bits - 1) in each nibble:
+Code that reads int4 then reads them too: a code of 3 or 2 bits becomes the nibble 8 + (q - 2^(bits - 1)), which has the
+same distance from the middle. Per block and column, B rows, c = 8 - 2^(bits - 1) in each nibble:
 
     int4   byte j, j < B/2           row j in the low nibble, row j + B/2 in the high one
     int2   byte i, i < B/4           row i + s B/4 in bits 2s and 2s + 1
     int3   byte i, i < B/4           the low two bits of the code, as int2 has them
            byte B/4 + i, i < B/8     the third bit of row i + b B/8 in bit b
 
-so that a quarter of the nibbles is one mask and one shift of the bytes.
+So a quarter of the nibbles is one mask and one shift of the bytes.
 """
 
 from __future__ import annotations

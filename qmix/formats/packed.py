@@ -1,7 +1,7 @@
-"""A packed matrix: its description and its tensors, with one check before any kernel sees it; and
-what the formats share: padding, and the walk over a matrix in tiles.
+"""A packed matrix: its description and its tensors, checked once before any kernel sees them. Also what the formats
+share: padding, and the walk over a matrix in tiles.
 
-No format ever decodes a whole matrix at once unless asked to (`gather`): a tile is at most 4 MiB.
+No format decodes a whole matrix at once unless asked to (`gather`): a tile is at most 4 MiB.
 N rows (out), K columns (in).
 """
 

@@ -1,7 +1,7 @@
 """What this machine has: memory that may be used, cores, and how fast bytes move.
 
-memory.py and cores.py answer at once and are re-exported here. disk.py and bandwidth.py measure, which
-takes seconds: import them where that is wanted. `hardware.memory` is the function of that name.
+memory.py and cores.py answer at once and are re-exported here. disk.py and bandwidth.py measure, which takes seconds,
+so they are imported only by the code that measures. `hardware.memory` is the function of that name.
 """
 
 from qmix.hardware.address_space import address_space_left

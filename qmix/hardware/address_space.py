@@ -1,5 +1,5 @@
-"""Address space: what `ulimit -v` leaves to a model. Beyond the limit no memory and no thread can be had, so what a
-plan adds must fit below it."""
+"""Address space: what `ulimit -v` leaves to a model. Beyond the limit no memory can be mapped and no thread started, so
+everything that a plan adds must fit below it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """How fast bytes move in this machine: out of RAM, off the disk, over to a GPU, within it.
 
-These figures decide what paging can give: tokens/s is at most bandwidth / bytes a token needs. They
-are measured once (`qmix doctor --bandwidth`), kept in a small JSON file, and stated with their date,
-for they move with what else the machine does.
+These figures decide what paging can reach: tokens/s is at most bandwidth / bytes a token needs. They are measured once
+(`qmix doctor --bandwidth`), kept in a small JSON file, and shown with their date, because they change with the load of
+the machine.
 
 GB/s are decimal: 1e9 bytes a second.
 """

@@ -1,4 +1,4 @@
-"""Processor: cores this process may use, what holds them back, caches and instruction sets.
+"""The processor: cores that this process may use, what limits them, caches and instruction sets.
 
 `root` stands for / in tests.
 """

@@ -1,11 +1,11 @@
-"""How fast a disk gives files up: threads x chunk sizes, past the page cache.
+"""How fast a disk reads files: numbers of threads x chunk sizes, without the page cache.
 
-Reads go as the expert tier's do: os.preadv with O_DIRECT into page-aligned memory of our own, several
-threads keeping the disk's queue filled. Where the system refuses O_DIRECT, at open or at the first read,
-they are buffered, of pages the system was first asked to drop, and that is said.
+Reads work like those of the expert tier: os.preadv with O_DIRECT into page-aligned memory of our own, several threads
+keeping the disk's queue filled. If the system refuses O_DIRECT, at open or at the first read, reads are buffered: the
+system is first asked to drop the file's pages, and qmix says so.
 
-Threads: the readers of one measurement share a counter of chunks; each owns one buffer. They end when
-the chunks or the time are used up, when one fails, or when the caller is interrupted.
+Threads: the readers of one measurement share a counter of chunks; each owns one buffer. They end when the chunks or the
+time are used up, when one fails, or when the caller is interrupted.
 GB/s are decimal: 1e9 bytes a second.
 """
 

@@ -1,6 +1,6 @@
-"""What of a GPU's memory goes elsewhere than to tensors: to the driver's context, and beside torch's allocator to code,
-graphs and libraries. A run on the GPU measures both when it has warmed up, and keeps them in a small file of its own
-beside the bandwidths' for the next plan."""
+"""GPU memory that is not for tensors: the driver's context, and code, graphs and libraries, which torch's allocator
+does not count. A run on the GPU measures both when it has warmed up, and keeps them for the next plan in a small file
+of its own, beside the file of the bandwidths."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Memory: what this process may take, and what it has taken.
+"""Memory: how much this process may take, and how much it has taken.
 
-Bytes are what the process may really take: the smaller of the machine's memory and every cgroup
-limit (version 1, or 2 with memory.high) above it. Page cache is free memory, in a cgroup as on the machine.
+The limit is the smallest of the machine's memory and the limits of every cgroup above the process (version 1, or 2 with
+memory.high). Page cache counts as free memory, in a cgroup as on the machine.
 """
 
 from __future__ import annotations

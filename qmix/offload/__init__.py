@@ -1,7 +1,7 @@
-"""Where experts live, and how they get to where they are computed.
+"""Where experts are stored, and how their records reach the code that computes them.
 
-plan says what fits where; pool, tiers, reads and copies hold and move records; cache decides what leaves, prefetch
-what is fetched before it is asked for, lookahead carries that out; experts is what the model calls, and setup joins
-all of it for a store. watch counts what the routers choose into router_stats and trace; replay tries other
-caches on a trace; forecast and figures say how fast it should be and was.
+plan says what fits where. pool, tiers, reads and copies hold and move records. cache decides which record is evicted,
+prefetch which one is fetched before it is requested, and lookahead does the fetching. experts is what the model calls,
+and setup joins all of it for a store. watch counts the routers' choices into router_stats and trace; replay tries other
+caches on a trace; forecast says how fast it should be, and figures how fast it was.
 """

@@ -1,29 +1,29 @@
-"""Which records a tier keeps: eviction policies and guarded admission. Pure: no torch, no clock, no I/O,
-so that a replayed trace meets the very code that runs.
+"""Which records a tier keeps: eviction policies and guarded admission. Pure: no torch, no clock, no I/O, so `qmix
+replay` runs the same code on a trace.
 
-Decode walks the layers in a cycle and uses K experts in each, so what matters about a record is how likely
-its layer chooses it next time round. Three estimates of that, by name:
+Decode walks the layers in a cycle and uses K experts in each. So the value of a record depends on how likely its layer
+chooses it in the next cycle. There are three estimates of that:
 
     lru       how many tokens ago it was used
     lfu       how often, each use losing half its weight in `half_life` tokens (LRFU of Lee et al. 2001,
               which has LRU and LFU as its two ends)
     static    its share in the router statistics of earlier runs
 
-and how soon: a record whose layer has just passed is wanted a whole token later than one of the next layer. Every
-layer therefore counts tokens by its own clock, which goes on when its router speaks, and of two estimates that
-are close the nearer one stays (see NEAR). With `quotas` every layer keeps its share of the slots, which helps
-lru where slots are few.
+The value also depends on how soon: a record whose layer has just passed is needed a whole token later than one of the
+next layer. So every layer counts tokens by its own clock, which advances when its router speaks, and if two estimates
+are close, the nearer record stays (see NEAR). With `quotas` every layer keeps its share of the slots, which helps lru
+if slots are few.
 
-Prefill uses nearly every expert, which says nothing about the next token. It therefore enters the histories
-only with its last SEED tokens, as though they had been decoded; they re-seed what earlier answers left.
+Prefill uses nearly every expert, which says nothing about the next token. So only its last SEED tokens enter the
+histories, as if they had been decoded. They replace what earlier answers left there.
 
-Admission. A demanded record always gets a slot. A speculative one, or one that is warmed, displaces no
-record of the last `guard` decoded tokens, except that `probation` speculative records at a time may: those
-are wanted sooner than anything else, and if the guess was wrong the harm is bounded. A warmed one also displaces
-none that scores higher. Prefill displaces records of the last tokens last.
+Admission. A demanded record always gets a slot. A speculative record, or one that is warmed, displaces no record of the
+last `guard` decoded tokens. The exception: up to `probation` speculative records at a time may do so. These are needed
+sooner than anything else, and if the guess was wrong the harm is bounded. A warmed record also displaces none that
+scores higher. Prefill displaces records of the last tokens last.
 
-Spares. A record that a faster tier holds as well is a spare here: it costs nothing to drop, so for whatever comes a
-spare leaves before any other record, first the one with the highest score, which is surest to stay above.
+Spares. A record that a faster tier also holds is a spare here, and costs nothing to drop. So a spare is evicted before
+any other record. Among spares the one with the highest score goes first, because it is the surest to stay above.
 """
 
 from __future__ import annotations

@@ -2,33 +2,33 @@
 
     below (RAM)  -- up -->  above (VRAM)  -- down -->  below
 
-Between them the two tiers hold, so that 24 GB above 16 GB hold nearly 40, what lies in either. A record that is wanted
-above is first brought into the tier below, if it is only on the disk, and copied up. The copy below is then a *spare*
-(cache.py): it gives way to anything that needs its slot. A record that leaves the tier above, and whose spare is gone,
-is copied down into a slot below, if there is a free one, a spare's, or one whose record is less likely to be wanted;
-otherwise it is on the disk still. Distinct records in both: the slots of both, less those on their way up. Where the
-tier below has a slot for every record (`Plan.inclusive`), none ever leaves it, and so none comes down.
+The two tiers hold different records: 24 GB of VRAM and 16 GB of RAM hold nearly 40 GB. If a record is needed above, it
+is first read into the tier below, unless it is there, and then copied up. The copy below becomes a *spare* (cache.py):
+it is evicted for anything that needs its slot. If a record leaves the tier above and its spare is gone, it is copied
+down into a slot below, if there is one that is free, holds a spare, or holds a record that is less likely to be used.
+Otherwise the record remains on the disk only. Distinct records in both: the slots of both, less those on their way up.
+If the tier below has a slot for every record (`Plan.inclusive`), no record ever leaves it, and none is copied down.
 
 Who does what. The compute thread owns both tiers and calls everything here. Two lanes (`lane.py`), `up` and `down`,
-each a thread with a stream, make the copies. They share one lock and one bell, rung at whatever changes; no lock of
-another is taken while it is held.
+each a thread with a stream, make the copies. They share one lock and one bell, which is rung at every change. Nobody
+takes another object's lock while holding this one.
 
 Who owns a buffer.
-    below, going up     pinned from submit() until the compute thread finds the trip over and none of its chunks on
-                        its way (`_sweep`); it may still be arriving, from the disk or from above, and goes up chunk by
-                        chunk as it comes
-    above, arriving     the up lane's, until arrived, failed or given up; of a trip that was given up chunks may still
-                        land, but before those of the next trip to that slot, which come after them in the same stream
-    above, leaving      free, for the tier; but each chunk of the record that comes next waits until that chunk of the
-                        leaving one has gone down, and its first one for the work of the device that reads the slot
-                        (the fence). Going down waits for no fence: both only read.
-    below, arriving     a record that comes down is `loading` there, by a load that is ours: whoever wants it waits for
-                        it; it may be given up like any other, and is then on the disk
+    below, going up     pinned from submit() until the compute thread finds that the trip is over and that no chunk of
+                        it is on its way (`_sweep`). The record may still be arriving, from the disk or from above; it
+                        goes up chunk by chunk as it arrives
+    above, arriving     the up lane's, until arrived, failed or given up. Chunks of a trip that was given up may still
+                        land, but before the chunks of the next trip to that slot, which follow in the same stream
+    above, leaving      free, for the tier. But each chunk of the next record waits until the same chunk of the leaving
+                        record was copied down, and its first chunk also waits for the device's work that reads the
+                        slot (the fence). Copies down wait for no fence, because both only read
+    below, arriving     a record that is copied down is `loading` there, by a load of ours. Who needs it waits for it.
+                        It may be given up like any other load; the record is then on the disk
 
-Who waits on whom. Up trips wait for reads of the disk, for down trips and for work that was given to the device before;
-down trips only for chunks that the disk's readers were already reading into their slot; readers only for chunks that
-are on their way down. So nothing goes round in a circle, however few slots there are. A demanded record for which all
-slots below are taken waits, in submit(), until one of those going up there has arrived or failed.
+Who waits for whom. Up trips wait for reads of the disk, for down trips and for work that was given to the device
+before. Down trips wait only for chunks that the disk's readers were already reading into their slot. Readers wait only
+for chunks that are on their way down. So no cycle is possible, however few slots there are. If all slots below are
+taken, a demanded record waits, in submit(), until one of the records going up from there has arrived or failed.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Experts on a device: prompts as anywhere else, decoding by slots that the device finds for itself.
+"""Experts on a device: prompts as in PagedExperts, decoding by slots that the device looks up itself.
 
-While decoding, the experts that are in slots when a layer's router speaks are computed without a word from the host
-(`begin`). The host, once it has read the choice (`finish`), does three things at once with the others: has some copied
-into slots, computes some on the CPU where their records are, and has guesses for the next layers read ahead. The CPU
-also computes an expert whose copy is on its way but would arrive too late. Where everything is to be exact it computes
-none, since its bits are not the device's. Each expert's row is its own and the rows are summed in rank order later, so
-what comes when, and how, decides no bit; but which kind of device computed a row does.
+While decoding, the experts that are in slots when a layer's router speaks are computed without the host (`begin`). Once
+the host has read the choice (`finish`), it does three things with the others at once: it has some copied into slots,
+computes some on the CPU from their records in RAM, and has guesses for the next layers read ahead. The CPU also
+computes an expert whose copy is on its way but would arrive too late. With `exact` the CPU computes none, because its
+bits differ from the device's. Each expert has a row of its own, and the rows are summed in rank order later. So the
+order of arrival changes no bit; only the kind of device that computed a row does.
 
 Who may read a slot: work given to `compute` before the record left it. `tier.used` says until when.
 

@@ -1,7 +1,8 @@
-"""Brings experts up on a device: slots there, slots in host memory below them, and what moves records between them.
+"""Sets experts up on a device: slots in its memory, slots in host memory below them, and what moves records between
+them.
 
-The slots on the device are filled before the first token, the most frequent experts first where the router statistics
-know them; those in host memory are warmed in the background.
+The slots on the device are filled before the first token, the most frequent experts first if the router statistics
+know them. The slots in host memory are warmed in the background.
 """
 
 from __future__ import annotations

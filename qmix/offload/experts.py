@@ -1,13 +1,12 @@
-"""The experts callable that the model calls: computes each chosen expert from its record in a slot.
+"""The callable for experts that the model calls: it computes each chosen expert from its record in a slot.
 
-In a layer the records that are there are computed first, while the missing ones are read; a missing one
-is begun when its gate and up matrices have arrived, while its down matrix still comes. What order they
-come in changes nothing: the outputs of a token's K experts are kept apart in fp32 and summed in rank
-order 0..K-1.
+In a layer, the records in slots are computed first, while the missing ones are read. A missing expert is started when
+its gate and up matrices have arrived, while its down matrix still arrives. The order of arrival changes nothing: the
+outputs of a token's K experts are kept apart in fp32 and summed in rank order 0..K-1.
 
-Prefill wants nearly every expert of a layer, once a pass: at most WINDOW of them are on their way at a time, then
-those of the next layer, so that the disk goes on while attention is computed. Decode asks for all that a token
-lacks at once, and then for the guesses of the prefetcher.
+Prefill needs nearly every expert of a layer, once a pass. At most WINDOW of them are on their way at a time, then those
+of the next layer, so that the disk works while attention is computed. Decode requests all records that a token lacks at
+once, and then the guesses of the prefetcher.
 
 T tokens, K experts per token, H hidden, E experts, A guesses per layer, D layers looked ahead.
 """

@@ -1,8 +1,8 @@
-"""How fast a plan should run: bytes a token moves, over bandwidths. Pure.
+"""How fast a plan should run: bytes a token moves, divided by bandwidths. Pure.
 
-Decode reads every dense weight and K experts a layer, once each. From memory that takes bytes / bandwidth; a
-record that is not there is read from the disk first. Reading and computing can overlap or not, so the
-forecast is a range: at best the longer of the two, at worst their sum. A bound, not a promise.
+Decode reads every dense weight and K experts a layer, once each. Reading from memory takes bytes / bandwidth; a record
+that is not in memory is read from the disk first. Reading and computing may overlap or not, so the forecast is a range:
+at best the longer of the two, at worst their sum. It is an estimate, not a promise.
 """
 
 from __future__ import annotations

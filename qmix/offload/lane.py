@@ -1,17 +1,16 @@
 """One direction of the bus between two tiers: a stream of the device, and the thread that keeps it supplied.
 
-The thread takes chunks from the trips it was given, those of the lowest urgency first, gives the stream a copy and an
-event after it, and waits for the event. It keeps two chunks on their way, so that the bus goes on while the host turns
-round, and not more, so that a demanded record overtakes guesses after two chunks. A chunk counts as arrived when its
-event is over.
+The thread takes chunks from the trips it was given, the lowest urgency number first. It submits a copy and an event
+after it to the stream, and waits for the event. It keeps two chunks on their way: the bus then continues while the host
+reacts, and a demanded record still overtakes guesses after two chunks. A chunk counts as arrived when its event is
+over.
 
-A chunk may go when its bytes are there to be read (`feed`), and when nothing else needs the place it goes to: what was
-in that slot before has gone down from there (`leaving`), what others were bringing there has landed (`after`). Work of
-the device that reads the slot (`fence`) is waited for by the stream, not by the thread. A trip that may not go yet is
-passed over: it holds up no other one. The lane counts as busy while a chunk is copied, and not while it waits for a
-fence.
+A chunk may go when its bytes can be read (`feed`) and when nothing else needs its destination: the slot's earlier
+record has been copied down (`leaving`), and what others were copying there has landed (`after`). The stream, not the
+thread, waits for work of the device that reads the slot (`fence`). A trip that may not go yet is passed over, and
+delays no other trip. The lane counts as busy while a chunk is copied, not while it waits for a fence.
 
-A trip that fails, fails its load; a lane whose thread ends fails all of them, so that nobody waits for ever.
+A trip that fails, fails its load. A lane whose thread ends fails all its trips, so that nobody waits for ever.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Guesses on their way: which records are read before their router has spoken, and what became of them.
+"""Prefetched guesses: which records are read before their router has spoken, and whether the guess was right.
 
-A guess takes a slot only when its read begins, a few at a time: one that merely waits for the disk would keep a
-record out that may be wanted. A nearer look withdraws what a farther one guessed; the router's word withdraws
-what was wrong.
+A guess takes a slot only when its read begins, a few at a time, because a guess that only waits for the disk would keep
+out a record that may be needed. Guesses from one layer ahead withdraw guesses made from farther ahead. The router's
+choice withdraws the wrong ones.
 """
 
 from __future__ import annotations

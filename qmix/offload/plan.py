@@ -1,13 +1,13 @@
 """What goes where, in integers, before anything is loaded.
 
-A budget is a promise about the whole process: what it holds before it loads anything (interpreter and
-libraries), the dense weights, the KV cache, the workspace of one prefill pass and a reserve come first; the
-rest is slots for expert records. What does not fit is refused with the numbers.
+A budget is a promise about the whole process. What the process holds before it loads anything (interpreter and
+libraries), the dense weights, the KV cache, the workspace of one prefill pass and a reserve come first. The rest is
+slots for expert records. What does not fit is refused with the numbers.
 
-With a GPU the fast tier is VRAM: dense weights, KV cache and workspace lie there, and RAM holds, apart
-from the program, only slots. Where RAM has room for all records it holds them all, those in VRAM too: a record that
-leaves VRAM is then in RAM already, and nothing is ever copied down. Else the two tiers exclude each other: what is in
-VRAM needs no slot in RAM, and a record that leaves VRAM is copied down.
+With a GPU the fast tier is VRAM: it holds dense weights, KV cache and workspace, and RAM holds, apart from the program,
+only slots. If RAM has room for all records it holds them all, those in VRAM too: a record that leaves VRAM is then in
+RAM already, and nothing is ever copied down. Otherwise the two tiers hold different records: a record in VRAM needs
+no slot in RAM, and a record that leaves VRAM is copied down.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Memory for a tier's slots: allocated once, touched at once, on page boundaries.
 
-Anonymous private memory with huge pages where the kernel gives them: one page-table entry then covers 2 MiB
-of weights that a kernel streams through. Every page is touched here, so that a budget that cannot be kept
-fails now and not in the middle of an answer. That takes from a tenth of a second to seconds for a GB, in a virtual
-machine that must get its pages from the host, so all cores do it, and reading into the slots may begin meanwhile.
+The memory is anonymous and private, with huge pages if the kernel gives them: one page-table entry then covers 2 MiB of
+weights that a kernel streams through. Every page is touched here, so that a budget that cannot be kept fails now and
+not in the middle of an answer. Touching takes from a tenth of a second to seconds for a GB, in a virtual machine that
+must get its pages from the host. So all cores do it, and reads into the slots may begin meanwhile.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""Which records the coming layers will want: guesses, what they are worth, and how they turned out. Pure.
+"""Which records the coming layers will need: guesses, their probabilities, and how many were right. Pure.
 
-Two sources. `ahead`: the routers of the next layers, asked by the model on this layer's hidden state.
+There are two sources. `ahead`: the model applies the routers of the next layers to this layer's hidden state.
 `transitions`: how often, in the router statistics, an expert followed those that this layer chose.
-Each guess carries a probability: for `ahead` the share of right guesses so far, by layer, distance and rank; for
-`transitions` the conditional frequency, or the share of its right guesses so far if that is less, since what
-followed what in other texts may not hold in this one. `both` takes the larger of the two.
+Each guess carries a probability. For `ahead` it is the share of right guesses so far, by layer, distance and rank. For
+`transitions` it is the conditional frequency, or the share of its right guesses so far if that is less, because
+transitions in other texts may not hold in this one. `both` takes the larger of the two.
 
-A guess is worth a read when it is right more often than not: what it reads would be read anyway, only
-later, while a wrong one wastes disk time and may displace a record. So a layer whose guesses are right less
-than half of the time gets none: there prefetch is off, and the figures say so. The estimates go on without
-reading anything, so a layer comes back when its guesses get better.
+A guess is worth a read if it is right more often than not. A right guess only reads earlier what would be read anyway;
+a wrong one wastes disk time and may displace a record. So a layer whose guesses are right less than half of the time
+gets none: prefetch is off there, and the figures say so. The estimates continue without reading anything, so prefetch
+resumes in a layer when its guesses get better.
 
 E experts, K chosen per token, A guesses per layer.
 """

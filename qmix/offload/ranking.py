@@ -1,11 +1,10 @@
-"""The records of a tier in order of rank, so that the one that leaves is found without looking at all of them. Pure.
+"""The records of a tier in order of rank, so that the next one to evict is found without looking at all of them. Pure.
 
 A record's rank changes only when the router of its layer chooses it, and never falls. So every layer keeps its records
-sorted by the ranks that they had when they were last looked at, which are no higher than those they have. Whoever
-searches for the lowest looks at the first record of each layer whose router has spoken since, and puts it further back
-where its rank has risen; of the other layers the first record is known. He looks further into a layer only where the
-first record may not leave. Searching for the highest needs the true ranks: there records that were chosen are put in
-their place before.
+sorted by the ranks that they had when last looked at; the true ranks are the same or higher. A search for the lowest
+looks at the first record of each layer whose router has spoken since, and moves it back if its rank has risen. The
+first record of the other layers is known. The search continues inside a layer only if the first record may not leave. A
+search for the highest needs the true ranks, so records that were chosen are moved to their place before it.
 """
 
 from __future__ import annotations

@@ -1,23 +1,22 @@
 """Records on their way into slots: a queue of loads and a few threads that read them, chunk by chunk.
 
-Who waits on whom. One compute thread submits loads and waits for them; a few reader threads take chunks.
-They share one lock. Readers sleep on `_work` until there is a chunk to take, read it without the lock, and
-wake whoever sleeps on `_arrived`. The compute thread never waits for the lock longer than it takes to
-choose a chunk.
+Who waits for whom. One compute thread submits loads and waits for them; a few reader threads take chunks. They share
+one lock. Readers sleep on `_work` until there is a chunk to take, read it without the lock, and wake whoever sleeps on
+`_arrived`. The compute thread never waits for the lock longer than it takes to choose a chunk.
 
-Who owns a buffer. From submit() until load.done, error or cancel() a slot's bytes belong to the readers;
-then to the compute thread again, except that chunks already being read at a cancel() still land: the
-next load into the same slot names the cancelled one as `after` and does not start before they have. Of a tier below a
-GPU a cancelled load may be a copy that comes down (`copies.py`); whoever waits for a load of others is rung by its
-`bell`. Where a device reads the slots, work given to it earlier may still do so: the `fence` says when it is over.
+Who owns a buffer. From submit() until load.done, error or cancel() a slot's bytes belong to the readers, then to the
+compute thread again. The exception: chunks that are being read at a cancel() still land. So the next load into the same
+slot names the cancelled one as `after`, and does not start before they have landed. In a tier below a GPU, a cancelled
+load may be a copy that comes down (`copies.py`); who waits for such a load is rung by its `bell`. If a device reads the
+slots, work given to it earlier may still do so: the `fence` says when that work is over.
 
-Order. A chunk is taken from the first load of the lowest urgency number: a demanded record overtakes guesses
-and warming, which never hold more than half of the threads, and a guess that turns out right is promoted.
-The chunks of a record are handed out in order, so that its first bytes can be used while the last ones are
-read; but a record that has to be checked counts as arrived only when it is whole and right.
+Order. A chunk is taken from the first load of the lowest urgency number. A demanded record overtakes guesses and
+warming, which never hold more than half of the threads, and a guess that turns out right is promoted. The chunks of a
+record are handed out in order, so that its first bytes can be used while the last ones are read. But a record that has
+to be checked counts as arrived only when it is whole and right.
 
-A read that fails, and a thread that dies, fail the load, with an error that names record and file. Whoever
-waits gets it; no thread is left behind and nobody waits for ever.
+A read that fails, and a thread that dies, fail the load with an error that names record and file. Whoever waits gets
+the error; no thread is left behind and nobody waits for ever.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""What a cache would have done on recorded traces: hit rates of policies and slot counts, and how well the choices
-of a layer are foretold. No torch.
+"""What a cache would have done on recorded traces: hit rates of policies and slot counts, and how well the choices of a
+layer can be predicted. No torch.
 
-The caches are those that run (`cache.py`), told what the engine would tell them:
+The caches are the ones that run (`cache.py`), told what the engine would tell them:
 
     prefill   begin_prefill; then by layer seed, and every record that any token chose is admitted
     decode    begin_token; then by layer use, and what is missing is admitted, while the layer's own are busy
 
     hit       the record was there when its router spoke; counted in decode alone
 
-Above every policy stands Belady's optimum (1966): of the records that may leave, the one wanted again
-farthest in the future does. It knows the future, so it bounds what any policy can reach. After a prefill it may keep
-whatever it likes of what was there and what passed through.
+The upper bound is Belady's optimum (1966): of the records that may leave, it evicts the one that is used again farthest
+in the future. It knows the future, so no policy can beat it. After a prefill it may keep any of the records that were
+there or passed through.
 
 T tokens, L layers, K experts chosen per token, A guessed.
 """

@@ -4,11 +4,11 @@
     last[l][e]              the number of the last of them, 0 where none did; tokens are numbered from 1
     transitions[l][a][b]    tokens that chose a in layer l and then b in layer l + 1
 
-Prefill and decode are kept apart: a prompt and an answer need not use the same experts.
+Prefill and decode are counted apart, because a prompt and an answer need not use the same experts.
 
-On disk there is a file per store in the state folder. Several processes may run, and any of them may be killed: each
-adds what it saw to what it finds there, under a lock, and replaces the file whole. Whatever is wrong with
-file or folder costs a line and the statistics, never an answer.
+On disk there is a file per store in the state folder. Several processes may run, and any of them may be killed. So each
+one takes a lock, adds its counts to the counts in the file, and replaces the whole file. If anything is wrong with file
+or folder, qmix says so and does without the statistics; an answer never fails because of them.
 
 L layers, E experts, K chosen per token.
 """

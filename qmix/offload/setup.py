@@ -1,8 +1,8 @@
-"""Brings the experts of a store up within a plan: pool, cache, readers, tier and the callable, joined.
+"""Sets up the experts of a store within a plan: pool, cache, readers, tier and the callable, joined.
 
-When everything fits, every record is read and checked here, and nothing is fetched later. Otherwise the
-slots are warmed in the background, most frequent experts first where the router statistics know them, and
-the first prompt goes ahead of the warming.
+If everything fits, every record is read and checked here, and nothing is fetched later. Otherwise the slots are warmed
+in the background, the most frequent experts first if the router statistics know them, and the first prompt has priority
+over the warming.
 """
 
 from __future__ import annotations
@@ -126,11 +126,11 @@ class Choices:
         mode = options.prefetch
         if mode == "auto" and plan.needs.record < SMALL and fast.slots < plan.needs.records:
             mode = "off"
-            say(f"prefetch off: records of {format_bytes(plan.needs.record)} are read faster than guessed "
-                "(--prefetch ahead guesses all the same)")
+            say(f"prefetch off: records of {format_bytes(plan.needs.record)} take less time to read than "
+                "to guess (--prefetch ahead guesses all the same)")
         if policy == "lru" and len(fast.kinds) > 1 and _tight(config, fast):
-            say("--cache-policy lru: in a mixed store layers have no share of their own, so with few slots it throws "
-                "out what comes next; lfu does not")
+            say("--cache-policy lru: in a mixed store layers have no share of their own, so with few slots it evicts "
+                "the records that are needed next; lfu does not")
         return cls(policy, prior, mode, *reach(fast.slots, config.num_layers, config.experts_per_token))
 
     def cache(self, config: ModelConfig, tier: TierPlan, kind_of: Callable[[ExpertKey], int]) -> Cache:

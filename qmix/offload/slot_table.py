@@ -1,8 +1,9 @@
-"""Which expert is in which slot, as the device knows it: it picks the chosen experts' slots by itself.
+"""Which expert is in which slot, in a table on the device, so that the device looks up the chosen experts' slots
+itself.
 
 The table on the device changes only by work given to `compute`, in order with the kernels that read it. So a kernel
-that was given before a record left finds its slot, and one given afterwards does not; the mirror on the host is the
-table as the next kernel to be given will find it.
+that was submitted before a record left finds its slot, and one submitted afterwards does not. The mirror on the host is
+the table as the next submitted kernel will find it.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Of the experts that a layer lacks on the device: which are copied there, and which the CPU computes where they are.
+"""Divides the experts that a layer lacks on the device: some are copied there, the CPU computes the others.
 
-Both go on at once: copies one after another over the bus, products one after another on the CPU, so the layer waits for
-the longer of the two. How long a byte takes each way is measured all the time, together as they run, since both read
-the same RAM. Ties go to copying: what was copied will be there next time.
+Both happen at the same time: copies one after another over the bus, products one after another on the CPU. The layer
+waits for the longer of the two. The time per byte is measured all the time for both, as they run together, because both
+read the same RAM. Ties go to copying: a copied record will be there next time.
 
-A record that is on its way up already has only its remaining bytes to copy, but all of them to compute. The CPU takes
-it where its rest would arrive later than the CPU is done; the copy goes on, for later tokens.
+A record that is already being copied has only its remaining bytes to copy, but all of them to compute. The CPU computes
+it if the rest would arrive later than the CPU is done; the copy continues, for later tokens.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
-"""A tier: a fixed pool of slots, the table that says which record is in which, and what fills them.
+"""A tier: a fixed pool of slots, the table that says which record is in which slot, and the source that fills them.
 
     disk (complete)  ->  RAM  ->  VRAM
 
-Each arrow is one Tier: it has slots of its own and a source that brings a record into one. The source of
-the RAM tier is the disk (`reads.Readers`); a tier above takes what the tier below has (`copies.py`), and hands
-back down what leaves it, so that a tier below has loads of two owners.
+Each arrow is one Tier. It has slots of its own and a source that brings a record into one. The source of the RAM tier
+is the disk (`reads.Readers`). A tier above takes records from the tier below (`copies.py`), and copies evicted records
+back down, so a tier below has loads of two owners.
 
 A slot belongs to one key from admission to eviction. In between it is
     loading   its bytes are arriving, and belong to the load's owner
     ready     its bytes are there; a kernel may read them
     pinned    ready or loading, and needed by the pass that runs: it does not leave
-All of this is the compute thread's own; only those that bring records know of other threads. A load that is given up
-leaves its slot at once, and the next load into that slot waits for its last chunks (`after`), and for the work on a
-device that was given the slot to read (`used`).
+All of this belongs to the compute thread; only the sources know of other threads. A load that is given up leaves its
+slot at once. The next load into that slot waits for the last chunks of the earlier one (`after`), and for work of the
+device that still reads the slot (`used`).
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ and a body: for each run of tokens of one session (sequence u64, tokens u32), an
     guessed  uint8   1 where the next line follows, else 0
     ahead    T x A   like ids: what the next layer's router was expected to choose
 
-A pass is written at once when its last layer is through, so a run that is killed leaves whole passes and at most one
-torn record, which readers leave out. A decoded token of Mixtral takes 258 bytes with guesses.
+A pass is written at once, when its last layer is done. So a run that is killed leaves whole passes and at most one torn
+record, which readers skip. A decoded token of Mixtral takes 258 bytes with guesses.
 
 T tokens of a pass, K experts chosen per token, A experts guessed.
 """

@@ -1,7 +1,7 @@
-"""What the routers decide, on its way into the router statistics and, where asked for, a trace.
+"""Passes the routers' choices on to the router statistics and, if asked for, to a trace.
 
-One pass after the other: each layer hands in its choices, and with the last one the pass is counted. Of a pass with
-drafts only the tokens that turned out right are, once `settle` says which.
+Passes follow one another. Each layer hands in its choices, and with the last layer the pass is counted. Of a pass with
+drafts only the tokens that turned out right are counted, once `settle` says which.
 
 T tokens, K experts per token, E experts.
 """

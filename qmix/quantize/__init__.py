@@ -1,8 +1,8 @@
 """From a checkpoint to a store.
 
-methods (and hqq) choose the codes; or gptq, by what calibration finds that a matrix is given (calibrated joins the
-two). pipeline streams the experts through them; job makes a whole store of it, with journal (what is finished),
-target (where it goes) and report (what came out).
+methods (and hqq) choose the codes. gptq chooses them by the inputs of a matrix, which calibration measures (calibrated
+joins the two). pipeline streams the experts through them. job makes a whole store of it, with journal (what is
+finished), target (the folder it is written to) and report (the result).
 """
 
 from qmix.quantize.calibration import TOKENS, Calibration

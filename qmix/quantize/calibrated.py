@@ -1,8 +1,8 @@
-"""GPTQ on whole matrices, and its stream: the forward pass goes along with the experts as they come by, and hands each
-matrix what its inputs were.
+"""GPTQ on whole matrices, and its stream: the forward pass follows the stream of experts and gives each matrix its
+inputs.
 
-An expert that the text sent fewer than LEAST tokens to is quantized by hqq: they say next to nothing. The manifest
-has for each which method it was and how many tokens, and the report names those that fell back.
+An expert to which the text sent fewer than LEAST tokens is quantized by hqq, because so few tokens say next to nothing.
+The manifest has the method and the number of tokens for each expert, and the report names those that fell back.
 
 N padded rows, K columns, R rows of a strip, W columns of a group, G groups.
 """

@@ -1,4 +1,4 @@
-"""What the matrices of a model are given when it reads a text: the original model's forward pass, layer by layer,
+"""The inputs that the matrices of a model get when it reads a text: the original model's forward pass, layer by layer,
 straight from the checkpoint.
 
     forward = ForwardPass(checkpoint, calibration, pool)
@@ -7,9 +7,9 @@ straight from the checkpoint.
         for each expert:
             forward.expert(key, w13, w2, measure)   # -> the inputs of w13 and of w2, summed up
 
-Only what one layer needs is held. The residual of all tokens stays between layers, and each layer's normed copy of
-it, which the experts read; the weights are the original's throughout, not what they are quantized to, so the result
-depends neither on the format nor on where a broken run goes on.
+Only the data of one layer is held. The residual of all tokens stays between layers, and so does each layer's normed
+copy of it, which the experts read. The weights are the original's throughout, not the quantized ones, so the result
+depends neither on the format nor on where an interrupted run continues.
 
 Memory with 65536 tokens at Mixtral's width: residual 1 GiB fp32, normed copy 0.5 GiB bf16; attention's weights of
 one layer 160 MiB fp32; the sums over the inputs of one expert 64 + 784 MiB. Together 2.5 GiB, beside the buffers of

@@ -1,7 +1,7 @@
-"""A mixed store of a wanted size: sensitivities, measured once for a checkpoint and a text, and the choice of formats.
+"""A mixed store of a given size: sensitivities, measured once for a checkpoint and a text, and the choice of formats.
 
-Measuring takes one walk through the checkpoint with every format tried on every expert, longer than quantizing. What
-it gives is kept in the cache folder, for another size, or for the same command run again after a break.
+Measuring takes one walk through the checkpoint with every format tried on every expert, which takes longer than
+quantizing. The result is kept in the cache folder, for another size, or for the same command after an interruption.
 """
 
 from __future__ import annotations

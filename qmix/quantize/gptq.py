@@ -1,28 +1,29 @@
-"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): codes chosen so that a matrix's outputs change little on inputs that
-were seen, and not its weights: the error of each column is made up for by the columns not yet rounded.
+"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): codes are chosen so that the outputs of a matrix change little on
+inputs that were seen, not so that its weights do. The columns that are not yet rounded compensate the error of each
+column.
 
 With inputs X [n, K] the damage done by an error D [N, K] of the weights is |D X^T|^2 = tr(D S D^T), S = X^T X. With
 the Cholesky factor S = L L^T, L' = L / diag(L) and pivots diag(L)^2 it is |D L'|^2 weighed by the pivots, and column j
-of D L' is D_j + sum over i > j of D_i L'_ij. So columns are walked from the last to the first; column j is rounded
-after adding what the errors of those behind it ask for,
+of D L' is D_j + sum over i > j of D_i L'_ij. So columns are walked from the last to the first. Column j is rounded
+after adding what the errors of the columns behind it require,
 
     q_j = round to grid(w_j + sum over i > j of (w_i - q_i) L'_ij)
 
-and what rounding leaves there is column j of D L'. This is GPTQ with the columns in reverse, in the form of QuIP's
-LDLQ (Chee et al. 2023, arXiv 2307.13304, theorem 6 proves the two equal). It wants neither the inverse of S nor a
-second factorization, and gives the damage done for nothing.
+and the rounding error there is column j of D L'. This is GPTQ with the columns in reverse, in the form of QuIP's LDLQ
+(Chee et al. 2023, arXiv 2307.13304, theorem 6 proves the two equal). It needs neither the inverse of S nor a second
+factorization, and gives the damage without extra work.
 
-A group's scale and zero point are fitted when the walk arrives at it, to the weights that would be best there were
-there no grid: with M [N, W] what the errors behind ask of the group's columns and L'_g its diagonal block, they are
-w + M L'_g^-1 (and not w + M: if a column may move, those before it need not move for its sake).
+The scale and zero point of a group are fitted when the walk arrives at it, to the weights that would be best if there
+were no grid. With M [N, W], what the errors behind require of the group's columns, and its diagonal block L'_g, these
+weights are w + M L'_g^-1 (and not w + M: if a column may move, those before it need not move for its sake).
 
-S is damped: its diagonal is raised by 1 % of its mean, and the more the fewer inputs there are for K columns. Without
-that, 512 inputs for 512 columns make a model worse than hqq does; with it, better, and with ever fewer the codes
-near those of rounding to the grid.
+S is damped: its diagonal is raised by 1 % of its mean, and by more the fewer inputs there are for K columns. Without
+damping, 512 inputs for 512 columns make a model worse than hqq does. With damping they make it better, and with ever
+fewer inputs the codes approach those of rounding to the grid.
 
-Memory: S, fp32 [K, K], is factored where it lies: 784 MiB for K = 14336. A worker holds strips of 1024 rows: their
-errors, fp32, 56 MiB. Sums are cut by shapes only, each piece computed by one thread: no bit depends on how many
-threads the pool has.
+Memory: S, fp32 [K, K], is factored in place: 784 MiB for K = 14336. A worker holds strips of 1024 rows: their errors,
+fp32, 56 MiB. Sums are cut by shapes only, each piece computed by one thread: no bit depends on how many threads the
+pool has.
 
 n inputs, N rows, K columns, g group size, G groups of W columns (W = g, or less in the last), R rows of a strip.
 """

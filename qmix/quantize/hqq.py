@@ -1,9 +1,9 @@
-"""Half-quadratic quantization (Badri & Shaji 2023, mobiusml.github.io/hqq_blog): the zero point that serves
-most of a group's weights, a few being allowed to end far off.
+"""Half-quadratic quantization (Badri & Shaji 2023, mobiusml.github.io/hqq_blog): the zero point that suits most weights
+of a group, while a few weights may end with a large error.
 
-Minimized is |w - dequantized(w)|^p with p < 1, split in two by an auxiliary error e that is held to the
-true one, r, with strength beta. In turn e = shrink(r) = sign(r) relu(|r| - |r|^(p-1) / beta), and the zero
-point moves by the mean of r - e = sign(r) min(|r|, |r|^(p-1) / beta): a large error hardly moves it.
+It minimizes |w - dequantized(w)|^p with p < 1. An auxiliary error e splits this in two, and is held to the true error r
+with strength beta. The two steps alternate: e = shrink(r) = sign(r) relu(|r| - |r|^(p-1) / beta), and the zero point
+moves by the mean of r - e = sign(r) min(|r|, |r|^(p-1) / beta). So a large error hardly moves it.
 
 Where this differs from the authors' code:
 - errors are in steps of the scale. Theirs are in units of the weights, far below the threshold (0.17 for

@@ -3,8 +3,8 @@
     claim OUT -> take over what an earlier run finished -> check the disk -> make the rest, region by region
     -> manifest -> sync -> rename
 
-Kill it anywhere and run it again: finished regions are taken over after their checksums have been
-compared, and the store comes out byte for byte the same. See target.py for what may be left behind.
+You can kill it at any moment and run it again: finished regions are taken over after their checksums have been
+compared, and the store comes out byte for byte the same. target.py lists what a killed run may leave behind.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ def _failure(e: OSError, folder: Path) -> QmixError:
         return DoesNotFit(f"{where}: {e.strerror}", f"make room on the disk, then {AGAIN}")
     if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return cannot_write(e)
-    return QmixError(f"{where}: {e.strerror}", f"see to the disk, then {AGAIN}")
+    return QmixError(f"{where}: {e.strerror}", f"check the disk, then {AGAIN}")
 
 
 def _account(source: Checkpoint, work: list[Work]) -> None:

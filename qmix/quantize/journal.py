@@ -1,9 +1,9 @@
-"""The journal of an unfinished store: which regions are written, so that a broken run can go on.
+"""The journal of an unfinished store: which regions are written, so that an interrupted run can continue.
 
-journal.jsonl in OUT.partial: a first line with the arguments that decide the store's bytes, then one line
-per finished region with its checksum and errors. The file appears whole (renamed into place); lines are
-appended with one write each. A line says that the bytes were handed to the system, not that they
-survived: whoever resumes compares checksums. A torn last line is dropped.
+journal.jsonl in OUT.partial: a first line with the arguments that decide the store's bytes, then one line per finished
+region with its checksum and errors. The file appears whole (renamed into place), and each line is appended with one
+write. A line says that the bytes were handed to the system, not that they survived a crash, so a resumed run compares
+checksums. A torn last line is dropped.
 
     {"journal": 1, "arguments": {"qmix": "0.1.0", "source": "9f...", "method": "hqq", ...}}
     {"region": "layers.0.experts.0", "xxh3_128": "5e...", "error": {"w13": 0.08, "w2": 0.08, "all": 0.08}}

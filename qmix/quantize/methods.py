@@ -1,14 +1,13 @@
 """How the codes of int4, int3 and int2 are chosen: rtn (rounding to nearest between a group's extremes) and hqq
 (half-quadratic quantization, hqq.py), and how far the result is from the original.
 
-A matrix is cut into strips, and a strip into tiles. A tile's working copies stay about the size of a core's
-L2 cache, and it is large enough that the threads of the pool spend their time in torch, which lets go of
-the interpreter lock, and not waiting for that lock: tiles a quarter as large make two threads as slow as
-one. Each strip writes its own piece of the result, and the cut depends on shapes only: the bytes are the
-same for every number of threads.
+A matrix is cut into strips, and a strip into tiles. A tile's working copies are about the size of a core's L2 cache. A
+tile is also large enough that the threads of the pool spend their time in torch, which releases the interpreter lock,
+and not waiting for that lock: with tiles a quarter as large, two threads are as slow as one. Each strip writes its own
+piece of the result, and the cut depends on shapes only: the bytes are the same for every number of threads.
 
-Within a strip weights lie transposed: reductions over a group then run along whole vectors, and
-codes come out in the order in which they are stored.
+Within a strip weights lie transposed: reductions over a group then run along whole vectors, and codes come out in the
+order in which they are stored.
 
 N padded rows, K padded columns, B rows per block, g group size. A strip has R rows and C columns in
 G groups of W columns (W = g, or less in the last group of a matrix whose columns are no multiple of g);

@@ -1,12 +1,13 @@
-"""Which format each matrix of each expert gets, so that all fit into so many bytes with the least damage.
+"""Chooses the format of each matrix of each expert, so that all fit into a number of bytes with the least damage.
 
-What damage a format does to a matrix is measured elsewhere (sensitivity.py) and adds up. Every record then has a
-curve, bytes against damage; of each only the corners of its lower convex hull matter. From the smallest kind of all
-records on, the step that saves most damage a byte is taken, as long as it fits: the best that there is, but for
-what is left over at the end (Sinha & Zoltners 1979, the multiple-choice knapsack's linear bound).
+The damage that a format does to a matrix is measured elsewhere (sensitivity.py) and adds up. Every record then has a
+curve of bytes against damage, of which only the corners of the lower convex hull matter. The choice starts with the
+smallest kind for all records. Again and again it takes the step that saves the most damage a byte, as long as it fits.
+This is optimal, except for the bytes left over at the end (Sinha & Zoltners 1979, the multiple-choice knapsack's linear
+bound).
 
-A store has at most MOST_KINDS kinds, so that slots sized by kind do not lie idle: those that the fewest records
-use are given up one by one. No torch here.
+A store has at most MOST_KINDS kinds, so that slots sized by kind do not lie idle. The kinds that the fewest records use
+are given up one by one. No torch here.
 """
 
 from __future__ import annotations

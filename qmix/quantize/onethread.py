@@ -1,4 +1,4 @@
-"""One thread for torch while a pool has the work."""
+"""Limits torch to one thread while a pool of threads does the work."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
-"""The stream through the quantizer: one expert is read while the one before it is quantized and the one
-before that is written.
+"""The stream through the quantizer: one expert is read while the one before it is quantized and the one before that is
+written.
 
-Three threads and a pool: `reader` loads ahead, the caller's thread quantizes (spreading the work over the
-pool), `writer` writes behind and notes the region in the journal. Each hands over by a future, and none
-runs more than one region ahead. Experts are read into a few buffers that take turns: one is read into again
-when its expert is packed, or, where the packed tensors are the very weights (`keep`), written. So memory
-is bounded by two or three experts and two records, whatever the model's size. An error or Ctrl-C lets
-reader and writer finish what they hold and then surfaces in the caller.
+Three threads and a pool: `reader` loads ahead, the caller's thread quantizes (spreading the work over the pool), and
+`writer` writes behind and notes the region in the journal. Each hands over by a future, and none runs more than one
+region ahead. Experts are read into a few buffers that are reused. A buffer is free again when its expert is packed or,
+if the packed tensors are the very weights (`keep`), when it is written. So memory is bounded by two or three experts
+and two records, whatever the model's size. After an error or Ctrl-C, reader and writer finish what they hold; then the
+error is raised in the caller.
 
-With a calibration the text passes through every expert before that one is quantized, also through those that are
-finished already, since the next layer's inputs depend on them. What that holds is said in calibration.py.
+With a calibration, the text passes through every expert before that expert is quantized. It also passes through experts
+that are finished already, since the next layer's inputs depend on them. calibration.py says how much memory that takes.
 
 F expert inner, H hidden.
 """

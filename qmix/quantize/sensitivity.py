@@ -1,12 +1,12 @@
-"""How much it matters in which format each matrix of each expert is: measured on a text, in one walk through the
-checkpoint.
+"""How much the format of each matrix of each expert matters: measured on a text, in one walk through the checkpoint.
 
-A format's damage to a matrix is what it changes in the output of its expert, on the tokens that the router sends
-there, weighed by the router: sum of |gain (y' - y)|^2, the other matrix left alone. An expert that is chosen seldom
-is damaged little. What a layer's damage does to the end is measured too: for every layer a copy of the text goes
-along whose experts there, and only there, are in PROBE; at the head its distance from the original, the
-Kullback-Leibler divergence of the next token's probabilities, is divided by the damage that the copy took. Damage times
-that is in nats a token, and adds up over experts and layers as long as it is small (docs/quality.md compares).
+A format's damage to a matrix is the change in the output of its expert, on the tokens that the router sends there,
+weighed by the router: sum of |gain (y' - y)|^2, with the other matrix unchanged. So an expert that is seldom chosen is
+damaged little. The effect of a layer's damage on the end result is measured too. For every layer a copy of the text
+passes through a model in which only that layer's experts are in PROBE. At the head, the distance of the copy from the
+original, the Kullback-Leibler divergence of the next token's probabilities, is divided by the damage that the copy
+took. Damage times this quotient is in nats a token, and adds up over experts and layers as long as it is small
+(docs/quality.md compares).
 
 Memory at Mixtral's width: the forward pass of calibration.py with all its copies; beside it, per thread, one packed
 matrix and the activations of ROWS tokens, 90 MiB. `Calibration` should have TOKENS / (L + 1) tokens.

@@ -1,6 +1,7 @@
-"""Speculative decoding without a second model: what followed the same words earlier is tried, several tokens a pass.
+"""Speculative decoding without a second model: the continuation of an earlier occurrence of the same words is tried,
+several tokens a pass.
 
-lookup.py finds drafts, pace.py decides whether they pay, passes.py runs them. No torch but in types.
+lookup.py finds drafts, pace.py decides whether they pay, passes.py runs them. No torch except in types.
 """
 
 from qmix.speculation.lookup import Draft, Lookup

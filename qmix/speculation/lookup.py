@@ -1,6 +1,5 @@
-"""Drafts from the text itself (prompt lookup, Saxena 2023; the n-gram drafts of llama.cpp and vLLM): what followed
-the last few ids when they stood together before. Pure, and of constant cost per id however long the text is.
-"""
+"""Drafts from the text itself (prompt lookup, Saxena 2023; the n-gram drafts of llama.cpp and vLLM): what followed the
+last few ids when they occurred together before. Pure, with a constant cost per id however long the text is."""
 
 from __future__ import annotations
 

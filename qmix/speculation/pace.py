@@ -1,18 +1,18 @@
-"""Whether drafts pay, from what was measured: how often they are right, and what a pass of several tokens takes.
+"""Whether drafts pay, from measurements: how often they are right, and how long a pass of several tokens takes.
 
-With a chance of p1, p2, ... that each next id of a draft is right, given that those before it were, a pass with d of
-them emits
+If the next ids of a draft are right with probabilities p1, p2, ..., each given that those before it were right, a pass
+with d of them emits
 
     1 + p1 + p1 p2 + ... + p1 p2 ... pd     tokens (Leviathan et al. 2023, arXiv 2211.17192, section 3.1)
 
-and takes ratio(1 + d) times as long as a pass of one token. The d with the best quotient is taken, none where the
-best is below PAYS.
+and takes ratio(1 + d) times as long as a pass of one token. The d with the best quotient is taken, or none if the best
+is below PAYS.
 
-Chances are kept by the length of the match, and cost nothing to learn: a draft that is not tried is compared with
-what comes all the same. Ratios are learnt only from passes with drafts. Before the first one of 1 + d tokens the
-ratio is taken from the number of experts that so many tokens read, scaled as those passes were that were seen.
-Where drafts do not pay, but would if the passes were as cheap as can be hoped, one is tried now and then,
-each time after twice as many tokens.
+Probabilities are kept by the length of the match. Learning them costs nothing: a draft that is not tried is compared
+with the tokens that follow in any case. Ratios are learnt only from passes with drafts. Before the first pass of 1 + d
+tokens, its ratio is estimated from the number of experts that so many tokens read, scaled like the passes seen so far.
+If drafts do not pay, but would if the passes were as cheap as can be hoped, one is tried now and then, each time after
+twice as many tokens.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The passes of one answer: the logits for each next id, out of a pass of its own or out of one with drafts.
+"""The passes of one answer: the logits for each next id, from a pass of its own or from one with drafts.
 
-A pass with drafts runs the last id and several guesses for those after it together. Its first row of logits chooses
-the next id as always; if that is the first guess, the second row is what a pass of its own would have given, and so
-on. At the first difference the rest is forgotten. Nothing is sampled in another way than without drafts, so
-the text is the same as long as the rows are, and they are bit for bit (see Mixtral.forward).
+A pass with drafts runs the last id together with several guesses for the ids after it. Its first row of logits chooses
+the next id as always. If that is the first guess, the second row is what a pass of its own would have given, and so on.
+At the first difference the rest is forgotten. Sampling is the same as without drafts, so the text is the same if the
+rows are, and they are, bit for bit (see Mixtral.forward).
 """
 
 from __future__ import annotations

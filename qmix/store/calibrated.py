@@ -1,4 +1,4 @@
-"""What the manifest of a calibrated store says of its experts, as rows for `qmix show` and the quantizer's report."""
+"""The calibration results of the experts in a store's manifest, as rows for `qmix show` and the quantizer's report."""
 
 from __future__ import annotations
 

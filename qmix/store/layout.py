@@ -1,8 +1,8 @@
 """Where every byte of a store lies: computed from the two configs alone, the same for writing and reading.
 
-A region is what is written, read and checksummed at once: one expert's record, on a 4096-byte
-boundary, or one dense tensor, on a 64-byte boundary. Files hold their regions one after the other;
-bytes between tensors are U8 tensors named `*.pad`, since safetensors files have no holes.
+A region is written, read and checksummed as one piece: one expert's record, on a 4096-byte boundary, or one dense
+tensor, on a 64-byte boundary. Files hold their regions one after the other. Bytes between tensors are U8 tensors named
+`*.pad`, since safetensors files have no holes.
 
     dense.safetensors        the tensors of names.dense_tensors; plain ones keep their names, a packed matrix
                              X.weight becomes X.qweight, X.scale and so on

@@ -1,6 +1,6 @@
 """qmix.json: what a store holds, where, with which checksums and errors.
 
-Version 1, a JSON object; the same store always has the same bytes, so no times and no paths:
+Version 1, a JSON object. The same store always has the same bytes, so it holds no times and no paths:
 
     format_version   1                      needs_qmix   the first qmix that reads this version
     source           {name, revision, fingerprint} of the checkpoint
@@ -12,11 +12,12 @@ Version 1, a JSON object; the same store always has the same bytes, so no times 
     calibration      {tokens, length, digest} of the text that a calibrated method was given; not there otherwise
 
 error is the relative rms {w13, w2, all} of a record, or of a dense matrix, null for a plain tensor:
-sqrt(sum((w - wq)^2) / sum(w^2)). In a calibrated store records and the dense matrices of such a format have besides
-"calibrated", {method, tokens, output_error}: how many tokens of the text the matrices saw, the method that was
-used, another one where these were too few, and how far their outputs are off on these tokens, see Calibrated.
+sqrt(sum((w - wq)^2) / sum(w^2)). In a calibrated store, records and the dense matrices of such a format also have
+"calibrated", {method, tokens, output_error}. tokens: how many tokens of the text the matrices saw. method: the method
+that was used, which is another one if the tokens were too few. output_error: how far the outputs are off on these
+tokens. See Calibrated.
 
-Where a region lies follows from the configs; the manifest repeats it for readers that do not know qmix, and a store
+The place of a region follows from the configs. The manifest repeats it for readers that do not know qmix, and a store
 in which the two differ is refused.
 """
 

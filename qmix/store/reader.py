@@ -1,9 +1,8 @@
 """An open store: checked against its own manifest and configs, then read region by region.
 
-Opening reads the headers only and refuses every inconsistency by file and key; what a hostile
-qmix.json says about files, offsets and sizes is compared with what the configs imply, never used.
-Reading is one pread into a buffer of the caller's, then its checksum: no copies, no mapping. Reads may
-run in several threads.
+Opening reads only the headers, and refuses every inconsistency by file and key. What a hostile qmix.json says about
+files, offsets and sizes is only compared with what the configs imply, and never used. A read is one pread into a buffer
+of the caller's, then its checksum: no copies, no mapping. Reads may run in several threads.
 """
 
 from __future__ import annotations

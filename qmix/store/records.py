@@ -1,13 +1,12 @@
 """Expert records, read piece by piece from the disk itself.
 
-O_DIRECT goes past the page cache: the bytes land in the caller's memory at the disk's full speed, cost no
-copy and push nothing else out of RAM. It wants offset, length and address on 4096-byte boundaries, which
-records have. Where a file system refuses it, at open or only at a read, the file is read through the page
-cache instead, and that is said.
+O_DIRECT bypasses the page cache: the bytes land in the caller's memory at the disk's full speed, without a copy, and
+evict nothing else from RAM. It needs offset, length and address on 4096-byte boundaries, which records have. If a file
+system refuses it, at open or only at a read, the file is read through the page cache instead, and qmix says so.
 
-What was opened stays open: a store that is deleted or replaced by a rename while it is in use goes on
-being read as it was. A file that is touched in any way is noticed by its times and size, and from then on
-every record of it is checked at every read. Reads may run in several threads.
+An opened file stays open: a store that is deleted, or replaced by a rename, while it is in use is still read as it was.
+A file that is touched in any way is noticed by its times and size, and from then on every record of it is checked at
+every read. Reads may run in several threads.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a store holds, as plain data: for `qmix show`, and for the report at the end of quantizing."""
+"""The contents of a store as plain data: for `qmix show`, and for the report at the end of quantizing."""
 
 from __future__ import annotations
 

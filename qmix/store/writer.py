@@ -1,7 +1,7 @@
-"""Writes the weight files of a store: every file at its full size at once, regions then in any order.
+"""Writes the weight files of a store: every file is created at its full size, then regions are written in any order.
 
-Nothing is synced per region, which would cost most of the speed: what a crash leaves is found out by
-checksum when the job resumes. `sync` makes everything durable before the store gets its name.
+Regions are not synced one by one, which would cost most of the speed. A resumed job finds by checksum what a crash left
+incomplete. `sync` makes everything durable before the store gets its name.
 
 One thread at a time may write; `checksum` may run in several.
 """

@@ -5,13 +5,13 @@
     decoder = tokenizer.decoder()
     for token_id in generated: print(decoder.push(token_id), end="")
 
-files.py reads what the folder says; hf.py and spm.py are the two kinds of vocabulary over vocabulary.py;
-stream.py decodes; mistral.py, template.py (over sandbox.py and traced.py) and plain.py are the three chat
-formats. No torch here; sentencepiece, tokenizers and jinja2 are imported when needed.
+files.py reads what the folder says. hf.py and spm.py are the two kinds of vocabulary over vocabulary.py. stream.py
+decodes. mistral.py, template.py (over sandbox.py and traced.py) and plain.py are the three chat formats. No torch here;
+sentencepiece, tokenizers and jinja2 are imported when needed.
 
-The ids of tokenizer.json are the reference where it is there, and the model's own template is the chat format.
-Mixtral's own format is the one exception: where the template says the same, conversations are encoded as Mistral
-does it, with tokenizer.model.
+If tokenizer.json exists, its ids are the reference, and the model's own template is the chat format. Mixtral's own
+format is the one exception: if the template writes the same, conversations are encoded as Mistral does it, with
+tokenizer.model.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a model folder says about its tokenizer, read from all the files that may say it (modelfiles.py lists them).
 
-    tokenizer.json            the tokenizers library; its ids are the reference where it is there
-    tokenizer.model           sentencepiece; read where there is no tokenizer.json, and for Mixtral's own chat format
+    tokenizer.json            the tokenizers library; its ids are the reference if it exists
+    tokenizer.model           sentencepiece; read without tokenizer.json, and for Mixtral's own chat format
     tokenizer_config.json     special tokens, added tokens, legacy, add_prefix_space, add_bos_token, chat_template
     special_tokens_map.json, added_tokens.json    the same in older exports
     additional_chat_templates/default.jinja, chat_template.jinja, chat_template.json    the template in newer exports

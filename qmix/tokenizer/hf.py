@@ -1,8 +1,8 @@
 """tokenizer.json: a vocabulary of the tokenizers library.
 
-Decoding id by id needs to know what each entry stands for, which depends on the file's decoder. The kinds
-that causal models use are known: byte level (GPT-2's visible bytes), and sentencepiece's spelling with
-byte fallback. Another decoder is refused, and at load the pieces are held against the library's own decoding.
+To decode id by id, qmix needs to know what each entry stands for, which depends on the file's decoder. It knows the
+kinds that causal models use: byte level (GPT-2's visible bytes), and sentencepiece's spelling with byte fallback. It
+refuses other decoders, and at load it compares the pieces with the library's own decoding.
 """
 
 from __future__ import annotations

@@ -2,15 +2,14 @@
 
     <s> [INST] question [/INST] answer </s> [INST] question [/INST]
 
-"[INST]" is plain text in this vocabulary. Each instruction and each answer is encoded alone, BOS
-comes once, EOS after each answer; rendering the conversation to one string and encoding that gives
-other ids. The system text is joined by a blank line to the first user message, and neighbours of the
-same role are joined by a blank line. Nothing is trimmed. Source and oracle: mistral-common,
-InstructTokenizerV1 and InstructRequestNormalizer.
+"[INST]" is plain text in this vocabulary. Each instruction and each answer is encoded alone, BOS comes once, EOS after
+each answer. Rendering the conversation to one string and encoding that string would give other ids. The system text is
+joined to the first user message by a blank line, and so are neighbours of the same role. Nothing is trimmed. Source and
+oracle: mistral-common, InstructTokenizerV1 and InstructRequestNormalizer.
 
-A template beside this vocabulary wins, unless it writes the same: "[INST] question [/INST]" and answers, with a space
-or none at the borders, which is how Mistral's own templates differ from the segments. Whether it does is tried on
-conversations when the model is loaded, and again on each conversation that comes.
+The model's template has priority over this format, unless it writes the same: "[INST] question [/INST]" and answers,
+with a space or none at the borders, which is how Mistral's own templates differ from the segments. qmix tests this on
+sample conversations when the model is loaded, and again on each conversation.
 """
 
 from __future__ import annotations
@@ -100,7 +99,7 @@ class MistralV1Format:
         if self._template is not None and not self._same(messages):
             if not self._said:
                 self._said = True
-                self._say("the checkpoint's template writes this conversation otherwise than Mistral v1 segments: "
+                self._say("the checkpoint's template writes this conversation differently from Mistral v1 segments: "
                           "the template is used")
             return self._template.encode(messages, limit)
         self._vocabulary.check_length((text for _, text, _ in _turns(messages)), limit)

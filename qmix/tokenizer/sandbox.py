@@ -1,12 +1,12 @@
-"""A chat template is a program that came with the weights: it runs in jinja2's immutable sandbox.
+"""A chat template is a program that came with the weights, so it runs in jinja2's immutable sandbox.
 
-What transformers gives a template is here (raise_exception, strftime_now, tojson, loop controls, the
-{% generation %} mark); files, imports and attributes of Python objects are not. It sees plain dicts
-and strings only. Its source, its steps, its products and its output are bounded.
+A template gets what transformers gives it (raise_exception, strftime_now, tojson, loop controls, the {% generation %}
+mark), but no files, imports or attributes of Python objects. It sees plain dicts and strings only. Its source, its
+steps, its products and its output are bounded.
 
-What comes out says of each character whether the template wrote it or which message it came from: see traced.py. All
-ways in which a template makes a text out of others are followed here: output, `~`, operators, filters, methods of
-literals, macros and blocks.
+The result says for each character whether the template wrote it or which message it came from: see traced.py. All ways
+in which a template makes a text out of others are followed here: output, `~`, operators, filters, methods of literals,
+macros and blocks.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Ids to text, one id at a time, never half a character.
 
-A piece is what one id adds to the text. Some pieces are whole characters; others (byte-fallback
-pieces, every piece of a byte-level vocabulary) are bytes that may stop inside a character. Bytes are
-held back until they complete a character, and replaced by U+FFFD as soon as they no longer can.
+A piece is the text that one id adds. Some pieces are whole characters; others (byte-fallback pieces, every piece of a
+byte-level vocabulary) are bytes that may stop inside a character. Bytes are held back until they complete a character,
+and replaced by U+FFFD as soon as they no longer can.
 
-The rules are sentencepiece's own, so that the pushes plus finish() give what decoding all ids at once
-gives: the space in front of the first word belongs to the encoding, not to the text; control pieces
-are silent and part bytes from bytes.
+The rules are sentencepiece's own, so that all pushes and finish() together give the text that decoding all ids at once
+gives: the space in front of the first word belongs to the encoding, not to the text; control pieces add no text, and
+separate bytes before them from bytes after them.
 """
 
 from __future__ import annotations

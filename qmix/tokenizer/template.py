@@ -1,13 +1,13 @@
 """The checkpoint's own chat template, rendered to text and encoded without trusting the messages.
 
-A rendered conversation is one string in which "</s>" may be the template's marker or five characters that a user
-typed. The template sees the messages as they are, so that it takes the branches that they ask for, and the result
-says of each character who wrote it (traced.py). The vocabulary then reads as a marker only what the template wrote.
+A rendered conversation is one string in which "</s>" may be the template's marker or five characters that a user typed.
+The template gets the unchanged messages, so it takes the branches that they lead to, and the result says for each
+character who wrote it (traced.py). The vocabulary then reads only what the template wrote as a marker.
 
-Where a template does something to a message that cannot be followed, the text that came out counts as typed: a marker
-in it is encoded as text, and that is said. An answer whose ids are kept is spliced in as those ids where the template
-shows it whole, white space at its ends aside; where it shows a part (without the thoughts of an earlier answer), that
-part is encoded as text.
+If a template does something to a message that cannot be followed, the resulting text counts as typed: a marker in it is
+encoded as text, and qmix says so. An answer whose ids are kept is inserted as those ids if the template shows it whole,
+white space at its ends aside. If it shows a part (without the thoughts of an earlier answer), that part is encoded as
+text.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """Text that remembers where each of its characters came from.
 
-A chat template gets the messages as they are, as Traced strings, and may do to them what a template can do to text:
-look into them, cut, strip, split, replace, change case, join. The characters of the result still say which message
-they came from, so that "</s>" typed by a user is told from the "</s>" that the template itself writes.
+A chat template gets the messages unchanged, as Traced strings, and may do to them what a template can do to text:
+search, cut, strip, split, replace, change case, join. The characters of the result still say which message they came
+from, so that "</s>" typed by a user differs from the "</s>" that the template itself writes.
 
     Traced("ab </s>", source(0) * 7).strip()[:2] + "</s>"    sources: message 0 twice, then four times the template
 
-A source is one character: TEMPLATE, UNKNOWN, or source(k) for message k; a text's sources are a string as long as
-the text, so both are cut and joined alike. A plain str inside a template is the template's own. An operation that
-cannot be followed gives UNKNOWN, never TEMPLATE: what is not known to be the template's is treated as typed text.
+A source is one character: TEMPLATE, UNKNOWN, or source(k) for message k. The sources of a text are a string as long as
+the text, so both are cut and joined in the same way. A plain str inside a template is the template's own. An operation
+that cannot be followed gives UNKNOWN, never TEMPLATE: what is not known to be the template's counts as typed text.
 """
 
 from __future__ import annotations

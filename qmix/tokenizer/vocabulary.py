@@ -1,12 +1,11 @@
-"""Text to ids and back, whatever file the vocabulary comes from; and which tokens are markers.
+"""Text to ids and back, for every kind of vocabulary file; and which tokens are markers.
 
-A marker is a special token that structures a conversation: a control piece, a token declared special,
-or one that a chat template writes out. A marker's id comes from the template or from the code that
-builds a prompt, never from the text of a message: text that spells a marker is encoded as the characters
-it is made of.
+A marker is a special token that structures a conversation: a control piece, a token declared special, or one that a
+chat template writes out. A marker's id comes from the template or from the code that builds a prompt, never from the
+text of a message: text that spells a marker is encoded as the characters it consists of.
 
-A prompt is a list of segments: an id, a text (encoded without markers), or a splice of ids that an
-earlier answer generated. What a chat template rendered is a text that says of each character who is behind it: the
+A prompt is a list of segments: an id, a text (encoded without markers), or the ids that an earlier answer generated,
+inserted as they are (a splice). The text of a rendered chat template says for each character who wrote it: the
 template, whose markers count, an answer, or a message that somebody typed.
 """
 
