@@ -190,6 +190,15 @@ def test_measured_speeds_are_used_and_nonsense_is_ignored(tmp_path: Path) -> Non
     assert len(said) == 1
 
 
+def test_plan_says_which_keys_of_the_config_are_read_otherwise(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(MIXTRAL | {"auto_map": {"AutoModelForCausalLM": "modeling_x.Own"}, "eos_token_id": -1}))
+    said: list[str] = []
+    planning.find_model(path, None, None, said.append)
+    assert [line.split(": ")[:2] for line in said] == [["note", str(path)]] * 2
+    assert "auto_map" in said[0] and "eos_token_id -1" in said[1]
+
+
 def test_generate_within_a_budget_pages_and_says_so(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qmix.hardware.resident_bytes", lambda: 0)
     whole = json.loads(good(qmix("generate", store, "-p", "fox", "-n", 8, "--temp", 0, "--json")).stdout)
