@@ -73,7 +73,7 @@ class Checkpoint:
                 raise CheckpointError(f"{path}: {e.strerror}", "check the path and its permissions") from None
             config = _read_config(path / "config.json", raw, places)
             used, skipped = _account(path, config, places)
-            notes += _ignored_keys(path / "config.json", raw)
+            notes += ignored_keys(path / "config.json", raw)
             return cls(path, raw, config, used, (*skipped, *unused), tuple(notes), opened.pop_all())
 
     def dense(self, name: str) -> Tensor:
@@ -170,7 +170,7 @@ def _check_unquantized(path: Path, raw: Mapping[str, Any]) -> None:
                               "give the original bf16, fp16 or fp32 checkpoint")
 
 
-def _ignored_keys(path: Path, raw: Mapping[str, Any]) -> list[str]:
+def ignored_keys(path: Path, raw: Mapping[str, Any]) -> list[str]:
     """Lines on values of config.json that qmix reads otherwise than they stand there."""
     found = []
     if raw.get("auto_map"):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qmix import hardware
+from qmix.checkpoint import ignored_keys
 from qmix.config import ExpertKey, ModelConfig, QuantConfig
 from qmix.engine import Placement
 from qmix.errors import CheckpointError, ConfigError, UsageError
@@ -76,6 +77,8 @@ def find_model(path: Path, quant: QuantConfig | None, state: Path | None, say: C
     except (OSError, ValueError, RecursionError) as e:
         raise CheckpointError(f"{file}: {getattr(e, 'strerror', None) or str(e).splitlines()[0]}",
                               "name a store, a checkpoint or a config.json") from None
+    for note in ignored_keys(file, raw):
+        say(f"note: {note}")
     return Model(path.resolve().name, config, quant or QuantConfig(), {})
 
 

@@ -252,7 +252,8 @@ def test_a_conversation_is_computed_once(stores: dict[str, Path], drafts: bool) 
         talk = [Message("user", "the fox")]
         one = answer(engine, session, encode(talk), pace, temperature=0.0, max_tokens=20)
         held = list(session.ids)
-        talk += [Message("assistant", "", one.answer_ids), Message("user", "why?")]
+        assert one.answer_ids is not None
+        talk += [Message("assistant", engine.tokenizer.decode(one.answer_ids), one.answer_ids), Message("user", "why?")]
         two = answer(engine, session, encode(talk), pace, temperature=0.5, seed=1, max_tokens=20)
         assert two.timings.cached_tokens == len(held) == common_prefix(held, encode(talk))
         again = answer(engine, session, encode(talk), pace, temperature=0.5, seed=2, max_tokens=20)  # /regen

@@ -115,3 +115,37 @@ def test_a_forked_child_answers_or_is_refused(store: Path, threads: int, own: in
     child, parent = done.stdout.strip().rsplit("\n", 1)
     assert words in child and parent == "parent True", done.stdout
     assert ("spawn" in child) == (words.startswith("forked"))
+
+
+FORK_BESIDE_TORCH = """
+import os, sys, torch, qmix
+from qmix.config import SamplingParams
+store, parents, threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+torch.set_num_threads(2)
+if parents:
+    torch.ones(2**20).neg_()
+if os.fork() == 0:
+    for attempt in range(2):
+        try:
+            with qmix.load(store, threads=threads) as engine:
+                text = "".join(t.text for t in engine.generate("Once", SamplingParams(temperature=0, max_tokens=4)))
+                print("answered", flush=True)
+        except qmix.errors.QmixError as error:
+            print(str(error).splitlines()[0], flush=True)
+    os._exit(0)
+os.wait()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists() or not hasattr(os, "fork"), reason="no way to know of a fork")
+@pytest.mark.parametrize(("parents", "threads", "words"), [
+    (1, 2, "forked from one that had already computed"),  # what the parent computed, qmix did not see
+    (1, 1, "answered"),
+    (0, 2, "answered"),
+])
+def test_a_child_of_a_process_that_computed_without_qmix(store: Path, parents: int, threads: int, words: str) -> None:
+    done = subprocess.run([sys.executable, "-c", "import qmix.errors\n" + FORK_BESIDE_TORCH, str(store), str(parents),
+                           str(threads)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 and all(words in line for line in lines), done.stdout

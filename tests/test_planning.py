@@ -126,7 +126,7 @@ def test_plan_for_the_gpu_of_this_machine(config_file: Path, monkeypatch: pytest
     assert by["VRAM", "program"] == 2**29 and found["limited_by"] == "PCIe"
     assert by["RAM", "expert slots"] == 256 * 99_090_432
     monkeypatch.setattr(Placement, "pin_budget", lambda self: 12 * 2**30)  # as WSL's would be
-    machine = planning.find_gpu(model, planning.Machine(ram=32 * 2**30), "auto", "bf16", said.append)
+    machine = planning.find_gpu(model, planning.Machine(ram=32 * 2**30), "auto", said.append)
     rows = planning.describe(model, 0, machine, None, said.append)["memory"]
     assert next(row["bytes"] for row in rows if (row["memory"], row["holds"]) == ("RAM", "expert slots")) < 12 * 2**30
 
@@ -188,6 +188,15 @@ def test_measured_speeds_are_used_and_nonsense_is_ignored(tmp_path: Path) -> Non
     file.write_text("{}")
     assert planning.known_speeds(file, said.append) is None
     assert len(said) == 1
+
+
+def test_plan_says_which_keys_of_the_config_are_read_otherwise(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(MIXTRAL | {"auto_map": {"AutoModelForCausalLM": "modeling_x.Own"}, "eos_token_id": -1}))
+    said: list[str] = []
+    planning.find_model(path, None, None, said.append)
+    assert [line.split(": ")[:2] for line in said] == [["note", str(path)]] * 2
+    assert "auto_map" in said[0] and "eos_token_id -1" in said[1]
 
 
 def test_generate_within_a_budget_pages_and_says_so(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,8 +52,8 @@ def divergence(source: Path, folder: Path, held_out: str, seen: Calibration, mos
                 quantize_checkpoint(checkpoint, out, how, calibration=seen if how.method == "gptq" else None, threads=2)
     request = evaluate.Request(folder / name, held_out, name, folder / "journals", reference=folder / "keep",
                                window=256, most=most, activations="bf16")
-    document = evaluate.run(request, lambda store, context, ram, base: load(
-        store, context=context, ram=ram, base=base, threads=1, activations="bf16", scoring=True),
+    document = evaluate.run(request, lambda store, context, part: load(
+        store, context=context, ram=part.ram[0], base=part.ram[1], threads=1, activations="bf16", scoring=True),
         cancel=Cancel(), say=lambda line: None, progress=lambda done, total, label: None)
     return document["kl_mean"]
 

@@ -17,7 +17,7 @@ from qmix.engine.kernels import select_kernels
 from qmix.engine.machine import Placement
 from qmix.engine.parts import Parts, on_device, on_host
 from qmix.engine.placing import place
-from qmix.engine.threads import Threads
+from qmix.engine.threads import Threads, parallel_loop
 from qmix.errors import DoesNotFit
 from qmix.kernels.table import KernelTable
 from qmix.offload import router_stats
@@ -56,7 +56,7 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
         store = opened.enter_context(Store.open(Path(folder)))
         compute = Threads(threads, store.layout.record_bytes)
         compute.count(False)  # a wrong number is told before anything else is
-        process.check_threads_work(compute.count(False))
+        process.check_threads_work(compute.count(False), partial(parallel_loop, compute.count(False)))
         config = store.config
         needs = needs_of(store, context, kv, scoring)
         tokenizer = load_tokenizer(store.path, config.vocab_size)

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from qmix import hardware
 from qmix.sizes import MIB
 
+GRAIN = 32768  # elements that torch gives to one thread at least (at::internal::GRAIN_SIZE)
 SMALL = MIB // 8  # bytes of a record below which one thread computes
 
 
@@ -39,3 +42,9 @@ class Threads:
         if self.asked is None:
             return found + (", one core left to the copies to the GPU" if count == cores - 1 else "")
         return found + (", as asked: no core left to the copies to the GPU" if count >= cores else "")
+
+
+def parallel_loop(threads: int) -> None:
+    """A loop that torch divides among `threads` threads, of some microseconds."""
+    torch.set_num_threads(threads)
+    torch.ones(2 * GRAIN * threads).neg_()
