@@ -47,8 +47,9 @@ def record(command: list[str]) -> str:
     for question in QUESTIONS:
         os.write(master, f"{question}\n".encode())
         read()
-    os.write(master, b"\x04")
+    os.write(master, b"/exit\n")
     read()
+    child.kill()  # where it does not know the command
     child.wait()
     return printed
 
