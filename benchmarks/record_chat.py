@@ -15,6 +15,7 @@ import re
 import select
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -55,11 +56,11 @@ def record(command: list[str]) -> str:
 
 
 def lines_of(printed: str) -> list[str]:
-    """Plain lines of at most COLUMNS characters; of a line that is rewritten, the last version."""
+    """Plain lines of at most COLUMNS characters, broken at words; of a line that is rewritten, the last version."""
     found = []
     for line in ESCAPES.sub("", printed).replace("\r\n", "\n").split("\n"):
         text = line.rstrip("\r").rsplit("\r", 1)[-1].rstrip()
-        found += [text[i:i + COLUMNS] for i in range(0, len(text), COLUMNS)] or [""]
+        found += textwrap.wrap(text, COLUMNS, break_on_hyphens=False) if len(text) > COLUMNS else [text]
     return found
 
 
@@ -80,8 +81,10 @@ def svg(lines: list[str]) -> str:
 def main() -> None:
     out = Path(sys.argv[1])
     printed = record([str(Path(sys.executable).with_name("qmix")), "demo", "--temp", "0", "-t", "1"])
-    out.write_text(svg(lines_of(printed)), encoding="utf-8")
-    print("\n".join(lines_of(printed)))
+    lines = lines_of(printed)
+    lines = lines[:lines.index(">>> /exit")]
+    out.write_text(svg(lines), encoding="utf-8")
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":
