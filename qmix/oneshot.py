@@ -19,7 +19,7 @@ from qmix.config import Cancel, SamplingParams
 from qmix.errors import UsageError
 from qmix.generate import Summary, generate
 from qmix.render import clean, dim, json_text, say
-from qmix.textfile import read_text, with_plain_line_ends, without_mark
+from qmix.textfile import UTF16_MARKS, decode, read_text, with_plain_line_ends, without_mark
 from qmix.tokenizer import Message
 
 if TYPE_CHECKING:
@@ -44,10 +44,13 @@ def read_prompt(prompt: str | None, file: Path | None, stdin: TextIO) -> str:
 
 
 def _piped(stdin: TextIO) -> str:
-    """All of stdin, as UTF-8 whatever the locale is."""
+    """All of stdin, as UTF-8 whatever the locale is. UsageError for UTF-16, of which nothing readable would be left."""
     if not hasattr(stdin, "buffer"):
         return stdin.read()
-    text, problem = streams.decoded(stdin.buffer.read())
+    data = stdin.buffer.read()
+    if data.startswith(UTF16_MARKS):
+        decode(data, "stdin")
+    text, problem = streams.decoded(data)
     if problem:
         say(problem)
     return with_plain_line_ends(text)

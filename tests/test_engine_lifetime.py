@@ -70,6 +70,15 @@ def test_sessions_of_a_closed_engine(store: Path) -> None:
     session.trim(0)
 
 
+def test_reading_without_the_memory_for_it(store: Path) -> None:
+    with load(store, threads=1) as engine:
+        session = engine.session()
+        with pytest.raises(UsageError, match=r"Session\.read: .*\n.*scoring=True"):
+            session.read([1, 2])
+    with pytest.raises(QmixError, match="closed"):
+        session.read([1, 2])
+
+
 def test_a_prompt_that_is_neither_text_nor_messages(store: Path) -> None:
     with load(store, threads=1) as engine:
         for prompt, words in ((b"x", "got bytes"), (5, "got int"), (["x"], r"prompt\[0\]: got str"),

@@ -133,3 +133,9 @@ def test_a_config_json_with_the_mark_is_planned_and_opened(tmp_path: Path) -> No
     assert planning.find_model(tmp_path, None, None, print).config.num_layers > 0
     with Checkpoint.open(tmp_path) as checkpoint:
         assert checkpoint.raw_config == json.loads((DEMO / "config.json").read_text())
+
+
+def test_utf16_on_stdin_is_refused() -> None:
+    with pytest.raises(UsageError, match="stdin: the text is UTF-16") as refused:
+        read_prompt(None, None, io.TextIOWrapper(io.BytesIO("hi".encode("utf-16"))))
+    assert "iconv -f UTF-16" in str(refused.value)

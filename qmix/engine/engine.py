@@ -115,7 +115,10 @@ class Engine:
 
     def read(self, session: Session, ids: Sequence[int], skip: int, cancel: Cancel | None = None) -> Iterator[Tensor]:
         """See Session.read."""
-        assert self.plan.needs.scoring, "load with scoring=True"
+        self._check_usable()
+        if not self.plan.needs.scoring:
+            raise UsageError("Session.read: the engine was loaded without the memory that it needs",
+                             "load it with scoring=True")
         residual = self._advance([session], [ids], "prefill", cancel, 0, lambda flat, positions, step: self._model.read(
             flat, positions, session.cache, step, skip))
         return map(self._logits, residual.split(BLOCK))
