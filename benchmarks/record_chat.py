@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from xml.sax.saxutils import escape
 
+PROMPT = ">>> "
 QUESTIONS = ("What is a Mixture-of-Experts model?", "Tell me a story about a fox and a lantern.", "/stats")
 COLUMNS, LINE, CHARACTER, MARGIN = 92, 19, 8.43, 16  # characters, then pixels
 QUIET, MOST = 3.0, 120.0  # seconds without output that end an answer; seconds for everything
@@ -44,7 +45,8 @@ def record(command: list[str]) -> str:
             except OSError:  # the other end is closed
                 return
 
-    read()
+    while PROMPT not in printed and time.monotonic() < ends:
+        read()
     for question in QUESTIONS:
         os.write(master, f"{question}\n".encode())
         read()
