@@ -14,7 +14,7 @@ import select
 import termios
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application.current import get_app
@@ -132,7 +132,7 @@ def _output(stdout: TextIO, term: str | None) -> Vt100_Output:
 class _Terminal(Vt100Input):
     """prompt_toolkit reads a terminal whose other end is closed forever (EIO, and no end of file)."""
 
-    def read_keys(self) -> list:
+    def read_keys(self) -> list[Any]:
         keys = super().read_keys()
         if not keys:
             poll = select.poll()

@@ -12,6 +12,7 @@ from qmix.cli.calibration import check_calibration, mixed_config, read_calibrati
 from qmix.cli.options import ModelArgument, Threads, model_folder, quant_config
 from qmix.config import CALIBRATED, GROUPED_BITS
 from qmix.errors import StoreError
+from qmix.sizes import format_bytes
 
 if TYPE_CHECKING:
     from qmix.checkpoint import Checkpoint
@@ -105,7 +106,7 @@ def show(model: ModelArgument = None,
 
 def list_models(json: Annotated[bool, typer.Option("--json", help="As one JSON document.")] = False) -> None:
     """List the stores that have an alias."""
-    rows = [{"alias": p.name, "size": _folder_bytes(p) if json else render.format_bytes(_folder_bytes(p)),
+    rows = [{"alias": p.name, "size": _folder_bytes(p) if json else format_bytes(_folder_bytes(p)),
              "folder": str(p)} for p in paths.local_stores()]
     if not rows and not json:
         render.say(f"no stores in {paths.models_folder()}; a store is found there by its folder's name")

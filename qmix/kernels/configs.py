@@ -140,4 +140,4 @@ def from_plain(values: Any) -> Configs:
         if type(values[name]) is not dict or values[name].keys() != {f.name for f in fields(kind)}:
             raise ConfigError(f"{name}: want {', '.join(f.name for f in fields(kind))}")
         made[name] = kind(**values[name])
-    return Configs(**made)  # type: ignore[arg-type]
+    return Configs(**made)

@@ -144,7 +144,7 @@ def make_policy(name: str, prior: Mapping[ExpertKey, float]) -> Policy:
     found = {"lru": Lru, "lfu": Lfu, "static": Static}
     if name not in found:
         raise UsageError(f"--cache-policy {name}: want " + ", ".join(POLICIES) + ", or lfu:TOKENS")
-    return found[name](prior)  # type: ignore[return-value]
+    return found[name](prior)
 
 
 def alike(key: ExpertKey) -> int:

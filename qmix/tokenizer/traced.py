@@ -60,7 +60,7 @@ class Traced(str):
     def __getitem__(self, key: Any) -> Traced:
         return Traced(str.__getitem__(self, key), self._sources[key])
 
-    def __iter__(self) -> Iterator[Traced]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Traced]:
         return map(Traced, str.__iter__(self), self._sources)
 
     # ---- cutting
@@ -103,19 +103,19 @@ class Traced(str):
             at += len(whole)
         return found
 
-    def partition(self, sep: str, /) -> tuple[Traced, Traced, Traced]:  # type: ignore[override]
+    def partition(self, sep: str, /) -> tuple[Traced, Traced, Traced]:
         head, middle, _ = str.partition(self, sep)
         end = len(head) + len(middle)
         return self[:len(head)], self[len(head):end], self[end:]
 
-    def rpartition(self, sep: str, /) -> tuple[Traced, Traced, Traced]:  # type: ignore[override]
+    def rpartition(self, sep: str, /) -> tuple[Traced, Traced, Traced]:
         head, middle, _ = str.rpartition(self, sep)
         end = len(head) + len(middle)
         return self[:len(head)], self[len(head):end], self[end:]
 
     # ---- changing
 
-    def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> Traced:  # type: ignore[override]
+    def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> Traced:
         if not old:  # between all characters: nobody's template does that
             return self._rewritten(str.replace(self, old, new, count))
         return interleave(new, self.split(old, count))
