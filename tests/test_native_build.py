@@ -111,6 +111,7 @@ def test_a_library_of_another_qmix_is_named(source: str, word: str, tmp_path: Pa
 
 
 def test_the_doctor_names_the_reason_and_where_the_output_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QMIX_NATIVE", raising=False)
     (tmp_path / loader.FAILURE).write_text("the C compiler failed: x.c:12: error: memcpy\n\nmore\n")
     monkeypatch.setattr(loader, "HERE", tmp_path)
     monkeypatch.setattr(loader, "_found", lambda: loader.open_library(tmp_path))
