@@ -201,6 +201,11 @@ def steps(args: argparse.Namespace, env: Mapping[str, str], place: Place, cores:
     return [*found, Step("gpu.py", gpu, 0.4, 1.0, env)]
 
 
+def _heeds_interrupts() -> None:
+    """In a child: a shell starts what runs in the background with SIGINT ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run(step: Step, seconds: float, place: Place) -> dict[str, Any]:
     """Run a step: {"state", "seconds", "limit", "code", "output"}; state "done", "failed" (by its exit code) or "late".
     output: the end of what it printed; all of it goes to the log."""
@@ -209,7 +214,7 @@ def run(step: Step, seconds: float, place: Place) -> dict[str, Any]:
     command = [word.replace("{seconds}", f"{max(1.0, patience - MARGIN):.0f}") for word in step.command]
     with tempfile.TemporaryFile(dir=place.scratch) as output:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                                   env=dict(step.env), cwd=ROOT, start_new_session=True)
+                                   env=dict(step.env), cwd=ROOT, start_new_session=True, preexec_fn=_heeds_interrupts)
         try:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(patience)

@@ -163,6 +163,8 @@ def test_the_choice_is_tested_and_falls_back(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.skipif(not native.levels(), reason="the native kernels were not built")
 def test_wrong_code_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QMIX_NATIVE", raising=False)
+
     class Wrong(native.LayerOps):
         def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
             return super().combine(rows, weights).roll(1)
