@@ -82,6 +82,7 @@ def test_the_gemv_takes_few_instructions_a_weight(launched: list[dict[str, Any]]
     """One token: a mask and a product, and what loading takes. Eight: a product each beside that."""
     for tokens, most in (("1", 3), ("8", 12.5)):
         counted = [line["per_weight"] for line in launched if line.get("per_weight")
+                   and any(label.startswith("mixtral") for label in line["labels"])  # small ones idle half of a warp
                    and line["constants"]["M"] == tokens and line["constants"]["BITS"] == "4"]
         assert len(counted) >= len(COUNTED) and max(counted) < most, counted
 
