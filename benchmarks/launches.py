@@ -44,7 +44,7 @@ from qmix.sizes import MatrixSpec, RecordLayout
 CPU = torch.device("cpu")
 LAYERS, DEPTH, GUESSES, SLOTS = 4, 3, 2, 3
 TOKENS, PROMPTS = (1, 2, 4, 8), (12, 40, 200, 511, 512)
-CHECKED = (8, 6), (9, 0)  # cards on which no register may be spilled; matmul spills on 8.0, for which its tiles are too large
+CHECKED = (8, 6), (9, 0)  # cards on which registers must not be spilled, from, to; on 8.0 matmul does
 # Bytes that may be, once and in no loop: the assembler gives up a register where one more program then runs at once.
 SPILLS = 16
 
