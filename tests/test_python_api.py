@@ -34,7 +34,7 @@ def run(code: str, folder: Path, *arguments: str) -> str:
 
 EACH = """
 import sys
-for number, block in enumerate(open(sys.argv[1], encoding="utf-8").read().split("\0")):
+for number, block in enumerate(open(sys.argv[1], encoding="utf-8").read().split("\\0")):
     print(f"\\n-- {number}", flush=True)
     exec(compile(block, f"example {number}", "exec"), {"__name__": "__main__"})
 """
