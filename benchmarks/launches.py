@@ -7,9 +7,9 @@ memory, tensor core instructions, and instructions a weight of the GEMVs.
 --count disassembles the GEMVs, which takes a second each. Decoding is the engine's own loop (DeviceDecode) over the
 operations and prompts are the products and attention that device_table.py chooses for the card. Of Mixtral 8x7B four
 layers do: others launch the same. "smallest" has 1 of everything, of which Triton makes a constant; it has no prompts
-that are longer than its context of 64. Exit code 1 where something is wrong: too much shared memory, spills from 8.0 to
-9.0, products without tensor cores, a GEMV that moves data in its loop or whose order of sums depends on the number of
-tokens.
+that are longer than its context of 64. Exit code 1 where something is wrong: too much shared memory, spilled
+registers, products without tensor cores, a GEMV that moves data in its loop or whose order of sums depends on the
+number of tokens.
 """
 
 from __future__ import annotations
