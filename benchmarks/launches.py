@@ -44,6 +44,9 @@ from qmix.sizes import MatrixSpec, RecordLayout
 CPU = torch.device("cpu")
 LAYERS, DEPTH, GUESSES, SLOTS = 4, 3, 2, 3
 TOKENS, PROMPTS = (1, 2, 4, 8), (12, 40, 200, 511, 512)
+# Bytes of registers that a thread may spill; none on cards that are not listed. On 12.0 the assembler gives a product
+# of 12 tokens 80 registers where it needs a few more, so that one more program runs at once.
+SPILLS = {(12, 0): 16}
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,7 @@ def wrong(one: Launch, card: tuple[int, int]) -> Iterator[str]:
     asm = one.compiled.asm
     if one.shared > SHARED[card]:
         yield f"{one.shared} bytes of shared memory, the card has {SHARED[card]}"
-    if one.spills:
+    if one.spills > SPILLS.get(card, 0):
         yield f"{one.spills} bytes of registers are spilled"
     if one.kernel in ("matmul", "attend_many"):
         if card < TENSOR_CORES:

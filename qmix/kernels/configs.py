@@ -103,8 +103,8 @@ class Configs:
 
 KERNELS = tuple(f.name for f in fields(Configs))
 # The nearest below serves cards that are not listed. For sm_75 Triton compiles products without tensor cores, hence
-# small tiles. On sm_8x and sm_12x the operands and results of a product are registers, and each tile is the one with
-# the fewest instructions a product that spills no register in any format: sums of 128 x 128 would. The products of
+# small tiles. On sm_8x and sm_12x the operands and results of a product are registers. Of the tiles that do not spill
+# them in any format, each is the one with the fewest instructions a product; 128 x 128 would spill. The products of
 # sm_90 and sm_100 read shared memory, which leaves registers for larger tiles. Attention is for heads of 128; on Hopper
 # its tiles are too small for WGMMA, see cuda_prompt.attend_many.
 BUILT_IN = MappingProxyType({
