@@ -36,8 +36,8 @@ def test_kernels_are_cut_as_told(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda_ops.TritonOps().linear(x, m, other)
     assert torch.equal(got, same) and not torch.equal(got, other)
     seen: list[object] = []
-    real = cuda_prompt.cuda.sorted_linear
-    monkeypatch.setattr(cuda_prompt.cuda, "sorted_linear",
+    real = cuda_prompt.cuda.many
+    monkeypatch.setattr(cuda_prompt.cuda, "many",
                         lambda *args, config: (seen.append(config), real(*args, config=config)))
     found.prompts.linear(operand(9, 32 * 9).half().to(DEVICE), m)
     assert seen == [mine.matmul]

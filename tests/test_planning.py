@@ -65,7 +65,7 @@ def test_plan_of_a_described_machine_from_a_config_alone(config_file: Path) -> N
     assert sum(n for (memory, _), n in by.items() if memory == "VRAM") == 24 * 2**30
     assert sum(n for (memory, _), n in by.items() if memory == "RAM") == 32 * 2**30
     assert by["RAM", "expert slots"] == 256 * 99_090_432 and found["plan"][-1].endswith("all of them in RAM")
-    assert found["limited_by"] == "PCIe"
+    assert found["limited_by"] == "RAM"
     assert "assumed, neither measured nor given: ram 40 GB/s, vram 900 GB/s" in done.stderr
 
 
@@ -123,7 +123,7 @@ def test_plan_for_the_gpu_of_this_machine(config_file: Path, monkeypatch: pytest
     found = planning.describe(model, 0, machine, None, said.append)
     by = {(row["memory"], row["holds"]): row["bytes"] for row in found["memory"]}
     assert sum(n for (memory, _), n in by.items() if memory == "VRAM") == 24 * 2**30
-    assert by["VRAM", "program"] == 2**29 and found["limited_by"] == "PCIe"
+    assert by["VRAM", "program"] == 2**29 and found["limited_by"] == "RAM"
     assert by["RAM", "expert slots"] == 256 * 99_090_432
     monkeypatch.setattr(Placement, "pin_budget", lambda self: 12 * 2**30)  # as WSL's would be
     machine = planning.find_gpu(model, planning.Machine(ram=32 * 2**30), "auto", said.append)
