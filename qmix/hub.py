@@ -65,6 +65,9 @@ def _fetch(repo: str, revision: str | None, names: Iterable[str], patterns: Iter
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=[*map(escape, names), *patterns]))
     except Exception as e:  # its own, and those of whichever HTTP library its version uses
+        if isinstance(e, RuntimeError) and "home directory" in str(e):
+            raise CheckpointError(f"{repo}: no home folder for the hub's cache: HOME is not set, and this user has no "
+                                  "entry in the system's list", "set HF_HOME to a folder that can be written") from None
         at = f"{repo}@{revision}" if revision else repo
         raise CheckpointError(f"{at}: the hub did not give it: {_reason(e)}",
                               "check the name, the network and `hf auth login`; a local folder needs no hub") from None

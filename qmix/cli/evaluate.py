@@ -76,7 +76,7 @@ def evaluate(
     try:
         if file is not None:
             document = _text(evaluation.Request(
-                folder, _read(file), str(file), paths.evaluations_folder(),
+                folder, _read(file), str(file), paths.if_any(paths.evaluations_folder),
                 None if against is None else paths.resolve(against, render.say), ctx_size, stride, max_tokens, fresh,
                 activations, kv_cache, None if ram == "auto" else flag_bytes("--ram", ram), margin_bytes(margin),
                 _gpu_for_both(how)), how)

@@ -39,7 +39,7 @@ def doctor(
 
     named = None if model is None else paths.resolve(model, render.say, "store")
     found = {"tuning": examination.tune(named, file=paths.kernels_file(), say=render.say)} if tune else {}
-    cache = paths.hardware_file() if bandwidth else paths.if_any(paths.hardware_file)
+    cache = paths.if_any(paths.hardware_file)
     with render.byte_bar("doctor") as progress:
         report = examination.run(named or Path.cwd(), bandwidth=bandwidth, cache_file=cache,
                                  say=render.say, progress=progress)

@@ -42,13 +42,13 @@ FindGpu = Callable[[int], Gpu | None]
 @dataclass(frozen=True, slots=True)
 class Request:
     """window: tokens, 0 = WINDOW or what the models were trained for; stride: 0 = window; most: tokens to score, -1 =
-    all; fresh: forget what earlier runs finished; journals: the folder of the journals; activations, kv, ram, margin:
-    as `load` will pass them to the engine; gpu: asked where two models are compared."""
+    all; fresh: forget what earlier runs finished; journals: the folder of the journals, None for no journal;
+    activations, kv, ram, margin: as `load` will pass them to the engine; gpu: asked where two models are compared."""
 
     model: Path
     text: str
     text_name: str
-    journals: Path
+    journals: Path | None
     reference: Path | None = None
     window: int = 0
     stride: int = 0
@@ -221,8 +221,8 @@ def _measure(request: Request, text: Text, model: Engine, reference: Engine | Or
             finished += 1
             progress(nbytes * window.end // text.windows[-1].end, nbytes, f"perplexity {tally.perplexity:.4g}")
     except Interrupted:
-        raise Interrupted(f"interrupted: {finished} of {len(text.windows)} windows are finished",
-                          "the same command goes on from there") from None
+        cure = "the same command goes on from there" if journal.path else "none of them is kept: see above"
+        raise Interrupted(f"interrupted: {finished} of {len(text.windows)} windows are finished", cure) from None
     return tally
 
 
