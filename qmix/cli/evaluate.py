@@ -108,7 +108,8 @@ def _gpu_for_both(how: Loading) -> Callable[[int], Any]:
         if device is None:
             return None
         try:
-            return Gpu(device.name, placement.vram_budget(device), how.device != "auto" or how.vram != "auto")
+            return Gpu(device.name, placement.vram_budget(device), how.device != "auto" or how.vram != "auto",
+                       str(device.place))
         finally:
             device.close()
 
