@@ -158,6 +158,23 @@ def test_bos_comes_where_transformers_puts_it(family: str, bos: bool, config: di
     assert written[0].encode_chat(talk("the fox")).count(written[0].bos_id) == 1
 
 
+@pytest.mark.parametrize("config", [{}, {"add_bos_token": True}, {"add_prefix_space": True}], ids=str)
+@pytest.mark.parametrize(("family", "bos", "named"), [
+    ("gpt2", True, "GPTNeoXTokenizer"), ("gpt2", False, "GPTNeoXTokenizerFast"), ("gpt2", True, None),
+    ("qwen", True, "GPTNeoXTokenizer"), ("roberta", False, "GPTNeoXTokenizer"), ("llama3", True, "GPTNeoXTokenizer")])
+def test_the_class_of_gpt_neox_takes_only_the_vocabulary_from_the_file(
+        family: str, bos: bool, named: str | None, config: dict[str, bool], tmp_path: Path) -> None:
+    """OLMoE names it. named None: the kind of the model decides."""
+    made = folder(tmp_path / "x", family=family, bos=bos, tokenizer_class=named, template="{{ bos_token }}" + CHATML,
+                  **config)
+    (made / "config.json").write_text("{}" if named else '{"model_type": "olmoe"}')
+    ours, theirs = load(made), transformers.AutoTokenizer.from_pretrained(made)
+    assert type(theirs).__name__ == "GPTNeoXTokenizer"
+    for text in TEXTS:
+        assert ours.encode(text) == theirs(text)["input_ids"], text
+        assert ours.encode_chat(talk(text, text, text)) == chat_ids(theirs, talk(text, text, text)), text
+
+
 @pytest.mark.parametrize("family", ["qwen", "llama2", "mistral"])
 def test_a_tokenizer_model_beside_it_changes_nothing(family: str, tmp_path: Path) -> None:
     alone = load(folder(tmp_path / "a", family=family))
