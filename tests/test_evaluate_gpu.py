@@ -162,7 +162,7 @@ def test_a_run_on_a_device_is_another_evaluation(stores: dict[str, Path], tmp_pa
 @pytest.mark.parametrize("fails", [0, 1])
 def test_where_auto_cannot_use_the_device_the_cpu_computes_both(stores: dict[str, Path], tmp_path: Path,
                                                                 fails: int) -> None:
-    error = DoesNotFit("the GPU gave no 3 GiB for expert slots")
+    error = DoesNotFit("the GPU did not allocate 3 GiB for expert slots")
     loads = Loads(fails, error)
     found, lines = evaluated(request_of(stores, tmp_path, Gpu("a card", (2 * GIB, 0), False)), loads)
     assert f"not on a card: {error.message}; the CPU computes both models" in lines and found["device"] == "CPU"
@@ -218,8 +218,8 @@ def test_flags_that_carry_a_part() -> None:
 
 
 @pytest.mark.parametrize(("flags", "words"), [(["--device", "cuda"], "torch sees no NVIDIA GPU"),
-                                              (["--vram", "8G"], "there is no GPU in use here"),
-                                              (["--pin", "1G"], "there is no GPU in use here")])
+                                              (["--vram", "8G"], "no GPU is in use"),
+                                              (["--pin", "1G"], "no GPU is in use")])
 def test_without_a_gpu_its_flags_are_refused(stores: dict[str, Path], flags: list[str], words: str, tmp_path: Path,
                                              monkeypatch: pytest.MonkeyPatch,
                                              capsys: pytest.CaptureFixture[str]) -> None:

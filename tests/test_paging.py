@@ -294,7 +294,7 @@ def test_too_small_a_budget_is_refused_with_the_shortfall(stores: dict[str, Path
     with pytest.raises(DoesNotFit, match=r"short of .*\(program .*dense .*KV cache .*4 expert slots") as error:
         load(stores["int4"], threads=1, context=CONTEXT, ram=RESERVE)
     assert error.value.exit_code == 3
-    with pytest.raises(DoesNotFit, match=r"only .* can be had"):
+    with pytest.raises(DoesNotFit, match=r"only .* is available"):
         load(stores["int4"], threads=1, ram=2**50)
 
 

@@ -51,9 +51,9 @@ def evaluate(
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what an earlier run has finished.")] = False,
     tasks: Annotated[str | None, typer.Option("--tasks", help="Tasks of the lm-eval harness, as arc_easy,hellaswag.",
                                               show_default=False)] = None,
-    include_path: Annotated[Path | None, typer.Option("--include-path", help="--tasks: a folder of your own "
-                                                      "ones.", show_default=False)] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="--tasks: only the first so many samples of each.",
+    include_path: Annotated[Path | None, typer.Option("--include-path", help="--tasks: a folder with your "
+                                                      "own tasks.", show_default=False)] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="--tasks: only the first N samples of each.",
                                               show_default=False)] = None,
     json: Annotated[bool, typer.Option("--json", help="As one JSON document.")] = False,
     threads: Threads = None, ram: Ram = "auto", margin: Margin = None, cache_policy: CachePolicy = "auto",

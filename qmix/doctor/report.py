@@ -220,5 +220,5 @@ def examine_bandwidths(disk: DiskReport | None, measure: bool, cache_file: Path 
     except QmixError as e:
         problems.append(Problem(f"the figures were not kept: {e.message}", e.cure or "try again"))
     if disk is None:
-        say("no disk was measured, and the figures kept have none: name a store or a folder to measure its disk")
+        say("no disk was measured, and the saved figures have none: name a store or a folder to measure its disk")
     return {"source": "measured now", **asdict(found)}, problems

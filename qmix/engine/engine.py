@@ -97,7 +97,7 @@ class Engine:
         if used > spare:
             raise DoesNotFit(f"a KV cache of {format_bytes(tier.kv)} beside {len(self._caches)} in use: the "
                              f"budget has {format_bytes(max(0, tier.kv + spare - used))} left for it",
-                             "let go of a session first, or load with a larger budget or a smaller context")
+                             "release a session first, or load with a larger budget or a smaller context")
         self._sessions += 1
         cache = self._model.new_cache(self.plan.context)
         self._caches.add(cache)

@@ -277,7 +277,7 @@ def _nbytes(shape: Sequence[int], config: ModelConfig) -> int:
 
 def _import(path: Path) -> None:
     """Both libraries, before memory is measured. UsageError says how to install them."""
-    cure = "pip install 'qmix[reference]'; or name a store, as of qmix quantize --format keep --dense keep"
+    cure = "pip install 'qmix[reference]'; or name a store made by qmix quantize --format keep --dense keep"
     try:
         import accelerate  # noqa: F401
         import transformers
@@ -311,7 +311,7 @@ def _check_names(model: Any, weights: Weights) -> None:
     found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     wrong = sorted(name for name in found.keys() | weights.shapes.keys() if found.get(name) != weights.shapes.get(name))
     if wrong:
-        raise QmixError(f"transformers {version('transformers')} lays the model out in another way than qmix knows: "
+        raise QmixError(f"transformers {version('transformers')} has another layout of the model than qmix expects: "
                         f"{wrong[0]}: {found.get(wrong[0])}, want {weights.shapes.get(wrong[0])}",
                         "install the version that constraints.txt names, or name a store as the reference")
 

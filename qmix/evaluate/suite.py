@@ -241,7 +241,7 @@ def _measure(request: Request, text: Text, model: Engine, reference: Engine | Or
             finished += 1
             progress(nbytes * window.end // text.windows[-1].end, nbytes, f"perplexity {tally.perplexity:.4g}")
     except Interrupted:
-        cure = "the same command goes on from there" if journal.path else "none of them is kept: see above"
+        cure = "the same command continues from there" if journal.path else "none of them is kept: see above"
         raise Interrupted(f"interrupted: {finished} of {len(text.windows)} windows are finished", cure) from None
     return tally
 
