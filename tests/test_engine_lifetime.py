@@ -13,7 +13,8 @@ import pytest
 from qmix.checkpoint import Checkpoint
 from qmix.config import QuantConfig, SamplingParams
 from qmix.demo import CHECKPOINT
-from qmix.engine import Engine, load
+from qmix.device import StandIn
+from qmix.engine import Engine, Placement, load
 from qmix.errors import DoesNotFit, QmixError, UsageError
 from qmix.quantize import quantize_checkpoint
 from qmix.sizes import MIB
@@ -169,3 +170,16 @@ def test_a_child_of_a_process_that_computed_without_qmix(store: Path, parents: i
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 2 and all(words in line for line in lines), done.stdout
+
+
+def test_what_a_device_could_not_do_is_said_once_whenever_it_happens(store: Path) -> None:
+    """After the start, too: a graph that is captured later may fail."""
+    said: list[str] = []
+    with load(store, threads=1, context=64, placement=Placement(StandIn()), say=said.append) as engine:
+        session = engine.session()
+        engine.step([session], [[1, 5]], "prefill")
+        assert engine.device is not None
+        engine.device.trouble = "no CUDA graphs here"
+        for token in (6, 7):
+            engine.step([session], [[token]], "decode")
+    assert said.count("no CUDA graphs here") == 1
