@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -38,12 +38,7 @@ IDS = [(7 * i * i + 3) % 500 + 3 for i in range(60)]
 FORMATS = {"int4": QuantConfig(), "keep": KEEP, "int8": QuantConfig(experts="int8", dense="int4"),
            "nf4": QuantConfig(experts="nf4", dense="int8", method="", group_size=0, block=0)}
 
-
-@pytest.fixture(autouse=True)
-def no_thread_stays() -> Iterator[None]:
-    before = threading.active_count()
-    yield
-    assert threading.active_count() == before
+pytestmark = pytest.mark.usefixtures("no_thread_stays")
 
 
 @pytest.fixture(scope="module")

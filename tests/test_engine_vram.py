@@ -83,7 +83,7 @@ def test_a_file_is_written_where_it_tells_something_new(store: Path, tmp_path: P
     blocked = tmp_path / "file"
     blocked.write_text("")
     vram.check(replace(placement, memory=blocked / "gpu.json"), device, fast, lines.append, TODAY)
-    assert len(lines) == 1 and "not kept" in lines[0]
+    assert len(lines) == 1 and "not saved" in lines[0]
     for one in (device, near):
         one.close()
 

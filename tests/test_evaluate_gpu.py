@@ -3,8 +3,6 @@ CPU's engines give; and on the CPU, said, where the device is of no use."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,12 +38,7 @@ from qmix.sizes import GIB, MIB
 KEEP = QuantConfig(experts="keep", dense="keep", method="", group_size=0, block=0)
 SHORT = {"window": 128, "most": 400}
 
-
-@pytest.fixture(autouse=True)
-def no_thread_stays() -> Iterator[None]:
-    before = threading.active_count()
-    yield
-    assert threading.active_count() == before
+pytestmark = pytest.mark.usefixtures("no_thread_stays")
 
 
 @pytest.fixture(scope="module")

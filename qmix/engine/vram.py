@@ -42,7 +42,7 @@ def check(placement: Placement, device: Device, fast: TierPlan, say: Callable[[s
     if beside > fast.beside:
         say(f"qmix, or another program meanwhile, has taken {format_bytes(beside)} of {device.name}'s memory beside "
             f"tensors, and the plan left {format_bytes(fast.beside)} for that: --vram may be exceeded by "
-            f" {format_bytes(beside - fast.beside)} (" + (
+            f"{format_bytes(beside - fast.beside)} (" + (
                 "the next start plans for it)" if kept else "choose a smaller --vram)"))
 
 
