@@ -43,7 +43,7 @@ def test_cards() -> None:
     assert built_in((9, 0)) == BUILT_IN[9, 0]
     assert built_in((10, 3)) == BUILT_IN[10, 0] != built_in((12, 1)) == BUILT_IN[12, 0]
     assert built_in(None) == INTERPRETED and capability(torch.device("cpu")) is None
-    with pytest.raises(UsageError, match=r"7\.0: the kernels want 7\.5"):
+    with pytest.raises(UsageError, match=r"7\.0: the kernels need 7\.5"):
         built_in((7, 0))
 
 

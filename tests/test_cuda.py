@@ -272,7 +272,7 @@ class TestRefusals:
             cuda.linear(x.repeat(9, 1), m, dot="tf32")
         with pytest.raises(UsageError, match="is on meta"):
             cuda.linear(x.to("meta"), m)
-        with pytest.raises(UsageError, match="int8: the GPU kernels have int4, int3 and int2"):
+        with pytest.raises(UsageError, match="int8: the GPU kernels support int4, int3 and int2"):
             cuda.linear(x, int8.pack(operand(3, 64), MatrixSpec("int8", 3, 64)))
         with pytest.raises(UsageError, match="slot 1: want 0 to 0"):
             cuda.many(x, cuda.Matrices.of(m), 1, x)
@@ -315,7 +315,7 @@ def test_without_triton_it_is_said() -> None:
 @needs_triton
 def test_tensors_of_the_cpu_are_refused_without_the_interpreter() -> None:
     done = in_another_process(CALL)
-    assert "weights on cpu: Triton's kernels want them on a CUDA device\n" in done.stdout, done.stderr
+    assert "weights on cpu: Triton's kernels need them on a CUDA device\n" in done.stdout, done.stderr
 
 
 def test_importing_it_imports_no_triton() -> None:

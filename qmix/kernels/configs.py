@@ -128,7 +128,7 @@ def built_in(card: tuple[int, int] | None) -> Configs:
         return INTERPRETED
     known = [c for c in BUILT_IN if c <= card]
     if not known:
-        raise UsageError(f"compute capability {card[0]}.{card[1]}: the kernels want 7.5 or newer", "use the CPU")
+        raise UsageError(f"compute capability {card[0]}.{card[1]}: the kernels need 7.5 or newer", "use the CPU")
     return BUILT_IN[max(known)]
 
 

@@ -285,9 +285,9 @@ def _dot(jit: ModuleType, x: Tensor, dot: str | None) -> Any:
 
 def _check_place(tensor: Tensor, spec: MatrixSpec) -> None:
     if not spec.bits:
-        raise UsageError(f"{spec.format}: the GPU kernels have int4, int3 and int2")
+        raise UsageError(f"{spec.format}: the GPU kernels support int4, int3 and int2")
     if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and interpreted(device_code("cuda_jit"))):
-        raise UsageError(f"weights on {tensor.device}: Triton's kernels want them on a CUDA device",
+        raise UsageError(f"weights on {tensor.device}: Triton's kernels need them on a CUDA device",
                          "for tests without one, set TRITON_INTERPRET=1 before Python starts")
 
 

@@ -106,7 +106,7 @@ def _checked(kernel: str, work: Work) -> Tensor:
         raise QmixError(f"tuning {kernel}: the built-in configuration failed: {_line(e)}",
                         "restart qmix; if it happens again, please report it") from None
     if not result.isfinite().all():
-        raise QmixError(f"tuning {kernel}: the built-in configuration gives no numbers", "please report it")
+        raise QmixError(f"tuning {kernel}: the built-in configuration gives NaN or infinity", "please report it")
     return result
 
 
