@@ -160,7 +160,7 @@ def test_where_auto_cannot_use_the_device_the_cpu_computes_both(stores: dict[str
     found, lines = evaluated(request_of(stores, tmp_path, Gpu("a card", (2 * GIB, 0), False)), loads)
     assert f"not on a card: {error.message}; the CPU computes both models" in lines and found["device"] == "CPU"
     assert [part is not None and part.vram is not None for part in loads.parts] == [True] * (fails + 1) + [False] * 2
-    with pytest.raises(DoesNotFit, match="gave no 3 GiB"):
+    with pytest.raises(DoesNotFit, match="did not allocate 3 GiB"):
         evaluated(request_of(stores, tmp_path, Gpu("a card", (2 * GIB, 0), True)), Loads(fails, error))
 
 
