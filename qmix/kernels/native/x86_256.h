@@ -9,6 +9,10 @@ typedef __m256 vflt;
 #define L 8
 #define SUB 2
 #define WIDTH 4
+#define DIRECT_PAIRS
+#ifndef HAS_VNNI
+#define PAIRS
+#endif
 
 ALWAYS vint set_i(int32_t x) { return _mm256_set1_epi32(x); }
 ALWAYS vflt set_f(float x) { return _mm256_set1_ps(x); }
@@ -39,6 +43,7 @@ ALWAYS void split_params(const uint16_t *params, float *scale, float *zero) {
 }
 
 #include "x86_columns.h"
+#include "x86_pairs.h"
 
 ALWAYS void unpack_codes(int bits, const uint8_t *from, int block, vint *rows) {
     const vint mask = _mm256_set1_epi8(15);

@@ -1,0 +1,87 @@
+/* int4, int3 and int2 with int8 activations for a token or two: codes go straight from memory to registers, so that
+ * loading and computing overlap. For the levels of 256 bits; x86_pairs.h has the order of the rows in the vectors. */
+
+#ifdef HAS_VNNI
+/* A group of columns, as pairs.h has it, four columns to a 32-bit lane; x.words has four codes in each. */
+ALWAYS void sums_in_fours(const int count, const int vectors, const int bits, const int block, int64_t group,
+                          const uint8_t *from, panel_view x, vint wide[][8]) {
+    vint held[WIDTH][8];
+    UNROLL for (int c = 0; c < count; c++)
+        UNROLL for (int w = 0; w < 2 * vectors; w++)
+            held[c][w] = set_i(x.start[c] >> (4 - bits)); /* -8 times the sum of x: the middle is 8, 4 or 2 */
+    for (int64_t k = 0; k < group / 4; k += 2) {
+        prefetch_codes(from, block * bits);
+        UNROLL for (int i = 0; i < 2; i++) {
+            vint a[2], b[2], both[2], codes[8];
+            nibbles_of_pair(bits, block, from, a);
+            nibbles_of_pair(bits, block, from + block * bits / 4, b);
+            from += block * bits / 2;
+            UNROLL for (int n = 0; n < vectors / 2; n++) {
+                both[0] = _mm256_unpacklo_epi16(a[n], b[n]);
+                both[1] = _mm256_unpackhi_epi16(a[n], b[n]);
+                UNROLL for (int h = 0; h < 2; h++) { /* vector n of the lower nibbles, then of the upper ones */
+                    codes[2 * n + h] = masked(both[h], bits == 2 ? 3 : 15);
+                    codes[vectors + 2 * n + h] = masked(_mm256_srli_epi16(both[h], 4), bits == 2 ? 3 : 15);
+                }
+            }
+            UNROLL for (int c = 0; c < count; c++) {
+                vint word = set_i((int32_t)x.words[c]);
+                UNROLL for (int w = 0; w < 2 * vectors; w++)
+                    held[c][w] = dot4(held[c][w], codes[w], word);
+            }
+            x.words += count;
+        }
+    }
+    UNROLL for (int c = 0; c < count; c++)
+        UNROLL for (int w = 0; w < 2 * vectors; w++)
+            wide[c][w] = held[c][w];
+}
+#define DIRECT_ROWS 64 /* times tokens: their sums stay in registers */
+#else
+#define DIRECT_ROWS 128
+#endif
+
+/* y fp32 [count][B] = one block of rows times the tokens of a panel. */
+ALWAYS void direct_pairs(const int count, const int bits, const int block, const qmix_job *job, int64_t row,
+                         panel_view x, float *y) {
+    const int vectors = block / 16, distance = row_distance(bits, block);
+    int64_t groups = job->padded_cols / job->group, group = job->group;
+    const uint8_t *from = job->weight + row / block * job->padded_cols * (block * bits / 8);
+    const uint16_t *params = job->params + row * 2;
+    float sums[WIDTH][64] = {{0}};
+    for (int64_t g = 0; g < groups; g++) {
+        vint wide[WIDTH][8];
+        for (int i = 0; i < block * 4; i += 64) /* those of the group after the next */
+            __builtin_prefetch((const char *)(params + 4 * job->padded_rows) + i);
+#ifdef HAS_VNNI
+        sums_in_fours(count, vectors, bits, block, group, from, x, wide);
+        x.words += group / 4 * count, x.start += count;
+#else
+        sums_in_pairs(count, vectors, bits, block, group, from, NULL, x, wide);
+        x.words += group / 2 * count, x.start += group / 32 * count;
+#endif
+        UNROLL for (int w = 0; w < 2 * vectors; w++) {
+            vflt scale, zero;
+            params_of(params, distance, w, &scale, &zero);
+            UNROLL for (int c = 0; c < count; c++) {
+                float *to = sums[c] + w * L;
+                store_f(to, add_zero(zero, x.sum[c], add_codes(wide[c][w], scale, x.step[c], load_f(to))));
+            }
+        }
+        from += group * (block * bits / 8), params += 2 * job->padded_rows, x.step += count, x.sum += count;
+    }
+    for (int c = 0; c < count; c++)
+        in_order_of_rows(distance, block, sums[c], y + c * block);
+}
+
+/* The same for a job's tokens, at most DIRECT_ROWS / B. */
+ALWAYS void rows_of_bits(const int bits, const int block, const qmix_job *job, int64_t row, panel_view x, float *y) {
+    if (job->tokens == 1)
+        direct_pairs(1, bits, block, job, row, x, y);
+    else if (2 * block <= DIRECT_ROWS && job->tokens == 2)
+        direct_pairs(2, bits, block, job, row, x, y);
+    else if (3 * block <= DIRECT_ROWS && job->tokens == 3)
+        direct_pairs(3, bits, block, job, row, x, y);
+    else if (4 * block <= DIRECT_ROWS)
+        direct_pairs(4, bits, block, job, row, x, y);
+}
