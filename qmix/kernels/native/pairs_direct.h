@@ -9,7 +9,7 @@ ALWAYS void sums_in_fours(const int count, const int vectors, const int bits, co
     UNROLL for (int c = 0; c < count; c++)
         UNROLL for (int w = 0; w < 2 * vectors; w++)
             held[c][w] = set_i(x.start[c] >> (4 - bits)); /* -8 times the sum of x: the middle is 8, 4 or 2 */
-    for (int64_t k = 0; k < group / 4; k += 2) {
+    ONCE for (int64_t k = 0; k < group / 4; k += 2) {
         prefetch_codes(from, block * bits);
         UNROLL for (int i = 0; i < 2; i++) {
             vint a[2], b[2], both[2], codes[8];
@@ -74,14 +74,27 @@ ALWAYS void direct_pairs(const int count, const int bits, const int block, const
         in_order_of_rows(distance, block, sums[c], y + c * block);
 }
 
-/* The same for a job's tokens, at most DIRECT_ROWS / B. */
-ALWAYS void rows_of_bits(const int bits, const int block, const qmix_job *job, int64_t row, panel_view x, float *y) {
-    if (job->tokens == 1)
-        direct_pairs(1, bits, block, job, row, x, y);
-    else if (2 * block <= DIRECT_ROWS && job->tokens == 2)
-        direct_pairs(2, bits, block, job, row, x, y);
-    else if (3 * block <= DIRECT_ROWS && job->tokens == 3)
-        direct_pairs(3, bits, block, job, row, x, y);
-    else if (4 * block <= DIRECT_ROWS)
-        direct_pairs(4, bits, block, job, row, x, y);
-}
+/* A function for each number of tokens, format and block, at most DIRECT_ROWS rows times tokens: within larger ones
+ * gcc runs out of registers. */
+#define DIRECTLY(count, bits, block) \
+    APART void direct_##count##_##bits##_##block(const qmix_job *job, int64_t row, panel_view x, float *y) { \
+        direct_pairs(count, bits, block, job, row, x, y); \
+    }
+#define ALL_BITS(count, block) DIRECTLY(count, 2, block) DIRECTLY(count, 3, block) DIRECTLY(count, 4, block)
+ALL_BITS(1, 64)
+ALL_BITS(1, 32)
+ALL_BITS(2, 32)
+#ifdef HAS_VNNI
+#define OF_BITS(bits) {{direct_1_##bits##_32, direct_2_##bits##_32}, {direct_1_##bits##_64}}
+#else
+ALL_BITS(2, 64)
+ALL_BITS(3, 32)
+ALL_BITS(4, 32)
+#define OF_BITS(bits) {{direct_1_##bits##_32, direct_2_##bits##_32, direct_3_##bits##_32, direct_4_##bits##_32}, \
+                       {direct_1_##bits##_64, direct_2_##bits##_64}}
+#endif
+static void (*const direct_rows[3][2][4])(const qmix_job *, int64_t, panel_view, float *) = {OF_BITS(2), OF_BITS(3),
+                                                                                            OF_BITS(4)};
+#undef OF_BITS
+#undef ALL_BITS
+#undef DIRECTLY

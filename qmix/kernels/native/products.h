@@ -68,7 +68,7 @@ ALWAYS void block_rows(const int act, const int bits, const int block, const qmi
     int64_t group = job->group, words = act == QMIX_ACT_INT8 ? 1 : WORDS;
 #ifdef DIRECT_PAIRS
     if (bits == 4 && act == QMIX_ACT_INT8 && job->tokens * block <= DIRECT_ROWS) {
-        WITH_BITS(job->bits, rows_of_bits(width, block, job, row, view_panel(act, job, panels, job->tokens, 0), acc))
+        direct_rows[job->bits - 2][block / 64][job->tokens - 1](job, row, view_panel(act, job, panels, job->tokens, 0), acc);
         return;
     }
 #endif
