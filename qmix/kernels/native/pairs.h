@@ -16,21 +16,22 @@ ALWAYS vint add_pairs(vint sum, vint codes, vint word) {
 }
 
 /* Sums [c][v] of 32 columns in 16-bit lanes, `vectors` vectors of rows x `count` tokens. The codes come from a tile,
- * or, where it is NULL, from memory. */
-ALWAYS void sums_of_32(const int count, const int vectors, const int bits, const int block, const uint8_t *from,
-                       const vint *tile, const uint32_t *words, const int32_t *start, vint sums[][4]) {
+ * or, where bits is not 0, from memory: those of the vectors of nibbles from `part` on. */
+ALWAYS void sums_of_32(const int count, const int vectors, const int bits, const int block, const int part,
+                       const uint8_t *from, const vint *tile, const uint32_t *words, const int32_t *start,
+                       vint sums[][4]) {
     vint held[WIDTH][4];
     UNROLL for (int c = 0; c < count; c++)
         UNROLL for (int v = 0; v < vectors; v++)
             held[c][v] = set_i(start[c]);
     ONCE for (int k = 0; k < 4; k++) { /* 4 pairs of columns */
-        if (bits)
+        if (bits && !part)
             prefetch_codes(from, block * bits);
         UNROLL for (int i = 0; i < 4; i++) {
             vint nibbles[2], codes[4];
             if (bits) {
                 nibbles_of_pair(bits, block, from, nibbles);
-                split_codes(bits, block / 32, nibbles, codes);
+                split_codes(bits, vectors / 2, nibbles + part, codes);
                 from += block * bits / 4;
             } else {
                 UNROLL for (int v = 0; v < vectors; v++)
@@ -52,20 +53,20 @@ ALWAYS void sums_of_32(const int count, const int vectors, const int bits, const
 
 /* A group of columns, exact: wide[c][2 * v], wide[c][2 * v + 1] have the rows of vector v in 32-bit lanes. bits is 0
  * where the codes come from a tile. */
-ALWAYS void sums_in_pairs(const int count, const int vectors, const int bits, const int block, int64_t group,
-                          const uint8_t *from, const vint *tile, panel_view x, vint wide[][8]) {
+ALWAYS void sums_in_pairs(const int count, const int vectors, const int bits, const int block, const int part,
+                          int64_t group, const uint8_t *from, const vint *tile, panel_view x, vint wide[][8]) {
     const vint ones = _mm256_set1_epi16(1);
     UNROLL for (int c = 0; c < count; c++)
         UNROLL for (int w = 0; w < 2 * vectors; w++)
             wide[c][w] = set_i(0);
     for (int64_t column = 0; column < group; column += 64) {
         vint first[WIDTH][4], second[WIDTH][4];
-        sums_of_32(count, vectors, bits, block, from, tile, x.words, x.start, first);
+        sums_of_32(count, vectors, bits, block, part, from, tile, x.words, x.start, first);
         UNROLL for (int c = 0; c < count; c++)
             UNROLL for (int v = 0; v < vectors; v++)
                 second[c][v] = set_i(0);
         if (group > 32)
-            sums_of_32(count, vectors, bits, block, from + 4 * block * bits, tile + 16 * vectors, x.words + 16 * count,
+            sums_of_32(count, vectors, bits, block, part, from + 4 * block * bits, tile + 16 * vectors, x.words + 16 * count,
                        x.start + count, second);
         UNROLL for (int c = 0; c < count; c++)
             UNROLL for (int v = 0; v < vectors; v++) {
@@ -111,7 +112,7 @@ ALWAYS void inner_of(const int count, int64_t groups, int64_t group, const vint 
                      const float *scale, const float *zero, float *y, int64_t y_stride) {
     for (int64_t g = 0; g < groups; g++) {
         vint wide[WIDTH][8];
-        sums_in_pairs(count, SUB, 0, 0, group, NULL, tile, x, wide);
+        sums_in_pairs(count, SUB, 0, 0, 0, group, NULL, tile, x, wide);
         UNROLL for (int w = 0; w < 2 * SUB; w++) {
             vflt s = load_f(scale + w * L), z = load_f(zero + w * L);
             UNROLL for (int c = 0; c < count; c++) {

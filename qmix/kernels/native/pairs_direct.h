@@ -37,14 +37,17 @@ ALWAYS void sums_in_fours(const int count, const int vectors, const int bits, co
             wide[c][w] = held[c][w];
 }
 #define DIRECT_ROWS 64 /* times tokens: their sums stay in registers */
+#define DIRECT_TOKENS(block) (DIRECT_ROWS / (block))
 #else
 #define DIRECT_ROWS 128
+#define DIRECT_TOKENS(block) WIDTH
 #endif
 
 /* y fp32 [count][B] = one block of rows times the tokens of a panel. */
 ALWAYS void direct_pairs(const int count, const int bits, const int block, const qmix_job *job, int64_t row,
                          panel_view x, float *y) {
     const int vectors = block / 16, distance = row_distance(bits, block);
+    const int step = count * block <= DIRECT_ROWS ? vectors : vectors / 2; /* that many sums stay in registers */
     int64_t groups = job->padded_cols / job->group, group = job->group;
     const uint8_t *from = job->weight + row / block * job->padded_cols * (block * bits / 8);
     const uint16_t *params = job->params + row * 2;
@@ -53,21 +56,28 @@ ALWAYS void direct_pairs(const int count, const int bits, const int block, const
         vint wide[WIDTH][8];
         for (int i = 0; i < block * 4; i += 64) /* those of the group after the next */
             __builtin_prefetch((const char *)(params + 4 * job->padded_rows) + i);
+        UNROLL for (int part = 0; part < vectors; part += step) {
 #ifdef HAS_VNNI
-        sums_in_fours(count, vectors, bits, block, group, from, x, wide);
-        x.words += group / 4 * count, x.start += count;
+            sums_in_fours(count, vectors, bits, block, group, from, x, wide);
 #else
-        sums_in_pairs(count, vectors, bits, block, group, from, NULL, x, wide);
-        x.words += group / 2 * count, x.start += group / 32 * count;
+            sums_in_pairs(count, step, bits, block, part / 2, group, from, NULL, x, wide);
 #endif
-        UNROLL for (int w = 0; w < 2 * vectors; w++) {
-            vflt scale, zero;
-            params_of(params, distance, w, &scale, &zero);
-            UNROLL for (int c = 0; c < count; c++) {
-                float *to = sums[c] + w * L;
-                store_f(to, add_zero(zero, x.sum[c], add_codes(wide[c][w], scale, x.step[c], load_f(to))));
+            UNROLL for (int i = 0; i < 2 * step; i++) {
+                /* vector of nibbles n has vectors n and vectors / 2 + n of codes */
+                int w = i < step ? part + i : vectors + part + i - step;
+                vflt scale, zero;
+                params_of(params, distance, w, &scale, &zero);
+                UNROLL for (int c = 0; c < count; c++) {
+                    float *to = sums[c] + w * L;
+                    store_f(to, add_zero(zero, x.sum[c], add_codes(wide[c][i], scale, x.step[c], load_f(to))));
+                }
             }
         }
+#ifdef HAS_VNNI
+        x.words += group / 4 * count, x.start += count;
+#else
+        x.words += group / 2 * count, x.start += group / 32 * count;
+#endif
         from += group * (block * bits / 8), params += 2 * job->padded_rows, x.step += count, x.sum += count;
     }
     for (int c = 0; c < count; c++)
@@ -88,10 +98,12 @@ ALL_BITS(2, 32)
 #define OF_BITS(bits) {{direct_1_##bits##_32, direct_2_##bits##_32}, {direct_1_##bits##_64}}
 #else
 ALL_BITS(2, 64)
+ALL_BITS(3, 64)
+ALL_BITS(4, 64)
 ALL_BITS(3, 32)
 ALL_BITS(4, 32)
 #define OF_BITS(bits) {{direct_1_##bits##_32, direct_2_##bits##_32, direct_3_##bits##_32, direct_4_##bits##_32}, \
-                       {direct_1_##bits##_64, direct_2_##bits##_64}}
+                       {direct_1_##bits##_64, direct_2_##bits##_64, direct_3_##bits##_64, direct_4_##bits##_64}}
 #endif
 static void (*const direct_rows[3][2][4])(const qmix_job *, int64_t, panel_view, float *) = {OF_BITS(2), OF_BITS(3),
                                                                                             OF_BITS(4)};

@@ -67,7 +67,7 @@ ALWAYS void block_rows(const int act, const int bits, const int block, const qmi
                        const char *panels, int64_t panel, int64_t last, char *scratch, float *acc) {
     int64_t group = job->group, words = act == QMIX_ACT_INT8 ? 1 : WORDS;
 #ifdef DIRECT_PAIRS
-    if (bits == 4 && act == QMIX_ACT_INT8 && job->tokens * block <= DIRECT_ROWS) {
+    if (bits == 4 && act == QMIX_ACT_INT8 && job->tokens <= DIRECT_TOKENS(block)) {
         direct_rows[job->bits - 2][block / 64][job->tokens - 1](job, row, view_panel(act, job, panels, job->tokens, 0), acc);
         return;
     }
@@ -136,6 +136,12 @@ static void unit_rows(int32_t act, const qmix_job *job, int64_t unit, const char
     }
 }
 
+#ifdef PAIRS
+#define BARE_DOT add_pairs /* as many products, in 16 bits */
+#else
+#define BARE_DOT dot4
+#endif
+
 /* `turns` rounds of the products of a full set of registers, each with a word of activations read anew, as everywhere
  * above; how many operations that is: what a core could do if nothing else were to be done. */
 ALWAYS int64_t peak_of(const int act, int64_t turns, const uint32_t *words, float *out) {
@@ -154,7 +160,7 @@ ALWAYS int64_t peak_of(const int act, int64_t turns, const uint32_t *words, floa
             vint word = set_i((int32_t)words[c]);
             UNROLL for (int v = 0; v < SUB; v++)
                 if (act == QMIX_ACT_INT8)
-                    sums[c][v] = dot4(sums[c][v], codes[v], word);
+                    sums[c][v] = BARE_DOT(sums[c][v], codes[v], word);
                 else
                     fsums[c][v] = fdot(fsums[c][v], codes[v], word);
         }
