@@ -55,8 +55,8 @@ ALWAYS void direct(const int count, const int act, const int block, const qmix_j
 #endif
 
 #ifdef DIRECT_INT8
-/* int8 rows for one token with int8 activations: 16 rows at a time, each read from end to end. */
-ALWAYS void direct_int8(const qmix_job *job, int64_t row, panel_view x, float *y) {
+/* int8 rows for one token with int8 activations: L rows at a time, each read from end to end. */
+APART void direct_int8(const qmix_job *job, int64_t row, panel_view x, float *y) {
     int64_t columns = job->padded_cols;
     for (int v = 0; v < VECTORS && row + v * L < job->padded_rows; v++) {
         const int8_t *rows[L];
@@ -71,7 +71,7 @@ ALWAYS void direct_int8(const qmix_job *job, int64_t row, panel_view x, float *y
         for (int64_t column = 0; column < columns; column += 64) {
             UNROLL for (int i = 0; i < L; i++)
                 __builtin_prefetch(rows[i] + column + AHEAD_INT8, 0, 2); /* rows 4 KiB apart share sets of the first cache */
-            sums[0][0] = dot_rows(rows, column, load_i(at.words));
+            sums[0][0] = dot_rows(rows, column, at.words);
             sums[0][0] = add_i(sums[0][0], set_i(*at.start));
             finish_group(1, 1, QMIX_ACT_INT8, 8, sums, NULL, scale, zero, at.step, at.sum, y + v * L, 0);
             at.words += 16, at.start++, at.step++;

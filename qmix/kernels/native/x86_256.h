@@ -15,6 +15,7 @@ typedef __m256 vflt;
 #endif
 
 ALWAYS vint set_i(int32_t x) { return _mm256_set1_epi32(x); }
+ALWAYS vint add_i(vint a, vint b) { return _mm256_add_epi32(a, b); }
 ALWAYS vflt set_f(float x) { return _mm256_set1_ps(x); }
 ALWAYS vflt load_f(const float *p) { return _mm256_loadu_ps(p); }
 ALWAYS void store_f(float *p, vflt x) { _mm256_storeu_ps(p, x); }
@@ -96,6 +97,25 @@ ALWAYS vint dot4_signed(vint sum, vint w, vint x) { /* |w| * (x with w's sign): 
     return dot4(sum, _mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
 }
 #endif
+
+#define DIRECT_INT8
+/* 64 columns of 8 rows times 64 int8 activations: lane i has the sum of row i, SIGNED_OFFSET too much in each term. */
+ALWAYS vint dot_rows(const int8_t *const *rows, int64_t column, const void *x) {
+    vint x0 = _mm256_loadu_si256(x), x1 = _mm256_loadu_si256((const vint *)x + 1), a[8], b[4];
+    UNROLL for (int i = 0; i < 8; i++) {
+        const vint *w = (const vint *)(rows[i] + column);
+        a[i] = dot4_signed(set_i(0), signed_codes(_mm256_loadu_si256(w)), x0);
+        a[i] = dot4_signed(a[i], signed_codes(_mm256_loadu_si256(w + 1)), x1);
+    }
+    UNROLL for (int i = 0; i < 4; i++) /* sums of two lanes, rows 2i and 2i + 1 in turn */
+        b[i] = _mm256_add_epi32(_mm256_unpacklo_epi32(a[2 * i], a[2 * i + 1]),
+                                _mm256_unpackhi_epi32(a[2 * i], a[2 * i + 1]));
+    UNROLL for (int i = 0; i < 2; i++) /* of four lanes: both halves have rows 4i..4i + 3 */
+        a[i] = _mm256_add_epi32(_mm256_unpacklo_epi64(b[2 * i], b[2 * i + 1]),
+                                _mm256_unpackhi_epi64(b[2 * i], b[2 * i + 1]));
+    return _mm256_add_epi32(_mm256_permute2x128_si256(a[0], a[1], 0x20),
+                            _mm256_permute2x128_si256(a[0], a[1], 0x31));
+}
 
 #define WORDS 4
 ALWAYS vint part_of(vint codes, int i, int is_signed) { /* weight i of each lane as fp32 */
