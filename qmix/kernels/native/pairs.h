@@ -8,31 +8,37 @@
 
 enum { FEW_COLUMNS = 64 }; /* of a tile for few tokens: reading it from memory and computing with it should overlap */
 
-/* As assembly: gcc 12 gives the sums new registers, and then has to move them through memory. */
 ALWAYS vint add_pairs(vint sum, vint codes, vint word) {
-    vint products = _mm256_maddubs_epi16(codes, word);
-    __asm__("vpaddw %1, %0, %0" : "+x"(sum) : "x"(products));
-    return sum;
+    return in_place(_mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, word)));
 }
 
-/* Sums [c][v] of 32 columns in 16-bit lanes, `vectors` vectors of rows x `count` tokens. The codes come from a tile,
- * or, where bits is not 0, from memory: those of the vectors of nibbles from `part` on. */
+/* The lower or upper rows of two vectors of sums, added in 32-bit lanes. */
+ALWAYS vint widened(vint first, vint second, const int upper) {
+    vint both = upper ? _mm256_unpackhi_epi16(first, second) : _mm256_unpacklo_epi16(first, second);
+    return _mm256_madd_epi16(both, _mm256_set1_epi16(1));
+}
+
+typedef vint sums_of_pairs[WIDTH][4]; /* [c][v]: of token c and 16 rows, in 16-bit lanes */
+
+/* Sums of 32 columns, `vectors` vectors of rows x `count` tokens. The codes come from a tile, or, where bits is not 0,
+ * from memory: those of the vectors of nibbles from `part` on. */
 ALWAYS void sums_of_32(const int count, const int vectors, const int bits, const int block, const int part,
-                       const uint8_t *from, const vint *tile, const uint32_t *words, const int32_t *start,
-                       vint sums[][4]) {
+                       const void *from, const uint32_t *words, const int32_t *start, sums_of_pairs sums) {
+    const uint8_t *packed = from;
+    const vint *tile = from;
     vint held[WIDTH][4];
     UNROLL for (int c = 0; c < count; c++)
         UNROLL for (int v = 0; v < vectors; v++)
             held[c][v] = set_i(start[c]);
     ONCE for (int k = 0; k < 4; k++) { /* 4 pairs of columns */
         if (bits && !part)
-            prefetch_codes(from, block * bits);
+            prefetch_codes(packed, block * bits);
         UNROLL for (int i = 0; i < 4; i++) {
             vint nibbles[2], codes[4];
             if (bits) {
-                nibbles_of_pair(bits, block, from, nibbles);
+                nibbles_of_pair(bits, block, packed, nibbles);
                 split_codes(bits, vectors / 2, nibbles + part, codes);
-                from += block * bits / 4;
+                packed += block * bits / 4;
             } else {
                 UNROLL for (int v = 0; v < vectors; v++)
                     codes[v] = tile[v];
@@ -51,31 +57,27 @@ ALWAYS void sums_of_32(const int count, const int vectors, const int bits, const
             sums[c][v] = held[c][v];
 }
 
-/* A group of columns, exact: wide[c][2 * v], wide[c][2 * v + 1] have the rows of vector v in 32-bit lanes. bits is 0
- * where the codes come from a tile. */
-ALWAYS void sums_in_pairs(const int count, const int vectors, const int bits, const int block, const int part,
-                          int64_t group, const uint8_t *from, const vint *tile, panel_view x, vint wide[][8]) {
-    const vint ones = _mm256_set1_epi16(1);
-    UNROLL for (int c = 0; c < count; c++)
-        UNROLL for (int w = 0; w < 2 * vectors; w++)
-            wide[c][w] = set_i(0);
-    for (int64_t column = 0; column < group; column += 64) {
-        vint first[WIDTH][4], second[WIDTH][4];
-        sums_of_32(count, vectors, bits, block, part, from, tile, x.words, x.start, first);
-        UNROLL for (int c = 0; c < count; c++)
-            UNROLL for (int v = 0; v < vectors; v++)
-                second[c][v] = set_i(0);
+/* A function for each case: within larger ones gcc runs out of registers. */
+#define SUMS_OF_32(name, count, vectors, bits, block, part) \
+    APART void name(const void *from, const uint32_t *words, const int32_t *start, sums_of_pairs sums) { \
+        sums_of_32(count, vectors, bits, block, part, from, words, start, sums); \
+    }
+typedef void summing(const void *from, const uint32_t *words, const int32_t *start, sums_of_pairs sums);
+
+/* Sums of a group of columns, `step` bytes for 32 of them: the last 64 (or 32) in first and second, those before them
+ * already widened: wide[c][2 * v], wide[c][2 * v + 1] have the rows of vector v in 32-bit lanes. */
+ALWAYS void sums_of_group(const int count, const int vectors, summing *sum, int64_t group, const char *from,
+                          int64_t step, panel_view x, sums_of_pairs first, sums_of_pairs second, vint wide[][8]) {
+    for (int64_t column = 0;; column += 64) {
+        sum(from, x.words, x.start, first);
         if (group > 32)
-            sums_of_32(count, vectors, bits, block, part, from + 4 * block * bits, tile + 16 * vectors, x.words + 16 * count,
-                       x.start + count, second);
+            sum(from + step, x.words + 16 * count, x.start + count, second);
+        if (column + 64 >= group)
+            return;
         UNROLL for (int c = 0; c < count; c++)
-            UNROLL for (int v = 0; v < vectors; v++) {
-                vint low = _mm256_unpacklo_epi16(first[c][v], second[c][v]);
-                vint high = _mm256_unpackhi_epi16(first[c][v], second[c][v]);
-                wide[c][2 * v] = _mm256_add_epi32(wide[c][2 * v], _mm256_madd_epi16(low, ones));
-                wide[c][2 * v + 1] = _mm256_add_epi32(wide[c][2 * v + 1], _mm256_madd_epi16(high, ones));
-            }
-        from += 8 * block * bits, tile += 32 * vectors, x.words += 32 * count, x.start += 2 * count;
+            UNROLL for (int w = 0; w < 2 * vectors; w++)
+                wide[c][w] = widened(first[c][w / 2], second[c][w / 2], w % 2);
+        from += 2 * step, x.words += 32 * count, x.start += 2 * count;
     }
 }
 
@@ -107,29 +109,49 @@ ALWAYS void params_in_pairs(const qmix_job *job, const int distance, const int b
         }
 }
 
-/* `groups` groups of a tile's columns times a panel of `count` tokens; SUB vectors of 16 rows. */
-ALWAYS void inner_of(const int count, int64_t groups, int64_t group, const vint *tile, panel_view x,
-                     const float *scale, const float *zero, float *y, int64_t y_stride) {
+/* y[c][w] += what a group's sums of vector w / 2 are worth; more: it has 128 columns, of which `wide` has 64. */
+ALWAYS void add_group(const int count, const int more, const int w, const int i, vflt scale, vflt zero, panel_view x,
+                      sums_of_pairs first, sums_of_pairs second, vint wide[][8], float *y, int64_t y_stride) {
+    UNROLL for (int c = 0; c < count; c++) {
+        float *to = y + c * y_stride + w * L;
+        vint sum = widened(first[c][i / 2], second[c][i / 2], i % 2);
+        if (more)
+            sum = _mm256_add_epi32(sum, wide[c][i]);
+        store_f(to, add_zero(zero, x.sum[c], add_codes(sum, scale, x.step[c], load_f(to))));
+    }
+}
+
+/* Zeros where a group has no second 32 columns, and for the compiler, which cannot see that `wide` is written. */
+ALWAYS void prepare(int64_t group, const int more, sums_of_pairs second, vint wide[][8]) {
+    if (group <= 32)
+        memset(second, 0, sizeof(sums_of_pairs));
+    if (more)
+        memset(wide, 0, WIDTH * sizeof *wide);
+}
+
+/* `groups` groups of a tile's columns times a panel of `count` tokens; SUB vectors of 16 rows; more: as in add_group. */
+ALWAYS void inner_of(const int count, const int more, summing *sum, int64_t groups, int64_t group, const vint *tile,
+                     panel_view x, const float *scale, const float *zero, float *y, int64_t y_stride) {
+    sums_of_pairs first, second;
+    vint wide[WIDTH][8];
+    prepare(group, more, second, wide);
     for (int64_t g = 0; g < groups; g++) {
-        vint wide[WIDTH][8];
-        sums_in_pairs(count, SUB, 0, 0, 0, group, NULL, tile, x, wide);
-        UNROLL for (int w = 0; w < 2 * SUB; w++) {
-            vflt s = load_f(scale + w * L), z = load_f(zero + w * L);
-            UNROLL for (int c = 0; c < count; c++) {
-                float *to = y + c * y_stride + w * L;
-                store_f(to, add_zero(z, x.sum[c], add_codes(wide[c][w], s, x.step[c], load_f(to))));
-            }
-        }
+        sums_of_group(count, SUB, sum, group, (const char *)tile, 16 * SUB * sizeof *tile, x, first, second, wide);
+        UNROLL for (int w = 0; w < 2 * SUB; w++)
+            add_group(count, more, w, w, load_f(scale + w * L), load_f(zero + w * L), x, first, second, wide, y, y_stride);
         tile += group / 2 * SUB, scale += 64, zero += 64;
         x.words += group / 2 * count, x.start += group / 32 * count, x.step += count, x.sum += count;
     }
 }
 
-/* A function for each number of tokens: within larger ones gcc runs out of registers. */
 #define INNER(count) \
+    SUMS_OF_32(sums_##count, count, SUB, 0, 0, 0) \
     APART void inner_##count(int64_t groups, int64_t group, const vint *tile, panel_view x, const float *scale, \
                              const float *zero, float *y, int64_t y_stride) { \
-        inner_of(count, groups, group, tile, x, scale, zero, y, y_stride); \
+        if (group > 64) \
+            inner_of(count, 1, sums_##count, groups, group, tile, x, scale, zero, y, y_stride); \
+        else \
+            inner_of(count, 0, sums_##count, groups, group, tile, x, scale, zero, y, y_stride); \
     }
 INNER(1)
 INNER(2)
@@ -167,3 +189,42 @@ ALWAYS void rows_by_tiles(const int bits, const int block, const qmix_job *job, 
         in_order_of_rows(distance, block, sums, acc + t * block);
     }
 }
+
+/* sums[c] += a group of columns times the activations of token c, straight from memory; `sum` does a half of the
+ * vectors of nibbles where all sums would not fit the registers, and `other` the other one. */
+ALWAYS void direct_group(const int count, const int bits, const int block, const int more, summing *sum, summing *other,
+                         int64_t group, const uint8_t *from, const uint16_t *params, panel_view x, float sums[][64]) {
+    const int vectors = block / 16, step = other ? vectors / 2 : vectors;
+    sums_of_pairs first, second;
+    vint wide[WIDTH][8];
+    prepare(group, more, second, wide);
+    UNROLL for (int part = 0; part < vectors; part += step) {
+        sums_of_group(count, step, part ? other : sum, group, (const char *)from, 4 * block * bits, x, first, second,
+                      wide);
+        UNROLL for (int i = 0; i < 2 * step; i++) {
+            /* vector of nibbles n has vectors n and vectors / 2 + n of codes */
+            int w = i < step ? part + i : vectors + part + i - step;
+            vflt scale, zero;
+            params_of(params, row_distance(bits, block), w, &scale, &zero);
+            add_group(count, more, w, i, scale, zero, x, first, second, wide, *sums, 64);
+        }
+    }
+}
+
+#define GROUP_OF(count, bits, block, other) \
+    APART void group_##count##_##bits##_##block(int64_t group, const uint8_t *from, const uint16_t *params, \
+                                                panel_view x, float sums[][64]) { \
+        if (group > 64) \
+            direct_group(count, bits, block, 1, sums_##count##_##bits##_##block, other, group, from, params, x, sums); \
+        else \
+            direct_group(count, bits, block, 0, sums_##count##_##bits##_##block, other, group, from, params, x, sums); \
+    }
+#define GROUP_WHOLE(count, bits, block) \
+    SUMS_OF_32(sums_##count##_##bits##_##block, count, block / 16, bits, block, 0) \
+    GROUP_OF(count, bits, block, NULL)
+#define GROUP_HALVES(count, bits, block) \
+    SUMS_OF_32(sums_##count##_##bits##_##block, count, block / 32, bits, block, 0) \
+    SUMS_OF_32(others_##count##_##bits##_##block, count, block / 32, bits, block, 1) \
+    GROUP_OF(count, bits, block, others_##count##_##bits##_##block)
+enum { COLUMNS_OF_WORD = 2 };
+static int64_t starts_of_group(int64_t group) { return group / 32; }

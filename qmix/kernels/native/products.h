@@ -54,6 +54,8 @@ enum { AHEAD = 1024, AHEAD_INT8 = 1024, FAR_AHEAD = 4096 }; /* bytes that weight
 #include "tiles.h"
 #ifdef PAIRS
 #include "pairs.h"
+#elif defined(DIRECT_PAIRS)
+#include "fours.h"
 #endif
 #ifdef DIRECT_PAIRS
 #include "pairs_direct.h"
@@ -68,7 +70,7 @@ ALWAYS void block_rows(const int act, const int bits, const int block, const qmi
     int64_t group = job->group, words = act == QMIX_ACT_INT8 ? 1 : WORDS;
 #ifdef DIRECT_PAIRS
     if (bits == 4 && act == QMIX_ACT_INT8 && job->tokens <= DIRECT_TOKENS(block)) {
-        direct_rows[job->bits - 2][block / 64][job->tokens - 1](job, row, view_panel(act, job, panels, job->tokens, 0), acc);
+        rows_directly(job, row, panels, acc);
         return;
     }
 #endif

@@ -82,16 +82,25 @@ ALWAYS void transpose(const int8_t *const *rows, int64_t column, vint *out) {
     }
 }
 
+/* A sum that stays in its register: without this gcc 12 gives sums new ones, runs out of them and moves them through
+ * memory, at half the speed. */
+ALWAYS vint in_place(vint sum) {
+    __asm__("" : "+x"(sum));
+    return sum;
+}
+
 #ifdef HAS_VNNI
 #define SIGNED_OFFSET 128
 ALWAYS vint signed_codes(vint w) { return _mm256_xor_si256(w, _mm256_set1_epi8((char)0x80)); }
-ALWAYS vint dot4(vint sum, vint w, vint x) { return _mm256_dpbusd_avx_epi32(sum, w, x); }
-ALWAYS vint dot4_signed(vint sum, vint w, vint x) { return _mm256_dpbusd_avx_epi32(sum, w, x); }
+ALWAYS vint dot4(vint sum, vint w, vint x) {
+    return in_place(_mm256_dpbusd_avx_epi32(sum, w, x));
+}
+ALWAYS vint dot4_signed(vint sum, vint w, vint x) { return dot4(sum, w, x); }
 #else
 #define SIGNED_OFFSET 0
 ALWAYS vint signed_codes(vint w) { return w; }
 ALWAYS vint dot4(vint sum, vint w, vint x) {
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
+    return in_place(_mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1))));
 }
 ALWAYS vint dot4_signed(vint sum, vint w, vint x) { /* |w| * (x with w's sign): two of them fit 16 bits */
     return dot4(sum, _mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
