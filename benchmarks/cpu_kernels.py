@@ -119,8 +119,8 @@ def main() -> None:
     parser.add_argument("--cols", type=int, default=4096)
     parser.add_argument("--mib", type=int, help="of matrices (default: four times the last cache, at least 160)")
     parser.add_argument("--against", type=Path, metavar="OLD.so")
-    parser.add_argument("--cpu-time", action="store_true", help="count the processor's seconds, where other programs run; "
-                        "one thread")
+    parser.add_argument("--cpu-time", action="store_true", help="count the processor's seconds of one thread, where "
+                        "other programs run")
     parser.add_argument("--json", type=Path, metavar="FILE", help="every turn")
     args = parser.parse_args()
     if not native.levels():
@@ -147,7 +147,8 @@ def main() -> None:
                 archive.append({"format": name, "threads": threads, "tokens": tokens, "peak": peak, **found})
                 rows += [row([name, str(threads), str(tokens)], library, found, peak, next(iter(kernels)))
                          for library in kernels]
-    print(f"{cpu_model(Path('/'))}; level {level}, {args.activations} activations, {args.rows} x {args.cols}, group 64\n")
+    print(f"{cpu_model(Path('/'))}; level {level}, {args.activations} activations, {args.rows} x {args.cols}, "
+          "group 64\n")
     print(table(["format", "threads", "tokens", "library", "GB/s", "best", "read GB/s", "% of the read rate",
                  "G weights/s", "% of bare dots", "times the first"], rows))
     if args.json:
