@@ -74,6 +74,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--gguf", default="q4_0", help="q4_0, q4_k_m")
     parser.add_argument("--dense", default="int4", choices=("int4", "int8"))
+    parser.add_argument("--block", type=int, default=0, choices=(32, 64), help="of qmix's int4 (default: as `qmix "
+                        "quantize` chooses it on this machine)")
     parser.add_argument("--level", choices=tuple(instruction_levels.LEVELS), help="the instruction set of both sides")
     parser.add_argument("--native-only", action="store_true", help="without the side that computes through torch")
     parser.add_argument("--activations", choices=("bf16", "int8", "auto"))
@@ -82,8 +84,9 @@ def main() -> None:
     instruction_levels.start_at(args.level)
     version = find_peer(parser, args.peer_python, args.level)
     tokenizer_file()
-    recipe, size = Recipe(args.layers), f"{args.layers}x4096x14336-0"
-    store = args.work.resolve() / (f"qmix-{args.dense}-{size}" + (f"-{args.level}" if args.level else ""))
+    recipe, size = Recipe(args.layers, block=args.block), f"{args.layers}x4096x14336-0"
+    suffix = (f"-{args.level}" if args.level else "") + (f"-b{args.block}" if args.block else "")
+    store = args.work.resolve() / f"qmix-{args.dense}-{size}{suffix}"
     sides = [Side(f"qmix {args.dense}", "qmix", args.dense, store)]
     if not args.native_only:
         sides.append(Side("qmix without native kernels", "qmix", args.dense, store, {"QMIX_NATIVE": "off"}))
