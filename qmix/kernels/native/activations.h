@@ -151,6 +151,13 @@ static void pack(int32_t act, const qmix_job *job, int64_t first, int64_t count,
         return;
     }
 #endif
+#ifdef DIRECT_INT8
+    if (act == QMIX_ACT_INT8 && job->bits == 8 && job->tokens <= DIRECT_INT8) {
+        for (int64_t c = 0; c < count; c++)
+            pack_int8(job, first + c, 1, (char *)panel + c * token_bytes(act, job));
+        return;
+    }
+#endif
     (act == QMIX_ACT_INT8 ? pack_int8 : pack_float)(job, first, count, panel);
 }
 

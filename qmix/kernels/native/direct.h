@@ -55,14 +55,17 @@ ALWAYS void direct(const int count, const int act, const int block, const qmix_j
 #endif
 
 #ifdef DIRECT_INT8
-/* int8 rows for one token with int8 activations: L rows at a time, each read from end to end. */
-APART void direct_int8(const qmix_job *job, int64_t row, panel_view x, float *y) {
-    int64_t columns = job->padded_cols;
+/* int8 rows for up to DIRECT_INT8 tokens with int8 activations: L rows at a time, each read from end to end; the tokens
+ * meet 64 columns of them one after the other. Their panels are of one token each. */
+ALWAYS void rows_of_int8(const int64_t tokens, const qmix_job *job, int64_t row, const char *panels, float *y) {
+    int64_t columns = job->padded_cols, bytes = token_bytes(QMIX_ACT_INT8, job);
     for (int v = 0; v < VECTORS && row + v * L < job->padded_rows; v++) {
         const int8_t *rows[L];
         float scale[L], zero[L];
         vint sums[WIDTH][SUB];
-        panel_view at = x;
+        panel_view at[DIRECT_INT8];
+        for (int64_t c = 0; c < tokens; c++)
+            at[c] = view_panel(QMIX_ACT_INT8, job, panels + c * bytes, 1, 0);
         for (int i = 0; i < L; i++) {
             int64_t mine = row + v * L + i < job->padded_rows ? row + v * L + i : job->padded_rows - 1;
             rows[i] = (const int8_t *)job->weight + mine * columns;
@@ -71,12 +74,21 @@ APART void direct_int8(const qmix_job *job, int64_t row, panel_view x, float *y)
         for (int64_t column = 0; column < columns; column += 64) {
             UNROLL for (int i = 0; i < L; i++)
                 __builtin_prefetch(rows[i] + column + AHEAD_INT8, 0, 2); /* rows 4 KiB apart share sets of the first cache */
-            sums[0][0] = dot_rows(rows, column, at.words);
-            sums[0][0] = add_i(sums[0][0], set_i(*at.start));
-            finish_group(1, 1, QMIX_ACT_INT8, 8, sums, NULL, scale, zero, at.step, at.sum, y + v * L, 0);
-            at.words += 16, at.start++, at.step++;
+            for (int64_t c = 0; c < tokens; c++) {
+                sums[0][0] = dot_rows(rows, column, at[c].words);
+                sums[0][0] = add_i(sums[0][0], set_i(*at[c].start));
+                finish_group(1, 1, QMIX_ACT_INT8, 8, sums, NULL, scale, zero, at[c].step, at[c].sum, y + c * 64 + v * L,
+                             0);
+                at[c].words += 16, at[c].start++, at[c].step++;
+            }
         }
     }
 }
-#endif
 
+APART void one_by_int8(const qmix_job *job, int64_t row, const char *panels, float *y) {
+    rows_of_int8(1, job, row, panels, y);
+}
+APART void few_by_int8(const qmix_job *job, int64_t row, const char *panels, float *y) {
+    rows_of_int8(job->tokens, job, row, panels, y);
+}
+#endif

@@ -88,8 +88,8 @@ ALWAYS void block_rows(const int act, const int bits, const int block, const qmi
     }
 #endif
 #ifdef DIRECT_INT8
-    if (bits == 8 && act == QMIX_ACT_INT8 && job->tokens == 1) {
-        direct_int8(job, row, view_panel(act, job, panels, 1, 0), acc);
+    if (bits == 8 && act == QMIX_ACT_INT8 && job->tokens <= DIRECT_INT8) {
+        (job->tokens == 1 ? one_by_int8 : few_by_int8)(job, row, panels, acc);
         return;
     }
 #endif
