@@ -11,7 +11,10 @@
  *                    SIGNED_OFFSET too much in each
  *   WORDS            bf16 activations: words (of 32 bits) that 4 columns take: 2 with bf16 dot products, else 4
  *   part_of, fdot    bf16 activations: word i of a lane's 4 weights, and sum += its products
- *   DIRECT           int4 weights go from memory to registers where one panel holds all tokens
+ *   DIRECT           int4 weights go from memory to registers where one panel holds all tokens (direct.h)
+ *   DIRECT_INT8      int8 rows do so for this many tokens with int8 activations, by `dot_rows`
+ *   DIRECT_PAIRS     the grouped formats do so for a few tokens with int8 activations (pairs_direct.h, 256 bits only)
+ *   PAIRS            the grouped formats are multiplied with int8 activations in pairs of columns (pairs.h, AVX2 only)
  *
  * A block of B rows is unpacked into a tile that fits the first cache, some columns at a time, and meets all panels of
  * tokens there. The weights of a group share scale and zero, so sums over a group are taken with the bare codes, and
