@@ -1,6 +1,7 @@
 """Decoding of qmix and llama.cpp in short turns, both models in memory at once: a machine's drift meets all alike.
 
     python benchmarks/decode_turns.py --peer-python PEER/bin/python --work DIR   # models as peers.py keeps them in DIR
+    python benchmarks/decode_turns.py --peer-python AVX2PEER/bin/python --work DIR --level avx2 --depth 0,512
 
 peers.py runs one program after the other, minutes apart, in which a shared machine's memory may give half of what it
 gave before. Here each side decodes some tokens (about a second), then the next one does, then the memory's read
@@ -23,7 +24,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from peers import SIDE, Side, find_peer, machine
+import instruction_levels
+from peers import SIDE, Side, find_peer, machine, numbers_from_0
 from peers_report import GB, cell, table
 from synthetic_recipe import Recipe, tokenizer_file, uniform_tokens
 
@@ -68,25 +70,48 @@ def main() -> None:
     parser.add_argument("-t", "--threads", type=int, default=physical_cores())
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("-n", "--tokens", type=int, default=24, help="decoded in each turn")
-    parser.add_argument("--depth", type=int, default=0, help="decode behind a prompt of so many tokens")
+    parser.add_argument("--depth", type=numbers_from_0, default=[0], help="decode behind prompts of so many tokens")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--gguf", default="q4_0", help="q4_0, q4_k_m")
     parser.add_argument("--dense", default="int4", choices=("int4", "int8"))
+    parser.add_argument("--block", type=int, default=0, choices=(32, 64), help="of qmix's int4 (default: as `qmix "
+                        "quantize` chooses it on this machine)")
+    parser.add_argument("--level", choices=tuple(instruction_levels.LEVELS), help="the instruction set of both sides")
+    parser.add_argument("--native-only", action="store_true", help="without the side that computes through torch")
     parser.add_argument("--activations", choices=("bf16", "int8", "auto"))
     parser.add_argument("--json", type=Path, metavar="FILE", help="every turn")
     args = parser.parse_args()
-    version = find_peer(parser, args.peer_python)
+    instruction_levels.start_at(args.level)
+    version = find_peer(parser, args.peer_python, args.level)
     tokenizer_file()
-    recipe, size = Recipe(args.layers), f"{args.layers}x4096x14336-0"
-    store = args.work.resolve() / f"qmix-{args.dense}-{size}"
-    sides = [Side(f"qmix {args.dense}", "qmix", args.dense, store),
-             Side("qmix without native kernels", "qmix", args.dense, store, {"QMIX_NATIVE": "off"}),
-             Side(f"llama.cpp {args.gguf.upper()}", "llama", args.gguf,
-                  args.work.resolve() / f"{args.gguf}-{size}.gguf")]
+    recipe, size = Recipe(args.layers, block=args.block), f"{args.layers}x4096x14336-0"
+    suffix = (f"-{args.level}" if args.level else "") + (f"-b{args.block}" if args.block else "")
+    store = args.work.resolve() / f"qmix-{args.dense}-{size}{suffix}"
+    sides = [Side(f"qmix {args.dense}", "qmix", args.dense, store)]
+    if not args.native_only:
+        sides.append(Side("qmix without native kernels", "qmix", args.dense, store, {"QMIX_NATIVE": "off"}))
+    sides.append(Side(f"llama.cpp {args.gguf.upper()}", "llama", args.gguf,
+                      args.work.resolve() / f"{args.gguf}-{size}.gguf"))
+    args.work.mkdir(parents=True, exist_ok=True)
     for side in sides:
         side.make(recipe)
-    context = -(-(args.depth + args.turns * args.tokens + 16) // 256) * 256
-    task = {"tokens": uniform_tokens(context, 0), "depth": args.depth, "threads": args.threads, "context": context,
+    where, found = machine(version), []
+    for depth in args.depth:
+        rates, memory = take_turns(sides, args, depth)
+        found.append({"depth": depth, "rates": rates, "memory": memory})
+        print(f"{where['date']}, {where['processor']}, {where['cores']} cores; commit {where['commit']}, qmix: "
+              f"{where['instructions']}; {version}; {args.threads} threads, {args.layers} layers, depth {depth}, "
+              f"{args.turns} turns of {args.tokens} tokens; RAM read {cell(memory)} GB/s.\n")
+        print(report(sides, recipe, rates, memory) + "\n", flush=True)
+        if args.json:
+            args.json.write_text(json.dumps({"machine": where, "depths": found}, indent=1) + "\n")
+
+
+def take_turns(sides: Sequence[Side], args: argparse.Namespace,
+               depth: int) -> tuple[dict[str, list[float]], list[float]]:
+    """({side: tok/s of each turn}, GB/s that the memory gave in each)."""
+    context = -(-(depth + args.turns * args.tokens + 16) // 256) * 256
+    task = {"tokens": uniform_tokens(context, 0), "depth": depth, "threads": args.threads, "context": context,
             "ubatch": [512], "load_mode": "auto", "activations": args.activations}
     rates: dict[str, list[float]] = {side.name: [] for side in sides}
     memory: list[float] = []
@@ -98,13 +123,7 @@ def main() -> None:
             for one in waiting[first:] + waiting[:first]:
                 rates[one.side.name].append(one.rate(args.tokens))
             memory.append(measure_ram(args.threads, seconds=0.4, say=lambda line: None))
-    where = machine(version)
-    print(f"{where['date']}, {where['processor']}, {where['cores']} cores; commit {where['commit']}, {version}; "
-          f"{args.threads} threads, {args.layers} layers, depth {args.depth}, {args.turns} turns of {args.tokens} "
-          f"tokens; RAM read {cell(memory)} GB/s.\n")
-    print(report(sides, recipe, rates, memory))
-    if args.json:
-        args.json.write_text(json.dumps({"machine": where, "rates": rates, "memory": memory}, indent=1) + "\n")
+    return rates, memory
 
 
 def report(sides: Sequence[Side], recipe: Recipe, rates: dict[str, list[float]], memory: Sequence[float]) -> str:

@@ -3,6 +3,7 @@
     python benchmarks/peers.py --peer-python PEER/bin/python --json peers.json            # 25 GB of disk, for a while
     python benchmarks/peers.py --peer-python PEER/bin/python --quick                      # within five minutes
     python benchmarks/peers.py --peer-python PEER/bin/python --work DIR --skip quantize   # keeps the models in DIR
+    python benchmarks/peers.py --peer-python AVX2PEER/bin/python --level avx2              # both sides without AVX-512
 
 PEER is a virtual environment with llama-cpp-python (its native build) and gguf. The models are random, of Mixtral
 8x7B's shapes with 4 layers (synthetic.py), at equal bits: int4 g64 throughout beside Q4_0 throughout, 4.5 bits a
@@ -35,6 +36,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import instruction_levels
 import quantize
 import synthetic
 import synthetic_gguf
@@ -46,6 +48,7 @@ from synthetic_recipe import Recipe, tokenizer_file, uniform_tokens
 
 from qmix.hardware import memory, physical_cores
 from qmix.hardware.bandwidth import measure_ram
+from qmix.kernels import native
 
 SIDE = Path(__file__).with_name("peers_side.py")
 CHECKPOINT = Path(__file__).with_name("synthetic_checkpoint.py")
@@ -211,25 +214,35 @@ def machine(peer: str) -> dict[str, Any]:
     return {"date": now(), "commit": git[0] + (" with changes" if git[1] else ""), "processor": (models or ["?"])[0],
             "cores": physical_cores(), "memory_gib": round(memory().total / GIB, 1), "system": platform.platform(),
             "python": platform.python_version(), "torch": torch.__version__, "peer": peer,
+            "instructions": own_instructions(),
             "load_average": os.getloadavg()[0]}
 
 
-def find_peer(parser: argparse.ArgumentParser, python: str) -> str:
-    """"llama-cpp-python 0.3.36"; argparse's error where `python` lacks something. gguf is pure Python: where only the
-    peer has it, it is taken from there."""
-    code = "import llama_cpp, gguf, pathlib; print(llama_cpp.__version__, pathlib.Path(gguf.__file__).parents[1])"
+def find_peer(parser: argparse.ArgumentParser, python: str, level: str | None) -> str:
+    """"llama-cpp-python 0.3.36 (AVX2 FMA ...)"; argparse's error where `python` lacks something or is of another level.
+    gguf is pure Python: where only the peer has it, it is taken from there."""
+    code = ("import llama_cpp, gguf, pathlib; print(llama_cpp.__version__, pathlib.Path(gguf.__file__).parents[1])\n"
+            "print(llama_cpp.llama_print_system_info().decode())")
     try:
         done = subprocess.run([python, "-c", code], capture_output=True, text=True)
     except OSError as e:
         parser.error(f"--peer-python {python}: {e.strerror}")
     if done.returncode:
         parser.error(f"--peer-python {python}: wants llama-cpp-python and gguf: {done.stderr.strip().splitlines()[-1]}")
-    version, folder = done.stdout.split(maxsplit=1)
+    first, _, system = done.stdout.partition("\n")
+    version, folder = first.split(maxsplit=1)
+    instruction_levels.check_peer(parser, level, system)
     try:
         import gguf  # noqa: F401
     except ImportError:
         sys.path.append(folder.strip())
-    return f"llama-cpp-python {version}"
+    return f"llama-cpp-python {version} ({' '.join(sorted(instruction_levels.features(system)))})"
+
+
+def own_instructions() -> str:
+    """What qmix's side computes with: "native avx2, torch AVX2"."""
+    level = next(iter(native.wanted_levels()), "off")
+    return f"native {level}, torch {torch.backends.cpu.get_cpu_capability()}"
 
 
 def numbers(text: str) -> list[int]:
@@ -238,6 +251,11 @@ def numbers(text: str) -> list[int]:
     if min(found) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, want numbers such as 512,2048")
     return sorted(set(found))
+
+
+def numbers_from_0(text: str) -> list[int]:
+    """"0,512" -> [0, 512]"""
+    return [0] * (text.split(",")[0] == "0") + (numbers(text.removeprefix("0,")) if text != "0" else [])
 
 
 def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -255,6 +273,7 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--gguf", help="files of llama.cpp: mixed, q4_0, q4_k_m")
     parser.add_argument("--dense", default="int4", help="of qmix's stores: int4 is equal bits; int8 is its default")
+    parser.add_argument("--level", choices=tuple(instruction_levels.LEVELS), help="the instruction set of both sides")
     parser.add_argument("--qmix-native", default="default,off", metavar="VALUES",
                         help="values of QMIX_NATIVE, a row each; default: as the environment has it (default,off)")
     parser.add_argument("--activations", choices=("bf16", "int8", "auto"), help="passed to qmix where it has it")
@@ -286,11 +305,12 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
 
 def sides_of(args: argparse.Namespace, work: Path) -> list[Side]:
     size = f"{args.layers}x{args.hidden}x{args.inner}-{args.seed}"
+    store = size + (f"-{args.level}" if args.level else "")  # torch's level decides the block of the store
     found = []
     for dense in args.dense:
         for level in args.qmix_native.split(","):
             extra = {"default": "", "off": " without native kernel"}.get(level, f" native {level}")
-            found.append(Side(f"qmix {dense}{extra}", "qmix", dense, work / f"qmix-{dense}-{size}",
+            found.append(Side(f"qmix {dense}{extra}", "qmix", dense, work / f"qmix-{dense}-{store}",
                               {} if level == "default" else {"QMIX_NATIVE": level}))
     return found + [Side(f"llama.cpp {types.upper()}", "llama", types, work / f"{types}-{size}.gguf")
                     for types in args.gguf]
@@ -316,7 +336,8 @@ def check_room(parser: argparse.ArgumentParser, args: argparse.Namespace, sides:
 
 def main() -> None:
     parser, args = arguments()
-    version = find_peer(parser, args.peer_python)
+    instruction_levels.start_at(args.level)
+    version = find_peer(parser, args.peer_python, args.level)
     try:
         recipe = Recipe(args.layers, hidden=args.hidden, inner=args.inner, seed=args.seed)
     except ValueError as e:
@@ -345,7 +366,8 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace, recipe: Recip
 
     where = archive["machine"]
     print(f"{where['date']}, {where['processor']}, {where['cores']} cores, {where['memory_gib']} GiB; commit "
-          f"{where['commit']}, torch {where['torch']}, {version}. {args.threads} threads on both sides, {args.layers} "
+          f"{where['commit']}, torch {where['torch']}, qmix: {where['instructions']}; {version}. {args.threads} "
+          f"threads on both sides, {args.layers} "
           f"layers, {args.rounds} rounds; llama.cpp: repacked, load mode {args.load_mode}, n_ubatch the best of "
           f"{args.ubatch}, flash attention auto. Models and sources cold (page cache dropped).", flush=True)
     if not {"speed", "routing"} <= set(args.skip):

@@ -107,10 +107,9 @@ def record(recipe: Recipe, key: ExpertKey, specs: Mapping[str, MatrixSpec]) -> d
 
 
 def layout_of(recipe: Recipe, dense: str = "int8", size: int = 0) -> tuple[ModelConfig, QuantConfig, StoreLayout]:
-    """size: bytes of a mixed store, as `qmix quantize --fit` has it; 0 for int4 throughout. The block is the one that
-    `qmix quantize` chooses on this machine."""
+    """size: bytes of a mixed store, as `qmix quantize --fit` has it; 0 for int4 throughout."""
     config = ModelConfig.from_hf(recipe.raw_config())
-    quant = QuantConfig(dense=dense, method="rtn", block=native_block())
+    quant = QuantConfig(dense=dense, method="rtn", block=recipe.block or native_block())
     if size:
         quant, _ = mixed(config, quant, random_sensitivity(recipe, config), Wanted(nbytes=size))
     return config, quant, StoreLayout.of(config, quant)

@@ -43,13 +43,15 @@ CHOSEN = 0.7441  # root mean square of sqrt(w1^2 + w2^2), the softmax of the two
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """The shape of Mixtral 8x7B with `layers` layers; hidden and inner are smaller only to try things out."""
+    """The shape of Mixtral 8x7B with `layers` layers; hidden and inner are smaller only to try things out. block: of a
+    store's int4, 0 for the one that `qmix quantize` chooses on this machine."""
 
     layers: int
     recall: float = 0.85
     hidden: int = 4096
     inner: int = 14336
     seed: int = 0
+    block: int = 0
 
     def __post_init__(self) -> None:
         if self.hidden % 512 or self.inner % 256 or self.layers < 1:

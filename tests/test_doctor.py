@@ -71,7 +71,7 @@ def run(tmp_path: Path, folder: Path | None = None, bandwidth: bool = False, roo
         said: list[str] | None = None) -> dict[str, Any]:
     return doctor.run(folder, bandwidth=bandwidth, cache_file=tmp_path / "cache" / "hardware.json",
                       say=(said if said is not None else []).append, effort=QUICK, scratch_bytes=4 * MIB,
-                      ram_bytes=4 * MIB, today=TODAY, root=root or machine(tmp_path))
+                      ram_bytes=4 * MIB, today=TODAY, root=root or machine(tmp_path), speeds=None)
 
 
 def problems(report: dict[str, Any]) -> list[str]:

@@ -132,6 +132,28 @@ def test_no_cgroup_is_the_machine(tmp_path: Path) -> None:
     assert hardware.physical_cores() >= 1
 
 
+def hybrid(tmp_path: Path, performance: str = "0-3\n") -> Path:
+    """Two performance cores of two threads each, processors 0 to 3, and four efficiency cores."""
+    cores = {0: 0, 1: 0, 2: 4, 3: 4, 4: 8, 5: 9, 6: 10, 7: 11}
+    topology = {f"sys/devices/system/cpu/cpu{i}/topology/core_id": f"{core}\n" for i, core in cores.items()}
+    packages = {f"sys/devices/system/cpu/cpu{i}/topology/physical_package_id": "0\n" for i in cores}
+    return fake_root(tmp_path, {"sys/devices/cpu_core/cpus": performance, "sys/devices/cpu_atom/cpus": "4-7\n",
+                                **topology, **packages})
+
+
+@pytest.mark.parametrize(("allowed", "cores"), [(set(range(8)), 2), ({0, 1, 4, 5}, 1), ({1, 2}, 2)])
+def test_of_two_kinds_of_cores_the_fast_ones_count(tmp_path: Path, allowed: set[int], cores: int) -> None:
+    assert hardware.physical_cores(hybrid(tmp_path), allowed) == cores
+
+
+@pytest.mark.parametrize(("performance", "allowed"), [("0-3\n", {4, 5}), ("", {0, 1}), ("odd\n", {0, 1})])
+def test_else_all_cores_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, performance: str,
+                              allowed: set[int]) -> None:
+    """A process kept to the slow ones, and a system that does not tell."""
+    monkeypatch.setattr("psutil.cpu_count", lambda logical: 6)
+    assert hardware.physical_cores(hybrid(tmp_path, performance), allowed) == 2
+
+
 def test_the_package_keeps_its_function_after_its_module_is_imported() -> None:
     import qmix.hardware.memory  # noqa: F401 - would rebind the name, were it not imported already
 

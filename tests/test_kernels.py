@@ -21,7 +21,7 @@ from oracles import decode, product, relative
 
 from qmix.errors import UsageError
 from qmix.formats import Packed, pack
-from qmix.kernels import cpu, reference, table
+from qmix.kernels import cpu, native, reference, table
 from qmix.kernels.table import KernelTable, select
 from qmix.quantize.methods import quantize
 from qmix.sizes import MatrixSpec
@@ -269,3 +269,15 @@ def test_everything_again_under(capability: str) -> None:
         assert "cpu, block 32" in names and "block 64 converted to 32" in names
     if "DEFAULT" in names:
         assert names.count("reference") == 2
+
+
+@pytest.mark.skipif(not native.levels(), reason="the native kernels were not built")
+def test_the_block_is_64_for_the_native_kernels_and_else_the_one_that_torch_reads(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QMIX_NATIVE", raising=False)
+    monkeypatch.setattr(table, "_agrees", lambda kernel, m: m.spec.block == 32)
+    assert table.native_block() == 64
+    monkeypatch.setenv("QMIX_NATIVE", "off")
+    assert table.native_block() == 32
+    monkeypatch.setattr(table, "_agrees", lambda kernel, m: False)
+    assert table.native_block() == 64

@@ -1,6 +1,7 @@
 """The native kernels at every level this processor has, against float64 products of what they see."""
 
 import ctypes
+import itertools
 import re
 import subprocess
 import sys
@@ -85,13 +86,14 @@ class TestEveryLevel:
 
     @pytest.mark.parametrize("m", [
         int4_matrix(130, 320, 64, 64), int4_matrix(96, 256, 32, 32), int8_matrix(100, 320),
-        int4_matrix(130, 320, 64, 64, name="int3"), int4_matrix(96, 256, 32, 32, name="int2")],
-        ids=lambda m: m.spec.format + str(m.spec.block))
+        *(int4_matrix(130, 384, group, block, name=name) for name, group, block in (
+            ("int4", 128, 64), ("int3", 64, 64), ("int3", 128, 32), ("int2", 32, 32), ("int2", 64, 64)))],
+        ids=lambda m: f"{m.spec.format}-{m.spec.block}-{m.spec.group_size}")
     def test_rows_do_not_depend_on_their_company(self, level: str, activations: str, m: Packed) -> None:
         kernels = Native(level, activations)
         x = operand(300, m.spec.cols)
         (whole,) = kernels.linear(x, m)
-        for count in (1, 2, 3, 6, 7, 8, 25):
+        for count in (1, 2, 3, 4, 5, 6, 7, 8, 9, 25):
             for first in (0, 11, 290):
                 (part,) = kernels.linear(x[first:first + count], m)
                 assert torch.equal(part, whole[first:first + count])
@@ -160,12 +162,16 @@ class TestEveryLevel:
         x[1], x[2, ::2], x[3, 1::2] = -1, -1, -1
         wide = torch.full((70, 256), 3.0 * sign)
         wide[1, ::2], wide[2, 1::2] = -3.0, -3.0
-        spec = MatrixSpec("int4", 70, 256, group_size=128, block=64)
-        codes = torch.full((spec.padded_rows, 256), 15 if sign > 0 else 0, dtype=torch.uint8)
-        ones = torch.ones(spec.padded_rows, 2).bfloat16()
-        for m in (int8.pack(wide, MatrixSpec("int8", 70, 256)), int4.pack(codes, ones, 0 * ones, spec)):
-            (got,) = kernels.linear(x, m)
-            torch.testing.assert_close(got.double(), want(x, m, activations), rtol=1e-6, atol=1e-4)
+        matrices = [int8.pack(wide, MatrixSpec("int8", 70, 256))]
+        for name, block, group in itertools.product(("int4", "int3", "int2"), (64, 32), (32, 64, 128)):
+            spec = MatrixSpec(name, 70, 256, group_size=group, block=block)
+            codes = torch.full((spec.padded_rows, 256), 2**spec.bits - 1 if sign > 0 else 0, dtype=torch.uint8)
+            ones = torch.ones(spec.padded_rows, 256 // group).bfloat16()
+            matrices.append(int4.pack(codes, ones, 0 * ones, spec))
+        for m in matrices:
+            for tokens in (x, x[:4], x[1:2]):  # at most a panel's, and one, may go another way
+                (got,) = kernels.linear(tokens, m)
+                torch.testing.assert_close(got.double(), want(tokens, m, activations), rtol=1e-6, atol=1e-4)
 
     def test_codes_of_padded_columns_do_not_count(self, level: str, activations: str) -> None:
         m = int4_matrix(64, 70, 64, 64)

@@ -32,7 +32,7 @@ def test_every_function_is_declared(file: str) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("file", ["native.h", "level.h", "pool.h", "x86_columns.h", "x86_256.h"])
+@pytest.mark.parametrize("file", ["native.h", "level.h", "pool.h", "x86_columns.h", "x86_pairs.h", "x86_256.h"])
 def test_a_header_includes_what_it_uses(file: str, tmp_path: Path) -> None:
     """Alone, in a file that includes nothing else."""
     if file.startswith("x86") and "x86_64" not in subprocess.run([COMPILER, "-dumpmachine"], capture_output=True,

@@ -35,8 +35,8 @@ def quantize(
         show_default=False)] = None,
     group_size: Annotated[int | None, typer.Option("--group-size", help="int4, int3, int2: 32, 64 (default) or 128.",
                                                    show_default=False)] = None,
-    block: Annotated[str | None, typer.Option("--block", help="The same: rows per block, 64, 32 or auto (default: what "
-                                              "this CPU reads).", show_default=False)] = None,
+    block: Annotated[str | None, typer.Option("--block", help="The same: rows per block, 64, 32 or auto (default: the "
+                                              "fastest on this CPU).", show_default=False)] = None,
     double_quant: Annotated[bool, typer.Option("--double-quant", help="nf4, fp4: quantize the scales too.")] = False,
     calibration: Annotated[Path | None, typer.Option(
         "--calibration", help="gptq, --fit, --bpw: a text file; the model reads it to learn what each expert is given.",

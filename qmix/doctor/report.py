@@ -23,6 +23,7 @@ from qmix import hardware
 from qmix.config import BLOCKS, GROUPED_BITS
 from qmix.doctor.gpu import gpu
 from qmix.doctor.problem import Problem, Section
+from qmix.doctor.speeds import Speeds
 from qmix.errors import QmixError, UsageError
 from qmix.hardware import bandwidth as bandwidths
 from qmix.hardware.cores import cpu_instructions, cpu_model, cpu_quota
@@ -45,21 +46,23 @@ NOT_MEASURED = "not measured: run qmix doctor --bandwidth"
 
 def run(folder: Path | None, *, bandwidth: bool, cache_file: Path | None, say: Callable[[str], None],
         progress: Progress | None = None, effort: DiskEffort | None = None, scratch_bytes: int = GIB,
-        ram_bytes: int | None = None, today: date | None = None, root: Path = Path("/")) -> dict[str, Any]:
+        ram_bytes: int | None = None, today: date | None = None, root: Path = Path("/"),
+        speeds: Callable[[], Speeds] | None = Speeds) -> dict[str, Any]:
     """The report, nested plain data for render.document; "problems" is its last key, a row each.
 
     folder: a store, or where one would be, whose disk is examined; UsageError where it is none.
     bandwidth: measure RAM, GPU and, with a folder, its disk, and keep the figures in cache_file; otherwise
     they are what cache_file holds. The disk is measured by the store's expert files, or by a test file of
     scratch_bytes in the folder. effort bounds the disk's measurement, ram_bytes the buffer of the RAM's.
+    speeds: makes what measures the kernels, for two seconds; None: they are only named.
     say: a line for what is ignored or measured otherwise. root stands for / in tests.
     """
     if folder is not None and not folder.is_dir():
         raise UsageError(f"{folder}: not a folder", "name a store, or the folder that will hold one")
     report: dict[str, Any] = {}
     problems: list[Problem] = []
-    for name, section in (("machine", lambda: machine(root)), ("libraries", libraries), ("kernels", kernels),
-                          ("gpu", lambda: gpu(root, say))):
+    for name, section in (("machine", lambda: machine(root)), ("libraries", libraries),
+                          ("kernels", lambda: kernels(speeds() if speeds else None)), ("gpu", lambda: gpu(root, say))):
         report[name], found = section()
         problems += found
     disk, measured, found = examine_disk(folder, bandwidth, effort or DiskEffort(), scratch_bytes, say, progress)
@@ -125,19 +128,21 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def kernels() -> Section:
+def kernels(speeds: Speeds | None = None) -> Section:
     """Which kernel runs for each packed format on this CPU, and what does the rest of a layer while decoding, after the
-    self-tests of kernels.table and kernels.layer, and the lines that these say."""
+    self-tests of kernels.table and kernels.layer, and the lines that these say; how fast they are beside the memory."""
     rows: list[dict[str, Any]] = []
     lines: list[str] = []
     slow: list[str] = []
     for name, block in (*((name, block) for name in GROUPED_BITS for block in BLOCKS), ("int8", 0)):
         table = select([name], [block], say=lines.append, activations="auto")
-        rows.append({"format": name, "block": block or "-", "kernel": table.names[name]})
+        measured = {} if speeds is None else speeds.kernel(table, name, block)
+        rows.append({"format": name, "block": block or "-", **measured, "kernel": table.names[name]})
         if table.kernels[name, block] is reference.packed_linear and name not in slow:
             slow.append(name)
     levels = ", ".join(native.levels()) or f"none: {native.trouble()}"
-    return {"native_levels": levels, "norm_router_rotary": table.layer.name, "table": rows,
+    beside = {} if speeds is None else {"memory_read_gbps": speeds.memory()}
+    return {"native_levels": levels, "norm_router_rotary": table.layer.name, "table": rows, **beside,
             "notes": [{"note": line} for line in dict.fromkeys(lines)]}, _native_problems() + [
         Problem(f"{name} runs on the slow reference kernel", "install the torch that qmix is tested with "
                 "(constraints.txt), on a CPU with AVX2 or AVX-512") for name in slow]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from types import MappingProxyType
 
@@ -26,10 +26,29 @@ INSTRUCTIONS: Mapping[str, frozenset[str]] = MappingProxyType({
 })
 
 
-def physical_cores() -> int:
-    """Cores this process may run on, hyper-threads counted once; at least 1."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+def physical_cores(root: Path = Path("/"), allowed: Set[int] | None = None) -> int:
+    """Cores this process may run on, hyper-threads counted once; at least 1. Of a processor with two kinds of cores
+    (Intel's since Alder Lake) only the performance cores: with them memory is read as fast as it can be, and they would
+    wait for the slow ones. allowed: numbers of the logical processors, by default those of this process."""
+    if allowed is None and hasattr(os, "sched_getaffinity"):
+        allowed = os.sched_getaffinity(0)
+    if allowed and (fast := allowed & _numbers(read_text(root / "sys/devices/cpu_core/cpus"))):
+        topology = root / "sys/devices/system/cpu"
+        return len({tuple(read_text(topology / f"cpu{i}/topology" / name).strip() or str(i)
+                          for name in ("physical_package_id", "core_id")) for i in fast})
+    count = len(allowed) if allowed else os.cpu_count() or 1
+    return max(1, min(count, psutil.cpu_count(logical=False) or count))
+
+
+def _numbers(text: str) -> set[int]:
+    """A list of processors as Linux writes it: "0-3,8\\n" -> {0, 1, 2, 3, 8}; empty where it is none."""
+    found: set[int] = set()
+    for part in filter(None, text.strip().split(",")):
+        first, _, last = part.partition("-")
+        if not (first.isdigit() and (last or first).isdigit()):
+            return set()
+        found |= set(range(int(first), int(last or first) + 1))
+    return found
 
 
 def check_threads(asked: int) -> int:

@@ -5,7 +5,9 @@
 #include "native.h"
 
 #define ALWAYS static inline __attribute__((always_inline))
+#define APART static __attribute__((noinline))
 #define UNROLL _Pragma("GCC unroll 16")
+#define ONCE _Pragma("GCC unroll 1")
 
 /* Compile what follows for an instruction set that the rest of the library does without. */
 #if defined(__clang__)

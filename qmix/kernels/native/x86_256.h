@@ -9,8 +9,13 @@ typedef __m256 vflt;
 #define L 8
 #define SUB 2
 #define WIDTH 4
+#define DIRECT_PAIRS
+#ifndef HAS_VNNI
+#define PAIRS
+#endif
 
 ALWAYS vint set_i(int32_t x) { return _mm256_set1_epi32(x); }
+ALWAYS vint add_i(vint a, vint b) { return _mm256_add_epi32(a, b); }
 ALWAYS vflt set_f(float x) { return _mm256_set1_ps(x); }
 ALWAYS vflt load_f(const float *p) { return _mm256_loadu_ps(p); }
 ALWAYS void store_f(float *p, vflt x) { _mm256_storeu_ps(p, x); }
@@ -39,6 +44,7 @@ ALWAYS void split_params(const uint16_t *params, float *scale, float *zero) {
 }
 
 #include "x86_columns.h"
+#include "x86_pairs.h"
 
 ALWAYS void unpack_codes(int bits, const uint8_t *from, int block, vint *rows) {
     const vint mask = _mm256_set1_epi8(15);
@@ -76,21 +82,49 @@ ALWAYS void transpose(const int8_t *const *rows, int64_t column, vint *out) {
     }
 }
 
+/* A sum that stays in its register: without this gcc 12 gives sums new ones, runs out of them and moves them through
+ * memory, at half the speed. */
+ALWAYS vint in_place(vint sum) {
+    __asm__("" : "+x"(sum));
+    return sum;
+}
+
 #ifdef HAS_VNNI
 #define SIGNED_OFFSET 128
 ALWAYS vint signed_codes(vint w) { return _mm256_xor_si256(w, _mm256_set1_epi8((char)0x80)); }
-ALWAYS vint dot4(vint sum, vint w, vint x) { return _mm256_dpbusd_avx_epi32(sum, w, x); }
-ALWAYS vint dot4_signed(vint sum, vint w, vint x) { return _mm256_dpbusd_avx_epi32(sum, w, x); }
+ALWAYS vint dot4(vint sum, vint w, vint x) {
+    return in_place(_mm256_dpbusd_avx_epi32(sum, w, x));
+}
+ALWAYS vint dot4_signed(vint sum, vint w, vint x) { return dot4(sum, w, x); }
 #else
 #define SIGNED_OFFSET 0
 ALWAYS vint signed_codes(vint w) { return w; }
 ALWAYS vint dot4(vint sum, vint w, vint x) {
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
+    return in_place(_mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1))));
 }
 ALWAYS vint dot4_signed(vint sum, vint w, vint x) { /* |w| * (x with w's sign): two of them fit 16 bits */
     return dot4(sum, _mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
 }
 #endif
+
+#define DIRECT_INT8 4 /* tokens */
+/* 64 columns of 8 rows times 64 int8 activations: lane i has the sum of row i, SIGNED_OFFSET too much in each term. */
+ALWAYS vint dot_rows(const int8_t *const *rows, int64_t column, const void *x) {
+    vint x0 = _mm256_loadu_si256(x), x1 = _mm256_loadu_si256((const vint *)x + 1), a[8], b[4];
+    UNROLL for (int i = 0; i < 8; i++) {
+        const vint *w = (const vint *)(rows[i] + column);
+        a[i] = dot4_signed(set_i(0), signed_codes(_mm256_loadu_si256(w)), x0);
+        a[i] = dot4_signed(a[i], signed_codes(_mm256_loadu_si256(w + 1)), x1);
+    }
+    UNROLL for (int i = 0; i < 4; i++) /* sums of two lanes, rows 2i and 2i + 1 in turn */
+        b[i] = _mm256_add_epi32(_mm256_unpacklo_epi32(a[2 * i], a[2 * i + 1]),
+                                _mm256_unpackhi_epi32(a[2 * i], a[2 * i + 1]));
+    UNROLL for (int i = 0; i < 2; i++) /* of four lanes: both halves have rows 4i..4i + 3 */
+        a[i] = _mm256_add_epi32(_mm256_unpacklo_epi64(b[2 * i], b[2 * i + 1]),
+                                _mm256_unpackhi_epi64(b[2 * i], b[2 * i + 1]));
+    return _mm256_add_epi32(_mm256_permute2x128_si256(a[0], a[1], 0x20),
+                            _mm256_permute2x128_si256(a[0], a[1], 0x31));
+}
 
 #define WORDS 4
 ALWAYS vint part_of(vint codes, int i, int is_signed) { /* weight i of each lane as fp32 */

@@ -12,7 +12,6 @@ typedef __m512 vflt;
 #define DIRECT
 
 ALWAYS vint set_i(int32_t x) { return _mm512_set1_epi32(x); }
-ALWAYS vint load_i(const void *p) { return _mm512_loadu_si512(p); }
 ALWAYS vint add_i(vint a, vint b) { return _mm512_add_epi32(a, b); }
 ALWAYS vflt set_f(float x) { return _mm512_set1_ps(x); }
 ALWAYS vflt load_f(const float *p) { return _mm512_loadu_ps(p); }
@@ -212,10 +211,10 @@ ALWAYS vint dot4_signed(vint sum, vint w, vint x) { /* |w| * (x with w's sign): 
 #endif
 
 #ifdef HAS_VNNI
-#define DIRECT_INT8
+#define DIRECT_INT8 1 /* tokens */
 /* 64 columns of 16 rows times 64 int8 activations: lane i has the sum of row i, SIGNED_OFFSET too much in each term. */
-ALWAYS vint dot_rows(const int8_t *const *rows, int64_t column, vint x) {
-    vint a[16], b[8];
+ALWAYS vint dot_rows(const int8_t *const *rows, int64_t column, const void *activations) {
+    vint x = _mm512_loadu_si512(activations), a[16], b[8];
     UNROLL for (int i = 0; i < 16; i++)
         a[i] = dot4(_mm512_setzero_si512(), signed_codes(_mm512_loadu_si512(rows[i] + column)), x);
     UNROLL for (int i = 0; i < 8; i++) /* sums of two lanes, rows 2i and 2i + 1 in turn */

@@ -1,0 +1,159 @@
+"""The native kernels of the CPU, one format at a time: GB/s of weights beside the rate at which memory can be read.
+
+    python benchmarks/cpu_kernels.py                                     # this processor's best level, one token
+    python benchmarks/cpu_kernels.py --level avx2 --tokens 1,2,4,8 -t 1  # on one thread
+    python benchmarks/cpu_kernels.py --against OLD.so                    # beside the library of another build
+
+The matrices of a format are larger together than the last cache, so each call finds its weights in memory. In each
+turn every library computes all matrices once, and a bare read of as many bytes follows; ratios are taken within a turn,
+then their median. GOP/s count a product and a sum as two operations; they are compared with the bare dot products of
+the same number of threads (Native.peak). OLD.so is _native*.so of another commit with the same ABI.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peers import numbers
+from peers_report import cell, table
+
+from qmix import settings
+from qmix.formats.packed import TORCH_DTYPES, Packed
+from qmix.hardware.cores import cpu_model, last_level_cache
+from qmix.kernels import native
+from qmix.kernels.native import Native, Product
+from qmix.sizes import MatrixSpec
+
+FORMATS = ("int4/64", "int4/32", "int3/64", "int3/32", "int2/64", "int2/32", "int8")
+
+
+def random_matrices(name: str, rows: int, cols: int, nbytes: int) -> list[Packed]:
+    """Matrices of random codes, at least two, together of `nbytes` or more."""
+    kind, _, block = name.partition("/")
+    spec = MatrixSpec(kind, rows, cols, group_size=64 if block else 0, block=int(block or 0))
+    random, found = torch.Generator().manual_seed(0), []
+    while len(found) < 2 or sum(m.spec.nbytes for m in found) < nbytes:
+        tensors = {}
+        for part in spec.tensors:
+            if part.dtype == "BF16":
+                tensors[part.name] = torch.randn(part.shape, generator=random).bfloat16()
+            else:
+                whole = torch.empty(part.shape, dtype=TORCH_DTYPES[part.dtype])
+                whole.view(-1).view(torch.int64).random_(generator=random)
+                tensors[part.name] = whole
+        found.append(Packed.of(spec, tensors))
+    return found
+
+
+def at_library(level: str, activations: str, threads: int, path: Path | None = None) -> Native:
+    """The kernels of one level, of this build or of the library at `path`."""
+    found = Native(level, activations)
+    found.threads = threads
+    if path is not None:
+        found._library = ctypes.CDLL(str(path.resolve()))
+        found._library.qmix_peak.restype = ctypes.c_int64
+        found._products = found._library.qmix_products
+    return found
+
+
+def seconds(work: Callable[[], object], clock: Callable[[], float]) -> float:
+    start = clock()
+    work()
+    return clock() - start
+
+
+def measure(kernels: dict[str, Native], matrices: Sequence[Packed], tokens: int, turns: int,
+            clock: Callable[[], float]) -> dict[str, Any]:
+    """{"nbytes", "operations", "seconds": {library: of each turn}, "read": of each turn}, after one turn that does not
+    count."""
+    spec = matrices[0].spec
+    x = torch.randn(tokens, spec.cols, generator=torch.Generator().manual_seed(1))
+    outputs = [torch.empty(tokens, spec.rows) for _ in matrices]
+    numbers_of = [m["qweight"].view(-1).view(torch.float64) for m in matrices]
+    threads, before = next(iter(kernels.values())).threads, torch.get_num_threads()
+    took: dict[str, list[float]] = {name: [] for name in kernels}
+    read: list[float] = []
+    torch.set_num_threads(threads)
+    try:
+        for _ in range(turns + 1):
+            for name, own in kernels.items():
+                took[name].append(seconds(lambda own=own: [own.run([Product(x, m, y)])  # type: ignore[misc]
+                                                           for m, y in zip(matrices, outputs, strict=True)], clock))
+            read.append(seconds(lambda: [part.sum() for part in numbers_of], clock))
+    finally:
+        torch.set_num_threads(before)
+    weights = sum(m.spec.padded_rows * m.spec.padded_cols for m in matrices)
+    return {"nbytes": sum(m.spec.nbytes for m in matrices), "read_bytes": sum(m["qweight"].numel() for m in matrices),
+            "operations": 2 * tokens * weights, "weights": weights, "seconds": {k: v[1:] for k, v in took.items()},
+            "read": read[1:]}
+
+
+def row(label: Sequence[str], name: str, found: dict[str, Any], peak: float, first: str) -> list[str]:
+    own = found["seconds"][name]
+    rates = [found["nbytes"] / s / 1e9 for s in own]
+    read = [found["read_bytes"] / s / 1e9 for s in found["read"]]
+    return [*label, name, f"{statistics.median(rates):.1f}", f"{max(rates):.1f}", f"{statistics.median(read):.1f}",
+            cell([100 * a / b for a, b in zip(rates, read, strict=True)]),
+            f"{found['weights'] / statistics.median(own) / 1e9:.1f}",
+            f"{100 * found['operations'] / statistics.median(own) / peak:.0f}",
+            cell([a / b for a, b in zip(found["seconds"][first], own, strict=True)])]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--level", default="", help="of the native kernels (default: the best here)")
+    parser.add_argument("--activations", choices=("int8", "bf16"), default="int8")
+    parser.add_argument("--formats", default=",".join(FORMATS))
+    parser.add_argument("--tokens", type=numbers, default=[1])
+    parser.add_argument("-t", "--threads", type=numbers, default=[torch.get_num_threads()])
+    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--rows", type=int, default=14336)
+    parser.add_argument("--cols", type=int, default=4096)
+    parser.add_argument("--mib", type=int, help="of matrices (default: four times the last cache, at least 160)")
+    parser.add_argument("--against", type=Path, metavar="OLD.so")
+    parser.add_argument("--cpu-time", action="store_true", help="count the processor's seconds of one thread, where "
+                        "other programs run")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="every turn")
+    args = parser.parse_args()
+    if not native.levels():
+        parser.error(f"there are no native kernels here: {native.trouble()}")
+    level = args.level or settings.native_level() or next(iter(native.levels()))
+    if level not in native.levels():
+        parser.error(f"--level {level}: this processor has " + ", ".join(native.levels()))
+    if unknown := [name for name in args.formats.split(",") if name not in FORMATS]:
+        parser.error(f"--formats: got {unknown[0]!r}, want {', '.join(FORMATS)}")
+    if args.cpu_time and args.threads != [1]:
+        parser.error("--cpu-time: wants -t 1")
+    clock = time.thread_time if args.cpu_time else time.perf_counter
+    nbytes = 2**20 * args.mib if args.mib else max(160 * 2**20, 4 * last_level_cache())
+    rows, archive = [], []
+    for name in args.formats.split(","):
+        matrices = random_matrices(name, args.rows, args.cols, nbytes)
+        for threads in args.threads:
+            kernels = {"this": at_library(level, args.activations, threads)}
+            if args.against:
+                kernels = {"other": at_library(level, args.activations, threads, args.against), **kernels}
+            peak = kernels["this"].peak(threads)
+            for tokens in args.tokens:
+                found = measure(kernels, matrices, tokens, args.turns, clock)
+                archive.append({"format": name, "threads": threads, "tokens": tokens, "peak": peak, **found})
+                rows += [row([name, str(threads), str(tokens)], library, found, peak, next(iter(kernels)))
+                         for library in kernels]
+    print(f"{cpu_model(Path('/'))}; level {level}, {args.activations} activations, {args.rows} x {args.cols}, "
+          "group 64\n")
+    print(table(["format", "threads", "tokens", "library", "GB/s", "best", "read GB/s", "% of the read rate",
+                 "G weights/s", "% of bare dots", "times the first"], rows))
+    if args.json:
+        args.json.write_text(json.dumps(archive, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
