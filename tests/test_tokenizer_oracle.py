@@ -114,14 +114,14 @@ def test_ids_of_chats(both: tuple[Tokenizer, Any]) -> None:
             assert ours.encode_chat(messages) == chat_ids(theirs, messages), text
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(texts=st.lists(benign, min_size=3, max_size=3))
 def test_ids_of_any_chat(both: tuple[Tokenizer, Any], texts: list[str]) -> None:
     ours, theirs = both
     assert ours.encode_chat(talk(*texts)) == chat_ids(theirs, talk(*texts))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(texts=st.lists(hostile, min_size=3, max_size=3))
 def test_no_typed_text_becomes_a_control_token(both: tuple[Tokenizer, Any], texts: list[str]) -> None:
     ours, theirs = both
@@ -345,7 +345,7 @@ def test_templates_that_look_into_messages(looking: tuple[Tokenizer, Any]) -> No
         assert ours.encode_chat(messages) == chat_ids(theirs, messages), messages
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(texts=st.lists(benign | hostile, min_size=3, max_size=3))
 def test_typed_control_tokens_stay_text_whatever_the_template_does(
     looking: tuple[Tokenizer, Any], texts: list[str]
