@@ -11,6 +11,8 @@ is in at least one run. Example, on a processor with AVX2:
     portable     default              1
     off          avx2                 2
 
+A test may take TIMEOUT seconds: portable C and torch without its instructions are several times slower.
+
 Exit code 0 where all runs passed, 1 otherwise.
 """
 
@@ -30,6 +32,7 @@ from qmix.kernels import native
 ROOT = Path(__file__).parents[1]
 TORCH_LEVELS = ("default", "avx2", "avx512")  # each with those before it
 THREADS = (2, 1)
+TIMEOUT = 900
 
 
 class Run(NamedTuple):
@@ -63,7 +66,7 @@ def main(arguments: list[str]) -> int:
     for run in runs([*native.levels(), "off"], torch_levels()):
         print("\n== " + " ".join(f"{name}={value}" for name, value in run.environment.items()), flush=True)
         start = time.monotonic()
-        code = subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT,
+        code = subprocess.run([sys.executable, "-m", "pytest", f"--timeout={TIMEOUT}", *arguments], cwd=ROOT,
                               env=os.environ | run.environment).returncode
         done.append((run, code, time.monotonic() - start))
     print("\n| QMIX_NATIVE | ATEN_CPU_CAPABILITY | threads | result | seconds |\n| --- | --- | --- | --- | --- |")

@@ -80,7 +80,7 @@ def bundled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Divergence, Calib
     return partial(divergence, CHECKPOINT, tmp_path_factory.mktemp("quality"), text[len(text) // 2:], seen, -1), seen
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_the_bundled_models_methods(bundled: tuple[Divergence, Calibration]) -> None:
     kl, _ = bundled
     rtn, hqq = (kl(f"int4-{method}", grouped("int4", method)) for method in ("rtn", "hqq"))
@@ -92,14 +92,14 @@ def test_the_bundled_models_methods(bundled: tuple[Divergence, Calibration]) -> 
     assert kl("int8", QuantConfig("int8", "keep", "", 0, 0)) < 0.3 * hqq  # most of it bf16 products
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_the_bundled_models_mix(bundled: tuple[Divergence, Calibration]) -> None:
     kl, seen = bundled
     plain = grouped("int3", "hqq")
     assert kl("mixed-like-int3", like(CHECKPOINT, seen, plain)) < 0.7 * kl("int3-hqq", plain)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_trained_models_methods(wiki_moe: Path, tmp_path: Path) -> None:
     data = wiki_moe.parents[1] / "data"
     seen = calibration(wiki_moe, (data / "c4.txt").read_text()[:200_000], 4096)
