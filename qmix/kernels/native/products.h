@@ -60,6 +60,9 @@ enum { AHEAD = 1024, AHEAD_INT8 = 1024, FAR_AHEAD = 4096 }; /* bytes that weight
 #ifdef DIRECT_PAIRS
 #include "pairs_direct.h"
 #endif
+#ifdef DIRECT_COLUMNS
+#include "neon_direct.h"
+#endif
 #if defined(DIRECT) || defined(DIRECT_INT8)
 #include "direct.h"
 #endif
@@ -77,6 +80,12 @@ ALWAYS void block_rows(const int act, const int bits, const int block, const qmi
 #ifdef PAIRS
     if (bits == 4 && act == QMIX_ACT_INT8) {
         WITH_BITS(job->bits, rows_by_tiles(width, block, job, row, panels, panel, last, scratch, acc))
+        return;
+    }
+#endif
+#ifdef DIRECT_COLUMNS
+    if (bits == 4 && act == QMIX_ACT_INT8 && job->tokens <= DIRECT_TOKENS) {
+        rows_of_columns(job, row, panels, acc);
         return;
     }
 #endif
