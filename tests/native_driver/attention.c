@@ -49,7 +49,8 @@ static int run(int32_t level, scene *s, int32_t threads) {
 
 static double kept(const scene *s, int which, int64_t head, int64_t position, int64_t d) {
     int64_t at = head * CAPACITY + position, i = at * s->size + d;
-    return s->kv_type == QMIX_KV_INT8 ? (double)s->codes[which][i] * s->scales[which][at] : from_bf16(s->halves[which][i]);
+    return s->kv_type == QMIX_KV_INT8 ? (double)s->codes[which][i] * s->scales[which][at]
+                                      : from_bf16(s->halves[which][i]);
 }
 
 /* The new key and value in bf16, rounded, or in int8, to half a step and some roundings of it. */
@@ -114,7 +115,8 @@ static void check_scene(int32_t level, scene *s) {
     }
     scene *again = make(1, sizeof *again);
     *again = *s;
-    if (run(level, again, 2) || memcmp(again->out, s->out, sizeof s->out) || memcmp(again->out16, s->out16, sizeof s->out16))
+    if (run(level, again, 2) || memcmp(again->out, s->out, sizeof s->out) ||
+        memcmp(again->out16, s->out16, sizeof s->out16))
         threads = NAN;
     free(again);
     char what[96];

@@ -1,7 +1,7 @@
 /* What the files of the driver share: random numbers, bf16, and the record of checks.
  *
- * A bound is derived from the unit roundoff U of fp32: n roundings, one after the other, of partial sums whose terms add
- * up to A in absolute value, err by at most n * U * A (Higham 2002, section 3.1).
+ * A bound is derived from the unit roundoff U of fp32: n roundings, one after the other, of partial sums whose terms
+ * add up to A in absolute value, err by at most n * U * A (Higham 2002, section 3.1).
  */
 #ifndef DRIVER_H
 #define DRIVER_H

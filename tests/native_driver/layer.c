@@ -130,7 +130,8 @@ static void check_sequence(int32_t level) {
     memcpy(sum, y, sizeof y);
     qmix_addition add = {out, sum, H};
     qmix_call calls[2] = {{&norm, QMIX_NORM, T}, {&add, QMIX_ADD, T}};
-    if (qmix_sequence(level, QMIX_ACT_INT8, calls, 2, 2) || qmix_norms(level, &other, T) || memcmp(out, alone, sizeof out))
+    if (qmix_sequence(level, QMIX_ACT_INT8, calls, 2, 2) || qmix_norms(level, &other, T) ||
+        memcmp(out, alone, sizeof out))
         worst = NAN;
     for (int i = 0; i < T * H; i++)
         compare(sum[i], (double)y[i] + out[i], U * fabs((double)y[i] + out[i]), &worst);

@@ -1,6 +1,10 @@
-/* Runs every kernel of the library at every level of this processor and compares it with references in double
+/* Runs every kernel of the library at the levels of this processor and compares it with references in double
  * precision, computed here from the same bytes. It needs neither Python nor torch, so that it runs under an emulator of
- * another processor. Exit code 1 where a check failed.
+ * another processor.
+ *
+ *     native_driver [LEVEL...]     all levels of this processor, unless some are named
+ *
+ * Exit code 1 where a check failed, 2 where a level is not here.
  */
 #include "driver.h"
 
@@ -37,17 +41,33 @@ void fill(float *x, int64_t count, double size) {
         x[i] = (float)uniform(-size, size);
 }
 
-int main(void) {
+static void check_level(int32_t level) {
+    check_products(level);
+    check_attention(level);
+    check_layer(level);
+}
+
+static int32_t find_level(const char *name) {
+    for (int32_t level = 0; qmix_level_name(level); level++)
+        if (qmix_level_supported(level) && !strcmp(qmix_level_name(level), name))
+            return level;
+    fprintf(stderr, "%s: this processor has no such level\n", name);
+    exit(2);
+}
+
+int main(int count, char **names) {
     if (qmix_abi() != QMIX_ABI)
         return 2;
-    for (int32_t level = 0; qmix_level_name(level); level++) {
-        if (!qmix_level_supported(level))
-            continue;
-        printf("level %s\n", qmix_level_name(level));
-        check_products(level);
-        check_attention(level);
-        check_layer(level);
-    }
+    printf("levels:");
+    for (int32_t level = 0; qmix_level_name(level); level++)
+        if (qmix_level_supported(level))
+            printf(" %s", qmix_level_name(level));
+    printf("\n");
+    for (int i = 1; i < count; i++)
+        check_level(find_level(names[i]));
+    for (int32_t level = 0; count == 1 && qmix_level_name(level); level++)
+        if (qmix_level_supported(level))
+            check_level(level);
     printf("%d failed\n", failures);
     return failures != 0;
 }

@@ -53,8 +53,9 @@ static int code_of(const matrix *m, int64_t row, int64_t col) {
 }
 
 typedef struct {
-    double x[MOST_COLS];         /* codes or bf16 numbers; 0 past the last column */
-    double step[MOST_GROUPS];    /* 1 for bf16 */
+    int codes[MOST_COLS];   /* of int8 activations; 0 past the last column */
+    float step[MOST_GROUPS];
+    double x[MOST_COLS];    /* bf16 activations */
 } seen;
 
 /* Activations as the products see them. */
@@ -65,42 +66,59 @@ static void see(const matrix *m, int act, const float *x, seen *out) {
         int8_t codes[128];
         out->step[at / m->group] = act == QMIX_ACT_INT8 ? quantize(x + at, count, codes) : 1;
         for (int64_t i = 0; i < count; i++)
-            out->x[at + i] = act == QMIX_ACT_INT8 ? codes[i] : from_bf16(to_bf16(x[at + i]));
+            if (act == QMIX_ACT_INT8)
+                out->codes[at + i] = codes[i];
+            else
+                out->x[at + i] = from_bf16(to_bf16(x[at + i]));
     }
 }
 
-/* Element (row, token) of the product, and how far the kernels may be off: with int8 activations a group's sum is exact,
- * its term is rounded three times and added to y by two operations; bf16 activations round the sum itself g times. */
+typedef struct {
+    double sum, total, sum_size, total_size; /* of code * x and of x, and of what they are in absolute value */
+} group_sums;
+
+static group_sums sum_group(int act, const int *codes, const seen *x, int64_t first, int64_t last) {
+    group_sums s = {0};
+    if (act == QMIX_ACT_INT8) { /* exact */
+        int sum = 0, total = 0;
+        for (int64_t k = first; k < last; k++)
+            sum += codes[k] * x->codes[k], total += x->codes[k];
+        return (group_sums){sum, total, abs(sum), abs(total)};
+    }
+    for (int64_t k = first; k < last; k++) {
+        s.sum += codes[k] * x->x[k], s.sum_size += fabs(codes[k] * x->x[k]);
+        s.total += x->x[k], s.total_size += fabs(x->x[k]);
+    }
+    return s;
+}
+
+/* Element (row, token) of the product, and how far the kernels may be off: with int8 activations a group's sum is
+ * exact, its term is rounded three times and added to y by two operations; bf16 activations round the sum itself g
+ * times. */
 static double reference(const matrix *m, int act, const int *codes, int64_t row, const seen *x, double *bound) {
     int64_t groups = m->padded_cols / m->group, roundings = 2 * groups + 3 + (act == QMIX_ACT_BF16 ? m->group : 0);
     double value = 0, size = 0;
     for (int64_t g = 0; g < groups; g++) {
-        double sum = 0, total = 0, sum_size = 0, total_size = 0, zero = 0;
-        for (int64_t k = g * m->group; k < (g + 1) * m->group; k++) {
-            sum += codes[k] * x->x[k];
-            total += x->x[k];
-            sum_size += fabs(codes[k] * x->x[k]);
-            total_size += fabs(x->x[k]);
-        }
+        group_sums s = sum_group(act, codes, x, g * m->group, (g + 1) * m->group);
         const uint16_t *params = m->params + (m->bits == 8 ? row : (g * m->padded_rows + row) * 2);
-        double scale = from_bf16(params[0]) * x->step[g];
-        if (m->bits != 8)
-            zero = from_bf16(params[1]) * x->step[g];
-        value += sum * scale + zero * total;
-        size += act == QMIX_ACT_INT8 ? fabs(sum * scale) + fabs(zero * total)
-                                     : sum_size * fabs(scale) + fabs(zero) * total_size;
+        double scale = (double)from_bf16(params[0]) * x->step[g];
+        double zero = m->bits == 8 ? 0 : (double)from_bf16(params[1]) * x->step[g];
+        value += s.sum * scale + s.total * zero;
+        size += s.sum_size * fabs(scale) + s.total_size * fabs(zero);
     }
     *bound = (double)roundings * U * size;
     return value;
 }
 
-/* References [tokens][padded_rows] of x [tokens][cols], and their bounds. */
+/* References [tokens][padded_rows] of x [tokens][cols], and their bounds, of the rows that are no padding. */
 static void references(const matrix *m, int act, const float *x, int64_t tokens, double *want, double *bound) {
     seen *all = make((size_t)tokens, sizeof *all);
     int codes[MOST_COLS];
     for (int64_t t = 0; t < tokens; t++)
         see(m, act, x + t * m->cols, all + t);
     for (int64_t row = 0; row < m->padded_rows; row++) {
+        if (row % (m->padded_rows / m->parts) >= m->rows)
+            continue;
         for (int64_t k = 0; k < m->padded_cols; k++)
             codes[k] = code_of(m, row, k);
         for (int64_t t = 0; t < tokens; t++)
@@ -131,9 +149,9 @@ static void check_matrix(int32_t level, const matrix *m, int act) {
     int64_t stride = m->parts * m->rows, part_rows = m->padded_rows / m->parts;
     float *x = make((size_t)(TOKENS * m->cols), sizeof *x), *y = make((size_t)(TOKENS * stride), sizeof *y);
     float *few = make((size_t)(9 * stride), sizeof *few);
-    double *want = make((size_t)(TOKENS * m->padded_rows), sizeof *want), *bound = make((size_t)(TOKENS * m->padded_rows), sizeof *bound);
+    double *want = make((size_t)(TOKENS * m->padded_rows), sizeof *want), worst = 0, other = 0;
+    double *bound = make((size_t)(TOKENS * m->padded_rows), sizeof *bound);
     char what[128];
-    double worst = 0, other = 0;
     fill_operand(x, TOKENS, m->cols);
     references(m, act, x, TOKENS, want, bound);
     qmix_job job = job_of(m, x, TOKENS, y, stride);
@@ -157,14 +175,15 @@ static void check_matrix(int32_t level, const matrix *m, int act) {
     free(x), free(y), free(few), free(want), free(bound);
 }
 
-/* silu(gate) * up of chosen rows of bf16 activations, put elsewhere; rows that are not chosen stay. exp's polynomial errs
- * by at most 4 U, and |silu'| < 1.1. */
+/* silu(gate) * up of chosen rows of bf16 activations, put elsewhere; rows that are not chosen stay. exp's polynomial
+ * errs by at most 4 U, and |silu'| < 1.1. */
 static void check_gated(int32_t level, int bits, int act) {
     matrix m = random_matrix(bits, 64, bits == 8 ? 64 : 32, 2, 70, 100);
     int64_t x_rows[3] = {8, 0, 3}, y_rows[3] = {1, 11, 5}, stride = m.rows + 3, part_rows = m.padded_rows / 2;
     float wide[9 * 100], *y = make((size_t)(12 * stride), sizeof *y), left = 7;
     uint16_t x[9 * 100];
-    double *want = make((size_t)(9 * m.padded_rows), sizeof *want), *bound = make((size_t)(9 * m.padded_rows), sizeof *bound), worst = 0;
+    double *want = make((size_t)(9 * m.padded_rows), sizeof *want), worst = 0;
+    double *bound = make((size_t)(9 * m.padded_rows), sizeof *bound);
     for (int i = 0; i < 9 * 100; i++)
         wide[i] = from_bf16(x[i] = to_bf16((float)uniform(-1, 1) / (bits == 8 ? 1000 : 100)));
     for (int64_t i = 0; i < 12 * stride; i++)

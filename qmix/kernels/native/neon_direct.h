@@ -7,9 +7,11 @@
 
 enum { DIRECT_TOKENS = WIDTH };
 
-/* Vectors of packed bytes that C columns of a block make: their codes are vectors i, i + this, ... */
-ALWAYS int packed_vectors(const int columns, const int bits, const int block) {
-    return block / (bits == 4 ? 2 : 4) * columns / 16;
+/* Vector h of those that a pass computes. Packed bytes make vectors i, i + packed, ... of codes; a pass takes a part of
+ * the packed ones. Example: int4, B = 64, C = 4, pass 1 of 2: packed vectors 4 to 7, so vectors 4 to 7 and 12 to 15. */
+ALWAYS int vector_of(const int columns, const int bits, const int block, const int passes, const int pass, const int h) {
+    const int packed = block / (bits == 4 ? 2 : 4) * columns / 16, part = packed / passes;
+    return h / part * packed + pass * part + h % part;
 }
 
 ALWAYS vint dot4_lane(vint sum, vint w, vint x, const int lane) { /* x: one word of it */
@@ -26,54 +28,89 @@ ALWAYS vint dot4_lane(vint sum, vint w, vint x, const int lane) { /* x: one word
     }
 }
 
-/* sums[c][v] = a group of columns of the rows of vector v, if it is one of this pass. `fours` times 4 columns a turn:
- * their words of activations are whole vectors. */
+/* -8 times the sum of x to that of the format's middle: 8, 4 or 2. */
+ALWAYS int32_t start_of(const int bits, int32_t start) { return start >> (4 - bits); }
+
+/* sums[c][h] = a group of columns of the rows of the pass's vector h. `fours` times 4 columns a turn: their words of
+ * activations are whole vectors. */
 ALWAYS void sums_by_dots(const int count, const int bits, const int block, const int passes, const int pass,
-                         int64_t group, const uint8_t *from, panel_view x, vint sums[][64 / L]) {
-    const int vectors = block / L, packed = packed_vectors(4, bits, block), part = packed / passes;
-    const int fours = count == 4 ? 1 : count == 2 ? 2 : 4;
-    vint held[WIDTH][64 / L];
+                         int64_t group, const uint8_t *from, panel_view x, vint sums[][16]) {
+    const int vectors = block / L / passes, fours = count == 4 ? 1 : count == 2 ? 2 : 4;
+    vint held[WIDTH][16];
     UNROLL for (int c = 0; c < count; c++)
-        UNROLL for (int v = 0; v < vectors; v++)
-            held[c][v] = set_i(x.start[c] >> (4 - bits)); /* -8 times the sum of x: the middle is 8, 4 or 2 */
+        UNROLL for (int h = 0; h < vectors; h++)
+            held[c][h] = set_i(start_of(bits, x.start[c]));
     ONCE for (int64_t k = 0; k < group / 4; k += fours) {
         vint words[WIDTH];
-        if (!pass)
-            prefetch_codes(from, fours * block * bits / 2);
         UNROLL for (int i = 0; i < fours * count / 4; i++)
             words[i] = vld1q_s32((const int32_t *)x.words + 4 * i);
         UNROLL for (int i = 0; i < fours; i++) {
-            vint codes[64 / L];
+            vint codes[16];
+            __asm__ volatile("" ::: "memory"); /* gcc would load for all turns at once, and run out of registers */
+            if (!pass && i % 2 == 0)
+                prefetch_codes(from, (fours > 1 ? 2 : 1) * block * bits / 2);
             codes_of_columns(4, bits, block, from, codes);
             from += block * bits / 2;
-            UNROLL for (int v = 0; v < vectors; v++)
+            UNROLL for (int h = 0; h < vectors; h++)
                 UNROLL for (int c = 0; c < count; c++)
-                    if (v % packed / part == pass)
-                        held[c][v] = dot4_lane(held[c][v], codes[v], words[(i * count + c) / 4], (i * count + c) % 4);
+                    held[c][h] = dot4_lane(held[c][h], codes[vector_of(4, bits, block, passes, pass, h)],
+                                           words[(i * count + c) / 4], (i * count + c) % 4);
         }
         x.words += fours * count;
     }
     UNROLL for (int c = 0; c < count; c++)
-        UNROLL for (int v = 0; v < vectors; v++)
-            sums[c][v] = held[c][v];
+        UNROLL for (int h = 0; h < vectors; h++)
+            sums[c][h] = held[c][h];
 }
+
+#ifdef MATRICES
+/* The same by products of matrices, 8 columns a turn. */
+ALWAYS void sums_by_matrices(const int count, const int bits, const int block, const int passes, const int pass,
+                             int64_t group, const uint8_t *from, panel_view x, vint sums[][16]) {
+    const int vectors = block / 2 / passes, pairs = (count + 1) / 2;
+    vint held[16][2];
+    UNROLL for (int h = 0; h < vectors; h++)
+        UNROLL for (int p = 0; p < pairs; p++)
+            held[h][p] = set_i(0);
+    ONCE for (int64_t k = 0; k < group / 8; k++) {
+        vint codes[32], tokens[2];
+        if (!pass)
+            prefetch_codes(from, block * bits);
+        token_pairs(count, x.words, tokens);
+        codes_of_columns(8, bits, block, from, codes);
+        UNROLL for (int h = 0; h < vectors; h++)
+            UNROLL for (int p = 0; p < pairs; p++)
+                held[h][p] = dot_matrices(held[h][p], codes[vector_of(8, bits, block, passes, pass, h)], tokens[p]);
+        from += block * bits, x.words += 2 * count;
+    }
+    UNROLL for (int c = 0; c < count; c++)
+        UNROLL for (int h = 0; h < vectors / 2; h++)
+            sums[c][h] = rows_of_token(held[2 * h][c / 2], held[2 * h + 1][c / 2], c, start_of(bits, x.start[c]));
+}
+#define BY_MATRICES(count) ((count) > 1)
+#else
+#define BY_MATRICES(count) 0
+#define sums_by_matrices sums_by_dots /* never called */
+#endif
 
 /* y [count][B] += a group of columns times the activations of the tokens. */
 ALWAYS void direct_group(const int count, const int bits, const int block, const int passes, int64_t group,
                          const uint8_t *from, const uint16_t *params, panel_view x, float *y) {
-    const int packed = packed_vectors(4, bits, block), part = packed / passes;
     UNROLL for (int pass = 0; pass < passes; pass++) {
-        vint sums[WIDTH][64 / L];
-        sums_by_dots(count, bits, block, passes, pass, group, from, x, sums);
-        UNROLL for (int v = 0; v < block / L; v++)
-            if (v % packed / part == pass) {
-                vflt scale, zero;
-                params_of(params + 2 * v * L, &scale, &zero);
-                UNROLL for (int c = 0; c < count; c++) {
-                    float *to = y + c * block + v * L;
-                    store_f(to, add_zero(zero, x.sum[c], add_codes(sums[c][v], scale, x.step[c], load_f(to))));
-                }
+        vint sums[WIDTH][16];
+        if (BY_MATRICES(count))
+            sums_by_matrices(count, bits, block, passes, pass, group, from, x, sums);
+        else
+            sums_by_dots(count, bits, block, passes, pass, group, from, x, sums);
+        UNROLL for (int h = 0; h < block / L / passes; h++) {
+            const int row = L * vector_of(4, bits, block, passes, pass, h);
+            vflt scale, zero;
+            params_of(params + 2 * row, &scale, &zero);
+            UNROLL for (int c = 0; c < count; c++) {
+                float *to = y + c * block + row;
+                store_f(to, add_zero(zero, x.sum[c], add_codes(sums[c][h], scale, x.step[c], load_f(to))));
             }
+        }
     }
 }
 
@@ -84,10 +121,10 @@ typedef void grouping(int64_t group, const uint8_t *from, const uint16_t *params
                                                 panel_view x, float *y) { \
         direct_group(count, bits, block, passes, group, from, params, x, y); \
     }
-/* At most 24 vectors of sums in a pass. */
+/* At most 16 vectors of sums in a pass. */
 #define GROUPS(bits) \
-    GROUP(1, bits, 64, 1) GROUP(2, bits, 64, 2) GROUP(3, bits, 64, 2) GROUP(4, bits, 64, 4) \
-    GROUP(1, bits, 32, 1) GROUP(2, bits, 32, 1) GROUP(3, bits, 32, 1) GROUP(4, bits, 32, 2)
+    GROUP(1, bits, 64, 1) GROUP(2, bits, 64, 2) GROUP(3, bits, 64, 4) GROUP(4, bits, 64, 4) \
+    GROUP(1, bits, 32, 1) GROUP(2, bits, 32, 1) GROUP(3, bits, 32, 2) GROUP(4, bits, 32, 2)
 GROUPS(4)
 GROUPS(3)
 GROUPS(2)
