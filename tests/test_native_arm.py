@@ -1,4 +1,5 @@
-"""The native kernels for ARM, cross-compiled and run under qemu's user mode: right, and chosen by what the processor has.
+"""The native kernels for ARM, cross-compiled and run under qemu's user mode: they are right, and the level is chosen by
+what the processor has.
 
 Debian and Ubuntu: apt install gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
 """
@@ -12,11 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from test_native_driver import DRIVER, FLAGS, SOURCES, run
+from test_native_driver import DRIVER, SOURCES, run
+from test_native_driver import FLAGS as OPTIMIZED
 
 COMPILER = shutil.which("aarch64-linux-gnu-gcc")
 EMULATOR = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
-pytestmark = pytest.mark.skipif(COMPILER is None or EMULATOR is None, reason="no compiler or emulator for ARM")
+pytestmark = [pytest.mark.skipif(COMPILER is None or EMULATOR is None, reason="no compiler or emulator for ARM"),
+              pytest.mark.timeout(600)]  # half a minute, most of it compiling; more where others want the processor
+FLAGS = ("-O1", *OPTIMIZED[1:])  # what the compiler makes of it is not the point, and takes half as long
 PLAIN = ["portable"]
 DOT = ["neon-dot", *PLAIN]
 MATRICES = ["neon-i8mm", *DOT]

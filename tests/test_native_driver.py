@@ -34,19 +34,27 @@ int32_t qmix_products(int32_t level, int32_t act, const qmix_job *jobs, int64_t 
 """
 
 
-def build(folder: Path, *sources: Path) -> Path:
-    """The driver, linked with the library that qmix uses."""
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("objects")
+    sources = sorted(DRIVER.glob("*.c"))
+    subprocess.run([str(COMPILER), *FLAGS, f"-I{SOURCES}", "-c", *sources], cwd=folder, check=True)
+    return [folder / f"{source.stem}.o" for source in sources]
+
+
+def link(folder: Path, *parts: Path) -> Path:
+    """The driver, with the library that qmix uses."""
     found = loader.library()
     assert found is not None
     program = folder / "native_driver"
-    subprocess.run([str(COMPILER), *FLAGS, f"-I{SOURCES}", "-o", program, *sorted(DRIVER.glob("*.c")), *sources,
-                    found._name, f"-Wl,-rpath,{SOURCES}", "-lm", "-ldl"], check=True)
+    subprocess.run([str(COMPILER), *FLAGS, f"-I{SOURCES}", "-o", program, *parts, found._name,
+                    f"-Wl,-rpath,{SOURCES}", "-lm", "-ldl"], check=True)
     return program
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("driver"))
+def program(objects: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return link(tmp_path_factory.mktemp("driver"), *objects)
 
 
 def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
@@ -65,11 +73,12 @@ def test_every_level_is_right(level: str, program: Path) -> None:
 @pytest.mark.parametrize(("where", "factor", "words"), [
     ("jobs->tokens == 40 && jobs->bits == 3", "1.0001f", "3 bits in blocks of 32"),
     ("jobs->tokens == 7 && act == QMIX_ACT_BF16", "1.0000002f", "bf16 activations, 1 to 9 tokens as among 40")])
-def test_it_notices_one_wrong_number(where: str, factor: str, words: str, tmp_path: Path) -> None:
+def test_it_notices_one_wrong_number(where: str, factor: str, words: str, objects: list[Path],
+                                     tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.c"
     wrong.write_text(WRONG % (where, factor))
     level = next(iter(native.levels()))
-    done = run(build(tmp_path, wrong), level)
+    done = run(link(tmp_path, *objects, wrong), level)
     failed = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
     assert done.returncode == 1 and any(words in line for line in failed)
     assert done.stdout.endswith(f"\n{len(failed)} failed\n")

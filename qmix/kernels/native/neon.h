@@ -59,7 +59,7 @@ ALWAYS void unpack_codes(int bits, const uint8_t *from, int block, vint *rows) {
             rows[v] = add_i(rows[v], set_i(bits == 3 ? 0x04040404 : 0x06060606));
 }
 
-/* Word i of four rows -> rows of a 4 x 4 matrix -> its columns. */
+/* A 4 x 4 matrix of words, transposed. */
 ALWAYS void transpose_words(const vint *a, vint *out) {
     vint b0 = vtrn1q_s32(a[0], a[1]), b1 = vtrn2q_s32(a[0], a[1]);
     vint b2 = vtrn1q_s32(a[2], a[3]), b3 = vtrn2q_s32(a[2], a[3]);

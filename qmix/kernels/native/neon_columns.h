@@ -49,9 +49,9 @@ ALWAYS void columns_of_bytes(const int columns, const int n, const uint8_t *from
     }
 }
 
-ALWAYS void put_codes(uint8x16_t codes, vint *to) { *to = vreinterpretq_s32_u8(codes); }
+ALWAYS void put_codes(uint8x16_t codes, int32x4_t *to) { *to = vreinterpretq_s32_u8(codes); }
 
-ALWAYS void codes_of_int4(const int columns, const int block, const uint8_t *from, vint *codes) {
+ALWAYS void codes_of_int4(const int columns, const int block, const uint8_t *from, int32x4_t *codes) {
     const int half = block / 2, count = half * columns / 16;
     uint8x16_t packed[16];
     UNROLL for (int i = 0; i < half / 16; i++)
@@ -62,7 +62,7 @@ ALWAYS void codes_of_int4(const int columns, const int block, const uint8_t *fro
     }
 }
 
-ALWAYS void codes_of_int2(const int columns, const int block, const uint8_t *from, vint *codes) {
+ALWAYS void codes_of_int2(const int columns, const int block, const uint8_t *from, int32x4_t *codes) {
     const int quarter = block / 4, count = quarter * columns / 16;
     uint8x16_t packed[8];
     columns_of_bytes(columns, quarter, from, quarter, packed);
@@ -73,7 +73,7 @@ ALWAYS void codes_of_int2(const int columns, const int block, const uint8_t *fro
 
 /* The third bit of row i + b B/8 is bit b of a byte: that of the rows of a lower nibble is put above their two bits,
  * and that of the rows B/2 below is then in its place in the upper one. */
-ALWAYS void codes_of_int3(const int columns, const int block, const uint8_t *from, vint *codes) {
+ALWAYS void codes_of_int3(const int columns, const int block, const uint8_t *from, int32x4_t *codes) {
     const int quarter = block / 4, eighth = block / 8, count = quarter * columns / 16;
     uint8x16_t packed[8], thirds[4];
     columns_of_bytes(columns, quarter, from, 3 * eighth, packed);
@@ -89,7 +89,8 @@ ALWAYS void codes_of_int3(const int columns, const int block, const uint8_t *fro
         }
 }
 
-ALWAYS void codes_of_columns(const int columns, const int bits, const int block, const uint8_t *from, vint *codes) {
+ALWAYS void codes_of_columns(const int columns, const int bits, const int block, const uint8_t *from,
+                             int32x4_t *codes) {
     if (bits == 4)
         codes_of_int4(columns, block, from, codes);
     else if (bits == 3)

@@ -9,7 +9,8 @@ enum { DIRECT_TOKENS = WIDTH };
 
 /* Vector h of those that a pass computes. Packed bytes make vectors i, i + packed, ... of codes; a pass takes a part of
  * the packed ones. Example: int4, B = 64, C = 4, pass 1 of 2: packed vectors 4 to 7, so vectors 4 to 7 and 12 to 15. */
-ALWAYS int vector_of(const int columns, const int bits, const int block, const int passes, const int pass, const int h) {
+ALWAYS int vector_of(const int columns, const int bits, const int block, const int passes, const int pass,
+                     const int h) {
     const int packed = block / (bits == 4 ? 2 : 4) * columns / 16, part = packed / passes;
     return h / part * packed + pass * part + h % part;
 }

@@ -38,7 +38,8 @@ ALWAYS void tile_of_rows(const qmix_job *job, int64_t row, int64_t column, int64
             __builtin_prefetch(upper + k + AHEAD_INT8, 0, 2);
             __builtin_prefetch(lower + k + AHEAD_INT8, 0, 2);
             UNROLL for (int i = 0; i < 64; i += 16, to += 16) {
-                int64x2_t a = vreinterpretq_s64_s8(vld1q_s8(upper + k + i)), b = vreinterpretq_s64_s8(vld1q_s8(lower + k + i));
+                int64x2_t a = vreinterpretq_s64_s8(vld1q_s8(upper + k + i));
+                int64x2_t b = vreinterpretq_s64_s8(vld1q_s8(lower + k + i));
                 to[0] = vreinterpretq_s32_s64(vzip1q_s64(a, b));
                 to[8] = vreinterpretq_s32_s64(vzip2q_s64(a, b));
             }
@@ -86,8 +87,8 @@ ALWAYS void inner_matrices(const int count, const int bits, int64_t groups, int6
 
 /* A function for each number of tokens and each format. */
 #define INNER(count, bits) \
-    APART void inner_##count##_##bits(int64_t groups, int64_t group, const vint *tile, panel_view x, const float *scale, \
-                                      const float *zero, float *y, int64_t y_stride) { \
+    APART void inner_##count##_##bits(int64_t groups, int64_t group, const vint *tile, panel_view x, \
+                                      const float *scale, const float *zero, float *y, int64_t y_stride) { \
         inner_matrices(count, bits, groups, group, tile, x, scale, zero, y, y_stride); \
     }
 #define INNERS(bits) INNER(1, bits) INNER(2, bits) INNER(3, bits) INNER(4, bits)
@@ -98,8 +99,8 @@ INNERS(8)
 #undef INNERS
 #undef INNER
 #define OF_BITS(bits) {inner_1_##bits, inner_2_##bits, inner_3_##bits, inner_4_##bits}
-static void (*const inner_of[4][WIDTH])(int64_t, int64_t, const vint *, panel_view, const float *, const float *, float *,
-                                        int64_t) = {OF_BITS(2), OF_BITS(3), OF_BITS(4), OF_BITS(8)};
+static void (*const inner_of[4][WIDTH])(int64_t, int64_t, const vint *, panel_view, const float *, const float *,
+                                        float *, int64_t) = {OF_BITS(2), OF_BITS(3), OF_BITS(4), OF_BITS(8)};
 #undef OF_BITS
 
 /* acc fp32 [tokens][B] += one block of rows times all tokens of panels [panel, last). */
