@@ -95,7 +95,8 @@ def test_a_healthy_machine_has_no_problems(tmp_path: Path, disk_folder: Path) ->
     assert list(report) == ["machine", "libraries", "kernels", "gpu", "disk", "bandwidths", "problems"]
     about = report["machine"]
     assert about["cpu"] == "Fast One" and about["physical_cores"] == 4 and about["system"] == "Linux 6.1.0"
-    assert about["instructions"] == {"avx2": True, "avx512": True, "vnni": True, "bf16": True}
+    assert about["instructions"] == {"avx2": True, "avx512": True, "vnni": True, "bf16": True, "dotprod": False,
+                                     "i8mm": False}
     assert about["memory"]["usable_bytes"] == 32 * GIB and about["memory"]["available_bytes"] == 24 * GIB
     assert report["disk"] == {"folder": str(disk_folder), "filesystem": "ext4", "direct_reads": "accepted",
                               "free_bytes": report["disk"]["free_bytes"]}

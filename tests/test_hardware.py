@@ -214,7 +214,10 @@ def test_what_the_processor_can(tmp_path: Path) -> None:
     root = fake_root(tmp_path, {"proc/cpuinfo": "model name\t: Fast One\nflags\t\t: sse avx2 avx_vnni\n",
                                 "sys/kernel/mm/transparent_hugepage/enabled": "always [madvise] never\n"})
     assert cores.cpu_model(root) == "Fast One"
-    assert cores.cpu_instructions(root) == {"avx2": True, "avx512": False, "vnni": True, "bf16": False}
+    assert cores.cpu_instructions(root) == {"avx2": True, "avx512": False, "vnni": True, "bf16": False,
+                                            "dotprod": False, "i8mm": False}
+    (root / "proc/cpuinfo").write_text("processor\t: 0\nFeatures\t: fp asimd asimddp i8mm bf16\n")
+    assert {name for name, here in cores.cpu_instructions(root).items() if here} == {"dotprod", "i8mm", "bf16"}
     assert hugepages(root) == "madvise" and hugepages(tmp_path / "elsewhere") == "unknown"
 
 

@@ -23,6 +23,8 @@ INSTRUCTIONS: Mapping[str, frozenset[str]] = MappingProxyType({
     "avx512": frozenset({"avx512f"}),
     "vnni": frozenset({"avx512_vnni", "avx_vnni"}),
     "bf16": frozenset({"avx512_bf16", "amx_bf16", "bf16"}),
+    "dotprod": frozenset({"asimddp"}),
+    "i8mm": frozenset({"i8mm"}),
 })
 
 

@@ -19,6 +19,10 @@
 #endif
 #define QMIX_STRING(text) #text
 
+#if defined(__aarch64__) && defined(__linux__) && !defined(__AARCH64EB__)
+#define QMIX_NEON /* Linux says what an ARM processor can do */
+#endif
+
 typedef struct {
     const char *name;
     int (*supported)(void);
@@ -38,7 +42,8 @@ typedef struct {
     int64_t (*peak)(int32_t act, int64_t turns, const uint32_t *words, float *out); /* words [8], out [16] */
 } qmix_level;
 
-extern const qmix_level qmix_avx512bf16, qmix_avx512vnni, qmix_avx512, qmix_avx2vnni, qmix_avx2, qmix_portable;
+extern const qmix_level qmix_avx512bf16, qmix_avx512vnni, qmix_avx512, qmix_avx2vnni, qmix_avx2, qmix_neoni8mm,
+    qmix_neondot, qmix_portable;
 
 enum { TOKEN_BLOCK = 256, SCRATCH = 32768 + 2 * 64 * 8 * 4 + 2 * 64 * TOKEN_BLOCK * 4 };
 

@@ -11,6 +11,8 @@
 static const qmix_level *const levels[] = {
 #if defined(__x86_64__)
     &qmix_avx512bf16, &qmix_avx512vnni, &qmix_avx512, &qmix_avx2vnni, &qmix_avx2,
+#elif defined(QMIX_NEON)
+    &qmix_neoni8mm, &qmix_neondot,
 #endif
     &qmix_portable,
 };

@@ -63,6 +63,12 @@ enum { AHEAD = 1024, AHEAD_INT8 = 1024, FAR_AHEAD = 4096 }; /* bytes that weight
 #ifdef DIRECT_PAIRS
 #include "pairs_direct.h"
 #endif
+#ifdef MATRICES
+#include "neon_matrices.h"
+#endif
+#ifdef DIRECT_COLUMNS
+#include "neon_direct.h"
+#endif
 #if defined(DIRECT) || defined(DIRECT_INT8)
 #include "direct.h"
 #endif
@@ -80,6 +86,21 @@ ALWAYS void block_rows(const int act, const int bits, const int block, const qmi
 #ifdef PAIRS
     if (bits == 4 && act == QMIX_ACT_INT8) {
         WITH_BITS(job->bits, rows_by_tiles(width, block, job, row, panels, panel, last, scratch, acc))
+        return;
+    }
+#endif
+#ifdef DIRECT_COLUMNS
+    if (bits == 4 && act == QMIX_ACT_INT8 && job->tokens <= DIRECT_TOKENS) {
+        rows_of_columns(job, row, panels, acc);
+        return;
+    }
+#endif
+#ifdef MATRICES
+    if (act == QMIX_ACT_INT8 && job->tokens > 1) {
+        if (bits == 8)
+            rows_by_matrices(8, 64, job, row, panels, panel, last, scratch, acc);
+        else
+            WITH_BITS(job->bits, rows_by_matrices(width, block, job, row, panels, panel, last, scratch, acc))
         return;
     }
 #endif
@@ -143,8 +164,14 @@ static void unit_rows(int32_t act, const qmix_job *job, int64_t unit, const char
 
 #ifdef PAIRS
 #define BARE_DOT add_pairs /* as many products, in 16 bits */
+#elif defined(MATRICES)
+#define BARE_DOT dot_matrices
+#define BARE_PRODUCTS 8
 #else
 #define BARE_DOT dot4
+#endif
+#ifndef BARE_PRODUCTS
+#define BARE_PRODUCTS 4 /* in a lane */
 #endif
 
 /* `turns` rounds of the products of a full set of registers, each with a word of activations read anew, as everywhere
@@ -174,7 +201,7 @@ ALWAYS int64_t peak_of(const int act, int64_t turns, const uint32_t *words, floa
         UNROLL for (int v = 0; v < SUB; v++)
             total = fma_f(set_f(1), act == QMIX_ACT_INT8 ? to_f(sums[c][v]) : fsums[c][v], total);
     store_f(out, total);
-    return 2 * turns * WIDTH * SUB * L * (act == QMIX_ACT_INT8 ? 4 : 4 / WORDS);
+    return 2 * turns * WIDTH * SUB * L * (act == QMIX_ACT_INT8 ? BARE_PRODUCTS : 4 / WORDS);
 }
 
 static int64_t peak(int32_t act, int64_t turns, const uint32_t *words, float *out) {
