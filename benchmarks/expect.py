@@ -9,48 +9,75 @@ machines' bandwidths are assumptions that stand in the table.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from qmix import planning
 from qmix.config import ModelConfig, QuantConfig
 from qmix.sizes import GIB
 
 MIXTRAL = ModelConfig(32000, 4096, 14336, 32, 32, 8, 128, 8, 2, 1e6, 1e-5, 32768)
+NOTE = ("With a GPU, the experts that VRAM lacks are divided between the bus and the CPU: at worst the two share the",
+        "bandwidth of the RAM. The forecast counts bytes, not the launches and waits of each layer.")
 BEGIN, END = "<!-- expect -->\n", "<!-- end of expect -->\n"
 
 
 @dataclass(frozen=True, slots=True)
+class Card:
+    """vram: GiB that qmix may use; bandwidths of its memory and of the bus, as copies reach it, in GB/s."""
+
+    vram: int
+    vram_speed: float
+    pcie: float
+
+
+@dataclass(frozen=True, slots=True)
 class Pc:
-    """ram: GiB that qmix may use; bandwidths of RAM and disk in GB/s."""
+    """ram: GiB that qmix may use; bandwidths of RAM and disk in GB/s; card: None for a PC without a GPU."""
 
     name: str
     ram: int
     ram_speed: float
     disk: float
+    card: Card | None = None
 
 
+GPU_12, GPU_24 = Card(11, 360, 25), Card(23, 936, 25)
 PCS = (
     Pc("laptop with 16 GB of RAM", 13, 40, 3),
     Pc("PC with 24 GB", 20, 40, 3),
     Pc("PC with 32 GB", 28, 40, 3),
     Pc("PC with 64 GB of DDR5", 56, 75, 5),
+    Pc("PC with 24 GB, GPU with 12 GB", 20, 40, 3, GPU_12),
+    Pc("PC with 32 GB, GPU with 12 GB", 28, 40, 3, GPU_12),
+    Pc("PC with 32 GB, GPU with 24 GB", 28, 40, 3, GPU_24),
+    Pc("PC with 64 GB of DDR5, GPU with 24 GB", 56, 75, 5, GPU_24),
 )
 
 
+def forecast(pc: Pc) -> dict[str, Any]:
+    """All that `qmix plan` says of Mixtral there."""
+    machine = planning.Machine(ram=pc.ram * GIB, ram_speed=pc.ram_speed, disk=pc.disk)
+    if pc.card is not None:
+        machine = replace(machine, vram=pc.card.vram * GIB, vram_speed=pc.card.vram_speed, pcie=pc.card.pcie)
+    return planning.describe(planning.Model("Mixtral 8x7B", MIXTRAL, QuantConfig(), {}), 0, machine, None,
+                             lambda line: None)
+
+
 def table() -> str:
-    """Markdown."""
-    model = planning.Model("Mixtral 8x7B", MIXTRAL, QuantConfig(), {})
-    rows = ["| PC, without a GPU | memory for qmix | assumed RAM, disk | experts in memory | forecast | limited by |",
+    """Markdown, with what has to be known of it."""
+    rows = ["| PC | RAM, VRAM for qmix | assumed RAM, disk (PCIe, VRAM) | experts in memory | forecast | limited by |",
             "|---|---|---|---|---|---|"]
     for pc in PCS:
-        machine = planning.Machine(ram=pc.ram * GIB, ram_speed=pc.ram_speed, disk=pc.disk)
-        found = planning.describe(model, 0, machine, None, lambda line: None)
+        found, card = forecast(pc), pc.card
         least, most = found["tokens_per_second"]
         speed = f"{least:.2g} to {most:.2g}" if f"{least:.2g}" != f"{most:.2g}" else f"{most:.2g}"
-        rows.append(f"| {pc.name} | {pc.ram} GiB | {pc.ram_speed:g}, {pc.disk:g} GB/s | {found['in_memory']} of "
+        memory = f"{pc.ram} GiB" + (f", {card.vram} GiB" if card else "")
+        bandwidths = f"{pc.ram_speed:g}, {pc.disk:g}" + (f" ({card.pcie:g}, {card.vram_speed:g})" if card else "")
+        rows.append(f"| {pc.name} | {memory} | {bandwidths} GB/s | {found['in_memory']} of "
                     f"{found['records']} | {speed} tok/s | {found['limited_by']} |")
-    return "\n".join(rows) + "\n"
+    return "\n".join([*rows, "", *NOTE]) + "\n"
 
 
 def main() -> None:

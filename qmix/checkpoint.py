@@ -36,7 +36,7 @@ SAMPLE = 4096  # bytes of each tensor that go into the fingerprint
 MAX_TENSORS = 10**6  # far above any real model; keeps a hostile config.json from costing memory
 
 FOLDER = "give the folder that holds config.json and model*.safetensors"
-WRONG_CONFIG = "config.json and the weights do not belong together: fetch both again, or mend config.json"
+WRONG_CONFIG = "config.json and the weights do not belong together: fetch both again, or correct config.json"
 
 
 class Checkpoint:
@@ -180,7 +180,7 @@ def ignored_keys(path: Path, raw: Mapping[str, Any]) -> list[str]:
         found.append(f"sliding_window {raw['sliding_window']}: read as no window, full attention")
     eos = raw.get("eos_token_id")
     if any(i < 0 for i in (eos if isinstance(eos, list) else [] if eos is None else [eos])):
-        found.append(f"eos_token_id {eos}: a negative id is no token; it ends no answer")
+        found.append(f"eos_token_id {eos}: a negative id is not a token: ignored")
     return [f"{path}: {line}" for line in found]
 
 
@@ -191,7 +191,7 @@ def _read_config(path: Path, raw: Mapping[str, Any], places: Mapping[str, Place]
     try:
         return ModelConfig.from_hf({**raw, "dtype": DTYPE_NAMES.get(dtype, "bfloat16")})
     except ConfigError as e:
-        raise CheckpointError(f"{path}: {e.message}", "if this is a Mixtral, mend its config.json") from None
+        raise CheckpointError(f"{path}: {e.message}", "if this is a Mixtral model, correct its config.json") from None
 
 
 def _account(path: Path, config: ModelConfig,

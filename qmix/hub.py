@@ -65,8 +65,11 @@ def _fetch(repo: str, revision: str | None, names: Iterable[str], patterns: Iter
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=[*map(escape, names), *patterns]))
     except Exception as e:  # its own, and those of whichever HTTP library its version uses
+        if isinstance(e, RuntimeError) and "home directory" in str(e):
+            raise CheckpointError(f"{repo}: no home folder for the hub's cache: HOME is not set, and this user has no "
+                                  "entry in the system's list", "set HF_HOME to a folder that can be written") from None
         at = f"{repo}@{revision}" if revision else repo
-        raise CheckpointError(f"{at}: the hub did not give it: {_reason(e)}",
+        raise CheckpointError(f"{at}: the hub did not deliver it: {_reason(e)}",
                               "check the name, the network and `hf auth login`; a local folder needs no hub") from None
 
 
@@ -89,7 +92,7 @@ def _check_disk(repo: str, revision: str | None, folder: Path, names: list[str],
         except EntryNotFoundError:
             continue  # an index may name what is not there
         except Exception as e:  # as above
-            say(f"{repo}: the hub does not tell how large {name} is ({_reason(e)}): free space is not checked")
+            say(f"{repo}: the hub does not say how large {name} is ({_reason(e)}): free space is not checked")
             return
         begun = folder.parent.parent / "blobs" / f"{found.etag}.incomplete"
         needed += max(0, (found.size or 0) - (begun.stat().st_size if begun.is_file() else 0))

@@ -62,7 +62,7 @@ def load(path: Path, format: str, version: int, make: Callable[[dict[str, Any]],
         reason = "nested too deeply"
     except ValueError as e:
         reason = str(e).splitlines()[0]
-    say(f"{path}: ignored ({reason}); `{writer}` writes it anew")
+    say(f"{path}: ignored ({reason}); `{writer}` writes a new one")
     return None
 
 

@@ -84,8 +84,8 @@ def resolve(text: str, say: Callable[[str], None], wanted: hub.Wanted = "either"
     if path.exists():
         if alias is None:
             if HUB_ID.fullmatch(text) and not _holds_model(path):
-                say(f"{text}: the folder {path.absolute()}, which holds no model; the hub is not asked for a name that "
-                    "is a folder here")
+                say(f"{text}: the folder {path.absolute()}, which holds no model; the hub is not searched, because a "
+                    "folder has this name")
             return path
         if _holds_model(path):
             say(f"{text}: the folder {path.absolute()}, which hides the alias {text} ({alias})")

@@ -87,7 +87,7 @@ def find_gpu(model: Model, machine: Machine, device: str, say: Callable[[str], N
     described, or none is to be used here. device: as of `--device`. Raises what the engine would."""
     if machine.vram is not None:
         if device != "auto":
-            raise UsageError(f"--device {device}: --vram describes a GPU, whichever is here", "drop one of the two")
+            raise UsageError(f"--device {device}: --vram describes a GPU", "drop one of the two")
         return machine
     placement = Placement(device)
     found = placement.open(max(layout.nbytes for layout in record_layouts(model.config, model.quant)), say)
@@ -97,8 +97,8 @@ def find_gpu(model: Model, machine: Machine, device: str, say: Callable[[str], N
         vram, taken = placement.vram_budget(found)
     finally:
         found.close()
-    say(f"planned for {found.name}, of whose memory {format_bytes(vram)} can be had (--vram 24G describes another GPU, "
-        "--device cpu leaves it out)")
+    say(f"planned for {found.name} with {format_bytes(vram)} of its memory (--vram 24G plans for another GPU, --device "
+        "cpu for none)")
     measured = machine.gpu if machine.gpu is not None and machine.gpu.card == found.name else None
     return replace(machine, vram=vram, vram_taken=taken, pin=placement.pin_budget(), gpu=measured)
 
@@ -163,7 +163,7 @@ def known_speeds(cache_file: Path | None, say: Callable[[str], None]) -> Speeds 
 def _ram(machine: Machine) -> int:
     if machine.ram is not None:
         if machine.margin is not None:
-            raise UsageError("--margin: only says what --ram auto leaves free", "drop one of --ram and --margin")
+            raise UsageError("--margin: only has an effect with --ram auto", "drop one of --ram and --margin")
         return machine.ram
     mappable = hardware.address_space_left()
     available = hardware.memory().available
@@ -178,7 +178,7 @@ def _speeds(machine: Machine, known: Speeds | None) -> tuple[Speeds, list[str]]:
     if machine.vram is None:
         for flag, value in (("--pcie", machine.pcie), ("--vram-speed", machine.vram_speed)):
             if value is not None:
-                raise UsageError(f"{flag} {value:g}: only counts with a GPU, and none is in use here",
+                raise UsageError(f"{flag} {value:g}: only has an effect with a GPU, and none is in use",
                                  "name a GPU's memory with --vram too")
     values: dict[str, Any] = {}
     assumed = []

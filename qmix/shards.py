@@ -135,7 +135,7 @@ def _disagreements(index: Path, weight_map: Mapping[str, str], places: Mapping[s
             ("names {}, which no file holds", [n for n in weight_map if n not in places])):
         if tensors:
             more = f" (and {len(tensors) - 1} more)" if len(tensors) > 1 else ""
-            found.append(f"{index}: {words.format(tensors[0])}{more}: the files' own headers count")
+            found.append(f"{index}: {words.format(tensors[0])}{more}: the files' own headers are used")
     return found
 
 

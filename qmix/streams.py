@@ -110,5 +110,5 @@ def decoded(data: bytes) -> tuple[str, str]:
         text = data.decode("utf-8", "replace")
         count = text.count("\ufffd") - data.count("\ufffd".encode())
         return text, (f"stdin: {count} piece{'s' if count > 1 else ''} that {'are' if count > 1 else 'is'} not UTF-8, "
-                      f"the first at byte {e.start} (0x{data[e.start]:02x}), became U+FFFD; iconv -f LATIN1 -t UTF-8 "
-                      "in between converts")
+                      f"the first at byte {e.start} (0x{data[e.start]:02x}), became U+FFFD; convert the text first "
+                      "(iconv -f LATIN1 -t UTF-8)")

@@ -16,6 +16,7 @@ from qmix.checkpoint import Checkpoint
 from qmix.config import QuantConfig
 from qmix.demo import CHECKPOINT
 from qmix.errors import QmixError
+from qmix.hardware import bandwidth
 from qmix.quantize import quantize_checkpoint
 
 ANSWER = ("-p", "Who are you?", "--temp", "0", "-n", "6", "-t", "1")
@@ -112,7 +113,7 @@ def test_a_path_that_is_not_utf8_is_printed_as_it_is(store: Path, tmp_path: Path
     assert b"Traceback" not in done.stderr and b"a fault in qmix" not in done.stderr, done.stderr
 
 
-def test_without_a_home_folder(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def without_home(monkeypatch: pytest.MonkeyPatch) -> None:
     """A container under any uid: no HOME, and no entry in the system's list of users."""
     def unknown(uid: int) -> None:
         raise KeyError(uid)
@@ -120,16 +121,67 @@ def test_without_a_home_folder(store: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("pwd.getpwuid", unknown)
     for name in ("HOME", "XDG_CONFIG_HOME", "XDG_STATE_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
+
+
+def test_without_a_home_folder(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_home(monkeypatch)
     assert qmix("--version").returncode == 0
     assert qmix("show", store).returncode == 0
     done = qmix("generate", store, *ANSWER)
     assert done.returncode == 0 and "router statistics are not kept" in done.stderr
     assert qmix("plan", store).returncode == 0
-    for args in (("list",), ("stats", store), ("demo", "-p", "x"), ("doctor", "--bandwidth"), ("chat", "--list")):
+    (tmp_path / "text").write_text("the fox and the owl")
+    done = qmix("eval", store, "-f", tmp_path / "text", "-t", 1)
+    assert done.returncode == 0 and "no home folder: an interrupted evaluation cannot be continued" in done.stderr
+    assert "perplexity" in done.stdout and qmix("stats", store, "-f", tmp_path / "text", "-t", 1).returncode == 0
+    for args in (("list",), ("stats", store), ("demo", "-p", "x"), ("chat", "--list")):
         refused(qmix(*args), 1, "no home folder", "HOME")
     refused(qmix("show", "~/x"), 2, "~/x", "no home folder")
     with pytest.raises(settings.NoHome):
         settings.xdg_folder("data", {})
+
+
+def test_bandwidths_are_measured_without_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = bandwidth.Bandwidths(30.0, None, 0, 0, False, None, None, "2026-01-01")
+    monkeypatch.setattr(bandwidth, "measure", lambda *args, **kwargs: figures)
+    monkeypatch.setattr("qmix.doctor.report.examine_disk", lambda *args: ({}, None, []))
+    without_home(monkeypatch)
+    done = qmix("doctor", "--bandwidth", "--json")
+    found = json.loads(done.stdout)
+    assert done.returncode == 0 and found["bandwidths"]["source"] == "measured now"
+    (problem,) = [p for p in found["problems"] if "not kept" in p["problem"]]
+    assert "no home folder" in problem["problem"] and "XDG_CACHE_HOME" in problem["cure"]
+
+
+def test_the_hub_without_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", homeless)
+    refused(qmix("plan", "org/name"), 4, "no home folder for the hub's cache", "set HF_HOME")
+
+
+def test_an_evaluation_whose_journal_cannot_be_written(store: Path, tmp_path: Path) -> None:
+    """HOME=/ of a container under any uid: a folder that cannot be made. Root may write anywhere, so a file is in the
+    way here. An interrupt says that nothing is kept."""
+    (tmp_path / "file").touch()
+    (tmp_path / "text").write_text("the fox and the owl " * 300)
+    args = ["eval", str(store), "-f", str(tmp_path / "text"), "-t", "1", "-c", "16"]
+    program = ("import sys; from qmix.cli import main; from qmix.evaluate import suite\n"
+               "from qmix.errors import Interrupted\n"
+               "score, count = suite._score, 0\n"
+               "def third(*args):\n"
+               "    global count\n"
+               "    count += 1\n"
+               "    if count == 3: raise Interrupted('cancelled')\n"
+               "    return score(*args)\n"
+               "suite._score = third\n"
+               "main(sys.argv[1:])")
+    done = subprocess.run([sys.executable, "-c", program, *args], capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "XDG_STATE_HOME": str(tmp_path / "file")})
+    assert done.returncode == 130, done.stderr
+    assert "Not a directory: an interrupted evaluation cannot be continued" in done.stderr
+    assert "2 of" in done.stderr and "none of them is kept" in done.stderr and "goes on" not in done.stderr
 
 
 def test_a_user_that_there_is_not(tmp_path: Path) -> None:

@@ -39,11 +39,11 @@ anything = st.builds(Configs, st.builds(Gemv, powers, st.sampled_from([1, 2, 32]
 
 
 def test_cards() -> None:
-    assert built_in((7, 5)) != built_in((8, 0)) != built_in((8, 6)) == built_in((8, 9))
+    assert built_in((7, 5)) != built_in((8, 0)) == built_in((8, 6)) == built_in((8, 9)) != built_in((9, 0))
     assert built_in((9, 0)) == BUILT_IN[9, 0]
-    assert built_in((10, 3)) == built_in((12, 0)) == BUILT_IN[10, 0]
+    assert built_in((10, 3)) == BUILT_IN[10, 0] != built_in((12, 1)) == BUILT_IN[12, 0]
     assert built_in(None) == INTERPRETED and capability(torch.device("cpu")) is None
-    with pytest.raises(UsageError, match=r"7\.0: the kernels want 7\.5"):
+    with pytest.raises(UsageError, match=r"7\.0: the kernels need 7\.5"):
         built_in((7, 0))
 
 

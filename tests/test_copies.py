@@ -16,12 +16,7 @@ from qmix.errors import Interrupted
 from qmix.formats import memory
 from qmix.offload.reads import AHEAD, DEMAND, WARM
 
-
-@pytest.fixture(autouse=True)
-def no_thread_stays() -> Iterator[None]:
-    before = threading.active_count()
-    yield
-    assert threading.active_count() == before
+pytestmark = pytest.mark.usefixtures("no_thread_stays")
 
 
 @pytest.fixture

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import random
-import threading
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
@@ -20,12 +18,7 @@ from qmix.device.device import Work
 from qmix.errors import QmixError
 from qmix.formats import memory
 
-
-@pytest.fixture(autouse=True)
-def no_thread_stays() -> Iterator[None]:
-    before = threading.active_count()
-    yield
-    assert threading.active_count() == before
+pytestmark = pytest.mark.usefixtures("no_thread_stays")
 
 
 def play(stack: Stack, dice: random.Random, tokens: int, faults: bool) -> None:

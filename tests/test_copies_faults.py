@@ -18,12 +18,7 @@ from qmix.device.device import Work
 from qmix.errors import QmixError
 from qmix.formats import memory
 
-
-@pytest.fixture(autouse=True)
-def no_thread_stays() -> Iterator[None]:
-    before = threading.active_count()
-    yield
-    assert threading.active_count() == before
+pytestmark = pytest.mark.usefixtures("no_thread_stays")
 
 
 @pytest.fixture

@@ -218,30 +218,17 @@ class TestSlots:
         assert torch.equal(cuda.chosen_experts(x, *both, [[4, 2], [2, 4], [4, 0]])[2], alone)
 
     @pytest.mark.parametrize("name", FORMATS)
-    def test_tokens_sorted_by_expert(self, name: str) -> None:
+    def test_many_tokens_of_one_slot(self, name: str) -> None:
         pool, record, w13, _ = slab(name)
         weights = cuda.Matrices.in_slots(pool, record, "w13")
-        slots, counts = [4, 0, 2], [70, 1, 20]
-        x = operand(91, H)
-        y = torch.full((91, weights.spec.padded_rows), 7.0, device=DEVICE)
-        cuda.sorted_linear(x.to(DEVICE), weights, slots, counts, y)
-        want = np.concatenate([product(rows, w13[slot]) for slot, rows in zip(slots, x.split(counts), strict=True)])
-        assert relative(logical(y, weights.spec), want) < SUMS
-        h = torch.empty(91, F, device=DEVICE)
-        cuda.silu_product(y / 50, h)
-        assert relative(h.cpu(), silu_product(numbers(logical(y / 50, weights.spec)))) < SUMS
-
-    @pytest.mark.parametrize("tokens", [1, 16, 91])
-    def test_one_slot_needs_no_table_and_has_the_bits_that_it_has_among_several(
-            self, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        pool, record, _, _ = slab("int4")
-        weights = cuda.Matrices.in_slots(pool, record, "w13")
-        x = operand(tokens, H).to(DEVICE)
-        alone, among = (torch.full((tokens, weights.spec.padded_rows), 7.0, device=DEVICE) for _ in range(2))
-        cuda.sorted_linear(x, weights, [3, 1], [tokens, 0], among)
-        monkeypatch.setattr(cuda.torch, "tensor", None)  # a copy to the card, which waits for it
-        cuda.sorted_linear(x, weights, [3], [tokens], alone)
-        assert torch.equal(alone, among)
+        for slot, tokens in ((4, 70), (0, 1), (2, 20)):
+            x = operand(tokens, H)
+            y = torch.full((tokens, weights.spec.padded_rows), 7.0, device=DEVICE)
+            cuda.many(x.to(DEVICE), weights, slot, y)
+            assert relative(logical(y, weights.spec), product(x, w13[slot])) < SUMS
+            h = torch.empty(tokens, F, device=DEVICE)
+            cuda.silu_product(y / 50, h)
+            assert relative(h.cpu(), silu_product(numbers(logical(y / 50, weights.spec)))) < SUMS
 
     def test_offsets_beyond_two_gigabytes(self) -> None:
         """Slots are addressed in 64 bits. The pages between the records are never touched."""
@@ -255,7 +242,7 @@ class TestSlots:
         y = cuda.chosen_experts(x.to(DEVICE), *both, [[1]])
         assert relative(y[0, 0].cpu(), (silu_product(product(x, w13[3])) @ w2[3].T)[0]) < 5 * SUMS
         many = torch.empty(9, both[0].spec.padded_rows, device=DEVICE)
-        cuda.sorted_linear(x.expand(9, H).contiguous().to(DEVICE), both[0], [1], [9], many)
+        cuda.many(x.expand(9, H).contiguous().to(DEVICE), both[0], 1, many)
         assert relative(logical(many, both[0].spec)[4], product(x, w13[3])[0]) < SUMS
 
     def test_the_example_of_jobs(self) -> None:
@@ -285,10 +272,10 @@ class TestRefusals:
             cuda.linear(x.repeat(9, 1), m, dot="tf32")
         with pytest.raises(UsageError, match="is on meta"):
             cuda.linear(x.to("meta"), m)
-        with pytest.raises(UsageError, match="int8: the GPU kernels have int4, int3 and int2"):
+        with pytest.raises(UsageError, match="int8: the GPU kernels support int4, int3 and int2"):
             cuda.linear(x, int8.pack(operand(3, 64), MatrixSpec("int8", 3, 64)))
-        with pytest.raises(UsageError, match="2 rows in all, slots 0 to 0"):
-            cuda.sorted_linear(x, cuda.Matrices.of(m), [0], [3], x)
+        with pytest.raises(UsageError, match="slot 1: want 0 to 0"):
+            cuda.many(x, cuda.Matrices.of(m), 1, x)
         pool, record, _, _ = slab("int4")
         with pytest.raises(UsageError, match=r"slab: got torch\.uint8"):
             cuda.Matrices.in_slots(pool[:, :-4096], record, "w13")
@@ -328,7 +315,7 @@ def test_without_triton_it_is_said() -> None:
 @needs_triton
 def test_tensors_of_the_cpu_are_refused_without_the_interpreter() -> None:
     done = in_another_process(CALL)
-    assert "weights on cpu: Triton's kernels want them on a CUDA device\n" in done.stdout, done.stderr
+    assert "weights on cpu: Triton's kernels need them on a CUDA device\n" in done.stdout, done.stderr
 
 
 def test_importing_it_imports_no_triton() -> None:

@@ -18,7 +18,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ALL, PROMPTS = [1, 2, 4, 8], [12, 40, 200, 511, 512]
 WANTED = [
     ([7, 5], ["mixtral", [1], [40]], ["demo", [1], [40], "int3", 64, 32]),
-    ([8, 0], ["mixtral", [1], PROMPTS]),
+    ([8, 0], ["mixtral", [1], PROMPTS], ["mixtral", [], [40, 200], "int3"]),  # which takes the most registers
     ([8, 6], ["mixtral", ALL, PROMPTS], ["demo", [1], [40]], ["demo", [2], [40], "int3", 32, 32],
      ["smallest", [1], [9]]),
     ([8, 9], ["mixtral", [1], PROMPTS]),

@@ -4,9 +4,7 @@ work that is repeated is captured once."""
 from __future__ import annotations
 
 import random
-import threading
 import time
-from collections.abc import Iterator
 from contextlib import closing
 
 import pytest
@@ -18,12 +16,7 @@ from qmix.device.cuda import open_cuda
 from qmix.errors import QmixError, UsageError
 from qmix.offload.slot_table import NOWHERE, SlotTable
 
-
-@pytest.fixture(autouse=True)
-def no_thread_stays() -> Iterator[None]:
-    before = threading.active_count()
-    yield
-    assert threading.active_count() == before
+pytestmark = pytest.mark.usefixtures("no_thread_stays")
 
 
 def test_a_stream_keeps_its_order_and_waits_for_events_of_others() -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -38,12 +38,7 @@ IDS = [(7 * i * i + 3) % 500 + 3 for i in range(60)]
 FORMATS = {"int4": QuantConfig(), "keep": KEEP, "int8": QuantConfig(experts="int8", dense="int4"),
            "nf4": QuantConfig(experts="nf4", dense="int8", method="", group_size=0, block=0)}
 
-
-@pytest.fixture(autouse=True)
-def no_thread_stays() -> Iterator[None]:
-    before = threading.active_count()
-    yield
-    assert threading.active_count() == before
+pytestmark = pytest.mark.usefixtures("no_thread_stays")
 
 
 @pytest.fixture(scope="module")
@@ -357,9 +352,9 @@ def test_too_little_of_either_memory_is_refused_with_the_numbers(stores: dict[st
         bring_up(monkeypatch, stores["int4"], 3, 8)
     with pytest.raises(DoesNotFit, match=r"of RAM, has .*short of"):
         bring_up(monkeypatch, stores["int4"], 8, 1)
-    with pytest.raises(DoesNotFit, match=r"--vram 8\.0 GiB: only 1\.0 GiB can be had"):
+    with pytest.raises(DoesNotFit, match=r"--vram 8\.0 GiB: only 1\.0 GiB is available"):
         load(stores["int4"], placement=Placement(StandIn(nbytes=2**30), 8 * 2**30))
-    with pytest.raises(UsageError, match=r"--vram 8\.0 GiB: there is no GPU"):
+    with pytest.raises(UsageError, match=r"--vram 8\.0 GiB: no GPU"):
         load(stores["int4"], placement=Placement("cpu", 8 * 2**30))
     with pytest.raises(UsageError, match="want auto, cpu, cuda or cuda:NUMBER"):
         load(stores["int4"], placement=Placement("rocm"))
@@ -375,8 +370,8 @@ def test_what_is_said(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(("asked", "exact", "count", "said"), [
-    (None, False, 3, "3 compute threads, one core left to the copies to the GPU"), (None, True, 4, "4 compute threads"),
-    (4, False, 4, "4 compute threads, as asked: no core left to the copies to the GPU"),
+    (None, False, 3, "3 compute threads, one core left for copies to the GPU"), (None, True, 4, "4 compute threads"),
+    (4, False, 4, "4 compute threads, as asked: no core left for copies to the GPU"),
     (2, False, 2, "2 compute threads")])
 def test_a_core_is_left_to_the_copies(stores: dict[str, Path], asked: int | None, exact: bool, count: int, said: str,
                                       monkeypatch: pytest.MonkeyPatch) -> None:
@@ -438,10 +433,10 @@ def test_measured_configurations_are_used_and_named_but_for_exact(stores: dict[s
     with closing(StandIn()) as device:
         card = Card.of(device.name, device.place)
     save(Tuned(card, "x", "2026-01-31", mine), file)
-    assert loaded(False) == [f"the GPU's kernels are cut as measured on 2026-01-31 for x: {file}"]
+    assert loaded(False) == [f"the GPU's kernels use the configurations measured on 2026-01-31 for x: {file}"]
     assert loaded(True) == [] and used[2:] == [mine, None], "--exact takes the built-in ones"
     save(Tuned(card, "x", "2026-01-31", broken), file)
-    assert "wrong numbers here): the built-in configurations are used" in loaded(False)[1]
+    assert "wrong numbers here): the built-in ones are used" in loaded(False)[1]
     assert used[4:] == [broken, None]
 
 

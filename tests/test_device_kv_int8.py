@@ -3,8 +3,6 @@ sessions exact, the numbers of the CPU's own int8 cache, and what the plan count
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,12 +23,7 @@ from qmix.store import Store
 FORMATS = {"int4": QuantConfig(), "keep": KEEP}
 WINDOW = 30  # shorter than the conversation
 
-
-@pytest.fixture(autouse=True)
-def no_thread_stays() -> Iterator[None]:
-    before = threading.active_count()
-    yield
-    assert threading.active_count() == before
+pytestmark = pytest.mark.usefixtures("no_thread_stays")
 
 
 @pytest.fixture(scope="module")

@@ -240,7 +240,7 @@ def test_folders_that_are_on_no_disk_of_this_machine(kind: str, want: str, tmp_p
 
 def test_memory_too_short_to_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def short(*_: Any, **__: Any) -> None:
-        raise DoesNotFit("512 MiB to measure RAM with: Cannot allocate memory", "free some memory")
+        raise DoesNotFit("512 MiB cannot be allocated to measure RAM: Cannot allocate memory", "free some memory")
 
     monkeypatch.setattr("qmix.hardware.bandwidth.measure_ram", short)
     report = run(tmp_path, bandwidth=True)

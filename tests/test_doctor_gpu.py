@@ -89,7 +89,7 @@ def test_all_cards_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(("error", "words", "cure"), [
-    (DoesNotFit("--device cuda:0: out of memory", "close other programs"), "of no use here: cuda:0: out", "close"),
+    (DoesNotFit("--device cuda:0: out of memory", "close other programs"), "cannot be used: cuda:0: out", "close"),
     (AssertionError("Torch not compiled with CUDA enabled\nmore"), "does not start: Torch not compiled", "nvidia-smi"),
     (OSError(), "does not start: OSError", "nvidia-smi")])
 def test_a_card_that_does_not_start(error: Exception, words: str, cure: str, tmp_path: Path,

@@ -88,7 +88,7 @@ def test_nothing_is_written_where_it_fails(store: Path, device: StandIn, tmp_pat
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("qmix.kernels.trials.cases", short)
-    with pytest.raises(DoesNotFit, match="too short for the weights of gemv"):
+    with pytest.raises(DoesNotFit, match="too small for the weights of gemv"):
         tune(store, file=tmp_path / "f", say=lambda line: None, device=device, timer=lambda work: 1.0)
     with pytest.raises(UsageError, match="not a store"):
         tune(tmp_path, file=tmp_path / "f", say=lambda line: None, device=device, timer=lambda work: 1.0)

@@ -66,8 +66,8 @@ def test_every_piece_is_run_for_every_number_of_tokens() -> None:
                                              ("attention", "attention of 12 tokens")])
 def test_a_piece_that_fails_is_said_and_the_rest_is_run(fail: str, piece: str) -> None:
     kernels = Kernels(fail, RuntimeError("PTX assembly aborted\nand much more"))
-    assert compiled(kernels) == [f"{piece} failed ahead of the first prompt, which will fail too if it needs that: "
-                                 "RuntimeError: PTX assembly aborted"]
+    assert compiled(kernels) == [f"{piece} failed when compiled before the first prompt; prompts that need it will "
+                                 "fail too: RuntimeError: PTX assembly aborted"]
     assert {name for name, _ in kernels.done} >= {"qkv", "head", "attention"}
     assert ("attention", COMPILED[-1]) in kernels.done
 

@@ -13,7 +13,8 @@ import pytest
 from qmix.checkpoint import Checkpoint
 from qmix.config import QuantConfig, SamplingParams
 from qmix.demo import CHECKPOINT
-from qmix.engine import Engine, load
+from qmix.device import StandIn
+from qmix.engine import Engine, Placement, load
 from qmix.errors import DoesNotFit, QmixError, UsageError
 from qmix.quantize import quantize_checkpoint
 from qmix.sizes import MIB
@@ -129,11 +130,18 @@ def test_a_forked_child_answers_or_is_refused(store: Path, threads: int, own: in
 FORK_BESIDE_TORCH = """
 import os, sys, torch, qmix
 from qmix.config import SamplingParams
-store, parents, threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+import ctypes
+store, parents, threads, childs = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 torch.set_num_threads(2)
 if parents:
     torch.ones(2**20).neg_()
 if os.fork() == 0:
+    if childs == "torch":
+        torch.ones(2**20).neg_()
+    if childs == "native":  # threads that Python does not know, as of tokenizers or a database driver
+        libc = ctypes.CDLL(None)
+        for _ in range(3):
+            libc.pthread_create(ctypes.byref(ctypes.c_ulong()), None, libc.pause, None)
     for attempt in range(2):
         try:
             with qmix.load(store, threads=threads) as engine:
@@ -147,14 +155,31 @@ os.wait()
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists() or not hasattr(os, "fork"), reason="no way to know of a fork")
-@pytest.mark.parametrize(("parents", "threads", "words"), [
-    (1, 2, "forked from one that had already computed"),  # what the parent computed, qmix did not see
-    (1, 1, "answered"),
-    (0, 2, "answered"),
+@pytest.mark.parametrize(("parents", "threads", "childs", "words"), [
+    (1, 2, "", "forked from one that had already computed"),  # what the parent computed, qmix did not see
+    (1, 1, "", "answered"),
+    (0, 2, "", "answered"),
+    (1, 2, "native", "forked from one that had already computed"),  # other threads are no sign that OpenMP works
+    (0, 2, "native", "answered"),
+    (0, 2, "torch", "answered"),  # the child's own OpenMP threads, which a trial in a child of it would lack
 ])
-def test_a_child_of_a_process_that_computed_without_qmix(store: Path, parents: int, threads: int, words: str) -> None:
+def test_a_child_of_a_process_that_computed_without_qmix(store: Path, parents: int, threads: int, childs: str,
+                                                         words: str) -> None:
     done = subprocess.run([sys.executable, "-c", "import qmix.errors\n" + FORK_BESIDE_TORCH, str(store), str(parents),
-                           str(threads)], capture_output=True, text=True, timeout=120)
+                           str(threads), childs], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 2 and all(words in line for line in lines), done.stdout
+
+
+def test_what_a_device_could_not_do_is_said_once_whenever_it_happens(store: Path) -> None:
+    """After the start, too: a graph that is captured later may fail."""
+    said: list[str] = []
+    with load(store, threads=1, context=64, placement=Placement(StandIn()), say=said.append) as engine:
+        session = engine.session()
+        engine.step([session], [[1, 5]], "prefill")
+        assert engine.device is not None
+        engine.device.trouble = "no CUDA graphs here"
+        for token in (6, 7):
+            engine.step([session], [[token]], "decode")
+    assert said.count("no CUDA graphs here") == 1

@@ -38,7 +38,7 @@ def start(store: Path, beside: int, file: Path | None, budget: int = 2 * GIB) ->
     placement = Placement(StandIn(nbytes=4 * GIB, beside=beside), budget, memory=file)
     with load(store, threads=1, context=32, placement=placement, say=lines.append) as engine:
         assert engine.stats()["memory"]["vram_beside"] == beside
-    return [line for line in lines if "beside its tensors" in line]
+    return [line for line in lines if "beside tensors" in line]
 
 
 def test_what_the_plan_left_is_enough_and_nothing_is_said(store: Path, tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_more_is_said_once_and_planned_for_at_the_next_start(store: Path, tmp_pa
     assert line.endswith("(the next start plans for it)")
     assert start(store, 400 * MIB, file) == []
     (line,) = start(store, 400 * MIB, None)
-    assert line.endswith("(a smaller --vram makes room)")
+    assert line.endswith("(choose a smaller --vram)")
 
 
 def test_what_was_measured_with_another_card_or_torch_does_not_count(store: Path, tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_a_file_is_written_where_it_tells_something_new(store: Path, tmp_path: P
     blocked = tmp_path / "file"
     blocked.write_text("")
     vram.check(replace(placement, memory=blocked / "gpu.json"), device, fast, lines.append, TODAY)
-    assert len(lines) == 1 and "not kept" in lines[0]
+    assert len(lines) == 1 and "not saved" in lines[0]
     for one in (device, near):
         one.close()
 

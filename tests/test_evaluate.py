@@ -407,7 +407,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(stores: dict[str, Path], text: P
             process.send_signal(end)
             out, errors = process.communicate(timeout=60)
         assert (process.returncode, out) == (code, ""), errors
-    assert "the same command goes on" in errors and "Traceback" not in errors
+    assert "the same command continues" in errors and "Traceback" not in errors
     (journal,) = journals.glob("*.scores")
     with journal.open("ab") as file:
         file.write(b"\x08\x00\x00\x00\x04")  # a record that was being written

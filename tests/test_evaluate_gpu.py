@@ -3,8 +3,6 @@ CPU's engines give; and on the CPU, said, where the device is of no use."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,19 +22,23 @@ from qmix.device import StandIn
 from qmix.engine import Engine, Placement, load
 from qmix.errors import DoesNotFit, QmixError, UsageError
 from qmix.evaluate import Request, run
-from qmix.evaluate.memory import Gpu, Part, model_part, reference_part, taken, tensors_to_come
+from qmix.evaluate.memory import (
+    Gpu,
+    Part,
+    divide_on_gpu,
+    model_part,
+    reference_part,
+    taken,
+    tensors_beside,
+    tensors_to_come,
+)
 from qmix.offload.plan import DEVICE_TILES, RESERVE, STAGING, Needs, plan
 from qmix.sizes import GIB, MIB
 
 KEEP = QuantConfig(experts="keep", dense="keep", method="", group_size=0, block=0)
 SHORT = {"window": 128, "most": 400}
 
-
-@pytest.fixture(autouse=True)
-def no_thread_stays() -> Iterator[None]:
-    before = threading.active_count()
-    yield
-    assert threading.active_count() == before
+pytestmark = pytest.mark.usefixtures("no_thread_stays")
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +96,49 @@ def test_both_on_the_device_give_the_figures_of_the_cpu(stores: dict[str, Path],
     assert model.plan.tiers[0].total <= 2 * GIB
 
 
+def test_a_checkpoint_beside_the_model_on_one_device(stores: dict[str, Path], tmp_path: Path) -> None:
+    """As above, the reference being the checkpoint that transformers and accelerate run."""
+    pytest.importorskip("accelerate")
+    want, _ = evaluated(replace(request_of(stores, tmp_path / "cpu", None), reference=CHECKPOINT), Loads())
+    loads, gpu = Loads(), Gpu("a device", (2 * GIB, 100 * MIB), True)
+    got, lines = evaluated(replace(request_of(stores, tmp_path / "gpu", gpu), reference=CHECKPOINT), loads)
+    assert got["device"] == "the CPU in a GPU's place"
+    assert "reference and model are both computed on a device" in lines
+    assert any("all its weights in VRAM" in line for line in lines)
+    assert got["reference_perplexity"] == want["reference_perplexity"]
+    for name in ("perplexity", "kl_mean", "kl_p99", "top1"):
+        assert got[name] == pytest.approx(want[name], rel=1e-5)
+    small = replace(gpu, budget=(300 * MIB, 0))
+    with pytest.raises(DoesNotFit, match=r"both models need .* of VRAM at least, have 300 MiB"):
+        evaluated(replace(request_of(stores, tmp_path, small), reference=CHECKPOINT), Loads())
+    other = replace(request_of(stores, tmp_path, replace(small, chosen=False)), reference=CHECKPOINT)
+    assert any("not on a device: both models need" in line for line in evaluated(other, Loads())[1])
+
+
+@given(st.integers(0, 200 * GIB), st.integers(0, GIB), st.integers(0, 200 * GIB), st.integers(0, GIB))
+def test_a_checkpoint_and_a_model_fit_one_gpu_and_one_ram(vram: int, vram_base: int, ram: int, base: int) -> None:
+    """Mixtral 8x7B in bf16 beside int4."""
+    needs, least, beside, weights = Needs.of(MIXTRAL, QuantConfig(), 2048, scoring=True), 4 * GIB, 3 * GIB, 87 * GIB
+    try:
+        granted, above = divide_on_gpu((least, weights), beside, needs, (ram, base), (vram, vram_base))
+    except DoesNotFit as e:
+        at_least = least + needs.dense + needs.kv + needs.workspace + DEVICE_TILES + needs.least_bytes
+        if "of VRAM" in e.message:
+            assert vram < vram_base + max(RESERVE, vram // 50) + at_least
+        else:
+            assert ram < base + max(RESERVE, ram // 50) + beside + STAGING * needs.record
+        return
+    assert granted >= beside and least <= above <= least + weights
+    model = plan(needs, ram, base + granted, vram, vram_base + above)
+    for one, budget in zip(model.tiers, (vram, ram), strict=True):
+        assert one.total <= budget
+    fast = model.tiers[0]
+    held = vram_base + fast.dense + fast.kv + fast.experts
+    assert held + tensors_beside(above, model) == vram - fast.beside
+    if above < least + weights and not model.resident:  # nothing lies idle in VRAM while a model is short of it
+        assert vram - fast.total < needs.record + 2 * MIB + vram // 1000
+
+
 def test_a_store_is_at_no_distance_from_itself(stores: dict[str, Path], tmp_path: Path) -> None:
     gpu = Gpu("a device", (2 * GIB, 0), True)
     found, _ = evaluated(replace(request_of(stores, tmp_path, gpu), reference=stores["int4"]), Loads())
@@ -110,7 +155,7 @@ def test_a_run_on_a_device_is_another_evaluation(stores: dict[str, Path], tmp_pa
 @pytest.mark.parametrize("fails", [0, 1])
 def test_where_auto_cannot_use_the_device_the_cpu_computes_both(stores: dict[str, Path], tmp_path: Path,
                                                                 fails: int) -> None:
-    error = DoesNotFit("the GPU gave no 3 GiB for expert slots")
+    error = DoesNotFit("the GPU did not allocate 3 GiB for expert slots")
     loads = Loads(fails, error)
     found, lines = evaluated(request_of(stores, tmp_path, Gpu("a card", (2 * GIB, 0), False)), loads)
     assert f"not on a card: {error.message}; the CPU computes both models" in lines and found["device"] == "CPU"
@@ -166,8 +211,8 @@ def test_flags_that_carry_a_part() -> None:
 
 
 @pytest.mark.parametrize(("flags", "words"), [(["--device", "cuda"], "torch sees no NVIDIA GPU"),
-                                              (["--vram", "8G"], "there is no GPU in use here"),
-                                              (["--pin", "1G"], "there is no GPU in use here")])
+                                              (["--vram", "8G"], "no GPU is in use"),
+                                              (["--pin", "1G"], "no GPU is in use")])
 def test_without_a_gpu_its_flags_are_refused(stores: dict[str, Path], flags: list[str], words: str, tmp_path: Path,
                                              monkeypatch: pytest.MonkeyPatch,
                                              capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,7 +76,7 @@ def matmul(config, dtype, bits=4):
     spec = MatrixSpec(f"int{bits}", 512, 512, 1, 64, 64)
     m = Packed.of(spec, {t.name: torch.empty(t.shape, dtype=TORCH_DTYPES[t.dtype]) for t in spec.tensors})
     y = torch.empty(512, spec.padded_rows, dtype=dtype)
-    cuda.sorted_linear(torch.empty(512, 512, dtype=dtype), Matrices.of(m), [0], [512], y, config=config)
+    cuda.many(torch.empty(512, 512, dtype=dtype), Matrices.of(m), 0, y, config=config)
     return products(made[-1])
 
 cuts = [*tuning.candidates("matmul"), built_in((9, 0)).matmul]

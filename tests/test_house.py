@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from qmix.demo import CHECKPOINT
+
 ROOT = Path(__file__).parents[1] / "qmix"
 # Floor 0 is a ladder: each of its modules may import those before it.
 LADDER = ("errors", "textfile", "modelfiles", "streams", "process", "config", "names", "tensorfile", "sizes",
@@ -73,6 +75,23 @@ HEAVY = {"torch", "bitsandbytes", "transformers", "accelerate", "safetensors", "
 ])
 def test_help_and_floor_zero_import_nothing_heavy(code: str) -> None:
     assert not imported_modules(code) & HEAVY
+
+
+def test_quantizing_and_answering_import_torch_without_its_compiler(tmp_path: Path) -> None:
+    """torch._dynamo, and sympy with it, would take three seconds of each start."""
+    said = imported_modules(f"""
+from qmix.cli import main
+for arguments in (["quantize", {str(CHECKPOINT)!r}, {str(tmp_path / "st")!r}],
+                  ["generate", {str(tmp_path / "st")!r}, "-p", "a", "-n", "2"]):
+    sys.argv = ["qmix", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code
+sys.stderr.flush()
+print(*(name.replace(".", "/") for name in sys.modules), file=sys.stderr)""")
+    assert "torch" in said
+    assert not said & {"torch/_dynamo", "torch/_inductor", "sympy", "transformers", "accelerate", "triton"}
 
 
 def test_bitsandbytes_is_imported_only_for_its_formats() -> None:

@@ -194,10 +194,10 @@ def test_planning_needs_the_config_alone(serve: Server, tmp_path: Path) -> None:
 def test_an_absent_repository_is_one_line(serve: Server, tmp_path: Path) -> None:
     env, _ = serve(repository(tmp_path / "repo"))
     done = qmix(env, "quantize", "org/other", "out")
-    assert done.returncode == 4 and "org/other: the hub did not give it" in done.stderr
+    assert done.returncode == 4 and "org/other: the hub did not deliver it" in done.stderr
     assert "Traceback" not in done.stderr
     done = qmix({**env, "HF_ENDPOINT": "http://127.0.0.1:9"}, "quantize", "org/absent", "out")
-    assert done.returncode == 4 and "the hub did not give it" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 4 and "the hub did not deliver it" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_every_file_that_a_store_copies_is_fetched() -> None:

@@ -17,12 +17,7 @@ from qmix.formats import memory
 from qmix.offload.lane import Lane, Trip
 from qmix.offload.reads import AHEAD, DEMAND, WARM, Load
 
-
-@pytest.fixture(autouse=True)
-def no_thread_stays() -> Iterator[None]:
-    before = threading.active_count()
-    yield
-    assert threading.active_count() == before
+pytestmark = pytest.mark.usefixtures("no_thread_stays")
 
 
 class HandEvent:

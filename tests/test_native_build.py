@@ -107,7 +107,7 @@ def test_a_library_of_another_qmix_is_named(source: str, word: str, tmp_path: Pa
     library = tmp_path / f"_native{EXTENSION_SUFFIXES[0]}"
     subprocess.run([COMPILER, "-shared", "-fPIC", "-o", library, tmp_path / "old.c"], check=True)
     opened, trouble = loader.open_library(tmp_path)
-    assert opened is None and "of another qmix" in trouble and word in trouble
+    assert opened is None and "another version of qmix" in trouble and word in trouble
 
 
 def test_the_doctor_names_the_reason_and_where_the_output_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

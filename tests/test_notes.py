@@ -23,7 +23,7 @@ def test_what_was_saved_comes_back_under_its_format_and_version_only(tmp_path: P
     assert load("ours", 1) == {"a": [1, 2.5], "b": None} and list(path.parent.iterdir()) == [path]
     assert not said
     assert load("ours", 2) is None and load("theirs", 1) is None
-    assert said == [f"{path}: ignored (not a file of {name}, version {version}); `qmix measure` writes it anew"
+    assert said == [f"{path}: ignored (not a file of {name}, version {version}); `qmix measure` writes a new one"
                     for name, version in (("ours", 2), ("theirs", 1))]
 
 
@@ -36,7 +36,7 @@ def test_what_its_record_refuses_is_one_line(error: Exception, tmp_path: Path) -
         raise error
 
     assert notes.load(tmp_path / "f", "ours", 1, make, "qmix measure", said.append) is None
-    assert said == [f"{tmp_path / 'f'}: ignored (a: got 1); `qmix measure` writes it anew"]
+    assert said == [f"{tmp_path / 'f'}: ignored (a: got 1); `qmix measure` writes a new one"]
 
 
 def test_what_cannot_be_written(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_hub_failure_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(CheckpointError) as error:
         paths.resolve("org/name", lambda line: None)
-    assert error.value.message == "org/name: the hub did not give it: no route to host"
+    assert error.value.message == "org/name: the hub did not deliver it: no route to host"
 
 
 def test_a_folder_and_an_alias_of_one_name(hub: list[tuple], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,4 +72,4 @@ def test_a_folder_and_an_alias_of_one_name(hub: list[tuple], tmp_path: Path, mon
     assert paths.resolve("./both", said.append) == Path("both") and len(said) == 2
     (tmp_path / "org" / "name").mkdir(parents=True)
     assert paths.resolve("org/name", said.append) == Path("org/name")
-    assert "holds no model; the hub is not asked" in said[-1] and not hub
+    assert "holds no model; the hub is not searched" in said[-1] and not hub

@@ -63,8 +63,8 @@ def test_a_refusal_is_said_in_one_line_with_what_is_page_locked() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pinning, "PIECE", 2 * PAGE)
         pin_pool(slot_pool(8, PAGE), 10**9, said.append, driver.register, driver.unregister)
-    assert said == ["page-locked 20.0 KiB of 32.0 KiB of RAM for the GPU, more was refused (out of memory (2)): the "
-                    "rest is copied through pageable memory, slower"]
+    assert said == ["page-locked 20.0 KiB of 32.0 KiB of RAM for the GPU; the system refused more (out of memory "
+                    "(2)), so copies from the rest are slower"]
 
 
 def test_a_gpu_that_has_failed_does_not_keep_the_rest_from_being_given_back() -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from random import Random
+from statistics import fmean, stdev
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qmix.config import ExpertKey, ModelConfig, QuantConfig
 from qmix.errors import DoesNotFit
-from qmix.offload.forecast import Speeds, forecast, known_shares
+from qmix.offload.forecast import Forecast, Speeds, divided, forecast, known_shares
 from qmix.offload.plan import (
     CUDA_CONTEXT,
     RESERVE,
@@ -21,6 +23,7 @@ from qmix.offload.plan import (
     resident_dense_bytes,
 )
 from qmix.offload.router_stats import RouterStats
+from qmix.offload.split import Split
 from qmix.sizes import GIB, MIB, dense_bytes, format_bytes, kv_bytes_per_token, record_layout
 
 MIXTRAL = ModelConfig(32000, 4096, 14336, 32, 32, 8, 128, 8, 2, 1e6, 1e-5, 32768)
@@ -159,10 +162,81 @@ def test_a_few_tokens_are_no_statistics() -> None:
         stats.add_token("decode", [[0, 1], [2, 3]])
 
 
-def test_forecast_on_a_gpu_counts_pcie() -> None:
-    found = plan(NEEDS, 32 * GIB, 300 * MIB, vram=16 * GIB)
-    guess = forecast(found, Speeds(ram=40, disk=3, pcie=25, vram=900))
-    outside = 64 * RECORD * (1 - found.tiers[0].slots / 256)
-    assert guess.bottleneck == "PCIe"
-    assert guess.most == pytest.approx(25e9 / outside, rel=1e-6)
-    assert guess.disk_bytes == 0
+def on_gpu(vram: int, speeds: Speeds, ram: int = 32 * GIB, exact: bool = False) -> Forecast:
+    return forecast(plan(NEEDS, ram, 300 * MIB, vram=vram), speeds, exact=exact)
+
+
+def test_forecast_on_a_gpu_by_hand() -> None:
+    """Two experts a layer. Alone, a missing one is computed by the CPU, which is faster than the bus; of two, each side
+    has one. At worst all are read from RAM one after another."""
+    miss = 1 - plan(NEEDS, 32 * GIB, 300 * MIB, vram=16 * GIB).tiers[0].slots / 256
+    guess = on_gpu(16 * GIB, Speeds(ram=40, disk=3, pcie=25, vram=900))
+    waited = 32 * (2 * miss * (1 - miss) / 40 + miss**2 / 25) * RECORD / 1e9
+    gpu = (NEEDS.dense + 64 * RECORD * (1 - miss)) / 900e9
+    assert guess.most == pytest.approx(1 / waited, rel=1e-9)
+    assert guess.least == pytest.approx(1 / (gpu + 64 * RECORD * miss / 40e9), rel=1e-9)
+    assert guess.bottleneck == "RAM" and guess.disk_bytes == 0
+    assert on_gpu(16 * GIB, Speeds(ram=20, disk=3, pcie=18, vram=900)).bottleneck == "RAM"
+    assert on_gpu(16 * GIB, Speeds(ram=20, disk=3, pcie=20, vram=900)).bottleneck == "PCIe"
+
+
+def test_forecast_of_exact_runs_counts_all_misses_on_the_bus() -> None:
+    miss = 1 - plan(NEEDS, 32 * GIB, 300 * MIB, vram=16 * GIB).tiers[0].slots / 256
+    for pcie, bus in ((25, 25), (64, 40)):  # a bus that is faster than the RAM waits for the RAM
+        guess = on_gpu(16 * GIB, Speeds(ram=40, disk=3, pcie=pcie, vram=900), exact=True)
+        assert guess.bottleneck == "PCIe"
+        assert guess.most == pytest.approx(bus * 1e9 / (64 * RECORD * miss), rel=1e-9)
+        assert guess.least == pytest.approx(
+            1 / (64 * RECORD * miss / bus / 1e9 + (NEEDS.dense + 64 * RECORD) / 900e9), rel=1e-9)
+
+
+speed = st.floats(5, 80)
+sizes = st.integers(8, 40).map(lambda gib: gib * GIB)
+SLACK = 1 + 1e-12  # sums in another order
+
+
+@given(sizes, sizes, speed, speed, st.floats(0.5, 10), st.floats(80, 2000))
+@example(12 * GIB, 28 * GIB, 40, 25, 3, 360)
+def test_a_card_never_makes_the_forecast_slower(vram: int, ram: int, memory: float, pcie: float, disk: float,
+                                                fast: float) -> None:
+    """Than that of the CPU alone with the same RAM, where the card's memory is as fast as RAM or faster."""
+    alone = forecast(plan(NEEDS, ram, 300 * MIB), Speeds(memory, disk))
+    guess = on_gpu(vram, Speeds(memory, disk, pcie, fast), ram)
+    assert alone.least <= guess.least * SLACK and alone.most <= guess.most * SLACK
+    assert guess.least <= guess.most and guess.disk_bytes <= alone.disk_bytes
+
+
+def test_a_range_is_a_range_where_vram_is_slower_than_ram() -> None:
+    guess = on_gpu(16 * GIB, Speeds(ram=40, disk=3, pcie=25, vram=10))
+    assert guess.least <= guess.most
+
+
+@given(sizes, sizes, speed, speed, st.floats(0.5, 10), st.floats(80, 2000),
+       st.sampled_from(["vram", "ram", "pcie", "disk", "fast", "memory"]), st.floats(1, 3), st.booleans())
+def test_more_of_anything_never_makes_the_forecast_slower(
+        vram: int, ram: int, memory: float, pcie: float, disk: float, fast: float, what: str, factor: float,
+        exact: bool) -> None:
+    def guess(of: dict[str, float]) -> Forecast:
+        return on_gpu(int(of["vram"]), Speeds(of["memory"], of["disk"], of["pcie"], of["fast"]), int(of["ram"]), exact)
+
+    less = {"vram": vram, "ram": ram, "memory": memory, "pcie": pcie, "disk": disk, "fast": fast}
+    assert factor == 1 or less[what] * factor > less[what]
+    before = guess(less)
+    after = guess(less | {what: less[what] * factor})
+    assert before.least <= after.least * SLACK and before.most <= after.most * SLACK
+
+
+@pytest.mark.parametrize(("top_k", "miss", "bus", "host"), [(2, 0.45, 25, 40), (2, 0.9, 25, 12), (8, 0.5, 13, 30),
+                                                            (1, 0.3, 25, 10)])
+def test_missing_experts_are_divided_as_the_engine_divides_them(top_k: int, miss: float, bus: float,
+                                                                host: float) -> None:
+    """Against layers whose missing experts are drawn and given to Split, within five standard errors of the mean."""
+    dice, split, record = Random(1), Split(bus, host), 99_090_432
+    layers = []
+    for _ in range(4000):
+        lacking = [(record, record)] * sum(dice.random() < miss for _ in range(top_k))
+        computed = split.on_host(lacking)
+        sides = (len(lacking) - computed) / bus, computed / host
+        layers.append((max(sides), *sides))
+    for found, drawn in zip(divided(top_k, miss, bus, host), zip(*layers, strict=True), strict=True):
+        assert abs(found - fmean(drawn)) <= 5 * stdev(drawn) / len(drawn)**0.5

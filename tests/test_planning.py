@@ -65,7 +65,7 @@ def test_plan_of_a_described_machine_from_a_config_alone(config_file: Path) -> N
     assert sum(n for (memory, _), n in by.items() if memory == "VRAM") == 24 * 2**30
     assert sum(n for (memory, _), n in by.items() if memory == "RAM") == 32 * 2**30
     assert by["RAM", "expert slots"] == 256 * 99_090_432 and found["plan"][-1].endswith("all of them in RAM")
-    assert found["limited_by"] == "PCIe"
+    assert found["limited_by"] == "RAM"
     assert "assumed, neither measured nor given: ram 40 GB/s, vram 900 GB/s" in done.stderr
 
 
@@ -96,7 +96,7 @@ def test_plan_that_cannot_fit_is_exit_3_with_the_shortfall(config_file: Path) ->
     (("--ram", "lots"), ("--ram 'lots': not a size",)),
     (("--vram", "0"), ("--vram",)),
     (("--ram", "8G", "--margin", "1G"), ("--margin",)),
-    (("--pcie", "25", "--device", "cpu"), ("--pcie 25: only counts with a GPU", "--vram")),
+    (("--pcie", "25", "--device", "cpu"), ("--pcie 25: only has an effect with a GPU", "--vram")),
     (("--device", "tpu"), ("--device tpu",)),
     (("--device", "cpu", "--vram", "24G"), ("--device cpu: --vram describes a GPU",)),
     (("--ctx-size", "99999999"), ("--ctx-size 99999999",)),
@@ -119,11 +119,11 @@ def test_plan_for_the_gpu_of_this_machine(config_file: Path, monkeypatch: pytest
     monkeypatch.setattr(Placement, "pin_budget", lambda self: 2**40)
     machine = planning.find_gpu(model, planning.Machine(ram=32 * 2**30), "auto", said.append)
     assert (machine.vram, machine.vram_taken) == (24 * 2**30, 2**29) and closed == [True]
-    assert len(said) == 1 and "24.0 GiB can be had" in said[0] and "--device cpu" in said[0]
+    assert len(said) == 1 and "24.0 GiB of its memory" in said[0] and "--device cpu" in said[0]
     found = planning.describe(model, 0, machine, None, said.append)
     by = {(row["memory"], row["holds"]): row["bytes"] for row in found["memory"]}
     assert sum(n for (memory, _), n in by.items() if memory == "VRAM") == 24 * 2**30
-    assert by["VRAM", "program"] == 2**29 and found["limited_by"] == "PCIe"
+    assert by["VRAM", "program"] == 2**29 and found["limited_by"] == "RAM"
     assert by["RAM", "expert slots"] == 256 * 99_090_432
     monkeypatch.setattr(Placement, "pin_budget", lambda self: 12 * 2**30)  # as WSL's would be
     machine = planning.find_gpu(model, planning.Machine(ram=32 * 2**30), "auto", said.append)
@@ -217,7 +217,7 @@ def test_generate_within_a_budget_pages_and_says_so(store: Path, monkeypatch: py
 
 @pytest.mark.parametrize(("args", "code", "words"), [
     (("--ram", "1M"), 3, ("short of",)),
-    (("--ram", "900000G"), 3, ("can be had",)),
+    (("--ram", "900000G"), 3, ("is available",)),
     (("--ram", "8X"), 2, ("--ram '8X'",)),
     (("--margin", "-1"), 2, ("--margin",)),
     (("--cache-policy", "fifo"), 2, ("--cache-policy fifo", "lfu")),

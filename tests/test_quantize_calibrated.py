@@ -213,9 +213,9 @@ def test_damaged_weights_are_named_before_the_text_carries_them_on(tmp_path: Pat
 
 
 def test_method_and_text_go_together(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="wants a calibration"):
+    with pytest.raises(UsageError, match="needs a calibration"):
         run(source, tmp_path / "out", text=None)
-    with pytest.raises(UsageError, match="goes with no calibration"):
+    with pytest.raises(UsageError, match="takes no calibration"):
         run(source, tmp_path / "out", QuantConfig())
     assert list(tmp_path.iterdir()) == []
 

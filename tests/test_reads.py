@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -65,12 +65,7 @@ def slot() -> torch.Tensor:
 def key(number: int) -> ExpertKey:
     return ExpertKey(number // 8, number % 8)
 
-
-@pytest.fixture(autouse=True)
-def no_thread_stays() -> Iterator[None]:
-    before = threading.active_count()
-    yield
-    assert threading.active_count() == before
+pytestmark = pytest.mark.usefixtures("no_thread_stays")
 
 
 def has_right_bytes(load: Load) -> bool:

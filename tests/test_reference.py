@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import infer_auto_device_map
 from helpers import KEEP, write_tiny_checkpoint
 from test_cli import qmix
 from test_evaluate import document, in_fp32, make_store, refused, sentencepiece_ids
@@ -23,7 +24,8 @@ from qmix.bench import recorded_text
 from qmix.config import Cancel, QuantConfig
 from qmix.demo import CHECKPOINT
 from qmix.engine import load
-from qmix.errors import Interrupted, QmixError, UsageError
+from qmix.errors import DoesNotFit, Interrupted, QmixError, UsageError
+from qmix.evaluate import reference
 from qmix.evaluate.reference import Original, Weights, workspace
 from qmix.evaluate.windows import cut
 
@@ -74,6 +76,47 @@ def test_every_tensor_and_logit_is_that_of_transformers(tmp_path: Path, tied: bo
             assert torch.equal(torch.cat(list(original.read(ids, 7))), want)
     assert ["all its weights in RAM" in line for line in said] == [True, False, False]
     assert all(str(dtype).removeprefix("torch.") in line for line in said)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_between_gpu_ram_and_disk_no_bit_changes(tmp_path: Path, tied: bool) -> None:
+    """accelerate's map for a GPU, RAM and disk; the CPU computes in the GPU's place, and what the map does not give it
+    is brought in by hooks, as on a GPU."""
+    path = write_tiny_checkpoint(tmp_path, dtype=torch.float32, num_hidden_layers=4, tie_word_embeddings=tied)
+    ids, said = list(range(3, 63)), []
+    want = their_logits(theirs(path, torch.float32), ids)
+    device = torch.device("cpu")
+    with Original.open(path, lambda line: None) as original:
+        layer, nbytes = reference._largest(original.config), original.weight_bytes
+    for vram, ram, held in ((nbytes, 0, {0}), (layer, layer, {0, "cpu", "disk"}), (0, nbytes, {"cpu"}),
+                            (0, 0, {"disk"}), (layer, 0, {0, "disk"})):
+        with Original.open(path, said.append) as original:
+            original.plan(original.least_beside(60) + ram, 60, original.least_bytes(60) + vram, device)
+            assert original._memory() == {0: layer + vram, "cpu": layer + ram}
+            places = infer_auto_device_map(original._model, original._memory(), original._model._no_split_modules,
+                                           original.config.dtype)
+            assert set(places.values()) == held
+            assert torch.equal(torch.cat(list(original.read(ids))), want)
+            assert torch.equal(torch.cat(list(original.read(ids))), want)
+            held_in_ram = sum(tensor.nbytes for tensor in original._weights._held.values())
+            assert held_in_ram <= ram and bool(held_in_ram) == ("cpu" in held)
+    said = [line.partition("; ")[2] for line in said]
+    assert said[0] == "all its weights in VRAM"
+    assert ["from RAM to the GPU" in line for line in said] == [False, True, True, False, False]
+    assert ["from the checkpoint" in line for line in said] == [False, True, False, True, True]
+
+
+def test_a_gpu_that_gives_less_than_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    with Original.open(CHECKPOINT, lambda line: None) as original:
+        original.plan(original.least_beside(64), 64, 2**30, torch.device("cpu"))
+        list(original.read([1, 5, 6]))
+        monkeypatch.setattr(original._model.model, "forward", full)
+        with pytest.raises(DoesNotFit, match="more VRAM than planned: CUDA out of memory") as refusal:
+            original.read([1, 5, 6])
+        assert "--device cpu" in refusal.value.cure
 
 
 def test_pieces_are_those_of_a_session() -> None:
@@ -230,7 +273,6 @@ def test_checkpoints_that_cannot_be_a_reference(int4: Path, text: Path, tmp_path
 
 
 def test_another_layout_of_transformers_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qmix.evaluate import reference
     honest = reference._skeleton
 
     def renamed(*args: Any) -> Any:

@@ -277,7 +277,7 @@ def test_a_lock_that_is_not_let_go_costs_a_line(tmp_path: Path) -> None:
     with open(lock, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         save(tmp_path, STORE, filled(), said.append, patience=0.05)
-    assert len(said) == 1 and "is held by another process" in said[0]
+    assert len(said) == 1 and "is locked by another process" in said[0]
     assert not stats_file(tmp_path, STORE).exists()
 
 

@@ -7,7 +7,6 @@ import os
 import random
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
@@ -26,12 +25,7 @@ from qmix.offload.tiers import Tier
 
 LAYERS = 3  # of 8 experts
 
-
-@pytest.fixture(autouse=True)
-def no_thread_stays() -> Iterator[None]:
-    before = threading.active_count()
-    yield
-    assert threading.active_count() == before
+pytestmark = pytest.mark.usefixtures("no_thread_stays")
 
 
 def cache(slots: int) -> Cache:

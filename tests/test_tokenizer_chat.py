@@ -1,15 +1,15 @@
-"""Conversations to ids: mistral-common and transformers are the oracles of the formats."""
+"""Conversations to ids in the formats of the demo, of templates over tokenizer.json and of base models; transformers is
+the oracle."""
 
 from __future__ import annotations
 
-import json
-from datetime import datetime
 from pathlib import Path
 
 import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizer_chats import answer, mistral_tokenizer, system, texts, user
 from tokenizer_files import (
     CHATML,
     DEMO_TEMPLATE,
@@ -22,31 +22,8 @@ from tokenizer_files import (
 )
 
 import qmix.tokenizer
-from qmix.errors import ModelFileError, UsageError
+from qmix.errors import UsageError
 from qmix.tokenizer import Message, Tokenizer, load
-from qmix.tokenizer.sandbox import Template
-
-MIXTRAL = (  # as in Mixtral-8x7B-Instruct-v0.1's tokenizer_config.json
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
-    "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token}}"
-    "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
-)
-
-
-def system(text: str) -> Message:
-    return Message("system", text)
-
-
-def user(text: str) -> Message:
-    return Message("user", text)
-
-
-def answer(text: str, *ids: int) -> Message:
-    return Message("assistant", text, ids or None)
-
 
 # ---- messages
 
@@ -68,163 +45,11 @@ def test_an_answer_follows_a_users_message(messages: list[Message], formats: lis
 
 
 @pytest.fixture(scope="module")
-def formats(tmp_path_factory: pytest.TempPathFactory, mistral: Tokenizer) -> list[Tokenizer]:
+def formats(tmp_path_factory: pytest.TempPathFactory) -> list[Tokenizer]:
     """One tokenizer of each chat format."""
     folder = tmp_path_factory.mktemp("formats")
-    return [mistral, load(demo_folder(folder / "demo")), load(write_folder(folder / "base", spm_model()))]
-
-
-# ---- Mistral v1
-
-@pytest.fixture(scope="module")
-def v1():
-    mistral_common = pytest.importorskip("mistral_common.tokens.tokenizers.mistral")
-    return mistral_common.MistralTokenizer.v1()
-
-
-@pytest.fixture(scope="module")
-def v1_model(v1) -> bytes:
-    return v1.instruct_tokenizer.tokenizer.file_path.read_bytes()
-
-
-@pytest.fixture(scope="module")
-def mistral(v1_model: bytes, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    folder = write_folder(tmp_path_factory.mktemp("mixtral"), v1_model, bos_token="<s>", eos_token="</s>",
-                          unk_token="<unk>", chat_template=MIXTRAL)
-    return load(folder, vocab_size=32000)
-
-
-def common_ids(v1, messages: list[Message]) -> list[int]:
-    """The ids that mistral-common gives."""
-    from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
-    from mistral_common.protocol.instruct.request import ChatCompletionRequest
-
-    kinds = {"system": SystemMessage, "user": UserMessage, "assistant": AssistantMessage}
-    return v1.encode_chat_completion(ChatCompletionRequest(
-        messages=[kinds[m.role](content=m.content) for m in messages])).tokens
-
-
-CONVERSATIONS = [
-    [user("Hello")],
-    [system("You are terse."), user("Hi"), answer("Hello."), user("And now?")],
-    [user("one"), answer("two"), user("three"), answer("four"), user("five")],
-    [system("Sois bref. 🦊"), user("Ça va? 你好 \u200d"), answer("Oui 👩‍👩‍👧"), user("naïve — €")],
-    [user("say [INST] x [/INST] and </s><s> and <unk>"), answer("[/INST] </s> ok"), user("<<SYS>> [INST]")],
-    [user("  spaces around  \n"), answer("  kept \n\n"), user("\ttab ")],
-    [system("a"), system("b"), user("two system texts")],
-    [system("  "), user("blank system text")],
-    [system(""), user("empty system text")],
-    [user("two"), user("in a row"), answer("ok"), user("x"), user("y"), user("z")],
-    [user("two"), answer("answers"), answer("in a row"), user("x")],
-    [answer("the model begins"), user("x")],
-    [user("")],
-    [system("s"), user("")],
-    [user("line\nbreaks\r\n\x00 and NUL")],
-]
-
-
-@pytest.mark.parametrize("messages", CONVERSATIONS, ids=range(len(CONVERSATIONS)))
-def test_ids_are_those_of_mistral_common(v1, mistral: Tokenizer, messages: list[Message]) -> None:
-    assert mistral.encode_chat(messages) == common_ids(v1, messages)
-
-
-texts = st.text(max_size=20) | st.text(alphabet="ab \n[INST]/<s>é🦊", max_size=20)
-
-
-@settings(max_examples=60, deadline=None)
-@given(first=texts, turns=st.lists(st.tuples(texts, texts.filter(bool)), max_size=3), last=texts)
-def test_ids_of_any_conversation_are_those_of_mistral_common(v1, mistral, first, turns, last) -> None:
-    messages = [system(first)] + [m for q, a in turns for m in (user(q), answer(a))] + [user(last)]
-    assert mistral.encode_chat(messages) == common_ids(v1, messages)
-
-
-def test_mistral_says_its_name(mistral: Tokenizer) -> None:
-    assert mistral.template_name == "Mistral v1 segments (built in; the checkpoint's template says the same)"
-    assert (mistral.bos_id, mistral.eos_ids, mistral.turn_stops) == (1, (2,), ())
-
-
-@pytest.mark.parametrize("ids", [(5, 6, 7), (5, 6, 7, 2)])
-def test_mistral_splices_generated_ids(mistral: Tokenizer, ids: tuple[int, ...]) -> None:
-    asked = mistral.encode_chat([user("a")])
-    again = mistral.encode_chat([user("a"), answer("whatever", *ids), user("b")])
-    assert again == [*asked, 5, 6, 7, 2, *mistral.encode_chat([user("b")])[1:]]
-
-
-@pytest.mark.parametrize(("template", "name", "mistral"), [
-    (MIXTRAL, "model", True),
-    (CHATML, "mixtral-instruct", False),  # a fine-tune with a format of its own
-    (LLAMA.replace("[INST] ", "[INST] <<SYS>>"), "model", False),
-    (None, "Mixtral-8x7B-v0.1", False),  # the base model
-    (None, "Mixtral-8x7B-Instruct-v0.1", True),
-])
-def test_when_mistrals_segments_are_used(template, name: str, mistral: bool, v1_model: bytes,
-                                         tmp_path: Path) -> None:
-    config = {} if template is None else {"chat_template": template}
-    tokenizer = load(write_folder(tmp_path / name, v1_model, **config))
-    assert tokenizer.template_name.startswith("Mistral v1") == mistral
-
-
-SPACED = (  # as Mistral wrote it later: spaces at the borders, and a place for the system text
-    "{{ bos_token }}{% if messages[0].role == 'system' %}"
-    "{% set system = messages[0].content %}{% set turns = messages[1:] %}"
-    "{% else %}{% set turns = messages %}{% endif %}{% for m in turns %}{% if m.role == 'user' %}"
-    "{% if loop.first and system is defined %}{{ ' [INST] ' + system + '\n\n' + m.content + ' [/INST]' }}"
-    "{% else %}{{ ' [INST] ' + m.content + ' [/INST]' }}{% endif %}"
-    "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}")
-
-
-@pytest.mark.parametrize(("template", "mistral"), [
-    (SPACED, True),
-    (LLAMA, True),
-    (MIXTRAL.replace("'[INST] '", "'[INST] Answer in French. '"), False),
-    (MIXTRAL.replace("'[INST] '", "'[INST]'"), False),  # no space, as later vocabularies want it
-    (MIXTRAL.replace("message['content'] + ' [/INST]'", "message['content'].strip() + ' [/INST]'"), False),
-    (MIXTRAL.replace("{{ bos_token }}", ""), False),
-    (MIXTRAL.replace("{{ bos_token }}", "{{ bos_token }}You are a pirate. "), False),
-    (SPACED.replace("system + '\n\n'", "'<<' + system + '>>'"), False),  # its own place for a system text
-    (MIXTRAL.replace("message['content'] + eos_token", "message['content']"), False),  # no end of an answer
-    (MIXTRAL + "{% if add_generation_prompt %}Sure: {% endif %}", False),
-])
-def test_the_models_template_wins_unless_it_says_the_same(template: str, mistral: bool, v1_model: bytes,
-                                                          tmp_path: Path) -> None:
-    folder = write_folder(tmp_path / "Mixtral-Instruct", v1_model, bos_token="<s>", eos_token="</s>",
-                          chat_template=template)
-    tokenizer = load(folder)
-    assert tokenizer.template_name.startswith("Mistral v1") == mistral
-    if not mistral:
-        assert tokenizer.template_name == "the checkpoint's template"
-        shown = Template(template, folder).render([{"role": "user", "content": "Hello"}],
-                                                  {"bos_token": "", "eos_token": ""}, True)
-        assert tokenizer.decode(tokenizer.encode_chat([user("Hello")])).lstrip() == shown.lstrip()
-
-
-def test_a_conversation_that_the_template_writes_otherwise_is_the_templates(v1_model: bytes, mistral: Tokenizer,
-                                                                            tmp_path: Path) -> None:
-    """What a template does to a word that no probe holds is seen when the word comes, and said."""
-    template = MIXTRAL.replace(
-        "'[INST] ' + ", "('[INST] Briefly. ' if '/quick' in message['content'] else '[INST] ') + ")
-    said: list[str] = []
-    tokenizer = load(write_folder(tmp_path, v1_model, bos_token="<s>", eos_token="</s>", chat_template=template),
-                     say=said.append)
-    assert tokenizer.encode_chat([user("Hello")]) == mistral.encode_chat([user("Hello")]) and said == []
-    for _ in range(2):
-        assert tokenizer.decode(tokenizer.encode_chat([user("Why? /quick")])) == "[INST] Briefly. Why? /quick [/INST]"
-    assert len(said) == 1 and "the template is used" in said[0]
-
-
-def test_mistrals_segments_keep_the_ids_of_tokenizer_model(v1, v1_model: bytes, tmp_path: Path) -> None:
-    """Beside a tokenizer.json, which is the reference otherwise; the chat format says so."""
-    folder = write_folder(tmp_path, v1_model, json_text=byte_level_json(), bos_token="<s>", eos_token="</s>",
-                          chat_template=MIXTRAL)
-    tokenizer = load(folder)
-    talk = [user("one"), answer("two"), user("three")]
-    assert tokenizer.encode_chat(talk) == common_ids(v1, talk)
-    assert tokenizer.template_name.endswith("ids of tokenizer.model)")
-
-
-def test_another_vocabulary_with_mistrals_template_uses_the_template(tmp_path: Path) -> None:
-    tokenizer = load(write_folder(tmp_path, spm_model(), chat_template=MIXTRAL))
-    assert tokenizer.template_name == "the checkpoint's template"
+    return [mistral_tokenizer(folder / "mistral"), load(demo_folder(folder / "demo")),
+            load(write_folder(folder / "base", spm_model()))]
 
 
 # ---- the demo's template
@@ -488,156 +313,3 @@ def test_a_transcript_continues_spliced_ids(base: Tokenizer) -> None:
     again = base.encode_chat([user("The fox?"), answer("?", *said, 2), user("the rain")])
     assert again[:len(asked) + len(said)] == asked + said
     assert base.decode(again) == "User: The fox?\nAssistant: the owl\nUser: the rain\nAssistant:"
-
-
-# ---- templates: rendering
-
-def template(source: str) -> Template:
-    return Template(source, Path("chat_template.jinja"), now=lambda: datetime(2024, 7, 1))
-
-
-SOURCES = [
-    DEMO_TEMPLATE, CHATML, LLAMA, MIXTRAL,
-    "{%- for m in messages %}\n  {%- if loop.first %}\nfirst{% endif %}\n{{ m['content'] | tojson }}\n"
-    "{%- endfor %}\n",
-    "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}"
-    "{% if ns.n > 1 %}{% break %}{% endif %}{{ m.content.split('a')[-1] | upper }}{% endfor %}{{ ns.n }}",
-    "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
-    "{% if tools is not none %}x{% endif %}{{ strftime_now('%Y') | length }}"
-    "{{ messages | tojson(indent=2) }}",
-    "{% macro show(m) %}[{{ m.role }}] {{ m.content }}{% endmacro %}"
-    "{% for m in messages %}{{ show(m) }}{% endfor %}",
-]
-
-
-@pytest.mark.parametrize("source", SOURCES, ids=range(len(SOURCES)))
-def test_rendering_is_that_of_transformers(source: str) -> None:
-    utils = pytest.importorskip("transformers.utils.chat_template_utils")
-    messages = [{"role": "user", "content": "caf\u00e9 <b>'x'</b>\n"},
-                {"role": "assistant", "content": " ok "}, {"role": "user", "content": "Bye"}]
-    named = {"bos_token": "<s>", "eos_token": "</s>"}
-    (expected,), _ = utils.render_jinja_template([messages], chat_template=source, add_generation_prompt=True,
-                                                 **named)
-    assert template(source).render(messages, named, prompt=True) == expected
-
-
-def test_the_clock_is_given() -> None:
-    assert template("{{ strftime_now('%d %b %Y') }}").render([], {}, prompt=True) == "01 Jul 2024"
-
-
-def test_a_template_may_refuse_a_conversation(tmp_path: Path) -> None:
-    tokenizer = load(write_folder(tmp_path, spm_model(), chat_template=LLAMA))
-    with pytest.raises(UsageError, match="refuses this conversation: Conversation roles must") as caught:
-        tokenizer.encode_chat([user("a"), user("b")])
-    assert caught.value.exit_code == 2
-
-
-def test_a_system_prompt_is_never_left_out_in_silence(tmp_path: Path) -> None:
-    silent = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
-    tokenizer = load(write_folder(tmp_path, spm_model(), chat_template=silent))
-    with pytest.raises(UsageError, match="leaves out the system message"):
-        tokenizer.encode_chat([system("Be kind."), user("fox")])
-
-
-@pytest.mark.parametrize(("source", "message"), [
-    ("{{ messages[9].content.x }}", "fails: UndefinedError"),
-    ("{{ ''.__class__.__mro__ }}", "fails: SecurityError"),
-    ("{{ messages.__class__.__base__ }}", "fails: SecurityError"),
-    ("{{ raise_exception.__globals__['sys'] }}", "fails: SecurityError"),
-    ("{% set x = messages.append(1) %}", "fails: SecurityError"),
-    ("{% include '/etc/passwd' %}", "fails: TypeError"),
-    ("{{ lipsum(1) }}", "fails: UndefinedError"),
-    ("{{ open('/etc/passwd') }}", "fails: UndefinedError"),
-    ("{{ dict.__init__.__globals__ }}", "fails: SecurityError"),
-    ("{% set ns = namespace() %}{% set ns.__html__ = 1 %}", "fails: ValueError"),
-    ("{{ range(10**9) | list }}", "fails: OverflowError"),
-    ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "more than 2000000"),
-    ("{% set r = range(99999) | list %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}",
-     "more than 2000000 steps"),
-    ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "fails: RecursionError"),
-    ("{{ 'a' * 999999999999 }}", "longer than"),
-    ("{{ [0] * 999999999999 }}", "longer than"),
-    ("{{ 10 ** 10 ** 10 }}", "large power"),
-    ("{{ '%999999999d' % 1 }}", "great width"),
-    ("{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
-     "longer than"),
-    ("{% set x = 'a' * 4000000 %}{% for i in range(99) %}{{ x }}{% endfor %}", "wrote more than"),
-])
-def test_hostile_templates_end_in_an_error_that_names_the_file(source: str, message: str) -> None:
-    with pytest.raises(ModelFileError, match=message) as caught:
-        template(source).render([{"role": "user", "content": "x"}], {}, prompt=True)
-    assert "chat_template.jinja" in caught.value.message
-
-
-def test_a_template_too_long_or_broken_is_refused_at_load() -> None:
-    with pytest.raises(ModelFileError, match="characters, want at most"):
-        template("x" * (2**20 + 1))
-    with pytest.raises(ModelFileError, match="line 2 is broken"):
-        template("\n{% if %}")
-
-
-def test_rendering_leaves_a_debuggers_trace_in_place() -> None:
-    import sys
-
-    def trace(*_: object) -> None:
-        return None
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        template("x").render([], {}, prompt=True)
-        assert sys.gettrace() is trace
-    finally:
-        sys.settrace(before)
-
-
-# ---- where a template comes from
-
-@pytest.mark.parametrize(("name", "content"), [
-    ("chat_template.jinja", "file:{{ messages[0].content }}"),
-    ("chat_template.json", json.dumps({"chat_template": "file:{{ messages[0].content }}"})),
-])
-def test_templates_in_files_of_their_own(name: str, content: str, tmp_path: Path) -> None:
-    folder = write_folder(tmp_path, spm_model())
-    (folder / name).write_text(content)
-    tokenizer = load(folder)
-    assert tokenizer.decode(tokenizer.encode_chat([user("fox")])) == "file:fox"
-
-
-def test_the_folder_of_templates_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path, spm_model(), chat_template="config {{ messages[0].content }}")
-    (folder / "additional_chat_templates").mkdir()
-    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("tools {{ messages[0].content }}")
-    assert load(folder).decode(load(folder).encode_chat([user("fox")])) == "config fox"
-    (folder / "chat_template.jinja").write_text("file {{ messages[0].content }}")
-    assert load(folder).decode(load(folder).encode_chat([user("fox")])) == "file fox"
-    (folder / "additional_chat_templates" / "default.jinja").write_text("folder {{ messages[0].content }}")
-    assert load(folder).decode(load(folder).encode_chat([user("fox")])) == "folder fox"
-
-
-def test_templates_of_which_none_is_for_chat_are_refused(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path, spm_model())
-    (folder / "additional_chat_templates").mkdir()
-    (folder / "additional_chat_templates" / "rag.jinja").write_text("x")
-    with pytest.raises(ModelFileError, match=r"got the names \['rag'\], want 'default'"):
-        load(folder)
-
-
-def test_templates_by_name_in_an_object(tmp_path: Path) -> None:
-    choices = {"tool_use": "no", "default": "yes {{ messages[0].content }}"}
-    tokenizer = load(write_folder(tmp_path, spm_model(), chat_template=choices))
-    assert tokenizer.decode(tokenizer.encode_chat([user("fox")])) == "yes fox"
-
-
-def test_a_list_of_templates_uses_the_default_one(tmp_path: Path) -> None:
-    choices = [{"name": "tool_use", "template": "no"},
-               {"name": "default", "template": "yes {{ messages[0].content }}"}]
-    tokenizer = load(write_folder(tmp_path, spm_model(), chat_template=choices))
-    assert tokenizer.decode(tokenizer.encode_chat([user("fox")])) == "yes fox"
-
-
-def test_the_jinja_file_wins_as_in_transformers(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path, spm_model(), chat_template="config {{ messages[0].content }}")
-    (folder / "chat_template.jinja").write_text("file {{ messages[0].content }}")
-    tokenizer = load(folder)
-    assert tokenizer.decode(tokenizer.encode_chat([user("fox")])) == "file fox"

@@ -186,10 +186,11 @@ def test_a_record_longer_than_the_file_takes_no_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("first", "what"), [
-    (b"", "no trace of qmix"), (b"{}\n", "no trace of qmix"), (b"\n", "no trace of qmix"), (b"[1]\n", "no trace"),
-    (b"\xff\xfe\n", "no trace of qmix"), (b"[" * 9000 + b"\n", "no trace"), (b"x" * 100_000, "no trace of qmix"),
-    (b'{"qmix_trace": 2}\n', "another version"), (b'{"qmix_trace": 1}\n', "lacks what a trace has"),
-    (b'{"qmix_trace": ' + b"9" * 5000 + b"}\n", "no trace"),
+    (b"", "not a trace of qmix"), (b"{}\n", "not a trace of qmix"), (b"\n", "not a trace of qmix"),
+    (b"[1]\n", "not a trace"),
+    (b"\xff\xfe\n", "not a trace of qmix"), (b"[" * 9000 + b"\n", "not a trace"), (b"x" * 100_000, "not a trace"),
+    (b'{"qmix_trace": 2}\n', "another version"), (b'{"qmix_trace": 1}\n', "the keys of a trace"),
+    (b'{"qmix_trace": ' + b"9" * 5000 + b"}\n", "not a trace"),
     (b'{"qmix_trace": 1, "layers": 1000000000, "experts": 8, "top_k": 2, "ahead": 0, "store": "", "source": ""}\n',
      "layers: got 1000000000, want 1 to 4096"),
     (b'{"qmix_trace": 1, "layers": 1, "experts": 8, "top_k": 9, "ahead": 0, "store": "", "source": ""}\n',
@@ -201,7 +202,7 @@ def test_a_record_longer_than_the_file_takes_no_memory(tmp_path: Path) -> None:
     (b'{"qmix_trace": 1, "layers": 1, "experts": 8, "top_k": 2, "ahead": 0, "store": 3, "source": ""}\n',
      "store: got 3"),
     (b'{"qmix_trace": 1, "layers": 1, "experts": 8, "top_k": 2, "ahead": 0, "store": "", "source": "", "x": 1}\n',
-     "has more"),
+     "the keys of a trace"),
 ])
 def test_a_foreign_first_line_is_an_error_that_names_the_file(tmp_path: Path, first: bytes, what: str) -> None:
     (tmp_path / "foreign").write_bytes(first)

@@ -60,7 +60,7 @@ def execute(chat: Chat, name: str, argument: str) -> None:
     command = next((c for c in COMMANDS if c.name == name), None)
     if command is None:
         raise UsageError(f"/{name[:40]}: no such command",
-                         f"/help lists them; a message that begins with a slash stands in {QUOTES}")
+                         f"/help lists them; write a message that begins with a slash between {QUOTES}")
     if argument and not command.argument:
         raise UsageError(f"/{name}: takes no argument, got {argument!r}")
     if not argument and command.argument and not command.argument.startswith("["):

@@ -33,7 +33,7 @@ app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=True, rich_mar
                   context_settings={"help_option_names": ["-h", "--help"]})
 
 @app.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if version:
         print(f"qmix {__version__}")
         raise typer.Exit

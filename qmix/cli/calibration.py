@@ -25,8 +25,8 @@ def check_calibration(quant: QuantConfig, wanted: Wanted | None, file: Path | No
     """UsageError unless method and flags go together. wanted: the size of a mixed store."""
     if quant.method in CALIBRATED or wanted is not None:
         if file is None:
-            raise UsageError(f"{wanted.flag if wanted else f'--method {quant.method}'}: wants a text to calibrate on",
-                             "name one with --calibration FILE, of the kind that the model will meet")
+            raise UsageError(f"{wanted.flag if wanted else f'--method {quant.method}'}: needs a text to calibrate on",
+                             "name one with --calibration FILE, similar to what the model will read")
         return
     for flag, value in (("--calibration", file), ("--calibration-tokens", tokens)):
         if value is not None:
@@ -83,13 +83,13 @@ def read_calibration(checkpoint: Checkpoint, file: Path, tokens: int | None) -> 
     except OSError as e:
         raise UsageError(f"--calibration {file}: {e.strerror}", "name a text file that can be read") from None
     if len(data) > MOST:
-        render.say(f"{file}: only the first {format_bytes(MOST)} are looked at")
+        render.say(f"{file}: only the first {format_bytes(MOST)} are read")
     text = decode(data[:MOST], f"--calibration {file}", cut=len(data) > MOST)
     tokenizer = load(checkpoint.path, checkpoint.config.vocab_size)
     plain = tokenizer.encode(text, bos=False)
     head = tokenizer.encode("", bos=True)
     wanted = TOKENS if tokens is None else tokens
     found = Calibration.cut(head, plain, wanted, checkpoint.config.max_positions)
-    short = f", all that it gives of {wanted}" if found.tokens < wanted - found.length else ""
+    short = f", fewer than the {wanted} wanted: the text is too short" if found.tokens < wanted - found.length else ""
     render.say(f"calibrating on {found.tokens} tokens of {file}: {len(found.ids)} sequences of {found.length}{short}")
     return found

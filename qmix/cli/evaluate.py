@@ -51,9 +51,9 @@ def evaluate(
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what an earlier run has finished.")] = False,
     tasks: Annotated[str | None, typer.Option("--tasks", help="Tasks of the lm-eval harness, as arc_easy,hellaswag.",
                                               show_default=False)] = None,
-    include_path: Annotated[Path | None, typer.Option("--include-path", help="--tasks: a folder of your own "
-                                                      "ones.", show_default=False)] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="--tasks: only the first so many samples of each.",
+    include_path: Annotated[Path | None, typer.Option("--include-path", help="--tasks: a folder with your "
+                                                      "own tasks.", show_default=False)] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="--tasks: only the first N samples of each.",
                                               show_default=False)] = None,
     json: Annotated[bool, typer.Option("--json", help="As one JSON document.")] = False,
     threads: Threads = None, ram: Ram = "auto", margin: Margin = None, cache_policy: CachePolicy = "auto",
@@ -76,7 +76,7 @@ def evaluate(
     try:
         if file is not None:
             document = _text(evaluation.Request(
-                folder, _read(file), str(file), paths.evaluations_folder(),
+                folder, _read(file), str(file), paths.if_any(paths.evaluations_folder),
                 None if against is None else paths.resolve(against, render.say), ctx_size, stride, max_tokens, fresh,
                 activations, kv_cache, None if ram == "auto" else flag_bytes("--ram", ram), margin_bytes(margin),
                 _gpu_for_both(how)), how)
@@ -108,7 +108,8 @@ def _gpu_for_both(how: Loading) -> Callable[[int], Any]:
         if device is None:
             return None
         try:
-            return Gpu(device.name, placement.vram_budget(device), how.device != "auto" or how.vram != "auto")
+            return Gpu(device.name, placement.vram_budget(device), how.device != "auto" or how.vram != "auto",
+                       str(device.place))
         finally:
             device.close()
 

@@ -39,7 +39,7 @@ def doctor(
 
     named = None if model is None else paths.resolve(model, render.say, "store")
     found = {"tuning": examination.tune(named, file=paths.kernels_file(), say=render.say)} if tune else {}
-    cache = paths.hardware_file() if bandwidth else paths.if_any(paths.hardware_file)
+    cache = paths.if_any(paths.hardware_file)
     with render.byte_bar("doctor") as progress:
         report = examination.run(named or Path.cwd(), bandwidth=bandwidth, cache_file=cache,
                                  say=render.say, progress=progress)
@@ -53,9 +53,9 @@ def plan(
                                       "this machine's, where it has one.")] = "auto",
     device: Device = "auto",
     disk: Annotated[float | None, typer.Option("--disk", min=0.001, max=1e5, show_default=False,
-                                               help="Disk bandwidth, GB/s; else as measured.")] = None,
+                                               help="Disk bandwidth, GB/s; default: as measured.")] = None,
     ram_speed: Annotated[float | None, typer.Option("--ram-speed", min=0.001, max=1e5, show_default=False,
-                                                    help="Memory bandwidth, GB/s; else as measured.")] = None,
+                                                    help="Memory bandwidth, GB/s; default: as measured.")] = None,
     pcie: Annotated[float | None, typer.Option("--pcie", min=0.001, max=1e5, show_default=False,
                                                help="Host-to-GPU bandwidth, GB/s.")] = None,
     vram_speed: Annotated[float | None, typer.Option("--vram-speed", min=0.001, max=1e5, show_default=False,

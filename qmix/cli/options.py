@@ -147,7 +147,7 @@ def sampling(temp: float, top_p: float, top_k: int, min_p: float, repeat_penalty
 def model_folder(model: str | None) -> Path:
     if model is None:
         known = ", ".join(p.name for p in paths.local_stores())
-        raise UsageError("which model? MODEL is missing", f"aliases here: {known}" if known else
+        raise UsageError("MODEL is missing", f"aliases here: {known}" if known else
                          "quantize one: qmix quantize SRC OUT, or try qmix demo")
     return paths.resolve(model, render.say, "store")
 
@@ -156,7 +156,7 @@ def quant_config(format: str, dense: str, method: str | None, group_size: int | 
                   double_quant: bool) -> QuantConfig:
     """Fill in what the grouped formats need; a flag that does not apply to the chosen formats is an error."""
     if format == "mixed":
-        raise UsageError("--format mixed: a mix is made for a size", "use qmix quantize with --fit or --bpw instead")
+        raise UsageError("--format mixed: a mix needs a target size", "use qmix quantize with --fit or --bpw instead")
     if GROUPED_BITS.keys() & {format, dense}:
         return checked(QuantConfig, format, dense, method or "hqq", 64 if group_size is None else group_size,
                         _block(block or "auto"), double_quant)

@@ -46,8 +46,8 @@ def quantize(
         show_default=False)] = None,
     threads: Threads = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the store at OUT once the new one is whole.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written and leave; "
-                                        "--fit and --bpw measure all the same.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written and exit; "
+                                        "--fit and --bpw still measure.")] = False,
 ) -> None:
     """Convert a checkpoint into a store of quantized experts; run it again after a break and it resumes."""
     from qmix.checkpoint import Checkpoint

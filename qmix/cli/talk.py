@@ -52,7 +52,7 @@ def chat(
     resume: Annotated[str | None, typer.Option("--continue", metavar="[=NAME]", help="Go on with the last "
                                                "conversation, or with this one.", show_default=False)] = None,
     saved: Annotated[bool, typer.Option("--list", help="List the saved conversations, of all models or with MODEL, and "
-                                        "leave.")] = False,
+                                        "exit.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="More figures after each answer.")] = False,
     temp: Temp = 0.7, top_p: TopP = 0.95, top_k: TopK = 0, min_p: MinP = 0.0, repeat_penalty: Penalty = 1.0,
     seed: Seed = None, stop: Stop = None, max_tokens: MaxTokens = -1, ctx_size: Context = 0, threads: Threads = None,
@@ -133,7 +133,7 @@ def generate(
 
 
 def demo(
-    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Answer this and leave, instead of a chat.",
+    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Answer this and exit, instead of a chat.",
                                                show_default=False)] = None,
     temp: Temp = 0.7, seed: Seed = None, threads: Threads = None, device: Device = "auto",
 ) -> None:

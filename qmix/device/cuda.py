@@ -122,7 +122,7 @@ class Cuda:
                 self._abandon(graph)
                 if not isinstance(e, Exception):  # interrupted
                     raise
-                self.trouble = f"no CUDA graphs here ({_line(e)}): every kernel is launched by itself"
+                self.trouble = f"no CUDA graphs here ({_line(e)}): kernels are launched one by one, which is slower"
                 return lambda: self.compute.run(work)
         self._first = self._first or graph
 
@@ -204,7 +204,7 @@ def open_cuda(index: int = 0) -> Cuda:
     if not torch.cuda.is_available():
         built = torch.version.cuda
         raise UsageError("--device cuda: torch sees no NVIDIA GPU here",
-                         "this torch has no CUDA in it: install one of the CUDA builds of pytorch.org" if built is None
+                         "this torch was built without CUDA: install a CUDA build (pytorch.org)" if built is None
                          else "`nvidia-smi` should show the card; `qmix doctor` says more; or use --device cpu")
     if index >= torch.cuda.device_count():
         raise UsageError(f"--device cuda:{index}: there are {torch.cuda.device_count()} GPUs",
@@ -220,7 +220,7 @@ def open_cuda(index: int = 0) -> Cuda:
                          "close other programs that use the GPU, or use --device cpu") from None
     if card.capability < OLDEST:
         raise UsageError(f"--device cuda:{index}: {card.name} has compute capability {card.capability[0]}."
-                         f"{card.capability[1]}, qmix wants 7.5 or newer", "use --device cpu")
+                         f"{card.capability[1]}, qmix needs 7.5 or newer", "use --device cpu")
     # Else cuBLAS may add up the parts of a long sum in 16 bits.
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

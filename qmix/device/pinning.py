@@ -88,8 +88,8 @@ def pin_pool(pool: Tensor, limit: int, say: Callable[[str], None] = lambda line:
             if slots > 1:  # WSL may allow some hundred MB where it does not allow a GB
                 step = slots // 2
                 continue
-            say(f"page-locked {format_bytes(pinned.nbytes)} of {format_bytes(count * nbytes)} of RAM for the GPU, more "
-                f"was refused ({e}): the rest is copied through pageable memory, slower")
+            say(f"page-locked {format_bytes(pinned.nbytes)} of {format_bytes(count * nbytes)} of RAM for the GPU; the "
+                f"system refused more ({e}), so copies from the rest are slower")
             break
         pinned.add(address, slots, slots * nbytes)
         left -= slots

@@ -36,7 +36,7 @@ def gpu(root: Path, say: Callable[[str], None]) -> Section:
     try:
         device = open_cuda(0)
     except QmixError as e:
-        return report, [Problem(f"the GPU is of no use here: {e.message.removeprefix('--device ')}",
+        return report, [Problem(f"the GPU cannot be used: {e.message.removeprefix('--device ')}",
                                 e.cure or "use --device cpu")]
     except Exception as e:  # a driver and a torch that do not suit each other fail in many ways
         return report, [Problem(f"the GPU does not start: {line(e)}", "`nvidia-smi` should show the card; install a "

@@ -209,8 +209,8 @@ def _measure(folder: Path, files: list[Path], effort: DiskEffort, scratch_bytes:
 
 def examine_bandwidths(disk: DiskReport | None, measure: bool, cache_file: Path | None, ram_bytes: int | None,
                        today: date, say: Callable[[str], None]) -> Section:
-    """What was measured, now or earlier; what is measured now is kept in cache_file."""
-    if not measure or cache_file is None:
+    """What was measured, now or earlier; what is measured now is kept in cache_file (None where there is no home)."""
+    if not measure:
         known = None if cache_file is None else bandwidths.load(cache_file, say)
         return ({"source": NOT_MEASURED}, []) if known is None else ({"source": str(cache_file), **asdict(known)}, [])
     try:
@@ -219,9 +219,11 @@ def examine_bandwidths(disk: DiskReport | None, measure: bool, cache_file: Path 
         return {"source": "not measured"}, [Problem(f"bandwidths: {e.message}", e.cure or "try again")]
     problems = []
     try:
+        if cache_file is None:
+            raise QmixError("no home folder", "set HOME or XDG_CACHE_HOME to a folder that can be written")
         bandwidths.save(found, cache_file)
     except QmixError as e:
         problems.append(Problem(f"the figures were not kept: {e.message}", e.cure or "try again"))
     if disk is None:
-        say("no disk was measured, and the figures kept have none: name a store or a folder to measure its disk")
+        say("no disk was measured, and the saved figures have none: name a store or a folder to measure its disk")
     return {"source": "measured now", **asdict(found)}, problems

@@ -19,7 +19,7 @@ from qmix.kernels.configs import KERNELS, Config, Configs, built_in, capability
 from qmix.kernels.tuning import Outcome, Timer, candidates, choose
 from qmix.store import MANIFEST, Store
 
-CURE = "use it on a machine with one: without a GPU nothing is tuned, and nothing needs to be"
+CURE = "run it on a machine with a GPU: without a GPU there is nothing to tune"
 
 
 def tune(folder: Path | None, *, file: Path, say: Callable[[str], None], today: date | None = None,
@@ -77,7 +77,7 @@ def _tried(kernel: str, default: Configs, shapes: Any, at: Any, options: Sequenc
     try:
         cases = trials.cases(kernel, shapes, at)
     except torch.OutOfMemoryError:
-        raise DoesNotFit(f"--tune: the GPU's memory is too short for the weights of {kernel}",
+        raise DoesNotFit(f"--tune: the GPU's memory is too small for the weights of {kernel}",
                          "close other programs that use the GPU") from None
     return choose(kernel, default, options, cases, timer) if cases else None
 

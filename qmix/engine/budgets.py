@@ -28,9 +28,9 @@ def budget(ram: int | None, margin: int | None, base: int | None = None) -> tupl
     if ram is None:
         return base + available - (min(MARGIN, available // 8) if margin is None else margin), base
     if margin is not None:
-        raise UsageError("--margin: only says what --ram auto leaves free", "drop one of --ram and --margin")
+        raise UsageError("--margin: only has an effect with --ram auto", "drop one of --ram and --margin")
     if ram > base + available:
-        raise DoesNotFit(f"--ram {format_bytes(ram)}: only {format_bytes(base + available)} can be had, short of "
+        raise DoesNotFit(f"--ram {format_bytes(ram)}: only {format_bytes(base + available)} is available, short of "
                          f"{format_bytes(ram - base - available)}", cure)
     return ram, base
 

@@ -34,10 +34,11 @@ def compile_prompts(kernels: DeviceKernels, weights: Weights, offload: Offload, 
             piece()
         except Exception as e:
             reason = f"{type(e).__name__}: {(str(e).strip().splitlines() or ['no message'])[0]}"
-            LOG.debug("%s failed ahead of the first prompt", name, exc_info=True)
+            LOG.debug("%s failed when compiled before the first prompt", name, exc_info=True)
             if reason not in said:
                 where = " (the log has the traceback)" if LOG.isEnabledFor(logging.DEBUG) else ""
-                say(f"{name} failed ahead of the first prompt, which will fail too if it needs that: {reason}{where}")
+                say(f"{name} failed when compiled before the first prompt; prompts that need it will fail too: "
+                    f"{reason}{where}")
             said.add(reason)
 
 

@@ -22,6 +22,7 @@ from qmix.engine.kernels import native_throughout
 from qmix.engine.session import Session
 from qmix.errors import DoesNotFit, QmixError, UsageError
 from qmix.generate import Token, generate
+from qmix.kernels.device_table import does_not_run
 from qmix.kernels.native import Native
 from qmix.kernels.rows import bound_formats
 from qmix.kernels.table import KernelTable
@@ -42,7 +43,8 @@ class Engine:
     empty it first, since a prompt that is read in pieces has other last bits."""
 
     def __init__(self, store: Store, plan: Plan, tokenizer: Tokenizer, kernels: KernelTable, model: Mixtral,
-                 offload: Offload, closing: ExitStack, device: Device | None = None, exact: bool = False):
+                 offload: Offload, closing: ExitStack, device: Device | None = None, exact: bool = False,
+                 say: Callable[[str], None] = lambda line: None):
         self.store = store
         self.device = device
         self.exact = exact
@@ -59,6 +61,7 @@ class Engine:
         self._closed = False
         self._pid = os.getpid()
         self._sessions = 0
+        self._say, self._said = say, ""
         self._paces: dict[int, Pace] = {}
 
     @property
@@ -97,7 +100,7 @@ class Engine:
         if used > spare:
             raise DoesNotFit(f"a KV cache of {format_bytes(tier.kv)} beside {len(self._caches)} in use: the "
                              f"budget has {format_bytes(max(0, tier.kv + spare - used))} left for it",
-                             "let go of a session first, or load with a larger budget or a smaller context")
+                             "release a session first, or load with a larger budget or a smaller context")
         self._sessions += 1
         cache = self._model.new_cache(self.plan.context)
         self._caches.add(cache)
@@ -128,6 +131,12 @@ class Engine:
         with self._lock, self._entered():
             torch.set_num_threads(self._threads)
             return self._model.logits(residual)
+
+    def _say_trouble(self) -> None:
+        """What the device could not do and did otherwise, once, as soon as a pass has met it."""
+        if self.device is not None and self.device.trouble != self._said:
+            self._said = self.device.trouble
+            self._say(self._said)
 
     def _entered(self) -> AbstractContextManager[object]:
         return nullcontext() if self.device is None else self.device.entered()
@@ -167,6 +176,7 @@ class Engine:
                 self._offload.end_pass(phase, len(flat), time.perf_counter() - start)
         for session, ids in zip(sessions, tokens, strict=True):
             session.ids.extend(ids)
+        self._say_trouble()
         return found
 
     def warm_up(self) -> None:
@@ -183,9 +193,7 @@ class Engine:
             raise
         except Exception as e:
             self.close()
-            raise QmixError(f"the GPU's kernels do not run here: {(str(e).splitlines() or [type(e).__name__])[0]}",
-                            "Triton needs a C compiler and Python's headers (gcc, python3-dev); or use --device "
-                            "cpu") from e
+            raise does_not_run("the GPU's kernels do not run here", e) from e
         self.reset_stats()
 
     def settle(self, rejected: int) -> None:

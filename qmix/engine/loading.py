@@ -77,8 +77,9 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
         if kv == "int8":
             say(f"int8 KV cache: {format_bytes(needs.kv // needs.context)} a token, "
                 f"{format_bytes(Needs.of(config, store.quant, needs.context).kv // needs.context)} without")
-        say(compute.line(device is not None and placement is not None and not placement.exact) + (
-            "; " + forecast(plan, speeds, known_shares(stats)).line() if speeds and not plan.resident else ""))
+        exact = placement is not None and placement.exact
+        say(compute.line(device is not None and not exact) + (
+            "; " + forecast(plan, speeds, known_shares(stats), exact).line() if speeds and not plan.resident else ""))
         parts = Parts(store, plan, options, stats, writer, say, progress)
         if placement is not None and device is not None and there is not None:
             kernels, model, offload = on_device(parts, device, there, placement, speeds, kv)
@@ -87,12 +88,9 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
         opened.callback(offload.close)
         if state is not None:
             opened.callback(router_stats.save, state, store.identity, stats, say)
-        engine = Engine(store, plan, tokenizer, kernels, model, offload, opened.pop_all(), device,
-                        placement is not None and placement.exact)
+        engine = Engine(store, plan, tokenizer, kernels, model, offload, opened.pop_all(), device, exact, say)
         if device is not None and device.place.type == "cuda":
             engine.warm_up()
-            if device.trouble:
-                say(device.trouble)
         if device is not None and placement is not None:
             vram.check(placement, device, plan.tiers[0], say)
         return engine

@@ -47,11 +47,11 @@ class Placement:
         tiny = kind == "auto" and record < TINY and self.vram is None
         found = None if kind == "cpu" or tiny else open_cuda(int(index or 0)) if kind == "cuda" else _any(say)
         if tiny and torch.cuda.is_available():
-            say("so small a model is faster on the CPU than compiling the GPU's kernels would take (--device cuda)")
+            say("so small a model runs on the CPU: compiling the GPU's kernels takes longer (--device cuda to use it)")
         if found is None:
             for flag, value in (("--vram", self.vram), ("--pin", self.pin)):
                 if value is not None:
-                    raise UsageError(f"{flag} {format_bytes(value)}: there is no GPU in use here", f"drop {flag}")
+                    raise UsageError(f"{flag} {format_bytes(value)}: no GPU is in use", f"drop {flag}")
         return found
 
     def vram_budget(self, device: Device) -> tuple[int, int]:
@@ -61,7 +61,7 @@ class Placement:
         if self.vram is None:
             return taken + max(0, free - min(MARGIN, free // 8)), base
         if self.vram > taken + free:
-            raise DoesNotFit(f"--vram {format_bytes(self.vram)}: only {format_bytes(taken + free)} can be had on "
+            raise DoesNotFit(f"--vram {format_bytes(self.vram)}: only {format_bytes(taken + free)} is available on "
                              f"{device.name}, short of {format_bytes(self.vram - taken - free)}",
                              "name a smaller one, or close other programs that use the GPU")
         return self.vram, base

@@ -66,12 +66,12 @@ def _kernels(store: Store, device: Device, host: KernelTable, placement: Placeme
     measured = tuned.load(file, tuned.Card.of(device.name, device.place), say)
     if measured is None:
         return choose()
-    say(f"the GPU's kernels are cut as measured on {measured.measured} for {measured.model}: {file}")
+    say(f"the GPU's kernels use the configurations measured on {measured.measured} for {measured.model}: {file}")
     try:
         return choose(measured.configs)
     except UsageError:
         raise
     except Exception as e:  # wrong, or Triton's: it does not compile, or asks for too much
-        say(f"that fails here now ({str(e).splitlines()[0] if str(e) else type(e).__name__}): the built-in "
-                  "configurations are used; `qmix doctor --tune` measures anew")
+        say(f"the measured configurations fail now ({str(e).splitlines()[0] if str(e) else type(e).__name__}): the "
+            "built-in ones are used; run `qmix doctor --tune` again")
         return choose()

@@ -40,8 +40,8 @@ class Threads:
         if not beside or cores == 1:
             return found
         if self.asked is None:
-            return found + (", one core left to the copies to the GPU" if count == cores - 1 else "")
-        return found + (", as asked: no core left to the copies to the GPU" if count >= cores else "")
+            return found + (", one core left for copies to the GPU" if count == cores - 1 else "")
+        return found + (", as asked: no core left for copies to the GPU" if count >= cores else "")
 
 
 def parallel_loop(threads: int) -> None:

@@ -40,10 +40,10 @@ def check(placement: Placement, device: Device, fast: TierPlan, say: Callable[[s
             kept = _keep(placement, GpuMemory(device.name, torch.__version__, fast.base, beside,
                                               (today or date.today()).isoformat()), say)
     if beside > fast.beside:
-        say(f"beside its tensors qmix, or another program meanwhile, has taken {format_bytes(beside)} of "
-            f"{device.name}'s memory, and the plan left {format_bytes(fast.beside)} for that: --vram may be exceeded "
-            f"by {format_bytes(beside - fast.beside)} (" + (
-                "the next start plans for it)" if kept else "a smaller --vram makes room)"))
+        say(f"qmix, or another program meanwhile, has taken {format_bytes(beside)} of {device.name}'s memory beside "
+            f"tensors, and the plan left {format_bytes(fast.beside)} for that: --vram may be exceeded by "
+            f"{format_bytes(beside - fast.beside)} (" + (
+                "the next start plans for it)" if kept else "choose a smaller --vram)"))
 
 
 def _keep(placement: Placement, found: GpuMemory, say: Callable[[str], None]) -> bool:
@@ -51,6 +51,6 @@ def _keep(placement: Placement, found: GpuMemory, say: Callable[[str], None]) ->
     try:
         gpu_memory.save(found, placement.memory)
     except QmixError as e:
-        say(f"what was measured of the GPU's memory is not kept: {e.message}")
+        say(f"the measured use of the GPU's memory was not saved: {e.message}")
         return False
     return True

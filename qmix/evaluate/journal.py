@@ -29,25 +29,35 @@ from qmix.evaluate.score import Scores
 VERSION = 1
 HEAD = struct.Struct("<II")
 SUM = 8  # bytes of a checksum
+LOST = "an interrupted evaluation cannot be continued"
 
 
 class Journal:
-    """Open for appending; `done` holds the windows that it knew when it was opened, in order. Close it."""
+    """Open for appending; `done` holds the windows that it knew when it was opened, in order. Close it. path is None
+    where no file can be kept: then it forgets what is appended."""
 
-    def __init__(self, fd: int, path: Path, done: list[Scores]):
+    def __init__(self, fd: int, path: Path | None, done: list[Scores]):
         self._fd = fd
         self.path = path
         self.done = done
 
     @classmethod
-    def open(cls, folder: Path, arguments: Mapping[str, Any], sizes: Sequence[int], *, fresh: bool,
+    def open(cls, folder: Path | None, arguments: Mapping[str, Any], sizes: Sequence[int], *, fresh: bool,
              say: Callable[[str], None]) -> Journal:
         """The journal of an evaluation with these arguments, whose windows score `sizes` tokens. fresh: forget what it
-        has. UsageError where another process has it open."""
+        has. Without a folder, or in one that cannot be written, there is none, which is said. UsageError where another
+        process has it open."""
+        if folder is None:
+            say(f"no home folder: {LOST} (set HOME or XDG_STATE_HOME)")
+            return cls(-1, None, [])
         head = json.dumps({"qmix eval": VERSION, "arguments": arguments}, sort_keys=True).encode("ascii") + b"\n"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = folder / f"{xxhash.xxh3_128_hexdigest(head)}.scores"
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as e:
+            say(f"{e.filename or path}: {e.strerror}: {LOST} (set XDG_STATE_HOME to a folder that can be written)")
+            return cls(-1, None, [])
         try:
             _lock(fd, path, say)
             done, keep = ([], 0) if fresh else _read(fd, head, sizes)
@@ -62,6 +72,8 @@ class Journal:
         return journal
 
     def append(self, scores: Scores) -> None:
+        if self.path is None:
+            return
         columns = torch.stack([column for column in scores.columns if len(column)])
         body = HEAD.pack(columns.shape[1], len(columns)) + bytes(columns.view(torch.uint8).flatten().tolist())
         self._write(body + xxhash.xxh3_64_digest(body))

@@ -22,11 +22,12 @@ Budget = tuple[int, int]  # (bytes for the whole process, bytes of them that are
 @dataclass(frozen=True, slots=True)
 class Gpu:
     """The GPU that both models would be computed on. budget: of its memory, for both; chosen: whether the user named
-    it, or its memory: then what keeps it from being used is an error."""
+    it, or its memory: then what keeps it from being used is an error. place: torch's name of it ("cuda:0")."""
 
     name: str
     budget: Budget
     chosen: bool
+    place: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,25 @@ def model_part(reference: Plan, ram: Budget, vram: Budget | None) -> Part:
     return Part((ram[0], taken(reference.ram)), None if vram is None else (vram[0], taken(reference.tiers[0])))
 
 
+def divide_on_gpu(reference: tuple[int, int], beside: int, model: Needs, ram: Budget,
+                  vram: Budget) -> tuple[int, int]:
+    """Bytes of (RAM, VRAM) for a reference that needs reference[0] of VRAM and `beside` of RAM, and holds reference[1]
+    of weights, in VRAM as far as they fit. DoesNotFit says how much is missing."""
+    there = replace(model, workspace=model.workspace + DEVICE_TILES + model.decoded)
+    above = divide(reference, there, *vram, "VRAM")
+    below = make_plan(model, UNBOUNDED, 0, vram[0], vram[1] + above).ram.experts
+    staging = STAGING * sum(nbytes for _, nbytes in model.by_kind)
+    left_over = max(0, reference[0] + reference[1] - above)
+    granted = _granted([beside, staging], [beside + left_over, max(staging, below)], *ram, "RAM")
+    return granted, above
+
+
+def tensors_beside(granted: int, model: Plan) -> int:
+    """Bytes of a GPU that both may take once the model is loaded and before the reference is, which gets `granted`."""
+    fast = model.tiers[0]
+    return granted + fast.workspace + fast.budget - fast.total + fast.reserve - fast.beside
+
+
 def tensors_to_come(reference: Plan, model: Plan) -> int:
     """Bytes of a GPU that both may take once both are loaded: their workspaces, and what is not planned for. (The
     model's load limited it to what it needs itself, beside what the reference held then.)"""
@@ -70,10 +90,10 @@ def share(reference: Needs, model: Needs, budget: int, base: int, memory: str = 
     return _divided([_least(needs) for needs in both], [_most(needs) for needs in both], budget, base, memory)
 
 
-def divide(reference: tuple[int, int], model: Needs, budget: int, base: int) -> int:
-    """Bytes of RAM for a reference that cannot do without the first number and has use for the second beyond it.
+def divide(reference: tuple[int, int], model: Needs, budget: int, base: int, memory: str = "RAM") -> int:
+    """Bytes of `budget` for a reference that cannot do without the first number and has use for the second beyond it.
     DoesNotFit says how much is missing."""
-    return _granted([reference[0], _least(model)], [sum(reference), _most(model)], budget, base, "RAM")
+    return _granted([reference[0], _least(model)], [sum(reference), _most(model)], budget, base, memory)
 
 
 def taken(plan: TierPlan) -> int:

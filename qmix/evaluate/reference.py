@@ -5,8 +5,10 @@
 
 accelerate's disk offload wants a folder with a second copy of the weights, for transformers stacks a layer's experts
 into one tensor. A mapping takes its place here: it reads the same stack from the checkpoint itself, so that 94 GB
-need neither 94 GB more nor a `keep` store. Everything runs in the checkpoint's dtype, as transformers does by default;
-norms, the softmax of router and attention and rotary angles are in fp32 there.
+need neither 94 GB more nor a `keep` store. On a GPU the device map divides the weights between VRAM, RAM and disk, and
+the GPU computes everything: weights in RAM or on disk are copied to it module by module. Everything runs in the
+checkpoint's dtype, as transformers does by default; norms, the softmax of router and attention and rotary angles are in
+fp32 there.
 
 E experts, F expert inner, H hidden, T tokens of a window, V vocabulary.
 """
@@ -16,7 +18,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from torch import Tensor
 from qmix import names
 from qmix.checkpoint import Checkpoint
 from qmix.config import Cancel, ExpertKey, ModelConfig
-from qmix.errors import Interrupted, QmixError, UsageError
+from qmix.errors import DoesNotFit, Interrupted, QmixError, UsageError
 from qmix.offload.plan import SCORED_COPIES, SCORED_PIECE, SCORED_ROWS
 from qmix.sizes import MIB, format_bytes
 
@@ -35,10 +37,12 @@ STACK = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up_proj|down_proj
 
 
 class Weights(Mapping[str, Tensor]):
-    """The tensors of transformers' Mixtral by its names, each read from the checkpoint whenever it is asked for."""
+    """The tensors of transformers' Mixtral by its names, each read from the checkpoint whenever it is asked for, unless
+    RAM holds it."""
 
     def __init__(self, checkpoint: Checkpoint):
         self._checkpoint = checkpoint
+        self._held: dict[str, Tensor] = {}
         config = checkpoint.config
         self.shapes = {_ours(t.name): t.shape for t in names.dense_tensors(config)}
         if config.tie_embeddings:
@@ -50,11 +54,20 @@ class Weights(Mapping[str, Tensor]):
             self.shapes[prefix + "down_proj"] = (config.num_experts, hidden, inner)
 
     def __getitem__(self, name: str) -> Tensor:
+        if self._checkpoint.config.tie_embeddings and name == names.HEAD:
+            name = names.EMBEDDING
+        if name in self._held:
+            return self._held[name]
         found = STACK.fullmatch(name)
         if found is not None:
             return self._stack(int(found[1]), found[2], self.shapes[name])
-        tied = self._checkpoint.config.tie_embeddings and name == names.HEAD
-        return self._checkpoint.dense(names.EMBEDDING if tied else name.replace(".mlp.", ".block_sparse_moe."))
+        return self._checkpoint.dense(name.replace(".mlp.", ".block_sparse_moe."))
+
+    def hold(self, name: str) -> None:
+        """Keep a tensor in RAM from now on."""
+        if self._checkpoint.config.tie_embeddings and name == names.HEAD:
+            name = names.EMBEDDING
+        self._held[name] = self[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -81,7 +94,8 @@ class Original:
         self.path = checkpoint.path
         self.config = checkpoint.config
         self._checkpoint, self._model, self._say = checkpoint, model, say
-        self._bytes = 0
+        self._ram = self._vram = 0
+        self._device: torch.device | None = None
         self._weights = Weights(checkpoint)
         self._cancel: Cancel | None = None
         self._ready = False
@@ -124,17 +138,25 @@ class Original:
                 "experts": config._experts_implementation}
 
     def least_bytes(self, context: int) -> int:
-        """Without it no window can be read: one module's weights, and the workspace."""
+        """Of the memory of the processor that computes. Without it no window can be read: one module's weights, and the
+        workspace."""
         return _largest(self.config) + workspace(self.config, context)
+
+    def least_beside(self, context: int) -> int:
+        """Of RAM, where a GPU computes: a module on its way there, and the logits that come back."""
+        return _largest(self.config) + scoring(self.config, context) + 32 * MIB
 
     @property
     def weight_bytes(self) -> int:
-        """Of RAM, beyond the least, that could hold weights."""
+        """Of memory, beyond the least, that could hold weights."""
         return self._checkpoint.nbytes
 
-    def plan(self, nbytes: int, context: int) -> None:
-        """Take so many bytes in all, once the first window is read."""
-        self._bytes = nbytes - workspace(self.config, context)
+    def plan(self, ram: int, context: int, vram: int = 0, device: torch.device | None = None) -> None:
+        """Take so many bytes in all, once the first window is read. device: the GPU that computes, within vram."""
+        self._device = device
+        self._ram = ram - (workspace(self.config, context) if device is None else self.least_beside(context)
+                           - _largest(self.config))
+        self._vram = vram - workspace(self.config, context)
 
     def session(self) -> Original:
         return self
@@ -146,15 +168,17 @@ class Original:
     def read(self, ids: Sequence[int], skip: int = 0, cancel: Cancel | None = None) -> Iterator[Tensor]:
         """Session.read: the logits after each id but the first `skip`, in the same pieces."""
         self._cancel = cancel
-        if not self._ready:
-            self._bring_up()
-        with torch.inference_mode():
-            states = self._model.model(torch.tensor([ids]), use_cache=False).last_hidden_state[0, skip:]
+        with _gpu_memory_suffices():
+            if not self._ready:
+                self._bring_up()
+            with torch.inference_mode():
+                tokens = torch.tensor([ids], device=self._device)
+                states = self._model.model(tokens, use_cache=False).last_hidden_state[0, skip:]
 
         def pieces() -> Iterator[Tensor]:
             for part in states.split(SCORED_PIECE):
-                with torch.inference_mode():
-                    logits = self._model.lm_head(part).float()
+                with torch.inference_mode(), _gpu_memory_suffices():
+                    logits = self._model.lm_head(part).float().cpu()
                 yield logits
                 del logits
 
@@ -166,20 +190,44 @@ class Original:
         from accelerate.utils import set_module_tensor_to_device
 
         model, weights = self._model, self._weights
-        places = infer_auto_device_map(model, {"cpu": self._bytes}, model._no_split_modules, self.config.dtype)
-        held = {name for name in weights if _place(places, name) != "disk"}
-        for name in held:
+        places = infer_auto_device_map(model, self._memory(), model._no_split_modules, self.config.dtype,
+                                       offload_buffers=True)  # without it, a warning of some bytes of rotary angles
+        computes = "cpu" if self._device is None else str(self._device)
+        main = "cpu" if self._device is None else self._device.index or 0
+        held = {name: place for name in weights if (place := _place(places, name)) != "disk"}
+        for name, place in held.items():
             self._stop_if_cancelled()
-            set_module_tensor_to_device(model, name, "cpu", weights[name])
+            if place == main:
+                set_module_tensor_to_device(model, name, computes, weights[name])
+            else:
+                weights.hold(name)
         model.tie_weights()
-        self._model = dispatch_model(model, places, state_dict=weights, offload_index={})
+        # What is not where the computing is done is brought there by hooks, from `weights`: it knows what RAM holds.
+        there = {module: computes if place == main else "disk" for module, place in places.items()}
+        self._model = dispatch_model(model, there, main_device=computes, state_dict=weights, offload_index={})
         for layer in model.model.layers:
             layer.register_forward_pre_hook(self._stop_if_cancelled)
         self._ready = True
-        read = sum(_nbytes(weights.shapes[name], self.config) for name in weights if name not in held)
-        where = f"each window reads {format_bytes(read)} from the checkpoint" if read else "all its weights in RAM"
         self._say(f"transformers {version('transformers')} with accelerate {version('accelerate')}, in "
-                  f"{self.config.dtype}; {where}")
+                  f"{self.config.dtype}; {self._where(held, main)}")
+
+    def _memory(self) -> dict[int | str, int]:
+        """accelerate's max_memory: bytes of weights by GPU (its number) and of RAM. Of either, it leaves room for the
+        largest module."""
+        ram: dict[int | str, int] = {"cpu": max(0, self._ram)}
+        return ram if self._device is None else {self._device.index or 0: max(0, self._vram), **ram}
+
+    def _where(self, held: Mapping[str, Any], main: int | str) -> str:
+        """For people: where the weights are."""
+        def nbytes(chosen: Callable[[str], bool]) -> int:
+            return sum(_nbytes(shape, self.config) for name, shape in self._weights.shapes.items() if chosen(name))
+
+        read, moved = nbytes(lambda name: name not in held), nbytes(lambda name: held.get(name, main) != main)
+        if not read and not moved:
+            return f"all its weights in {'RAM' if self._device is None else 'VRAM'}"
+        each = [f"reads {format_bytes(read)} from the checkpoint"] if read else []
+        each += [f"copies {format_bytes(moved)} from RAM to the GPU"] if moved else []
+        return f"each window {' and '.join(each)}"
 
     def _stop_if_cancelled(self, *forward: object) -> None:
         if self._cancel:
@@ -193,9 +241,23 @@ def workspace(config: ModelConfig, context: int) -> int:
     item, hidden, inner = getattr(torch, config.dtype).itemsize, config.hidden_size, config.intermediate_size
     chosen = config.experts_per_token * (4 * hidden + 5 * inner)
     token = item * (4 * hidden + chosen + 4 * config.num_heads * config.head_dim) + 12 * hidden
-    head = min(context, SCORED_PIECE) * config.vocab_size * (item + 4)
-    scored = SCORED_ROWS * SCORED_COPIES * config.vocab_size * 8
-    return context * token + 5 * context * context + _nbytes((2 * inner, hidden), config) + head + scored + 32 * MIB
+    matrix = _nbytes((2 * inner, hidden), config)
+    return context * token + 5 * context * context + matrix + scoring(config, context) + 32 * MIB
+
+
+def scoring(config: ModelConfig, context: int) -> int:
+    """Bytes of a piece of logits, and of what becomes of it."""
+    head = min(context, SCORED_PIECE) * config.vocab_size * (getattr(torch, config.dtype).itemsize + 4)
+    return head + SCORED_ROWS * SCORED_COPIES * config.vocab_size * 8
+
+
+@contextmanager
+def _gpu_memory_suffices() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        raise DoesNotFit(f"the reference needs more VRAM than planned: {str(e).splitlines()[0]}",
+                         "choose a smaller -c/--ctx-size, give it more --vram, or --device cpu") from None
 
 
 def _largest(config: ModelConfig) -> int:
@@ -215,7 +277,7 @@ def _nbytes(shape: Sequence[int], config: ModelConfig) -> int:
 
 def _import(path: Path) -> None:
     """Both libraries, before memory is measured. UsageError says how to install them."""
-    cure = "pip install 'qmix[reference]'; or name a store, as of qmix quantize --format keep --dense keep"
+    cure = "pip install 'qmix[reference]'; or name a store made by qmix quantize --format keep --dense keep"
     try:
         import accelerate  # noqa: F401
         import transformers
@@ -249,7 +311,7 @@ def _check_names(model: Any, weights: Weights) -> None:
     found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     wrong = sorted(name for name in found.keys() | weights.shapes.keys() if found.get(name) != weights.shapes.get(name))
     if wrong:
-        raise QmixError(f"transformers {version('transformers')} lays the model out in another way than qmix knows: "
+        raise QmixError(f"transformers {version('transformers')} has another layout of the model than qmix expects: "
                         f"{wrong[0]}: {found.get(wrong[0])}, want {weights.shapes.get(wrong[0])}",
                         "install the version that constraints.txt names, or name a store as the reference")
 

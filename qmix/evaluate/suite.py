@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,16 @@ from qmix.config import Cancel
 from qmix.engine import Engine, Session, budget, needs_of
 from qmix.errors import Interrupted, QmixError, UsageError
 from qmix.evaluate.journal import Journal
-from qmix.evaluate.memory import Gpu, Part, divide, model_part, reference_part, tensors_to_come
+from qmix.evaluate.memory import (
+    Gpu,
+    Part,
+    divide,
+    divide_on_gpu,
+    model_part,
+    reference_part,
+    tensors_beside,
+    tensors_to_come,
+)
 from qmix.evaluate.reference import Original
 from qmix.evaluate.score import Scores, score
 from qmix.evaluate.tally import Tally
@@ -37,18 +47,19 @@ WINDOW = 2048  # tokens, where the models were trained for as many
 OpenEngine = Callable[[Path, int, Part | None], Engine]
 # (bytes of a record, the largest of both models) -> the GPU for two models; None for the CPU
 FindGpu = Callable[[int], Gpu | None]
+LoadOn = Callable[[Gpu | None, ExitStack, Callable[[str], None]], tuple[Engine | Original, Engine]]
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
     """window: tokens, 0 = WINDOW or what the models were trained for; stride: 0 = window; most: tokens to score, -1 =
-    all; fresh: forget what earlier runs finished; journals: the folder of the journals; activations, kv, ram, margin:
-    as `load` will pass them to the engine; gpu: asked where two models are compared."""
+    all; fresh: forget what earlier runs finished; journals: the folder of the journals, None for no journal;
+    activations, kv, ram, margin: as `load` will pass them to the engine; gpu: asked where two models are compared."""
 
     model: Path
     text: str
     text_name: str
-    journals: Path
+    journals: Path | None
     reference: Path | None = None
     window: int = 0
     stride: int = 0
@@ -140,33 +151,42 @@ def _load(request: Request, load: OpenEngine, store: Store, other: Store | Origi
     if other is None:
         return None, opened.enter_context(load(store.path, context, None))
     if isinstance(other, Original):
-        return other, _beside_original(request, load, store, other, context, opened, say)
-    gpu = request.gpu(max(store.layout.record_bytes, other.layout.record_bytes))
+        record = store.layout.record_bytes
+        load_on: LoadOn = partial(_beside_original, request, load, store, other, context)
+    else:
+        record = max(store.layout.record_bytes, other.layout.record_bytes)
+        load_on = partial(_load_both, request, load, store, other, context)
+    gpu = request.gpu(record)
     if gpu is None:
-        return _load_both(request, load, store, other, context, None, opened, say)
+        return load_on(None, opened, say)
     try:
-        return _load_both(request, load, store, other, context, gpu, opened, say)
+        return load_on(gpu, opened, say)
     except QmixError as error:
         if gpu.chosen:
             raise
         say(f"not on {gpu.name}: {error.message}; the CPU computes both models")
-    return _load_both(request, load, store, other, context, None, opened, say)
+    return load_on(None, opened, say)
 
 
-def _beside_original(request: Request, load: OpenEngine, store: Store, other: Original, context: int,
-                     opened: ExitStack, say: Callable[[str], None]) -> Engine:
-    """The model; transformers computes a checkpoint on the CPU, and the model with it."""
-    gpu = request.gpu(store.layout.record_bytes)
-    if gpu is not None and gpu.chosen:
-        raise UsageError(f"--against {other.path}: transformers runs a checkpoint on the CPU here, and both models are "
-                         f"computed on the same device, not on {gpu.name}", "drop --device and --vram, or make a "
-                         "reference store (quantize --format keep --dense keep)")
-    say("reference and model are both computed on the CPU")
+def _beside_original(request: Request, load: OpenEngine, store: Store, other: Original, context: int, gpu: Gpu | None,
+                     opened: ExitStack, say: Callable[[str], None]) -> tuple[Original, Engine]:
+    """The model is loaded first; transformers takes its part of the memory when it reads the first window."""
+    say(f"reference and model are both computed on {'the CPU' if gpu is None else gpu.name}")
     whole, base = budget(request.ram, request.margin)
     needs = needs_of(store, context, request.kv, scoring=True)
-    granted = divide((other.least_bytes(context), other.weight_bytes), needs, whole, base)
-    other.plan(granted, context)
-    return opened.enter_context(load(store.path, context, Part((whole, base + granted))))
+    least = other.least_bytes(context)
+    if gpu is None:
+        granted = divide((least, other.weight_bytes), needs, whole, base)
+        other.plan(granted, context)
+        return other, opened.enter_context(load(store.path, context, Part((whole, base + granted))))
+    ram, vram = divide_on_gpu((least, other.weight_bytes), other.least_beside(context), needs, (whole, base),
+                              gpu.budget)
+    other.plan(ram, context, vram, torch.device(gpu.place))
+    part = Part((whole, base + ram), (gpu.budget[0], gpu.budget[1] + vram))
+    model = opened.enter_context(load(store.path, context, part))
+    if model.device is not None:
+        model.device.limit(tensors_beside(vram, model.plan))
+    return other, model
 
 
 def _load_both(request: Request, load: OpenEngine, store: Store, other: Store, context: int, gpu: Gpu | None,
@@ -221,8 +241,8 @@ def _measure(request: Request, text: Text, model: Engine, reference: Engine | Or
             finished += 1
             progress(nbytes * window.end // text.windows[-1].end, nbytes, f"perplexity {tally.perplexity:.4g}")
     except Interrupted:
-        raise Interrupted(f"interrupted: {finished} of {len(text.windows)} windows are finished",
-                          "the same command goes on from there") from None
+        cure = "the same command continues from there" if journal.path else "none of them is kept: see above"
+        raise Interrupted(f"interrupted: {finished} of {len(text.windows)} windows are finished", cure) from None
     return tally
 
 

@@ -134,8 +134,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     def _said_cut(self) -> None:
         if self._cut:
-            self._say(f"{self._cut} prompts were longer than the context and lost their beginning; "
-                      "-c/--ctx-size makes room")
+            self._say(f"{self._cut} prompts were longer than the context, and their beginnings were cut off; "
+                      "raise -c/--ctx-size")
         self._cut = 0
 
 
@@ -223,9 +223,9 @@ def prepare(names: Sequence[str], folder: Path, context: int, include: Path | No
 def _check(name: str, task: Any, tokenizer: Tokenizer, context: int, limit: int | None) -> None:
     """Build the requests of a task, as the harness will once more, and look at what they ask for."""
     if getattr(task, "MULTIMODAL", False):
-        raise UsageError(f"task {name}: shows pictures or sounds, and qmix reads text only")
+        raise UsageError(f"task {name}: needs images or sound, and qmix reads only text")
     if getattr(task, "UNSAFE_CODE", False):
-        raise UsageError(f"task {name}: runs code that the model writes, which qmix does not do")
+        raise UsageError(f"task {name}: runs code that the model writes, which qmix does not support")
     if task.get_config("num_fewshot") is None:
         task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=FEWSHOT_SEED)
@@ -233,7 +233,7 @@ def _check(name: str, task: Any, tokenizer: Tokenizer, context: int, limit: int 
     checked = set()
     for request in task.instances:
         if request.request_type not in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
-            raise UsageError(f"task {name}: wants {request.request_type}, which qmix does not do")
+            raise UsageError(f"task {name}: needs {request.request_type}, which qmix does not support")
         if request.request_type == "loglikelihood_rolling" or repr(request.args[1]) in checked:
             continue
         wish = request.args[1]

@@ -37,7 +37,7 @@ def cut(ids: int, window: int, stride: int, most: int = -1) -> list[Window]:
         raise UsageError(f"--ctx-size {window}: a window has 2 tokens at least: one to read, one to predict")
     if not 1 <= stride <= window:
         raise UsageError(f"--stride {stride}: want 1 to {window}, the window",
-                         "a larger one would leave tokens out" if stride > window else None)
+                         "a larger one would skip tokens" if stride > window else None)
     if most == 0 or most < -1:
         raise UsageError(f"--max-tokens {most}: want -1 or at least 1")
     if ids < 2:

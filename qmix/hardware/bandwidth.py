@@ -104,7 +104,8 @@ def measure_ram(threads: int | None = None, *, nbytes: int | None = None, repeat
     try:
         buffer = anonymous_memory(nbytes)
     except OSError as e:
-        raise DoesNotFit(f"{format_bytes(nbytes)} to measure RAM with: {e.strerror}", "free some memory") from None
+        raise DoesNotFit(f"{format_bytes(nbytes)} cannot be allocated to measure RAM: {e.strerror}",
+                         "free some memory") from None
     numbers = torch.frombuffer(buffer, dtype=torch.float64)
     before = torch.get_num_threads()
     torch.set_num_threads(threads or physical_cores())

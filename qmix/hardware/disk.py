@@ -102,7 +102,7 @@ def measure_disk(files: Sequence[Path], effort: DiskEffort = DiskEffort(), *, sa
         if not rows:
             raise UsageError(f"no file to measure a disk with: want one of {format_bytes(min(effort.chunks))} or more")
         if not direct and not hasattr(os, "posix_fadvise"):
-            say("this system cannot be asked to drop its page cache: the figures may be of memory, not of the disk")
+            say("this system cannot drop its page cache: the figures may be of memory, not of the disk")
         return DiskReport(rows, direct)
     raise AssertionError("unreachable")
 
@@ -179,7 +179,8 @@ def _buffers(count: int, nbytes: int) -> list[mmap.mmap]:
     try:
         buffers = [anonymous_memory(nbytes) for _ in range(count)]
     except OSError as e:
-        raise DoesNotFit(f"{format_bytes(count * nbytes)} for read buffers: {e.strerror}", "free some memory") from None
+        raise DoesNotFit(f"{format_bytes(count * nbytes)} cannot be allocated for read buffers: {e.strerror}",
+                         "free some memory") from None
     for buffer in buffers:
         buffer.write(bytes(nbytes))
     return buffers

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 
 SCORES = 64 * 2**20  # the most bytes of scores that attend_torch has at once, in fp32 and twice
 # Not cuDNN's attention, which makes a plan for each new length.
@@ -63,6 +62,9 @@ def attend_torch(query: Tensor, keys: Tensor, values: Tensor, window: int | None
     if window is None or window >= positions:
         shared, given = (t[:, None].expand(-1, heads // kv, -1, -1) for t in (keys, values))
         if fused_attention(asked, shared, given):
+            # Here, since it imports torch's compiler: seconds at each start, also where no GPU ever asks for it.
+            from torch.nn.attention.bias import causal_lower_right
+
             with sdpa_kernel(FUSED):
                 out = F.scaled_dot_product_attention(asked, shared, given, causal_lower_right(count, positions))
             return out.permute(2, 0, 1, 3).reshape(count, heads * size).to(query.dtype)

@@ -26,7 +26,7 @@ def choose_attention(head_dim: int, kv: str, say: Callable[[str], None]) -> nati
     if not levels:
         reason = "the native kernel is not in use here"
     elif head_dim % native.HEAD_UNIT:
-        reason = f"the native kernel wants heads of a multiple of {native.HEAD_UNIT} numbers, not {head_dim}"
+        reason = f"the native kernel needs heads of a multiple of {native.HEAD_UNIT} numbers, not {head_dim}"
     else:
         for level in levels:
             if agrees(own := native.Attention(level), head_dim, kv):

@@ -103,13 +103,16 @@ class Configs:
 
 KERNELS = tuple(f.name for f in fields(Configs))
 # The nearest below serves cards that are not listed. For sm_75 Triton compiles products without tensor cores, hence
-# small tiles. Attention is for heads of 128; on Hopper its tiles are too small for WGMMA, see cuda_prompt.attend_many.
+# small tiles. On sm_8x and sm_12x the operands and results of a product are registers. Of the tiles that do not spill
+# them in any format, each is the one with the fewest instructions a product; 128 x 128 would spill. The products of
+# sm_90 and sm_100 read shared memory, which leaves registers for larger tiles. Attention is for heads of 128; on Hopper
+# its tiles are too small for WGMMA, see cuda_prompt.attend_many.
 BUILT_IN = MappingProxyType({
     (7, 5): Configs(matmul=Matmul(16, 64, 4, 2), attention=WIDE),
-    (8, 0): Configs(),
-    (8, 6): Configs(matmul=Matmul(rows=64)),
+    (8, 0): Configs(matmul=Matmul(rows=64)),
     (9, 0): Configs(attention=Attention(32, 64, 4, 2)),
     (10, 0): Configs(attention=Attention(128, 64, 8, 2)),
+    (12, 0): Configs(matmul=Matmul(rows=64), attention=Attention(128, 32, 8, 2)),
 })
 INTERPRETED = Configs(attention=WIDE)
 
@@ -125,7 +128,7 @@ def built_in(card: tuple[int, int] | None) -> Configs:
         return INTERPRETED
     known = [c for c in BUILT_IN if c <= card]
     if not known:
-        raise UsageError(f"compute capability {card[0]}.{card[1]}: the kernels want 7.5 or newer", "use the CPU")
+        raise UsageError(f"compute capability {card[0]}.{card[1]}: the kernels need 7.5 or newer", "use the CPU")
     return BUILT_IN[max(known)]
 
 

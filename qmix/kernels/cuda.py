@@ -6,7 +6,7 @@ argument everywhere (configs.py), None for what is built in for the card.
     linear, gated            x and one matrix: up to FEW tokens by `gemv`, which reads each weight once for all of
                              them; more by `matmul`, which decodes each piece of weights once for up to 128
     chosen_experts           what the experts in some slots of a slab give for up to FEW tokens: four launches
-    sorted_linear            many tokens, sorted by expert, and slots of a slab
+    many                     many tokens and the matrix in one slot
 
 What is promised: gemv computes in fp32, whatever the dtype of x, and a token's bits do not depend on the others of its
 call, nor on which slot an expert is in. matmul multiplies in `dot` (codes are exact in all of them; x is rounded to it)
@@ -125,7 +125,7 @@ class Jobs:
 def linear(x: Tensor, m: Packed, out_dtype: torch.dtype | None = None, dot: str | None = None,
            configs: Configs | None = None) -> Tensor:
     """x [T, cols] fp32, bf16 or fp16 -> [T, padded_rows] in `out_dtype` (x's), gaps of the padding zero where x is
-    finite. dot: see `sorted_linear`; it matters for more than FEW tokens. UsageError for what the kernels lack."""
+    finite. dot: see `many`; it matters for more than FEW tokens. UsageError for what the kernels lack."""
     weights, configs = Matrices.of(m), configs or _configs(x.device)
     _check_x(x, weights)
     y = x.new_empty(len(x), m.spec.padded_rows, dtype=out_dtype or x.dtype)
@@ -134,7 +134,7 @@ def linear(x: Tensor, m: Packed, out_dtype: torch.dtype | None = None, dot: str 
     if len(x) <= FEW:
         few(x, weights, Jobs.single(len(x), x.device), y, config=configs.gemv)
     else:
-        sorted_linear(x, weights, [0], [len(x)], y, dot, configs.matmul)
+        many(x, weights, 0, y, dot, configs.matmul)
     return y
 
 
@@ -150,7 +150,7 @@ def gated(x: Tensor, m: Packed, out_dtype: torch.dtype | None = None, dot: str |
         few(x, weights, Jobs.single(len(x), x.device), y, gated=True, config=configs.gemv)
     else:
         both = x.new_empty(len(x), m.spec.padded_rows, dtype=torch.float32)
-        sorted_linear(x, weights, [0], [len(x)], both, dot, configs.matmul)
+        many(x, weights, 0, both, dot, configs.matmul)
         silu_product(both, y)
     return y
 
@@ -201,37 +201,26 @@ def splits_of(spec: MatrixSpec, config: Gemv) -> int:
     return -(-(spec.padded_cols // spec.group_size) // _lanes(spec, config))
 
 
-def sorted_linear(x: Tensor, weights: Matrices, slots: Sequence[int], counts: Sequence[int], y: Tensor,
-                  dot: str | None = None, config: Matmul | None = None) -> None:
-    """x [T, cols], its first counts[0] rows for the expert in slots[0], the next counts[1] for slots[1] and so on,
-    into y [T, padded_rows].
+def many(x: Tensor, weights: Matrices, slot: int, y: Tensor, dot: str | None = None,
+         config: Matmul | None = None) -> None:
+    """x [T, cols] times the matrix in `slot`, into y [T, padded_rows]. The CPU waits for nothing.
 
     dot: "bf16" | "fp16" | "fp32", what x is rounded to: bf16 for bf16 where the card has it, fp16 for fp16, else
-    fp32, which is exact and slow. x beyond 65504 is infinite in fp16. With several slots their table is copied to
-    the card, for which the CPU waits until the card has done what it had; with one nothing is. x that has to be rounded
-    is rounded before the launch: a product of 16-bit numbers must read x as it lies in memory, since operands that are
-    made in registers are not safe on Hopper (cuda_prompt.attend_many says why).
+    fp32, which is exact and slow. x beyond 65504 is infinite in fp16. x that has to be rounded is rounded before the
+    launch: a product of 16-bit numbers must read x as it lies in memory, since operands that are made in registers are
+    not safe on Hopper (cuda_prompt.attend_many says why).
     """
     _check_x(x, weights)
-    if len(slots) != len(counts) or sum(counts) != len(x) or not all(0 <= s < weights.slots for s in slots):
-        raise UsageError(f"slots {list(slots)}, counts {list(counts)}: want as many of each, {len(x)} rows in all, "
-                         f"slots 0 to {weights.slots - 1}")
+    if not 0 <= slot < weights.slots:
+        raise UsageError(f"slot {slot}: want 0 to {weights.slots - 1}")
     jit, spec = device_code("cuda_jit"), weights.spec
     config, operands = config or _configs(x.device).matmul, _dot(jit, x, dot)
     x = x.to(NARROW.get(operands.name, x.dtype))
-    block_m = min(config.tokens, 128 if max(counts) > 64 else 64 if max(counts) > 16 else 16)
-    single, many = len(slots) == 1, -(-len(x) // block_m)
-    tiles = weights.qparams  # anything, where it is not read
-    if not single:
-        listed, start = [], 0
-        for slot, count in zip(slots, counts, strict=True):
-            listed += [(slot, first, start + count) for first in range(start, start + count, block_m)]
-            start += count
-        many, tiles = len(listed), torch.tensor(listed, dtype=INDEX, device=x.device)
+    block_m = min(config.tokens, 128 if len(x) > 64 else 64 if len(x) > 16 else 16)
     blocks, per_tile = spec.padded_rows // spec.block, config.rows // spec.block
-    jit.matmul[many, -(-blocks // per_tile)](
-        x, weights.qweight, weights.qparams, tiles, y, slots[0], len(x), weights.slot_bytes, x.stride(0), y.stride(0),
-        spec.cols, spec.padded_cols // spec.group_size, spec.padded_rows, blocks, SINGLE=single,
+    jit.matmul[-(-len(x) // block_m), -(-blocks // per_tile)](
+        x, weights.qweight, weights.qparams, y, slot, len(x), weights.slot_bytes, x.stride(0), y.stride(0),
+        spec.cols, spec.padded_cols // spec.group_size, spec.padded_rows, blocks,
         GROUP=spec.group_size, BLOCK=spec.block, BITS=spec.bits, BLOCK_M=block_m, BLOCKS=per_tile,
         CHUNK=min(spec.group_size, 64), DOT=operands, num_stages=config.stages, enable_fp_fusion=True,
         num_warps=config.warps if block_m == config.tokens else 4)
@@ -296,9 +285,9 @@ def _dot(jit: ModuleType, x: Tensor, dot: str | None) -> Any:
 
 def _check_place(tensor: Tensor, spec: MatrixSpec) -> None:
     if not spec.bits:
-        raise UsageError(f"{spec.format}: the GPU kernels have int4, int3 and int2")
+        raise UsageError(f"{spec.format}: the GPU kernels support int4, int3 and int2")
     if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and interpreted(device_code("cuda_jit"))):
-        raise UsageError(f"weights on {tensor.device}: Triton's kernels want them on a CUDA device",
+        raise UsageError(f"weights on {tensor.device}: Triton's kernels need them on a CUDA device",
                          "for tests without one, set TRITON_INTERPRET=1 before Python starts")
 
 

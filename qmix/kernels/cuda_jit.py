@@ -181,30 +181,24 @@ def finish(partial, places, y, y_stride, n, out, splits, GATED: tl.constexpr, AD
 
 
 @triton.jit(do_not_specialize=["slot", "tokens"])  # else compiled anew for some prompts
-def matmul(x, qweight, qparams, tiles, y, slot, tokens, slot_bytes, x_stride, y_stride, cols, groups, n, blocks,
-           SINGLE: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr,
+def matmul(x, qweight, qparams, y, slot, tokens, slot_bytes, x_stride, y_stride, cols, groups, n, blocks,
+           GROUP: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr,
            BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr):
-    """BLOCK_M tokens of one expert times BLOCKS blocks of rows: each piece of codes is made a tile of numbers once and
+    """BLOCK_M of `tokens` rows times BLOCKS blocks of rows: each piece of codes is made a tile of numbers once and
     multiplied as DOT, exact in it; scale and zero are applied to the fp32 product of each CHUNK of columns.
 
     A tile's columns are a byte's codes beside each other; their rows are found for parameters and result alike.
-    x [., cols] sorted by expert; qweight bytes, qparams int32 words; tiles [., 3]: slot, first row of x, its end; where
-    SINGLE they are not read: all `tokens` rows are for `slot`. y [., N] rows as x's. Grid: tiles, pieces of the blocks.
+    x [., cols]; qweight bytes, qparams int32 words, those of slot 0; y [., N] rows as x's. Grid: tiles of tokens,
+    pieces of the blocks.
     """
     PLACE: tl.constexpr = 4 if BITS == 4 else 2
     PER_BYTE: tl.constexpr = 8 // PLACE
     STEP: tl.constexpr = BLOCK // PER_BYTE
     COLUMN: tl.constexpr = BLOCK * BITS // 8
     MIDDLE: tl.constexpr = 2**(BITS - 1)
-    tile = tl.program_id(0)
     piece = tl.program_id(1)
-    first = tile * BLOCK_M
-    if not SINGLE:
-        slot = tl.load(tiles + 3 * tile)
-        first = tl.load(tiles + 3 * tile + 1)
-        tokens = tl.load(tiles + 3 * tile + 2)
     start = slot.to(tl.int64) * slot_bytes
-    token = first + tl.arange(0, BLOCK_M)
+    token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     given = token < tokens
     token = token.to(tl.int64)
 

@@ -57,7 +57,7 @@ def linear_many(x: Tensor, m: Packed, out_dtype: torch.dtype | None = None, conf
     if spec.bits:
         y = x.new_empty(len(x), spec.padded_rows, dtype=dtype)
         if len(x):
-            cuda.sorted_linear(x.contiguous(), Matrices.of(m), [0], [len(x)], y, config=config)
+            cuda.many(x.contiguous(), Matrices.of(m), 0, y, config=config)
         return y.view(len(x), spec.parts, -1)[:, :, :spec.rows // spec.parts].reshape(len(x), spec.rows)
     if "weight" in m.tensors and m["weight"].dtype == x.dtype == dtype:
         return F.linear(x, m["weight"])
@@ -79,7 +79,7 @@ def linear_decoded(x: Tensor, m: Packed, out_dtype: torch.dtype) -> Tensor:
     """`linear_many` of a grouped format through torch's product, of rows that are decoded TILE_BYTES at a time.
 
     Products are made in x's dtype, or in fp32 for bf16, which cards that need this do not have; weights are rounded to
-    that, where `sorted_linear` has them exact.
+    that, where `cuda.many` has them exact.
     """
     spec, weights = m.spec, Matrices.of(m)
     y = x.new_empty(len(x), spec.rows, dtype=out_dtype)

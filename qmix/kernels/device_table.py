@@ -6,9 +6,14 @@ ends the start, since there is nothing to fall back to that would not be a hundr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -65,11 +70,30 @@ def choose_device_kernels(place: torch.device, half: torch.dtype, formats: Itera
                 except QmixError:
                     raise
                 except Exception as e:  # Triton's many: it does not compile, asks for too much, the driver refuses
-                    raise QmixError(f"the GPU kernel for {name} does not run here: "
-                                    f"{(str(e).splitlines() or [type(e).__name__])[0]}",
-                                    "use --device cpu, and please report it") from e
+                    raise does_not_run(f"the GPU kernel for {name} does not run here", e) from e
     return DeviceKernels(KernelTable(MappingProxyType(table), MappingProxyType(names)),
                          cuda_prompt.prompt_attention(capability(place), configs.attention), ops, host)
+
+
+def does_not_run(what: str, error: Exception) -> QmixError:
+    """What the user is told where a Triton kernel fails. At run time Triton builds its launchers with a C compiler and
+    Python.h: without them no kernel runs, and none is at fault."""
+    if any(isinstance(e, subprocess.CalledProcessError) or "C compiler" in str(e) for e in _causes(error)):
+        header = Path(sysconfig.get_path("include")) / "Python.h"
+        compilers = (os.environ.get("CC") or "cc", "gcc", "clang")  # as Triton looks for one
+        missing = [] if any(map(shutil.which, compilers)) else ["a C compiler"]
+        missing += [] if header.is_file() else [f"Python's headers ({header})"]
+        if missing:
+            return QmixError(f"Triton needs {' and '.join(missing)} to run the GPU's kernels: not found",
+                             "install gcc and python3-dev (as the distribution names them), or use --device cpu")
+    return QmixError(f"{what}: {(str(error).splitlines() or [type(error).__name__])[0]}",
+                     "use --device cpu, and please report it")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _check(place: torch.device, half: torch.dtype, m: Packed, many: Kernel, ops: DeviceOps) -> None:

@@ -113,7 +113,7 @@ def choose_layer_ops(say: Callable[[str], None]) -> LayerOps:
     for level in native.wanted_levels():
         if agrees(own := native.LayerOps(level)):
             return own
-        say(f"the native norm and router failed their self-test here ({level}): the next best computes")
+        say(f"the native norm and router failed their self-test here ({level}): the next best kernel is used")
     return TORCH
 
 

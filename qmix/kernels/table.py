@@ -93,7 +93,7 @@ def select(formats: Iterable[str], blocks: Iterable[int] = BLOCKS, device: str =
     blocks = sorted(set(blocks) - {0}, reverse=True)
     if (trouble := native.trouble()) and settings.native_level() != "off":
         say(f"native kernels: {trouble}" if native.library() is not None else f"no native kernels: {trouble}; torch "
-            "computes, at about half the speed (`qmix doctor` has the cure)")
+            "computes, at about half the speed (`qmix doctor` says how to mend that)")
     own = _choose_native(wanted, blocks, activations, say)
     for name in sorted(wanted):
         if name in GROUPED_BITS and own is not None:
@@ -131,7 +131,7 @@ def _choose_native(formats: set[str], blocks: list[int], activations: str,
         own = native.Native(level, "int8" if activations == "auto" else activations)
         if all(_agrees(_one(own), m, own.activations) for m in samples):
             return own
-        say(f"the native kernels failed their self-test here ({level}, {_machine()}): the next best computes")
+        say(f"the native kernels failed their self-test here ({level}, {_machine()}): the next best kernel is used")
     if activations == "int8":
         raise UsageError("--activations int8: only the native kernels have it, and they are not in use here",
                          "install a C compiler and qmix again, or use --activations bf16")

@@ -80,7 +80,7 @@ def load(path: Path, card: Card, say: Callable[[str], None]) -> Tuned | None:
         for key, here in asdict(card).items():
             there = getattr(found.card, key)
             if there != here:
-                raise ValueError(f"it was measured with {there}, here is {here}")
+                raise ValueError(f"it was measured with {there}, this machine has {here}")
         return found
 
     return notes.load(path, FORMAT, VERSION, make, WRITER, say)

@@ -59,8 +59,8 @@ def candidates(kernel: str) -> list[Config]:
         return [Dense(*c) for c in product((8, 16, 32), (32, 64), (2, 4, 8))]
     if kernel == "attention":
         return [Attention(*c) for c in ((32, 32, 4, 1), (32, 32, 8, 1), (64, 32, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3),
-                                        (64, 128, 4, 2), (128, 32, 4, 2), (128, 64, 4, 2), (128, 64, 8, 2),
-                                        (128, 64, 8, 3), (128, 128, 8, 2))]
+                                        (64, 128, 4, 2), (128, 32, 4, 2), (128, 32, 8, 2), (128, 64, 4, 2),
+                                        (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2))]
     return [Matmul(*c) for c in ((16, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 3), (128, 64, 4, 2),
                                  (128, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2),
                                  (128, 128, 8, 3), (128, 128, 8, 4))]
@@ -106,7 +106,7 @@ def _checked(kernel: str, work: Work) -> Tensor:
         raise QmixError(f"tuning {kernel}: the built-in configuration failed: {_line(e)}",
                         "restart qmix; if it happens again, please report it") from None
     if not result.isfinite().all():
-        raise QmixError(f"tuning {kernel}: the built-in configuration gives no numbers", "please report it")
+        raise QmixError(f"tuning {kernel}: the built-in configuration gives NaN or infinity", "please report it")
     return result
 
 

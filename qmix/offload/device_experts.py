@@ -162,7 +162,7 @@ class DeviceExperts(PagedExperts):
                     coming.remove(key)
                     tier.unpin([key])
                 else:
-                    assert not waiting, "no slot could be had"
+                    assert not waiting, "no slot is free"
                     break
         finally:
             tier.unpin(copied)

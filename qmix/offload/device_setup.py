@@ -120,7 +120,8 @@ def _slabs(device: Device, fast: TierPlan) -> list[Tensor]:
     try:
         return [torch.empty(count, nbytes, dtype=torch.uint8, device=device.place) for count, nbytes in fast.kinds]
     except RuntimeError as e:  # torch's out-of-memory errors are RuntimeErrors
-        raise DoesNotFit(f"the GPU gave no {format_bytes(fast.experts)} for expert slots: {str(e).splitlines()[0]}",
+        raise DoesNotFit(f"the GPU did not allocate {format_bytes(fast.experts)} for expert slots: "
+                         f"{str(e).splitlines()[0]}",
                          "choose a smaller --vram, or close other programs that use the GPU") from None
 
 

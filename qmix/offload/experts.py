@@ -273,7 +273,7 @@ class PagedExperts:
         """What to compute now: what is here, else what has arrived, else what will arrive first."""
         if here:
             return here[0]
-        assert coming, "no slot could be had"
+        assert coming, "no slot is free"
         return next((key for key in coming if self._tier.ready(key)), coming[0])
 
     def _ask(self, missing: deque[ExpertKey], coming: list[ExpertKey], reason: str, step: Step) -> None:

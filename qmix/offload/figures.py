@@ -90,7 +90,7 @@ def sentences(report: Report) -> dict[str, str]:
             f"{_percent(guesses['recall_weight'])}")
     off = [str(row["layer"]) for row in guesses["layers"] if row["state"].startswith("off:")]
     if off:
-        found["unguessed"] = f"for layers {', '.join(off)}: wrong too often to pay"
+        found["unguessed"] = f"for layers {', '.join(off)}: wrong too often to help"
     return found
 
 

@@ -74,7 +74,7 @@ def begin_pool(slots: int, nbytes: int) -> tuple[Tensor, Touching]:
 
 
 def _no_memory(what: str, why: object) -> DoesNotFit:
-    return DoesNotFit(f"the system gave no {what} ({why})", "choose a smaller --ram, or close other programs")
+    return DoesNotFit(f"the system did not allocate {what} ({why})", "choose a smaller --ram, or close other programs")
 
 
 def _touch(memory: mmap.mmap, pool: Tensor) -> tuple[ThreadPoolExecutor, list[Future[None]]]:

@@ -239,7 +239,7 @@ def load(folder: Path | None, fingerprint: str, layers: int, experts: int, say: 
         except FileNotFoundError:
             pass
         except (OSError, ValueError, RecursionError) as e:
-            say(f"{path}: ignored ({_reason(e)}); router statistics start anew")
+            say(f"{path}: ignored ({_reason(e)}); router statistics start from zero")
     return RouterStats(layers, experts)
 
 
@@ -284,7 +284,7 @@ def _locked(path: Path, say: Say, patience: float) -> Iterator[bool]:
                 alone = True
             except BlockingIOError:
                 if time.monotonic() >= until:
-                    raise TimeoutError(f"{path} is held by another process") from None
+                    raise TimeoutError(f"{path} is locked by another process") from None
                 time.sleep(0.02)
             except OSError as e:
                 say(f"{path}: cannot be locked ({_reason(e)}): what another qmix saves now may be lost")

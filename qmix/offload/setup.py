@@ -122,12 +122,13 @@ class Choices:
         policy = AUTO_POLICY if options.policy == "auto" else options.policy
         prior = stats.share("decode") or stats.share("prefill")
         if policy == "static" and not any(prior.values()):
-            say("--cache-policy static: there are no router statistics of this store yet, so all experts count alike")
+            say("--cache-policy static: there are no router statistics of this store yet, so all experts have "
+                "equal priority")
         mode = options.prefetch
         if mode == "auto" and plan.needs.record < SMALL and fast.slots < plan.needs.records:
             mode = "off"
             say(f"prefetch off: records of {format_bytes(plan.needs.record)} take less time to read than "
-                "to guess (--prefetch ahead guesses all the same)")
+                "to predict (--prefetch ahead prefetches anyway)")
         if policy == "lru" and len(fast.kinds) > 1 and _tight(config, fast):
             say("--cache-policy lru: in a mixed store layers have no share of their own, so with few slots it evicts "
                 "the records that are needed next; lfu does not")

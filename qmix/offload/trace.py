@@ -265,14 +265,14 @@ def _read_header(file: FileIO, path: Path) -> TraceHeader:
     try:
         values = json.loads(line) if newline else None
         if type(values) is not dict or FORMAT not in values:
-            raise UsageError(f"{path}: no trace of qmix", "record one with --trace FILE")
+            raise UsageError(f"{path}: not a trace of qmix", "record one with --trace FILE")
         if values.pop(FORMAT) != VERSION:
             raise UsageError(f"{path}: a trace of another version, this qmix reads {VERSION}", "record it anew")
         header = TraceHeader(**values)
     except (ValueError, RecursionError):
-        raise UsageError(f"{path}: no trace of qmix", "record one with --trace FILE") from None
+        raise UsageError(f"{path}: not a trace of qmix", "record one with --trace FILE") from None
     except TypeError:  # fields that are missing or not known
-        raise UsageError(f"{path}: its first line lacks what a trace has, or has more") from None
+        raise UsageError(f"{path}: its first line does not have the keys of a trace") from None
     except ConfigError as e:
         raise UsageError(f"{path}: {e.message}") from None
     file.seek(len(line) + 1)

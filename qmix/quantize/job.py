@@ -67,7 +67,7 @@ def quantize_checkpoint(source: Checkpoint, out: Path | str, quant: QuantConfig,
     out, threads = resolve(Path(out)), hardware.physical_cores() if threads is None else hardware.check_threads(threads)
     _check_place(source, out)
     if (quant.method in CALIBRATED) != (calibration is not None):
-        raise UsageError(f"method {quant.method!r}: {'goes with no' if calibration else 'wants a'} calibration")
+        raise UsageError(f"method {quant.method!r}: {'takes no' if calibration else 'needs a'} calibration")
     layout = StoreLayout.of(source.config, quant)
     work = all_work(source, layout)
     _account(source, work)

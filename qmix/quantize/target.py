@@ -210,7 +210,7 @@ def check_replaceable(out: Path, force: bool) -> None:
         return
     stranger = foreign(out)
     if stranger is None and not (out / MANIFEST).exists():
-        stranger = "files that are no qmix store"
+        stranger = "files that are not a qmix store"
     if stranger:
         raise UsageError(f"{out}: exists and holds {stranger}, which qmix did not write: even --force keeps "
                          "it", "choose another OUT, or move the folder away")

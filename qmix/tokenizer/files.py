@@ -33,6 +33,7 @@ from qmix.modelfiles import (
 from qmix.textfile import read_text
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+NEOX = ("gpt_neox", "olmo", "olmoe")  # kinds of models whose tokenizers are of GPT-NeoX's class
 MAX_JSON = 256 * 2**20
 FETCH = "the file is damaged: fetch it again from where the model came from"
 LFS = "run `git lfs pull` in the folder"
@@ -55,7 +56,8 @@ class TokenizerFiles:
     """spm and json are the vocabulary files that exist. named: "bos_token" and the like to their text. special: every
     text declared special; extra: those of them without a name. names: what the model is called, as far as the folder
     knows. legacy: whether sentencepiece's leading space is written after every special token, and not only at the
-    start of a text; prefix_space: whether it is written at all. rows: ids of the model, where known."""
+    start of a text; prefix_space: whether it is written at all. neox: whether transformers' class of this tokenizer is
+    GPTNeoXTokenizer; spaced: whether add_prefix_space is stated. rows: ids of the model, where known."""
 
     folder: Path
     spm: Path | None
@@ -68,6 +70,8 @@ class TokenizerFiles:
     add_bos: bool
     legacy: bool
     prefix_space: bool
+    neox: bool
+    spaced: bool
     template: str | None
     template_file: Path | None
     eos_ids: tuple[int, ...]
@@ -101,9 +105,18 @@ def read_files(folder: Path) -> TokenizerFiles:
     return TokenizerFiles(
         folder, spm, vocab, tuple(name for name in called if isinstance(name, str)), named, frozenset(special), texts,
         added, config.get("add_bos_token") is not False, config.get("legacy") is not False,
-        config.get("add_prefix_space") is not False, template, template_file,
+        config.get("add_prefix_space") is not False, _is_neox(config, model),
+        config.get("add_prefix_space") is True, template, template_file,
         _eos_ids(folder / "config.json", model) + _eos_ids(folder / GENERATION_CONFIG),
         rows if type(rows) is int else None)
+
+
+def _is_neox(config: Mapping[str, Any], model: Mapping[str, Any]) -> bool:
+    """As transformers chooses the class: the one that is named, else the one of the model's kind."""
+    named = config.get("tokenizer_class") or model.get("tokenizer_class")
+    if isinstance(named, str):
+        return named.removesuffix("Fast") == "GPTNeoXTokenizer"
+    return model.get("model_type") in NEOX
 
 
 def _json(path: Path) -> dict[str, Any]:

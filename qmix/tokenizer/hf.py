@@ -35,7 +35,7 @@ def _visible_bytes() -> dict[str, int]:
 
 class JsonVocabulary(Vocabulary):
     def __init__(self, path: Path, files: TokenizerFiles):
-        self._tokenizer, steps = _load(path)
+        self._tokenizer, steps = _load(path, files)
         kinds = {str(step.get("type")) for step in steps}
         _add(path, self._tokenizer, files)
         self.per_byte = "ByteLevel" not in kinds
@@ -192,7 +192,16 @@ def _next_id(tokenizer: Any) -> int:
     return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
 
-def _load(path: Path) -> tuple[Any, list[dict[str, Any]]]:
+def _of_neox(raw: dict[str, Any], files: TokenizerFiles) -> dict[str, Any]:
+    """transformers' GPTNeoXTokenizer takes vocabulary and merges from the file, and the rest from its class and
+    tokenizer_config.json: no BOS is put in front, whatever the file's post-processor says."""
+    step = {"type": "ByteLevel", "add_prefix_space": files.spaced, "trim_offsets": True, "use_regex": True}
+    model = {"type": "BPE", "vocab": raw["model"]["vocab"], "merges": raw["model"]["merges"]}
+    return {**raw, "model": model, "normalizer": {"type": "NFC"}, "pre_tokenizer": step, "decoder": step,
+            "post_processor": None}
+
+
+def _load(path: Path, files: TokenizerFiles) -> tuple[Any, list[dict[str, Any]]]:
     """The library's tokenizer, which neither cuts nor pads, and the steps of its decoder."""
     from tokenizers import Tokenizer
 
@@ -200,8 +209,12 @@ def _load(path: Path) -> tuple[Any, list[dict[str, Any]]]:
         text = without_mark(path.read_bytes().decode("utf-8"))
         if text.startswith("version https://git-lfs"):
             raise ModelFileError(f"{path}: a Git LFS pointer, not the file itself", LFS)
+        raw = json.loads(text)
+        if files.neox and raw["model"].get("type") == "BPE":
+            raw = _of_neox(raw, files)
+            text = json.dumps(raw)
         tokenizer = Tokenizer.from_str(text)
-        decoder = json.loads(text).get("decoder") or {}
+        decoder = raw.get("decoder") or {}
     except OSError as e:
         raise ModelFileError(f"{path}: {e.strerror or e}", "check the path and its permissions") from None
     except ModelFileError:

@@ -169,7 +169,7 @@ class Traced(str):
         return self._rewritten(str.translate(self, table))
 
     def encode(self, *args: Any, **kwargs: Any) -> bytes:
-        raise TypeError("a message cannot be made bytes")  # which would lose the sources
+        raise TypeError("a message cannot be converted to bytes")  # which would lose the sources
 
 
 def sources_of(text: str) -> str:

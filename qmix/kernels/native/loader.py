@@ -54,9 +54,9 @@ def open_library(folder: Path) -> tuple[ctypes.CDLL | None, str]:
     except OSError as e:
         return None, f"the library cannot be opened: {_line(str(e))}"
     except AttributeError as e:
-        return None, f"{found[0].name} is of another qmix: {_line(str(e))}"
+        return None, f"{found[0].name} belongs to another version of qmix: {_line(str(e))}"
     if abi != ABI:
-        return None, f"{found[0].name} is of another qmix: it has version {abi}, this one wants {ABI}" + (
+        return None, f"{found[0].name} belongs to another version of qmix: it has version {abi}, this needs {ABI}" + (
             f" ({failure})" if failure else "")
     return opened, f"an earlier build is in use, the last one failed: {failure}" if failure else ""
 
