@@ -263,6 +263,8 @@ ALWAYS void chunk_of(const int count, const int type, const qmix_attention *job,
     int64_t d = 0;
     for (; d + SUB * L <= size; d += SUB * L)
         add_values(count, SUB, type, scores, before, values, length, size, d, next_keys + d * (row / size) * CHUNK, sum);
+    for (; d + 2 * L <= size; d += 2 * L) /* in the order of load_two, as everywhere */
+        add_values(count, 2, type, scores, before, values, length, size, d, next_keys + d * (row / size) * CHUNK, sum);
     for (; d < size; d += L)
         add_values(count, 1, type, scores, before, values, length, size, d, next_keys + d * (row / size) * CHUNK, sum);
 }
