@@ -135,8 +135,8 @@ def with_disk(peaks: Peaks, folder: Path, say: Callable[[str], None]) -> Peaks:
 def measure_products(dtype: torch.dtype, seconds: float = 0.5,
                      clock: Callable[[], float] = time.perf_counter, place: torch.device | None = None,
                      side: int = SIDE) -> float:
-    """GFLOP/s of the fastest of several torch products of square matrices, on as many cores as compute by default or on the device at
-    `place`, within `seconds`."""
+    """GFLOP/s of the fastest of several torch products of square matrices, within `seconds`: on the device at `place`,
+    or on as many cores as compute by default."""
     def multiply() -> None:
         torch.mm(left, right, out=result)
         if left.is_cuda:

@@ -89,7 +89,8 @@ def machine(root: Path) -> Section:
                                 "close other programs: experts can use their memory"))
     if quota is not None and quota < cores:
         problems.append(Problem(f"cores: {cores}, but a cgroup grants the time of {quota:g}",
-                                "raise the container's CPU limit: by default qmix takes no more threads than it has time for"))
+                                "raise the container's CPU limit: by default no more threads compute than it "
+                                "has time for"))
     if pages == "never":
         problems.append(Problem("transparent huge pages are off",
                                 "echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled"))

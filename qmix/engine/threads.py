@@ -22,8 +22,8 @@ class Threads:
     record: int
 
     def count(self, beside: bool) -> int:
-        """By default hardware.compute_cores. beside: the CPU computes experts beside a GPU: then a core less, at least 1,
-        since the threads that copy to the GPU must not wait for one. UsageError for a number that makes no sense.
+        """By default hardware.compute_cores. beside: the CPU computes experts beside a GPU: then a core less, at least
+        1, since the threads that copy to the GPU must not wait for one. UsageError for a number that makes no sense.
 
         With experts as small as the demo's, handing out the work costs more than a second thread brings (a prompt:
         5,700 tok/s with two, 10,900 with one), and many times more on a busy machine."""

@@ -26,8 +26,8 @@ INSTRUCTIONS: Mapping[str, frozenset[str]] = MappingProxyType({
 })
 
 
-# A core is fast from this part of the fastest one's speed on: Zen 4c has 0.7 of Zen 4's clock, the small cores of ARM at
-# most 0.6 of the largest capacity, and cores of one kind, of which some are favoured, differ by a tenth.
+# A core is fast from this part of the fastest one's speed on: Zen 4c has 0.7 of Zen 4's clock, the small cores of ARM
+# at most 0.6 of the largest capacity, and cores of one kind, of which some are favoured, differ by a tenth.
 FAST = 0.75
 
 
