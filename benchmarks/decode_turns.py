@@ -33,7 +33,6 @@ from synthetic_recipe import Recipe, tokenizer_file, uniform_tokens
 from qmix.hardware import physical_cores
 from qmix.hardware.bandwidth import measure_ram
 
-
 PEER_KV = {"bf16": "f16", "int8": "q8_0"}  # {qmix's --kv-cache: what llama.cpp has of as many bits}
 
 
@@ -104,7 +103,8 @@ def main() -> None:
         found.append({"depth": depth, "rates": rates, "memory": memory})
         print(f"{where['date']}, {where['processor']}, {where['cores']} cores; commit {where['commit']}, qmix: "
               f"{where['instructions']}; {version}; {args.threads} threads, {args.layers} layers, depth {depth}, "
-              f"{args.kv} keys and values (llama.cpp: {PEER_KV[args.kv]}), {args.turns} turns of {args.tokens} tokens; RAM read {cell(memory)} GB/s.\n")
+              f"{args.kv} keys and values (llama.cpp: {PEER_KV[args.kv]}), {args.turns} turns of {args.tokens} tokens; "
+              f"RAM read {cell(memory)} GB/s.\n")
         print(report(sides, recipe, rates, memory) + "\n", flush=True)
         if args.json:
             args.json.write_text(json.dumps({"machine": where, "depths": found}, indent=1) + "\n")
