@@ -2,6 +2,7 @@
 
     python benchmarks/decode_turns.py --peer-python PEER/bin/python --work DIR   # models as peers.py keeps them in DIR
     python benchmarks/decode_turns.py --peer-python AVX2PEER/bin/python --work DIR --level avx2 --depth 0,512
+    python benchmarks/decode_turns.py --peer-python AVX2PEER/bin/python --work DIR --level avx2 --depth 8192 --kv int8
 
 peers.py runs one program after the other, minutes apart, in which a shared machine's memory may give half of what it
 gave before. Here each side decodes some tokens (about a second), then the next one does, then the memory's read
@@ -31,6 +32,8 @@ from synthetic_recipe import Recipe, tokenizer_file, uniform_tokens
 
 from qmix.hardware import physical_cores
 from qmix.hardware.bandwidth import measure_ram
+
+PEER_KV = {"bf16": "f16", "int8": "q8_0"}  # {qmix's --kv-cache: what llama.cpp has of as many bits}
 
 
 class Turns:
@@ -78,6 +81,8 @@ def main() -> None:
                         "quantize` chooses it on this machine)")
     parser.add_argument("--level", choices=tuple(instruction_levels.LEVELS), help="the instruction set of both sides")
     parser.add_argument("--native-only", action="store_true", help="without the side that computes through torch")
+    parser.add_argument("--kv", choices=tuple(PEER_KV), default="bf16", help="how both sides keep keys and values: "
+                        "llama.cpp as f16 or q8_0")
     parser.add_argument("--activations", choices=("bf16", "int8", "auto"))
     parser.add_argument("--json", type=Path, metavar="FILE", help="every turn")
     args = parser.parse_args()
@@ -101,7 +106,8 @@ def main() -> None:
         found.append({"depth": depth, "rates": rates, "memory": memory})
         print(f"{where['date']}, {where['processor']}, {where['cores']} cores; commit {where['commit']}, qmix: "
               f"{where['instructions']}; {version}; {args.threads} threads, {args.layers} layers, depth {depth}, "
-              f"{args.turns} turns of {args.tokens} tokens; RAM read {cell(memory)} GB/s.\n")
+              f"{args.kv} keys and values (llama.cpp: {PEER_KV[args.kv]}), {args.turns} turns of {args.tokens} tokens; "
+              f"RAM read {cell(memory)} GB/s.\n")
         print(report(sides, recipe, rates, memory) + "\n", flush=True)
         if args.json:
             args.json.write_text(json.dumps({"machine": where, "depths": found}, indent=1) + "\n")
@@ -112,7 +118,8 @@ def take_turns(sides: Sequence[Side], args: argparse.Namespace,
     """({side: tok/s of each turn}, GB/s that the memory gave in each)."""
     context = -(-(depth + args.turns * args.tokens + 16) // 256) * 256
     task = {"tokens": uniform_tokens(context, 0), "depth": depth, "threads": args.threads, "context": context,
-            "ubatch": [512], "load_mode": "auto", "activations": args.activations}
+            "ubatch": [512], "load_mode": "auto", "activations": args.activations, "kv": args.kv,
+            "peer_kv": PEER_KV[args.kv]}
     rates: dict[str, list[float]] = {side.name: [] for side in sides}
     memory: list[float] = []
     with ExitStack() as opened:

@@ -122,7 +122,8 @@ def run_qmix(task: Task) -> dict[str, Any]:
         with Store.open(Path(task["model"])) as store:
             return {"largest": [figures(ids, None)[0] / 100 for ids in route(store, task["tokens"]).ids]}
     lines: list[str] = []
-    given = known_options(qmix.engine.load, {name: task[name] for name in ("threads", "context", "activations")})
+    given = known_options(qmix.engine.load, {name: task[name] for name in ("threads", "context", "activations")} |
+                          ({"kv": task["kv"]} if "kv" in task else {}))
     start = time.perf_counter()
     try:
         with qmix.engine.load(task["model"], say=lines.append, **given) as engine:
@@ -161,7 +162,8 @@ def run_llama(task: Task) -> dict[str, Any]:
         finally:
             made.close()
 
-    first = context(task["ubatch"][0])
+    kind = {"f16": model.ll.GGML_TYPE_F16, "q8_0": model.ll.GGML_TYPE_Q8_0}[task.get("peer_kv", "f16")]
+    first = context(task["ubatch"][0], type_k=kind, type_v=kind)
     if task["do"] == "turns":
         return turns(task, first)
     loaded = time.perf_counter() - start

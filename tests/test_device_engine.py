@@ -377,7 +377,7 @@ def test_a_core_is_left_to_the_copies(stores: dict[str, Path], asked: int | None
                                       monkeypatch: pytest.MonkeyPatch) -> None:
     """For every placement alike: threads may decide bits, and a budget may not. Without the GPU all cores compute, also
     where it was to be used and the model does not fit there."""
-    monkeypatch.setattr(hardware, "physical_cores", lambda: 4)
+    monkeypatch.setattr(hardware, "compute_cores", lambda: 4)
     monkeypatch.setattr("qmix.engine.threads.SMALL", 0)
     threads = torch.get_num_threads()
     try:

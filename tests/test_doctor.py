@@ -40,7 +40,7 @@ HEALTHY = {
 def healthy(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without problems, whatever the tests run on; each test breaks one thing."""
     monkeypatch.setattr("qmix.hardware.memory", lambda: hardware.Memory(32 * GIB, 24 * GIB))
-    monkeypatch.setattr("qmix.hardware.physical_cores", lambda: 4)
+    monkeypatch.setattr("qmix.hardware.physical_cores", lambda root: 4)
     monkeypatch.setattr("platform.system", lambda: "Linux")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(doctor, "version", lambda name: "1.2.3")
@@ -111,7 +111,7 @@ def test_a_healthy_machine_has_no_problems(tmp_path: Path, disk_folder: Path) ->
 @pytest.mark.parametrize(("files", "want", "cure"), [
     ({"sys/kernel/mm/transparent_hugepage/enabled": "always madvise [never]\n"}, "huge pages are off", "madvise"),
     ({"proc/self/cgroup": "0::/x\n", "sys/fs/cgroup/x/cpu.max": "250000 100000\n"},
-     "cores: 4, but a cgroup grants the time of 2.5", "--threads 2"),
+     "cores: 4, but a cgroup grants the time of 2.5", "raise the container's CPU limit"),
     ({"proc/driver/nvidia/version": "NVRM\n"}, "torch sees no GPU", "CUDA")])
 def test_settings_in_the_way(files: dict[str, str], want: str, cure: str, tmp_path: Path) -> None:
     report = run(tmp_path, root=machine(tmp_path, **files))

@@ -9,7 +9,7 @@ import json
 import mmap
 import os
 from collections import Counter, namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
@@ -132,28 +132,6 @@ def test_no_cgroup_is_the_machine(tmp_path: Path) -> None:
     assert hardware.physical_cores() >= 1
 
 
-def hybrid(tmp_path: Path, performance: str = "0-3\n") -> Path:
-    """Two performance cores of two threads each, processors 0 to 3, and four efficiency cores."""
-    cores = {0: 0, 1: 0, 2: 4, 3: 4, 4: 8, 5: 9, 6: 10, 7: 11}
-    topology = {f"sys/devices/system/cpu/cpu{i}/topology/core_id": f"{core}\n" for i, core in cores.items()}
-    packages = {f"sys/devices/system/cpu/cpu{i}/topology/physical_package_id": "0\n" for i in cores}
-    return fake_root(tmp_path, {"sys/devices/cpu_core/cpus": performance, "sys/devices/cpu_atom/cpus": "4-7\n",
-                                **topology, **packages})
-
-
-@pytest.mark.parametrize(("allowed", "cores"), [(set(range(8)), 2), ({0, 1, 4, 5}, 1), ({1, 2}, 2)])
-def test_of_two_kinds_of_cores_the_fast_ones_count(tmp_path: Path, allowed: set[int], cores: int) -> None:
-    assert hardware.physical_cores(hybrid(tmp_path), allowed) == cores
-
-
-@pytest.mark.parametrize(("performance", "allowed"), [("0-3\n", {4, 5}), ("", {0, 1}), ("odd\n", {0, 1})])
-def test_else_all_cores_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, performance: str,
-                              allowed: set[int]) -> None:
-    """A process kept to the slow ones, and a system that does not tell."""
-    monkeypatch.setattr("psutil.cpu_count", lambda logical: 6)
-    assert hardware.physical_cores(hybrid(tmp_path, performance), allowed) == 2
-
-
 def test_the_package_keeps_its_function_after_its_module_is_imported() -> None:
     import qmix.hardware.memory  # noqa: F401 - would rebind the name, were it not imported already
 
@@ -197,6 +175,49 @@ def test_memory_for_reads_is_private() -> None:
 ])
 def test_cpu_quota(tmp_path: Path, files: dict[str, str], want: float | None) -> None:
     assert cores.cpu_quota(fake_root(tmp_path, files)) == want
+
+
+def processors(*siblings: str, **more: str) -> dict[str, str]:
+    """Files of /sys: the processors that share each one's core, and for each name more of it, by processor."""
+    cpu = "sys/devices/system/cpu/cpu"
+    found = {f"{cpu}{i}/topology/core_cpus_list": f"{text}\n" for i, text in enumerate(siblings)}
+    return found | {f"{cpu}{i}/{name.replace('__', '/')}": f"{text}\n"
+                    for name, texts in more.items() for i, text in enumerate(texts.split())}
+
+
+TWO_KINDS = processors("0-1", "0-1", "2-3", "2-3", "4", "5", "6", "7")  # two cores of two threads, four of one
+INTEL = {**TWO_KINDS, "sys/devices/cpu_core/cpus": "0-3\n", "sys/devices/cpu_atom/cpus": "4-7\n"}
+ARM = processors("0", "1", "2", "3", "4", "5", cpu_capacity="462 462 871 871 871 1024")
+CLOCKS = processors("0,4", "1,5", "2,6", "3,7", "0,4", "1,5", "2,6", "3,7",
+                    cpufreq__cpuinfo_max_freq="5000000 5200000 3500000 3500000 5000000 5200000 3500000 3500000")
+QUOTA = {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "250000 100000\n"}
+
+
+@pytest.mark.parametrize(("files", "allowed", "physical", "compute"), [
+    (processors("0,2", "1,3", "0,2", "1,3"), range(4), 2, 2),
+    (processors("0,2", "1,3", "0,2", "1,3"), [0, 2], 1, 1),  # both threads of one core
+    (processors("0,2", "1,3", "0,2", "1,3"), [2, 3], 2, 2),
+    (INTEL, range(8), 6, 2), (INTEL, [0, 2, 4, 5], 4, 2), (INTEL, [4, 5, 6], 3, 3),  # alone, slow cores compute
+    ({**TWO_KINDS, "sys/devices/cpu_core/cpus": "0-7\n"}, range(8), 6, 6),
+    (ARM, range(6), 6, 4), (ARM, [0, 1], 2, 2), (ARM, [0, 1, 2], 3, 1),
+    (CLOCKS, range(8), 4, 2), (CLOCKS, [2, 3, 7], 2, 2),
+    (processors("0", "1", "2", cpufreq__cpuinfo_max_freq="5700000 5500000"), range(3), 3, 3),  # one has no clock
+    (processors(*map(str, range(8))) | QUOTA, range(8), 8, 2), (INTEL | QUOTA, range(4), 2, 2),
+    (processors("0", "1") | {**QUOTA, "sys/fs/cgroup/cpu.max": "50000 100000\n"}, range(2), 2, 1),
+    ({path.replace("core_cpus_list", "thread_siblings_list"): text for path, text in CLOCKS.items()}, range(8), 4, 2),
+])
+def test_threads_for_the_fast_cores(tmp_path: Path, files: dict[str, str], allowed: Iterable[int], physical: int,
+                                    compute: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(allowed))
+    root = fake_root(tmp_path, files)
+    assert (hardware.physical_cores(root), hardware.compute_cores(root)) == (physical, compute)
+
+
+def test_cores_where_the_system_does_not_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores.psutil, "cpu_count", lambda logical: 2)
+    for allowed, count in ((range(4), 2), ([3], 1)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, allowed=allowed: set(allowed))
+        assert hardware.physical_cores(tmp_path) == hardware.compute_cores(tmp_path) == count
 
 
 def test_last_level_cache_counts_each_part_once(tmp_path: Path) -> None:

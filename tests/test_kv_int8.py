@@ -7,6 +7,7 @@ the decoded numbers to the originals to half a scale.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,22 @@ def test_size_is_what_the_plan_counts() -> None:
     assert kv_bytes_per_token(mixtral, kv="int8") == 66 * 1024
     more = workspace_bytes(config, 2000, 2, "int8") - workspace_bytes(config, 2000, 2)
     assert more == 2 * 2000 * 48 * 2 + 3 * 1024 * 48 * 4  # a head's keys and values; 1024 = 512 new of 2 heads
+
+
+@pytest.mark.parametrize("kind", [KVCache, Int8KVCache])
+def test_keys_and_values_ask_for_huge_pages(kind: type[KVCache]) -> None:
+    """The kernel's flags of the mapping that holds a layer's middle: hg is MADV_HUGEPAGE's."""
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("this system has no transparent huge pages")
+    cache = kind(config_of(8, 1, 128), 40_000, torch.bfloat16)  # 41 MiB or more, which is a mapping of its own
+    for tensors in (cache._keys, cache._values):
+        address, flags, inside = tensors[1].data_ptr(), "", False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+                inside = int(found[1], 16) <= address < int(found[2], 16)
+            elif inside and line.startswith("VmFlags:"):
+                flags = line
+        assert "hg" in flags.split()
 
 
 def test_unknown_kinds_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 import ctypes
 import itertools
+import os
 import re
 import subprocess
 import sys
@@ -219,6 +220,23 @@ def test_a_forked_child_computes_too() -> None:
               "same = torch.equal(k.linear(x, m)[0], want)\n"
               "if pid == 0: os._exit(0 if same else 1)\n"
               "sys.exit(os.waitpid(pid, 0)[1] or not same)\n")
+    run = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1], timeout=100,
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+@needs_library
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not pin processes")
+def test_more_threads_than_cores() -> None:
+    """On one core no thread gets on unless the others let it: who waits must sleep, and be woken."""
+    script = ("import os, sys, time, torch; sys.path.insert(0, 'tests')\n"
+              "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+              "from test_native import *\n"
+              "k = Native(next(iter(native.levels())), 'int8'); m = int4_matrix(1280, 512, 64, 64)\n"
+              "x = operand(3, 512); k.threads = 1; want = k.linear(x, m)[0]; k.threads = 7\n"
+              "for turn in range(300):\n"
+              "    assert torch.equal(k.linear(x, m)[0], want)\n"
+              "    time.sleep(0.001 * (turn % 10 == 0))\n")  # now and then all threads are asleep
     run = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1], timeout=100,
                          capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

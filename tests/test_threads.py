@@ -12,7 +12,7 @@ from qmix.errors import UsageError
 @pytest.mark.parametrize(("cores", "alone", "beside"), [(1, 1, 1), (2, 2, 1), (8, 8, 7)])
 def test_the_default_leaves_a_core_beside_a_gpu_where_there_is_more_than_one(
         cores: int, alone: int, beside: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "physical_cores", lambda: cores)
+    monkeypatch.setattr(hardware, "compute_cores", lambda: cores)
     found = Threads(None, SMALL)
     assert (found.count(False), found.count(True)) == (alone, beside)
     assert ("one core left" in found.line(True)) == (cores > 1) and "left" not in found.line(False)

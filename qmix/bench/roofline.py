@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from qmix.hardware import memory, physical_cores, resident_bytes
+from qmix.hardware import compute_cores, memory, resident_bytes
 from qmix.hardware.bandwidth import measure_ram
 from qmix.hardware.cores import last_level_cache
 from qmix.hardware.disk import DiskEffort, measure_disk
@@ -118,7 +118,7 @@ def room(budget: int | None) -> int:
 def with_native(peaks: Peaks, native: Native) -> Peaks:
     """`peaks` with the bare dot products of the native kernels, where these compute: torch's bf16 products are no limit
     to them."""
-    return replace(peaks, gflops=native.peak(physical_cores()) / 1e9,
+    return replace(peaks, gflops=native.peak(compute_cores()) / 1e9,
                    products=f"bare {native.activations} dots, {native.level}")
 
 
@@ -135,15 +135,15 @@ def with_disk(peaks: Peaks, folder: Path, say: Callable[[str], None]) -> Peaks:
 def measure_products(dtype: torch.dtype, seconds: float = 0.5,
                      clock: Callable[[], float] = time.perf_counter, place: torch.device | None = None,
                      side: int = SIDE) -> float:
-    """GFLOP/s of the fastest of several torch products of square matrices, on all physical cores or on the device at
-    `place`, within `seconds`."""
+    """GFLOP/s of the fastest of several torch products of square matrices, within `seconds`: on the device at `place`,
+    or on as many cores as compute by default."""
     def multiply() -> None:
         torch.mm(left, right, out=result)
         if left.is_cuda:
             torch.cuda.synchronize(left.device)
 
     before = torch.get_num_threads()
-    torch.set_num_threads(physical_cores())
+    torch.set_num_threads(compute_cores())
     try:
         left, right = (torch.randn(side, side, device=place).to(dtype) for _ in range(2))
         result = torch.empty_like(left)

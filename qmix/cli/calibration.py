@@ -59,7 +59,7 @@ def mixed_config(checkpoint: Checkpoint, quant: QuantConfig, wanted: Wanted, tex
     from qmix import hardware
     from qmix.quantize import fit, job
 
-    threads = hardware.physical_cores() if threads is None else hardware.check_threads(threads)
+    threads = hardware.compute_cores() if threads is None else hardware.check_threads(threads)
     fit.Sizes.of_model(checkpoint.config, quant, wanted)  # a size that cannot be is refused now
     part = text.part(fit.sensitivity_tokens(checkpoint.config))
     job.check_memory(checkpoint, part.tokens * (checkpoint.config.num_layers + 1), threads)

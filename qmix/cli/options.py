@@ -34,8 +34,8 @@ Stop = Annotated[list[str] | None, typer.Option("--stop", help="End the answer b
                                                 show_default=False)]
 System = Annotated[str | None, typer.Option("--system", help="System prompt.", show_default=False)]
 Threads = Annotated[int | None, typer.Option(
-    "-t", "--threads", min=1, help="Compute threads; default: physical cores, one less beside a GPU, or 1 for a very "
-                                   "small model.", show_default=False)]
+    "-t", "--threads", min=1, help="Compute threads; default: the fast physical cores, one less beside a GPU, or 1 for "
+                                   "a very small model.", show_default=False)]
 Ram = Annotated[str, typer.Option("--ram", help="Memory for the whole process (8G, 512M); auto = what is free, "
                                   "less --margin.")]
 Margin = Annotated[str | None, typer.Option("--margin", help="What --ram auto leaves to other programs; 1G, less on a "

@@ -77,7 +77,7 @@ def run(folder: Path | None, *, bandwidth: bool, cache_file: Path | None, say: C
 
 def machine(root: Path) -> Section:
     """Processor, memory, system, and what the system allows."""
-    memory, cores, quota = hardware.memory(), hardware.physical_cores(), cpu_quota(root)
+    memory, cores, quota = hardware.memory(), hardware.physical_cores(root), cpu_quota(root)
     system, problems = _system(root)
     pages, memlock = hugepages(root), memlock_limit()
     if memory.total < TINY:
@@ -89,12 +89,14 @@ def machine(root: Path) -> Section:
                                 "close other programs: experts can use their memory"))
     if quota is not None and quota < cores:
         problems.append(Problem(f"cores: {cores}, but a cgroup grants the time of {quota:g}",
-                                f"run with --threads {max(1, int(quota))}, or raise the container's CPU limit"))
+                                "raise the container's CPU limit: by default no more threads compute than it "
+                                "has time for"))
     if pages == "never":
         problems.append(Problem("transparent huge pages are off",
                                 "echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled"))
     return {
         "system": system, "cpu": cpu_model(root), "physical_cores": cores,
+        "compute_threads": hardware.compute_cores(root),
         "cpu_quota": "none" if quota is None else quota,
         "instructions": cpu_instructions(root), "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "memory": {"installed_bytes": psutil.virtual_memory().total, "usable_bytes": memory.total,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from qmix.errors import QmixError
-from qmix.hardware import memory, physical_cores
+from qmix.hardware import compute_cores, memory
 from qmix.hardware.bandwidth import measure_ram
 from qmix.hardware.cores import last_level_cache
 from qmix.kernels import rates
@@ -22,14 +22,15 @@ SECONDS = 0.08  # each of two measurements of a kernel
 
 
 class Speeds:
-    """Measures kernels one after the other, all with the same bytes as weights, on the physical cores."""
+    """Measures kernels one after the other, all with the same bytes as weights, by as many threads as compute
+    by default."""
 
     def __init__(self, nbytes: int | None = None, seconds: float = SECONDS):
         """nbytes: of weights; by default four times the last cache, within LEAST, MOST and an eighth of the memory
         that is available."""
         if nbytes is None:
             nbytes = min(max(LEAST, 4 * last_level_cache()), MOST, memory().available // 8)
-        self._seconds, self._threads = seconds, physical_cores()
+        self._seconds, self._threads = seconds, compute_cores()
         words = torch.empty(max(nbytes, 8 * MIB) // 8, dtype=torch.int64)
         self._buffer = words.random_(generator=torch.Generator().manual_seed(0)).view(torch.uint8)
 

@@ -22,8 +22,8 @@ class Threads:
     record: int
 
     def count(self, beside: bool) -> int:
-        """By default the physical cores. beside: the CPU computes experts beside a GPU: then a core less, at least 1,
-        since the threads that copy to the GPU must not wait for one. UsageError for a number that makes no sense.
+        """By default hardware.compute_cores. beside: the CPU computes experts beside a GPU: then a core less, at least
+        1, since the threads that copy to the GPU must not wait for one. UsageError for a number that makes no sense.
 
         With experts as small as the demo's, handing out the work costs more than a second thread brings (a prompt:
         5,700 tok/s with two, 10,900 with one), and many times more on a busy machine."""
@@ -31,11 +31,11 @@ class Threads:
             return hardware.check_threads(self.asked)
         if self.record < SMALL:
             return 1
-        return max(1, hardware.physical_cores() - beside)
+        return max(1, hardware.compute_cores() - beside)
 
     def line(self, beside: bool) -> str:
         """What is said of it."""
-        count, cores = self.count(beside), hardware.physical_cores()
+        count, cores = self.count(beside), hardware.compute_cores()
         found = f"{count} compute thread{'s' if count > 1 else ''}"
         if not beside or cores == 1:
             return found

@@ -5,8 +5,8 @@ so they are imported only by the code that measures. `hardware.memory` is the fu
 """
 
 from qmix.hardware.address_space import address_space_left
-from qmix.hardware.cores import check_threads, physical_cores
+from qmix.hardware.cores import check_threads, compute_cores, physical_cores
 from qmix.hardware.memory import Memory, cgroup_limits, is_wsl, memory, peak_bytes, resident_bytes
 
-__all__ = ["Memory", "address_space_left", "cgroup_limits", "check_threads", "is_wsl", "memory",
+__all__ = ["Memory", "address_space_left", "cgroup_limits", "check_threads", "compute_cores", "is_wsl", "memory",
            "peak_bytes", "physical_cores", "resident_bytes"]

@@ -21,7 +21,7 @@ import torch
 
 from qmix import notes
 from qmix.errors import ConfigError, DoesNotFit
-from qmix.hardware.cores import last_level_cache, physical_cores
+from qmix.hardware.cores import compute_cores, last_level_cache
 from qmix.hardware.disk import DiskReport
 from qmix.hardware.memory import anonymous_memory, memory
 from qmix.sizes import GIB, MIB, RECORD_ALIGN, format_bytes
@@ -108,7 +108,7 @@ def measure_ram(threads: int | None = None, *, nbytes: int | None = None, repeat
                          "free some memory") from None
     numbers = torch.frombuffer(buffer, dtype=torch.float64)
     before = torch.get_num_threads()
-    torch.set_num_threads(threads or physical_cores())
+    torch.set_num_threads(threads or compute_cores())
     try:
         numbers.fill_(1.0)  # written, or every page would be the one page of zeros, which is in the cache
         return nbytes / _median_seconds(numbers.sum, repeats, seconds, clock) / 1e9

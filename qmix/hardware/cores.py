@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -28,28 +28,64 @@ INSTRUCTIONS: Mapping[str, frozenset[str]] = MappingProxyType({
 })
 
 
-def physical_cores(root: Path = Path("/"), allowed: Set[int] | None = None) -> int:
-    """Cores this process may run on, hyper-threads counted once; at least 1. Of a processor with two kinds of cores
-    (Intel's since Alder Lake) only the performance cores: with them memory is read as fast as it can be, and they would
-    wait for the slow ones. allowed: numbers of the logical processors, by default those of this process."""
-    if allowed is None and hasattr(os, "sched_getaffinity"):
-        allowed = os.sched_getaffinity(0)
-    if allowed and (fast := allowed & _numbers(read_text(root / "sys/devices/cpu_core/cpus"))):
-        topology = root / "sys/devices/system/cpu"
-        return len({tuple(read_text(topology / f"cpu{i}/topology" / name).strip() or str(i)
-                          for name in ("physical_package_id", "core_id")) for i in fast})
-    count = len(allowed) if allowed else os.cpu_count() or 1
-    return max(1, min(count, psutil.cpu_count(logical=False) or count))
+# A core is fast from this part of the fastest one's speed on: Zen 4c has 0.7 of Zen 4's clock, the small cores of ARM
+# at most 0.6 of the largest capacity, and cores of one kind, of which some are favoured, differ by a tenth.
+FAST = 0.75
+
+
+def physical_cores(root: Path = Path("/")) -> int:
+    """Cores this process may run on, hyper-threads counted once; at least 1."""
+    return len(_cores(root))
+
+
+def compute_cores(root: Path = Path("/")) -> int:
+    """How many threads compute by default: the fast ones of physical_cores, and no more than the cgroup's quota gives
+    time for; at least 1. Beside fast cores, slow ones bring little where memory is the limit, and a loop that torch
+    divides equally waits for them."""
+    cores, quota = _cores(root), cpu_quota(root)
+    fast = _fast(cores, root)
+    return max(1, len(fast) if quota is None else min(len(fast), int(quota)))
+
+
+def _allowed() -> list[int]:
+    """Logical processors that this process may run on."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def _cores(root: Path) -> list[int]:
+    """The first logical processor of each core that this process may run on."""
+    first: dict[object, int] = {}
+    for cpu in _allowed():
+        topology = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
+        names = ("core_cpus_list", "thread_siblings_list")  # the older name
+        siblings = next(filter(None, (read_text(topology / name).strip() for name in names)), "")
+        first.setdefault(siblings or cpu, cpu)
+    found = list(first.values())
+    known = any(isinstance(siblings, str) for siblings in first)
+    return found if known else found[:psutil.cpu_count(logical=False) or len(found)]
+
+
+def _fast(cores: list[int], root: Path) -> list[int]:
+    """Those of `cores` that are no efficiency cores, by the first source that tells: Intel's list of performance cores,
+    the capacities of ARM, the highest clocks. All of them where the system does not tell."""
+    performance, efficient = (_numbers(read_text(root / f"sys/devices/cpu_{kind}/cpus")) for kind in ("core", "atom"))
+    if performance and efficient:
+        return [cpu for cpu in cores if cpu in performance] or cores
+    for name in ("cpu_capacity", "cpufreq/cpuinfo_max_freq"):
+        words = [read_text(root / f"sys/devices/system/cpu/cpu{cpu}" / name).strip() for cpu in cores]
+        if all(word.isdigit() for word in words):
+            speeds = list(map(int, words))
+            return [cpu for cpu, speed in zip(cores, speeds, strict=True) if speed >= FAST * max(speeds)]
+    return cores
 
 
 def _numbers(text: str) -> set[int]:
-    """A list of processors as Linux writes it: "0-3,8\\n" -> {0, 1, 2, 3, 8}; empty where it is none."""
+    """"0-3,8" -> {0, 1, 2, 3, 8}"""
     found: set[int] = set()
-    for part in filter(None, text.strip().split(",")):
+    for part in text.strip().split(","):
         first, _, last = part.partition("-")
-        if not (first.isdigit() and (last or first).isdigit()):
-            return set()
-        found |= set(range(int(first), int(last or first) + 1))
+        if first.isdigit() and (last or first).isdigit():
+            found.update(range(int(first), int(last or first) + 1))
     return found
 
 
@@ -59,7 +95,7 @@ def check_threads(asked: int) -> int:
     limit = max(16, 4 * (os.cpu_count() or 1))
     if not 1 <= asked <= limit:
         raise UsageError(f"--threads: got {asked}, want 1 to {limit}",
-                         f"drop it: this machine's {physical_cores()} cores are the default")
+                         f"drop it: the default here is {compute_cores()}")
     return asked
 
 

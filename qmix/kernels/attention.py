@@ -12,7 +12,7 @@ from torch import Tensor
 from qmix.kernels import native
 
 PLAIN = "portable"  # the level without an instruction set of its own
-LENGTH, ROOM, KV_HEADS, GROUP = 200, 210, 2, 5  # the test's positions, capacity and heads
+LENGTH, ROOM, KV_HEADS, GROUP = 600, 610, 2, 5  # the test's positions (three pieces of them), capacity and heads
 
 
 def choose_attention(head_dim: int, kv: str, say: Callable[[str], None]) -> native.Attention | None:

@@ -16,11 +16,19 @@ from torch import Tensor
 
 from qmix.config import ModelConfig
 from qmix.errors import UsageError
+from qmix.hardware.memory import prefer_huge_pages
 from qmix.kernels.attend import attend
 from qmix.kernels.native import Attention, Kept
 
 CPU = torch.device("cpu")
 Attend = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]  # kernels.attend.attend has the meaning
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, place: torch.device) -> Tensor:
+    made = torch.empty(shape, dtype=dtype, device=place)
+    if place.type == "cpu":
+        prefer_huge_pages(made.data_ptr(), made.nbytes)
+    return made.fill_(0)
 
 
 class KVCache:
@@ -33,8 +41,8 @@ class KVCache:
                  place: torch.device = CPU, attend: Attend = attend):
         shape = (config.num_layers, config.num_kv_heads, capacity, config.head_dim)
         # Positions of one head are adjacent: attention reads them as one block. fill_ touches every page.
-        self._keys = torch.empty(shape, dtype=dtype, device=place).fill_(0).unbind()
-        self._values = torch.empty(shape, dtype=dtype, device=place).fill_(0).unbind()
+        self._keys = _zeros(shape, dtype, place).unbind()
+        self._values = _zeros(shape, dtype, place).unbind()
         self._attend = attend
         self.native = native if dtype == torch.bfloat16 else None
         self._addresses: list[tuple[int, int, int, int]] = []

@@ -64,7 +64,7 @@ def quantize_checkpoint(source: Checkpoint, out: Path | str, quant: QuantConfig,
     disk is too small, or became so; CheckpointError: the source is damaged; Interrupted: Ctrl-C. After
     all of them but the first the same call resumes.
     """
-    out, threads = resolve(Path(out)), hardware.physical_cores() if threads is None else hardware.check_threads(threads)
+    out, threads = resolve(Path(out)), hardware.compute_cores() if threads is None else hardware.check_threads(threads)
     _check_place(source, out)
     if (quant.method in CALIBRATED) != (calibration is not None):
         raise UsageError(f"method {quant.method!r}: {'takes no' if calibration else 'needs a'} calibration")

@@ -23,6 +23,14 @@
 #define QMIX_NEON /* Linux says what an ARM processor can do */
 #endif
 
+/* One call of attention, its positions cut for the pool. */
+typedef struct {
+    const qmix_attention *job;
+    int64_t length, count;     /* positions of a piece, of which the last may have fewer; pieces */
+    float *parts;              /* what each piece of each head leaves: see attention.h */
+    _Atomic int32_t *missing;  /* [KV] pieces that are not done */
+} qmix_pieces;
+
 typedef struct {
     const char *name;
     int (*supported)(void);
@@ -33,7 +41,7 @@ typedef struct {
     /* All tokens through one block of rows, or, if gated, through the block of both parts. */
     void (*unit)(int32_t act, const qmix_job *job, int64_t unit, const char *panels, void *scratch);
     size_t (*attend_bytes)(const qmix_attention *job);  /* of scratch that attend_head takes */
-    void (*attend_head)(const qmix_attention *job, int64_t head, void *scratch);
+    void (*attend_head)(const qmix_pieces *work, int64_t head, int64_t piece, void *scratch);
     void (*norm)(const qmix_norm *job, int64_t token, float *scratch);   /* scratch [H] */
     void (*route)(const qmix_route *job, int64_t token, float *scratch); /* scratch [H + E + K] */
     void (*rotate)(const qmix_rotate *job, int64_t token);

@@ -1,5 +1,5 @@
-/* The entry points: which levels there are, products cut into units for the pool, attention into heads,
- * the rest token by token. */
+/* The entry points: which levels there are, products cut into units for the pool, attention into
+ * pieces of positions, the rest token by token. */
 #define _GNU_SOURCE
 #include "native.h"
 
@@ -19,6 +19,9 @@ static const qmix_level *const levels[] = {
 
 enum { LEVELS = sizeof levels / sizeof *levels };
 enum { SMALL = 1 << 18 }; /* weights x tokens below which another thread is not worth waking */
+/* Attention's pieces of positions: small enough that a slow core does not hold up the others, at most so many that their
+ * sums stay small beside what is read. */
+enum { PIECES = 32, PIECE_UNIT = 64, LEAST_PIECE = 256 };
 enum { KEPT = 1 << 18 };  /* bytes of panels that stay allocated: those of a prompt's hundreds of tokens do not */
 
 int32_t qmix_abi(void) { return QMIX_ABI; }
@@ -107,23 +110,33 @@ int32_t qmix_products(int32_t level, int32_t act, const qmix_job *jobs, int64_t 
 
 typedef struct {
     const qmix_level *level;
-    const qmix_attention *job;
+    qmix_pieces pieces;
     _Atomic int failed;
 } attention_work;
 
-static void head_item(void *argument, int64_t head) {
+static void piece_item(void *argument, int64_t item) {
     attention_work *w = argument;
-    void *scratch = pool_scratch(0, w->level->attend_bytes(w->job));
+    void *scratch = pool_scratch(0, w->level->attend_bytes(w->pieces.job));
     if (scratch)
-        w->level->attend_head(w->job, head, scratch);
+        w->level->attend_head(&w->pieces, item / w->pieces.count, item % w->pieces.count, scratch);
     else
         w->failed = 1;
 }
 
 int32_t qmix_attend(int32_t level, const qmix_attention *job, int32_t threads) {
-    attention_work w = {.level = levels[level], .job = job};
-    int64_t size = (job->end - job->begin) * job->query_heads * job->head_dim;
-    pool_run(size < SMALL ? 1 : threads, job->kv_heads, head_item, &w);
+    int64_t positions = job->end - job->begin, heads = job->kv_heads;
+    int64_t length = (positions + PIECES * PIECE_UNIT - 1) / (PIECES * PIECE_UNIT) * PIECE_UNIT;
+    length = length < LEAST_PIECE ? LEAST_PIECE : length;
+    int64_t count = (positions + length - 1) / length;
+    size_t counters = ((size_t)heads * sizeof(int32_t) + 63) / 64 * 64;
+    char *memory = pool_scratch(1, counters + 4 * (size_t)(count * job->query_heads * (job->head_dim + 2)));
+    if (!memory)
+        return -1;
+    attention_work w = {.level = levels[level], .pieces = {job, length, count, (float *)(memory + counters),
+                                                           (_Atomic int32_t *)memory}};
+    for (int64_t head = 0; head < heads; head++)
+        w.pieces.missing[head] = (int32_t)count;
+    pool_run(positions * job->query_heads * job->head_dim < SMALL ? 1 : threads, heads * count, piece_item, &w);
     return w.failed ? -1 : 0;
 }
 

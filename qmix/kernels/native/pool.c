@@ -1,26 +1,30 @@
 /* A pool of threads for short jobs. A decoding layer asks for a handful of products, some tens of microseconds
  * apart, so a thread that has just worked spins for SPIN_NS before it sleeps: waking one takes about as long as
- * a small product.
+ * a small product. After the first ALONE_NS it offers its core to others between two looks: where there are more threads
+ * than cores, or another program is busy, the thread that everybody waits for may be waiting for that core.
  *
  * A job is open while `closed` is 0. A thread enters by counting itself in `running` and then looks whether the job
  * is still open; the caller closes it when the items are gone and waits until `running` is 0. So a thread that
- * wakes too late is not waited for, and one that entered may touch the job. All orders are sequentially consistent.
+ * wakes too late is not waited for, and one that entered may touch the job. The caller waits as the others do: it spins,
+ * then sleeps (`asleep`) until the last of them leaves. All orders are sequentially consistent.
  */
 #define _GNU_SOURCE
 #include "pool.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <time.h>
 
 #define MOST 256          /* threads */
 #define SPIN_NS 200000    /* how long an idle thread stays awake */
+#define ALONE_NS 10000    /* how long it keeps its core meanwhile */
 
 static pthread_mutex_t busy = PTHREAD_MUTEX_INITIALIZER;      /* held by the thread whose job runs */
 static pthread_mutex_t sleeping = PTHREAD_MUTEX_INITIALIZER;
-static pthread_cond_t wake = PTHREAD_COND_INITIALIZER;
-static atomic_int generation, sleepers, closed = 1, running;
+static pthread_cond_t wake = PTHREAD_COND_INITIALIZER, left = PTHREAD_COND_INITIALIZER;
+static atomic_int generation, sleepers, closed = 1, running, asleep;
 static atomic_llong next;
 static int32_t workers;   /* threads that exist, under `busy` */
 static int32_t wanted;    /* of them may join the job, written before it opens */
@@ -47,28 +51,63 @@ static void take_items(void) {
         task(argument, item);
 }
 
+/* Until *what is no longer `old`, or SPIN_NS have passed: then 0. */
+static int spin(atomic_int *what, int old) {
+    int64_t start = 0;
+    for (int turns = 1; atomic_load(what) == old; turns++) {
+        relax();
+        if (turns % 64)
+            continue;
+        int64_t now = nanoseconds();
+        start = start ? start : now;
+        if (now - start > SPIN_NS)
+            return 0;
+        if (now - start > ALONE_NS)
+            sched_yield();
+    }
+    return 1;
+}
+
+static void leave(void) {
+    if (atomic_fetch_sub(&running, 1) == 1 && atomic_load(&asleep)) {
+        pthread_mutex_lock(&sleeping);
+        pthread_cond_signal(&left);
+        pthread_mutex_unlock(&sleeping);
+    }
+}
+
 static void *worker(void *number) {
     int32_t mine = (int32_t)(intptr_t)number;
     for (int seen = 0;;) {
-        int64_t start = nanoseconds();
-        for (int turns = 1; atomic_load(&generation) == seen; turns++) {
-            relax();
-            if (turns % 64 == 0 && nanoseconds() - start > SPIN_NS) {
-                pthread_mutex_lock(&sleeping);
-                atomic_fetch_add(&sleepers, 1);
-                while (atomic_load(&generation) == seen)
-                    pthread_cond_wait(&wake, &sleeping);
-                atomic_fetch_sub(&sleepers, 1);
-                pthread_mutex_unlock(&sleeping);
-            }
+        if (!spin(&generation, seen)) {
+            pthread_mutex_lock(&sleeping);
+            atomic_fetch_add(&sleepers, 1);
+            while (atomic_load(&generation) == seen)
+                pthread_cond_wait(&wake, &sleeping);
+            atomic_fetch_sub(&sleepers, 1);
+            pthread_mutex_unlock(&sleeping);
         }
         seen = atomic_load(&generation);
         atomic_fetch_add(&running, 1);
         if (!atomic_load(&closed) && mine < wanted)
             take_items();
-        atomic_fetch_sub(&running, 1);
+        leave();
     }
     return NULL;
+}
+
+/* Until no thread is in the job. */
+static void wait_for_all(void) {
+    for (int others; (others = atomic_load(&running)) && spin(&running, others);)
+        ;
+    if (!atomic_load(&running))
+        return;
+    pthread_mutex_lock(&sleeping);
+    atomic_store(&asleep, 1);
+    while (atomic_load(&running))
+        pthread_cond_wait(&left, &sleeping);
+    atomic_store(&asleep, 0);
+    pthread_mutex_unlock(&sleeping);
 }
 
 /* A child of fork has none of its parent's threads. */
@@ -76,8 +115,10 @@ static void forget_threads(void) {
     pthread_mutex_init(&busy, NULL);
     pthread_mutex_init(&sleeping, NULL);
     pthread_cond_init(&wake, NULL);
+    pthread_cond_init(&left, NULL);
     atomic_store(&sleepers, 0);
     atomic_store(&running, 0);
+    atomic_store(&asleep, 0);
     atomic_store(&closed, 1);
     workers = 0;
 }
@@ -118,8 +159,7 @@ void pool_run(int32_t threads, int64_t items, pool_work work, void *job) {
     }
     take_items();
     atomic_store(&closed, 1);
-    while (atomic_load(&running))
-        relax();
+    wait_for_all();
     pthread_mutex_unlock(&busy);
 }
 

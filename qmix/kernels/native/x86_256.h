@@ -30,6 +30,14 @@ ALWAYS vflt load_bf16(const uint16_t *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
 }
 
+#define EVEN_ODD
+/* 16 numbers: those at even places, those at odd ones. */
+ALWAYS void load_even_odd(const uint16_t *p, vflt *two) {
+    vint both = _mm256_loadu_si256((const vint *)p);
+    two[0] = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+    two[1] = _mm256_castsi256_ps(_mm256_and_si256(both, set_i((int32_t)0xffff0000)));
+}
+
 /* Lane i has the sum of the lanes of rows[i]. */
 ALWAYS vflt row_sums(const vflt *rows) {
     vflt low = _mm256_hadd_ps(_mm256_hadd_ps(rows[0], rows[1]), _mm256_hadd_ps(rows[2], rows[3]));

@@ -27,6 +27,14 @@ ALWAYS vflt load_bf16(const uint16_t *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
 }
 
+#define EVEN_ODD
+/* 32 numbers: those at even places, those at odd ones. */
+ALWAYS void load_even_odd(const uint16_t *p, vflt *two) {
+    vint both = _mm512_loadu_si512(p);
+    two[0] = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+    two[1] = _mm512_castsi512_ps(_mm512_and_si512(both, set_i((int32_t)0xffff0000)));
+}
+
 /* Lane i has the sum of the lanes of rows[i]. */
 ALWAYS vflt row_sums(const vflt *rows) {
     vflt a[8], b[4];
