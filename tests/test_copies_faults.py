@@ -210,8 +210,10 @@ def test_close_while_records_are_on_their_way_in_both_directions(seed: int) -> N
     stack.high.want(key(2 + dice.randrange(2)), "demand")
     stack.high.want(key(9), "demand")
     stack.high.want(key(10), "speculative")
-    threading.Timer(0.02, lambda: stack.gates.let(up=OPEN, down=OPEN)).start()
+    opens = threading.Timer(0.02, lambda: stack.gates.let(up=OPEN, down=OPEN))
+    opens.start()
     stack.copies.close()
+    opens.join()
     for tier in (stack.high, stack.low):
         for k in list(tier):
             load = tier.load_of(k)
