@@ -86,7 +86,7 @@ ALWAYS vint dot4(vint sum, vint w, vint x) { /* codes 0..15 are signed bytes too
 }
 ALWAYS vint dot4_signed(vint sum, vint w, vint x) { return dot4(sum, w, x); }
 
-#define DIRECT_INT8
+#define DIRECT_INT8 1 /* tokens */
 /* 64 columns of 4 rows times 64 int8 activations: lane i has the sum of row i. */
 ALWAYS vint dot_rows(const int8_t *const *rows, int64_t column, const void *x) {
     vint sums[4];
