@@ -35,6 +35,7 @@ from qmix.checkpoint import Checkpoint
 from qmix.config import QuantConfig
 from qmix.device import StandIn
 from qmix.engine import Engine
+from qmix.offload import device_setup
 from qmix.offload.device_experts import DeviceExperts
 from qmix.offload.plan import DEVICE_TILES, RESERVE, Needs
 from qmix.offload.split import Split
@@ -183,7 +184,7 @@ def test_what_was_found_in_ram_is_counted_in_prompts_too(stores: dict[str, Path]
 def test_what_the_cpu_computed_is_its_own(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """The stand-in's work runs in other threads, so torch's counter sees what this one, the host, computes."""
     monkeypatch.setenv("QMIX_NATIVE", "off")
-    monkeypatch.setattr(Split, "COPY", 1e-3)
+    monkeypatch.setattr(device_setup, "measured", lambda *machine: Split(1e-3, Split.HOST))
     case = Case("tg", 6, 2)
     with bring_up(monkeypatch, stores["keep"], 9, 12, exact=False, prefetch="off") as engine:
         session, model, record = engine.session(), model_of(engine), engine.store.layout.record_bytes

@@ -163,7 +163,9 @@ class TestOneMatrix:
     def test_rows_of_a_larger_matrix_and_no_tokens(self) -> None:
         m = here(int4_matrix(40, 64, 32, 32))
         wide = operand(4, 100).to(DEVICE)
-        assert torch.equal(cuda.linear(wide[:, 10:74], m), cuda.linear(wide[:, 10:74].clone(), m))
+        # Triton compiles another kernel for operands that begin between 16 bytes: its sums have another order.
+        want = cuda.linear(wide[:, 10:74].clone(), m)
+        assert relative(cuda.linear(wide[:, 10:74], m).cpu(), want.cpu().numpy()) < SUMS
         assert cuda.linear(wide[:0, :64], m).shape == (0, 64)
 
     def test_broken_activations_stay_with_their_token(self) -> None:

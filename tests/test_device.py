@@ -76,7 +76,7 @@ def test_what_is_routed_comes_to_the_host_in_one_copy() -> None:
         routed.weights.copy_(torch.rand(3, 2))
         routed.ids.copy_(torch.arange(6).view(3, 2))
         routed.ahead.copy_(torch.arange(24).view(3, 2, 4))
-        routed.read_back()
+        routed.read_back(0)
         for here, there in ((routed.x, routed.host_x), (routed.weights, routed.host_weights),
                             (routed.ids, routed.host_ids), (routed.ahead, routed.host_ahead)):
             assert torch.equal(here, there) and here.data_ptr() != there.data_ptr()

@@ -26,6 +26,7 @@ from qmix.device import StandIn
 from qmix.engine import Engine, Placement, load, placing
 from qmix.errors import DoesNotFit, Interrupted, QmixError, StoreError, UsageError
 from qmix.kernels.device_ops import TorchDeviceOps
+from qmix.offload import device_setup
 from qmix.offload.plan import DEVICE_TILES, RESERVE, STAGING, Needs
 from qmix.offload.split import Split
 from qmix.store import RecordFiles, Store
@@ -194,8 +195,7 @@ def test_formats_that_the_device_cannot_pick_by_slot(stores: dict[str, Path], re
 def test_experts_that_the_cpu_computes(stores: dict[str, Path], resident: dict[str, Tensor], copy: float, host: float,
                                        monkeypatch: pytest.MonkeyPatch) -> None:
     """In the stand-in both compute with the same kernels, so here even the bits agree."""
-    monkeypatch.setattr(Split, "COPY", copy)
-    monkeypatch.setattr(Split, "HOST", host)
+    monkeypatch.setattr(device_setup, "measured", lambda *machine: Split(copy, host))
     with bring_up(monkeypatch, stores["keep"], 9, 12, StandIn(delays(5)), exact=False) as engine:
         got = run(engine)
         figures = engine.stats()["offload"]["decode"]
@@ -208,8 +208,7 @@ def test_the_cpu_computes_what_is_on_its_way_up_but_would_come_too_late(
         stores: dict[str, Path], resident: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     """The bus stands still, and the split knows it for slow: guesses that come true are not waited for, and can be
     used when it goes on. Their records below stay while they are going up."""
-    monkeypatch.setattr(Split, "COPY", 1e-6)
-    monkeypatch.setattr(Split, "HOST", 1e6)
+    monkeypatch.setattr(device_setup, "measured", lambda *machine: Split(1e-6, 1e6))
     monkeypatch.setattr(Split, "copied", lambda *how: None)
     bus, stuck = threading.Event(), list[str]()
     bus.set()

@@ -19,7 +19,8 @@ class Routed:
 
     On the device: x fp32 [T, H], what the experts read; ids int32 [T, K], weights fp32 [T, K]; ahead int32 [T, D, A];
     rows fp32 [T, K, H], what each expert gives. All but rows lie in one piece, so that one copy brings it to the host:
-    host_x, host_ids, host_weights, host_ahead.
+    host_x, host_ids, host_weights, host_ahead. There are two of these, for layers of even and odd number, so that the
+    next layer may speak while the host still reads what this one said; `look` says which of them is read.
     """
 
     def __init__(self, device: Device, tokens: int, hidden: int, top_k: int, depth: int, guesses: int):
@@ -27,14 +28,19 @@ class Routed:
         sizes = [torch.Size(shape).numel() for shape in shapes]
         self.tokens = tokens
         self._here = torch.zeros(sum(sizes), dtype=torch.int32, device=device.place)
-        self._there = device.host(sum(sizes), dtype=torch.int32)
+        self._there = [device.host(sum(sizes), dtype=torch.int32) for _ in range(2)]
         self.rows = torch.zeros(tokens, top_k, hidden, device=device.place)
         self.x, self.weights, self.ids, self.ahead = _parts(self._here, shapes, sizes)
-        self.host_x, self.host_weights, self.host_ids, self.host_ahead = _parts(self._there, shapes, sizes)
+        self._views = [_parts(there, shapes, sizes) for there in self._there]
+        self.look(0)
 
-    def read_back(self) -> None:
+    def look(self, layer: int) -> None:
+        """From now on host_x and the others are what this layer's readback brought."""
+        self.host_x, self.host_weights, self.host_ids, self.host_ahead = self._views[layer % 2]
+
+    def read_back(self, layer: int) -> None:
         """Work for a stream: all of it to the host."""
-        self._there.copy_(self._here, non_blocking=True)
+        self._there[layer % 2].copy_(self._here, non_blocking=True)
 
 
 def _parts(whole: Tensor, shapes: tuple[tuple[int, ...], ...], sizes: list[int]) -> tuple[Tensor, ...]:

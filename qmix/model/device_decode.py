@@ -2,7 +2,13 @@
 
 A layer is two pieces of work: what comes before its experts, ending with the router's choice on its way to the host,
 and the experts that are in the device's slots, which need no word from the host. The host reads the choice while the
-second piece runs; what is missing it brings in or computes, and only then gives the next layer its first piece:
+second piece runs. Where nothing is missing it gives the next layer both its pieces at once, and does its own accounts
+of this layer while the device computes:
+
+    device   attention, router, readback | experts in slots | attention, router, readback | experts in slots
+    host                                 ^ reads; gives the next layer; accounts of this one ^ reads ...
+
+What is missing it brings in or computes, and only then gives the next layer its first piece:
 
     device   attention, router, readback | experts in slots      | experts that came | attention, router ...
     host                                 ^ reads, asks for what is missing, waits for it ^
@@ -51,8 +57,15 @@ class DeviceExperts(Protocol):
     def refresh(self, layer: int) -> None:
         """Before each begin's work is given to the device: what has arrived can be used."""
 
+    def launched(self, layer: int) -> None:
+        """After that."""
+
+    def lacking(self, layer: int, routed: Routed) -> bool:
+        """The router's choice is on the host: whether there are rows that begin's work does not make."""
+
     def finish(self, layer: int, routed: Routed, step: Step) -> None:
-        """The router's choice is on the host: have the other rows made. Called for every layer in turn."""
+        """Have the other rows made, and account for the choice. Called for every layer in turn; where none is lacking
+        the next layer's begin may have been launched by now."""
 
     def count(self, layer: int, ids: Tensor, weights: Tensor, step: Step) -> None:
         """In place of refresh and finish where all experts are resident: what was chosen, ids and weights [T, K]."""
@@ -137,17 +150,32 @@ class DeviceDecode:
         pieces.last.launch()
 
     def _by_layer(self, found: _Buffers, pieces: _Pieces, step: Step) -> None:
+        experts, routed, told = self._experts, found.routed, -1  # told: the last layer that is accounted for
+
+        def finish(layer: int) -> None:
+            nonlocal told
+            told = layer
+            routed.look(layer)
+            experts.finish(layer, routed, step)
+
         for layer, (before, inside) in enumerate(pieces.layers):
             if step.cancel:
                 raise Interrupted("cancelled")
             before.launch()
             read = self._device.compute.record()
             if inside is not None:
-                self._experts.refresh(layer)
+                experts.refresh(layer)
                 inside.launch()
+                experts.launched(layer)
+            if told < layer - 1:
+                finish(layer - 1)
             self._device.wait(read)
-            self._experts.finish(layer, found.routed, step)
+            routed.look(layer)
+            if experts.lacking(layer, routed):
+                finish(layer)
         pieces.last.launch()
+        if told < len(pieces.layers) - 1:
+            finish(len(pieces.layers) - 1)
 
     def _pieces_for(self, found: _Buffers, caches: Sequence[KVCache]) -> _Pieces:
         """By where the caches are, not by which they are: a new cache in an old one's place is served by its graphs."""
@@ -202,7 +230,7 @@ class DeviceDecode:
             ops.route(found.residual, layer.post_norm, layer.router, config.rms_norm_eps, routed.x, routed.ids,
                       routed.weights, asked if later else None, counted)
             if not self._experts.resident:
-                routed.read_back()
+                routed.read_back(index)
 
         return work
 

@@ -1,7 +1,7 @@
 """Experts on a device: prompts as in PagedExperts, decoding by slots that the device looks up itself.
 
 While decoding, the experts that are in slots when a layer's router speaks are computed without the host (`begin`). Once
-the host has read the choice (`finish`), it does three things with the others at once: it has some copied into slots,
+the host has read the choice, it does three things with the others at once (`finish`): it has some copied into slots,
 computes some on the CPU from their records in RAM, and has guesses for the next layers read ahead. The CPU also
 computes an expert whose copy is on its way but would arrive too late. With `exact` the CPU computes none, because its
 bits differ from the device's. Each expert has a row of its own, and the rows are summed in rank order later. So the
@@ -64,13 +64,16 @@ class DeviceExperts(PagedExperts):
         self._slots = slots
         self._table = table
         self._below = below
-        self._caches = [self._tier.cache, below.tier.cache]
+        # A tier that holds every record needs no history: nothing ever leaves it.
+        if len(below.tier.slots) < self._layers * self._experts:
+            self._caches = [self._tier.cache, below.tier.cache]
         self._by_slot = all(ops.handles(one) for one in slots)  # else the host must name each expert
         self._late = torch.full((self._experts,), NOWHERE, dtype=torch.int32, device=device.place)
         self._late_works: dict[Routed, Repeated] = {}
         self._made: dict[Routed, Tensor] = {}  # rows that the CPU computed, in host memory
         self._rising: list[ExpertKey] = []
         self._copied = 0, 0.0  # bytes and seconds of the bus so far
+        self._found: dict[int, dict[int, int]] = {}  # by layer: the slots of its experts that begin's work found
 
     @property
     def resident(self) -> bool:
@@ -104,6 +107,18 @@ class DeviceExperts(PagedExperts):
         for key in self._tier.arrived(layer):
             self._table.enter(key, self._tier.slot(key))
 
+    def launched(self, layer: int) -> None:
+        """Begin's work was given to the device: what leaves from now on was still there for it, and its slot is not
+        filled before that work is over."""
+        here = self._found[layer] = dict(self._table.here(layer))
+        if not self._all_here:
+            self._tier.read(here.values(), self._device.compute.record())
+
+    def lacking(self, layer: int, routed: Routed) -> bool:
+        """See model.device_decode.DeviceExperts."""
+        here = self._found.get(layer, {})
+        return any(expert not in here for token in routed.host_ids.tolist() for expert in token)
+
     def count(self, layer: int, ids: Tensor, weights: Tensor, step: Step) -> None:
         """All were there: what was chosen, ids and weights [T, K] on the host."""
         self._watch.layer(layer, step, ids, weights, None)
@@ -121,18 +136,14 @@ class DeviceExperts(PagedExperts):
         experts = list(dict.fromkeys(chain.from_iterable(zip(*ids.tolist(), strict=True))))  # best ranks first
         if not self._all_here:
             self._settle(layer, step, ids, weights, experts, routed.tokens)
-        here = self._table.here(layer) if self._by_slot else {}
-        keys = [ExpertKey(layer, expert) for expert in experts]
-        done = [key for key in keys if key.expert in here]
-        missing = [key for key in keys if key.expert not in here]
+        here = self._found.pop(layer, {})
+        missing = [ExpertKey(layer, expert) for expert in experts if expert not in here]
         absent = [key for key in missing if not self._tier.ready(key)]  # the others have come since `refresh`
         figures = self.figures[step.phase]
         figures.chosen += len(experts)
         figures.hits += len(experts) - len(absent)
         figures.misses += len(absent)
         figures.below += sum(map(self._below.tier.ready, absent))
-        if done:
-            self._tier.used(done, self._device.compute.record())
         if missing or not self._all_here:
             self._bring(layer, experts, missing, ahead, routed, step)
 
@@ -176,7 +187,7 @@ class DeviceExperts(PagedExperts):
             return list(missing), []
         waited = [key for key in missing if key in self._tier and not below.ready(key)]
         coming = sorted((key for key in missing if key in self._tier and key not in waited), key=self._left)
-        free = sorted((key for key in missing if key not in self._tier), key=below.cache.score, reverse=True)
+        free = sorted((key for key in missing if key not in self._tier), key=self._tier.cache.score, reverse=True)
         order = coming + free
         count = split.on_host([(self._left(key), self._nbytes(key)) for key in order], sum(map(self._left, waited)))
         return waited + order[:len(order) - count], order[len(order) - count:]

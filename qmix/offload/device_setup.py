@@ -7,7 +7,9 @@ know them. The slots in host memory are warmed in the background.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate
@@ -20,8 +22,10 @@ from qmix.config import ExpertKey
 from qmix.device import Device
 from qmix.device.pinning import pin_pool
 from qmix.errors import DoesNotFit
+from qmix.formats.packed import Packed
 from qmix.kernels.device_ops import ExpertSlots
 from qmix.kernels.device_table import DeviceKernels
+from qmix.kernels.table import KernelTable
 from qmix.offload.cache import warm_order
 from qmix.offload.copies import Copies
 from qmix.offload.device_experts import Below, DeviceExperts
@@ -38,6 +42,7 @@ from qmix.render import Progress
 from qmix.sizes import format_bytes
 from qmix.store import Store
 
+PRODUCTS = 4  # by which the CPU is measured; the first one wakes its threads
 UPWARD = 4  # records on their way to the device at a time while its slots are filled
 
 
@@ -80,16 +85,16 @@ def open_device_offload(store: Store, device: Device, kernels: DeviceKernels, pl
         slots = [ExpertSlots(slab, record, [store.expert_views(kind, slot) for slot in slab], first)
                  for kind, (slab, record, first) in enumerate(zip(
                      slabs, store.layout.kinds, accumulate(map(len, slabs[:-1]), initial=0), strict=True))]
-        split = None if how.exact else Split(how.copy_gbps or Split.COPY, how.host_gbps or Split.HOST)
-        below = Below(low, copies, [store.expert_views(kind, slot) for kind, pool in enumerate(pools) for slot in pool],
-                      kernels.host, split)
+        views = [store.expert_views(kind, slot) for kind, pool in enumerate(pools) for slot in pool]
+        _fill(high, low, plan, choices, progress, kind_of, config.num_layers, config.num_experts)
+        split = None if how.exact else measured(how, low, copies, views, kernels.host, config.hidden_size)
+        below = Below(low, copies, views, kernels.host, split)
         prefetcher = Prefetcher(choices.mode, config.num_layers, config.experts_per_token, stats.next_probabilities)
         experts = DeviceExperts(
             device, kernels.ops, slots, table, below, config, kernels.prompts, high,
             [views for one in slots for views in one.views],
             [half(one.record) for one in slots for _ in one.views], prefetcher,
             RoutingWatch(config.num_layers, config.num_experts, stats, trace, say), choices.depth, choices.window)
-        _fill(high, low, plan, choices, progress, kind_of, config.num_layers, config.num_experts)
         for layer in range(config.num_layers):
             experts.refresh(layer)
 
@@ -102,6 +107,20 @@ def open_device_offload(store: Store, device: Device, kernels: DeviceKernels, pl
                 {} if split is None else {"copy_gbps": split.copy_gbps, "host_gbps": split.host_gbps})}}
 
         return Offload(experts, high, readers, prefetcher, stats, choices.policy, opened.pop_all(), meter, extra)
+
+
+def measured(how: DeviceOptions, low: Tier, copies: Copies, views: Sequence[tuple[Packed, Packed]], host: KernelTable,
+             hidden: int) -> Split:
+    """From what is known of bus and CPU; what is not known is measured: by the copies that filled the device's slots,
+    and by products of one token with the records that these left in RAM, each once, since the next one is cold too."""
+    up, busy = sum(copies.bytes_up), copies.busy_seconds
+    bus = how.copy_gbps or (up / busy / 1e9 if up and busy else Split.COPY)
+    rates, x = [], torch.randn(1, hidden, generator=torch.Generator().manual_seed(0))
+    for key in [key for key in low if low.ready(key)][:PRODUCTS] if how.host_gbps is None else []:
+        start = time.perf_counter()
+        host.expert(x, *views[low.slot(key)])
+        rates.append(len(low.bytes_of(key)) / 1e9 / max(1e-9, time.perf_counter() - start))
+    return Split(bus, how.host_gbps or (statistics.median(rates[1:]) if rates[1:] else Split.HOST))
 
 
 def _pin(device: Device, pools: list[Tensor], limit: int, say: Callable[[str], None], opened: ExitStack) -> None:

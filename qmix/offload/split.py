@@ -4,6 +4,9 @@ Both happen at the same time: copies one after another over the bus, products on
 waits for the longer of the two. The time per byte is measured all the time for both, as they run together, because both
 read the same RAM. Ties go to copying: a copied record will be there next time.
 
+The first guesses are measured while the model is loaded. Were the CPU's too low, it would never be asked to compute,
+and so never be measured: after many layers in which it computed nothing, its rate is believed to be what it was then.
+
 A record that is already being copied has only its remaining bytes to copy, but all of them to compute. The CPU computes
 it if the rest would arrive later than the CPU is done; the copy continues, for later tokens.
 """
@@ -13,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 MEMORY = 0.9  # of what was known, per measurement: twenty records forget a guess
+UNASKED = 256  # layers in a row of which the CPU computed nothing, after which its rate is what it was at first
 
 
 class Split:
@@ -22,7 +26,8 @@ class Split:
 
     def __init__(self, copy_gbps: float = COPY, host_gbps: float = HOST):
         self._copy = 1e-9 / copy_gbps  # seconds a byte
-        self._host = 1e-9 / host_gbps
+        self._host = self._host_first = 1e-9 / host_gbps
+        self._unasked = 0
 
     @property
     def copy_gbps(self) -> float:
@@ -52,6 +57,8 @@ class Split:
 
         Of records of one size it should have those with the most bytes left. Where `missing` is sorted by these, no
         other choice makes the layer wait less."""
+        if self._unasked >= UNASKED:
+            self._host, self._unasked = min(self._host, self._host_first), 0
         best, least = 0, float("inf")
         for count in range(len(missing) + 1):
             first = len(missing) - count
@@ -59,4 +66,5 @@ class Split:
                           sum(whole for _, whole in missing[first:]) * self._host)
             if longest < least:
                 best, least = count, longest
+        self._unasked = 0 if best else self._unasked + bool(missing)
         return best

@@ -140,6 +140,10 @@ class Tier:
         for key in keys:
             self._used[self._slots[key]] = event
 
+    def read(self, slots: Iterable[int], event: Event) -> None:
+        """The same of slots, whatever is in them."""
+        self._used.update(dict.fromkeys(slots, event))
+
     def slot(self, key: ExpertKey) -> int:
         """The index of its slot."""
         return self._slots[key]
