@@ -203,12 +203,14 @@ class TestTrials:
 
 
 @needs_triton
+@pytest.mark.parametrize(("launch", "before"), [(0.1, 1), (0.5, 2), (2.0, 7)])
 def test_the_cards_timer_takes_the_median_of_calls_and_fills_the_card_before_each(
-        monkeypatch: pytest.MonkeyPatch) -> None:
-    """With events whose clock the calls themselves advance: call i takes 10 * i ms, the copy before it a second."""
+        launch: float, before: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With events whose clock the calls themselves advance: call i takes 10 * i ms, a copy a second. The host takes
+    `launch` seconds for a call; three times as long the card is busy before it."""
     from qmix.kernels import trials
 
-    clock = [0.0]
+    clock, host, copies = [0.0], [0.0], [0]
 
     class Event:
         def __init__(self, enable_timing: bool):
@@ -222,20 +224,22 @@ def test_the_cards_timer_takes_the_median_of_calls_and_fills_the_card_before_eac
 
     def copying(self: torch.Tensor, other: torch.Tensor) -> None:
         clock[0] += 1000.0
+        copies[0] += 1
 
     sizes: list[tuple[int, ...]] = []
     monkeypatch.setattr("torch.cuda.Event", Event)
     monkeypatch.setattr("torch.cuda.synchronize", lambda place: None)
     monkeypatch.setattr("torch.empty", lambda *size, dtype, device: (sizes.append(size), torch.zeros(2, 4))[1])
     monkeypatch.setattr("torch.Tensor.copy_", copying)
-    timer = trials.event_timer(torch.device("cpu"), 200 * 2**20)
+    timer = trials.event_timer(torch.device("cpu"), 200 * 2**20, lambda: host[0])
     called: list[int] = []
 
     def work(i: int) -> Tensor:
         called.append(i)
         clock[0] += 10.0 * i
+        host[0] += launch
         return torch.ones(1)
 
     assert timer(work) == pytest.approx(0.010 * (trials.TIMED // 2))
-    assert called == [0, *range(trials.TIMED)] and clock[0] > 1000 * trials.TIMED
+    assert called == [0, 0, *range(trials.TIMED)] and copies[0] == 2 + before * trials.TIMED
     assert sizes == [(2, 600 * 2**20)], "more than the cache"

@@ -1,7 +1,8 @@
 """How the GPU's kernels are cut: how much of a matrix a program has in hand, in how many warps and stages.
 
-The built-in tables, by compute capability, were chosen by registers and shared memory of the compiled code, not by
-measurement; `qmix doctor --tune` measures (tuning.py) and keeps what is faster (tuned.py).
+The built-in tables, by compute capability, were chosen by registers and shared memory of the compiled code; only the
+dense gemv of 9.0 was measured, on an H200 (benchmarks/results). `qmix doctor --tune` measures (tuning.py) and keeps
+what is faster (tuned.py).
 
 Bits. A result is the same whenever it is computed with one configuration, but may differ in its last bits between two:
 `threads` of the gemv decides how columns fall into partial sums, `cols` of the dense gemv likewise, `positions` of a
@@ -110,7 +111,7 @@ KERNELS = tuple(f.name for f in fields(Configs))
 BUILT_IN = MappingProxyType({
     (7, 5): Configs(matmul=Matmul(16, 64, 4, 2), attention=WIDE),
     (8, 0): Configs(matmul=Matmul(rows=64)),
-    (9, 0): Configs(attention=Attention(32, 64, 4, 2)),
+    (9, 0): Configs(dense=Dense(rows=4), attention=Attention(32, 64, 4, 2)),
     (10, 0): Configs(attention=Attention(128, 64, 8, 2)),
     (12, 0): Configs(matmul=Matmul(rows=64), attention=Attention(128, 32, 8, 2)),
 })

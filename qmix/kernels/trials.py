@@ -7,8 +7,10 @@ H hidden, F expert inner, E experts, K chosen per token, S slots.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,6 +27,7 @@ from qmix.sizes import MIB, MatrixSpec, RecordLayout, record_layouts
 
 CACHES = 3  # times the card's cache
 TIMED = 15  # calls, of which the median is taken
+LAUNCHES = 3.0  # times as long as a launch takes the host, the card is kept busy before it
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,21 +204,31 @@ def _numbers(shape: Sequence[int], at: Place, dtype: torch.dtype) -> Tensor:
     return torch.randn(tuple(shape), device=at.place).to(dtype)
 
 
-def event_timer(place: torch.device, cache: int) -> Timer:
-    """Times calls on a card by its events. Before each, a copy larger than the cache keeps the card busy while the host
-    launches, and empties the cache: so neither the launch nor what is left of earlier calls counts."""
+def event_timer(place: torch.device, cache: int, clock: Callable[[], float] = time.perf_counter) -> Timer:
+    """Times calls on a card by its events. Before each, copies larger than the cache keep the card busy while the host
+    launches, and empty the cache: so neither the launch nor what is left of earlier calls counts. One copy is not
+    enough on a fast card beside a slow host: an H200 makes it in 0.12 ms, and launches took 0.14 ms each there."""
     busy = torch.empty(2, max(CACHES * cache, 256 * MIB), dtype=torch.uint8, device=place)
 
-    def timed(work: Callable[[int], object]) -> float:
-        work(0)
-        events = []
-        for i in range(TIMED):
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    def on_card(before: int, work: Callable[[], object]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(before):
             busy[0].copy_(busy[1])
-            first.record()
-            work(i)
-            last.record()
-            events.append((first, last))
+        first.record()
+        work()
+        last.record()
+        return first, last
+
+    def timed(work: Callable[[int], object]) -> float:
+        work(0)  # compiles
+        torch.cuda.synchronize(place)
+        start = clock()
+        work(0)
+        host = clock() - start
+        copy = on_card(1, lambda: busy[0].copy_(busy[1]))
+        torch.cuda.synchronize(place)
+        before = 1 + int(LAUNCHES * host / max(1e-6, copy[0].elapsed_time(copy[1]) / 1e3))
+        events = [on_card(before, partial(work, i)) for i in range(TIMED)]
         torch.cuda.synchronize(place)
         return statistics.median(first.elapsed_time(last) for first, last in events) / 1e3
 

@@ -32,7 +32,7 @@ from qmix.formats import Packed
 from qmix.kernels.device_ops import DeviceOps, ExpertSlots
 from qmix.kernels.table import KernelTable
 from qmix.offload.copies import Copies
-from qmix.offload.experts import PagedExperts
+from qmix.offload.experts import Guesses, PagedExperts
 from qmix.offload.slot_table import NOWHERE, SlotTable
 from qmix.offload.split import Split
 from qmix.offload.tiers import Tier
@@ -85,7 +85,7 @@ class DeviceExperts(PagedExperts):
         self._device.settle()
         return super().__call__(layer, x, ids, weights, step, ahead, wanted)
 
-    def _in_turn(self, layer: int, experts: Sequence[int], step: Step, ahead: Tensor | None) -> Iterator[ExpertKey]:
+    def _in_turn(self, layer: int, experts: Sequence[int], step: Step, ahead: Guesses | None) -> Iterator[ExpertKey]:
         keys = [ExpertKey(layer, expert) for expert in experts]
         self.figures[step.phase].below += sum(
             self._below.tier.ready(key) for key in keys if not self._tier.ready(key))
@@ -129,13 +129,14 @@ class DeviceExperts(PagedExperts):
     def finish(self, layer: int, routed: Routed, step: Step) -> None:
         """See model.device_decode.DeviceExperts. Interrupted while a record is waited for, or StoreError: then the pass
         is lost, and everything is ready for another one."""
-        ids, weights = routed.host_ids, routed.host_weights
+        ids, weights = routed.host_ids.tolist(), routed.host_weights.tolist()
         look = min(self.depth, self._layers - 1 - layer)
-        ahead = routed.host_ahead[:, :look] if look > 0 and self.ahead else None
-        self._watch.layer(layer, step, ids, weights, ahead)
-        experts = list(dict.fromkeys(chain.from_iterable(zip(*ids.tolist(), strict=True))))  # best ranks first
+        ahead = routed.host_ahead[:, :look].tolist() if look > 0 and self.ahead else None
+        self._watch.decoded(layer, step, ids, weights, ahead)
+        experts = list(dict.fromkeys(chain.from_iterable(zip(*ids, strict=True))))  # best ranks first
         if not self._all_here:
-            self._settle(layer, step, ids, weights, experts, routed.tokens)
+            self._settle(layer, step, list(chain.from_iterable(ids)), list(chain.from_iterable(weights)), experts,
+                         routed.tokens)
         here = self._found.pop(layer, {})
         missing = [ExpertKey(layer, expert) for expert in experts if expert not in here]
         absent = [key for key in missing if not self._tier.ready(key)]  # the others have come since `refresh`
@@ -147,7 +148,7 @@ class DeviceExperts(PagedExperts):
         if missing or not self._all_here:
             self._bring(layer, experts, missing, ahead, routed, step)
 
-    def _bring(self, layer: int, experts: Sequence[int], missing: Sequence[ExpertKey], ahead: Tensor | None,
+    def _bring(self, layer: int, experts: Sequence[int], missing: Sequence[ExpertKey], ahead: Guesses | None,
                routed: Routed, step: Step) -> None:
         """The rows of `missing`: some copied up and computed by the device, some computed by the CPU, at once."""
         tier = self._tier

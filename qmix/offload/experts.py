@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ from qmix.offload.watch import RoutingWatch
 
 WINDOW = 2  # records on their way at a time in prefill: one is read while the other is computed
 FEW = 8  # tokens whose experts are computed together
+Guesses = list[list[list[int]]]  # [T][D][A]: of each token, by distance, the experts guessed, best ranks first
 CROWD = 4  # tokens per expert from which a prefill is sure to want every expert of the next layer
 
 
@@ -143,8 +145,10 @@ class PagedExperts:
                 for expert in groups:
                     self._compute(ExpertKey(layer, expert), x, groups[expert], rows, step)
         else:
-            self._settle(layer, step, ids, weights, groups, routed)
-            for key in self._in_turn(layer, list(groups), step, ahead):
+            decode = step.phase == "decode"
+            self._settle(layer, step, ids.reshape(-1).tolist() if decode else (),
+                         weights.reshape(-1).tolist() if decode else (), groups, routed)
+            for key in self._in_turn(layer, list(groups), step, None if ahead is None else ahead.tolist()):
                 self._compute(key, x, groups[key.expert], rows, step)
         return (self._kernels.layer if step.phase == "decode" else TORCH).combine(rows, weights)
 
@@ -220,11 +224,12 @@ class PagedExperts:
         native.run(first)
         native.run(second)
 
-    def _settle(self, layer: int, step: Step, ids: Tensor, weights: Tensor, groups: Collection[int],
+    def _settle(self, layer: int, step: Step, ids: Sequence[int], weights: Sequence[float], groups: Collection[int],
                 routed: int) -> None:
-        """The router of `layer` has spoken: into the caches' histories, and the guesses for it are judged."""
+        """The router of `layer` has spoken: into the caches' histories, and the guesses for it are judged. ids,
+        weights: of all tokens, one after the other; not asked for in prefill."""
         if step.phase == "decode" and self._prefetcher.guessed(layer):
-            self._prefetcher.settle(layer, ids.reshape(-1).tolist(), weights.reshape(-1).tolist())
+            self._prefetcher.settle(layer, ids, weights)
         self.figures[step.phase].prefetched += self._lookahead.settle(layer, groups)
         keys = [ExpertKey(layer, expert) for expert in groups]
         for cache in self._caches:
@@ -238,7 +243,7 @@ class PagedExperts:
                 cache.seed(layer, self._watch.last_choices)
             cache.settle(layer)
 
-    def _in_turn(self, layer: int, experts: Sequence[int], step: Step, ahead: Tensor | None) -> Iterator[ExpertKey]:
+    def _in_turn(self, layer: int, experts: Sequence[int], step: Step, ahead: Guesses | None) -> Iterator[ExpertKey]:
         """The records of `experts`, each when it can be computed, those that are here first."""
         tier, reason = self._tier, "demand" if step.phase == "decode" else "prefill"
         keys = [ExpertKey(layer, expert) for expert in experts]
@@ -282,7 +287,7 @@ class PagedExperts:
         while missing and len(coming) < limit and self._tier.want(missing[0], reason):  # type: ignore[arg-type]
             coming.append(missing.popleft())
 
-    def _look_ahead(self, layer: int, chosen: Sequence[int], step: Step, ahead: Tensor | None) -> None:
+    def _look_ahead(self, layer: int, chosen: Sequence[int], step: Step, ahead: Guesses | None) -> None:
         """Once all that this layer lacks is on its way: what will the next ones want?"""
         if self._prefetcher.off or layer + 1 == self._layers:
             return
@@ -311,11 +316,13 @@ class PagedExperts:
             self.figures[step.phase].stalled_seconds += self._clock() - start
 
 
-def _merge(ahead: Tensor | None) -> list[list[int]]:
-    """ahead [T, D, A] -> for each distance the experts of all tokens, best ranks first, each once."""
+def _merge(ahead: Guesses | None) -> list[list[int]]:
+    """[T][D][A] -> for each distance the experts of all tokens, best ranks first, each once."""
     if ahead is None:
         return []
-    return [list(dict.fromkeys(ahead[:, distance].T.reshape(-1).tolist())) for distance in range(ahead.shape[1])]
+    if len(ahead) == 1:
+        return ahead[0]
+    return [list(dict.fromkeys(chain.from_iterable(zip(*tokens, strict=True)))) for tokens in zip(*ahead, strict=True)]
 
 
 def _check(step: Step) -> None:

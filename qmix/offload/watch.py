@@ -64,19 +64,32 @@ class RoutingWatch:
 
     def layer(self, layer: int, step: Step, ids: Tensor, weights: Tensor, ahead: Tensor | None) -> None:
         """ids [T, K] and weights [T, K] of `layer`; ahead [T, D, A], what it guesses of the next ones."""
-        if layer == 0:
-            self._decoded, self._counts, self._transitions, self._before = [], [], [], None
-        if self._trace is not None:
-            if layer == 0:
-                self._trace.drop_pass()  # what an interrupted pass has left
-            near = None if ahead is None else ahead[:, 0].tolist()
-            self._trace.add(layer, ids.tolist(), weights.tolist(), near)
         if step.phase == "decode":
-            self._decoded.append(ids.tolist())
-        else:
-            self._prefill(ids)
+            self.decoded(layer, step, ids.tolist(), weights.tolist(),
+                         None if ahead is None or self._trace is None else ahead.tolist())
+            return
+        self._begin(layer)
+        if self._trace is not None:
+            self._trace.add(layer, ids.tolist(), weights.tolist(), None if ahead is None else ahead[:, 0].tolist())
+        self._prefill(ids)
         if layer + 1 == self._layers:
             self._end(step, len(ids))
+
+    def decoded(self, layer: int, step: Step, ids: list[list[int]], weights: list[list[float]],
+                ahead: list[list[list[int]]] | None) -> None:
+        """The same while decoding, of plain numbers."""
+        self._begin(layer)
+        if self._trace is not None:
+            self._trace.add(layer, ids, weights, None if ahead is None else [token[0] for token in ahead])
+        self._decoded.append(ids)
+        if layer + 1 == self._layers:
+            self._end(step, len(ids))
+
+    def _begin(self, layer: int) -> None:
+        if layer == 0:
+            self._decoded, self._counts, self._transitions, self._before = [], [], [], None
+            if self._trace is not None:
+                self._trace.drop_pass()  # what an interrupted pass has left
 
     def settle(self, rejected: int) -> None:
         """Count the last pass but for its last `rejected` tokens."""
