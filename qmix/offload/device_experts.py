@@ -131,7 +131,7 @@ class DeviceExperts(PagedExperts):
         is lost, and everything is ready for another one."""
         ids, weights = routed.host_ids.tolist(), routed.host_weights.tolist()
         look = min(self.depth, self._layers - 1 - layer)
-        ahead = routed.host_ahead[:, :look].tolist() if look > 0 and self.ahead else None
+        ahead = [token[:look] for token in routed.host_ahead.tolist()] if look > 0 and self.ahead else None
         self._watch.decoded(layer, step, ids, weights, ahead)
         experts = list(dict.fromkeys(chain.from_iterable(zip(*ids, strict=True))))  # best ranks first
         if not self._all_here:

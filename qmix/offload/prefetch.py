@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from qmix.config import ExpertKey
 from qmix.errors import UsageError
@@ -31,8 +31,7 @@ OPENING = (0.6, 8)  # an estimate starts as though 8 guesses had been 60 % right
 Transitions = Callable[[int, Iterable[int]], Sequence[float]]
 
 
-@dataclass(frozen=True, slots=True)
-class Guess:
+class Guess(NamedTuple):
     key: ExpertKey
     probability: float
 
@@ -104,11 +103,11 @@ class Prefetcher:
                 found += self._from_ahead(target, distance, experts)
         if self._transitions is not None and layer + 1 < len(self.figures):
             found += self._from_transitions(layer, chosen)
-        best: dict[ExpertKey, float] = {}
+        best: dict[ExpertKey, Guess] = {}
         for one in found:
-            best[one.key] = max(one.probability, best.get(one.key, 0.0))
-        worth = [Guess(key, p) for key, p in best.items() if p >= PAYS]
-        return sorted(worth, key=lambda g: (g.key.layer, -g.probability))
+            if one.probability >= PAYS and (one.key not in best or one.probability > best[one.key].probability):
+                best[one.key] = one
+        return sorted(best.values(), key=lambda g: (g.key.layer, -g.probability))
 
     def _from_ahead(self, layer: int, distance: int, experts: Sequence[int]) -> list[Guess]:
         estimates, pending = self._estimates[layer], self._pending[layer]
@@ -117,7 +116,10 @@ class Prefetcher:
             at = distance, rank
             pending.made[at] = expert
             pending.named.add(expert)
-            found.append(Guess(ExpertKey(layer, expert), estimates.setdefault(at, _Estimate()).value))
+            estimate = estimates.get(at)
+            if estimate is None:
+                estimate = estimates[at] = _Estimate()
+            found.append(Guess(ExpertKey(layer, expert), estimate.value))
         return found
 
     def _from_transitions(self, layer: int, chosen: Iterable[int]) -> list[Guess]:
