@@ -98,6 +98,7 @@ def sections(args: argparse.Namespace, size: dict[str, Any], folders: Sequence[P
         part("check", "check", 30, 90),
         part("kernels", "kernels", 30, 75),
         part("formats", "formats", 15, 60),
+        part("store", "store", 1, 10, {**base, "given": str(args.store)}) if args.store else
         written("store", 40, 200, 0.0),
         part("bandwidth", "bandwidth", 15, 45, {**base, "store_of": "store"}, needs=(FIRST, "store")),
         placed("24 GB", 24, 60.0, 120.0, prompts=size["prompts"]),
@@ -169,6 +170,8 @@ def with_store(section: Section, results: dict[str, Any]) -> Section:
 def drop_store(section: Section, waiting: Sequence[Section], results: dict[str, Any]) -> None:
     """Its store goes once nobody waits for it: two in shared memory leave little for what is loaded."""
     name = section.task.get("store_of")
+    if results.get(name or "", {}).get("found", {}).get("given"):
+        return
     if name and name in results and all(other.task.get("store_of") != name for other in waiting):
         shutil.rmtree(results[name].get("found", {}).get("path", ""), ignore_errors=True)
 
@@ -227,6 +230,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--name", help="in the files' names, instead of the card's")
     parser.add_argument("--only", metavar="NAMES", help="of sections, by semicolon: these alone, and those they need")
     parser.add_argument("--peer-python", help="interpreter with llama-cpp-python, built with CUDA, and gguf")
+    parser.add_argument("--store", type=Path, metavar="DIR", help="of synthetic.py, in place of one that is made here")
     parser.add_argument("--work", type=Path, metavar="DIR", help="where the store is made, for the time of the run")
     parser.add_argument("-t", "--threads", type=int, help="of the CPU (all physical cores)")
     parser.add_argument("--layers", type=int, help="fewer than 32, to try things out")

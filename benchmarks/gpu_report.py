@@ -221,18 +221,24 @@ def _formats(archive: Found) -> str:
 
 
 def _peers(archive: Found) -> str:
-    mine = next((row["rate"] for name, row in rows_of(archive, "decode") if name == MAIN), None)
+    mine: dict[str, float] = {}
+    for name, row in rows_of(archive, "decode"):
+        mine.setdefault(name, row["rate"])  # the shortest context
+
+    def times(row: Found) -> float | None:
+        own = mine.get(f"{row['vram']} GB" if "vram" in row else MAIN)
+        return own / row["rate"] if own else None
+
     rows = [[row["peer"], str(row["layers"]), str(row.get("on_card", "–")), number(row["rate_measured"], 3),
-             number(row["rate"], 3), number(mine / row["rate"] if mine else None, 1)]
-            for _, row in rows_of(archive, "peer")]
+             number(row["rate"], 3), number(times(row), 1)] for _, row in rows_of(archive, "peer")]
     rows += [[name, "–", "–", "–", "–", f"not available: {result.get('reason', '')}"] for name, result in
              archive["sections"].items() if name.startswith("peer") and result["state"] not in ("done", "running")]
     head = ["program", "layers measured", "layers of 32 on the card", "tok/s of these layers", "tok/s of 32 (scaled)",
-            f"qmix {MAIN} ÷ this"]
+            "qmix, with as much VRAM ÷ this"]
     if not rows:
         return ""
-    return ("Few layers are measured, of which the same share lies on the card as would of 32 within 24 GB, rounded "
-            "up; the seconds of a token are scaled to 32 layers (benchmarks/gpu_peers.py).\n\n" +
+    return ("Few layers are measured, of which the same share lies on the card as would of 32 within 24 GB, or what is "
+            "named, rounded up; the seconds of a token are scaled to 32 layers (benchmarks/gpu_peers.py).\n\n" +
             table(head, [[cell.replace("|", "/") for cell in row] for row in rows]))
 
 

@@ -102,7 +102,10 @@ def bandwidth(task: Task) -> None:
 
 def store(task: Task) -> None:
     """The random model's weights, written here. task: folders, the first in shared memory; name, of the store; fit: the
-    share of the bytes of int4 experts that mixed ones take, 0 for int4."""
+    share of the bytes of int4 experts that mixed ones take, 0 for int4. given: a store that is there already."""
+    if task.get("given"):
+        emit(path=task["given"], given=True)
+        return
     import synthetic
     from synthetic_recipe import Recipe
 

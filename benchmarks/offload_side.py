@@ -5,7 +5,8 @@
 
 TASK.json: model, tokens, warm, seconds, threads, for qmix ram, margin and prefetch, for llama gpu_layers. Every token
 is given (teacher forcing), one a step, the first `warm` of them untimed; both phases end early after `seconds`.
-llama.cpp runs at its best under a limit: mapped weights, not repacked (repacking copies them all).
+Where TASK.json says no more, llama.cpp runs at its best under a limit: mapped weights, not repacked (repacking copies
+them all).
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def run_qmix(task: dict[str, Any]) -> dict[str, Any]:
 
 def run_llama(task: dict[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
-    model = LlamaModel(task["model"], load_mode="mmap", repack=False, gpu_layers=task.get("gpu_layers", 0))
+    model = LlamaModel(task["model"], load_mode=task.get("load_mode", "mmap"), repack=task.get("repack", False),
+                       gpu_layers=task.get("gpu_layers", 0))
     context = model.context(task["context"], task["threads"], batch=32, ubatch=32)
     loaded = time.perf_counter() - start
     found = measure(lambda token: float(context.step([token])[0]), task, lambda: None)
