@@ -12,7 +12,7 @@ Per format, expert records of random codes in a slab that is many times the card
 
 Every figure is the median of --repeat runs, timed by events, each with other slots than the one before. Before any
 is timed, results are compared with the CPU's reference (fp32, decoded from the same bytes); a wrong one ends the run
-with exit code 1. Exit code 2 without a GPU. It has run to its end under the interpreter only: no GPU was at hand.
+with exit code 1. Exit code 2 without a GPU.
 """
 
 from __future__ import annotations

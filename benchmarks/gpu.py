@@ -25,7 +25,7 @@ reason, its traceback and the end of its stderr while the rest goes on. One proc
                 llama-cpp-python, built with CUDA, and gguf)
 
 Exit code 0 whatever failed or was skipped, 1 for wrong results, 2 without a card. Ended by SIGTERM or Ctrl-C it kills
-what runs, writes what it has and exits with 143 or 130. Run to its end on the stand-in only: no GPU was at hand.
+what runs, writes what it has and exits with 143 or 130.
 """
 
 from __future__ import annotations
