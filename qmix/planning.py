@@ -20,7 +20,7 @@ from qmix.errors import CheckpointError, ConfigError, UsageError
 from qmix.hardware.gpu_memory import GpuMemory
 from qmix.offload import router_stats
 from qmix.offload.forecast import Speeds, forecast, known_shares
-from qmix.offload.plan import CUDA_CONTEXT, MARGIN, PROGRAM, Needs, Plan, choose_context
+from qmix.offload.plan import CUDA_CONTEXT, MARGIN, PROGRAM, UNMEASURED, Needs, Plan, choose_context
 from qmix.offload.plan import plan as make_plan
 from qmix.sizes import format_bytes, record_layouts
 from qmix.store import CONFIG, MANIFEST, Store
@@ -136,16 +136,16 @@ def known_gpu(file: Path | None, say: Callable[[str], None]) -> GpuMemory | None
     return None if file is None else gpu_memory.load(file, say)
 
 
-def _beside(machine: Machine, say: Callable[[str], None]) -> tuple[int, int | None]:
+def _beside(machine: Machine, say: Callable[[str], None]) -> tuple[int, int]:
     """(bytes of a GPU that the driver and this process take before anything is loaded; bytes that torch does not count
-    later, None where that was never measured)."""
+    later)."""
     gpu = machine.gpu
     taken = machine.vram_taken if machine.vram_taken is not None else gpu.context if gpu else CUDA_CONTEXT
     if machine.vram is not None:
         what = "code and graphs" if machine.vram_taken is not None else "the driver, code and graphs"
         say(f"of VRAM, for {what}: as measured on {gpu.card} on {gpu.measured}" if gpu else
             f"of VRAM, for {what}: assumed, the first run on a GPU measures it")
-    return taken, gpu.beside if gpu else None
+    return taken, gpu.beside if gpu else UNMEASURED
 
 
 def known_speeds(cache_file: Path | None, say: Callable[[str], None]) -> Speeds | None:

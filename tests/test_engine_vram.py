@@ -18,7 +18,7 @@ from qmix.engine.budgets import needs_of
 from qmix.errors import ConfigError
 from qmix.hardware import gpu_memory
 from qmix.hardware.gpu_memory import GpuMemory
-from qmix.offload.plan import RESERVE, plan
+from qmix.offload.plan import RESERVE, UNMEASURED, plan
 from qmix.planning import Machine, describe, find_model, known_gpu
 from qmix.sizes import GIB, MIB
 from qmix.store import Store
@@ -112,7 +112,7 @@ def test_plan_says_what_is_measured_and_what_assumed(store: Path, tmp_path: Path
 
     machine = Machine(ram=GIB, vram=4 * GIB, gpu=known_gpu(file, print))
     rows, line = vram_rows(machine)
-    assert rows["program"] == 600 * MIB and rows["reserve"] == RESERVE
+    assert rows["program"] == 600 * MIB and rows["reserve"] == RESERVE // 2 + UNMEASURED
     assert line == "of VRAM, for the driver, code and graphs: assumed, the first run on a GPU measures it"
     gpu_memory.save(GpuMemory("a card", "2.11.0", 321 * MIB, 200 * MIB, "2026-11-27"), file)
     rows, line = vram_rows(replace(machine, gpu=known_gpu(file, print)))

@@ -19,7 +19,7 @@ from qmix.kernels import tuned
 from qmix.kernels.device_table import DeviceKernels, choose_device_kernels
 from qmix.kernels.table import KernelTable
 from qmix.model.weights import compute_dtype
-from qmix.offload.plan import Needs, Plan
+from qmix.offload.plan import UNMEASURED, Needs, Plan
 from qmix.offload.plan import plan as make_plan
 from qmix.store import Store
 
@@ -39,7 +39,7 @@ def place(store: Store, needs: Needs, placement: Placement | None, on_cpu: Calla
         kernels = _kernels(store, device, host, placement, say)
         measured = vram.known(placement, device, say)
         found = make_plan(needs, *ram(), *placement.vram_budget(device), placement.pin_budget(),
-                          measured.beside if measured else None)
+                          measured.beside if measured else UNMEASURED if device.place.type == "cuda" else None)
     except QmixError as e:
         device.close()
         if placement.device != "auto" or placement.vram is not None:

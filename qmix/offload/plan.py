@@ -30,6 +30,7 @@ SCORED_ROWS = 16  # of them, how many are looked at in fp64 at a time
 SCORED_COPIES = 6  # of those rows: log-probabilities, probabilities, products, of two models
 EXPERT_CHUNK = 512  # tokens that one expert computes at a time
 MARGIN = GIB  # what `auto` leaves to other programs
+UNMEASURED = 384 * MIB  # of a GPU's memory, for code, graphs and libraries, until measured: an H200 had 306 MiB there
 RESERVE = 256 * MIB  # kept free within the budget, or 2 % of it where that is more
 PROGRAM = 260 * MIB  # interpreter and libraries, where they are not there to be measured
 CUDA_CONTEXT = 600 * MIB  # what a CUDA context with its libraries takes, before it is measured
@@ -244,8 +245,8 @@ def plan(needs: Needs, ram: int, base: int, vram: int | None = None, vram_base: 
          pin: int | None = None, vram_beside: int | None = None) -> Plan:
     """Place a model within `ram` bytes for the whole process, `base` of them taken already, and, where there is a
     GPU, `vram` bytes of it, vram_base of them taken. pin: bytes of RAM that may be page-locked, None for all.
-    vram_beside: what was measured there of memory that torch does not count, None = never measured: then half of the
-    reserve is for it, and never less than that. DoesNotFit (exit 3) says how much is missing, and where."""
+    vram_beside: what is known of memory that torch does not count there, as it was measured or UNMEASURED; half of the
+    reserve is for it, or this where it is more. DoesNotFit (exit 3) says how much is missing, and where."""
     all_of_them = [count for count, _ in needs.by_kind]
     if vram is None:
         return Plan(needs, (_tier("RAM", needs, ram, base, needs.least, all_of_them),))
