@@ -4,8 +4,6 @@ comes; the numbers of the CPU's own engine; errors and interruptions that lose n
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +15,7 @@ from typing import Any
 import bounds
 import pytest
 import torch
+from fast_interpreter import HAVE_TRITON
 from helpers import KEEP, write_tiny_stores
 from torch import Tensor
 
@@ -31,7 +30,6 @@ from qmix.offload.plan import DEVICE_TILES, RESERVE, STAGING, Needs
 from qmix.offload.split import Split
 from qmix.store import RecordFiles, Store
 
-HAVE_TRITON = subprocess.run([sys.executable, "-c", "import triton"], capture_output=True).returncode == 0
 CONTEXT = 120
 LAYERS, EXPERTS, TOP_K = 4, 8, 2
 ALL = LAYERS * EXPERTS
