@@ -11,23 +11,20 @@ a turn, then their median. OLD.so is _native*.so of another commit with the same
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from cpu_kernels import seconds
+from cpu_turns import Clock, bytes_of, check_names, clock_of, level_of, make_parser, ratios, take_turns
 from peers import numbers
-from peers_report import cell, table
+from peers_report import table
 from torch import Tensor
 
-from qmix import settings
-from qmix.hardware.cores import cpu_model, last_level_cache
+from qmix.hardware.cores import cpu_model
 from qmix.kernels import native
 from qmix.kernels.native import Attention, Kept
 
@@ -60,28 +57,19 @@ def cache_bytes(kept: Kept) -> int:
 
 
 def measure(kernels: dict[str, Attention], layers: Sequence[Kept], query_heads: int, turns: int,
-            clock: Callable[[], float]) -> dict[str, Any]:
+            clock: Clock) -> dict[str, Any]:
     """{"nbytes", "seconds": {library: of each turn}, "read": of each turn}, after one turn that does not count."""
     kv_heads, positions, size = layers[0].keys.shape
     random = torch.Generator().manual_seed(1)
     q = torch.randn(1, query_heads, size, generator=random).bfloat16()
     keys, values = torch.randn(2, 1, kv_heads, size, generator=random)
     halves: list[Tensor] = [t.view(-1).view(torch.float64) for one in layers for t in (one.keys, one.values)]
-    threads, before = next(iter(kernels.values())).threads, torch.get_num_threads()
-    took: dict[str, list[float]] = {name: [] for name in kernels}
-    read: list[float] = []
-    torch.set_num_threads(threads)
-    try:
-        for _ in range(turns + 1):
-            for name, own in kernels.items():
-                took[name].append(seconds(
-                    lambda own=own: [own.append(one, q, keys, values, 0, positions)  # type: ignore[misc]
-                                     for one in layers], clock))
-            read.append(seconds(lambda: [half.sum() for half in halves], clock))
-    finally:
-        torch.set_num_threads(before)
+    works = {name: lambda own=own: [own.append(one, q, keys, values, 0, positions)  # type: ignore[misc]
+                                    for one in layers] for name, own in kernels.items()}
+    threads = next(iter(kernels.values())).threads
+    took, read = take_turns(works, lambda: [half.sum() for half in halves], threads, turns, clock)
     return {"nbytes": sum(map(cache_bytes, layers)), "read_bytes": sum(half.nbytes for half in halves),
-            "calls": len(layers), "seconds": {k: v[1:] for k, v in took.items()}, "read": read[1:]}
+            "calls": len(layers), "seconds": took, "read": read}
 
 
 def row(label: Sequence[str], name: str, found: dict[str, Any], first: str) -> list[str]:
@@ -90,40 +78,22 @@ def row(label: Sequence[str], name: str, found: dict[str, Any], first: str) -> l
     read = [found["read_bytes"] / s / 1e9 for s in found["read"]]
     return [*label, name, f"{1e6 * statistics.median(own) / found['calls']:.0f}", f"{statistics.median(rates):.1f}",
             f"{max(rates):.1f}", f"{statistics.median(read):.1f}",
-            cell([100 * a / b for a, b in zip(rates, read, strict=True)]),
-            cell([a / b for a, b in zip(found["seconds"][first], own, strict=True)])]
+            ratios([100 * rate for rate in rates], read), ratios(found["seconds"][first], own)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--level", default="", help="of the native kernels (default: the best here)")
+    parser = make_parser(__doc__, "caches")
     parser.add_argument("--kv", default="bf16,int8", help="how keys and values are kept")
     parser.add_argument("--positions", type=numbers, default=[8192])
     parser.add_argument("--heads", default="32,8,128", metavar="Q,KV,D", help="query heads, key-value heads, head size")
-    parser.add_argument("-t", "--threads", type=numbers, default=[torch.get_num_threads()])
-    parser.add_argument("--turns", type=int, default=9)
-    parser.add_argument("--mib", type=int, help="of caches (default: four times the last cache, at least 160)")
-    parser.add_argument("--against", type=Path, metavar="OLD.so")
-    parser.add_argument("--cpu-time", action="store_true", help="count the processor's seconds of one thread, where "
-                        "other programs run")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="every turn")
     args = parser.parse_args()
-    if not native.levels():
-        parser.error(f"there are no native kernels here: {native.trouble()}")
-    level = args.level or settings.native_level() or next(iter(native.levels()))
-    if level not in native.levels():
-        parser.error(f"--level {level}: this processor has " + ", ".join(native.levels()))
-    if unknown := [name for name in args.kv.split(",") if name not in ("bf16", "int8")]:
-        parser.error(f"--kv: got {unknown[0]!r}, want bf16, int8")
+    level, clock, nbytes = level_of(parser, args), clock_of(parser, args), bytes_of(args)
+    kinds = check_names(parser, "--kv", args.kv, ("bf16", "int8"))
     heads = [int(word) if word.isdigit() and int(word) else 0 for word in args.heads.split(",")]
     if len(heads) != 3 or 0 in heads or heads[0] % heads[1] or heads[2] % native.HEAD_UNIT:
         parser.error(f"--heads: got {args.heads}, want Q,KV,D: Q a multiple of KV, D of {native.HEAD_UNIT}")
-    if args.cpu_time and args.threads != [1]:
-        parser.error("--cpu-time: wants -t 1")
-    clock = time.thread_time if args.cpu_time else time.perf_counter
-    nbytes = 2**20 * args.mib if args.mib else max(160 * 2**20, 4 * last_level_cache())
     rows, archive = [], []
-    for kv in args.kv.split(","):
+    for kv in kinds:
         for positions in args.positions:
             layers = random_layers(kv, heads[1], heads[2], positions, nbytes)
             for threads in args.threads:

@@ -12,23 +12,20 @@ the same number of threads (Native.peak). OLD.so is _native*.so of another commi
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from cpu_turns import Clock, bytes_of, check_names, clock_of, level_of, make_parser, ratios, take_turns
 from peers import numbers
-from peers_report import cell, table
+from peers_report import table
 
-from qmix import settings
 from qmix.formats.packed import TORCH_DTYPES, Packed
-from qmix.hardware.cores import cpu_model, last_level_cache
-from qmix.kernels import native
+from qmix.hardware.cores import cpu_model
 from qmix.kernels.native import Native, Product
 from qmix.sizes import MatrixSpec
 
@@ -64,36 +61,21 @@ def at_library(level: str, activations: str, threads: int, path: Path | None = N
     return found
 
 
-def seconds(work: Callable[[], object], clock: Callable[[], float]) -> float:
-    start = clock()
-    work()
-    return clock() - start
-
-
 def measure(kernels: dict[str, Native], matrices: Sequence[Packed], tokens: int, turns: int,
-            clock: Callable[[], float]) -> dict[str, Any]:
+            clock: Clock) -> dict[str, Any]:
     """{"nbytes", "operations", "seconds": {library: of each turn}, "read": of each turn}, after one turn that does not
     count."""
     spec = matrices[0].spec
     x = torch.randn(tokens, spec.cols, generator=torch.Generator().manual_seed(1))
     outputs = [torch.empty(tokens, spec.rows) for _ in matrices]
     numbers_of = [m["qweight"].view(-1).view(torch.float64) for m in matrices]
-    threads, before = next(iter(kernels.values())).threads, torch.get_num_threads()
-    took: dict[str, list[float]] = {name: [] for name in kernels}
-    read: list[float] = []
-    torch.set_num_threads(threads)
-    try:
-        for _ in range(turns + 1):
-            for name, own in kernels.items():
-                took[name].append(seconds(lambda own=own: [own.run([Product(x, m, y)])  # type: ignore[misc]
-                                                           for m, y in zip(matrices, outputs, strict=True)], clock))
-            read.append(seconds(lambda: [part.sum() for part in numbers_of], clock))
-    finally:
-        torch.set_num_threads(before)
+    works = {name: lambda own=own: [own.run([Product(x, m, y)])  # type: ignore[misc]
+                                    for m, y in zip(matrices, outputs, strict=True)] for name, own in kernels.items()}
+    threads = next(iter(kernels.values())).threads
+    took, read = take_turns(works, lambda: [part.sum() for part in numbers_of], threads, turns, clock)
     weights = sum(m.spec.padded_rows * m.spec.padded_cols for m in matrices)
     return {"nbytes": sum(m.spec.nbytes for m in matrices), "read_bytes": sum(m["qweight"].numel() for m in matrices),
-            "operations": 2 * tokens * weights, "weights": weights, "seconds": {k: v[1:] for k, v in took.items()},
-            "read": read[1:]}
+            "operations": 2 * tokens * weights, "weights": weights, "seconds": took, "read": read}
 
 
 def row(label: Sequence[str], name: str, found: dict[str, Any], peak: float, first: str) -> list[str]:
@@ -101,41 +83,24 @@ def row(label: Sequence[str], name: str, found: dict[str, Any], peak: float, fir
     rates = [found["nbytes"] / s / 1e9 for s in own]
     read = [found["read_bytes"] / s / 1e9 for s in found["read"]]
     return [*label, name, f"{statistics.median(rates):.1f}", f"{max(rates):.1f}", f"{statistics.median(read):.1f}",
-            cell([100 * a / b for a, b in zip(rates, read, strict=True)]),
+            ratios([100 * rate for rate in rates], read),
             f"{found['weights'] / statistics.median(own) / 1e9:.1f}",
             f"{100 * found['operations'] / statistics.median(own) / peak:.0f}",
-            cell([a / b for a, b in zip(found["seconds"][first], own, strict=True)])]
+            ratios(found["seconds"][first], own)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--level", default="", help="of the native kernels (default: the best here)")
+    parser = make_parser(__doc__, "matrices")
     parser.add_argument("--activations", choices=("int8", "bf16"), default="int8")
     parser.add_argument("--formats", default=",".join(FORMATS))
     parser.add_argument("--tokens", type=numbers, default=[1])
-    parser.add_argument("-t", "--threads", type=numbers, default=[torch.get_num_threads()])
-    parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--rows", type=int, default=14336)
     parser.add_argument("--cols", type=int, default=4096)
-    parser.add_argument("--mib", type=int, help="of matrices (default: four times the last cache, at least 160)")
-    parser.add_argument("--against", type=Path, metavar="OLD.so")
-    parser.add_argument("--cpu-time", action="store_true", help="count the processor's seconds of one thread, where "
-                        "other programs run")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="every turn")
     args = parser.parse_args()
-    if not native.levels():
-        parser.error(f"there are no native kernels here: {native.trouble()}")
-    level = args.level or settings.native_level() or next(iter(native.levels()))
-    if level not in native.levels():
-        parser.error(f"--level {level}: this processor has " + ", ".join(native.levels()))
-    if unknown := [name for name in args.formats.split(",") if name not in FORMATS]:
-        parser.error(f"--formats: got {unknown[0]!r}, want {', '.join(FORMATS)}")
-    if args.cpu_time and args.threads != [1]:
-        parser.error("--cpu-time: wants -t 1")
-    clock = time.thread_time if args.cpu_time else time.perf_counter
-    nbytes = 2**20 * args.mib if args.mib else max(160 * 2**20, 4 * last_level_cache())
+    level, clock, nbytes = level_of(parser, args), clock_of(parser, args), bytes_of(args)
+    formats = check_names(parser, "--formats", args.formats, FORMATS)
     rows, archive = [], []
-    for name in args.formats.split(","):
+    for name in formats:
         matrices = random_matrices(name, args.rows, args.cols, nbytes)
         for threads in args.threads:
             kernels = {"this": at_library(level, args.activations, threads)}

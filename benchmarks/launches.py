@@ -129,6 +129,12 @@ class InSlots:
     def refresh(self, layer: int) -> None:
         pass
 
+    def launched(self, layer: int) -> None:
+        pass
+
+    def lacking(self, layer: int, routed: Routed) -> bool:
+        return False
+
     def finish(self, layer: int, routed: Routed, step: Step) -> None:
         pass
 

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from fast_interpreter import HAVE_TRITON, quicken
 
 # Before anything imports Triton: without a GPU its kernels are run by its interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    if HAVE_TRITON:
+        quicken()
 
 SHARED = Path(__file__).parents[2] / "shared"
 # One thread by default: small matrices gain nothing from more, and on a busy machine lose several times over.

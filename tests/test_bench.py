@@ -369,7 +369,7 @@ def test_interrupted_it_keeps_the_cases_that_are_complete(store: Path, quick: No
 
 
 def test_ctrl_c_in_a_process_of_its_own(store: Path) -> None:
-    args = [sys.executable, "-m", "qmix", "bench", str(store), "-p", "8", "-n", "400", "-r", "1000", "-t", "1"]
+    args = [sys.executable, "-m", "qmix", "bench", str(store), "-p", "8", "-n", "400", "-r", "100", "-t", "1"]
     def heed() -> None:
         """A shell starts what it runs in the background deaf to Ctrl-C, and that is inherited."""
         signal.signal(signal.SIGINT, signal.SIG_DFL)

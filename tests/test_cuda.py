@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fast_interpreter import HAVE_TRITON
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from oracles import decode, numbers, product, relative
@@ -29,9 +30,8 @@ from qmix.kernels.configs import Configs, Gemv
 from qmix.sizes import MatrixSpec, RecordLayout
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # numpy, as the interpreter uses it
-HAVE = subprocess.run([sys.executable, "-c", "import triton"], capture_output=True).returncode == 0
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-needs_triton = pytest.mark.skipif(not HAVE, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed")
 FORMATS = ("int4", "int3", "int2")
 SUMS = 2e-6  # fp32 sums
 HALF = 1e-3  # activations rounded to fp16, which the weights are not

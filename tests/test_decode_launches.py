@@ -64,6 +64,8 @@ class Experts:
         return lambda: self._ops.experts(routed.x, self._slots, routed.ids, self._table, routed.rows)
 
     def refresh(self, layer): pass
+    def launched(self, layer): pass
+    def lacking(self, layer, routed): return False
     def finish(self, layer, routed, step): pass
     def count(self, layer, ids, weights, step): pass
 

@@ -392,7 +392,7 @@ def test_the_table_has_what_the_document_has(stores: dict[str, Path], text: Path
 
 
 def test_a_killed_run_goes_on_and_ends_the_same(stores: dict[str, Path], text: Path, tmp_path: Path) -> None:
-    args = [str(stores["int4"]), "-f", str(text), "-c", "32", "--stride", "8", "-n", "1200", "--against",
+    args = [str(stores["int4"]), "-f", str(text), "-c", "32", "--stride", "8", "-n", "600", "--against",
             str(stores["keep"]), "-t", "1"]
     command = [sys.executable, "-m", "qmix", "eval", *args, "--json"]
     journals = paths.evaluations_folder()

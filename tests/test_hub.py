@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from helpers import KEEP, write_tiny_checkpoint
 from tokenizer_files import demo_folder
+from warm_qmix import WarmQmix
 
 from qmix import hub, modelfiles
 from qmix.checkpoint import INDEX, SINGLE, Checkpoint
@@ -25,6 +26,7 @@ from qmix.quantize import quantize_checkpoint
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WASTE = ("consolidated.safetensors", "original/model.safetensors", "onnx/model.safetensors", "pytorch_model.bin",
          "checkpoint-500/optimizer.safetensors", "checkpoint-500/config.json", "model.fp16.safetensors", "README.md")
+Command = Callable[..., subprocess.CompletedProcess[str]]
 Server = Callable[[Path], tuple[dict[str, str], list[str]]]
 
 
@@ -92,9 +94,10 @@ def serve(tmp_path: Path) -> Iterator[Server]:
         server.server_close()
 
 
-def qmix(env: dict[str, str], *args: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "qmix", *map(str, args)], env=env, capture_output=True, text=True,
-                          check=False, cwd=env["HF_HOME"] and Path(env["HF_HOME"]).parent)
+@pytest.fixture(scope="module")
+def qmix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
+    with WarmQmix(tmp_path_factory.mktemp("streams")) as warm:
+        yield lambda env, *args: warm.run(*args, env=env, cwd=Path(env["HF_HOME"]).parent)
 
 
 def repository(path: Path, shards: int = 1) -> Path:
@@ -116,7 +119,8 @@ def weights(names: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_only_what_the_index_names_is_fetched(serve: Server, tmp_path: Path, shards: int) -> None:
+def test_only_what_the_index_names_is_fetched(serve: Server, qmix: Command, tmp_path: Path,
+                                                    shards: int) -> None:
     path = repository(tmp_path / "repo", shards)
     want = [SINGLE] if shards == 1 else [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     env, fetched = serve(path)
@@ -131,7 +135,7 @@ def test_only_what_the_index_names_is_fetched(serve: Server, tmp_path: Path, sha
     assert again.returncode == 0 and len(fetched) == before, "what is in the cache is not fetched again"
 
 
-def test_a_stale_index_of_a_repository(serve: Server, tmp_path: Path) -> None:
+def test_a_stale_index_of_a_repository(serve: Server, qmix: Command, tmp_path: Path) -> None:
     path = repository(tmp_path / "repo")
     (path / INDEX).write_text(json.dumps({"weight_map": {"x": "model-00001-of-00002.safetensors"}}))
     env, fetched = serve(path)
@@ -141,7 +145,8 @@ def test_a_stale_index_of_a_repository(serve: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "original/model.safetensors", "*", 3])
-def test_an_index_that_leads_elsewhere_fetches_nothing(serve: Server, tmp_path: Path, name: Any) -> None:
+def test_an_index_that_leads_elsewhere_fetches_nothing(serve: Server, qmix: Command, tmp_path: Path,
+                                                         name: Any) -> None:
     path = repository(tmp_path / "repo")
     (path / SINGLE).unlink()
     (path / INDEX).write_text(json.dumps({"weight_map": {"x": name}}))
@@ -150,7 +155,7 @@ def test_an_index_that_leads_elsewhere_fetches_nothing(serve: Server, tmp_path: 
     assert done.returncode == 4 and "weight_map.x" in done.stderr and weights(fetched) == [], done.stderr
 
 
-def test_a_repository_of_pickles(serve: Server, tmp_path: Path) -> None:
+def test_a_repository_of_pickles(serve: Server, qmix: Command, tmp_path: Path) -> None:
     path = repository(tmp_path / "repo")
     (path / SINGLE).unlink()
     env, fetched = serve(path)
@@ -160,16 +165,18 @@ def test_a_repository_of_pickles(serve: Server, tmp_path: Path) -> None:
 
 def test_a_disk_that_is_too_small_is_found_before_a_weight_is_fetched(
         serve: Server, tmp_path: Path) -> None:
+    """In a process of its own from the start, for sitecustomize.py."""
     path = repository(tmp_path / "repo")
     env, fetched = serve(path)
     (tmp_path / "sitecustomize.py").write_text(
         "import shutil\nshutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000)\n")
-    done = qmix({**env, "PYTHONPATH": str(tmp_path)}, "quantize", "org/name", "out", "-t", 1)
+    done = subprocess.run([sys.executable, "-m", "qmix", "quantize", "org/name", "out", "-t", "1"], text=True,
+                          env={**env, "PYTHONPATH": str(tmp_path)}, capture_output=True, check=False, cwd=tmp_path)
     assert done.returncode == 3 and "short of" in done.stderr and "HF_HOME" in done.stderr, done.stderr
     assert weights(fetched) == []
 
 
-def test_a_store_of_the_hub_and_a_checkpoint_that_is_none(serve: Server, tmp_path: Path) -> None:
+def test_a_store_of_the_hub_and_a_checkpoint_that_is_none(serve: Server, qmix: Command, tmp_path: Path) -> None:
     source = repository(tmp_path / "repo")
     env, fetched = serve(source)
     done = qmix(env, "show", "org/name")
@@ -185,13 +192,13 @@ def test_a_store_of_the_hub_and_a_checkpoint_that_is_none(serve: Server, tmp_pat
     assert weights(fetched) == ["dense.safetensors", *(f"experts-0{i}.safetensors" for i in range(3))]
 
 
-def test_planning_needs_the_config_alone(serve: Server, tmp_path: Path) -> None:
+def test_planning_needs_the_config_alone(serve: Server, qmix: Command, tmp_path: Path) -> None:
     env, fetched = serve(repository(tmp_path / "repo"))
     done = qmix(env, "plan", "org/name")
     assert done.returncode == 0 and fetched == ["config.json"], done.stderr
 
 
-def test_an_absent_repository_is_one_line(serve: Server, tmp_path: Path) -> None:
+def test_an_absent_repository_is_one_line(serve: Server, qmix: Command, tmp_path: Path) -> None:
     env, _ = serve(repository(tmp_path / "repo"))
     done = qmix(env, "quantize", "org/other", "out")
     assert done.returncode == 4 and "org/other: the hub did not deliver it" in done.stderr
