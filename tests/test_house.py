@@ -16,9 +16,10 @@ ROOT = Path(__file__).parents[1] / "qmix"
 LADDER = ("errors", "textfile", "modelfiles", "streams", "process", "config", "names", "tensorfile", "sizes",
           "settings", "hub", "paths", "notes", "render")
 FLOORS = (
-    {"formats"},
-    {"shards"},
+    {"formats", "spec"},
+    {"shards", "models"},
     {"checkpoint", "store", "kernels", "hardware", "device"},
+    {"forward"},
     {"quantize", "model", "offload", "tokenizer", "sampling", "speculation"},
     {"generate"},
     {"engine"},
