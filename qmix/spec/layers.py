@@ -16,10 +16,10 @@ class Attention:
     scale: of scores, None = head_dim^-0.5. window: positions that a token sees, itself included; None = all. rope None:
     no positions. q_norm, k_norm: a norm of each head ("head") or of the whole projection ("whole") before the rotation;
     v_norm likewise, without a rotation. bias: "none", "qkv" or "qkvo". clip_qkv: projections are clamped to
-    [-clip, clip]. sinks: a learnt logit a head that takes part in the softmax and gives nothing. output_gate: q is
-    twice as wide, and the sigmoid of its second half multiplies the result. softcap: scores become
-    cap * tanh(score / cap). v_from_k: values are made of the key projection. kv_source: the layer whose keys and values
-    this one reads instead of its own.
+    [-clip, clip], after their norms. sinks: a learnt logit a head that takes part in the softmax and gives nothing.
+    output_gate: the result is multiplied by the sigmoid of one more projection, as wide as q. softcap: scores become
+    cap * tanh(score / cap). v_from_k: values are made of the key projection, before its norm. kv_source: the layer
+    whose keys and values this one reads instead of its own.
     """
 
     heads: int
@@ -61,7 +61,8 @@ class Attention:
 @dataclass(frozen=True, slots=True)
 class DeltaNet:
     """Gated delta net (Yang et al. 2024, arXiv 2412.06464): a short causal convolution over q, k, v, then a recurrent
-    state a head that decays and is corrected by the delta rule; its output is normed and gated."""
+    state a head that decays and is corrected by the delta rule; its output is normed a head, and gated by silu(z).
+    conv: taps of the convolution. Each key head serves value_heads / key_heads neighbouring value heads."""
 
     key_heads: int
     value_heads: int
@@ -128,8 +129,8 @@ class Router:
     plus choice_bias, which does not enter its weight; with groups > 1 only experts of the top_groups best groups, by
     group_score: "max", or "top2", the sum of a group's two best. normalize: weights are divided by their sum plus eps.
     Then they are multiplied by `scale`, and by a learnt number an expert (expert_scale).
-    input: "mlp" reads what the experts read; "residual" reads the residual through a norm of its own (input_norm) and,
-    where input_scale, a learnt number a dimension.
+    input: "mlp" reads what the norm before the MLP gives; "residual" reads the residual through a norm of its own
+    (input_norm), times a learnt number a dimension where input_scale, times input_factor.
     """
 
     experts: int
@@ -148,6 +149,7 @@ class Router:
     input: str = "mlp"
     input_norm: Norm | None = None
     input_scale: bool = False
+    input_factor: float = 1.0
 
     def __post_init__(self) -> None:
         counts(self, "experts", most=4096)
@@ -160,14 +162,20 @@ class Router:
         one_of(self, "score", "softmax", "sigmoid")
         one_of(self, "over", "chosen", "all")
         one_of(self, "group_score", "max", "top2")
+        want(self.group_score != "top2" or self.experts >= 2 * self.groups, self, "group_score", self.group_score,
+             "groups of two experts or more")
         one_of(self, "input", "mlp", "residual")
-        numbers(self, "scale")
+        want(self.input == "residual" or (self.input_norm is None and not self.input_scale and self.input_factor == 1),
+             self, "input", self.input, "'residual' for a norm, a scale or a factor of its own")
+        numbers(self, "scale", "input_factor")
         numbers(self, "eps", positive=False)
+        want(self.eps >= 0, self, "eps", self.eps, "0 or more")
 
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """Norms around a part of a layer's second half: of what it reads, and of what it gives."""
+    """Norms around a part of a layer's second half: of the residual, which it reads instead of what `before_mlp` gives
+    where norm_in is set; and of what it gives."""
 
     norm_in: Norm | None = None
     norm_out: Norm | None = None
@@ -176,8 +184,9 @@ class Branch:
 @dataclass(frozen=True, slots=True)
 class Moe:
     """Routed experts, and what is added to their weighted sum. routed: norms of their own (Gemma 4). shared: an MLP
-    that every token meets, which reads what the experts read; shared_gate: its result is multiplied by the sigmoid of a
-    learnt projection of its input. beside: an MLP with a branch of its own."""
+    that every token meets, which reads what the experts read, and is added before routed.norm_out; shared_gate: its
+    result is multiplied by the sigmoid of a learnt projection of its input. beside: an MLP with a branch of its own,
+    added last."""
 
     router: Router
     expert: Expert
@@ -188,11 +197,14 @@ class Moe:
 
     def __post_init__(self) -> None:
         want(self.shared is not None or not self.shared_gate, self, "shared_gate", True, "a shared MLP to gate")
+        want(not self.shared_gate or self.routed.norm_in is None, self, "shared_gate", True,
+             "no norm of the routed branch: the gate reads what `before_mlp` gives")
 
 
 @dataclass(frozen=True, slots=True)
 class Norms:
-    """Of a layer; None where it has none."""
+    """Of a layer; None where it has none: then what they stand before reads the residual as it is, or in the second
+    half through the norms of its branches."""
 
     before_mixer: Norm | None
     before_mlp: Norm | None

@@ -41,8 +41,16 @@ class Model:
             numbers(self, "logit_softcap")
         want(0 < len(self.layers) <= LAYERS, self, "layers", len(self.layers), f"1 to {LAYERS}")
         for i, layer in enumerate(self.layers):
-            source = getattr(layer.mixer, "kv_source", None)
-            want(source is None or source < i, self, f"layers.{i}.kv_source", source, f"a layer before {i}")
+            if isinstance(layer.mixer, Attention) and layer.mixer.kv_source is not None:
+                self._check_source(i, layer.mixer, layer.mixer.kv_source)
+
+    def _check_source(self, i: int, mixer: Attention, source: int) -> None:
+        name = f"layers.{i}.kv_source"
+        want(source < i, self, name, source, f"a layer before {i}")
+        other = self.layers[source].mixer
+        want(isinstance(other, Attention) and other.kv_source is None
+             and (other.kv_heads, other.head_dim) == (mixer.kv_heads, mixer.head_dim), self, name, source,
+             "a layer with keys and values of its own, in the same heads")
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -104,7 +112,7 @@ def _norm(name: str, norm: Norm | None, size: int) -> Iterator[Tensor]:
 
 def _attention(hidden: int, a: Attention) -> Iterator[Tensor]:
     q, kv, own = a.heads * a.head_dim, a.kv_heads * a.head_dim, a.kv_source is None
-    rows = {"q": q * (1 + a.output_gate), "k": kv * own, "v": kv * (own and not a.v_from_k)}
+    rows = {"q": q, "gate": q * a.output_gate, "k": kv * own, "v": kv * (own and not a.v_from_k)}
     for name, count in rows.items():
         if count:
             yield Tensor(f"attention.{name}", (count, hidden), "linear")
@@ -124,9 +132,10 @@ def _attention(hidden: int, a: Attention) -> Iterator[Tensor]:
 
 def _delta(hidden: int, d: DeltaNet) -> Iterator[Tensor]:
     keys, values = d.key_heads * d.key_dim, d.value_heads * d.value_dim
-    for name, rows in (("q", keys), ("k", keys), ("v", values), ("z", values), ("b", d.value_heads),
-                       ("a", d.value_heads)):
+    for name, rows in (("q", keys), ("k", keys), ("v", values), ("z", values)):
         yield Tensor(f"delta.{name}", (rows, hidden), "linear")
+    for name in ("b", "a"):  # few rows that decide what the state forgets: never quantized, as a router
+        yield Tensor(f"delta.{name}", (d.value_heads, hidden), "router")
     yield Tensor("delta.conv", (2 * keys + values, d.conv), "other")
     yield Tensor("delta.a_log", (d.value_heads,), "other")
     yield Tensor("delta.dt_bias", (d.value_heads,), "bias")

@@ -60,18 +60,23 @@ class Llama3:
 
 @dataclass(frozen=True, slots=True)
 class LongRope:
-    """LongRoPE (Ding et al. 2024, arXiv 2402.13753): a factor for each frequency, by whether the context is longer than
-    `original`."""
+    """LongRoPE (Ding et al. 2024, arXiv 2402.13753): a factor for each frequency, by whether the context that a session
+    was made for is longer than `original`. attention_factor scales cos and sin; None: from `factor`, itself
+    max_positions / original where None."""
 
     original: int
     short_factor: tuple[float, ...]
     long_factor: tuple[float, ...]
     attention_factor: float | None = None
+    factor: float | None = None
 
     def __post_init__(self) -> None:
         counts(self, "original")
         want(len(self.short_factor) == len(self.long_factor) > 0, self, "long_factor", len(self.long_factor),
              f"as many as short_factor has: {len(self.short_factor)}")
+        for name in ("factor", "attention_factor"):
+            if getattr(self, name) is not None:
+                numbers(self, name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,3 +108,9 @@ class Rope:
         numbers(self, "theta")
         counts(self, "dim", least=2)
         want(self.dim % 2 == 0, self, "dim", self.dim, "an even number (rotary pairs)")
+        if isinstance(self.scaling, LongRope):
+            want(len(self.scaling.short_factor) == self.dim // 2, self, "scaling.short_factor",
+                 len(self.scaling.short_factor), f"dim / 2 = {self.dim // 2} numbers")
+        if isinstance(self.scaling, Proportional):
+            want(self.scaling.rotated % 2 == 0 and self.scaling.rotated <= self.dim, self, "scaling.rotated",
+                 self.scaling.rotated, f"an even number, at most dim = {self.dim}")
