@@ -167,6 +167,7 @@ class Router:
         one_of(self, "input", "mlp", "residual")
         want(self.input == "residual" or (self.input_norm is None and not self.input_scale and self.input_factor == 1),
              self, "input", self.input, "'residual' for a norm, a scale or a factor of its own")
+        want(self.input == "mlp" or self.input_norm is not None, self, "input_norm", None, "a norm of the residual")
         numbers(self, "scale", "input_factor")
         numbers(self, "eps", positive=False)
         want(self.eps >= 0, self, "eps", self.eps, "0 or more")

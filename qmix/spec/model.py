@@ -69,15 +69,19 @@ class Model:
     def tensors(self) -> tuple[Tensor, ...]:
         """Every dense tensor, in the order of use. Experts are not among them (`expert_tensors`); nor, in a model
         without experts, are the MLPs, which are records. Without tied embeddings the head comes last."""
-        dense = not self.moe_layers
         found = [Tensor("embedding", (self.vocab, self.hidden), "embedding")]
-        for i, layer in enumerate(self.layers):
-            found += (Tensor(f"layers.{i}.{t.name}", t.shape, t.role) for t in _layer(self.hidden, layer, dense))
+        for i in range(len(self.layers)):
+            found += self.layer_tensors(i)
         if self.final_norm.weight != "none":
             found.append(Tensor("final_norm", (self.hidden,), "norm"))
         if not self.tied:
             found.append(Tensor("head", (self.vocab, self.hidden), "head"))
         return tuple(found)
+
+    def layer_tensors(self, i: int) -> tuple[Tensor, ...]:
+        """Those of `tensors` that are layer i's."""
+        found = _layer(self.hidden, self.layers[i], not self.moe_layers)
+        return tuple(Tensor(f"layers.{i}.{t.name}", t.shape, t.role) for t in found)
 
     def expert_tensors(self, key: ExpertKey) -> tuple[Tensor, ...]:
         """Those of one record: gate and up [inner, hidden], down [hidden, inner], and their biases."""
