@@ -66,8 +66,8 @@ def reference(model_class: Any, config: Any, seed: int = 0) -> Any:
         elif tensor.dim() == 2:
             drawn *= (3.0 if "lm_head" in name else 2.0 if "gate.weight" in name or "router" in name else 1.0
                       ) * tensor.shape[-1] ** -0.5
-        else:  # norms and scales
-            drawn = 1 + 0.3 * drawn
+        else:  # norms and scales; Qwen3.5's norms are 1 + weight, but for one
+            drawn = 0.3 * drawn + (config.model_type != "qwen3_5_moe_text" or "linear_attn" in name)
         tensor.copy_(drawn)
     return model
 
@@ -93,11 +93,12 @@ def canonical(model: Any, spec: Model, names: dict[str, str] = NAMES) -> dict[st
 def _parts(name: str, tensor: Tensor, spec: Model, layer: int, names: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
     """What one tensor of a checkpoint becomes."""
     mixer: Any = spec.layers[layer].mixer
-    if "experts.gate_up_proj" in name or "experts.down_proj" in name:
+    if re.search(r"(^|\.)experts\.", name):
         yield from _experts(name, tensor, spec.architecture)
-    elif name == "self_attn.q_proj.weight" and mixer.output_gate:
-        q, gate = tensor.view(mixer.heads, 2, mixer.head_dim, -1).unbind(1)
-        yield from (("attention.q", q.flatten(0, 1)), ("attention.gate", gate.flatten(0, 1)))
+    elif name.startswith("self_attn.q_proj.") and mixer.output_gate:
+        q, gate = tensor.unflatten(0, (mixer.heads, 2, mixer.head_dim)).unbind(1)
+        bias = "_bias" if name.endswith("bias") else ""
+        yield from ((f"attention.q{bias}", q.flatten(0, 1)), (f"attention.gate{bias}", gate.flatten(0, 1)))
     elif name == "linear_attn.in_proj_qkv.weight":
         keys = mixer.key_heads * mixer.key_dim
         yield from zip(("delta.q", "delta.k", "delta.v"),
@@ -144,7 +145,7 @@ def run(model: Eager, ids: Tensor, prompt: int, cache: SessionCache | None = Non
 def assert_parity(model: Any, spec: Model, names: dict[str, str] = NAMES) -> None:
     """Teacher-forced logits within 1e-4, and the same best token wherever the reference's gap exceeds 2e-4."""
     with torch.inference_mode():
-        want = model(IDS[None], use_cache=False).logits[0]
+        want = model(IDS[None], use_cache=False, output_hidden_states=True).logits[0]
     got = run(eager(spec, canonical(model, spec, names)), IDS, PROMPT)
     assert want.std() > 1  # flat logits would agree by themselves
     error = (got - want).abs().max().item()

@@ -36,15 +36,14 @@ GEMMA4: dict[str, dict[str, Any]] = {
 }
 
 
-def gemma4_layer(c: Any, i: int) -> Layer:
+def gemma4_layer(c: Any, i: int, full_heads: int) -> Layer:
     norm, none, geglu = Norm(c.rms_norm_eps), Norm(c.rms_norm_eps, "none"), Activation("geglu")
     sliding = c.layer_types[i] == "sliding_attention"
     rope = Rope(10_000.0, 8) if sliding else Rope(1_000_000.0, 16, Proportional(4))
     shared = i >= 4 - c.num_kv_shared_layers
-    kv = 2 if sliding or not c.attention_k_eq_v or i == 1 and False else 1
-    mixer = Attention(4, kv if c.attention_k_eq_v and "num_global_key_value_heads" else 2, rope.dim, rope, 1.0,
-                      6 if sliding else None, norm, norm, none, bias="qkvo" if c.attention_bias else "none",
-                      v_from_k=c.attention_k_eq_v and not sliding, kv_source=i - 2 if shared else None)
+    mixer = Attention(4, 2 if sliding else full_heads, rope.dim, rope, 1.0, 6 if sliding else None, norm, norm, none,
+                      bias="qkvo" if c.attention_bias else "none", v_from_k=c.attention_k_eq_v and not sliding,
+                      kv_source=i - 2 if shared else None)
     dense = Mlp(40, geglu)
     if not c.enable_moe_block:
         return Layer(mixer, dense, Norms(norm, norm, norm, norm), True)
@@ -61,9 +60,9 @@ def test_gemma4(name: str) -> None:
         "enable_moe_block": True, "num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 16,
         "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 96, "sliding_window": 6,
         "layer_types": MIXED, "tie_word_embeddings": False, **GEMMA4[name]})
-    spec = Model("gemma4", 32, 96, 256, tuple(gemma4_layer(config, i) for i in range(4)), Norm(config.rms_norm_eps),
-                 "float32", config.tie_word_embeddings, embed_scale=32**0.5,
-                 logit_softcap=config.final_logit_softcapping)
+    layers = tuple(gemma4_layer(config, i, GEMMA4[name].get("num_global_key_value_heads", 2)) for i in range(4))
+    spec = Model("gemma4", 32, 96, 256, layers, Norm(config.rms_norm_eps), "float32", config.tie_word_embeddings,
+                 embed_scale=32**0.5, logit_softcap=config.final_logit_softcapping)
     names = {**NAMES, **GEMMA}
     if not config.enable_moe_block:
         names |= {r"mlp\.(gate|up|down)_proj\.weight": r"mlp.\1", r"pre_feedforward_layernorm\.weight": "before_mlp"}
