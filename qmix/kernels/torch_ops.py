@@ -141,7 +141,7 @@ def _attend_plain(q: Tensor, keys: Tensor, values: Tensor, window: int | None, s
 
 
 def gate(op: ops.Gate, w: Weights, buffer: Tensor, by: Tensor) -> Tensor:
-    switch = torch.sigmoid(by.float()) if op.kind == "sigmoid" else F.silu(by.float())
+    switch = _steady(torch.sigmoid if op.kind == "sigmoid" else F.silu, by)
     return (buffer.float() * switch).to(buffer.dtype)
 
 
@@ -153,7 +153,7 @@ def conv(op: ops.Conv, w: Weights, past: Tensor, *sources: Tensor) -> tuple[tupl
     total = x[:count] * taps[:, 0]
     for j in range(1, reach):
         total += x[j:j + count] * taps[:, j]
-    out = F.silu(total).split([source.shape[1] for source in sources], 1)
+    out = _steady(F.silu, total).split([source.shape[1] for source in sources], 1)
     return out, x[count:]
 
 
@@ -164,8 +164,8 @@ def delta(op: ops.Delta, w: Weights, state: Tensor, q: Tensor, k: Tensor, v: Ten
     q, k = (_unit(x.view(count, d.key_heads, d.key_dim)).repeat_interleave(d.value_heads // d.key_heads, 1)
             for x in (q, k))
     q, v = q * d.key_dim**-0.5, v.view(count, d.value_heads, d.value_dim)
-    decay = torch.exp(-w[op.a_log.name].float().exp() * F.softplus(a.float() + w[op.dt_bias.name].float()))
-    beta = torch.sigmoid(b.float())
+    rate = -_steady(torch.exp, w[op.a_log.name]) * _steady(F.softplus, a.float() + w[op.dt_bias.name].float())
+    decay, beta = _steady(torch.exp, rate), _steady(torch.sigmoid, b)
     out = torch.empty(count, d.value_heads, d.value_dim)
     for t in range(count):
         state = state * decay[t, :, None, None]
@@ -173,6 +173,12 @@ def delta(op: ops.Delta, w: Weights, state: Tensor, q: Tensor, k: Tensor, v: Ten
         state = state + k[t, :, :, None] * (beta[t, :, None] * wrong)[:, None]
         out[t] = (state * q[t, :, :, None]).sum(1)
     return out.view(count, -1), state
+
+
+def _steady(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x) in fp32, by way of fp64: torch computes what is left over from whole vectors by other code, so that
+    in fp32 the last bit of a row would depend on how many rows there are."""
+    return function(x.double()).float()
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -183,7 +189,7 @@ def route(op: ops.Route, w: Weights, source: Tensor) -> tuple[Tensor, Tensor]:
     router = op.router
     logits, bias = w.exact(source, op.weight.name), w.vector(op.logit_bias)
     logits = logits if bias is None else logits + bias
-    scores = torch.softmax(logits, -1) if router.score == "softmax" else torch.sigmoid(logits)
+    scores = torch.softmax(logits, -1) if router.score == "softmax" else _steady(torch.sigmoid, logits)
     bias = w.vector(op.choice_bias)
     # Scores rise with their logits, which do not saturate: equal scores of unequal logits would leave the choice open.
     ranked = logits if bias is None and router.groups == router.top_groups else _allowed(
