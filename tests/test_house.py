@@ -72,6 +72,7 @@ HEAVY = {"torch", "bitsandbytes", "transformers", "accelerate", "safetensors", "
 @pytest.mark.parametrize("code", [
     "import qmix",
     "from qmix.cli import main\ntry: main()\nexcept SystemExit: pass",
+    "import qmix.forward.program, qmix.kernels.ops, qmix.spec",
     "import qmix.sizes, qmix.config, qmix.tensorfile, qmix.settings, qmix.paths, qmix.notes, qmix.render",
 ])
 def test_help_and_floor_zero_import_nothing_heavy(code: str) -> None:
