@@ -20,6 +20,7 @@ from qmix.forward.kv_cache import SLACK, FullLayer, RecurrentLayer, SessionCache
 from qmix.forward.program import model_program, pass_tokens
 from qmix.kernels import ops, torch_ops
 from qmix.kernels.layer import TORCH
+from qmix.kernels.op import Op
 from qmix.kernels.table import select
 from qmix.kernels.torch_ops import Weights
 from qmix.model.mixtral import Mixtral
@@ -29,7 +30,7 @@ NORM = Norm(1e-5)
 ATTENTION = Attention(4, 2, 8, Rope(1000.0, 8))
 WINDOW = 6
 DELTA = DeltaNet(2, 4, 8, 8, 4, NORM)
-MOE = Moe(Router(5, 2, over="all"), Expert(16))
+MOE = Moe(Router(5, 2, over="all"), Expert(32))  # whole vectors at every instruction level
 KINDS = {"full": [ATTENTION] * 3, "window": [replace(ATTENTION, window=WINDOW), ATTENTION] * 2,
          "delta": [DELTA, ATTENTION, replace(ATTENTION, window=WINDOW)]}
 
@@ -163,7 +164,7 @@ def test_a_pass_that_fails_leaves_the_session_as_it_was(kind: str, count: int) -
     spec = spec_of(kind)
     broken: list[int] = []
 
-    def fail(op: ops.Op, inputs: tuple[Tensor, ...]) -> None:
+    def fail(op: Op, inputs: tuple[Tensor, ...]) -> None:
         if broken and isinstance(op, ops.Experts) and op.layer == len(spec.layers) - 1:
             raise MemoryError
 

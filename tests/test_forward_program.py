@@ -11,6 +11,7 @@ from transformers import Gemma4TextConfig
 from qmix.errors import ConfigError
 from qmix.forward.program import layer_program, live, model_program, pieces
 from qmix.kernels import ops
+from qmix.kernels.op import BytesOf
 from qmix.spec import (
     Attention,
     Branch,
@@ -47,7 +48,7 @@ MODELS = {
 }
 
 
-def size_of(bits: float = 16) -> ops.BytesOf:
+def size_of(bits: float = 16) -> BytesOf:
     return lambda tensor: int(prod(tensor.shape) * bits) // 8
 
 

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from qmix.kernels.op import WIDE, Op
 from qmix.kernels.ops import (
-    WIDE,
     Add,
     Attend,
     Combine,
@@ -33,7 +33,6 @@ from qmix.kernels.ops import (
     Linear,
     Mlp,
     Norm,
-    Op,
     Rope,
     Route,
     Scale,

@@ -24,7 +24,7 @@ from qmix.errors import Interrupted
 from qmix.forward.kv_cache import FullLayer, RecurrentLayer, SessionCache
 from qmix.forward.program import live, model_program, pass_tokens, pieces
 from qmix.kernels import ops, torch_ops
-from qmix.kernels.ops import Op
+from qmix.kernels.op import Op
 from qmix.kernels.rope import inv_freq
 from qmix.kernels.torch_ops import LinearBy, Weights
 from qmix.spec import LongRope, Model, Rope
