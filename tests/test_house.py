@@ -16,9 +16,10 @@ ROOT = Path(__file__).parents[1] / "qmix"
 LADDER = ("errors", "textfile", "modelfiles", "streams", "process", "config", "names", "tensorfile", "sizes",
           "settings", "hub", "paths", "notes", "render")
 FLOORS = (
-    {"formats"},
-    {"shards"},
+    {"formats", "spec"},
+    {"shards", "models"},
     {"checkpoint", "store", "kernels", "hardware", "device"},
+    {"forward"},
     {"quantize", "model", "offload", "tokenizer", "sampling", "speculation"},
     {"generate"},
     {"engine"},
@@ -71,6 +72,7 @@ HEAVY = {"torch", "bitsandbytes", "transformers", "accelerate", "safetensors", "
 @pytest.mark.parametrize("code", [
     "import qmix",
     "from qmix.cli import main\ntry: main()\nexcept SystemExit: pass",
+    "import qmix.forward.program, qmix.kernels.ops, qmix.spec",
     "import qmix.sizes, qmix.config, qmix.tensorfile, qmix.settings, qmix.paths, qmix.notes, qmix.render",
 ])
 def test_help_and_floor_zero_import_nothing_heavy(code: str) -> None:

@@ -1,0 +1,268 @@
+"""The reference of every Op (ops.py), in torch: one function each.
+
+A function takes its Op, `Weights`, and the buffers that the Op reads, in order; it returns the buffers that the Op
+writes, in order: one tensor, or a tuple of them. Sums are fp32, those of routers and other exact Linears fp64. Up to 8
+rows get the bits that each gets alone. Those with a state (Attend, Conv, Delta) get the tokens of one session and the
+state of its layer; Rope gets cos and sin. Experts and Take are the runner's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qmix.kernels import ops
+from qmix.kernels.attend import SCORES, attend
+from qmix.kernels.cpu import FEW, few_rows
+from qmix.kernels.layer import TORCH, rms_norm, rotate, router_logits
+from qmix.spec import Activation, Router
+from qmix.spec import Norm as NormSpec
+from qmix.spec import Tensor as Named
+
+LinearBy = Callable[[Tensor, str], Tensor]  # (x [T, M], canonical name of a weight [N, M]) -> [T, N] in compute dtype
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model's dense tensors by canonical name. dtype: what the model computes in. linear_by: multiplies by one of
+    them; None: they are plain tensors."""
+
+    tensors: Mapping[str, Tensor]
+    dtype: torch.dtype = torch.float32
+    linear_by: LinearBy | None = None
+    wide: dict[str, Tensor] = field(default_factory=dict)  # in fp64, of exact Linears
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        x = x.to(self.dtype)
+        return plain_linear(x, self.tensors[name]) if self.linear_by is None else self.linear_by(x, name)
+
+    def exact(self, x: Tensor, name: str) -> Tensor:
+        """fp32 [T, N], summed in fp64; x fp32."""
+        if name not in self.wide:
+            self.wide[name] = self.tensors[name].double()
+        return router_logits(x.float(), self.wide[name])
+
+    def vector(self, weight: Named | None) -> Tensor | None:
+        """Of a norm, a bias or the like, in fp32."""
+        return None if weight is None else self.tensors[weight.name].float()
+
+
+def plain_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, M] times the transpose of weight [N, M], in x's dtype; rows of up to FEW do not depend on each other."""
+    weight = weight.to(x.dtype)
+    return few_rows(x, weight) if 1 < len(x) <= FEW else F.linear(x, weight)
+
+
+def embed(op: ops.Embed, w: Weights, tokens: Tensor) -> Tensor:
+    rows = F.embedding(tokens, w[op.weight.name]).float()
+    return rows if op.scale == 1 else rows * op.scale
+
+
+def norm(op: ops.Norm, w: Weights, source: Tensor) -> Tensor | tuple[Tensor, ...]:
+    wide = _normed(source.float(), op.norm, w.vector(op.weight))
+    if op.out is None:
+        return wide
+    return wide.to(w.dtype) if op.wide is None else (wide.to(w.dtype), wide)
+
+
+def _normed(x: Tensor, spec: NormSpec, weight: Tensor | None) -> Tensor:
+    return rms_norm(x, 1 + weight if weight is not None and spec.weight == "one_plus" else weight, spec.eps)
+
+
+def linear(op: ops.Linear, w: Weights, source: Tensor) -> Tensor:
+    out = w.exact(source, op.weight.name) if op.exact else w.linear(source, op.weight.name)
+    bias = w.vector(op.bias)
+    return out if bias is None else (out.float() + bias).to(out.dtype)
+
+
+def head_norm(op: ops.HeadNorm, w: Weights, buffer: Tensor) -> Tensor:
+    x = buffer.float()
+    if op.norm is not None:
+        x = _normed(x.view(len(x), -1, op.size), op.norm, w.vector(op.weight)).view(x.shape)
+    return x if op.clip is None else x.clamp(-op.clip, op.clip)
+
+
+def cos_sin(positions: Tensor, inv_freq: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """What `rope` rotates by, fp32 [T, 1, D], of positions [T]."""
+    cos, sin = TORCH.angles(positions, inv_freq)
+    return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
+
+
+def rope(op: ops.Rope, cos: Tensor, sin: Tensor, *buffers: Tensor) -> tuple[Tensor, ...]:
+    size, dim = op.head_dim, op.rope.dim
+    found = []
+    for buffer in buffers:
+        heads = buffer.reshape(len(buffer), -1, size).float()
+        heads = heads.clone() if heads.data_ptr() == buffer.data_ptr() else heads
+        turned = rotate(heads[..., :dim], cos, sin)
+        found.append(turned if dim == size else torch.cat((turned, heads[..., dim:]), -1))
+    return tuple(found)
+
+
+def attend_to(op: ops.Attend, w: Weights, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """The formula of Attend. q [T, ...] of the last T of S positions; keys, values [KV, S, D], which may leave out
+    positions that no query sees."""
+    a, size = op.attention, op.attention.head_dim
+    q = q.reshape(len(q), -1, size).to(keys.dtype)
+    if op.sinks is None and a.softcap is None:
+        return attend(q, keys, values, a.window, a.scale)
+    return _attend_plain(q, keys, values, a.window, size**-0.5 if a.scale is None else a.scale, a.softcap,
+                         w.vector(op.sinks))
+
+
+def _attend_plain(q: Tensor, keys: Tensor, values: Tensor, window: int | None, scale: float, softcap: float | None,
+                  sinks: Tensor | None) -> Tensor:
+    """Attention written out, in fp32, with at most SCORES bytes of scores at once."""
+    count, heads, size = q.shape
+    kv, positions, _ = keys.shape
+    keys, values, grouped = keys.float(), values.float(), q.float().view(count, kv, -1, size)
+    out = torch.empty(count, heads * size)
+    tile = max(1, SCORES // (heads * positions * 3 * torch.float32.itemsize))
+    for begin in range(0, count, tile):
+        part = grouped[begin:begin + tile].permute(1, 2, 0, 3)  # [KV, G, T, D]
+        own = torch.arange(positions - count + begin, positions - count + begin + part.shape[2])[:, None]
+        column = torch.arange(positions)
+        hidden = (column > own) if window is None else (column > own) | (column <= own - window)
+        scores = part @ keys[:, None].transpose(-1, -2) * scale
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(hidden, -torch.inf)
+        if sinks is not None:
+            scores = torch.cat((scores, sinks.view(kv, -1, 1, 1).expand(*scores.shape[:-1], 1)), -1)
+        found = torch.softmax(scores, -1)[..., :positions] @ values[:, None]
+        out[begin:begin + tile] = found.permute(2, 0, 1, 3).reshape(-1, heads * size)
+    return out.to(q.dtype)
+
+
+def gate(op: ops.Gate, w: Weights, buffer: Tensor, by: Tensor) -> Tensor:
+    switch = _steady(torch.sigmoid if op.kind == "sigmoid" else F.silu, by)
+    return (buffer.float() * switch).to(buffer.dtype)
+
+
+def conv(op: ops.Conv, w: Weights, past: Tensor, *sources: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """(what Conv writes, the rows that stay); past [J - 1, C]: those that stayed before."""
+    taps = w[op.weight.name].float()
+    x = torch.cat((past, torch.cat([source.float() for source in sources], 1)))
+    count, reach = len(sources[0]), taps.shape[1]
+    total = x[:count] * taps[:, 0]
+    for j in range(1, reach):
+        total += x[j:j + count] * taps[:, j]
+    out = _steady(F.silu, total).split([source.shape[1] for source in sources], 1)
+    return out, x[count:]
+
+
+def delta(op: ops.Delta, w: Weights, state: Tensor, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor,
+          ) -> tuple[Tensor, Tensor]:
+    """(what Delta writes, the state after it); state [value_heads, key_dim, value_dim]. Token by token."""
+    d, count = op.delta, len(q)
+    q, k = (_unit(x.view(count, d.key_heads, d.key_dim)).repeat_interleave(d.value_heads // d.key_heads, 1)
+            for x in (q, k))
+    q, v = q * d.key_dim**-0.5, v.view(count, d.value_heads, d.value_dim)
+    rate = -_steady(torch.exp, w[op.a_log.name]) * _steady(F.softplus, a.float() + w[op.dt_bias.name].float())
+    decay, beta = _steady(torch.exp, rate), _steady(torch.sigmoid, b)
+    out = torch.empty(count, d.value_heads, d.value_dim)
+    for t in range(count):
+        state = state * decay[t, :, None, None]
+        wrong = v[t] - (state * k[t, :, :, None]).sum(1)
+        state = state + k[t, :, :, None] * (beta[t, :, None] * wrong)[:, None]
+        out[t] = (state * q[t, :, :, None]).sum(1)
+    return out.view(count, -1), state
+
+
+def _steady(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x) in fp32, by way of fp64: torch computes what is left over from whole vectors by other code, so that
+    in fp32 the last bit of a row would depend on how many rows there are."""
+    return function(x.double()).float()
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
+
+
+def route(op: ops.Route, w: Weights, source: Tensor) -> tuple[Tensor, Tensor]:
+    router = op.router
+    logits, bias = w.exact(source, op.weight.name), w.vector(op.logit_bias)
+    logits = logits if bias is None else logits + bias
+    scores = torch.softmax(logits, -1) if router.score == "softmax" else _steady(torch.sigmoid, logits)
+    bias = w.vector(op.choice_bias)
+    # Scores rise with their logits, which do not saturate: equal scores of unequal logits would leave the choice open.
+    ranked = logits if bias is None and router.groups == router.top_groups else _allowed(
+        router, scores if bias is None else scores + bias)
+    ids = ranked.topk(router.top_k).indices
+    over_chosen = router.over == "chosen" and router.score == "softmax"
+    weights = torch.softmax(logits.gather(1, ids), -1) if over_chosen else scores.gather(1, ids)
+    if router.normalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + router.eps)
+    weights = weights if router.scale == 1 else weights * router.scale
+    scale = w.vector(op.expert_scale)
+    return ids, weights if scale is None else weights * scale[ids]
+
+
+def _allowed(router: Router, scores: Tensor) -> Tensor:
+    """scores [T, E], -inf outside the best groups."""
+    if router.groups == router.top_groups:
+        return scores
+    grouped = scores.view(len(scores), router.groups, -1)
+    best = grouped.topk(2).values.sum(-1) if router.group_score == "top2" else grouped.amax(-1)
+    chosen = torch.zeros_like(best, dtype=torch.bool).scatter_(1, best.topk(router.top_groups).indices, True)
+    return grouped.masked_fill(~chosen[..., None], -torch.inf).view(scores.shape)
+
+
+def activate(activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
+    """What joins gate and up [T, F], by spec.Activation; fp32."""
+    gate, up = gate.float(), up.float()
+    if activation.kind == "swiglu":
+        return F.silu(gate) * up
+    if activation.kind == "geglu":
+        return F.gelu(gate, approximate="tanh") * up
+    assert activation.alpha is not None and activation.limit is not None
+    gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
+    return gate * torch.sigmoid(activation.alpha * gate) * (up + 1)
+
+
+def mlp(op: ops.Mlp, w: Weights, source: Tensor) -> Tensor:
+    joined = activate(op.activation, w.linear(source, op.gate.name), w.linear(source, op.up.name))
+    return w.linear(joined, op.down.name).float()
+
+
+def experts(op: ops.Experts, w: Weights, source: Tensor, ids: Tensor) -> Tensor:
+    """Of experts that lie in memory, each once for all its tokens."""
+    rows = torch.empty(len(source), op.top_k, op.hidden)
+    for expert in ids.unique().tolist():
+        token, rank = (ids == expert).nonzero(as_tuple=True)
+        name = f"layers.{op.layer}.experts.{expert}."
+
+        def multiply(x: Tensor, part: str, name: str = name) -> Tensor:
+            out = w.linear(x, name + part).float()
+            return out + w[f"{name}{part}_bias"].float() if op.bias else out
+
+        x = source[token]
+        rows[token, rank] = multiply(activate(op.activation, multiply(x, "gate"), multiply(x, "up")), "down")
+    return rows
+
+
+def combine(op: ops.Combine, w: Weights, rows: Tensor, *others: Tensor) -> Tensor:
+    weights = rows.new_ones(rows.shape[:2]) if op.topk_weights is None else others[0]
+    total = TORCH.combine(rows, weights)
+    return total if op.shared is None else total.add_(others[-1])
+
+
+def add(op: ops.Add, w: Weights, buffer: Tensor, source: Tensor) -> Tensor:
+    return buffer.add_(source)
+
+
+def scale(op: ops.Scale, w: Weights, buffer: Tensor) -> Tensor:
+    weight = w.vector(op.weight)
+    found = buffer if weight is None else buffer * weight
+    return found if op.factor == 1 else found * op.factor
+
+
+def head(op: ops.Head, w: Weights, source: Tensor) -> Tensor:
+    logits = w.linear(source, op.weight.name).float()
+    return logits if op.softcap is None else op.softcap * torch.tanh(logits / op.softcap)

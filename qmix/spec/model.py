@@ -1,0 +1,175 @@
+"""A whole model, and the list of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from qmix.config import DTYPES, ExpertKey
+from qmix.spec.checks import counts, numbers, one_of, want
+from qmix.spec.layers import Attention, DeltaNet, Layer, Moe
+from qmix.spec.tensors import Norm, Role, Tensor
+
+LAYERS = 4096  # more than any model has
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """architecture: the registry's name for what read it. dtype: of the checkpoint's weights. embed_scale: what
+    embeddings are multiplied by. mtp: layers of a multi-token-prediction head that the checkpoint has."""
+
+    architecture: str
+    hidden: int
+    vocab: int
+    max_positions: int
+    layers: tuple[Layer, ...]
+    final_norm: Norm
+    dtype: str = "bfloat16"
+    tied: bool = False
+    bos: int | None = None
+    eos: tuple[int, ...] = ()
+    embed_scale: float = 1.0
+    logit_softcap: float | None = None
+    mtp: int = 0
+
+    def __post_init__(self) -> None:
+        counts(self, "hidden", "vocab", "max_positions")
+        counts(self, "mtp", least=0, most=64)
+        one_of(self, "dtype", *DTYPES)
+        numbers(self, "embed_scale")
+        if self.logit_softcap is not None:
+            numbers(self, "logit_softcap")
+        want(0 < len(self.layers) <= LAYERS, self, "layers", len(self.layers), f"1 to {LAYERS}")
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer.mixer, Attention) and layer.mixer.kv_source is not None:
+                self._check_source(i, layer.mixer, layer.mixer.kv_source)
+
+    def _check_source(self, i: int, mixer: Attention, source: int) -> None:
+        name = f"layers.{i}.kv_source"
+        want(source < i, self, name, source, f"a layer before {i}")
+        other = self.layers[source].mixer
+        want(isinstance(other, Attention) and other.kv_source is None
+             and (other.kv_heads, other.head_dim) == (mixer.kv_heads, mixer.head_dim), self, name, source,
+             "a layer with keys and values of its own, in the same heads")
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """The layers that have experts."""
+        return tuple(i for i, layer in enumerate(self.layers) if isinstance(layer.mlp, Moe))
+
+    @property
+    def expert_keys(self) -> tuple[ExpertKey, ...]:
+        """Every record, in the order of the store: the experts; of a model without any the MLP of each layer, as
+        (layer, 0)."""
+        if not self.moe_layers:
+            return tuple(ExpertKey(layer, 0) for layer in range(len(self.layers)))
+        return tuple(ExpertKey(i, e) for i, layer in enumerate(self.layers) if isinstance(layer.mlp, Moe)
+                     for e in range(layer.mlp.router.experts))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every dense tensor, in the order of use. Experts are not among them (`expert_tensors`); nor, in a model
+        without experts, are the MLPs, which are records. Without tied embeddings the head comes last."""
+        found = [Tensor("embedding", (self.vocab, self.hidden), "embedding")]
+        for i in range(len(self.layers)):
+            found += self.layer_tensors(i)
+        if self.final_norm.weight != "none":
+            found.append(Tensor("final_norm", (self.hidden,), "norm"))
+        if not self.tied:
+            found.append(Tensor("head", (self.vocab, self.hidden), "head"))
+        return tuple(found)
+
+    def layer_tensors(self, i: int) -> tuple[Tensor, ...]:
+        """Those of `tensors` that are layer i's."""
+        found = _layer(self.hidden, self.layers[i], not self.moe_layers)
+        return tuple(Tensor(f"layers.{i}.{t.name}", t.shape, t.role) for t in found)
+
+    def expert_tensors(self, key: ExpertKey) -> tuple[Tensor, ...]:
+        """Those of one record: gate and up [inner, hidden], down [hidden, inner], and their biases."""
+        mlp, prefix = self.layers[key.layer].mlp, f"layers.{key.layer}.experts.{key.expert}."
+        expert = mlp.expert if isinstance(mlp, Moe) else mlp
+        found = [Tensor(prefix + t.name, t.shape, "mlp") for t in _mlp("", self.hidden, expert.inner)]
+        if isinstance(mlp, Moe) and mlp.expert.bias:
+            found += [Tensor(prefix + name, (rows,), "bias") for name, rows in (
+                ("gate_bias", expert.inner), ("up_bias", expert.inner), ("down_bias", self.hidden))]
+        return tuple(found)
+
+
+def _layer(hidden: int, layer: Layer, dense: bool) -> Iterator[Tensor]:
+    norms, mixer, mlp = layer.norms, layer.mixer, layer.mlp
+    yield from _norm("before_mixer", norms.before_mixer, hidden)
+    yield from _attention(hidden, mixer) if isinstance(mixer, Attention) else _delta(hidden, mixer)
+    yield from _norm("after_mixer", norms.after_mixer, hidden)
+    yield from _norm("before_mlp", norms.before_mlp, hidden)
+    if isinstance(mlp, Moe):
+        yield from _moe(hidden, mlp)
+    elif not dense:
+        yield from _mlp("mlp.", hidden, mlp.inner)
+    yield from _norm("after_mlp", norms.after_mlp, hidden)
+    if layer.output_scale:
+        yield Tensor("output_scale", (1,), "other")
+
+
+def _norm(name: str, norm: Norm | None, size: int) -> Iterator[Tensor]:
+    if norm is not None and norm.weight != "none":
+        yield Tensor(name, (size,), "norm")
+
+
+def _attention(hidden: int, a: Attention) -> Iterator[Tensor]:
+    q, kv, own = a.heads * a.head_dim, a.kv_heads * a.head_dim, a.kv_source is None
+    rows = {"q": q, "gate": q * a.output_gate, "k": kv * own, "v": kv * (own and not a.v_from_k)}
+    for name, count in rows.items():
+        if count:
+            yield Tensor(f"attention.{name}", (count, hidden), "linear")
+            if a.bias != "none":
+                yield Tensor(f"attention.{name}_bias", (count,), "bias")
+    whole = a.norm_over == "whole"
+    yield from _norm("attention.q_norm", a.q_norm, q if whole else a.head_dim)
+    if own:
+        yield from _norm("attention.k_norm", a.k_norm, kv if whole else a.head_dim)
+        yield from _norm("attention.v_norm", a.v_norm, kv if whole else a.head_dim)
+    if a.sinks:
+        yield Tensor("attention.sinks", (a.heads,), "other")
+    yield Tensor("attention.o", (hidden, q), "linear")
+    if a.bias == "qkvo":
+        yield Tensor("attention.o_bias", (hidden,), "bias")
+
+
+def _delta(hidden: int, d: DeltaNet) -> Iterator[Tensor]:
+    keys, values = d.key_heads * d.key_dim, d.value_heads * d.value_dim
+    for name, rows in (("q", keys), ("k", keys), ("v", values), ("z", values)):
+        yield Tensor(f"delta.{name}", (rows, hidden), "linear")
+    for name in ("b", "a"):  # few rows that decide what the state forgets: never quantized, as a router
+        yield Tensor(f"delta.{name}", (d.value_heads, hidden), "router")
+    yield Tensor("delta.conv", (2 * keys + values, d.conv), "other")
+    yield Tensor("delta.a_log", (d.value_heads,), "other")
+    yield Tensor("delta.dt_bias", (d.value_heads,), "bias")
+    yield from _norm("delta.norm", d.norm, d.value_dim)
+    yield Tensor("delta.o", (hidden, values), "linear")
+
+
+def _moe(hidden: int, moe: Moe) -> Iterator[Tensor]:
+    router = moe.router
+    yield from _norm("router.input_norm", router.input_norm, hidden)
+    if router.input_scale:
+        yield Tensor("router.input_scale", (hidden,), "other")
+    yield Tensor("router.weight", (router.experts, hidden), "router")
+    for name, there in (("logit_bias", router.logit_bias), ("choice_bias", router.choice_bias),
+                        ("expert_scale", router.expert_scale)):
+        if there:
+            yield Tensor(f"router.{name}", (router.experts,), "router")
+    for part, branch in (("routed", moe.routed), ("beside", moe.beside[1] if moe.beside else None)):
+        if branch is not None:
+            yield from _norm(f"{part}.norm_in", branch.norm_in, hidden)
+            yield from _norm(f"{part}.norm_out", branch.norm_out, hidden)
+    if moe.beside:
+        yield from _mlp("beside.", hidden, moe.beside[0].inner)
+    if moe.shared:
+        yield from _mlp("shared.", hidden, moe.shared.inner)
+        if moe.shared_gate:
+            yield Tensor("shared.switch", (1, hidden), "router")
+
+
+def _mlp(prefix: str, hidden: int, inner: int) -> tuple[Tensor, ...]:
+    role: Role = "mlp"
+    return (Tensor(prefix + "gate", (inner, hidden), role), Tensor(prefix + "up", (inner, hidden), role),
+            Tensor(prefix + "down", (hidden, inner), role))

@@ -1,0 +1,265 @@
+"""The eager runner beside today's Mixtral, bit for bit; several sessions, blocks and passes, drafts, errors, observers;
+and the cache of a session: windows, trimming, snapshots."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from forward_models import IDS, eager, run
+from helpers import keep_weights, write_tiny_checkpoint
+from torch import Tensor
+
+from qmix.checkpoint import Checkpoint
+from qmix.config import DTYPES, Cancel, ModelConfig, Step
+from qmix.errors import Interrupted, UsageError
+from qmix.forward import run_eager
+from qmix.forward.kv_cache import SLACK, FullLayer, RecurrentLayer, SessionCache, WindowLayer
+from qmix.forward.program import model_program, pass_tokens
+from qmix.kernels import ops, torch_ops
+from qmix.kernels.layer import TORCH
+from qmix.kernels.op import Op
+from qmix.kernels.table import select
+from qmix.kernels.torch_ops import Weights
+from qmix.model.mixtral import Mixtral
+from qmix.spec import Attention, DeltaNet, Expert, Layer, Mlp, Model, Moe, Norm, Norms, Rope, Router
+
+NORM = Norm(1e-5)
+ATTENTION = Attention(4, 2, 8, Rope(1000.0, 8))
+WINDOW = 6
+DELTA = DeltaNet(2, 4, 8, 8, 4, NORM)
+MOE = Moe(Router(5, 2, over="all"), Expert(32))  # whole vectors at every instruction level
+KINDS = {"full": [ATTENTION] * 3, "window": [replace(ATTENTION, window=WINDOW), ATTENTION] * 2,
+         "delta": [DELTA, ATTENTION, replace(ATTENTION, window=WINDOW)]}
+
+
+def spec_of(kind: str, moe: Moe | Mlp = MOE) -> Model:
+    layers = tuple(Layer(mixer, moe, Norms(NORM, NORM)) for mixer in KINDS[kind])
+    return Model("test", 32, 96, 512, layers, NORM, "float32")
+
+
+def random_weights(spec: Model, seed: int = 0) -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    tensors = [*spec.tensors(), *(t for key in spec.expert_keys for t in spec.expert_tensors(key))]
+    return {t.name: torch.randn(t.shape, generator=random) * (2 * t.shape[-1] ** -0.5 if len(t.shape) > 1 else 0.5)
+            + (t.role == "norm") for t in tensors}
+
+
+def mixtral_spec(c: ModelConfig) -> Model:
+    mixer = Attention(c.num_heads, c.num_kv_heads, c.head_dim, Rope(c.rope_theta, c.head_dim), window=c.sliding_window)
+    norm = Norm(c.rms_norm_eps)
+    moe = Moe(Router(c.num_experts, c.experts_per_token), Expert(c.intermediate_size))
+    return Model("mixtral", c.hidden_size, c.vocab_size, c.max_positions, (Layer(mixer, moe, Norms(norm, norm)),)
+                 * c.num_layers, norm, c.dtype, c.tie_embeddings)
+
+
+def mixtral_weights(source: Checkpoint) -> dict[str, Tensor]:
+    names = {"input_layernorm": "before_mixer", "post_attention_layernorm": "before_mlp",
+             "block_sparse_moe.gate": "router.weight", **{f"self_attn.{x}_proj": f"attention.{x}" for x in "qkvo"}}
+    found = {"embedding": source.dense("model.embed_tokens.weight"), "final_norm": source.dense("model.norm.weight"),
+             "head": source.dense("lm_head.weight")}
+    for i in range(source.config.num_layers):
+        found |= {f"layers.{i}.{new}": source.dense(f"model.layers.{i}.{old}.weight") for old, new in names.items()}
+    for key in source.config.expert_keys:
+        prefix = f"layers.{key.layer}.experts.{key.expert}."
+        found |= {prefix + name: w for name, w in zip(("gate", "down", "up"), source.expert(key), strict=True)}
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 9])
+def test_the_same_bits_as_mixtral_has_in_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype,
+                                               window: int | None) -> None:
+    """A prompt of more than a block, then token by token, then drafts."""
+    monkeypatch.setenv("QMIX_NATIVE", "off")
+    folder = write_tiny_checkpoint(tmp_path / "m", dtype=dtype, sliding_window=window, max_position_embeddings=1024)
+    ids = torch.randint(0, 128, (540,), generator=torch.Generator().manual_seed(3))
+    with Checkpoint.open(folder) as source:
+        spec, weights = mixtral_spec(source.config), mixtral_weights(source)
+        mine = eager(spec, weights, dtype)
+        w = Weights(weights, dtype)
+
+        def experts(layer: int, x: Tensor, ids: Tensor, gains: Tensor, step: Step, ahead: Tensor | None,
+                    wanted: Tensor | None) -> Tensor:
+            op = ops.Experts(layer, "x", "ids", "rows", spec.hidden, 96, 4, 2)
+            if wanted is not None:
+                x, ids, gains = x[wanted], ids[wanted], gains[wanted]
+            return TORCH.combine(torch_ops.experts(op, w, x, ids), gains)
+
+        kernels = select({DTYPES[source.config.dtype]}, say=lambda line: None)
+        today = Mixtral(source.config, keep_weights(source), kernels, experts, ahead=0)
+        caches = today.new_cache(600), mine.new_cache(600)
+        for part, phase in ((slice(0, 530), "prefill"), (slice(530, 531), "decode"), (slice(531, 532), "decode"),
+                            (slice(532, 537), "decode")):
+            step, count = Step(phase), len(ids[part])
+            positions = torch.arange(part.start, part.stop)
+            want = today.forward(ids[part], positions, [caches[0]], step, all_logits=phase == "decode")
+            got = mine.forward(ids[part], [caches[1]], step, all_logits=phase == "decode")
+            assert torch.equal(got, want), (phase, count)
+            assert len(got) == (count if phase == "decode" else 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sessions_that_decode_together_get_what_they_get_alone(kind: str) -> None:
+    model = eager(spec_of(kind), random_weights(spec_of(kind)))
+    alone, together = [], []
+    caches = [model.new_cache(64) for _ in range(4)]
+    for i, (length, token) in enumerate(((20, 5), (3, 6))):
+        model.forward(IDS[:length], [caches[2 * i]], Step("prefill"))
+        model.forward(IDS[:length], [caches[2 * i + 1]], Step("prefill"))
+        alone.append(model.forward(torch.tensor([token]), [caches[2 * i]], Step("decode")))
+    step = Step("decode", (7, 9))
+    together = model.forward(torch.tensor([5, 6]), [caches[1], caches[3]], step)
+    assert torch.equal(together, torch.cat(alone))
+    assert [cache.length for cache in caches] == [21, 21, 4, 4]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_and_passes_change_nothing_but_rounding(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = spec_of(kind)
+    weights = random_weights(spec)
+    want = run(eager(spec, weights), IDS, 40)
+    monkeypatch.setattr(run_eager, "BLOCK", 8)
+    monkeypatch.setattr(run_eager, "pass_tokens", lambda model: 16)
+    model = eager(spec, weights)
+    got = run(model, IDS, 40)
+    assert want.std() > 0.5
+    assert (got - want).norm() < 1e-4 * want.norm()  # a token too many or too few moves a logit by a tenth and more
+    last = model.forward(IDS[:40], [model.new_cache(40)], Step("prefill"))
+    assert (last[0] - want[39]).norm() < 1e-4 * want[39].norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_drafts_are_scored_as_alone_and_taken_back(kind: str) -> None:
+    """A token with drafts gets the bits that each gets alone; trimming, or where that cannot be a snapshot, takes the
+    drafts back without a trace."""
+    model = eager(spec_of(kind), random_weights(spec_of(kind)))
+    cache = model.new_cache(64)
+    model.forward(IDS[:30], [cache], Step("prefill"))
+    before = cache.snapshot()
+    one_by_one = torch.cat([model.forward(IDS[at:at + 1], [cache], Step("decode")) for at in range(30, 38)])
+    cache.restore(before)
+    drafts = model.forward(IDS[30:38], [cache], Step("decode"), all_logits=True)
+    assert torch.equal(drafts, one_by_one)
+    assert cache.can_trim(31) == (kind != "delta")
+    if cache.can_trim(31):
+        cache.trim(31)
+    else:
+        with pytest.raises(ValueError, match="restore a snapshot"):
+            cache.trim(31)
+        cache.restore(before)
+        model.forward(IDS[30:31], [cache], Step("decode"))
+    other = model.new_cache(64)
+    model.forward(IDS[:30], [other], Step("prefill"))
+    model.forward(IDS[30:31], [other], Step("decode"))
+    assert torch.equal(*(model.forward(IDS[:5], [c], Step("decode"), all_logits=True) for c in (cache, other)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", [3, 40])
+def test_a_pass_that_fails_leaves_the_session_as_it_was(kind: str, count: int) -> None:
+    """In the last layer, when all others have written; the session had tokens already, and had none."""
+    spec = spec_of(kind)
+    broken: list[int] = []
+
+    def fail(op: Op, inputs: tuple[Tensor, ...]) -> None:
+        if broken and isinstance(op, ops.Experts) and op.layer == len(spec.layers) - 1:
+            raise MemoryError
+
+    model = eager(spec, random_weights(spec), seen=fail)
+    for begin in (0, 25):
+        caches = model.new_cache(80), model.new_cache(80)
+        for cache in caches if begin else ():
+            model.forward(IDS[:begin], [cache], Step("prefill"))
+        broken.append(1)
+        with pytest.raises(MemoryError):
+            model.forward(IDS[:count], [caches[0]], Step("decode" if count < 8 else "prefill"))
+        broken.clear()
+        assert caches[0].length == begin
+        found = [model.forward(IDS[10:14], [cache], Step("decode"), all_logits=True) for cache in caches]
+        assert torch.equal(*found)
+
+
+def test_a_cancelled_pass_and_a_full_cache() -> None:
+    model = eager(spec_of("window"), random_weights(spec_of("window")))
+    cache, cancel = model.new_cache(20), Cancel()
+    cancel.set()
+    with pytest.raises(Interrupted):
+        model.forward(IDS[:9], [cache], Step("prefill", cancel=cancel))
+    with pytest.raises(UsageError, match="0 \\+ 30 tokens do not fit a context of 20"):
+        model.forward(IDS[:30], [cache], Step("prefill"))
+    assert cache.length == 0
+
+
+def test_an_observer_sees_every_op_and_what_it_reads() -> None:
+    spec, seen = spec_of("delta"), []
+    model = eager(spec, random_weights(spec),
+                  seen=lambda op, inputs: seen.append((op, [tuple(x.shape) for x in inputs])))
+    model.forward(IDS[:9], [model.new_cache(9)], Step("prefill"))
+    assert [op for op, _ in seen] == [op for op in model_program(spec) if not isinstance(op, ops.Take)]
+    shapes = {(type(op), op.weight.name): shape for op, shape in seen if isinstance(op, ops.Linear)}
+    assert shapes[ops.Linear, "layers.1.attention.o"] == [(9, 32)]
+    last = [shape for op, shape in seen if isinstance(op, ops.Experts)]
+    assert last == [[(9, 32), (9, 2)], [(9, 32), (9, 2)], [(1, 32), (1, 2)]]  # of the last layer one row is wanted
+
+
+def test_a_window_takes_no_more_memory_than_itself() -> None:
+    cache = SessionCache(spec_of("window"), 500)
+    assert [type(layer) for layer in cache.layers] == [WindowLayer, FullLayer] * 2
+    row = 2 * 2 * 8 * 4  # keys and values of two heads of 8, fp32
+    assert cache.nbytes == 2 * row * (WINDOW + SLACK) + 2 * row * 500
+    assert [type(layer) for layer in SessionCache(spec_of("window"), WINDOW + SLACK).layers] == [FullLayer] * 4
+    delta = SessionCache(spec_of("delta"), 500).layers[0]
+    assert isinstance(delta, RecurrentLayer)
+    assert delta.nbytes == 4 * (4 * 8 * 8 + 3 * 64)
+
+
+def test_a_layer_that_others_read_keeps_every_position() -> None:
+    window = replace(ATTENTION, window=WINDOW)
+    mixers = [window, window, replace(window, kv_source=0)]
+    spec = Model("test", 32, 96, 512, tuple(Layer(m, MOE, Norms(NORM, NORM)) for m in mixers), NORM, "float32")
+    assert [type(layer) for layer in SessionCache(spec, 500).layers] == [FullLayer, WindowLayer, type(None)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_session_starts_over(kind: str) -> None:
+    model = eager(spec_of(kind), random_weights(spec_of(kind)))
+    cache = model.new_cache(64)
+    first = run(model, IDS, 30, cache)
+    cache.trim(0)
+    assert torch.equal(run(model, IDS, 30, cache), first)
+
+
+def test_a_snapshot_of_tokens_that_are_gone_is_refused() -> None:
+    model = eager(spec_of("full"), random_weights(spec_of("full")))
+    cache = model.new_cache(64)
+    model.forward(IDS[:30], [cache], Step("prefill"))
+    snapshot = cache.snapshot()
+    model.forward(IDS[30:33], [cache], Step("decode"))
+    cache.trim(31)
+    cache.restore(snapshot)
+    assert cache.length == 30
+    cache.trim(12)
+    with pytest.raises(ValueError, match="cut back below 30"):
+        cache.restore(snapshot)
+    for length in (-1, 13):
+        with pytest.raises(ValueError, match="want 0 to 12"):
+            cache.trim(length)
+
+
+def test_a_window_that_is_gone_cannot_be_trimmed_to() -> None:
+    model = eager(spec_of("window"), random_weights(spec_of("window")))
+    cache = model.new_cache(64)
+    model.forward(IDS[:30], [cache], Step("prefill"))
+    assert [length for length in range(31) if cache.can_trim(length)] == [0, *range(30 - SLACK - 1, 31)]
+
+
+def test_tokens_of_a_pass_are_a_function_of_the_model() -> None:
+    def model(hidden: int, chosen: int) -> Model:
+        moe = Moe(Router(128, chosen, over="all"), Expert(64))
+        return Model("test", hidden, 96, 512, (Layer(ATTENTION, moe, Norms(NORM, NORM)),), NORM)
+
+    assert [pass_tokens(model(*sizes)) for sizes in ((4096, 2), (2048, 8), (4096, 8), (64, 1))] == [
+        8192, 4096, 2048, 8192]
