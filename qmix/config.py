@@ -11,11 +11,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from numbers import Integral, Real
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from qmix.errors import ConfigError
+from qmix.spec import DTYPES as DTYPES
+from qmix.spec import ExpertKey as ExpertKey
 
-DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 GROUPED_BITS = MappingProxyType({"int4": 4, "int3": 3, "int2": 2})  # formats with scale and zero per group of columns
 EXPERT_FORMATS = ("int8", "int4", "int3", "int2", "nf4", "fp4", "keep", "mixed")
 DENSE_FORMATS = ("int8", "int4", "bf16", "keep")
@@ -25,16 +26,6 @@ GROUP_SIZES = (32, 64, 128)
 BLOCKS = (64, 32)
 KIND_LETTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
 MOST = MappingProxyType({"num_hidden_layers": 4096, "num_local_experts": 4096})
-
-
-class ExpertKey(NamedTuple):
-    """One expert of one layer; sorts in the order of the store."""
-
-    layer: int
-    expert: int
-
-    def __str__(self) -> str:
-        return f"layer {self.layer} expert {self.expert}"
 
 
 def _want(condition: bool, name: str, got: object, want: str) -> None:

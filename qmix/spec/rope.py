@@ -61,12 +61,14 @@ class Llama3:
 @dataclass(frozen=True, slots=True)
 class LongRope:
     """LongRoPE (Ding et al. 2024, arXiv 2402.13753): a factor for each frequency, by whether the context is longer than
-    `original`."""
+    `original`. attention_factor scales cos and sin; None: sqrt(1 + log(factor) / log(original)), 1 for a factor of 1 or
+    less; factor None: max_positions / original."""
 
     original: int
     short_factor: tuple[float, ...]
     long_factor: tuple[float, ...]
     attention_factor: float | None = None
+    factor: float | None = None
 
     def __post_init__(self) -> None:
         counts(self, "original")

@@ -1,0 +1,53 @@
+"""The architectures that qmix reads, by the model_type of config.json."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Protocol
+
+from qmix.errors import ConfigError
+from qmix.models import mistral, mixtral, olmoe, qwen3_moe
+from qmix.models.keys import Keys
+from qmix.models.source import Layout
+from qmix.spec import Model
+
+
+class Architecture(Protocol):
+    """A file of this package. SKIPPED: names of tensors that a checkpoint may carry and the model does not need; TINY:
+    a config.json for tests."""
+
+    @property
+    def SKIPPED(self) -> re.Pattern[str]: ...
+
+    @property
+    def TINY(self) -> Mapping[str, Any]: ...
+
+    def read(self, keys: Keys) -> Model:
+        """The model that a config.json describes; ConfigError names the key at fault."""
+
+    def layouts(self, model: Model) -> tuple[Layout, ...]:
+        """The layouts in which checkpoints of the model occur, the published one first: each has a source for every
+        tensor of `model.tensors()` and of its experts."""
+
+
+ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({
+    "mistral": mistral, "mixtral": mixtral, "olmoe": olmoe, "qwen3_moe": qwen3_moe})
+
+
+def read_model(raw: Mapping[str, Any]) -> Model:
+    """The model that a config.json describes. ConfigError names the key at fault, also one that no reader knows."""
+    kind = raw.get("model_type")
+    architecture = ARCHITECTURES.get(kind) if isinstance(kind, str) else None
+    if architecture is None:
+        raise ConfigError(f"model_type: got {kind!r:.40}, want {' or '.join(map(repr, ARCHITECTURES))}",
+                          "qmix reads no other architectures yet")
+    keys = Keys(raw)
+    model = architecture.read(keys)
+    keys.finish()
+    return model
+
+
+def layouts(model: Model) -> tuple[Layout, ...]:
+    return ARCHITECTURES[model.architecture].layouts(model)
