@@ -26,7 +26,7 @@ from torch import Tensor
 from qmix import modelfiles, names, sources
 from qmix.config import ExpertKey, ModelConfig
 from qmix.errors import CheckpointError, ConfigError
-from qmix.models import Layout, Misfit, Source, layouts, read_model
+from qmix.models import Layout, Misfit, Source, choose_layout, layouts, read_model
 from qmix.shards import INDEX, REFETCH, SINGLE, Place, equal, locate, read_json
 from qmix.spec import Model
 
@@ -208,7 +208,7 @@ def _account(path: Path, model: Model, places: Mapping[str, Place]
     is missing, left over, misshapen or of another dtype."""
     _check_count(path, ModelConfig.of(model))
     known = layouts(model)
-    layout = max(known, key=lambda layout: len({s.name for s in layout.values()} & places.keys()))
+    layout = choose_layout(known, places)
     wanted = dict.fromkeys(source.name for source in layout.values())
     _check_no_low_bits(wanted, places)
     missing = [name for name in wanted if name not in places]

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from model_configs import TINY, with_keys
 
 from qmix.errors import ConfigError
-from qmix.models import ARCHITECTURES, read_model
+from qmix.models import read_model
 from qmix.models.keys import HARMLESS, Keys
 
 HOSTILE = [True, "64", 64.5, float("nan"), float("inf"), 10**400, -10**400, [64], {"x": 1}]
@@ -93,23 +94,26 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=2)
     | st.dictionaries(st.sampled_from(["rope_theta", "rope_type", "factor", "type", "x"]), inner, max_size=3),
     max_leaves=4)
-EXTRA = ("rope_scaling", "rope_parameters", "head_dim", "attention_bias", "clip_qkv", "mlp_only_layers", "dtype",
+EXTRA = ("layer_types", "per_layer_config", "full_attention_interval", "num_kv_shared_layers", "partial_rotary_factor",
+         "rope_scaling", "rope_parameters", "head_dim", "attention_bias", "clip_qkv", "mlp_only_layers", "dtype",
          "decoder_sparse_step", "norm_topk_prob", "tie_word_embeddings", "eos_token_id", "text_config", "foreign")
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", TINY)
 @given(data=st.data())
 def test_any_json_value_is_read_or_refused_by_a_key(kind: str, data: st.DataObject) -> None:
-    tiny = ARCHITECTURES[kind].TINY
-    key = data.draw(st.sampled_from(sorted({*tiny, *EXTRA} - {"model_type"})))
+    tiny = TINY[kind]
+    inner = tiny.get("text_config", tiny)
+    key = data.draw(st.sampled_from(sorted({*tiny, *inner, *EXTRA} - {"model_type"})))
+    value = data.draw(json_values)
     try:
-        hash(read_model({**tiny, key: data.draw(json_values)}))
+        hash(read_model(with_keys(tiny, {key: value}) if data.draw(st.booleans()) else {**tiny, key: value}))
     except ConfigError as e:
         assert re.match(r"[a-z_.0-9]+: ", e.message) and "\n" not in e.message
 
 
 def test_rope_scaling_is_read_in_both_spellings() -> None:
-    tiny = dict(ARCHITECTURES["qwen3_moe"].TINY)
+    tiny = dict(TINY["qwen3_moe"])
     yarn = {"factor": 4.0, "original_max_position_embeddings": 128}
     old = read_model({**tiny, "rope_theta": 5e4, "rope_scaling": {"type": "yarn", **yarn}})
     new = read_model({**tiny, "rope_parameters": {"rope_type": "yarn", "rope_theta": 5e4, **yarn}})
@@ -131,7 +135,6 @@ def test_rope_scaling_is_read_in_both_spellings() -> None:
 
 
 def test_harmless_keys_are_harmless_everywhere() -> None:
-    for kind, architecture in ARCHITECTURES.items():
-        plain = read_model(architecture.TINY)
+    for kind, tiny in TINY.items():
         odd = {key: [{"x": "y"}] for key in HARMLESS - {"model_type"}}
-        assert read_model({**architecture.TINY, **odd}) == plain, kind
+        assert read_model(with_keys({**tiny, **odd}, odd)) == read_model(tiny), kind

@@ -11,19 +11,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from model_configs import CASES, ids
-from transformers import AutoConfig, AutoModelForCausalLM
+from model_configs import ALONE, CASES, TINY, ids
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from qmix.models import ARCHITECTURES, Misfit, Source, layouts, read_model
+from qmix.models import ARCHITECTURES, Layout, Misfit, Source, choose_layout, layouts, read_model
 from qmix.models.source import Index, PerHead, Rows, Squeeze, Strided, Transpose
 from qmix.spec import Model
 
 
-def transformers_shapes(raw: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def transformers_shapes(raw: Mapping[str, Any], kind: Any = AutoModelForCausalLM) -> dict[str, tuple[int, ...]]:
     """{name: shape} of what transformers has in memory for that config.json; nothing is allocated."""
     config = AutoConfig.for_model(**raw)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = kind.from_config(config)
     return {name: tuple(t.shape) for name, t in model.state_dict().items()}
 
 
@@ -34,14 +34,12 @@ def wanted_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     return wanted
 
 
-@pytest.mark.parametrize("raw", CASES, ids=ids)
-def test_the_layout_in_memory_is_that_of_transformers(raw: Mapping[str, Any]) -> None:
-    """Every tensor has a source, no tensor of transformers is left, all shapes are as the steps say, and every number
-    of each tensor is used once."""
-    model, there = read_model(raw), transformers_shapes(raw)
+def check(model: Model, there: dict[str, tuple[int, ...]]) -> Layout:
+    """Every tensor has a source, no tensor that is there is left, all shapes are as the steps say, and every number of
+    each tensor is used once. Returns the layout."""
     if model.tied:
-        del there["lm_head.weight"]
-    layout, wanted = layouts(model)[-1], wanted_shapes(model)
+        there.pop("lm_head.weight", None)
+    layout, wanted = choose_layout(layouts(model), there), wanted_shapes(model)
     assert layout.keys() == wanted.keys()
     assert {source.name for source in layout.values()} == there.keys()
     used: dict[str, int] = defaultdict(int)
@@ -49,6 +47,15 @@ def test_the_layout_in_memory_is_that_of_transformers(raw: Mapping[str, Any]) ->
         assert source.shape_out(there[source.name]) == wanted[name], name
         used[source.name] += prod(wanted[name])
     assert used == {name: prod(shape) for name, shape in there.items()}
+    return layout
+
+
+@pytest.mark.parametrize("raw", CASES, ids=ids)
+def test_the_layout_in_memory_is_that_of_transformers(raw: Mapping[str, Any]) -> None:
+    model = read_model(raw)
+    layout = check(model, transformers_shapes(raw))
+    if model.moe_layers:
+        assert any(isinstance(step, Index) for source in layout.values() for step in source.steps), "experts are fused"
 
 
 @pytest.mark.parametrize("raw", CASES, ids=ids)
@@ -60,15 +67,29 @@ def test_the_published_layout_is_what_transformers_writes(raw: Mapping[str, Any]
     AutoModelForCausalLM.from_config(AutoConfig.for_model(**raw)).save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a dict
-    layout, wanted = layouts(model)[0], wanted_shapes(model)
-    assert layout.keys() == wanted.keys()
-    assert {source.name for source in layout.values()} == there.keys()
-    assert {name: source.shape_out(there[source.name]) for name, source in layout.items()} == wanted
+    layout = check(model, there)
+    if model.architecture in ("mixtral", "mistral", "qwen3_moe", "olmoe"):
+        assert layout == layouts(model)[0]
+
+
+VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "num_hidden_layers": 1,
+          "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "out_hidden_size": 64}
+
+
+@pytest.mark.parametrize("kind", ["gemma4", "qwen3_5_moe"])
+def test_the_towers_of_a_model_that_also_sees_are_skipped_by_name(kind: str) -> None:
+    raw = {**TINY[kind], "vision_config": {"model_type": "qwen3_5_moe_vision" if "qwen" in kind else "gemma4_vision",
+                                           **VISION}}
+    there = transformers_shapes(raw, AutoModelForImageTextToText)
+    skipped = [name for name in there if ARCHITECTURES[kind].SKIPPED.fullmatch(name)]
+    assert skipped and "model.language_model.embed_tokens.weight" in there
+    check(read_model(raw), {name: shape for name, shape in there.items() if name not in skipped})
 
 
 def test_every_architecture_has_at_least_four_configurations() -> None:
     kinds = [raw["model_type"] for raw in CASES]
-    assert all(kinds.count(kind) >= 4 for kind in ARCHITECTURES)
+    assert all(kinds.count(kind) >= 4 for kind in TINY)
+    assert {*TINY, *(raw["model_type"] for raw in ALONE)} == ARCHITECTURES.keys()
 
 
 # --- steps ---

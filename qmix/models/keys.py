@@ -59,6 +59,10 @@ class Keys:
         """Whether the key is there and not null."""
         return self._raw.get(key) is not None
 
+    def names(self) -> tuple[str, ...]:
+        """All keys, in the order of the file."""
+        return tuple(self._raw)
+
     def get(self, key: str, default: Any = REQUIRED) -> Any:
         """The value as it stands."""
         self._read.add(key)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from qmix.models.keys import MOST_EXPERTS, MOST_LAYERS, Keys
+from qmix.models.keys import MOST_EXPERTS, MOST_LAYERS, REQUIRED, Keys
 from qmix.models.source import Index, Layout, Source, halves
 from qmix.spec import Model
 
@@ -52,6 +52,24 @@ def read_sizes(keys: Keys, kv_heads: int | None, max_positions: int, eps: float)
                  keys.number("rms_norm_eps", eps, above=0))
 
 
+def read_text(keys: Keys, *harmless: str) -> Keys:
+    """The keys of the language model: those of `text_config`, or all of them in the config of a model that is nothing
+    else. harmless: further keys beside text_config; those of the towers for pictures and sound are."""
+    if "text_config" not in keys:
+        return keys
+    keys.harmless("vision_config", "audio_config", "image_token_id", "video_token_id", "audio_token_id", *harmless)
+    return keys.object("text_config")
+
+
+def read_tied(keys: Keys, text: Keys, default: bool) -> bool:
+    """tie_word_embeddings, which stands beside text_config; where it stands inside too, both must say the same."""
+    tied = keys.boolean("tie_word_embeddings", default)
+    if "tie_word_embeddings" in text:
+        text.want(text.boolean("tie_word_embeddings") == tied, "tie_word_embeddings", not tied,
+                  "the same as beside text_config")
+    return tied
+
+
 def read_head_dim(keys: Keys, hidden: int, heads: int) -> int:
     head_dim = keys.integer("head_dim", None) or None  # 0, as null, is hidden_size / heads (transformers)
     if head_dim is None:
@@ -62,10 +80,11 @@ def read_head_dim(keys: Keys, hidden: int, heads: int) -> int:
     return head_dim
 
 
-def read_experts(keys: Keys, name: str) -> tuple[int, int]:
+def read_experts(keys: Keys, name: str, experts: int = REQUIRED, top_k: int = REQUIRED) -> tuple[int, int]:
     """(experts, chosen per token). name: of the count in published files; transformers knows it by both names."""
     name = keys.one_name(name, *{"num_local_experts", "num_experts"} - {name})
-    experts, top_k = keys.count(name, most=MOST_EXPERTS), keys.count("num_experts_per_tok")
+    experts = keys.count(name, experts, most=MOST_EXPERTS)
+    top_k = keys.count("num_experts_per_tok", top_k)
     keys.want(top_k <= experts, "num_experts_per_tok", top_k, f"<= {name} = {experts}")
     return experts, top_k
 
@@ -81,20 +100,26 @@ def read_window(keys: Keys, default: int | None) -> int | None:
     return keys.in_range("sliding_window", window)
 
 
-def read_dtype(keys: Keys) -> str:
-    """Of the weights; bfloat16 where config.json says nothing. The dtype of the files decides where there are any."""
-    name = "dtype" if "dtype" in keys else "torch_dtype"
-    keys.harmless("dtype", "torch_dtype")
-    return keys.text(name, "bfloat16", "float16", "float32", default="bfloat16") if name in keys else "bfloat16"
+def read_dtype(*places: Keys) -> str:
+    """Of the weights, as the first of `places` has it that says something; bfloat16 where none does. The dtype of the
+    files decides where there are any."""
+    found = [(keys, name) for keys in places for name in ("dtype", "torch_dtype") if name in keys]
+    for keys in places:
+        keys.harmless("dtype", "torch_dtype")
+    return found[0][0].text(found[0][1], "bfloat16", "float16", "float32") if found else "bfloat16"
 
 
 def dense_layout(model: Model, names: Mapping[str, str], top: Mapping[str, str] = TOP,
                  layers: str = "model.layers.") -> dict[str, Source]:
-    """Sources of `model.tensors()`. names: by canonical name, behind "layers.N." on both sides."""
+    """Sources of `model.tensors()`. names: by canonical name, behind "layers.N." on both sides; tensors that are not
+    there are left out, for those that are made in steps."""
     found = {}
     for tensor in model.tensors():
         within = re.fullmatch(r"layers\.(\d+)\.(.+)", tensor.name)
-        found[tensor.name] = Source(f"{layers}{within[1]}.{names[within[2]]}" if within else top[tensor.name])
+        if not within:
+            found[tensor.name] = Source(top[tensor.name])
+        elif within[2] in names:
+            found[tensor.name] = Source(f"{layers}{within[1]}.{names[within[2]]}")
     return found
 
 

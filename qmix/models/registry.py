@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
 
 from qmix.errors import ConfigError
-from qmix.models import mistral, mixtral, olmoe, qwen3_moe
+from qmix.models import gemma4, mistral, mixtral, olmoe, qwen3_5_moe, qwen3_moe
 from qmix.models.keys import Keys
 from qmix.models.source import Layout
 from qmix.spec import Model
@@ -33,7 +33,8 @@ class Architecture(Protocol):
 
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({
-    "mistral": mistral, "mixtral": mixtral, "olmoe": olmoe, "qwen3_moe": qwen3_moe})
+    "gemma4": gemma4, "gemma4_text": gemma4, "mistral": mistral, "mixtral": mixtral, "olmoe": olmoe,
+    "qwen3_5_moe": qwen3_5_moe, "qwen3_5_moe_text": qwen3_5_moe, "qwen3_moe": qwen3_moe})
 
 
 def read_model(raw: Mapping[str, Any]) -> Model:
@@ -50,4 +51,11 @@ def read_model(raw: Mapping[str, Any]) -> Model:
 
 
 def layouts(model: Model) -> tuple[Layout, ...]:
+    """Those of the model's architecture, the published one first."""
     return ARCHITECTURES[model.architecture].layouts(model)
+
+
+def choose_layout(known: tuple[Layout, ...], there: Collection[str]) -> Layout:
+    """The one of which most tensors are among the names `there`; the published one in doubt."""
+    names = set(there)
+    return max(known, key=lambda layout: len({source.name for source in layout.values()} & names))

@@ -129,7 +129,7 @@ class Router:
     group_score: "max", or "top2", the sum of a group's two best. normalize: weights are divided by their sum plus eps.
     Then they are multiplied by `scale`, and by a learnt number an expert (expert_scale).
     input: "mlp" reads what the experts read; "residual" reads the residual through a norm of its own (input_norm) and,
-    where input_scale, a learnt number a dimension.
+    where input_scale, a learnt number a dimension, and times input_factor.
     """
 
     experts: int
@@ -148,6 +148,7 @@ class Router:
     input: str = "mlp"
     input_norm: Norm | None = None
     input_scale: bool = False
+    input_factor: float = 1.0
 
     def __post_init__(self) -> None:
         counts(self, "experts", most=4096)
@@ -161,7 +162,7 @@ class Router:
         one_of(self, "over", "chosen", "all")
         one_of(self, "group_score", "max", "top2")
         one_of(self, "input", "mlp", "residual")
-        numbers(self, "scale")
+        numbers(self, "scale", "input_factor")
         numbers(self, "eps", positive=False)
 
 
