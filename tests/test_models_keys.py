@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_configs import TINY, with_keys
 
@@ -100,6 +100,7 @@ EXTRA = ("layer_types", "per_layer_config", "full_attention_interval", "num_kv_s
 
 
 @pytest.mark.parametrize("kind", TINY)
+@settings(deadline=None)
 @given(data=st.data())
 def test_any_json_value_is_read_or_refused_by_a_key(kind: str, data: st.DataObject) -> None:
     tiny = TINY[kind]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_configs import ALONE, CASES, TINY, ids
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -110,6 +110,7 @@ def test_a_shape_that_a_step_is_not_made_for(step: Any, shape: tuple[int, ...]) 
         Source("x", (step,)).shape_out(shape)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=3), st.integers(1, 4))
 def test_halves_and_heads_keep_the_count(sizes: list[int], heads: int) -> None:
     shape = (heads * sum(sizes), 3)
