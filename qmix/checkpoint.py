@@ -15,6 +15,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
@@ -22,11 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmix import modelfiles, names
+from qmix import modelfiles, names, sources
 from qmix.config import ExpertKey, ModelConfig
 from qmix.errors import CheckpointError, ConfigError
-from qmix.formats import TORCH_DTYPES
+from qmix.models import Layout, Misfit, Source, choose_layout, layouts, read_model
 from qmix.shards import INDEX, REFETCH, SINGLE, Place, equal, locate, read_json
+from qmix.spec import Model
 
 STORE_MANIFEST = "qmix.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -42,21 +44,24 @@ WRONG_CONFIG = "config.json and the weights do not belong together: fetch both a
 class Checkpoint:
     """An open checkpoint. Use as a context manager, or close it.
 
-    path: the folder. config: its shape, `dtype` as the files have it whatever config.json says.
+    Tensors are asked for by the names of the published layout (qmix/names.py), whichever layout the files have.
+    path: the folder. model, config: its shape, `dtype` as the files have it whatever config.json says.
     raw_config: config.json as it stands. nbytes: bytes of all used weights.
     skipped: names of tensors and weight files that the model does not need. notes: lines on what the folder says
     and qmix does not follow.
     """
 
-    def __init__(self, path: Path, raw_config: Mapping[str, Any], config: ModelConfig, places: Mapping[str, Place],
-                 skipped: tuple[str, ...], notes: tuple[str, ...], opened: ExitStack):
+    def __init__(self, path: Path, raw_config: Mapping[str, Any], model: Model, places: Mapping[str, Place],
+                 table: Mapping[str, Source], skipped: tuple[str, ...], notes: tuple[str, ...], opened: ExitStack):
         self.path = path
         self.raw_config = raw_config
-        self.config = config
+        self.model = model
+        self.config = ModelConfig.of(model)
         self.skipped = skipped
         self.notes = notes
         self.nbytes = sum(place.entry.nbytes for place in places.values())
         self._places = places
+        self._table = table
         self._opened = opened
 
     @classmethod
@@ -71,10 +76,10 @@ class Checkpoint:
                 places, unused, notes = locate(path, opened)
             except OSError as e:
                 raise CheckpointError(f"{path}: {e.strerror}", "check the path and its permissions") from None
-            config = _read_config(path / "config.json", raw, places)
-            used, skipped = _account(path, config, places)
+            model = _read_config(path / "config.json", raw, places)
+            used, table, skipped = _account(path, model, places)
             notes += ignored_keys(path / "config.json", raw)
-            return cls(path, raw, config, used, (*skipped, *unused), tuple(notes), opened.pop_all())
+            return cls(path, raw, model, used, table, (*skipped, *unused), tuple(notes), opened.pop_all())
 
     def dense(self, name: str) -> Tensor:
         """A tensor of names.dense_tensors, in the file's dtype and fresh memory."""
@@ -97,13 +102,13 @@ class Checkpoint:
 
     def read_into(self, name: str, out: Tensor) -> None:
         """Any tensor of the model, into contiguous memory of its dtype and shape."""
-        assert out.is_contiguous() and tuple(out.shape) == self._places[name].entry.shape
-        self._tensor(name, out.view(-1).view(torch.uint8))
+        assert out.is_contiguous()
+        found = self._tensor(name, out.view(-1).view(torch.uint8))
+        assert found.shape == out.shape
 
     def _tensor(self, name: str, out: Tensor | None = None) -> Tensor:
-        place = self._places[name]
-        data = place.shard.read(place.entry, out=out)
-        return data.view(TORCH_DTYPES[place.entry.dtype]).view(place.entry.shape)
+        source = self._table[name]
+        return sources.read(self._places[source.name], source, out)
 
     @property
     def extra_files(self) -> list[str]:
@@ -184,26 +189,27 @@ def ignored_keys(path: Path, raw: Mapping[str, Any]) -> list[str]:
     return [f"{path}: {line}" for line in found]
 
 
-def _read_config(path: Path, raw: Mapping[str, Any], places: Mapping[str, Place]) -> ModelConfig:
-    """config.json as a ModelConfig, with the dtype that most tensors have."""
+def _read_config(path: Path, raw: Mapping[str, Any], places: Mapping[str, Place]) -> Model:
+    """The model of config.json, with the dtype that most tensors have; refused where the engine cannot run it."""
     found = Counter(p.entry.dtype for name, p in places.items() if not names.SKIPPED.fullmatch(name))
     dtype = found.most_common(1)[0][0] if found else "BF16"
     try:
-        return ModelConfig.from_hf({**raw, "dtype": DTYPE_NAMES.get(dtype, "bfloat16")})
+        model = read_model({**raw, "dtype": DTYPE_NAMES.get(dtype, "bfloat16")})
+        ModelConfig.of(model)
     except ConfigError as e:
-        raise CheckpointError(f"{path}: {e.message}", "if this is a Mixtral model, correct its config.json") from None
+        cure = e.cure or "if this is a Mixtral model, correct its config.json"
+        raise CheckpointError(f"{path}: {e.message}", cure) from None
+    return model
 
 
-def _account(path: Path, config: ModelConfig,
-             places: Mapping[str, Place]) -> tuple[dict[str, Place], list[str]]:
-    """({name: place} of all that the model uses, names skipped); CheckpointError for whatever is missing,
-    left over, misshapen or of another dtype."""
-    count = config.num_layers * (7 + 3 * config.num_experts)
-    if count > MAX_TENSORS:
-        raise CheckpointError(
-            f"{path / 'config.json'}: num_hidden_layers {config.num_layers}, num_local_experts "
-            f"{config.num_experts}: {count} tensors, want at most {MAX_TENSORS}", WRONG_CONFIG)
-    wanted = _wanted_shapes(config)
+def _account(path: Path, model: Model, places: Mapping[str, Place]
+             ) -> tuple[dict[str, Place], dict[str, Source], list[str]]:
+    """({name: place} of all that the model uses, {published name: Source}, names skipped); CheckpointError for whatever
+    is missing, left over, misshapen or of another dtype."""
+    _check_count(path, ModelConfig.of(model))
+    known = layouts(model)
+    layout = choose_layout(known, places)
+    wanted = dict.fromkeys(source.name for source in layout.values())
     _check_no_low_bits(wanted, places)
     missing = [name for name in wanted if name not in places]
     if missing:
@@ -212,37 +218,51 @@ def _account(path: Path, config: ModelConfig,
         raise CheckpointError(f"{path}: {missing[0]}: missing ({len(missing)} of {len(wanted)} tensors are)",
                               tied if missing == [names.HEAD] else
                               both if (path / SINGLE).is_file() and (path / INDEX).exists() else WRONG_CONFIG)
-    for name, shape in wanted.items():
-        _check_tensor(places[name], shape, config.dtype)
+    _check_tensors(model, layout, places)
     skipped = [name for name in places if names.SKIPPED.fullmatch(name)]
-    if config.tie_embeddings and names.HEAD in places:
+    if model.tied and names.HEAD in places:
         _check_tied(places[names.EMBEDDING], places[names.HEAD])
         skipped.append(names.HEAD)
     left = [name for name in places if name not in wanted and name not in skipped]
     if left:
         raise CheckpointError(f"{places[left[0]].shard.file.path}: {left[0]}: not a tensor of this model "
                               f"({len(left)} such tensors)", WRONG_CONFIG)
-    return {name: places[name] for name in wanted}, skipped
+    table = {known[0][name].name: source for name, source in layout.items()}
+    return {name: places[name] for name in wanted}, table, skipped
 
 
-def _wanted_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of every tensor of the model."""
-    wanted: dict[str, tuple[int, ...]] = {t.name: t.shape for t in names.dense_tensors(config)}
-    for key in config.expert_keys:
-        wanted.update(names.expert_tensors(config, key).values())
-    return wanted
+def _check_count(path: Path, config: ModelConfig) -> None:
+    count = config.num_layers * (7 + 3 * config.num_experts)
+    if count > MAX_TENSORS:
+        raise CheckpointError(
+            f"{path / 'config.json'}: num_hidden_layers {config.num_layers}, num_local_experts "
+            f"{config.num_experts}: {count} tensors, want at most {MAX_TENSORS}", WRONG_CONFIG)
 
 
-def _check_tensor(place: Place, shape: tuple[int, ...], dtype: str) -> None:
-    entry, where = place.entry, f"{place.shard.file.path}: {place.entry.name}"
-    if entry.shape != shape:
-        raise CheckpointError(f"{where}: got shape {list(entry.shape)}, want {list(shape)} by config.json",
-                              WRONG_CONFIG)
-    if entry.dtype not in DTYPE_NAMES:
-        raise CheckpointError(f"{where}: got dtype {entry.dtype}, want BF16, F16 or F32",
+def _check_tensors(model: Model, layout: Layout, places: Mapping[str, Place]) -> None:
+    """Shape and dtype of every tensor, in the order of the model."""
+    of_experts = (t for key in model.expert_keys for t in model.expert_tensors(key))
+    for tensor in chain(model.tensors(), of_experts):
+        source = layout[tensor.name]
+        place = places[source.name]
+        where = f"{place.shard.file.path}: {source.name}"
+        try:
+            got = source.shape_out(place.entry.shape)
+        except Misfit as misfit:
+            raise CheckpointError(f"{where}: {misfit} by config.json", WRONG_CONFIG) from None
+        if got != tensor.shape:
+            part = " for a part of it" if source.steps else ""
+            raise CheckpointError(f"{where}: got shape {list(got)}{part}, want {list(tensor.shape)} by config.json",
+                                  WRONG_CONFIG)
+        _check_dtype(place, where, model.dtype)
+
+
+def _check_dtype(place: Place, where: str, dtype: str) -> None:
+    if place.entry.dtype not in DTYPE_NAMES:
+        raise CheckpointError(f"{where}: got dtype {place.entry.dtype}, want BF16, F16 or F32",
                               "give the original, unquantized checkpoint")
-    if DTYPE_NAMES[entry.dtype] != dtype:
-        raise CheckpointError(f"{where}: got {DTYPE_NAMES[entry.dtype]}, want {dtype} like the other tensors",
+    if DTYPE_NAMES[place.entry.dtype] != dtype:
+        raise CheckpointError(f"{where}: got {DTYPE_NAMES[place.entry.dtype]}, want {dtype} like the other tensors",
                               "save the checkpoint again with one dtype")
 
 

@@ -11,11 +11,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from numbers import Integral, Real
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from qmix.errors import ConfigError
+from qmix.models import read_model
+from qmix.models.keys import MOST_EXPERTS, MOST_LAYERS
+from qmix.spec import DTYPES as DTYPES
+from qmix.spec import Attention, Model, Moe
+from qmix.spec import ExpertKey as ExpertKey
 
-DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 GROUPED_BITS = MappingProxyType({"int4": 4, "int3": 3, "int2": 2})  # formats with scale and zero per group of columns
 EXPERT_FORMATS = ("int8", "int4", "int3", "int2", "nf4", "fp4", "keep", "mixed")
 DENSE_FORMATS = ("int8", "int4", "bf16", "keep")
@@ -24,36 +28,12 @@ CALIBRATED = ("gptq",)  # those that want a text
 GROUP_SIZES = (32, 64, 128)
 BLOCKS = (64, 32)
 KIND_LETTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
-MOST = MappingProxyType({"num_hidden_layers": 4096, "num_local_experts": 4096})
-
-
-class ExpertKey(NamedTuple):
-    """One expert of one layer; sorts in the order of the store."""
-
-    layer: int
-    expert: int
-
-    def __str__(self) -> str:
-        return f"layer {self.layer} expert {self.expert}"
+MOST = MappingProxyType({"num_hidden_layers": MOST_LAYERS, "num_local_experts": MOST_EXPERTS})
 
 
 def _want(condition: bool, name: str, got: object, want: str) -> None:
     if not condition:
         raise ConfigError(f"{name}: got {got!r:.200}, want {want}")
-
-
-def _number(raw: Mapping[str, Any], key: str, kind: type, default: Any = ...) -> Any:
-    """raw[key] as `kind` (int or float), refusing bools, strings, NaN and infinity instead of converting."""
-    value = raw.get(key, default)
-    if value is ...:
-        raise ConfigError(f"{key}: missing")
-    accepted = (int, float) if kind is float else (int,)
-    if value is default and default is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, accepted) or not -1e300 < value < 1e300:
-        want = "a finite number" if kind is float else "an integer"
-        raise ConfigError(f"{key}: got {value!r:.40}, want {want}")
-    return kind(value)
 
 
 def strings(name: str, value: Iterable[str]) -> tuple[str, ...]:
@@ -116,59 +96,44 @@ class ModelConfig:
               self.sliding_window, "null or >= 1")
 
     @classmethod
-    def from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:
-        """Read a Hugging Face `config.json`; errors name the key as it stands in the file."""
-        kind = raw.get("model_type")
-        _want(kind == "mixtral", "model_type", kind, "'mixtral' (the only architecture so far)")
-        act = raw.get("hidden_act", "silu")
-        _want(act in ("silu", "swish"), "hidden_act", act, "'silu' or 'swish', which are the same")
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        _want(isinstance(rope, Mapping), "rope_parameters", rope, "an object")
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        _want(rope_type == "default", "rope_parameters.rope_type", rope_type, "'default'")
-        theta_from = rope if "rope_theta" in rope else raw
-        hidden = _number(raw, "hidden_size", int)
-        heads = _number(raw, "num_attention_heads", int)
-        _want(heads >= 1, "num_attention_heads", heads, ">= 1")
-        head_dim = _number(raw, "head_dim", int, None) or None  # 0, as null, is hidden_size / heads (transformers)
-        if head_dim is None:
-            _want(hidden % heads == 0, "num_attention_heads", heads, f"a divisor of hidden_size = {hidden}")
-            head_dim = hidden // heads
-        kv_heads = _number(raw, "num_key_value_heads", int, None)
-        window = _number(raw, "sliding_window", int, None)  # exporters write 0 or -1 for none
-        tie = raw.get("tie_word_embeddings", False)
-        _want(isinstance(tie, bool), "tie_word_embeddings", tie, "true or false")
+    def from_hf(cls, raw: Mapping[str, Any], strict: bool = True) -> ModelConfig:
+        """Read a Hugging Face `config.json`; errors name the key as it stands in the file. strict: as of read_model."""
+        return cls.of(read_model(raw, strict))
+
+    @classmethod
+    def of(cls, model: Model) -> ModelConfig:
+        """The same as ModelConfig; ConfigError for a model that qmix reads, but does not run yet."""
+        layer = model.layers[0]
+        if model.architecture != "mixtral":
+            raise ConfigError(f"model_type: {model.architecture!r} is read, but not run yet: qmix runs 'mixtral' so "
+                              "far", "give a Mixtral checkpoint")
+        assert isinstance(layer.mixer, Attention) and isinstance(layer.mlp, Moe) and layer.mixer.rope is not None
+        rope = layer.mixer.rope
+        _want(rope.scaling is None, "rope_parameters.rope_type", type(rope.scaling).__name__.lower(),
+              "'default': others are read, but not run yet")
         return cls(
-            vocab_size=_number(raw, "vocab_size", int),
-            hidden_size=hidden,
-            intermediate_size=_number(raw, "intermediate_size", int),
-            num_layers=_number(raw, "num_hidden_layers", int),
-            num_heads=heads,
-            num_kv_heads=heads if kv_heads is None else kv_heads,
-            head_dim=head_dim,
-            num_experts=_number(raw, "num_local_experts", int),
-            experts_per_token=_number(raw, "num_experts_per_tok", int),
-            rope_theta=_number(theta_from, "rope_theta", float, 1e6),
-            rms_norm_eps=_number(raw, "rms_norm_eps", float, 1e-5),
-            max_positions=_number(raw, "max_position_embeddings", int, 32768),
-            dtype=raw.get("dtype") or raw.get("torch_dtype") or "bfloat16",
-            sliding_window=None if window is None or window <= 0 else window,
-            tie_embeddings=tie,
-            bos_id=_number(raw, "bos_token_id", int, None),
-            eos_ids=_ids(raw.get("eos_token_id")),
-        )
+            vocab_size=model.vocab, hidden_size=model.hidden, intermediate_size=layer.mlp.expert.inner,
+            num_layers=len(model.layers), num_heads=layer.mixer.heads, num_kv_heads=layer.mixer.kv_heads,
+            head_dim=layer.mixer.head_dim, num_experts=layer.mlp.router.experts,
+            experts_per_token=layer.mlp.router.top_k, rope_theta=rope.theta, rms_norm_eps=model.final_norm.eps,
+            max_positions=model.max_positions, dtype=model.dtype, sliding_window=layer.mixer.window,
+            tie_embeddings=model.tied, bos_id=model.bos, eos_ids=model.eos)
+
+    def to_hf(self) -> dict[str, Any]:
+        """As a config.json of which `from_hf` makes this record again."""
+        return {"model_type": "mixtral", "vocab_size": self.vocab_size, "hidden_size": self.hidden_size,
+                "intermediate_size": self.intermediate_size, "num_hidden_layers": self.num_layers,
+                "num_attention_heads": self.num_heads, "num_key_value_heads": self.num_kv_heads,
+                "head_dim": self.head_dim, "num_local_experts": self.num_experts,
+                "num_experts_per_tok": self.experts_per_token, "rope_theta": self.rope_theta,
+                "rms_norm_eps": self.rms_norm_eps, "max_position_embeddings": self.max_positions, "dtype": self.dtype,
+                "sliding_window": self.sliding_window, "tie_word_embeddings": self.tie_embeddings,
+                "bos_token_id": self.bos_id, "eos_token_id": list(self.eos_ids)}
 
     @property
     def expert_keys(self) -> list[ExpertKey]:
         """Every expert of the model, in the order of the store."""
         return [ExpertKey(layer, e) for layer in range(self.num_layers) for e in range(self.num_experts)]
-
-
-def _ids(value: Any) -> tuple[int, ...]:
-    """`eos_token_id` is an id, a list of ids, or absent; -1, as exporters write for none, never comes up."""
-    ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
-    _want(all(isinstance(i, int) and not isinstance(i, bool) for i in ids), "eos_token_id", value, "token ids")
-    return tuple(i for i in ids if i >= 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,6 +66,12 @@ def test_mixtral_8x7b() -> None:
     ({"eos_token_id": -1}, "eos_ids", ()),
     ({"eos_token_id": [2, -1]}, "eos_ids", (2,)),
     ({"bos_token_id": None}, "bos_id", None),
+    # absent is not null: transformers has defaults
+    ({"num_key_value_heads": ..., "num_attention_heads": 8}, "num_kv_heads", 8),
+    ({"num_key_value_heads": ..., "num_attention_heads": 16}, "num_kv_heads", 8),
+    ({"max_position_embeddings": ...}, "max_positions", 131072),
+    ({"eos_token_id": ...}, "eos_ids", (2,)),
+    ({"bos_token_id": ...}, "bos_id", 1),
 ])
 def test_variants(overrides: dict[str, Any], field: str, want: Any) -> None:
     assert getattr(read(**overrides), field) == want
@@ -82,6 +88,7 @@ def test_variants(overrides: dict[str, Any], field: str, want: Any) -> None:
     ("dtype", ["bfloat16"]), ("eos_token_id", "2"), ("eos_token_id", [2.0]), ("bos_token_id", [1]),
     ("rope_parameters", "default"), ("rope_parameters", {"rope_type": "yarn"}),
     ("rope_scaling", {"type": "linear", "factor": 2}), ("max_position_embeddings", 0),
+    ("routed_scaling_factor", 2.0), ("attention_bias", True),  # not of this model: would be ignored
 ])
 def test_bad_values_are_refused_by_their_key(key: str, value: Any) -> None:
     # An odd hidden_size shows in the division by the heads, a bad scaling in what replaced it.
@@ -107,6 +114,7 @@ def test_any_json_value_is_read_or_refused(key: str, value: Any) -> None:
     else:
         assert config.num_heads * config.head_dim > 0
         hash(config)
+        assert ModelConfig.from_hf(config.to_hf()) == config
 
 
 def test_config_survives_json() -> None:

@@ -13,11 +13,12 @@ from qmix.demo import CHECKPOINT
 
 ROOT = Path(__file__).parents[1] / "qmix"
 # Floor 0 is a ladder: each of its modules may import those before it.
-LADDER = ("errors", "textfile", "modelfiles", "streams", "process", "config", "names", "tensorfile", "sizes",
-          "settings", "hub", "paths", "notes", "render")
+LADDER = ("errors", "textfile", "modelfiles", "streams", "process", "spec", "models", "config", "names", "tensorfile",
+          "sizes", "settings", "hub", "paths", "notes", "render")
 FLOORS = (
-    {"formats", "spec"},
-    {"shards", "models"},
+    {"formats"},
+    {"shards"},
+    {"sources"},
     {"checkpoint", "store", "kernels", "hardware", "device"},
     {"forward"},
     {"quantize", "model", "offload", "tokenizer", "sampling", "speculation"},

@@ -16,7 +16,8 @@ from qmix.spec.layers import (
 )
 from qmix.spec.model import Model
 from qmix.spec.rope import Linear, Llama3, LongRope, Proportional, Rope, Yarn
-from qmix.spec.tensors import Norm, Role, Tensor
+from qmix.spec.tensors import DTYPES, ExpertKey, Norm, Role, Tensor
 
-__all__ = ["Activation", "Attention", "Branch", "DeltaNet", "Expert", "Layer", "Linear", "Llama3", "LongRope", "Mixer",
-           "Mlp", "Model", "Moe", "Norm", "Norms", "Proportional", "Role", "Rope", "Router", "Tensor", "Yarn"]
+__all__ = ["DTYPES", "Activation", "Attention", "Branch", "DeltaNet", "Expert", "ExpertKey", "Layer", "Linear",
+           "Llama3", "LongRope", "Mixer", "Mlp", "Model", "Moe", "Norm", "Norms", "Proportional", "Role", "Rope",
+           "Router", "Tensor", "Yarn"]

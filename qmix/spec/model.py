@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qmix.config import DTYPES, ExpertKey
 from qmix.spec.checks import counts, numbers, one_of, want
 from qmix.spec.layers import Attention, DeltaNet, Layer, Moe
-from qmix.spec.tensors import Norm, Role, Tensor
+from qmix.spec.tensors import DTYPES, ExpertKey, Norm, Role, Tensor
 
 LAYERS = 4096  # more than any model has
 

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from qmix.spec.checks import numbers, one_of
 
 # What a dense tensor is, and so what may be done to it: "linear" and "head" may be quantized, all others never are.
 # "mlp" is a linear of a dense or shared MLP.
 Role = Literal["embedding", "linear", "mlp", "head", "router", "norm", "bias", "other"]
+
+DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}  # of weights, and their short names
+
+
+class ExpertKey(NamedTuple):
+    """One expert of one layer; sorts in the order of the store."""
+
+    layer: int
+    expert: int
+
+    def __str__(self) -> str:
+        return f"layer {self.layer} expert {self.expert}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -211,7 +211,7 @@ def _read_config(path: Path, manifest: Manifest) -> ModelConfig:
     data = _check_copied(path, manifest, CONFIG)
     try:
         value = json.loads(data)
-        config = ModelConfig.from_hf({**value, "dtype": manifest.dtype})
+        config = ModelConfig.from_hf({**value, "dtype": manifest.dtype}, strict=False)
     except (ValueError, TypeError, RecursionError):
         raise StoreError(f"{path / CONFIG}: not a JSON object", DAMAGED) from None
     except ConfigError as e:

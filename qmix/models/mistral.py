@@ -1,0 +1,46 @@
+"""Mistral 7B (Jiang et al. 2023, arXiv 2310.06825): dense. The MLP of each layer is a record, paged like an expert."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import Any
+
+from qmix.models.keys import Keys
+from qmix.models.parts import (
+    LLAMA,
+    MLP,
+    ROTARY_BUFFERS,
+    dense_layout,
+    expert_layout,
+    read_dtype,
+    read_silu,
+    read_sizes,
+    read_window,
+)
+from qmix.models.rope import read_rope
+from qmix.models.source import Layout
+from qmix.spec import Attention, Layer, Mlp, Model, Norm, Norms
+
+SKIPPED = ROTARY_BUFFERS
+
+
+def read(keys: Keys) -> Model:
+    read_silu(keys)
+    s = read_sizes(keys, kv_heads=8, max_positions=131072, eps=1e-6)
+    norm = Norm(s.eps)
+    attention = Attention(s.heads, s.kv_heads, s.head_dim, read_rope(keys, s.head_dim, s.max_positions, theta=1e4),
+                          window=read_window(keys, 4096))
+    layer = Layer(attention, Mlp(keys.count("intermediate_size")), Norms(norm, norm))
+    return Model("mistral", s.hidden, s.vocab, s.max_positions, (layer,) * s.layers, norm, read_dtype(keys),
+                 keys.boolean("tie_word_embeddings", False), keys.integer("bos_token_id", 1, null=True),
+                 keys.token_ids("eos_token_id", (2,)))
+
+
+def layouts(model: Model) -> tuple[Layout, ...]:
+    return ({**dense_layout(model, LLAMA), **expert_layout(model, MLP)},)
+
+
+TINY = MappingProxyType[str, Any]({
+    "model_type": "mistral", "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "sliding_window": 8,
+})

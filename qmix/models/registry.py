@@ -1,0 +1,63 @@
+"""The architectures that qmix reads, by the model_type of config.json."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
+from typing import Any, Protocol
+
+from qmix.errors import ConfigError
+from qmix.models import gemma4, mistral, mixtral, olmoe, qwen3_5_moe, qwen3_moe
+from qmix.models.keys import Keys
+from qmix.models.source import Layout
+from qmix.spec import Model
+
+
+class Architecture(Protocol):
+    """A file of this package. SKIPPED: names of tensors that a checkpoint may carry and the model does not need; TINY:
+    a config.json for tests."""
+
+    @property
+    def SKIPPED(self) -> re.Pattern[str]: ...
+
+    @property
+    def TINY(self) -> Mapping[str, Any]: ...
+
+    def read(self, keys: Keys) -> Model:
+        """The model that a config.json describes; ConfigError names the key at fault."""
+
+    def layouts(self, model: Model) -> tuple[Layout, ...]:
+        """The layouts in which checkpoints of the model occur, the published one first: each has a source for every
+        tensor of `model.tensors()` and of its experts."""
+
+
+ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({
+    "gemma4": gemma4, "gemma4_text": gemma4, "mistral": mistral, "mixtral": mixtral, "olmoe": olmoe,
+    "qwen3_5_moe": qwen3_5_moe, "qwen3_5_moe_text": qwen3_5_moe, "qwen3_moe": qwen3_moe})
+
+
+def read_model(raw: Mapping[str, Any], strict: bool = True) -> Model:
+    """The model that a config.json describes. ConfigError names the key at fault; where strict, also one that no reader
+    knows. A store is read without: its weights were taken in when it was written."""
+    kind = raw.get("model_type")
+    architecture = ARCHITECTURES.get(kind) if isinstance(kind, str) else None
+    if architecture is None:
+        raise ConfigError(f"model_type: got {kind!r:.40}, want {' or '.join(map(repr, ARCHITECTURES))}",
+                          "qmix reads no other architectures yet")
+    keys = Keys(raw)
+    model = architecture.read(keys)
+    if strict:
+        keys.finish()
+    return model
+
+
+def layouts(model: Model) -> tuple[Layout, ...]:
+    """Those of the model's architecture, the published one first."""
+    return ARCHITECTURES[model.architecture].layouts(model)
+
+
+def choose_layout(known: tuple[Layout, ...], there: Collection[str]) -> Layout:
+    """The one of which most tensors are among the names `there`; the published one in doubt."""
+    names = set(there)
+    return max(known, key=lambda layout: len({source.name for source in layout.values()} & names))

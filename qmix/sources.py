@@ -1,0 +1,70 @@
+"""Reads a tensor of the model from the files of a checkpoint, as its Source says: the steps of qmix/models/source.py,
+done to values.
+
+Steps that select what lies in one piece (an expert of a tensor that holds all, its gate, its up) move no data: only
+those bytes are read. So an expert of a fused tensor of 100 GB costs the memory of one expert.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from qmix.formats import TORCH_DTYPES
+from qmix.models import Source, Step
+from qmix.models.source import Index, PerHead, Rows, Squeeze, Strided, Transpose
+from qmix.shards import Place
+
+
+def read(place: Place, source: Source, out: Tensor | None = None) -> Tensor:
+    """The model's tensor in the file's dtype: in `out`, uint8 of its bytes, by default in fresh memory. place: of the
+    tensor `source.name`, whose shape `source` was checked for."""
+    entry, dtype = place.entry, TORCH_DTYPES[place.entry.dtype]
+    first, shape, rest = narrow(entry.shape, source.steps)
+    item, count = dtype.itemsize, prod(shape)
+    data = place.shard.read(entry, first * item, count * item, None if rest else out)
+    found = data.view(dtype).view(shape)
+    if not rest:
+        return found
+    found = apply(found, rest)
+    if out is None:
+        return found.contiguous()
+    target = out.view(dtype).view(found.shape)
+    return target.copy_(found)
+
+
+def narrow(shape: tuple[int, ...], steps: tuple[Step, ...]) -> tuple[int, tuple[int, ...], tuple[Step, ...]]:
+    """(first element, shape) of the piece that the leading steps select, and the steps that are left.
+
+    narrow((8, 4, 5), (Index(2, 8), Rows(2, 4, 4), Transpose())) -> (2 * 20 + 2 * 5, (2, 5), (Transpose(),))
+    """
+    first = 0
+    for done, step in enumerate(steps):
+        if isinstance(step, Index):
+            first, shape = first + step.at * prod(shape[1:]), shape[1:]
+        elif isinstance(step, Rows):
+            first, shape = first + step.begin * prod(shape[1:]), (step.end - step.begin, *shape[1:])
+        else:
+            return first, shape, steps[done:]
+    return first, shape, ()
+
+
+def apply(tensor: Tensor, steps: tuple[Step, ...]) -> Tensor:
+    """What the steps make of a tensor; a view where that can be."""
+    for step in steps:
+        if isinstance(step, Index):
+            tensor = tensor[step.at]
+        elif isinstance(step, Rows):
+            tensor = tensor[step.begin:step.end]
+        elif isinstance(step, Strided):
+            tensor = tensor[step.start::step.step]
+        elif isinstance(step, Transpose):
+            tensor = tensor.T
+        elif isinstance(step, Squeeze):
+            tensor = tensor.squeeze(step.dim)
+        elif isinstance(step, PerHead):
+            heads = tensor.unflatten(0, (step.heads, sum(step.sizes)))
+            tensor = torch.cat([part.flatten(0, 1) for part in heads.split(step.sizes, dim=1)])
+    return tensor

@@ -1,0 +1,72 @@
+"""config.json of published models, with the keys that they have: read, and of the known count of parameters."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import pytest
+
+from qmix.models import read_model
+from qmix.spec import Attention, Model, Moe
+
+COMMON = {"attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02, "tie_word_embeddings": False,
+          "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True}
+MIXTRAL = {**COMMON, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "bos_token_id": 1,
+           "eos_token_id": 2, "hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 32768,
+           "num_attention_heads": 32, "num_experts_per_tok": 2, "num_hidden_layers": 32, "num_key_value_heads": 8,
+           "num_local_experts": 8, "output_router_logits": False, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
+           "router_aux_loss_coef": 0.02, "sliding_window": None, "vocab_size": 32000}
+MISTRAL = {**COMMON, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "bos_token_id": 1,
+           "eos_token_id": 2, "hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 32768,
+           "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+           "rope_theta": 10000.0, "sliding_window": 4096, "vocab_size": 32000}
+QWEN3 = {**COMMON, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "attention_bias": False,
+         "bos_token_id": 151643, "decoder_sparse_step": 1, "eos_token_id": 151645, "head_dim": 128,
+         "hidden_size": 2048, "intermediate_size": 6144, "max_position_embeddings": 40960, "max_window_layers": 48,
+         "mlp_only_layers": [], "moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32,
+         "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4,
+         "output_router_logits": False, "rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 1e6,
+         "router_aux_loss_coef": 0.001, "sliding_window": None, "use_sliding_window": False, "vocab_size": 151936}
+CODER = {**QWEN3, "hidden_size": 6144, "intermediate_size": 8192, "max_position_embeddings": 262144,
+         "max_window_layers": 62, "moe_intermediate_size": 2560, "num_attention_heads": 96, "num_experts": 160,
+         "num_hidden_layers": 62, "num_key_value_heads": 8, "rope_theta": 1e7, "qkv_bias": False,
+         "shared_expert_intermediate_size": 0, "use_qk_norm": True}
+OLMOE = {**COMMON, "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "attention_bias": False,
+         "clip_qkv": None, "eos_token_id": 50279, "hidden_size": 2048, "intermediate_size": 1024,
+         "max_position_embeddings": 4096, "norm_topk_prob": False, "num_attention_heads": 16, "num_experts": 64,
+         "num_experts_per_tok": 8, "num_hidden_layers": 16, "num_key_value_heads": 16, "output_router_logits": False,
+         "pad_token_id": 1, "rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 10000.0,
+         "router_aux_loss_coef": 0.01, "vocab_size": 50304}
+
+
+def parameters(model: Model) -> int:
+    dense = sum(prod(t.shape) for t in model.tensors())
+    return dense + sum(prod(t.shape) for key in model.expert_keys for t in model.expert_tensors(key))
+
+
+@pytest.mark.parametrize(("raw", "count"), [
+    pytest.param(MIXTRAL, 46_702_792_704, id="Mixtral 8x7B"),
+    pytest.param({**MIXTRAL, "hidden_size": 6144, "intermediate_size": 16384, "max_position_embeddings": 65536,
+                  "num_attention_heads": 48, "num_hidden_layers": 56, "router_jitter_noise": 0.0, "vocab_size": 32768},
+                 140_630_071_296, id="Mixtral 8x22B v0.3"),
+    pytest.param(MISTRAL, 7_241_732_096, id="Mistral 7B v0.1"),
+    pytest.param({**MISTRAL, "sliding_window": None, "rope_theta": 1e6, "vocab_size": 32768}, 7_248_023_552,
+                 id="Mistral 7B v0.3"),
+    pytest.param(QWEN3, 30_532_122_624, id="Qwen3 30B-A3B"),
+    pytest.param(CODER, 480_154_875_392, id="Qwen3-Coder 480B-A35B"),
+    pytest.param(OLMOE, 6_919_161_856, id="OLMoE 1B-7B"),
+])
+def test_parameters(raw: dict[str, Any], count: int) -> None:
+    assert parameters(read_model(raw)) == count
+
+
+def test_what_tells_them_apart() -> None:
+    mistral, qwen, olmoe = (read_model(raw).layers[0] for raw in (MISTRAL, QWEN3, OLMOE))
+    for layer in (mistral, qwen, olmoe):
+        assert isinstance(layer.mixer, Attention)
+    assert mistral.mixer.window == 4096 and qwen.mixer.window is None  # type: ignore[union-attr]
+    assert (qwen.mixer.norm_over, olmoe.mixer.norm_over) == ("head", "whole")  # type: ignore[union-attr]
+    assert isinstance(qwen.mlp, Moe) and isinstance(olmoe.mlp, Moe)
+    assert (qwen.mlp.router.normalize, olmoe.mlp.router.normalize) == (True, False)
+    assert read_model(MISTRAL).expert_keys[-1] == (31, 0) and read_model(MISTRAL).moe_layers == ()
