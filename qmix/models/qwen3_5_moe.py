@@ -114,10 +114,13 @@ def _dense(model: Model, prefix: str) -> Layout:
         if isinstance(mixer, DeltaNet):
             found |= {f"layers.{i}.delta.{part}": source for part, source in _delta_sources(mixer, name).items()}
             continue
-        gated = (PerHead(mixer.heads, (mixer.head_dim, mixer.head_dim)),)  # (q, gate) per head
-        found[f"layers.{i}.attention.q"] = Source(f"{name}self_attn.q_proj.weight", gated)
-        if mixer.bias != "none":
-            found[f"layers.{i}.attention.q_bias"] = Source(f"{name}self_attn.q_proj.bias", gated)
+        rows = mixer.heads * mixer.head_dim
+        apart = PerHead(mixer.heads, (mixer.head_dim, mixer.head_dim))  # (q, gate) per head
+        for part, begin in (("q", 0), ("gate", rows)):
+            steps, to = (apart, Rows(begin, begin + rows, 2 * rows)), f"layers.{i}.attention.{part}"
+            found[to] = Source(f"{name}self_attn.q_proj.weight", steps)
+            if mixer.bias != "none":
+                found[f"{to}_bias"] = Source(f"{name}self_attn.q_proj.bias", steps)
     return found
 
 
