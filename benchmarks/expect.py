@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from qmix import planning
-from qmix.config import ModelConfig, QuantConfig
+from qmix.config import QuantConfig
+from qmix.kernels.trials import MIXTRAL_8X7B
+from qmix.models import read_model
 from qmix.sizes import GIB
 
-MIXTRAL = ModelConfig(32000, 4096, 14336, 32, 32, 8, 128, 8, 2, 1e6, 1e-5, 32768)
+MIXTRAL = read_model(MIXTRAL_8X7B)
 NOTE = ("With a GPU, the experts that VRAM lacks are divided between the bus and the CPU: at worst the two share the",
         "bandwidth of the RAM. The forecast counts bytes, not the launches and waits of each layer.")
 BEGIN, END = "<!-- expect -->\n", "<!-- end of expect -->\n"
@@ -61,7 +63,7 @@ def forecast(pc: Pc) -> dict[str, Any]:
     machine = planning.Machine(ram=pc.ram * GIB, ram_speed=pc.ram_speed, disk=pc.disk)
     if pc.card is not None:
         machine = replace(machine, vram=pc.card.vram * GIB, vram_speed=pc.card.vram_speed, pcie=pc.card.pcie)
-    return planning.describe(planning.Model("Mixtral 8x7B", MIXTRAL, QuantConfig(), {}), 0, machine, None,
+    return planning.describe(planning.Planned("Mixtral 8x7B", MIXTRAL, QuantConfig(), {}), 0, machine, None,
                              lambda line: None)
 
 

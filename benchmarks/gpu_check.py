@@ -65,7 +65,7 @@ def run(task: dict[str, Any]) -> None:
     emit(tolerance=f"median <= {TYPICAL}, at most {STRAYS:.0%} of the tokens above {STRAY}", tokens=len(want),
          prompt=PROMPT)
     with Store.open(store) as opened:
-        needs = Needs.of(opened.config, opened.quant, CONTEXT)
+        needs = Needs.of(opened.model, opened.quant, CONTEXT)
 
     for name, share, exact in (("all experts on the device", 1.0, True), ("few there, the device computes", FEW, True),
                                ("few there, the CPU computes some", FEW, False)):

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmix.config import ModelConfig, QuantConfig
+from qmix.config import QuantConfig
 from qmix.device import Device, StandIn
 from qmix.device.cuda import open_cuda
 from qmix.device.device import Event
 from qmix.errors import DoesNotFit
 from qmix.offload.plan import RESERVE, Needs, plan
 from qmix.sizes import GIB, format_bytes
+from qmix.spec import Model
 
 TOLERATED = 0.1  # of a budget: a "24 GB" card has less than 24 GiB
 # What part of Mixtral's records fits into so many GiB of VRAM, for the stand-in, whose store is small.
@@ -47,11 +48,11 @@ def open_device(stand_in: bool) -> Watched:
     return Watched(StandIn() if stand_in else open_cuda(0))
 
 
-def vram_budget(device: Device, config: ModelConfig, quant: QuantConfig, context: int, gib: int | None) -> int | None:
+def vram_budget(device: Device, model: Model, quant: QuantConfig, context: int, gib: int | None) -> int | None:
     """`gib` of VRAM in bytes, or a little less where the card has not quite as much; None, for all that is free, stays
     None. On the stand-in, what holds the same share of the records. DoesNotFit where the card is smaller."""
     if isinstance(getattr(device, "_device", device), StandIn):
-        return budget_for(Needs.of(config, quant, context), device, 1.0 if gib is None else LIKE[gib])
+        return budget_for(Needs.of(model, quant, context), device, 1.0 if gib is None else LIKE[gib])
     if gib is None:
         return None
     there = device.memory()[0] + device.taken()

@@ -16,7 +16,6 @@ from gpu_sections import emit
 from offload_side import timed
 from synthetic_recipe import tokens_of
 
-from qmix import names
 from qmix.engine import Engine, Session, load
 from qmix.engine.machine import Placement
 from qmix.errors import DoesNotFit
@@ -35,9 +34,9 @@ def run(task: dict[str, Any]) -> None:
     longest = max(*task["contexts"], *task["prompts"], 1)
     context = -(-(longest + task["warm"] + task["timed"] + 1) // 256) * 256
     with Store.open(Path(task["store"])) as store:
-        config, quant = store.config, store.quant
+        config, quant = store.model, store.quant
         dense = sum(region.nbytes for region in store.layout.dense.values())
-        embedding = store.layout.dense[names.EMBEDDING].nbytes
+        embedding = store.layout.dense["embedding"].nbytes
     try:
         vram = vram_budget(device, config, quant, context, None if small and task.get("whole") else task["vram"])
     except DoesNotFit as e:
@@ -51,7 +50,7 @@ def run(task: dict[str, Any]) -> None:
         emit(load_seconds=time.perf_counter() - start, said=said, slots=plan.tiers[0].slots,
              records=plan.needs.records, record_bytes=plan.needs.record, context=context, vram=plan.tiers[0].budget,
              split=not task["exact"], threads=engine.threads, kernels=dict(engine.kernels),
-             dense_bytes=dense - embedding + embedding // config.vocab_size)
+             dense_bytes=dense - embedding + embedding // config.vocab)
         if (task["vram"] is None or task.get("whole")) and plan.tiers[0].slots < plan.needs.records:
             emit(unavailable=f"{plan.tiers[0].slots} of {plan.needs.records} experts fit")
             return

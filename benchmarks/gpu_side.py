@@ -85,8 +85,8 @@ def bandwidth(task: Task) -> None:
     emit(ram=measure_ram(threads, nbytes=2**26 if small else None, seconds=0.3 if small else 2.0,
                          say=lambda line: emit(note=line)))
     with Store.open(Path(task["store"])) as store:
-        record, hidden = store.layout.kinds[0], store.config.hidden_size
-        kernels = select_kernels(store.config, store.quant, lambda line: emit(note=line), "auto")
+        record, hidden = store.layout.kinds[0], store.model.hidden
+        kernels = select_kernels(store.model, store.quant, lambda line: emit(note=line), "auto")
         slab = random_slab(record, 2 if small else HOST_SLOTS, torch.device("cpu"))
         views = [store.expert_views(0, slot) for slot in slab]
     torch.set_num_threads(threads)

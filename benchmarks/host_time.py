@@ -80,7 +80,7 @@ def layer_rows(folder: Path, tokens: int = 80) -> dict[tuple[str, int], list[flo
     timed("finish")
     hardware.resident_bytes = lambda: 0
     with Store.open(folder) as store:
-        needs = Needs.of(store.config, store.quant, 128)
+        needs = Needs.of(store.model, store.quant, 128)
     vram = RESERVE + needs.dense + needs.kv + needs.workspace + DEVICE_TILES + needs.records * 9 // 10 * needs.record
     with load(folder, context=128, threads=1, ram=RESERVE + needs.expert_bytes, activations="bf16",
               placement=Placement(StandIn(), vram, exact=True)) as engine:
@@ -88,7 +88,7 @@ def layer_rows(folder: Path, tokens: int = 80) -> dict[tuple[str, int], list[flo
         session.prefill([3 + i for i in range(20)])
         found.clear()
         for i in range(tokens):
-            session.decode((i * 37) % engine.config.vocab_size)
+            session.decode((i * 37) % engine.model.vocab)
     return found
 
 

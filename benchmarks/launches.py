@@ -28,7 +28,7 @@ from dry_launches import SHARED, Launch, Launches, recording
 from torch import Tensor
 
 from qmix import demo
-from qmix.config import ModelConfig, Step
+from qmix.config import Step
 from qmix.device import Routed
 from qmix.device.device import Event, Work
 from qmix.formats.packed import TORCH_DTYPES, Packed, view
@@ -36,10 +36,13 @@ from qmix.kernels.configs import TENSOR_CORES
 from qmix.kernels.device_ops import ExpertSlots
 from qmix.kernels.device_table import DeviceKernels, choose_device_kernels
 from qmix.kernels.table import KernelTable
+from qmix.kernels.trials import MIXTRAL_8X7B
 from qmix.model.device_decode import DeviceDecode
 from qmix.model.kvcache import KVCache
 from qmix.model.weights import LayerWeights, Weights
+from qmix.models import read_model
 from qmix.sizes import MatrixSpec, RecordLayout
+from qmix.spec import Model
 
 CPU = torch.device("cpu")
 LAYERS, DEPTH, GUESSES, SLOTS = 4, 3, 2, 3
@@ -50,21 +53,23 @@ SPILLS = {(12, 0): 16}
 
 
 @dataclass(frozen=True)
-class Model:
+class Shape:
     """head: its format; context: positions of the cache."""
 
     name: str
-    config: ModelConfig
+    config: Model
     head: str
     context: int
 
 
-def models() -> dict[str, Model]:
-    mixtral = ModelConfig(32000, 4096, 14336, LAYERS, 32, 8, 128, 8, 2, 1e6, 1e-5, 32768)
-    small = ModelConfig.from_hf(json.loads((demo.CHECKPOINT / "config.json").read_text()))
-    smallest = ModelConfig(1, 1, 1, LAYERS, 1, 1, 2, 1, 1, 1e6, 1e-5, 64)
-    every = (Model("mixtral", mixtral, "int8", 8192), Model("demo", small, "bf16", small.max_positions),
-             Model("smallest", smallest, "int8", 64))
+def models() -> dict[str, Shape]:
+    mixtral = read_model({**MIXTRAL_8X7B, "num_hidden_layers": LAYERS})
+    small = read_model(json.loads((demo.CHECKPOINT / "config.json").read_text()))
+    smallest = read_model({**MIXTRAL_8X7B, "num_hidden_layers": LAYERS, "vocab_size": 1, "hidden_size": 1,
+                           "intermediate_size": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 2,
+                           "num_local_experts": 1, "num_experts_per_tok": 1, "max_position_embeddings": 64})
+    every = (Shape("mixtral", mixtral, "int8", 8192), Shape("demo", small, "bf16", small.max_positions),
+             Shape("smallest", smallest, "int8", 64))
     return {model.name: model for model in every}
 
 
@@ -72,20 +77,21 @@ def empty(spec: MatrixSpec) -> Packed:
     return Packed.of(spec, {t.name: torch.empty(t.shape, dtype=TORCH_DTYPES[t.dtype]) for t in spec.tensors})
 
 
-def dense_weights(model: Model, half: torch.dtype) -> Weights:
+def dense_weights(model: Shape, half: torch.dtype) -> Weights:
     """As load_dense gives them for a device: q, k and v as one matrix, int8."""
     config = model.config
-    hidden, queries = config.hidden_size, config.num_heads * config.head_dim
-    rows = queries + 2 * config.num_kv_heads * config.head_dim
+    attention, _ = config.alike()
+    hidden, queries = config.hidden, attention.heads * attention.head_dim
+    rows = queries + 2 * attention.kv_heads * attention.head_dim
 
     def layer() -> LayerWeights:
         return LayerWeights(torch.empty(hidden), (empty(MatrixSpec("int8", rows, hidden)),),
                             empty(MatrixSpec("int8", hidden, queries)), torch.empty(hidden),
                             torch.empty(config.num_experts, hidden, dtype=torch.float64))
 
-    embedding = torch.empty(config.vocab_size, hidden, dtype=torch.bfloat16)
+    embedding = torch.empty(config.vocab, hidden, dtype=torch.bfloat16)
     return Weights(half, embedding, tuple(layer() for _ in range(config.num_layers)), torch.empty(hidden),
-                   empty(MatrixSpec(model.head, config.vocab_size, hidden)))
+                   empty(MatrixSpec(model.head, config.vocab, hidden)))
 
 
 class Immediate:
@@ -118,7 +124,7 @@ class InSlots:
 
     resident = False
 
-    def __init__(self, kernels: DeviceKernels, config: ModelConfig, record: RecordLayout):
+    def __init__(self, kernels: DeviceKernels, config: Model, record: RecordLayout):
         slab = torch.empty(SLOTS, record.nbytes, dtype=torch.uint8)
         self._ops, self._slots = kernels.ops, ExpertSlots(slab, record, ())
         self._table = torch.zeros(config.num_experts, dtype=torch.int32)
@@ -139,14 +145,14 @@ class InSlots:
         pass
 
 
-def launch(model: Model, card: tuple[int, int], found: Launches, tokens: Iterable[int] = TOKENS,
+def launch(model: Shape, card: tuple[int, int], found: Launches, tokens: Iterable[int] = TOKENS,
            prompts: Iterable[int] = PROMPTS, experts: str = "int4", group: int = 64, block: int = 64,
            dtype: torch.dtype | None = None) -> None:
     """Decode `tokens` at a time, and the products and attention of `prompts`, within `recording`. experts, group,
     block: their format; dtype: what prompts compute in, None for the card's 16 bits."""
     config, dtype = model.config, dtype or (torch.float16 if card < TENSOR_CORES else torch.bfloat16)
-    record = RecordLayout(MatrixSpec(experts, 2 * config.intermediate_size, config.hidden_size, 2, group, block),
-                          MatrixSpec(experts, config.hidden_size, config.intermediate_size, 1, group, block))
+    record = RecordLayout(MatrixSpec(experts, 2 * config.expert_inner, config.hidden, 2, group, block),
+                          MatrixSpec(experts, config.hidden, config.expert_inner, 1, group, block))
     formats = {experts, "int8", model.head}
     kernels = choose_device_kernels(CPU, dtype, formats, (block,), KernelTable({}, {}), True)
     weights = dense_weights(model, dtype)
@@ -162,12 +168,13 @@ def launch(model: Model, card: tuple[int, int], found: Launches, tokens: Iterabl
                                 if p.matrix == name}) for name, spec in (("w13", record.w13), ("w2", record.w2)))
     for count in (n for n in prompts if n <= model.context):
         found.label = f"{model.name}, prompt {count}"
-        x = torch.empty(count, config.hidden_size, dtype=dtype)
+        x = torch.empty(count, config.hidden, dtype=dtype)
         for m in layer.heads:
             kernels.prompts.linear(x, m)
-        heads = config.num_heads, config.num_kv_heads, config.num_kv_heads
-        new = (torch.empty(count, number, config.head_dim, dtype=dtype) for number in heads)
-        kernels.prompts.linear(cache.attend(0, 0, *new, config.sliding_window), layer.o)
+        attention, _ = config.alike()
+        heads = attention.heads, attention.kv_heads, attention.kv_heads
+        new = (torch.empty(count, number, attention.head_dim, dtype=dtype) for number in heads)
+        kernels.prompts.linear(cache.attend(0, 0, *new, attention.window), layer.o)
         kernels.prompts.expert(x, w13, w2)
         kernels.prompts.linear(x[-1:], weights.head)
 

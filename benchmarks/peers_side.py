@@ -135,7 +135,7 @@ def run_qmix(task: Task) -> dict[str, Any]:
                 return turns(task, runner)
             found = speed({**task, "ubatch": []}, runner, loaded, lambda ubatch: nullcontext(runner))
             return {**found, "said": lines, "options": given,
-                    "kernels": dict(qmix.engine.select_kernels(engine.config, engine.store.quant, say).names)}
+                    "kernels": dict(qmix.engine.select_kernels(engine.model, engine.store.quant, say).names)}
     except QmixError as e:
         say(str(e))
         sys.exit(e.exit_code)

@@ -29,14 +29,16 @@ import torch
 from synthetic_recipe import CLUSTERS, Recipe, local_tokens, prose_tokens, tokenizer_file, tokens_of, uniform_tokens
 from torch import Tensor
 
-from qmix import names
-from qmix.config import GROUPED_BITS, ExpertKey, ModelConfig, QuantConfig, parse_grouped
+from qmix.config import GROUPED_BITS, ExpertKey, QuantConfig, parse_grouped
 from qmix.errors import QmixError
 from qmix.kernels.table import native_block
+from qmix.models import read_model
 from qmix.quantize.fit import Wanted, mixed
 from qmix.quantize.mix import FORMATS
 from qmix.quantize.sensitivity import Sensitivity
 from qmix.sizes import MatrixSpec, format_bytes, parse_bytes
+from qmix.spec import Model
+from qmix.spec import Tensor as Named
 from qmix.store import CONFIG, MANIFEST, DenseEntry, FileEntry, Manifest, RecordEntry, StoreLayout, StoreWriter
 from qmix.store.raw import digest
 
@@ -71,7 +73,7 @@ def dense_matrix(random: np.random.Generator, spec: MatrixSpec, spread: float) -
     return (grouped_matrix if spec.format == "int4" else int8_matrix)(random, spec, spread)
 
 
-def dense_tensor(recipe: Recipe, tensor: names.DenseTensor, spec: MatrixSpec | None) -> dict[str, Tensor]:
+def dense_tensor(recipe: Recipe, tensor: Named, spec: MatrixSpec | None) -> dict[str, Tensor]:
     """{tensor name: values} of one dense tensor of the model."""
     parts = tensor.name.split(".")
     layer = int(parts[2]) if parts[1] == "layers" else 0
@@ -106,19 +108,19 @@ def record(recipe: Recipe, key: ExpertKey, specs: Mapping[str, MatrixSpec]) -> d
                                             recipe.spread(matrix, key.layer)).items()}
 
 
-def layout_of(recipe: Recipe, dense: str = "int8", size: int = 0) -> tuple[ModelConfig, QuantConfig, StoreLayout]:
+def layout_of(recipe: Recipe, dense: str = "int8", size: int = 0) -> tuple[Model, QuantConfig, StoreLayout]:
     """size: bytes of a mixed store, as `qmix quantize --fit` has it; 0 for int4 throughout."""
-    config = ModelConfig.from_hf(recipe.raw_config())
+    model = read_model(recipe.raw_config())
     quant = QuantConfig(dense=dense, method="rtn", block=recipe.block or native_block())
     if size:
-        quant, _ = mixed(config, quant, random_sensitivity(recipe, config), Wanted(nbytes=size))
-    return config, quant, StoreLayout.of(config, quant)
+        quant, _ = mixed(model, quant, random_sensitivity(recipe, model), Wanted(nbytes=size))
+    return model, quant, StoreLayout.of(model, quant)
 
 
-def random_sensitivity(recipe: Recipe, config: ModelConfig) -> Sensitivity:
+def random_sensitivity(recipe: Recipe, model: Model) -> Sensitivity:
     """There is nothing to measure: damages a quarter as large a bit, times a factor of each expert's own, so that the
     chooser mixes formats within every layer as it does for trained models."""
-    factors = {key: float(np.exp(recipe.stream("damage", *key).standard_normal())) for key in config.expert_keys}
+    factors = {key: float(np.exp(recipe.stream("damage", *key).standard_normal())) for key in model.expert_keys}
 
     def damage(name: str) -> float:
         kind, group = parse_grouped(name)
@@ -127,22 +129,22 @@ def random_sensitivity(recipe: Recipe, config: ModelConfig) -> Sensitivity:
     rows = {name: damage(name) for name in FORMATS}
     damages = {key: {matrix: {name: factor * value for name, value in rows.items()} for matrix in ("w13", "w2")}
                for key, factor in factors.items()}
-    return Sensitivity(damages, dict.fromkeys(factors, 0), [0.0] * config.num_layers)
+    return Sensitivity(damages, dict.fromkeys(factors, 0), [0.0] * model.num_layers)
 
 
 def bytes_per_token(recipe: Recipe, dense: str = "int8") -> int:
     """Bytes of weights that one token reads: all but the experts not chosen and the embeddings of other tokens."""
-    config, _, layout = layout_of(recipe, dense)
-    embedding = layout.dense[names.EMBEDDING].nbytes
-    return (sum(region.nbytes for region in layout.dense.values()) - embedding + embedding // config.vocab_size
-            + config.num_layers * config.experts_per_token * layout.record_bytes)
+    model, _, layout = layout_of(recipe, dense)
+    embedding = layout.dense["embedding"].nbytes
+    return (sum(region.nbytes for region in layout.dense.values()) - embedding + embedding // model.vocab
+            + model.chosen * layout.record_bytes)
 
 
 def write_store(recipe: Recipe, out: Path, dense_format: str = "int8", workers: int = 1,
                 tokenizer: Path | None = None, size: int = 0) -> int:
     """Write the store, through a temporary name; returns its bytes. workers: processes that draw and write, which
     changes no byte; tokenizer: another tokenizer.model than Mixtral's; size: see layout_of."""
-    config, quant, layout = layout_of(recipe, dense_format, size)
+    model, quant, layout = layout_of(recipe, dense_format, size)
     folder = out.with_name(out.name + ".partial")
     folder.mkdir(parents=True)
     dense, records = {}, {}
@@ -155,9 +157,9 @@ def write_store(recipe: Recipe, out: Path, dense_format: str = "int8", workers: 
         (folder / name).write_bytes(data)
     name = f"synthetic-{recipe.layers}-layers"
     files = {name: FileEntry(name, len(data), digest(data)) for name, data in copies.items()}
-    manifest = Manifest(name, None, digest(repr(recipe).encode()), config.dtype, quant,
+    manifest = Manifest(name, None, digest(repr(recipe).encode()), model, quant,
                         {key: records[key] for key in layout.records},
-                        {t.name: dense[t.name] for t in names.dense_tensors(config)}, files)
+                        {t.name: dense[t.name] for t in model.tensors()}, files)
     (folder / MANIFEST).write_bytes(manifest.to_json())
     os.sync()
     folder.rename(out)
@@ -179,11 +181,11 @@ def parts(recipe: Recipe, folder: Path, dense_format: str, workers: int, size: i
 def write_part(recipe: Recipe, folder: Path, dense_format: str, part: int, of: int, size: int = 0) -> Entries:
     """Every `of`th dense tensor and record, from number `part` on; their entries in the manifest. Each part opens
     files of its own: they write different regions, and the same headers."""
-    config, _, layout = layout_of(recipe, dense_format, size)
+    model, _, layout = layout_of(recipe, dense_format, size)
     none = {"w13": 0.0, "w2": 0.0, "all": 0.0}  # there was no original to differ from
     dense, records = {}, {}
     with StoreWriter(folder, layout) as writer:
-        for tensor in islice(names.dense_tensors(config), part, None, of):
+        for tensor in islice(model.tensors(), part, None, of):
             region, spec = layout.dense[tensor.name], layout.specs[tensor.name]
             values = dense_tensor(recipe, tensor, spec)
             xxh3 = writer.write(region, {("", name): value for name, value in values.items()})

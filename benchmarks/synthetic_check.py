@@ -49,10 +49,10 @@ class Recorder:
 
 def route(store: Store, tokens: list[int]) -> Recorder:
     """Run `tokens` as one sequence through the model."""
-    config, quant = store.config, store.quant
+    config, quant = store.model, store.quant
     kernels = select({quant.experts, quant.dense, DTYPES[config.dtype]}, {quant.block})
     recorder = Recorder(store, kernels, torch.empty(store.layout.record_bytes, dtype=torch.uint8))
-    model = Mixtral(config, load_dense(store, kernels), kernels, recorder, config.experts_per_token)
+    model = Mixtral(config, load_dense(store, kernels), kernels, recorder, config.top_k)
     count = len(tokens)
     model.forward(torch.tensor(tokens), torch.arange(count), [model.new_cache(count)], Step("decode", (0,) * count))
     return recorder

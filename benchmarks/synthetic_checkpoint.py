@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 
-from qmix import names
-from qmix.config import ModelConfig
+from qmix.models import layouts, read_model
+from qmix.spec import Model
+from qmix.spec.model import layer_of
 from qmix.tensorfile import Entry, build_header, write_exact
 
 PIECE = 2**23  # weights drawn at a time
@@ -40,22 +41,23 @@ def raw_config(args: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def tensors_of(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+def tensors_of(model: Model) -> Iterator[tuple[str, tuple[int, ...]]]:
     """(name, shape), a layer's experts after its attention, as in the original."""
     experts: dict[int, list[tuple[str, tuple[int, ...]]]] = {}
-    for key in config.expert_keys:
-        experts.setdefault(key.layer, []).extend(names.expert_tensors(config, key).values())
-    for tensor in names.dense_tensors(config):
-        yield tensor.name, tensor.shape
+    table = layouts(model)[0]
+    for key in model.expert_keys:
+        experts.setdefault(key.layer, []).extend((table[t.name].name, t.shape) for t in model.expert_tensors(key))
+    for tensor in model.tensors():
+        yield table[tensor.name].name, tensor.shape
         if tensor.role == "router":
-            yield from experts[int(tensor.name.split(".")[2])]
+            yield from experts[layer_of(tensor.name)]
 
 
-def shards_of(config: ModelConfig, item: int, limit: int) -> list[list[tuple[str, tuple[int, ...]]]]:
+def shards_of(model: Model, item: int, limit: int) -> list[list[tuple[str, tuple[int, ...]]]]:
     """The tensors, in order, in files of at most `limit` bytes."""
     shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
     size = 0
-    for name, shape in tensors_of(config):
+    for name, shape in tensors_of(model):
         nbytes = prod(shape) * item
         if shards[-1] and size + nbytes > limit:
             shards.append([])
@@ -91,11 +93,11 @@ def draw(entry: Entry, dtype: torch.dtype, random: torch.Generator) -> Iterator[
         yield entry.offset + start * dtype.itemsize, piece
 
 
-def layers_for(gib: float, config: ModelConfig, item: int) -> int:
-    """Layers that make a checkpoint of at least so many GiB; `config` has one layer."""
-    dense = sum(prod(t.shape) for t in names.dense_tensors(config))
-    outside = 2 * config.vocab_size * config.hidden_size + config.hidden_size
-    layer = dense - outside + 3 * config.num_experts * config.hidden_size * config.intermediate_size
+def layers_for(gib: float, model: Model, item: int) -> int:
+    """Layers that make a checkpoint of at least so many GiB; `model` has one layer."""
+    dense = sum(prod(t.shape) for t in model.tensors())
+    outside = 2 * model.vocab * model.hidden + model.hidden
+    layer = dense - outside + 3 * model.num_experts * model.hidden * model.expert_inner
     return max(1, -(-int(gib * 2**30 - outside * item) // (layer * item)))
 
 
@@ -114,10 +116,10 @@ def main() -> None:
     kind, dtype = KINDS[args.dtype]
     if args.layers is None:
         args.layers = 1
-        args.layers = layers_for(args.gib, ModelConfig.from_hf(raw_config(args)), dtype.itemsize)
-    config = ModelConfig.from_hf(raw_config(args))
+        args.layers = layers_for(args.gib, read_model(raw_config(args)), dtype.itemsize)
+    model = read_model(raw_config(args))
     args.out.mkdir(parents=True)
-    shards = shards_of(config, dtype.itemsize, int(args.shard_gib * 2**30))
+    shards = shards_of(model, dtype.itemsize, int(args.shard_gib * 2**30))
     random, weight_map = torch.Generator().manual_seed(args.seed), {}
     for i, tensors in enumerate(shards):
         name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"

@@ -1,4 +1,4 @@
-"""A Mixtral checkpoint in Hugging Face layout, read one tensor at a time.
+"""A checkpoint in Hugging Face layout, read one tensor at a time.
 
 Opening reads config.json and the headers only, and accounts for every tensor: each one is used, or named in `skipped`,
 or the checkpoint is refused by that tensor's name. Tensors are then read with pread into fresh memory, never mapped and
@@ -15,6 +15,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -23,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmix import modelfiles, names, sources
-from qmix.config import ExpertKey, ModelConfig
+from qmix import modelfiles, sources
+from qmix.config import ExpertKey
 from qmix.errors import CheckpointError, ConfigError
-from qmix.models import Layout, Misfit, Source, choose_layout, layouts, read_model
+from qmix.models import ARCHITECTURES, Layout, Misfit, Source, choose_layout, layouts, read_model
 from qmix.shards import INDEX, REFETCH, SINGLE, Place, equal, locate, read_json
 from qmix.spec import Model
 
@@ -34,6 +35,8 @@ STORE_MANIFEST = "qmix.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DTYPE_NAMES = MappingProxyType({"BF16": "bfloat16", "F16": "float16", "F32": "float32"})
 LOW_BITS = ("F4", "F6_", "F8_")
+HEAD = "lm_head.weight"  # also where a model ties it to its embedding
+RUN = ("mixtral", "mistral", "qwen3_moe", "olmoe")  # architectures that the engine runs
 SAMPLE = 4096  # bytes of each tensor that go into the fingerprint
 MAX_TENSORS = 10**6  # far above any real model; keeps a hostile config.json from costing memory
 
@@ -44,8 +47,8 @@ WRONG_CONFIG = "config.json and the weights do not belong together: fetch both a
 class Checkpoint:
     """An open checkpoint. Use as a context manager, or close it.
 
-    Tensors are asked for by the names of the published layout (qmix/names.py), whichever layout the files have.
-    path: the folder. model, config: its shape, `dtype` as the files have it whatever config.json says.
+    Tensors are asked for by their canonical names (Model.tensors), whatever the files call them.
+    path: the folder. model: what it holds, `dtype` as the files have it whatever config.json says.
     raw_config: config.json as it stands. nbytes: bytes of all used weights.
     skipped: names of tensors and weight files that the model does not need. notes: lines on what the folder says
     and qmix does not follow.
@@ -56,7 +59,6 @@ class Checkpoint:
         self.path = path
         self.raw_config = raw_config
         self.model = model
-        self.config = ModelConfig.of(model)
         self.skipped = skipped
         self.notes = notes
         self.nbytes = sum(place.entry.nbytes for place in places.values())
@@ -82,22 +84,24 @@ class Checkpoint:
             return cls(path, raw, model, used, table, (*skipped, *unused), tuple(notes), opened.pop_all())
 
     def dense(self, name: str) -> Tensor:
-        """A tensor of names.dense_tensors, in the file's dtype and fresh memory."""
+        """A tensor of Model.tensors, in the file's dtype and fresh memory."""
         return self._tensor(name)
+
+    def published(self, name: str) -> str:
+        """What the checkpoint calls a tensor of the model, or the tensor that it is a part of."""
+        return self._table[name].name
 
     def expert(self, key: ExpertKey) -> tuple[Tensor, Tensor, Tensor]:
         """w1 (gate) [F, H], w2 (down) [H, F], w3 (up) [F, H], in the file's dtype and fresh memory."""
-        tensors = names.expert_tensors(self.config, key)
-        w1, w2, w3 = (self._tensor(tensors[part][0]) for part in ("w1", "w2", "w3"))
+        w1, w3, w2 = (self._tensor(tensor.name) for tensor in self.model.expert_tensors(key)[:3])
         return w1, w2, w3
 
     def stacked_expert(self, key: ExpertKey, buffer: Tensor) -> tuple[Tensor, Tensor]:
         """An expert as a record has it: w13 [2F, H], the gate above w3, and w2 [H, F], in the file's dtype; read
         into `buffer`, uint8 of an expert's bytes, and views into it."""
-        tensors = names.expert_tensors(self.config, key)
         part = buffer.nbytes // 3
-        w1, _, w2 = (self._tensor(tensors[name][0], buffer[i * part:(i + 1) * part])
-                     for i, name in enumerate(("w1", "w3", "w2")))
+        w1, _, w2 = (self._tensor(tensor.name, buffer[i * part:(i + 1) * part])
+                     for i, tensor in enumerate(self.model.expert_tensors(key)[:3]))
         return buffer[:2 * part].view(w1.dtype).view(2 * w1.shape[0], w1.shape[1]), w2
 
     def read_into(self, name: str, out: Tensor) -> None:
@@ -180,7 +184,7 @@ def ignored_keys(path: Path, raw: Mapping[str, Any]) -> list[str]:
     found = []
     if raw.get("auto_map"):
         found.append("auto_map names code that comes with the model (trust_remote_code): qmix never runs such code and "
-                     "computes the model as transformers' own Mixtral does")
+                     "computes the model as transformers' own does")
     if "sliding_window" in raw and raw["sliding_window"] is not None and raw["sliding_window"] <= 0:
         found.append(f"sliding_window {raw['sliding_window']}: read as no window, full attention")
     eos = raw.get("eos_token_id")
@@ -191,23 +195,31 @@ def ignored_keys(path: Path, raw: Mapping[str, Any]) -> list[str]:
 
 def _read_config(path: Path, raw: Mapping[str, Any], places: Mapping[str, Place]) -> Model:
     """The model of config.json, with the dtype that most tensors have; refused where the engine cannot run it."""
-    found = Counter(p.entry.dtype for name, p in places.items() if not names.SKIPPED.fullmatch(name))
-    dtype = found.most_common(1)[0][0] if found else "BF16"
     try:
-        model = read_model({**raw, "dtype": DTYPE_NAMES.get(dtype, "bfloat16")})
-        ModelConfig.of(model)
+        model = read_model({**raw, "dtype": "bfloat16"})
+        skipped = ARCHITECTURES[model.architecture].SKIPPED
+        found = Counter(p.entry.dtype for name, p in places.items() if not skipped.fullmatch(name))
+        model = replace(model, dtype=DTYPE_NAMES.get(found.most_common(1)[0][0], "bfloat16") if found else model.dtype)
+        check_runs(model)
     except ConfigError as e:
-        cure = e.cure or "if this is a Mixtral model, correct its config.json"
-        raise CheckpointError(f"{path}: {e.message}", cure) from None
+        raise CheckpointError(f"{path}: {e.message}", e.cure or "correct config.json, or fetch it again") from None
     return model
+
+
+def check_runs(model: Model) -> None:
+    """ConfigError for a model that qmix reads, but does not run yet."""
+    if model.architecture not in RUN:
+        raise ConfigError(f"model_type: {model.architecture!r} is read, but not run yet: qmix runs "
+                          f"{', '.join(map(repr, RUN))} so far", "give a checkpoint of one of these")
 
 
 def _account(path: Path, model: Model, places: Mapping[str, Place]
              ) -> tuple[dict[str, Place], dict[str, Source], list[str]]:
-    """({name: place} of all that the model uses, {published name: Source}, names skipped); CheckpointError for whatever
+    """({name: place} of all that the model uses, {canonical name: Source}, names skipped); CheckpointError for whatever
     is missing, left over, misshapen or of another dtype."""
-    _check_count(path, ModelConfig.of(model))
+    _check_count(path, model)
     known = layouts(model)
+    skippable = ARCHITECTURES[model.architecture].SKIPPED
     layout = choose_layout(known, places)
     wanted = dict.fromkeys(source.name for source in layout.values())
     _check_no_low_bits(wanted, places)
@@ -216,27 +228,26 @@ def _account(path: Path, model: Model, places: Mapping[str, Place]
         both = f"{path / SINGLE} is read and {INDEX} ignored: remove the one that does not belong to the model"
         tied = "if the model ties its embeddings, config.json must say tie_word_embeddings: true"
         raise CheckpointError(f"{path}: {missing[0]}: missing ({len(missing)} of {len(wanted)} tensors are)",
-                              tied if missing == [names.HEAD] else
+                              tied if missing == [HEAD] else
                               both if (path / SINGLE).is_file() and (path / INDEX).exists() else WRONG_CONFIG)
     _check_tensors(model, layout, places)
-    skipped = [name for name in places if names.SKIPPED.fullmatch(name)]
-    if model.tied and names.HEAD in places:
-        _check_tied(places[names.EMBEDDING], places[names.HEAD])
-        skipped.append(names.HEAD)
+    skipped = [name for name in places if skippable.fullmatch(name)]
+    if model.tied and HEAD in places:
+        _check_tied(places[layout["embedding"].name], places[HEAD])
+        skipped.append(HEAD)
     left = [name for name in places if name not in wanted and name not in skipped]
     if left:
         raise CheckpointError(f"{places[left[0]].shard.file.path}: {left[0]}: not a tensor of this model "
                               f"({len(left)} such tensors)", WRONG_CONFIG)
-    table = {known[0][name].name: source for name, source in layout.items()}
-    return {name: places[name] for name in wanted}, table, skipped
+    return {name: places[name] for name in wanted}, dict(layout), skipped
 
 
-def _check_count(path: Path, config: ModelConfig) -> None:
-    count = config.num_layers * (7 + 3 * config.num_experts)
+def _check_count(path: Path, model: Model) -> None:
+    count = sum(7 + 3 * model.experts_in(layer) for layer in range(model.num_layers))
     if count > MAX_TENSORS:
         raise CheckpointError(
-            f"{path / 'config.json'}: num_hidden_layers {config.num_layers}, num_local_experts "
-            f"{config.num_experts}: {count} tensors, want at most {MAX_TENSORS}", WRONG_CONFIG)
+            f"{path / 'config.json'}: {model.num_layers} layers of up to {model.num_experts} experts: {count} tensors, "
+            f"want at most {MAX_TENSORS}", WRONG_CONFIG)
 
 
 def _check_tensors(model: Model, layout: Layout, places: Mapping[str, Place]) -> None:
@@ -280,6 +291,6 @@ def _check_no_low_bits(wanted: Mapping[str, object], places: Mapping[str, Place]
 def _check_tied(embedding: Place, head: Place) -> None:
     """The head of a model with tied embeddings may be there, but must be the embedding."""
     if not equal(embedding, head):
-        raise CheckpointError(f"{head.shard.file.path}: {names.HEAD}: differs from {names.EMBEDDING}, though "
+        raise CheckpointError(f"{head.shard.file.path}: {HEAD}: differs from {embedding.entry.name}, though "
                               "config.json says tie_word_embeddings: true",
                               "set tie_word_embeddings to false in config.json to use both")

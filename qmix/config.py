@@ -1,4 +1,4 @@
-"""Frozen records that every floor shares: the model's shape, the store's formats, how to sample.
+"""Frozen records that every floor shares: the store's formats, how to sample, a pass (qmix/spec has the model).
 
 They check themselves when made and name the field at fault. No torch here: `qmix --help` and
 `qmix plan` read these records without it.
@@ -14,11 +14,9 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from qmix.errors import ConfigError
-from qmix.models import read_model
-from qmix.models.keys import MOST_EXPERTS, MOST_LAYERS
 from qmix.spec import DTYPES as DTYPES
-from qmix.spec import Attention, Model, Moe
 from qmix.spec import ExpertKey as ExpertKey
+from qmix.spec import Model
 
 GROUPED_BITS = MappingProxyType({"int4": 4, "int3": 3, "int2": 2})  # formats with scale and zero per group of columns
 EXPERT_FORMATS = ("int8", "int4", "int3", "int2", "nf4", "fp4", "keep", "mixed")
@@ -28,7 +26,6 @@ CALIBRATED = ("gptq",)  # those that want a text
 GROUP_SIZES = (32, 64, 128)
 BLOCKS = (64, 32)
 KIND_LETTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
-MOST = MappingProxyType({"num_hidden_layers": MOST_LAYERS, "num_local_experts": MOST_EXPERTS})
 
 
 def _want(condition: bool, name: str, got: object, want: str) -> None:
@@ -46,94 +43,6 @@ def strings(name: str, value: Iterable[str]) -> tuple[str, ...]:
     found = tuple(value)
     _want(all(isinstance(text, str) for text in found), name, found, "a string or a list of strings")
     return found
-
-
-@dataclass(frozen=True, slots=True)
-class ModelConfig:
-    """The shape of a Mixtral model, in the field's terms; made from `config.json` by `from_hf`.
-
-    dtype is the dtype of the checkpoint's weights ("bfloat16", "float16" or "float32");
-    sliding_window counts positions, None means full attention. Errors name the key of `config.json`.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    num_experts: int
-    experts_per_token: int
-    rope_theta: float
-    rms_norm_eps: float
-    max_positions: int
-    dtype: str = "bfloat16"
-    sliding_window: int | None = None
-    tie_embeddings: bool = False
-    bos_id: int | None = None
-    eos_ids: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        counts = {"vocab_size": self.vocab_size, "hidden_size": self.hidden_size,
-                  "intermediate_size": self.intermediate_size, "num_hidden_layers": self.num_layers,
-                  "num_attention_heads": self.num_heads, "num_key_value_heads": self.num_kv_heads,
-                  "head_dim": self.head_dim, "num_local_experts": self.num_experts,
-                  "num_experts_per_tok": self.experts_per_token,
-                  "max_position_embeddings": self.max_positions}
-        for name, count in counts.items():
-            most = MOST.get(name, 2**31)  # beyond any model: a hostile config must not keep us counting
-            _want(1 <= count <= most, name, count, f">= 1 and <= {most}" if count > most else ">= 1")
-        _want(self.experts_per_token <= self.num_experts, "num_experts_per_tok", self.experts_per_token,
-              f"<= num_local_experts = {self.num_experts}")
-        _want(self.num_heads % self.num_kv_heads == 0, "num_key_value_heads", self.num_kv_heads,
-              f"a divisor of num_attention_heads = {self.num_heads}")
-        _want(self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number (rotary pairs)")
-        _want(self.rope_theta > 0, "rope_theta", self.rope_theta, "> 0")
-        _want(self.rms_norm_eps > 0, "rms_norm_eps", self.rms_norm_eps, "> 0")
-        _want(isinstance(self.dtype, str) and self.dtype in DTYPES, "dtype", self.dtype, " or ".join(DTYPES))
-        _want(self.sliding_window is None or self.sliding_window >= 1, "sliding_window",
-              self.sliding_window, "null or >= 1")
-
-    @classmethod
-    def from_hf(cls, raw: Mapping[str, Any], strict: bool = True) -> ModelConfig:
-        """Read a Hugging Face `config.json`; errors name the key as it stands in the file. strict: as of read_model."""
-        return cls.of(read_model(raw, strict))
-
-    @classmethod
-    def of(cls, model: Model) -> ModelConfig:
-        """The same as ModelConfig; ConfigError for a model that qmix reads, but does not run yet."""
-        layer = model.layers[0]
-        if model.architecture != "mixtral":
-            raise ConfigError(f"model_type: {model.architecture!r} is read, but not run yet: qmix runs 'mixtral' so "
-                              "far", "give a Mixtral checkpoint")
-        assert isinstance(layer.mixer, Attention) and isinstance(layer.mlp, Moe) and layer.mixer.rope is not None
-        rope = layer.mixer.rope
-        _want(rope.scaling is None, "rope_parameters.rope_type", type(rope.scaling).__name__.lower(),
-              "'default': others are read, but not run yet")
-        return cls(
-            vocab_size=model.vocab, hidden_size=model.hidden, intermediate_size=layer.mlp.expert.inner,
-            num_layers=len(model.layers), num_heads=layer.mixer.heads, num_kv_heads=layer.mixer.kv_heads,
-            head_dim=layer.mixer.head_dim, num_experts=layer.mlp.router.experts,
-            experts_per_token=layer.mlp.router.top_k, rope_theta=rope.theta, rms_norm_eps=model.final_norm.eps,
-            max_positions=model.max_positions, dtype=model.dtype, sliding_window=layer.mixer.window,
-            tie_embeddings=model.tied, bos_id=model.bos, eos_ids=model.eos)
-
-    def to_hf(self) -> dict[str, Any]:
-        """As a config.json of which `from_hf` makes this record again."""
-        return {"model_type": "mixtral", "vocab_size": self.vocab_size, "hidden_size": self.hidden_size,
-                "intermediate_size": self.intermediate_size, "num_hidden_layers": self.num_layers,
-                "num_attention_heads": self.num_heads, "num_key_value_heads": self.num_kv_heads,
-                "head_dim": self.head_dim, "num_local_experts": self.num_experts,
-                "num_experts_per_tok": self.experts_per_token, "rope_theta": self.rope_theta,
-                "rms_norm_eps": self.rms_norm_eps, "max_position_embeddings": self.max_positions, "dtype": self.dtype,
-                "sliding_window": self.sliding_window, "tie_word_embeddings": self.tie_embeddings,
-                "bos_token_id": self.bos_id, "eos_token_id": list(self.eos_ids)}
-
-    @property
-    def expert_keys(self) -> list[ExpertKey]:
-        """Every expert of the model, in the order of the store."""
-        return [ExpertKey(layer, e) for layer in range(self.num_layers) for e in range(self.num_experts)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +91,7 @@ class QuantConfig:
         letters = KIND_LETTERS[:len(self.kinds)]
         _want(not isinstance(self.mix, str), "mix", self.mix, "a line for each layer")
         for line in self.mix:
-            _want(bool(line) and set(line) <= set(letters), "mix", line, f"letters of {letters}")
+            _want(set(line) <= set(letters), "mix", line, f"letters of {letters}")
         _want(set("".join(self.mix)) == set(letters), "mix", self.mix, f"an expert of each kind, {letters}")
 
     def to_json(self) -> dict[str, Any]:
@@ -205,12 +114,12 @@ class QuantConfig:
         """Which of `kinds` a record is; 0 where all are alike."""
         return KIND_LETTERS.index(self.mix[key.layer][key.expert]) if self.mix else 0
 
-    def check_model(self, config: ModelConfig) -> None:
+    def check_model(self, model: Model) -> None:
         """ConfigError unless `mix` has a letter for each expert of that model."""
         if self.experts == "mixed":
-            got, want = [len(line) for line in self.mix], [config.num_experts] * config.num_layers
+            got, want = [len(line) for line in self.mix], [model.experts_in(i) for i in range(model.num_layers)]
             _want(got == want, "mix", f"{len(got)} lines of {sorted(set(got))[:8]} letters",
-                  f"{config.num_layers} of {config.num_experts}")
+                  f"{len(want)} of {sorted(set(want))[:8]}")
 
 
 def parse_grouped(name: str) -> tuple[str, int]:

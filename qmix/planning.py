@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from qmix import hardware
-from qmix.checkpoint import ignored_keys
-from qmix.config import ExpertKey, ModelConfig, QuantConfig
+from qmix.checkpoint import check_runs, ignored_keys
+from qmix.config import ExpertKey, QuantConfig
 from qmix.engine import Placement
 from qmix.errors import CheckpointError, ConfigError, UsageError
 from qmix.hardware.gpu_memory import GpuMemory
+from qmix.models import read_model
 from qmix.offload import router_stats
 from qmix.offload.forecast import Speeds, forecast, known_shares
 from qmix.offload.plan import CUDA_CONTEXT, MARGIN, PROGRAM, UNMEASURED, Needs, Plan, choose_context
 from qmix.offload.plan import plan as make_plan
 from qmix.sizes import format_bytes, record_layouts
+from qmix.spec import Model
 from qmix.store import CONFIG, MANIFEST, Store
 
 TYPICAL = Speeds(ram=40.0, disk=3.0, pcie=25.0, vram=900.0)  # GB/s, for what was neither measured nor given
@@ -47,31 +49,32 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
+class Planned:
     """shares: of tokens that chose each expert, {} where this model has no router statistics yet."""
 
     name: str
-    config: ModelConfig
+    model: Model
     quant: QuantConfig
     shares: Mapping[ExpertKey, float]
 
 
-def find_model(path: Path, quant: QuantConfig | None, state: Path | None, say: Callable[[str], None]) -> Model:
+def find_model(path: Path, quant: QuantConfig | None, state: Path | None, say: Callable[[str], None]) -> Planned:
     """The model at `path`: a store, a folder with a config.json, or a config.json. quant: how an unquantized one
     would be quantized, None = as `qmix quantize` does by default; UsageError for a store, which is."""
     if (path / MANIFEST).is_file():
         if quant is not None:
             raise UsageError(f"{path}: is quantized already", "drop --format, --group-size and --dense")
         with Store.open(path) as store:
-            config = store.config
-            stats = router_stats.load(state, store.identity, config.num_layers, config.num_experts, say)
-            return Model(path.resolve().name, config, store.quant, known_shares(stats))
+            model = store.model
+            stats = router_stats.load(state, store.identity, len(model.record_layers), model.num_experts, say)
+            return Planned(path.resolve().name, model, store.quant, known_shares(stats))
     file = path / CONFIG if path.is_dir() else path
     try:
         raw = json.loads(file.read_bytes())
         if not isinstance(raw, dict):
             raise ValueError("not an object")
-        config = ModelConfig.from_hf(raw)
+        model = read_model(raw)
+        check_runs(model)
     except ConfigError as e:
         raise CheckpointError(f"{file}: {e.message}", e.cure) from None
     except (OSError, ValueError, RecursionError) as e:
@@ -79,10 +82,10 @@ def find_model(path: Path, quant: QuantConfig | None, state: Path | None, say: C
                               "name a store, a checkpoint or a config.json") from None
     for note in ignored_keys(file, raw):
         say(f"note: {note}")
-    return Model(path.resolve().name, config, quant or QuantConfig(), {})
+    return Planned(path.resolve().name, model, quant or QuantConfig(), {})
 
 
-def find_gpu(model: Model, machine: Machine, device: str, say: Callable[[str], None]) -> Machine:
+def find_gpu(planned: Planned, machine: Machine, device: str, say: Callable[[str], None]) -> Machine:
     """`machine` with the memory that the engine would take of this machine's GPU, said; as it is where its GPU is
     described, or none is to be used here. device: as of `--device`. Raises what the engine would."""
     if machine.vram is not None:
@@ -90,7 +93,7 @@ def find_gpu(model: Model, machine: Machine, device: str, say: Callable[[str], N
             raise UsageError(f"--device {device}: --vram describes a GPU", "drop one of the two")
         return machine
     placement = Placement(device)
-    found = placement.open(max(layout.nbytes for layout in record_layouts(model.config, model.quant)), say)
+    found = placement.open(max(layout.nbytes for layout in record_layouts(planned.model, planned.quant)), say)
     if found is None:
         return machine
     try:
@@ -103,26 +106,26 @@ def find_gpu(model: Model, machine: Machine, device: str, say: Callable[[str], N
     return replace(machine, vram=vram, vram_taken=taken, pin=placement.pin_budget(), gpu=measured)
 
 
-def describe(model: Model, context: int, machine: Machine, known: Speeds | None, say: Callable[[str], None],
+def describe(planned: Planned, context: int, machine: Machine, known: Speeds | None, say: Callable[[str], None],
              kv: str = "bf16") -> dict[str, Any]:
     """All that `qmix plan` prints, as nested plain data; kv: how keys and values are kept. DoesNotFit says how much is
     missing."""
-    if context > model.config.max_positions:
-        raise UsageError(f"--ctx-size {context}: the model was trained for {model.config.max_positions} positions",
-                         f"choose at most {model.config.max_positions}")
-    needs = Needs.of(model.config, model.quant, choose_context(model.config, context), kv)
+    if context > planned.model.max_positions:
+        raise UsageError(f"--ctx-size {context}: the model was trained for {planned.model.max_positions} positions",
+                         f"choose at most {planned.model.max_positions}")
+    needs = Needs.of(planned.model, planned.quant, choose_context(planned.model, context), kv)
     taken, beside = _beside(machine, say)
     found = make_plan(needs, _ram(machine), PROGRAM, machine.vram, taken, machine.pin, beside)
     speeds, assumed = _speeds(machine, known)
     if assumed:
         say(f"assumed, neither measured nor given: {', '.join(assumed)} (qmix doctor --bandwidth measures)")
-    guess = forecast(found, speeds, model.shares)
+    guess = forecast(found, speeds, planned.shares)
     return {
-        "model": model.name, "context": needs.context, "kv_cache": needs.kv_cache,
+        "model": planned.name, "context": needs.context, "kv_cache": needs.kv_cache,
         "records": needs.records, "record_bytes": needs.record, "in_memory": found.slots,
         "on_disk_bytes": found.on_disk,
         "memory": _rows(found),
-        "hit_rate": round(guess.hit, 4), "hit_rate_from": "router statistics" if model.shares else
+        "hit_rate": round(guess.hit, 4), "hit_rate_from": "router statistics" if planned.shares else
         "all experts equally likely", "disk_bytes_per_token": guess.disk_bytes,
         "tokens_per_second": [round(guess.least, 2), round(guess.most, 2)], "limited_by": guess.bottleneck,
         "plan": found.lines(), "forecast": guess.line().removeprefix("forecast: "),

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import prod
 
-from qmix.config import DTYPES, GROUPED_BITS, ModelConfig, QuantConfig, parse_grouped
+from qmix.config import DTYPES, GROUPED_BITS, QuantConfig, parse_grouped
 from qmix.errors import UsageError
-from qmix.names import DenseTensor
+from qmix.spec import Attention, Model, Tensor
 from qmix.tensorfile import ITEM_BYTES
 
 GIB = 2**30
@@ -24,6 +24,8 @@ TENSOR_ALIGN = 64  # a cache line, and what every kernel may assume of a tensor'
 RECORD_ALIGN = 4096  # what O_DIRECT needs of offset, length and address
 
 PLAIN_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+PASS_TOKENS = 8192
+PASS_BYTES = 256 * MIB  # of the rows [T, K, H] fp32
 BNB_BLOCK = 64  # bitsandbytes block size of nf4 and fp4, along the input dimension
 KV_FORMATS = ("bf16", "int8")  # how keys and values are kept; "bf16" stands for the compute dtype
 KV_SCALE_BYTES = 4  # an fp32 for each key and value of an int8 KV cache
@@ -155,55 +157,55 @@ class RecordLayout:
         return round_up(self.payload, RECORD_ALIGN)
 
 
-def record_layouts(config: ModelConfig, quant: QuantConfig) -> tuple[RecordLayout, ...]:
+def record_layouts(model: Model, quant: QuantConfig) -> tuple[RecordLayout, ...]:
     """The layouts that records of a store have: one, or one for each of the kinds of a mixed store."""
     if quant.experts != "mixed":
-        return (record_layout(config, quant),)
+        return (record_layout(model, quant),)
 
     def layout(w13: str, w2: str) -> RecordLayout:
         formats = [dict(zip(("format", "group_size"), parse_grouped(name), strict=True)) for name in (w13, w2)]
         return RecordLayout(*(replace(spec, block=quant.block, **found)  # type: ignore[arg-type]
-                              for spec, found in zip(_matrices(config), formats, strict=True)))
+                              for spec, found in zip(_matrices(model), formats, strict=True)))
 
     return tuple(layout(*kind) for kind in quant.kinds)
 
 
-def _matrices(config: ModelConfig) -> tuple[MatrixSpec, MatrixSpec]:
+def _matrices(model: Model) -> tuple[MatrixSpec, MatrixSpec]:
     """w13 and w2, in no format yet."""
-    hidden, inner = config.hidden_size, config.intermediate_size
+    hidden, inner = model.hidden, model.expert_inner
     return MatrixSpec("", 2 * inner, hidden, parts=2), MatrixSpec("", hidden, inner)
 
 
-def record_layout(config: ModelConfig, quant: QuantConfig) -> RecordLayout:
+def record_layout(model: Model, quant: QuantConfig) -> RecordLayout:
     """The layout that every record of a store shares that is not mixed.
 
     Mixtral 8x7B at int4 g64: 99,090,432 bytes.
     """
-    kind = DTYPES[config.dtype] if quant.experts == "keep" else quant.experts
+    kind = DTYPES[model.dtype] if quant.experts == "keep" else quant.experts
     extra = {"group_size": quant.group_size, "block": quant.block} if kind in GROUPED_BITS else {}
-    w13, w2 = (replace(spec, format=kind, double_quant=quant.double_quant, **extra) for spec in _matrices(config))
+    w13, w2 = (replace(spec, format=kind, double_quant=quant.double_quant, **extra) for spec in _matrices(model))
     return RecordLayout(w13, w2)
 
 
-def dense_spec(config: ModelConfig, quant: QuantConfig, tensor: DenseTensor) -> MatrixSpec | None:
+def dense_spec(model: Model, quant: QuantConfig, tensor: Tensor) -> MatrixSpec | None:
     """How a dense tensor is stored, or None where it stays a plain tensor (embedding, router, norm,
     which keep the checkpoint's dtype whatever the dense format)."""
-    if tensor.role not in ("linear", "head"):
+    if tensor.role not in ("linear", "mlp", "head"):
         return None
     rows, cols = tensor.shape
-    kind = DTYPES[config.dtype] if quant.dense == "keep" else quant.dense
+    kind = DTYPES[model.dtype] if quant.dense == "keep" else quant.dense
     if kind == "int4":
         return MatrixSpec(kind, rows, cols, group_size=quant.group_size, block=quant.block)
     return MatrixSpec(kind, rows, cols)
 
 
-def dense_bytes(config: ModelConfig, quant: QuantConfig, tensor: DenseTensor) -> int:
-    spec = dense_spec(config, quant, tensor)
-    item = ITEM_BYTES[PLAIN_DTYPES[DTYPES[config.dtype]]]
+def dense_bytes(model: Model, quant: QuantConfig, tensor: Tensor) -> int:
+    spec = dense_spec(model, quant, tensor)
+    item = ITEM_BYTES[PLAIN_DTYPES[DTYPES[model.dtype]]]
     return prod(tensor.shape) * item if spec is None else spec.nbytes
 
 
-def kv_bytes_per_token(config: ModelConfig, item_bytes: int = 2, kv: str = "bf16") -> int:
+def kv_bytes_per_token(model: Model, item_bytes: int = 2, kv: str = "bf16") -> int:
     """Bytes of keys and values that one position takes in all layers: 128 KiB for Mixtral 8x7B, 66 KiB with `kv`
     "int8", which has a byte a number and an fp32 scale for each head's key and value.
 
@@ -212,8 +214,26 @@ def kv_bytes_per_token(config: ModelConfig, item_bytes: int = 2, kv: str = "bf16
     """
     if kv not in KV_FORMATS:
         raise UsageError(f"--kv-cache {kv}: want " + " or ".join(KV_FORMATS))
-    head = config.head_dim + KV_SCALE_BYTES if kv == "int8" else config.head_dim * item_bytes
-    return 2 * config.num_layers * config.num_kv_heads * head
+    def head(size: int) -> int:
+        return size + KV_SCALE_BYTES if kv == "int8" else size * item_bytes
+
+    return sum(2 * a.kv_heads * head(a.head_dim) for a in kept_attention(model))
+
+
+def kept_attention(model: Model) -> tuple[Attention, ...]:
+    """Of the layers that keep keys and values of their own."""
+    return tuple(layer.mixer for layer in model.layers
+                 if isinstance(layer.mixer, Attention) and layer.mixer.kv_source is None)
+
+
+def pass_tokens(model: Model) -> int:
+    """Tokens of a prompt that go through the layers together: as many as keep the rows that a layer's experts give
+    within PASS_BYTES, a power of two, at most PASS_TOKENS. 8192 for Mixtral (K 2, H 4096), 4096 for Qwen3-30B-A3B
+    (8, 2048). A function of the model alone: bits depend on it."""
+    tokens = PASS_TOKENS
+    while tokens > 1 and tokens * model.top_k * model.hidden * 4 > PASS_BYTES:
+        tokens //= 2
+    return tokens
 
 
 def format_bytes(n: int) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 
-from qmix.config import ModelConfig
+from qmix.spec import Model
 
 FP32, BF16, FP16 = 2.0**-24, 2.0**-8, 2.0**-11  # unit roundoffs
 
@@ -47,7 +47,7 @@ def int8_keys_and_values(layers: int, head_dim: int) -> float:
     return math.sqrt(2 * layers) * step / math.sqrt(12)
 
 
-def fp32_model(config: ModelConfig) -> float:
+def fp32_model(config: Model) -> float:
     """Of the logits of two computations in fp32, at worst: in each layer one sum of the most terms that there are, all
     of whose roundings point the same way (Higham 2002, section 3.1: n terms err by n * u)."""
-    return config.num_layers * max(config.hidden_size, config.intermediate_size) * FP32
+    return config.num_layers * max(config.hidden, config.expert_inner) * FP32

@@ -8,25 +8,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mixtrals as names
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from tokenizer_files import DEMO_TEMPLATE, spm_model
 from torch import Tensor
 
-from qmix import names
 from qmix.checkpoint import Checkpoint
-from qmix.config import DTYPES, ExpertKey, ModelConfig, QuantConfig, Step
+from qmix.config import DTYPES, ExpertKey, QuantConfig, Step
 from qmix.formats import Packed, pack
 from qmix.kernels.table import KernelTable, select
 from qmix.model.mixtral import Mixtral
 from qmix.model.weights import Weights, assemble, compute_dtype, load_dense
+from qmix.models import read_model
 from qmix.offload.experts import PagedExperts
 from qmix.offload.plan import Needs, plan
 from qmix.offload.router_stats import RouterStats
 from qmix.offload.setup import Offload, OffloadOptions, open_offload
 from qmix.quantize import quantize_checkpoint
 from qmix.sizes import MatrixSpec
+from qmix.spec import Model
 from qmix.store import Store
 
 TINY: dict[str, Any] = {
@@ -44,7 +46,7 @@ def tiny_config(**overrides: Any) -> dict[str, Any]:
     return {k: v for k, v in {**TINY, **overrides}.items() if v is not ...}
 
 
-def tiny_tensors(config: ModelConfig, seed: int = 0,
+def tiny_tensors(model: Model, seed: int = 0,
                  dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
     """Random weights, scaled so that routing is uneven and the logits are far from flat."""
     random = torch.Generator().manual_seed(seed)
@@ -53,12 +55,12 @@ def tiny_tensors(config: ModelConfig, seed: int = 0,
         return (torch.randn(shape, generator=random) * gain).to(dtype)
 
     tensors = {}
-    for t in names.dense_tensors(config):
+    for t in names.dense_tensors(model):
         unit = t.shape[-1] ** -0.5
         gain = {"embedding": 1.0, "linear": unit, "router": 2 * unit, "head": 3 * unit, "norm": 0.2}[t.role]
         tensors[t.name] = draw(t.shape, gain) + (1 if t.role == "norm" else 0)
-    for key in config.expert_keys:
-        for name, shape in names.expert_tensors(config, key).values():
+    for key in model.expert_keys:
+        for name, shape in names.expert_tensors(model, key).values():
             tensors[name] = draw(shape, 1.5 * shape[1] ** -0.5)
     return tensors
 
@@ -84,7 +86,7 @@ def write_tiny_checkpoint(path: Path, seed: int = 0, dtype: torch.dtype = torch.
     """A tiny random Mixtral in Hugging Face layout (without a tokenizer). overrides: keys of config.json,
     `...` to leave one out. Returns `path`."""
     raw = tiny_config(torch_dtype=str(dtype).removeprefix("torch."), **overrides)
-    return write_checkpoint(path, raw, tiny_tensors(ModelConfig.from_hf(raw), seed, dtype), shards)
+    return write_checkpoint(path, raw, tiny_tensors(read_model(raw), seed, dtype), shards)
 
 
 def write_tiny_stores(folder: Path, formats: Mapping[str, QuantConfig], **overrides: Any) -> dict[str, Path]:
@@ -100,22 +102,22 @@ def write_tiny_stores(folder: Path, formats: Mapping[str, QuantConfig], **overri
 
 def keep_weights(checkpoint: Checkpoint) -> Weights:
     """The dense weights of a checkpoint as they are, without a store between."""
-    config = checkpoint.config
-    roles = {t.name: t.role for t in names.dense_tensors(config)}
+    model = checkpoint.model
+    roles = {t.name: t.role for t in model.tensors()}
 
     def read(name: str) -> Packed | Tensor:
         tensor = checkpoint.dense(name)
         if roles[name] not in ("linear", "head"):
             return tensor
-        return pack(tensor, MatrixSpec(DTYPES[config.dtype], *tensor.shape))
+        return pack(tensor, MatrixSpec(DTYPES[model.dtype], *tensor.shape))
 
-    return assemble(config, compute_dtype(config, KEEP), read)
+    return assemble(model, compute_dtype(model, KEEP), read)
 
 
 def naive_experts(checkpoint: Checkpoint,
                   seen: Callable[..., None] = lambda *_: None) -> Callable[..., Tensor]:
     """The experts callable in float64, token by token and rank by rank, straight from the checkpoint."""
-    weights = {key: [w.double() for w in checkpoint.expert(key)] for key in checkpoint.config.expert_keys}
+    weights = {key: [w.double() for w in checkpoint.expert(key)] for key in checkpoint.model.expert_keys}
 
     def experts(layer: int, x: Tensor, ids: Tensor, gains: Tensor, step: Step,
                 ahead: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
@@ -123,7 +125,7 @@ def naive_experts(checkpoint: Checkpoint,
         if wanted is not None:
             x, ids, gains = x[wanted], ids[wanted], gains[wanted]
         out = torch.zeros(x.shape, dtype=torch.float64)
-        for expert in range(checkpoint.config.num_experts):
+        for expert in range(checkpoint.model.num_experts):
             token, rank = (ids == expert).nonzero(as_tuple=True)
             w1, w2, w3 = weights[ExpertKey(layer, expert)]
             rows = x[token].double()
@@ -136,8 +138,8 @@ def naive_experts(checkpoint: Checkpoint,
 
 def keep_model(checkpoint: Checkpoint, seen: Callable[..., None] = lambda *_: None) -> Mixtral:
     """A Mixtral on the checkpoint's own weights with naive experts; `seen` gets every call of theirs."""
-    kernels = select({DTYPES[checkpoint.config.dtype]}, say=lambda line: None)
-    return Mixtral(checkpoint.config, keep_weights(checkpoint), kernels, naive_experts(checkpoint, seen))
+    kernels = select({DTYPES[checkpoint.model.dtype]}, say=lambda line: None)
+    return Mixtral(checkpoint.model, keep_weights(checkpoint), kernels, naive_experts(checkpoint, seen))
 
 
 def stored_model(source: Path, out: Path, quant: QuantConfig = KEEP) -> Mixtral:
@@ -145,17 +147,17 @@ def stored_model(source: Path, out: Path, quant: QuantConfig = KEEP) -> Mixtral:
     with Checkpoint.open(source) as checkpoint:
         quantize_checkpoint(checkpoint, out, quant, threads=1)
     with Store.open(out) as store:
-        formats = {DTYPES[store.config.dtype] if f == "keep" else f for f in (quant.experts, quant.dense)}
-        kernels = select(formats | {DTYPES[store.config.dtype]}, say=lambda line: None)
-        return Mixtral(store.config, load_dense(store, kernels), kernels, resident_experts(store, kernels), ahead=0)
+        formats = {DTYPES[store.model.dtype] if f == "keep" else f for f in (quant.experts, quant.dense)}
+        kernels = select(formats | {DTYPES[store.model.dtype]}, say=lambda line: None)
+        return Mixtral(store.model, load_dense(store, kernels), kernels, resident_experts(store, kernels), ahead=0)
 
 
 def offloaded(store: Store, kernels: KernelTable, slots: int | None = None, **options: Any) -> Offload:
     """The experts of a store in `slots` slots, None for all. Close it."""
-    needs = Needs.of(store.config, store.quant, 64)
+    needs = Needs.of(store.model, store.quant, 64)
     tiny = replace(needs, dense=0, kv=0, workspace=0)
     ram = 256 * 2**20 + needs.record * (needs.records if slots is None else slots)
-    stats = RouterStats(store.config.num_layers, store.config.num_experts)
+    stats = RouterStats(len(store.model.record_layers), store.model.num_experts)
     return open_offload(store, kernels, plan(tiny, ram, 0), OffloadOptions(**options), stats)
 
 

@@ -271,7 +271,7 @@ def walked(store: Path, decode: bool) -> list[list[tuple[list[int], list[int] | 
                 session.decode(ids[start])
             else:
                 session.prefill(ids[start:start + 100])
-        layers = engine.config.num_layers
+        layers = engine.model.num_layers
     found: list[list[tuple[list[int], list[int] | None]]] = [[] for _ in range(layers)]
     for layer, chosen, ahead in recorder.kept:
         found[layer] += zip(chosen, ahead or [None] * len(chosen), strict=True)

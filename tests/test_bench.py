@@ -32,7 +32,7 @@ from qmix.bench.measure import Repetition, repeat
 from qmix.bench.report import cells, figures, short
 from qmix.bench.roofline import Peaks, Work, judge
 from qmix.bench.text import encode, piece, recorded_text
-from qmix.bench.work import Model
+from qmix.bench.work import Workload
 from qmix.checkpoint import Checkpoint
 from qmix.engine import load
 from qmix.errors import UsageError
@@ -123,7 +123,7 @@ def test_operations_are_what_torch_counts(tmp_path: Path, case: Case, window: in
     monkeypatch.setenv("QMIX_NATIVE", "off")  # so that it is torch that computes
     source = write_tiny_checkpoint(tmp_path / "tiny", dtype=torch.float32, sliding_window=window)
     with Checkpoint.open(source) as checkpoint:
-        model, config = keep_model(checkpoint), checkpoint.config
+        model, config = keep_model(checkpoint), checkpoint.model
         model._ahead = 0  # guesses are not work
         cache = model.new_cache(40)
         if case.depth:
@@ -135,21 +135,22 @@ def test_operations_are_what_torch_counts(tmp_path: Path, case: Case, window: in
                 decode(model, 5, cache)
     pairs = sum(1 for query in range(case.depth, case.positions) for key in range(query + 1)
                 if window is None or query - key < window)
-    attention = 4 * pairs * config.num_layers * config.num_heads * config.head_dim
+    attention = 4 * pairs * config.num_layers * config.alike()[0].heads * config.alike()[0].head_dim
     products = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
-    assert Model.of(config, KEEP, Needs.of(config, KEEP, 40)).operations(case) == products + attention
+    assert Workload.of(config, KEEP, Needs.of(config, KEEP, 40)).operations(case) == products + attention
 
 
 def test_bytes_are_those_of_the_tensors_that_a_pass_reads(store: Path) -> None:
     with load(store, threads=1, context=64) as engine:
-        config, record, session = engine.config, engine.store.layout.record_bytes, engine.session()
+        config, record, session = engine.model, engine.store.layout.record_bytes, engine.session()
         weights = engine._model._weights
         dense = weights.final_norm.nbytes + sum(t.nbytes for t in weights.head.tensors.values())
         for layer in weights.layers:
             dense += layer.input_norm.nbytes + layer.post_norm.nbytes + layer.router.nbytes
             dense += sum(t.nbytes for m in (*layer.heads, layer.o) for t in m.tensors.values())
-        position = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 2  # keys and values, bf16
-        model = Model.of(config, engine.store.quant, engine.plan.needs)
+        attention = config.alike()[0]
+        position = 2 * config.num_layers * attention.kv_heads * attention.head_dim * 2  # keys and values, bf16
+        model = Workload.of(config, engine.store.quant, engine.plan.needs)
         ids = list(range(3, 40))
         for case, passes, positions in ((Case("tg", 5, 3), 5, 4 + 5 + 6 + 7 + 8), (Case("pp", 9, 2), 1, 11)):
             found = repeat(engine, session, model, case, ids[:case.positions])
@@ -163,7 +164,7 @@ def test_bytes_are_those_of_the_tensors_that_a_pass_reads(store: Path) -> None:
 
 def test_long_prompts_read_the_weights_once_a_pass(store: Path) -> None:
     with Store.open(store) as opened:
-        model = Model.of(opened.config, opened.quant, Needs.of(opened.config, opened.quant, 100))
+        model = Workload.of(opened.model, opened.quant, Needs.of(opened.model, opened.quant, 100))
     assert model.bytes_read(Case("pp", 8193), 0) - 2 * model.dense == model.kv * (8192 + 8193)
 
 
@@ -179,7 +180,7 @@ def test_a_generation_is_teacher_forced_and_only_its_tokens_are_timed(store: Pat
 
         now = [0.0]
         engine.step = spy  # type: ignore[method-assign]
-        model = Model.of(engine.config, engine.store.quant, engine.plan.needs)
+        model = Workload.of(engine.model, engine.store.quant, engine.plan.needs)
         found = repeat(engine, session, model, Case("tg", 3, 2), [1, 9, 8, 7, 6], clock=lambda: now[0])
     assert seen == [("prefill", [1, 9], 0.0), ("decode", [8], 1.0), ("decode", [7], 2.0), ("decode", [6], 3.0)]
     assert found.seconds == 3.0 and found.rate == 1.0
@@ -257,7 +258,7 @@ def test_a_paged_store_tells_what_came_from_the_disk(store: Path, monkeypatch: p
 
 def test_disk_bytes_are_the_offload_reports(store: Path, small_process: None) -> None:
     with load(store, threads=1, context=64, ram=262640 * 1024, prefetch="ahead") as engine:
-        session, model = engine.session(), Model.of(engine.config, engine.store.quant, engine.plan.needs)
+        session, model = engine.session(), Workload.of(engine.model, engine.store.quant, engine.plan.needs)
         ids = encode(recorded_text(), engine.tokenizer)[1]
         before = engine.stats()["offload"]["warmed_bytes"]
         warmed = 0

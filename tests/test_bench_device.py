@@ -30,7 +30,7 @@ from qmix.bench.device import Moved, with_device
 from qmix.bench.measure import Repetition, repeat
 from qmix.bench.report import cells, figures
 from qmix.bench.roofline import Peaks, Work, judge
-from qmix.bench.work import Model
+from qmix.bench.work import Workload
 from qmix.checkpoint import Checkpoint
 from qmix.config import QuantConfig
 from qmix.device import StandIn
@@ -77,14 +77,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         peaks, vram_gbps=PEAKS.vram_gbps, bus_gbps=PEAKS.bus_gbps))
 
 
-def model_of(engine: Engine) -> Model:
-    return Model.of(engine.config, engine.store.quant, engine.plan.needs)
+def model_of(engine: Engine) -> Workload:
+    return Workload.of(engine.model, engine.store.quant, engine.plan.needs)
 
 
 def budgets(folder: Path, above: int, below: int, context: int) -> tuple[str, str, str, str]:
     """Flags for so many slots on the device and in RAM, in a process that holds nothing yet."""
     with Store.open(folder) as store:
-        needs = Needs.of(store.config, store.quant, context)
+        needs = Needs.of(store.model, store.quant, context)
     vram = RESERVE + needs.dense + needs.kv + needs.workspace + DEVICE_TILES + above * needs.record
     return "--vram", str(vram), "--ram", str(RESERVE + below * needs.record)
 
@@ -145,13 +145,13 @@ def test_what_was_waited_for_is_what_was_busier(disk: float, bus: float, limit: 
 def test_bytes_are_what_the_engine_counted(stores: dict[str, Path], above: int, below: int,
                                            monkeypatch: pytest.MonkeyPatch) -> None:
     with bring_up(monkeypatch, stores["int4"], above, below, prefetch="off") as engine:
-        config, record, session = engine.config, engine.store.layout.record_bytes, engine.session()
+        config, record, session = engine.model, engine.store.layout.record_bytes, engine.session()
         weights = engine._model._weights
         dense = weights.final_norm.nbytes + sum(t.nbytes for t in weights.head.tensors.values())
         for layer in weights.layers:
             dense += layer.input_norm.nbytes + layer.post_norm.nbytes + layer.router.nbytes
             dense += sum(t.nbytes for m in (*layer.heads, layer.o) for t in m.tensors.values())
-        position = 2 * LAYERS * config.num_kv_heads * config.head_dim * 2  # keys and values, bf16
+        position = 2 * LAYERS * config.alike()[0].kv_heads * config.alike()[0].head_dim * 2  # keys and values, bf16
         for case, passes, positions in ((Case("tg", 5, 3), 5, 4 + 5 + 6 + 7 + 8), (Case("pp", 9, 2), 1, 11)):
             found = repeat(engine, session, model_of(engine), case, IDS[:case.positions])
             report = engine.stats()["offload"]["decode" if case.kind == "tg" else "prefill"]

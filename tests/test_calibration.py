@@ -15,9 +15,10 @@ from torch import Tensor
 
 from qmix.bench.text import recorded_text
 from qmix.checkpoint import Checkpoint
-from qmix.config import ExpertKey, ModelConfig
+from qmix.config import ExpertKey
 from qmix.errors import UsageError
 from qmix.formats import memory
+from qmix.models import read_model
 from qmix.quantize import calibration
 from qmix.quantize.calibration import Calibration, ForwardPass, Inputs
 from qmix.tokenizer import load
@@ -35,9 +36,9 @@ def through(source: Checkpoint, text: Calibration, pool: ThreadPoolExecutor | No
     """([residual before each layer and after the last], {"1.attention" or an expert's name: its inputs}, the pass)."""
     forward = ForwardPass(source, text, pool)
     states, found = [forward.residual.clone()], {}
-    for layer in range(source.config.num_layers):
+    for layer in range(source.model.num_layers):
         found[f"{layer}.attention"] = forward.attention(layer, measure)
-        for expert in range(source.config.num_experts):
+        for expert in range(source.model.num_experts):
             key = ExpertKey(layer, expert)
             found[str(key)] = forward.expert(key, *stacked(source, key), measure)
         states.append(forward.residual.clone())
@@ -46,7 +47,7 @@ def through(source: Checkpoint, text: Calibration, pool: ThreadPoolExecutor | No
 
 def demo_text(folder: Path, tokens: int) -> Calibration:
     text = recorded_text()[:4000]
-    tokenizer = load(folder, ModelConfig.from_hf(json.loads((folder / "config.json").read_text())).vocab_size)
+    tokenizer = load(folder, read_model(json.loads((folder / "config.json").read_text())).vocab)
     return Calibration.cut([tokenizer.bos_id], tokenizer.encode(text, bos=False), tokens, 96)
 
 
@@ -95,16 +96,16 @@ def test_sums_are_those_of_the_inputs(tmp_path: Path) -> None:
         assert inputs["w13"].count == len(rows) == forward.count(1) > 0
         check(inputs["w13"], x, torch.cat((w1, w3)))
         check(inputs["w2"], middle, w2)
-        head = source.dense("lm_head.weight").double()
-        norm = source.dense("model.norm.weight").double()
-        x = F.rms_norm(forward.residual.double(), (64,), norm, source.config.rms_norm_eps)
+        head = source.dense("head").double()
+        norm = source.dense("final_norm").double()
+        x = F.rms_norm(forward.residual.double(), (64,), norm, source.model.final_norm.eps)
         check(forward.head(head.float()), x, head)
 
-        first = F.rms_norm(source.dense("model.embed_tokens.weight")[ids.flatten()].double(), (64,),
-                           source.dense("model.layers.0.input_layernorm.weight").double(), source.config.rms_norm_eps)
+        first = F.rms_norm(source.dense("embedding")[ids.flatten()].double(), (64,),
+                           source.dense("layers.0.before_mixer").double(), source.model.final_norm.eps)
         attention = found["0.attention"]
         for name in ("q_proj", "k_proj", "v_proj"):
-            check(attention[name], first, source.dense(f"model.layers.0.self_attn.{name}.weight").double())
+            check(attention[name], first, source.dense(f"layers.0.attention.{name}").double())
         assert attention["k_proj"].factor(None) is attention["v_proj"].factor(None)  # made once
         assert attention["o_proj"].count == 200
 

@@ -16,7 +16,7 @@ from pseudo_terminal import CTRL_C, CTRL_D, ENTER, UP, PseudoTerminal
 from tokenizer_files import spm_model
 
 from qmix.checkpoint import Checkpoint
-from qmix.config import ModelConfig
+from qmix.models import read_model
 from qmix.quantize import quantize_checkpoint
 
 HERE = Path(__file__).parent
@@ -243,7 +243,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real store of a random model without a chat template, which never ends an answer by itself."""
     folder = tmp_path_factory.mktemp("real")
     raw = tiny_config(torch_dtype="bfloat16", vocab_size=512, max_position_embeddings=32768)
-    tensors = tiny_tensors(ModelConfig.from_hf(raw))
+    tensors = tiny_tensors(read_model(raw))
     tensors["lm_head.weight"][raw["eos_token_id"]] = 0
     write_checkpoint(folder / "checkpoint", raw, tensors)
     (folder / "checkpoint" / "tokenizer.model").write_bytes(spm_model())

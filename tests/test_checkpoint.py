@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mixtrals as names
 import pytest
 import torch
 from helpers import tiny_config, tiny_tensors, write_checkpoint, write_tiny_checkpoint
@@ -20,14 +21,14 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qmix import names
 from qmix.checkpoint import INDEX, SINGLE, Checkpoint
-from qmix.config import ExpertKey, ModelConfig
+from qmix.config import ExpertKey
 from qmix.errors import CheckpointError
+from qmix.models import read_model
 from qmix.tensorfile import build_header
 
 W1 = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
-CONFIG = ModelConfig.from_hf(tiny_config())
+CONFIG = read_model(tiny_config())
 
 
 def refused(path: Path, *parts: str) -> CheckpointError:
@@ -57,7 +58,7 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 def build(path: Path, change: Callable[[dict[str, Tensor]], Any], shards: int = 1, **overrides: Any) -> Path:
     """A tiny checkpoint whose tensors were changed before writing."""
     raw = tiny_config(**overrides)
-    tensors = tiny_tensors(ModelConfig.from_hf(raw))
+    tensors = tiny_tensors(read_model(raw))
     change(tensors)
     return write_checkpoint(path, raw, tensors, shards)
 
@@ -68,11 +69,11 @@ def test_reads_what_was_written(tmp_path: Path, dtype: torch.dtype, shards: int)
     wrote = tiny_tensors(CONFIG, seed=5, dtype=dtype)
     path = write_tiny_checkpoint(tmp_path, seed=5, dtype=dtype, shards=shards)
     with Checkpoint.open(path) as checkpoint:
-        assert checkpoint.config.dtype == str(dtype).removeprefix("torch.")
+        assert checkpoint.model.dtype == str(dtype).removeprefix("torch.")
         assert checkpoint.skipped == ()
         assert checkpoint.nbytes == sum(t.nbytes for t in wrote.values())
         for dense in names.dense_tensors(CONFIG):
-            got = checkpoint.dense(dense.name)
+            got = checkpoint.dense(names.canonical(checkpoint.model)[dense.name])
             assert got.dtype == dtype
             assert got.is_contiguous()
             assert torch.equal(got, wrote[dense.name])
@@ -84,17 +85,17 @@ def test_reads_what_was_written(tmp_path: Path, dtype: torch.dtype, shards: int)
 
 def test_tensors_are_fresh_memory(tmp_path: Path) -> None:
     with Checkpoint.open(write_tiny_checkpoint(tmp_path)) as checkpoint:
-        first = checkpoint.dense(names.HEAD)
+        first = checkpoint.dense("head")
         copy = first.clone()
         first.zero_()
-        assert torch.equal(checkpoint.dense(names.HEAD), copy)
+        assert torch.equal(checkpoint.dense("head"), copy)
 
 
 def test_agrees_with_the_safetensors_library_on_a_trained_model(wiki_moe: Path) -> None:
     from safetensors import safe_open
     with Checkpoint.open(wiki_moe) as checkpoint, safe_open(wiki_moe / SINGLE, "pt") as reference:
-        assert checkpoint.config.num_experts == 8
-        assert torch.equal(checkpoint.dense(names.EMBEDDING), reference.get_tensor(names.EMBEDDING))
+        assert checkpoint.model.num_experts == 8
+        assert torch.equal(checkpoint.dense("embedding"), reference.get_tensor(names.EMBEDDING))
         w1, w2, w3 = checkpoint.expert(ExpertKey(7, 3))
         prefix = "model.layers.7.block_sparse_moe.experts.3."
         for part, got in (("w1", w1), ("w2", w2), ("w3", w3)):
@@ -140,7 +141,7 @@ def test_old_rotary_buffers_are_skipped_by_name(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     with Checkpoint.open(build(tmp_path, lambda t: t.update({name: torch.ones(8)}))) as checkpoint:
         assert checkpoint.skipped == (name,)
-        assert checkpoint.config.dtype == "bfloat16"
+        assert checkpoint.model.dtype == "bfloat16"
 
 
 def test_weight_files_that_the_index_does_not_use_are_named(tmp_path: Path) -> None:
@@ -176,7 +177,7 @@ def test_dtype_comes_from_the_files(tmp_path: Path, said: Any) -> None:
     raw = tiny_config(torch_dtype=said)
     path = write_checkpoint(tmp_path, raw, tiny_tensors(CONFIG, dtype=torch.float16))
     with Checkpoint.open(path) as checkpoint:
-        assert checkpoint.config.dtype == "float16"
+        assert checkpoint.model.dtype == "float16"
 
 
 # --- folders and config.json ---
@@ -216,7 +217,7 @@ def read_back(path: Path) -> list[str]:
     want = tiny_tensors(CONFIG)
     with Checkpoint.open(path) as checkpoint:
         for dense in names.dense_tensors(CONFIG):
-            assert torch.equal(checkpoint.dense(dense.name), want[dense.name])
+            assert torch.equal(checkpoint.dense(names.canonical(checkpoint.model)[dense.name]), want[dense.name])
         for key in CONFIG.expert_keys:
             parts = names.expert_tensors(CONFIG, key)
             for part, got in zip(("w1", "w2", "w3"), checkpoint.expert(key), strict=True):
@@ -453,8 +454,8 @@ def test_any_damaged_header_is_refused_or_harmless(damaged: Path, data: st.DataO
     file.write_bytes(bad)
     try:
         with Checkpoint.open(damaged) as checkpoint:
-            for dense in names.dense_tensors(checkpoint.config):
-                assert tuple(checkpoint.dense(dense.name).shape) == dense.shape
+            for dense in names.dense_tensors(checkpoint.model):
+                assert tuple(checkpoint.dense(names.canonical(checkpoint.model)[dense.name]).shape) == dense.shape
     except CheckpointError:
         pass
     finally:
@@ -469,14 +470,14 @@ def test_files_that_change_during_the_run(tmp_path: Path) -> None:
     with Checkpoint.open(path) as checkpoint:
         os.truncate(path / SINGLE, len(good) // 2)
         with pytest.raises(CheckpointError, match=r"model\.safetensors: changed while it was") as caught:
-            for key in checkpoint.config.expert_keys:
+            for key in checkpoint.model.expert_keys:
                 checkpoint.expert(key)
         assert caught.value.cure
     (path / SINGLE).write_bytes(good)
     with Checkpoint.open(path) as checkpoint:
         os.utime(path / SINGLE, ns=(1, 1))  # rewritten in place with the same length
         with pytest.raises(CheckpointError, match="changed while it was being read"):
-            checkpoint.dense(names.HEAD)
+            checkpoint.dense("head")
 
 
 def test_unlinked_files_stay_readable(tmp_path: Path) -> None:
@@ -484,7 +485,7 @@ def test_unlinked_files_stay_readable(tmp_path: Path) -> None:
     want = tiny_tensors(CONFIG)[names.HEAD]
     with Checkpoint.open(path) as checkpoint:
         shutil.rmtree(path)
-        assert torch.equal(checkpoint.dense(names.HEAD), want)
+        assert torch.equal(checkpoint.dense("head"), want)
 
 
 def test_files_are_closed(tmp_path: Path) -> None:
@@ -502,7 +503,7 @@ peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 with Checkpoint.open(sys.argv[1]) as checkpoint:
     checkpoint.expert(ExpertKey(0, 0))
     before, total = peak(), 0
-    for key in checkpoint.config.expert_keys:
+    for key in checkpoint.model.expert_keys:
         total += sum(t.nbytes for t in checkpoint.expert(key))
     print(peak() - before, total)
 """
@@ -510,7 +511,7 @@ with Checkpoint.open(sys.argv[1]) as checkpoint:
 
 def test_streaming_takes_the_memory_of_one_expert(tmp_path: Path) -> None:
     raw = tiny_config(hidden_size=1024, intermediate_size=2048, num_local_experts=8)
-    config = ModelConfig.from_hf({**raw, "dtype": "bfloat16"})
+    config = read_model({**raw, "dtype": "bfloat16"})
     shapes = {t.name: t.shape for t in names.dense_tensors(config)}
     for key in config.expert_keys:
         shapes.update(names.expert_tensors(config, key).values())

@@ -1,4 +1,4 @@
-"""ModelConfig.from_hf on the many shapes of config.json, and the checks of the other records."""
+"""read_model on the many shapes of config.json, and the checks of the other records."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from helpers import tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmix.config import Cancel, ExpertKey, ModelConfig, QuantConfig, SamplingParams
+from qmix.config import Cancel, ExpertKey, QuantConfig, SamplingParams
 from qmix.errors import ConfigError
+from qmix.models import read_model
+from qmix.spec import Model
+from qmix.spec.json import from_json, to_json
 
 MIXTRAL_8X7B = {
     "architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
@@ -25,16 +28,16 @@ MIXTRAL_8X7B = {
 }
 
 
-def read(**overrides: Any) -> ModelConfig:
-    return ModelConfig.from_hf(tiny_config(**overrides))
+def read(**overrides: Any) -> Model:
+    return read_model(tiny_config(**overrides))
 
 
 def test_mixtral_8x7b() -> None:
-    config = ModelConfig.from_hf(MIXTRAL_8X7B)
-    assert (config.head_dim, config.num_kv_heads) == (128, 8)
-    assert (config.num_experts, config.experts_per_token) == (8, 2)
-    assert (config.rope_theta, config.rms_norm_eps, config.max_positions) == (1e6, 1e-5, 32768)
-    assert (config.dtype, config.sliding_window, config.bos_id, config.eos_ids) == ("bfloat16", None, 1, (2,))
+    config = read_model(MIXTRAL_8X7B)
+    assert (config.alike()[0].head_dim, config.alike()[0].kv_heads) == (128, 8)
+    assert (config.num_experts, config.top_k) == (8, 2)
+    assert (config.alike()[0].rope.theta, config.final_norm.eps, config.max_positions) == (1e6, 1e-5, 32768)
+    assert (config.dtype, config.alike()[0].window, config.bos, config.eos) == ("bfloat16", None, 1, (2,))
     assert len(config.expert_keys) == 256
     assert config.expert_keys[8] == ExpertKey(1, 0)
 
@@ -57,24 +60,29 @@ def test_mixtral_8x7b() -> None:
     ({"sliding_window": -1}, "sliding_window", None),
     ({"head_dim": 0}, "head_dim", 16),
     ({"hidden_act": "swish"}, "dtype", "bfloat16"),
-    ({"tie_word_embeddings": True}, "tie_embeddings", True),
-    ({"tie_word_embeddings": ...}, "tie_embeddings", False),
+    ({"tie_word_embeddings": True}, "tied", True),
+    ({"tie_word_embeddings": ...}, "tied", False),
     ({"torch_dtype": "float16"}, "dtype", "float16"),
     ({"torch_dtype": "float16", "dtype": "float32"}, "dtype", "float32"),
-    ({"eos_token_id": [2, 127]}, "eos_ids", (2, 127)),
-    ({"eos_token_id": None}, "eos_ids", ()),
-    ({"eos_token_id": -1}, "eos_ids", ()),
-    ({"eos_token_id": [2, -1]}, "eos_ids", (2,)),
-    ({"bos_token_id": None}, "bos_id", None),
+    ({"eos_token_id": [2, 127]}, "eos", (2, 127)),
+    ({"eos_token_id": None}, "eos", ()),
+    ({"eos_token_id": -1}, "eos", ()),
+    ({"eos_token_id": [2, -1]}, "eos", (2,)),
+    ({"bos_token_id": None}, "bos", None),
     # absent is not null: transformers has defaults
     ({"num_key_value_heads": ..., "num_attention_heads": 8}, "num_kv_heads", 8),
     ({"num_key_value_heads": ..., "num_attention_heads": 16}, "num_kv_heads", 8),
     ({"max_position_embeddings": ...}, "max_positions", 131072),
-    ({"eos_token_id": ...}, "eos_ids", (2,)),
-    ({"bos_token_id": ...}, "bos_id", 1),
+    ({"eos_token_id": ...}, "eos", (2,)),
+    ({"bos_token_id": ...}, "bos", 1),
 ])
 def test_variants(overrides: dict[str, Any], field: str, want: Any) -> None:
-    assert getattr(read(**overrides), field) == want
+    model = read(**overrides)
+    attention, _ = model.alike()
+    assert attention.rope is not None
+    found = {"rope_theta": attention.rope.theta, "head_dim": attention.head_dim, "num_kv_heads": attention.kv_heads,
+             "sliding_window": attention.window}
+    assert (found[field] if field in found else getattr(model, field)) == want
 
 
 @pytest.mark.parametrize(("key", "value"), [
@@ -86,8 +94,8 @@ def test_variants(overrides: dict[str, Any], field: str, want: Any) -> None:
     ("sliding_window", "0"), ("sliding_window", 12.5), ("tie_word_embeddings", "yes"), ("model_type", "llama"),
     ("model_type", ...), ("model_type", ["mixtral"]), ("hidden_act", "gelu"), ("dtype", "float64"),
     ("dtype", ["bfloat16"]), ("eos_token_id", "2"), ("eos_token_id", [2.0]), ("bos_token_id", [1]),
-    ("rope_parameters", "default"), ("rope_parameters", {"rope_type": "yarn"}),
-    ("rope_scaling", {"type": "linear", "factor": 2}), ("max_position_embeddings", 0),
+    ("rope_parameters", "default"), ("rope_parameters", {"rope_type": "linear"}),
+    ("rope_scaling", {"type": "round"}), ("max_position_embeddings", 0),
     ("routed_scaling_factor", 2.0), ("attention_bias", True),  # not of this model: would be ignored
 ])
 def test_bad_values_are_refused_by_their_key(key: str, value: Any) -> None:
@@ -112,13 +120,13 @@ def test_any_json_value_is_read_or_refused(key: str, value: Any) -> None:
     except ConfigError as e:
         assert re.match(r"[a-z_.]+: ", e.message)
     else:
-        assert config.num_heads * config.head_dim > 0
+        assert config.alike()[0].heads * config.alike()[0].head_dim > 0
         hash(config)
-        assert ModelConfig.from_hf(config.to_hf()) == config
+        assert from_json(json.loads(json.dumps(to_json(config)))) == config
 
 
 def test_config_survives_json() -> None:
-    assert ModelConfig.from_hf(json.loads(json.dumps(MIXTRAL_8X7B))) == ModelConfig.from_hf(MIXTRAL_8X7B)
+    assert read_model(json.loads(json.dumps(MIXTRAL_8X7B))) == read_model(MIXTRAL_8X7B)
 
 
 def test_quant_config_refuses_what_does_not_apply() -> None:

@@ -12,7 +12,8 @@ import json, sys
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import jit
-from qmix.config import ModelConfig, Step
+from mixtrals import mixtral
+from qmix.config import Step
 from qmix.device import StandIn
 from qmix.formats.packed import TORCH_DTYPES, Packed
 from qmix.kernels import cuda
@@ -70,7 +71,7 @@ class Experts:
     def count(self, layer, ids, weights, step): pass
 
 def token(resident, dense):
-    config = ModelConfig(V, H, F, L, 32, 8, 128, 8, 2, 1e6, 1e-5, 32768)
+    config = mixtral(V, H, F, L, 32, 8, 128, 8, 2, 1e6, 1e-5, 32768)
     layer = LayerWeights(torch.empty(H), (matrix(6144, H, dense),), matrix(H, H, dense), torch.empty(H),
                          torch.empty(8, H, dtype=torch.float64))
     weights = Weights(torch.bfloat16, torch.empty(V, H), (layer,) * L, torch.empty(H), matrix(V, H))

@@ -36,7 +36,7 @@ def answer(engine: Engine, *messages: Message) -> str:
 def test_it_is_small() -> None:
     assert sum(p.stat().st_size for p in CHECKPOINT.iterdir()) <= 12_000_000
     with Checkpoint.open(CHECKPOINT) as checkpoint:
-        assert (checkpoint.config.num_experts, checkpoint.config.experts_per_token) == (8, 2)
+        assert (checkpoint.model.num_experts, checkpoint.model.top_k) == (8, 2)
         assert checkpoint.skipped == ()
 
 

@@ -39,7 +39,7 @@ def test_accounts_wait_for_the_next_layer_unless_something_is_missing(
         stores: dict[str, Path], exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     seen = noted(monkeypatch)
     with bring_up(monkeypatch, stores["int4"], ALL - 3, ALL, exact=exact, prefetch="ahead") as engine:
-        session, layers = engine.session(), engine.config.num_layers
+        session, layers = engine.session(), engine.model.num_layers
         session.prefill(IDS[:20])
         both = set()
         for token in IDS[:16]:

@@ -62,7 +62,7 @@ def bring_up(monkeypatch: pytest.MonkeyPatch, folder: Path, above: int, below: i
     """The store at `folder`, of `records`, with so many slots on the device and below, whatever this process weighs."""
     monkeypatch.setattr(hardware, "resident_bytes", lambda: 0)
     with Store.open(folder) as store:
-        needs = Needs.of(store.config, store.quant, how.setdefault("context", CONTEXT), how.get("kv", "bf16"))
+        needs = Needs.of(store.model, store.quant, how.setdefault("context", CONTEXT), how.get("kv", "bf16"))
     vram = RESERVE + needs.dense + needs.kv + needs.workspace + DEVICE_TILES + needs.decoded + above * needs.record
     placement = Placement(device or StandIn(), vram, exact=exact, tuned=how.pop("tuned", None))
     engine = load(folder, threads=how.pop("threads", 1), ram=RESERVE + below * needs.record, placement=placement,
@@ -98,8 +98,8 @@ def resident(stores: dict[str, Path]) -> dict[str, Tensor]:
 
 def assert_near(errors: Tensor, engine: Engine, name: str) -> None:
     """errors: relative, of each token's logits."""
-    apart = bounds.model_apart(engine.config.num_layers)
-    assert errors.max() < bounds.fp32_model(engine.config) if name == "keep" else errors.median() < apart
+    apart = bounds.model_apart(engine.model.num_layers)
+    assert errors.max() < bounds.fp32_model(engine.model) if name == "keep" else errors.median() < apart
 
 
 @pytest.mark.parametrize("name", list(FORMATS))
@@ -251,7 +251,7 @@ def test_drafts_have_the_bits_of_single_tokens(stores: dict[str, Path], monkeypa
 
 def test_sessions_that_decode_together(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     with Store.open(stores["int4"]) as store:
-        kv = Needs.of(store.config, store.quant, CONTEXT).kv
+        kv = Needs.of(store.model, store.quant, CONTEXT).kv
     monkeypatch.setattr("qmix.offload.plan.PREFILL_PASS", 8192)
     with load(stores["int4"], threads=1, context=CONTEXT, activations="bf16",
               placement=Placement(StandIn(delays(7)))) as engine:

@@ -119,9 +119,10 @@ def test_tritons_kernels_in_the_engine(stores: dict[str, Path]) -> None:
 
 def test_what_it_takes_is_in_the_plan(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     with Store.open(stores["int4"]) as store:
-        config, sixteen, eight = store.config, *(
-            Needs.of(store.config, store.quant, CONTEXT, kv) for kv in ("bf16", "int8"))
-    assert eight.decoded == 2 * CONTEXT * config.num_kv_heads * config.head_dim * 2 and not sixteen.decoded
+        config, sixteen, eight = store.model, *(
+            Needs.of(store.model, store.quant, CONTEXT, kv) for kv in ("bf16", "int8"))
+    attention = config.alike()[0]
+    assert eight.decoded == 2 * CONTEXT * attention.kv_heads * attention.head_dim * 2 and not sixteen.decoded
     there = plan(eight, 2**30, 0, 2**31).tiers[0]
     assert there.workspace == eight.workspace + DEVICE_TILES + eight.decoded and there.kv == eight.kv < sixteen.kv
     with bring_up(monkeypatch, stores["int4"], 9, 8, kv="int8") as engine:
@@ -131,20 +132,20 @@ def test_what_it_takes_is_in_the_plan(stores: dict[str, Path], monkeypatch: pyte
 def test_where_a_cache_lies_is_told_by_all_its_parts(stores: dict[str, Path]) -> None:
     """A graph has the addresses of the scales too: a cache whose codes lie where another's lay is not that other."""
     with Store.open(stores["int4"]) as store:
-        cache = Int8KVCache(store.config, 9, torch.float32)
+        cache = Int8KVCache(store.model, 9, torch.float32)
         assert cache.places == cache.kept(0).addresses and len(set(cache.places)) == 4
-        assert len(KVCache(store.config, 9, torch.float32).places) == 2
+        assert len(KVCache(store.model, 9, torch.float32).places) == 2
 
 
 @pytest.mark.parametrize("window", [None, 7])
 def test_a_prompt_attends_to_all_heads_at_once_as_to_one_after_the_other(stores: dict[str, Path],
                                                                          window: int | None) -> None:
     with Store.open(stores["keep"]) as store:
-        config = store.config
+        config = store.model
     random = torch.Generator().manual_seed(3)
     found = []
-    parts = [[torch.randn(count, heads, config.head_dim, generator=random) for heads in (
-        config.num_heads, config.num_kv_heads, config.num_kv_heads)] for count in (20, 12)]
+    parts = [[torch.randn(count, heads, config.alike()[0].head_dim, generator=random) for heads in (
+        config.alike()[0].heads, config.alike()[0].kv_heads, config.alike()[0].kv_heads)] for count in (20, 12)]
     for there in (None, attend):
         cache, out = Int8KVCache(config, 40, torch.float32, there=there), []
         for start, (q, keys, values) in zip((0, 20), parts, strict=True):

@@ -51,7 +51,7 @@ def test_public_api_loads_and_generates(stores: dict[str, Path]) -> None:
 
 def assert_near(got: Tensor, want: Tensor, engine: Engine) -> None:
     """Of a store in fp32."""
-    assert (got - want).norm() <= bounds.fp32_model(engine.config) * want.norm()
+    assert (got - want).norm() <= bounds.fp32_model(engine.model) * want.norm()
 
 
 def test_prefill_then_decode_is_prefill_of_all(engine: Engine) -> None:
@@ -116,13 +116,13 @@ def test_cancel_anywhere_changes_nothing(engine: Engine, checks: int) -> None:
 def test_experts_with_int8_activations_agree_with_what_they_see(stores: dict[str, Path], tokens: int) -> None:
     """Both products of an expert see their operand in 8 bits, and nothing else is rounded on the way."""
     with Store.open(stores["int4"]) as store:
-        config, quant = store.config, store.quant
+        config, quant = store.model, store.quant
         experts = resident_experts(store, select_kernels(config, quant, lambda line: None, "int8"))
         buffer = torch.empty(store.layout.record_bytes, dtype=torch.uint8)
-        x = torch.randn(tokens, config.hidden_size, generator=torch.Generator().manual_seed(tokens)).bfloat16()
+        x = torch.randn(tokens, config.hidden, generator=torch.Generator().manual_seed(tokens)).bfloat16()
         ids = torch.stack([torch.randperm(config.num_experts)[:2] for _ in range(tokens)])
         weights = torch.rand(tokens, 2).softmax(1)
-        want = torch.zeros(tokens, config.hidden_size, dtype=torch.float64)
+        want = torch.zeros(tokens, config.hidden, dtype=torch.float64)
 
         def seen(v: torch.Tensor) -> torch.Tensor:
             return native.as_seen(v[None].float(), "int8", quant.group_size)[0].double()
@@ -140,14 +140,14 @@ def test_experts_with_int8_activations_agree_with_what_they_see(stores: dict[str
 @pytest.mark.parametrize("name", FORMATS)
 def test_experts_agree_with_a_float64_sum(stores: dict[str, Path], name: str) -> None:
     with Store.open(stores[name]) as store:
-        kernels = select_kernels(store.config, store.quant, lambda line: None, "bf16" if "int" in name else "auto")
+        kernels = select_kernels(store.model, store.quant, lambda line: None, "bf16" if "int" in name else "auto")
         experts = resident_experts(store, kernels)
-        config, buffer = store.config, torch.empty(store.layout.record_bytes, dtype=torch.uint8)
-        x = torch.randn(9, config.hidden_size, generator=torch.Generator().manual_seed(3))
+        config, buffer = store.model, torch.empty(store.layout.record_bytes, dtype=torch.uint8)
+        x = torch.randn(9, config.hidden, generator=torch.Generator().manual_seed(3))
         x = x if name == "keep" else x.bfloat16()
         ids = torch.stack([torch.randperm(config.num_experts)[:2] for _ in range(9)])
         weights = torch.rand(9, 2).softmax(1)
-        want = torch.zeros(9, config.hidden_size, dtype=torch.float64)
+        want = torch.zeros(9, config.hidden, dtype=torch.float64)
         for token in range(9):
             for rank in range(2):
                 store.read_record(ExpertKey(1, int(ids[token, rank])), buffer)
@@ -206,15 +206,15 @@ def test_reads_into_memory_that_is_not_there_say_so(stores: dict[str, Path], mon
 @pytest.mark.parametrize("name", ["int4", "keep"])
 def test_wanted_rows_are_those_of_all(stores: dict[str, Path], name: str, wanted: list[int]) -> None:
     with Store.open(stores[name]) as store:
-        experts = resident_experts(store, select_kernels(store.config, store.quant, lambda line: None))
-        x = torch.randn(9, store.config.hidden_size, generator=torch.Generator().manual_seed(3))
-        ids = torch.stack([torch.randperm(store.config.num_experts)[:2] for _ in range(9)])
+        experts = resident_experts(store, select_kernels(store.model, store.quant, lambda line: None))
+        x = torch.randn(9, store.model.hidden, generator=torch.Generator().manual_seed(3))
+        ids = torch.stack([torch.randperm(store.model.num_experts)[:2] for _ in range(9)])
         weights = torch.rand(9, 2).softmax(1)
-        layers = range(store.config.num_layers)
+        layers = range(store.model.num_layers)
         want = [experts(layer, x, ids, weights, Step("prefill")) for layer in layers][-1]
         rows = [None] * (len(layers) - 1) + [torch.tensor(wanted, dtype=torch.int64)]
         got = [experts(layer, x, ids, weights, Step("prefill"), None, rows[layer]) for layer in layers][-1]
-        assert got.shape == (len(wanted), store.config.hidden_size)
+        assert got.shape == (len(wanted), store.model.hidden)
         assert torch.allclose(got, want[wanted], rtol=1e-4, atol=1e-5)
         counts = experts._watch.stats.total("prefill")
         assert [sum(row) for row in counts.counts] == [2 * 9 * 2] * len(layers), "all that was routed counts"

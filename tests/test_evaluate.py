@@ -236,7 +236,7 @@ def test_what_scoring_takes_is_in_the_plan() -> None:
         more = (Needs.of(MIXTRAL, KEEP, context, scoring=True).workspace - Needs.of(MIXTRAL, KEEP, context).workspace)
         rows = min(context, SCORED_PIECE)
         # a piece as bf16 and as fp32, and every token's residual
-        assert more > rows * MIXTRAL.vocab_size * (2 + 4) + context * MIXTRAL.hidden_size * 4
+        assert more > rows * MIXTRAL.vocab * (2 + 4) + context * MIXTRAL.hidden * 4
         assert more < 400 * MIB
 
 

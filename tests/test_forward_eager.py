@@ -13,7 +13,7 @@ from helpers import keep_weights, write_tiny_checkpoint
 from torch import Tensor
 
 from qmix.checkpoint import Checkpoint
-from qmix.config import DTYPES, Cancel, ModelConfig, Step
+from qmix.config import DTYPES, Cancel, Step
 from qmix.errors import Interrupted, UsageError
 from qmix.forward import run_eager
 from qmix.forward.kv_cache import SLACK, FullLayer, RecurrentLayer, SessionCache, WindowLayer
@@ -47,22 +47,9 @@ def random_weights(spec: Model, seed: int = 0) -> dict[str, Tensor]:
             + (t.role == "norm") for t in tensors}
 
 
-def mixtral_spec(c: ModelConfig) -> Model:
-    mixer = Attention(c.num_heads, c.num_kv_heads, c.head_dim, Rope(c.rope_theta, c.head_dim), window=c.sliding_window)
-    norm = Norm(c.rms_norm_eps)
-    moe = Moe(Router(c.num_experts, c.experts_per_token), Expert(c.intermediate_size))
-    return Model("mixtral", c.hidden_size, c.vocab_size, c.max_positions, (Layer(mixer, moe, Norms(norm, norm)),)
-                 * c.num_layers, norm, c.dtype, c.tie_embeddings)
-
-
 def mixtral_weights(source: Checkpoint) -> dict[str, Tensor]:
-    names = {"input_layernorm": "before_mixer", "post_attention_layernorm": "before_mlp",
-             "block_sparse_moe.gate": "router.weight", **{f"self_attn.{x}_proj": f"attention.{x}" for x in "qkvo"}}
-    found = {"embedding": source.dense("model.embed_tokens.weight"), "final_norm": source.dense("model.norm.weight"),
-             "head": source.dense("lm_head.weight")}
-    for i in range(source.config.num_layers):
-        found |= {f"layers.{i}.{new}": source.dense(f"model.layers.{i}.{old}.weight") for old, new in names.items()}
-    for key in source.config.expert_keys:
+    found = {tensor.name: source.dense(tensor.name) for tensor in source.model.tensors()}
+    for key in source.model.expert_keys:
         prefix = f"layers.{key.layer}.experts.{key.expert}."
         found |= {prefix + name: w for name, w in zip(("gate", "down", "up"), source.expert(key), strict=True)}
     return found
@@ -77,7 +64,7 @@ def test_the_same_bits_as_mixtral_has_in_torch(tmp_path: Path, monkeypatch: pyte
     folder = write_tiny_checkpoint(tmp_path / "m", dtype=dtype, sliding_window=window, max_position_embeddings=1024)
     ids = torch.randint(0, 128, (540,), generator=torch.Generator().manual_seed(3))
     with Checkpoint.open(folder) as source:
-        spec, weights = mixtral_spec(source.config), mixtral_weights(source)
+        spec, weights = source.model, mixtral_weights(source)
         mine = eager(spec, weights, dtype)
         w = Weights(weights, dtype)
 
@@ -88,8 +75,8 @@ def test_the_same_bits_as_mixtral_has_in_torch(tmp_path: Path, monkeypatch: pyte
                 x, ids, gains = x[wanted], ids[wanted], gains[wanted]
             return TORCH.combine(torch_ops.experts(op, w, x, ids), gains)
 
-        kernels = select({DTYPES[source.config.dtype]}, say=lambda line: None)
-        today = Mixtral(source.config, keep_weights(source), kernels, experts, ahead=0)
+        kernels = select({DTYPES[source.model.dtype]}, say=lambda line: None)
+        today = Mixtral(source.model, keep_weights(source), kernels, experts, ahead=0)
         caches = today.new_cache(600), mine.new_cache(600)
         for part, phase in ((slice(0, 530), "prefill"), (slice(530, 531), "decode"), (slice(531, 532), "decode"),
                             (slice(532, 537), "decode")):

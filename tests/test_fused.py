@@ -82,7 +82,7 @@ def test_the_same_bits(store: Path, kv: str, activations: str, used: list[str],
         got = decoded(engine)
     dense_is_native = engine.store.quant.dense == "int4" or activations == "auto"
     assert used.count("layers") == (60 if dense_is_native else 0)
-    assert used.count("experts") == 60 * engine.config.num_layers
+    assert used.count("experts") == 60 * engine.model.num_layers
     del used[:]
     step_by_step(monkeypatch)
     with load(store, threads=1, kv=kv, activations=activations) as engine:

@@ -17,11 +17,12 @@ import pytest
 import torch
 from helpers import decode as decode_one
 from helpers import naive_experts, prefill, write_tiny_checkpoint
+from mixtrals import MIXTRAL_8X7B, mixtral
 from test_model import keep_weights, naive_attention
 from torch import Tensor
 
 from qmix.checkpoint import Checkpoint
-from qmix.config import Cancel, ModelConfig, QuantConfig, Step
+from qmix.config import Cancel, QuantConfig, Step
 from qmix.engine import load
 from qmix.errors import Interrupted, UsageError
 from qmix.kernels import attention as choice
@@ -34,6 +35,7 @@ from qmix.model.mixtral import Mixtral
 from qmix.offload.plan import Needs, workspace_bytes
 from qmix.quantize import quantize_checkpoint
 from qmix.sizes import kv_bytes_per_token
+from qmix.spec import Model
 
 LEVELS = list(native.levels())
 needs_library = pytest.mark.skipif(not LEVELS, reason="the native kernels were not built: no C compiler")
@@ -41,28 +43,28 @@ IDS = torch.randint(0, 128, (700,), generator=torch.Generator().manual_seed(3)).
 SHAPES = [(1, 1, 16), (2, 1, 32), (2, 3, 48), (2, 4, 128), (1, 9, 80)]  # KV heads, query heads of each, head size
 
 
-def config_of(kv_heads: int, group: int, size: int, layers: int = 2) -> ModelConfig:
-    return ModelConfig(128, 64, 96, layers, kv_heads * group, kv_heads, size, 4, 2, 1e4, 1e-5, 4096)
+def config_of(kv_heads: int, group: int, size: int, layers: int = 2) -> Model:
+    return mixtral(128, 64, 96, layers, kv_heads * group, kv_heads, size, 4, 2, 1e4, 1e-5, 4096)
 
 
-def filled(kind: type[KVCache], config: ModelConfig, length: int, room: int, own: native.Attention | None,
+def filled(kind: type[KVCache], config: Model, length: int, room: int, own: native.Attention | None,
            dtype: torch.dtype = torch.bfloat16) -> KVCache:
     """A cache of `room` positions with `length` random ones in layer 1; heads and positions differ in size."""
     random = torch.Generator().manual_seed(length)
     cache = kind(config, room, dtype, own)
-    shape = (length, config.num_kv_heads, config.head_dim)
+    shape = (length, config.alike()[0].kv_heads, config.alike()[0].head_dim)
     keys, values = torch.randn(2, *shape, generator=random)
-    size = torch.rand(length, config.num_kv_heads, 1, generator=random) * 2 + 0.1
+    size = torch.rand(length, config.alike()[0].kv_heads, 1, generator=random) * 2 + 0.1
     cache.write(1, 0, keys * size, values * size.flip(0))
     cache.length = length
     return cache
 
 
-def new_token(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
+def new_token(config: Model, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
     """q [1, Q, D] in the compute dtype, keys fp32 and values [1, KV, D], as the model has them."""
     random = torch.Generator().manual_seed(9)
-    q = torch.randn(1, config.num_heads, config.head_dim, generator=random) * 2
-    keys, values = torch.randn(2, 1, config.num_kv_heads, config.head_dim, generator=random)
+    q = torch.randn(1, config.alike()[0].heads, config.alike()[0].head_dim, generator=random) * 2
+    keys, values = torch.randn(2, 1, config.alike()[0].kv_heads, config.alike()[0].head_dim, generator=random)
     return q.to(dtype), keys, values.to(dtype)
 
 
@@ -171,7 +173,7 @@ def test_size_is_what_the_plan_counts() -> None:
     assert cache.nbytes == 33 * kv_bytes_per_token(config, kv="int8") == Needs.of(config, QuantConfig(), 33, "int8").kv
     held = [t for kept in (cache._keys, cache._values, cache._key_scales, cache._value_scales) for t in kept]
     assert cache.nbytes == sum(t.nbytes for t in held)
-    mixtral = ModelConfig(32000, 4096, 14336, 32, 32, 8, 128, 8, 2, 1e6, 1e-5, 32768)
+    mixtral = MIXTRAL_8X7B
     assert kv_bytes_per_token(mixtral, kv="int8") == 66 * 1024
     more = workspace_bytes(config, 2000, 2, "int8") - workspace_bytes(config, 2000, 2)
     assert more == 2 * 2000 * 48 * 2 + 3 * 1024 * 48 * 4  # a head's keys and values; 1024 = 512 new of 2 heads
@@ -268,7 +270,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 def model_of(checkpoint: Checkpoint, kind: type[KVCache], own: native.Attention | None,
              seen: Any = lambda *_: None) -> Mixtral:
-    return Mixtral(checkpoint.config, keep_weights(checkpoint), select({"fp32"}, say=lambda line: None),
+    return Mixtral(checkpoint.model, keep_weights(checkpoint), select({"fp32"}, say=lambda line: None),
                    naive_experts(checkpoint, seen), caches=lambda *how: kind(*how, own))
 
 
@@ -282,8 +284,8 @@ def test_logits_stay_close_and_prefill_is_decode(checkpoint: Checkpoint, own: st
     prefill(model, IDS[:30], cache)
     steps = torch.cat([decode_one(model, token, cache) for token in IDS[30:80]])
     errors = (whole - want).norm(dim=-1) / want.norm(dim=-1)
-    config = checkpoint.config
-    assert 0 < errors.median() < bounds.int8_keys_and_values(config.num_layers, config.head_dim)
+    config = checkpoint.model
+    assert 0 < errors.median() < bounds.int8_keys_and_values(config.num_layers, config.alike()[0].head_dim)
     # Prefill and decode read the same numbers, but where a last bit turned a code: in few of them.
     apart = (steps - whole[30:]).norm(dim=-1) / whole[30:].norm(dim=-1)
     assert apart.median() < errors.median()

@@ -7,8 +7,9 @@ import random
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mixtrals import mixtral
 
-from qmix.config import ExpertKey, ModelConfig, QuantConfig
+from qmix.config import ExpertKey, QuantConfig
 from qmix.quantize.mix import FORMATS, MOST_KINDS, choose
 from qmix.sizes import record_layouts
 
@@ -66,7 +67,7 @@ def test_few_kinds_within_the_room(seed: int, share: float, most: int) -> None:
 
 def test_what_is_used_often_gets_the_bits() -> None:
     """Two experts alike but for how much their errors weigh."""
-    config = ModelConfig(64, 256, 512, 1, 4, 2, 64, 2, 1, 1e4, 1e-5, 64)
+    config = mixtral(64, 256, 512, 1, 4, 2, 64, 2, 1, 1e4, 1e-5, 64)
     kinds = tuple((a, b) for a in FORMATS for b in FORMATS)
     sizes = {kind: record_layouts(config, QuantConfig("mixed", kinds=(kind,), mix=("00",)))[0].nbytes
              for kind in kinds}

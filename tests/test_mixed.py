@@ -13,13 +13,14 @@ import torch
 from helpers import write_tiny_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mixtrals import MIXTRAL_8X7B
 from oracles import decode, numbers
 from tokenizer_files import DEMO_TEMPLATE, spm_model
 from torch import Tensor
 
 from qmix import hardware
 from qmix.checkpoint import Checkpoint
-from qmix.config import ExpertKey, ModelConfig, QuantConfig
+from qmix.config import ExpertKey, QuantConfig
 from qmix.device import StandIn
 from qmix.engine import Engine, Placement, load
 from qmix.errors import ConfigError, DoesNotFit, Interrupted, StoreError, UsageError
@@ -70,7 +71,7 @@ def test_every_record_is_in_its_kind(source: Path, mixed: Path) -> None:
         assert store.verify(deep=True) == []
         sizes = [kind.nbytes for kind in store.layout.kinds]
         assert len(set(sizes)) == 2  # two of them by the padding
-        for key in store.config.expert_keys:
+        for key in store.model.expert_keys:
             kind = int(MIX[key.layer][key.expert])
             buffer = torch.empty(sizes[kind], dtype=torch.uint8)
             store.read_record(key, buffer)
@@ -108,7 +109,7 @@ def test_same_bits_for_every_budget(mixed: Path, more: int, policy: str, prefetc
         want = run(engine)
     monkeypatch.setattr(hardware, "resident_bytes", lambda: 0)
     with Store.open(mixed) as store:
-        needs = Needs.of(store.config, store.quant, 120)
+        needs = Needs.of(store.model, store.quant, 120)
     room = sum(count * nbytes for count, (_, nbytes) in zip(needs.least, needs.kinds, strict=True))
     ram = RESERVE + needs.dense + needs.kv + needs.workspace + room + more * needs.record
     with load(mixed, threads=1, context=120, ram=ram, policy=policy, prefetch=prefetch) as engine:
@@ -124,7 +125,7 @@ def test_same_bits_on_a_device(mixed: Path, more: int, monkeypatch: pytest.Monke
         want = run(engine)
     monkeypatch.setattr(hardware, "resident_bytes", lambda: 0)
     with Store.open(mixed) as store:
-        needs = Needs.of(store.config, store.quant, 120)
+        needs = Needs.of(store.model, store.quant, 120)
     least = [sum(count * nbytes for count, (_, nbytes) in zip(counts, needs.kinds, strict=True))
              for counts in (needs.least, [STAGING] * len(KINDS))]
     vram = RESERVE + needs.dense + needs.kv + needs.workspace + DEVICE_TILES + least[0] + more * needs.record
@@ -158,7 +159,7 @@ def test_show_and_plan_say_what_is_mixed(mixed: Path) -> None:
     experts = about["classes"][0]
     assert "int4g64" in experts["format"] and "int2g32" in experts["format"]
     assert experts["bytes"] == sum(path.stat().st_size // 4096 * 4096 for path in mixed.glob("experts-*")) - sum(
-        StoreLayout.of(store.config, store.quant).records[ExpertKey(layer, 0)].offset for layer in range(LAYERS))
+        StoreLayout.of(store.model, store.quant).records[ExpertKey(layer, 0)].offset for layer in range(LAYERS))
 
 
 @pytest.mark.parametrize(("change", "said"), [
@@ -222,7 +223,7 @@ def test_warming_fills_the_slots_of_each_kind() -> None:
     assert order == [(0, 3), (0, 2), (0, 1), (1, 3), (1, 2), (2, 3)]
 
 
-MIXTRAL = ModelConfig(32000, 4096, 14336, 32, 32, 8, 128, 8, 2, 1e6, 1e-5, 32768)
+MIXTRAL = MIXTRAL_8X7B
 LARGE = replace(MIXED, mix=("01201201",) * 20 + ("22222222",) * 12)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import bounds
+import mixtrals as names
 import pytest
 import torch
 from helpers import (
@@ -24,9 +25,8 @@ from helpers import (
 )
 from torch import Tensor
 
-from qmix import names
 from qmix.checkpoint import Checkpoint
-from qmix.config import Cancel, ModelConfig, QuantConfig, Step
+from qmix.config import Cancel, QuantConfig, Step
 from qmix.errors import Interrupted, StoreError, UsageError
 from qmix.formats import pack
 from qmix.kernels.attend import attend, rotation
@@ -36,6 +36,7 @@ from qmix.model import mixtral
 from qmix.model.kvcache import KVCache
 from qmix.model.mixtral import Mixtral
 from qmix.model.weights import assemble, compute_dtype
+from qmix.models import read_model
 from qmix.sizes import MatrixSpec, kv_bytes_per_token
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -127,12 +128,12 @@ def test_attention_against_a_loop(count: int, length: int, window: int | None, k
 
 def test_cache_size_is_what_the_plan_counts(checkpoint: Checkpoint) -> None:
     for dtype, item in ((torch.float32, 4), (torch.bfloat16, 2)):
-        cache = KVCache(checkpoint.config, 33, dtype)
-        assert cache.nbytes == 33 * kv_bytes_per_token(checkpoint.config, item)
+        cache = KVCache(checkpoint.model, 33, dtype)
+        assert cache.nbytes == 33 * kv_bytes_per_token(checkpoint.model, item)
 
 
 def test_cache_hands_out_views(checkpoint: Checkpoint) -> None:
-    cache = KVCache(checkpoint.config, 10, torch.bfloat16)
+    cache = KVCache(checkpoint.model, 10, torch.bfloat16)
     new = torch.randn(3, 2, 16)
     keys, values = cache.write(1, 0, new, -new)
     again, _ = cache.write(1, 3, new, new)
@@ -322,7 +323,7 @@ def test_experts_get_what_the_design_says(checkpoint: Checkpoint) -> None:
         assert x.shape == (count, 64)
         assert ids.shape == weights.shape == (count, 2)
         assert (ids.dtype, weights.dtype) == (torch.int64, torch.float32)
-        router = checkpoint.dense(f"model.layers.{layer}.block_sparse_moe.gate.weight")
+        router = checkpoint.dense(f"layers.{layer}.router.weight")
         chosen, where = (x.double() @ router.double().T).topk(2)
         assert torch.equal(ids, where)
         assert torch.allclose(weights.double(), chosen.softmax(-1), atol=1e-5)
@@ -343,7 +344,7 @@ def test_ahead_is_the_next_router_on_this_residual(checkpoint: Checkpoint, guess
         seen.append((ids.clone(), None if ahead is None else ahead.clone()))
         return torch.zeros_like(x)
 
-    model = Mixtral(checkpoint.config, weights, select({"fp32"}, say=lambda line: None), experts, guesses, depth)
+    model = Mixtral(checkpoint.model, weights, select({"fp32"}, say=lambda line: None), experts, guesses, depth)
     caches = [model.new_cache(4) for _ in range(3)]
     model.forward(torch.tensor(IDS[:3]), torch.zeros(3, dtype=torch.int64), caches, Step("decode", (0, 1, 2)))
     assert seen[-1][1] is None
@@ -360,14 +361,14 @@ def test_ahead_is_the_next_router_on_this_residual(checkpoint: Checkpoint, guess
 
 def test_no_guess_where_none_is_wanted(checkpoint: Checkpoint) -> None:
     seen: list[Tensor | None] = []
-    model = Mixtral(checkpoint.config, keep_weights(checkpoint), select({"fp32"}, say=lambda line: None),
+    model = Mixtral(checkpoint.model, keep_weights(checkpoint), select({"fp32"}, say=lambda line: None),
                     naive_experts(checkpoint, lambda *call: seen.append(call[-1])), ahead=0)
     decode(model, 3, model.new_cache(4))
     assert seen == [None] * 3
 
 
 def test_guessing_does_not_change_the_result(checkpoint: Checkpoint, model: Mixtral) -> None:
-    plain = Mixtral(checkpoint.config, keep_weights(checkpoint), select({"fp32"}, say=lambda line: None),
+    plain = Mixtral(checkpoint.model, keep_weights(checkpoint), select({"fp32"}, say=lambda line: None),
                     naive_experts(checkpoint), ahead=0)
     one, two = model.new_cache(20), plain.new_cache(20)
     for token in IDS[:20]:
@@ -435,10 +436,10 @@ def test_bf16_weights_compute_in_bf16(tmp_path: Path) -> None:
     cache = half.new_cache(40)
     got = prefill(half, IDS[:40], cache, True)
     assert got.dtype == torch.float32
-    assert cache.nbytes == 40 * kv_bytes_per_token(opened.config, 2)
+    assert cache.nbytes == 40 * kv_bytes_per_token(opened.model, 2)
     want = prefill(wide, IDS[:40], wide.new_cache(40), True)
     errors = (got - want).norm(dim=-1) / want.norm(dim=-1)
-    assert errors.median() < bounds.model_rounded(opened.config.num_layers)
+    assert errors.median() < bounds.model_rounded(opened.model.num_layers)
 
 
 @pytest.mark.parametrize(("dtype", "experts", "dense", "want"), [
@@ -450,7 +451,7 @@ def test_compute_dtype(checkpoint: Checkpoint, dtype: str, experts: str, dense: 
                        want: torch.dtype) -> None:
     raw = {**checkpoint.raw_config, "dtype": dtype}
     quant = QuantConfig(experts, dense) if experts == "int4" else QuantConfig(experts, dense, "", 0, 0)
-    assert compute_dtype(ModelConfig.from_hf(raw), quant) == want
+    assert compute_dtype(read_model(raw), quant) == want
 
 
 def test_tied_head_shares_the_embedding(tmp_path: Path) -> None:
@@ -460,7 +461,7 @@ def test_tied_head_shares_the_embedding(tmp_path: Path) -> None:
 
 
 def test_every_dense_tensor_is_used(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    more = (*names.dense_tensors(checkpoint.config), names.DenseTensor("model.new.weight", (4,), "norm"))
+    more = (*names.dense_tensors(checkpoint.model), names.DenseTensor("model.new.weight", (4,), "norm"))
     monkeypatch.setattr(names, "dense_tensors", lambda config: more)
     with pytest.raises(StoreError, match=r"model\.new\.weight: no layer uses it"):
         keep_weights(checkpoint)
@@ -473,7 +474,7 @@ def test_every_dense_tensor_is_used(checkpoint: Checkpoint, monkeypatch: pytest.
     (names.FINAL_NORM, pack(torch.zeros(1, 64), MatrixSpec("fp32", 1, 64))),
 ])
 def test_misshapen_weights_are_named(checkpoint: Checkpoint, name: str, bad: Any) -> None:
-    roles = {t.name: t.role for t in names.dense_tensors(checkpoint.config)}
+    roles = {t.name: t.role for t in names.dense_tensors(checkpoint.model)}
 
     def read(asked: str) -> Any:
         tensor = checkpoint.dense(asked)
@@ -483,4 +484,4 @@ def test_misshapen_weights_are_named(checkpoint: Checkpoint, name: str, bad: Any
         return pack(tensor, MatrixSpec("fp32", *tensor.shape)) if packed else tensor
 
     with pytest.raises(StoreError, match=rf"{name}: got"):
-        assemble(checkpoint.config, compute_dtype(checkpoint.config, KEEP), read)
+        assemble(checkpoint.model, compute_dtype(checkpoint.model, KEEP), read)

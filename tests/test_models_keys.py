@@ -160,4 +160,4 @@ def test_a_store_may_have_keys_that_came_later(tmp_path: Path) -> None:
     entry |= {"bytes": len(config.read_bytes()), "xxh3_128": xxhash.xxh3_128_hexdigest(config.read_bytes())}
     manifest.write_text(json.dumps(told))
     with Store.open(folder) as store:
-        assert store.config.num_layers
+        assert store.model.num_layers

@@ -41,7 +41,7 @@ def page(monkeypatch: pytest.MonkeyPatch, folder: Path, slots: int, **how: Any) 
     """The store at `folder` with `slots` slots, whatever this process weighs."""
     monkeypatch.setattr(hardware, "resident_bytes", lambda: 0)
     with Store.open(folder) as store:
-        needs = Needs.of(store.config, store.quant, how.setdefault("context", CONTEXT))
+        needs = Needs.of(store.model, store.quant, how.setdefault("context", CONTEXT))
     ram = RESERVE + needs.dense + needs.kv + needs.workspace + slots * needs.record
     engine = load(folder, threads=1, ram=ram, **how)
     assert engine.plan.slots == slots
@@ -337,7 +337,7 @@ def test_a_faster_tier_above_gives_the_same_bits(stores: dict[str, Path], above:
     from qmix.offload.watch import RoutingWatch
 
     with Store.open(stores["int4"]) as store:
-        config, kernels = store.config, select_kernels(store.config, store.quant, lambda line: None)
+        config, kernels = store.model, select_kernels(store.model, store.quant, lambda line: None)
         whole = resident_experts(store, kernels)
         files = store.records()
         readers = Readers(files)
@@ -354,7 +354,7 @@ def test_a_faster_tier_above_gives_the_same_bits(stores: dict[str, Path], above:
             tokens = 30 if number % 8 == 0 else 1
             step = Step("prefill" if tokens > 1 else "decode", (0,) * tokens)
             for layer in range(LAYERS):
-                x = torch.randn(tokens, config.hidden_size, generator=random).bfloat16()
+                x = torch.randn(tokens, config.hidden, generator=random).bfloat16()
                 ids = torch.stack([torch.randperm(EXPERTS, generator=random)[:TOP_K] for _ in range(tokens)])
                 weights = torch.rand(tokens, TOP_K, generator=random)
                 ahead = torch.randint(0, EXPERTS, (tokens, 1, TOP_K), generator=random)

@@ -9,8 +9,9 @@ from statistics import fmean, stdev
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from mixtrals import MIXTRAL_8X7B
 
-from qmix.config import ExpertKey, ModelConfig, QuantConfig
+from qmix.config import ExpertKey, QuantConfig
 from qmix.errors import DoesNotFit
 from qmix.offload.forecast import Forecast, Speeds, divided, forecast, known_shares
 from qmix.offload.plan import (
@@ -26,7 +27,7 @@ from qmix.offload.router_stats import RouterStats
 from qmix.offload.split import Split
 from qmix.sizes import GIB, MIB, dense_bytes, format_bytes, kv_bytes_per_token, record_layout
 
-MIXTRAL = ModelConfig(32000, 4096, 14336, 32, 32, 8, 128, 8, 2, 1e6, 1e-5, 32768)
+MIXTRAL = MIXTRAL_8X7B
 RECORD = 99_090_432
 NEEDS = Needs.of(MIXTRAL, QuantConfig(), 8192)
 
@@ -41,9 +42,8 @@ def test_mixtral_known_sizes() -> None:
 
 
 def test_dense_weights_count_as_they_lie_in_memory() -> None:
-    from qmix.names import dense_tensors
 
-    stored = sum(dense_bytes(MIXTRAL, QuantConfig(), t) for t in dense_tensors(MIXTRAL))
+    stored = sum(dense_bytes(MIXTRAL, QuantConfig(), t) for t in MIXTRAL.tensors())
     norms, routers = 65 * 4096, 32 * 8 * 4096
     assert resident_dense_bytes(MIXTRAL, QuantConfig()) == stored + norms * (4 - 2) + routers * (8 - 2)
 

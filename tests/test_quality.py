@@ -41,8 +41,8 @@ NF4 = QuantConfig("nf4", "keep", "", 0, 0)
 
 def calibration(source: Path, text: str, tokens: int) -> Calibration:
     with Checkpoint.open(source) as checkpoint:
-        config = checkpoint.config
-    tokenizer = load_tokenizer(source, config.vocab_size)
+        config = checkpoint.model
+    tokenizer = load_tokenizer(source, config.vocab)
     return Calibration.cut(tokenizer.encode("", bos=True), tokenizer.encode(text, bos=False), tokens,
                            config.max_positions)
 
@@ -66,11 +66,11 @@ def like(source: Path, seen: Calibration, plain: QuantConfig) -> QuantConfig:
     """A mix that takes no more bytes than experts in that plain format do."""
     torch.set_num_threads(1)
     with Checkpoint.open(source) as checkpoint, ThreadPoolExecutor(2) as pool:
-        config = checkpoint.config
+        config = checkpoint.model
         found = measure(checkpoint, seen.part(512), "hqq", plain.block, pool)
     layout = StoreLayout.of(config, plain)
     nbytes = sum(layout.record(key).nbytes for key in config.expert_keys)
-    weights = 3 * config.hidden_size * config.intermediate_size * len(config.expert_keys)
+    weights = 3 * config.hidden * config.expert_inner * len(config.expert_keys)
     quant, choice = mixed(config, plain, found, Wanted(bits=8 * (nbytes + 1) / weights))
     assert choice.nbytes <= nbytes
     return quant

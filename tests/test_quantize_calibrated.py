@@ -16,9 +16,10 @@ import torch
 from helpers import tiny_config, tiny_tensors, write_checkpoint, write_tiny_checkpoint
 
 from qmix.checkpoint import Checkpoint
-from qmix.config import ExpertKey, ModelConfig, QuantConfig
+from qmix.config import ExpertKey, QuantConfig
 from qmix.errors import CheckpointError, DoesNotFit, Interrupted, UsageError
 from qmix.formats import unpack
+from qmix.models import read_model
 from qmix.quantize import Calibration, Report, calibrated, job, quantize_checkpoint
 from qmix.quantize.calibration import ForwardPass
 from qmix.store import Store, describe, expert_rows
@@ -74,14 +75,14 @@ def test_outputs_on_the_text_are_nearer_than_hqqs(source: Path, whole: Path, tmp
                 forward.expert(ExpertKey(layer, expert), torch.cat((w1, w3)), w2, False)
         key = ExpertKey(2, max(range(4), key=forward.count))
         w1, _, w3 = checkpoint.expert(key)
-        head, last = checkpoint.dense("lm_head.weight").float(), forward.final(slice(None))
+        head, last = checkpoint.dense("head").float(), forward.final(slice(None))
     x, w13 = forward.normed[(forward.ids == key.expert).any(1)].float(), torch.cat((w1, w3)).float()
 
     def off(folder: Path) -> tuple[float, float]:
         with Store.open(folder) as store:
             record = torch.empty(store.layout.record_bytes, dtype=torch.uint8)
             store.read_record(key, record)
-            expert, dense = unpack(store.expert(key, record)[0]), unpack(store.dense("lm_head.weight"))
+            expert, dense = unpack(store.expert(key, record)[0]), unpack(store.dense("head"))
         return tuple(float((x @ (got - want).T).norm() / (x @ want.T).norm())
                      for x, got, want in ((x, expert, w13), (last, dense, head)))
 
@@ -141,7 +142,7 @@ def test_experts_with_too_few_tokens_fall_back_and_are_named(source: Path, tmp_p
 def test_an_expert_whose_gate_is_shut_falls_back_for_w2(tmp_path: Path) -> None:
     """Its tokens are many, but what w2 reads is zero."""
     raw = tiny_config(torch_dtype="bfloat16")
-    tensors = tiny_tensors(ModelConfig.from_hf(raw))
+    tensors = tiny_tensors(read_model(raw))
     for expert in range(4):
         tensors[f"model.layers.1.block_sparse_moe.experts.{expert}.w1.weight"].zero_()
     run(write_checkpoint(tmp_path / "shut", raw, tensors), tmp_path / "out")
@@ -206,7 +207,7 @@ def test_killed_at_random_moments(source: Path, whole: Path, tmp_path: Path) -> 
 def test_damaged_weights_are_named_before_the_text_carries_them_on(tmp_path: Path, name: str,
                                                                   quant: QuantConfig) -> None:
     raw = tiny_config(torch_dtype="bfloat16")
-    tensors = tiny_tensors(ModelConfig.from_hf(raw))
+    tensors = tiny_tensors(read_model(raw))
     tensors[name].view(-1)[5] = float("nan")
     with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
         run(write_checkpoint(tmp_path / "bad", raw, tensors), tmp_path / "out", quant)

@@ -18,8 +18,9 @@ from helpers import KEEP, tiny_config, tiny_tensors, write_checkpoint, write_tin
 
 from qmix import modelfiles
 from qmix.checkpoint import Checkpoint
-from qmix.config import ModelConfig, QuantConfig
+from qmix.config import QuantConfig
 from qmix.errors import CheckpointError, DoesNotFit, Interrupted, QmixError, StoreError, UsageError
+from qmix.models import read_model
 from qmix.quantize import Report, pipeline, quantize_checkpoint
 from qmix.quantize.journal import differences
 from qmix.store import Store, writer
@@ -511,7 +512,7 @@ def test_the_disk_is_checked_first(source: Path, out: Path, whole: Whole, monkey
 
 def damaged(path: Path, name: str, place: tuple[int, ...], value: float) -> Path:
     raw = tiny_config()
-    tensors = tiny_tensors(ModelConfig.from_hf(raw))
+    tensors = tiny_tensors(read_model(raw))
     tensors[name][place] = value
     return write_checkpoint(path, raw, tensors)
 
@@ -540,7 +541,7 @@ def test_no_store_is_made_of_infinity(tmp_path: Path, name: str, place: tuple[in
 
 def test_large_finite_weights_are_no_nan(tmp_path: Path) -> None:
     raw = tiny_config()
-    tensors = tiny_tensors(ModelConfig.from_hf(raw))
+    tensors = tiny_tensors(read_model(raw))
     tensors["model.embed_tokens.weight"][:] = 3e38  # their sum is not finite
     run(write_checkpoint(tmp_path / "source", raw, tensors), tmp_path / "out")
 

@@ -87,14 +87,14 @@ def test_between_gpu_ram_and_disk_no_bit_changes(tmp_path: Path, tied: bool) -> 
     want = their_logits(theirs(path, torch.float32), ids)
     device = torch.device("cpu")
     with Original.open(path, lambda line: None) as original:
-        layer, nbytes = reference._largest(original.config), original.weight_bytes
+        layer, nbytes = reference._largest(original.model), original.weight_bytes
     for vram, ram, held in ((nbytes, 0, {0}), (layer, layer, {0, "cpu", "disk"}), (0, nbytes, {"cpu"}),
                             (0, 0, {"disk"}), (layer, 0, {0, "disk"})):
         with Original.open(path, said.append) as original:
             original.plan(original.least_beside(60) + ram, 60, original.least_bytes(60) + vram, device)
             assert original._memory() == {0: layer + vram, "cpu": layer + ram}
             places = infer_auto_device_map(original._model, original._memory(), original._model._no_split_modules,
-                                           original.config.dtype)
+                                           original.model.dtype)
             assert set(places.values()) == held
             assert torch.equal(torch.cat(list(original.read(ids))), want)
             assert torch.equal(torch.cat(list(original.read(ids))), want)

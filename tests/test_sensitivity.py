@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from helpers import write_tiny_checkpoint
 from torch import Tensor
 
-from qmix import names
 from qmix.checkpoint import Checkpoint
 from qmix.config import ExpertKey, QuantConfig
 from qmix.errors import DoesNotFit
@@ -49,14 +48,14 @@ def found(source: Path, text: Calibration) -> Sensitivity:
 
 def walked(checkpoint: Checkpoint, text: Calibration, change: Callable[[ExpertKey, Tensor, Tensor], Any]) -> Tensor:
     """Log-probabilities [T, V] after the original's forward pass, with the experts that change(key, w13, w2) gives."""
-    config = checkpoint.config
+    config = checkpoint.model
     forward = ForwardPass(checkpoint, text)
     for layer in range(config.num_layers):
         forward.attention(layer)
         for expert in range(config.num_experts):
             w1, w2, w3 = checkpoint.expert(ExpertKey(layer, expert))
             forward.expert(ExpertKey(layer, expert), *change(ExpertKey(layer, expert), torch.cat((w1, w3)), w2), False)
-    return F.linear(forward.final(slice(0, text.tokens)), checkpoint.dense(names.HEAD).float()).log_softmax(-1).double()
+    return F.linear(forward.final(slice(0, text.tokens)), checkpoint.dense("head").float()).log_softmax(-1).double()
 
 
 def test_a_layers_distance_is_that_of_a_model_with_the_probe_there(source: Path, text: Calibration,
@@ -143,20 +142,20 @@ def test_what_was_measured_is_kept_and_read_again(source: Path, text: Calibratio
 @pytest.mark.parametrize("bits", [2.9, 3.7, 4.4, 9.0])
 def test_a_mix_has_the_bits_asked_for_at_most(source: Path, found: Sensitivity, bits: float) -> None:
     with Checkpoint.open(source) as checkpoint:
-        config = checkpoint.config
+        config = checkpoint.model
         # Records of so small a model are padded to many bits a weight: asked for is as many more.
-        pad = 8 * 16384 / (3 * config.hidden_size * config.intermediate_size)
+        pad = 8 * 16384 / (3 * config.hidden * config.expert_inner)
         quant, choice = mixed(config, QuantConfig(block=32), found, Wanted(bits=pad * bits / 4.5))
     layout = StoreLayout.of(config, quant)
     total = sum(layout.record(key).nbytes for key in config.expert_keys)
-    assert total == choice.nbytes and 8 * total <= pad * bits / 4.5 * 3 * config.hidden_size * \
-        config.intermediate_size * len(config.expert_keys)
+    assert total == choice.nbytes and 8 * total <= pad * bits / 4.5 * 3 * config.hidden * \
+        config.expert_inner * len(config.expert_keys)
     assert quant.method == "hqq" and quant.experts == "mixed"
 
 
 def test_a_store_fits_the_bytes_asked_for(source: Path, found: Sensitivity) -> None:
     with Checkpoint.open(source) as checkpoint:
-        config = checkpoint.config
+        config = checkpoint.model
         largest = StoreLayout.of(config, mixed(config, QuantConfig(block=32), found, Wanted(nbytes=2**40))[0]).nbytes
         for nbytes in range(largest - 45_000, largest + 10_000, 5_001):
             quant, _ = mixed(config, QuantConfig(block=32), found, Wanted(nbytes=nbytes))

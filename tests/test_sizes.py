@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mixtrals import MIXTRAL_8X7B, mixtral
 
 from qmix import formats
-from qmix.config import ModelConfig, QuantConfig
+from qmix.config import QuantConfig
 from qmix.errors import UsageError
-from qmix.names import DenseTensor
 from qmix.quantize.methods import quantize
 from qmix.sizes import (
     GIB,
@@ -25,10 +25,9 @@ from qmix.sizes import (
     record_layout,
     round_up,
 )
+from qmix.spec import Tensor
 
-MIXTRAL = ModelConfig(
-    vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_layers=32, num_heads=32, num_kv_heads=8,
-    head_dim=128, num_experts=8, experts_per_token=2, rope_theta=1e6, rms_norm_eps=1e-5, max_positions=32768)
+MIXTRAL = MIXTRAL_8X7B
 PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -73,7 +72,7 @@ def test_mixtral_numbers_of_the_design() -> None:
        st.sampled_from((32, 64, 128)), st.sampled_from((64, 32)), st.booleans())
 def test_records_are_aligned_and_their_tensors_do_not_overlap(
         hidden: int, inner: int, experts: str, group: int, block: int, double: bool) -> None:
-    config = ModelConfig(16, hidden, inner, 1, 1, 1, 2, 1, 1, 1e4, 1e-5, 16)
+    config = mixtral(16, hidden, inner, 1, 1, 1, 2, 1, 1, 1e4, 1e-5, 16)
     int4 = experts in ("int4", "int3", "int2")
     quant = QuantConfig(experts, "keep", "rtn" if int4 else "", group if int4 else 0, block if int4 else 0,
                         double and experts in ("nf4", "fp4"))
@@ -99,8 +98,8 @@ def test_padding_of_the_docstring() -> None:
 @pytest.mark.parametrize("dense", ["int8", "int4", "bf16", "keep"])
 def test_dense_tensors(dense: str) -> None:
     quant = QuantConfig(dense=dense)
-    linear, norm = DenseTensor("a", (100, 70), "linear"), DenseTensor("b", (70,), "norm")
-    router, head = DenseTensor("c", (8, 70), "router"), DenseTensor("d", (100, 70), "head")
+    linear, norm = Tensor("a", (100, 70), "linear"), Tensor("b", (70,), "norm")
+    router, head = Tensor("c", (8, 70), "router"), Tensor("d", (100, 70), "head")
     assert dense_spec(MIXTRAL, quant, norm) is None and dense_spec(MIXTRAL, quant, router) is None
     assert dense_bytes(MIXTRAL, quant, norm) == 140
     want = {"int8": 100 * 128 + 200, "int4": 128 * 128 // 2 + 4 * 128 * 2}.get(dense, 14000)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mixtrals as names
 import pytest
 import torch
 import xxhash
@@ -20,7 +21,6 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from qmix import names
 from qmix.checkpoint import Checkpoint
 from qmix.config import ExpertKey, QuantConfig
 from qmix.errors import StoreError, UsageError
@@ -104,7 +104,7 @@ def test_safetensors_reads_every_tensor(stores: dict[str, Path], name: str) -> N
                         assert found.dtype == value.dtype and torch.equal(found, value)
             assert file and all(n.endswith(".pad") and not t.any() for n, t in file.items())
         file = load_file(folder / "dense.safetensors")
-        for tensor in names.dense_tensors(store.config):
+        for tensor in store.model.tensors():
             value = store.dense(tensor.name)
             parts = value.tensors if isinstance(value, Packed) else {"weight": value}
             for part, want in parts.items():
@@ -144,7 +144,7 @@ def test_errors_in_the_manifest_are_those_of_the_weights(stores: dict[str, Path]
         return (lost / sum(w.double().square().sum().item() for _, w in pairs)) ** 0.5
 
     with Store.open(stores[name]) as store, Checkpoint.open(source) as checkpoint:
-        for key in store.config.expert_keys:
+        for key in store.model.expert_keys:
             w13, w2 = map(unpack, read(store, key))
             w1, down, w3 = checkpoint.expert(key)
             error = store.manifest.records[key].error
@@ -152,7 +152,7 @@ def test_errors_in_the_manifest_are_those_of_the_weights(stores: dict[str, Path]
             assert error["w2"] == pytest.approx(rms([(w2, down)]), rel=1e-4)
             assert error["all"] == pytest.approx(rms([(w13, torch.cat([w1, w3])), (w2, down)]), rel=1e-4)
             assert error["all"] == 0 if name == "keep" else 0.02 < error["all"] < 0.15
-        for tensor in names.dense_tensors(store.config):
+        for tensor in store.model.tensors():
             value, weight = store.dense(tensor.name), checkpoint.dense(tensor.name)
             error = store.manifest.dense[tensor.name].error
             if isinstance(value, Packed):
@@ -209,8 +209,8 @@ def test_a_flipped_bit_in_every_dense_tensor_and_copied_file(store: Path) -> Non
         for name in [entry["name"] for entry in raw["dense"]] + ["generation_config.json"]:
             assert any(name in problem for problem in problems)
         with pytest.raises(StoreError, match=r"model.norm.weight"):
-            opened.dense("model.norm.weight")
-        opened.dense("model.norm.weight", verify=False)
+            opened.dense("final_norm")
+        opened.dense("final_norm", verify=False)
     assert seen == sorted(seen) and seen[-1][0] == seen[-1][1] == sum(
         entry["bytes"] for entry in raw["dense"] + raw["records"])
 
@@ -222,7 +222,7 @@ def test_files_cut_while_the_store_is_open(store: Path) -> None:
         with pytest.raises(StoreError, match=r"layers.1.experts.0: file ends at byte 5000"):
             read(opened, ExpertKey(1, 0))
         with pytest.raises(StoreError, match="file ends"):
-            opened.dense("lm_head.weight")
+            opened.dense("head")
         problems = opened.verify(deep=True)
     assert any("truncated" in p for p in problems) and any("layers.1.experts.2" in p for p in problems)
 
@@ -434,6 +434,6 @@ def test_the_dtype_is_that_of_the_weights_whatever_config_says(tmp_path: Path) -
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "torch_dtype": "bfloat16"}))
     with Store.open(quantize(folder, tmp_path / "out", KEEP)) as store:
-        assert store.config.dtype == "float16"
-        norm = store.dense("model.norm.weight")
+        assert store.model.dtype == "float16"
+        norm = store.dense("final_norm")
         assert isinstance(norm, torch.Tensor) and norm.dtype == torch.float16

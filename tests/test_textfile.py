@@ -130,7 +130,7 @@ def test_a_config_json_with_the_mark_is_planned_and_opened(tmp_path: Path) -> No
     for path in DEMO.iterdir():
         mark = MARK_BYTES if path.name == "config.json" else b""
         (tmp_path / path.name).write_bytes(mark + path.read_bytes())
-    assert planning.find_model(tmp_path, None, None, print).config.num_layers > 0
+    assert planning.find_model(tmp_path, None, None, print).model.num_layers > 0
     with Checkpoint.open(tmp_path) as checkpoint:
         assert checkpoint.raw_config == json.loads((DEMO / "config.json").read_text())
 

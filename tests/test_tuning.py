@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from mixtrals import mixtral
 from test_cuda import DEVICE, needs_triton
 from torch import Tensor
 
-from qmix.config import ModelConfig, QuantConfig
+from qmix.config import QuantConfig
 from qmix.errors import QmixError
 from qmix.kernels.configs import INTERPRETED, KERNELS, Attention, Configs, Dense, Gemv, Matmul
 from qmix.kernels.tuning import Case, Outcome, Work, candidates, choose
@@ -125,7 +126,7 @@ def test_candidates_are_few_different_and_of_their_kernel() -> None:
         assert all(type(option) is kind for option in options) and len(set(options)) == len(options) <= 20
 
 
-TINY = ModelConfig(40, 32, 32, 2, 2, 1, 16, 3, 2, 1e6, 1e-5, 128)
+TINY = mixtral(40, 32, 32, 2, 2, 1, 16, 3, 2, 1e6, 1e-5, 128)
 FEW_OPTIONS = {"gemv": [Gemv(32, 2)], "dense": [Dense(8, 32, 2)], "matmul": [Matmul(64, 64, 4, 2)],
                "attention": [Attention(16, 16, 4, 1)]}
 

@@ -30,8 +30,8 @@ def _printable(name: str) -> str:
 
 
 def subject(engine: Engine, window: int) -> Subject:
-    config, records = engine.config, engine.store.layout.records.values()
-    return Subject(engine.store.path.resolve().name, config.num_layers, config.num_experts, config.experts_per_token,
+    config, records = engine.model, engine.store.layout.records.values()
+    return Subject(engine.store.path.resolve().name, len(config.record_layers), config.num_experts, config.top_k,
                    window, sum(record.nbytes for record in records) // len(records))
 
 
@@ -39,7 +39,7 @@ def run(engine: Engine, collector: Collector, texts: Sequence[tuple[str, str]], 
         say: Callable[[str], None]) -> tuple[Subject, list[tuple[str, TextFigures]], list[View]]:
     """(what was looked at, each text's figures, its coloured view). texts: (name, text) pairs; limit: tokens of each,
     0 = all. collector: what the engine was loaded with as its `trace`. Progress counts characters."""
-    config, session = engine.config, engine.session()
+    config, session = engine.model, engine.session()
     whole, before = sum(len(text) for _, text in texts), 0
     found, views = [], []
     for name, text in texts:
@@ -47,7 +47,7 @@ def run(engine: Engine, collector: Collector, texts: Sequence[tuple[str, str]], 
         if limit and len(ids) > limit:
             say(f"{name}: the first {limit:,} of {len(ids):,} tokens")
             del ids[limit:]
-        figures = collector.text = TextFigures(config.num_layers, config.num_experts, config.experts_per_token)
+        figures = collector.text = TextFigures(len(config.record_layers), config.num_experts, config.top_k)
         for start in range(0, len(ids), session.context):
             session.trim(0)
             figures.begin_window()

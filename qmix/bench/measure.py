@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 from qmix.bench.cases import Case
 from qmix.bench.device import Moved
-from qmix.bench.work import Model
+from qmix.bench.work import Workload
 from qmix.engine import Engine, Session
 
 
 @dataclass(frozen=True, slots=True)
 class Repetition:
-    """Seconds that `tokens` took, of them stalled: waiting for records. ram_bytes, operations: see work.Model; where
+    """Seconds that `tokens` took, of them stalled: waiting for records. ram_bytes, operations: see work.Workload; where
     there is a device, operations are its own and `moved` tells the rest.
 
     disk_bytes: records read for this repetition or guessed for it, warmed_bytes: read meanwhile by the warming that
@@ -46,7 +46,7 @@ class Repetition:
         return self.tokens / self.seconds
 
 
-def repeat(engine: Engine, session: Session, model: Model, case: Case, ids: Sequence[int],
+def repeat(engine: Engine, session: Session, workload: Workload, case: Case, ids: Sequence[int],
            clock: Callable[[], float] = time.perf_counter) -> Repetition:
     """Run `case` on `ids`, as many as it has positions; the session is empty again at the end, however that comes."""
     try:
@@ -66,11 +66,11 @@ def repeat(engine: Engine, session: Session, model: Model, case: Case, ids: Sequ
     report = engine.stats()["offload"]
     figures = report["prefill" if case.kind == "pp" else "decode"]
     guesses, computed = report["prefetcher"], figures["computed"]
-    fast = model.bytes_read(case, figures["chosen"] - computed)  # what the fast memory gave
+    fast = workload.bytes_read(case, figures["chosen"] - computed)  # what the fast memory gave
     moved = None if engine.device is None else Moved.of(fast, figures)
     # Only single tokens leave a record to the CPU, so each is one expert's products.
     return Repetition(case.tokens, seconds, figures["stalled_seconds"],
-                      fast if moved is None else computed * model.record + moved.bus_bytes,
-                      model.operations(case) - computed * 2 * model.expert, figures["bytes_read"],
+                      fast if moved is None else computed * workload.record + moved.bus_bytes,
+                      workload.operations(case) - computed * 2 * workload.expert, figures["bytes_read"],
                       report["warmed_bytes"] - warmed, figures["chosen"], figures["hits"], guesses["recall"],
                       guesses["wasted_bytes"], moved)

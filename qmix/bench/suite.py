@@ -23,7 +23,7 @@ from qmix.bench.device import let_go, with_device
 from qmix.bench.measure import Repetition, repeat
 from qmix.bench.report import figures, short
 from qmix.bench.text import encode, piece
-from qmix.bench.work import Model
+from qmix.bench.work import Workload
 from qmix.engine import Engine
 from qmix.hardware.cores import cpu_model
 from qmix.hardware.memory import reset_peak
@@ -58,19 +58,19 @@ def run(request: Request, load: OpenEngine, *, today: date, say: Callable[[str],
     where a case is longer than the model's context or the text is empty; whatever `load` raises.
     """
     with Store.open(request.folder) as store:
-        config, quant, about = store.config, store.quant, describe(store)
-    context = context_of(request.cases, config.max_positions)
+        model, quant, about = store.model, store.quant, describe(store)
+    context = context_of(request.cases, model.max_positions)
     document: dict[str, Any] = {"qmix": __version__, "date": today.isoformat(), "machine": {}, "model": _model(about),
                                 "text": request.text_name, "context": context, "interrupted": False, "rows": []}
     try:
         plan: Plan | None = None
         for case in request.cases:
-            peaks = roofline.measure(compute_dtype(config, quant), request.ram, say)
+            peaks = roofline.measure(compute_dtype(model, quant), request.ram, say)
             reset_peak()
             with load(context, plan) as engine:
                 plan, device = engine.plan, engine.device
-                model = Model.of(config, quant, plan.needs)
-                found = _repetitions(engine, model, case, request, say)
+                workload = Workload.of(model, quant, plan.needs)
+                found = _repetitions(engine, workload, case, request, say)
                 placed = _placement(engine)
                 document["machine"] = _machine(engine)
                 if engine.native is not None and device is None:
@@ -79,7 +79,7 @@ def run(request: Request, load: OpenEngine, *, today: date, say: Callable[[str],
             if device is not None:
                 let_go(device.place)
                 fast = plan.tiers[0]
-                peaks = with_device(peaks, device.place, compute_dtype(config, quant, device.half),
+                peaks = with_device(peaks, device.place, compute_dtype(model, quant, device.half),
                                     vram=fast.budget - fast.base, ram=request.ram, pin=request.pin, say=say)
             if not plan.resident:
                 peaks = roofline.with_disk(peaks, request.folder, say)
@@ -94,14 +94,14 @@ def run(request: Request, load: OpenEngine, *, today: date, say: Callable[[str],
     return document
 
 
-def _repetitions(engine: Engine, model: Model, case: Case, request: Request, say: Callable[[str], None],
+def _repetitions(engine: Engine, workload: Workload, case: Case, request: Request, say: Callable[[str], None],
                  ) -> list[Repetition]:
     """The cold repetition, then the warm ones."""
     head, ids = encode(request.text, engine.tokenizer)
     session = engine.session()
     found = []
     for number in range(1 + request.repetitions):
-        found.append(repeat(engine, session, model, case, piece(head, ids, number, case.positions)))
+        found.append(repeat(engine, session, workload, case, piece(head, ids, number, case.positions)))
         which = f"{number} of {request.repetitions}" if number else "cold"
         say(f"{case.name}: {which}, {short(found[-1].rate)} tok/s")
     memory = engine.stats()["memory"]

@@ -17,57 +17,63 @@ from dataclasses import dataclass
 from math import prod
 
 from qmix.bench.cases import Case
-from qmix.config import ModelConfig, QuantConfig
-from qmix.names import dense_tensors
-from qmix.offload.plan import PREFILL_PASS, Needs
-from qmix.sizes import dense_bytes
+from qmix.config import QuantConfig
+from qmix.offload.plan import Needs
+from qmix.sizes import dense_bytes, kept_attention, pass_tokens
+from qmix.spec import Attention, Model
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
-    """What of a model the work depends on. dense: bytes that a pass reads of the weights every token needs; kv: bytes
-    of keys and values of one position; record: bytes of an expert, which weighs `expert` weights."""
+class Workload:
+    """What of a model the work depends on. dense: bytes that a pass reads of the weights every token needs; kv: of each
+    layer's attention the bytes of keys and values of one position; record: bytes of an expert, which weighs `expert`
+    weights."""
 
-    config: ModelConfig
+    model: Model
     dense: int
-    kv: int
+    kv: tuple[tuple[Attention, int], ...]
     record: int
     expert: int
     linear: int  # weights of attention and routers that each token is multiplied with
     head: int
 
     @classmethod
-    def of(cls, config: ModelConfig, quant: QuantConfig, needs: Needs) -> Model:
-        tensors = dense_tensors(config)
+    def of(cls, model: Model, quant: QuantConfig, needs: Needs) -> Workload:
+        tensors = model.tensors()
         embedding = next(t for t in tensors if t.role == "embedding")
-        unread = 0 if config.tie_embeddings else dense_bytes(config, quant, embedding)
-        return cls(config, needs.dense - unread, needs.kv // needs.context, needs.record,
-                   3 * config.hidden_size * config.intermediate_size,
-                   sum(prod(t.shape) for t in tensors if t.role in ("linear", "router")), prod(embedding.shape))
+        kept = kept_attention(model)
+        width = sum(a.kv_heads * a.head_dim for a in kept)
+        kv = tuple((a, needs.kv // needs.context * a.kv_heads * a.head_dim // width) for a in kept)
+        unread = 0 if model.tied else dense_bytes(model, quant, embedding)
+        return cls(model, needs.dense - unread, kv, needs.record,
+                   3 * model.hidden * model.expert_inner,
+                   sum(prod(t.shape) for t in tensors if t.role in ("linear", "mlp", "router")), prod(embedding.shape))
 
     def bytes_read(self, case: Case, chosen: int) -> int:
         """Bytes that one repetition reads from memory, of `chosen` records summed over layers and passes."""
-        passes = list(_passes(case))
-        positions = sum(self._seen(start) - 1 + count for start, count in passes)
-        return len(passes) * self.dense + chosen * self.record + positions * self.kv
+        passes = list(_passes(case, pass_tokens(self.model)))
+        kept = sum(sum(_seen(a, start) - 1 + count for start, count in passes) * size for a, size in self.kv)
+        return len(passes) * self.dense + chosen * self.record + kept
 
     def operations(self, case: Case) -> int:
         """Floating point operations of one repetition. Of a prompt only the last token meets the head, and the experts
         of the last layer."""
-        config = self.config
+        model = self.model
         last = 1 if case.kind == "pp" else case.tokens
-        chosen = ((config.num_layers - 1) * case.tokens + last) * config.experts_per_token
-        pairs = sum(self._seen(position) for position in range(case.depth, case.positions))
-        return (2 * (case.tokens * self.linear + chosen * self.expert + last * self.head)
-                + 4 * pairs * config.num_layers * config.num_heads * config.head_dim)
-
-    def _seen(self, position: int) -> int:
-        """Positions that the token at `position` attends to, itself among them."""
-        return min(position + 1, self.config.sliding_window or position + 1)
+        above = model.chosen - model.chosen_in(model.num_layers - 1)
+        chosen = above * case.tokens + model.chosen_in(model.num_layers - 1) * last
+        heads = sum(4 * a.heads * a.head_dim * sum(_seen(a, position) for position in range(case.depth, case.positions))
+                    for layer in model.layers if isinstance(a := layer.mixer, Attention))
+        return 2 * (case.tokens * self.linear + chosen * self.expert + last * self.head) + heads
 
 
-def _passes(case: Case) -> Iterator[tuple[int, int]]:
+def _seen(attention: Attention, position: int) -> int:
+    """Positions that the token at `position` attends to, itself among them."""
+    return min(position + 1, attention.window or position + 1)
+
+
+def _passes(case: Case, most: int) -> Iterator[tuple[int, int]]:
     """(first position, tokens) of each pass: a prompt's are as long as may be, a generation's one token."""
-    step = PREFILL_PASS if case.kind == "pp" else 1
+    step = most if case.kind == "pp" else 1
     for start in range(case.depth, case.positions, step):
         yield start, min(step, case.positions - start)

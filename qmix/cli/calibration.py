@@ -60,14 +60,14 @@ def mixed_config(checkpoint: Checkpoint, quant: QuantConfig, wanted: Wanted, tex
     from qmix.quantize import fit, job
 
     threads = hardware.compute_cores() if threads is None else hardware.check_threads(threads)
-    fit.Sizes.of_model(checkpoint.config, quant, wanted)  # a size that cannot be is refused now
-    part = text.part(fit.sensitivity_tokens(checkpoint.config))
-    job.check_memory(checkpoint, part.tokens * (checkpoint.config.num_layers + 1), threads)
+    fit.Sizes.of_model(checkpoint.model, quant, wanted)  # a size that cannot be is refused now
+    part = text.part(fit.sensitivity_tokens(checkpoint.model))
+    job.check_memory(checkpoint, part.tokens * (checkpoint.model.num_layers + 1), threads)
     with render.byte_bar("measure") as progress:
         found = fit.sensitivity(checkpoint, part, quant, threads,
                                 paths.if_any(paths.sensitivity_folder), render.say, progress)
-    mixed, choice = fit.mixed(checkpoint.config, quant, found, wanted)
-    for line in fit.lines(checkpoint.config, quant, found, choice, part.tokens):
+    mixed, choice = fit.mixed(checkpoint.model, quant, found, wanted)
+    for line in fit.lines(checkpoint.model, quant, found, choice, part.tokens):
         render.say(line)
     return mixed
 
@@ -85,11 +85,11 @@ def read_calibration(checkpoint: Checkpoint, file: Path, tokens: int | None) -> 
     if len(data) > MOST:
         render.say(f"{file}: only the first {format_bytes(MOST)} are read")
     text = decode(data[:MOST], f"--calibration {file}", cut=len(data) > MOST)
-    tokenizer = load(checkpoint.path, checkpoint.config.vocab_size)
+    tokenizer = load(checkpoint.path, checkpoint.model.vocab)
     plain = tokenizer.encode(text, bos=False)
     head = tokenizer.encode("", bos=True)
     wanted = TOKENS if tokens is None else tokens
-    found = Calibration.cut(head, plain, wanted, checkpoint.config.max_positions)
+    found = Calibration.cut(head, plain, wanted, checkpoint.model.max_positions)
     short = f", fewer than the {wanted} wanted: the text is too short" if found.tokens < wanted - found.length else ""
     render.say(f"calibrating on {found.tokens} tokens of {file}: {len(found.ids)} sequences of {found.length}{short}")
     return found

@@ -51,13 +51,14 @@ def stats(
         if source is not None and source.name == "COMMANDLINE":
             raise UsageError(f"--{name.replace('_', '-')}: without -f nothing is loaded", "drop it, or give -f TEXT")
     with Store.open(folder) as store:
-        config, identity = store.config, store.identity
+        config, identity = store.model, store.identity
     saved = router_stats.stats_file(paths.routing_folder(), identity)
     if reset:
         saved.unlink(missing_ok=True)
         render.say(f"forgotten: {saved}")
         return
-    gathered = router_stats.load(paths.routing_folder(), identity, config.num_layers, config.num_experts, render.say)
+    gathered = router_stats.load(paths.routing_folder(), identity, len(config.record_layers), config.num_experts,
+                                 render.say)
     if not any(gathered.total(phase).tokens for phase in router_stats.PHASES):
         render.say("no run has gathered statistics of this store yet: chat or generate with it, or give -f TEXT")
     print(render.document(routing.describe(gathered, full=json), as_json=json))
@@ -80,8 +81,8 @@ def _analyse(folder: Path, files: list[Path], how: Loading, tokens: int, plot: P
         output.prepare(plot)
     named = list(zip(texts.names(files), (oneshot.read_prompt(None, file, sys.stdin) for file in files), strict=True))
     with Store.open(folder) as store:
-        if view is not None and view >= store.config.num_layers:
-            raise UsageError(f"--view {view}: the model has layers 0 to {store.config.num_layers - 1}")
+        if view is not None and view >= len(store.model.record_layers):
+            raise UsageError(f"--view {view}: the model has layers 0 to {len(store.model.record_layers) - 1}")
     collector = Collector()
     with load_engine(folder, how, keep_statistics=False, recorder=collector) as engine, \
             render.byte_bar("routing") as progress:
@@ -136,7 +137,7 @@ def replay(
     record, identity = 0, ""
     if model is not None:
         with Store.open(paths.resolve(model, render.say, "store")) as store:
-            sizes = [store.layout.record(key).nbytes for key in store.config.expert_keys]
+            sizes = [store.layout.record(key).nbytes for key in store.model.expert_keys]
             record, identity = round(sum(sizes) / len(sizes)), store.identity
             if len(store.layout.kinds) > 1:
                 render.say(f"{store.path}: a mixed store; replayed as though any record fitted any slot")

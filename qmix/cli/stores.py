@@ -87,7 +87,7 @@ def _check_tokenizer(checkpoint: Checkpoint) -> None:
         render.say(f"warning: {checkpoint.path} holds neither tokenizer.model nor tokenizer.json: chat and "
                    "generate will refuse the store until the original model's is copied into it")
         return
-    load(checkpoint.path, checkpoint.config.vocab_size)
+    load(checkpoint.path, checkpoint.model.vocab)
 
 
 def show(model: ModelArgument = None,

@@ -89,7 +89,7 @@ def _shapes(folder: Path) -> Any:
         raise UsageError(f"--tune {folder}: not a store", "name one, or none for the shapes of Mixtral 8x7B")
     with Store.open(folder) as store:
         name = "".join(c if c.isprintable() else "?" for c in folder.resolve().name[:tuned.LONGEST])
-        return trials.Shapes.of(name, store.config, store.quant)
+        return trials.Shapes.of(name, store.model, store.quant)
 
 
 def _row(found: Outcome) -> dict[str, Any]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from qmix import hardware, process
-from qmix.config import ModelConfig
 from qmix.errors import DoesNotFit, UsageError
 from qmix.offload.plan import MARGIN, Needs, choose_context
 from qmix.sizes import format_bytes
+from qmix.spec import Model
 from qmix.store import Store
 
 
 def needs_of(store: Store, context: int = 0, kv: str = "bf16", scoring: bool = False) -> Needs:
     """What `load` with these arguments plans for."""
-    return Needs.of(store.config, store.quant, _context(store.config, context), kv, scoring)
+    return Needs.of(store.model, store.quant, _context(store.model, context), kv, scoring)
 
 
 def budget(ram: int | None, margin: int | None, base: int | None = None) -> tuple[int, int]:
@@ -44,8 +44,8 @@ def mapping_limits() -> str:
             "smaller budget or context")
 
 
-def _context(config: ModelConfig, asked: int) -> int:
-    if asked > config.max_positions:
-        raise UsageError(f"--ctx-size {asked}: the model was trained for {config.max_positions} positions",
-                         f"choose at most {config.max_positions}")
-    return choose_context(config, asked)
+def _context(model: Model, asked: int) -> int:
+    if asked > model.max_positions:
+        raise UsageError(f"--ctx-size {asked}: the model was trained for {model.max_positions} positions",
+                         f"choose at most {model.max_positions}")
+    return choose_context(model, asked)

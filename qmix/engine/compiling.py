@@ -13,23 +13,23 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qmix.config import ModelConfig
 from qmix.device import Device
 from qmix.formats.packed import Packed
 from qmix.kernels.device_table import DeviceKernels
 from qmix.model.weights import Weights
 from qmix.offload.setup import Offload
+from qmix.spec import Model
 
 COMPILED = (12, 40, 200)  # tokens of a prompt: numbers for which kernels are cut differently
 LOG = logging.getLogger(__name__)
 
 
-def compile_prompts(kernels: DeviceKernels, weights: Weights, offload: Offload, config: ModelConfig, device: Device,
+def compile_prompts(kernels: DeviceKernels, weights: Weights, offload: Offload, model: Model, device: Device,
                     dtype: torch.dtype, say: Callable[[str], None]) -> None:
     """One line for each way in which a piece fails: its name, the error's type and first line. The traceback goes to
     Python's logging, at level DEBUG, of which the line speaks where somebody listens."""
     said: set[str] = set()
-    for name, piece in _pieces(kernels, weights, offload, config, device, dtype):
+    for name, piece in _pieces(kernels, weights, offload, model, device, dtype):
         try:
             piece()
         except Exception as e:
@@ -42,22 +42,23 @@ def compile_prompts(kernels: DeviceKernels, weights: Weights, offload: Offload, 
             said.add(reason)
 
 
-def _pieces(kernels: DeviceKernels, weights: Weights, offload: Offload, config: ModelConfig, device: Device,
+def _pieces(kernels: DeviceKernels, weights: Weights, offload: Offload, model: Model, device: Device,
             dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     """(what it is, what runs it once), for products of the dense matrices and of one expert of each kind, and for
     attention."""
     layer, prompts = weights.layers[0], kernels.prompts
+    attention, _ = model.alike()
 
     def expert(x: Tensor, w13: Packed, w2: Packed) -> None:
         prompts.linear(prompts.gated(x, w13), w2)
 
     for tokens in COMPILED:
-        x = torch.zeros(tokens, config.hidden_size, dtype=dtype, device=device.place)
+        x = torch.zeros(tokens, model.hidden, dtype=dtype, device=device.place)
         for m in [*layer.heads, layer.o, weights.head]:
             yield (f"a product of {tokens} tokens with a dense matrix in {m.spec.format}",
                    partial(prompts.linear, x.new_zeros(tokens, m.spec.cols), m))
         for w13, w2 in offload.experts.views:
             yield f"an expert in {w13.spec.format} of {tokens} tokens", partial(expert, x, w13, w2)
-        heads = x.new_zeros(tokens, config.num_heads, config.head_dim)
-        kept = x.new_zeros(config.num_kv_heads, tokens, config.head_dim)
-        yield f"attention of {tokens} tokens", partial(kernels.attend, heads, kept, kept, config.sliding_window)
+        heads = x.new_zeros(tokens, attention.heads, attention.head_dim)
+        kept = x.new_zeros(attention.kv_heads, tokens, attention.head_dim)
+        yield f"attention of {tokens} tokens", partial(kernels.attend, heads, kept, kept, attention.window)

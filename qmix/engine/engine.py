@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qmix import hardware, process
-from qmix.config import Cancel, ModelConfig, SamplingParams, Step
+from qmix.config import Cancel, SamplingParams, Step
 from qmix.device import Device
 from qmix.device.device import failure
 from qmix.engine.kernels import native_throughout
@@ -31,6 +31,7 @@ from qmix.model.mixtral import BLOCK, Mixtral
 from qmix.offload.plan import Plan
 from qmix.offload.setup import Offload
 from qmix.sizes import format_bytes
+from qmix.spec import Model
 from qmix.speculation import LONGEST, Pace
 from qmix.store import Store
 from qmix.tokenizer import Message, Tokenizer
@@ -65,8 +66,8 @@ class Engine:
         self._paces: dict[int, Pace] = {}
 
     @property
-    def config(self) -> ModelConfig:
-        return self.store.config
+    def model(self) -> Model:
+        return self.store.model
 
     @property
     def kernels(self) -> Mapping[str, str]:
@@ -145,7 +146,7 @@ class Engine:
                  drafts: int, run: Callable[[Tensor, Tensor, Step], Tensor]) -> Tensor:
         """`run` a pass that appends tokens[i] to sessions[i]; what it returns."""
         self._check_usable()
-        vocabulary = self.config.vocab_size
+        vocabulary = self.model.vocab
         for session, ids in zip(sessions, tokens, strict=True):
             if not all(0 <= token < vocabulary for token in ids):
                 raise UsageError(f"token {next(t for t in ids if not 0 <= t < vocabulary)}: want 0 to {vocabulary - 1}")
@@ -216,7 +217,7 @@ class Engine:
         if not self._model.on_device and (bound := bound_formats(self._kernels)):
             say(f"no drafts: here a row of {' and '.join(bound)} depends on those beside it, so the text might differ")
             return None
-        return self._paces.setdefault(longest, Pace(longest, self.config.experts_per_token / self.config.num_experts))
+        return self._paces.setdefault(longest, Pace(longest, self.model.top_k / self.model.num_experts))
 
     def generate(self, prompt: str | Sequence[Message], params: SamplingParams | None = None,
                  cancel: Cancel | None = None, draft: int = LONGEST) -> Iterator[Token]:

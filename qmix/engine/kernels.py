@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from qmix.config import DTYPES, ModelConfig, QuantConfig
+from qmix.config import DTYPES, QuantConfig
 from qmix.kernels.table import KernelTable, select
+from qmix.spec import Model
 from qmix.store import Store
 
 
-def select_kernels(config: ModelConfig, quant: QuantConfig, say: Callable[[str], None],
+def select_kernels(model: Model, quant: QuantConfig, say: Callable[[str], None],
                    activations: str = "auto") -> KernelTable:
     """The kernels for the formats that this store uses."""
-    return select(*stored_formats(config, quant), say=say, activations=activations)
+    return select(*stored_formats(model, quant), say=say, activations=activations)
 
 
-def stored_formats(config: ModelConfig, quant: QuantConfig) -> tuple[set[str], set[int]]:
+def stored_formats(model: Model, quant: QuantConfig) -> tuple[set[str], set[int]]:
     """(formats of a store's matrices, blocks of the grouped ones)."""
-    plain = DTYPES[config.dtype]
+    plain = DTYPES[model.dtype]
     formats = {plain if f == "keep" else f for f in (*quant.expert_formats, quant.dense)} | {plain}
     return formats, {quant.block} if quant.grouped else set()
 
@@ -28,4 +29,4 @@ def native_throughout(store: Store, kernels: KernelTable) -> bool:
     tok/s instead of 26 with two cores)."""
     quant, native = store.quant, kernels.native
     return native is not None and {*quant.expert_formats, quant.dense} <= set(native.formats) and \
-        not store.config.tie_embeddings
+        not store.model.tied

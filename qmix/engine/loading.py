@@ -57,26 +57,26 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
         compute = Threads(threads, store.layout.record_bytes)
         compute.count(False)  # a wrong number is told before anything else is
         process.check_threads_work(compute.count(False), partial(parallel_loop, compute.count(False)))
-        config = store.config
+        spec = store.model
         needs = needs_of(store, context, kv, scoring)
-        tokenizer = load_tokenizer(store.path, config.vocab_size)
+        tokenizer = load_tokenizer(store.path, spec.vocab)
 
         def on_cpu(beside: bool) -> KernelTable:
             torch.set_num_threads(compute.count(beside))
-            return select_kernels(config, store.quant, say, activations)
+            return select_kernels(spec, store.quant, say, activations)
 
         try:
             plan, device, there, host = place(store, needs, placement, on_cpu, partial(budget, ram, margin, base), say,
                                               opened)
         except DoesNotFit as error:
             raise DoesNotFit(error.message, mapping_limits() or error.cure) from None
-        stats = router_stats.load(state, store.identity, config.num_layers, config.num_experts, say)
+        stats = router_stats.load(state, store.identity, len(spec.record_layers), spec.num_experts, say)
         writer = opened.enter_context(_trace_writer(trace, store)) if isinstance(trace, Path) else trace
         for line in plan.lines():
             say(line)
         if kv == "int8":
             say(f"int8 KV cache: {format_bytes(needs.kv // needs.context)} a token, "
-                f"{format_bytes(Needs.of(config, store.quant, needs.context).kv // needs.context)} without")
+                f"{format_bytes(Needs.of(spec, store.quant, needs.context).kv // needs.context)} without")
         exact = placement is not None and placement.exact
         say(compute.line(device is not None and not exact) + (
             "; " + forecast(plan, speeds, known_shares(stats), exact).line() if speeds and not plan.resident else ""))
@@ -97,6 +97,6 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
 
 
 def _trace_writer(path: Path, store: Store) -> TraceWriter:
-    config = store.config
-    return TraceWriter(path, TraceHeader(config.num_layers, config.num_experts, config.experts_per_token,
-                                         config.experts_per_token, store.identity, store.path.resolve().name))
+    spec = store.model
+    return TraceWriter(path, TraceHeader(len(spec.record_layers), spec.num_experts, spec.top_k,
+                                         spec.top_k, store.identity, store.path.resolve().name))

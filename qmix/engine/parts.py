@@ -58,15 +58,15 @@ class Parts:
 
 def on_host(parts: Parts, kernels: KernelTable, kv: str) -> tuple[KernelTable, Mixtral, Offload]:
     """All on the CPU."""
-    config = parts.store.config
-    attention = choose_attention(config.head_dim, kv, parts.say)
+    model = parts.store.model
+    attention = choose_attention(model.alike()[0].head_dim, kv, parts.say)
     with ThreadPoolExecutor(1, "qmix-dense") as beside:
         dense = beside.submit(load_dense, parts.store, kernels)
         offload = open_offload(parts.store, kernels, parts.plan, parts.options, parts.stats, parts.writer, parts.say,
                                parts.watched(dense))
         weights = _result(dense, offload)
     experts = offload.experts
-    return kernels, Mixtral(config, weights, kernels, experts, experts.ahead, experts.depth,
+    return kernels, Mixtral(model, weights, kernels, experts, experts.ahead, experts.depth,
                             partial(Int8KVCache if kv == "int8" else KVCache, native=attention),
                             experts.guesses_prompts), offload
 
@@ -75,8 +75,8 @@ def on_device(parts: Parts, device: Device, kernels: DeviceKernels, placement: P
               speeds: Speeds | None, kv: str) -> tuple[KernelTable, Mixtral, Offload]:
     """All on the device but for the experts that do not fit there."""
     store, say = parts.store, parts.say
-    config = store.config
-    dtype = compute_dtype(config, store.quant, device.half)
+    model = store.model
+    dtype = compute_dtype(model, store.quant, device.half)
     say(f"{device.name}: prompts compute in {str(dtype).removeprefix('torch.')}" + (
         ", since it has no bf16 products" if str(dtype) == "torch.float16" else ""))
     fast = parts.plan.tiers[0]
@@ -89,18 +89,18 @@ def on_device(parts: Parts, device: Device, kernels: DeviceKernels, placement: P
         weights = _result(dense, offload)
     if device.place.type == "cuda":
         say("compiling the GPU's kernels (up to a minute, the first time)")
-        compile_prompts(kernels, weights, offload, config, device, dtype, say)
+        compile_prompts(kernels, weights, offload, model, device, dtype, say)
     device.tidy()
     experts = offload.experts
     assert isinstance(experts, DeviceExperts)
     caches = (partial(Int8KVCache, place=device.place, there=kernels.attend) if kv == "int8" else
               partial(KVCache, place=device.place, attend=kernels.attend))
-    decode = DeviceDecode(config, weights, device, kernels.ops, experts, experts.depth, experts.ahead)
+    decode = DeviceDecode(model, weights, device, kernels.ops, experts, experts.depth, experts.ahead)
     if not placement.exact and fast.slots < parts.plan.needs.records:
         say("experts that are not on the GPU are computed by the CPU where that is faster, so the last bits depend on "
             "where an expert was (--exact forbids it)")
     return kernels.prompts, Mixtral(
-        config, weights, kernels.prompts, experts, experts.ahead, experts.depth,
+        model, weights, kernels.prompts, experts, experts.ahead, experts.depth,
         caches, experts.guesses_prompts, device, decode), offload
 
 

@@ -57,8 +57,8 @@ def place(store: Store, needs: Needs, placement: Placement | None, on_cpu: Calla
 def _kernels(store: Store, device: Device, host: KernelTable, placement: Placement,
              say: Callable[[str], None]) -> DeviceKernels:
     """Cut as was measured on this card, unless the bits are to depend on no measurement."""
-    dtype = compute_dtype(store.config, store.quant, device.half)
-    choose = partial(choose_device_kernels, device.place, dtype, *stored_formats(store.config, store.quant), host,
+    dtype = compute_dtype(store.model, store.quant, device.half)
+    choose = partial(choose_device_kernels, device.place, dtype, *stored_formats(store.model, store.quant), host,
                      device.triton)
     file = placement.tuned
     if placement.exact or file is None or not device.triton:

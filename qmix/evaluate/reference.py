@@ -16,58 +16,62 @@ E experts, F expert inner, H hidden, T tokens of a window, V vocabulary.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
+from itertools import chain
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qmix import names
-from qmix.checkpoint import Checkpoint
-from qmix.config import Cancel, ExpertKey, ModelConfig
+from qmix.checkpoint import HEAD, Checkpoint
+from qmix.config import Cancel
 from qmix.errors import DoesNotFit, Interrupted, QmixError, UsageError
-from qmix.offload.plan import SCORED_COPIES, SCORED_PIECE, SCORED_ROWS
+from qmix.models import Source, layouts
+from qmix.models.source import Index, Rows
+from qmix.offload.plan import SCORED_COPIES, SCORED_PIECE, SCORED_ROWS, dense_mlps
 from qmix.sizes import MIB, format_bytes
-
-STACK = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up_proj|down_proj)")
+from qmix.sources import apply
+from qmix.spec import Attention, Model
 
 
 class Weights(Mapping[str, Tensor]):
-    """The tensors of transformers' Mixtral by its names, each read from the checkpoint whenever it is asked for, unless
-    RAM holds it."""
+    """The tensors of transformers' own model by its names, each read from the checkpoint whenever it is asked for,
+    unless RAM holds it. It has a layer's experts in one tensor each for gate and up, and for down."""
 
     def __init__(self, checkpoint: Checkpoint):
         self._checkpoint = checkpoint
         self._held: dict[str, Tensor] = {}
-        config = checkpoint.config
-        self.shapes = {_ours(t.name): t.shape for t in names.dense_tensors(config)}
-        if config.tie_embeddings:
-            self.shapes[names.HEAD] = self.shapes[names.EMBEDDING]
-        hidden, inner = config.hidden_size, config.intermediate_size
-        for layer in range(config.num_layers):
-            prefix = f"{names.layer_prefix(layer)}mlp.experts."
-            self.shapes[prefix + "gate_up_proj"] = (config.num_experts, 2 * inner, hidden)
-            self.shapes[prefix + "down_proj"] = (config.num_experts, hidden, inner)
+        model = checkpoint.model
+        self._parts: dict[str, list[tuple[str, Source]]] = {}  # of each tensor, what of the model lies where in it
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        table = layouts(model)[-1]  # as transformers 5 holds it
+        for tensor in chain(model.tensors(), (t for key in model.expert_keys for t in model.expert_tensors(key))):
+            source = table[tensor.name]
+            self._parts.setdefault(source.name, []).append((tensor.name, source))
+            self.shapes[source.name] = _whole(tensor.shape, source)
+        if model.tied:
+            self._parts[HEAD] = self._parts[table["embedding"].name]
+            self.shapes[HEAD] = self.shapes[table["embedding"].name]
 
     def __getitem__(self, name: str) -> Tensor:
-        if self._checkpoint.config.tie_embeddings and name == names.HEAD:
-            name = names.EMBEDDING
+        name = self._parts[name][0][1].name  # a tied head is the embedding
         if name in self._held:
             return self._held[name]
-        found = STACK.fullmatch(name)
-        if found is not None:
-            return self._stack(int(found[1]), found[2], self.shapes[name])
-        return self._checkpoint.dense(name.replace(".mlp.", ".block_sparse_moe."))
+        parts = self._parts[name]
+        if len(parts) == 1:
+            return self._checkpoint.dense(parts[0][0])
+        out = torch.empty(self.shapes[name], dtype=getattr(torch, self._checkpoint.model.dtype))
+        for ours, source in parts:
+            self._checkpoint.read_into(ours, apply(out, source.steps))
+        return out
 
     def hold(self, name: str) -> None:
         """Keep a tensor in RAM from now on."""
-        if self._checkpoint.config.tie_embeddings and name == names.HEAD:
-            name = names.EMBEDDING
-        self._held[name] = self[name]
+        self._held[self._parts[name][0][1].name] = self[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -75,16 +79,13 @@ class Weights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.shapes)
 
-    def _stack(self, layer: int, part: str, shape: tuple[int, ...]) -> Tensor:
-        """A layer's experts in one tensor: [E, 2F, H], each the gate w1 above w3, or w2 [E, H, F]."""
-        config = self._checkpoint.config
-        stack = torch.empty(shape, dtype=getattr(torch, config.dtype))
-        for expert in range(config.num_experts):
-            sources = names.expert_tensors(config, ExpertKey(layer, expert))
-            parts = ("w1", "w3") if part == "gate_up_proj" else ("w2",)
-            for short, rows in zip(parts, stack[expert].chunk(len(parts)), strict=True):
-                self._checkpoint.read_into(sources[short][0], rows)
-        return stack
+
+def _whole(shape: tuple[int, ...], source: Source) -> tuple[int, ...]:
+    """Of the tensor of which `source` cuts a piece of `shape`."""
+    for step in reversed(source.steps):
+        assert isinstance(step, Index | Rows), step
+        shape = (step.of, *shape) if isinstance(step, Index) else (step.of, *shape[1:])
+    return shape
 
 
 class Original:
@@ -92,7 +93,7 @@ class Original:
 
     def __init__(self, checkpoint: Checkpoint, model: Any, say: Callable[[str], None]):
         self.path = checkpoint.path
-        self.config = checkpoint.config
+        self.model = checkpoint.model
         self._checkpoint, self._model, self._say = checkpoint, model, say
         self._ram = self._vram = 0
         self._device: torch.device | None = None
@@ -107,7 +108,7 @@ class Original:
         _import(path)
         with ExitStack() as opened:
             checkpoint = opened.enter_context(Checkpoint.open(path))
-            found = cls(checkpoint, _skeleton(path, checkpoint.config), say)
+            found = cls(checkpoint, _skeleton(path, checkpoint.model), say)
             opened.pop_all()
             return found
 
@@ -125,26 +126,26 @@ class Original:
 
     def about(self) -> dict[str, Any]:
         """As suite.about of a store."""
-        nbytes, item = self._checkpoint.nbytes, getattr(torch, self.config.dtype).itemsize
+        nbytes, item = self._checkpoint.nbytes, getattr(torch, self.model.dtype).itemsize
         return {"checkpoint": str(self.path), "fingerprint": self._checkpoint.fingerprint(),
                 "parameters": nbytes // item, "bytes": nbytes, "bits_per_weight": float(8 * item),
-                "dtype": self.config.dtype, "run_by": self._how}
+                "dtype": self.model.dtype, "run_by": self._how}
 
     @property
     def _how(self) -> dict[str, Any]:
         config = self._model.config
         return {"transformers": version("transformers"), "accelerate": version("accelerate"),
-                "computed_in": self.config.dtype, "attention": config._attn_implementation,
+                "computed_in": self.model.dtype, "attention": config._attn_implementation,
                 "experts": config._experts_implementation}
 
     def least_bytes(self, context: int) -> int:
         """Of the memory of the processor that computes. Without it no window can be read: one module's weights, and the
         workspace."""
-        return _largest(self.config) + workspace(self.config, context)
+        return _largest(self.model) + workspace(self.model, context)
 
     def least_beside(self, context: int) -> int:
         """Of RAM, where a GPU computes: a module on its way there, and the logits that come back."""
-        return _largest(self.config) + scoring(self.config, context) + 32 * MIB
+        return _largest(self.model) + scoring(self.model, context) + 32 * MIB
 
     @property
     def weight_bytes(self) -> int:
@@ -154,9 +155,9 @@ class Original:
     def plan(self, ram: int, context: int, vram: int = 0, device: torch.device | None = None) -> None:
         """Take so many bytes in all, once the first window is read. device: the GPU that computes, within vram."""
         self._device = device
-        self._ram = ram - (workspace(self.config, context) if device is None else self.least_beside(context)
-                           - _largest(self.config))
-        self._vram = vram - workspace(self.config, context)
+        self._ram = ram - (workspace(self.model, context) if device is None else self.least_beside(context)
+                           - _largest(self.model))
+        self._vram = vram - workspace(self.model, context)
 
     def session(self) -> Original:
         return self
@@ -190,7 +191,7 @@ class Original:
         from accelerate.utils import set_module_tensor_to_device
 
         model, weights = self._model, self._weights
-        places = infer_auto_device_map(model, self._memory(), model._no_split_modules, self.config.dtype,
+        places = infer_auto_device_map(model, self._memory(), model._no_split_modules, self.model.dtype,
                                        offload_buffers=True)  # without it, a warning of some bytes of rotary angles
         computes = "cpu" if self._device is None else str(self._device)
         main = "cpu" if self._device is None else self._device.index or 0
@@ -209,7 +210,7 @@ class Original:
             layer.register_forward_pre_hook(self._stop_if_cancelled)
         self._ready = True
         self._say(f"transformers {version('transformers')} with accelerate {version('accelerate')}, in "
-                  f"{self.config.dtype}; {self._where(held, main)}")
+                  f"{self.model.dtype}; {self._where(held, main)}")
 
     def _memory(self) -> dict[int | str, int]:
         """accelerate's max_memory: bytes of weights by GPU (its number) and of RAM. Of either, it leaves room for the
@@ -220,7 +221,7 @@ class Original:
     def _where(self, held: Mapping[str, Any], main: int | str) -> str:
         """For people: where the weights are."""
         def nbytes(chosen: Callable[[str], bool]) -> int:
-            return sum(_nbytes(shape, self.config) for name, shape in self._weights.shapes.items() if chosen(name))
+            return sum(_nbytes(shape, self.model) for name, shape in self._weights.shapes.items() if chosen(name))
 
         read, moved = nbytes(lambda name: name not in held), nbytes(lambda name: held.get(name, main) != main)
         if not read and not moved:
@@ -234,21 +235,24 @@ class Original:
             raise Interrupted("cancelled")
 
 
-def workspace(config: ModelConfig, context: int) -> int:
+def workspace(model: Model, context: int) -> int:
     """Bytes that a window of T tokens takes beside weights, at most: residuals, and one in fp32 for a norm; q, k, v and
     the attention's output; for each choice of a token, its row in and out of an expert, gate and up and what becomes of
     them; the mask; a matrix that the CPU's kernels lay out anew; a piece of logits, and what scoring makes of it."""
-    item, hidden, inner = getattr(torch, config.dtype).itemsize, config.hidden_size, config.intermediate_size
-    chosen = config.experts_per_token * (4 * hidden + 5 * inner)
-    token = item * (4 * hidden + chosen + 4 * config.num_heads * config.head_dim) + 12 * hidden
-    matrix = _nbytes((2 * inner, hidden), config)
-    return context * token + 5 * context * context + matrix + scoring(config, context) + 32 * MIB
+    item, hidden = getattr(torch, model.dtype).itemsize, model.hidden
+    inner = max(model.expert_inner, *(mlp.inner for mlp in dense_mlps(model)), 0)
+    heads = max(layer.mixer.heads * layer.mixer.head_dim for layer in model.layers
+                if isinstance(layer.mixer, Attention))
+    chosen = model.top_k * (4 * hidden + 5 * inner)
+    token = item * (4 * hidden + chosen + 4 * heads) + 12 * hidden
+    matrix = _nbytes((2 * inner, hidden), model)
+    return context * token + 5 * context * context + matrix + scoring(model, context) + 32 * MIB
 
 
-def scoring(config: ModelConfig, context: int) -> int:
+def scoring(model: Model, context: int) -> int:
     """Bytes of a piece of logits, and of what becomes of it."""
-    head = min(context, SCORED_PIECE) * config.vocab_size * (getattr(torch, config.dtype).itemsize + 4)
-    return head + SCORED_ROWS * SCORED_COPIES * config.vocab_size * 8
+    head = min(context, SCORED_PIECE) * model.vocab * (getattr(torch, model.dtype).itemsize + 4)
+    return head + SCORED_ROWS * SCORED_COPIES * model.vocab * 8
 
 
 @contextmanager
@@ -260,16 +264,15 @@ def _gpu_memory_suffices() -> Iterator[None]:
                          "choose a smaller -c/--ctx-size, give it more --vram, or --device cpu") from None
 
 
-def _largest(config: ModelConfig) -> int:
+def _largest(model: Model) -> int:
     """Bytes of the largest part that is brought in at once: a layer, as accelerate plans it, or embedding or head."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    attention = 2 * hidden * config.head_dim * (config.num_heads + config.num_kv_heads)
-    layer = config.num_experts * (3 * hidden * inner + hidden) + attention + 2 * hidden
-    return _nbytes((max(layer, config.vocab_size * hidden),), config)
+    layers = [sum(prod(t.shape) for t in model.layer_tensors(i))
+              + model.experts_in(i) * 3 * model.hidden * model.expert_inner for i in range(model.num_layers)]
+    return _nbytes((max(*layers, model.vocab * model.hidden),), model)
 
 
-def _nbytes(shape: Sequence[int], config: ModelConfig) -> int:
-    count = getattr(torch, config.dtype).itemsize
+def _nbytes(shape: Sequence[int], model: Model) -> int:
+    count = getattr(torch, model.dtype).itemsize
     for size in shape:
         count *= size
     return count
@@ -293,15 +296,17 @@ def _import(path: Path) -> None:
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # that weights are on no device is what they are for
 
 
-def _skeleton(path: Path, config: ModelConfig) -> Any:
+def _skeleton(path: Path, ours: Model) -> Any:
     """transformers' model of the checkpoint's config, its weights on no device, its buffers in RAM."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
     theirs = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    theirs.sliding_window = config.sliding_window  # 0 is none; see ModelConfig.from_hf
+    windows = {layer.mixer.window for layer in ours.layers if isinstance(layer.mixer, Attention)}
+    if windows == {None}:
+        theirs.sliding_window = None  # exporters write 0 for none too
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(theirs, dtype=getattr(torch, config.dtype), trust_remote_code=False,
+        model = AutoModelForCausalLM.from_config(theirs, dtype=getattr(torch, ours.dtype), trust_remote_code=False,
                                                  attn_implementation="sdpa")  # others keep T x T scores
     model.tie_weights()
     return model.eval()
@@ -320,7 +325,3 @@ def _place(places: Mapping[str, Any], name: str) -> Any:
     """Of a tensor, the device of the longest module name before it."""
     inside = [module for module in places if module == "" or name == module or name.startswith(module + ".")]
     return places[max(inside, key=len)]
-
-
-def _ours(name: str) -> str:
-    return name.replace(".block_sparse_moe.", ".mlp.")

@@ -130,12 +130,12 @@ def _open_reference(path: Path, say: Callable[[str], None]) -> Store | Original:
 
 def _cut_text(request: Request, store: Store, other: Store | Original | None) -> Text:
     stores: list[Store | Original] = [store, *([other] if other else [])]
-    ids = [load_tokenizer(one.path, one.config.vocab_size).encode(request.text) for one in stores]
-    if other is not None and (store.config.vocab_size != other.config.vocab_size or ids[0] != ids[1]):
+    ids = [load_tokenizer(one.path, one.model.vocab).encode(request.text) for one in stores]
+    if other is not None and (store.model.vocab != other.model.vocab or ids[0] != ids[1]):
         raise UsageError(f"--against {other.path}: it has another vocabulary than {store.path}, so their distributions "
                          "cannot be compared", "name a reference made of the same model, as with qmix quantize SRC OUT "
                          "--format keep --dense keep")
-    longest = min(one.config.max_positions for one in stores)
+    longest = min(one.model.max_positions for one in stores)
     window = request.window or min(WINDOW, longest)
     if window > longest:
         raise UsageError(f"--ctx-size {window}: the model was trained for {longest} positions",

@@ -193,8 +193,8 @@ def prepare(names: Sequence[str], folder: Path, context: int, include: Path | No
     if include is not None and not include.is_dir():
         raise UsageError(f"--include-path {include}: no such folder")
     with Store.open(folder) as store:
-        tokenizer = load_tokenizer(store.path, store.config.vocab_size)
-        context = choose_context(store.config, context)
+        tokenizer = load_tokenizer(store.path, store.model.vocab)
+        context = choose_context(store.model, context)
     try:
         with redirect_stdout(sys.stderr):
             manager = TaskManager(include_path=None if include is None else str(include))

@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from qmix.config import DTYPES, ModelConfig, QuantConfig
+from qmix.config import DTYPES, QuantConfig
 from qmix.formats.packed import TORCH_DTYPES, Packed, view
 from qmix.kernels.attend import attend_torch
 from qmix.kernels.configs import Attention, Configs, capability
@@ -23,7 +24,9 @@ from qmix.kernels.cuda_ops import TritonOps
 from qmix.kernels.cuda_prompt import attend_many, linear_many, prompt_attention, without_tensor_cores
 from qmix.kernels.device_ops import FEW, ExpertSlots
 from qmix.kernels.tuning import Case, Timer, Work
+from qmix.models import read_model
 from qmix.sizes import MIB, MatrixSpec, RecordLayout, record_layouts
+from qmix.spec import Model
 
 CACHES = 3  # times the card's cache
 TIMED = 15  # calls, of which the median is taken
@@ -46,20 +49,26 @@ class Shapes:
     prompts: tuple[tuple[int, int], ...] = ((512, 0), (512, 3584), (4096, 0))
 
     @classmethod
-    def of(cls, model: str, config: ModelConfig, quant: QuantConfig) -> Shapes:
+    def of(cls, model: str, config: Model, quant: QuantConfig) -> Shapes:
         """Grouped dense matrices leave the dense gemv nothing to do."""
-        heads, size, hidden = config.num_heads, config.head_dim, config.hidden_size
+        attention, moe = config.alike()
+        heads, kv, size, hidden = attention.heads, attention.kv_heads, attention.head_dim, config.hidden
         kind = {"int8": "int8", "keep": DTYPES[config.dtype]}.get(quant.dense, "")
-        shapes = ((heads + 2 * config.num_kv_heads) * size, hidden), (hidden, heads * size), (config.vocab_size, hidden)
+        shapes = ((heads + 2 * kv) * size, hidden), (hidden, heads * size), (config.vocab, hidden)
         return cls(model, tuple(x for x in record_layouts(config, quant) if x.w13.bits and x.w2.bits),
-                   tuple(MatrixSpec(kind, *shape) for shape in shapes if kind), config.num_experts,
-                   config.experts_per_token, heads, config.num_kv_heads, size)
+                   tuple(MatrixSpec(kind, *shape) for shape in shapes if kind), moe.router.experts,
+                   moe.router.top_k, heads, kv, size)
+
+
+MIXTRAL_8X7B = MappingProxyType({
+    "model_type": "mixtral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8,
+    "num_experts_per_tok": 2, "max_position_embeddings": 32768, "rope_theta": 1e6})
 
 
 def mixtral() -> Shapes:
     """Mixtral 8x7B, int4 in groups of 64 and int8."""
-    return Shapes.of("Mixtral 8x7B", ModelConfig(32000, 4096, 14336, 32, 32, 8, 128, 8, 2, 1e6, 1e-5, 32768),
-                     QuantConfig())
+    return Shapes.of("Mixtral 8x7B", read_model(MIXTRAL_8X7B), QuantConfig())
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qmix.config import ModelConfig, Step
+from qmix.config import Step
 from qmix.device import Device, Repeated, Routed
 from qmix.device.device import Work
 from qmix.errors import Interrupted
@@ -39,6 +39,7 @@ from qmix.kernels.attend import rotation
 from qmix.kernels.device_ops import DeviceOps, Later
 from qmix.model.kvcache import KVCache
 from qmix.model.weights import Weights
+from qmix.spec import Model
 
 KEPT = 8  # sets of pieces: numbers of tokens, and caches
 
@@ -74,22 +75,23 @@ class DeviceExperts(Protocol):
 class _Buffers:
     """Of one number of tokens."""
 
-    def __init__(self, config: ModelConfig, device: Device, tokens: int, depth: int, guesses: int):
+    def __init__(self, model: Model, device: Device, tokens: int, depth: int, guesses: int):
         def floats(*shape: int) -> Tensor:
             return torch.zeros(shape, device=device.place)
 
-        layers, k, size = config.num_layers, config.experts_per_token, config.head_dim
+        attention, _ = model.alike()
+        layers, k, size = model.num_layers, model.top_k, attention.head_dim
         self.given = device.host(2, tokens, dtype=torch.int64)  # tokens, positions
         self.tokens, self.positions = self.arrived = torch.zeros(2, tokens, dtype=torch.int64, device=device.place)
         self.caches: Sequence[KVCache] = ()  # of each token its session's, while it is computed
-        self.residual = floats(tokens, config.hidden_size)
-        self.x = floats(tokens, config.hidden_size)
-        self.qkv = floats(tokens, (config.num_heads + 2 * config.num_kv_heads) * size)
+        self.residual = floats(tokens, model.hidden)
+        self.x = floats(tokens, model.hidden)
+        self.qkv = floats(tokens, (attention.heads + 2 * attention.kv_heads) * size)
         self.cos_sin = floats(tokens, size)
-        self.attended = floats(tokens, config.num_heads * size)
-        self.logits = floats(tokens, config.vocab_size)
-        self.host_logits = device.host(tokens, config.vocab_size, dtype=torch.float32)
-        self.routed = Routed(device, tokens, config.hidden_size, k, max(1, depth), max(1, guesses))
+        self.attended = floats(tokens, attention.heads * size)
+        self.logits = floats(tokens, model.vocab)
+        self.host_logits = device.host(tokens, model.vocab, dtype=torch.float32)
+        self.routed = Routed(device, tokens, model.hidden, k, max(1, depth), max(1, guesses))
         # Where all is one piece: every layer's choice, to be counted afterwards.
         self.ids = torch.zeros(layers, tokens, k, dtype=torch.int32, device=device.place)
         self.weights = floats(layers, tokens, k)
@@ -109,16 +111,18 @@ class _Pieces:
 class DeviceDecode:
     """depth, guesses: for how many layers ahead how many experts are guessed, 0 for none."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, device: Device, ops: DeviceOps, experts: DeviceExperts,
+    def __init__(self, model: Model, weights: Weights, device: Device, ops: DeviceOps, experts: DeviceExperts,
                  depth: int, guesses: int):
-        self._config = config
+        self._model = model
+        self._shape, _ = model.alike()
+        assert self._shape.rope is not None
         self._weights = weights
         self._device = device
         self._ops = ops
         self._experts = experts
         self._depth = depth if guesses else 0
         self._guesses = guesses
-        self._inverse = rotation(config.head_dim, config.rope_theta).to(device.place)
+        self._inverse = rotation(self._shape.head_dim, self._shape.rope.theta).to(device.place)
         self._buffers: dict[int, _Buffers] = {}
         self.warm = True  # whether the last call launched only what had been captured before
         self._pieces: dict[tuple[int, ...], _Pieces] = {}
@@ -128,7 +132,7 @@ class DeviceDecode:
         host, overwritten by the next call. The caches' lengths are the caller's. Interrupted between two layers."""
         found = self._buffers.get(len(tokens))
         if found is None:
-            found = self._buffers[len(tokens)] = _Buffers(self._config, self._device, len(tokens), self._depth,
+            found = self._buffers[len(tokens)] = _Buffers(self._model, self._device, len(tokens), self._depth,
                                                           self._guesses)
         pieces = self._pieces_for(found, caches)
         self.warm = pieces.last.warm
@@ -140,7 +144,7 @@ class DeviceDecode:
             self._device.wait(self._device.compute.record())
             found.caches = ()
         if self._experts.resident:
-            for layer in range(self._config.num_layers):
+            for layer in range(self._model.num_layers):
                 self._experts.count(layer, found.host_ids[layer], found.host_weights[layer], step)
         return found.host_logits
 
@@ -188,7 +192,7 @@ class DeviceDecode:
 
     def _cut(self, found: _Buffers, caches: Sequence[KVCache]) -> _Pieces:
         works = [(self._before(found, layer, caches), self._experts.begin(layer, found.routed))
-                 for layer in range(self._config.num_layers)]
+                 for layer in range(self._model.num_layers)]
         head, again = self._head(found), partial(Repeated, self._device)
         if not self._experts.resident:
             return _Pieces([(again(before), again(inside) if inside else None) for before, inside in works],
@@ -203,7 +207,7 @@ class DeviceDecode:
 
     def _before(self, found: _Buffers, index: int, caches: Sequence[KVCache]) -> Work:
         """What comes before the experts of layer `index`: attention and router, their choice on its way to the host."""
-        config, ops, layer = self._config, self._ops, self._weights.layers[index]
+        model, ops, layer = self._model, self._ops, self._weights.layers[index]
         routed, later = found.routed, self._weights.layers[index + 1:index + 1 + self._depth]
         asked = Later([w.post_norm for w in later], [w.router for w in later], routed.ahead[:, :len(later)])
         counted = (found.ids[index], found.weights[index]) if self._experts.resident else None
@@ -215,9 +219,9 @@ class DeviceDecode:
                 found.arrived.copy_(found.given, non_blocking=True)
                 ops.embed(found.tokens, self._weights.embedding, found.residual)
                 ops.rope_cos_sin(found.positions, self._inverse, found.cos_sin)
-                ops.norm(found.residual, layer.input_norm, config.rms_norm_eps, found.x)
+                ops.norm(found.residual, layer.input_norm, model.final_norm.eps, found.x)
             else:
-                ops.norm(found.residual, layer.input_norm, config.rms_norm_eps, found.x, routed.rows, routed.weights)
+                ops.norm(found.residual, layer.input_norm, model.final_norm.eps, found.x, routed.rows, routed.weights)
             for m, out in zip(layer.heads, outs, strict=True):
                 ops.linear(found.x, m, out)
             for first, end in runs:
@@ -225,9 +229,9 @@ class DeviceDecode:
                 scales = None if kept.key_scales is None or kept.value_scales is None else (
                     kept.key_scales, kept.value_scales)
                 ops.rope_attend(found.qkv[first:end], found.cos_sin[first:end], kept.keys, kept.values,
-                                found.positions[first:end], config.sliding_window, found.attended[first:end], scales)
+                                found.positions[first:end], self._shape.window, found.attended[first:end], scales)
             ops.linear(found.attended, layer.o, found.residual, add=True)
-            ops.route(found.residual, layer.post_norm, layer.router, config.rms_norm_eps, routed.x, routed.ids,
+            ops.route(found.residual, layer.post_norm, layer.router, model.final_norm.eps, routed.x, routed.ids,
                       routed.weights, asked if later else None, counted)
             if not self._experts.resident:
                 routed.read_back(index)
@@ -235,7 +239,7 @@ class DeviceDecode:
         return work
 
     def _head(self, found: _Buffers) -> Work:
-        weights, ops, eps = self._weights, self._ops, self._config.rms_norm_eps
+        weights, ops, eps = self._weights, self._ops, self._model.final_norm.eps
 
         def work() -> None:
             ops.norm(found.residual, weights.final_norm, eps, found.x, found.routed.rows, found.routed.weights)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qmix.config import ModelConfig, Step
+from qmix.config import Step
 from qmix.errors import Interrupted
 from qmix.kernels import native
 from qmix.kernels.attend import rotation
@@ -21,6 +21,7 @@ from qmix.kernels.native.sequence import ADD, ANGLES, ATTEND, NORM, PRODUCTS, RO
 from qmix.kernels.table import KernelTable
 from qmix.model.kvcache import KVCache
 from qmix.model.weights import LayerWeights, Weights
+from qmix.spec import Model
 
 Experts = Callable[[int, Tensor, Tensor, Tensor, Step, Tensor | None, Tensor | None], Tensor]
 
@@ -38,17 +39,19 @@ def fits(weights: Weights, kernels: KernelTable, cache: KVCache) -> bool:
 class FusedToken:
     """The buffers of one token, and each layer's calls over them. For one token at a time."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, kernels: KernelTable, cache: KVCache, ahead: int,
+    def __init__(self, model: Model, weights: Weights, kernels: KernelTable, cache: KVCache, ahead: int,
                  depth: int):
         assert fits(weights, kernels, cache) and kernels.native is not None
-        self._config = config
+        self._model = model
         self._weights = weights
         self._native: Native = kernels.native
-        hidden, k = config.hidden_size, config.experts_per_token
-        heads, kv_heads, size = config.num_heads, config.num_kv_heads, config.head_dim
+        hidden, k = model.hidden, model.top_k
+        self._shape, _ = model.alike()
+        assert self._shape.rope is not None
+        heads, kv_heads, size = self._shape.heads, self._shape.kv_heads, self._shape.head_dim
         dtype = weights.dtype
         self._position = torch.zeros(1, dtype=torch.int64)
-        self._inverse = rotation(size, config.rope_theta)
+        self._inverse = rotation(size, self._shape.rope.theta)
         self._cos, self._sin = torch.empty(2, 1, 1, size)
         self.residual = torch.empty(1, hidden)
         self._x = torch.empty(1, hidden, dtype=dtype)
@@ -60,14 +63,14 @@ class FusedToken:
         self._ids = torch.empty(1, k, dtype=torch.int64)
         self._chances = torch.empty(1, k)
         self._ahead = torch.empty(1, max(1, depth), ahead, dtype=torch.int64)
-        self._layers = [self._layer(index, cache, depth) for index in range(config.num_layers)]
+        self._layers = [self._layer(index, cache, depth) for index in range(model.num_layers)]
         self._last = Sequence(self._native.level, self._native.code, self._native.threads,
                               [(ADD, addition(self.residual, self.residual))])
 
     def __call__(self, token: int, cache: KVCache, experts: Experts, step: Step) -> Tensor:
         """Append `token` to the session of `cache`; the residual [1, H] behind the last layer, overwritten by the next
         token. Interrupted when step.cancel is set; then, as on any error, the cache is as it was."""
-        start, window = cache.length, self._config.sliding_window
+        start, window = cache.length, self._shape.window
         begin = 0 if window is None else max(0, start + 1 - window)
         self.residual.copy_(self._weights.embedding[token])
         self._position.fill_(start)
@@ -88,8 +91,8 @@ class FusedToken:
 
     def _layer(self, index: int, cache: KVCache, depth: int) -> tuple[Sequence, Tensor | None]:
         """(the calls of layer `index`, the guesses that they make)."""
-        layer, native, eps = self._weights.layers[index], self._native, self._config.rms_norm_eps
-        heads = self._config.num_heads
+        layer, native, eps = self._weights.layers[index], self._native, self._model.final_norm.eps
+        heads = self._shape.heads
         assert cache.native is not None
         first = (ADD, addition(self.residual, self.residual)) if index else (
             ANGLES, jobs.angles(self._position, self._inverse, self._cos, self._sin))
@@ -100,7 +103,7 @@ class FusedToken:
                 layer.heads, (self._query, self._key, self._value), strict=True)]),
             (ROTATE, jobs.rotate(self._query, self._key, self._cos, self._sin, self._rotated)),
             (ATTEND, cache.native.job(cache.kept(index), self._rotated[:, :heads], self._rotated[:, heads:],
-                                      self._value.view(1, -1, self._config.head_dim), self._attended, 0, 1)),
+                                      self._value.view(1, -1, self._shape.head_dim), self._attended, 0, 1)),
             (PRODUCTS, native.job(Product(self._attended, layer.o, self.residual, add=True))),
             (ROUTE, jobs.route(self.residual, layer.post_norm, layer.router, eps, self._normed, self._ids,
                                self._chances))]
@@ -110,5 +113,5 @@ class FusedToken:
             self._ahead[:, :len(later)] if later else None)
 
     def _guess(self, later: LayerWeights, distance: int) -> bytes:
-        return jobs.route(self.residual, later.post_norm, later.router, self._config.rms_norm_eps, None,
+        return jobs.route(self.residual, later.post_norm, later.router, self._model.final_norm.eps, None,
                           self._ahead[:, distance], None)

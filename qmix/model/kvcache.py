@@ -14,11 +14,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qmix.config import ModelConfig
 from qmix.errors import UsageError
 from qmix.hardware.memory import prefer_huge_pages
 from qmix.kernels.attend import attend
 from qmix.kernels.native import Attention, Kept
+from qmix.spec import Model
 
 CPU = torch.device("cpu")
 Attend = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]  # kernels.attend.attend has the meaning
@@ -37,9 +37,10 @@ class KVCache:
 
     __slots__ = ("__weakref__", "_addresses", "_attend", "_keys", "_values", "capacity", "length", "native")
 
-    def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype, native: Attention | None = None,
+    def __init__(self, model: Model, capacity: int, dtype: torch.dtype, native: Attention | None = None,
                  place: torch.device = CPU, attend: Attend = attend):
-        shape = (config.num_layers, config.num_kv_heads, capacity, config.head_dim)
+        attention, _ = model.alike()
+        shape = (model.num_layers, attention.kv_heads, capacity, attention.head_dim)
         # Positions of one head are adjacent: attention reads them as one block. fill_ touches every page.
         self._keys = _zeros(shape, dtype, place).unbind()
         self._values = _zeros(shape, dtype, place).unbind()

@@ -15,12 +15,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qmix.config import ModelConfig
 from qmix.kernels.attend import attend
 from qmix.kernels.kv_codes import decoded, quantize
 from qmix.kernels.native import Attention, Kept
 from qmix.model.kvcache import CPU, Attend, KVCache
 from qmix.sizes import KV_PIECE
+from qmix.spec import Model
 
 
 class Int8KVCache(KVCache):
@@ -29,12 +29,13 @@ class Int8KVCache(KVCache):
 
     __slots__ = ("_dtype", "_key_scales", "_there", "_value_scales")
 
-    def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype, native: Attention | None = None,
+    def __init__(self, model: Model, capacity: int, dtype: torch.dtype, native: Attention | None = None,
                  place: torch.device = CPU, there: Attend | None = None):
-        super().__init__(config, capacity, torch.int8, place=place)
+        super().__init__(model, capacity, torch.int8, place=place)
         self._dtype = dtype
         self._there = there
-        shape = (config.num_layers, config.num_kv_heads, capacity)
+        attention, _ = model.alike()
+        shape = (model.num_layers, attention.kv_heads, capacity)
         self._key_scales = torch.empty(shape, device=place).fill_(0).unbind()
         self._value_scales = torch.empty(shape, device=place).fill_(0).unbind()
         self.native = native

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qmix.config import ModelConfig, Step
+from qmix.config import Step
 from qmix.device import Device
 from qmix.errors import Interrupted
 from qmix.kernels.attend import rotation
@@ -38,11 +38,12 @@ from qmix.model.device_decode import DeviceDecode
 from qmix.model.fused import Experts, FusedToken, fits
 from qmix.model.kvcache import KVCache
 from qmix.model.weights import LayerWeights, Weights
+from qmix.sizes import pass_tokens
+from qmix.spec import Model
 
-PASS = 8192  # tokens that meet the experts of a layer together
 BLOCK = 512  # query positions of one attention call
 
-MakeCache = Callable[[ModelConfig, int, torch.dtype], KVCache]  # (config, capacity, compute dtype)
+MakeCache = Callable[[Model, int, torch.dtype], KVCache]  # (model, capacity, compute dtype)
 Take = Callable[[int, Tensor, LayerOps], None]  # (which of the wanted rows comes first, residual [n, H], ops)
 
 
@@ -97,22 +98,25 @@ class Mixtral:
     tokens through the layers while decoding, in place of `_pass`.
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights, kernels: KernelTable, experts: Experts,
+    def __init__(self, model: Model, weights: Weights, kernels: KernelTable, experts: Experts,
                  ahead: int | None = None, depth: int = 1, caches: MakeCache = KVCache,
                  guess_prompts: bool = False, device: Device | None = None, decode: DeviceDecode | None = None):
-        self.config = config
+        self.model = model
+        self._shape, _ = model.alike()
+        assert self._shape.rope is not None
+        self._eps = model.final_norm.eps
         self._weights = weights
         self._kernels = kernels
         self._linear = kernels.linear
         self._linears = kernels.linears
         self._experts = experts
-        self._ahead = min(config.num_experts, config.experts_per_token if ahead is None else ahead)
-        self._depth = min(depth, config.num_layers - 1)
+        self._ahead = min(model.num_experts, model.top_k if ahead is None else ahead)
+        self._depth = min(depth, model.num_layers - 1)
         self._guess_prompts = guess_prompts
         self._make_cache = caches
         self._place = torch.device("cpu") if device is None else device.place
         self._decode = decode
-        self._inverse = rotation(config.head_dim, config.rope_theta).to(self._place)
+        self._inverse = rotation(self._shape.head_dim, self._shape.rope.theta).to(self._place)
         self._fused: FusedToken | None = None
         self._fits: bool | None = None  # whether there can be one; the first cache shows it
 
@@ -128,7 +132,7 @@ class Mixtral:
 
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache for one session, with room for `capacity` positions."""
-        return self._make_cache(self.config, capacity, self._weights.dtype)
+        return self._make_cache(self.model, capacity, self._weights.dtype)
 
     def forward(self, tokens: Tensor, positions: Tensor, caches: Sequence[KVCache], step: Step,
                 all_logits: bool = False) -> Tensor:
@@ -146,7 +150,7 @@ class Mixtral:
         if self._decode is not None and step.phase == "decode":
             return self._decode_few(self._decode, tokens, positions, caches, step, counts)[list(wanted)]
         # Made outside inference mode, so that the caller may change it in place.
-        logits = torch.empty(len(wanted), self.config.vocab_size)
+        logits = torch.empty(len(wanted), self.model.vocab)
 
         def head(first: int, residual: Tensor, ops: LayerOps) -> None:
             self._head(residual, logits[first:first + len(residual)], ops)
@@ -158,7 +162,7 @@ class Mixtral:
         """Append tokens [T] to one session; the residual stream [T - skip, H] fp32 after the last layer of all but
         the first `skip`, of which `logits` makes logits, a piece at a time: all at once they may be larger than the
         model. Errors as of forward."""
-        kept = torch.empty(len(tokens) - skip, self.config.hidden_size, device=self._place)
+        kept = torch.empty(len(tokens) - skip, self.model.hidden, device=self._place)
 
         def keep(first: int, residual: Tensor, ops: LayerOps) -> None:
             kept[first:first + len(residual)] = residual
@@ -186,7 +190,7 @@ class Mixtral:
                 if len(tokens) == 1 and step.phase == "decode" and (fused := self._fused_for(caches[0])):
                     take(0, fused(int(tokens), caches[0], self._experts, step), self._kernels.layer)
                     return
-                for group in _passes(spans):
+                for group in _passes(spans, pass_tokens(self.model)):
                     inside = range(group[0].begin, group[-1].end)
                     rows = [row for row in wanted if row in inside]
                     self._pass(tokens, positions, group, step, rows, partial(take, done))
@@ -202,7 +206,7 @@ class Mixtral:
         for cache, count in zip(caches, counts, strict=True):
             cache.need(count)
         own = [cache for cache, count in zip(caches, counts, strict=True) for _ in range(count)]
-        logits = torch.empty(len(tokens), self.config.vocab_size)
+        logits = torch.empty(len(tokens), self.model.vocab)
         with torch.inference_mode():
             for first in range(0, len(tokens), FEW):
                 part = slice(first, first + FEW)
@@ -217,13 +221,13 @@ class Mixtral:
         if self._fits is None:
             self._fits = fits(self._weights, self._kernels, cache)
         if self._fused is None and self._fits:
-            self._fused = FusedToken(self.config, self._weights, self._kernels, cache, self._ahead,
+            self._fused = FusedToken(self.model, self._weights, self._kernels, cache, self._ahead,
                                      self._depth if self._ahead > 0 else 0)
         return self._fused
 
     def _pass(self, tokens: Tensor, positions: Tensor, spans: Sequence[Span], step: Step,
               wanted: Sequence[int], take: Callable[[Tensor, LayerOps], None]) -> None:
-        """The tokens of `spans`, at most PASS, through all layers; `take` gets the residuals [n, H] of the n `wanted`
+        """The tokens of `spans`, at most a pass, through all layers; `take` gets the residuals [n, H] of the n `wanted`
         ones, if any."""
         first, end = spans[0].begin, spans[-1].end
         step = replace(step, sequence=step.sequence[first:end])
@@ -254,30 +258,30 @@ class Mixtral:
 
     def _rows(self, tokens: Tensor, positions: Tensor, spans: Sequence[Span], ops: LayerOps) -> Rows:
         """The pass before its first layer: embeddings, rotations, and room for the rest."""
-        config, count = self.config, len(tokens)
+        model, count = self.model, len(tokens)
         cos, sin = ops.angles(positions.to(self._place), self._inverse)
         empty = partial(torch.empty, device=self._place)
         return Rows(
             spans, residual=F.embedding(tokens.to(self._place), self._weights.embedding).float(),
-            normed=empty(count, config.hidden_size, dtype=self._weights.dtype),
-            ids=empty(count, config.experts_per_token, dtype=torch.int64),
-            weights=empty(count, config.experts_per_token),
+            normed=empty(count, model.hidden, dtype=self._weights.dtype),
+            ids=empty(count, model.top_k, dtype=torch.int64),
+            weights=empty(count, model.top_k),
             ahead=empty(count, self._depth, self._ahead, dtype=torch.int64), cos=cos, sin=sin)
 
     def _attention(self, index: int, layer: LayerWeights, block: Rows, ops: LayerOps) -> None:
         """Add grouped-query attention over each span's own cache to the block's residual."""
-        config, dtype, linear = self.config, self._weights.dtype, self._linear
-        x = ops.norm(block.residual, layer.input_norm, config.rms_norm_eps, dtype)
+        shape, dtype, linear = self._shape, self._weights.dtype, self._linear
+        x = ops.norm(block.residual, layer.input_norm, self._eps, dtype)
         found = self._linears(x, *layer.heads)
-        size = config.head_dim
+        size = shape.head_dim
         q, k, v = found if len(found) == 3 else found[0].split(
-            (config.num_heads * size, config.num_kv_heads * size, config.num_kv_heads * size), 1)
+            (shape.heads * size, shape.kv_heads * size, shape.kv_heads * size), 1)
         queries, keys = ops.rotate(q, k, block.cos, block.sin)
         values = v.unflatten(1, (-1, size))
         sizes = [span.end - span.begin for span in block.spans]
         parts = [(queries, keys, values)] if len(sizes) == 1 else zip(
             queries.split(sizes), keys.split(sizes), values.split(sizes), strict=True)
-        out = [span.cache.attend(index, span.start, q, k, v, config.sliding_window)
+        out = [span.cache.attend(index, span.start, q, k, v, shape.window)
                for span, (q, k, v) in zip(block.spans, parts, strict=True)]
         rows = out[0] if len(out) == 1 else torch.cat(out)
         block.residual.add_(linear(rows if self._kernels.computes_natively(layer.o) else rows.to(dtype), layer.o))
@@ -285,7 +289,7 @@ class Mixtral:
     def _route(self, layer: LayerWeights, after: Sequence[LayerWeights], block: Rows, ops: LayerOps) -> None:
         """Choose K experts a token: softmax over the K largest router logits, in fp32. Of `after`, the next
         layers, also guess what their routers will choose, by asking them now."""
-        x, eps = block.residual, self.config.rms_norm_eps
+        x, eps = block.residual, self._eps
         ops.route(x, layer.post_norm, layer.router, eps, block.normed, block.ids, block.weights)
         for distance, later in enumerate(after):
             ops.guess(x, later.post_norm, later.router, eps, block.ahead[:, distance])
@@ -299,7 +303,7 @@ class Mixtral:
         """`_head` of at most BLOCK rows, in what the head computes in."""
         weights = self._weights
         dtype = torch.float32 if self._kernels.computes_natively(weights.head) else weights.dtype
-        return self._linear(ops.norm(rows, weights.final_norm, self.config.rms_norm_eps, dtype), weights.head)
+        return self._linear(ops.norm(rows, weights.final_norm, self._eps, dtype), weights.head)
 
 
 def _counts(tokens: int, sessions: int, step: Step) -> list[int]:
@@ -319,11 +323,11 @@ def _spans(counts: Sequence[int], caches: Sequence[KVCache], size: int) -> Itera
         first += count
 
 
-def _passes(spans: Sequence[Span]) -> Iterator[list[Span]]:
-    """Spans in order, as many to a pass as fit PASS tokens."""
+def _passes(spans: Sequence[Span], most: int) -> Iterator[list[Span]]:
+    """Spans in order, as many to a pass as fit `most` tokens."""
     group: list[Span] = []
     for span in spans:
-        if group and span.end - group[0].begin > PASS:
+        if group and span.end - group[0].begin > most:
             yield group
             group = []
         group.append(span)

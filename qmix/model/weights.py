@@ -14,18 +14,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qmix import names
-from qmix.config import DTYPES, ModelConfig, QuantConfig
+from qmix.config import DTYPES, QuantConfig
 from qmix.device import Device
 from qmix.errors import StoreError
 from qmix.formats import Packed
 from qmix.formats.packed import stacked
 from qmix.kernels.table import KernelTable
 from qmix.sizes import MatrixSpec
+from qmix.spec import Model
 from qmix.store import Store
 
 READERS = 4  # threads: one alone does not keep the disk busy
-STACKED = tuple(f".{part}_proj.weight" for part in "qkv")  # the ends of their names
+STACKED = tuple(f".attention.{part}" for part in "qkv")  # the ends of their names
 DAMAGED = "the store is damaged or from another version: quantize again"
 
 
@@ -56,8 +56,8 @@ class Weights:
 def load_dense(store: Store, kernels: KernelTable, device: Device | None = None) -> Weights:
     """Every dense weight of `store`, ready for `kernels`, on `device` where one is given: then a few at a time are in
     host memory. StoreError names what is missing or wrong."""
-    tensors = names.dense_tensors(store.config)
-    dtype = compute_dtype(store.config, store.quant, torch.bfloat16 if device is None else device.half)
+    tensors = store.model.tensors()
+    dtype = compute_dtype(store.model, store.quant, torch.bfloat16 if device is None else device.half)
 
     def read(name: str) -> Packed | Tensor:
         found = store.dense(name)
@@ -67,7 +67,7 @@ def load_dense(store: Store, kernels: KernelTable, device: Device | None = None)
     with ThreadPoolExecutor(READERS, "qmix-dense") as readers:
         coming = {t.name: readers.submit(read, t.name) for t in tensors}
         try:
-            weights = assemble(store.config, dtype, lambda name: coming.pop(name).result(),
+            weights = assemble(store.model, dtype, lambda name: coming.pop(name).result(),
                                None if device is None else device.place)
         except BaseException:
             readers.shutdown(wait=True, cancel_futures=True)
@@ -78,17 +78,17 @@ def load_dense(store: Store, kernels: KernelTable, device: Device | None = None)
     return weights
 
 
-def compute_dtype(config: ModelConfig, quant: QuantConfig, half: torch.dtype = torch.bfloat16) -> torch.dtype:
+def compute_dtype(model: Model, quant: QuantConfig, half: torch.dtype = torch.bfloat16) -> torch.dtype:
     """fp32 where every matrix is a plain one of fp32 or fp16, else `half`."""
-    wide = quant.experts == quant.dense == "keep" and DTYPES[config.dtype] in ("fp16", "fp32")
+    wide = quant.experts == quant.dense == "keep" and DTYPES[model.dtype] in ("fp16", "fp32")
     return torch.float32 if wide else half
 
 
-def assemble(config: ModelConfig, dtype: torch.dtype, read: Callable[[str], Packed | Tensor],
+def assemble(model: Model, dtype: torch.dtype, read: Callable[[str], Packed | Tensor],
              place: torch.device | None = None) -> Weights:
     """Weights from `read(name)`, which gives a Packed for linear layers and head, else a Tensor. place: q, k and v of
     a layer as one matrix, where that can be, and there."""
-    left = {t.name: t for t in names.dense_tensors(config)}
+    left = {t.name: t for t in model.tensors()}
 
     def matrix(name: str) -> Packed:
         want, got = left.pop(name), read(name)
@@ -103,21 +103,21 @@ def assemble(config: ModelConfig, dtype: torch.dtype, read: Callable[[str], Pack
         return got
 
     def layer(prefix: str) -> LayerWeights:
-        q, k, v, o = (matrix(f"{prefix}self_attn.{part}_proj.weight") for part in "qkvo")
+        q, k, v, o = (matrix(f"{prefix}attention.{part}") for part in "qkvo")
         heads: tuple[Packed, ...] = (q, k, v)
         if place is not None:
             whole = stacked(heads)
             heads = tuple(m.to(place) for m in (heads if whole is None else (whole,)))
         return LayerWeights(
-            input_norm=plain(prefix + "input_layernorm.weight").float(), o=o,
+            input_norm=plain(prefix + "before_mixer").float(), o=o,
             heads=heads,
-            post_norm=plain(prefix + "post_attention_layernorm.weight").float(),
-            router=plain(prefix + "block_sparse_moe.gate.weight").double())
+            post_norm=plain(prefix + "before_mlp").float(),
+            router=plain(prefix + "router.weight").double())
 
-    embedding = plain(names.EMBEDDING)
-    layers = tuple(layer(names.layer_prefix(i)) for i in range(config.num_layers))
-    final_norm = plain(names.FINAL_NORM).float()
-    head = tied_head(embedding) if config.tie_embeddings else matrix(names.HEAD)
+    embedding = plain("embedding")
+    layers = tuple(layer(f"layers.{i}.") for i in range(model.num_layers))
+    final_norm = plain("final_norm").float()
+    head = tied_head(embedding) if model.tied else matrix("head")
     if left:
         raise StoreError(f"{next(iter(left))}: no layer uses it", DAMAGED)
     return Weights(dtype, embedding, layers, final_norm, head)

@@ -62,7 +62,7 @@ def open_device_offload(store: Store, device: Device, kernels: DeviceKernels, pl
                         say: Callable[[str], None] = lambda line: None, progress: Progress | None = None) -> Offload:
     """StoreError where a record that is read at the start is damaged; DoesNotFit where the device has not the memory;
     UsageError for a wrong option."""
-    config, kind_of = store.config, store.layout.kind_of.__getitem__
+    model, kind_of = store.model, store.kind_of
     fast, slow = plan.tiers
     choices = Choices.of(store, plan, options, stats, say)
     with ExitStack() as opened:
@@ -71,31 +71,31 @@ def open_device_offload(store: Store, device: Device, kernels: DeviceKernels, pl
         for touching in touched:
             touching.wait()
         _pin(device, pools, how.pin, say, opened)
-        low = Tier(pools, choices.cache(config, slow, kind_of), readers)
+        low = Tier(pools, choices.cache(model, slow, kind_of), readers)
         copies = Copies(low, device)
         opened.callback(copies.close)
         slabs = _slabs(device, fast)
-        table = SlotTable(device, config.num_layers, config.num_experts)
+        table = SlotTable(device, len(model.record_layers), model.num_experts)
 
         def left(key: ExpertKey, slot: Tensor, comes: ExpertKey | None) -> None:
             table.leave(key)
             copies.take_back(key, slot, comes)
 
-        high = Tier(slabs, choices.cache(config, fast, kind_of), copies, left)
+        high = Tier(slabs, choices.cache(model, fast, kind_of), copies, left)
         slots = [ExpertSlots(slab, record, [store.expert_views(kind, slot) for slot in slab], first)
                  for kind, (slab, record, first) in enumerate(zip(
                      slabs, store.layout.kinds, accumulate(map(len, slabs[:-1]), initial=0), strict=True))]
         views = [store.expert_views(kind, slot) for kind, pool in enumerate(pools) for slot in pool]
-        _fill(high, low, plan, choices, progress, kind_of, config.num_layers, config.num_experts)
-        split = None if how.exact else measured(how, low, copies, views, kernels.host, config.hidden_size)
+        _fill(high, low, plan, choices, progress, kind_of, len(model.record_layers), model.num_experts)
+        split = None if how.exact else measured(how, low, copies, views, kernels.host, model.hidden)
         below = Below(low, copies, views, kernels.host, split)
-        prefetcher = Prefetcher(choices.mode, config.num_layers, config.experts_per_token, stats.next_probabilities)
+        prefetcher = Prefetcher(choices.mode, len(model.record_layers), model.top_k, stats.next_probabilities)
         experts = DeviceExperts(
-            device, kernels.ops, slots, table, below, config, kernels.prompts, high,
+            device, kernels.ops, slots, table, below, model, kernels.prompts, high,
             [views for one in slots for views in one.views],
             [half(one.record) for one in slots for _ in one.views], prefetcher,
-            RoutingWatch(config.num_layers, config.num_experts, stats, trace, say), choices.depth, choices.window)
-        for layer in range(config.num_layers):
+            RoutingWatch(len(model.record_layers), model.num_experts, stats, trace, say), choices.depth, choices.window)
+        for layer in range(len(model.record_layers)):
             experts.refresh(layer)
 
         def meter() -> Meter:

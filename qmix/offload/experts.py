@@ -22,7 +22,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from qmix.config import ExpertKey, ModelConfig, Step
+from qmix.config import ExpertKey, Step
 from qmix.errors import Interrupted
 from qmix.formats import Packed
 from qmix.kernels.layer import TORCH
@@ -35,6 +35,7 @@ from qmix.offload.prefetch import Prefetcher
 from qmix.offload.resident import ResidentToken
 from qmix.offload.tiers import Tier
 from qmix.offload.watch import RoutingWatch
+from qmix.spec import Model
 
 WINDOW = 2  # records on their way at a time in prefill: one is read while the other is computed
 FEW = 8  # tokens whose experts are computed together
@@ -67,15 +68,16 @@ class PagedExperts:
     window: guesses that are read at a time.
     """
 
-    def __init__(self, config: ModelConfig, kernels: KernelTable, tier: Tier,
+    def __init__(self, model: Model, kernels: KernelTable, tier: Tier,
                  views: Sequence[tuple[Packed, Packed]], halves: Sequence[int], prefetcher: Prefetcher,
                  watch: RoutingWatch, depth: int = 1, window: int = 2, clock: Callable[[], float] = time.perf_counter):
         self._kernels = kernels
         # Set where the native kernels compute the experts.
         self._native: Native | None = kernels.native if kernels.computes_natively(views[0][0]) else None
-        self._top_k = config.experts_per_token
-        self._experts = config.num_experts
-        self._layers = config.num_layers
+        self._top_k = model.top_k
+        self._experts = model.num_experts
+        self._layers = len(model.record_layers)
+        self._rank = {layer: rank for rank, layer in enumerate(model.record_layers)}
         self._tier = tier
         self._caches = [tier.cache]  # whose histories are kept
         self._views = views
@@ -83,7 +85,7 @@ class PagedExperts:
         self._prefetcher = prefetcher
         self._watch = watch
         self._clock = clock
-        self._all_here = len(tier.slots) >= len(config.expert_keys)
+        self._all_here = len(tier.slots) >= len(model.expert_keys)
         # In one call only where the weighted sum is the one that several tokens get.
         self._token: ResidentToken | None = None
         if self._native and self._all_here and isinstance(kernels.layer, LayerOps) and \
@@ -121,8 +123,10 @@ class PagedExperts:
         [T, D, A] int64, the next layers' guesses; wanted [n] int64, the rows to compute, None for all: the others
         count in the statistics, no more -> [n, H] fp32, as the residual is that it is added to.
 
+        layer: of the model; from here on, layers without records are not counted.
         Interrupted when step.cancel is set between two experts or while one is waited for; StoreError where a
         record cannot be read. Either leaves everything ready for another pass."""
+        layer = self._rank[layer]
         if ids.is_cpu:
             self._watch.layer(layer, step, ids, weights, ahead)
         else:

@@ -17,13 +17,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from qmix.config import DTYPES, ModelConfig, QuantConfig
+from qmix.config import DTYPES, QuantConfig
 from qmix.errors import DoesNotFit
-from qmix.names import dense_tensors
-from qmix.sizes import GIB, KV_PIECE, MIB, dense_bytes, format_bytes, kv_bytes_per_token, record_layouts
+from qmix.sizes import (
+    GIB,
+    KV_PIECE,
+    MIB,
+    dense_bytes,
+    format_bytes,
+    kept_attention,
+    kv_bytes_per_token,
+    pass_tokens,
+    record_layouts,
+)
+from qmix.spec import Attention, Mlp, Model, Moe
 
 DEFAULT_CONTEXT = 8192
-PREFILL_PASS = 8192  # tokens of one layer-major prefill pass
 ATTENTION_BLOCK = 512  # query positions of one attention call
 SCORED_PIECE = 512  # rows of logits that are made together where every token's are read
 SCORED_ROWS = 16  # of them, how many are looked at in fp64 at a time
@@ -58,20 +67,20 @@ class Needs:
     decoded: int = 0
 
     @classmethod
-    def of(cls, config: ModelConfig, quant: QuantConfig, context: int, kv: str = "bf16",
+    def of(cls, model: Model, quant: QuantConfig, context: int, kv: str = "bf16",
            scoring: bool = False) -> Needs:
         """scoring: the workspace also holds what reading logits after every token takes. UsageError for a `kv` that
         there is not."""
-        itemsize = 4 if quant.experts == quant.dense == "keep" and DTYPES[config.dtype] != "bf16" else 2
-        keys, layouts = config.expert_keys, record_layouts(config, quant)
+        itemsize = 4 if quant.experts == quant.dense == "keep" and DTYPES[model.dtype] != "bf16" else 2
+        keys, layouts = model.expert_keys, record_layouts(model, quant)
         counts = Counter(map(quant.kind_of, keys))
         kinds = tuple((counts[i], layout.nbytes) for i, layout in enumerate(layouts))
         mean = -(-sum(count * nbytes for count, nbytes in kinds) // len(keys))
-        return cls(context, resident_dense_bytes(config, quant), kv_bytes_per_token(config, itemsize, kv) * context,
-                   workspace_bytes(config, context, itemsize, kv) + (
-                       scoring_bytes(config, context) if scoring else 0), mean, len(keys), config.num_layers,
-                   config.experts_per_token, kv, kinds if len(kinds) > 1 else (), scoring,
-                   2 * context * config.num_kv_heads * config.head_dim * itemsize if kv == "int8" else 0)
+        workspace = workspace_bytes(model, context, itemsize, kv) + (scoring_bytes(model, context) if scoring else 0)
+        return cls(context, resident_dense_bytes(model, quant), kv_bytes_per_token(model, itemsize, kv) * context,
+                   workspace, mean, len(keys), len(model.record_layers), model.top_k, kv,
+                   kinds if len(kinds) > 1 else (), scoring,
+                   2 * context * widest_kv(model) * itemsize if kv == "int8" else 0)
 
     @property
     def by_kind(self) -> tuple[tuple[int, int], ...]:
@@ -200,19 +209,35 @@ class Plan:
         return found
 
 
-def choose_context(config: ModelConfig, asked: int) -> int:
+def choose_context(model: Model, asked: int) -> int:
     """0 asks for the default: min(model, 8192)."""
-    return min(config.max_positions, DEFAULT_CONTEXT) if asked == 0 else asked
+    return min(model.max_positions, DEFAULT_CONTEXT) if asked == 0 else asked
 
 
-def resident_dense_bytes(config: ModelConfig, quant: QuantConfig) -> int:
+def resident_dense_bytes(model: Model, quant: QuantConfig) -> int:
     """Dense weights as they lie in memory: norms in fp32, routers in fp64, the rest as stored."""
     wide = {"norm": 4, "router": 8}
-    return sum(prod(t.shape) * wide[t.role] if t.role in wide else dense_bytes(config, quant, t)
-               for t in dense_tensors(config))
+    return sum(prod(t.shape) * wide[t.role] if t.role in wide else dense_bytes(model, quant, t)
+               for t in model.tensors())
 
 
-def workspace_bytes(config: ModelConfig, context: int, itemsize: int, kv: str = "bf16") -> int:
+def widest_kv(model: Model) -> int:
+    """Numbers of the keys of a position in the layer that has most."""
+    return max((a.kv_heads * a.head_dim for a in kept_attention(model)), default=0)
+
+
+def dense_mlps(model: Model) -> list[Mlp]:
+    """The MLPs that are not records."""
+    found: list[Mlp] = []
+    for i, layer in enumerate(model.layers):
+        if isinstance(layer.mlp, Moe):
+            found += [mlp for mlp in (layer.mlp.shared, layer.mlp.beside and layer.mlp.beside[0]) if mlp is not None]
+        elif not model.experts_in(i):
+            found.append(layer.mlp)
+    return found
+
+
+def workspace_bytes(model: Model, context: int, itemsize: int, kv: str = "bf16") -> int:
     """What one prefill pass holds at its widest: per token the fp32 residual, the normed states, the [K, H]
     fp32 rows of expert outputs with their sum and one addend; for a chunk of tokens one expert's operand, inner
     activations and result, or for a block queries, keys and values in fp32 and in the compute dtype, the
@@ -221,24 +246,26 @@ def workspace_bytes(config: ModelConfig, context: int, itemsize: int, kv: str = 
 
     The native kernels have fp32 inner activations and packed ones, at most 4 bytes a number, instead of torch's
     four inner tensors of a chunk."""
-    tokens = min(context, PREFILL_PASS)
-    hidden, inner, k = config.hidden_size, config.intermediate_size, config.experts_per_token
-    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    tokens = min(context, pass_tokens(model))
+    hidden, k = model.hidden, model.top_k
+    inner = max(model.expert_inner, *(mlp.inner for mlp in dense_mlps(model)), 0)
+    mixers = [layer.mixer for layer in model.layers if isinstance(layer.mixer, Attention)]
+    heads = max((a.heads * (1 + a.output_gate) + 2 * a.kv_heads) * a.head_dim for a in mixers)
     per_token = (4 + itemsize) * hidden + (k + 2) * hidden * 4
     block = min(tokens, ATTENTION_BLOCK) * (heads * (4 + itemsize) + context * (1 + itemsize) + hidden * itemsize)
     chunk = min(tokens, EXPERT_CHUNK) * (4 * inner * itemsize + hidden * (2 * itemsize + 4))
     if kv == "int8":
-        new = min(tokens, ATTENTION_BLOCK) * config.num_kv_heads
-        block += config.head_dim * (2 * context * itemsize + 4 * 3 * max(min(context, KV_PIECE), new))
-    return tokens * per_token + max(block, chunk) + config.vocab_size * 8
+        new = min(tokens, ATTENTION_BLOCK) * max(a.kv_heads for a in mixers)
+        block += max(a.head_dim for a in mixers) * (2 * context * itemsize + 4 * 3 * max(min(context, KV_PIECE), new))
+    return tokens * per_token + max(block, chunk) + model.vocab * 8
 
 
-def scoring_bytes(config: ModelConfig, context: int) -> int:
+def scoring_bytes(model: Model, context: int) -> int:
     """What logits after every token of a context take: the residuals of all, and of one piece the normed rows and the
     logits, as the head gives them and in fp32. Whoever scores them has a few rows in fp64 besides."""
     rows = min(context, SCORED_PIECE)
     looked_at = SCORED_ROWS * SCORED_COPIES * 8
-    return (context * 4 + rows * 8) * config.hidden_size + (rows * 8 + looked_at) * config.vocab_size
+    return (context * 4 + rows * 8) * model.hidden + (rows * 8 + looked_at) * model.vocab
 
 
 def plan(needs: Needs, ram: int, base: int, vram: int | None = None, vram_base: int = CUDA_CONTEXT,

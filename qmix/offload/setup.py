@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qmix.config import ExpertKey, ModelConfig
+from qmix.config import ExpertKey
 from qmix.errors import StoreError, UsageError
 from qmix.kernels.table import KernelTable
 from qmix.offload.cache import Cache, make_policy, warm_order
@@ -30,6 +30,7 @@ from qmix.offload.tiers import Tier
 from qmix.offload.watch import Recorder, RoutingWatch
 from qmix.render import Progress
 from qmix.sizes import MIB, RecordLayout, format_bytes
+from qmix.spec import Model
 from qmix.store import VERIFY, Store
 
 AUTO_POLICY = "lfu"  # docs/cache-policy.md
@@ -118,7 +119,7 @@ class Choices:
     @classmethod
     def of(cls, store: Store, plan: Plan, options: OffloadOptions, stats: RouterStats,
            say: Callable[[str], None]) -> Choices:
-        config, fast = store.config, plan.tiers[0]
+        model, fast = store.model, plan.tiers[0]
         policy = AUTO_POLICY if options.policy == "auto" else options.policy
         prior = stats.share("decode") or stats.share("prefill")
         if policy == "static" and not any(prior.values()):
@@ -129,39 +130,40 @@ class Choices:
             mode = "off"
             say(f"prefetch off: records of {format_bytes(plan.needs.record)} take less time to read than "
                 "to predict (--prefetch ahead prefetches anyway)")
-        if policy == "lru" and len(fast.kinds) > 1 and _tight(config, fast):
+        if policy == "lru" and len(fast.kinds) > 1 and _tight(model, fast):
             say("--cache-policy lru: in a mixed store layers have no share of their own, so with few slots it evicts "
                 "the records that are needed next; lfu does not")
-        return cls(policy, prior, mode, *reach(fast.slots, config.num_layers, config.experts_per_token))
+        return cls(policy, prior, mode, *reach(fast.slots, len(model.record_layers), model.top_k))
 
-    def cache(self, config: ModelConfig, tier: TierPlan, kind_of: Callable[[ExpertKey], int]) -> Cache:
+    def cache(self, model: Model, tier: TierPlan, kind_of: Callable[[ExpertKey], int]) -> Cache:
         """For a tier. Only plain LRU throws out the layers that come next (docs/cache-policy.md)."""
-        return Cache([count for count, _ in tier.kinds], config.num_layers, make_policy(self.policy, self.prior),
-                     quotas=self.policy == "lru" and len(tier.kinds) == 1 and _tight(config, tier),
-                     probation=max(1, min(2 * config.experts_per_token, tier.slots // 8)), kind_of=kind_of)
+        return Cache([count for count, _ in tier.kinds], len(model.record_layers), make_policy(self.policy, self.prior),
+                     quotas=self.policy == "lru" and len(tier.kinds) == 1 and _tight(model, tier),
+                     probation=max(1, min(2 * model.top_k, tier.slots // 8)), kind_of=kind_of)
 
 
-def _tight(config: ModelConfig, tier: TierPlan) -> bool:
-    return tier.slots < 2 * config.experts_per_token * config.num_layers
+def _tight(model: Model, tier: TierPlan) -> bool:
+    return tier.slots < 2 * model.top_k * len(model.record_layers)
 
 
 def open_offload(store: Store, kernels: KernelTable, plan: Plan, options: OffloadOptions, stats: RouterStats,
                  trace: Recorder | None = None, say: Callable[[str], None] = lambda line: None,
                  progress: Progress | None = None) -> Offload:
     """StoreError where a record that is read at the start is damaged; UsageError for a wrong option."""
-    config, kind_of = store.config, store.layout.kind_of.__getitem__
+    model, kind_of = store.model, store.kind_of
+    layers = len(model.record_layers)
     choices = Choices.of(store, plan, options, stats, say)
     with ExitStack() as opened:
         readers = open_readers(store, options, say, opened)
         pools, touched = open_pools(plan.ram, opened)
-        tier = Tier(pools, choices.cache(config, plan.ram, kind_of), readers)
-        prefetcher = Prefetcher(choices.mode, config.num_layers, config.experts_per_token, stats.next_probabilities)
+        tier = Tier(pools, choices.cache(model, plan.ram, kind_of), readers)
+        prefetcher = Prefetcher(choices.mode, layers, model.top_k, stats.next_probabilities)
         views = [store.expert_views(kind, slot) for kind, pool in enumerate(pools) for slot in pool]
         halves = [half(record) for record, pool in zip(store.layout.kinds, pools, strict=True) for _ in pool]
-        experts = PagedExperts(config, kernels, tier, views, halves, prefetcher,
-                               RoutingWatch(config.num_layers, config.num_experts, stats, trace, say), choices.depth,
+        experts = PagedExperts(model, kernels, tier, views, halves, prefetcher,
+                               RoutingWatch(layers, model.num_experts, stats, trace, say), choices.depth,
                                choices.window)
-        order = warm_order(config.num_layers, config.num_experts, [count for count, _ in plan.ram.kinds],
+        order = warm_order(layers, model.num_experts, [count for count, _ in plan.ram.kinds],
                            choices.prior, kind_of)
         if plan.resident:
             try:

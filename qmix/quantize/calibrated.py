@@ -15,9 +15,8 @@ from concurrent.futures import Executor
 import torch
 from torch import Tensor
 
-from qmix import names
 from qmix.checkpoint import Checkpoint
-from qmix.config import ExpertKey, ModelConfig
+from qmix.config import ExpertKey
 from qmix.formats import Packed
 from qmix.formats.int4 import store_codes
 from qmix.formats.packed import refuse_nonfinite
@@ -25,6 +24,8 @@ from qmix.quantize.calibration import CHUNK, LENGTH, SEQUENCES, Calibration, For
 from qmix.quantize.gptq import DegenerateInputs, Fit, Walked, walk
 from qmix.quantize.methods import Error, blank, fit_group, quantize_measured
 from qmix.sizes import MatrixSpec, round_up
+from qmix.spec import Model
+from qmix.spec.model import layer_of
 
 FALLBACK = "hqq"
 LEAST = 32  # tokens; fewer say too little of what an expert's inputs are like
@@ -49,12 +50,12 @@ class Guide:
         if isinstance(key, ExpertKey):
             self._enter(key.layer)
             return self._forward.expert(key, weights["w13"], weights["w2"], measure)
-        layer = names.layer_of(key)
+        layer = layer_of(key)
         if layer is None:
-            assert key == names.HEAD, key
+            assert key == "head", key
             return {"": self._forward.head(weights[""])}
         self._enter(layer)
-        return {"": self._attention[key.split(".")[-2]]}
+        return {"": self._attention[key.split(".")[-1]]}
 
     def _enter(self, layer: int) -> None:
         if layer > self._forward.layer:
@@ -62,22 +63,23 @@ class Guide:
             self._attention = self._forward.attention(layer, layer in self._measured)
 
 
-def peak_bytes(config: ModelConfig, tokens: int, threads: int) -> int:
+def peak_bytes(model: Model, tokens: int, threads: int) -> int:
     """The most memory that quantizing with a calibration takes, about: 4.1 GiB for 65536 tokens of Mixtral 8x7B and
     two threads."""
-    hidden, inner, item = config.hidden_size, config.intermediate_size, 4 if config.dtype == "float32" else 2
-    heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
-    kept = tokens * (hidden * (4 + item) + config.experts_per_token * 12)
+    hidden, inner, item = model.hidden, model.expert_inner, 4 if model.dtype == "float32" else 2
+    attention, _ = model.alike()
+    heads = 2 * (attention.heads + attention.kv_heads) * attention.head_dim
+    kept = tokens * (hidden * (4 + item) + model.top_k * 12)
     expert = 4 * (hidden**2 + inner**2) + 2 * 3 * hidden * inner * item + 3 * hidden * inner  # sums, two read, packed
     strips = threads * 3 * 4 * STRIP * max(hidden, inner)
     passing = 4 * CHUNK * (hidden * 2 + inner) + 4 * SEQUENCES * LENGTH * 2 * hidden + 4 * heads * hidden
-    return kept + expert + strips + passing + config.vocab_size * hidden * item
+    return kept + expert + strips + passing + model.vocab * hidden * item
 
 
 def stage(key: ExpertKey | str, layers: int) -> int:
     """When the forward pass needs a region: the embedding before all layers, -1; final norm and head after them."""
-    layer = key.layer if isinstance(key, ExpertKey) else names.layer_of(key)
-    return layer if layer is not None else -1 if key == names.EMBEDDING else layers
+    layer = key.layer if isinstance(key, ExpertKey) else layer_of(key)
+    return layer if layer is not None else -1 if key == "embedding" else layers
 
 
 def choose_calibrated(weight: Tensor, spec: MatrixSpec, inputs: Inputs | None,

@@ -35,7 +35,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qmix import names
 from qmix.checkpoint import Checkpoint
 from qmix.config import ExpertKey
 from qmix.errors import CheckpointError, QmixError, UsageError
@@ -132,34 +131,37 @@ class ForwardPass:
     the current layer chose, and its weights. layer: the one that attention was last computed of, -1 before."""
 
     def __init__(self, source: Checkpoint, calibration: Calibration, pool: Executor | None = None):
-        config, tokens = source.config, calibration.tokens
-        if (worst := int(calibration.ids.max())) >= config.vocab_size:
-            raise UsageError(f"the calibration has token {worst}, the model {config.vocab_size}")
-        self._source, self._config, self._pool = source, config, pool
+        model, tokens = source.model, calibration.tokens
+        if (worst := int(calibration.ids.max())) >= model.vocab:
+            raise UsageError(f"the calibration has token {worst}, the model {model.vocab}")
+        self._source, self._model, self._pool = source, model, pool
         self._length = calibration.length
-        self._inverse = rotation(config.head_dim, config.rope_theta)
+        self._shape, _ = model.alike()
+        assert self._shape.rope is not None
+        self._eps = model.final_norm.eps
+        self._inverse = rotation(self._shape.head_dim, self._shape.rope.theta)
         self.layer = -1
-        dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16  # what the model computes in
-        self.residual = torch.empty(tokens, config.hidden_size)
-        self.normed = torch.empty(tokens, config.hidden_size, dtype=dtype)
-        self.ids = torch.empty(tokens, config.experts_per_token, dtype=torch.int64)
-        self.gains = torch.empty(tokens, config.experts_per_token)
-        embedding = source.dense(names.EMBEDDING)
+        dtype = torch.float32 if model.dtype == "float32" else torch.bfloat16  # what the model computes in
+        self.residual = torch.empty(tokens, model.hidden)
+        self.normed = torch.empty(tokens, model.hidden, dtype=dtype)
+        self.ids = torch.empty(tokens, model.top_k, dtype=torch.int64)
+        self.gains = torch.empty(tokens, model.top_k)
+        embedding = source.dense("embedding")
         for chunk, out in zip(calibration.ids.flatten().split(CHUNK), self.residual.split(CHUNK), strict=True):
             out.copy_(F.embedding(chunk, embedding))
 
     def attention(self, layer: int, measure: bool = False) -> dict[str, Inputs]:
         """Attention of the next layer, added to the residual, and its router. With `measure` the inputs of its
-        matrices by name: {"q_proj", "k_proj", "v_proj"} share theirs, "o_proj" has its own."""
+        matrices by name: {"q", "k", "v"} share theirs, "o" has its own."""
         assert layer == self.layer + 1, (layer, self.layer)
         self.layer = layer
-        config, length = self._config, self._length
+        model, length = self._model, self._length
         weights = _LayerWeights.read(self._source, layer)
         cos, sin = TORCH.angles(torch.arange(length), self._inverse)
         step = SEQUENCES * length
-        asked, given = torch.empty(step, config.hidden_size), torch.empty(step, config.num_heads * config.head_dim)
+        asked, given = torch.empty(step, model.hidden), torch.empty(step, self._shape.heads * self._shape.head_dim)
         moments = (Moments(asked.shape[1]), Moments(given.shape[1])) if measure else None
-        energy = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), 0.0)
+        energy = dict.fromkeys(("q", "k", "v", "o"), 0.0)
         for begin in range(0, len(self.residual), step):
             end = min(len(self.residual), begin + step)
 
@@ -179,25 +181,25 @@ class ForwardPass:
         if moments is None:
             return {}
         shared, own = (Sums(m) for m in moments)
-        return {name: Inputs(own if name == "o_proj" else shared, len(self.residual), value)
+        return {name: Inputs(own if name == "o" else shared, len(self.residual), value)
                 for name, value in energy.items()}
 
     def _attend(self, weights: _LayerWeights, here: slice, cos: Tensor, sin: Tensor, asked: Tensor, given: Tensor,
                 measure: bool) -> dict[str, float]:
         """One sequence: attention and router. asked, given: what q, k, v read and what o reads, filled."""
-        config, residual = self._config, self.residual[here]
-        asked.copy_(rms_norm(residual, weights.input_norm, config.rms_norm_eps))
-        q, k, v = (F.linear(asked, weights.linear[name]) for name in ("q_proj", "k_proj", "v_proj"))
-        energy = {"q_proj": _squares(q), "k_proj": _squares(k), "v_proj": _squares(v)} if measure else {}
-        queries, keys = (rotate(x.view(len(x), -1, config.head_dim), cos, sin) for x in (q, k))
-        values = v.view(len(v), -1, config.head_dim)
-        given.copy_(attend(queries, keys.transpose(0, 1), values.transpose(0, 1), config.sliding_window))
-        out = F.linear(given, weights.linear["o_proj"])
+        model, residual = self._model, self.residual[here]
+        asked.copy_(rms_norm(residual, weights.input_norm, self._eps))
+        q, k, v = (F.linear(asked, weights.linear[name]) for name in ("q", "k", "v"))
+        energy = {"q": _squares(q), "k": _squares(k), "v": _squares(v)} if measure else {}
+        queries, keys = (rotate(x.view(len(x), -1, self._shape.head_dim), cos, sin) for x in (q, k))
+        values = v.view(len(v), -1, self._shape.head_dim)
+        given.copy_(attend(queries, keys.transpose(0, 1), values.transpose(0, 1), self._shape.window))
+        out = F.linear(given, weights.linear["o"])
         if measure:
-            energy["o_proj"] = _squares(out)
+            energy["o"] = _squares(out)
         residual.add_(out)
-        normed = rms_norm(residual, weights.post_norm, config.rms_norm_eps)
-        top, chosen = router_logits(normed, weights.router).topk(config.experts_per_token)
+        normed = rms_norm(residual, weights.post_norm, self._eps)
+        top, chosen = router_logits(normed, weights.router).topk(model.top_k)
         self.gains[here] = torch.softmax(top, -1)
         self.ids[here] = chosen
         self.normed[here] = normed
@@ -243,8 +245,8 @@ class ForwardPass:
 
     def head(self, weight: Tensor) -> Inputs:
         """The inputs of the head [V, H], after the last layer."""
-        assert self.layer == self._config.num_layers - 1
-        energy, moments = 0.0, Moments(self._config.hidden_size)
+        assert self.layer == self._model.num_layers - 1
+        energy, moments = 0.0, Moments(self._model.hidden)
         for begin in range(0, len(self.residual), CHUNK):
             x = self.final(slice(begin, begin + CHUNK))
 
@@ -257,7 +259,7 @@ class ForwardPass:
 
     def final(self, rows: slice) -> Tensor:
         """The normed residual that the head reads."""
-        return rms_norm(self.residual[rows], self._source.dense(names.FINAL_NORM).float(), self._config.rms_norm_eps)
+        return rms_norm(self.residual[rows], self._source.dense("final_norm").float(), self._eps)
 
     def _map(self, task: Callable[[Item], Found], items: Iterable[Item]) -> Iterable[Found]:
         return (map if self._pool is None else self._pool.map)(task, items)
@@ -275,16 +277,16 @@ class _LayerWeights:
     @classmethod
     def read(cls, source: Checkpoint, layer: int) -> _LayerWeights:
         def read(name: str) -> Tensor:
-            full = f"{names.layer_prefix(layer)}{name}.weight"
+            full = f"layers.{layer}.{name}"
             tensor = source.dense(full)
             if not math.isfinite(tensor.sum().item()):
-                raise CheckpointError(f"{source.path}: {full} holds an inf or NaN",
+                raise CheckpointError(f"{source.path}: {source.published(full)} holds an inf or NaN",
                                       "no working model has such a weight: fetch the checkpoint again")
             return tensor.float()
 
-        linear = {name: read(f"self_attn.{name}") for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
-        return cls(read("input_layernorm"), linear, read("post_attention_layernorm"),
-                   read("block_sparse_moe.gate").double())
+        linear = {name: read(f"attention.{name}") for name in "qkvo"}
+        return cls(read("before_mixer"), linear, read("before_mlp"),
+                   read("router.weight").double())
 
 
 def _squares(x: Tensor) -> float:

@@ -14,14 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qmix.checkpoint import Checkpoint
-from qmix.config import CALIBRATED, ModelConfig, QuantConfig
+from qmix.config import CALIBRATED, QuantConfig
 from qmix.errors import DoesNotFit, Interrupted
 from qmix.quantize.calibration import TOKENS, Calibration
-from qmix.quantize.mix import FORMATS, Choice, Kind, choose
+from qmix.quantize.mix import FORMATS, Choice, Kind, choose, one_kind
 from qmix.quantize.onethread import one_torch_thread
 from qmix.quantize.sensitivity import PROBE, Sensitivity, measure
 from qmix.render import Progress
 from qmix.sizes import format_bytes, record_layouts
+from qmix.spec import Model
 from qmix.store import StoreLayout
 
 VERSION = 1  # of what is measured
@@ -39,9 +40,9 @@ class Wanted:
         return f"--fit {format_bytes(self.nbytes)}" if self.nbytes else f"--bpw {self.bits:g}"
 
 
-def sensitivity_tokens(config: ModelConfig) -> int:
+def sensitivity_tokens(model: Model) -> int:
     """How long a text can be of which a copy for every layer goes along."""
-    return max(1, TOKENS // (config.num_layers + 1))
+    return max(1, TOKENS // (model.num_layers + 1))
 
 
 def sensitivity(source: Checkpoint, calibration: Calibration, quant: QuantConfig, threads: int, cache: Path | None,
@@ -53,7 +54,7 @@ def sensitivity(source: Checkpoint, calibration: Calibration, quant: QuantConfig
     if file is not None and file.is_file():
         try:
             found = Sensitivity.from_json(json.loads(file.read_bytes()))
-            if set(found.damages) == set(source.config.expert_keys):
+            if set(found.damages) == set(source.model.expert_keys):
                 say(f"sensitivities: as measured before on {calibration.tokens} tokens ({file})")
                 return found
             raise ValueError("of another model")
@@ -80,14 +81,14 @@ class Sizes:
     room: int
 
     @classmethod
-    def of_model(cls, config: ModelConfig, quant: QuantConfig, wanted: Wanted) -> Sizes:
+    def of_model(cls, model: Model, quant: QuantConfig, wanted: Wanted) -> Sizes:
         """DoesNotFit, with the numbers, where not even the smallest mix is as small as `wanted`."""
-        alike = ("0" * config.num_experts,) * config.num_layers
-        sizes = {(a, b): record_layouts(config, _with(quant, ((a, b),), alike))[0].nbytes
+        alike = one_kind(model)
+        sizes = {(a, b): record_layouts(model, _with(quant, ((a, b),), alike))[0].nbytes
                  for a in FORMATS for b in FORMATS}
         smallest = min(sizes, key=lambda kind: (sizes[kind], kind))
-        least = StoreLayout.of(config, _with(quant, (smallest,), alike)).nbytes
-        keys, weights = len(config.expert_keys), expert_weights(config)
+        least = StoreLayout.of(model, _with(quant, (smallest,), alike)).nbytes
+        keys, weights = len(model.expert_keys), expert_weights(model)
         low = keys * sizes[smallest]
         room = int(wanted.bits * weights / 8) if wanted.bits else wanted.nbytes - (least - low)
         if room < low:
@@ -99,41 +100,41 @@ class Sizes:
         return cls(sizes, least - low, room)
 
 
-def mixed(config: ModelConfig, quant: QuantConfig, found: Sensitivity, wanted: Wanted) -> tuple[QuantConfig, Choice]:
+def mixed(model: Model, quant: QuantConfig, found: Sensitivity, wanted: Wanted) -> tuple[QuantConfig, Choice]:
     """`quant` with the kinds and the mix that suit `wanted` best. DoesNotFit as Sizes.of_model says."""
-    sizes = Sizes.of_model(config, quant, wanted)
+    sizes = Sizes.of_model(model, quant, wanted)
     room = sizes.room
     while True:
         choice = choose(found.damages, sizes.of, room)
         assert choice is not None, room
-        chosen = _with(quant, choice.kinds, choice.lines(config))
-        over = 0 if wanted.bits else StoreLayout.of(config, chosen).nbytes - wanted.nbytes
+        chosen = _with(quant, choice.kinds, choice.lines(model))
+        over = 0 if wanted.bits else StoreLayout.of(model, chosen).nbytes - wanted.nbytes
         if over <= 0:
             return chosen, choice
         # The headers of the store's files are longer than those of the smallest mix.
-        if room - over < len(config.expert_keys) * min(sizes.of.values()):
+        if room - over < len(model.expert_keys) * min(sizes.of.values()):
             raise DoesNotFit(f"{wanted.flag}: too small by {format_bytes(over)}", "ask for a little more")
         room -= over
 
 
-def expert_weights(config: ModelConfig) -> int:
+def expert_weights(model: Model) -> int:
     """Of all experts."""
-    return 3 * config.hidden_size * config.intermediate_size * len(config.expert_keys)
+    return 3 * model.hidden * model.expert_inner * len(model.expert_keys)
 
 
-def lines(config: ModelConfig, quant: QuantConfig, found: Sensitivity, choice: Choice, tokens: int) -> list[str]:
+def lines(model: Model, quant: QuantConfig, found: Sensitivity, choice: Choice, tokens: int) -> list[str]:
     """What a user should know of a choice: its expected divergence, beside the largest plain format that is no
     larger, and whether more was asked for than there is. tokens: that it was measured on."""
-    weights = expert_weights(config)
+    weights = expert_weights(model)
 
     def bits(kinds: tuple[tuple[str, str], ...], mix: tuple[str, ...]) -> float:
-        layout = StoreLayout.of(config, _with(quant, kinds, mix))
-        return 8 * sum(layout.record(key).nbytes for key in config.expert_keys) / weights
+        layout = StoreLayout.of(model, _with(quant, kinds, mix))
+        return 8 * sum(layout.record(key).nbytes for key in model.expert_keys) / weights
 
-    alike = ("0" * config.num_experts,) * config.num_layers
+    alike = one_kind(model)
     plain = [(bits(((name, name),), alike), name, sum(d[m][name] for d in found.damages.values() for m in d))
              for name in FORMATS]
-    mine = bits(choice.kinds, choice.lines(config))
+    mine = bits(choice.kinds, choice.lines(model))
     by = ", chosen by hqq; gptq should do better" if quant.method in CALIBRATED else ""
     said = [f"mixed: {mine:.2f} bits a weight of the experts; expected divergence {choice.damage:.5f} nats a token"]
     if beside := max((row for row in plain if row[0] <= mine + 0.005), default=None):

@@ -68,7 +68,7 @@ def quantize_checkpoint(source: Checkpoint, out: Path | str, quant: QuantConfig,
     _check_place(source, out)
     if (quant.method in CALIBRATED) != (calibration is not None):
         raise UsageError(f"method {quant.method!r}: {'takes no' if calibration else 'needs a'} calibration")
-    layout = StoreLayout.of(source.config, quant)
+    layout = StoreLayout.of(source.model, quant)
     work = all_work(source, layout)
     _account(source, work)
     copies = _read_copies(source)
@@ -147,7 +147,7 @@ class _Job:
     def _rest(self) -> list[Work]:
         """What `run` has to go through."""
         if self._calibration is not None:
-            return route(self._work, self._done, self._source.config.num_layers)
+            return route(self._work, self._done, self._source.model.num_layers)
         return [work for work in self._work if work.region.name not in self._done]
 
     def _recall(self) -> dict[str, Finished]:
@@ -214,7 +214,7 @@ class _Job:
     def _manifest(self) -> Manifest:
         source, layout = self._source, self._layout
         missing = [work.region.name for work in self._work if work.region.name not in self._done]
-        if missing or set(layout.records) != set(source.config.expert_keys):
+        if missing or set(layout.records) != set(source.model.expert_keys):
             raise QmixError(f"{source.path}: {missing[:1]}: not quantized; no store is written")
         records, dense = {}, {}
         for work in self._work:
@@ -228,7 +228,7 @@ class _Job:
                                         done.calibrated)
         origin, revision = _origin(source.path)
         files = {name: FileEntry(name, len(data), digest(data)) for name, data in self._copies.items()}
-        return Manifest(origin, revision, self._arguments["source"], source.config.dtype, self._quant,
+        return Manifest(origin, revision, self._arguments["source"], source.model, self._quant,
                         records, dense, files, self._entry)
 
 
@@ -282,7 +282,7 @@ def _report(source: Checkpoint, quant: QuantConfig, out: Path, layout: StoreLayo
     files.update((name, len(data)) for name, data in copies.items())
     if manifest:
         files[MANIFEST] = len(manifest.to_json())
-    summary = classes(source.config, quant, layout, manifest)
+    summary = classes(source.model, quant, layout, manifest)
     worst = tuple(worst_experts(manifest)) if manifest else ()
     layers, without = (tuple(layer_rows(manifest)), tuple(fell_back(manifest))) if manifest else ((), ())
     return Report(out, manifest is None, files, source.nbytes, source.skipped, summary, worst, regions,
@@ -291,7 +291,7 @@ def _report(source: Checkpoint, quant: QuantConfig, out: Path, layout: StoreLayo
 
 def check_memory(source: Checkpoint, tokens: int, threads: int) -> None:
     """DoesNotFit where a forward pass over so many tokens, with what goes along with it, needs more than is free."""
-    needed, available = peak_bytes(source.config, tokens, threads), hardware.memory().available
+    needed, available = peak_bytes(source.model, tokens, threads), hardware.memory().available
     if needed > available:
         raise DoesNotFit(f"a calibration on {tokens} tokens needs {format_bytes(needed)} of memory; "
                          f"{format_bytes(available)} is free", "take fewer with --calibration-tokens, or --threads 1")

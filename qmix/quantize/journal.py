@@ -5,7 +5,7 @@ region with its checksum and errors. The file appears whole (renamed into place)
 write. A line says that the bytes were handed to the system, not that they survived a crash, so a resumed run compares
 checksums. A torn last line is dropped.
 
-    {"journal": 1, "arguments": {"qmix": "0.1.0", "source": "9f...", "method": "hqq", ...}}
+    {"journal": 2, "arguments": {"qmix": "0.2.0", "source": "9f...", "method": "hqq", ...}}
     {"region": "layers.0.experts.0", "xxh3_128": "5e...", "error": {"w13": 0.08, "w2": 0.08, "all": 0.08}}
 
 A calibrated region's line has "calibrated" too, as in the manifest.
@@ -26,7 +26,7 @@ from qmix.config import QuantConfig
 from qmix.errors import StoreError
 from qmix.store import JOURNAL, MANIFEST, Calibrated, CalibrationEntry, Manifest, record_name
 
-VERSION = 1
+VERSION = 2  # 1 named dense tensors as checkpoints do
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from qmix.config import KIND_LETTERS, ExpertKey, ModelConfig
+from qmix.config import KIND_LETTERS, ExpertKey
+from qmix.spec import Model
 
 Kind = tuple[str, str]  # formats of w13 and w2
 Damages = Mapping[ExpertKey, Mapping[str, Mapping[str, float]]]  # {expert: {"w13" | "w2": {format: damage}}}
@@ -36,11 +37,16 @@ class Choice:
     nbytes: int
     damage: float
 
-    def lines(self, config: ModelConfig) -> tuple[str, ...]:
+    def lines(self, model: Model) -> tuple[str, ...]:
         """As QuantConfig.mix has it."""
         letters = dict(zip(self.kinds, KIND_LETTERS, strict=False))
-        return tuple("".join(letters[self.of[ExpertKey(layer, expert)]] for expert in range(config.num_experts))
-                     for layer in range(config.num_layers))
+        return tuple("".join(letters[self.of[ExpertKey(layer, expert)]] for expert in range(model.experts_in(layer)))
+                     for layer in range(model.num_layers))
+
+
+def one_kind(model: Model) -> tuple[str, ...]:
+    """QuantConfig.mix where all records are of the first kind."""
+    return tuple("0" * model.experts_in(layer) for layer in range(model.num_layers))
 
 
 def choose(damages: Damages, sizes: Mapping[Kind, int], room: int, most: int = MOST_KINDS) -> Choice | None:

@@ -26,7 +26,7 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
-from qmix import formats, names
+from qmix import formats
 from qmix.checkpoint import Checkpoint
 from qmix.config import CALIBRATED, DTYPES, ExpertKey, QuantConfig
 from qmix.errors import CheckpointError, QmixError
@@ -76,14 +76,14 @@ class Made:
 
 def all_work(source: Checkpoint, layout: StoreLayout) -> list[Work]:
     """Every region of the store, in the order in which it is made."""
-    config = source.config
-    item = TORCH_DTYPES[PLAIN_DTYPES[DTYPES[config.dtype]]].itemsize
-    found = [Work(layout.dense[t.name], t.name, {"": layout.specs[t.name]}, {"": (t.name,)},
-                  math.prod(t.shape) * item) for t in names.dense_tensors(config)]
-    nbytes = 3 * config.hidden_size * config.intermediate_size * item
+    model = source.model
+    item = TORCH_DTYPES[PLAIN_DTYPES[DTYPES[model.dtype]]].itemsize
+    found = [Work(layout.dense[t.name], t.name, {"": layout.specs[t.name]}, {"": (source.published(t.name),)},
+                  math.prod(t.shape) * item) for t in model.tensors()]
+    nbytes = 3 * model.hidden * model.expert_inner * item
     for key, region in layout.records.items():
-        part = {short: name for short, (name, _) in names.expert_tensors(config, key).items()}
-        parts = {"w13": (part["w1"], part["w3"]), "w2": (part["w2"],)}
+        gate, up, down = (source.published(tensor.name) for tensor in model.expert_tensors(key))
+        parts = {"w13": (gate, up), "w2": (down,)}
         record = layout.record(key)
         found.append(Work(region, key, {"w13": record.w13, "w2": record.w2}, parts, nbytes))
     return found
@@ -131,7 +131,7 @@ def run(source: Checkpoint, quant: QuantConfig, work: Sequence[Work], writer: St
 
 
 def _guide(source: Checkpoint, calibration: Calibration, work: Sequence[Work], pool: Executor) -> Guide:
-    layers = {stage(item.source, source.config.num_layers) for item in work
+    layers = {stage(item.source, source.model.num_layers) for item in work
               if isinstance(item.source, str) and item.grouped}
     return Guide(source, calibration, layers, pool)
 

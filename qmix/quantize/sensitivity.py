@@ -26,14 +26,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qmix import formats, names
+from qmix import formats
 from qmix.checkpoint import Checkpoint
 from qmix.config import ExpertKey, QuantConfig
 from qmix.errors import QmixError
 from qmix.formats import Packed
 from qmix.quantize.calibration import Calibration, ForwardPass
 from qmix.quantize.methods import quantize
-from qmix.quantize.mix import FORMATS
+from qmix.quantize.mix import FORMATS, one_kind
 from qmix.sizes import MatrixSpec, record_layouts
 
 PROBE = "int3g64"
@@ -76,22 +76,22 @@ def measure(source: Checkpoint, calibration: Calibration, method: str, block: in
 
     torch must be set to one thread, so that no bit depends on how many the pool has. progress: expert bytes.
     """
-    config = source.config
+    model = source.model
     copies = _Copies(source, calibration, pool)
     specs = {name: _specs(source, name, block) for name in FORMATS}
-    buffer = torch.empty(3 * config.hidden_size * config.intermediate_size * copies.item, dtype=torch.uint8)
+    buffer = torch.empty(3 * model.hidden * model.expert_inner * copies.item, dtype=torch.uint8)
     raw: dict[ExpertKey, Matrices] = {}
     tokens: dict[ExpertKey, int] = {}
     per_layer = []
-    for layer in range(config.num_layers):
+    for layer in range(model.num_layers):
         copies.enter(layer)
-        for expert in range(config.num_experts):
+        for expert in range(model.experts_in(layer)):
             key = ExpertKey(layer, expert)
             w13, w2 = source.stacked_expert(key, buffer)
             raw[key], tokens[key] = _expert_damages(copies, key, w13, w2, specs, method, pool)
             probe = [quantize(w, spec, method, pool) for w, spec in zip((w13, w2), specs[PROBE], strict=True)]
             copies.expert(key, w13, w2, probe)
-            progress(len(raw) * buffer.nbytes, len(config.expert_keys) * buffer.nbytes, str(key))
+            progress(len(raw) * buffer.nbytes, len(model.expert_keys) * buffer.nbytes, str(key))
         per_layer.append(copies.damage())
     nats = copies.divergences()
     found: dict[ExpertKey, Matrices] = {}
@@ -104,8 +104,8 @@ def measure(source: Checkpoint, calibration: Calibration, method: str, block: in
 
 def _specs(source: Checkpoint, name: str, block: int) -> tuple[MatrixSpec, MatrixSpec]:
     quant = QuantConfig("mixed", method="rtn", block=block, kinds=((name, name),),
-                        mix=("0" * source.config.num_experts,) * source.config.num_layers)
-    record = record_layouts(source.config, quant)[0]
+                        mix=one_kind(source.model))
+    record = record_layouts(source.model, quant)[0]
     return record.w13, record.w2
 
 
@@ -152,8 +152,8 @@ class _Copies(ForwardPass):
     def __init__(self, source: Checkpoint, calibration: Calibration, pool: Executor):
         super().__init__(source, calibration, pool)
         self.tokens = calibration.tokens
-        self.item = source.dense(names.FINAL_NORM).element_size()
-        rows = self.tokens * (source.config.num_layers + 1)
+        self.item = source.dense("final_norm").element_size()
+        rows = self.tokens * (source.model.num_layers + 1)
         self._whole = {name: getattr(self, name).new_empty(rows, getattr(self, name).shape[1])
                        for name in ("residual", "normed", "ids", "gains")}
         for name, whole in self._whole.items():
@@ -191,7 +191,7 @@ class _Copies(ForwardPass):
 
     def divergences(self) -> list[float]:
         """KL(original || copy), nats a token, for each layer's copy; after the last layer."""
-        head = self._source.dense(names.EMBEDDING if self._config.tie_embeddings else names.HEAD)
+        head = self._source.dense("embedding" if self._model.tied else "head")
         copies = len(self.residual) // self.tokens - 1
 
         def some(begin: int) -> list[float]:

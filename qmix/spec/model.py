@@ -52,6 +52,51 @@ class Model:
              "a layer with keys and values of its own, in the same heads")
 
     @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def num_experts(self) -> int:
+        """Records of each layer that has any: experts, or 1, its MLP, in a model without experts. ConfigError where
+        layers differ."""
+        found = set(map(self.experts_in, self.record_layers))
+        want(len(found) == 1, self, "layers", sorted(found), "the same number of experts in all layers that have any")
+        return found.pop()
+
+    @property
+    def top_k(self) -> int:
+        """Records that a token meets in a layer, at most."""
+        return max((layer.mlp.router.top_k for layer in self.layers if isinstance(layer.mlp, Moe)), default=1)
+
+    def experts_in(self, layer: int) -> int:
+        """Records of a layer: 0 for a dense one among layers with experts."""
+        mlp = self.layers[layer].mlp
+        return mlp.router.experts if isinstance(mlp, Moe) else 0 if self.moe_layers else 1
+
+    @property
+    def record_layers(self) -> tuple[int, ...]:
+        """The layers that have records: those with experts, or all of a model without any."""
+        return self.moe_layers or tuple(range(len(self.layers)))
+
+    @property
+    def expert_inner(self) -> int:
+        """Inner size of the records, which is the same in all; ConfigError where it is not."""
+        found = {layer.mlp.expert.inner if isinstance(layer.mlp, Moe) else layer.mlp.inner
+                 for i, layer in enumerate(self.layers) if self.experts_in(i)}
+        want(len(found) == 1, self, "layers", sorted(found), "experts of one inner size")
+        return found.pop()
+
+    @property
+    def chosen(self) -> int:
+        """Records that a token meets in all layers."""
+        return sum(map(self.chosen_in, range(len(self.layers))))
+
+    def chosen_in(self, layer: int) -> int:
+        """Records that a token meets in a layer."""
+        mlp = self.layers[layer].mlp
+        return mlp.router.top_k if isinstance(mlp, Moe) else self.experts_in(layer)
+
+    @property
     def moe_layers(self) -> tuple[int, ...]:
         """The layers that have experts."""
         return tuple(i for i, layer in enumerate(self.layers) if isinstance(layer.mlp, Moe))
@@ -60,10 +105,7 @@ class Model:
     def expert_keys(self) -> tuple[ExpertKey, ...]:
         """Every record, in the order of the store: the experts; of a model without any the MLP of each layer, as
         (layer, 0)."""
-        if not self.moe_layers:
-            return tuple(ExpertKey(layer, 0) for layer in range(len(self.layers)))
-        return tuple(ExpertKey(i, e) for i, layer in enumerate(self.layers) if isinstance(layer.mlp, Moe)
-                     for e in range(layer.mlp.router.experts))
+        return tuple(ExpertKey(i, e) for i in range(len(self.layers)) for e in range(self.experts_in(i)))
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Every dense tensor, in the order of use. Experts are not among them (`expert_tensors`); nor, in a model
@@ -91,6 +133,21 @@ class Model:
             found += [Tensor(prefix + name, (rows,), "bias") for name, rows in (
                 ("gate_bias", expert.inner), ("up_bias", expert.inner), ("down_bias", self.hidden))]
         return tuple(found)
+
+    def alike(self) -> tuple[Attention, Moe]:
+        """What every layer has, where all have the same attention and experts; ConfigError where they have not."""
+        layer = self.layers[0]
+        same = all(other == layer for other in self.layers)
+        want(same and isinstance(layer.mixer, Attention) and isinstance(layer.mlp, Moe), self, "layers",
+             self.architecture, "layers that are all alike, with attention and experts")
+        assert isinstance(layer.mixer, Attention) and isinstance(layer.mlp, Moe)
+        return layer.mixer, layer.mlp
+
+
+def layer_of(name: str) -> int | None:
+    """The layer of a tensor by its canonical name, None outside the layers."""
+    parts = name.split(".")
+    return int(parts[1]) if parts[0] == "layers" else None
 
 
 def _layer(hidden: int, layer: Layer, dense: bool) -> Iterator[Tensor]:

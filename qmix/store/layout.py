@@ -4,8 +4,8 @@ A region is written, read and checksummed as one piece: one expert's record, on 
 tensor, on a 64-byte boundary. Files hold their regions one after the other. Bytes between tensors are U8 tensors named
 `*.pad`, since safetensors files have no holes.
 
-    dense.safetensors        the tensors of names.dense_tensors; plain ones keep their names, a packed matrix
-                             X.weight becomes X.qweight, X.scale and so on
+    dense.safetensors        the tensors of Model.tensors(); a packed matrix layers.0.attention.q becomes
+                             layers.0.attention.q.qweight, .scale and so on (other names in version 1, see version1.py)
     experts-LL.safetensors   one per layer: layers.{l}.experts.{e}.{w13|w2}.{qweight|qparams|...}
 """
 
@@ -14,8 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from qmix.config import DTYPES, ExpertKey, ModelConfig, QuantConfig
-from qmix.names import DenseTensor, dense_tensors
+from qmix.config import DTYPES, ExpertKey, QuantConfig
 from qmix.sizes import (
     PLAIN_DTYPES,
     RECORD_ALIGN,
@@ -28,6 +27,7 @@ from qmix.sizes import (
     record_layouts,
     round_up,
 )
+from qmix.spec import Model, Tensor
 from qmix.tensorfile import Entry, build_header
 
 MANIFEST = "qmix.json"
@@ -74,21 +74,25 @@ class StoreLayout:
     specs: Mapping[str, MatrixSpec | None]
 
     @classmethod
-    def of(cls, config: ModelConfig, quant: QuantConfig) -> StoreLayout:
-        """ConfigError where `quant` mixes formats for a model of another shape."""
-        quant.check_model(config)
-        kinds = record_layouts(config, quant)
-        kind_of = {key: quant.kind_of(key) for key in config.expert_keys}
-        specs = {t.name: dense_spec(config, quant, t) for t in dense_tensors(config)}
-        drafts = [_dense_draft(config, t, specs[t.name]) for t in dense_tensors(config)]
+    def of(cls, model: Model, quant: QuantConfig, labels: Mapping[str, str] | None = None) -> StoreLayout:
+        """labels: the dense tensors' names in the file, by canonical name; None = these themselves. ConfigError where
+        `quant` mixes formats for a model of another shape."""
+        quant.check_model(model)
+        kinds = record_layouts(model, quant)
+        kind_of = {key: quant.kind_of(key) for key in model.expert_keys}
+        tensors = model.tensors()
+        specs = {t.name: dense_spec(model, quant, t) for t in tensors}
+        drafts = [_dense_draft(model, t, specs[t.name], t.name if labels is None else labels[t.name]) for t in tensors]
         dense_file, regions = _place(DENSE_FILE, drafts)
         dense = dict(zip(specs, regions, strict=True))
         files = {DENSE_FILE: dense_file}
         records: dict[ExpertKey, Region] = {}
-        for layer in range(config.num_layers):
-            keys = [ExpertKey(layer, e) for e in range(config.num_experts)]
+        for layer in range(model.num_layers):
+            keys = [ExpertKey(layer, e) for e in range(model.experts_in(layer))]
+            if not keys:
+                continue
             drafts = [_record_draft(key, kinds[kind_of[key]]) for key in keys]
-            file, regions = _place(expert_file(config, layer), drafts)
+            file, regions = _place(expert_file(model, layer), drafts)
             files[file.name] = file
             records.update(zip(keys, regions, strict=True))
         return cls(kinds, kind_of, files, records, dense, specs)
@@ -114,9 +118,9 @@ class StoreLayout:
         return sum(file.size for file in self.files.values())
 
 
-def expert_file(config: ModelConfig, layer: int) -> str:
+def expert_file(model: Model, layer: int) -> str:
     """experts-07.safetensors; two digits, more where there are more than a hundred layers."""
-    return f"experts-{layer:0{max(2, len(str(config.num_layers - 1)))}}.safetensors"
+    return f"experts-{layer:0{max(2, len(str(model.num_layers - 1)))}}.safetensors"
 
 
 def record_name(key: ExpertKey) -> str:
@@ -125,9 +129,11 @@ def record_name(key: ExpertKey) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Draft:
-    """A region that has no offset yet; labels are the tensors' names in the file."""
+    """A region that has no offset yet; labels: the tensors' names in the file; pad: what a pad behind all is called
+    after."""
 
     name: str
+    pad: str
     labels: tuple[str, ...]
     tensors: tuple[Placed, ...]
     nbytes: int
@@ -135,29 +141,30 @@ class _Draft:
     @property
     def segments(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         """(name, dtype, shape) of the tensors and of the pads that fill what lies between them."""
-        end, last = 0, self.name
+        end, last = 0, self.pad
         for label, placed in zip(self.labels, self.tensors, strict=True):
             if placed.offset > end:
                 yield last + ".pad", "U8", (placed.offset - end,)
             yield label, placed.tensor.dtype, placed.tensor.shape
             end, last = placed.offset + placed.tensor.nbytes, label
         if self.nbytes > end:
-            yield self.name + ".pad", "U8", (self.nbytes - end,)
+            yield self.pad + ".pad", "U8", (self.nbytes - end,)
 
 
-def _dense_draft(config: ModelConfig, tensor: DenseTensor, spec: MatrixSpec | None) -> _Draft:
-    plain = TensorSpec("weight", PLAIN_DTYPES[DTYPES[config.dtype]], tensor.shape)
+def _dense_draft(model: Model, tensor: Tensor, spec: MatrixSpec | None, label: str) -> _Draft:
+    plain = TensorSpec("weight", PLAIN_DTYPES[DTYPES[model.dtype]], tensor.shape)
     placed, end = [], 0
     for part in (plain,) if spec is None else spec.tensors:
         placed.append(Placed("", part, end))
         end = round_up(end + part.nbytes, TENSOR_ALIGN)
-    stem = tensor.name.removesuffix("weight")
-    return _Draft(tensor.name, tuple(stem + p.tensor.name for p in placed), tuple(placed), end)
+    stem = label.removesuffix(".weight")
+    labels = (label,) if spec is None else tuple(f"{stem}.{p.tensor.name}" for p in placed)
+    return _Draft(tensor.name, label, labels, tuple(placed), end)
 
 
 def _record_draft(key: ExpertKey, record: RecordLayout) -> _Draft:
     name, placed = record_name(key), record.placed
-    return _Draft(name, tuple(f"{name}.{p.matrix}.{p.tensor.name}" for p in placed), placed, record.nbytes)
+    return _Draft(name, name, tuple(f"{name}.{p.matrix}.{p.tensor.name}" for p in placed), placed, record.nbytes)
 
 
 def _place(file: str, drafts: Sequence[_Draft]) -> tuple[FileLayout, list[Region]]:

@@ -1,10 +1,11 @@
 """qmix.json: what a store holds, where, with which checksums and errors.
 
-Version 1, a JSON object. The same store always has the same bytes, so it holds no times and no paths:
+Version 2, a JSON object. The same store always has the same bytes, so it holds no times and no paths:
 
-    format_version   1                      needs_qmix   the first qmix that reads this version
+    format_version   2                      needs_qmix   the first qmix that reads this version
     source           {name, revision, fingerprint} of the checkpoint
-    dtype            "bfloat16" | "float16" | "float32", of the checkpoint's weights
+    model            spec.Model, as spec/json.py writes it: nothing else is needed to load the store
+    alignment        {"tensor": 64, "record": 4096}: the bytes on whose multiples tensors and records begin
     quantization     QuantConfig
     records          [{layer, expert, file, offset, bytes, xxh3_128, error}]
     dense            [{name, format, file, offset, bytes, xxh3_128, error}]
@@ -17,8 +18,11 @@ sqrt(sum((w - wq)^2) / sum(w^2)). In a calibrated store, records and the dense m
 that was used, which is another one if the tokens were too few. output_error: how far the outputs are off on these
 tokens. See Calibrated.
 
-The place of a region follows from the configs. The manifest repeats it for readers that do not know qmix, and a store
-in which the two differ is refused.
+The place of a region follows from model and quantization. The manifest repeats it for readers that do not know qmix,
+and a store in which the two differ is refused.
+
+Version 1 has "dtype", of the checkpoint's weights, in place of model and alignment: its model is the Mixtral of the
+config.json beside it, and its dense tensors have the names of the checkpoint (version1.py).
 """
 
 from __future__ import annotations
@@ -35,9 +39,14 @@ from qmix import __version__
 from qmix.config import DTYPES, METHODS, ExpertKey, QuantConfig
 from qmix.errors import ConfigError, StoreError
 from qmix.modelfiles import TEMPLATE_NAME
+from qmix.sizes import RECORD_ALIGN, TENSOR_ALIGN
+from qmix.spec import Model
+from qmix.spec.json import from_json, to_json
+from qmix.store.raw import digest
 
-FORMAT_VERSION = 1
-NEEDS_QMIX = "0.1.0"
+FORMAT_VERSION = 2
+NEEDS_QMIX = "0.2.0"
+ALIGNMENT = {"tensor": TENSOR_ALIGN, "record": RECORD_ALIGN}
 MAX_BYTES = 256 * 2**20  # of qmix.json; Mixtral's has 0.1 MB
 DAMAGED = "the store is damaged: copy it again, or quantize again"
 MATRICES = ("w13", "w2", "all")
@@ -104,20 +113,26 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """source: the checkpoint's name (a folder's or a hub id); revision: the hub's, else None."""
+    """source: the checkpoint's name (a folder's or a hub id); revision: the hub's, else None. model: what the store
+    holds; None in version 1, which has its dtype alone. version: as it was read. digest: of the bytes of the file that
+    it was read from."""
 
     source: str
     revision: str | None
     fingerprint: str
-    dtype: str
+    model: Model | None
     quant: QuantConfig
     records: Mapping[ExpertKey, RecordEntry]
     dense: Mapping[str, DenseEntry]
     files: Mapping[str, FileEntry]
     calibration: CalibrationEntry | None = None
+    dtype: str = ""
+    version: int = FORMAT_VERSION
+    digest: str = ""
 
     def to_json(self) -> bytes:
-        """One line per record, tensor and file."""
+        """One line per record, tensor and file; in today's version."""
+        assert self.model is not None
         records = [{"layer": r.key.layer, "expert": r.key.expert, "file": r.file, "offset": r.offset,
                     "bytes": r.nbytes, "xxh3_128": r.xxh3, "error": dict(r.error), **_calibrated_json(r.calibrated)}
                    for r in self.records.values()]
@@ -127,8 +142,8 @@ class Manifest:
         files = [{"name": f.name, "bytes": f.nbytes, "xxh3_128": f.xxh3} for f in self.files.values()]
         source = {"name": self.source, "revision": self.revision, "fingerprint": self.fingerprint}
         whole = {"format_version": FORMAT_VERSION, "needs_qmix": NEEDS_QMIX, "source": source,
-                 "dtype": self.dtype, "quantization": self.quant.to_json(), "records": records, "dense": dense,
-                 "files": files}
+                 "model": to_json(self.model), "alignment": ALIGNMENT, "quantization": self.quant.to_json(),
+                 "records": records, "dense": dense, "files": files}
         if self.calibration is not None:
             whole["calibration"] = asdict(self.calibration)
         lines = ",\n".join(f' "{key}": {_lines(value)}' for key, value in whole.items())
@@ -137,10 +152,12 @@ class Manifest:
     @classmethod
     def read(cls, path: Path) -> Manifest:
         """Read and check a qmix.json; StoreError names the key at fault."""
-        raw = _Object(path, "", _load(path))
-        _check_version(raw)
+        data = _load(path)
+        raw = _Object(path, "", _parsed(path, data))
+        version = _check_version(raw)
         source = raw.object("source")
-        dtype = raw.text("dtype")
+        model = _model(raw) if version > 1 else None
+        dtype = model.dtype if model is not None else raw.text("dtype")
         if dtype not in DTYPES:
             raise raw.wrong("dtype", " or ".join(DTYPES))
         records = [_record(item) for item in raw.objects("records")]
@@ -148,8 +165,9 @@ class Manifest:
         files = [_file(item) for item in raw.objects("files")]
         calibration = _calibration(raw.object("calibration")) if raw.has("calibration") else None
         found = cls(source.text("name"), source.text("revision", optional=True), source.text("fingerprint"),
-                    dtype, _quant(raw.object("quantization")), {r.key: r for r in records},
-                    {d.name: d for d in dense}, {f.name: f for f in files}, calibration)
+                    model, _quant(raw.object("quantization")), {r.key: r for r in records},
+                    {d.name: d for d in dense}, {f.name: f for f in files}, calibration, dtype, version,
+                    digest(data))
         for key, listed, kept in (("records", records, found.records), ("dense", dense, found.dense),
                                   ("files", files, found.files)):
             if len(listed) != len(kept):
@@ -167,7 +185,7 @@ def _lines(value: Any) -> str:
     return "[\n" + ",\n".join("  " + json.dumps(item) for item in value) + "\n ]"
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path) -> bytes:
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
@@ -175,13 +193,27 @@ def _load(path: Path) -> Any:
         raise StoreError(f"{path}: {e.strerror}", "check its permissions") from None
     if len(data) > MAX_BYTES:
         raise StoreError(f"{path}: larger than {MAX_BYTES} bytes", DAMAGED)
+    return data
+
+
+def _parsed(path: Path, data: bytes) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as e:
         raise StoreError(f"{path}: not JSON ({str(e).splitlines()[0]:.100})", DAMAGED) from None
 
 
-def _check_version(raw: _Object) -> None:
+def _model(raw: _Object) -> Model:
+    if raw.value("alignment") != ALIGNMENT:
+        raise raw.wrong("alignment", str(ALIGNMENT))
+    try:
+        return from_json(raw.value("model"))
+    except ConfigError as e:
+        raise StoreError(f"{raw.path}: {e.message}", e.cure or DAMAGED) from None
+
+
+def _check_version(raw: _Object) -> int:
+    """The version, if this qmix reads it."""
     version = raw.count("format_version")
     if version > FORMAT_VERSION:
         needs = raw.text("needs_qmix")
@@ -189,9 +221,10 @@ def _check_version(raw: _Object) -> None:
         cure = f"install qmix {newer} (or newer), or quantize again with this one"
         raise StoreError(f"{raw.path}: format_version: got {version}; this qmix, {__version__}, reads up to "
                          f"{FORMAT_VERSION}", cure)
-    if version < FORMAT_VERSION:
-        raise StoreError(f"{raw.path}: format_version: got {version}, want {FORMAT_VERSION}; no such version "
+    if version < 1:
+        raise StoreError(f"{raw.path}: format_version: got {version}, want 1 or {FORMAT_VERSION}; no such version "
                          "was ever released", DAMAGED)
+    return version
 
 
 def _quant(raw: _Object) -> QuantConfig:

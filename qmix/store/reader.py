@@ -21,10 +21,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qmix.config import ExpertKey, ModelConfig
+from qmix.config import ExpertKey
 from qmix.errors import ConfigError, StoreError, UsageError
 from qmix.formats import Packed, memory, view
-from qmix.store import raw
+from qmix.spec import Model
+from qmix.store import raw, version1
 from qmix.store.layout import CONFIG, JOURNAL, MANIFEST, FileLayout, Region, StoreLayout, record_name
 from qmix.store.manifest import DAMAGED, DenseEntry, Manifest, RecordEntry
 from qmix.store.records import CHANGED, CORRUPT, RecordFiles, Verify
@@ -34,15 +35,15 @@ READERS = 4  # threads that keep an NVMe disk's queue filled
 
 
 class Store:
-    """path: the folder. config, quant: what it holds and how. manifest: qmix.json. layout: where everything lies.
+    """path: the folder. model, quant: what it holds and how. manifest: qmix.json. layout: where everything lies.
 
     Use as a context manager, or close it.
     """
 
-    def __init__(self, path: Path, config: ModelConfig, manifest: Manifest, places: StoreLayout,
+    def __init__(self, path: Path, model: Model, manifest: Manifest, places: StoreLayout,
                  fds: dict[str, int], opened: ExitStack):
         self.path = path
-        self.config = config
+        self.model = model
         self.quant = manifest.quant
         self.manifest = manifest
         self.layout = places
@@ -61,9 +62,12 @@ class Store:
         except OSError as e:
             raise StoreError(f"{path}: {e.strerror}", "check the path and its permissions") from None
         manifest = Manifest.read(path / MANIFEST)
-        config = _read_config(path, manifest)
+        model = _read_model(path, manifest)
+        names = version1.labels(model) if manifest.version == 1 else None
+        if names is not None:
+            manifest = version1.canonical(manifest, names)
         try:
-            places = StoreLayout.of(config, manifest.quant)
+            places = StoreLayout.of(model, manifest.quant, names)
         except ConfigError as e:
             raise StoreError(f"{path / MANIFEST}: quantization.{e.message}", DAMAGED) from None
         _check_manifest(path, manifest, places)
@@ -76,10 +80,10 @@ class Store:
                     fds[file.name] = os.open(path / file.name, os.O_RDONLY | os.O_CLOEXEC)
                 except OSError as e:
                     raise StoreError(f"{path / file.name}: {e.strerror}", "check its permissions") from None
-            return cls(path, config, manifest, places, fds, opened.pop_all())
+            return cls(path, model, manifest, places, fds, opened.pop_all())
 
     def dense(self, name: str, verify: bool = True) -> Packed | Tensor:
-        """A dense tensor by its checkpoint name, in fresh memory: Packed for linear layers and head, else a
+        """A dense tensor by its canonical name, in fresh memory: Packed for linear layers and head, else a
         Tensor in the checkpoint's dtype."""
         region, spec = self.layout.dense[name], self.layout.specs[name]
         buffer = torch.empty(region.nbytes, dtype=torch.uint8)
@@ -95,15 +99,23 @@ class Store:
         self._read(self.layout.records[key], buffer, verify)
 
     def records(self, verify: Verify = "first", say: Callable[[str], None] = lambda line: None) -> RecordFiles:
-        """The expert files, opened once more for reads past the page cache; the caller closes them."""
-        regions = self.layout.records
-        return RecordFiles(self.path, regions, {key: self._sums[record_name(key)] for key in regions}, verify, say)
+        """The expert files, opened once more for reads past the page cache; the caller closes them. Keys count the
+        layers that have records, as all of offload does: see `kind_of`."""
+        ranked = {ExpertKey(rank, expert): ExpertKey(layer, expert)
+                  for rank, layer in enumerate(self.model.record_layers) for expert in range(self.model.num_experts)}
+        regions = {key: self.layout.records[place] for key, place in ranked.items()}
+        sums = {key: self._sums[record_name(place)] for key, place in ranked.items()}
+        return RecordFiles(self.path, regions, sums, verify, say)
+
+    def kind_of(self, key: ExpertKey) -> int:
+        """The kind of a record; key.layer: which one of the layers that have records."""
+        return self.layout.kind_of[ExpertKey(self.model.record_layers[key.layer], key.expert)]
 
     @property
     def identity(self) -> str:
         """The store's name in files about it: a digest of its manifest, 32 hex digits. Stores with the same
         bytes share it, wherever they lie."""
-        return raw.digest(self.manifest.to_json())
+        return self.manifest.digest
 
     def expert(self, key: ExpertKey, buffer: Tensor) -> tuple[Packed, Packed]:
         """(w13, w2) of a record, as views into `buffer`, which holds it or will."""
@@ -204,23 +216,29 @@ def _check_folder(path: Path) -> None:
     raise StoreError(f"{path / MANIFEST}: missing", "give the folder that `qmix quantize` wrote")
 
 
-def _read_config(path: Path, manifest: Manifest) -> ModelConfig:
-    """config.json with the dtype that the weights really had; its size is bound to the manifest's."""
+def _read_model(path: Path, manifest: Manifest) -> Model:
+    """The manifest's, or in version 1 that of config.json; its size is bound to the manifest's list of records."""
+    model, where = manifest.model, path / MANIFEST
+    if model is None:
+        model, where = _read_config(path, manifest), path / CONFIG
+    count = sum(map(model.experts_in, range(model.num_layers)))  # compared before anything of that size is made
+    if count != len(manifest.records):
+        raise StoreError(f"{path / MANIFEST}: records: got {len(manifest.records)}, want {count}: the model of "
+                         f"{where.name} has {model.num_layers} layers of up to {model.num_experts} experts", DAMAGED)
+    return model
+
+
+def _read_config(path: Path, manifest: Manifest) -> Model:
+    """Of version 1."""
     if CONFIG not in manifest.files:
         raise StoreError(f"{path / MANIFEST}: files: {CONFIG} is not among them", DAMAGED)
     data = _check_copied(path, manifest, CONFIG)
     try:
-        value = json.loads(data)
-        config = ModelConfig.from_hf({**value, "dtype": manifest.dtype}, strict=False)
+        return version1.read_config(json.loads(data), manifest)
     except (ValueError, TypeError, RecursionError):
         raise StoreError(f"{path / CONFIG}: not a JSON object", DAMAGED) from None
     except ConfigError as e:
         raise StoreError(f"{path / CONFIG}: {e.message}", DAMAGED) from None
-    experts = config.num_layers * config.num_experts  # compared before anything of that size is made
-    if experts != len(manifest.records):
-        raise StoreError(f"{path / MANIFEST}: records: got {len(manifest.records)}, want {experts}: {CONFIG} "
-                         f"has {config.num_layers} layers of {config.num_experts} experts", DAMAGED)
-    return config
 
 
 def _check_copied(path: Path, manifest: Manifest, name: str) -> bytes:

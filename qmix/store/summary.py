@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
-from qmix.config import DTYPES, GROUPED_BITS, ExpertKey, ModelConfig, QuantConfig
-from qmix.names import dense_tensors
+from qmix.config import DTYPES, GROUPED_BITS, ExpertKey, QuantConfig
+from qmix.spec import Model
 from qmix.store.calibrated import fell_back, layer_rows
 from qmix.store.layout import MANIFEST, StoreLayout
-from qmix.store.manifest import FORMAT_VERSION, Manifest
+from qmix.store.manifest import Manifest
 from qmix.store.reader import Store
 
 WORST = 5
@@ -40,41 +40,41 @@ class ClassSummary:
                 "error_max": self.error_max}
 
 
-def classes(config: ModelConfig, quant: QuantConfig, layout: StoreLayout,
+def classes(model: Model, quant: QuantConfig, layout: StoreLayout,
             manifest: Manifest | None = None) -> tuple[ClassSummary, ...]:
     """Experts, dense matrices, and what is never quantized; with errors where there is a manifest."""
     expert_errors = [r.error["all"] for r in manifest.records.values()] if manifest else []
     dense_errors = [d.error for d in manifest.dense.values() if d.error is not None] if manifest else []
-    count = config.num_layers * config.num_experts
-    found = [ClassSummary("experts", describe_format(config, quant, quant.experts),
-                          count * expert_weights(config), sum(layout.record(key).nbytes for key in layout.records),
+    count = len(model.expert_keys)
+    found = [ClassSummary("experts", describe_format(model, quant, quant.experts),
+                          count * expert_weights(model), sum(layout.record(key).nbytes for key in layout.records),
                           *_mean_max(expert_errors))]
     for name, kind, plain, errors in (
-            ("attention and head", describe_format(config, quant, quant.dense), False, dense_errors),
-            ("embedding, routers, norms", DTYPES[config.dtype], True, [])):
-        tensors = [t for t in dense_tensors(config) if (layout.specs[t.name] is None) == plain]
+            ("attention and head", describe_format(model, quant, quant.dense), False, dense_errors),
+            ("embedding, routers, norms", DTYPES[model.dtype], True, [])):
+        tensors = [t for t in model.tensors() if (layout.specs[t.name] is None) == plain]
         found.append(ClassSummary(name, kind, sum(prod(t.shape) for t in tensors),
                                   sum(layout.dense[t.name].nbytes for t in tensors), *_mean_max(errors)))
     return tuple(found)
 
 
-def describe_format(config: ModelConfig, quant: QuantConfig, kind: str) -> str:
+def describe_format(model: Model, quant: QuantConfig, kind: str) -> str:
     """ "int4 g64 hqq, block 64", "nf4 double quantization", "keep (bf16)"; of a mixed store the share of matrices."""
     if kind == "mixed":
-        counts = Counter(name for key in config.expert_keys for name in quant.kinds[quant.kind_of(key)])
-        whole = 2 * len(config.expert_keys)
+        counts = Counter(name for key in model.expert_keys for name in quant.kinds[quant.kind_of(key)])
+        whole = 2 * len(model.expert_keys)
         return f"mixed {quant.method}, block {quant.block}: " + ", ".join(
             f"{100 * n / whole:.0f} % {name}" for name, n in sorted(counts.items(), reverse=True))
     if kind in GROUPED_BITS:
         return f"{kind} g{quant.group_size} {quant.method}, block {quant.block}"
     if kind == "keep":
-        return f"keep ({DTYPES[config.dtype]})"
+        return f"keep ({DTYPES[model.dtype]})"
     return f"{kind} double quantization" if quant.double_quant and kind in ("nf4", "fp4") else kind
 
 
-def expert_weights(config: ModelConfig) -> int:
+def expert_weights(model: Model) -> int:
     """Weights of one expert."""
-    return 3 * config.hidden_size * config.intermediate_size
+    return 3 * model.hidden * model.expert_inner
 
 
 def worst_experts(manifest: Manifest) -> list[tuple[ExpertKey, float]]:
@@ -85,23 +85,23 @@ def worst_experts(manifest: Manifest) -> list[tuple[ExpertKey, float]]:
 
 def describe(store: Store) -> dict[str, Any]:
     """All that `qmix show` prints; bytes and errors as numbers, experts as {layer, expert, ...} rows."""
-    config, manifest = store.config, store.manifest
-    dense = sum(prod(t.shape) for t in dense_tensors(config))
-    per_expert, keys = expert_weights(config), len(config.expert_keys)
-    active = dense + config.num_layers * config.experts_per_token * per_expert
-    layout = StoreLayout.of(config, store.quant)
+    model, manifest = store.model, store.manifest
+    dense = sum(prod(t.shape) for t in model.tensors())
+    per_expert, keys = expert_weights(model), len(model.expert_keys)
+    active = dense + model.chosen * per_expert
+    layout = store.layout
     manifest_bytes = (store.path / MANIFEST).stat().st_size
     nbytes = layout.nbytes + sum(f.nbytes for f in manifest.files.values()) + manifest_bytes
-    rows = classes(config, store.quant, layout, manifest)
+    rows = classes(model, store.quant, layout, manifest)
     revision = f"@{manifest.revision}" if manifest.revision else ""
     return {
-        "store": store.path.resolve().name, "format_version": FORMAT_VERSION,
+        "store": store.path.resolve().name, "format_version": manifest.version,
         "source": manifest.source + revision, "fingerprint": manifest.fingerprint,
-        "architecture": "mixtral", "parameters": dense + keys * per_expert, "active_parameters": active,
-        "layers": config.num_layers, "experts": config.num_experts,
-        "experts_per_token": config.experts_per_token, "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size, "vocab_size": config.vocab_size,
-        "max_positions": config.max_positions, "dtype": config.dtype, "bytes": nbytes,
+        "architecture": model.architecture, "parameters": dense + keys * per_expert, "active_parameters": active,
+        "layers": model.num_layers, "experts": model.num_experts,
+        "experts_per_token": model.top_k, "hidden_size": model.hidden,
+        "intermediate_size": model.expert_inner, "vocab_size": model.vocab,
+        "max_positions": model.max_positions, "dtype": model.dtype, "bytes": nbytes,
         "record_bytes": store.layout.record_bytes, "files": len(layout.files) + len(manifest.files) + 1,
         "bits_per_weight": round(8 * sum(row.nbytes for row in rows) / sum(row.weights for row in rows), 3),
         "classes": [row.row() for row in rows], "worst_experts": [

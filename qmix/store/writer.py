@@ -17,11 +17,12 @@ import xxhash
 from torch import Tensor
 
 from qmix.formats import memory
+from qmix.sizes import RECORD_ALIGN
 from qmix.store import raw
 from qmix.store.layout import FileLayout, Region, StoreLayout
 from qmix.tensorfile import write_exact
 
-ZEROS = bytes(4096)
+ZEROS = bytes(RECORD_ALIGN)  # as many as a gap can be
 
 
 class StoreWriter:
