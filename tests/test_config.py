@@ -101,7 +101,7 @@ def test_variants(overrides: dict[str, Any], field: str, want: Any) -> None:
 def test_bad_values_are_refused_by_their_key(key: str, value: Any) -> None:
     # An odd hidden_size shows in the division by the heads, a bad scaling in what replaced it.
     named = {"hidden_size": "hidden_size|num_attention_heads",
-             "rope_scaling": "rope_parameters", "rope_parameters": "rope_parameters"}.get(key, key)
+             "rope_scaling": "rope_parameters|rope_scaling", "rope_parameters": "rope_parameters"}.get(key, key)
     with pytest.raises(ConfigError, match=rf"^({named})(\.\w+)?: "):
         read(**{key: value})
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import bounds
-import mixtrals as names
 import pytest
 import torch
 from helpers import (
@@ -38,6 +37,8 @@ from qmix.model.mixtral import Mixtral
 from qmix.model.weights import assemble, compute_dtype
 from qmix.models import read_model
 from qmix.sizes import MatrixSpec, kv_bytes_per_token
+from qmix.spec import Model
+from qmix.spec import Tensor as Named
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "gqa": {}, "mha": {"num_key_value_heads": 4}, "window": {"sliding_window": 7},
@@ -212,7 +213,7 @@ def test_long_prompts_take_several_passes(checkpoint: Checkpoint, monkeypatch: p
     whole = prefill(model, IDS, model.new_cache(1500), True)
     assert calls == [(layer, 1500, 0) for layer in range(3)]
     calls.clear()
-    monkeypatch.setattr(mixtral, "PASS", 1024)
+    monkeypatch.setattr(mixtral, "pass_tokens", lambda model: 1024)
     cache = model.new_cache(1500)
     step = Step("prefill", (7,) * 1500)
     parts = model.forward(torch.tensor(IDS), torch.arange(1500), [cache], step, all_logits=True)
@@ -235,7 +236,7 @@ def test_in_the_last_layer_only_what_is_read_is_computed(checkpoint: Checkpoint,
         return experts(layer, *how)
 
     model._experts = noted  # type: ignore[method-assign]
-    monkeypatch.setattr(mixtral, "PASS", 512)
+    monkeypatch.setattr(mixtral, "pass_tokens", lambda model: 512)
     model.forward(torch.tensor(IDS[:700]), torch.arange(700), [model.new_cache(700)], Step("prefill"))
     assert wanted == [(0, None), (1, None), (2, []), (0, None), (1, None), (2, [187])]
     wanted.clear()
@@ -403,7 +404,7 @@ def test_cancel_between_layers(checkpoint: Checkpoint, model: Mixtral, at: int) 
 
 def test_failure_in_a_later_pass_restores_every_cache(checkpoint: Checkpoint,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mixtral, "PASS", 512)
+    monkeypatch.setattr(mixtral, "pass_tokens", lambda model: 512)
     calls = []
 
     def fail_late(*call: Any) -> None:
@@ -461,20 +462,22 @@ def test_tied_head_shares_the_embedding(tmp_path: Path) -> None:
 
 
 def test_every_dense_tensor_is_used(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    more = (*names.dense_tensors(checkpoint.model), names.DenseTensor("model.new.weight", (4,), "norm"))
-    monkeypatch.setattr(names, "dense_tensors", lambda config: more)
-    with pytest.raises(StoreError, match=r"model\.new\.weight: no layer uses it"):
+    more = (*checkpoint.model.tensors(), Named("new", (4,), "norm"))
+    monkeypatch.setattr(Model, "tensors", lambda self: more)
+    monkeypatch.setattr(checkpoint, "dense", lambda name, dense=checkpoint.dense: torch.ones(4) if name == "new" else
+                        dense(name))
+    with pytest.raises(StoreError, match=r"^new: no layer uses it"):
         keep_weights(checkpoint)
 
 
 @pytest.mark.parametrize(("name", "bad"), [
-    ("model.layers.1.self_attn.v_proj.weight", torch.zeros(32, 64)),
-    ("model.layers.1.self_attn.v_proj.weight", pack(torch.zeros(32, 63), MatrixSpec("fp32", 32, 63))),
-    ("model.layers.2.block_sparse_moe.gate.weight", torch.zeros(5, 64)),
-    (names.FINAL_NORM, pack(torch.zeros(1, 64), MatrixSpec("fp32", 1, 64))),
+    ("layers.1.attention.v", torch.zeros(32, 64)),
+    ("layers.1.attention.v", pack(torch.zeros(32, 63), MatrixSpec("fp32", 32, 63))),
+    ("layers.2.router.weight", torch.zeros(5, 64)),
+    ("final_norm", pack(torch.zeros(1, 64), MatrixSpec("fp32", 1, 64))),
 ])
 def test_misshapen_weights_are_named(checkpoint: Checkpoint, name: str, bad: Any) -> None:
-    roles = {t.name: t.role for t in names.dense_tensors(checkpoint.model)}
+    roles = {t.name: t.role for t in checkpoint.model.tensors()}
 
     def read(asked: str) -> Any:
         tensor = checkpoint.dense(asked)

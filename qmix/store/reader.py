@@ -221,6 +221,8 @@ def _read_model(path: Path, manifest: Manifest) -> Model:
     model, where = manifest.model, path / MANIFEST
     if model is None:
         model, where = _read_config(path, manifest), path / CONFIG
+    elif CONFIG in manifest.files:
+        _check_copied(path, manifest, CONFIG)
     count = sum(map(model.experts_in, range(model.num_layers)))  # compared before anything of that size is made
     if count != len(manifest.records):
         raise StoreError(f"{path / MANIFEST}: records: got {len(manifest.records)}, want {count}: the model of "
