@@ -16,6 +16,7 @@ from qmix import hardware
 from qmix.checkpoint import check_runs, ignored_keys
 from qmix.config import ExpertKey, QuantConfig
 from qmix.engine import Placement
+from qmix.engine.placing import not_on_device
 from qmix.errors import CheckpointError, ConfigError, UsageError
 from qmix.hardware.gpu_memory import GpuMemory
 from qmix.models import read_model
@@ -88,13 +89,22 @@ def find_model(path: Path, quant: QuantConfig | None, state: Path | None, say: C
 def find_gpu(planned: Planned, machine: Machine, device: str, say: Callable[[str], None]) -> Machine:
     """`machine` with the memory that the engine would take of this machine's GPU, said; as it is where its GPU is
     described, or none is to be used here. device: as of `--device`. Raises what the engine would."""
+    lacking = not_on_device(planned.model)
     if machine.vram is not None:
         if device != "auto":
             raise UsageError(f"--device {device}: --vram describes a GPU", "drop one of the two")
+        if lacking:
+            raise UsageError(f"--vram {format_bytes(machine.vram)}: {lacking}", "plan without a GPU")
         return machine
     placement = Placement(device)
     found = placement.open(max(layout.nbytes for layout in record_layouts(planned.model, planned.quant)), say)
     if found is None:
+        return machine
+    if lacking:
+        found.close()
+        if device != "auto":
+            raise UsageError(f"--device {device}: {lacking}", "plan without a GPU")
+        say(f"not on {found.name}: {lacking}; planned for the CPU")
         return machine
     try:
         vram, taken = placement.vram_budget(found)

@@ -21,6 +21,7 @@ from qmix.kernels.table import KernelTable
 from qmix.model.weights import compute_dtype
 from qmix.offload.plan import UNMEASURED, Needs, Plan
 from qmix.offload.plan import plan as make_plan
+from qmix.spec import Attention, Model
 from qmix.store import Store
 
 
@@ -31,6 +32,12 @@ def place(store: Store, needs: Needs, placement: Placement | None, on_cpu: Calla
     asked when the device's driver has taken what it takes of the process. The plan; the device, closed with `opened`,
     and what computes there, None for the CPU; and the CPU's kernels. Errors as of engine.load."""
     device = None if placement is None else placement.open(store.layout.record_bytes, say)
+    if device is not None and placement is not None and (lacking := not_on_device(store.model)):
+        device.close()
+        if placement.device != "auto" or placement.vram is not None:
+            raise UsageError(f"{store.path}: {lacking}", "drop --device and --vram: the CPU computes it")
+        say(f"not on {device.name}: {lacking}; the CPU computes")
+        device = None
     if device is None or placement is None:
         host = on_cpu(False)
         return make_plan(needs, *ram()), None, None, host
@@ -52,6 +59,17 @@ def place(store: Store, needs: Needs, placement: Placement | None, on_cpu: Calla
         raise
     opened.callback(device.close)
     return found, device, kernels, host
+
+
+def not_on_device(model: Model) -> str:
+    """Why a GPU cannot compute this model; "" where it can."""
+    layer = model.layers[0]
+    alike = all(other == layer for other in model.layers)
+    if model.architecture == "mixtral" and alike and isinstance(layer.mixer, Attention) and \
+            layer.mixer.rope is not None and layer.mixer.rope.scaling is None:
+        return ""
+    return f"qmix's GPU kernels compute Mixtral alone so far, not {model.architecture}" if \
+        model.architecture != "mixtral" else "qmix's GPU kernels do not scale the rotary embedding yet"
 
 
 def _kernels(store: Store, device: Device, host: KernelTable, placement: Placement,
