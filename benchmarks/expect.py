@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qmix import planning
+from qmix.commands.plan import report as planning
 from qmix.config import ModelConfig, QuantConfig
 from qmix.sizes import GIB
 

@@ -14,7 +14,7 @@ from qmix.demo import CHECKPOINT
 ROOT = Path(__file__).parents[1] / "qmix"
 # Floor 0 is a ladder: each of its modules may import those before it.
 LADDER = ("errors", "textfile", "modelfiles", "streams", "process", "spec", "models", "config", "names", "tensorfile",
-          "sizes", "settings", "hub", "paths", "notes", "render")
+          "sizes", "settings", "hub", "paths", "notes", "render", "failures")
 FLOORS = (
     {"formats"},
     {"shards"},
@@ -24,7 +24,8 @@ FLOORS = (
     {"quantize", "model", "offload", "tokenizer", "sampling", "speculation"},
     {"generate"},
     {"engine"},
-    {"analysis", "bench", "chat", "demo", "doctor", "evaluate", "oneshot", "routing", "planning"},
+    {"analysis", "bench", "chat", "demo", "evaluate"},
+    {"commands"},
     {"cli"},
 )
 FLOOR = {name: (1 + height, 0) for height, names in enumerate(FLOORS) for name in names}

@@ -10,7 +10,7 @@ from helpers import write_tiny_checkpoint
 from test_cli import Done, qmix
 from tokenizer_files import DEMO_TEMPLATE, spm_model
 
-from qmix import planning
+from qmix.commands.plan import report as planning
 from qmix.device import StandIn
 from qmix.engine import Placement
 from qmix.errors import UsageError

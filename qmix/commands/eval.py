@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from qmix import paths, render, streams
-from qmix.cli.options import (
+from qmix.commands.options import (
     Activations,
     CachePolicy,
     Device,
@@ -140,7 +140,7 @@ def _read(file: Path) -> str:
 
 def _text(request: Any, how: Loading) -> dict[str, Any]:
     from qmix import evaluate as evaluation
-    from qmix import oneshot
+    from qmix.commands import oneshot
 
     with oneshot.cancel_on_interrupt() as cancel, render.byte_bar("eval") as progress:
         return evaluation.run(request, _loader(request, how), cancel=cancel, say=render.say, progress=progress)

@@ -90,8 +90,8 @@ def load_engine(folder: Path, how: Loading, keep_statistics: bool = True,
     """The engine, its choices said and its loading shown on stderr. keep_statistics: start with the router
     statistics of earlier runs, and add to them. base, scoring: see engine.load; vram_base: see engine.Placement;
     recorder: its `trace`, where that is no file."""
+    from qmix.commands.plan.report import known_speeds
     from qmix.engine import Placement, load
-    from qmix.planning import known_speeds
 
     ram = size_or_auto("--ram", how.ram)
     margin = margin_bytes(how.margin)

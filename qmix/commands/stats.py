@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from qmix import paths, render, streams
-from qmix.cli.options import Loading, Margin, ModelArgument, Ram, Threads, load_engine, model_folder
+from qmix.commands.options import Loading, Margin, ModelArgument, Ram, Threads, load_engine, model_folder
 from qmix.errors import UsageError
 
 Json = Annotated[bool, typer.Option("--json", help="As one JSON document, with every count.")]
@@ -34,7 +34,7 @@ def stats(
     json: Json = False,
 ) -> None:
     """Show what a model's routers choose: by layer, how evenly, how sticky, what goes with what."""
-    from qmix import routing
+    from qmix.commands import routing
     from qmix.offload import router_stats
     from qmix.store import Store
 
@@ -66,10 +66,10 @@ def stats(
 def _analyse(folder: Path, files: list[Path], how: Loading, tokens: int, plot: Path | None, view: int | None,
              csv: bool, json: bool) -> None:
     """The routing of texts: into the folder `plot`, and to stdout in the form asked for."""
-    from qmix import oneshot
     from qmix.analysis import folder as output
     from qmix.analysis import report, texts
     from qmix.analysis.recorder import Collector
+    from qmix.commands import oneshot
     from qmix.store import Store
 
     streams.check_stdout()
@@ -128,7 +128,7 @@ def replay(
     output: Annotated[str, typer.Option("-o", "--output", help="table, md, csv, jsonl or json.")] = "table",
 ) -> None:
     """Replay recorded routing against caches of other sizes and policies, beside Belady's optimum."""
-    from qmix import routing
+    from qmix.commands import routing
     from qmix.store import Store
 
     if output not in ("table", "md", "csv", "jsonl", "json"):

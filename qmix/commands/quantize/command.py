@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qmix import paths, render
-from qmix.cli.calibration import check_calibration, mixed_config, read_calibration, wanted_size
-from qmix.cli.options import ModelArgument, Threads, model_folder, quant_config
+from qmix.commands.options import ModelArgument, Threads, model_folder, quant_config
+from qmix.commands.quantize.calibration import check_calibration, mixed_config, read_calibration, wanted_size
 from qmix.config import CALIBRATED, GROUPED_BITS
 from qmix.errors import StoreError
 from qmix.sizes import format_bytes

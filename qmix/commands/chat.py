@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 from qmix import paths, render, streams
-from qmix.cli.options import (
+from qmix.commands.options import (
     Activations,
     CachePolicy,
     Context,
@@ -120,7 +120,7 @@ def generate(
     device: Device = "auto", vram: Vram = "auto", pin: Pin = "auto", exact: Exact = False,
 ) -> None:
     """Answer one prompt: the text on stdout, everything else on stderr."""
-    from qmix import oneshot
+    from qmix.commands import oneshot
 
     params = sampling(temp, top_p, top_k, min_p, repeat_penalty, seed, max_tokens, stop)
     how = Loading(ctx_size, threads, ram, margin, cache_policy, prefetch, no_prefetch, verify, activations, kv_cache,
@@ -138,7 +138,7 @@ def demo(
     temp: Temp = 0.7, seed: Seed = None, threads: Threads = None, device: Device = "auto",
 ) -> None:
     """Quantize the small bundled model (once) and chat with it: a toy for trying the machinery."""
-    from qmix import oneshot
+    from qmix.commands import oneshot
     from qmix.demo import demo_store
 
     folder = demo_store(paths.models_folder() / "demo", render.say)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from qmix import render, streams
-from qmix.cli.options import (
+from qmix.commands.options import (
     Activations,
     CachePolicy,
     Device,
@@ -59,7 +59,7 @@ def bench(
     if output not in OUTPUTS:
         raise UsageError(f"-o {output}: want {', '.join(OUTPUTS)}")
     from qmix import bench as benchmark
-    from qmix import oneshot
+    from qmix.commands import oneshot
 
     streams.check_stdout()
     cases = benchmark.make_cases(*(benchmark.numbers(flag, text) for flag, text in (

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qmix import paths, render
-from qmix.cli.options import (
+from qmix.commands.options import (
     Context,
     Device,
     KvCache,
@@ -35,7 +35,7 @@ def doctor(
     json: Json = False,
 ) -> None:
     """Examine this machine: cores, memory, libraries, kernels, disk; name what is wrong, with the cure."""
-    from qmix import doctor as examination
+    from qmix.commands import doctor as examination
 
     named = None if model is None else paths.resolve(model, render.say, "store")
     found = {"tuning": examination.tune(named, file=paths.kernels_file(), say=render.say)} if tune else {}
@@ -67,7 +67,7 @@ def plan(
     kv_cache: KvCache = "bf16", json: Json = False,
 ) -> None:
     """Print where every byte of a model would go and how fast it should run; exit 3 if it cannot fit."""
-    from qmix import planning
+    from qmix.commands.plan import report as planning
 
     quant = None
     if format or dense or group_size:

@@ -1,0 +1,1 @@
+"""`qmix plan`: command.py has its flags, report.py what it prints."""

@@ -1,0 +1,1 @@
+"""`qmix quantize`: command.py has its flags, calibration.py the text that it may read."""
