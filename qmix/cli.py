@@ -15,11 +15,18 @@ import typer
 
 from qmix import __version__, failures, render, settings, streams
 from qmix.commands.bench import bench
-from qmix.commands.chat import ChatCommand, chat, demo, generate
+from qmix.commands.chat import ChatCommand, chat
+from qmix.commands.demo import demo
+from qmix.commands.doctor.command import doctor
 from qmix.commands.eval import evaluate
-from qmix.commands.plan.command import doctor, plan
-from qmix.commands.quantize.command import list_models, quantize, show, verify
-from qmix.commands.stats import replay, stats
+from qmix.commands.generate import generate
+from qmix.commands.list import list_models
+from qmix.commands.plan.command import plan
+from qmix.commands.quantize.command import quantize
+from qmix.commands.replay import replay
+from qmix.commands.show import show
+from qmix.commands.stats import stats
+from qmix.commands.verify import verify
 from qmix.errors import QmixError
 
 HELP = """Run Mixture-of-Experts models on one machine: 4-bit experts, one command to quantize, one to chat.

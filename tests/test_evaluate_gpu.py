@@ -15,7 +15,7 @@ from test_plan import MIXTRAL
 
 from qmix.bench.text import recorded_text
 from qmix.commands.eval import _share_of
-from qmix.commands.options import Loading
+from qmix.commands.loading import Loading
 from qmix.config import Cancel, QuantConfig
 from qmix.demo import CHECKPOINT
 from qmix.device import StandIn

@@ -15,8 +15,8 @@ from qmix.chat import savefile
 from qmix.chat.conversation import Conversation, Exchange
 from qmix.checkpoint import Checkpoint
 from qmix.commands.eval import _read as read_eval_text
-from qmix.commands.oneshot import read_prompt
 from qmix.commands.plan import report as planning
+from qmix.commands.prompt import read_prompt
 from qmix.commands.quantize import calibration
 from qmix.config import SamplingParams
 from qmix.demo import CHECKPOINT as DEMO

@@ -1,7 +1,2 @@
-"""`qmix doctor`: what this machine has and what is wrong with it (report.py, its GPU in gpu.py), and the measurement of
-configurations of the GPU's kernels (tuning.py)."""
-
-from qmix.commands.doctor.report import run
-from qmix.commands.doctor.tuning import tune
-
-__all__ = ["run", "tune"]
+"""`qmix doctor`: command.py has the flags. report.py says what this machine has and what is wrong with it, its GPU in
+gpu.py and the speed of its kernels in speeds.py. tuning.py measures configurations of the GPU's kernels."""

@@ -1,1 +1,1 @@
-"""`qmix plan`: command.py has its flags, report.py what it prints."""
+"""`qmix plan`: command.py has the flags, report.py works out what it prints."""

@@ -1,1 +1,2 @@
-"""`qmix quantize`: command.py has its flags, calibration.py the text that it may read."""
+"""`qmix quantize`: command.py has the flags, calibration.py reads the text and chooses a mix. quantize/ beside
+commands/ has the quantizer."""
