@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qmix import planning
+from qmix.commands.plan import report as planning
 from qmix.config import QuantConfig
 from qmix.kernels.trials import MIXTRAL_8X7B
 from qmix.models import read_model

@@ -1,7 +1,7 @@
 """The errors qmix raises on purpose, each with its exit code and its cure.
 
-One place (qmix/cli) catches QmixError, prints `message` and `cure` on stderr and leaves with `exit_code`; nothing else
-in qmix turns an error into an exit. The codes are part of the command line:
+One place (qmix/cli.py) catches QmixError, prints `message` and `cure` on stderr and leaves with `exit_code`; nothing
+else in qmix turns an error into an exit. The codes are part of the command line:
 
     0 done   1 runtime error   2 usage   3 does not fit   4 model files missing or corrupt   130 interrupted
 """

@@ -144,7 +144,7 @@ def test_without_a_home_folder(store: Path, tmp_path: Path, monkeypatch: pytest.
 def test_bandwidths_are_measured_without_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     figures = bandwidth.Bandwidths(30.0, None, 0, 0, False, None, None, "2026-01-01")
     monkeypatch.setattr(bandwidth, "measure", lambda *args, **kwargs: figures)
-    monkeypatch.setattr("qmix.doctor.report.examine_disk", lambda *args: ({}, None, []))
+    monkeypatch.setattr("qmix.commands.doctor.report.examine_disk", lambda *args: ({}, None, []))
     without_home(monkeypatch)
     done = qmix("doctor", "--bandwidth", "--json")
     found = json.loads(done.stdout)

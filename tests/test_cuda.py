@@ -298,12 +298,12 @@ def in_another_process(code: str, **environment: str) -> subprocess.CompletedPro
 CALL = """
 import torch
 from qmix.errors import UsageError
-from qmix.formats import int4
+from qmix.formats import grouped
 from qmix.kernels import cuda
 from qmix.kernels.configs import Configs, Gemv
 from qmix.sizes import MatrixSpec
 ones = torch.ones(32, 1, dtype=torch.bfloat16)
-m = int4.pack(torch.zeros(32, 32, dtype=torch.uint8), ones, ones, MatrixSpec("int4", 32, 32, 1, 32, 32))
+m = grouped.pack(torch.zeros(32, 32, dtype=torch.uint8), ones, ones, MatrixSpec("int4", 32, 32, 1, 32, 32))
 try: cuda.linear(torch.zeros(1, 32), m)
 except UsageError as e: print(e)
 """

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from qmix import hardware, render
-from qmix.doctor import report as doctor
+from qmix.commands.doctor import report as doctor
 from qmix.errors import DoesNotFit, UsageError
 from qmix.hardware.bandwidth import Bandwidths, load, save
 from qmix.hardware.disk import DiskEffort, direct_refusal
@@ -281,8 +281,8 @@ def test_old_figures_serve_with_their_date(tmp_path: Path) -> None:
 
 def test_the_real_machine_without_bitsandbytes_being_imported(tmp_path: Path) -> None:
     """The one run with nothing made up: kernels are really selected, and libraries only looked up."""
-    script = ("import json, sys\nfrom pathlib import Path\nfrom qmix import doctor\n"
-              f"report = doctor.run(Path({str(tmp_path)!r}), bandwidth=False, cache_file=Path({str(tmp_path)!r}) / 'x',"
+    script = ("import json, sys\nfrom pathlib import Path\nfrom qmix.commands.doctor import report\n"
+              f"report = report.run(Path({str(tmp_path)!r}), bandwidth=False, cache_file=Path({str(tmp_path)!r}) / 'x',"
               " say=print)\nassert 'bitsandbytes' not in sys.modules\nprint(json.dumps(report))")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     report = json.loads(done.stdout.splitlines()[-1])

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from qmix.commands.doctor import gpu as section
+from qmix.commands.doctor.gpu import FORMATS, gpu, kernels, page_locking
+from qmix.commands.doctor.problem import Problem
 from qmix.device import pinning
-from qmix.doctor import gpu as section
-from qmix.doctor.gpu import FORMATS, gpu, kernels, page_locking
-from qmix.doctor.problem import Problem
 from qmix.errors import DoesNotFit, QmixError
 from qmix.sizes import GIB
 

@@ -16,9 +16,9 @@ from test_cuda import needs_triton
 
 from qmix import render
 from qmix.checkpoint import Checkpoint
+from qmix.commands.doctor.tuning import tune
 from qmix.config import QuantConfig
 from qmix.device import StandIn
-from qmix.doctor.tuning import tune
 from qmix.errors import DoesNotFit, QmixError, UsageError
 from qmix.kernels.configs import INTERPRETED, Attention, Config, Dense, Gemv, Matmul
 from qmix.kernels.tuned import Card, load
@@ -101,15 +101,15 @@ def test_without_a_gpu_or_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         tune(None, file=tmp_path / "f", say=lambda line: None)
     assert refused.value.exit_code == 2 and refused.value.cure
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("qmix.doctor.tuning.find_spec", lambda name: None)
+    monkeypatch.setattr("qmix.commands.doctor.tuning.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="need Triton, which is not installed"):
         tune(None, file=tmp_path / "f", say=lambda line: None)
 
     def busy(index: int) -> None:
         raise DoesNotFit("--device cuda:0: out of memory", "close other programs")
 
-    monkeypatch.setattr("qmix.doctor.tuning.find_spec", lambda name: object())
-    monkeypatch.setattr("qmix.doctor.tuning.open_cuda", busy)
+    monkeypatch.setattr("qmix.commands.doctor.tuning.find_spec", lambda name: object())
+    monkeypatch.setattr("qmix.commands.doctor.tuning.open_cuda", busy)
     with pytest.raises(QmixError, match="--tune: out of memory") as short:
         tune(None, file=tmp_path / "f", say=lambda line: None)
     assert short.value.exit_code == 3

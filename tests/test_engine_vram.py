@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import write_tiny_stores
 
+from qmix.commands.plan.report import Machine, describe, find_model, known_gpu
 from qmix.config import QuantConfig
 from qmix.device import StandIn
 from qmix.engine import Placement, load, vram
@@ -19,7 +20,6 @@ from qmix.errors import ConfigError
 from qmix.hardware import gpu_memory
 from qmix.hardware.gpu_memory import GpuMemory
 from qmix.offload.plan import RESERVE, UNMEASURED, plan
-from qmix.planning import Machine, describe, find_model, known_gpu
 from qmix.sizes import GIB, MIB
 from qmix.store import Store
 

@@ -14,8 +14,8 @@ from test_evaluate import make_store
 from test_plan import MIXTRAL
 
 from qmix.bench.text import recorded_text
-from qmix.cli.evaluate import _share_of
-from qmix.cli.options import Loading
+from qmix.commands.eval import _share_of
+from qmix.commands.loading import Loading
 from qmix.config import Cancel, QuantConfig
 from qmix.demo import CHECKPOINT
 from qmix.device import StandIn

@@ -70,7 +70,8 @@ def test_a_hidden_package_is_not_there_in_any_way() -> None:
 
 
 def test_what_chat_and_benchmarks_need_is_imported_by_them_alone() -> None:
-    rooms = "cli, engine, bench, evaluate, doctor, demo, oneshot, planning, analysis, quantize"
+    rooms = ("cli, engine, bench, evaluate, demo, analysis, quantize, "
+             "commands.doctor.report, commands.oneshot, commands.plan.report")
     done = hidden("".join(f"import qmix.{room.strip()}\n" for room in rooms.split(",")),
                   f"{LACKING},transformers,accelerate,pygments")
     assert done.returncode == 0, done.stderr

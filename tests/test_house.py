@@ -14,7 +14,7 @@ from qmix.demo import CHECKPOINT
 ROOT = Path(__file__).parents[1] / "qmix"
 # Floor 0 is a ladder: each of its modules may import those before it.
 LADDER = ("errors", "textfile", "modelfiles", "streams", "process", "spec", "models", "config", "names", "tensorfile",
-          "sizes", "settings", "hub", "paths", "notes", "render")
+          "sizes", "settings", "hub", "paths", "json_cache", "render", "failures")
 FLOORS = (
     {"formats"},
     {"shards"},
@@ -24,7 +24,8 @@ FLOORS = (
     {"quantize", "model", "offload", "tokenizer", "sampling", "speculation"},
     {"generate"},
     {"engine"},
-    {"analysis", "bench", "chat", "demo", "doctor", "evaluate", "oneshot", "routing", "planning"},
+    {"analysis", "bench", "chat", "demo", "evaluate"},
+    {"commands"},
     {"cli"},
 )
 FLOOR = {name: (1 + height, 0) for height, names in enumerate(FLOORS) for name in names}
@@ -74,7 +75,7 @@ HEAVY = {"torch", "bitsandbytes", "transformers", "accelerate", "safetensors", "
     "import qmix",
     "from qmix.cli import main\ntry: main()\nexcept SystemExit: pass",
     "import qmix.forward.program, qmix.kernels.ops, qmix.spec",
-    "import qmix.sizes, qmix.config, qmix.tensorfile, qmix.settings, qmix.paths, qmix.notes, qmix.render",
+    "import qmix.sizes, qmix.config, qmix.tensorfile, qmix.settings, qmix.paths, qmix.json_cache, qmix.render",
 ])
 def test_help_and_floor_zero_import_nothing_heavy(code: str) -> None:
     assert not imported_modules(code) & HEAVY

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qmix.errors import UsageError
-from qmix.formats import int4, int8, unpack
+from qmix.formats import grouped, int8, unpack
 from qmix.formats.packed import Packed
 from qmix.kernels import native
 from qmix.kernels.native import Native, Product, as_seen, jobs
@@ -37,7 +37,7 @@ def int4_matrix(rows: int, cols: int, group: int, block: int, parts: int = 1, se
     q = torch.randint(0, 2**spec.bits, (n, k), dtype=torch.uint8, generator=random)
     scale = (torch.rand(n, k // group, generator=random) + 0.5).bfloat16()
     zero = torch.randn(n, k // group, generator=random).bfloat16()
-    return int4.pack(q, scale, zero, spec)
+    return grouped.pack(q, scale, zero, spec)
 
 
 def int8_matrix(rows: int, cols: int) -> Packed:
@@ -168,7 +168,7 @@ class TestEveryLevel:
             spec = MatrixSpec(name, 70, 256, group_size=group, block=block)
             codes = torch.full((spec.padded_rows, 256), 2**spec.bits - 1 if sign > 0 else 0, dtype=torch.uint8)
             ones = torch.ones(spec.padded_rows, 256 // group).bfloat16()
-            matrices.append(int4.pack(codes, ones, 0 * ones, spec))
+            matrices.append(grouped.pack(codes, ones, 0 * ones, spec))
         for m in matrices:
             for tokens in (x, x[:4], x[1:2]):  # at most a panel's, and one, may go another way
                 (got,) = kernels.linear(tokens, m)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qmix.doctor import report
+from qmix.commands.doctor import report
 from qmix.kernels import native
 from qmix.kernels.native import loader
 

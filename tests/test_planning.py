@@ -10,7 +10,8 @@ from helpers import write_tiny_checkpoint
 from test_cli import Done, qmix
 from tokenizer_files import DEMO_TEMPLATE, spm_model
 
-from qmix import planning
+from qmix.commands.loading import known_speeds
+from qmix.commands.plan import report as planning
 from qmix.device import StandIn
 from qmix.engine import Placement
 from qmix.errors import UsageError
@@ -179,14 +180,14 @@ def test_measured_speeds_are_used_and_nonsense_is_ignored(tmp_path: Path) -> Non
 
     file = tmp_path / "hardware.json"
     said: list[str] = []
-    assert planning.known_speeds(file, said.append) is None
+    assert known_speeds(file, said.append) is None
     bandwidth.save(bandwidth.Bandwidths(30.0, 2.5, 4 * 2**20, 4, True, None, None, str(date(2026, 1, 1))), file)
-    assert planning.known_speeds(file, said.append) == Speeds(30.0, 2.5)
+    assert known_speeds(file, said.append) == Speeds(30.0, 2.5)
     bandwidth.save(bandwidth.Bandwidths(30.0, 2.5, 4 * 2**20, 4, True, 25.0, 6.0, str(date(2026, 1, 1)), 900.0), file)
-    assert planning.known_speeds(file, said.append) == Speeds(30.0, 2.5, 25.0, 900.0)
+    assert known_speeds(file, said.append) == Speeds(30.0, 2.5, 25.0, 900.0)
     assert not said
     file.write_text("{}")
-    assert planning.known_speeds(file, said.append) is None
+    assert known_speeds(file, said.append) is None
     assert len(said) == 1
 
 

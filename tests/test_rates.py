@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qmix.doctor import report
-from qmix.doctor.speeds import Speeds
+from qmix.commands.doctor import report
+from qmix.commands.doctor.speeds import Speeds
 from qmix.formats.packed import Packed
 from qmix.kernels import rates, reference
 from qmix.sizes import MIB

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from qmix.commands.routing import default_slots, describe, replay_report
 from qmix.errors import UsageError
 from qmix.offload.router_stats import RouterStats
 from qmix.offload.trace import TraceHeader, TraceWriter
 from qmix.render import document
-from qmix.routing import default_slots, describe, replay_report
 
 HEADER = TraceHeader(2, 4, 2, 1, "s", "tiny")
 

@@ -10,19 +10,20 @@ from pathlib import Path
 import pytest
 from tokenizer_files import byte_level_json, demo_folder, write_folder
 
-from qmix import planning, settings
+from qmix import settings
 from qmix.chat import savefile
 from qmix.chat.conversation import Conversation, Exchange
 from qmix.checkpoint import Checkpoint
-from qmix.cli import calibration
-from qmix.cli.evaluate import _read as read_eval_text
+from qmix.commands.eval import _read as read_eval_text
+from qmix.commands.plan import report as planning
+from qmix.commands.prompt import read_prompt
+from qmix.commands.quantize import calibration
 from qmix.config import SamplingParams
+from qmix.demo import CHECKPOINT as DEMO
 from qmix.errors import ConfigError, ModelFileError, UsageError
-from qmix.oneshot import read_prompt
 from qmix.textfile import MARK, decode, read_text, with_plain_line_ends
 from qmix.tokenizer import Message, load
 
-DEMO = Path(planning.__file__).parent / "demo" / "checkpoint"
 MARK_BYTES = MARK.encode()
 
 

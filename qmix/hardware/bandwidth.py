@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from qmix import notes
+from qmix import json_cache
 from qmix.errors import ConfigError, DoesNotFit
 from qmix.hardware.cores import compute_cores, last_level_cache
 from qmix.hardware.disk import DiskReport
@@ -62,7 +62,7 @@ class Bandwidths:
         _check("disk_depth", self.disk_depth, "1 to 1024 threads, 0 without a disk",
                lambda v: type(v) is int and 0 <= v <= 1024 and bool(v) == disk)
         _check("disk_direct", self.disk_direct, "true or false", lambda v: type(v) is bool and (disk or not v))
-        _check("measured", self.measured, "YYYY-MM-DD", notes.is_date)
+        _check("measured", self.measured, "YYYY-MM-DD", json_cache.is_date)
 
 
 def _check(name: str, value: object, want: str, fits: Callable[..., bool]) -> None:
@@ -186,12 +186,12 @@ def _rounded(gbps: float) -> float:
 
 def save(bandwidths: Bandwidths, path: Path) -> None:
     """Write `path`, whole or not at all; QmixError where that fails."""
-    notes.save(path, FORMAT, VERSION, asdict(bandwidths))
+    json_cache.save(path, FORMAT, VERSION, asdict(bandwidths))
 
 
 def load(path: Path, say: Callable[[str], None]) -> Bandwidths | None:
     """What save wrote; None where there is no such file, or, said in one line, where it is not one of ours."""
-    return notes.load(path, FORMAT, VERSION, _made, "qmix doctor --bandwidth", say)
+    return json_cache.load(path, FORMAT, VERSION, _made, "qmix doctor --bandwidth", say)
 
 
 def _made(values: dict[str, Any]) -> Bandwidths:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from qmix import notes
+from qmix import json_cache
 from qmix.errors import ConfigError
 
 FORMAT, VERSION = "qmix_gpu_memory", 1
@@ -37,13 +37,13 @@ class GpuMemory:
             value = getattr(self, name)
             if type(value) is not int or not 0 <= value <= MOST:
                 raise ConfigError(f"{name}: got {value!r:.40}, want bytes, 0 to {MOST}")
-        if not notes.is_date(self.measured):
+        if not json_cache.is_date(self.measured):
             raise ConfigError(f"measured: got {self.measured!r:.40}, want YYYY-MM-DD")
 
 
 def save(memory: GpuMemory, path: Path) -> None:
     """Write `path`, whole or not at all; QmixError where that fails."""
-    notes.save(path, FORMAT, VERSION, asdict(memory))
+    json_cache.save(path, FORMAT, VERSION, asdict(memory))
 
 
 def load(path: Path, say: Callable[[str], None]) -> GpuMemory | None:
@@ -53,4 +53,4 @@ def load(path: Path, say: Callable[[str], None]) -> GpuMemory | None:
             raise ValueError("its fields are not those of this version")
         return GpuMemory(**values)
 
-    return notes.load(path, FORMAT, VERSION, made, "a run on the GPU", say)
+    return json_cache.load(path, FORMAT, VERSION, made, "a run on the GPU", say)

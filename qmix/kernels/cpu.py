@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qmix.formats import int4, plain
+from qmix.formats import grouped, plain
 from qmix.formats.narrow import widen
 from qmix.formats.packed import TILE_BYTES, Packed, row_tiles
 
@@ -54,7 +54,7 @@ def int4_converted(block: int) -> Kernel:
             if rows % block:  # an odd number of 32-row blocks for a torch that reads 64
                 codes = torch.cat((codes, codes.new_zeros(1, k, half)))
                 params = F.pad(params, (0, 0, 0, rows % block))
-            codes = int4.to_block(codes, block).view(-1, k // 2)
+            codes = grouped.to_block(codes, block).view(-1, k // 2)
             product = torch.ops.aten._weight_int4pack_mm_for_cpu(operand, codes, group, params.contiguous())
             y[:, first:first + rows] = product[:, :rows]
         return y.to(x.dtype)

@@ -1,6 +1,6 @@
 """The device code of cuda.py, in Triton. Importing this needs Triton; only cuda.py does, when a kernel is called.
 
-Every kernel reads the bytes of formats/int4.py as they are stored, in slot `slot` of a slab or in a matrix of its own
+Every kernel reads the bytes of formats/grouped.py as they are stored, in slot `slot` of a slab or in its own matrix
 (slot 0). A byte of the low bits holds `8 / PLACE` codes, PLACE 4 bits apart for int4 and 2 for int3 and int2; code s of
 byte i is that of row i + s * STEP of the block, STEP = BLOCK * PLACE / 8. The third bits of int3 lie so that the byte
 i % (STEP / 2), shifted by i / (STEP / 2), has those of byte i at the same distance from each other as the low bits.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from qmix.config import GROUPED_BITS
-from qmix.formats import int4, int8
+from qmix.formats import grouped, int8
 from qmix.formats.packed import Packed
 from qmix.kernels.cpu import FEW
 from qmix.kernels.table import KernelTable
@@ -41,4 +41,4 @@ def _random(name: str, block: int) -> Packed:
     spec = MatrixSpec(name, ROWS, COLS, group_size=64, block=block)
     q = torch.randint(0, 2**spec.bits, (ROWS, COLS), dtype=torch.uint8, generator=random)
     scale, zero = torch.randn(2, ROWS, COLS // 64, generator=random).bfloat16()
-    return int4.pack(q, scale, zero, spec)
+    return grouped.pack(q, scale, zero, spec)

@@ -20,7 +20,7 @@ from torch import Tensor
 from qmix import settings
 from qmix.config import BLOCKS, GROUPED_BITS
 from qmix.errors import UsageError
-from qmix.formats import int4, int8, module, nf4
+from qmix.formats import grouped, int8, module, nf4
 from qmix.formats.packed import Packed
 from qmix.kernels import bnb, cpu, native, reference
 from qmix.kernels.cpu import Kernel
@@ -203,7 +203,7 @@ def _random_grouped(name: str, block: int) -> Packed:
     random = torch.Generator().manual_seed(block)
     q = torch.randint(0, 2**spec.bits, (192, 256), dtype=torch.uint8, generator=random)
     scale, zero = torch.randn(2, 192, 4, generator=random).bfloat16()
-    return int4.pack(q, scale, zero, spec)
+    return grouped.pack(q, scale, zero, spec)
 
 
 def _random_int8() -> Packed:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from qmix import notes
+from qmix import json_cache
 from qmix.errors import ConfigError
 from qmix.kernels.configs import Configs, capability, from_plain
 
@@ -60,13 +60,13 @@ class Tuned:
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model.isprintable() or len(self.model) > LONGEST:
             raise ConfigError(f"model: got {self.model!r:.40}, want a line of text")
-        if not notes.is_date(self.measured):
+        if not json_cache.is_date(self.measured):
             raise ConfigError(f"measured: got {self.measured!r:.40}, want YYYY-MM-DD")
 
 
 def save(tuned: Tuned, path: Path) -> None:
     """Write `path`, whole or not at all; QmixError where that fails."""
-    notes.save(path, FORMAT, VERSION, asdict(tuned))
+    json_cache.save(path, FORMAT, VERSION, asdict(tuned))
 
 
 def load(path: Path, card: Card, say: Callable[[str], None]) -> Tuned | None:
@@ -83,7 +83,7 @@ def load(path: Path, card: Card, say: Callable[[str], None]) -> Tuned | None:
                 raise ValueError(f"it was measured with {there}, this machine has {here}")
         return found
 
-    return notes.load(path, FORMAT, VERSION, make, WRITER, say)
+    return json_cache.load(path, FORMAT, VERSION, make, WRITER, say)
 
 
 def _names(record: type[Tuned] | type[Card]) -> set[str]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from qmix.checkpoint import Checkpoint
 from qmix.config import ExpertKey
 from qmix.formats import Packed
-from qmix.formats.int4 import store_codes
+from qmix.formats.grouped import store_codes
 from qmix.formats.packed import refuse_nonfinite
 from qmix.quantize.calibration import CHUNK, LENGTH, SEQUENCES, Calibration, ForwardPass, Inputs
 from qmix.quantize.gptq import DegenerateInputs, Fit, Walked, walk

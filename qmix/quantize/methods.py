@@ -27,7 +27,7 @@ from qmix import formats
 from qmix.config import CALIBRATED, METHODS
 from qmix.errors import UsageError
 from qmix.formats import Packed
-from qmix.formats.int4 import load_codes, store_codes
+from qmix.formats.grouped import load_codes, store_codes
 from qmix.formats.narrow import narrow
 from qmix.formats.packed import refuse_nonfinite
 from qmix.quantize import hqq

@@ -40,7 +40,7 @@ static void free_matrix(matrix *m) {
     free(m->params);
 }
 
-/* The code of a weight, less the middle of its format: qmix/formats/int4.py and int8.py have the layout. */
+/* The code of a weight, less the middle of its format: qmix/formats/grouped.py and int8.py have the layout. */
 static int code_of(const matrix *m, int64_t row, int64_t col) {
     if (m->bits == 8)
         return (int8_t)m->weight[row * m->padded_cols + col];

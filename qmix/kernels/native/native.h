@@ -1,7 +1,7 @@
 /* The C ABI of qmix's CPU kernels, called through ctypes: products with packed weights, attention over a KV cache,
  * and what else a layer does to a few tokens.
  *
- * Formats (qmix/formats/int4.py and int8.py have the byte contract):
+ * Formats (qmix/formats/grouped.py and int8.py have the byte contract):
  *   int4   w = (q - 8) * scale + zero, blocks of 32 or 64 rows, groups of 32, 64 or 128 columns
  *   int8   w = q * scale, one scale a row
  *

@@ -1,16 +1,17 @@
-"""Commands about machine and memory: doctor, plan."""
+"""`qmix plan`: the flags."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from qmix import paths, render
-from qmix.cli.options import (
+from qmix.commands.loading import known_speeds
+from qmix.commands.options import (
     Context,
     Device,
+    Json,
     KvCache,
     Margin,
     ModelArgument,
@@ -20,30 +21,6 @@ from qmix.cli.options import (
     quant_config,
     size_or_auto,
 )
-
-Json = Annotated[bool, typer.Option("--json", help="As one JSON document.")]
-
-
-def doctor(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", show_default=False, help="A store, or the folder "
-                                                "that will hold one: its disk is examined too.")] = None,
-    bandwidth: Annotated[bool, typer.Option("--bandwidth", help="Measure RAM, disk and GPU (half a minute), and "
-                                            "remember it for forecasts.")] = False,
-    tune: Annotated[bool, typer.Option("--tune", help="Try configurations of the GPU's kernels for MODEL, a store (or "
-                                       "for Mixtral 8x7B), some minutes long, and use the fastest from then on, but "
-                                       "for --exact.")] = False,
-    json: Json = False,
-) -> None:
-    """Examine this machine: cores, memory, libraries, kernels, disk; name what is wrong, with the cure."""
-    from qmix import doctor as examination
-
-    named = None if model is None else paths.resolve(model, render.say, "store")
-    found = {"tuning": examination.tune(named, file=paths.kernels_file(), say=render.say)} if tune else {}
-    cache = paths.if_any(paths.hardware_file)
-    with render.byte_bar("doctor") as progress:
-        report = examination.run(named or Path.cwd(), bandwidth=bandwidth, cache_file=cache,
-                                 say=render.say, progress=progress)
-    print(render.document({**found, **report}, as_json=json))
 
 
 def plan(
@@ -67,7 +44,7 @@ def plan(
     kv_cache: KvCache = "bf16", json: Json = False,
 ) -> None:
     """Print where every byte of a model would go and how fast it should run; exit 3 if it cannot fit."""
-    from qmix import planning
+    from qmix.commands.plan import report as planning
 
     quant = None
     if format or dense or group_size:
@@ -78,5 +55,5 @@ def plan(
                                size_or_auto("--vram", vram), ram_speed, vram_speed, pcie, disk,
                                gpu=planning.known_gpu(paths.if_any(paths.gpu_memory_file), render.say))
     machine = planning.find_gpu(found, machine, device, render.say)
-    known = planning.known_speeds(paths.if_any(paths.hardware_file), render.say)
+    known = known_speeds(paths.if_any(paths.hardware_file), render.say)
     print(render.document(planning.describe(found, ctx_size, machine, known, render.say, kv_cache), as_json=json))

@@ -20,10 +20,10 @@ import psutil
 import torch
 
 from qmix import hardware
+from qmix.commands.doctor.gpu import gpu
+from qmix.commands.doctor.problem import Problem, Section
+from qmix.commands.doctor.speeds import Speeds
 from qmix.config import BLOCKS, GROUPED_BITS
-from qmix.doctor.gpu import gpu
-from qmix.doctor.problem import Problem, Section
-from qmix.doctor.speeds import Speeds
 from qmix.errors import QmixError, UsageError
 from qmix.hardware import bandwidth as bandwidths
 from qmix.hardware.cores import cpu_instructions, cpu_model, cpu_quota

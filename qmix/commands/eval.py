@@ -1,4 +1,4 @@
-"""The command that measures quality: eval."""
+"""`qmix eval`: how good a store is. evaluate/ has the measurement."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from typing import Annotated, Any
 import typer
 
 from qmix import paths, render, streams
-from qmix.cli.options import (
+from qmix.commands.interrupt import cancel_on_interrupt
+from qmix.commands.loading import Loading, load_engine
+from qmix.commands.options import (
     Activations,
     CachePolicy,
     Device,
     Exact,
+    Json,
     KvCache,
-    Loading,
     Margin,
     ModelArgument,
     NoPrefetch,
@@ -27,7 +29,6 @@ from qmix.cli.options import (
     Verify,
     Vram,
     flag_bytes,
-    load_engine,
     margin_bytes,
     model_folder,
     size_or_auto,
@@ -55,7 +56,7 @@ def evaluate(
                                                       "own tasks.", show_default=False)] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="--tasks: only the first N samples of each.",
                                               show_default=False)] = None,
-    json: Annotated[bool, typer.Option("--json", help="As one JSON document.")] = False,
+    json: Json = False,
     threads: Threads = None, ram: Ram = "auto", margin: Margin = None, cache_policy: CachePolicy = "auto",
     prefetch: Prefetch = "auto", no_prefetch: NoPrefetch = False, verify: Verify = "first",
     activations: Activations = "auto", kv_cache: KvCache = "bf16",
@@ -140,9 +141,8 @@ def _read(file: Path) -> str:
 
 def _text(request: Any, how: Loading) -> dict[str, Any]:
     from qmix import evaluate as evaluation
-    from qmix import oneshot
 
-    with oneshot.cancel_on_interrupt() as cancel, render.byte_bar("eval") as progress:
+    with cancel_on_interrupt() as cancel, render.byte_bar("eval") as progress:
         return evaluation.run(request, _loader(request, how), cancel=cancel, say=render.say, progress=progress)
 
 

@@ -1,4 +1,4 @@
-"""Commands about the routers: stats, replay."""
+"""`qmix stats`: what a model's routers choose. analysis/ has the analysis of a text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from qmix import paths, render, streams
-from qmix.cli.options import Loading, Margin, ModelArgument, Ram, Threads, load_engine, model_folder
+from qmix.commands.loading import Loading, load_engine
+from qmix.commands.options import Margin, ModelArgument, Ram, Threads, model_folder
+from qmix.commands.prompt import read_prompt
 from qmix.errors import UsageError
 
 Json = Annotated[bool, typer.Option("--json", help="As one JSON document, with every count.")]
@@ -34,7 +36,7 @@ def stats(
     json: Json = False,
 ) -> None:
     """Show what a model's routers choose: by layer, how evenly, how sticky, what goes with what."""
-    from qmix import routing
+    from qmix.commands import routing
     from qmix.offload import router_stats
     from qmix.store import Store
 
@@ -57,8 +59,7 @@ def stats(
         saved.unlink(missing_ok=True)
         render.say(f"forgotten: {saved}")
         return
-    gathered = router_stats.load(paths.routing_folder(), identity, len(config.record_layers), config.num_experts,
-                                 render.say)
+    gathered = router_stats.load(paths.routing_folder(), identity, len(config.record_layers), config.num_experts, render.say)
     if not any(gathered.total(phase).tokens for phase in router_stats.PHASES):
         render.say("no run has gathered statistics of this store yet: chat or generate with it, or give -f TEXT")
     print(render.document(routing.describe(gathered, full=json), as_json=json))
@@ -67,7 +68,6 @@ def stats(
 def _analyse(folder: Path, files: list[Path], how: Loading, tokens: int, plot: Path | None, view: int | None,
              csv: bool, json: bool) -> None:
     """The routing of texts: into the folder `plot`, and to stdout in the form asked for."""
-    from qmix import oneshot
     from qmix.analysis import folder as output
     from qmix.analysis import report, texts
     from qmix.analysis.recorder import Collector
@@ -79,7 +79,7 @@ def _analyse(folder: Path, files: list[Path], how: Loading, tokens: int, plot: P
 
         plots.check()
         output.prepare(plot)
-    named = list(zip(texts.names(files), (oneshot.read_prompt(None, file, sys.stdin) for file in files), strict=True))
+    named = list(zip(texts.names(files), (read_prompt(None, file, sys.stdin) for file in files), strict=True))
     with Store.open(folder) as store:
         if view is not None and view >= len(store.model.record_layers):
             raise UsageError(f"--view {view}: the model has layers 0 to {len(store.model.record_layers) - 1}")
@@ -113,48 +113,3 @@ def _show_views(views: list[Any], layer: int, experts: int) -> None:
             Console(force_terminal=True, highlight=False).print(coloured(view, layer, experts), soft_wrap=True)
         else:
             print(plain(view, layer))
-
-
-def replay(
-    trace: Annotated[list[Path], typer.Argument(metavar="TRACE...", help="Recorded with --trace.")],
-    train: Annotated[list[Path] | None, typer.Option("--train", help="A trace of other prompts, whose statistics the "
-                                                     "caches start with; may be repeated.", show_default=False)] = None,
-    slots: Annotated[str | None, typer.Option("--slots", help="Slot counts, as 16,32; default: shares of all records.",
-                                              show_default=False)] = None,
-    cache_policy: Annotated[str | None, typer.Option("--cache-policy", help="Policies, as lru,lfu:64,static (lfu:64 "
-                                                     "forgets half in 64 tokens).", show_default=False)] = None,
-    quotas: Annotated[bool, typer.Option("--quotas", help="Also with a fixed share of slots for each layer.")] = False,
-    model: Annotated[str | None, typer.Option("--model", help="The store, for bytes per token.",
-                                              show_default=False)] = None,
-    output: Annotated[str, typer.Option("-o", "--output", help="table, md, csv, jsonl or json.")] = "table",
-) -> None:
-    """Replay recorded routing against caches of other sizes and policies, beside Belady's optimum."""
-    from qmix import routing
-    from qmix.store import Store
-
-    if output not in ("table", "md", "csv", "jsonl", "json"):
-        raise UsageError(f"-o {output}: want table, md, csv, jsonl or json")
-    record, identity = 0, ""
-    if model is not None:
-        with Store.open(paths.resolve(model, render.say, "store")) as store:
-            sizes = [store.layout.record(key).nbytes for key in store.model.expert_keys]
-            record, identity = round(sum(sizes) / len(sizes)), store.identity
-            if len(store.layout.kinds) > 1:
-                render.say(f"{store.path}: a mixed store; replayed as though any record fitted any slot")
-    policies = [policy.strip() for policy in (cache_policy or "").split(",") if policy.strip()]
-    report = routing.replay_report(trace, train or [], render.say, slots=_numbers(slots), policies=policies,
-                                   quotas=quotas, record=record, store=identity)
-    if output in ("json", "table"):
-        print(render.document(report, as_json=output == "json"))
-    else:
-        print(render.table(report["policies"], output))
-
-
-def _numbers(text: str | None) -> list[int]:
-    try:
-        values = [int(part) for part in (text or "").split(",") if part.strip()]
-    except ValueError:
-        values = [0]
-    if any(not 1 <= value <= 10**6 for value in values):
-        raise UsageError(f"--slots {text}: want whole numbers, as 16,32")
-    return values

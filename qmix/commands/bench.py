@@ -1,4 +1,4 @@
-"""The command that measures speed: bench."""
+"""`qmix bench`: how fast a store runs. bench/ has the measurement."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Annotated, Any
 import typer
 
 from qmix import render, streams
-from qmix.cli.options import (
+from qmix.commands.loading import Loading, load_engine
+from qmix.commands.options import (
     Activations,
     CachePolicy,
     Device,
     Exact,
     KvCache,
-    Loading,
     Margin,
     ModelArgument,
     NoPrefetch,
@@ -28,10 +28,10 @@ from qmix.cli.options import (
     Threads,
     Verify,
     Vram,
-    load_engine,
     model_folder,
     size_or_auto,
 )
+from qmix.commands.prompt import read_prompt
 from qmix.errors import UsageError
 
 OUTPUTS = ("md", "json", "jsonl", "csv")
@@ -59,12 +59,11 @@ def bench(
     if output not in OUTPUTS:
         raise UsageError(f"-o {output}: want {', '.join(OUTPUTS)}")
     from qmix import bench as benchmark
-    from qmix import oneshot
 
     streams.check_stdout()
     cases = benchmark.make_cases(*(benchmark.numbers(flag, text) for flag, text in (
         ("-p", prompt_tokens), ("-n", gen_tokens), ("-d", depth))))
-    text = benchmark.recorded_text() if file is None else oneshot.read_prompt(None, file, sys.stdin)
+    text = benchmark.recorded_text() if file is None else read_prompt(None, file, sys.stdin)
     how = Loading(0, threads, ram, margin, cache_policy, prefetch, no_prefetch, verify, activations, kv_cache,
                   None, device, vram, pin, exact)
     request = benchmark.Request(model_folder(model), cases, repetitions, text, "recorded" if file is None else

@@ -161,18 +161,6 @@ def _beside(machine: Machine, say: Callable[[str], None]) -> tuple[int, int]:
     return taken, gpu.beside if gpu else UNMEASURED
 
 
-def known_speeds(cache_file: Path | None, say: Callable[[str], None]) -> Speeds | None:
-    """What `qmix doctor --bandwidth` measured on this machine; None where it did not, or there is no such file."""
-    if cache_file is None or not cache_file.is_file():
-        return None
-    from qmix.hardware import bandwidth
-
-    measured = bandwidth.load(cache_file, say)
-    if measured is None or measured.disk_gbps is None:
-        return None
-    return Speeds(measured.ram_gbps, measured.disk_gbps, measured.h2d_gbps, measured.vram_gbps)
-
-
 def _ram(machine: Machine) -> int:
     if machine.ram is not None:
         if machine.margin is not None:

@@ -1,4 +1,4 @@
-"""Commands that talk: chat, generate, demo."""
+"""`qmix chat`: a conversation in the terminal. chat/ has the conversation itself."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from qmix import paths, render, streams
-from qmix.cli.options import (
+from qmix import paths, render
+from qmix.commands.loading import Loading, load_engine
+from qmix.commands.options import (
     Activations,
     CachePolicy,
     Context,
@@ -18,7 +19,6 @@ from qmix.cli.options import (
     Draft,
     Exact,
     KvCache,
-    Loading,
     Margin,
     MaxTokens,
     MinP,
@@ -38,8 +38,6 @@ from qmix.cli.options import (
     Trace,
     Verify,
     Vram,
-    checked,
-    load_engine,
     model_folder,
     sampling,
 )
@@ -68,7 +66,7 @@ def chat(
     params = sampling(temp, top_p, top_k, min_p, repeat_penalty, seed, max_tokens, stop)
     how = Loading(ctx_size, threads, ram, margin, cache_policy, prefetch, no_prefetch, verify, activations, kv_cache,
                   trace, device, vram, pin, exact)
-    _chat(model_folder(model), model or "", params, system, resume, stats, how, draft)
+    run_chat(model_folder(model), model or "", params, system, resume, stats, how, draft)
 
 
 class ChatCommand(TyperCommand):
@@ -90,8 +88,9 @@ def _list_saved(model: str | None) -> None:
     print(render.table([{key: render.clean(str(value)) for key, value in row.items()} for row in found]))
 
 
-def _chat(folder: Path, name: str, params: SamplingParams, system: str | None, resume: str | None, stats: bool,
-          how: Loading, draft: int) -> None:
+def run_chat(folder: Path, name: str, params: SamplingParams, system: str | None, resume: str | None, stats: bool,
+             how: Loading, draft: int) -> None:
+    """Load the model in `folder` and chat with it. name: how the user named it; resume: see --continue."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UsageError("chat needs a terminal", "for pipes and scripts: qmix generate MODEL -p \"...\"")
     from qmix import chat as chat_package
@@ -100,52 +99,3 @@ def _chat(folder: Path, name: str, params: SamplingParams, system: str | None, r
         raise typer.Exit(chat_package.run(engine, model_name=name or folder.name, params=params, system=system,
                                           resume=resume, stats=stats, draft=draft,
                                           state_dir=paths.if_any(paths.state_folder)))
-
-
-def generate(
-    model: ModelArgument = None,
-    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="The prompt; - or none reads stdin.",
-                                               show_default=False)] = None,
-    file: Annotated[Path | None, typer.Option("-f", "--file", help="Read the prompt from a file.",
-                                              show_default=False)] = None,
-    system: System = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="One JSON document: text, token_ids, finish_reason, "
-                                       "timings, tiers.")] = False,
-    temp: Temp = 0.7, top_p: TopP = 0.95, top_k: TopK = 0, min_p: MinP = 0.0, repeat_penalty: Penalty = 1.0,
-    seed: Seed = None, stop: Stop = None, max_tokens: MaxTokens = -1, ctx_size: Context = 0, threads: Threads = None,
-    ram: Ram = "auto", margin: Margin = None, cache_policy: CachePolicy = "auto", prefetch: Prefetch = "auto",
-    no_prefetch: NoPrefetch = False, verify: Verify = "first", activations: Activations = "auto", trace: Trace = None,
-    draft: Draft = 7, kv_cache: KvCache = "bf16",
-    device: Device = "auto", vram: Vram = "auto", pin: Pin = "auto", exact: Exact = False,
-) -> None:
-    """Answer one prompt: the text on stdout, everything else on stderr."""
-    from qmix import oneshot
-
-    params = sampling(temp, top_p, top_k, min_p, repeat_penalty, seed, max_tokens, stop)
-    how = Loading(ctx_size, threads, ram, margin, cache_policy, prefetch, no_prefetch, verify, activations, kv_cache,
-                  trace, device, vram, pin, exact)
-    streams.check_stdout()
-    folder = model_folder(model)
-    text = oneshot.read_prompt(prompt, file, sys.stdin)
-    with load_engine(folder, how) as engine:
-        raise typer.Exit(oneshot.run(engine, text, params, system=system, raw=raw, as_json=json, draft=draft))
-
-
-def demo(
-    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Answer this and exit, instead of a chat.",
-                                               show_default=False)] = None,
-    temp: Temp = 0.7, seed: Seed = None, threads: Threads = None, device: Device = "auto",
-) -> None:
-    """Quantize the small bundled model (once) and chat with it: a toy for trying the machinery."""
-    from qmix import oneshot
-    from qmix.demo import demo_store
-
-    folder = demo_store(paths.models_folder() / "demo", render.say)
-    params = checked(SamplingParams, temp, seed=seed)
-    if prompt is None:
-        _chat(folder, "demo", params, None, None, False, Loading(threads=threads, device=device), 7)
-    else:
-        streams.check_stdout()
-        with load_engine(folder, Loading(threads=threads, device=device)) as engine:
-            raise typer.Exit(oneshot.run(engine, prompt, params, draft=7))

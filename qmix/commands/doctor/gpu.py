@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from qmix.commands.doctor.problem import Problem, Section
 from qmix.config import BLOCKS, GROUPED_BITS
 from qmix.device.cuda import Cuda, open_cuda
 from qmix.device.pinning import PAGE, pin_pool
-from qmix.doctor.problem import Problem, Section
 from qmix.errors import QmixError
 from qmix.hardware.memory import anonymous_memory
 from qmix.kernels.device_table import choose_device_kernels

@@ -7,7 +7,7 @@ import pytest
 import torch
 from oracles import decode_int4, numbers
 
-from qmix.formats import int4, pad, unpack
+from qmix.formats import grouped, pad, unpack
 from qmix.sizes import MatrixSpec
 
 SHAPES = [(64, 128, 1), (160, 200, 2), (97, 330, 1), (2, 1, 2), (33, 10, 1), (1000, 32, 2)]
@@ -20,7 +20,7 @@ def random_packed(spec: MatrixSpec, seed: int = 0):
     params = torch.zeros(2, spec.padded_rows, spec.padded_cols // spec.group_size, dtype=torch.bfloat16)
     real = torch.randn(2, spec.parts, spec.rows // spec.parts, params.shape[2], generator=random)
     params.view(2, spec.parts, -1, params.shape[2])[:, :, :spec.rows // spec.parts] = real.bfloat16()
-    return int4.pack(pad(q, spec, 2**(spec.bits - 1)), *params, spec), q
+    return grouped.pack(pad(q, spec, 2**(spec.bits - 1)), *params, spec), q
 
 
 def test_golden_bytes() -> None:
@@ -33,7 +33,7 @@ def test_golden_bytes() -> None:
     for r in range(33):
         for group in (0, 1):
             scale[r, group], zero[r, group] = 1 + r / 64, -2.0 if group else 0.0
-    m = int4.pack(pad(q, spec, 8), scale, zero, spec)
+    m = grouped.pack(pad(q, spec, 8), scale, zero, spec)
     want = bytearray()
     for block in (0, 1):
         for c in range(64):
@@ -85,13 +85,13 @@ def test_blocks_convert_both_ways(columns: int) -> None:
         return out
 
     wide, narrow = blocks_of(64), blocks_of(32)
-    assert torch.equal(int4.to_block(wide, 32), narrow)
-    assert torch.equal(int4.to_block(narrow, 64), wide)
-    assert int4.to_block(wide, 64) is wide
+    assert torch.equal(grouped.to_block(wide, 32), narrow)
+    assert torch.equal(grouped.to_block(narrow, 64), wide)
+    assert grouped.to_block(wide, 64) is wide
     odd = torch.cat((wide.flatten()[:5], wide.flatten()))[5:].view(wide.shape)  # not on an 8-byte boundary
-    assert torch.equal(int4.to_block(odd, 32), narrow)
+    assert torch.equal(grouped.to_block(odd, 32), narrow)
     with pytest.raises(ValueError, match="5 blocks"):
-        int4.to_block(narrow[:5], 64)
+        grouped.to_block(narrow[:5], 64)
 
 
 @pytest.mark.parametrize("bits", [4, 3, 2])
@@ -99,9 +99,9 @@ def test_codes_survive_the_way_there_and_back(bits: int) -> None:
     codes = torch.randint(-2**(bits - 1), 2**(bits - 1), (50, 128)).float()
     for block in (64, 32):
         out = torch.empty(128 // block, 50, block * bits // 8, dtype=torch.uint8)
-        int4.store_codes(codes, out)
+        grouped.store_codes(codes, out)
         back = torch.empty(50, 128)
-        int4.load_codes(out, back)
+        grouped.load_codes(out, back)
         assert torch.equal(back, codes)
 
 
@@ -111,13 +111,13 @@ def test_golden_bytes_of_int3_and_int2() -> None:
     q = torch.arange(32, dtype=torch.uint8).view(32, 1)
     params = torch.zeros(2, 32, 1, dtype=torch.bfloat16)
     three = MatrixSpec("int3", 32, 1, group_size=32, block=32)
-    m = int4.pack(pad(q % 8, three, 4), *params, three)
+    m = grouped.pack(pad(q % 8, three, 4), *params, three)
     assert m["qweight"].shape == (1, 32, 12)
     pairs = [sum((i + 8 * s) % 4 << 2 * s for s in range(4)) for i in range(8)]
     thirds = [sum((i + 4 * b) % 8 // 4 << b for b in range(8)) for i in range(4)]
     assert m["qweight"][0, 0].tolist() == pairs + thirds and thirds == [0xAA] * 4
     assert m["qweight"][0, 1].tolist() == [0] * 8 + [0xFF] * 4  # padding: the middle code, 4
     two = MatrixSpec("int2", 32, 1, group_size=32, block=32)
-    m = int4.pack(pad(q % 4, two, 2), *params, two)
+    m = grouped.pack(pad(q % 4, two, 2), *params, two)
     assert m["qweight"][0, 0].tolist() == pairs == [0, 0x55, 0xAA, 0xFF] * 2
     assert m["qweight"][0, 1].tolist() == [0xAA] * 8

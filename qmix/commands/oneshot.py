@@ -1,59 +1,23 @@
-"""One prompt, one answer: what `qmix generate` does with a loaded engine.
+"""One prompt, one answer: what `qmix generate` and `qmix demo -p` do with a loaded engine.
 
 The answer streams to stdout token by token, or is one JSON document at the end. Everything else goes to stderr.
 """
 
 from __future__ import annotations
 
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from qmix import streams
-from qmix.config import Cancel, SamplingParams
+from qmix.commands.interrupt import cancel_on_interrupt
+from qmix.config import SamplingParams
 from qmix.errors import UsageError
 from qmix.generate import Summary, generate
 from qmix.render import clean, dim, json_text, say
-from qmix.textfile import UTF16_MARKS, decode, read_text, with_plain_line_ends, without_mark
 from qmix.tokenizer import Message
 
 if TYPE_CHECKING:
     from qmix.engine import Engine
-
-
-def read_prompt(prompt: str | None, file: Path | None, stdin: TextIO) -> str:
-    """The prompt from the one place that was named: -p TEXT, -f FILE, or stdin (also -p -)."""
-    if prompt is not None and file is not None:
-        raise UsageError("-p and -f: both given", "name one source of the prompt")
-    if file is not None:
-        text = with_plain_line_ends(read_text(file, f"-f {file}"))
-    elif prompt in (None, "-"):
-        if stdin.isatty():
-            raise UsageError("no prompt: stdin is a terminal", 'give -p "..." or -f FILE, or talk with qmix chat')
-        text = without_mark(_piped(stdin))
-    else:
-        text = prompt or ""
-    if not text.strip():
-        raise UsageError("the prompt is empty")
-    return text
-
-
-def _piped(stdin: TextIO) -> str:
-    """All of stdin, as UTF-8 whatever the locale is. UsageError for UTF-16, of which nothing readable would be left."""
-    if not hasattr(stdin, "buffer"):
-        return stdin.read()
-    data = stdin.buffer.read()
-    if data.startswith(UTF16_MARKS):
-        decode(data, "stdin")
-    text, problem = streams.decoded(data)
-    if problem:
-        say(problem)
-    return with_plain_line_ends(text)
 
 
 def run(engine: Engine, prompt: str, params: SamplingParams, *, system: str | None = None, raw: bool = False,
@@ -121,20 +85,3 @@ def _report(summary: Summary, reason: str | None, params: SamplingParams, tiers:
     if reason == "cancelled":
         parts.append("interrupted")
     dim(" · ".join(parts))
-
-
-@contextmanager
-def cancel_on_interrupt() -> Iterator[Cancel]:
-    """A token that Ctrl-C sets; the second Ctrl-C interrupts at once."""
-    cancel = Cancel()
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        if cancel:
-            raise KeyboardInterrupt
-        cancel.set()
-
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield cancel
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -1,7 +1,7 @@
 """The command line: parse, call, turn a QmixError into its exit code.
 
-One file per kind of command; options.py has the flags they share. Heavy imports stand inside the commands, so that
-`qmix --help` answers without torch.
+The commands are in commands/, which has the flags that they share in options.py. Heavy imports stand inside the
+commands, so that `qmix --help` answers without torch.
 """
 
 from __future__ import annotations
@@ -13,14 +13,20 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from qmix import __version__, render, settings, streams
-from qmix.cli import failures
-from qmix.cli.bench import bench
-from qmix.cli.evaluate import evaluate
-from qmix.cli.machine import doctor, plan
-from qmix.cli.routing import replay, stats
-from qmix.cli.stores import list_models, quantize, show, verify
-from qmix.cli.talk import ChatCommand, chat, demo, generate
+from qmix import __version__, failures, render, settings, streams
+from qmix.commands.bench import bench
+from qmix.commands.chat import ChatCommand, chat
+from qmix.commands.demo import demo
+from qmix.commands.doctor.command import doctor
+from qmix.commands.eval import evaluate
+from qmix.commands.generate import generate
+from qmix.commands.list import list_models
+from qmix.commands.plan.command import plan
+from qmix.commands.quantize.command import quantize
+from qmix.commands.replay import replay
+from qmix.commands.show import show
+from qmix.commands.stats import stats
+from qmix.commands.verify import verify
 from qmix.errors import QmixError
 
 HELP = """Run Mixture-of-Experts models on one machine: 4-bit experts, one command to quantize, one to chat.

@@ -42,7 +42,7 @@ def pack(q: Tensor, scale: Tensor, zero: Tensor, spec: MatrixSpec) -> Packed:
         codes = q[row:row + rows].T.float().sub_(2**(spec.bits - 1)).contiguous()
         store_codes(codes, qweight[row // spec.block:(row + rows) // spec.block])
     qparams = torch.stack((scale.T, zero.T), dim=-1)
-    return Packed.of(spec, {"qweight": qweight, "qparams": qparams}, "int4.pack")
+    return Packed.of(spec, {"qweight": qweight, "qparams": qparams}, "grouped.pack")
 
 
 def store_codes(codes: Tensor, out: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Commands about stores: quantize, show, list, verify."""
+"""`qmix quantize`: a checkpoint becomes a store."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qmix import paths, render
-from qmix.cli.calibration import check_calibration, mixed_config, read_calibration, wanted_size
-from qmix.cli.options import ModelArgument, Threads, model_folder, quant_config
+from qmix.commands.options import Threads, quant_config
+from qmix.commands.quantize.calibration import check_calibration, mixed_config, read_calibration, wanted_size
 from qmix.config import CALIBRATED, GROUPED_BITS
-from qmix.errors import StoreError
-from qmix.sizes import format_bytes
 
 if TYPE_CHECKING:
     from qmix.checkpoint import Checkpoint
@@ -88,48 +86,3 @@ def _check_tokenizer(checkpoint: Checkpoint) -> None:
                    "generate will refuse the store until the original model's is copied into it")
         return
     load(checkpoint.path, checkpoint.model.vocab)
-
-
-def show(model: ModelArgument = None,
-         experts: Annotated[bool, typer.Option(
-             "--experts", help="Also every expert's errors and, of a calibrated store, tokens.")] = False,
-         json: Annotated[bool, typer.Option("--json", help="As one JSON document.")] = False) -> None:
-    """Print a store's shape, formats, sizes and quantization errors."""
-    from qmix.store import Store, describe, expert_rows
-
-    with Store.open(model_folder(model)) as store:
-        found = describe(store)
-        if experts:
-            found["all_experts"] = expert_rows(store.manifest)
-        print(render.document(found, as_json=json))
-
-
-def list_models(json: Annotated[bool, typer.Option("--json", help="As one JSON document.")] = False) -> None:
-    """List the stores that have an alias."""
-    rows = [{"alias": p.name, "size": _folder_bytes(p) if json else format_bytes(_folder_bytes(p)),
-             "folder": str(p)} for p in paths.local_stores()]
-    if not rows and not json:
-        render.say(f"no stores in {paths.models_folder()}; a store is found there by its folder's name")
-    else:
-        print(render.table(rows, "json" if json else "table"))
-
-
-def _folder_bytes(folder: Path) -> int:
-    return sum(p.stat().st_size for p in folder.iterdir() if p.is_file())
-
-
-def verify(model: ModelArgument = None,
-           deep: Annotated[bool, typer.Option("--deep", help="Also read every byte and check its checksum.")] = False,
-           ) -> None:
-    """Check a store; exit 4 names what is damaged."""
-    from qmix.store import Store
-
-    folder = model_folder(model)
-    with Store.open(folder) as store, render.byte_bar("verify") as progress:
-        problems = store.verify(deep, progress)
-    for problem in problems:
-        render.say(f"damaged: {problem}")
-    if problems:
-        raise StoreError(f"{folder}: {len(problems)} of its parts are damaged", "quantize it again, or copy it again")
-    depth = "every checksum agrees" if deep else "structure agrees; --deep also checks every byte"
-    print(f"{folder}: {depth}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qmix import paths, render
-from qmix.cli.options import flag_bytes
+from qmix.commands.options import flag_bytes
 from qmix.config import CALIBRATED, QuantConfig
 from qmix.errors import UsageError
 from qmix.sizes import MIB, format_bytes

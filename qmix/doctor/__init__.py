@@ -1,7 +1,0 @@
-"""`qmix doctor`: what this machine has and what is wrong with it (report.py, its GPU in gpu.py), and the measurement of
-configurations of the GPU's kernels (tuning.py)."""
-
-from qmix.doctor.report import run
-from qmix.doctor.tuning import tune
-
-__all__ = ["run", "tune"]
