@@ -59,7 +59,8 @@ def stats(
         saved.unlink(missing_ok=True)
         render.say(f"forgotten: {saved}")
         return
-    gathered = router_stats.load(paths.routing_folder(), identity, len(config.record_layers), config.num_experts, render.say)
+    gathered = router_stats.load(paths.routing_folder(), identity, len(config.record_layers), config.num_experts,
+                                 render.say)
     if not any(gathered.total(phase).tokens for phase in router_stats.PHASES):
         render.say("no run has gathered statistics of this store yet: chat or generate with it, or give -f TEXT")
     print(render.document(routing.describe(gathered, full=json), as_json=json))
