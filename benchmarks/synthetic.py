@@ -39,6 +39,7 @@ from qmix.quantize.sensitivity import Sensitivity
 from qmix.sizes import MatrixSpec, format_bytes, parse_bytes
 from qmix.spec import Model
 from qmix.spec import Tensor as Named
+from qmix.spec.model import layer_of
 from qmix.store import CONFIG, MANIFEST, DenseEntry, FileEntry, Manifest, RecordEntry, StoreLayout, StoreWriter
 from qmix.store.raw import digest
 
@@ -75,8 +76,7 @@ def dense_matrix(random: np.random.Generator, spec: MatrixSpec, spread: float) -
 
 def dense_tensor(recipe: Recipe, tensor: Named, spec: MatrixSpec | None) -> dict[str, Tensor]:
     """{tensor name: values} of one dense tensor of the model."""
-    parts = tensor.name.split(".")
-    layer = int(parts[2]) if parts[1] == "layers" else 0
+    layer = layer_of(tensor.name) or 0
     if spec is None:
         if tensor.role == "embedding":
             whole = torch.empty(tensor.shape, dtype=torch.bfloat16)
@@ -85,7 +85,7 @@ def dense_tensor(recipe: Recipe, tensor: Named, spec: MatrixSpec | None) -> dict
             return {"weight": whole}
         plain = torch.from_numpy(recipe.router(layer)) if tensor.role == "router" else torch.ones(tensor.shape)
         return {"weight": plain.bfloat16()}
-    kind = "head" if tensor.role == "head" else parts[4][0]  # "q" of q_proj
+    kind = "head" if tensor.role == "head" else tensor.name[-1]  # "q" of layers.0.attention.q
     if kind != "q":
         return dense_matrix(recipe.stream(kind, layer), spec, recipe.spread(kind, layer))
     group = recipe.heads // recipe.kv_heads  # query heads of a key head, whose copies they are

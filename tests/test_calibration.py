@@ -104,10 +104,10 @@ def test_sums_are_those_of_the_inputs(tmp_path: Path) -> None:
         first = F.rms_norm(source.dense("embedding")[ids.flatten()].double(), (64,),
                            source.dense("layers.0.before_mixer").double(), source.model.final_norm.eps)
         attention = found["0.attention"]
-        for name in ("q_proj", "k_proj", "v_proj"):
+        for name in ("q", "k", "v"):
             check(attention[name], first, source.dense(f"layers.0.attention.{name}").double())
-        assert attention["k_proj"].factor(None) is attention["v_proj"].factor(None)  # made once
-        assert attention["o_proj"].count == 200
+        assert attention["k"].factor(None) is attention["v"].factor(None)  # made once
+        assert attention["o"].count == 200
 
 
 def check(inputs: Inputs, x: Tensor, weight: Tensor) -> None:

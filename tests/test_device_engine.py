@@ -249,10 +249,9 @@ def test_drafts_have_the_bits_of_single_tokens(stores: dict[str, Path], monkeypa
         assert other is None and engine.pace(4) is not None
 
 
-def test_sessions_that_decode_together(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sessions_that_decode_together(stores: dict[str, Path]) -> None:
     with Store.open(stores["int4"]) as store:
         kv = Needs.of(store.model, store.quant, CONTEXT).kv
-    monkeypatch.setattr("qmix.offload.plan.PREFILL_PASS", 8192)
     with load(stores["int4"], threads=1, context=CONTEXT, activations="bf16",
               placement=Placement(StandIn(delays(7)))) as engine:
         assert kv * 2 < engine.plan.tiers[0].budget - engine.plan.tiers[0].total

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from mixtrals import mixtral
 
 from qmix.device import StandIn
 from qmix.engine.compiling import COMPILED, LOG, compile_prompts
@@ -45,7 +46,7 @@ def compiled(kernels: Kernels) -> list[str]:
     weights = SimpleNamespace(layers=[SimpleNamespace(heads=[matrix("qkv", "int4")], o=matrix("o", "int4"))],
                               head=matrix("head", "int8"))
     offload = SimpleNamespace(experts=SimpleNamespace(views=[(matrix("w13", "int3"), matrix("w2", "int3"))]))
-    config = SimpleNamespace(hidden_size=8, num_heads=2, num_kv_heads=1, head_dim=4, sliding_window=None)
+    config = mixtral(16, 8, 8, 1, 2, 1, 4, 2, 1)
     device, lines = StandIn(), list[str]()
     try:
         compile_prompts(kernels, weights, offload, config, device, torch.float32, lines.append)  # type: ignore[arg-type]

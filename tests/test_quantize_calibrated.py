@@ -89,7 +89,7 @@ def test_outputs_on_the_text_are_nearer_than_hqqs(source: Path, whole: Path, tmp
     ours, theirs = off(whole), off(tmp_path / "hqq")
     assert ours[0] < 0.9 * theirs[0] and ours[1] < 0.9 * theirs[1]
     with Store.open(whole) as store:
-        record, dense = store.manifest.records[key], store.manifest.dense["lm_head.weight"]
+        record, dense = store.manifest.records[key], store.manifest.dense["head"]
         assert record.calibrated.output_error["w13"] == pytest.approx(ours[0], rel=0.01)
         assert dense.calibrated.output_error == {"all": pytest.approx(ours[1], rel=0.01)}
         assert record.calibrated.tokens == len(x) and dense.calibrated.tokens == TEXT.tokens
