@@ -1,4 +1,4 @@
-"""Small files of measurements; test_hardware.py has what may lie in the place of one."""
+"""Small files of measurements; test_bandwidth.py has what may lie in the place of one."""
 
 from __future__ import annotations
 
