@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -46,7 +45,7 @@ class DenseWeights:
     dtype: torch.dtype
     matrices: Mapping[str, Packed]
     tensors: Mapping[str, Tensor]
-    stacks: Mapping[tuple[str, ...], Packed] = MappingProxyType({})
+    stacks: Mapping[tuple[str, ...], Packed] = field(default_factory=dict)
 
 
 def compute_dtype(model: Model, formats: set[str], half: torch.dtype = torch.bfloat16) -> torch.dtype:
