@@ -16,11 +16,11 @@ from torch import Tensor
 from qmix.checkpoint import Checkpoint
 from qmix.config import DTYPES, Cancel, QuantConfig, Step
 from qmix.errors import Interrupted, StoreError, UsageError
+from qmix.formats import Packed
 from qmix.forward.kv_cache import SessionCache
 from qmix.forward.run_eager import Guesses
 from qmix.forward.runner import Runner
 from qmix.forward.weights import DenseWeights, assemble, compute_dtype, load_dense
-from qmix.formats import Packed
 from qmix.kernels import native
 from qmix.kernels.attention import choose_attention, choose_attentions
 from qmix.kernels.kv_size import kv_bytes
@@ -237,7 +237,8 @@ def test_weights_that_do_not_fit_are_refused(base: Path) -> None:
         assert asked == [t.name for t in model.tensors()]
         assert {*dense.matrices, *dense.tensors} == set(asked)
         for name, found, message in (
-                ("layers.1.attention.o", read("layers.1.attention.k"), r"got int4 \[32, 64\], want a matrix \[64, 64\]"),
+                ("layers.1.attention.o", read("layers.1.attention.k"),
+                 r"got int4 \[32, 64\], want a matrix \[64, 64\]"),
                 ("layers.0.before_mlp", torch.zeros(3), r"got a tensor \[3\], want a tensor \[64\]"),
                 ("layers.2.router.weight", read("head"), r"got int4 \[128, 64\], want a tensor \[4, 64\]"),
                 ("head", torch.zeros(128, 64), r"got a tensor \[128, 64\], want a matrix")):

@@ -9,7 +9,7 @@ Linears that read the same buffer are one call. With an observer every Op is com
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -234,12 +234,11 @@ class Steps:
 
 
 def run_ops(model: Model, program: Sequence[Op], weights: Weights, buffers: Buffers, spans: Sequence[Span],
-            observe: Observe | None = None) -> None:
-    """Compute Ops that lie between two Experts (program.pieces) on buffers, [T, ...] each, of the tokens of `spans`:
-    what they write is in `buffers` afterwards; some are overwritten. By torch, an Op at a time; observe sees each. For
-    several Ops over many buffers Steps saves making them anew."""
+            after: Collection[str], observe: Observe | None = None) -> None:
+    """Compute Ops that lie between two Experts (program.pieces) by torch on buffers, [T, ...] each, of the tokens of
+    `spans`. Afterwards those of `after` are in `buffers`, others may be gone; some are overwritten in place."""
     block = Block(0, sum(span.tokens for span in spans), spans)
-    for step in Steps(model, weights, observe=observe).steps(program, set(buffers)):
+    for step in Steps(model, weights, observe=observe).steps(program, set(after)):
         step(buffers, block)
 
 
