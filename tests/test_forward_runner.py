@@ -29,7 +29,6 @@ from qmix.forward.weights import PACKED, DenseWeights, assemble
 from qmix.kernels import native, ops
 from qmix.kernels.attention import choose_attentions
 from qmix.kernels.kv_size import kv_bytes
-from qmix.kernels.op import Op
 from qmix.kernels.table import select
 from qmix.kernels.torch_ops import PlainWeights
 from qmix.quantize.methods import quantize
@@ -181,7 +180,7 @@ def test_a_layer_alone_gives_what_it_gives_in_a_pass(kind: str) -> None:
     spec = spec_of(kind)
     weights, seen = random_weights(spec), []
     w = PlainWeights(weights)
-    want = [run(eager(spec, weights), ids, len(ids)) for ids in (IDS[:9], IDS[20:29])]
+    want: Any = [run(eager(spec, weights), ids, len(ids)) for ids in (IDS[:9], IDS[20:29])]
     residual = weights["embedding"][torch.cat((IDS[:9], IDS[20:29]))].clone()
     experts = plain_experts(spec, w)
     for i in range(len(spec.layers)):
@@ -196,8 +195,8 @@ def test_a_layer_alone_gives_what_it_gives_in_a_pass(kind: str) -> None:
             elif not isinstance(op, ops.Take):
                 run_ops(spec, piece, w, buffers, spans, KEPT, lambda op, inputs: seen.append((op, inputs)))
         residual = buffers["residual"]
-    head = eager(spec, weights).head(residual)
-    assert torch.equal(head, torch.cat(want))
+    head, want = eager(spec, weights).head(residual), torch.cat(want)
+    assert (head - want).norm() < 1e-4 * want.norm()  # other sums of products; a wrong position moves it by a tenth
     linear = [(op.weight.name, tuple(inputs[0].shape)) for op, inputs in seen if isinstance(op, ops.Linear)]
     assert ("layers.1.attention.o", (18, 32)) in linear
 
@@ -230,17 +229,11 @@ def test_what_the_native_kernels_lack_is_named() -> None:
     assert "native" in runner.single_tokens and runner.single_tokens != "native"
 
 
-def observed(op: Op, inputs: tuple[Tensor, ...]) -> None:
-    """An observer that does nothing."""
-
-
 def test_an_observer_changes_no_bit_of_a_prompt() -> None:
     spec = spec_of("full")
     weights = random_weights(spec)
-    w = PlainWeights(weights)
     found = []
-    for seen in (None, observed):
+    for seen in (None, lambda op, inputs: None):
         model = eager(spec, weights, seen=seen)
         found.append(model.forward(IDS[:20], [model.new_cache(20)], Step("prefill"), True))
     assert torch.equal(*found)
-    assert w.dtype == torch.float32
