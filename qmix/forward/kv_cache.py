@@ -80,6 +80,8 @@ class SessionCache:
                 self.layers[i] = WindowLayer(mixer.window, keys, values)
             else:
                 self.layers[i] = FullLayer(keys, values, own, attend)
+        # What trimming does not bring back by itself.
+        self._states = [layer for layer in self.layers if isinstance(layer, WindowLayer | RecurrentLayer)]
         self.capacity = capacity
         self.length = 0
         self._addresses: list[tuple[int, int, int, int]] = []
@@ -116,7 +118,7 @@ class SessionCache:
 
     def can_trim(self, length: int) -> bool:
         """Whether `trim` can go back to `length`: else a snapshot must."""
-        return length == self.length or all(layer.can_trim(length) for layer in self.layers if layer is not None)
+        return length == self.length or all(layer.can_trim(length) for layer in self._states)
 
     def trim(self, length: int) -> None:
         """Forget all positions from `length` on; what follows overwrites them."""
@@ -125,9 +127,8 @@ class SessionCache:
         if not self.can_trim(length):
             raise ValueError(f"trim: {length} of {self.length} positions are no longer whole: restore a snapshot")
         if length < self.length:
-            for layer in self.layers:
-                if layer is not None:
-                    layer.trim(length)
+            for layer in self._states:
+                layer.trim(length)
         self._cut(length)
 
     def begin(self, count: int) -> Snapshot:
@@ -150,15 +151,13 @@ class SessionCache:
         self._load(snapshot)
 
     def _save(self, copy: bool) -> Snapshot:
-        saved = [() if layer is None else layer.save(copy) for layer in self.layers]
-        return Snapshot(self.length, len(self._cuts), saved)
+        return Snapshot(self.length, len(self._cuts), [layer.save(copy) for layer in self._states])
 
     def _load(self, snapshot: Snapshot) -> None:
-        for layer, saved in zip(self.layers, snapshot.layers, strict=True):
-            if layer is not None:
-                layer.load(saved)
-                if snapshot.length == 0:
-                    layer.trim(0)
+        for layer, saved in zip(self._states, snapshot.layers, strict=True):
+            layer.load(saved)
+            if snapshot.length == 0:
+                layer.trim(0)
         self._cut(snapshot.length)
 
     def _cut(self, length: int) -> None:

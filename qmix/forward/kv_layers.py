@@ -100,18 +100,6 @@ class FullLayer:
     def read(self, end: int) -> tuple[Tensor, Tensor]:
         return self.keys[:, :end], self.values[:, :end]
 
-    def can_trim(self, length: int) -> bool:
-        return True
-
-    def trim(self, length: int) -> None:
-        pass
-
-    def save(self, copy: bool) -> tuple[Tensor, ...]:
-        return ()
-
-    def load(self, saved: tuple[Tensor, ...]) -> None:
-        pass
-
 
 class Int8Layer(FullLayer):
     """keys, values [KV, capacity, D] int8, scales [KV, capacity] fp32; dtype: what prompts compute attention in. A

@@ -12,8 +12,8 @@ logits; in the last layer the experts compute their rows alone, and Take leaves 
 Where guesses are asked for, the routers of the next layers are asked behind each router what they would choose now.
 
 Buffers: "residual" fp32; "normed" what a mixer or the experts read; "wide" the same in fp32, for a router; "mixed" what
-a mixer gives; "moe" what an MLP gives; "ahead1", "ahead2", ... the guesses for the next layers with experts; the others
-are the Op's own names.
+a mixer gives; "moe" what an MLP gives; "final" fp32, what the head reads; "ahead1", "ahead2", ... the guesses for the
+next layers with experts; the others are the Op's own names.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def embed_program(model: Model) -> Op:
 def head_program(model: Model) -> tuple[Op, ...]:
     """ "residual" to "logits"."""
     tensors = _tensors(model)
-    return (Norm("residual", None, "normed", model.final_norm, model.hidden, tensors.get("final_norm")),
-            Head("normed", "logits", tensors["embedding" if model.tied else "head"], model.logit_softcap))
+    return (Norm("residual", None, "final", model.final_norm, model.hidden, tensors.get("final_norm")),
+            Head("final", "logits", tensors["embedding" if model.tied else "head"], model.logit_softcap))
 
 
 def layer_program(model: Model, i: int, depth: int = 0, count: int = 0) -> tuple[Op, ...]:
