@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from qmix.config import Step
 from qmix.forward.kv_cache import SessionCache
-from qmix.forward.run_eager import Eager
+from qmix.forward.run_eager import Eager, ExpertsBy, program_of
 from qmix.kernels import ops, torch_ops
-from qmix.kernels.torch_ops import Weights
+from qmix.kernels.layer import TORCH
+from qmix.kernels.torch_ops import PlainWeights
 from qmix.spec import Model
 
 IDS = torch.randint(0, 96, (46,), generator=torch.Generator().manual_seed(1))
@@ -125,13 +127,22 @@ def _experts(name: str, tensor: Tensor, architecture: str) -> Iterator[tuple[str
 
 def eager(spec: Model, weights: dict[str, Tensor], dtype: torch.dtype = torch.float32,
           seen: Callable[..., None] | None = None) -> Eager:
-    """The eager runner with all experts in memory."""
-    w = Weights(weights, dtype)
+    """The eager runner with all experts in memory, and rings for windows."""
+    w = PlainWeights(weights, dtype)
+    return Eager(spec, w, plain_experts(spec, w), caches=partial(SessionCache, rings=True), observe=seen)
 
-    def experts(op: ops.Experts, source: Tensor, ids: Tensor, step: Step) -> Tensor:
-        return torch_ops.experts(op, w, source, ids)
 
-    return Eager(spec, weights, experts, dtype, observe=seen)
+def plain_experts(spec: Model, w: PlainWeights) -> ExpertsBy:
+    """What pages experts, over plain tensors that all lie in memory."""
+    found = {op.layer: op for op in program_of(spec) if isinstance(op, ops.Experts)}
+
+    def experts(layer: int, x: Tensor, ids: Tensor, topk_weights: Tensor, step: Step, ahead: Tensor | None = None,
+                wanted: Tensor | None = None) -> Tensor:
+        if wanted is not None:
+            x, ids, topk_weights = x[wanted], ids[wanted], topk_weights[wanted]
+        return TORCH.combine(torch_ops.experts(found[layer], w, x, ids), topk_weights)
+
+    return experts
 
 
 def run(model: Eager, ids: Tensor, prompt: int, cache: SessionCache | None = None) -> Tensor:

@@ -8,21 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from forward_models import IDS, eager, run
+from forward_models import IDS, eager, plain_experts, run
 from helpers import keep_weights, write_tiny_checkpoint
 from torch import Tensor
 
 from qmix.checkpoint import Checkpoint
 from qmix.config import DTYPES, Cancel, Step
 from qmix.errors import Interrupted, UsageError
-from qmix.forward import run_eager
-from qmix.forward.kv_cache import SLACK, FullLayer, RecurrentLayer, SessionCache, WindowLayer
+from qmix.forward import passes, run_eager
+from qmix.forward.kv_cache import SessionCache
+from qmix.forward.kv_layers import FullLayer, RecurrentLayer, WindowLayer
 from qmix.forward.program import model_program, pass_tokens
-from qmix.kernels import ops, torch_ops
-from qmix.kernels.layer import TORCH
+from qmix.kernels import ops
+from qmix.kernels.kv_size import SLACK
 from qmix.kernels.op import Op
 from qmix.kernels.table import select
-from qmix.kernels.torch_ops import Weights
+from qmix.kernels.torch_ops import PlainWeights
 from qmix.model.mixtral import Mixtral
 from qmix.spec import Attention, DeltaNet, Expert, Layer, Mlp, Model, Moe, Norm, Norms, Rope, Router
 
@@ -66,15 +67,7 @@ def test_the_same_bits_as_mixtral_has_in_torch(tmp_path: Path, monkeypatch: pyte
     with Checkpoint.open(folder) as source:
         spec, weights = source.model, mixtral_weights(source)
         mine = eager(spec, weights, dtype)
-        w = Weights(weights, dtype)
-
-        def experts(layer: int, x: Tensor, ids: Tensor, gains: Tensor, step: Step, ahead: Tensor | None,
-                    wanted: Tensor | None) -> Tensor:
-            op = ops.Experts(layer, "x", "ids", "rows", spec.hidden, 96, 4, 2)
-            if wanted is not None:
-                x, ids, gains = x[wanted], ids[wanted], gains[wanted]
-            return TORCH.combine(torch_ops.experts(op, w, x, ids), gains)
-
+        experts = plain_experts(spec, PlainWeights(weights, dtype))
         kernels = select({DTYPES[source.model.dtype]}, say=lambda line: None)
         today = Mixtral(source.model, keep_weights(source), kernels, experts, ahead=0)
         caches = today.new_cache(600), mine.new_cache(600)
@@ -108,7 +101,8 @@ def test_blocks_and_passes_change_nothing_but_rounding(kind: str, monkeypatch: p
     spec = spec_of(kind)
     weights = random_weights(spec)
     want = run(eager(spec, weights), IDS, 40)
-    monkeypatch.setattr(run_eager, "BLOCK", 8)
+    for module in (run_eager, passes):
+        monkeypatch.setattr(module, "BLOCK", 8)
     monkeypatch.setattr(run_eager, "pass_tokens", lambda model: 16)
     model = eager(spec, weights)
     got = run(model, IDS, 40)
@@ -185,19 +179,21 @@ def test_an_observer_sees_every_op_and_what_it_reads() -> None:
     model = eager(spec, random_weights(spec),
                   seen=lambda op, inputs: seen.append((op, [tuple(x.shape) for x in inputs])))
     model.forward(IDS[:9], [model.new_cache(9)], Step("prefill"))
-    assert [op for op, _ in seen] == [op for op in model_program(spec) if not isinstance(op, ops.Take)]
+    assert [op for op, _ in seen] == [op for op in model_program(spec) if not isinstance(op, ops.Take | ops.Combine)]
     shapes = {(type(op), op.weight.name): shape for op, shape in seen if isinstance(op, ops.Linear)}
     assert shapes[ops.Linear, "layers.1.attention.o"] == [(9, 32)]
+    assert [shape for op, shape in seen if isinstance(op, ops.Add)][-1] == [(1, 32), (1, 32)]  # one row is wanted
     last = [shape for op, shape in seen if isinstance(op, ops.Experts)]
-    assert last == [[(9, 32), (9, 2)], [(9, 32), (9, 2)], [(1, 32), (1, 2)]]  # of the last layer one row is wanted
+    assert last == [[(9, 32), (9, 2)]] * 3
 
 
 def test_a_window_takes_no_more_memory_than_itself() -> None:
-    cache = SessionCache(spec_of("window"), 500)
+    cache = SessionCache(spec_of("window"), 500, rings=True)
     assert [type(layer) for layer in cache.layers] == [WindowLayer, FullLayer] * 2
     row = 2 * 2 * 8 * 4  # keys and values of two heads of 8, fp32
     assert cache.nbytes == 2 * row * (WINDOW + SLACK) + 2 * row * 500
-    assert [type(layer) for layer in SessionCache(spec_of("window"), WINDOW + SLACK).layers] == [FullLayer] * 4
+    short = SessionCache(spec_of("window"), WINDOW + SLACK, rings=True)
+    assert [type(layer) for layer in short.layers] == [FullLayer] * 4
     delta = SessionCache(spec_of("delta"), 500).layers[0]
     assert isinstance(delta, RecurrentLayer)
     assert delta.nbytes == 4 * (4 * 8 * 8 + 3 * 64)
@@ -207,7 +203,7 @@ def test_a_layer_that_others_read_keeps_every_position() -> None:
     window = replace(ATTENTION, window=WINDOW)
     mixers = [window, window, replace(window, kv_source=0)]
     spec = Model("test", 32, 96, 512, tuple(Layer(m, MOE, Norms(NORM, NORM)) for m in mixers), NORM, "float32")
-    assert [type(layer) for layer in SessionCache(spec, 500).layers] == [FullLayer, WindowLayer, type(None)]
+    assert [type(layer) for layer in SessionCache(spec, 500, rings=True).layers] == [FullLayer, WindowLayer, type(None)]
 
 
 @pytest.mark.parametrize("kind", KINDS)

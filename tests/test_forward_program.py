@@ -76,11 +76,16 @@ def test_pieces_are_the_program_cut_at_experts_and_at_the_last_rows(name: str) -
     cut = pieces(program)
     assert tuple(op for piece in cut for op in piece) == program
     for piece in cut:
-        assert len(piece) == 1 or not any(isinstance(op, ops.Experts | ops.Take) for op in piece)
+        kinds = [type(op) for op in piece]
+        assert kinds in ([ops.Take], [ops.Experts, ops.Combine]) or not {ops.Take, ops.Experts, ops.Combine} & {*kinds}
     takes = [op for op in program if isinstance(op, ops.Take)]
     assert len(takes) == 1
-    after = program[program.index(takes[0]) + 1:]
-    assert live(after) == set(takes[0].buffers)
+    at = program.index(takes[0])
+    last, after = program[at - 1], program[at + 1:]
+    given = {last.out} if isinstance(last, ops.Combine) else set()  # the wanted rows alone, already
+    assert live(after) == set(takes[0].buffers) | given
+    experts = [op for op in program if isinstance(op, ops.Experts)]
+    assert [op for op in experts if op.last] == (experts[-1:] if given else [])
     assert not any(isinstance(op, ops.Attend | ops.Conv | ops.Delta | ops.Route) for op in after)
 
 

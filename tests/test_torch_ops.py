@@ -16,7 +16,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qmix.kernels import ops, torch_ops
 from qmix.kernels.rope import inv_freq
-from qmix.kernels.torch_ops import Weights
+from qmix.kernels.torch_ops import PlainWeights
 from qmix.spec import (
     Activation,
     Attention,
@@ -80,8 +80,8 @@ def test_attention_against_sums_in_float64(changes: dict[str, Any], count: int,
     monkeypatch.setattr(torch_ops, "SCORES", 4 * 20 * 3 * 4 * 2)  # two queries a tile
     attention = replace(Attention(4, 2, 8, None), **changes)
     q, keys, values, sinks = randn(count, 32), randn(2, 20, 8, seed=1), randn(2, 20, 8, seed=2), randn(4, seed=3)
-    op = ops.Attend("q", "k", "v", "out", 0, attention, Named("s", (4,), "other") if attention.sinks else None)
-    got = torch_ops.attend_to(op, Weights({"s": sinks}), q, keys, values).view(count, 4, 8)
+    got = torch_ops.attend_to(attention, sinks if attention.sinks else None, q.view(count, 4, 8), keys, values)
+    got = got.view(count, 4, 8)
     for t in range(count):
         at = 20 - count + t
         first = 0 if attention.window is None else max(0, at - attention.window + 1)
@@ -113,7 +113,7 @@ def test_a_choice_against_the_definition(name: str) -> None:
     vectors = {"logit_bias": randn(8, seed=2), "choice_bias": randn(8, seed=3) * 0.3, "expert_scale": randn(8, seed=4)}
     tensors = {name: Named(name, (8,), "router") if getattr(router, name) else None for name in vectors}
     op = ops.Route("x", "ids", "w", router, Named("weight", (8, 16), "router"), **tensors)
-    ids, weights = torch_ops.route(op, Weights({"weight": weight, **vectors}), x)
+    ids, weights = torch_ops.route(op, PlainWeights({"weight": weight, **vectors}), x)
     for t in range(len(x)):
         logits = weight.double().numpy() @ x[t].double().numpy()
         logits = logits + vectors["logit_bias"].double().numpy() if router.logit_bias else logits
@@ -137,7 +137,7 @@ def test_a_choice_against_the_definition(name: str) -> None:
 def test_logits_that_saturate_leave_the_choice_to_themselves() -> None:
     """Sigmoids of 40 and 50 are both 1 in fp32."""
     op = ops.Route("x", "ids", "w", Router(4, 2, "sigmoid", "all"), Named("w", (4, 4), "router"))
-    ids, _ = torch_ops.route(op, Weights({"w": torch.eye(4)}), torch.tensor([[30.0, 40.0, 50.0, 45.0]]))
+    ids, _ = torch_ops.route(op, PlainWeights({"w": torch.eye(4)}), torch.tensor([[30.0, 40.0, 50.0, 45.0]]))
     assert ids.tolist() == [[2, 3]]
 
 
@@ -145,7 +145,7 @@ def test_logits_that_saturate_leave_the_choice_to_themselves() -> None:
 def test_a_convolution_goes_on_where_it_stopped(cuts: list[int]) -> None:
     """Against torch's, over all tokens at once; rows of any cut have the same bits."""
     a, b, taps = randn(12, 3), randn(12, 5, seed=1), randn(8, 4, seed=2)
-    op, w = ops.Conv(("a", "b"), Named("taps", (8, 4), "other"), 0), Weights({"taps": taps})
+    op, w = ops.Conv(("a", "b"), Named("taps", (8, 4), "other"), 0), PlainWeights({"taps": taps})
     past, parts = torch.zeros(3, 8), []
     for x, y in zip(a.split(cuts), b.split(cuts), strict=True):
         found, past = torch_ops.conv(op, w, past, x, y)
@@ -166,7 +166,7 @@ def test_the_delta_rule_against_its_definition(cuts: list[int]) -> None:
     op = ops.Delta(*"qkvab", "out", 0, d, Named("a_log", (4,), "other"), Named("dt", (4,), "bias"))
     state, parts = torch.zeros(4, 6, 5), []
     for part in zip(*(x.split(cuts) for x in inputs), strict=True):
-        out, state = torch_ops.delta(op, Weights(vectors), state, *part)
+        out, state = torch_ops.delta(op, PlainWeights(vectors), state, *part)
         parts.append(out)
     q, k, v, a, b = (x.double().numpy() for x in inputs)
     for h in range(4):
@@ -184,7 +184,7 @@ def test_the_delta_rule_against_its_definition(cuts: list[int]) -> None:
 
 def test_norms_and_clips() -> None:
     x, weight = randn(3, 8), randn(4, seed=1)
-    w, named = Weights({"w": weight}, torch.bfloat16), Named("w", (4,), "norm")
+    w, named = PlainWeights({"w": weight}, torch.bfloat16), Named("w", (4,), "norm")
     heads = x.double().view(3, 2, 4)
     unit = heads / (heads.pow(2).mean(-1, keepdim=True) + 1e-3).sqrt()
     for kind, factor in (("plain", weight), ("one_plus", 1 + weight), ("none", torch.ones(4))):

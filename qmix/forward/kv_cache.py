@@ -1,144 +1,40 @@
-"""What one session remembers of its past tokens, layer by layer: keys and values, or the state of a delta net.
+"""What one session remembers of its past tokens, layer by layer (kv_layers.py).
 
-Three kinds of layer:
+Memory is allocated once, for `capacity` positions, and touched at once, so that a session which starts can also finish.
+What lies beyond `length` is scratch: a pass writes there, layer by layer, and `length` moves when the pass is complete.
 
-    FullLayer       every position                     trim: any length
-    WindowLayer     the last W + SLACK positions       trim: as far as the window of the next token is still there
-    RecurrentLayer  a state, and the convolution's     trim: only to nothing
-                    last inputs
+Most layers are trimmed by forgetting. A ring keeps SLACK positions beside its window, so that up to FEW tokens (one and
+its drafts) can be taken back; for anything longer a copy is made first: `begin` says how many tokens come, and
+`rollback` brings back what was there at `begin`. `snapshot` and `restore` do the same at any later time.
 
-A window of W positions keeps SLACK more, so that up to FEW tokens (one and its drafts) can be taken back. For anything
-longer a copy is made first: `begin` says how many tokens come, and `rollback` brings back what was there at `begin`.
-`snapshot` and `restore` do the same at any later time. `length` moves when a pass is complete.
+Without `rings` a layer with a window keeps every position: then a failed prompt is taken back without a copy, and the
+native kernel, which reads positions in order, attends. A layer whose keys and values another one reads keeps every
+position in any case.
 
-A layer whose keys and values another one reads keeps every position, also where it has a window of its own.
-
-KV key-value heads, D head size, T new positions, S positions.
+KV key-value heads, D head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from qmix.errors import UsageError
-from qmix.kernels.cpu import FEW
+from qmix.forward.kv_layers import AttendBy, CacheLayer, FullLayer, Int8Layer, RecurrentLayer, WindowLayer
+from qmix.hardware.memory import prefer_huge_pages
+from qmix.kernels.kv_size import positions
+from qmix.kernels.native import Attention as NativeAttention
+from qmix.kernels.native import Kept
+from qmix.kernels.op import FEW
 from qmix.spec import Attention, DeltaNet, Model
 
-SLACK = FEW - 1
-
-
-class FullLayer:
-    """Keys and values [KV, capacity, D], rotated."""
-
-    def __init__(self, attention: Attention, capacity: int, dtype: torch.dtype):
-        shape = (attention.kv_heads, capacity, attention.head_dim)
-        self.keys, self.values = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
-
-    @property
-    def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
-
-    def append(self, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store keys and values [T, KV, D] of positions start, start + 1, ...; all up to there [KV, S, D], as views."""
-        end = start + len(keys)
-        self.keys[:, start:end] = keys.transpose(0, 1)
-        self.values[:, start:end] = values.transpose(0, 1)
-        return self.read(end)
-
-    def read(self, end: int) -> tuple[Tensor, Tensor]:
-        return self.keys[:, :end], self.values[:, :end]
-
-    def can_trim(self, length: int) -> bool:
-        return True
-
-    def trim(self, length: int) -> None:
-        pass
-
-    def save(self, copy: bool) -> tuple[Tensor, ...]:
-        return ()
-
-    def load(self, saved: tuple[Tensor, ...]) -> None:
-        pass
-
-
-class WindowLayer(FullLayer):
-    """A ring: position p lies in slot p mod (window + SLACK). written: positions ever written; those from
-    written - slots on are there."""
-
-    def __init__(self, attention: Attention, capacity: int, dtype: torch.dtype):
-        assert attention.window is not None
-        self.window, self.slots = attention.window, attention.window + SLACK
-        self.written = 0
-        super().__init__(attention, self.slots, dtype)
-
-    def append(self, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """As FullLayer.append, but of the positions that the first new one sees on, and copies.
-        Window 3, start 5, two new: positions 3, 4, 5, 6."""
-        first = max(0, start - self.window + 1)
-        assert first >= self.written - self.slots, "the window is no longer there"
-        old = torch.arange(first, start) % self.slots
-        new = keys.transpose(0, 1).to(self.keys.dtype), values.transpose(0, 1).to(self.values.dtype)
-        found = torch.cat((self.keys[:, old], new[0]), 1), torch.cat((self.values[:, old], new[1]), 1)
-        end, kept = start + len(keys), min(len(keys), self.slots)
-        at = torch.arange(end - kept, end) % self.slots
-        self.keys[:, at], self.values[:, at] = new[0][:, -kept:], new[1][:, -kept:]
-        self.written = max(self.written, end)
-        return found
-
-    def read(self, end: int) -> tuple[Tensor, Tensor]:
-        raise AssertionError("a layer that others read keeps every position")
-
-    def can_trim(self, length: int) -> bool:
-        return length == 0 or self.written - self.slots <= max(0, length - self.window + 1)
-
-    def trim(self, length: int) -> None:
-        if length == 0:
-            self.written = 0  # else what was written since lies in slots that are written again
-
-    def save(self, copy: bool) -> tuple[Tensor, ...]:
-        """written, keys and values; without `copy` the slots themselves, which FEW more tokens leave usable."""
-        written = torch.tensor(self.written)
-        return (written, self.keys.clone(), self.values.clone()) if copy else (written, self.keys, self.values)
-
-    def load(self, saved: tuple[Tensor, ...]) -> None:
-        written, keys, values = saved
-        if keys is not self.keys:
-            self.keys.copy_(keys)
-            self.values.copy_(values)
-            self.written = int(written)
-
-
-class RecurrentLayer:
-    """A delta net's state [value_heads, key_dim, value_dim] and the last inputs of its convolution
-    [taps - 1, channels], fp32. Replaced, never written into, so that a saved one stays as it is."""
-
-    def __init__(self, delta: DeltaNet):
-        channels = 2 * delta.key_heads * delta.key_dim + delta.value_heads * delta.value_dim
-        self.state = torch.zeros(delta.value_heads, delta.key_dim, delta.value_dim)
-        self.past = torch.zeros(delta.conv - 1, channels)
-
-    @property
-    def nbytes(self) -> int:
-        return self.state.nbytes + self.past.nbytes
-
-    def can_trim(self, length: int) -> bool:
-        return length == 0
-
-    def trim(self, length: int) -> None:
-        self.state, self.past = torch.zeros_like(self.state), torch.zeros_like(self.past)
-
-    def save(self, copy: bool) -> tuple[Tensor, ...]:
-        return self.state, self.past
-
-    def load(self, saved: tuple[Tensor, ...]) -> None:
-        self.state, self.past = saved
-
-
-CacheLayer = FullLayer | RecurrentLayer
+CPU = torch.device("cpu")
+NONE: Mapping[int, NativeAttention] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,19 +48,67 @@ class Snapshot:
 
 class SessionCache:
     """Room for `capacity` positions of one session, `length` of them filled; `layers` as the model's. A layer that
-    reads another's keys and values has none of its own: None."""
+    reads another's keys and values has none of its own: None.
 
-    def __init__(self, model: Model, capacity: int, dtype: torch.dtype = torch.float32):
-        mixers = [layer.mixer for layer in model.layers]
-        read = {m.kv_source for m in mixers if isinstance(m, Attention)}
-        self.layers = [_layer(mixer, capacity, dtype, i in read) for i, mixer in enumerate(mixers)]
+    dtype: of the model's computation, and of keys and values unless kv is "int8". native: what attends for one token,
+    by head size (kernels.attention.choose_attentions). place: where keys and values lie; attend: of a device's prompts.
+    only: the layers that are there, None for all."""
+
+    def __init__(self, model: Model, capacity: int, dtype: torch.dtype = torch.float32, kv: str = "bf16",
+                 native: Mapping[int, NativeAttention] = NONE, place: torch.device = CPU,
+                 attend: AttendBy | None = None, rings: bool = False, only: Collection[int] | None = None):
+        assert not rings or kv == "bf16", "a ring of codes"
+        self._sources = [_source(model, i) for i in range(len(model.layers))]
+        made = _Made(kv, torch.int8 if kv == "int8" else dtype, place)
+        wanted = range(len(model.layers)) if only is None else only
+        self.layers: list[CacheLayer | None] = [None] * len(model.layers)
+        for i in wanted:
+            mixer = model.layers[i].mixer
+            if isinstance(mixer, DeltaNet):
+                self.layers[i] = RecurrentLayer(mixer)
+            elif mixer.kv_source is None:
+                made.want(i, (mixer.kv_heads, positions(model, i, capacity, rings), mixer.head_dim))
+        for i, tensors in made.allocate():
+            mixer = model.layers[i].mixer
+            assert isinstance(mixer, Attention)
+            own = native.get(mixer.head_dim)
+            keys, values, *scales = tensors
+            if kv == "int8":
+                self.layers[i] = Int8Layer(keys, values, scales[0], scales[1], dtype, own, attend)
+            elif keys.shape[1] < capacity:
+                assert mixer.window is not None
+                self.layers[i] = WindowLayer(mixer.window, keys, values)
+            else:
+                self.layers[i] = FullLayer(keys, values, own, attend)
+        # What trimming does not bring back by itself.
+        self._states = [layer for layer in self.layers if isinstance(layer, WindowLayer | RecurrentLayer)]
         self.capacity = capacity
         self.length = 0
+        self._addresses: list[tuple[int, int, int, int]] = []
         self._cuts: list[int] = []  # every length that it was cut back to
 
     @property
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in self.layers if layer is not None)
+
+    def kept(self, layer: int) -> Kept:
+        """Keys and values that a layer reads: of every position, in place."""
+        found = self.layers[self._sources[layer]]
+        assert isinstance(found, FullLayer), "a recurrent layer has no keys"
+        return found.kept
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Addresses by which no other living cache is known."""
+        return tuple(address for addresses in self.addresses for address in addresses)
+
+    @property
+    def addresses(self) -> list[tuple[int, int, int, int]]:
+        """Where `kept` is, by layer: it never moves. Zeros for a recurrent layer."""
+        if not self._addresses:
+            self._addresses = [self.kept(i).addresses if isinstance(self.layers[source], FullLayer) else (0, 0, 0, 0)
+                               for i, source in enumerate(self._sources)]
+        return self._addresses
 
     def need(self, count: int) -> None:
         """UsageError unless `count` more positions fit."""
@@ -174,7 +118,7 @@ class SessionCache:
 
     def can_trim(self, length: int) -> bool:
         """Whether `trim` can go back to `length`: else a snapshot must."""
-        return length == self.length or all(layer.can_trim(length) for layer in self.layers if layer is not None)
+        return length == self.length or all(layer.can_trim(length) for layer in self._states)
 
     def trim(self, length: int) -> None:
         """Forget all positions from `length` on; what follows overwrites them."""
@@ -183,9 +127,8 @@ class SessionCache:
         if not self.can_trim(length):
             raise ValueError(f"trim: {length} of {self.length} positions are no longer whole: restore a snapshot")
         if length < self.length:
-            for layer in self.layers:
-                if layer is not None:
-                    layer.trim(length)
+            for layer in self._states:
+                layer.trim(length)
         self._cut(length)
 
     def begin(self, count: int) -> Snapshot:
@@ -208,15 +151,13 @@ class SessionCache:
         self._load(snapshot)
 
     def _save(self, copy: bool) -> Snapshot:
-        saved = [() if layer is None else layer.save(copy) for layer in self.layers]
-        return Snapshot(self.length, len(self._cuts), saved)
+        return Snapshot(self.length, len(self._cuts), [layer.save(copy) for layer in self._states])
 
     def _load(self, snapshot: Snapshot) -> None:
-        for layer, saved in zip(self.layers, snapshot.layers, strict=True):
-            if layer is not None:
-                layer.load(saved)
-                if snapshot.length == 0:
-                    layer.trim(0)
+        for layer, saved in zip(self._states, snapshot.layers, strict=True):
+            layer.load(saved)
+            if snapshot.length == 0:
+                layer.trim(0)
         self._cut(snapshot.length)
 
     def _cut(self, length: int) -> None:
@@ -225,10 +166,46 @@ class SessionCache:
         self.length = length
 
 
-def _layer(mixer: Attention | DeltaNet, capacity: int, dtype: torch.dtype, shared: bool) -> CacheLayer | None:
-    if isinstance(mixer, DeltaNet):
-        return RecurrentLayer(mixer)
-    if mixer.kv_source is not None:
-        return None
-    ring = mixer.window is not None and mixer.window + SLACK < capacity and not shared
-    return (WindowLayer if ring else FullLayer)(mixer, capacity, dtype)
+@contextmanager
+def unchanged_on_error(caches: Sequence[SessionCache], counts: Sequence[int]) -> Iterator[None]:
+    """While it lasts counts[i] tokens are appended to caches[i]; whatever fails, all are as they were. UsageError where
+    they do not fit."""
+    for cache, count in zip(caches, counts, strict=True):
+        cache.need(count)
+    before = [cache.begin(count) for cache, count in zip(caches, counts, strict=True)]
+    try:
+        yield
+    except BaseException:
+        for cache, saved in zip(caches, before, strict=True):
+            cache.rollback(saved)
+        raise
+
+
+def _source(model: Model, i: int) -> int:
+    """The layer whose keys and values layer i reads."""
+    mixer = model.layers[i].mixer
+    return i if isinstance(mixer, DeltaNet) or mixer.kv_source is None else mixer.kv_source
+
+
+class _Made:
+    """Keys and values of the layers that want them: one allocation for all of a shape, so that they fill huge pages."""
+
+    def __init__(self, kv: str, dtype: torch.dtype, place: torch.device):
+        self._scales, self._dtype, self._place = kv == "int8", dtype, place
+        self._wanted: dict[tuple[int, int, int], list[int]] = {}
+
+    def want(self, layer: int, shape: tuple[int, int, int]) -> None:
+        self._wanted.setdefault(shape, []).append(layer)
+
+    def allocate(self) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+        """(layer, keys and values [KV, positions, D], and of int8 their scales [KV, positions])."""
+        for shape, layers in self._wanted.items():
+            kinds = [(shape, self._dtype)] * 2 + [(shape[:2], torch.float32)] * (2 * self._scales)
+            whole = [self._zeros((len(layers), *size), dtype).unbind() for size, dtype in kinds]
+            yield from zip(layers, zip(*whole, strict=True), strict=True)
+
+    def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        made = torch.empty(shape, dtype=dtype, device=self._place)
+        if self._place.type == "cpu":
+            prefer_huge_pages(made.data_ptr(), made.nbytes)
+        return made.fill_(0)  # which touches every page

@@ -8,15 +8,18 @@
 
 A mixer is attention or a gated delta net. An MLP is dense, or routed experts with what is added to them. In a model
 without experts the MLPs are the records that are paged, and so an Experts Op. n of the T tokens are wanted: their
-logits; in the last layer Take leaves only their rows before the MLP.
+logits; in the last layer the experts compute their rows alone, and Take leaves no others (of a dense MLP before it).
+Where guesses are asked for, the routers of the next layers are asked behind each router what they would choose now.
 
 Buffers: "residual" fp32; "normed" what a mixer or the experts read; "wide" the same in fp32, for a router; "mixed" what
-a mixer gives; "moe" what an MLP gives; the others are the Op's own names.
+a mixer gives; "moe" what an MLP gives; "final" fp32, what the head reads; "ahead1", "ahead2", ... the guesses for the
+next layers with experts; the others are the Op's own names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from qmix.kernels.op import WIDE, Op
 from qmix.kernels.ops import (
@@ -28,6 +31,7 @@ from qmix.kernels.ops import (
     Embed,
     Experts,
     Gate,
+    Guess,
     Head,
     HeadNorm,
     Linear,
@@ -38,7 +42,7 @@ from qmix.kernels.ops import (
     Scale,
     Take,
 )
-from qmix.spec import Attention, DeltaNet, Model, Moe
+from qmix.spec import Attention, DeltaNet, Model, Moe, Tensor
 from qmix.spec import Mlp as MlpSpec
 from qmix.spec import Norm as NormSpec
 
@@ -48,40 +52,75 @@ ROWS = 256 * 2**20  # bytes of the rows [T, K, H] that the experts of a layer gi
 
 def model_program(model: Model) -> tuple[Op, ...]:
     """The whole pass."""
-    tensors = {tensor.name: tensor for tensor in model.tensors()}
-    head = tensors["embedding" if model.tied else "head"]
-    return (Embed("tokens", "residual", tensors["embedding"], model.embed_scale),
-            *(op for i in range(len(model.layers)) for op in layer_program(model, i)),
-            Norm("residual", "normed", None, model.final_norm, model.hidden, tensors.get("final_norm")),
-            Head("normed", "logits", head, model.logit_softcap))
+    return (embed_program(model), *(op for i in range(len(model.layers)) for op in layer_program(model, i)),
+            *head_program(model))
 
 
-def layer_program(model: Model, i: int) -> tuple[Op, ...]:
-    """Of layer i: "residual" to "residual"."""
+def embed_program(model: Model) -> Op:
+    """ "tokens" to "residual"."""
+    return Embed("tokens", "residual", _tensors(model)["embedding"], model.embed_scale)
+
+
+def head_program(model: Model) -> tuple[Op, ...]:
+    """ "residual" to "logits"."""
+    tensors = _tensors(model)
+    return (Norm("residual", None, "final", model.final_norm, model.hidden, tensors.get("final_norm")),
+            Head("final", "logits", tensors["embedding" if model.tied else "head"], model.logit_softcap))
+
+
+def layer_program(model: Model, i: int, depth: int = 0, count: int = 0) -> tuple[Op, ...]:
+    """Of layer i: "residual" to "residual". depth, count: for how many following layers with experts how many experts
+    are guessed."""
     layer = _Layer(model, i)
     layer.mixer()
     first = tuple(layer.ops)
     layer.ops.clear()
-    layer.mlp()
+    later = [j for j in model.moe_layers if j > i][:depth] if count else []
+    layer.mlp([_guess(model, j, f"ahead{distance}", count) for distance, j in enumerate(later, 1)])
     if i + 1 < len(model.layers):
         return first + tuple(layer.ops)
     return first + _only_wanted(layer.ops)
 
 
 def _only_wanted(ops: Sequence[Op]) -> tuple[Op, ...]:
-    """The last layer's second half: every token is routed, but what follows the router is done for the wanted rows."""
-    cut = next((i + 1 for i, op in enumerate(ops) if isinstance(op, Route)), 0)
-    return (*ops[:cut], Take(tuple(sorted(live(ops[cut:])))), *ops[cut:])
+    """The last layer's second half: every token is routed, but what the experts and all Ops behind them do is done for
+    the wanted rows."""
+    at = next((i for i, op in enumerate(ops) if isinstance(op, Experts)), None)
+    if at is None:
+        return (Take(tuple(sorted(live(ops)))), *ops)
+    experts, combine, rest = ops[at], ops[at + 1], ops[at + 2:]
+    assert isinstance(experts, Experts) and isinstance(combine, Combine)
+    kept = live(rest) - {combine.out}
+    return (*ops[:at], replace(experts, last=True), combine, Take(tuple(sorted(kept))), *rest)
+
+
+def _guess(model: Model, i: int, out: str, count: int) -> Guess:
+    """What lies between the residual and the router of layer i, and that router."""
+    layer = _Layer(model, i)
+    layer.mlp([])
+    at = next(at for at, op in enumerate(layer.ops) if isinstance(op, Route))
+    route, needed = layer.ops[at], set(layer.ops[at].inputs)
+    steps: list[Op] = []
+    for op in reversed(layer.ops[:at]):
+        if needed & set(op.outputs):
+            needed = needed - set(op.outputs) | set(op.inputs)
+            steps.insert(0, replace(op, out=None) if isinstance(op, Norm) else op)
+    assert isinstance(route, Route) and needed == {"residual"}
+    return Guess("residual", out, tuple(steps), route, min(count, route.router.experts))
+
+
+def _tensors(model: Model) -> dict[str, Tensor]:
+    return {tensor.name: tensor for tensor in model.tensors()}
 
 
 def pieces(program: Sequence[Op]) -> list[tuple[Op, ...]]:
-    """The program cut at what all tokens of a pass do together: each Take and each Experts alone, and the runs of Ops
-    between them, which may take the tokens block by block."""
+    """The program cut at what all tokens of a pass do together: each Take alone, each Experts with its Combine, and the
+    runs of Ops between them, which may take the tokens block by block."""
     found: list[list[Op]] = []
     together = True
     for op in program:
-        alone = isinstance(op, Take | Experts)
-        if alone or together:
+        alone = isinstance(op, Take | Experts | Combine)
+        if (together and not isinstance(op, Combine)) or (alone and not together):
             found.append([])
         found[-1].append(op)
         together = alone
@@ -129,11 +168,11 @@ class _Layer:
         self._norm_wide("mixed", self.layer.norms.after_mixer, "after_mixer")
         self.ops.append(Add("residual", "mixed"))
 
-    def mlp(self) -> None:
+    def mlp(self, guesses: Sequence[Guess]) -> None:
         """residual += after_mlp(mlp(before_mlp(residual))), then the output scale."""
         mlp, norms = self.layer.mlp, self.layer.norms
         if isinstance(mlp, Moe):
-            self._moe(mlp, norms.before_mlp)
+            self._moe(mlp, norms.before_mlp, guesses)
         else:
             self._dense(mlp, self._norm("residual", "normed", norms.before_mlp, "before_mlp"))
         self._norm_wide("moe", norms.after_mlp, "after_mlp")
@@ -200,23 +239,25 @@ class _Layer:
         gate, up, down = (self.tensors[f"{name}.{part}"] for part in ("gate", "up", "down"))
         self.ops.append(Mlp(source, out, gate, up, down, mlp.activation))
 
-    def _moe(self, moe: Moe, before: NormSpec | None) -> None:
-        """Router; routed experts, with the shared MLP; what stands beside them. All norms read the same residual."""
-        router, expert, shared = moe.router, moe.expert, moe.shared
-        source = self._norm("residual", "normed", before, "before_mlp", "wide")
+    def _moe(self, moe: Moe, before: NormSpec | None, guesses: Sequence[Guess]) -> None:
+        """Router; routed experts; the shared MLP; what stands beside them. All norms read the same residual."""
+        router, expert = moe.router, moe.expert
         wide = "residual" if before is None else "wide"
+        source = self._norm("residual", "normed", before, "before_mlp", "wide")
         self._route(moe, wide)
+        self.ops += guesses
         if moe.routed.norm_in is not None:
             source = self._norm("residual", "normed", moe.routed.norm_in, "routed.norm_in")
-        if shared is not None:
-            self._one(shared, source, "shared", "shared")
+        self.ops += [
+            Experts(self.i, source, "ids", "rows", self.hidden, expert.inner, router.experts, router.top_k,
+                    expert.activation, expert.bias, tuple(guess.out for guess in guesses)),
+            Combine("rows", "topk_weights", "moe", self.hidden)]
+        if moe.shared is not None:
+            self._one(moe.shared, source, "shared", "shared")
             if moe.shared_gate:
                 self._linear(wide, "switch", "shared.switch", exact=True)
                 self.ops.append(Gate("shared", "switch"))
-        self.ops += [
-            Experts(self.i, source, "ids", "rows", self.hidden, expert.inner, router.experts, router.top_k,
-                    expert.activation, expert.bias),
-            Combine("rows", "topk_weights", "moe", self.hidden, None if shared is None else "shared")]
+            self.ops.append(Add("moe", "shared"))
         self._norm_wide("moe", moe.routed.norm_out, "routed.norm_out")
         if moe.beside is not None:
             mlp, branch = moe.beside

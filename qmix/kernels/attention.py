@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qmix.kernels import native
+from qmix.spec import Attention, Model
 
 PLAIN = "portable"  # the level without an instruction set of its own
 LENGTH, ROOM, KV_HEADS, GROUP = 600, 610, 2, 5  # the test's positions (three pieces of them), capacity and heads
@@ -35,6 +36,12 @@ def choose_attention(head_dim: int, kv: str, say: Callable[[str], None]) -> nati
     if kv == "int8":
         say(f"int8 KV cache: {reason}, so torch decodes it for every token: slower the longer the context is")
     return None
+
+
+def choose_attentions(model: Model, kv: str, say: Callable[[str], None]) -> dict[int, native.Attention]:
+    """`choose_attention` for each head size of a model: {head size: kernel}, without those for which there is none."""
+    sizes = sorted({layer.mixer.head_dim for layer in model.layers if isinstance(layer.mixer, Attention)})
+    return {size: own for size in sizes if (own := choose_attention(size, kv, say)) is not None}
 
 
 def agrees(own: native.Attention, head_dim: int, kv: str) -> bool:

@@ -20,10 +20,9 @@ from torch import Tensor
 from qmix.formats import grouped, plain
 from qmix.formats.narrow import widen
 from qmix.formats.packed import TILE_BYTES, Packed, row_tiles
+from qmix.kernels.op import FEW as FEW  # rows that are kept apart
 
 Kernel = Callable[[Tensor, Packed], Tensor]
-
-FEW = 8  # rows that are kept apart: one token and up to seven drafts
 
 
 def int4_linear(x: Tensor, m: Packed) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from qmix.spec import Tensor
 
 WIDE = 4  # bytes of a number in a buffer: fp32, the most that it takes
+FEW = 8  # tokens that get the bits that each gets alone: one and up to seven drafts
 BytesOf = Callable[[Tensor], int]  # a weight's bytes, as they are stored
 
 

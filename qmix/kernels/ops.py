@@ -66,8 +66,9 @@ class Norm(Op):
 
 @dataclass(frozen=True, slots=True)
 class Linear(Op):
-    """out [T, N] = source weight^T + bias; weight [N, M], bias [N]. source compute or fp32, rounded to compute; out
-    compute. exact: sums in fp64, source and out fp32: for the few rows that decide something (a router, a gate)."""
+    """out [T, N] = source weight^T + bias; weight [N, M], bias [N]. source compute or fp32: a product that takes fp32
+    takes it as it is, any other rounds it to compute; out has the dtype that was taken. exact: sums in fp64, source and
+    out fp32: for the few rows that decide something (a router, a gate)."""
 
     READS = ("source",)
     WRITES = ("out",)
@@ -241,14 +242,25 @@ class Route(Op):
 
 
 @dataclass(frozen=True, slots=True)
-class Take(Op):
-    """Of these buffers only the rows stay whose logits are wanted, and all others end: in the last layer nothing reads
-    what the other tokens would give."""
+class Guess(Op):
+    """out [T, count] int64: what the router of a later layer would choose of the source, which is what it will read as
+    far as it is known now; the best first. steps: what lies between the source and that router, Norms and Scales."""
 
-    READS = ("buffers",)
-    WRITES = ("buffers",)
+    READS = ("source",)
+    WRITES = ("out",)
 
-    buffers: tuple[str, ...]
+    source: str
+    out: str
+    steps: tuple[Op, ...]
+    route: Route
+    count: int
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        return tuple(weight for op in (*self.steps, self.route) for weight in op.weights)
+
+    def scratch(self, tokens: int) -> int:
+        return tokens * self.count * 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,9 +268,11 @@ class Experts(Op):
     """out [T, K, H] fp32: out[t, k] is what expert ids[t, k] of `layer` gives for source[t] [H] (compute): an MLP as
     Mlp has it, of the tensors "layers.3.experts.7.gate", up and down, plus the biases of each where `bias`. ids None:
     a model without experts, whose MLPs are records: expert 0 for every token, K = 1. `weights` does not name experts:
-    they are paged, and whoever has them computes this."""
+    they are paged, and whoever has them computes this and the Combine behind it as one. ahead: guesses that they may
+    fetch by, of the next layers with experts in order. last: nothing reads what would come of tokens whose logits are
+    not wanted: out has the rows of the wanted ones alone."""
 
-    READS = ("source", "ids")
+    READS = ("source", "ids", "ahead")
     WRITES = ("out",)
 
     layer: int
@@ -271,6 +285,8 @@ class Experts(Op):
     top_k: int = 1
     activation: Activation = SWIGLU
     bias: bool = False
+    ahead: tuple[str, ...] = ()
+    last: bool = False
 
     def scratch(self, tokens: int) -> int:
         return tokens * self.top_k * self.hidden * WIDE
@@ -284,6 +300,34 @@ class Experts(Op):
 
     def flops(self, tokens: int, context: int = 0) -> int:
         return 6 * tokens * self.top_k * self.hidden * self.inner
+
+
+@dataclass(frozen=True, slots=True)
+class Combine(Op):
+    """out [T, H] fp32 = sum over k of topk_weights[:, k] * rows[:, k], strictly in the order k = 0, 1, ...;
+    topk_weights None: every weight is 1. Behind an Experts that is `last`: of the wanted rows."""
+
+    READS = ("rows", "topk_weights")
+    WRITES = ("out",)
+
+    rows: str
+    topk_weights: str | None
+    out: str
+    hidden: int
+
+    def scratch(self, tokens: int) -> int:
+        return tokens * self.hidden * WIDE
+
+
+@dataclass(frozen=True, slots=True)
+class Take(Op):
+    """Of these buffers only the rows stay whose logits are wanted, and all others end: in the last layer nothing reads
+    what the other tokens would give."""
+
+    READS = ("buffers",)
+    WRITES = ("buffers",)
+
+    buffers: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,24 +348,6 @@ class Mlp(Op):
 
     def scratch(self, tokens: int) -> int:
         return tokens * self.down.shape[0] * WIDE
-
-
-@dataclass(frozen=True, slots=True)
-class Combine(Op):
-    """out [T, H] fp32 = sum over k of topk_weights[:, k] * rows[:, k], strictly in the order k = 0, 1, ..., then
-    `shared` [T, H] added; topk_weights None: every weight is 1."""
-
-    READS = ("rows", "topk_weights", "shared")
-    WRITES = ("out",)
-
-    rows: str
-    topk_weights: str | None
-    out: str
-    hidden: int
-    shared: str | None = None
-
-    def scratch(self, tokens: int) -> int:
-        return tokens * self.hidden * WIDE
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,8 +376,8 @@ class Scale(Op):
 
 @dataclass(frozen=True, slots=True)
 class Head(Op):
-    """out [T, V] fp32: logits = source weight^T, then softcap * tanh(logits / softcap) where there is one; source
-    compute."""
+    """out [T, V] fp32: logits = source weight^T, then softcap * tanh(logits / softcap) where there is one; source fp32,
+    which the product rounds as Linear has it."""
 
     READS = ("source",)
     WRITES = ("out",)

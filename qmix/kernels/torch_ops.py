@@ -3,13 +3,14 @@
 A function takes its Op, `Weights`, and the buffers that the Op reads, in order; it returns the buffers that the Op
 writes, in order: one tensor, or a tuple of them. Sums are fp32, those of routers and other exact Linears fp64. Up to 8
 rows get the bits that each gets alone. Those with a state (Attend, Conv, Delta) get the tokens of one session and the
-state of its layer; Rope gets cos and sin. Experts and Take are the runner's.
+state of its layer; Rope gets cos and sin. Take is the runner's, and so are Experts and Combine where they are paged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,39 +19,58 @@ from torch import Tensor
 from qmix.kernels import ops
 from qmix.kernels.attend import SCORES, attend
 from qmix.kernels.cpu import FEW, few_rows
-from qmix.kernels.layer import TORCH, rms_norm, rotate, router_logits
-from qmix.spec import Activation, Router
+from qmix.kernels.layer import TORCH, LayerOps, rms_norm, rotate, router_logits
+from qmix.spec import Activation, Attention, Router
 from qmix.spec import Norm as NormSpec
 from qmix.spec import Tensor as Named
 
-LinearBy = Callable[[Tensor, str], Tensor]  # (x [T, M], canonical name of a weight [N, M]) -> [T, N] in compute dtype
+
+class Weights(Protocol):
+    """A model's dense weights by canonical name. dtype: "compute", what the model computes in. PlainWeights has the
+    meaning of each method."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def __getitem__(self, name: str) -> Tensor: ...
+
+    def linears(self, x: Tensor, *names: str) -> list[Tensor]: ...
+
+    def exact(self, x: Tensor, name: str) -> Tensor: ...
+
+    def norm(self, weight: Named | None, spec: NormSpec) -> Tensor | None: ...
+
+    def vector(self, weight: Named | None) -> Tensor | None: ...
 
 
-@dataclass(frozen=True)
-class Weights:
-    """A model's dense tensors by canonical name. dtype: what the model computes in. linear_by: multiplies by one of
-    them; None: they are plain tensors."""
+@dataclass(frozen=True, slots=True)
+class PlainWeights:
+    """All of them plain tensors, as a checkpoint has them."""
 
     tensors: Mapping[str, Tensor]
     dtype: torch.dtype = torch.float32
-    linear_by: LinearBy | None = None
-    wide: dict[str, Tensor] = field(default_factory=dict)  # in fp64, of exact Linears
 
     def __getitem__(self, name: str) -> Tensor:
+        """One that is no matrix of a product: an embedding, taps, a_log."""
         return self.tensors[name]
 
-    def linear(self, x: Tensor, name: str) -> Tensor:
+    def linears(self, x: Tensor, *names: str) -> list[Tensor]:
+        """x [T, M], compute or fp32, times the transpose of each [N, M]: [T, N]. x is rounded to compute where the
+        product takes nothing else; a result has the dtype of what the product took."""
         x = x.to(self.dtype)
-        return plain_linear(x, self.tensors[name]) if self.linear_by is None else self.linear_by(x, name)
+        return [plain_linear(x, self.tensors[name]) for name in names]
 
     def exact(self, x: Tensor, name: str) -> Tensor:
-        """fp32 [T, N], summed in fp64; x fp32."""
-        if name not in self.wide:
-            self.wide[name] = self.tensors[name].double()
-        return router_logits(x.float(), self.wide[name])
+        """The same summed in fp64, of a weight as it is stored: fp32 [T, N]; x fp32."""
+        return router_logits(x.float(), self.tensors[name].double())
+
+    def norm(self, weight: Named | None, spec: NormSpec) -> Tensor | None:
+        """What a norm multiplies by, fp32; None for 1."""
+        found = self.vector(weight)
+        return 1 + found if found is not None and spec.weight == "one_plus" else found
 
     def vector(self, weight: Named | None) -> Tensor | None:
-        """Of a norm, a bias or the like, in fp32."""
+        """A bias, sinks or the like, fp32."""
         return None if weight is None else self.tensors[weight.name].float()
 
 
@@ -66,32 +86,37 @@ def embed(op: ops.Embed, w: Weights, tokens: Tensor) -> Tensor:
 
 
 def norm(op: ops.Norm, w: Weights, source: Tensor) -> Tensor | tuple[Tensor, ...]:
-    wide = _normed(source.float(), op.norm, w.vector(op.weight))
+    wide = rms_norm(source.float(), w.norm(op.weight, op.norm), op.norm.eps)
     if op.out is None:
         return wide
     return wide.to(w.dtype) if op.wide is None else (wide.to(w.dtype), wide)
 
 
-def _normed(x: Tensor, spec: NormSpec, weight: Tensor | None) -> Tensor:
-    return rms_norm(x, 1 + weight if weight is not None and spec.weight == "one_plus" else weight, spec.eps)
-
-
 def linear(op: ops.Linear, w: Weights, source: Tensor) -> Tensor:
-    out = w.exact(source, op.weight.name) if op.exact else w.linear(source, op.weight.name)
-    bias = w.vector(op.bias)
+    return linears((op,), w, source)[0]
+
+
+def linears(group: Sequence[ops.Linear], w: Weights, source: Tensor) -> tuple[Tensor, ...]:
+    """Of Linears that read the same; those that are not exact in one call."""
+    together = iter(w.linears(source, *names) if (names := [op.weight.name for op in group if not op.exact]) else [])
+    found = [w.exact(source, op.weight.name) if op.exact else next(together) for op in group]
+    return tuple(_biased(out, w.vector(op.bias)) for op, out in zip(group, found, strict=True))
+
+
+def _biased(out: Tensor, bias: Tensor | None) -> Tensor:
     return out if bias is None else (out.float() + bias).to(out.dtype)
 
 
 def head_norm(op: ops.HeadNorm, w: Weights, buffer: Tensor) -> Tensor:
     x = buffer.float()
     if op.norm is not None:
-        x = _normed(x.view(len(x), -1, op.size), op.norm, w.vector(op.weight)).view(x.shape)
+        x = rms_norm(x.view(len(x), -1, op.size), w.norm(op.weight, op.norm), op.norm.eps).view(x.shape)
     return x if op.clip is None else x.clamp(-op.clip, op.clip)
 
 
-def cos_sin(positions: Tensor, inv_freq: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+def cos_sin(positions: Tensor, inv_freq: Tensor, factor: float, layer: LayerOps = TORCH) -> tuple[Tensor, Tensor]:
     """What `rope` rotates by, fp32 [T, 1, D], of positions [T]."""
-    cos, sin = TORCH.angles(positions, inv_freq)
+    cos, sin = layer.angles(positions, inv_freq)
     return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
 
 
@@ -106,15 +131,12 @@ def rope(op: ops.Rope, cos: Tensor, sin: Tensor, *buffers: Tensor) -> tuple[Tens
     return tuple(found)
 
 
-def attend_to(op: ops.Attend, w: Weights, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """The formula of Attend. q [T, ...] of the last T of S positions; keys, values [KV, S, D], which may leave out
-    positions that no query sees."""
-    a, size = op.attention, op.attention.head_dim
-    q = q.reshape(len(q), -1, size).to(keys.dtype)
-    if op.sinks is None and a.softcap is None:
+def attend_to(a: Attention, sinks: Tensor | None, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """The formula of Attend. q [T, Q, D] of the last T of S positions, in the dtype of keys and values [KV, S, D],
+    which may leave out positions that no query sees; sinks [Q] fp32."""
+    if sinks is None and a.softcap is None:
         return attend(q, keys, values, a.window, a.scale)
-    return _attend_plain(q, keys, values, a.window, size**-0.5 if a.scale is None else a.scale, a.softcap,
-                         w.vector(op.sinks))
+    return _attend_plain(q, keys, values, a.window, q.shape[2]**-0.5 if a.scale is None else a.scale, a.softcap, sinks)
 
 
 def _attend_plain(q: Tensor, keys: Tensor, values: Tensor, window: int | None, scale: float, softcap: float | None,
@@ -187,13 +209,7 @@ def _unit(x: Tensor) -> Tensor:
 
 def route(op: ops.Route, w: Weights, source: Tensor) -> tuple[Tensor, Tensor]:
     router = op.router
-    logits, bias = w.exact(source, op.weight.name), w.vector(op.logit_bias)
-    logits = logits if bias is None else logits + bias
-    scores = torch.softmax(logits, -1) if router.score == "softmax" else _steady(torch.sigmoid, logits)
-    bias = w.vector(op.choice_bias)
-    # Scores rise with their logits, which do not saturate: equal scores of unequal logits would leave the choice open.
-    ranked = logits if bias is None and router.groups == router.top_groups else _allowed(
-        router, scores if bias is None else scores + bias)
+    logits, scores, ranked = _ranked(op, w, source)
     ids = ranked.topk(router.top_k).indices
     over_chosen = router.over == "chosen" and router.score == "softmax"
     weights = torch.softmax(logits.gather(1, ids), -1) if over_chosen else scores.gather(1, ids)
@@ -202,6 +218,30 @@ def route(op: ops.Route, w: Weights, source: Tensor) -> tuple[Tensor, Tensor]:
     weights = weights if router.scale == 1 else weights * router.scale
     scale = w.vector(op.expert_scale)
     return ids, weights if scale is None else weights * scale[ids]
+
+
+def guess(op: ops.Guess, w: Weights, source: Tensor) -> Tensor:
+    buffers = {op.source: source}
+    for step in op.steps:
+        assert isinstance(step, ops.Norm | ops.Scale), step
+        found = norm(step, w, buffers[step.inputs[0]]) if isinstance(step, ops.Norm) else scale(
+            step, w, buffers[step.buffer])
+        assert isinstance(found, Tensor), step
+        buffers[step.outputs[0]] = found
+    return _ranked(op.route, w, buffers[op.route.source])[2].topk(op.count).indices
+
+
+def _ranked(op: ops.Route, w: Weights, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(logits, scores, what decides which experts are the best), each [T, E]."""
+    router = op.router
+    logits, bias = w.exact(source, op.weight.name), w.vector(op.logit_bias)
+    logits = logits if bias is None else logits + bias
+    scores = torch.softmax(logits, -1) if router.score == "softmax" else _steady(torch.sigmoid, logits)
+    bias = w.vector(op.choice_bias)
+    # Scores rise with their logits, which do not saturate: equal scores of unequal logits would leave the choice open.
+    ranked = logits if bias is None and router.groups == router.top_groups else _allowed(
+        router, scores if bias is None else scores + bias)
+    return logits, scores, ranked
 
 
 def _allowed(router: Router, scores: Tensor) -> Tensor:
@@ -227,8 +267,8 @@ def activate(activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
 
 
 def mlp(op: ops.Mlp, w: Weights, source: Tensor) -> Tensor:
-    joined = activate(op.activation, w.linear(source, op.gate.name), w.linear(source, op.up.name))
-    return w.linear(joined, op.down.name).float()
+    gate, up = w.linears(source, op.gate.name, op.up.name)
+    return w.linears(activate(op.activation, gate, up), op.down.name)[0].float()
 
 
 def experts(op: ops.Experts, w: Weights, source: Tensor, ids: Tensor) -> Tensor:
@@ -239,7 +279,7 @@ def experts(op: ops.Experts, w: Weights, source: Tensor, ids: Tensor) -> Tensor:
         name = f"layers.{op.layer}.experts.{expert}."
 
         def multiply(x: Tensor, part: str, name: str = name) -> Tensor:
-            out = w.linear(x, name + part).float()
+            out = w.linears(x, name + part)[0].float()
             return out + w[f"{name}{part}_bias"].float() if op.bias else out
 
         x = source[token]
@@ -247,10 +287,8 @@ def experts(op: ops.Experts, w: Weights, source: Tensor, ids: Tensor) -> Tensor:
     return rows
 
 
-def combine(op: ops.Combine, w: Weights, rows: Tensor, *others: Tensor) -> Tensor:
-    weights = rows.new_ones(rows.shape[:2]) if op.topk_weights is None else others[0]
-    total = TORCH.combine(rows, weights)
-    return total if op.shared is None else total.add_(others[-1])
+def combine(op: ops.Combine, w: Weights, rows: Tensor, topk_weights: Tensor | None = None) -> Tensor:
+    return TORCH.combine(rows, rows.new_ones(rows.shape[:2]) if topk_weights is None else topk_weights)
 
 
 def add(op: ops.Add, w: Weights, buffer: Tensor, source: Tensor) -> Tensor:
@@ -264,5 +302,5 @@ def scale(op: ops.Scale, w: Weights, buffer: Tensor) -> Tensor:
 
 
 def head(op: ops.Head, w: Weights, source: Tensor) -> Tensor:
-    logits = w.linear(source, op.weight.name).float()
+    logits = w.linears(source, op.weight.name)[0].float()
     return logits if op.softcap is None else op.softcap * torch.tanh(logits / op.softcap)

@@ -1,0 +1,256 @@
+"""Ops between two Experts as calls of the native library: one token, over buffers that stay.
+
+A table says what becomes of an Op, or of neighbours that are one call:
+
+    Linear, Linear, ...   of one source            PRODUCTS
+    Linear, Add           to an fp32 buffer        PRODUCTS, added to what is there
+    Norm, Route           as steps.fused_route     ROUTE
+    Norm                                           NORM, once for each buffer that it writes
+    Rope                  as steps.rotates         ROTATE
+    Attend                as kv_layers.plain       ATTEND
+    Guess                 as steps.fused_guess     ROUTE
+    Add                                            ADD
+    Head                                           PRODUCTS
+
+Each gives the bits that steps.py gives. What is not there raises Unsupported, with the reason.
+
+H hidden, Q query heads, KV key-value heads, D head size, A guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from qmix.forward.kv_cache import SessionCache
+from qmix.forward.kv_layers import FullLayer, plain
+from qmix.forward.steps import Turning, fused_guess, fused_route, rotates
+from qmix.forward.weights import KernelWeights
+from qmix.kernels import native, ops
+from qmix.kernels.native import Product, jobs
+from qmix.kernels.native.sequence import ADD, ANGLES, ATTEND, NORM, PRODUCTS, ROTATE, ROUTE, addition
+from qmix.kernels.op import Op
+from qmix.spec import LongRope, Rope
+from qmix.spec import Tensor as Named
+
+
+class Unsupported(Exception):
+    """The native library has no call for an Op."""
+
+
+class Buffers:
+    """One token's, by name: `whole`, which stay from piece to piece, and those of the piece that is lowered now."""
+
+    def __init__(self, whole: dict[str, Tensor]):
+        self.whole = whole
+        self.own: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        found = self.own.get(name)
+        found = self.whole.get(name) if found is None else found
+        if found is None:
+            raise Unsupported(f"{name}, which Ops without a call make")
+        return found
+
+    def make(self, name: str, width: int, dtype: torch.dtype) -> Tensor:
+        """[1, width]: the one that stays, if there is one."""
+        found = self.whole.get(name)
+        if found is None:
+            found = self.own[name] = torch.empty(1, width, dtype=dtype)
+        if found.dtype != dtype or found.shape[-1] != width:
+            raise Unsupported(f"{name} in two shapes")
+        return found
+
+
+@dataclass(slots=True)
+class Calls:
+    """What native.Sequence takes, and which calls are patched for each token: `added`, that adds what the experts gave;
+    `attends`, (call, layer, window)."""
+
+    calls: list[tuple[int, list[bytes] | bytes]] = field(default_factory=list)
+    added: int | None = None
+    attends: list[tuple[int, int, int | None]] = field(default_factory=list)
+
+    def add(self, kind: int, packed: list[bytes] | bytes) -> int:
+        self.calls.append((kind, packed))
+        return len(self.calls) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """cos, sin [1, 1, D] of the token's position; speeds: where a call makes them, else they are to be filled."""
+
+    cos: Tensor
+    sin: Tensor
+    speeds: Tensor | None
+
+
+class Lowering:
+    """Lowers pieces, in order, for caches like `cache`. position: int64 [1], the token's. turns: by rope, what it is
+    turned by; the first call that needs them is behind one that makes them."""
+
+    def __init__(self, weights: KernelWeights, cache: SessionCache, buffers: Buffers, turning: Turning):
+        assert weights.kernels.native is not None
+        self._weights, self._cache, self._buffers, self._turning = weights, cache, buffers, turning
+        self._native: native.Native = weights.kernels.native
+        self.position = torch.zeros(1, dtype=torch.int64)
+        self.turns: dict[Rope, Turn] = {}
+        self._kept: list[Tensor] = []  # what jobs point to
+
+    def piece(self, program: Sequence[Op], dynamic: str | None) -> Calls:
+        """dynamic: the buffer whose address changes with each token, what the experts gave: an Add at the beginning may
+        read it."""
+        made, self._buffers.own = set(self.turns), {}
+        try:
+            found = self._piece(program, dynamic)
+        except Unsupported:
+            self.turns = {rope: turn for rope, turn in self.turns.items() if rope in made}
+            raise
+        self._kept += self._buffers.own.values()
+        return found
+
+    def last(self, name: str) -> Tensor:
+        """A buffer of the piece that was lowered last."""
+        return self._buffers[name]
+
+    def _piece(self, program: Sequence[Op], dynamic: str | None) -> Calls:
+        found, rest = Calls(), list(program)
+        if dynamic is not None and rest and isinstance(rest[0], ops.Add) and rest[0].source == dynamic:
+            target = self._buffers[rest.pop(0).outputs[0]]
+            found.added = found.add(ADD, addition(target, target))
+        while rest:
+            if dynamic in rest[0].inputs:
+                raise Unsupported(f"{_name(rest[0])} of what the experts gave")
+            del rest[:self._next(rest, found)]
+        return found
+
+    def _next(self, rest: Sequence[Op], found: Calls) -> int:
+        """Add the next call; how many Ops it is."""
+        op = rest[0]
+        if len(rest) > 1 and fused_route(op, rest[1]):
+            self._route(op, rest[1], found)  # type: ignore[arg-type]
+            return 2
+        if isinstance(op, ops.Linear):
+            if len(rest) > 1 and self._adds(op, rest[1]):
+                found.add(PRODUCTS, self._product(op.source, op.weight, self._buffers[rest[1].outputs[0]], True))
+                return 2
+            return self._linears(rest, found)
+        lower = LOWERINGS.get(type(op))
+        if lower is None:
+            raise Unsupported(f"no call for {_name(op)}")
+        lower(self, op, found)
+        return 1
+
+    def _adds(self, op: ops.Linear, after: Op) -> bool:
+        """Whether a product can be added where it is to be added: what it would be rounded to otherwise is fp32."""
+        return isinstance(after, ops.Add) and after.source == op.out and after.buffer != op.source and \
+            op.bias is None and not op.exact and self._buffers[op.source].dtype == torch.float32
+
+    def _product(self, source: str, weight: Named, out: Tensor, add: bool = False) -> bytes:
+        matrix = self._weights.matrix(weight.name)
+        if not self._weights.kernels.computes_natively(matrix):
+            raise Unsupported(f"{weight.name} is {matrix.spec.format}, which the native kernels do not compute")
+        return self._native.job(Product(self._buffers[source], matrix, out, add=add))
+
+    def _linears(self, rest: Sequence[Op], found: Calls) -> int:
+        group: list[ops.Linear] = []
+        for op in rest:
+            if not isinstance(op, ops.Linear) or op.source != rest[0].inputs[0]:
+                break
+            if op.exact or op.bias is not None:
+                raise Unsupported("Linear with a bias" if op.bias is not None else "Linear in fp64")
+            group.append(op)
+        dtype = self._buffers[group[0].source].dtype
+        found.add(PRODUCTS, [self._product(op.source, op.weight, self._buffers.make(op.out, op.weight.shape[0], dtype))
+                             for op in group])
+        return len(group)
+
+    def _norm(self, op: ops.Norm, found: Calls) -> None:
+        x, weight = self._fp32(op.source, op), self._weights.norm(op.weight, op.norm)
+        if weight is None:
+            raise Unsupported("Norm without a weight")
+        for name, dtype in ((op.out, self._weights.dtype), (op.wide, torch.float32)):
+            if name is not None:
+                found.add(NORM, jobs.norm(x, weight, op.norm.eps, self._buffers.make(name, op.size, dtype)))
+
+    def _route(self, norm: ops.Norm, route: ops.Route, found: Calls) -> None:
+        weight = self._weights.norm(norm.weight, norm.norm)
+        assert weight is not None
+        normed = None if norm.out is None else self._buffers.make(norm.out, norm.size, self._weights.dtype)
+        ids = self._buffers.make(route.ids, route.router.top_k, torch.int64)
+        topk_weights = self._buffers.make(route.topk_weights, route.router.top_k, torch.float32)
+        found.add(ROUTE, jobs.route(self._buffers[norm.source], weight, self._weights[route.weight.name], norm.norm.eps,
+                                    normed, ids, topk_weights))
+
+    def _guess(self, op: ops.Guess, found: Calls) -> None:
+        if not fused_guess(op):
+            raise Unsupported("a router of this kind")
+        norm = op.steps[0]
+        assert isinstance(norm, ops.Norm)
+        weight = self._weights.norm(norm.weight, norm.norm)
+        assert weight is not None
+        found.add(ROUTE, jobs.route(self._buffers[op.source], weight, self._weights[op.route.weight.name],
+                                    norm.norm.eps, None, self._buffers.make(op.out, op.count, torch.int64), None))
+
+    def _rope(self, op: ops.Rope, found: Calls) -> None:
+        if not rotates(op):
+            raise Unsupported("Rope of a part of each head" if len(op.buffers) == 2 else "Rope of queries alone")
+        q, k = (self._buffers[name] for name in op.buffers)
+        if q.dtype != k.dtype:
+            raise Unsupported("Rope of queries and keys of two dtypes")
+        heads, size = q.shape[1] // op.head_dim, op.head_dim
+        turned = torch.empty(1, heads + k.shape[1] // size, size)
+        turn = self._turn(op.rope, found)
+        found.add(ROTATE, jobs.rotate(q, k, turn.cos, turn.sin, turned))
+        self._kept += [q, k]
+        self._buffers.own |= {op.buffers[0]: turned[:, :heads], op.buffers[1]: turned[:, heads:]}
+
+    def _turn(self, rope: Rope, found: Calls) -> Turn:
+        if rope not in self.turns:
+            cos, sin = torch.empty(2, 1, 1, rope.dim)
+            speeds, factor = self._turning.speeds(rope, self._cache.capacity)
+            called = factor == 1 and not isinstance(rope.scaling, LongRope)  # whose speeds depend on the session
+            self.turns[rope] = Turn(cos, sin, speeds if called else None)
+            if called:
+                found.add(ANGLES, jobs.angles(self.position, speeds, cos, sin))
+        return self.turns[rope]
+
+    def _attend(self, op: ops.Attend, found: Calls) -> None:
+        a, layer = op.attention, self._cache.layers[op.layer]
+        if op.k is None or op.v is None:
+            raise Unsupported("Attend with another layer's keys")
+        if not plain(a, op.sinks):
+            raise Unsupported("Attend with sinks, a cap or a scale of its own")
+        if not isinstance(layer, FullLayer) or layer.native is None:
+            raise Unsupported("torch attends")
+        q, k, v = (self._buffers[name].view(1, -1, a.head_dim) for name in (op.q, op.k, op.v))
+        out = self._buffers.make(op.out, a.heads * a.head_dim, q.dtype)
+        call = found.add(ATTEND, layer.native.job(layer.kept, q, k, v, out, 0, 1))
+        found.attends.append((call, op.layer, a.window))
+
+    def _add(self, op: ops.Add, found: Calls) -> None:
+        found.add(ADD, addition(self._fp32(op.source, op), self._buffers[op.buffer]))
+
+    def _head(self, op: ops.Head, found: Calls) -> None:
+        if op.softcap is not None:
+            raise Unsupported("Head with a cap")
+        found.add(PRODUCTS, self._product(op.source, op.weight, self._buffers.make(op.out, op.weight.shape[0],
+                                                                                   torch.float32)))
+
+    def _fp32(self, name: str, op: Op) -> Tensor:
+        if self._buffers[name].dtype != torch.float32:
+            raise Unsupported(f"{_name(op)} of {name}, which is not fp32")
+        return self._buffers[name]
+
+
+LOWERINGS: Mapping[type[Op], Callable[..., None]] = {
+    ops.Norm: Lowering._norm, ops.Rope: Lowering._rope, ops.Attend: Lowering._attend, ops.Guess: Lowering._guess,
+    ops.Add: Lowering._add, ops.Head: Lowering._head,
+}
+
+
+def _name(op: Op) -> str:
+    return type(op).__name__

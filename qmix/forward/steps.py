@@ -1,0 +1,302 @@
+"""A run of Ops as steps over the buffers of a block: which function computes each Op, and which neighbours go together.
+
+torch_ops.py computes everything. For the few tokens of a decode pass the kernels of this process (LayerOps) compute
+what they have: norms, a norm with the router behind it, the rotation, guesses. Which ones is decided by the Ops alone,
+so that run_native.py, which runs the same kernels, gives the same bits: `fused_route`, `rotates`.
+
+Linears that read the same buffer are one call. With an observer every Op is computed alone, by torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from qmix.forward.kv_layers import FullLayer, Query, RecurrentLayer
+from qmix.forward.passes import Block, Span
+from qmix.forward.program import live
+from qmix.kernels import ops, torch_ops
+from qmix.kernels.layer import TORCH, LayerOps
+from qmix.kernels.op import Op
+from qmix.kernels.rope import inv_freq
+from qmix.kernels.torch_ops import Weights
+from qmix.spec import LongRope, Model, Rope, Router
+
+Buffers = dict[str, Tensor]
+Step = Callable[[Buffers, Block], None]
+
+
+class Observe(Protocol):
+    """Sees an Op before it runs on a block, and the buffers that it reads, in order."""
+
+    def __call__(self, op: Op, inputs: tuple[Tensor, ...], /) -> None: ...
+
+
+STATELESS: Mapping[type[Op], Callable[..., Any]] = {
+    ops.Embed: torch_ops.embed, ops.Norm: torch_ops.norm, ops.Linear: torch_ops.linear,
+    ops.HeadNorm: torch_ops.head_norm, ops.Gate: torch_ops.gate, ops.Route: torch_ops.route, ops.Mlp: torch_ops.mlp,
+    ops.Add: torch_ops.add, ops.Scale: torch_ops.scale, ops.Head: torch_ops.head, ops.Guess: torch_ops.guess,
+}
+
+
+def fused_route(norm: Op, route: Op) -> bool:
+    """Whether LayerOps.route computes these two: Mixtral's choice, of what the norm gives."""
+    return isinstance(norm, ops.Norm) and isinstance(route, ops.Route) and norm.weight is not None and \
+        norm.source == "residual" and route.source == norm.wide and _of_mixtral(route)
+
+
+def fused_guess(op: ops.Guess) -> bool:
+    """The same of what a guess is made by."""
+    return len(op.steps) == 1 and fused_route(op.steps[0], op.route)
+
+
+def _of_mixtral(route: ops.Route) -> bool:
+    r = route.router
+    plain = r == Router(r.experts, r.top_k)
+    return plain and (route.logit_bias, route.choice_bias, route.expert_scale) == (None, None, None)
+
+
+def rotates(op: ops.Rope) -> bool:
+    """Whether LayerOps.rotate computes it: queries and keys, whole heads."""
+    return len(op.buffers) == 2 and op.rope.dim == op.head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class Turning:
+    """Speeds of the rotary embedding, by what a session was made for; made once."""
+
+    model: Model
+    place: torch.device
+    known: dict[tuple[Rope, bool], tuple[Tensor, float]]
+
+    def speeds(self, rope: Rope, capacity: int) -> tuple[Tensor, float]:
+        """(inv_freq, what cos and sin are multiplied by)."""
+        key = rope, self._long(rope, capacity)
+        if key not in self.known:
+            found, factor = inv_freq(rope, self.model.max_positions, capacity)
+            self.known[key] = found.to(self.place), factor
+        return self.known[key]
+
+    def cos_sin(self, rope: Rope, block: Block, layer: LayerOps) -> tuple[Tensor, Tensor]:
+        """Of a block's positions; one call where all its sessions turn alike."""
+        if rope not in block.tables:
+            alike = len({self._long(rope, span.cache.capacity) for span in block.spans}) == 1
+            parts = [self._turn(rope, spans, layer) for spans in (
+                [block.spans] if alike else [[span] for span in block.spans])]
+            cos, sin = parts[0] if len(parts) == 1 else (torch.cat(same) for same in zip(*parts, strict=True))
+            block.tables[rope] = cos, sin
+        return block.tables[rope]
+
+    def _turn(self, rope: Rope, spans: Sequence[Span], layer: LayerOps) -> tuple[Tensor, Tensor]:
+        if all(span.tokens == 1 for span in spans):
+            positions = torch.tensor([span.start for span in spans])
+        else:
+            positions = torch.cat([torch.arange(span.start, span.start + span.tokens) for span in spans])
+        speeds, factor = self.speeds(rope, spans[0].cache.capacity)
+        return torch_ops.cos_sin(positions.to(self.place), speeds, factor, layer)
+
+    @staticmethod
+    def _long(rope: Rope, capacity: int) -> bool:
+        return isinstance(rope.scaling, LongRope) and capacity > rope.scaling.original
+
+
+class Steps:
+    """Makes steps of Ops. layer: what computes norm, router and rotation, torch's or this process' kernels."""
+
+    def __init__(self, model: Model, weights: Weights, layer: LayerOps = TORCH, place: torch.device | None = None,
+                 observe: Observe | None = None):
+        self._weights = weights
+        self._layer = TORCH if observe is not None else layer
+        self._observe = observe
+        self.turning = Turning(model, place or torch.device("cpu"), {})
+
+    def steps(self, program: Sequence[Op], after: set[str]) -> list[Step]:
+        """Of Ops between two Experts; after: the buffers that are read later."""
+        found: list[Step] = []
+        rest = list(program)
+        while rest:
+            count, step = self._next(rest, after)
+            found.append(step)
+            used = {name for op in rest[:count] for name in (*op.inputs, *op.outputs)}
+            del rest[:count]
+            if dead := used - live(rest) - after:
+                found.append(_forget(dead))
+        return found
+
+    def _next(self, rest: Sequence[Op], after: set[str]) -> tuple[int, Step]:
+        """(how many Ops the next step computes, the step)."""
+        op = rest[0]
+        if self._observe is None:
+            if self._layer is not TORCH and len(rest) > 1 and fused_route(op, rest[1]) and not _reads(
+                    rest[2:], after, op.wide):  # type: ignore[attr-defined]
+                return 2, self._routing(op, rest[1])  # type: ignore[arg-type]
+            group = _same_source(rest)
+            if len(group) > 1:
+                return len(group), self._together(group)
+        return 1, self._alone(op)
+
+    def _alone(self, op: Op) -> Step:
+        compute, observe, names = self._function(op), self._observe, op.inputs
+
+        def step(buffers: Buffers, block: Block) -> None:
+            inputs = tuple([buffers[name] for name in names])
+            if observe is not None:
+                observe(op, inputs)
+            found = compute(inputs, block)
+            if isinstance(found, tuple):
+                buffers.update(zip(op.outputs, found, strict=True))
+            else:
+                buffers[op.outputs[0]] = found
+
+        return step
+
+    def _function(self, op: Op) -> Callable[[tuple[Tensor, ...], Block], Any]:
+        """What computes one Op of its inputs."""
+        weights, layer = self._weights, self._layer
+        if isinstance(op, ops.Rope):
+            return self._rotation(op)
+        if isinstance(op, ops.Attend | ops.Conv | ops.Delta):
+            return lambda inputs, block: _by_session(op, weights, inputs, block)
+        if layer is not TORCH and isinstance(op, ops.Norm) and op.weight is not None:
+            return self._norm(op)
+        if layer is not TORCH and isinstance(op, ops.Guess) and fused_guess(op):
+            return self._guess(op)
+        compute = STATELESS[type(op)]
+        return lambda inputs, block: compute(op, weights, *inputs)
+
+    def _rotation(self, op: ops.Rope) -> Callable[[tuple[Tensor, ...], Block], Any]:
+        layer, turning = self._layer, self.turning
+        if layer is TORCH or not rotates(op):
+            return lambda inputs, block: torch_ops.rope(op, *turning.cos_sin(op.rope, block, layer), *inputs)
+
+        def rotate(inputs: tuple[Tensor, ...], block: Block) -> tuple[Tensor, Tensor]:
+            q, k = inputs if inputs[0].dtype == inputs[1].dtype else (x.float() for x in inputs)
+            return layer.rotate(q, k, *turning.cos_sin(op.rope, block, layer))
+
+        return rotate
+
+    def _norm(self, op: ops.Norm) -> Callable[[tuple[Tensor, ...], Block], Any]:
+        layer, dtype, eps = self._layer, self._weights.dtype, op.norm.eps
+        weight = self._weights.norm(op.weight, op.norm)
+        assert weight is not None
+
+        def norm(inputs: tuple[Tensor, ...], block: Block) -> Tensor | tuple[Tensor, Tensor]:
+            x = inputs[0].float()
+            if op.wide is None:
+                return layer.norm(x, weight, eps, dtype)
+            wide = layer.norm(x, weight, eps, torch.float32)
+            return wide if op.out is None else (wide.to(dtype), wide)
+
+        return norm
+
+    def _guess(self, op: ops.Guess) -> Callable[[tuple[Tensor, ...], Block], Any]:
+        layer, (norm,) = self._layer, op.steps
+        assert isinstance(norm, ops.Norm)
+        weight, router = self._weights.norm(norm.weight, norm.norm), self._weights[op.route.weight.name].double()
+        assert weight is not None
+
+        def guess(inputs: tuple[Tensor, ...], block: Block) -> Tensor:
+            ids = torch.empty(len(inputs[0]), op.count, dtype=torch.int64)
+            layer.guess(inputs[0], weight, router, norm.norm.eps, ids)
+            return ids
+
+        return guess
+
+    def _routing(self, norm: ops.Norm, route: ops.Route) -> Step:
+        """A norm and the router behind it, by LayerOps."""
+        layer, top_k, dtype = self._layer, route.router.top_k, self._weights.dtype
+        weight, router = self._weights.norm(norm.weight, norm.norm), self._weights[route.weight.name].double()
+        assert weight is not None
+        out = norm.out
+
+        def step(buffers: Buffers, block: Block) -> None:
+            x = buffers[norm.source]
+            normed = torch.empty(x.shape, dtype=dtype)
+            ids, weights = torch.empty(len(x), top_k, dtype=torch.int64), torch.empty(len(x), top_k)
+            layer.route(x, weight, router, norm.norm.eps, normed, ids, weights)
+            buffers[route.ids], buffers[route.topk_weights] = ids, weights
+            if out is not None:
+                buffers[out] = normed
+
+        return step
+
+    def _together(self, group: Sequence[ops.Linear]) -> Step:
+        weights, source, outs = self._weights, group[0].source, [op.out for op in group]
+
+        def step(buffers: Buffers, block: Block) -> None:
+            buffers.update(zip(outs, torch_ops.linears(group, weights, buffers[source]), strict=True))
+
+        return step
+
+
+def run_ops(model: Model, program: Sequence[Op], weights: Weights, buffers: Buffers, spans: Sequence[Span],
+            after: Collection[str], observe: Observe | None = None) -> None:
+    """Compute Ops that lie between two Experts (program.pieces) by torch on buffers, [T, ...] each, of the tokens of
+    `spans`. Afterwards those of `after` are in `buffers`, others may be gone; some are overwritten in place."""
+    block = Block(0, sum(span.tokens for span in spans), spans)
+    for step in Steps(model, weights, observe=observe).steps(program, set(after)):
+        step(buffers, block)
+
+
+def _forget(names: set[str]) -> Step:
+    """Nothing reads these buffers any more: their memory is free."""
+    def step(buffers: Buffers, block: Block) -> None:
+        for name in names:
+            buffers.pop(name, None)
+
+    return step
+
+
+def _same_source(rest: Sequence[Op]) -> list[ops.Linear]:
+    """The Linears at the beginning that read one buffer, which none of them writes."""
+    group: list[ops.Linear] = []
+    for op in rest:
+        if not isinstance(op, ops.Linear) or op.source != (group[0].source if group else op.source):
+            break
+        group.append(op)
+        if op.out == op.source:
+            break
+    return group
+
+
+def _reads(rest: Sequence[Op], after: set[str], name: str) -> bool:
+    """Whether any of the Ops, or what comes after them, reads a buffer before it is written again."""
+    for op in rest:
+        if name in op.inputs:
+            return True
+        if name in op.outputs:
+            return False
+    return name in after
+
+
+def _by_session(op: Op, weights: Weights, inputs: tuple[Tensor, ...], block: Block) -> tuple[Tensor, ...]:
+    """An Op with a state on a block: the tokens of each session with what its cache has."""
+    if len(block.spans) == 1:
+        return _with_state(op, weights, inputs, block.spans[0])
+    sizes = [span.tokens for span in block.spans]
+    split = zip(*(x.split(sizes) for x in inputs), strict=True)
+    parts = [_with_state(op, weights, rows, span) for span, rows in zip(block.spans, split, strict=True)]
+    return tuple(torch.cat(same) for same in zip(*parts, strict=True))
+
+
+def _with_state(op: Op, weights: Weights, inputs: tuple[Tensor, ...], span: Span) -> tuple[Tensor, ...]:
+    layers = span.cache.layers
+    if isinstance(op, ops.Attend):
+        a = op.attention
+        layer = layers[op.layer if a.kv_source is None else a.kv_source]
+        assert isinstance(layer, FullLayer)
+        heads = [x.reshape(len(x), -1, a.head_dim) for x in inputs]
+        query = Query(span.start, *heads) if a.kv_source is None else Query(span.start, heads[0], None, None)
+        return (layer.attend(a, weights.vector(op.sinks), query),)
+    assert isinstance(op, ops.Conv | ops.Delta)
+    state = layers[op.layer]
+    assert isinstance(state, RecurrentLayer)
+    if isinstance(op, ops.Conv):
+        found, state.past = torch_ops.conv(op, weights, state.past, *inputs)
+        return found
+    out, state.state = torch_ops.delta(op, weights, state.state, *inputs)
+    return (out,)

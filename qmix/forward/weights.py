@@ -1,0 +1,183 @@
+"""The dense weights of a model, from a store to the products: every tensor used exactly once.
+
+Matrices stay packed as the store has them. Norms become fp32, with the 1 of "one_plus" added. Routers, and what else is
+summed in fp64, stay as they are stored and are widened where they are used; but routers become fp64 where this process'
+own kernels route, which read them so.
+
+T tokens, N rows out, M columns, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from qmix.device import Device
+from qmix.errors import StoreError
+from qmix.formats import Packed
+from qmix.formats.packed import stacked
+from qmix.forward.program import model_program
+from qmix.kernels import ops
+from qmix.kernels.layer import TORCH, router_logits
+from qmix.kernels.table import KernelTable
+from qmix.sizes import MatrixSpec
+from qmix.spec import DTYPES, Model
+from qmix.spec import Norm as NormSpec
+from qmix.spec import Tensor as Named
+
+READERS = 4  # threads: one alone does not keep the disk busy
+PACKED = ("linear", "mlp", "head")  # roles of the tensors that a store packs
+DAMAGED = "the store is damaged or from another version: quantize again"
+Read = Callable[[str], Packed | Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class DenseWeights:
+    """dtype: what activations, keys and values are computed in. matrices: by canonical name; with tied embeddings the
+    head's shares the embedding's memory, and has its name. tensors: all others, embedding among them. stacks: on a
+    device the matrices of several names as one, their rows one after another, in place of theirs."""
+
+    model: Model
+    dtype: torch.dtype
+    matrices: Mapping[str, Packed]
+    tensors: Mapping[str, Tensor]
+    stacks: Mapping[tuple[str, ...], Packed] = field(default_factory=dict)
+
+
+def compute_dtype(model: Model, formats: set[str], half: torch.dtype = torch.bfloat16) -> torch.dtype:
+    """fp32 where every matrix is a plain one of fp32 or fp16, else `half`. formats: of experts and dense matrices,
+    "keep" for plain ones in the model's own dtype."""
+    wide = formats == {"keep"} and DTYPES[model.dtype] in ("fp16", "fp32")
+    return torch.float32 if wide else half
+
+
+def load_dense(model: Model, dtype: torch.dtype, read: Read, device: Device | None = None) -> DenseWeights:
+    """Every dense weight, by canonical name of `read`, which several threads call; on `device` where one is given: then
+    a few at a time are in host memory. StoreError names what is missing or wrong."""
+    together = {name for names in _stacks(model) for name in names}
+
+    def placed(name: str) -> Packed | Tensor:
+        found = read(name)
+        # Those that are stacked go there afterwards: their own memory would be left in pieces between others'.
+        return found if device is None or name in together else found.to(device.place)
+
+    with ThreadPoolExecutor(READERS, "qmix-dense") as readers:
+        coming = {t.name: readers.submit(placed, t.name) for t in model.tensors()}
+        try:
+            return assemble(model, dtype, lambda name: coming.pop(name).result(),
+                            None if device is None else device.place)
+        except BaseException:
+            readers.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def assemble(model: Model, dtype: torch.dtype, read: Read, place: torch.device | None = None) -> DenseWeights:
+    """The weights of `model.tensors()` from `read(canonical name)`, which gives a Packed for those that a store packs,
+    else a Tensor; each is read once. place: a device, where q, k and v of a layer become one matrix if their format
+    allows it."""
+    norms = _norms(model)
+    matrices: dict[str, Packed] = {}
+    tensors: dict[str, Tensor] = {}
+    for want in model.tensors():
+        got = read(want.name)
+        if want.role in PACKED:
+            if not isinstance(got, Packed) or (got.spec.rows, got.spec.cols) != want.shape:
+                raise StoreError(f"{want.name}: got {_shape(got)}, want a matrix {list(want.shape)}", DAMAGED)
+            matrices[want.name] = got
+        elif not isinstance(got, Tensor) or tuple(got.shape) != want.shape:
+            raise StoreError(f"{want.name}: got {_shape(got)}, want a tensor {list(want.shape)}", DAMAGED)
+        elif want.name in norms:
+            tensors[want.name] = got.float() + 1 if norms[want.name].weight == "one_plus" else got.float()
+        else:
+            tensors[want.name] = got
+    if model.tied:
+        matrices["embedding"] = _tied_head(tensors["embedding"])
+    stacks = {} if place is None else _stack(model, matrices, place)
+    return DenseWeights(model, dtype, matrices, tensors, stacks)
+
+
+def _stack(model: Model, matrices: dict[str, Packed], place: torch.device) -> dict[tuple[str, ...], Packed]:
+    """q, k and v of each layer as one matrix at `place`, taken out of `matrices`; each by itself where their format
+    does not allow it."""
+    stacks = {}
+    for names in _stacks(model):
+        parts = [matrices.pop(name) for name in names]
+        if (whole := stacked(parts)) is None:
+            matrices |= {name: part.to(place) for name, part in zip(names, parts, strict=True)}
+        else:
+            stacks[names] = whole.to(place)
+    return stacks
+
+
+class KernelWeights:
+    """Dense weights with what multiplies by them: torch_ops.Weights, by the kernels of this process.
+
+    A matrix that the native kernels compute takes activations as they are, fp32 or bf16, and gives them back so; any
+    other gets the compute dtype. Those that read the same go together where the native kernels have them all.
+    """
+
+    def __init__(self, dense: DenseWeights, kernels: KernelTable):
+        self.dense = dense
+        self.dtype = dense.dtype
+        self.kernels = kernels
+        tensors = dict(dense.tensors)
+        if kernels.layer is not TORCH:
+            routers = {op.weight.name for op in model_program(dense.model) if isinstance(op, ops.Route)}
+            tensors |= {name: tensors[name].double() for name in routers}
+        self._tensors = tensors
+        self._rows = {t.name: t.shape[0] for t in dense.model.tensors()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def matrix(self, name: str) -> Packed:
+        return self.dense.matrices[name]
+
+    def linears(self, x: Tensor, *names: str) -> list[Tensor]:
+        """See torch_ops.PlainWeights."""
+        stack = self.dense.stacks.get(names)
+        if stack is not None:
+            return list(self.kernels.linear(x.to(self.dtype), stack).split([self._rows[name] for name in names], 1))
+        matrices = [self.dense.matrices[name] for name in names]
+        native = [self.kernels.computes_natively(m) for m in matrices]
+        if all(native):
+            return self.kernels.linears(x, *matrices)
+        return [self.kernels.linear(x if own else x.to(self.dtype), m) for own, m in zip(native, matrices, strict=True)]
+
+    def exact(self, x: Tensor, name: str) -> Tensor:
+        return router_logits(x.float(), self._tensors[name].double())
+
+    def norm(self, weight: Named | None, spec: NormSpec) -> Tensor | None:
+        return None if weight is None else self._tensors[weight.name]
+
+    def vector(self, weight: Named | None) -> Tensor | None:
+        return None if weight is None else self._tensors[weight.name].float()
+
+
+def _norms(model: Model) -> dict[str, NormSpec]:
+    """The norm that each weight of one belongs to."""
+    return {op.weight.name: op.norm for op in model_program(model)
+            if isinstance(op, ops.Norm | ops.HeadNorm) and op.weight is not None and op.norm is not None}
+
+
+def _stacks(model: Model) -> list[tuple[str, ...]]:
+    """q, k and v of each layer that has them as three matrices."""
+    there = {t.name for t in model.tensors()}
+    groups = [tuple(f"layers.{i}.attention.{part}" for part in "qkv") for i in range(len(model.layers))]
+    return [names for names in groups if there.issuperset(names)]
+
+
+def _tied_head(embedding: Tensor) -> Packed:
+    """The embedding [V, H] as the head's matrix, sharing its memory."""
+    kind = DTYPES[str(embedding.dtype).removeprefix("torch.")]
+    return Packed.of(MatrixSpec(kind, *embedding.shape), {"weight": embedding}, "tied head")
+
+
+def _shape(got: Packed | Tensor) -> str:
+    if isinstance(got, Packed):
+        return f"{got.spec.format} [{got.spec.rows}, {got.spec.cols}]"
+    return f"a tensor {list(got.shape)}"

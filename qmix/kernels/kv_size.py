@@ -1,0 +1,45 @@
+"""Bytes of a session's cache, to the last one, from the model alone: what a plan counts. No torch here."""
+
+from __future__ import annotations
+
+from qmix.kernels.op import FEW, WIDE
+from qmix.sizes import KV_FORMATS, KV_SCALE_BYTES
+from qmix.spec import Attention, DeltaNet, Model
+
+SLACK = FEW - 1  # positions that a ring keeps beside its window: as many drafts as may be taken back
+
+
+def kv_bytes(model: Model, capacity: int, item_bytes: int = 2, kv: str = "bf16", rings: bool = False) -> int:
+    """forward.kv_cache.SessionCache.nbytes. item_bytes: of the compute dtype, which `kv` "bf16" stands for; with "int8"
+    a number takes a byte, and each head's key and value of a position an fp32 scale."""
+    assert kv in KV_FORMATS, kv
+    total = 0
+    for i, layer in enumerate(model.layers):
+        mixer = layer.mixer
+        if isinstance(mixer, DeltaNet):
+            total += recurrent_bytes(mixer)
+        elif mixer.kv_source is None:
+            head = mixer.head_dim + KV_SCALE_BYTES if kv == "int8" else mixer.head_dim * item_bytes
+            total += 2 * positions(model, i, capacity, rings) * mixer.kv_heads * head
+    return total
+
+
+def positions(model: Model, i: int, capacity: int, rings: bool) -> int:
+    """That attention of layer i keeps: all, or with `rings` of a window no more than that and SLACK, unless another
+    layer reads them."""
+    mixer = model.layers[i].mixer
+    assert isinstance(mixer, Attention)
+    read = any(isinstance(layer.mixer, Attention) and layer.mixer.kv_source == i for layer in model.layers)
+    if not rings or mixer.window is None or read:
+        return capacity
+    return min(capacity, mixer.window + SLACK)
+
+
+def channels(delta: DeltaNet) -> int:
+    """Of its convolution: q, k and v side by side."""
+    return 2 * delta.key_heads * delta.key_dim + delta.value_heads * delta.value_dim
+
+
+def recurrent_bytes(delta: DeltaNet) -> int:
+    """A state, and the last inputs of the convolution, fp32."""
+    return (delta.value_heads * delta.key_dim * delta.value_dim + (delta.conv - 1) * channels(delta)) * WIDE
