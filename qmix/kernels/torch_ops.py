@@ -9,7 +9,7 @@ state of its layer; Rope gets cos and sin. Experts and Take are the runner's.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,9 @@ from torch import Tensor
 from qmix.kernels import ops
 from qmix.kernels.attend import SCORES, attend
 from qmix.kernels.cpu import FEW, few_rows
-from qmix.kernels.layer import TORCH, rms_norm, rotate, router_logits
-from qmix.spec import Activation, Router
+from qmix.kernels.layer import TORCH, rms_norm, rotate
+from qmix.kernels.router import RouterTensors, choose_experts, router_logits
+from qmix.spec import Activation
 from qmix.spec import Norm as NormSpec
 from qmix.spec import Tensor as Named
 
@@ -34,7 +35,6 @@ class Weights:
     tensors: Mapping[str, Tensor]
     dtype: torch.dtype = torch.float32
     linear_by: LinearBy | None = None
-    wide: dict[str, Tensor] = field(default_factory=dict)  # in fp64, of exact Linears
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -45,9 +45,7 @@ class Weights:
 
     def exact(self, x: Tensor, name: str) -> Tensor:
         """fp32 [T, N], summed in fp64; x fp32."""
-        if name not in self.wide:
-            self.wide[name] = self.tensors[name].double()
-        return router_logits(x.float(), self.wide[name])
+        return router_logits(x.float(), self.tensors[name])
 
     def vector(self, weight: Named | None) -> Tensor | None:
         """Of a norm, a bias or the like, in fp32."""
@@ -91,8 +89,7 @@ def head_norm(op: ops.HeadNorm, w: Weights, buffer: Tensor) -> Tensor:
 
 def cos_sin(positions: Tensor, inv_freq: Tensor, factor: float) -> tuple[Tensor, Tensor]:
     """What `rope` rotates by, fp32 [T, 1, D], of positions [T]."""
-    cos, sin = TORCH.angles(positions, inv_freq)
-    return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
+    return TORCH.angles(positions, inv_freq, factor)
 
 
 def rope(op: ops.Rope, cos: Tensor, sin: Tensor, *buffers: Tensor) -> tuple[Tensor, ...]:
@@ -186,32 +183,9 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def route(op: ops.Route, w: Weights, source: Tensor) -> tuple[Tensor, Tensor]:
-    router = op.router
-    logits, bias = w.exact(source, op.weight.name), w.vector(op.logit_bias)
-    logits = logits if bias is None else logits + bias
-    scores = torch.softmax(logits, -1) if router.score == "softmax" else _steady(torch.sigmoid, logits)
-    bias = w.vector(op.choice_bias)
-    # Scores rise with their logits, which do not saturate: equal scores of unequal logits would leave the choice open.
-    ranked = logits if bias is None and router.groups == router.top_groups else _allowed(
-        router, scores if bias is None else scores + bias)
-    ids = ranked.topk(router.top_k).indices
-    over_chosen = router.over == "chosen" and router.score == "softmax"
-    weights = torch.softmax(logits.gather(1, ids), -1) if over_chosen else scores.gather(1, ids)
-    if router.normalize:
-        weights = weights / (weights.sum(-1, keepdim=True) + router.eps)
-    weights = weights if router.scale == 1 else weights * router.scale
-    scale = w.vector(op.expert_scale)
-    return ids, weights if scale is None else weights * scale[ids]
-
-
-def _allowed(router: Router, scores: Tensor) -> Tensor:
-    """scores [T, E], -inf outside the best groups."""
-    if router.groups == router.top_groups:
-        return scores
-    grouped = scores.view(len(scores), router.groups, -1)
-    best = grouped.topk(2).values.sum(-1) if router.group_score == "top2" else grouped.amax(-1)
-    chosen = torch.zeros_like(best, dtype=torch.bool).scatter_(1, best.topk(router.top_groups).indices, True)
-    return grouped.masked_fill(~chosen[..., None], -torch.inf).view(scores.shape)
+    router = RouterTensors(op.router, w[op.weight.name], w.vector(op.logit_bias), w.vector(op.choice_bias),
+                           w.vector(op.expert_scale))
+    return choose_experts(w.exact(source, op.weight.name), router, op.router.top_k)
 
 
 def activate(activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
