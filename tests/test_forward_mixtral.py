@@ -88,7 +88,7 @@ class Pair:
         experts = [self._watched(offload.experts, seen) for offload, seen in zip(
             self.offloads, self.seen, strict=True)]
         ahead, depth = self.offloads[0].experts.ahead, 2
-        size = store.model.head_dim
+        size = store.model.alike()[0].head_dim
         own = choose_attention(size, kv, lambda line: None)
         self.today = Mixtral(store.model, load_today(store, kernels), kernels, experts[0], ahead, depth,
                              partial(Int8KVCache if kv == "int8" else KVCache, native=own))

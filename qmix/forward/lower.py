@@ -29,10 +29,11 @@ from qmix.forward.kv_cache import SessionCache
 from qmix.forward.kv_layers import FullLayer, plain
 from qmix.forward.steps import Turning, fused_guess, fused_route, rotates
 from qmix.forward.weights import KernelWeights
-from qmix.kernels import native, ops
+from qmix.kernels import native, ops, torch_ops
 from qmix.kernels.native import Product, jobs
 from qmix.kernels.native.sequence import ADD, ANGLES, ATTEND, NORM, PRODUCTS, ROTATE, ROUTE, addition
 from qmix.kernels.op import Op
+from qmix.kernels.router import RouterTensors
 from qmix.spec import LongRope, Rope
 from qmix.spec import Tensor as Named
 
@@ -169,21 +170,27 @@ class Lowering:
         return len(group)
 
     def _norm(self, op: ops.Norm, found: Calls) -> None:
-        x, weight = self._fp32(op.source, op), self._weights.norm(op.weight, op.norm)
-        if weight is None:
-            raise Unsupported("Norm without a weight")
-        for name, dtype in ((op.out, self._weights.dtype), (op.wide, torch.float32)):
-            if name is not None:
-                found.add(NORM, jobs.norm(x, weight, op.norm.eps, self._buffers.make(name, op.size, dtype)))
+        x, weight = self._buffers[op.source], self._weights.norm(op.weight, op.norm)
+        self._kept.append(x)
+        out = None if op.out is None else self._buffers.make(op.out, op.size, self._weights.dtype)
+        wide = None if op.wide is None else self._buffers.make(op.wide, op.size, torch.float32)
+        found.add(NORM, jobs.norm(x, weight, op.norm.eps, out, wide))
+
+    def _head_norm(self, op: ops.HeadNorm, found: Calls) -> None:
+        x = self._buffers[op.buffer]
+        weight, eps = (None, None) if op.norm is None else (self._weights.norm(op.weight, op.norm), op.norm.eps)
+        out = torch.empty(x.shape)
+        found.add(NORM, jobs.norm(x, weight, eps, out, clip=op.clip, rows=x.shape[1] // op.size))
+        self._kept.append(x)
+        self._buffers.own[op.buffer] = out
 
     def _route(self, norm: ops.Norm, route: ops.Route, found: Calls) -> None:
         weight = self._weights.norm(norm.weight, norm.norm)
-        assert weight is not None
         normed = None if norm.out is None else self._buffers.make(norm.out, norm.size, self._weights.dtype)
         ids = self._buffers.make(route.ids, route.router.top_k, torch.int64)
         topk_weights = self._buffers.make(route.topk_weights, route.router.top_k, torch.float32)
-        found.add(ROUTE, jobs.route(self._buffers[norm.source], weight, self._weights[route.weight.name], norm.norm.eps,
-                                    normed, ids, topk_weights))
+        found.add(ROUTE, jobs.route(self._buffers[norm.source], weight, self._router(route), norm.norm.eps, normed, ids,
+                                    topk_weights))
 
     def _guess(self, op: ops.Guess, found: Calls) -> None:
         if not fused_guess(op):
@@ -191,16 +198,18 @@ class Lowering:
         norm = op.steps[0]
         assert isinstance(norm, ops.Norm)
         weight = self._weights.norm(norm.weight, norm.norm)
-        assert weight is not None
-        found.add(ROUTE, jobs.route(self._buffers[op.source], weight, self._weights[op.route.weight.name],
-                                    norm.norm.eps, None, self._buffers.make(op.out, op.count, torch.int64), None))
+        found.add(ROUTE, jobs.route(self._buffers[op.source], weight, self._router(op.route), norm.norm.eps, None,
+                                    self._buffers.make(op.out, op.count, torch.int64), None))
+
+    def _router(self, op: ops.Route) -> RouterTensors:
+        router = torch_ops.router_tensors(op, self._weights)
+        self._kept += [x for x in (router.logit_bias, router.choice_bias, router.expert_scale) if x is not None]
+        return router
 
     def _rope(self, op: ops.Rope, found: Calls) -> None:
         if not rotates(op):
-            raise Unsupported("Rope of a part of each head" if len(op.buffers) == 2 else "Rope of queries alone")
+            raise Unsupported("Rope of queries alone")
         q, k = (self._buffers[name] for name in op.buffers)
-        if q.dtype != k.dtype:
-            raise Unsupported("Rope of queries and keys of two dtypes")
         heads, size = q.shape[1] // op.head_dim, op.head_dim
         turned = torch.empty(1, heads + k.shape[1] // size, size)
         turn = self._turn(op.rope, found)
@@ -212,10 +221,10 @@ class Lowering:
         if rope not in self.turns:
             cos, sin = torch.empty(2, 1, 1, rope.dim)
             speeds, factor = self._turning.speeds(rope, self._cache.capacity)
-            called = factor == 1 and not isinstance(rope.scaling, LongRope)  # whose speeds depend on the session
+            called = not isinstance(rope.scaling, LongRope)  # whose speeds depend on the session
             self.turns[rope] = Turn(cos, sin, speeds if called else None)
             if called:
-                found.add(ANGLES, jobs.angles(self.position, speeds, cos, sin))
+                found.add(ANGLES, jobs.angles(self.position, speeds, cos, sin, factor))
         return self.turns[rope]
 
     def _attend(self, op: ops.Attend, found: Calls) -> None:
@@ -247,8 +256,8 @@ class Lowering:
 
 
 LOWERINGS: Mapping[type[Op], Callable[..., None]] = {
-    ops.Norm: Lowering._norm, ops.Rope: Lowering._rope, ops.Attend: Lowering._attend, ops.Guess: Lowering._guess,
-    ops.Add: Lowering._add, ops.Head: Lowering._head,
+    ops.Norm: Lowering._norm, ops.HeadNorm: Lowering._head_norm, ops.Rope: Lowering._rope,
+    ops.Attend: Lowering._attend, ops.Guess: Lowering._guess, ops.Add: Lowering._add, ops.Head: Lowering._head,
 }
 
 

@@ -24,7 +24,7 @@ from qmix.kernels.layer import TORCH, LayerOps
 from qmix.kernels.op import Op
 from qmix.kernels.rope import inv_freq
 from qmix.kernels.torch_ops import Weights
-from qmix.spec import LongRope, Model, Rope, Router
+from qmix.spec import LongRope, Model, Rope
 
 Buffers = dict[str, Tensor]
 Step = Callable[[Buffers, Block], None]
@@ -44,9 +44,8 @@ STATELESS: Mapping[type[Op], Callable[..., Any]] = {
 
 
 def fused_route(norm: Op, route: Op) -> bool:
-    """Whether LayerOps.route computes these two: Mixtral's choice, of what the norm gives."""
-    return isinstance(norm, ops.Norm) and isinstance(route, ops.Route) and norm.weight is not None and \
-        norm.source == "residual" and route.source == norm.wide and _of_mixtral(route)
+    """Whether LayerOps.route computes these two: the choice of what the norm gives."""
+    return isinstance(norm, ops.Norm) and isinstance(route, ops.Route) and route.source == norm.wide
 
 
 def fused_guess(op: ops.Guess) -> bool:
@@ -54,15 +53,9 @@ def fused_guess(op: ops.Guess) -> bool:
     return len(op.steps) == 1 and fused_route(op.steps[0], op.route)
 
 
-def _of_mixtral(route: ops.Route) -> bool:
-    r = route.router
-    plain = r == Router(r.experts, r.top_k)
-    return plain and (route.logit_bias, route.choice_bias, route.expert_scale) == (None, None, None)
-
-
 def rotates(op: ops.Rope) -> bool:
-    """Whether LayerOps.rotate computes it: queries and keys, whole heads."""
-    return len(op.buffers) == 2 and op.rope.dim == op.head_dim
+    """Whether LayerOps.rotate computes it: queries and keys."""
+    return len(op.buffers) == 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +154,12 @@ class Steps:
             return self._rotation(op)
         if isinstance(op, ops.Attend | ops.Conv | ops.Delta):
             return lambda inputs, block: _by_session(op, weights, inputs, block)
-        if layer is not TORCH and isinstance(op, ops.Norm) and op.weight is not None:
+        if layer is not TORCH and isinstance(op, ops.Norm):
             return self._norm(op)
+        if layer is not TORCH and isinstance(op, ops.HeadNorm):
+            return self._head_norm(op)
+        if layer is not TORCH and isinstance(op, ops.Route):
+            return self._route(op)
         if layer is not TORCH and isinstance(op, ops.Guess) and fused_guess(op):
             return self._guess(op)
         compute = STATELESS[type(op)]
@@ -174,18 +171,17 @@ class Steps:
             return lambda inputs, block: torch_ops.rope(op, *turning.cos_sin(op.rope, block, layer), *inputs)
 
         def rotate(inputs: tuple[Tensor, ...], block: Block) -> tuple[Tensor, Tensor]:
-            q, k = inputs if inputs[0].dtype == inputs[1].dtype else (x.float() for x in inputs)
-            return layer.rotate(q, k, *turning.cos_sin(op.rope, block, layer))
+            q, k = inputs
+            return layer.rotate(q, k, *turning.cos_sin(op.rope, block, layer), op.head_dim)
 
         return rotate
 
     def _norm(self, op: ops.Norm) -> Callable[[tuple[Tensor, ...], Block], Any]:
         layer, dtype, eps = self._layer, self._weights.dtype, op.norm.eps
         weight = self._weights.norm(op.weight, op.norm)
-        assert weight is not None
 
         def norm(inputs: tuple[Tensor, ...], block: Block) -> Tensor | tuple[Tensor, Tensor]:
-            x = inputs[0].float()
+            x = inputs[0]
             if op.wide is None:
                 return layer.norm(x, weight, eps, dtype)
             wide = layer.norm(x, weight, eps, torch.float32)
@@ -193,11 +189,26 @@ class Steps:
 
         return norm
 
+    def _head_norm(self, op: ops.HeadNorm) -> Callable[[tuple[Tensor, ...], Block], Any]:
+        layer, eps = self._layer, None if op.norm is None else op.norm.eps
+        weight = None if op.norm is None else self._weights.norm(op.weight, op.norm)
+        return lambda inputs, block: layer.head_norm(inputs[0], op.size, weight, eps, op.clip)
+
+    def _route(self, op: ops.Route) -> Callable[[tuple[Tensor, ...], Block], Any]:
+        layer, router = self._layer, torch_ops.router_tensors(op, self._weights)
+
+        def route(inputs: tuple[Tensor, ...], block: Block) -> tuple[Tensor, Tensor]:
+            shape = len(inputs[0]), op.router.top_k
+            ids, weights = torch.empty(shape, dtype=torch.int64), torch.empty(shape)
+            layer.route(inputs[0].float(), None, router, None, None, ids, weights)
+            return ids, weights
+
+        return route
+
     def _guess(self, op: ops.Guess) -> Callable[[tuple[Tensor, ...], Block], Any]:
         layer, (norm,) = self._layer, op.steps
         assert isinstance(norm, ops.Norm)
-        weight, router = self._weights.norm(norm.weight, norm.norm), self._weights[op.route.weight.name].double()
-        assert weight is not None
+        weight, router = self._weights.norm(norm.weight, norm.norm), torch_ops.router_tensors(op.route, self._weights)
 
         def guess(inputs: tuple[Tensor, ...], block: Block) -> Tensor:
             ids = torch.empty(len(inputs[0]), op.count, dtype=torch.int64)
@@ -209,8 +220,7 @@ class Steps:
     def _routing(self, norm: ops.Norm, route: ops.Route) -> Step:
         """A norm and the router behind it, by LayerOps."""
         layer, top_k, dtype = self._layer, route.router.top_k, self._weights.dtype
-        weight, router = self._weights.norm(norm.weight, norm.norm), self._weights[route.weight.name].double()
-        assert weight is not None
+        weight, router = self._weights.norm(norm.weight, norm.norm), torch_ops.router_tensors(route, self._weights)
         out = norm.out
 
         def step(buffers: Buffers, block: Block) -> None:

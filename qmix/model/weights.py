@@ -1,6 +1,7 @@
 """The dense weights of a Mixtral, read from a store: every tensor used exactly once.
 
-Matrices stay packed as the store has them; norms become fp32 and routers fp64, in which they compute.
+Matrices stay packed as the store has them, and routers as the checkpoint has them, widened where they are multiplied;
+on a device they become fp64, as its kernels read them. Norms become fp32.
 
 H hidden, V vocabulary, E experts.
 """
@@ -19,9 +20,10 @@ from qmix.device import Device
 from qmix.errors import StoreError
 from qmix.formats import Packed
 from qmix.formats.packed import stacked
+from qmix.kernels.router import RouterTensors
 from qmix.kernels.table import KernelTable
 from qmix.sizes import MatrixSpec
-from qmix.spec import Model
+from qmix.spec import Model, Router
 from qmix.store import Store
 
 READERS = 4  # threads: one alone does not keep the disk busy
@@ -31,14 +33,14 @@ DAMAGED = "the store is damaged or from another version: quantize again"
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One layer without its experts: norms [H] fp32, router [E, H] fp64, and packed matrices. heads: the projections
-    to queries, keys and values; on a device one matrix, q over k over v, where the format allows it."""
+    """One layer without its experts: norms [H] fp32, the router with its weight [E, H], and packed matrices. heads: the
+    projections to queries, keys and values; on a device one matrix, q over k over v, where the format allows it."""
 
     input_norm: Tensor
     heads: tuple[Packed, ...]
     o: Packed
     post_norm: Tensor
-    router: Tensor
+    router: RouterTensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +110,14 @@ def assemble(model: Model, dtype: torch.dtype, read: Callable[[str], Packed | Te
         if place is not None:
             whole = stacked(heads)
             heads = tuple(m.to(place) for m in (heads if whole is None else (whole,)))
+        gate = plain(prefix + "router.weight")
         return LayerWeights(
             input_norm=plain(prefix + "before_mixer").float(), o=o,
             heads=heads,
             post_norm=plain(prefix + "before_mlp").float(),
-            router=plain(prefix + "router.weight").double())
+            router=RouterTensors(spec, gate if place is None else gate.double()))
 
+    spec = Router(model.num_experts, model.top_k)
     embedding = plain("embedding")
     layers = tuple(layer(f"layers.{i}.") for i in range(model.num_layers))
     final_norm = plain("final_norm").float()
