@@ -73,7 +73,7 @@ def model_of(store: Store) -> Model:
 
 def dense_of(store: Store) -> DenseWeights:
     model = model_of(store)
-    dtype = compute_dtype(model, {store.quant.experts, store.quant.dense})
+    dtype = compute_dtype(model, store.quant)
     return load_dense(model, dtype, lambda name: store.dense(name))
 
 

@@ -123,7 +123,8 @@ def test_native_is_close_to_torch_and_drafts_are_exact(name: str, monkeypatch: p
     errors = (got - want).norm(dim=1) / want.norm(dim=1)
     assert 0 < errors.median() < bounds.model_apart(3)
     on_portable = next(iter(native.levels())) == "portable"
-    assert (runner.single_tokens == "native") == (not on_portable), runner.single_tokens
+    biased = any(tensor.role == "bias" for tensor in spec.tensors())  # products have none: those layers run by Ops
+    assert (runner.single_tokens == "native") == (not on_portable and not biased), runner.single_tokens
     cache, count = runner.new_cache(64), len(IDS) - PROMPT
     runner.forward(IDS[:PROMPT], torch.arange(PROMPT), [cache], Step("prefill"))
     for begin in range(PROMPT, len(IDS), 8):

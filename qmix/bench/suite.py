@@ -27,7 +27,7 @@ from qmix.bench.work import Workload
 from qmix.engine import Engine
 from qmix.hardware.cores import cpu_model
 from qmix.hardware.memory import reset_peak
-from qmix.model.weights import compute_dtype
+from qmix.forward.weights import compute_dtype
 from qmix.offload.plan import Plan
 from qmix.sizes import format_bytes
 from qmix.store import Store, describe

@@ -16,7 +16,7 @@ from torch import Tensor
 from qmix.device import Device
 from qmix.formats.packed import Packed
 from qmix.kernels.device_table import DeviceKernels
-from qmix.model.weights import Weights
+from qmix.forward.weights import DenseWeights
 from qmix.offload.setup import Offload
 from qmix.spec import Model
 
@@ -24,7 +24,7 @@ COMPILED = (12, 40, 200)  # tokens of a prompt: numbers for which kernels are cu
 LOG = logging.getLogger(__name__)
 
 
-def compile_prompts(kernels: DeviceKernels, weights: Weights, offload: Offload, model: Model, device: Device,
+def compile_prompts(kernels: DeviceKernels, weights: DenseWeights, offload: Offload, model: Model, device: Device,
                     dtype: torch.dtype, say: Callable[[str], None]) -> None:
     """One line for each way in which a piece fails: its name, the error's type and first line. The traceback goes to
     Python's logging, at level DEBUG, of which the line speaks where somebody listens."""
@@ -42,11 +42,13 @@ def compile_prompts(kernels: DeviceKernels, weights: Weights, offload: Offload, 
             said.add(reason)
 
 
-def _pieces(kernels: DeviceKernels, weights: Weights, offload: Offload, model: Model, device: Device,
+def _pieces(kernels: DeviceKernels, weights: DenseWeights, offload: Offload, model: Model, device: Device,
             dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     """(what it is, what runs it once), for products of the dense matrices and of one expert of each kind, and for
     attention."""
-    layer, prompts = weights.layers[0], kernels.prompts
+    prompts = kernels.prompts
+    matrices = [m for names, m in weights.stacks.items() if names[0].startswith("layers.0.")]
+    matrices += [m for name, m in weights.matrices.items() if name.startswith(("layers.0.", "head", "embedding"))]
     attention, _ = model.alike()
 
     def expert(x: Tensor, w13: Packed, w2: Packed) -> None:
@@ -54,7 +56,7 @@ def _pieces(kernels: DeviceKernels, weights: Weights, offload: Offload, model: M
 
     for tokens in COMPILED:
         x = torch.zeros(tokens, model.hidden, dtype=dtype, device=device.place)
-        for m in [*layer.heads, layer.o, weights.head]:
+        for m in matrices:
             yield (f"a product of {tokens} tokens with a dense matrix in {m.spec.format}",
                    partial(prompts.linear, x.new_zeros(tokens, m.spec.cols), m))
         for w13, w2 in offload.experts.views:

@@ -26,8 +26,9 @@ from qmix.kernels.device_table import does_not_run
 from qmix.kernels.native import Native
 from qmix.kernels.rows import bound_formats
 from qmix.kernels.table import KernelTable
-from qmix.model.kvcache import KVCache
-from qmix.model.mixtral import BLOCK, Mixtral
+from qmix.forward.kv_cache import SessionCache
+from qmix.forward.passes import BLOCK
+from qmix.forward.runner import Runner
 from qmix.offload.plan import Plan
 from qmix.offload.setup import Offload
 from qmix.sizes import format_bytes
@@ -43,7 +44,7 @@ class Engine:
     """A loaded model. Close it, or use it as a context manager. exact: whoever keeps a session from turn to turn should
     empty it first, since a prompt that is read in pieces has other last bits."""
 
-    def __init__(self, store: Store, plan: Plan, tokenizer: Tokenizer, kernels: KernelTable, model: Mixtral,
+    def __init__(self, store: Store, plan: Plan, tokenizer: Tokenizer, kernels: KernelTable, model: Runner,
                  offload: Offload, closing: ExitStack, device: Device | None = None, exact: bool = False,
                  say: Callable[[str], None] = lambda line: None):
         self.store = store
@@ -57,7 +58,7 @@ class Engine:
         self._model = model
         self._offload = offload
         self._closing = closing
-        self._caches: WeakSet[KVCache] = WeakSet()
+        self._caches: WeakSet[SessionCache] = WeakSet()
         self._lock = threading.Lock()
         self._closed = False
         self._pid = os.getpid()
@@ -76,7 +77,7 @@ class Engine:
 
     @property
     def warm(self) -> bool:
-        """Whether the last decode pass says how long another one will take: see Mixtral.warm."""
+        """Whether the last decode pass says how long another one will take: see Runner.warm."""
         return self._model.warm
 
     @property

@@ -13,14 +13,14 @@ from functools import partial
 from qmix.device import Device
 from qmix.engine.compiling import compile_prompts
 from qmix.engine.machine import Placement
-from qmix.kernels.attention import choose_attention
+from qmix.kernels.attention import choose_attentions
 from qmix.kernels.device_table import DeviceKernels
 from qmix.kernels.table import KernelTable
-from qmix.model.device_decode import DeviceDecode
-from qmix.model.kvcache import KVCache
-from qmix.model.kvint8 import Int8KVCache
-from qmix.model.mixtral import Mixtral
-from qmix.model.weights import Weights, compute_dtype, load_dense
+from qmix.forward.kv_cache import SessionCache
+from qmix.forward.run_eager import Guesses
+from qmix.forward.run_graph import DeviceDecode
+from qmix.forward.runner import Runner
+from qmix.forward.weights import DenseWeights, compute_dtype, load_dense
 from qmix.offload.device_experts import DeviceExperts
 from qmix.offload.device_setup import DeviceOptions, open_device_offload
 from qmix.offload.forecast import Speeds
@@ -44,7 +44,7 @@ class Parts:
     say: Callable[[str], None]
     progress: Progress | None
 
-    def watched(self, dense: Future[Weights]) -> Progress:
+    def watched(self, dense: Future[DenseWeights]) -> Progress:
         """`progress`, which ends the load where the dense part turns out to be damaged."""
 
         def report(done: int, total: int, label: str) -> None:
@@ -56,23 +56,27 @@ class Parts:
         return report
 
 
-def on_host(parts: Parts, kernels: KernelTable, kv: str) -> tuple[KernelTable, Mixtral, Offload]:
+def on_host(parts: Parts, kernels: KernelTable, kv: str) -> tuple[KernelTable, Runner, Offload]:
     """All on the CPU."""
-    model = parts.store.model
-    attention = choose_attention(model.alike()[0].head_dim, kv, parts.say)
+    store = parts.store
+    attention = choose_attentions(store.model, kv, parts.say)
+    dtype = compute_dtype(store.model, store.quant)
     with ThreadPoolExecutor(1, "qmix-dense") as beside:
-        dense = beside.submit(load_dense, parts.store, kernels)
-        offload = open_offload(parts.store, kernels, parts.plan, parts.options, parts.stats, parts.writer, parts.say,
+        dense = beside.submit(load_dense, store.model, dtype, store.dense)
+        offload = open_offload(store, kernels, parts.plan, parts.options, parts.stats, parts.writer, parts.say,
                                parts.watched(dense))
         weights = _result(dense, offload)
+    return kernels, Runner(store.model, weights, kernels, offload.experts, _guesses(offload),
+                           partial(SessionCache, kv=kv, native=attention)), offload
+
+
+def _guesses(offload: Offload) -> Guesses:
     experts = offload.experts
-    return kernels, Mixtral(model, weights, kernels, experts, experts.ahead, experts.depth,
-                            partial(Int8KVCache if kv == "int8" else KVCache, native=attention),
-                            experts.guesses_prompts), offload
+    return Guesses(experts.depth, experts.ahead, experts.guesses_prompts)
 
 
 def on_device(parts: Parts, device: Device, kernels: DeviceKernels, placement: Placement,
-              speeds: Speeds | None, kv: str) -> tuple[KernelTable, Mixtral, Offload]:
+              speeds: Speeds | None, kv: str) -> tuple[KernelTable, Runner, Offload]:
     """All on the device but for the experts that do not fit there."""
     store, say = parts.store, parts.say
     model = store.model
@@ -83,7 +87,7 @@ def on_device(parts: Parts, device: Device, kernels: DeviceKernels, placement: P
     device.limit(fast.budget - fast.base - fast.beside)
     how = DeviceOptions(placement.pin_budget(), placement.exact, *((speeds.pcie, speeds.ram) if speeds else ()))
     with ThreadPoolExecutor(1, "qmix-dense") as beside:
-        dense = beside.submit(load_dense, store, kernels.prompts, device)
+        dense = beside.submit(load_dense, store.model, dtype, store.dense, device)
         offload = open_device_offload(store, device, kernels, parts.plan, parts.options, how, parts.stats,
                                       parts.writer, say, parts.watched(dense))
         weights = _result(dense, offload)
@@ -93,18 +97,16 @@ def on_device(parts: Parts, device: Device, kernels: DeviceKernels, placement: P
     device.tidy()
     experts = offload.experts
     assert isinstance(experts, DeviceExperts)
-    caches = (partial(Int8KVCache, place=device.place, there=kernels.attend) if kv == "int8" else
-              partial(KVCache, place=device.place, attend=kernels.attend))
+    caches = partial(SessionCache, kv=kv, place=device.place, attend=kernels.attend)
     decode = DeviceDecode(model, weights, device, kernels.ops, experts, experts.depth, experts.ahead)
     if not placement.exact and fast.slots < parts.plan.needs.records:
         say("experts that are not on the GPU are computed by the CPU where that is faster, so the last bits depend on "
             "where an expert was (--exact forbids it)")
-    return kernels.prompts, Mixtral(
-        model, weights, kernels.prompts, experts, experts.ahead, experts.depth,
-        caches, experts.guesses_prompts, device, decode), offload
+    return kernels.prompts, Runner(model, weights, kernels.prompts, experts, _guesses(offload), caches, device,
+                                   decode), offload
 
 
-def _result(dense: Future[Weights], offload: Offload) -> Weights:
+def _result(dense: Future[DenseWeights], offload: Offload) -> DenseWeights:
     try:
         return dense.result()
     except BaseException:

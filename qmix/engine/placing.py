@@ -18,7 +18,7 @@ from qmix.errors import QmixError, UsageError
 from qmix.kernels import tuned
 from qmix.kernels.device_table import DeviceKernels, choose_device_kernels
 from qmix.kernels.table import KernelTable
-from qmix.model.weights import compute_dtype
+from qmix.forward.weights import compute_dtype
 from qmix.offload.plan import UNMEASURED, Needs, Plan
 from qmix.offload.plan import plan as make_plan
 from qmix.spec import Attention, Model

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from qmix.config import Cancel
-from qmix.model.kvcache import KVCache
+from qmix.forward.kv_cache import SessionCache
 
 if TYPE_CHECKING:
     from qmix.engine.engine import Engine
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Session:
     """One conversation's positions: its KV cache and the ids whose keys and values are in it."""
 
-    def __init__(self, engine: Engine, number: int, cache: KVCache):
+    def __init__(self, engine: Engine, number: int, cache: SessionCache):
         self._engine = engine
         self.number = number
         self.cache = cache

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from qmix.config import QuantConfig
 from qmix.device import Device
 from qmix.errors import StoreError
 from qmix.formats import Packed
@@ -47,10 +48,9 @@ class DenseWeights:
     stacks: Mapping[tuple[str, ...], Packed] = field(default_factory=dict)
 
 
-def compute_dtype(model: Model, formats: set[str], half: torch.dtype = torch.bfloat16) -> torch.dtype:
-    """fp32 where every matrix is a plain one of fp32 or fp16, else `half`. formats: of experts and dense matrices,
-    "keep" for plain ones in the model's own dtype."""
-    wide = formats == {"keep"} and DTYPES[model.dtype] in ("fp16", "fp32")
+def compute_dtype(model: Model, quant: QuantConfig, half: torch.dtype = torch.bfloat16) -> torch.dtype:
+    """fp32 where every matrix is a plain one of fp32 or fp16, else `half`."""
+    wide = quant.experts == quant.dense == "keep" and DTYPES[model.dtype] in ("fp16", "fp32")
     return torch.float32 if wide else half
 
 

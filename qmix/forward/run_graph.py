@@ -37,8 +37,9 @@ from qmix.device.device import Work
 from qmix.errors import Interrupted
 from qmix.kernels.attend import rotation
 from qmix.kernels.device_ops import DeviceOps, Later
-from qmix.model.kvcache import KVCache
-from qmix.model.weights import Weights
+from qmix.forward.kv_cache import SessionCache
+from qmix.forward.weights import DenseWeights
+from qmix.formats import Packed
 from qmix.spec import Model
 
 KEPT = 8  # sets of pieces: numbers of tokens, and caches
@@ -83,7 +84,7 @@ class _Buffers:
         layers, k, size = model.num_layers, model.top_k, attention.head_dim
         self.given = device.host(2, tokens, dtype=torch.int64)  # tokens, positions
         self.tokens, self.positions = self.arrived = torch.zeros(2, tokens, dtype=torch.int64, device=device.place)
-        self.caches: Sequence[KVCache] = ()  # of each token its session's, while it is computed
+        self.caches: Sequence[SessionCache] = ()  # of each token its session's, while it is computed
         self.residual = floats(tokens, model.hidden)
         self.x = floats(tokens, model.hidden)
         self.qkv = floats(tokens, (attention.heads + 2 * attention.kv_heads) * size)
@@ -108,15 +109,38 @@ class _Pieces:
     last: Repeated
 
 
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """Weights of one layer on the device: norms [H] fp32, router [E, H] fp64; heads: q, k and v, one matrix where their
+    format allows it."""
+
+    input_norm: Tensor
+    heads: tuple[Packed, ...]
+    o: Packed
+    post_norm: Tensor
+    router: Tensor
+
+    @classmethod
+    def of(cls, weights: DenseWeights, i: int) -> _Layer:
+        names = tuple(f"layers.{i}.attention.{part}" for part in "qkv")
+        stack = weights.stacks.get(names)
+        heads = (stack,) if stack is not None else tuple(weights.matrices[name] for name in names)
+        tensors = weights.tensors
+        return cls(tensors[f"layers.{i}.before_mixer"], heads, weights.matrices[f"layers.{i}.attention.o"],
+                   tensors[f"layers.{i}.before_mlp"], tensors[f"layers.{i}.router.weight"].double())
+
+
 class DeviceDecode:
     """depth, guesses: for how many layers ahead how many experts are guessed, 0 for none."""
 
-    def __init__(self, model: Model, weights: Weights, device: Device, ops: DeviceOps, experts: DeviceExperts,
+    def __init__(self, model: Model, weights: DenseWeights, device: Device, ops: DeviceOps, experts: DeviceExperts,
                  depth: int, guesses: int):
         self._model = model
         self._shape, _ = model.alike()
         assert self._shape.rope is not None
-        self._weights = weights
+        self._layers = [_Layer.of(weights, i) for i in range(model.num_layers)]
+        self._embedding, self._final_norm = weights.tensors["embedding"], weights.tensors["final_norm"]
+        self._head_matrix = weights.matrices["embedding" if model.tied else "head"]
         self._device = device
         self._ops = ops
         self._experts = experts
@@ -127,7 +151,7 @@ class DeviceDecode:
         self.warm = True  # whether the last call launched only what had been captured before
         self._pieces: dict[tuple[int, ...], _Pieces] = {}
 
-    def __call__(self, tokens: Tensor, positions: Tensor, caches: Sequence[KVCache], step: Step) -> Tensor:
+    def __call__(self, tokens: Tensor, positions: Tensor, caches: Sequence[SessionCache], step: Step) -> Tensor:
         """tokens, positions int64 [T] on the host; caches: of each token its session's -> logits [T, V] fp32 on the
         host, overwritten by the next call. The caches' lengths are the caller's. Interrupted between two layers."""
         found = self._buffers.get(len(tokens))
@@ -181,7 +205,7 @@ class DeviceDecode:
         if told < len(pieces.layers) - 1:
             finish(len(pieces.layers) - 1)
 
-    def _pieces_for(self, found: _Buffers, caches: Sequence[KVCache]) -> _Pieces:
+    def _pieces_for(self, found: _Buffers, caches: Sequence[SessionCache]) -> _Pieces:
         """By where the caches are, not by which they are: a new cache in an old one's place is served by its graphs."""
         key = found.routed.tokens, *(address for cache in caches for address in cache.places)
         pieces = self._pieces.pop(key, None) or self._cut(found, caches)
@@ -190,7 +214,7 @@ class DeviceDecode:
             del self._pieces[next(iter(self._pieces))]
         return pieces
 
-    def _cut(self, found: _Buffers, caches: Sequence[KVCache]) -> _Pieces:
+    def _cut(self, found: _Buffers, caches: Sequence[SessionCache]) -> _Pieces:
         works = [(self._before(found, layer, caches), self._experts.begin(layer, found.routed))
                  for layer in range(self._model.num_layers)]
         head, again = self._head(found), partial(Repeated, self._device)
@@ -205,11 +229,11 @@ class DeviceDecode:
 
         return _Pieces((), again(everything))
 
-    def _before(self, found: _Buffers, index: int, caches: Sequence[KVCache]) -> Work:
+    def _before(self, found: _Buffers, index: int, caches: Sequence[SessionCache]) -> Work:
         """What comes before the experts of layer `index`: attention and router, their choice on its way to the host."""
-        model, ops, layer = self._model, self._ops, self._weights.layers[index]
-        routed, later = found.routed, self._weights.layers[index + 1:index + 1 + self._depth]
-        asked = Later([w.post_norm for w in later], [w.router.weight for w in later], routed.ahead[:, :len(later)])
+        model, ops, layer = self._model, self._ops, self._layers[index]
+        routed, later = found.routed, self._layers[index + 1:index + 1 + self._depth]
+        asked = Later([w.post_norm for w in later], [w.router for w in later], routed.ahead[:, :len(later)])
         counted = (found.ids[index], found.weights[index]) if self._experts.resident else None
         outs = found.qkv.split([m.spec.rows for m in layer.heads], 1)
         runs = _runs(caches)
@@ -217,7 +241,7 @@ class DeviceDecode:
         def work() -> None:
             if index == 0:
                 found.arrived.copy_(found.given, non_blocking=True)
-                ops.embed(found.tokens, self._weights.embedding, found.residual)
+                ops.embed(found.tokens, self._embedding, found.residual)
                 ops.rope_cos_sin(found.positions, self._inverse, found.cos_sin)
                 ops.norm(found.residual, layer.input_norm, model.final_norm.eps, found.x)
             else:
@@ -231,7 +255,7 @@ class DeviceDecode:
                 ops.rope_attend(found.qkv[first:end], found.cos_sin[first:end], kept.keys, kept.values,
                                 found.positions[first:end], self._shape.window, found.attended[first:end], scales)
             ops.linear(found.attended, layer.o, found.residual, add=True)
-            ops.route(found.residual, layer.post_norm, layer.router.weight, model.final_norm.eps, routed.x, routed.ids,
+            ops.route(found.residual, layer.post_norm, layer.router, model.final_norm.eps, routed.x, routed.ids,
                       routed.weights, asked if later else None, counted)
             if not self._experts.resident:
                 routed.read_back(index)
@@ -239,11 +263,11 @@ class DeviceDecode:
         return work
 
     def _head(self, found: _Buffers) -> Work:
-        weights, ops, eps = self._weights, self._ops, self._model.final_norm.eps
+        final_norm, head, ops, eps = self._final_norm, self._head_matrix, self._ops, self._model.final_norm.eps
 
         def work() -> None:
-            ops.norm(found.residual, weights.final_norm, eps, found.x, found.routed.rows, found.routed.weights)
-            ops.linear(found.x, weights.head, found.logits)
+            ops.norm(found.residual, final_norm, eps, found.x, found.routed.rows, found.routed.weights)
+            ops.linear(found.x, head, found.logits)
             found.host_logits.copy_(found.logits, non_blocking=True)
             if self._experts.resident:
                 found.host_ids.copy_(found.ids, non_blocking=True)
@@ -252,7 +276,7 @@ class DeviceDecode:
         return work
 
 
-def _runs(caches: Sequence[KVCache]) -> list[tuple[int, int]]:
+def _runs(caches: Sequence[SessionCache]) -> list[tuple[int, int]]:
     """(first token, end) of neighbours with the same cache: a, b, b -> (0, 1), (1, 3)."""
     found: list[tuple[int, int]] = []
     for token, cache in enumerate(caches):
