@@ -24,7 +24,7 @@ from pathlib import Path
 from qmix import render
 from qmix.errors import ModelFileError, UsageError
 from qmix.tokenizer.files import TokenizerFiles, read_files
-from qmix.tokenizer.message import ROLES, ChatFormat, Message
+from qmix.tokenizer.message import ROLES, ChatFormat, Message, Prompt, Request, ToolCall
 from qmix.tokenizer.mistral import MistralV1Format, has_mistral_v1_pieces, may_be_mistral_v1
 from qmix.tokenizer.plain import PlainFormat
 from qmix.tokenizer.sandbox import Template
@@ -32,7 +32,7 @@ from qmix.tokenizer.stream import SILENT, Piece, StreamDecoder
 from qmix.tokenizer.template import TemplateFormat
 from qmix.tokenizer.vocabulary import Vocabulary
 
-__all__ = ["ROLES", "Message", "StreamDecoder", "Tokenizer", "load"]
+__all__ = ["ROLES", "Message", "Prompt", "Request", "StreamDecoder", "Tokenizer", "ToolCall", "load"]
 
 
 class Tokenizer:
@@ -40,7 +40,8 @@ class Tokenizer:
     the vocabulary and the chat template. vocab_size: ids of the tokenizer, at most the model's, whose
     further rows are padding. template_name: which chat format is used, to be told to the user;
     has_template: whether it is the model's own format, and not a transcript made up for a base model.
-    turn_stops: stop strings that this format needs besides eos_ids."""
+    turn_stops: stop strings that this format needs besides eos_ids. thinking_switch: whether the template can turn the
+    model's reasoning on and off; takes_tools: whether it has a place for tools."""
 
     def __init__(self, vocabulary: Vocabulary, chat: ChatFormat, eos_ids: Iterable[int], *,
                  rows: int | None = None):
@@ -53,6 +54,8 @@ class Tokenizer:
         self.template_name = chat.name
         self.has_template = not isinstance(chat, PlainFormat)
         self.turn_stops = chat.turn_stops
+        self.thinking_switch = chat.thinking_switch
+        self.takes_tools = chat.takes_tools
 
     def encode(self, text: str, bos: bool = True, limit: int | None = None) -> list[int]:
         """ids of plain text; what spells a control token is text like any other. bos: with the start id in
@@ -63,11 +66,30 @@ class Tokenizer:
         head = vocabulary.head if bos else ()
         return self._with_rows([*head, *vocabulary.encode_text(text, vocabulary.fresh_at_start)])
 
-    def encode_chat(self, messages: Sequence[Message], limit: int | None = None) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message], limit: int | None = None,
+                    request: Request | None = None) -> list[int]:
         """ids of a conversation, ending with the start of the next answer; never two BOS. limit: as of `encode`.
 
-        UsageError where the last message is not the user's, or the template refuses the conversation."""
-        return self._with_rows(self._chat.encode(messages, limit))
+        UsageError where the last message is not the user's, the template refuses the conversation, or it has no place
+        for what `request` asks."""
+        return self.prompt(messages, limit, request).ids
+
+    def prompt(self, messages: Sequence[Message], limit: int | None = None, request: Request | None = None) -> Prompt:
+        """encode_chat, and whether the answer begins inside the model's reasoning."""
+        if request is not None and request.thinking is not None:
+            self.check_thinking_switch()
+        if not self.takes_tools and ((request is not None and request.tools) or any(
+                message.role == "tool" or message.tool_calls for message in messages)):
+            raise UsageError("this model's chat format has no place for tools", "leave them out, or use another model")
+        prompt = self._chat.encode(messages, limit, request)
+        self._with_rows(prompt.ids)
+        return prompt
+
+    def check_thinking_switch(self) -> None:
+        """UsageError where nothing turns the model's reasoning on and off."""
+        if not self.thinking_switch:
+            raise UsageError("this model's chat template has no switch for thinking (enable_thinking)",
+                             "leave it as the model does it")
 
     def _with_rows(self, ids: list[int]) -> list[int]:
         """ids, all of which the model has a row for; UsageError for a token that only the tokenizer knows."""
@@ -162,7 +184,7 @@ def _fits(vocabulary: Vocabulary, files: TokenizerFiles, rows: int) -> bool:
     embedding as it was: added tokens may lie beyond, unless the template, BOS or EOS are among them."""
     for token_id in range(rows, vocabulary.size):
         text = vocabulary.token(token_id)
-        if token_id in (vocabulary.bos_id, vocabulary.eos_id) or text in (files.template or "") \
+        if token_id in (vocabulary.bos_id, vocabulary.eos_id) or text in files.templates \
                 or (text not in files.added and text not in vocabulary.markers):
             return False
     return True
@@ -177,4 +199,5 @@ def _own_template(vocabulary: Vocabulary, files: TokenizerFiles, eos: Sequence[i
     for name, token_id in (("bos_token", vocabulary.bos_id), ("eos_token", vocabulary.eos_id)):
         if token_id is not None:
             named.setdefault(name, vocabulary.token(token_id))
-    return TemplateFormat(vocabulary, Template(files.template, files.template_file, now), named, eos, say)
+    tools = None if files.tool_template is None else Template(files.tool_template, files.tool_file or files.folder, now)
+    return TemplateFormat(vocabulary, Template(files.template, files.template_file, now), named, eos, say, tools)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from qmix.errors import UsageError
 from qmix.tokenizer.files import TokenizerFiles
-from qmix.tokenizer.message import Message, check_conversation, without_end
+from qmix.tokenizer.message import Message, Prompt, Request, check_conversation, without_end
 from qmix.tokenizer.template import TemplateFormat
 from qmix.tokenizer.vocabulary import Vocabulary
 
@@ -60,6 +60,7 @@ class MistralV1Format:
     """template: the checkpoint's own, where it has one. both: there are tokenizer.json and tokenizer.model."""
 
     turn_stops: tuple[str, ...] = ()
+    takes_tools = thinking_switch = False
 
     def __init__(self, vocabulary: Vocabulary, eos_ids: Sequence[int], template: TemplateFormat | None,
                  say: Callable[[str], None], *, both: bool = False):
@@ -94,14 +95,14 @@ class MistralV1Format:
     def turn_end(self) -> int:
         return self._eos
 
-    def encode(self, messages: Sequence[Message], limit: int | None = None) -> list[int]:
+    def encode(self, messages: Sequence[Message], limit: int | None = None, request: Request | None = None) -> Prompt:
         check_conversation(messages)
         if self._template is not None and not self._same(messages):
             if not self._said:
                 self._said = True
                 self._say("the checkpoint's template writes this conversation differently from Mistral v1 segments: "
                           "the template is used")
-            return self._template.encode(messages, limit)
+            return self._template.encode(messages, limit, request)
         self._vocabulary.check_length((text for _, text, _ in _turns(messages)), limit)
         ids = [self._bos]
         for role, text, generated in _turns(messages):
@@ -109,7 +110,7 @@ class MistralV1Format:
             ids += self._vocabulary.encode_text(text, start=True) if generated is None else \
                 without_end(generated, self._ends)
             ids += [self._eos] if role == "assistant" else []
-        return ids
+        return Prompt(ids)
 
 
 def _turns(messages: Sequence[Message]) -> Iterator[tuple[str, str, tuple[int, ...] | None]]:
