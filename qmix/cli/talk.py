@@ -32,6 +32,7 @@ from qmix.cli.options import (
     Stop,
     System,
     Temp,
+    Think,
     Threads,
     TopK,
     TopP,
@@ -48,7 +49,7 @@ from qmix.errors import UsageError
 
 
 def chat(
-    model: ModelArgument = None, system: System = None,
+    model: ModelArgument = None, system: System = None, think: Think = None,
     resume: Annotated[str | None, typer.Option("--continue", metavar="[=NAME]", help="Go on with the last "
                                                "conversation, or with this one.", show_default=False)] = None,
     saved: Annotated[bool, typer.Option("--list", help="List the saved conversations, of all models or with MODEL, and "
@@ -68,7 +69,7 @@ def chat(
     params = sampling(temp, top_p, top_k, min_p, repeat_penalty, seed, max_tokens, stop)
     how = Loading(ctx_size, threads, ram, margin, cache_policy, prefetch, no_prefetch, verify, activations, kv_cache,
                   trace, device, vram, pin, exact)
-    _chat(model_folder(model), model or "", params, system, resume, stats, how, draft)
+    _chat(model_folder(model), model or "", params, system, resume, stats, how, draft, think)
 
 
 class ChatCommand(TyperCommand):
@@ -91,14 +92,14 @@ def _list_saved(model: str | None) -> None:
 
 
 def _chat(folder: Path, name: str, params: SamplingParams, system: str | None, resume: str | None, stats: bool,
-          how: Loading, draft: int) -> None:
+          how: Loading, draft: int, think: bool | None = None) -> None:
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UsageError("chat needs a terminal", "for pipes and scripts: qmix generate MODEL -p \"...\"")
     from qmix import chat as chat_package
 
     with load_engine(folder, how) as engine:
         raise typer.Exit(chat_package.run(engine, model_name=name or folder.name, params=params, system=system,
-                                          resume=resume, stats=stats, draft=draft,
+                                          resume=resume, stats=stats, draft=draft, thinking=think,
                                           state_dir=paths.if_any(paths.state_folder)))
 
 
@@ -108,7 +109,7 @@ def generate(
                                                show_default=False)] = None,
     file: Annotated[Path | None, typer.Option("-f", "--file", help="Read the prompt from a file.",
                                               show_default=False)] = None,
-    system: System = None,
+    system: System = None, think: Think = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON document: text, token_ids, finish_reason, "
                                        "timings, tiers.")] = False,
@@ -129,7 +130,8 @@ def generate(
     folder = model_folder(model)
     text = oneshot.read_prompt(prompt, file, sys.stdin)
     with load_engine(folder, how) as engine:
-        raise typer.Exit(oneshot.run(engine, text, params, system=system, raw=raw, as_json=json, draft=draft))
+        raise typer.Exit(oneshot.run(engine, text, params, system=system, raw=raw, as_json=json, draft=draft,
+                                     thinking=think))
 
 
 def demo(

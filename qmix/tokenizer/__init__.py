@@ -6,7 +6,8 @@
     for token_id in generated: print(decoder.push(token_id), end="")
 
 files.py reads what the folder says. hf.py and spm.py are the two kinds of vocabulary over vocabulary.py. stream.py
-decodes. mistral.py, template.py (over sandbox.py and traced.py) and plain.py are the three chat formats. No torch here;
+decodes; reasoning.py tells a model's reasoning from its answer. mistral.py, template.py (over sandbox.py and traced.py)
+and plain.py are the three chat formats. No torch here;
 sentencepiece, tokenizers and jinja2 are imported when needed.
 
 If tokenizer.json exists, its ids are the reference, and the model's own template is the chat format. Mixtral's own
@@ -27,12 +28,14 @@ from qmix.tokenizer.files import TokenizerFiles, read_files
 from qmix.tokenizer.message import ROLES, ChatFormat, Message, Prompt, Request, ToolCall
 from qmix.tokenizer.mistral import MistralV1Format, has_mistral_v1_pieces, may_be_mistral_v1
 from qmix.tokenizer.plain import PlainFormat
+from qmix.tokenizer.reasoning import Divided, ReasoningSplitter, divide
 from qmix.tokenizer.sandbox import Template
 from qmix.tokenizer.stream import SILENT, Piece, StreamDecoder
 from qmix.tokenizer.template import TemplateFormat
 from qmix.tokenizer.vocabulary import Vocabulary
 
-__all__ = ["ROLES", "Message", "Prompt", "Request", "StreamDecoder", "Tokenizer", "ToolCall", "load"]
+__all__ = ["ROLES", "Divided", "Message", "Prompt", "ReasoningSplitter", "Request", "StreamDecoder", "Tokenizer",
+           "ToolCall", "divide", "load"]
 
 
 class Tokenizer:
