@@ -6,8 +6,8 @@
     for token_id in generated: print(decoder.push(token_id), end="")
 
 files.py reads what the folder says. hf.py and spm.py are the two kinds of vocabulary over vocabulary.py. stream.py
-decodes; reasoning.py tells a model's reasoning from its answer. mistral.py, template.py (over sandbox.py and traced.py)
-and plain.py are the three chat formats. No torch here;
+decodes; reasoning.py tells a model's reasoning from its answer. The chat formats are mistral.py, mistral_v3.py,
+template.py (over sandbox.py and traced.py) and plain.py. No torch here;
 sentencepiece, tokenizers and jinja2 are imported when needed.
 
 If tokenizer.json exists, its ids are the reference, and the model's own template is the chat format. Mixtral's own
@@ -26,7 +26,8 @@ from qmix import render
 from qmix.errors import ModelFileError, UsageError
 from qmix.tokenizer.files import TokenizerFiles, read_files
 from qmix.tokenizer.message import ROLES, ChatFormat, Message, Prompt, Request, ToolCall
-from qmix.tokenizer.mistral import MistralV1Format, has_mistral_v1_pieces, may_be_mistral_v1
+from qmix.tokenizer.mistral import MistralV1Format, has_mistral_v1_pieces, may_be_mistral
+from qmix.tokenizer.mistral_v3 import MistralV3Format, has_mistral_v3_pieces
 from qmix.tokenizer.plain import PlainFormat
 from qmix.tokenizer.reasoning import Divided, ReasoningSplitter, divide
 from qmix.tokenizer.sandbox import Template
@@ -156,15 +157,18 @@ def _vocabulary(files: TokenizerFiles) -> Vocabulary:
 
 def _mistral(files: TokenizerFiles, vocab_size: int | None, now: Callable[[], datetime],
              say: Callable[[str], None]) -> tuple[Vocabulary, ChatFormat] | None:
-    """The vocabulary of tokenizer.model, where it is there, and Mistral's first chat format, where the model has it."""
-    if not may_be_mistral_v1(files):
+    """The vocabulary of tokenizer.model, where it is there, and Mistral's chat format, v1 or v3, where the model has
+    it."""
+    if not may_be_mistral(files):
         return None
     vocabulary = _vocabulary(replace(files, json=None) if files.spm is not None else files)
-    if not has_mistral_v1_pieces(vocabulary):
+    kind = MistralV1Format if has_mistral_v1_pieces(vocabulary) else \
+        MistralV3Format if has_mistral_v3_pieces(vocabulary) else None
+    if kind is None:
         return None
     eos = _end_ids(files, vocabulary, vocab_size)
     template = _own_template(vocabulary, files, eos, now, say)
-    chat = MistralV1Format(vocabulary, eos, template, say, both=None not in (files.spm, files.json))
+    chat = kind(vocabulary, eos, template, say, both=None not in (files.spm, files.json))
     return (vocabulary, chat) if chat.fits_template() else None
 
 
