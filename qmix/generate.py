@@ -35,7 +35,8 @@ FinishReason = Literal["stop", "length", "cancelled"]
 class Timings:
     """prompt_tokens were given, cached_tokens of them were in the KV cache already; generated_tokens
     were sampled, the first out of the prefill, the others out of decode_passes. Seconds of `clock`;
-    first_token_seconds is since the start. Of `drafted` ids that passes tried, `accepted` came true."""
+    first_token_seconds is since the start. Of `drafted` ids that passes tried, `accepted` came true. Of the
+    generated_tokens, thinking_tokens are the model's reasoning; generate leaves that to who knows the chat format."""
 
     prompt_tokens: int
     cached_tokens: int
@@ -46,6 +47,13 @@ class Timings:
     decode_passes: int = 0
     drafted: int = 0
     accepted: int = 0
+    thinking_tokens: int = 0
+
+    @property
+    def counted(self) -> str:
+        """312 tok, or 104 tok + 208 thinking."""
+        thinking = f" + {self.thinking_tokens} thinking" if self.thinking_tokens else ""
+        return f"{self.generated_tokens - self.thinking_tokens} tok{thinking}"
 
     @property
     def passes_saved(self) -> int:

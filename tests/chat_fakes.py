@@ -26,10 +26,10 @@ from qmix.chat.screen import Screen
 from qmix.config import Cancel, SamplingParams
 from qmix.errors import Interrupted, StoreError, UsageError
 from qmix.speculation import Pace
-from qmix.tokenizer import Message, StreamDecoder
+from qmix.tokenizer import Message, Prompt, Request, StreamDecoder
 from qmix.tokenizer.stream import SILENT, Piece
 
-BOS, EOS, SYSTEM, USER, ASSISTANT, ANY_DIGIT = 1, 2, 3, 4, 5, 6
+BOS, EOS, SYSTEM, USER, ASSISTANT, ANY_DIGIT, THINK, NOTHINK = 1, 2, 3, 4, 5, 6, 7, 8
 VOCAB = 10 + 256
 
 
@@ -39,6 +39,7 @@ class FakeTokenizer:
     vocab_size = VOCAB
     template_name = "fake format"
     turn_stops: tuple[str, ...] = ()
+    thinking_switch = False
 
     def encode(self, text: str, bos: bool = True, limit: int | None = None) -> list[int]:
         return [BOS] * bos + [10 + byte for byte in text.encode()]
@@ -52,6 +53,20 @@ class FakeTokenizer:
             said = self.encode(m.content, bos=False) if m.ids is None else list(m.ids)
             ids += [marks[m.role], *said, *([EOS] if m.role == "assistant" else [])]
         return [*ids, ASSISTANT]
+
+    def prompt(self, messages: Sequence[Message], limit: int | None = None, request: Request | None = None) -> Prompt:
+        """Reasoning is dropped, as by a template that knows nothing of it. "opened" in a question: the prompt opens the
+        reasoning; the switch, where there is one, closes it at once."""
+        ids = self.encode_chat(messages, limit)
+        if request is not None and request.thinking is False:
+            self.check_thinking_switch()
+            return Prompt([*ids, NOTHINK])
+        opened = messages[-1].content.startswith("opened")
+        return Prompt([*ids, THINK] if opened else ids, opened)
+
+    def check_thinking_switch(self) -> None:
+        if not self.thinking_switch:
+            raise UsageError("no switch for thinking")
 
     def decoder(self, continuing: bool = False) -> StreamDecoder:
         return StreamDecoder(self._piece, continuing=True)
@@ -70,10 +85,12 @@ class FakeTokenizer:
 def reply(ids: Sequence[int]) -> Iterator[int]:
     """The answer's ids, EOS included, to a prompt's ids."""
     asked = max(i for i, token in enumerate(ids) if token == USER)
-    question = bytes(token - 10 for token in ids[asked + 1 : -1]).decode()
+    question = bytes(token - 10 for token in ids[asked + 1 :] if token >= 10).decode()
     system = bytes(token - 10 for token in ids[2 : ids.index(USER)]).decode() if ids[1] == SYSTEM else ""
-    if question == "count":
-        text: Iterator[str] = (f"{n} " for n in itertools.count(1))
+    if question == "think forever":
+        text: Iterator[str] = itertools.chain(["<think>"], (f"{n} " for n in itertools.count(1)))
+    elif question == "count":
+        text = (f"{n} " for n in itertools.count(1))
     elif question == "roll":
         return iter([ANY_DIGIT] * 12 + [EOS])
     else:
@@ -87,6 +104,12 @@ def reply(ids: Sequence[int]) -> Iterator[int]:
                     "system?": f"it is {system!r}",
                     "turns?": f"turn {sum(token == USER for token in ids)}",
                     "fail": "before the failure",
+                    "think": "It is so." if ids[-1] == NOTHINK else "<think>\nhm, a\x1b[2J\n</think>\n\nIt is so.",
+                    "opened": "\nhm\n</think>\n\nYes </think>.",
+                    "only thoughts": "<think>hm",
+                    "no thoughts": "<think>\n\n</think>\n\nAt once.",
+                    "mention": "Write <think> and </think>.",
+                    "tag": "<thin",
                 }.get(question, f"You said: {question}")
             ]
         )
@@ -138,9 +161,10 @@ class FakeSession:
         return torch.stack([self.decode(token, cancel) for token in ids])
 
     @staticmethod
-    def _start(ids: Sequence[int]) -> int:
+    def _start(ids: list[int]) -> int:
         """Where the answer to the last question begins."""
-        return max(i for i, token in enumerate(ids) if token == ASSISTANT) + 1
+        at = max(i for i, token in enumerate(ids) if token == ASSISTANT) + 1
+        return at + (ids[at : at + 1] in ([THINK], [NOTHINK]))
 
     @staticmethod
     def _asked(word: str, ids: Sequence[int]) -> bool:
@@ -209,8 +233,12 @@ class Talk:
         context: int = 4096,
         detailed: bool = False,
         draft: int = 0,
+        thinking: bool | None = None,
+        term: str = "dumb",
+        switch: bool = False,
     ):
         self.engine = FakeEngine(context)
+        self.engine.tokenizer.thinking_switch = switch
         self.out, self.err = Terminal(), Terminal()
         seeds = itertools.count(100)
         clock = itertools.count()
@@ -218,10 +246,11 @@ class Talk:
             self.engine,
             model,
             params or SamplingParams(),
-            Screen(self.out, self.err, {"TERM": "dumb"}),
+            Screen(self.out, self.err, {"TERM": term}),
             savefile.Autosave(folder, model),
             detailed=detailed,
             draft=draft,
+            thinking=thinking,
             draw=lambda: next(seeds),
             clock=lambda: next(clock) / 10,
         )

@@ -9,12 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from chat_fakes import ASSISTANT, BOS, USER, FakeEngine, FakeTokenizer, Talk, Terminal
 
 from qmix.chat import commands, parameters, run, statline
 from qmix.chat.prompt import is_open, repaired
 from qmix.chat.screen import Screen
-from qmix.config import SamplingParams
+from qmix.config import Cancel, SamplingParams
 from qmix.errors import UsageError
 from qmix.generate import Timings
 from qmix.render import clean
@@ -137,7 +138,13 @@ def test_a_cancelled_prefill_leaves_the_conversation_alone(talk: Talk) -> None:
 
 
 def test_an_answer_stopped_before_its_first_word_is_none(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(talk.chat.screen, "answer", lambda text: talk.chat.cancel.set())
+    decode = talk.session.decode
+
+    def interrupted(token: int, cancel: Cancel | None = None) -> torch.Tensor:
+        talk.chat.cancel.set()
+        return decode(token, cancel)
+
+    monkeypatch.setattr(talk.session, "decode", interrupted)
     _, err = talk.say("lines")  # begins with blanks
     assert "stopped by Ctrl-C before the answer began" in err and talk.said == []
     monkeypatch.undo()

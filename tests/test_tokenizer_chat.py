@@ -23,12 +23,17 @@ from tokenizer_files import (
 
 import qmix.tokenizer
 from qmix.errors import UsageError
-from qmix.tokenizer import Message, Tokenizer, load
+from qmix.tokenizer import Message, Tokenizer, ToolCall, load
 
 # ---- messages
 
 @pytest.mark.parametrize(("made", "message"), [
-    (lambda: Message("tool", "x"), "role: got 'tool', want 'system' or 'user' or 'assistant'"),
+    (lambda: Message("robot", "x"), "role: got 'robot', want 'system' or 'user' or 'assistant' or 'tool'"),
+    (lambda: Message("user", "x", reasoning="hm"), "reasoning: given for role 'user'"),
+    (lambda: Message("assistant", "x", tool_call_id="1"), "tool_call_id: given for role 'assistant'"),
+    (lambda: Message("assistant", "x", (1,), tool_calls=(ToolCall("f", {}),)), "given for an answer with tool calls"),
+    (lambda: ToolCall("", {}), "tool call: name: got ''"),
+    (lambda: ToolCall("f", "{}"), "tool call 'f': arguments: got str, want an object"),
     (lambda: Message("user", None), "content: got NoneType"),
     (lambda: Message("user", "x", (1,)), "ids: given for role 'user'"),
 ])

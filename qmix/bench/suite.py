@@ -25,9 +25,9 @@ from qmix.bench.report import figures, short
 from qmix.bench.text import encode, piece
 from qmix.bench.work import Workload
 from qmix.engine import Engine
+from qmix.forward.weights import compute_dtype
 from qmix.hardware.cores import cpu_model
 from qmix.hardware.memory import reset_peak
-from qmix.forward.weights import compute_dtype
 from qmix.offload.plan import Plan
 from qmix.sizes import format_bytes
 from qmix.store import Store, describe

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qmix.chat.repl import Chat
 
 QUOTES = '"""'
+SWITCHES = {"think": True, "nothink": False}  # of /set, without a value
 
 
 class Input(NamedTuple):
@@ -125,6 +126,12 @@ def _system(chat: Chat, text: str) -> None:
 
 def _set(chat: Chat, text: str) -> None:
     name, _, value = text.partition(" ")
+    if name in SWITCHES:
+        if value.strip():
+            raise UsageError(f"/set {name}: takes no value, got {value.strip()!r}", "/set think, or /set nothink")
+        chat.set_thinking(SWITCHES[name])
+        chat.screen.say(f"thinking {chat.thinking_text()}")
+        return
     if value.strip():
         chat.set_params(parameters.changed(chat.params, name, value.strip()))
     elif name:
@@ -132,6 +139,8 @@ def _set(chat: Chat, text: str) -> None:
     for each in [name] if name else parameters.FIELDS:
         drawn = f" (now {chat.seed})" if each == "seed" and chat.params.seed is None else ""
         chat.screen.say(parameters.shown(chat.params, each) + drawn)
+    if not name and chat.engine.tokenizer.thinking_switch:
+        chat.screen.say(f"thinking {chat.thinking_text()} (/set think, /set nothink)")
 
 
 def _show(chat: Chat, argument: str) -> None:
@@ -141,6 +150,7 @@ def _show(chat: Chat, argument: str) -> None:
         "template": chat.engine.tokenizer.template_name,
         "system": chat.conversation.system or "(none)",
         "parameters": parameters.listed(chat.params),
+        **({"thinking": chat.thinking_text()} if chat.engine.tokenizer.thinking_switch else {}),
         "seed": chat.seed_text(),
         "context": f"{used} of {chat.session.context} tokens used, {exchanges(len(chat.conversation))}",
         "saved in": f"{chat.autosave.path or 'nothing yet'}{' (failing)' if chat.autosave_failed else ''}",
@@ -208,7 +218,8 @@ COMMANDS = (
     Command("regen", "", "answer the last question again", _regen),
     Command("undo", "", "take back the last question and its answer", _undo),
     Command("system", "[TEXT]", "show or set the system prompt; none removes it", _system),
-    Command("set", "[NAME VALUE]", "show or set a parameter; alone lists all", _set),
+    Command("set", "[NAME VALUE]", "show or set a parameter; alone lists all; think, nothink: whether the model thinks",
+            _set),
     Command("show", "", "model, template, system prompt, parameters, context used", _show),
     Command("save", "FILE", "write the conversation to a new file", _save),
     Command("save!", "FILE", "the same, replacing FILE if it exists", _replace),

@@ -2,7 +2,8 @@
 
 An exchange is a question and its answer. A conversation grows and shrinks only by whole exchanges, so it is consistent
 at every moment. An answer carries the ids that the model generated, and the next turn is encoded with these. Encoding
-the answer's text again could give other ids, and then nothing of the KV cache would match.
+the answer's text again could give other ids, and then nothing of the KV cache would match. What the model thought
+before an answer is kept apart from it: whether it stands in the next prompt is the chat template's decision.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from qmix.tokenizer import Message, Tokenizer
 @dataclass(frozen=True, slots=True)
 class Exchange:
     """A question and its answer. ids: the answer's own token ids, without the end token; None where
-    they are not known, then the text is encoded."""
+    they are not known, then the text is encoded. reasoning: what the model thought before, None for nothing."""
 
     question: str
     answer: str
     ids: tuple[int, ...] | None = None
+    reasoning: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +49,11 @@ class Conversation:
         said = [Message("system", self.system)] if self.system else []
         for exchange in self.exchanges:
             said += [Message("user", exchange.question),
-                     Message("assistant", exchange.answer, exchange.ids)]
+                     Message("assistant", exchange.answer, exchange.ids, exchange.reasoning)]
         return said if question is None else [*said, Message("user", question)]
 
     def tokens(self, tokenizer: Tokenizer) -> int:
-        """Positions taken at the end of the last answer; 0 for an empty conversation."""
+        """Positions taken at the end of the last answer, its reasoning aside; 0 for an empty conversation."""
         if not self.exchanges:
             return 0
         last = self.exchanges[-1]

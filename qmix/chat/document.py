@@ -5,7 +5,8 @@
      "messages": [{"role": "user", "content": "Hi"},
                   {"role": "assistant", "content": "Hello", "ids": [22557]}]}
 
-seed null: random. ids null: not known, the text is encoded. Errors name the file and the field.
+seed null: random. ids null: not known, the text is encoded. A model that thinks before it answers has its thoughts in
+"reasoning" beside the answer. Errors name the file and the field.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def _messages(conversation: Conversation) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for e in conversation.exchanges:
         found.append({"role": "user", "content": e.question})
-        found.append({"role": "assistant", "content": e.answer, "ids": e.ids})
+        thought = {} if e.reasoning is None else {"reasoning": e.reasoning}
+        found.append({"role": "assistant", "content": e.answer, "ids": e.ids, **thought})
     return found
 
 
@@ -66,9 +68,11 @@ def _exchanges(path: Path, raw: Any) -> tuple[Exchange, ...]:
         ids = raw[n + 1].get("ids")
         if ids is not None and not (isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)):
             raise foreign(path, f"messages[{n + 1}].ids: want token ids or null")
+        thought = raw[n + 1].get("reasoning")
         found.append(Exchange(_text(path, raw[n].get("content"), f"messages[{n}].content"),
                               _text(path, raw[n + 1].get("content"), f"messages[{n + 1}].content"),
-                              None if ids is None else tuple(ids)))
+                              None if ids is None else tuple(ids),
+                              None if thought is None else _text(path, thought, f"messages[{n + 1}].reasoning")))
     return tuple(found)
 
 

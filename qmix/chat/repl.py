@@ -28,13 +28,15 @@ from qmix.config import Cancel, SamplingParams
 from qmix.errors import QmixError, UsageError
 from qmix.generate import common_prefix
 from qmix.offload.figures import sentences
+from qmix.tokenizer import Request
 
 LONG_PREFILL = 128  # tokens; from here on the wait is announced
 SEEDS = 2**31  # a random seed stays short enough to be typed again
 
 
 def run(engine: Any, *, model_name: str, params: SamplingParams, system: str | None = None,
-        resume: str | None = None, stats: bool = False, draft: int = 0, state_dir: Path | None,
+        resume: str | None = None, stats: bool = False, draft: int = 0, thinking: bool | None = None,
+        state_dir: Path | None,
         stdin: TextIO | None = None,
         stdout: TextIO | None = None, stderr: TextIO | None = None,
         environ: Mapping[str, str] = os.environ) -> int:
@@ -42,9 +44,11 @@ def run(engine: Any, *, model_name: str, params: SamplingParams, system: str | N
 
     engine: an Engine; its session is used by this chat alone. resume: go on with the conversation of that
     name in state_dir, "" for the one last saved for model_name. state_dir None: nothing is saved, which is said.
-    stats: all figures after each answer. draft: ids guessed at a time where that pays, 0 for none. The streams are
-    sys.stdin, sys.stdout and sys.stderr unless given.
-    UsageError without a terminal, where the template refuses the system prompt, or for a name that there is not.
+    stats: all figures after each answer. draft: ids guessed at a time where that pays, 0 for none. thinking: whether
+    the model is to think before it answers, None for what it does by itself. The streams are sys.stdin, sys.stdout and
+    sys.stderr unless given.
+    UsageError without a terminal, where the template refuses the system prompt or has no switch for thinking, or for a
+    name that there is not.
     """
     stdin, stdout, stderr = stdin or sys.stdin, stdout or sys.stdout, stderr or sys.stderr
     for name, stream in (("stdin", stdin), ("stdout", stdout)):
@@ -52,7 +56,7 @@ def run(engine: Any, *, model_name: str, params: SamplingParams, system: str | N
             raise UsageError(f"chat needs a terminal: {name} is none",
                              'for pipes and scripts: qmix generate MODEL -p "..."')
     chat = Chat(engine, model_name, params, Screen(stdout, stderr, environ),
-                Autosave(state_dir, model_name), detailed=stats, draft=draft)
+                Autosave(state_dir, model_name), detailed=stats, draft=draft, thinking=thinking)
     chat.begin(system, resume)
     names = [c.name for c in commands.COMMANDS]
     history = None if state_dir is None else state_dir / "chat_history"
@@ -88,10 +92,10 @@ class Chat:
     """One conversation with one engine. The commands (commands.py) are its other half."""
 
     def __init__(self, engine: Any, model_name: str, params: SamplingParams, screen: Screen,
-                 autosave: Autosave, *, detailed: bool = False, draft: int = 0,
+                 autosave: Autosave, *, detailed: bool = False, draft: int = 0, thinking: bool | None = None,
                  draw: Callable[[], int] = lambda: secrets.randbelow(SEEDS),
                  clock: Callable[[], float] = time.perf_counter):
-        """draft: ids guessed at a time, 0 for none; draw: a random seed; clock: seconds."""
+        """draft: ids guessed at a time, 0 for none; thinking: see run; draw: a random seed; clock: seconds."""
         self.engine = engine
         self.session = engine.session()
         self.screen = screen
@@ -104,6 +108,9 @@ class Chat:
         self.cancel = Cancel()
         self.ending: Callable[[], signal.Signals | None] = lambda: None
         self.leaving = False
+        self.request = Request()
+        if thinking is not None:
+            self.set_thinking(thinking)
         self._detailed = detailed
         self._draw = draw
         self._clock = clock
@@ -161,13 +168,13 @@ class Chat:
         """Answer `question` after `base`; the conversation becomes base and this exchange, unless nothing
         was said. UsageError with the numbers where the context is too small."""
         context = self.session.context
-        prompt = self.engine.tokenizer.encode_chat(base.messages(question), limit=context)
-        if len(prompt) >= context:
+        prompt = self.engine.tokenizer.prompt(base.messages(question), context, self.request)
+        if len(prompt.ids) >= context:
             raise UsageError(
-                f"with this message the conversation has {len(prompt)} tokens, the context holds {context}",
+                f"with this message the conversation has {len(prompt.ids)} tokens, the context holds {context}",
                 "/clear or /undo makes room, or start again with a larger -c/--ctx-size; "
                 "Up brings the message back")
-        unread = len(prompt) - (0 if self.engine.exact else common_prefix(prompt, self.session.ids))
+        unread = len(prompt.ids) - (0 if self.engine.exact else common_prefix(prompt.ids, self.session.ids))
         if unread >= LONG_PREFILL:
             self.screen.transient(f"reading {unread} tokens")
         self.screen.begin_answer()
@@ -177,8 +184,8 @@ class Chat:
         self.screen.end_answer()
         self._keep(question, base, answer)
 
-    def _show(self, text: str) -> None:
-        self.screen.answer(text)
+    def _show(self, text: str, reasoning: bool) -> None:
+        (self.screen.reasoning if reasoning else self.screen.answer)(text)
         if self.screen.gone:
             self.cancel.set()
 
@@ -190,12 +197,13 @@ class Chat:
                 "the question is not in the conversation (Up brings it back)"
             self.screen.dim(f"{self._ending(answer)} before the answer began: {kept}")
             return
-        self.conversation = base.plus(Exchange(question, answer.text, answer.ids))
+        self.conversation = base.plus(Exchange(question, answer.text, answer.ids, answer.reasoning))
         self.figures = statline.Figures(answer.timings, self.session.length, self.session.context, self.seed,
                                         self._ending(answer))
         self.autosave_now()
         if not answer.text:
-            self.screen.dim("(the model ended its answer at once)")
+            self.screen.dim("(the model ended its answer at once)" if answer.reasoning is None else
+                            "(thoughts, and no answer)")
         self.screen.dim(statline.line(self.figures, self.tiers()))
         if self._detailed:
             self.screen.dim(statline.block(self.figures, self.tiers(), self.paging()))
@@ -261,6 +269,14 @@ class Chat:
         elif self.params.seed is not None:
             self.draw_seed()
         self.params = params
+
+    def set_thinking(self, thinking: bool) -> None:
+        """UsageError where the chat template has no switch for it."""
+        self.engine.tokenizer.check_thinking_switch()
+        self.request = replace(self.request, thinking=thinking)
+
+    def thinking_text(self) -> str:
+        return {None: "as the model does it", True: "on", False: "off"}[self.request.thinking]
 
     def draw_seed(self) -> None:
         self.seed = self._draw()

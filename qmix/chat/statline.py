@@ -27,7 +27,7 @@ def line(figures: Figures, tiers: Mapping[str, float]) -> str:
     """tiers: share of expert reads per tier in percent, only tiers that exist."""
     timings = figures.timings
     prefill = rate(timings.prefill_rate)
-    parts = [figures.ending, f"{timings.generated_tokens} tok", rate(timings.decode_rate),
+    parts = [figures.ending, timings.counted, rate(timings.decode_rate),
              f"prefill {prefill}" if prefill else "", f"experts {_shares(tiers)}" if tiers else ""]
     return " · ".join(part for part in parts if part)
 
@@ -39,6 +39,7 @@ def block(figures: Figures, tiers: Mapping[str, float], paging: Mapping[str, str
     rows = {
         "answer": f"{t.generated_tokens} tokens in {t.prefill_seconds + t.decode_seconds:.2f} s, "
                   f"first after {first}",
+        "thinking": f"{t.thinking_tokens} of these tokens" if t.thinking_tokens else "",
         "prefill": f"{t.prompt_tokens - t.cached_tokens} tokens in {t.prefill_seconds:.2f} s"
                    f"{_also(rate(t.prefill_rate))}; {t.cached_tokens} more were in the KV cache",
         "decode": f"{t.decode_seconds:.2f} s{_also(rate(t.decode_rate))}",

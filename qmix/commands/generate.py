@@ -31,6 +31,7 @@ from qmix.commands.options import (
     Stop,
     System,
     Temp,
+    Think,
     Threads,
     TopK,
     TopP,
@@ -49,7 +50,7 @@ def generate(
                                                show_default=False)] = None,
     file: Annotated[Path | None, typer.Option("-f", "--file", help="Read the prompt from a file.",
                                               show_default=False)] = None,
-    system: System = None,
+    system: System = None, think: Think = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON document: text, token_ids, finish_reason, "
                                        "timings, tiers.")] = False,
@@ -70,4 +71,5 @@ def generate(
     folder = model_folder(model)
     text = read_prompt(prompt, file, sys.stdin)
     with load_engine(folder, how) as engine:
-        raise typer.Exit(oneshot.run(engine, text, params, system=system, raw=raw, as_json=json, draft=draft))
+        raise typer.Exit(oneshot.run(engine, text, params, system=system, raw=raw, as_json=json, draft=draft,
+                                     thinking=think))

@@ -5,27 +5,31 @@ The answer streams to stdout token by token, or is one JSON document at the end.
 
 from __future__ import annotations
 
+import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, TextIO
 
 from qmix.commands.interrupt import cancel_on_interrupt
 from qmix.config import SamplingParams
 from qmix.errors import UsageError
 from qmix.generate import Summary, generate
-from qmix.render import clean, dim, json_text, say
-from qmix.tokenizer import Message
+from qmix.render import DIM, PLAIN, clean, dim, json_text, say, wants_color
+from qmix.tokenizer import Divided, Message, Prompt, ReasoningSplitter, Request, divide
+from qmix.tokenizer.message import OPEN, without_end
+from qmix.tokenizer.reasoning import Part
 
 if TYPE_CHECKING:
     from qmix.engine import Engine
 
 
 def run(engine: Engine, prompt: str, params: SamplingParams, *, system: str | None = None, raw: bool = False,
-        as_json: bool = False, draft: int = 0, stdout: TextIO | None = None) -> int:
+        as_json: bool = False, draft: int = 0, thinking: bool | None = None, stdout: TextIO | None = None) -> int:
     """Answer `prompt`; the exit code: 0, or 130 where Ctrl-C stopped it (what was said is kept).
 
     raw: continue the text instead of answering in the chat format, which is also what a model without
-    one does. UsageError where the prompt does not fit the context.
+    one does. thinking: whether the model is to think before it answers, None for what it does by itself. UsageError
+    where the prompt does not fit the context, or the model has no place for what was asked.
     """
     out = stdout or sys.stdout
     tokenizer = engine.tokenizer
@@ -37,35 +41,84 @@ def run(engine: Engine, prompt: str, params: SamplingParams, *, system: str | No
         raw = True
     if raw and system is not None:
         raise UsageError("--system with --raw: raw text has no system prompt", "drop one of the two")
+    if raw and thinking is not None:
+        raise UsageError("--think, --no-think: text that is continued as it is has no chat template to switch",
+                         "drop the flag")
     session = engine.session()
     if raw:
-        ids = tokenizer.encode(prompt, bos=True, limit=session.context)
+        asked = Prompt(tokenizer.encode(prompt, bos=True, limit=session.context))
     else:
         dim(f"chat format: {tokenizer.template_name}")
         messages = [Message("system", system)] if system else []
-        ids = tokenizer.encode_chat([*messages, Message("user", prompt)], limit=session.context)
+        asked = tokenizer.prompt([*messages, Message("user", prompt)], session.context, Request(thinking=thinking))
     pace = engine.pace(draft, say)
-    text: list[str] = []
+    pieces: list[str] = []
     summary, reason = None, None
+    writer = None if as_json else _Writer(out, raw, asked.in_reasoning)
     with cancel_on_interrupt() as cancel:
-        for token in generate(session, ids, params, tokenizer, cancel, continuing=raw, pace=pace):
-            text.append(token.text)
-            if not as_json:
-                out.write(clean(token.text) if out.isatty() else token.text)
-                out.flush()
+        for token in generate(session, asked.ids, params, tokenizer, cancel, continuing=raw, pace=pace):
+            pieces.append(token.text)
+            if writer is not None:
+                writer.write(token.text)
             summary, reason = token.summary, token.finish_reason
     assert summary is not None  # the last record carries it
-    if as_json:
-        print(json_text(_document("".join(text), reason, summary, engine.stats())), file=out)
-    elif not "".join(text).endswith("\n"):
-        print(file=out)
+    text = "".join(pieces)
+    parts = Divided(None, text, None, 0) if raw else divide(
+        text, without_end(summary.ids, tokenizer.eos_ids), tokenizer, asked.in_reasoning)
+    summary = replace(summary, timings=replace(summary.timings, thinking_tokens=parts.thinking_tokens))
+    if writer is not None:
+        writer.end(text)
+    else:
+        print(json_text(_document(parts, reason, summary, engine.stats())), file=out)
     _report(summary, reason, params, engine.stats()["experts"])
     return 130 if reason == "cancelled" else 0
 
 
-def _document(text: str, reason: str | None, summary: Summary, stats: dict[str, Any]) -> dict[str, object]:
+class _Writer:
+    """An answer as it comes. In a pipe it is the model's own text, the tags of its reasoning included; an opening tag
+    that the prompt wrote is written first, so that the tags are a pair. On a terminal the reasoning is dim."""
+
+    def __init__(self, out: TextIO, raw: bool, in_reasoning: bool):
+        self._out = out
+        self._splitter = ReasoningSplitter(in_reasoning) if not raw and wants_color(out, os.environ) else None
+        self._thinking = False
+        if in_reasoning and self._splitter is None:
+            self._put(f"{OPEN}\n")
+
+    def write(self, text: str) -> None:
+        if self._splitter is None:
+            self._put(text)
+            return
+        for part in self._splitter.push(text):
+            self._show(part)
+
+    def _show(self, part: Part) -> None:
+        begins = part.reasoning != self._thinking
+        text = part.text.lstrip("\n") if begins else part.text
+        if not text:
+            return
+        if begins and self._thinking:
+            self._put("\n")  # the reasoning ends with a line break of its own
+        self._thinking = part.reasoning
+        self._put(text, dim=part.reasoning)
+
+    def end(self, text: str) -> None:
+        """text: all of the answer."""
+        for part in self._splitter.finish() if self._splitter is not None else ():
+            self._show(part)
+        if not text.endswith("\n"):
+            self._put("\n")
+
+    def _put(self, text: str, dim: bool = False) -> None:
+        shown = clean(text) if self._out.isatty() else text
+        self._out.write(f"{DIM}{shown}{PLAIN}" if dim and shown else shown)
+        self._out.flush()
+
+
+def _document(parts: Divided, reason: str | None, summary: Summary, stats: dict[str, Any]) -> dict[str, object]:
     timings = summary.timings
-    return {"text": text, "token_ids": list(summary.ids), "finish_reason": reason, "seed": summary.seed,
+    return {"text": parts.answer, "thinking": parts.reasoning,
+            "token_ids": list(summary.ids), "finish_reason": reason, "seed": summary.seed,
             "timings": asdict(timings) | {"prefill_rate": timings.prefill_rate, "decode_rate": timings.decode_rate,
                                             "passes_saved": timings.passes_saved, "acceptance": timings.acceptance},
             "tiers": stats["experts"], "memory": stats["memory"], "offload": stats["offload"]}
@@ -74,7 +127,7 @@ def _document(text: str, reason: str | None, summary: Summary, stats: dict[str, 
 def _report(summary: Summary, reason: str | None, params: SamplingParams, tiers: dict[str, float]) -> None:
     """The dim line, and why the answer ended where it did not end by itself."""
     timings = summary.timings
-    parts = [f"{timings.generated_tokens} tok"]
+    parts = [timings.counted]
     parts += [f"{timings.decode_rate:.1f} tok/s"] if timings.decode_rate else []
     parts += [f"prefill {timings.prefill_rate:.0f} tok/s"] if timings.prefill_rate else []
     parts.append("experts " + " ".join(f"{tier} {share:.0f} %" for tier, share in tiers.items()))

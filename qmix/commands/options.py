@@ -31,6 +31,9 @@ Draft = Annotated[int, typer.Option("--draft", min=0, max=7, help="Tokens guesse
                                     "repeats, while that is measured to pay; 0 = never. The answer is the same.")]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="End the answer before this text; may be repeated.",
                                                 show_default=False)]
+Think = Annotated[bool | None, typer.Option("--think/--no-think", help="Whether the model thinks before it answers; an "
+                                            "error where its chat template has no switch for it. Default: as the "
+                                            "model does it.", show_default=False)]
 System = Annotated[str | None, typer.Option("--system", help="System prompt.", show_default=False)]
 Threads = Annotated[int | None, typer.Option(
     "-t", "--threads", min=1, help="Compute threads; default: the fast physical cores, one less beside a GPU, or 1 for "

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from qmix.device import Device
 from qmix.formats.packed import Packed
-from qmix.kernels.device_table import DeviceKernels
 from qmix.forward.weights import DenseWeights
+from qmix.kernels.device_table import DeviceKernels
 from qmix.offload.setup import Offload
 from qmix.spec import Model
 

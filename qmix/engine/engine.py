@@ -21,14 +21,14 @@ from qmix.device.device import failure
 from qmix.engine.kernels import native_throughout
 from qmix.engine.session import Session
 from qmix.errors import DoesNotFit, QmixError, UsageError
+from qmix.forward.kv_cache import SessionCache
+from qmix.forward.passes import BLOCK
+from qmix.forward.runner import Runner
 from qmix.generate import Token, generate
 from qmix.kernels.device_table import does_not_run
 from qmix.kernels.native import Native
 from qmix.kernels.rows import bound_formats
 from qmix.kernels.table import KernelTable
-from qmix.forward.kv_cache import SessionCache
-from qmix.forward.passes import BLOCK
-from qmix.forward.runner import Runner
 from qmix.offload.plan import Plan
 from qmix.offload.setup import Offload
 from qmix.sizes import format_bytes

@@ -13,14 +13,14 @@ from functools import partial
 from qmix.device import Device
 from qmix.engine.compiling import compile_prompts
 from qmix.engine.machine import Placement
-from qmix.kernels.attention import choose_attentions
-from qmix.kernels.device_table import DeviceKernels
-from qmix.kernels.table import KernelTable
 from qmix.forward.kv_cache import SessionCache
 from qmix.forward.run_eager import Guesses
 from qmix.forward.run_graph import DeviceDecode
 from qmix.forward.runner import Runner
 from qmix.forward.weights import DenseWeights, compute_dtype, load_dense
+from qmix.kernels.attention import choose_attentions
+from qmix.kernels.device_table import DeviceKernels
+from qmix.kernels.table import KernelTable
 from qmix.offload.device_experts import DeviceExperts
 from qmix.offload.device_setup import DeviceOptions, open_device_offload
 from qmix.offload.forecast import Speeds

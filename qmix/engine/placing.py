@@ -15,10 +15,10 @@ from qmix.engine import vram
 from qmix.engine.kernels import stored_formats
 from qmix.engine.machine import Placement
 from qmix.errors import QmixError, UsageError
+from qmix.forward.weights import compute_dtype
 from qmix.kernels import tuned
 from qmix.kernels.device_table import DeviceKernels, choose_device_kernels
 from qmix.kernels.table import KernelTable
-from qmix.forward.weights import compute_dtype
 from qmix.offload.plan import UNMEASURED, Needs, Plan
 from qmix.offload.plan import plan as make_plan
 from qmix.spec import Attention, Model

@@ -35,11 +35,11 @@ from qmix.config import Step
 from qmix.device import Device, Repeated, Routed
 from qmix.device.device import Work
 from qmix.errors import Interrupted
-from qmix.kernels.attend import rotation
-from qmix.kernels.device_ops import DeviceOps, Later
+from qmix.formats import Packed
 from qmix.forward.kv_cache import SessionCache
 from qmix.forward.weights import DenseWeights
-from qmix.formats import Packed
+from qmix.kernels.attend import rotation
+from qmix.kernels.device_ops import DeviceOps, Later
 from qmix.spec import Model
 
 KEPT = 8  # sets of pieces: numbers of tokens, and caches

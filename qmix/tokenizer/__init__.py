@@ -6,7 +6,8 @@
     for token_id in generated: print(decoder.push(token_id), end="")
 
 files.py reads what the folder says. hf.py and spm.py are the two kinds of vocabulary over vocabulary.py. stream.py
-decodes. mistral.py, template.py (over sandbox.py and traced.py) and plain.py are the three chat formats. No torch here;
+decodes; reasoning.py tells a model's reasoning from its answer. The chat formats are mistral.py, mistral_v3.py,
+template.py (over sandbox.py and traced.py) and plain.py. No torch here;
 sentencepiece, tokenizers and jinja2 are imported when needed.
 
 If tokenizer.json exists, its ids are the reference, and the model's own template is the chat format. Mixtral's own
@@ -24,15 +25,18 @@ from pathlib import Path
 from qmix import render
 from qmix.errors import ModelFileError, UsageError
 from qmix.tokenizer.files import TokenizerFiles, read_files
-from qmix.tokenizer.message import ROLES, ChatFormat, Message
-from qmix.tokenizer.mistral import MistralV1Format, has_mistral_v1_pieces, may_be_mistral_v1
+from qmix.tokenizer.message import ROLES, ChatFormat, Message, Prompt, Request, ToolCall
+from qmix.tokenizer.mistral import MistralV1Format, has_mistral_v1_pieces, may_be_mistral
+from qmix.tokenizer.mistral_v3 import MistralV3Format, has_mistral_v3_pieces
 from qmix.tokenizer.plain import PlainFormat
+from qmix.tokenizer.reasoning import Divided, ReasoningSplitter, divide
 from qmix.tokenizer.sandbox import Template
 from qmix.tokenizer.stream import SILENT, Piece, StreamDecoder
 from qmix.tokenizer.template import TemplateFormat
 from qmix.tokenizer.vocabulary import Vocabulary
 
-__all__ = ["ROLES", "Message", "StreamDecoder", "Tokenizer", "load"]
+__all__ = ["ROLES", "Divided", "Message", "Prompt", "ReasoningSplitter", "Request", "StreamDecoder", "Tokenizer",
+           "ToolCall", "divide", "load"]
 
 
 class Tokenizer:
@@ -40,7 +44,8 @@ class Tokenizer:
     the vocabulary and the chat template. vocab_size: ids of the tokenizer, at most the model's, whose
     further rows are padding. template_name: which chat format is used, to be told to the user;
     has_template: whether it is the model's own format, and not a transcript made up for a base model.
-    turn_stops: stop strings that this format needs besides eos_ids."""
+    turn_stops: stop strings that this format needs besides eos_ids. thinking_switch: whether the template can turn the
+    model's reasoning on and off; takes_tools: whether it has a place for tools."""
 
     def __init__(self, vocabulary: Vocabulary, chat: ChatFormat, eos_ids: Iterable[int], *,
                  rows: int | None = None):
@@ -53,6 +58,8 @@ class Tokenizer:
         self.template_name = chat.name
         self.has_template = not isinstance(chat, PlainFormat)
         self.turn_stops = chat.turn_stops
+        self.thinking_switch = chat.thinking_switch
+        self.takes_tools = chat.takes_tools
 
     def encode(self, text: str, bos: bool = True, limit: int | None = None) -> list[int]:
         """ids of plain text; what spells a control token is text like any other. bos: with the start id in
@@ -63,11 +70,30 @@ class Tokenizer:
         head = vocabulary.head if bos else ()
         return self._with_rows([*head, *vocabulary.encode_text(text, vocabulary.fresh_at_start)])
 
-    def encode_chat(self, messages: Sequence[Message], limit: int | None = None) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message], limit: int | None = None,
+                    request: Request | None = None) -> list[int]:
         """ids of a conversation, ending with the start of the next answer; never two BOS. limit: as of `encode`.
 
-        UsageError where the last message is not the user's, or the template refuses the conversation."""
-        return self._with_rows(self._chat.encode(messages, limit))
+        UsageError where the last message is not the user's, the template refuses the conversation, or it has no place
+        for what `request` asks."""
+        return self.prompt(messages, limit, request).ids
+
+    def prompt(self, messages: Sequence[Message], limit: int | None = None, request: Request | None = None) -> Prompt:
+        """encode_chat, and whether the answer begins inside the model's reasoning."""
+        if request is not None and request.thinking is not None:
+            self.check_thinking_switch()
+        if not self.takes_tools and ((request is not None and request.tools) or any(
+                message.role == "tool" or message.tool_calls for message in messages)):
+            raise UsageError("this model's chat format has no place for tools", "leave them out, or use another model")
+        prompt = self._chat.encode(messages, limit, request)
+        self._with_rows(prompt.ids)
+        return prompt
+
+    def check_thinking_switch(self) -> None:
+        """UsageError where nothing turns the model's reasoning on and off."""
+        if not self.thinking_switch:
+            raise UsageError("this model's chat template has no switch for thinking (enable_thinking)",
+                             "leave it as the model does it")
 
     def _with_rows(self, ids: list[int]) -> list[int]:
         """ids, all of which the model has a row for; UsageError for a token that only the tokenizer knows."""
@@ -131,15 +157,18 @@ def _vocabulary(files: TokenizerFiles) -> Vocabulary:
 
 def _mistral(files: TokenizerFiles, vocab_size: int | None, now: Callable[[], datetime],
              say: Callable[[str], None]) -> tuple[Vocabulary, ChatFormat] | None:
-    """The vocabulary of tokenizer.model, where it is there, and Mistral's first chat format, where the model has it."""
-    if not may_be_mistral_v1(files):
+    """The vocabulary of tokenizer.model, where it is there, and Mistral's chat format, v1 or v3, where the model has
+    it."""
+    if not may_be_mistral(files):
         return None
     vocabulary = _vocabulary(replace(files, json=None) if files.spm is not None else files)
-    if not has_mistral_v1_pieces(vocabulary):
+    kind = MistralV1Format if has_mistral_v1_pieces(vocabulary) else \
+        MistralV3Format if has_mistral_v3_pieces(vocabulary) else None
+    if kind is None:
         return None
     eos = _end_ids(files, vocabulary, vocab_size)
     template = _own_template(vocabulary, files, eos, now, say)
-    chat = MistralV1Format(vocabulary, eos, template, say, both=None not in (files.spm, files.json))
+    chat = kind(vocabulary, eos, template, say, both=None not in (files.spm, files.json))
     return (vocabulary, chat) if chat.fits_template() else None
 
 
@@ -162,7 +191,7 @@ def _fits(vocabulary: Vocabulary, files: TokenizerFiles, rows: int) -> bool:
     embedding as it was: added tokens may lie beyond, unless the template, BOS or EOS are among them."""
     for token_id in range(rows, vocabulary.size):
         text = vocabulary.token(token_id)
-        if token_id in (vocabulary.bos_id, vocabulary.eos_id) or text in (files.template or "") \
+        if token_id in (vocabulary.bos_id, vocabulary.eos_id) or text in files.templates \
                 or (text not in files.added and text not in vocabulary.markers):
             return False
     return True
@@ -177,4 +206,5 @@ def _own_template(vocabulary: Vocabulary, files: TokenizerFiles, eos: Sequence[i
     for name, token_id in (("bos_token", vocabulary.bos_id), ("eos_token", vocabulary.eos_id)):
         if token_id is not None:
             named.setdefault(name, vocabulary.token(token_id))
-    return TemplateFormat(vocabulary, Template(files.template, files.template_file, now), named, eos, say)
+    tools = None if files.tool_template is None else Template(files.tool_template, files.tool_file or files.folder, now)
+    return TemplateFormat(vocabulary, Template(files.template, files.template_file, now), named, eos, say, tools)

@@ -34,6 +34,7 @@ from qmix.textfile import read_text
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 NEOX = ("gpt_neox", "olmo", "olmoe")  # kinds of models whose tokenizers are of GPT-NeoX's class
+TOOL_USE = "tool_use"  # the name of the template for requests with tools
 MAX_JSON = 256 * 2**20
 FETCH = "the file is damaged: fetch it again from where the model came from"
 LFS = "run `git lfs pull` in the folder"
@@ -57,7 +58,8 @@ class TokenizerFiles:
     text declared special; extra: those of them without a name. names: what the model is called, as far as the folder
     knows. legacy: whether sentencepiece's leading space is written after every special token, and not only at the
     start of a text; prefix_space: whether it is written at all. neox: whether transformers' class of this tokenizer is
-    GPTNeoXTokenizer; spaced: whether add_prefix_space is stated. rows: ids of the model, where known."""
+    GPTNeoXTokenizer; spaced: whether add_prefix_space is stated. rows: ids of the model, where known. tool_template:
+    the template for requests with tools, where the model has one of its own for them."""
 
     folder: Path
     spm: Path | None
@@ -74,8 +76,15 @@ class TokenizerFiles:
     spaced: bool
     template: str | None
     template_file: Path | None
+    tool_template: str | None
+    tool_file: Path | None
     eos_ids: tuple[int, ...]
     rows: int | None
+
+    @property
+    def templates(self) -> str:
+        """All that the model's templates say, to look for tokens in it."""
+        return (self.template or "") + (self.tool_template or "")
 
 
 def read_files(folder: Path) -> TokenizerFiles:
@@ -99,14 +108,14 @@ def read_files(folder: Path) -> TokenizerFiles:
         raise ModelFileError(f"{path}: additional_special_tokens: got {extra!r:.80}, want a list", FETCH)
     texts = tuple(t for token in extra if (t := _text(path, "additional_special_tokens", token)))
     special = {*named.values(), *texts, *(t for t, token in added.items() if token.special)}
-    template, template_file = _template(folder, config)
+    template, template_file, tool_template, tool_file = _templates(folder, config)
     called = [folder.resolve().name, model.get("_name_or_path")]
     rows = model.get("vocab_size")
     return TokenizerFiles(
         folder, spm, vocab, tuple(name for name in called if isinstance(name, str)), named, frozenset(special), texts,
         added, config.get("add_bos_token") is not False, config.get("legacy") is not False,
         config.get("add_prefix_space") is not False, _is_neox(config, model),
-        config.get("add_prefix_space") is True, template, template_file,
+        config.get("add_prefix_space") is True, template, template_file, tool_template, tool_file,
         _eos_ids(folder / "config.json", model) + _eos_ids(folder / GENERATION_CONFIG),
         rows if type(rows) is int else None)
 
@@ -165,12 +174,15 @@ def _added(path: Path, table: object, old: Mapping[str, Any]) -> dict[str, Added
     return found
 
 
-def _template(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, Path | None]:
-    """The template for plain chat and the file it stands in; the order is that of transformers."""
+def _templates(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, Path | None, str | None, Path | None]:
+    """The template for plain chat and the file it stands in, then the same for requests with tools, where the model has
+    a template named "tool_use" for them; the order is that of transformers."""
     extra = {path.stem: path for path in sorted((folder / TEMPLATES).glob("*.jinja"))}
+    tools = extra.get(TOOL_USE)
+    tool_template = None if tools is None else _read(tools)
     for path in (extra.get("default"), folder / TEMPLATE_JINJA):
         if path is not None and path.is_file():
-            return read_text(path, error=ModelFileError, cure="check the path and its permissions"), path
+            return _read(path), path, tool_template, tools
     path, value = folder / TOKENIZER_CONFIG, config.get("chat_template")
     if value is None:
         path = folder / TEMPLATE_JSON
@@ -179,14 +191,21 @@ def _template(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, Path
         path, value = folder / TEMPLATES, dict.fromkeys(extra)  # none of them is for plain chat
     choices = _choices(path, value)
     if not choices:
-        return None, None
-    value = choices.get("default") if len(choices) > 1 else next(iter(choices.values()))
-    if value is None:
+        return None, None, None, None
+    chosen = choices.get("default") if len(choices) > 1 else next(iter(choices.values()))
+    if chosen is None:
         raise ModelFileError(f"{path}: chat_template: got the names {sorted(choices)}, want 'default' "
                              "among them", "name the template for plain chat 'default'")
-    if not isinstance(value, str):
-        raise ModelFileError(f"{path}: chat_template: got a {type(value).__name__}, want text", FETCH)
-    return value, path
+    if tools is None and len(choices) > 1 and choices.get(TOOL_USE) is not None:
+        tool_template, tools = choices[TOOL_USE], path
+    for text in (chosen, tool_template):
+        if text is not None and not isinstance(text, str):
+            raise ModelFileError(f"{path}: chat_template: got a {type(text).__name__}, want text", FETCH)
+    return chosen, path, tool_template, tools
+
+
+def _read(path: Path) -> str:
+    return read_text(path, error=ModelFileError, cure="check the path and its permissions")
 
 
 def _choices(path: Path, value: object) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 from qmix.errors import ModelFileError
 from qmix.textfile import without_mark
 from qmix.tokenizer.files import FETCH, LFS, TokenizerFiles
+from qmix.tokenizer.message import CLOSE, OPEN
 from qmix.tokenizer.spm import ANCHOR, SPACE
 from qmix.tokenizer.stream import SILENT, Piece, StreamDecoder
 from qmix.tokenizer.vocabulary import Rendered, Vocabulary, check_text, looks_like_marker
@@ -44,13 +45,15 @@ class JsonVocabulary(Vocabulary):
         self._drops_space = any(map(_drops_space, steps))
         entries: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         added = self._tokenizer.get_added_tokens_decoder()
-        self._silent = {i for i, token in added.items() if token.special}
+        special = {i for i, token in added.items() if token.special}
+        # The tags of reasoning are always text: they tell where it ends, even where a model declares them special.
+        self._silent = {i for i in special if added[i].content not in (OPEN, CLOSE)}
         markers = {token.content: i for i, token in added.items()
                    if token.special or looks_like_marker(token.content, files)}
         bos, eos = (entries.get(files.named.get(name, "")) for name in ("bos_token", "eos_token"))
         size = max(entries.values(), default=-1) + 1
         super().__init__(size, {text: i for text, i in markers.items() if text}, bos_id=bos, eos_id=eos,
-                         unk_id=_unknown(self._tokenizer, files, entries), declared=self._silent,
+                         unk_id=_unknown(self._tokenizer, files, entries), declared=special,
                          lstrip={i for i, token in added.items() if token.lstrip},
                          rstrip={i for i, token in added.items() if token.rstrip})
         self._anchor: list[int] = self._tokenizer.encode(ANCHOR, add_special_tokens=False).ids

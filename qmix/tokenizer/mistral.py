@@ -22,7 +22,7 @@ from pathlib import Path
 
 from qmix.errors import UsageError
 from qmix.tokenizer.files import TokenizerFiles
-from qmix.tokenizer.message import Message, check_conversation, without_end
+from qmix.tokenizer.message import Message, Prompt, Request, check_conversation, without_end
 from qmix.tokenizer.template import TemplateFormat
 from qmix.tokenizer.vocabulary import Vocabulary
 
@@ -32,7 +32,7 @@ PIECES = 32000
 PIECES_SHA256 = "9667493c598ed599f14df3157cb9a6f373d49a1b2d99d98c79e937ff490d219b"
 
 
-def may_be_mistral_v1(files: TokenizerFiles) -> bool:
+def may_be_mistral(files: TokenizerFiles) -> bool:
     """Whether conversations may be Mistral's segments, as far as is known without the vocabulary. Without any template,
     only a folder with "instruct" in its name or in config.json's `_name_or_path` is taken for one: the base
     model has the same vocabulary."""
@@ -49,17 +49,31 @@ def has_mistral_v1_pieces(vocabulary: Vocabulary) -> bool:
     return hashlib.sha256(pieces.encode("utf-8")).hexdigest() == PIECES_SHA256
 
 
-def _probes() -> list[list[Message]]:
+def probes() -> list[list[Message]]:
     """Conversations that a template must write as the segments are."""
     user, answer = (lambda text, role=role: Message(role, text) for role in ("user", "assistant"))
     long = [user("one"), answer("two"), user(" three\n"), answer("four"), user("five?")]
     return [long[:1], long[2:3], long[:3], long, [Message("system", "Be brief."), user("one")]]
 
 
+def said_otherwise(template: TemplateFormat | None, messages: Sequence[Message], bos: str, turns: str) -> bool:
+    """Whether there is a template that writes a conversation in another way than the pattern `turns`. One that refuses
+    it says nothing: Mistral's first templates take no system text."""
+    if template is None:
+        return False
+    try:
+        written = template.render(messages)
+    except UsageError:
+        return len(messages) == 1 and messages[0].role == "user"
+    start = re.escape(bos)
+    return re.fullmatch(f"(?:{start})?{start}{turns}\\s?", written) is None
+
+
 class MistralV1Format:
     """template: the checkpoint's own, where it has one. both: there are tokenizer.json and tokenizer.model."""
 
     turn_stops: tuple[str, ...] = ()
+    takes_tools = thinking_switch = False
 
     def __init__(self, vocabulary: Vocabulary, eos_ids: Sequence[int], template: TemplateFormat | None,
                  say: Callable[[str], None], *, both: bool = False):
@@ -75,33 +89,27 @@ class MistralV1Format:
 
     def fits_template(self) -> bool:
         """Whether the checkpoint's template, if any, writes the same as the segments are."""
-        return all(self._same(probe) for probe in _probes())
+        return all(self._same(probe) for probe in probes())
 
     def _same(self, messages: Sequence[Message]) -> bool:
         """Whether the template writes this conversation as the segments are, or refuses it."""
-        if self._template is None:
-            return True
-        try:
-            written = self._template.render(messages)
-        except UsageError:  # Mistral's first templates take no system text
-            return len(messages) > 1 or messages[0].role != "user"
-        bos, eos = (re.escape(self._vocabulary.token(i)) for i in (self._bos, self._eos))
+        eos = re.escape(self._vocabulary.token(self._eos))
         turns = (rf"\s?{re.escape(text)}" + (rf"\s?{eos}" if role == "assistant" else "")
                  for role, text, _ in _turns(messages))
-        return re.fullmatch(f"(?:{bos})?" + bos + "".join(turns) + r"\s?", written) is not None
+        return not said_otherwise(self._template, messages, self._vocabulary.token(self._bos), "".join(turns))
 
     @property
     def turn_end(self) -> int:
         return self._eos
 
-    def encode(self, messages: Sequence[Message], limit: int | None = None) -> list[int]:
+    def encode(self, messages: Sequence[Message], limit: int | None = None, request: Request | None = None) -> Prompt:
         check_conversation(messages)
         if self._template is not None and not self._same(messages):
             if not self._said:
                 self._said = True
                 self._say("the checkpoint's template writes this conversation differently from Mistral v1 segments: "
                           "the template is used")
-            return self._template.encode(messages, limit)
+            return self._template.encode(messages, limit, request)
         self._vocabulary.check_length((text for _, text, _ in _turns(messages)), limit)
         ids = [self._bos]
         for role, text, generated in _turns(messages):
@@ -109,7 +117,7 @@ class MistralV1Format:
             ids += self._vocabulary.encode_text(text, start=True) if generated is None else \
                 without_end(generated, self._ends)
             ids += [self._eos] if role == "assistant" else []
-        return ids
+        return Prompt(ids)
 
 
 def _turns(messages: Sequence[Message]) -> Iterator[tuple[str, str, tuple[int, ...] | None]]:

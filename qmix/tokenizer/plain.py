@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qmix.tokenizer.message import Message, check_conversation, without_end
+from qmix.tokenizer.message import Message, Prompt, Request, check_conversation, without_end
 from qmix.tokenizer.vocabulary import Segment, Splice, Vocabulary
 
 LABELS = {"user": "User:", "assistant": "Assistant:"}
@@ -24,12 +24,13 @@ class PlainFormat:
     name = "plain transcript (the model has no chat template)"
     turn_stops = ("\nUser:", "\nAssistant:")
     turn_end = None
+    takes_tools = thinking_switch = False
 
     def __init__(self, vocabulary: Vocabulary, eos_ids: Sequence[int]):
         self._vocabulary = vocabulary
         self._eos_ids = tuple(eos_ids)
 
-    def encode(self, messages: Sequence[Message], limit: int | None = None) -> list[int]:
+    def encode(self, messages: Sequence[Message], limit: int | None = None, request: Request | None = None) -> Prompt:
         check_conversation(messages)
         self._vocabulary.check_length((message.content for message in messages), limit)
         segments: list[Segment] = []
@@ -43,4 +44,5 @@ class PlainFormat:
                 # No space after the label: the first generated piece brings its own.
                 segments += [text + LABELS["assistant"], Splice(without_end(message.ids, self._eos_ids))]
                 text = "\n"
-        return [*self._vocabulary.head, *self._vocabulary.encode_segments([*segments, text + LABELS["assistant"]])]
+        ids = self._vocabulary.encode_segments([*segments, text + LABELS["assistant"]])
+        return Prompt([*self._vocabulary.head, *ids])

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import wraps
@@ -23,6 +23,7 @@ from types import BuiltinMethodType, FrameType, FunctionType
 from typing import Any
 
 from qmix.errors import ModelFileError, QmixError, UsageError
+from qmix.tokenizer.message import CLOSE
 from qmix.tokenizer.traced import Traced, as_text, concat, followed, interleave, plain, sources_of
 
 MAX_SOURCE = 2**20  # characters of a template
@@ -59,19 +60,33 @@ class Template:
         import jinja2
 
         try:
-            self._compiled = _environment(now).from_string(source)
+            environment = _environment(now)
+            tree = environment.parse(source)
+            self._compiled = environment.from_string(tree)
         except (jinja2.TemplateError, RecursionError, SyntaxError, ValueError) as e:
             line = f" line {e.lineno}" if isinstance(e, jinja2.TemplateSyntaxError) else ""
             raise ModelFileError(f"{file}: the chat template{line} is broken: {e}", CURE) from None
+        self._names, self._keys = _reads(tree)
+        self.parses_reasoning = CLOSE in source
 
-    def render(self, messages: list[dict[str, str]], named: Mapping[str, str], prompt: bool) -> Traced:
+    def reads(self, name: str) -> bool:
+        """Whether the template looks at the variable `name` anywhere."""
+        return name in self._names
+
+    def reads_key(self, key: str) -> bool:
+        """Whether the template looks at `key` of a message or of anything else."""
+        return key in self._keys
+
+    def render(self, messages: Sequence[Mapping[str, Any]], named: Mapping[str, str], prompt: bool,
+               tools: Sequence[Mapping[str, Any]] | None = None, **switches: bool) -> Traced:
         """The conversation as text. named: bos_token and the like. prompt: end with the start of an answer.
+        switches: further variables, such as enable_thinking.
         The sources of what a message brings are those of its `content`; a plain str is as the template's own.
 
         UsageError with the template's own words where it refuses the conversation, ModelFileError
         where the template fails."""
-        context = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": prompt,
-                   **named}
+        context = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": prompt,
+                   **named, **switches}
         try:
             with _bounded(MAX_STEPS):
                 parts, length = [], 0
@@ -91,6 +106,16 @@ class Template:
             raise ModelFileError(f"{self._file}: the chat template fails: {type(e).__name__}: {e}",
                                  CURE) from None
         return Traced("".join(parts), "".join(map(sources_of, parts)))
+
+
+def _reads(tree: Any) -> tuple[frozenset[str], frozenset[str]]:
+    """(variables, keys of objects) that a parsed template looks at: the keys are attributes and all constant texts,
+    which may stand in brackets, before `in` or in a call of `get`."""
+    from jinja2 import nodes
+
+    names = frozenset(node.name for node in tree.find_all(nodes.Name) if node.ctx == "load")
+    texts = (node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str))
+    return names, frozenset((*(node.attr for node in tree.find_all(nodes.Getattr)), *texts))
 
 
 def _environment(now: Callable[[], datetime]) -> Any:

@@ -14,84 +14,111 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from qmix.errors import QmixError, UsageError
-from qmix.tokenizer.message import Message, check_conversation, without_end
+from qmix.tokenizer.message import CLOSE, OPEN, Message, Prompt, Request, check_conversation, without_end
 from qmix.tokenizer.sandbox import Template
 from qmix.tokenizer.traced import TEMPLATE, UNKNOWN, Traced, plain, source, sources_of
 from qmix.tokenizer.vocabulary import ANSWER, OWN, TYPED, Rendered, Splice, Vocabulary, check_text
 
 STAND_IN = "\U00100000"  # private use, plane 16
 OTHER = "qmix"  # what stands for a message to see whether the template looks at it
+SWITCH = "enable_thinking"  # the variable that turns a model's reasoning on and off
+TOOLS = source(0)
+
+
+def _content(k: int) -> str:
+    """The source of message k's text; its reasoning and its tool calls have sources of their own."""
+    return source(3 * k + 1)
+
+
+def _reasoning(k: int) -> str:
+    return source(3 * k + 2)
+
+
+def _calls(k: int) -> str:
+    return source(3 * k + 3)
 
 
 class TemplateFormat:
+    """tool_template: the template for requests with tools, where the model has one of its own for them."""
+
     turn_stops: tuple[str, ...] = ()
 
     def __init__(self, vocabulary: Vocabulary, template: Template, named: Mapping[str, str],
-                 eos_ids: Sequence[int], say: Callable[[str], None], name: str = "the checkpoint's template"):
+                 eos_ids: Sequence[int], say: Callable[[str], None], tool_template: Template | None = None,
+                 name: str = "the checkpoint's template"):
         self.name = name
         self._vocabulary = vocabulary
         self._template = template
+        self._tool_template = tool_template or template
         self._named = dict(named)
         self._say = say
         self._said = False
+        self.takes_tools = self._tool_template.reads("tools")
+        self.thinking_switch = template.reads(SWITCH)
         self.turn_end = self._find_turn_end()
         ends = [*eos_ids, self.turn_end]
         self._ends = tuple(i for i in ends if i is not None)
 
-    def encode(self, messages: Sequence[Message], limit: int | None = None) -> list[int]:
+    def encode(self, messages: Sequence[Message], limit: int | None = None, request: Request | None = None) -> Prompt:
+        request = request or Request()
         check_conversation(messages)
         for message in messages:
             check_text(message.content)
-        text = self._render(messages)
+        text = self._render(messages, request)
         self._vocabulary.check_length([plain(text)], limit)
-        self._check_complete(messages, text)
-        parts = list(self._splice(text, messages))
+        self._check_complete(messages, text, request)
+        parts = list(self._splice(text, messages, request))
         self._check_followed(text)
         ids = self._vocabulary.encode_rendered(list(_join_ends(parts, self._ends, self._vocabulary)))
         bos = self._vocabulary.bos_id
         while bos is not None and ids[:2] == [bos, bos]:
             del ids[0]
-        return ids
+        return Prompt(ids, _opens_reasoning(text))
 
     def render(self, messages: Sequence[Message], prompt: bool = True) -> str:
         """The conversation as the template writes it; prompt: with the start of the next answer."""
-        return plain(self._render(messages, prompt))
+        return plain(self._render(messages, Request(), prompt))
 
-    def _render(self, messages: Sequence[Message], prompt: bool = True) -> Traced:
-        shown: list[dict[str, str]] = [
-            {"role": m.role, "content": Traced(m.content, source(k) * len(m.content))} for k, m in enumerate(messages)]
-        return self._template.render(shown, self._named, prompt)
+    def _render(self, messages: Sequence[Message], request: Request, prompt: bool = True) -> Traced:
+        template = self._tool_template if request.tools else self._template
+        tools = [_traced(tool, TOOLS) for tool in request.tools] or None
+        switches = {} if request.thinking is None else {SWITCH: request.thinking}
+        shown = [_shown(message, k, template) for k, message in enumerate(messages)]
+        return template.render(shown, self._named, prompt, tools, **switches)
 
-    def _splice(self, text: Traced, messages: Sequence[Message]) -> Iterator[Rendered | Splice]:
+    def _splice(self, text: Traced, messages: Sequence[Message], request: Request) -> Iterator[Rendered | Splice]:
         """The rendered text, with the ids of each answer that is shown whole in its place."""
         places = sorted((match.start(), match.end(), k) for k, message in enumerate(messages)
                         if message.ids is not None and message.content.strip()
-                        for match in re.finditer(f"{re.escape(source(k))}+", sources_of(text)))
+                        for match in re.finditer(f"{re.escape(_content(k))}+", sources_of(text)))
         begin = 0
         for start, end, k in places:
             ids = messages[k].ids
             if ids is None or plain(text[start:end]).strip() != messages[k].content.strip():
                 continue
-            yield self._rendered(self._align(text, start, messages[:k])[begin:], messages)
+            yield self._rendered(self._align(text, start, messages[:k], request)[begin:], messages)
             yield Splice(ids)
             begin = end
         yield self._rendered(text[begin:], messages)
 
-    def _align(self, text: Traced, start: int, before: Sequence[Message]) -> Traced:
+    def _align(self, text: Traced, start: int, before: Sequence[Message], request: Request) -> Traced:
         """The text in front of a spliced answer, with the white space that was there when it was generated: a template
         that writes "[/INST] answer" but asks with "[/INST]" would else change the ids in front of it."""
         ahead = text[:start]
-        asked = self._render(before)
+        asked = self._render(before, request)
         bare = ahead.rstrip()
         return bare + asked[len(bare):] if plain(bare) == plain(asked.rstrip()) else ahead
 
     def _rendered(self, text: Traced, messages: Sequence[Message]) -> Rendered:
         """The text with who is behind each character; white space at the ends of answers is the template's."""
-        trust = {ord(TEMPLATE): OWN, ord(UNKNOWN): TYPED}
+        trust = {ord(TEMPLATE): OWN, ord(UNKNOWN): TYPED, ord(TOOLS): TYPED}
         for k, message in enumerate(messages):
-            trust[ord(source(k))] = ANSWER if message.role == "assistant" else TYPED
+            trust[ord(_content(k))] = ANSWER if message.role == "assistant" else TYPED
+            trust[ord(_reasoning(k))], trust[ord(_calls(k))] = ANSWER, TYPED
         return Rendered(plain(text), sources_of(text).translate(trust))
 
     def _check_followed(self, text: Traced) -> None:
@@ -104,30 +131,76 @@ class TemplateFormat:
             self._say(f"the chat template rewrites a message in a way that qmix cannot follow: {found[0]!r} in it is "
                       "encoded as text, not as a control token")
 
-    def _check_complete(self, messages: Sequence[Message], text: Traced) -> None:
-        """A template that leaves out a system prompt would do so in silence. One that looks at it does not: it writes
-        something else for another message."""
+    def _check_complete(self, messages: Sequence[Message], text: Traced, request: Request) -> None:
+        """A template that leaves out a system prompt, tools or a call would do so in silence. One that looks at them
+        does not: it writes something else without them."""
         shown = set(sources_of(text))
+
+        def left_out(source: str, other: Sequence[Message], asked: Request = request) -> bool:
+            return source not in shown and plain(self._render(other, asked)) == plain(text)
+
         for k, message in enumerate(messages):
-            if message.role == "assistant" or not message.content.strip() or source(k) in shown:
-                continue
-            other = [*messages[:k], Message(message.role, OTHER), *messages[k + 1:]]
-            if self.render(other) == plain(text):
+            def changed(k: int = k, **fields: Any) -> list[Message]:
+                return [*messages[:k], replace(messages[k], **fields), *messages[k + 1:]]
+
+            if message.role != "assistant" and message.content.strip() and left_out(
+                    _content(k), changed(content=OTHER)):
                 raise UsageError(f"the model's chat template leaves out the {message.role} message",
                                  "this model takes no system prompt: put it into your first message"
                                  if message.role == "system" else None)
+            if message.tool_calls and left_out(_calls(k), changed(tool_calls=())):
+                raise UsageError("the model's chat template leaves out the tool calls of an answer")
+        if request.tools and self._tool_template is self._template and left_out(
+                TOOLS, messages, replace(request, tools=())):
+            raise UsageError("the model's chat template leaves out the tools")
 
     def _find_turn_end(self) -> int | None:
         """The marker that the template writes behind an answer."""
         try:
-            text = self._render([Message("user", "x"), Message("assistant", STAND_IN)], prompt=False)
+            text = self._render([Message("user", "x"), Message("assistant", STAND_IN)], Request(), prompt=False)
         except QmixError:
             return None  # a template that fails here fails with its message when a conversation comes
-        at = sources_of(text).rfind(source(1))
+        at = sources_of(text).rfind(_content(1))
         if at < 0:
             return None
         after = self._vocabulary.split(Rendered(plain(text[at + 1:]).lstrip(), OWN * len(text[at + 1:].lstrip())))
         return after[0] if after and isinstance(after[0], int) else None
+
+
+def _shown(message: Message, k: int, template: Template) -> dict[str, Any]:
+    """Message k as a template gets it, in the form that transformers documents. Reasoning is handed over under
+    "reasoning_content" where the template reads that key, between its tags in front of the answer where the template
+    knows the tags, and not at all where it knows neither."""
+    content = Traced(message.content, _content(k) * len(message.content))
+    shown: dict[str, Any] = {"role": message.role, "content": content}
+    if message.reasoning is not None:
+        if template.reads_key("reasoning_content"):
+            shown["reasoning_content"] = _traced(message.reasoning, _reasoning(k))
+        elif template.parses_reasoning:
+            shown["content"] = _traced(f"{OPEN}\n{message.reasoning}\n{CLOSE}\n\n", _reasoning(k)) + content
+    if message.tool_calls:
+        shown["tool_calls"] = [_traced({
+            "type": "function", **({} if call.id is None else {"id": call.id}),
+            "function": {"name": call.name, "arguments": call.arguments}}, _calls(k)) for call in message.tool_calls]
+    for key in ("tool_call_id", "name"):
+        if (value := getattr(message, key)) is not None:
+            shown[key] = _traced(value, _content(k))
+    return shown
+
+
+def _traced(value: Any, source: str) -> Any:
+    """value with every text in it traced to `source`, keys of objects included."""
+    if isinstance(value, str):
+        return Traced(value, source * len(value))
+    if isinstance(value, Mapping):
+        return {_traced(key, source): _traced(each, source) for key, each in value.items()}
+    return [_traced(each, source) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _opens_reasoning(text: Traced) -> bool:
+    """Whether a prompt ends with the tag that opens the reasoning, written by the template itself."""
+    end = text.rstrip()
+    return plain(end).endswith(OPEN) and sources_of(end)[-len(OPEN):] == TEMPLATE * len(OPEN)
 
 
 def _join_ends(parts: Sequence[Rendered | Splice], ends: Sequence[int],

@@ -52,7 +52,7 @@ def looks_like_marker(text: str, files: TokenizerFiles) -> bool:
     """Whether a token that is not a control piece is a marker all the same (see the module's prose)."""
     if text in files.special or TAG.fullmatch(text):
         return True
-    return bool(BRACKETED.fullmatch(text)) and text in (files.template or "")
+    return bool(BRACKETED.fullmatch(text)) and text in files.templates
 
 
 def check_text(text: str) -> None:
