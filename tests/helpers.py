@@ -18,9 +18,9 @@ from torch import Tensor
 from qmix.checkpoint import Checkpoint
 from qmix.config import DTYPES, ExpertKey, QuantConfig, Step
 from qmix.formats import Packed, pack
+from qmix.forward.runner import Runner
+from qmix.forward.weights import DenseWeights, assemble, compute_dtype, load_dense
 from qmix.kernels.table import KernelTable, select
-from qmix.model.mixtral import Mixtral
-from qmix.model.weights import Weights, assemble, compute_dtype, load_dense
 from qmix.models import read_model
 from qmix.offload.experts import PagedExperts
 from qmix.offload.plan import Needs, plan
@@ -100,14 +100,14 @@ def write_tiny_stores(folder: Path, formats: Mapping[str, QuantConfig], **overri
     return {name: folder / name for name in formats}
 
 
-def keep_weights(checkpoint: Checkpoint) -> Weights:
+def keep_weights(checkpoint: Checkpoint) -> DenseWeights:
     """The dense weights of a checkpoint as they are, without a store between."""
     model = checkpoint.model
     roles = {t.name: t.role for t in model.tensors()}
 
     def read(name: str) -> Packed | Tensor:
         tensor = checkpoint.dense(name)
-        if roles[name] not in ("linear", "head"):
+        if roles[name] not in ("linear", "mlp", "head"):
             return tensor
         return pack(tensor, MatrixSpec(DTYPES[model.dtype], *tensor.shape))
 
@@ -136,20 +136,21 @@ def naive_experts(checkpoint: Checkpoint,
     return experts
 
 
-def keep_model(checkpoint: Checkpoint, seen: Callable[..., None] = lambda *_: None) -> Mixtral:
-    """A Mixtral on the checkpoint's own weights with naive experts; `seen` gets every call of theirs."""
+def keep_model(checkpoint: Checkpoint, seen: Callable[..., None] = lambda *_: None) -> Runner:
+    """The runner on the checkpoint's own weights with naive experts; `seen` gets every call of theirs."""
     kernels = select({DTYPES[checkpoint.model.dtype]}, say=lambda line: None)
-    return Mixtral(checkpoint.model, keep_weights(checkpoint), kernels, naive_experts(checkpoint, seen))
+    return Runner(checkpoint.model, keep_weights(checkpoint), kernels, naive_experts(checkpoint, seen))
 
 
-def stored_model(source: Path, out: Path, quant: QuantConfig = KEEP) -> Mixtral:
+def stored_model(source: Path, out: Path, quant: QuantConfig = KEEP) -> Runner:
     """Quantize the checkpoint `source` into the store `out` and bring it up as the engine does."""
     with Checkpoint.open(source) as checkpoint:
         quantize_checkpoint(checkpoint, out, quant, threads=1)
     with Store.open(out) as store:
         formats = {DTYPES[store.model.dtype] if f == "keep" else f for f in (quant.experts, quant.dense)}
         kernels = select(formats | {DTYPES[store.model.dtype]}, say=lambda line: None)
-        return Mixtral(store.model, load_dense(store, kernels), kernels, resident_experts(store, kernels), ahead=0)
+        weights = load_dense(store.model, compute_dtype(store.model, quant), store.dense)
+        return Runner(store.model, weights, kernels, resident_experts(store, kernels))
 
 
 def offloaded(store: Store, kernels: KernelTable, slots: int | None = None, **options: Any) -> Offload:
@@ -168,12 +169,12 @@ def resident_experts(store: Store, kernels: KernelTable) -> PagedExperts:
     return offload.experts
 
 
-def prefill(model: Mixtral, ids: list[int], cache: Any, all_logits: bool = False) -> Tensor:
+def prefill(model: Runner, ids: list[int], cache: Any, all_logits: bool = False) -> Tensor:
     """Append `ids` to one cache; logits [1, V] or [T, V]."""
     positions = torch.arange(cache.length, cache.length + len(ids))
     return model.forward(torch.tensor(ids), positions, [cache], Step("prefill"), all_logits)
 
 
-def decode(model: Mixtral, token: int, cache: Any) -> Tensor:
+def decode(model: Runner, token: int, cache: Any) -> Tensor:
     """Append one token; logits [1, V]."""
     return model.forward(torch.tensor([token]), torch.tensor([cache.length]), [cache], Step("decode"))

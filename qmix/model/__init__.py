@@ -1,1 +1,0 @@
-"""The forward pass: one file per architecture, and what several of them share."""
