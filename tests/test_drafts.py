@@ -23,7 +23,7 @@ from qmix.formats import nf4
 from qmix.formats.packed import Packed
 from qmix.generate import common_prefix, generate
 from qmix.kernels import bnb, cpu, reference
-from qmix.kernels.layer import router_logits
+from qmix.kernels.router import router_logits
 from qmix.kernels.rows import bound_formats
 from qmix.kernels.table import KernelTable, select
 from qmix.quantize import quantize_checkpoint

@@ -13,6 +13,8 @@ from torch import Tensor
 from qmix.kernels import native
 from qmix.kernels.attend import rotation
 from qmix.kernels.layer import TORCH, LayerOps, TorchLayerOps, agrees, choose_layer_ops
+from qmix.kernels.router import RouterTensors
+from qmix.spec import Router
 
 OPS: list[LayerOps] = [TORCH, *(native.LayerOps(level) for level in native.levels())]
 NATIVE = OPS[1:] or [pytest.param(TORCH, marks=pytest.mark.skip(reason="the native kernels were not built"))]
@@ -29,11 +31,16 @@ def norm64(x: Tensor, weight: Tensor) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
 
 
-def routed(ops: LayerOps, x: Tensor, weight: Tensor, router: Tensor, k: int,
+def softmax_of_chosen(matrix: Tensor, k: int) -> RouterTensors:
+    """Mixtral's."""
+    return RouterTensors(Router(len(matrix), k), matrix)
+
+
+def routed(ops: LayerOps, x: Tensor, weight: Tensor, matrix: Tensor, k: int,
            dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     normed, ids, weights = torch.empty_like(x, dtype=dtype), torch.empty(len(x), k, dtype=torch.int64), \
         torch.empty(len(x), k)
-    ops.route(x, weight, router, EPS, normed, ids, weights)
+    ops.route(x, weight, softmax_of_chosen(matrix, k), EPS, normed, ids, weights)
     return normed, ids, weights
 
 
@@ -50,9 +57,9 @@ def test_norm(ops: LayerOps, tokens: int, size: int) -> None:
 @every_op
 @pytest.mark.parametrize(("experts", "k", "size"), [(8, 2, 128), (8, 2, 4096), (1, 1, 7), (5, 5, 33), (160, 6, 64)])
 def test_route(ops: LayerOps, experts: int, k: int, size: int) -> None:
-    x, weight, router = random(4, size), random(size), random(experts, size).double()
+    x, weight, router = random(4, size), random(size), random(experts, size)
     normed, ids, weights = routed(ops, x, weight, router, k)
-    logits = norm64(x, weight) @ router.T
+    logits = norm64(x, weight) @ router.T.double()
     top, chosen = logits.topk(k)
     assert torch.equal(ids, chosen)
     assert torch.allclose(weights.double(), top.softmax(-1), rtol=1e-4, atol=1e-6)
@@ -62,16 +69,16 @@ def test_route(ops: LayerOps, experts: int, k: int, size: int) -> None:
 
 @every_op
 def test_guesses_are_what_that_router_would_choose_and_leave_the_rest(ops: LayerOps) -> None:
-    x, weight, router = random(3, 96), random(96), random(8, 96).double()
+    x, weight, router = random(3, 96), random(96), random(8, 96)
     ahead = torch.full((3, 2, 4), -1)
-    ops.guess(x, weight, router, EPS, ahead[:, 1])
+    ops.guess(x, weight, softmax_of_chosen(router, 4), EPS, ahead[:, 1])
     assert torch.equal(ahead[:, 1], routed(ops, x, weight, router, 4)[1])
     assert bool((ahead[:, 0] == -1).all())
 
 
 @every_op
 def test_a_token_has_the_bits_that_it_has_alone(ops: LayerOps) -> None:
-    x, weight, router, k = random(8, 200), random(200), random(8, 200).double(), 2
+    x, weight, router, k = random(8, 200), random(200), random(8, 200), 2
     together = routed(ops, x, weight, router, k)
     alone = [routed(ops, row.clone(), weight, router, k) for row in x.split(1)]
     for part, parts in zip(together, zip(*alone, strict=True), strict=True):
@@ -80,7 +87,7 @@ def test_a_token_has_the_bits_that_it_has_alone(ops: LayerOps) -> None:
 
 @pytest.mark.parametrize("ops", NATIVE, ids=lambda ops: ops.name)
 def test_of_equal_logits_the_first_counts(ops: LayerOps) -> None:
-    router = torch.ones(6, 32, dtype=torch.float64)
+    router = torch.ones(6, 32)
     router[4] = 2
     _, ids, weights = routed(ops, torch.ones(1, 32), torch.full((32,), 1e-3), router, 3)
     assert ids.tolist() == [[4, 0, 1]]
@@ -92,14 +99,14 @@ def test_of_equal_logits_the_first_counts(ops: LayerOps) -> None:
 def test_what_is_not_finite_stays_visible(ops: LayerOps, bad: float) -> None:
     x = random(1, 64)
     x[0, 5] = bad
-    _, ids, weights = routed(ops, x, torch.ones(64), random(8, 64).double(), 2)
+    _, ids, weights = routed(ops, x, torch.ones(64), random(8, 64), 2)
     assert bool(weights.isnan().any()) and bool(((ids >= 0) & (ids < 8)).all())
     assert not ops.norm(x, torch.ones(64), EPS, torch.bfloat16).isfinite().all()
 
 
 @pytest.mark.parametrize("ops", NATIVE, ids=lambda ops: ops.name)
 def test_nan_is_above_all_as_in_torch(ops: LayerOps) -> None:
-    router = random(8, 64).double()
+    router = random(8, 64)
     router[3] = math.nan
     _, ids, _ = routed(ops, random(1, 64), torch.ones(64), router, 2)
     assert int(ids[0, 0]) == 3 == int(routed(TORCH, random(1, 64), torch.ones(64), router, 2)[1][0, 0])
@@ -145,9 +152,10 @@ def test_combine_is_in_order(ops: LayerOps, tokens: int, k: int, size: int) -> N
 @every_op
 def test_rows_with_gaps(ops: LayerOps) -> None:
     """Operands that are views of something larger."""
-    x, weight, router = random(3, 256)[:, ::2], random(256)[::2], random(8, 256).double()[:, ::2]
+    x, weight, router = random(3, 256)[:, ::2], random(256)[::2], random(8, 128)
     assert torch.allclose(ops.norm(x, weight, EPS, torch.float32).double(), norm64(x, weight), rtol=1e-5, atol=1e-6)
-    assert torch.equal(routed(ops, x.clone(), weight, router, 2)[1], (norm64(x, weight) @ router.T).topk(2).indices)
+    logits = norm64(x, weight) @ router.T.double()
+    assert torch.equal(routed(ops, x.clone(), weight, router, 2)[1], logits.topk(2).indices)
     both, turn = random(2, 96), ops.angles(torch.tensor([1, 2]), rotation(32, 1e4))
     queries, keys = both[:, :64], both[:, 64:]
     assert torch.equal(ops.rotate(queries, keys, *turn)[0], ops.rotate(queries.clone(), keys.clone(), *turn)[0])

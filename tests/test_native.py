@@ -4,6 +4,7 @@ import ctypes
 import itertools
 import os
 import re
+import struct
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -269,8 +270,9 @@ def test_eight_bits_are_close_to_none() -> None:
 def test_jobs_are_laid_out_as_in_c() -> None:
     header = Path(native.__file__).with_name("native.h").read_text()
     sizes = {"qmix_norm": jobs.NORM.size}
+    route = struct.Struct(jobs.NORM.format + jobs.ROUTE_REST.format.removeprefix("@"))
     for name, packed in (("qmix_job", jobs.PRODUCT), ("qmix_attention", jobs.ATTENTION), ("qmix_norm", jobs.NORM),
-                         ("qmix_route", jobs.ROUTE), ("qmix_rotate", jobs.ROTATE), ("qmix_angles", jobs.ANGLES),
+                         ("qmix_route", route), ("qmix_rotate", jobs.ROTATE), ("qmix_angles", jobs.ANGLES),
                          ("qmix_combine", jobs.COMBINE), ("qmix_addition", jobs.ADDITION), ("qmix_call", jobs.CALL)):
         body = header[:header.index(f"}} {name};")].rpartition("typedef struct {")[2]
         size = 0

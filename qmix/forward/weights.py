@@ -1,8 +1,7 @@
 """The dense weights of a model, from a store to the products: every tensor used exactly once.
 
 Matrices stay packed as the store has them. Norms become fp32, with the 1 of "one_plus" added. Routers, and what else is
-summed in fp64, stay as they are stored and are widened where they are used; but routers become fp64 where this process'
-own kernels route, which read them so.
+summed in fp64, stay as they are stored and are widened where they are multiplied.
 
 T tokens, N rows out, M columns, H hidden, V vocabulary.
 """
@@ -22,7 +21,7 @@ from qmix.formats import Packed
 from qmix.formats.packed import stacked
 from qmix.forward.program import model_program
 from qmix.kernels import ops
-from qmix.kernels.layer import TORCH, router_logits
+from qmix.kernels.router import router_logits
 from qmix.kernels.table import KernelTable
 from qmix.sizes import MatrixSpec
 from qmix.spec import DTYPES, Model
@@ -124,11 +123,7 @@ class KernelWeights:
         self.dense = dense
         self.dtype = dense.dtype
         self.kernels = kernels
-        tensors = dict(dense.tensors)
-        if kernels.layer is not TORCH:
-            routers = {op.weight.name for op in model_program(dense.model) if isinstance(op, ops.Route)}
-            tensors |= {name: tensors[name].double() for name in routers}
-        self._tensors = tensors
+        self._tensors = dense.tensors
         self._rows = {t.name: t.shape[0] for t in dense.model.tensors()}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -149,7 +144,7 @@ class KernelWeights:
         return [self.kernels.linear(x if own else x.to(self.dtype), m) for own, m in zip(native, matrices, strict=True)]
 
     def exact(self, x: Tensor, name: str) -> Tensor:
-        return router_logits(x.float(), self._tensors[name].double())
+        return router_logits(x.float(), self._tensors[name])
 
     def norm(self, weight: Named | None, spec: NormSpec) -> Tensor | None:
         return None if weight is None else self._tensors[weight.name]

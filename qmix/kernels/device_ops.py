@@ -22,7 +22,7 @@ from torch import Tensor
 from qmix.formats.packed import Packed
 from qmix.kernels.attend import attend
 from qmix.kernels.kv_codes import decoded, quantize
-from qmix.kernels.layer import router_logits
+from qmix.kernels.router import router_logits
 from qmix.kernels.table import KernelTable
 from qmix.sizes import RecordLayout
 

@@ -1,12 +1,12 @@
 """What a layer does to a few tokens beside products and attention, in torch, and which code does it in this process.
 
 Norm, router and rotation take and give fp32 whatever the compute dtype.
-T tokens, H hidden, E experts, K chosen, Q query heads, KV key-value heads, D head size.
+T tokens, H hidden, E experts, K chosen, Q query heads, KV key-value heads, D head size, R rotary dimension.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qmix.kernels import native
-from qmix.kernels.cpu import FEW, few_rows
+from qmix.kernels.router import RouterTensors, choose_experts, router_logits
+from qmix.spec import Router
 
 
 class LayerOps(Protocol):
@@ -22,16 +23,21 @@ class LayerOps(Protocol):
 
     name: str
 
-    def norm(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor: ...
+    def norm(self, x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor: ...
 
-    def route(self, x: Tensor, weight: Tensor, router: Tensor, eps: float, normed: Tensor, ids: Tensor,
-              weights: Tensor) -> None: ...
+    def head_norm(self, x: Tensor, size: int, weight: Tensor | None, eps: float | None,
+                  clip: float | None = None) -> Tensor: ...
 
-    def guess(self, x: Tensor, weight: Tensor, router: Tensor, eps: float, ids: Tensor) -> None: ...
+    def route(self, x: Tensor, weight: Tensor | None, router: RouterTensors, eps: float | None, normed: Tensor | None,
+              ids: Tensor, weights: Tensor) -> None: ...
 
-    def angles(self, positions: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]: ...
+    def guess(self, x: Tensor, weight: Tensor | None, router: RouterTensors, eps: float | None,
+              ids: Tensor) -> None: ...
 
-    def rotate(self, queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]: ...
+    def angles(self, positions: Tensor, inverse: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]: ...
+
+    def rotate(self, queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor,
+               head_dim: int | None = None) -> tuple[Tensor, Tensor]: ...
 
     def combine(self, rows: Tensor, weights: Tensor) -> Tensor: ...
 
@@ -41,37 +47,53 @@ class TorchLayerOps:
 
     name = "torch"
 
-    def norm(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        """x / sqrt(mean(x^2) + eps) * weight, in fp32: x [T, H] and weight [H] fp32 -> [T, H] of `dtype`."""
-        return rms_norm(x, weight, eps).to(dtype)
+    def norm(self, x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+        """x / sqrt(mean(x^2) + eps) * weight, in fp32: x [T, H] fp32 or bf16, weight [H] fp32, None for 1 -> [T, H] of
+        `dtype`."""
+        return rms_norm(x.float(), weight, eps).to(dtype)
 
-    def route(self, x: Tensor, weight: Tensor, router: Tensor, eps: float, normed: Tensor, ids: Tensor,
-              weights: Tensor) -> None:
-        """norm(x) into normed [T, H]; the K experts with the largest logits router norm(x) into ids [T, K] int64, the
-        largest first; softmax over these logits, in fp32, into weights [T, K]. router [E, H] fp64."""
-        wide = rms_norm(x, weight, eps)
-        top, chosen = router_logits(wide, router).topk(ids.shape[1])
-        torch.softmax(top, -1, out=weights)
+    def head_norm(self, x: Tensor, size: int, weight: Tensor | None, eps: float | None,
+                  clip: float | None = None) -> Tensor:
+        """Each `size` neighbours of x [T, N] fp32 or bf16 normed by themselves, weight [size] fp32 or None for 1, then
+        clamped to [-clip, clip]; eps None: only clamped -> [T, N] fp32."""
+        wide = x.float()
+        if eps is not None:
+            wide = rms_norm(wide.reshape(len(x), -1, size), weight, eps).view(x.shape)
+        return wide if clip is None else wide.clamp(-clip, clip)
+
+    def route(self, x: Tensor, weight: Tensor | None, router: RouterTensors, eps: float | None, normed: Tensor | None,
+              ids: Tensor, weights: Tensor) -> None:
+        """norm(x) into normed [T, H]; the K experts that `router` chooses by logits of norm(x) into ids [T, K] int64,
+        the best first; their weights, in fp32, into weights [T, K]. eps None: x [T, H] fp32 is normed already, and
+        weight and normed are None."""
+        wide = x if eps is None else rms_norm(x, weight, eps)
+        chosen, found = choose_experts(router_logits(wide, router.weight), router, ids.shape[1])
         ids.copy_(chosen)
-        normed.copy_(wide)
+        weights.copy_(found)
+        if normed is not None:
+            normed.copy_(wide)
 
-    def guess(self, x: Tensor, weight: Tensor, router: Tensor, eps: float, ids: Tensor) -> None:
+    def guess(self, x: Tensor, weight: Tensor | None, router: RouterTensors, eps: float | None, ids: Tensor) -> None:
         """What `route` would put into ids: the router of a later layer, asked now."""
-        ids.copy_(router_logits(rms_norm(x, weight, eps), router).topk(ids.shape[1]).indices)
+        wide = x if eps is None else rms_norm(x, weight, eps)
+        ids.copy_(choose_experts(router_logits(wide, router.weight), router, ids.shape[1])[0])
 
-    def angles(self, positions: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-        """What rotates heads at `positions` [T]: (cos, signed sin), fp32 [T, 1, D], of position * inverse [D / 2], in
-        fp32 as transformers has it. The cosine goes through fp64, so that its last bit does not depend on how many
-        positions are computed together."""
+    def angles(self, positions: Tensor, inverse: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+        """What rotates heads at `positions` [T]: (cos, signed sin), fp32 [T, 1, R], of position * inverse [R / 2], in
+        fp32 as transformers has it, times the attention factor (kernels/rope.py). The cosine goes through fp64, so that
+        its last bit does not depend on how many positions are computed together."""
         angles = (positions[:, None, None].float() * inverse).double()
-        cos, sin = angles.cos().float(), angles.sin().float()
+        cos, sin = angles.cos().float() * factor, angles.sin().float() * factor
         return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
-    def rotate(self, queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotary embedding: queries [T, Q * D], keys [T, KV * D]; cos, sin [T, 1, D] of `angles` ->
-        [T, Q, D] and [T, KV, D], fp32."""
-        count, _, size = cos.shape
-        heads = rotate(torch.cat((queries, keys), 1).view(count, -1, size).float(), cos, sin)
+    def rotate(self, queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor,
+               head_dim: int | None = None) -> tuple[Tensor, Tensor]:
+        """Rotary embedding of the first R dimensions of each head: queries [T, Q * D], keys [T, KV * D]; cos, sin
+        [T, 1, R] of `angles`; head_dim: D, None for R -> [T, Q, D] and [T, KV, D], fp32."""
+        count, _, rotary = cos.shape
+        size = head_dim or rotary
+        heads = torch.cat((queries.float(), keys.float()), 1).view(count, -1, size)
+        rotate(heads[..., :rotary], cos, sin)
         split = queries.shape[1] // size
         return heads[:, :split], heads[:, split:]
 
@@ -88,16 +110,9 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
-def router_logits(x: Tensor, router: Tensor) -> Tensor:
-    """fp32 [T, E]; x [T, H] fp32, router [E, H] fp64. Summed in fp64: in fp32 the last bits, and with
-    them now and then a choice, would depend on how many tokens are routed together. Of few tokens even the
-    last bit of the fp64 sum does not."""
-    return few_rows(x.double(), router).float() if 1 < len(x) <= FEW else F.linear(x.double(), router).float()
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding (Su et al. 2021), Hugging Face's half-split order: dimension i turns with
-    i + D/2. x [T, heads, D] fp32, overwritten and returned; cos, sin [T, 1, D] of `angles`.
+    i + D/2. x [T, heads, D] fp32 of any strides, overwritten and returned; cos, sin [T, 1, D] of `angles`.
 
     D = 4: (a, b, c, d) -> (a cos0 - c sin0, b cos1 - d sin1, c cos0 + a sin0, d cos1 + b sin1).
     """
@@ -120,15 +135,29 @@ def choose_layer_ops(say: Callable[[str], None]) -> LayerOps:
 def agrees(own: LayerOps) -> bool:
     """Whether `own` gives what torch gives, on random numbers, up to fp32 sums."""
     random = torch.Generator().manual_seed(6)
-    x, weight, router = (torch.randn(*shape, generator=random) for shape in ((3, 200), (200,), (7, 200)))
-    results: list[list[Tensor]] = []
-    for ops in (own, TORCH):
+    x, weight, matrix = (torch.randn(*shape, generator=random) for shape in ((3, 200), (200,), (8, 200)))
+    biases = torch.rand(3, 8, generator=random)
+    routers = [RouterTensors(Router(8, 2), matrix),
+               RouterTensors(Router(8, 2, over="all", normalize=True, logit_bias=True), matrix.half(), biases[0]),
+               RouterTensors(Router(8, 2, "sigmoid", normalize=True, eps=1e-20, scale=2.5, choice_bias=True,
+                                    expert_scale=True, groups=4, top_groups=2, group_score="top2"), matrix.bfloat16(),
+                             None, biases[1], biases[2])]
+    found = [_results(ops, x, weight, routers) for ops in (own, TORCH)]
+    return all(torch.allclose(got, want, rtol=1e-5, atol=1e-6) for got, want in zip(*found, strict=True))
+
+
+def _results(ops: LayerOps, x: Tensor, weight: Tensor, routers: Iterable[RouterTensors]) -> list[Tensor]:
+    """What `ops` makes of x [3, 200], all of it as fp32."""
+    found: list[Tensor] = []
+    for router in routers:
         normed, ids, weights = torch.empty(3, 200), torch.empty(3, 2, dtype=torch.int64), torch.empty(3, 2)
-        ops.route(x, weight, router.double(), 1e-5, normed, ids, weights)
+        ops.route(x, weight, router, 1e-5, normed, ids, weights)
         guesses = torch.empty(3, 2, 3, dtype=torch.int64)[:, 1]
-        ops.guess(x, weight, router.double(), 1e-5, guesses)
-        cos, sin = ops.angles(torch.tensor([0, 3, 4000]), weight[:20])
-        queries, keys = ops.rotate(x[:, :120], x[:, 120:160], cos, sin)
-        results.append([normed, weights, ops.norm(x, weight, 1e-5, torch.float32), cos, sin, queries, keys,
-                        ops.combine(x.view(3, 2, 100), weights), ids.float(), guesses.float()])
-    return all(torch.allclose(got, want, rtol=1e-5, atol=1e-6) for got, want in zip(*results, strict=True))
+        ops.guess(x, None, router, None, guesses)
+        found += [normed, weights, ids.float(), guesses.float()]
+    cos, sin = ops.angles(torch.tensor([0, 3, 4000]), weight[:20], 1.25)
+    return [*found, cos, sin, *ops.rotate(x[:, :120], x[:, 120:160].bfloat16(), cos, sin),
+            *ops.rotate(x[:, :100], x[:, 100:150], cos, sin, 50),
+            ops.norm(x, weight, 1e-5, torch.float32), ops.norm(x.bfloat16(), None, 1e-5, torch.float32),
+            ops.head_norm(x.bfloat16(), 40, weight[:40], 1e-5, 1.5), ops.head_norm(x, 200, None, None, 0.5),
+            ops.combine(x.view(3, 2, 100), weight[:6].view(3, 2))]

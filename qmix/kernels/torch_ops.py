@@ -19,8 +19,9 @@ from torch import Tensor
 from qmix.kernels import ops
 from qmix.kernels.attend import SCORES, attend
 from qmix.kernels.cpu import FEW, few_rows
-from qmix.kernels.layer import TORCH, LayerOps, rms_norm, rotate, router_logits
-from qmix.spec import Activation, Attention, Router
+from qmix.kernels.layer import TORCH, LayerOps, rms_norm, rotate
+from qmix.kernels.router import RouterTensors, choose_experts, router_logits
+from qmix.spec import Activation, Attention
 from qmix.spec import Norm as NormSpec
 from qmix.spec import Tensor as Named
 
@@ -62,7 +63,7 @@ class PlainWeights:
 
     def exact(self, x: Tensor, name: str) -> Tensor:
         """The same summed in fp64, of a weight as it is stored: fp32 [T, N]; x fp32."""
-        return router_logits(x.float(), self.tensors[name].double())
+        return router_logits(x.float(), self.tensors[name])
 
     def norm(self, weight: Named | None, spec: NormSpec) -> Tensor | None:
         """What a norm multiplies by, fp32; None for 1."""
@@ -116,8 +117,7 @@ def head_norm(op: ops.HeadNorm, w: Weights, buffer: Tensor) -> Tensor:
 
 def cos_sin(positions: Tensor, inv_freq: Tensor, factor: float, layer: LayerOps = TORCH) -> tuple[Tensor, Tensor]:
     """What `rope` rotates by, fp32 [T, 1, D], of positions [T]."""
-    cos, sin = layer.angles(positions, inv_freq)
-    return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
+    return layer.angles(positions, inv_freq, factor)
 
 
 def rope(op: ops.Rope, cos: Tensor, sin: Tensor, *buffers: Tensor) -> tuple[Tensor, ...]:
@@ -208,50 +208,29 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def route(op: ops.Route, w: Weights, source: Tensor) -> tuple[Tensor, Tensor]:
-    router = op.router
-    logits, scores, ranked = _ranked(op, w, source)
-    ids = ranked.topk(router.top_k).indices
-    over_chosen = router.over == "chosen" and router.score == "softmax"
-    weights = torch.softmax(logits.gather(1, ids), -1) if over_chosen else scores.gather(1, ids)
-    if router.normalize:
-        weights = weights / (weights.sum(-1, keepdim=True) + router.eps)
-    weights = weights if router.scale == 1 else weights * router.scale
-    scale = w.vector(op.expert_scale)
-    return ids, weights if scale is None else weights * scale[ids]
+    return choose_experts(w.exact(source, op.weight.name), router_of(op, w), op.router.top_k)
+
+
+def router_of(op: ops.Route, w: Weights) -> RouterTensors:
+    return RouterTensors(op.router, w[op.weight.name], w.vector(op.logit_bias), w.vector(op.choice_bias),
+                         w.vector(op.expert_scale))
 
 
 def guess(op: ops.Guess, w: Weights, source: Tensor) -> Tensor:
+    found = choose_experts(w.exact(guess_input(op, w, source), op.route.weight.name), router_of(op.route, w), op.count)
+    return found[0]
+
+
+def guess_input(op: ops.Guess, w: Weights, source: Tensor) -> Tensor:
+    """What the later router would read now, fp32."""
     buffers = {op.source: source}
     for step in op.steps:
         assert isinstance(step, ops.Norm | ops.Scale), step
-        found = norm(step, w, buffers[step.inputs[0]]) if isinstance(step, ops.Norm) else scale(
+        found = norm(step, w, buffers[step.source]) if isinstance(step, ops.Norm) else scale(
             step, w, buffers[step.buffer])
         assert isinstance(found, Tensor), step
         buffers[step.outputs[0]] = found
-    return _ranked(op.route, w, buffers[op.route.source])[2].topk(op.count).indices
-
-
-def _ranked(op: ops.Route, w: Weights, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(logits, scores, what decides which experts are the best), each [T, E]."""
-    router = op.router
-    logits, bias = w.exact(source, op.weight.name), w.vector(op.logit_bias)
-    logits = logits if bias is None else logits + bias
-    scores = torch.softmax(logits, -1) if router.score == "softmax" else _steady(torch.sigmoid, logits)
-    bias = w.vector(op.choice_bias)
-    # Scores rise with their logits, which do not saturate: equal scores of unequal logits would leave the choice open.
-    ranked = logits if bias is None and router.groups == router.top_groups else _allowed(
-        router, scores if bias is None else scores + bias)
-    return logits, scores, ranked
-
-
-def _allowed(router: Router, scores: Tensor) -> Tensor:
-    """scores [T, E], -inf outside the best groups."""
-    if router.groups == router.top_groups:
-        return scores
-    grouped = scores.view(len(scores), router.groups, -1)
-    best = grouped.topk(2).values.sum(-1) if router.group_score == "top2" else grouped.amax(-1)
-    chosen = torch.zeros_like(best, dtype=torch.bool).scatter_(1, best.topk(router.top_groups).indices, True)
-    return grouped.masked_fill(~chosen[..., None], -torch.inf).view(scores.shape)
+    return buffers[op.route.source]
 
 
 def activate(activation: Activation, gate: Tensor, up: Tensor) -> Tensor:

@@ -205,7 +205,7 @@ class DeviceDecode:
         """What comes before the experts of layer `index`: attention and router, their choice on its way to the host."""
         config, ops, layer = self._config, self._ops, self._weights.layers[index]
         routed, later = found.routed, self._weights.layers[index + 1:index + 1 + self._depth]
-        asked = Later([w.post_norm for w in later], [w.router for w in later], routed.ahead[:, :len(later)])
+        asked = Later([w.post_norm for w in later], [w.router.weight for w in later], routed.ahead[:, :len(later)])
         counted = (found.ids[index], found.weights[index]) if self._experts.resident else None
         outs = found.qkv.split([m.spec.rows for m in layer.heads], 1)
         runs = _runs(caches)
@@ -227,7 +227,7 @@ class DeviceDecode:
                 ops.rope_attend(found.qkv[first:end], found.cos_sin[first:end], kept.keys, kept.values,
                                 found.positions[first:end], config.sliding_window, found.attended[first:end], scales)
             ops.linear(found.attended, layer.o, found.residual, add=True)
-            ops.route(found.residual, layer.post_norm, layer.router, config.rms_norm_eps, routed.x, routed.ids,
+            ops.route(found.residual, layer.post_norm, layer.router.weight, config.rms_norm_eps, routed.x, routed.ids,
                       routed.weights, asked if later else None, counted)
             if not self._experts.resident:
                 routed.read_back(index)

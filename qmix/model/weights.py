@@ -1,6 +1,7 @@
 """The dense weights of a Mixtral, read from a store: every tensor used exactly once.
 
-Matrices stay packed as the store has them; norms become fp32 and routers fp64, in which they compute.
+Matrices stay packed as the store has them, and routers as the checkpoint has them, widened where they are multiplied;
+on a device they become fp64, as its kernels read them. Norms become fp32.
 
 H hidden, V vocabulary, E experts.
 """
@@ -20,8 +21,10 @@ from qmix.device import Device
 from qmix.errors import StoreError
 from qmix.formats import Packed
 from qmix.formats.packed import stacked
+from qmix.kernels.router import RouterTensors
 from qmix.kernels.table import KernelTable
 from qmix.sizes import MatrixSpec
+from qmix.spec import Router
 from qmix.store import Store
 
 READERS = 4  # threads: one alone does not keep the disk busy
@@ -31,14 +34,14 @@ DAMAGED = "the store is damaged or from another version: quantize again"
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One layer without its experts: norms [H] fp32, router [E, H] fp64, and packed matrices. heads: the projections
-    to queries, keys and values; on a device one matrix, q over k over v, where the format allows it."""
+    """One layer without its experts: norms [H] fp32, the router with its weight [E, H], and packed matrices. heads: the
+    projections to queries, keys and values; on a device one matrix, q over k over v, where the format allows it."""
 
     input_norm: Tensor
     heads: tuple[Packed, ...]
     o: Packed
     post_norm: Tensor
-    router: Tensor
+    router: RouterTensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +111,14 @@ def assemble(config: ModelConfig, dtype: torch.dtype, read: Callable[[str], Pack
         if place is not None:
             whole = stacked(heads)
             heads = tuple(m.to(place) for m in (heads if whole is None else (whole,)))
+        gate = plain(prefix + "block_sparse_moe.gate.weight")
         return LayerWeights(
             input_norm=plain(prefix + "input_layernorm.weight").float(), o=o,
             heads=heads,
             post_norm=plain(prefix + "post_attention_layernorm.weight").float(),
-            router=plain(prefix + "block_sparse_moe.gate.weight").double())
+            router=RouterTensors(spec, gate if place is None else gate.double()))
 
+    spec = Router(config.num_experts, config.experts_per_token)
     embedding = plain(names.EMBEDDING)
     layers = tuple(layer(names.layer_prefix(i)) for i in range(config.num_layers))
     final_norm = plain(names.FINAL_NORM).float()

@@ -40,7 +40,8 @@ from qmix.checkpoint import Checkpoint
 from qmix.config import ExpertKey
 from qmix.errors import CheckpointError, QmixError, UsageError
 from qmix.kernels.attend import attend, rotation
-from qmix.kernels.layer import TORCH, rms_norm, rotate, router_logits
+from qmix.kernels.layer import TORCH, rms_norm, rotate
+from qmix.kernels.router import router_logits
 from qmix.quantize.gptq import Factor, Moments
 from qmix.store import CalibrationEntry
 

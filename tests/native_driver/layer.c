@@ -14,7 +14,8 @@ static void check_norm(int32_t level) {
     uint16_t narrow[T * H];
     double worst = 0;
     fill(x, T * H, 3), fill(weight, H, 2);
-    qmix_norm job = {x, weight, out, H, EPS, QMIX_FP32}, other = {x, weight, narrow, H, EPS, QMIX_BF16};
+    qmix_norm job = {x, weight, out, NULL, 1, H, EPS, INFINITY, QMIX_FP32, QMIX_FP32, 0}, other = job;
+    other.out = narrow, other.out_type = QMIX_BF16;
     if (qmix_norms(level, &job, T) || qmix_norms(level, &other, T))
         worst = NAN;
     for (int t = 0; t < T; t++) {
@@ -33,21 +34,24 @@ static void check_norm(int32_t level) {
 /* The chosen experts have the largest logits, up to what the norm's rounding moves these; so have their weights. */
 static void check_route(int32_t level) {
     float x[T * H], weight[H], normed[T * H], weights[T * K];
-    double router[E * H], logits[E], worst = 0;
+    float router[E * H];
+    double logits[E], worst = 0;
     int64_t ids[T * K];
     fill(x, T * H, 3), fill(weight, H, 2);
     for (int i = 0; i < E * H; i++)
-        router[i] = uniform(-0.2, 0.2);
-    qmix_route job = {{x, weight, normed, H, EPS, QMIX_FP32}, router, ids, weights, K, E, K};
-    if (qmix_routes(level, &job, T))
+        router[i] = (float)uniform(-0.2, 0.2);
+    qmix_route job = {.norm = {x, weight, normed, NULL, 1, H, EPS, INFINITY, QMIX_FP32, QMIX_FP32, 0},
+                      .router = router, .ids = ids, .weights = weights, .ids_stride = K, .experts = E, .chosen = K,
+                      .groups = 1, .top_groups = 1, .scale = 1};
+    if (qmix_routes(level, &job, T, 2))
         worst = NAN;
     for (int t = 0; t < T; t++) {
         double off = 0, total = 0, least = INFINITY;
         for (int e = 0; e < E; e++) { /* from the norm that was written: the sums are in double on both sides */
             double terms = logits[e] = 0;
             for (int i = 0; i < H; i++) {
-                logits[e] += normed[t * H + i] * router[e * H + i];
-                terms += fabs(normed[t * H + i] * router[e * H + i]);
+                logits[e] += (double)normed[t * H + i] * router[e * H + i];
+                terms += fabs((double)normed[t * H + i] * router[e * H + i]);
             }
             off = fmax(off, U * fabs(logits[e]) + H * 0x1p-53 * terms);
         }
@@ -81,8 +85,8 @@ static void check_rotate(int32_t level) {
     for (int d = 0; d < D / 2; d++)
         inverse[d] = (float)pow(10000, -2.0 * d / D);
     fill(queries, T * HEADS * D, 2), fill(keys, T * KV * D, 2);
-    qmix_angles first = {positions, inverse, c, s, D};
-    qmix_rotate second = {queries, keys, c, s, out, HEADS, KV, D, QMIX_FP32};
+    qmix_angles first = {positions, inverse, c, s, D, 1};
+    qmix_rotate second = {queries, keys, c, s, out, HEADS, KV, D, D, QMIX_FP32, QMIX_FP32};
     if (qmix_angles_of(level, &first, T) || qmix_rotations(level, &second, T))
         worst = NAN;
     for (int t = 0; t < T; t++)
@@ -126,7 +130,8 @@ static void check_sequence(int32_t level) {
     float x[T * H], weight[H], out[T * H], y[T * H], alone[T * H], sum[T * H];
     double worst = 0;
     fill(x, T * H, 3), fill(weight, H, 2), fill(y, T * H, 2);
-    qmix_norm norm = {x, weight, out, H, EPS, QMIX_FP32}, other = {x, weight, alone, H, EPS, QMIX_FP32};
+    qmix_norm norm = {x, weight, out, NULL, 1, H, EPS, INFINITY, QMIX_FP32, QMIX_FP32, 0}, other = norm;
+    other.out = alone;
     memcpy(sum, y, sizeof y);
     qmix_addition add = {out, sum, H};
     qmix_call calls[2] = {{&norm, QMIX_NORM, T}, {&add, QMIX_ADD, T}};

@@ -1,55 +1,76 @@
 """native.h's structures, packed from tensors. A job holds addresses: who keeps one keeps its tensors.
 
-T tokens, H hidden, E experts, K chosen, Q query heads, KV key-value heads, D head size.
+T tokens, H hidden, E experts, K chosen, Q query heads, KV key-value heads, D head size, R rotary dimension.
 """
 
 from __future__ import annotations
 
+import math
 import struct
 
 import torch
 from torch import Tensor
 
+from qmix.kernels.router import RouterTensors
+
 PRODUCT = struct.Struct("@6P7q8i")    # qmix_job: pointers, sizes, layout
 ATTENTION = struct.Struct("@8P6q4i")  # qmix_attention
-NORM = struct.Struct("@3Pqfi")        # qmix_norm
-ROUTE = struct.Struct("@3Pqfi3P3q")   # qmix_route, which begins with a qmix_norm
-ROTATE = struct.Struct("@5P3qi4x")    # qmix_rotate
-ANGLES = struct.Struct("@4Pq")        # qmix_angles
+NORM = struct.Struct("@4P2q2f3i4x")           # qmix_norm
+ROUTE_REST = struct.Struct("@6P5q2f4i")       # qmix_route behind the qmix_norm that it begins with
+ROTATE = struct.Struct("@5P4q2i")             # qmix_rotate
+ANGLES = struct.Struct("@4Pqf4x")             # qmix_angles
 COMBINE = struct.Struct("@3P2q")      # qmix_combine
 ADDITION = struct.Struct("@2Pq")      # qmix_addition
 CALL = struct.Struct("@P2i")          # qmix_call
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
+ROUTER_TYPES = {**TYPES, torch.float16: 2}
+SOFTMAX_CHOSEN, SOFTMAX_ALL, SIGMOID = range(3)  # qmix_route.score
 KEPT = {torch.int8: 0, torch.bfloat16: 1}
 
 
-def norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> bytes:
-    """x, out [T, H], weight [H]; x and weight fp32, out fp32 or bf16; all contiguous."""
-    return NORM.pack(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.shape[1], eps, TYPES[out.dtype])
+def norm(x: Tensor, weight: Tensor | None, eps: float | None, out: Tensor | None, wide: Tensor | None = None,
+         clip: float | None = None, rows: int = 1) -> bytes:
+    """clamp(x / sqrt(mean(x^2) + eps) * weight, -clip, clip), where a token has `rows` neighbouring rows, each normed
+    by itself: the heads of a projection. eps None: x is not normed, only clamped; weight None: 1.
+
+    x [T, rows * H] fp32 or bf16; weight [H] fp32; out [T, rows * H] fp32 or bf16; wide, the same before it is rounded,
+    fp32. out may be x where both are fp32. All contiguous."""
+    kind, size = 0 if out is None else TYPES[out.dtype], x.shape[1] // rows
+    return NORM.pack(x.data_ptr(), _address(weight), _address(out), _address(wide), rows, size, eps or 0.0,
+                     math.inf if clip is None else clip, TYPES[x.dtype], kind, eps is None)
 
 
-def route(x: Tensor, weight: Tensor, router: Tensor, eps: float, normed: Tensor | None, ids: Tensor,
-          weights: Tensor | None) -> bytes:
-    """x, normed [T, H], weight [H], router [E, H] fp64, ids [T, K] int64, weights [T, K] fp32; all contiguous but for
-    the rows of ids."""
-    out, kind = (0, 0) if normed is None else (normed.data_ptr(), TYPES[normed.dtype])
-    return ROUTE.pack(x.data_ptr(), weight.data_ptr(), out, x.shape[1], eps, kind, router.data_ptr(), ids.data_ptr(),
-                      0 if weights is None else weights.data_ptr(), ids.stride(0), router.shape[0], ids.shape[1])
+def route(x: Tensor, weight: Tensor | None, router: RouterTensors, eps: float | None, normed: Tensor | None,
+          ids: Tensor, topk_weights: Tensor | None) -> bytes:
+    """x [T, H] fp32, normed first as by `norm`, or as it is where eps is None; normed [T, H], what the norm gives, fp32
+    or bf16; ids [T, K] int64; topk_weights [T, K] fp32, None where only ids are asked for. All contiguous but for the
+    rows of ids."""
+    spec, matrix = router.spec, router.weight
+    score = SIGMOID if spec.score == "sigmoid" else SOFTMAX_CHOSEN if spec.over == "chosen" else SOFTMAX_ALL
+    return norm(x, weight, eps, normed) + ROUTE_REST.pack(
+        matrix.data_ptr(), _address(router.logit_bias), _address(router.choice_bias), _address(router.expert_scale),
+        ids.data_ptr(), _address(topk_weights), ids.stride(0), spec.experts, ids.shape[1], spec.groups, spec.top_groups,
+        spec.eps, spec.scale, ROUTER_TYPES[matrix.dtype], score, spec.normalize, spec.group_score == "top2")
 
 
-def rotate(queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> bytes:
-    """queries [T, Q * D] and keys [T, KV * D] of one type, cos, sin [T, 1, D] fp32, out [T, Q + KV, D] fp32; all
-    contiguous."""
-    size = cos.shape[2]
-    return ROTATE.pack(queries.data_ptr(), keys.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(),
-                       queries.shape[1] // size, keys.shape[1] // size, size, TYPES[queries.dtype])
+def rotate(queries: Tensor, keys: Tensor | None, cos: Tensor, sin: Tensor, out: Tensor) -> bytes:
+    """queries [T, Q * D] and keys [T, KV * D], each fp32 or bf16; cos, sin [T, 1, R] fp32; out [T, Q + KV, D] fp32, the
+    dimensions from R on copied. keys None: KV = 0. All contiguous."""
+    size = out.shape[2]
+    kv_heads, key_type = (0, 0) if keys is None else (keys.shape[1] // size, TYPES[keys.dtype])
+    return ROTATE.pack(queries.data_ptr(), _address(keys), cos.data_ptr(), sin.data_ptr(), out.data_ptr(),
+                       queries.shape[1] // size, kv_heads, size, cos.shape[2], TYPES[queries.dtype], key_type)
 
 
-def angles(positions: Tensor, inverse: Tensor, cos: Tensor, sin: Tensor) -> bytes:
-    """positions [T] int64, inverse [D / 2], cos, sin [T, 1, D] fp32; all contiguous."""
-    return ANGLES.pack(positions.data_ptr(), inverse.data_ptr(), cos.data_ptr(), sin.data_ptr(), cos.shape[2])
+def angles(positions: Tensor, inverse: Tensor, cos: Tensor, sin: Tensor, factor: float = 1.0) -> bytes:
+    """positions [T] int64, inverse [R / 2], cos, sin [T, 1, R] fp32, multiplied by `factor`; all contiguous."""
+    return ANGLES.pack(positions.data_ptr(), inverse.data_ptr(), cos.data_ptr(), sin.data_ptr(), cos.shape[2], factor)
 
 
 def combine(rows: Tensor, weights: Tensor, out: Tensor) -> bytes:
     """rows [T, K, H], weights [T, K], out [T, H]; all fp32, contiguous."""
     return COMBINE.pack(rows.data_ptr(), weights.data_ptr(), out.data_ptr(), rows.shape[1], rows.shape[2])
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()

@@ -1,9 +1,10 @@
-/* What a layer does to a token beside products and attention, once for all instruction sets; products.h includes it.
+/* What a layer does to a token beside products, attention and its router, once for all instruction sets; products.h
+ * includes it.
  *
- * H hidden, E experts, K chosen. Every token is computed as it is alone.
+ * H hidden, K chosen. Every token is computed as it is alone.
  */
 
-enum { NORM_LANES = 32, ROUTER_LANES = 16 };
+enum { NORM_LANES = 32 };
 
 /* The same for every processor: partial sums in lanes, added up in order. */
 static float inverse_rms(const float *x, int64_t size, float eps) {
@@ -27,99 +28,86 @@ static void store_row(int32_t type, const float *from, int64_t size, void *to) {
             ((uint16_t *)to)[i] = to_bf16(from[i]);
 }
 
+/* x may be out. */
 static void norm_row(const float *x, const float *weight, int64_t size, float eps, float *out) {
     float inverse = inverse_rms(x, size, eps);
+    if (weight)
+        for (int64_t i = 0; i < size; i++) {
+            float unit = x[i] * inverse;
+            out[i] = unit * weight[i];
+        }
+    else
+        for (int64_t i = 0; i < size; i++)
+            out[i] = x[i] * inverse;
+}
+
+/* NaN stays. */
+static void clamp_row(float *x, int64_t size, float clip) {
     for (int64_t i = 0; i < size; i++) {
-        float unit = x[i] * inverse;
-        out[i] = unit * weight[i];
+        float low = x[i] < -clip ? -clip : x[i];
+        x[i] = low > clip ? clip : low;
     }
 }
+
+static int64_t type_bytes(int32_t type) { return type == QMIX_FP32 ? 4 : 2; }
 
 static void norm_token(const qmix_norm *job, int64_t token, float *scratch) {
-    int64_t at = token * job->size;
-    norm_row(job->x + at, job->weight, job->size, job->eps, scratch);
-    store_row(job->out_type, scratch, job->size, (char *)job->out + at * (job->out_type == QMIX_FP32 ? 4 : 2));
-}
-
-static float router_logit(const float *x, const double *row, int64_t size) {
-    double lanes[ROUTER_LANES] = {0}, sum = 0;
-    int64_t i = 0;
-    for (; i + ROUTER_LANES <= size; i += ROUTER_LANES)
-        for (int j = 0; j < ROUTER_LANES; j++)
-            lanes[j] += (double)x[i + j] * row[i + j];
-    for (; i < size; i++)
-        lanes[0] += (double)x[i] * row[i];
-    for (int j = 0; j < ROUTER_LANES; j++)
-        sum += lanes[j];
-    return (float)sum;
-}
-
-/* As torch.topk orders: NaN above all; of equals, the first. */
-static int above(float a, float b) { return a > b || (a != a && b == b); }
-
-static void route_token(const qmix_route *job, int64_t token, float *scratch) {
-    int64_t *ids = job->ids + token * job->ids_stride;
-    float *normed = scratch, *logits = scratch + job->norm.size, *top = logits + job->experts;
-    norm_row(job->norm.x + token * job->norm.size, job->norm.weight, job->norm.size, job->norm.eps, normed);
-    if (job->norm.out)
-        store_row(job->norm.out_type, normed, job->norm.size,
-                  (char *)job->norm.out + token * job->norm.size * (job->norm.out_type == QMIX_FP32 ? 4 : 2));
-    for (int64_t e = 0; e < job->experts; e++)
-        logits[e] = router_logit(normed, job->router + e * job->norm.size, job->norm.size);
-    int64_t held = 0; /* ids[0..held) are the largest of the logits seen so far, sorted */
-    for (int64_t e = 0; e < job->experts; e++) {
-        int64_t place = held;
-        while (place > 0 && above(logits[e], top[place - 1]))
-            place--;
-        if (place == job->chosen)
-            continue;
-        held += held < job->chosen;
-        for (int64_t k = held - 1; k > place; k--) {
-            top[k] = top[k - 1];
-            ids[k] = ids[k - 1];
+    for (int64_t row = token * job->rows; row < (token + 1) * job->rows; row++) {
+        int64_t at = row * job->size;
+        const float *x = (const float *)job->x + at;
+        if (job->x_type != QMIX_FP32) {
+            for (int64_t i = 0; i < job->size; i++)
+                scratch[i] = from_bf16(((const uint16_t *)job->x)[at + i]);
+            x = scratch;
         }
-        top[place] = logits[e];
-        ids[place] = e;
+        if (!job->bare)
+            norm_row(x, job->weight, job->size, job->eps, scratch);
+        else if (x != scratch)
+            memcpy(scratch, x, (size_t)job->size * sizeof *x);
+        if (job->clip < INFINITY)
+            clamp_row(scratch, job->size, job->clip);
+        if (job->out)
+            store_row(job->out_type, scratch, job->size, (char *)job->out + at * type_bytes(job->out_type));
+        if (job->wide)
+            memcpy(job->wide + at, scratch, (size_t)job->size * sizeof *scratch);
     }
-    if (!job->weights)
-        return;
-    float *weights = job->weights + token * job->chosen, total = 0;
-    for (int64_t k = 0; k < job->chosen; k++)
-        total += weights[k] = expf(top[k] - top[0]);
-    for (int64_t k = 0; k < job->chosen; k++)
-        weights[k] /= total;
 }
 
 /* Heads of one token, [heads, D], turned by their position's angles: Hugging Face's half-split order. */
-static void rotate_heads(int32_t type, const void *from, int64_t heads, int64_t size, const float *c,
+static void rotate_heads(int32_t type, const void *from, int64_t heads, int64_t size, int64_t rotary, const float *c,
                          const float *s, float *out) {
-    int64_t half = size / 2;
-    for (int64_t h = 0; h < heads; h++)
+    int64_t half = rotary / 2;
+    for (int64_t h = 0; h < heads; h++) {
         for (int64_t d = 0; d < half; d++) {
             float low = read_number(type, from, h * size + d), high = read_number(type, from, h * size + half + d);
             out[h * size + d] = low * c[d] + high * s[d];
             out[h * size + half + d] = high * c[half + d] + low * s[half + d];
         }
+        for (int64_t d = rotary; d < size; d++)
+            out[h * size + d] = read_number(type, from, h * size + d);
+    }
 }
 
 static void rotate_token(const qmix_rotate *job, int64_t token) {
-    int64_t size = job->head_dim, item = job->type == QMIX_FP32 ? 4 : 2, heads = job->query_heads + job->kv_heads;
-    const float *c = job->cos + token * size, *s = job->sin + token * size;
+    int64_t size = job->head_dim, rotary = job->rotary_dim, heads = job->query_heads + job->kv_heads;
+    const float *c = job->cos + token * rotary, *s = job->sin + token * rotary;
     float *out = job->out + token * heads * size;
-    rotate_heads(job->type, (const char *)job->queries + token * job->query_heads * size * item, job->query_heads, size,
-                 c, s, out);
-    rotate_heads(job->type, (const char *)job->keys + token * job->kv_heads * size * item, job->kv_heads, size, c,
-                 s, out + job->query_heads * size);
+    rotate_heads(job->query_type,
+                 (const char *)job->queries + token * job->query_heads * size * type_bytes(job->query_type),
+                 job->query_heads, size, rotary, c, s, out);
+    rotate_heads(job->key_type, (const char *)job->keys + token * job->kv_heads * size * type_bytes(job->key_type),
+                 job->kv_heads, size, rotary, c, s, out + job->query_heads * size);
 }
 
 /* The angle in fp32 and its cosine in fp64, as qmix/kernels/layer.py has them. */
 static void angles_of_token(const qmix_angles *job, int64_t token) {
-    int64_t half = job->head_dim / 2;
-    float *c = job->cos + token * job->head_dim, *s = job->sin + token * job->head_dim;
+    int64_t half = job->rotary_dim / 2;
+    float *c = job->cos + token * job->rotary_dim, *s = job->sin + token * job->rotary_dim;
     for (int64_t d = 0; d < half; d++) {
         float angle = (float)job->positions[token] * job->inverse[d];
-        c[d] = c[half + d] = (float)cos((double)angle);
-        s[half + d] = (float)sin((double)angle);
+        float turn = (float)cos((double)angle), across = (float)sin((double)angle);
+        c[d] = c[half + d] = turn * job->factor;
+        s[half + d] = across * job->factor;
         s[d] = -s[half + d];
     }
 }

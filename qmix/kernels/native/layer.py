@@ -1,7 +1,8 @@
 """What a layer does to a few tokens beside products and attention, through the library: norm, router, rotary embedding
 and the weighted sum of expert outputs. torch takes some 25 operations for it, which cost more to start than to compute.
 
-T tokens, H hidden, E experts, K chosen of them, A guessed, Q query heads, KV key-value heads, D head size.
+T tokens, H hidden, E experts, K chosen of them, A guessed, Q query heads, KV key-value heads, D head size, R rotary
+dimension.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ from torch import Tensor
 
 from qmix.kernels.native import jobs
 from qmix.kernels.native.loader import levels, library
+from qmix.kernels.op import Op
+from qmix.kernels.ops import HeadNorm, Norm, Rope, Route
+from qmix.kernels.router import RouterTensors
 
 
 class LayerOps:
-    """The library at one level (see levels()); the same methods as kernels.layer.TorchLayerOps. By the calling thread;
-    the bits of a token do not depend on the others."""
+    """The library at one level (see levels()); the same methods as kernels.layer.TorchLayerOps. By the calling thread,
+    but for the logits of many experts, which `threads` threads share; the bits of a token depend neither on the others
+    nor on the threads."""
 
     def __init__(self, level: str):
         opened = library()
@@ -23,42 +28,68 @@ class LayerOps:
         self._library = opened
         self._number = levels()[level]
         self.level = level
+        self.threads = torch.get_num_threads()
         self.name = f"native {level}"
 
-    def norm(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        """x / sqrt(mean(x^2) + eps) * weight: x [T, H] and weight [H] fp32 -> [T, H] of `dtype`, fp32 or bf16."""
-        x, weight = _plain(x), _plain(weight)
+    def supports(self, op: Op) -> str | None:
+        """Why the library does not compute `op`; None where it does."""
+        if isinstance(op, Rope) and len(op.buffers) > 2:
+            return f"{self.name} rotates queries and keys, not {len(op.buffers)} buffers"
+        return None if isinstance(op, (Norm, HeadNorm, Rope, Route)) else f"{self.name} has no {type(op).__name__}"
+
+    def norm(self, x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+        """x / sqrt(mean(x^2) + eps) * weight: x [T, H] fp32 or bf16, weight [H] fp32, None for 1 -> [T, H] of `dtype`,
+        fp32 or bf16. RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467), of any number of tokens."""
+        x, weight = _readable(x), _optional(weight)
         out = torch.empty(x.shape, dtype=dtype)
         _check(self._library.qmix_norms(self._number, jobs.norm(x, weight, eps, out), x.shape[0]))
         return out
 
-    def route(self, x: Tensor, weight: Tensor, router: Tensor, eps: float, normed: Tensor, ids: Tensor,
-              weights: Tensor) -> None:
-        """norm(x) into normed [T, H], fp32 or bf16; the K experts with the largest logits router norm(x), which are
-        summed in fp64, into ids [T, K] int64, the largest first; softmax over these logits into weights [T, K] fp32.
-        x [T, H], weight [H] fp32; router [E, H] fp64."""
-        x, weight, router = _plain(x), _plain(weight), _plain(router, torch.float64)
-        assert normed.is_contiguous() and weights.is_contiguous() and ids.stride(1) == 1, "rows with gaps"
-        _check(self._library.qmix_routes(self._number, jobs.route(x, weight, router, eps, normed, ids, weights),
-                                         x.shape[0]))
+    def head_norm(self, x: Tensor, size: int, weight: Tensor | None, eps: float | None,
+                  clip: float | None = None) -> Tensor:
+        """Each `size` neighbours of x [T, N] fp32 or bf16 normed by themselves, weight [size] fp32 or None for 1, then
+        clamped to [-clip, clip]; eps None: only clamped -> [T, N] fp32. q and k norms (Henry et al. 2020,
+        arXiv 2010.04245): size is the head's, or N for one norm of a whole projection."""
+        x, weight = _readable(x), _optional(weight)
+        out = torch.empty(x.shape)
+        job = jobs.norm(x, weight, eps, out, clip=clip, rows=x.shape[1] // size)
+        _check(self._library.qmix_norms(self._number, job, x.shape[0]))
+        return out
 
-    def guess(self, x: Tensor, weight: Tensor, router: Tensor, eps: float, ids: Tensor) -> None:
+    def route(self, x: Tensor, weight: Tensor | None, router: RouterTensors, eps: float | None, normed: Tensor | None,
+              ids: Tensor, weights: Tensor) -> None:
+        """norm(x) into normed [T, H], fp32 or bf16; the K experts that `router` chooses by logits of norm(x), which are
+        summed in fp64 and rounded to fp32, into ids [T, K] int64, the best first; their weights, in fp32, into weights
+        [T, K]. x [T, H], weight [H] fp32. eps None: x is normed already, and weight and normed are None.
+        spec.Router has the formulas."""
+        x, weight = _plain(x), _optional(weight)
+        assert (normed is None or normed.is_contiguous()) and weights.is_contiguous(), "rows with gaps"
+        self._route(x, jobs.route(x, weight, router, eps, normed, _ids(ids), weights))
+
+    def guess(self, x: Tensor, weight: Tensor | None, router: RouterTensors, eps: float | None, ids: Tensor) -> None:
         """What `route` would put into ids, [T, A] of any strides between tokens."""
-        x, weight, router = _plain(x), _plain(weight), _plain(router, torch.float64)
-        assert ids.stride(1) == 1, "rows with gaps"
-        _check(self._library.qmix_routes(self._number, jobs.route(x, weight, router, eps, None, ids, None), x.shape[0]))
+        x, weight = _plain(x), _optional(weight)
+        self._route(x, jobs.route(x, weight, router, eps, None, _ids(ids), None))
 
-    def angles(self, positions: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and signed sine, fp32 [T, 1, D], of position * inverse [D / 2], for positions [T] int64."""
+    def _route(self, x: Tensor, job: bytes) -> None:
+        _check(self._library.qmix_routes(self._number, job, x.shape[0], self.threads))
+
+    def angles(self, positions: Tensor, inverse: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Cosine and signed sine, fp32 [T, 1, R], of position * inverse [R / 2], for positions [T] int64, times the
+        attention factor (YaRN, arXiv 2309.00071, section 3.4)."""
         cos, sin = torch.empty(2, len(positions), 1, 2 * len(inverse))
         positions = positions.contiguous()
-        _check(self._library.qmix_angles_of(self._number, jobs.angles(positions, inverse, cos, sin), len(positions)))
+        job = jobs.angles(positions, inverse, cos, sin, factor)
+        _check(self._library.qmix_angles_of(self._number, job, len(positions)))
         return cos, sin
 
-    def rotate(self, queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotary embedding: queries [T, Q * D] and keys [T, KV * D], fp32 or bf16; cos, signed sin [T, 1, D] fp32 ->
-        [T, Q, D] and [T, KV, D], fp32."""
-        count, _, size = cos.shape
+    def rotate(self, queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor,
+               head_dim: int | None = None) -> tuple[Tensor, Tensor]:
+        """Rotary embedding (Su et al. 2021, arXiv 2104.09864) of the first R dimensions of each head, the others are
+        copied: queries [T, Q * D] and keys [T, KV * D], each fp32 or bf16; cos, signed sin [T, 1, R] fp32; head_dim: D,
+        None for R -> [T, Q, D] and [T, KV, D], fp32."""
+        count, _, rotary = cos.shape
+        size = head_dim or rotary
         queries, keys, cos, sin = (x if x.is_contiguous() else x.contiguous() for x in (queries, keys, cos, sin))
         heads, kv_heads = queries.shape[1] // size, keys.shape[1] // size
         out = torch.empty(count, heads + kv_heads, size)
@@ -73,9 +104,23 @@ class LayerOps:
         return out
 
 
-def _plain(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    assert x.dtype == dtype, x.dtype
+def _plain(x: Tensor) -> Tensor:
+    assert x.dtype == torch.float32, x.dtype
     return x if x.is_contiguous() else x.contiguous()
+
+
+def _readable(x: Tensor) -> Tensor:
+    assert x.dtype in jobs.TYPES, x.dtype
+    return x if x.is_contiguous() else x.contiguous()
+
+
+def _optional(weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else _plain(weight)
+
+
+def _ids(ids: Tensor) -> Tensor:
+    assert ids.dtype == torch.int64 and ids.stride(1) == 1, "rows with gaps"
+    return ids
 
 
 def _check(failed: int) -> None:

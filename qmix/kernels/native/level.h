@@ -42,8 +42,10 @@ typedef struct {
     void (*unit)(int32_t act, const qmix_job *job, int64_t unit, const char *panels, void *scratch);
     size_t (*attend_bytes)(const qmix_attention *job);  /* of scratch that attend_head takes */
     void (*attend_head)(const qmix_pieces *work, int64_t head, int64_t piece, void *scratch);
-    void (*norm)(const qmix_norm *job, int64_t token, float *scratch);   /* scratch [H] */
-    void (*route)(const qmix_route *job, int64_t token, float *scratch); /* scratch [H + E + K] */
+    void (*norm)(const qmix_norm *job, int64_t token, float *scratch); /* scratch [H], the last row is left there */
+    /* Of experts [first, last) for all tokens' rows x [T, H], into logits [T, E]. */
+    void (*logits)(const qmix_route *job, int64_t tokens, const double *x, int64_t first, int64_t last, float *logits);
+    void (*choose)(const qmix_route *job, int64_t token, float *logits, float *scratch); /* scratch [2 E + groups + K] */
     void (*rotate)(const qmix_rotate *job, int64_t token);
     void (*angles)(const qmix_angles *job, int64_t token);
     void (*combine)(const qmix_combine *job, int64_t token);

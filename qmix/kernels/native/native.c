@@ -22,6 +22,7 @@ enum { SMALL = 1 << 18 }; /* weights x tokens below which another thread is not 
 /* Attention's pieces of positions: small enough that a slow core does not hold up the others, at most so many that their
  * sums stay small beside what is read. */
 enum { PIECES = 32, PIECE_UNIT = 64, LEAST_PIECE = 256 };
+enum { ROUTER_UNIT = 8 }; /* experts whose logits a thread takes at a time */
 enum { KEPT = 1 << 18 };  /* bytes of panels that stay allocated: those of a prompt's hundreds of tokens do not */
 
 int32_t qmix_abi(void) { return QMIX_ABI; }
@@ -147,11 +148,39 @@ int32_t qmix_norms(int32_t level, const qmix_norm *job, int32_t tokens) {
     return scratch ? 0 : -1;
 }
 
-int32_t qmix_routes(int32_t level, const qmix_route *job, int32_t tokens) {
-    float *scratch = pool_scratch(0, (size_t)(job->norm.size + job->experts + job->chosen) * sizeof *scratch);
-    for (int32_t token = 0; scratch && token < tokens; token++)
-        levels[level]->route(job, token, scratch);
-    return scratch ? 0 : -1;
+typedef struct {
+    const qmix_level *level;
+    const qmix_route *job;
+    const double *x;
+    float *logits;
+    int64_t tokens;
+} router_work;
+
+static void router_item(void *argument, int64_t item) {
+    const router_work *w = argument;
+    int64_t first = item * ROUTER_UNIT, last = first + ROUTER_UNIT;
+    last = last < w->job->experts ? last : w->job->experts;
+    w->level->logits(w->job, w->tokens, w->x, first, last, w->logits);
+}
+
+int32_t qmix_routes(int32_t level, const qmix_route *job, int32_t tokens, int32_t threads) {
+    int64_t hidden = job->norm.size, experts = job->experts, numbers = tokens * hidden;
+    int64_t scratch_size = 2 * experts + job->groups + job->chosen;
+    scratch_size = scratch_size < hidden ? hidden : scratch_size;
+    double *x = pool_scratch(0, (size_t)numbers * sizeof *x + (size_t)(tokens * experts + scratch_size) * sizeof(float));
+    if (!x)
+        return -1;
+    float *logits = (float *)(x + numbers), *scratch = logits + tokens * experts;
+    for (int64_t token = 0; token < tokens; token++) {
+        levels[level]->norm(&job->norm, token, scratch);
+        for (int64_t i = 0; i < hidden; i++)
+            x[token * hidden + i] = scratch[i];
+    }
+    router_work w = {levels[level], job, x, logits, tokens};
+    pool_run(numbers * experts < SMALL ? 1 : threads, (experts + ROUTER_UNIT - 1) / ROUTER_UNIT, router_item, &w);
+    for (int64_t token = 0; token < tokens; token++)
+        levels[level]->choose(job, token, logits + token * experts, scratch);
+    return 0;
 }
 
 int32_t qmix_rotations(int32_t level, const qmix_rotate *job, int32_t tokens) {
@@ -187,7 +216,7 @@ static int32_t run_call(int32_t level, int32_t act, const qmix_call *call, int32
     case QMIX_NORM:
         return qmix_norms(level, call->job, call->count);
     case QMIX_ROUTE:
-        return qmix_routes(level, call->job, call->count);
+        return qmix_routes(level, call->job, call->count, threads);
     case QMIX_ROTATE:
         return qmix_rotations(level, call->job, call->count);
     case QMIX_ANGLES:

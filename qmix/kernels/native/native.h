@@ -13,9 +13,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define QMIX_ABI 4
+#define QMIX_ABI 5
 
-enum { QMIX_FP32 = 0, QMIX_BF16 = 1 };          /* types of x and y */
+enum { QMIX_FP32 = 0, QMIX_BF16 = 1, QMIX_FP16 = 2 }; /* types of numbers; fp16 of a router's weights alone */
 enum { QMIX_ACT_INT8 = 0, QMIX_ACT_BF16 = 1 };  /* what the products see of the activations */
 
 /* One product y[y_rows] = x[x_rows] W^T; with `gated`, W = [Wgate; Wup], y = silu(x Wgate^T) * (x Wup^T).
@@ -60,42 +60,54 @@ typedef struct {
     int32_t kv_type, query_type, key_type, value_type; /* the last three: of query, new_keys and new_values */
 } qmix_attention;
 
-/* What a layer does to its tokens besides. T tokens, H hidden, E experts, K chosen, D head size. */
+/* What a layer does to its tokens besides. T tokens, H hidden, E experts, K chosen, D head size, R rotary dimension. */
 
-/* out = x / sqrt(mean(x^2) + eps) * weight */
+/* out = clamp(x / sqrt(mean(x^2) + eps) * weight, -clip, clip), for each of a token's N rows; x fp32 or bf16. */
 typedef struct {
-    const float *x;      /* [T, H] */
-    const float *weight; /* [H] */
-    void *out;           /* [T, H] */
-    int64_t size;        /* H */
-    float eps;
-    int32_t out_type;
+    const void *x;       /* [T, N, H] */
+    const float *weight; /* [H], or NULL for 1 */
+    void *out;           /* [T, N, H], or NULL; may be x where both are fp32 */
+    float *wide;         /* the same before it is rounded to out_type, or NULL */
+    int64_t rows, size;  /* N, H */
+    float eps, clip;     /* clip: INFINITY for none */
+    int32_t x_type, out_type;
+    int32_t bare;        /* x is not normed, only clamped */
 } qmix_norm;
 
-/* The K largest of the logits router norm(x), which are summed in fp64, and softmax over them in fp32. */
+/* The experts of each token and their weights (qmix/spec/layers.py's Router has the meaning of each number):
+ * logits = router norm(x), summed in fp64 and rounded, + logit_bias; score = softmax or sigmoid of them. */
+enum { QMIX_SOFTMAX_CHOSEN = 0, QMIX_SOFTMAX_ALL = 1, QMIX_SIGMOID = 2 };
 typedef struct {
-    qmix_norm norm;       /* out may be NULL */
-    const double *router; /* [E, H] */
-    int64_t *ids;         /* [T, K], the largest first, rows ids_stride apart */
-    float *weights;       /* [T, K], or NULL */
+    qmix_norm norm;           /* of one row; bare where x is normed already */
+    const void *router;       /* [E, H] */
+    const float *logit_bias;  /* [E], or NULL */
+    const float *choice_bias; /* [E], or NULL: added to scores for the choice alone */
+    const float *expert_scale; /* [E], or NULL: multiplies the weights */
+    int64_t *ids;             /* [T, K], the best first, rows ids_stride apart */
+    float *weights;           /* [T, K], or NULL */
     int64_t ids_stride, experts, chosen;
+    int64_t groups, top_groups; /* only experts of the top_groups best groups are chosen */
+    float eps, scale;         /* weights / (their sum + eps) where `normalize`; then times scale */
+    int32_t router_type, score, normalize;
+    int32_t top2;             /* a group's score is the sum of its two best, else its best */
 } qmix_route;
 
-/* Rotary embedding of queries and keys, dimension d with d + D/2. */
+/* Rotary embedding of queries and keys: dimension d with d + R/2, for the first R of a head; the others are copied. */
 typedef struct {
     const void *queries, *keys; /* [T, Q, D], [T, KV, D] */
-    const float *cos, *sin;     /* [T, D], sin with the sign it is added with */
+    const float *cos, *sin;     /* [T, R], sin with the sign it is added with */
     float *out;                 /* [T, Q + KV, D] */
-    int64_t query_heads, kv_heads, head_dim;
-    int32_t type;               /* of queries and keys */
+    int64_t query_heads, kv_heads, head_dim, rotary_dim;
+    int32_t query_type, key_type;
 } qmix_rotate;
 
-/* What rotates at a position p: the cosine and the signed sine of p * inverse, the product in fp32. */
+/* What rotates at a position p: the cosine and the signed sine of p * inverse, the product in fp32, times factor. */
 typedef struct {
     const int64_t *positions; /* [T] */
-    const float *inverse;     /* [D / 2] */
-    float *cos, *sin;         /* [T, D] */
-    int64_t head_dim;
+    const float *inverse;     /* [R / 2] */
+    float *cos, *sin;         /* [T, R] */
+    int64_t rotary_dim;
+    float factor;
 } qmix_angles;
 
 /* out = sum_k weights[k] * rows[k], in order. */
@@ -131,10 +143,10 @@ int32_t qmix_products(int32_t level, int32_t act, const qmix_job *jobs, int64_t 
 /* 0, or -1 where memory is lacking. The bits do not depend on the threads. */
 int32_t qmix_attend(int32_t level, const qmix_attention *job, int32_t threads);
 
-/* By the calling thread: a few tokens are not worth waking another. 0, or -1 where memory is lacking. The bits of a
- * token do not depend on the others. */
+/* 0, or -1 where memory is lacking. The bits of a token do not depend on the others, nor on the threads: the calling
+ * one, as a few tokens are not worth waking another; for a router of many experts at most `threads`. */
+int32_t qmix_routes(int32_t level, const qmix_route *job, int32_t tokens, int32_t threads);
 int32_t qmix_norms(int32_t level, const qmix_norm *job, int32_t tokens);
-int32_t qmix_routes(int32_t level, const qmix_route *job, int32_t tokens);
 int32_t qmix_rotations(int32_t level, const qmix_rotate *job, int32_t tokens);
 int32_t qmix_angles_of(int32_t level, const qmix_angles *job, int32_t tokens);
 int32_t qmix_combines(int32_t level, const qmix_combine *job, int32_t tokens);

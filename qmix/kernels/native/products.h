@@ -211,7 +211,8 @@ static int64_t peak(int32_t act, int64_t turns, const uint32_t *words, float *ou
 
 #include "attention.h"
 #include "layer.h"
+#include "router.h"
 
 const qmix_level JOIN(qmix, LEVEL) = {NAME, supported, WIDTH, token_bytes, pack, unit_rows, attend_bytes, attend_head,
-                                       norm_token, route_token, rotate_token, angles_of_token, combine_token,
-                                       peak};
+                                       norm_token, logits_of_experts, choose_experts, rotate_token, angles_of_token,
+                                       combine_token, peak};
