@@ -55,12 +55,12 @@ def qwen3_moe() -> tuple[Any, Any, Model]:
         config, "qwen3_moe", {"q_norm": norm, "k_norm": norm}, [moe, Mlp(40), moe])
 
 
-def olmoe() -> tuple[Any, Any, Model]:
+def olmoe(bias: bool = False) -> tuple[Any, Any, Model]:
     config = transformers.OlmoeConfig(**{**BASE, "hidden_size": 64, "intermediate_size": 24, "num_experts": 8,
-                                         "num_experts_per_tok": 3, "clip_qkv": 0.9, "attention_bias": True})
+                                         "num_experts_per_tok": 3, "clip_qkv": 0.9, "attention_bias": bias})
     norm, moe = Norm(config.rms_norm_eps), Moe(Router(8, 3, over="all"), Expert(24))
     return transformers.OlmoeForCausalLM, config, build(config, "olmoe", {
-        "q_norm": norm, "k_norm": norm, "norm_over": "whole", "clip_qkv": 0.9, "bias": "qkvo"}, [moe] * 3)
+        "q_norm": norm, "k_norm": norm, "norm_over": "whole", "clip_qkv": 0.9, "bias": "qkvo" if bias else "none"}, [moe] * 3)
 
 
 MODELS_OF: dict[str, Callable[[], tuple[Any, Any, Model]]] = {"mistral": mistral, "qwen3_moe": qwen3_moe,
@@ -112,19 +112,15 @@ def test_native_is_close_to_torch_and_drafts_are_exact(name: str, monkeypatch: p
     monkeypatch.delenv("QMIX_NATIVE", raising=False)
     model_class, config, spec = MODELS_OF[name]()
     weights = canonical(reference(model_class, config), spec)
-    kernels = select({"int4", "bf16"}, [32], say=lambda line: None)
     dense = packed(spec, weights, "int4", torch.bfloat16)
     rounded = weights | {name: unpack(matrix) for name, matrix in dense.matrices.items()}
-    caches = partial(SessionCache, native=choose_attentions(spec, "bf16", lambda line: None))
-    experts = plain_experts(spec, PlainWeights(rounded))
-    runner = Runner(spec, dense, kernels, lambda layer, x, *how: experts(layer, x.float(), *how), caches=caches)
+    runner = native_runner(model_class, config, spec, rounded)
     got = decoded(runner, IDS, PROMPT)
     want = run(eager(spec, rounded), IDS, PROMPT)
     errors = (got - want).norm(dim=1) / want.norm(dim=1)
     assert 0 < errors.median() < bounds.model_apart(3)
     on_portable = next(iter(native.levels())) == "portable"
-    biased = any(tensor.role == "bias" for tensor in spec.tensors())  # products have none: those layers run by Ops
-    assert (runner.single_tokens == "native") == (not on_portable and not biased), runner.single_tokens
+    assert (runner.single_tokens == "native") == (not on_portable)
     cache, count = runner.new_cache(64), len(IDS) - PROMPT
     runner.forward(IDS[:PROMPT], torch.arange(PROMPT), [cache], Step("prefill"))
     for begin in range(PROMPT, len(IDS), 8):
@@ -219,15 +215,35 @@ def test_bytes_of_a_cache_are_known_beforehand(name: str, rings: bool, kv: str) 
             assert len(cache.addresses) == len(spec.layers)
 
 
-def test_what_the_native_kernels_lack_is_named() -> None:
-    """Qwen3-MoE has no layer that is one call yet; Mistral has them all."""
-    class_, config, spec = qwen3_moe()
+def native_runner(class_: Any, config: Any, spec: Model, of_experts: dict[str, Tensor] | None = None,
+                  kind: str = "int4") -> Runner:
     weights = canonical(reference(class_, config), spec)
-    runner = Runner(spec, packed(spec, weights, "fp32", torch.float32), select({"fp32"}, say=lambda line: None),
-                    plain_experts(spec, PlainWeights(weights)))
+    kernels = select({"int4", "bf16"}, [32], say=lambda line: None)
+    caches = partial(SessionCache, native=choose_attentions(spec, "bf16", lambda line: None))
+    experts = plain_experts(spec, PlainWeights(of_experts or weights))
+    return Runner(spec, packed(spec, weights, kind, torch.bfloat16), kernels,
+                  lambda layer, x, *how: experts(layer, x.float(), *how), caches=caches)
+
+
+@needs_library
+def test_what_the_native_kernels_lack_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model whose every layer lacks something; of Qwen3-MoE the dense layer alone is run Op by Op."""
+    level = next(iter(native.levels()))
+    if level == "portable":
+        pytest.skip("torch attends here")
+    monkeypatch.setenv("QMIX_NATIVE", level)
+    runner = native_runner(*olmoe(bias=True))
     assert runner.single_tokens == ""
     decoded(runner, IDS[:3], 2)
-    assert "native" in runner.single_tokens and runner.single_tokens != "native"
+    assert runner.single_tokens == "Linear with a bias"
+    runner = native_runner(*qwen3_moe())
+    decoded(runner, IDS[:3], 2)
+    assert runner._native is not None
+    assert [run.reason for run in runner._native.runs] == ["", "no call for Mlp", ""]
+    assert runner._native._head is not None
+    runner = native_runner(*qwen3_moe(), kind="bf16")
+    decoded(runner, IDS[:3], 2)
+    assert "bf16, which the native kernels do not compute" in runner.single_tokens
 
 
 def test_an_observer_changes_no_bit_of_a_prompt() -> None:

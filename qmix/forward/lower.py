@@ -5,7 +5,8 @@ A table says what becomes of an Op, or of neighbours that are one call:
     Linear, Linear, ...   of one source            PRODUCTS
     Linear, Add           to an fp32 buffer        PRODUCTS, added to what is there
     Norm, Route           as steps.fused_route     ROUTE
-    Norm                                           NORM, once for each buffer that it writes
+    Norm, HeadNorm                                 NORM
+    Route                                          ROUTE
     Rope                  as steps.rotates         ROTATE
     Attend                as kv_layers.plain       ATTEND
     Guess                 as steps.fused_guess     ROUTE
@@ -19,7 +20,7 @@ H hidden, Q query heads, KV key-value heads, D head size, A guessed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,13 +28,14 @@ from torch import Tensor
 
 from qmix.forward.kv_cache import SessionCache
 from qmix.forward.kv_layers import FullLayer, plain
-from qmix.forward.steps import Turning, fused_guess, fused_route, rotates
+from qmix.forward.steps import Turning, fused_guess, fused_route, reads, rotates
 from qmix.forward.weights import KernelWeights
-from qmix.kernels import native, ops, torch_ops
+from qmix.kernels import native, ops
 from qmix.kernels.native import Product, jobs
 from qmix.kernels.native.sequence import ADD, ANGLES, ATTEND, NORM, PRODUCTS, ROTATE, ROUTE, addition
 from qmix.kernels.op import Op
 from qmix.kernels.router import RouterTensors
+from qmix.kernels.torch_ops import router_of
 from qmix.spec import LongRope, Rope
 from qmix.spec import Tensor as Named
 
@@ -101,23 +103,25 @@ class Lowering:
         self.turns: dict[Rope, Turn] = {}
         self._kept: list[Tensor] = []  # what jobs point to
 
-    def piece(self, program: Sequence[Op], dynamic: str | None) -> Calls:
+    def piece(self, program: Sequence[Op], dynamic: str | None, after: Collection[str]) -> Calls:
         """dynamic: the buffer whose address changes with each token, what the experts gave: an Add at the beginning may
-        read it."""
+        read it. after: what is read later; it stays."""
         made, self._buffers.own = set(self.turns), {}
         try:
-            found = self._piece(program, dynamic)
+            found = self._piece(program, dynamic, after)
         except Unsupported:
             self.turns = {rope: turn for rope, turn in self.turns.items() if rope in made}
             raise
-        self._kept += self._buffers.own.values()
+        own = self._buffers.own
+        self._kept += own.values()
+        self._buffers.whole |= {name: own[name] for name in after if name in own}
         return found
 
     def last(self, name: str) -> Tensor:
         """A buffer of the piece that was lowered last."""
         return self._buffers[name]
 
-    def _piece(self, program: Sequence[Op], dynamic: str | None) -> Calls:
+    def _piece(self, program: Sequence[Op], dynamic: str | None, after: Collection[str]) -> Calls:
         found, rest = Calls(), list(program)
         if dynamic is not None and rest and isinstance(rest[0], ops.Add) and rest[0].source == dynamic:
             target = self._buffers[rest.pop(0).outputs[0]]
@@ -125,13 +129,13 @@ class Lowering:
         while rest:
             if dynamic in rest[0].inputs:
                 raise Unsupported(f"{_name(rest[0])} of what the experts gave")
-            del rest[:self._next(rest, found)]
+            del rest[:self._next(rest, found, after)]
         return found
 
-    def _next(self, rest: Sequence[Op], found: Calls) -> int:
+    def _next(self, rest: Sequence[Op], found: Calls, after: Collection[str]) -> int:
         """Add the next call; how many Ops it is."""
         op = rest[0]
-        if len(rest) > 1 and fused_route(op, rest[1]):
+        if len(rest) > 1 and fused_route(op, rest[1]) and not reads(rest[2:], after, op.wide):  # type: ignore[attr-defined]
             self._route(op, rest[1], found)  # type: ignore[arg-type]
             return 2
         if isinstance(op, ops.Linear):
@@ -170,46 +174,51 @@ class Lowering:
         return len(group)
 
     def _norm(self, op: ops.Norm, found: Calls) -> None:
-        x, weight = self._buffers[op.source], self._weights.norm(op.weight, op.norm)
-        self._kept.append(x)
-        out = None if op.out is None else self._buffers.make(op.out, op.size, self._weights.dtype)
-        wide = None if op.wide is None else self._buffers.make(op.wide, op.size, torch.float32)
+        x, weight, make = self._readable(op.source), self._weights.norm(op.weight, op.norm), self._buffers.make
+        out = None if op.out is None else make(op.out, op.size, self._weights.dtype)
+        wide = None if op.wide is None else make(op.wide, op.size, torch.float32)
         found.add(NORM, jobs.norm(x, weight, op.norm.eps, out, wide))
 
     def _head_norm(self, op: ops.HeadNorm, found: Calls) -> None:
-        x = self._buffers[op.buffer]
-        weight, eps = (None, None) if op.norm is None else (self._weights.norm(op.weight, op.norm), op.norm.eps)
-        out = torch.empty(x.shape)
-        found.add(NORM, jobs.norm(x, weight, eps, out, clip=op.clip, rows=x.shape[1] // op.size))
+        x, norm = self._readable(op.buffer), op.norm
+        weight = None if norm is None else self._weights.norm(op.weight, norm)
+        out = self._buffers.make(op.buffer, x.shape[1], torch.float32)
         self._kept.append(x)
-        self._buffers.own[op.buffer] = out
+        found.add(NORM, jobs.norm(x, weight, None if norm is None else norm.eps, out, None, op.clip,
+                                  x.shape[1] // op.size))
+
+    def _route_alone(self, op: ops.Route, found: Calls) -> None:
+        self._choose(op, self._fp32(op.source, op), None, None, None, found)
 
     def _route(self, norm: ops.Norm, route: ops.Route, found: Calls) -> None:
-        weight = self._weights.norm(norm.weight, norm.norm)
         normed = None if norm.out is None else self._buffers.make(norm.out, norm.size, self._weights.dtype)
-        ids = self._buffers.make(route.ids, route.router.top_k, torch.int64)
-        topk_weights = self._buffers.make(route.topk_weights, route.router.top_k, torch.float32)
-        found.add(ROUTE, jobs.route(self._buffers[norm.source], weight, self._router(route), norm.norm.eps, normed, ids,
-                                    topk_weights))
+        self._choose(route, self._buffers[norm.source], self._weights.norm(norm.weight, norm.norm), norm.norm.eps,
+                     normed, found)
+
+    def _choose(self, op: ops.Route, x: Tensor, weight: Tensor | None, eps: float | None, normed: Tensor | None,
+                found: Calls) -> None:
+        ids = self._buffers.make(op.ids, op.router.top_k, torch.int64)
+        topk_weights = self._buffers.make(op.topk_weights, op.router.top_k, torch.float32)
+        found.add(ROUTE, jobs.route(x, weight, self._router(op), eps, normed, ids, topk_weights))
 
     def _guess(self, op: ops.Guess, found: Calls) -> None:
         if not fused_guess(op):
-            raise Unsupported("a router of this kind")
-        norm = op.steps[0]
-        assert isinstance(norm, ops.Norm)
-        weight = self._weights.norm(norm.weight, norm.norm)
-        found.add(ROUTE, jobs.route(self._buffers[op.source], weight, self._router(op.route), norm.norm.eps, None,
-                                    self._buffers.make(op.out, op.count, torch.int64), None))
+            raise Unsupported("Guess by a router with an input of its own")
+        norm = op.steps[0] if op.steps else None
+        assert norm is None or isinstance(norm, ops.Norm)
+        weight, eps = (None, None) if norm is None else (self._weights.norm(norm.weight, norm.norm), norm.norm.eps)
+        ids = self._buffers.make(op.out, op.count, torch.int64)
+        found.add(ROUTE, jobs.route(self._buffers[op.source], weight, self._router(op.route), eps, None, ids, None))
 
     def _router(self, op: ops.Route) -> RouterTensors:
-        router = torch_ops.router_tensors(op, self._weights)
-        self._kept += [x for x in (router.logit_bias, router.choice_bias, router.expert_scale) if x is not None]
+        router = router_of(op, self._weights)
+        self._kept += [v for v in (router.logit_bias, router.choice_bias, router.expert_scale) if v is not None]
         return router
 
     def _rope(self, op: ops.Rope, found: Calls) -> None:
         if not rotates(op):
             raise Unsupported("Rope of queries alone")
-        q, k = (self._buffers[name] for name in op.buffers)
+        q, k = (self._readable(name) for name in op.buffers)
         heads, size = q.shape[1] // op.head_dim, op.head_dim
         turned = torch.empty(1, heads + k.shape[1] // size, size)
         turn = self._turn(op.rope, found)
@@ -249,6 +258,11 @@ class Lowering:
         found.add(PRODUCTS, self._product(op.source, op.weight, self._buffers.make(op.out, op.weight.shape[0],
                                                                                    torch.float32)))
 
+    def _readable(self, name: str) -> Tensor:
+        if self._buffers[name].dtype not in jobs.TYPES:
+            raise Unsupported(f"{name} in {self._buffers[name].dtype}")
+        return self._buffers[name]
+
     def _fp32(self, name: str, op: Op) -> Tensor:
         if self._buffers[name].dtype != torch.float32:
             raise Unsupported(f"{_name(op)} of {name}, which is not fp32")
@@ -256,8 +270,9 @@ class Lowering:
 
 
 LOWERINGS: Mapping[type[Op], Callable[..., None]] = {
-    ops.Norm: Lowering._norm, ops.HeadNorm: Lowering._head_norm, ops.Rope: Lowering._rope,
-    ops.Attend: Lowering._attend, ops.Guess: Lowering._guess, ops.Add: Lowering._add, ops.Head: Lowering._head,
+    ops.Norm: Lowering._norm, ops.HeadNorm: Lowering._head_norm, ops.Route: Lowering._route_alone,
+    ops.Rope: Lowering._rope, ops.Attend: Lowering._attend, ops.Guess: Lowering._guess, ops.Add: Lowering._add,
+    ops.Head: Lowering._head,
 }
 
 

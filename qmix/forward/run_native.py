@@ -70,7 +70,7 @@ class NativeToken:
         self.residual = torch.empty(1, eager.model.hidden)
         self._whole = {"tokens": self._tokens, "residual": self.residual}
         pieces = [piece for piece in eager.pieces["decode"] if not isinstance(piece.ops[0], ops.Take)]
-        self._stay = self._make_buffers(pieces)
+        self._make_buffers(pieces)
         embed = pieces[0].ops[0]
         assert isinstance(embed, ops.Embed)
         self._embed = embed
@@ -83,6 +83,7 @@ class NativeToken:
             else:
                 self.runs.append(self._lower(piece, dynamic))
                 dynamic = None
+        self._stay = frozenset(self._whole)  # those whose addresses calls have
         self._head = self._lower_head()
 
     def logits(self, token: int, cache: SessionCache, step: Step) -> Tensor:
@@ -154,8 +155,8 @@ class NativeToken:
             elif part[name] is not whole[name]:
                 whole[name].copy_(part[name])
 
-    def _make_buffers(self, pieces: Sequence[Piece]) -> frozenset[str]:
-        """Those whose addresses calls have: the residual, and what experts are given."""
+    def _make_buffers(self, pieces: Sequence[Piece]) -> None:
+        """Those that experts are given."""
         whole, dtype = self._whole, self._weights.dtype
         for op, combine in (piece.ops for piece in pieces if isinstance(piece.ops[0], ops.Experts)):
             assert isinstance(op, ops.Experts) and isinstance(combine, ops.Combine)
@@ -167,12 +168,11 @@ class NativeToken:
         count = max((op.count for op in guesses.values()), default=0)
         self._ahead = torch.empty(1, len(guesses), count, dtype=torch.int64)
         whole |= {name: self._ahead[:, at] for at, name in enumerate(sorted(guesses))}
-        return frozenset(whole)
 
     def _lower(self, piece: Piece, dynamic: str | None) -> Run:
         run, program = Run(piece, dynamic=dynamic), piece.ops[isinstance(piece.ops[0], ops.Embed):]
         try:
-            calls = self._lowering.piece(program, dynamic)
+            calls = self._lowering.piece(program, dynamic, piece.after)
         except Unsupported as e:
             run.reason = str(e)
             return run
@@ -201,7 +201,7 @@ class NativeToken:
         where there are no calls for them."""
         program = head_program(self._eager.model)
         try:
-            calls = self._lowering.piece(program, None)
+            calls = self._lowering.piece(program, None, ())
         except Unsupported:
             return None
         own, (norm, head) = self._weights.kernels.native, program

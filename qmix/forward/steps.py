@@ -1,8 +1,7 @@
 """A run of Ops as steps over the buffers of a block: which function computes each Op, and which neighbours go together.
 
 torch_ops.py computes everything. For the few tokens of a decode pass the kernels of this process (LayerOps) compute
-what they have: norms, a norm with the router behind it, the rotation, guesses. Which ones is decided by the Ops alone,
-so that run_native.py, which runs the same kernels, gives the same bits: `fused_route`, `rotates`.
+what they have: norms, routers, guesses, the rotation. run_native.py runs the same kernels, and so gives the same bits.
 
 Linears that read the same buffer are one call. With an observer every Op is computed alone, by torch.
 """
@@ -44,18 +43,19 @@ STATELESS: Mapping[type[Op], Callable[..., Any]] = {
 
 
 def fused_route(norm: Op, route: Op) -> bool:
-    """Whether LayerOps.route computes these two: the choice of what the norm gives."""
-    return isinstance(norm, ops.Norm) and isinstance(route, ops.Route) and route.source == norm.wide
+    """Whether one call of LayerOps computes these two: the router reads what the norm gives of the residual."""
+    return isinstance(norm, ops.Norm) and isinstance(route, ops.Route) and norm.source == "residual" and \
+        route.source == norm.wide
 
 
 def fused_guess(op: ops.Guess) -> bool:
-    """The same of what a guess is made by."""
-    return len(op.steps) == 1 and fused_route(op.steps[0], op.route)
+    """The same of a guess: at most a norm lies before its router."""
+    return not op.steps or (len(op.steps) == 1 and fused_route(op.steps[0], op.route))
 
 
-def rotates(op: ops.Rope) -> bool:
+def rotates(op: Op) -> bool:
     """Whether LayerOps.rotate computes it: queries and keys."""
-    return len(op.buffers) == 2
+    return isinstance(op, ops.Rope) and len(op.buffers) == 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ class Steps:
         """(how many Ops the next step computes, the step)."""
         op = rest[0]
         if self._observe is None:
-            if self._layer is not TORCH and len(rest) > 1 and fused_route(op, rest[1]) and not _reads(
+            if self._layer is not TORCH and len(rest) > 1 and fused_route(op, rest[1]) and not reads(
                     rest[2:], after, op.wide):  # type: ignore[attr-defined]
                 return 2, self._routing(op, rest[1])  # type: ignore[arg-type]
             group = _same_source(rest)
@@ -154,82 +154,84 @@ class Steps:
             return self._rotation(op)
         if isinstance(op, ops.Attend | ops.Conv | ops.Delta):
             return lambda inputs, block: _by_session(op, weights, inputs, block)
-        if layer is not TORCH and isinstance(op, ops.Norm):
-            return self._norm(op)
-        if layer is not TORCH and isinstance(op, ops.HeadNorm):
-            return self._head_norm(op)
-        if layer is not TORCH and isinstance(op, ops.Route):
-            return self._route(op)
-        if layer is not TORCH and isinstance(op, ops.Guess) and fused_guess(op):
-            return self._guess(op)
+        own = self._own(op) if layer is not TORCH else None
+        if own is not None:
+            return own
         compute = STATELESS[type(op)]
         return lambda inputs, block: compute(op, weights, *inputs)
+
+    def _own(self, op: Op) -> Callable[[tuple[Tensor, ...], Block], Any] | None:
+        """What LayerOps computes."""
+        if isinstance(op, ops.Norm):
+            return self._norm(op)
+        if isinstance(op, ops.HeadNorm):
+            return self._head_norm(op)
+        if isinstance(op, ops.Route):
+            return self._route(op)
+        return self._guess(op) if isinstance(op, ops.Guess) else None
 
     def _rotation(self, op: ops.Rope) -> Callable[[tuple[Tensor, ...], Block], Any]:
         layer, turning = self._layer, self.turning
         if layer is TORCH or not rotates(op):
             return lambda inputs, block: torch_ops.rope(op, *turning.cos_sin(op.rope, block, layer), *inputs)
-
-        def rotate(inputs: tuple[Tensor, ...], block: Block) -> tuple[Tensor, Tensor]:
-            q, k = inputs
-            return layer.rotate(q, k, *turning.cos_sin(op.rope, block, layer), op.head_dim)
-
-        return rotate
+        return lambda inputs, block: layer.rotate(inputs[0], inputs[1], *turning.cos_sin(op.rope, block, layer),
+                                                  op.head_dim)
 
     def _norm(self, op: ops.Norm) -> Callable[[tuple[Tensor, ...], Block], Any]:
         layer, dtype, eps = self._layer, self._weights.dtype, op.norm.eps
         weight = self._weights.norm(op.weight, op.norm)
 
         def norm(inputs: tuple[Tensor, ...], block: Block) -> Tensor | tuple[Tensor, Tensor]:
-            x = inputs[0]
             if op.wide is None:
-                return layer.norm(x, weight, eps, dtype)
-            wide = layer.norm(x, weight, eps, torch.float32)
+                return layer.norm(inputs[0], weight, eps, dtype)
+            wide = layer.norm(inputs[0], weight, eps, torch.float32)
             return wide if op.out is None else (wide.to(dtype), wide)
 
         return norm
 
     def _head_norm(self, op: ops.HeadNorm) -> Callable[[tuple[Tensor, ...], Block], Any]:
-        layer, eps = self._layer, None if op.norm is None else op.norm.eps
-        weight = None if op.norm is None else self._weights.norm(op.weight, op.norm)
+        layer, norm = self._layer, op.norm
+        weight = None if norm is None else self._weights.norm(op.weight, norm)
+        eps = None if norm is None else norm.eps
         return lambda inputs, block: layer.head_norm(inputs[0], op.size, weight, eps, op.clip)
 
     def _route(self, op: ops.Route) -> Callable[[tuple[Tensor, ...], Block], Any]:
-        layer, router = self._layer, torch_ops.router_tensors(op, self._weights)
+        layer, router, top_k = self._layer, torch_ops.router_of(op, self._weights), op.router.top_k
 
         def route(inputs: tuple[Tensor, ...], block: Block) -> tuple[Tensor, Tensor]:
-            shape = len(inputs[0]), op.router.top_k
-            ids, weights = torch.empty(shape, dtype=torch.int64), torch.empty(shape)
-            layer.route(inputs[0].float(), None, router, None, None, ids, weights)
+            count = len(inputs[0])
+            ids, weights = torch.empty(count, top_k, dtype=torch.int64), torch.empty(count, top_k)
+            layer.route(inputs[0], None, router, None, None, ids, weights)
             return ids, weights
 
         return route
 
     def _guess(self, op: ops.Guess) -> Callable[[tuple[Tensor, ...], Block], Any]:
-        layer, (norm,) = self._layer, op.steps
-        assert isinstance(norm, ops.Norm)
-        weight, router = self._weights.norm(norm.weight, norm.norm), torch_ops.router_tensors(op.route, self._weights)
+        layer, weights, fused = self._layer, self._weights, fused_guess(op)
+        router, norm = torch_ops.router_of(op.route, weights), op.steps[0] if fused and op.steps else None
+        assert norm is None or isinstance(norm, ops.Norm)
+        weight, eps = (None, None) if norm is None else (weights.norm(norm.weight, norm.norm), norm.norm.eps)
 
         def guess(inputs: tuple[Tensor, ...], block: Block) -> Tensor:
             ids = torch.empty(len(inputs[0]), op.count, dtype=torch.int64)
-            layer.guess(inputs[0], weight, router, norm.norm.eps, ids)
+            x = inputs[0] if fused else torch_ops.guess_input(op, weights, inputs[0])
+            layer.guess(x, weight, router, eps, ids)
             return ids
 
         return guess
 
     def _routing(self, norm: ops.Norm, route: ops.Route) -> Step:
         """A norm and the router behind it, by LayerOps."""
-        layer, top_k, dtype = self._layer, route.router.top_k, self._weights.dtype
-        weight, router = self._weights.norm(norm.weight, norm.norm), torch_ops.router_tensors(route, self._weights)
-        out = norm.out
+        layer, top_k, dtype, out = self._layer, route.router.top_k, self._weights.dtype, norm.out
+        weight, router = self._weights.norm(norm.weight, norm.norm), torch_ops.router_of(route, self._weights)
 
         def step(buffers: Buffers, block: Block) -> None:
             x = buffers[norm.source]
-            normed = torch.empty(x.shape, dtype=dtype)
+            normed = None if out is None else torch.empty(x.shape, dtype=dtype)
             ids, weights = torch.empty(len(x), top_k, dtype=torch.int64), torch.empty(len(x), top_k)
             layer.route(x, weight, router, norm.norm.eps, normed, ids, weights)
             buffers[route.ids], buffers[route.topk_weights] = ids, weights
-            if out is not None:
+            if out is not None and normed is not None:
                 buffers[out] = normed
 
         return step
@@ -273,7 +275,7 @@ def _same_source(rest: Sequence[Op]) -> list[ops.Linear]:
     return group
 
 
-def _reads(rest: Sequence[Op], after: set[str], name: str) -> bool:
+def reads(rest: Sequence[Op], after: Collection[str], name: str) -> bool:
     """Whether any of the Ops, or what comes after them, reads a buffer before it is written again."""
     for op in rest:
         if name in op.inputs:

@@ -1,7 +1,7 @@
 """The dense weights of a model, from a store to the products: every tensor used exactly once.
 
 Matrices stay packed as the store has them. Norms become fp32, with the 1 of "one_plus" added. Routers, and what else is
-summed in fp64, stay as they are stored and are widened where they are used.
+summed in fp64, stay as they are stored and are widened where they are multiplied.
 
 T tokens, N rows out, M columns, H hidden, V vocabulary.
 """

@@ -208,25 +208,29 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def route(op: ops.Route, w: Weights, source: Tensor) -> tuple[Tensor, Tensor]:
-    return choose_experts(w.exact(source, op.weight.name), router_tensors(op, w), op.router.top_k)
+    return choose_experts(w.exact(source, op.weight.name), router_of(op, w), op.router.top_k)
+
+
+def router_of(op: ops.Route, w: Weights) -> RouterTensors:
+    return RouterTensors(op.router, w[op.weight.name], w.vector(op.logit_bias), w.vector(op.choice_bias),
+                         w.vector(op.expert_scale))
 
 
 def guess(op: ops.Guess, w: Weights, source: Tensor) -> Tensor:
+    found = choose_experts(w.exact(guess_input(op, w, source), op.route.weight.name), router_of(op.route, w), op.count)
+    return found[0]
+
+
+def guess_input(op: ops.Guess, w: Weights, source: Tensor) -> Tensor:
+    """What the later router would read now, fp32."""
     buffers = {op.source: source}
     for step in op.steps:
         assert isinstance(step, ops.Norm | ops.Scale), step
-        found = norm(step, w, buffers[step.inputs[0]]) if isinstance(step, ops.Norm) else scale(
+        found = norm(step, w, buffers[step.source]) if isinstance(step, ops.Norm) else scale(
             step, w, buffers[step.buffer])
         assert isinstance(found, Tensor), step
         buffers[step.outputs[0]] = found
-    logits = w.exact(buffers[op.route.source], op.route.weight.name)
-    return choose_experts(logits, router_tensors(op.route, w), op.count)[0]
-
-
-def router_tensors(op: ops.Route, w: Weights) -> RouterTensors:
-    """The router that an Op asks."""
-    return RouterTensors(op.router, w[op.weight.name], w.vector(op.logit_bias), w.vector(op.choice_bias),
-                         w.vector(op.expert_scale))
+    return buffers[op.route.source]
 
 
 def activate(activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
