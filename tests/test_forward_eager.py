@@ -4,16 +4,13 @@ and the cache of a session: windows, trimming, snapshots."""
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from forward_models import IDS, eager, plain_experts, run
-from helpers import keep_weights, write_tiny_checkpoint
+from forward_models import IDS, eager, run
 from torch import Tensor
 
-from qmix.checkpoint import Checkpoint
-from qmix.config import DTYPES, Cancel, Step
+from qmix.config import Cancel, Step
 from qmix.errors import Interrupted, UsageError
 from qmix.forward import passes, run_eager
 from qmix.forward.kv_cache import SessionCache
@@ -22,9 +19,6 @@ from qmix.forward.program import model_program, pass_tokens
 from qmix.kernels import ops
 from qmix.kernels.kv_size import SLACK
 from qmix.kernels.op import Op
-from qmix.kernels.table import select
-from qmix.kernels.torch_ops import PlainWeights
-from qmix.model.mixtral import Mixtral
 from qmix.spec import Attention, DeltaNet, Expert, Layer, Mlp, Model, Moe, Norm, Norms, Rope, Router
 
 NORM = Norm(1e-5)
@@ -46,39 +40,6 @@ def random_weights(spec: Model, seed: int = 0) -> dict[str, Tensor]:
     tensors = [*spec.tensors(), *(t for key in spec.expert_keys for t in spec.expert_tensors(key))]
     return {t.name: torch.randn(t.shape, generator=random) * (2 * t.shape[-1] ** -0.5 if len(t.shape) > 1 else 0.5)
             + (t.role == "norm") for t in tensors}
-
-
-def mixtral_weights(source: Checkpoint) -> dict[str, Tensor]:
-    found = {tensor.name: source.dense(tensor.name) for tensor in source.model.tensors()}
-    for key in source.model.expert_keys:
-        prefix = f"layers.{key.layer}.experts.{key.expert}."
-        found |= {prefix + name: w for name, w in zip(("gate", "down", "up"), source.expert(key), strict=True)}
-    return found
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("window", [None, 9])
-def test_the_same_bits_as_mixtral_has_in_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype,
-                                               window: int | None) -> None:
-    """A prompt of more than a block, then token by token, then drafts."""
-    monkeypatch.setenv("QMIX_NATIVE", "off")
-    folder = write_tiny_checkpoint(tmp_path / "m", dtype=dtype, sliding_window=window, max_position_embeddings=1024)
-    ids = torch.randint(0, 128, (540,), generator=torch.Generator().manual_seed(3))
-    with Checkpoint.open(folder) as source:
-        spec, weights = source.model, mixtral_weights(source)
-        mine = eager(spec, weights, dtype)
-        experts = plain_experts(spec, PlainWeights(weights, dtype))
-        kernels = select({DTYPES[source.model.dtype]}, say=lambda line: None)
-        today = Mixtral(source.model, keep_weights(source), kernels, experts, ahead=0)
-        caches = today.new_cache(600), mine.new_cache(600)
-        for part, phase in ((slice(0, 530), "prefill"), (slice(530, 531), "decode"), (slice(531, 532), "decode"),
-                            (slice(532, 537), "decode")):
-            step, count = Step(phase), len(ids[part])
-            positions = torch.arange(part.start, part.stop)
-            want = today.forward(ids[part], positions, [caches[0]], step, all_logits=phase == "decode")
-            got = mine.forward(ids[part], [caches[1]], step, all_logits=phase == "decode")
-            assert torch.equal(got, want), (phase, count)
-            assert len(got) == (count if phase == "decode" else 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -60,7 +60,8 @@ def olmoe(bias: bool = False) -> tuple[Any, Any, Model]:
                                          "num_experts_per_tok": 3, "clip_qkv": 0.9, "attention_bias": bias})
     norm, moe = Norm(config.rms_norm_eps), Moe(Router(8, 3, over="all"), Expert(24))
     return transformers.OlmoeForCausalLM, config, build(config, "olmoe", {
-        "q_norm": norm, "k_norm": norm, "norm_over": "whole", "clip_qkv": 0.9, "bias": "qkvo" if bias else "none"}, [moe] * 3)
+        "q_norm": norm, "k_norm": norm, "norm_over": "whole", "clip_qkv": 0.9, "bias": "qkvo" if bias else "none",
+    }, [moe] * 3)
 
 
 MODELS_OF: dict[str, Callable[[], tuple[Any, Any, Model]]] = {"mistral": mistral, "qwen3_moe": qwen3_moe,

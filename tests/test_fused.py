@@ -18,8 +18,9 @@ from qmix.checkpoint import Checkpoint
 from qmix.config import Cancel, QuantConfig, Step
 from qmix.engine import Engine, load
 from qmix.errors import Interrupted, UsageError
+from qmix.forward.run_native import NativeToken, unsupported
+from qmix.forward.runner import Runner
 from qmix.kernels import native
-from qmix.model import fused, mixtral
 from qmix.offload.resident import ResidentToken
 from qmix.quantize import quantize_checkpoint
 from qmix.sizes import MIB
@@ -54,12 +55,14 @@ def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def used(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """What computed single tokens."""
     calls: list[str] = []
-    for kind, name in ((fused.FusedToken, "layers"), (ResidentToken, "experts")):
-        def counted(self: Any, *args: Any, _name: str = name, _call: Any = kind.__call__) -> Tensor:
+    for kind, method, name in ((NativeToken, "logits", "layers"), (ResidentToken, "__call__", "experts")):
+        call = getattr(kind, method)
+
+        def counted(self: Any, *args: Any, _name: str = name, _call: Any = call) -> Tensor:
             calls.append(_name)
             return _call(self, *args)
 
-        monkeypatch.setattr(kind, "__call__", counted)
+        monkeypatch.setattr(kind, method, counted)
     yield calls
 
 
@@ -70,7 +73,7 @@ def decoded(engine: Engine, first: int = 30, count: int = 60) -> Tensor:
 
 
 def step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mixtral, "fits", lambda *_: False)
+    monkeypatch.setattr(Runner, "_native_for", lambda self, cache: None)
     monkeypatch.setattr("qmix.offload.experts.ResidentToken", lambda *_: None)
 
 
@@ -148,7 +151,9 @@ def test_a_dropped_engine_frees_its_memory_at_once(store: Path) -> None:
     try:
         with load(store, threads=1) as engine:
             decoded(engine, count=3)
-            held = [weakref.ref(engine._offload.experts), weakref.ref(engine._model), weakref.ref(engine._model._fused)]
+            model = engine._model
+            held = [weakref.ref(engine._offload.experts), weakref.ref(model), weakref.ref(model._native)]
+            del model
         del engine
         assert [ref() for ref in held] == [None, None, None]
     finally:
@@ -181,18 +186,18 @@ def test_cancelled_or_failed_it_leaves_the_cache(store: Path, monkeypatch: pytes
         with pytest.raises(Interrupted):
             session.decode(5, cancel)
         assert session.length == session.cache.length == 20
-        experts = engine._model._experts
+        experts = engine._model._eager.experts
 
         def failing(layer: int, *how: Any) -> Tensor:
             if layer == 1:
                 raise MemoryError("none left")
             return experts(layer, *how)
 
-        engine._model._experts = failing  # type: ignore[method-assign]
+        engine._model._eager.experts = failing  # type: ignore[method-assign]
         with pytest.raises(MemoryError):
             session.decode(5)
         assert session.length == session.cache.length == 20
-        engine._model._experts = experts  # type: ignore[method-assign]
+        engine._model._eager.experts = experts  # type: ignore[method-assign]
         assert torch.equal(session.decode(5), want)
 
 
@@ -210,12 +215,15 @@ def test_logits_stay_the_callers(store: Path) -> None:
 def test_it_wants_everything_native_at_one_level(store: Path) -> None:
     with load(store, threads=1) as engine:
         model = engine._model
-        weights, kernels, cache = model._weights, model._kernels, model.new_cache(8)
-        assert fused.fits(weights, kernels, cache)
-        cache.native = None
-        assert not fused.fits(weights, kernels, cache)
-        cache.native = native.Attention("portable")
-        assert not fused.fits(weights, kernels, cache)
+        cache = model.new_cache(8)
+        assert unsupported(model._eager, model._weights, cache) is None
+        for layer in cache.layers:
+            layer.native = None
+        assert unsupported(model._eager, model._weights, cache) == "torch attends"
+        for layer in cache.layers:
+            layer.native = native.Attention("portable")
+        reason = unsupported(model._eager, model._weights, cache)
+        assert reason == "products and attention are not computed at one level"
         single = Step("decode")
         assert model.forward(torch.tensor([1]), torch.tensor([0]), [cache], single).shape == (1, 512)
 

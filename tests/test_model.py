@@ -28,17 +28,17 @@ from qmix.checkpoint import Checkpoint
 from qmix.config import Cancel, QuantConfig, Step
 from qmix.errors import Interrupted, StoreError, UsageError
 from qmix.formats import pack
+from qmix.forward.kv_cache import SessionCache
+from qmix.forward.kv_layers import FullLayer
+from qmix.forward.program import model_program
+from qmix.forward.run_eager import Guesses
+from qmix.forward.runner import Runner
+from qmix.forward.weights import assemble, compute_dtype
 from qmix.kernels.attend import attend, rotation
 from qmix.kernels.layer import TORCH, rms_norm, rotate
 from qmix.kernels.table import select
-from qmix.model import mixtral
-from qmix.model.kvcache import KVCache
-from qmix.model.mixtral import Mixtral
-from qmix.model.weights import assemble, compute_dtype
 from qmix.models import read_model
 from qmix.sizes import MatrixSpec, kv_bytes_per_token
-from qmix.spec import Model
-from qmix.spec import Tensor as Named
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "gqa": {}, "mha": {"num_key_value_heads": 4}, "window": {"sliding_window": 7},
@@ -56,7 +56,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]
 
 
 @pytest.fixture(scope="module")
-def model(checkpoint: Checkpoint) -> Mixtral:
+def model(checkpoint: Checkpoint) -> Runner:
     return keep_model(checkpoint)
 
 
@@ -129,22 +129,24 @@ def test_attention_against_a_loop(count: int, length: int, window: int | None, k
 
 def test_cache_size_is_what_the_plan_counts(checkpoint: Checkpoint) -> None:
     for dtype, item in ((torch.float32, 4), (torch.bfloat16, 2)):
-        cache = KVCache(checkpoint.model, 33, dtype)
+        cache = SessionCache(checkpoint.model, 33, dtype)
         assert cache.nbytes == 33 * kv_bytes_per_token(checkpoint.model, item)
 
 
 def test_cache_hands_out_views(checkpoint: Checkpoint) -> None:
-    cache = KVCache(checkpoint.model, 10, torch.bfloat16)
+    cache = SessionCache(checkpoint.model, 10, torch.bfloat16)
     new = torch.randn(3, 2, 16)
-    keys, values = cache.write(1, 0, new, -new)
-    again, _ = cache.write(1, 3, new, new)
+    layer = cache.layers[1]
+    assert isinstance(layer, FullLayer)
+    keys, values = layer.append(0, new, -new)
+    again, _ = layer.append(3, new, new)
     assert keys.data_ptr() == again.data_ptr()
     assert torch.equal(again[:, :3], keys)
     assert torch.equal(keys, new.bfloat16().transpose(0, 1))
     assert torch.equal(values, -keys)
 
 
-def test_full_cache_is_an_error_with_the_numbers(model: Mixtral) -> None:
+def test_full_cache_is_an_error_with_the_numbers(model: Runner) -> None:
     cache = model.new_cache(10)
     with pytest.raises(UsageError, match=r"0 \+ 11 tokens do not fit a context of 10"):
         prefill(model, IDS[:11], cache)
@@ -155,14 +157,14 @@ def test_full_cache_is_an_error_with_the_numbers(model: Mixtral) -> None:
 
 
 @pytest.mark.parametrize("length", [-1, 6])
-def test_trim_refuses_what_is_not_there(model: Mixtral, length: int) -> None:
+def test_trim_refuses_what_is_not_there(model: Runner, length: int) -> None:
     cache = model.new_cache(10)
     prefill(model, IDS[:5], cache)
     with pytest.raises(ValueError, match="want 0 to 5"):
         cache.trim(length)
 
 
-def test_trim_then_extend_equals_fresh(model: Mixtral) -> None:
+def test_trim_then_extend_equals_fresh(model: Runner) -> None:
     used = model.new_cache(200)
     prefill(model, IDS[:100], used)
     used.trim(60)
@@ -188,7 +190,7 @@ def test_prefill_and_decode_agree(tmp_path: Path, name: str) -> None:
         assert close(decode(model, token, cache)[0], together[position])
 
 
-def test_follow_up_turns_extend_the_cache(model: Mixtral) -> None:
+def test_follow_up_turns_extend_the_cache(model: Runner) -> None:
     together = prefill(model, IDS[:90], model.new_cache(90), True)
     cache = model.new_cache(90)
     first = prefill(model, IDS[:50], cache, True)
@@ -198,7 +200,7 @@ def test_follow_up_turns_extend_the_cache(model: Mixtral) -> None:
 
 
 @pytest.mark.parametrize("count", [511, 512, 513, 1025])
-def test_blocks_of_attention(model: Mixtral, count: int) -> None:
+def test_blocks_of_attention(model: Runner, count: int) -> None:
     """Prompts on either side of the 512-token border, against the same prompt in pieces of 100."""
     got = prefill(model, IDS[:count], model.new_cache(count), True)
     cache = model.new_cache(count)
@@ -213,7 +215,7 @@ def test_long_prompts_take_several_passes(checkpoint: Checkpoint, monkeypatch: p
     whole = prefill(model, IDS, model.new_cache(1500), True)
     assert calls == [(layer, 1500, 0) for layer in range(3)]
     calls.clear()
-    monkeypatch.setattr(mixtral, "pass_tokens", lambda model: 1024)
+    monkeypatch.setattr(model._eager, "_most", 1024)
     cache = model.new_cache(1500)
     step = Step("prefill", (7,) * 1500)
     parts = model.forward(torch.tensor(IDS), torch.arange(1500), [cache], step, all_logits=True)
@@ -229,14 +231,14 @@ def test_in_the_last_layer_only_what_is_read_is_computed(checkpoint: Checkpoint,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     wanted: list[tuple[int, list[int] | None]] = []
     model = keep_model(checkpoint)
-    experts = model._experts
+    experts = model._eager.experts
 
     def noted(layer: int, *how: Any) -> Tensor:
         wanted.append((layer, None if how[-1] is None else how[-1].tolist()))
         return experts(layer, *how)
 
-    model._experts = noted  # type: ignore[method-assign]
-    monkeypatch.setattr(mixtral, "pass_tokens", lambda model: 512)
+    monkeypatch.setattr(model._eager, "experts", noted)
+    monkeypatch.setattr(model._eager, "_most", 512)
     model.forward(torch.tensor(IDS[:700]), torch.arange(700), [model.new_cache(700)], Step("prefill"))
     assert wanted == [(0, None), (1, None), (2, []), (0, None), (1, None), (2, [187])]
     wanted.clear()
@@ -292,7 +294,7 @@ def test_quantized_sessions_decode_to_the_same_bits_together(tmp_path: Path, qua
         assert torch.equal(got, want)
 
 
-def test_decoding_beside_a_prefill(model: Mixtral) -> None:
+def test_decoding_beside_a_prefill(model: Runner) -> None:
     first, second = model.new_cache(50), model.new_cache(50)
     prefill(model, IDS[:9], first)
     got = model.forward(torch.tensor([IDS[9], *IDS[20:45]]), torch.tensor([9, *range(25)]), [first, second],
@@ -303,7 +305,7 @@ def test_decoding_beside_a_prefill(model: Mixtral) -> None:
 
 
 @pytest.mark.parametrize("sequence", [(0, 0, 0), (0, 1), (0, 1, 0), (0, 1, 2)])
-def test_sequence_must_match_the_caches(model: Mixtral, sequence: tuple[int, ...]) -> None:
+def test_sequence_must_match_the_caches(model: Runner, sequence: tuple[int, ...]) -> None:
     caches = [model.new_cache(4), model.new_cache(4)]
     with pytest.raises(ValueError, match="3 tokens, 2 caches"):
         model.forward(torch.tensor([1, 2, 3]), torch.tensor([0, 1, 0]), caches, Step("prefill", sequence))
@@ -336,8 +338,8 @@ def test_experts_get_what_the_design_says(checkpoint: Checkpoint) -> None:
 def test_ahead_is_the_next_router_on_this_residual(checkpoint: Checkpoint, guesses: int, depth: int) -> None:
     """Without output of attention and experts the residual never changes: the guess must come true."""
     weights = keep_weights(checkpoint)
-    for layer in weights.layers:
-        layer.o["weight"].zero_()
+    for layer in range(3):
+        weights.matrices[f"layers.{layer}.attention.o"]["weight"].zero_()
     seen: list[tuple[Tensor, Tensor | None]] = []
 
     def experts(layer: int, x: Tensor, ids: Tensor, gains: Tensor, step: Step,
@@ -345,7 +347,7 @@ def test_ahead_is_the_next_router_on_this_residual(checkpoint: Checkpoint, guess
         seen.append((ids.clone(), None if ahead is None else ahead.clone()))
         return torch.zeros_like(x)
 
-    model = Mixtral(checkpoint.model, weights, select({"fp32"}, say=lambda line: None), experts, guesses, depth)
+    model = Runner(checkpoint.model, weights, select({"fp32"}, say=lambda line: None), experts, Guesses(depth, guesses))
     caches = [model.new_cache(4) for _ in range(3)]
     model.forward(torch.tensor(IDS[:3]), torch.zeros(3, dtype=torch.int64), caches, Step("decode", (0, 1, 2)))
     assert seen[-1][1] is None
@@ -362,15 +364,15 @@ def test_ahead_is_the_next_router_on_this_residual(checkpoint: Checkpoint, guess
 
 def test_no_guess_where_none_is_wanted(checkpoint: Checkpoint) -> None:
     seen: list[Tensor | None] = []
-    model = Mixtral(checkpoint.model, keep_weights(checkpoint), select({"fp32"}, say=lambda line: None),
-                    naive_experts(checkpoint, lambda *call: seen.append(call[-1])), ahead=0)
+    model = Runner(checkpoint.model, keep_weights(checkpoint), select({"fp32"}, say=lambda line: None),
+                   naive_experts(checkpoint, lambda *call: seen.append(call[-1])))
     decode(model, 3, model.new_cache(4))
     assert seen == [None] * 3
 
 
-def test_guessing_does_not_change_the_result(checkpoint: Checkpoint, model: Mixtral) -> None:
-    plain = Mixtral(checkpoint.model, keep_weights(checkpoint), select({"fp32"}, say=lambda line: None),
-                    naive_experts(checkpoint), ahead=0)
+def test_guessing_does_not_change_the_result(checkpoint: Checkpoint, model: Runner) -> None:
+    plain = Runner(checkpoint.model, keep_weights(checkpoint), select({"fp32"}, say=lambda line: None),
+                   naive_experts(checkpoint))
     one, two = model.new_cache(20), plain.new_cache(20)
     for token in IDS[:20]:
         assert torch.equal(decode(model, token, one), decode(plain, token, two))
@@ -379,7 +381,7 @@ def test_guessing_does_not_change_the_result(checkpoint: Checkpoint, model: Mixt
 # --- cancellation and errors leave the caches as they were ---
 
 @pytest.mark.parametrize("at", [0, 1])
-def test_cancel_between_layers(checkpoint: Checkpoint, model: Mixtral, at: int) -> None:
+def test_cancel_between_layers(checkpoint: Checkpoint, model: Runner, at: int) -> None:
     cancel, reached = Cancel(), []
 
     def seen(layer: int, *_: Any) -> None:
@@ -404,7 +406,6 @@ def test_cancel_between_layers(checkpoint: Checkpoint, model: Mixtral, at: int) 
 
 def test_failure_in_a_later_pass_restores_every_cache(checkpoint: Checkpoint,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mixtral, "pass_tokens", lambda model: 512)
     calls = []
 
     def fail_late(*call: Any) -> None:
@@ -413,6 +414,7 @@ def test_failure_in_a_later_pass_restores_every_cache(checkpoint: Checkpoint,
             raise OSError("disk gone")
 
     model = keep_model(checkpoint, fail_late)
+    monkeypatch.setattr(model._eager, "_most", 512)
     caches = [model.new_cache(1000), model.new_cache(1000)]
     with pytest.raises(OSError, match="disk gone"):
         model.forward(torch.tensor(IDS[:1200]), torch.cat([torch.arange(700), torch.arange(500)]), caches,
@@ -420,7 +422,7 @@ def test_failure_in_a_later_pass_restores_every_cache(checkpoint: Checkpoint,
     assert [c.length for c in caches] == [0, 0]
 
 
-def test_logits_may_be_changed_in_place(model: Mixtral) -> None:
+def test_logits_may_be_changed_in_place(model: Runner) -> None:
     logits = prefill(model, IDS[:4], model.new_cache(4))
     logits[0].div_(2).add_(1)
     assert not logits.is_inference()
@@ -458,16 +460,12 @@ def test_compute_dtype(checkpoint: Checkpoint, dtype: str, experts: str, dense: 
 def test_tied_head_shares_the_embedding(tmp_path: Path) -> None:
     with Checkpoint.open(write_tiny_checkpoint(tmp_path, tie_word_embeddings=True)) as opened:
         weights = keep_weights(opened)
-    assert weights.head["weight"].data_ptr() == weights.embedding.data_ptr()
+    assert weights.matrices["embedding"]["weight"].data_ptr() == weights.tensors["embedding"].data_ptr()
 
 
-def test_every_dense_tensor_is_used(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    more = (*checkpoint.model.tensors(), Named("new", (4,), "norm"))
-    monkeypatch.setattr(Model, "tensors", lambda self: more)
-    monkeypatch.setattr(checkpoint, "dense", lambda name, dense=checkpoint.dense: torch.ones(4) if name == "new" else
-                        dense(name))
-    with pytest.raises(StoreError, match=r"^new: no layer uses it"):
-        keep_weights(checkpoint)
+def test_every_dense_tensor_is_used(checkpoint: Checkpoint) -> None:
+    used = {weight.name for op in model_program(checkpoint.model) for weight in op.weights}
+    assert used == {tensor.name for tensor in checkpoint.model.tensors()}
 
 
 @pytest.mark.parametrize(("name", "bad"), [

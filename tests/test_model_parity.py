@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qmix.checkpoint import Checkpoint
-from qmix.model.mixtral import Mixtral
+from qmix.forward.runner import Runner
 
 PROMPT = torch.randint(0, 128, (40,), generator=torch.Generator().manual_seed(1)).tolist()
 STEPS = 64
@@ -61,7 +61,7 @@ def reference_run(model: Any, prompt: list[int]) -> tuple[list[int], Tensor]:
         return out[len(prompt):].tolist(), model(out[None]).logits[0]
 
 
-def our_run(model: Mixtral, prompt: list[int]) -> tuple[list[int], Tensor]:
+def our_run(model: Runner, prompt: list[int]) -> tuple[list[int], Tensor]:
     """The same with qmix: prefill the prompt, then token by token."""
     cache = model.new_cache(len(prompt) + STEPS)
     logits = [prefill(model, prompt, cache, True)]

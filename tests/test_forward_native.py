@@ -1,5 +1,6 @@
-"""The runner of programs beside today's Mixtral, bit for bit: on packed weights by this process' kernels, with paged
-experts, guesses, an int8 KV cache, several sessions and drafts. What the experts are given is compared as well."""
+"""A token as a few calls of the native library beside the same token Op by Op, bit for bit: on packed weights by this
+process' kernels, with paged experts, guesses, an int8 KV cache, several sessions and drafts. What the experts are given
+is compared as well."""
 
 from __future__ import annotations
 
@@ -16,21 +17,14 @@ from torch import Tensor
 from qmix.checkpoint import Checkpoint
 from qmix.config import DTYPES, Cancel, QuantConfig, Step
 from qmix.errors import Interrupted, StoreError, UsageError
-from qmix.formats import Packed
 from qmix.forward.kv_cache import SessionCache
 from qmix.forward.run_eager import Guesses
 from qmix.forward.runner import Runner
 from qmix.forward.weights import DenseWeights, assemble, compute_dtype, load_dense
 from qmix.kernels import native
-from qmix.kernels.attention import choose_attention, choose_attentions
-from qmix.kernels.kv_size import kv_bytes
+from qmix.kernels.attention import choose_attentions
 from qmix.kernels.table import KernelTable, select
-from qmix.model.kvcache import KVCache
-from qmix.model.kvint8 import Int8KVCache
-from qmix.model.mixtral import Mixtral
-from qmix.model.weights import load_dense as load_today
 from qmix.quantize import quantize_checkpoint
-from qmix.spec import Model
 from qmix.store import Store
 
 IDS = [(7 * i * i + 3 * i) % 128 for i in range(700)]
@@ -67,33 +61,28 @@ def kernels_of(store: Store, activations: str = "auto") -> KernelTable:
     return select(formats, say=lambda line: None, activations=activations)
 
 
-def model_of(store: Store) -> Model:
-    return store.model
-
-
 def dense_of(store: Store) -> DenseWeights:
-    model = model_of(store)
+    model = store.model
     dtype = compute_dtype(model, store.quant)
-    return load_dense(model, dtype, lambda name: store.dense(name))
+    return load_dense(model, dtype, store.dense)
 
 
 class Pair:
-    """Both models on the same store, each with experts of its own; seen: what those of each were given."""
+    """Two runners on the same store, each with experts of its own, of which one computes single tokens Op by Op; seen:
+    what the experts of each were given."""
 
     def __init__(self, store: Store, kv: str = "bf16", slots: int | None = None, activations: str = "auto",
                  window: bool = True):
-        kernels, model = kernels_of(store, activations), model_of(store)
+        kernels, model = kernels_of(store, activations), store.model
         self.offloads = [offloaded(store, kernels, slots, prefetch="ahead") for _ in range(2)]
         self.seen: list[list[tuple[Any, ...]]] = [[], []]
         experts = [self._watched(offload.experts, seen) for offload, seen in zip(
             self.offloads, self.seen, strict=True)]
         ahead, depth = self.offloads[0].experts.ahead, 2
-        size = store.model.alike()[0].head_dim
-        own = choose_attention(size, kv, lambda line: None)
-        self.today = Mixtral(store.model, load_today(store, kernels), kernels, experts[0], ahead, depth,
-                             partial(Int8KVCache if kv == "int8" else KVCache, native=own))
         caches = partial(SessionCache, kv=kv, native=choose_attentions(model, kv, lambda line: None))
-        self.runner = Runner(model, dense_of(store), kernels, experts[1], Guesses(depth, ahead), caches)
+        self.by_ops, self.runner = (Runner(model, dense_of(store), kernels, one, Guesses(depth, ahead), caches)
+                                    for one in experts)
+        self.by_ops._asked = True  # its single tokens are never one call a layer
 
     @staticmethod
     def _watched(experts: Callable[..., Tensor], seen: list[tuple[Any, ...]]) -> Callable[..., Tensor]:
@@ -112,16 +101,16 @@ class Pair:
 
     def agree(self, scenario: Callable[[Any], Iterator[Tensor]]) -> int:
         """Run it on both: how many logits it gave."""
-        want, got = list(scenario(self.today)), list(scenario(self.runner))
+        want, got = list(scenario(self.by_ops)), list(scenario(self.runner))
         assert len(got) == len(want) > 0
         for number, (one, other) in enumerate(zip(got, want, strict=True)):
             assert one.dtype == other.dtype and torch.equal(one, other), number
         assert len(self.seen[0]) == len(self.seen[1])
         for one, other in zip(*self.seen, strict=True):
             assert one[:3] == other[:3]
-            for mine, today in zip(one[3:], other[3:], strict=True):
-                assert (mine is None) == (today is None)
-                assert mine is None or (mine.dtype == today.dtype and torch.equal(mine, today))
+            for mine, theirs in zip(one[3:], other[3:], strict=True):
+                assert (mine is None) == (theirs is None)
+                assert mine is None or (mine.dtype == theirs.dtype and torch.equal(mine, theirs))
         return len(got)
 
 
@@ -210,24 +199,13 @@ def test_at_every_level(level: str, activations: str, base: Path, monkeypatch: p
             pair.close()
 
 
-def test_a_cache_takes_what_is_planned_and_what_it_took(base: Path) -> None:
-    with Store.open(folder_of(base, "int4")) as store:
-        model = model_of(store)
-        for kv, kind in (("bf16", KVCache), ("int8", Int8KVCache)):
-            cache = SessionCache(model, 33, torch.bfloat16, kv)
-            assert cache.nbytes == kind(store.model, 33, torch.bfloat16).nbytes == kv_bytes(model, 33, 2, kv)
-
-
 def broken(read: Callable[[str], Any], name: str, found: Any) -> Callable[[str], Any]:
     return lambda asked: found if asked == name else read(asked)
 
 
 def test_weights_that_do_not_fit_are_refused(base: Path) -> None:
     with Store.open(folder_of(base, "int4")) as store:
-        model = model_of(store)
-    
-        def read(name: str) -> Packed | Tensor:
-            return store.dense(name)
+        model, read = store.model, store.dense
 
         asked: list[str] = []
         dense = assemble(model, torch.bfloat16, lambda name: (asked.append(name), read(name))[1])
