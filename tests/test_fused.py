@@ -20,7 +20,7 @@ from qmix.engine import Engine, load
 from qmix.errors import Interrupted, UsageError
 from qmix.kernels import native
 from qmix.model import fused, mixtral
-from qmix.offload.resident import ResidentToken
+from qmix.offload.resident import ResidentExperts
 from qmix.quantize import quantize_checkpoint
 from qmix.sizes import MIB
 
@@ -54,7 +54,7 @@ def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def used(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """What computed single tokens."""
     calls: list[str] = []
-    for kind, name in ((fused.FusedToken, "layers"), (ResidentToken, "experts")):
+    for kind, name in ((fused.FusedToken, "layers"), (ResidentExperts, "experts")):
         def counted(self: Any, *args: Any, _name: str = name, _call: Any = kind.__call__) -> Tensor:
             calls.append(_name)
             return _call(self, *args)
@@ -71,7 +71,7 @@ def decoded(engine: Engine, first: int = 30, count: int = 60) -> Tensor:
 
 def step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mixtral, "fits", lambda *_: False)
-    monkeypatch.setattr("qmix.offload.experts.ResidentToken", lambda *_: None)
+    monkeypatch.setattr("qmix.offload.experts.ResidentExperts", lambda *_: None)
 
 
 @pytest.mark.parametrize("kv", ["bf16", "int8"])
@@ -82,7 +82,8 @@ def test_the_same_bits(store: Path, kv: str, activations: str, used: list[str],
         got = decoded(engine)
     dense_is_native = engine.store.quant.dense == "int4" or activations == "auto"
     assert used.count("layers") == (60 if dense_is_native else 0)
-    assert used.count("experts") == 60 * engine.config.num_layers
+    # Where the layers are calls, so are their experts.
+    assert used.count("experts") == (0 if dense_is_native else 60 * engine.config.num_layers)
     del used[:]
     step_by_step(monkeypatch)
     with load(store, threads=1, kv=kv, activations=activations) as engine:
@@ -170,8 +171,13 @@ def test_sessions_in_turns(store: Path) -> None:
         assert torch.equal(torch.stack(got), want)
 
 
-def test_cancelled_or_failed_it_leaves_the_cache(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("resident", [True, False])
+def test_cancelled_or_failed_it_leaves_the_cache(store: Path, resident: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the second layer, with experts as calls and as a callable."""
+    monkeypatch.setattr(fused, "AT_ONCE", 1)
     with load(store, threads=1) as engine:
+        if not resident:
+            engine._model._resident = None
         session = engine.session()
         session.prefill(IDS[:20])
         want = session.decode(5)
@@ -181,19 +187,37 @@ def test_cancelled_or_failed_it_leaves_the_cache(store: Path, monkeypatch: pytes
         with pytest.raises(Interrupted):
             session.decode(5, cancel)
         assert session.length == session.cache.length == 20
-        experts = engine._model._experts
+        token = engine._model._fused
+        run, runs = token._sequence.run, []
 
-        def failing(layer: int, *how: Any) -> Tensor:
-            if layer == 1:
+        def failing(*calls: int) -> int | None:
+            runs.append(calls)
+            if len(runs) == 2:
                 raise MemoryError("none left")
-            return experts(layer, *how)
+            return run(*calls)
 
-        engine._model._experts = failing  # type: ignore[method-assign]
+        monkeypatch.setattr(token._sequence, "run", failing)
         with pytest.raises(MemoryError):
             session.decode(5)
-        assert session.length == session.cache.length == 20
-        engine._model._experts = experts  # type: ignore[method-assign]
+        assert len(runs) == 2 and session.length == session.cache.length == 20
+        monkeypatch.undo()
         assert torch.equal(session.decode(5), want)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 4])
+def test_statistics_and_figures_are_those_of_the_steps(store: Path, at_once: int,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many layers are one call."""
+    found = []
+    monkeypatch.setattr(fused, "AT_ONCE", at_once)
+    for steps in (False, True):
+        if steps:
+            step_by_step(monkeypatch)
+        with load(store, threads=1) as engine:
+            decoded(engine, count=10)
+            stats, figures = engine._offload.stats, engine.stats()["offload"]["decode"]
+            found.append((stats.share("decode"), [figures[name] for name in ("chosen", "hits", "misses", "tokens")]))
+    assert found[0] == found[1] and found[0][1][0] == 10 * engine.config.num_layers * engine.config.experts_per_token
 
 
 def test_logits_stay_the_callers(store: Path) -> None:
@@ -218,6 +242,23 @@ def test_it_wants_everything_native_at_one_level(store: Path) -> None:
         assert not fused.fits(weights, kernels, cache)
         single = Step("decode")
         assert model.forward(torch.tensor([1]), torch.tensor([0]), [cache], single).shape == (1, 512)
+
+
+def test_drafts_are_the_experts_of_one_call(store: Path, used: list[str]) -> None:
+    """Several tokens of a decode pass through the same table, each as alone."""
+    with load(store, threads=1) as engine:
+        model, count = engine._model, 6
+        hidden, k = engine.config.hidden_size, engine.config.experts_per_token
+        x = torch.randn(count, hidden, generator=torch.Generator().manual_seed(1)).bfloat16()
+        ids = torch.tensor([[0, 1], [1, 0], [2, 3], [1, 3], [3, 2], [1, 2]])
+        weights = torch.rand(count, k, generator=torch.Generator().manual_seed(2))
+        together = model._experts(1, x, ids, weights, Step("decode"), None, None)
+        wanted = torch.tensor([4, 1])
+        some = model._experts(1, x, ids, weights, Step("decode"), None, wanted)
+        alone = torch.cat([model._experts(1, *rows, Step("decode"), None, None) for rows in zip(
+            x.split(1), ids.split(1), weights.split(1), strict=True)])
+        assert used == ["experts"] * (2 + count)
+        assert torch.equal(together, alone) and torch.equal(some, alone[wanted])
 
 
 def test_a_failing_call_is_an_error() -> None:

@@ -68,7 +68,7 @@ def on_host(parts: Parts, kernels: KernelTable, kv: str) -> tuple[KernelTable, M
     experts = offload.experts
     return kernels, Mixtral(config, weights, kernels, experts, experts.ahead, experts.depth,
                             partial(Int8KVCache if kv == "int8" else KVCache, native=attention),
-                            experts.guesses_prompts), offload
+                            experts.guesses_prompts, resident=experts if experts.resident else None), offload
 
 
 def on_device(parts: Parts, device: Device, kernels: DeviceKernels, placement: Placement,

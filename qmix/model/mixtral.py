@@ -35,7 +35,7 @@ from qmix.kernels.device_ops import FEW
 from qmix.kernels.layer import TORCH, LayerOps
 from qmix.kernels.table import KernelTable
 from qmix.model.device_decode import DeviceDecode
-from qmix.model.fused import Experts, FusedToken, fits
+from qmix.model.fused import Experts, FusedToken, Resident, fits
 from qmix.model.kvcache import KVCache
 from qmix.model.weights import LayerWeights, Weights
 
@@ -94,12 +94,14 @@ class Mixtral:
     guess_prompts: guess in prompts too.
     caches: makes the KV caches; their class decides how keys and values are kept and attended to.
     device: where weights, caches and all tensors of a pass are; None for host memory. decode: what takes up to FEW
-    tokens through the layers while decoding, in place of `_pass`.
+    tokens through the layers while decoding, in place of `_pass`. resident: the experts as calls of the native library,
+    where all of them are in memory.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, kernels: KernelTable, experts: Experts,
                  ahead: int | None = None, depth: int = 1, caches: MakeCache = KVCache,
-                 guess_prompts: bool = False, device: Device | None = None, decode: DeviceDecode | None = None):
+                 guess_prompts: bool = False, device: Device | None = None, decode: DeviceDecode | None = None,
+                 resident: Resident | None = None):
         self.config = config
         self._weights = weights
         self._kernels = kernels
@@ -112,6 +114,7 @@ class Mixtral:
         self._make_cache = caches
         self._place = torch.device("cpu") if device is None else device.place
         self._decode = decode
+        self._resident = resident
         self._inverse = rotation(config.head_dim, config.rope_theta).to(self._place)
         self._fused: FusedToken | None = None
         self._fits: bool | None = None  # whether there can be one; the first cache shows it
@@ -218,7 +221,7 @@ class Mixtral:
             self._fits = fits(self._weights, self._kernels, cache)
         if self._fused is None and self._fits:
             self._fused = FusedToken(self.config, self._weights, self._kernels, cache, self._ahead,
-                                     self._depth if self._ahead > 0 else 0)
+                                     self._depth if self._ahead > 0 else 0, self._resident)
         return self._fused
 
     def _pass(self, tokens: Tensor, positions: Tensor, spans: Sequence[Span], step: Step,
