@@ -1,5 +1,5 @@
-"""A table of expert records that the library reads: the bits of the products one by one, and what it does about a record
-that is not in memory.
+"""A table of expert records that the library reads: the bits of the products one by one, and what it does about a
+record that is not in memory.
 
 T tokens, H hidden, F inner, L layers, E experts, K chosen.
 """
@@ -113,9 +113,9 @@ def test_the_bits_of_products_one_by_one(experts: Experts, level: str, activatio
 
 @every_level
 def test_against_float64(experts: Experts, level: str, activations: str) -> None:
-    """Of weights as they are decoded. With 8 bits an activation errs by step / sqrt(12) in the mean square, a step being
-    the largest of a group over 127: about 2.5 standard deviations of 64 normal numbers, 4 of products of two; so by
-    0.006 and 0.009. silu(gate) * up passes twice the first on: sqrt(0.012^2 + 0.009^2). bf16: 2^-9 in place of these."""
+    """Of weights as they are decoded. With 8 bits an activation errs by step / sqrt(12) in the mean square, a step
+    being the largest of a group over 127: about 2.5 standard deviations of 64 normal numbers, 4 of products of two; so
+    by 0.006 and 0.009. silu(gate) * up passes twice the first on: sqrt(0.012^2 + 0.009^2). bf16: 2^-9 for both."""
     x, ids, weights = tokens(4, torch.bfloat16)
     want = torch.zeros(4, H, dtype=torch.float64)
     for token, chosen in enumerate(ids.tolist()):
