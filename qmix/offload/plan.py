@@ -206,7 +206,8 @@ def choose_context(config: ModelConfig, asked: int) -> int:
 
 
 def resident_dense_bytes(config: ModelConfig, quant: QuantConfig) -> int:
-    """Dense weights as they lie in memory: norms in fp32, routers in fp64, the rest as stored."""
+    """Dense weights as they lie in memory, at most: norms in fp32, routers in fp64 (on a device; as stored elsewhere), the
+    rest as stored."""
     wide = {"norm": 4, "router": 8}
     return sum(prod(t.shape) * wide[t.role] if t.role in wide else dense_bytes(config, quant, t)
                for t in dense_tensors(config))
