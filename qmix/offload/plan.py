@@ -206,7 +206,7 @@ def choose_context(config: ModelConfig, asked: int) -> int:
 
 
 def resident_dense_bytes(config: ModelConfig, quant: QuantConfig) -> int:
-    """Dense weights as they lie in memory, at most: norms in fp32, routers in fp64 (on a device; as stored elsewhere), the
+    """Dense weights as they lie in memory, at most: norms in fp32, routers in fp64 (as stored but on a device), the
     rest as stored."""
     wide = {"norm": 4, "router": 8}
     return sum(prod(t.shape) * wide[t.role] if t.role in wide else dense_bytes(config, quant, t)
