@@ -18,10 +18,11 @@ from qmix.checkpoint import Checkpoint
 from qmix.config import Cancel, QuantConfig, Step
 from qmix.engine import Engine, load
 from qmix.errors import Interrupted, UsageError
+from qmix.forward import joined
 from qmix.forward.run_native import NativeToken, unsupported
 from qmix.forward.runner import Runner
 from qmix.kernels import native
-from qmix.offload.resident import ResidentToken
+from qmix.offload.resident import ResidentExperts
 from qmix.quantize import quantize_checkpoint
 from qmix.sizes import MIB
 
@@ -55,7 +56,7 @@ def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def used(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """What computed single tokens."""
     calls: list[str] = []
-    for kind, method, name in ((NativeToken, "logits", "layers"), (ResidentToken, "__call__", "experts")):
+    for kind, method, name in ((NativeToken, "logits", "layers"), (ResidentExperts, "__call__", "experts")):
         call = getattr(kind, method)
 
         def counted(self: Any, *args: Any, _name: str = name, _call: Any = call) -> Tensor:
@@ -74,7 +75,7 @@ def decoded(engine: Engine, first: int = 30, count: int = 60) -> Tensor:
 
 def step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Runner, "_native_for", lambda self, cache: None)
-    monkeypatch.setattr("qmix.offload.experts.ResidentToken", lambda *_: None)
+    monkeypatch.setattr("qmix.offload.experts.ResidentExperts", lambda *_: None)
 
 
 @pytest.mark.parametrize("kv", ["bf16", "int8"])
@@ -85,7 +86,8 @@ def test_the_same_bits(store: Path, kv: str, activations: str, used: list[str],
         got = decoded(engine)
     dense_is_native = engine.store.quant.dense == "int4" or activations == "auto"
     assert used.count("layers") == (60 if dense_is_native else 0)
-    assert used.count("experts") == 60 * engine.model.num_layers
+    # Where the layers are calls, so are their experts.
+    assert used.count("experts") == (0 if dense_is_native else 60 * engine.model.num_layers)
     del used[:]
     step_by_step(monkeypatch)
     with load(store, threads=1, kv=kv, activations=activations) as engine:
@@ -175,8 +177,13 @@ def test_sessions_in_turns(store: Path) -> None:
         assert torch.equal(torch.stack(got), want)
 
 
-def test_cancelled_or_failed_it_leaves_the_cache(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("resident", [True, False])
+def test_cancelled_or_failed_it_leaves_the_cache(store: Path, resident: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the second layer, with experts as calls and as a callable."""
+    monkeypatch.setattr(joined, "AT_ONCE", 1)
     with load(store, threads=1) as engine:
+        if not resident:
+            engine._model._resident = None
         session = engine.session()
         session.prefill(IDS[:20])
         want = session.decode(5)
@@ -186,19 +193,39 @@ def test_cancelled_or_failed_it_leaves_the_cache(store: Path, monkeypatch: pytes
         with pytest.raises(Interrupted):
             session.decode(5, cancel)
         assert session.length == session.cache.length == 20
-        experts = engine._model._eager.experts
+        token = engine._model._native
+        assert (token._joined is not None) == resident
+        sequence, at = (token._joined._sequence, 2) if resident else (token.runs[1].sequence, 1)
+        run, runs = sequence.run, []
 
-        def failing(layer: int, *how: Any) -> Tensor:
-            if layer == 1:
+        def failing(*calls: int) -> int | None:
+            runs.append(calls)
+            if len(runs) == at:
                 raise MemoryError("none left")
-            return experts(layer, *how)
+            return run(*calls)
 
-        engine._model._eager.experts = failing  # type: ignore[method-assign]
+        monkeypatch.setattr(sequence, "run", failing)
         with pytest.raises(MemoryError):
             session.decode(5)
-        assert session.length == session.cache.length == 20
-        engine._model._eager.experts = experts  # type: ignore[method-assign]
+        assert len(runs) == at and session.length == session.cache.length == 20
+        monkeypatch.undo()
         assert torch.equal(session.decode(5), want)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 4])
+def test_statistics_and_figures_are_those_of_the_steps(store: Path, at_once: int,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many layers are one call."""
+    found = []
+    monkeypatch.setattr(joined, "AT_ONCE", at_once)
+    for steps in (False, True):
+        if steps:
+            step_by_step(monkeypatch)
+        with load(store, threads=1) as engine:
+            decoded(engine, count=10)
+            stats, figures = engine._offload.stats, engine.stats()["offload"]["decode"]
+            found.append((stats.share("decode"), [figures[name] for name in ("chosen", "hits", "misses", "tokens")]))
+    assert found[0] == found[1] and found[0][1][0] == 10 * engine.model.chosen
 
 
 def test_logits_stay_the_callers(store: Path) -> None:
@@ -226,6 +253,23 @@ def test_it_wants_everything_native_at_one_level(store: Path) -> None:
         assert reason == "products and attention are not computed at one level"
         single = Step("decode")
         assert model.forward(torch.tensor([1]), torch.tensor([0]), [cache], single).shape == (1, 512)
+
+
+def test_drafts_are_the_experts_of_one_call(store: Path, used: list[str]) -> None:
+    """Several tokens of a decode pass through the same table, each as alone."""
+    with load(store, threads=1) as engine:
+        model, count = engine._model, 6
+        hidden, k = engine.model.hidden, engine.model.top_k
+        x = torch.randn(count, hidden, generator=torch.Generator().manual_seed(1)).bfloat16()
+        ids = torch.tensor([[0, 1], [1, 0], [2, 3], [1, 3], [3, 2], [1, 2]])
+        weights = torch.rand(count, k, generator=torch.Generator().manual_seed(2))
+        together = model._eager.experts(1, x, ids, weights, Step("decode"), None, None)
+        wanted = torch.tensor([4, 1])
+        some = model._eager.experts(1, x, ids, weights, Step("decode"), None, wanted)
+        alone = torch.cat([model._eager.experts(1, *rows, Step("decode"), None, None) for rows in zip(
+            x.split(1), ids.split(1), weights.split(1), strict=True)])
+        assert used == ["experts"] * (2 + count)
+        assert torch.equal(together, alone) and torch.equal(some, alone[wanted])
 
 
 def test_a_failing_call_is_an_error() -> None:

@@ -66,8 +66,10 @@ def on_host(parts: Parts, kernels: KernelTable, kv: str) -> tuple[KernelTable, R
         offload = open_offload(store, kernels, parts.plan, parts.options, parts.stats, parts.writer, parts.say,
                                parts.watched(dense))
         weights = _result(dense, offload)
-    return kernels, Runner(store.model, weights, kernels, offload.experts, _guesses(offload),
-                           partial(SessionCache, kv=kv, native=attention)), offload
+    experts = offload.experts
+    return kernels, Runner(store.model, weights, kernels, experts, _guesses(offload),
+                           partial(SessionCache, kv=kv, native=attention),
+                           resident=experts if experts.resident else None), offload
 
 
 def _guesses(offload: Offload) -> Guesses:

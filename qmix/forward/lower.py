@@ -70,11 +70,12 @@ class Buffers:
 
 @dataclass(slots=True)
 class Calls:
-    """What native.Sequence takes, and which calls are patched for each token: `added`, that adds what the experts gave;
-    `attends`, (call, layer, window)."""
+    """What native.Sequence takes, and which calls are patched for each token: `added`, that adds what the experts gave
+    to `target`; `attends`, (call, layer, window)."""
 
     calls: list[tuple[int, list[bytes] | bytes]] = field(default_factory=list)
     added: int | None = None
+    target: Tensor | None = None
     attends: list[tuple[int, int, int | None]] = field(default_factory=list)
 
     def add(self, kind: int, packed: list[bytes] | bytes) -> int:
@@ -125,7 +126,7 @@ class Lowering:
         found, rest = Calls(), list(program)
         if dynamic is not None and rest and isinstance(rest[0], ops.Add) and rest[0].source == dynamic:
             target = self._buffers[rest.pop(0).outputs[0]]
-            found.added = found.add(ADD, addition(target, target))
+            found.added, found.target = found.add(ADD, addition(target, target)), target
         while rest:
             if dynamic in rest[0].inputs:
                 raise Unsupported(f"{_name(rest[0])} of what the experts gave")

@@ -1,4 +1,5 @@
-"""Runs a program for one token of one session: all that lies between two Experts is one call of the native library.
+"""Runs a program for one token of one session: all that lies between two Experts is one call of the native library;
+where all experts are in memory, so is all that several layers do (joined.py).
 
 It computes what run_eager.py computes Op by Op, to the bit; drafts, which go there, rely on it. Ops that lower.py has
 no calls for are run there, in the middle of a token.
@@ -8,14 +9,15 @@ H hidden, K chosen per token, D head size, A guessed for each of the layers ahea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from qmix.config import Step
 from qmix.errors import Interrupted
+from qmix.forward.joined import Joined, Resident
 from qmix.forward.kv_cache import SessionCache, unchanged_on_error
 from qmix.forward.kv_layers import FullLayer
 from qmix.forward.lower import Buffers, Calls, Lowering, Unsupported
@@ -47,13 +49,14 @@ def unsupported(eager: Eager, weights: KernelWeights, cache: SessionCache) -> st
 @dataclass(slots=True)
 class Run:
     """Ops between two Experts: a sequence of calls, or the eager runner's steps, for `reason`; then the experts of a
-    layer: what they are given, x, ids, weights and guesses. added, attends: see lower.Calls."""
+    layer: what they are given, x, ids, weights and guesses. calls: those of the sequence; own: buffers of this run
+    alone, by name."""
 
     piece: Piece
     sequence: NativeSequence | None = None
     reason: str = ""
-    added: int | None = None
-    attends: Sequence[tuple[int, int, int | None]] = ()
+    calls: Calls | None = None
+    own: Mapping[str, Tensor] = field(default_factory=dict)
     dynamic: str | None = None  # the buffer that the experts before it gave
     layer: int | None = None
     given: tuple[Tensor, Tensor, Tensor] | None = None
@@ -64,7 +67,7 @@ class NativeToken:
     """The buffers of one token, and the calls over them. For one token at a time. runs: of the layers, the last one of
     what comes behind the last experts."""
 
-    def __init__(self, eager: Eager, weights: KernelWeights, cache: SessionCache):
+    def __init__(self, eager: Eager, weights: KernelWeights, cache: SessionCache, resident: Resident | None = None):
         self._eager, self._weights = eager, weights
         self._tokens = torch.zeros(1, dtype=torch.int64)
         self.residual = torch.empty(1, eager.model.hidden)
@@ -76,15 +79,19 @@ class NativeToken:
         self._embed = embed
         self._lowering = Lowering(weights, cache, Buffers(self._whole), eager.by_phase["decode"].turning)
         self.runs: list[Run] = []
-        dynamic = None
+        dynamic, own = None, self._choices(pieces)
         for piece in pieces:
             if isinstance(piece.ops[0], ops.Experts):
                 dynamic = self._meet(piece.ops, self.runs[-1])
             else:
+                chosen = own[len(self.runs)] if len(self.runs) < len(own) else {}
+                self._whole |= chosen
                 self.runs.append(self._lower(piece, dynamic))
+                self.runs[-1].own = chosen
                 dynamic = None
         self._stay = frozenset(self._whole)  # those whose addresses calls have
         self._head = self._lower_head()
+        self._joined = None if resident is None else self._join(resident)
 
     def logits(self, token: int, cache: SessionCache, step: Step) -> Tensor:
         """Append `token` to the session of `cache`: [1, V] fp32. UsageError when the cache is full; Interrupted when
@@ -92,7 +99,10 @@ class NativeToken:
         out = torch.empty(1, self._eager.model.vocab)  # outside inference mode, so that the caller may change it
         with unchanged_on_error([cache], [1]), torch.inference_mode():
             self._set(token, cache)
-            self._layers(cache, step)
+            if self._joined is not None:
+                self._joined.run(cache, step)
+            else:
+                self._layers(cache, step)
             if self._head is None:
                 out.copy_(self._eager.head(self.residual, "decode"))
             else:
@@ -127,10 +137,11 @@ class NativeToken:
             if sequence is None:
                 self._by_eager(run, out, Span(cache, start, 0, 1))
             else:
-                if run.added is not None:
+                assert run.calls is not None
+                if run.calls.added is not None:
                     assert out is not None
-                    sequence.patch_source(run.added, out.data_ptr())
-                for call, layer, window in run.attends:
+                    sequence.patch_source(run.calls.added, out.data_ptr())
+                for call, layer, window in run.calls.attends:
                     begin = 0 if window is None else max(0, start + 1 - window)
                     sequence.patch_cache(call, addresses[layer], capacity, begin, start + 1)
                 sequence.run()
@@ -150,10 +161,11 @@ class NativeToken:
         for compute in run.piece.steps:
             compute(part, block)
         for name in run.piece.after & part.keys():
-            if name not in self._stay:
+            kept = run.own.get(name, whole[name]) if name in self._stay else None
+            if kept is None:
                 whole[name] = part[name]
-            elif part[name] is not whole[name]:
-                whole[name].copy_(part[name])
+            elif part[name] is not kept:
+                kept.copy_(part[name])
 
     def _make_buffers(self, pieces: Sequence[Piece]) -> None:
         """Those that experts are given."""
@@ -161,13 +173,24 @@ class NativeToken:
         for op, combine in (piece.ops for piece in pieces if isinstance(piece.ops[0], ops.Experts)):
             assert isinstance(op, ops.Experts) and isinstance(combine, ops.Combine)
             whole.setdefault(op.source, torch.empty(1, op.hidden, dtype=dtype))
+
+    def _choices(self, pieces: Sequence[Piece]) -> list[dict[str, Tensor]]:
+        """Of each layer with records the buffers of its choice and guesses, by name: its own, so that all of them are
+        there when the token is through."""
+        layers = [piece.ops for piece in pieces if isinstance(piece.ops[0], ops.Experts)]
+        guesses = {op.out: op.count for piece in pieces for op in piece.ops if isinstance(op, ops.Guess)}
+        self._ids = torch.zeros(len(layers), 1, self._eager.model.top_k, dtype=torch.int64)
+        self._topk_weights = torch.ones(len(layers), 1, self._eager.model.top_k)
+        self._ahead = torch.empty(len(layers), 1, len(guesses), max(guesses.values(), default=0), dtype=torch.int64)
+        found = []
+        for rank, (op, combine) in enumerate(layers):
+            assert isinstance(op, ops.Experts) and isinstance(combine, ops.Combine)
+            assert op.top_k == self._eager.model.top_k, "layers that choose different numbers of experts"
+            own = {name: self._ahead[rank, :, at] for at, name in enumerate(sorted(guesses))}
             if op.ids is not None and combine.topk_weights is not None:
-                whole.setdefault(op.ids, torch.empty(1, op.top_k, dtype=torch.int64))
-                whole.setdefault(combine.topk_weights, torch.empty(1, op.top_k))
-        guesses = {op.out: op for piece in pieces for op in piece.ops if isinstance(op, ops.Guess)}
-        count = max((op.count for op in guesses.values()), default=0)
-        self._ahead = torch.empty(1, len(guesses), count, dtype=torch.int64)
-        whole |= {name: self._ahead[:, at] for at, name in enumerate(sorted(guesses))}
+                own |= {op.ids: self._ids[rank], combine.topk_weights: self._topk_weights[rank]}
+            found.append(own)
+        return found
 
     def _lower(self, piece: Piece, dynamic: str | None) -> Run:
         run, program = Run(piece, dynamic=dynamic), piece.ops[isinstance(piece.ops[0], ops.Embed):]
@@ -176,20 +199,27 @@ class NativeToken:
         except Unsupported as e:
             run.reason = str(e)
             return run
-        run.sequence, run.added, run.attends = self._sequence(calls), calls.added, calls.attends
+        run.sequence, run.calls = self._sequence(calls), calls
         return run
 
     def _meet(self, piece: Sequence[Op], run: Run) -> str:
         """The experts behind a run; the name of what they give."""
         op, combine = piece
         assert isinstance(op, ops.Experts) and isinstance(combine, ops.Combine)
-        run.layer, whole = op.layer, self._whole
-        if op.ids is None or combine.topk_weights is None:
-            run.given = whole[op.source], torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
-        else:
-            run.given = whole[op.source], whole[op.ids], whole[combine.topk_weights]
-        run.ahead = self._ahead[:, :len(op.ahead)] if op.ahead else None
+        rank = sum(earlier.layer is not None for earlier in self.runs)
+        run.layer = op.layer
+        run.given = self._whole[op.source], self._ids[rank], self._topk_weights[rank]
+        run.ahead = self._ahead[rank, :, :len(op.ahead)] if op.ahead else None
         return combine.out
+
+    def _join(self, resident: Resident) -> Joined | None:
+        """All runs and the experts between them, where there are calls for everything."""
+        own, calls = self._weights.kernels.native, [run.calls for run in self.runs if run.calls is not None]
+        given = [(run.layer, *run.given) for run in self.runs if run.layer is not None and run.given is not None]
+        if own is None or len(calls) < len(self.runs) or any(run.layer is None for run in self.runs[:-1]):
+            return None
+        return Joined(own, calls, given, resident, self._ids, self._topk_weights,
+                      [run.ahead for run in self.runs[:-1]], self._eager.model.hidden)
 
     def _sequence(self, calls: Calls) -> NativeSequence:
         own = self._weights.kernels.native

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qmix.config import Step
 from qmix.device import Device
+from qmix.forward.joined import Resident
 from qmix.forward.kv_cache import SessionCache, unchanged_on_error
 from qmix.forward.passes import counts_of
 from qmix.forward.run_eager import NO_GUESSES, Eager, ExpertsBy, Guesses, MakeCache
@@ -46,15 +47,17 @@ class Runner:
 
     guesses: how many experts of how many following layers with experts are guessed while decoding; none where nobody
     fetches. caches: makes the KV caches. device: where weights, caches and all tensors of a pass are; None for host
-    memory. decode: what takes up to FEW tokens through the layers while decoding.
+    memory. decode: what takes up to FEW tokens through the layers while decoding. resident: the experts as calls of the
+    native library, where all of them are in memory.
     """
 
     def __init__(self, model: Model, weights: DenseWeights, kernels: KernelTable, experts: ExpertsBy,
                  guesses: Guesses = NO_GUESSES, caches: MakeCache = SessionCache, device: Device | None = None,
-                 decode: DecodeFew | None = None):
+                 decode: DecodeFew | None = None, resident: Resident | None = None):
         self.model = model
         self._kernels = kernels
         self._decode = decode
+        self._resident = resident
         self._weights = KernelWeights(weights, kernels)
         self._eager = Eager(model, self._weights, experts, kernels.layer, guesses, caches,
                             None if device is None else device.place)
@@ -116,7 +119,7 @@ class Runner:
             self._asked = True
             self._reason = unsupported(self._eager, self._weights, cache)
             if self._reason is None:
-                self._native = NativeToken(self._eager, self._weights, cache)
+                self._native = NativeToken(self._eager, self._weights, cache, self._resident)
         return self._native
 
     def _on_device(self, decode: DecodeFew, tokens: Tensor, positions: Tensor, caches: Sequence[SessionCache],

@@ -32,7 +32,7 @@ from qmix.offload.figures import PhaseFigures
 from qmix.offload.lookahead import Lookahead
 from qmix.offload.plan import EXPERT_CHUNK
 from qmix.offload.prefetch import Prefetcher
-from qmix.offload.resident import ResidentToken
+from qmix.offload.resident import ResidentExperts
 from qmix.offload.tiers import Tier
 from qmix.offload.watch import RoutingWatch
 from qmix.spec import Model
@@ -87,10 +87,10 @@ class PagedExperts:
         self._clock = clock
         self._all_here = len(tier.slots) >= len(model.expert_keys)
         # In one call only where the weighted sum is the one that several tokens get.
-        self._token: ResidentToken | None = None
+        self._resident: ResidentExperts | None = None
         if self._native and self._all_here and isinstance(kernels.layer, LayerOps) and \
                 kernels.layer.level == self._native.level:
-            self._token = ResidentToken(self._native, views, self._top_k)
+            self._resident = ResidentExperts(self._native, tier, views, model)
         guesses = watch.traces or not (prefetcher.off or self._all_here)
         self.ahead = self._top_k if guesses else 0
         self.depth = depth if guesses else 0
@@ -135,8 +135,10 @@ class PagedExperts:
         routed = len(ids)
         if wanted is not None:
             x, ids, weights = x[wanted], ids[wanted.cpu()], weights[wanted]
-        if self._token is not None and len(x) == 1 and step.phase == "decode":
-            return self._one_token(self._token, layer, x, ids[0].tolist(), weights, step)
+        if self._resident is not None and len(x) <= FEW and step.phase == "decode":
+            _check(step)
+            self._count(ids.shape[1] if len(ids) == 1 else len(ids.unique()))
+            return self._resident(layer, x, ids, weights)
         groups = self._groups(ids, x.device)
         rows = torch.empty(len(x), self._top_k, x.shape[1], dtype=torch.float32, device=x.device)
         if self._all_here:
@@ -156,13 +158,29 @@ class PagedExperts:
                 self._compute(key, x, groups[key.expert], rows, step)
         return (self._kernels.layer if step.phase == "decode" else TORCH).combine(rows, weights)
 
-    def _one_token(self, compute: ResidentToken, layer: int, x: Tensor, experts: list[int], weights: Tensor,
-                   step: Step) -> Tensor:
-        _check(step)
-        figures, slot = self.figures[step.phase], self._tier.slot
-        figures.chosen += len(experts)
-        figures.hits += len(experts)
-        return compute([slot(ExpertKey(layer, expert)) for expert in experts], x, weights)
+    @property
+    def resident(self) -> bool:
+        """Whether a token's experts are calls of the library: `job` and `end_token`, in place of a call of this."""
+        return self._resident is not None
+
+    def job(self, layer: int, x: Tensor, ids: Tensor, topk_weights: Tensor, out: Tensor) -> bytes:
+        """native.h's qmix_experts: out [1, H] fp32 = what a call of this gives for one token."""
+        assert self._resident is not None
+        return self._resident.job(self._rank[layer], x, ids, topk_weights, out)
+
+    def end_token(self, step: Step, ids: Tensor, topk_weights: Tensor, ahead: Sequence[Tensor | None]) -> None:
+        """A decoded token has been through all layers by way of `job`: what the routers chose goes into the statistics.
+        ids [L, 1, K], topk_weights [L, 1, K]; ahead: of each layer its guesses, as a call of this has them."""
+        chosen, weights = ids.tolist(), topk_weights.tolist()
+        for layer, guesses in enumerate(ahead):
+            self._watch.decoded(layer, step, chosen[layer], weights[layer],
+                                guesses.tolist() if guesses is not None and self._watch.traces else None)
+        self._count(ids.numel())
+
+    def _count(self, chosen: int) -> None:
+        """Experts that a decoding layer chose and had."""
+        self.figures["decode"].chosen += chosen
+        self.figures["decode"].hits += chosen
 
     @property
     def kernels(self) -> KernelTable:

@@ -215,7 +215,8 @@ def choose_context(model: Model, asked: int) -> int:
 
 
 def resident_dense_bytes(model: Model, quant: QuantConfig) -> int:
-    """Dense weights as they lie in memory: norms in fp32, routers in fp64, the rest as stored."""
+    """Dense weights as they lie in memory, at most: norms in fp32, routers in fp64 (as stored but on a device), the
+    rest as stored."""
     wide = {"norm": 4, "router": 8}
     return sum(prod(t.shape) * wide[t.role] if t.role in wide else dense_bytes(model, quant, t)
                for t in model.tensors())

@@ -1,55 +1,67 @@
-"""One token through its K experts, where all experts are in memory: one call of the native kernels.
+"""A few tokens through their K experts, where all experts are in memory: one call of the native kernels, which look the
+records up themselves.
 
-H hidden, F expert inner, K experts per token.
+T tokens, H hidden, F expert inner, K experts per token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Several
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from qmix.config import ExpertKey
 from qmix.formats import Packed
-from qmix.kernels.native import Native, Product, jobs
-from qmix.kernels.native.sequence import COMBINE, PRODUCTS, Sequence
+from qmix.kernels.cpu import FEW
+from qmix.kernels.native import Native
+from qmix.kernels.native import Sequence as Calls
+from qmix.kernels.native.experts import ExpertTable
+from qmix.kernels.native.sequence import EXPERTS
+from qmix.offload.tiers import Tier
+from qmix.spec import Model
 
-BOTH, DOWN, SUM = range(3)  # the calls: gate and up of all, down of all, their weighted sum
 
+class ResidentExperts:
+    """The experts of `tier`, which has a slot for each. views: (w13, w2) of each slot. The records of a layer are
+    entered in the table when the layer is asked for first: they are whole by then, and do not move any more."""
 
-class ResidentToken:
-    """views: (w13, w2) of each slot. What is said of an expert is put together once for each rank."""
-
-    def __init__(self, native: Native, views: Several[tuple[Packed, Packed]], top_k: int):
+    def __init__(self, native: Native, tier: Tier, views: Sequence[tuple[Packed, Packed]], model: Model):
         self._native = native
-        self._views = views
-        self._x = torch.empty(0)
-        self._known: dict[tuple[int, int], tuple[bytes, bytes]] = {}
-        w13, w2 = views[0]
-        self._between = torch.empty(top_k, w13.spec.rows // 2)
-        self._rows = torch.empty(1, top_k, w2.spec.rows)
-        empty = [bytes(jobs.PRODUCT.size)] * top_k
-        self._sequence = Sequence(native.level, native.code, native.threads,
-                                  [(PRODUCTS, empty), (PRODUCTS, empty), (COMBINE, bytes(jobs.COMBINE.size))])
+        self._tier = tier
+        kinds = [(w13.spec, w2.spec) for w13, w2 in views]
+        self._kinds = {specs: number for number, specs in enumerate(dict.fromkeys(kinds))}
+        self._kind_of_slot = [self._kinds[specs] for specs in kinds]
+        firsts = [kinds.index(specs) for specs in self._kinds]
+        self._experts = model.num_experts
+        self._table = ExpertTable(len(model.record_layers), model.num_experts,
+                                  [(tier.slots[slot], *views[slot]) for slot in firsts])
+        self._entered: set[int] = set()
+        pairs = FEW * model.top_k
+        self._between = torch.empty(pairs, self._table.inner)
+        self._rows = torch.empty(pairs, self._table.hidden)
 
-    def __call__(self, slots: Several[int], x: Tensor, weights: Tensor) -> Tensor:
-        """x [1, H], weights [1, K] fp32 contiguous, slots of the K experts by rank -> [1, H] fp32. The jobs are kept as
-        long as x is the same tensor."""
-        if x is not self._x:
-            self._x = x
-            self._known.clear()
-        pairs = [self._known.get(key) or self._jobs(*key) for key in zip(slots, range(len(slots)), strict=True)]
-        out = torch.empty(1, self._rows.shape[2])
-        self._sequence.patch(BOTH, b"".join([first for first, _ in pairs]))
-        self._sequence.patch(DOWN, b"".join([second for _, second in pairs]))
-        self._sequence.patch(SUM, jobs.combine(self._rows, weights, out))
-        self._sequence.run()
+    def job(self, layer: int, x: Tensor, ids: Tensor, topk_weights: Tensor, out: Tensor) -> bytes:
+        """Of a call of kind EXPERTS: out [T, H] fp32 = the weighted sum of the experts ids [T, K] int64 of x [T, H]
+        fp32 or bf16, by topk_weights [T, K] fp32; T up to FEW, all contiguous. One at a time may run."""
+        if layer not in self._entered:
+            self._enter(layer)
+        return self._table.job(layer, x, ids, topk_weights, self._between, self._rows, out)
+
+    def __call__(self, layer: int, x: Tensor, ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """The same at once -> [T, H] fp32."""
+        assert len(x) <= FEW, len(x)
+        x, ids, topk_weights = x.contiguous(), ids.contiguous(), topk_weights.contiguous()
+        out = torch.empty(len(x), self._table.hidden)
+        native = self._native
+        missing = Calls(native.level, native.code, native.threads,
+                        [(EXPERTS, self.job(layer, x, ids, topk_weights, out))], tokens=len(x)).run()
+        assert missing is None, f"layer {layer}: a chosen expert is in no slot"
         return out
 
-    def _jobs(self, slot: int, rank: int) -> tuple[bytes, bytes]:
-        w13, w2 = self._views[slot]
-        between = self._between[rank:rank + 1]
-        pair = (self._native.job(Product(self._x, w13, between, gated=True)),
-                self._native.job(Product(between, w2, self._rows[:, rank])))
-        self._known[slot, rank] = pair
-        return pair
+    def _enter(self, layer: int) -> None:
+        for expert in range(self._experts):
+            if (key := ExpertKey(layer, expert)) in self._tier:
+                slot = self._tier.slot(key)
+                self._table.enter(layer, expert, self._tier.slots[slot], self._kind_of_slot[slot])
+        self._entered.add(layer)

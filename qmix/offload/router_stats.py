@@ -36,6 +36,7 @@ FORMAT, VERSION = "qmix_router_stats", 1
 LIMIT = 1 << 40  # tokens from which all counts are halved
 LARGEST = 256 << 20  # bytes of a file; that of Mixtral has some 30 kB
 PATIENCE = 5.0  # seconds that saving waits for another process
+TOGETHER = 256  # tokens that are counted at a time
 SMOOTHING = 16.0  # tokens' worth of "as often as on average" in a conditional frequency
 
 Table = list[list[int]]  # [L][E], or [E][E]
@@ -57,6 +58,23 @@ class Counts:
             return [[0] * experts for _ in range(rows)]
 
         return cls(0, table(layers), table(layers), [table(experts) for _ in range(layers - 1)])
+
+    def count(self, tokens: Sequence[Sequence[Sequence[int]]]) -> None:
+        """tokens[t][l]: the experts that token t chose in layer l. Layer by layer, so that a layer's table, which with
+        many experts is large, is in the processor's caches for all tokens but the first."""
+        for layer, (counts, last) in enumerate(zip(self.counts, self.last, strict=True)):
+            for now, choices in enumerate(tokens, self.tokens + 1):
+                for expert in choices[layer]:
+                    counts[expert] += 1
+                    last[expert] = now
+        for layer, table in enumerate(self.transitions):
+            for choices in tokens:
+                following = choices[layer + 1]
+                for expert in choices[layer]:
+                    row = table[expert]
+                    for after in following:
+                        row[after] += 1
+        self.tokens += len(tokens)
 
     def add(self, other: Counts) -> None:
         """What `other` counted, as though its tokens had come after these."""
@@ -82,26 +100,32 @@ class RouterStats:
         self.layers = layers
         self.experts = experts
         self._known = self._nothing()
-        self._fresh = self._nothing()
+        self._counted = self._nothing()  # see _fresh
+        self._waiting: dict[str, list[Sequence[Sequence[int]]]] = {phase: [] for phase in PHASES}
 
     def _nothing(self) -> dict[str, Counts]:
         return {phase: Counts.empty(self.layers, self.experts) for phase in PHASES}
 
     def add_token(self, phase: str, choices: Sequence[Sequence[int]]) -> None:
-        """One token; choices[l]: the K different experts it chose in layer l."""
-        part = self._fresh[phase]
-        now = part.tokens = part.tokens + 1
-        before: Sequence[int] = ()
-        table: Table = []
-        for chosen, counts, last, after in zip(choices, part.counts, part.last, (*part.transitions, []), strict=True):
-            for expert in chosen:
-                counts[expert] += 1
-                last[expert] = now
-            for expert in before:
-                row = table[expert]
-                for following in chosen:
-                    row[following] += 1
-            before, table = chosen, after
+        """One token; choices[l]: the K different experts it chose in layer l. Kept, not to be changed, and counted with
+        others or when somebody asks."""
+        assert len(choices) == self.layers, choices
+        tokens = self._waiting[phase]
+        tokens.append(choices)
+        if len(tokens) == TOGETHER:
+            self._count_waiting()
+
+    @property
+    def _fresh(self) -> dict[str, Counts]:
+        """What this process has seen since."""
+        self._count_waiting()
+        return self._counted
+
+    def _count_waiting(self) -> None:
+        for phase, tokens in self._waiting.items():
+            if tokens:
+                self._counted[phase].count(tokens)
+                tokens.clear()
 
     def add_counts(self, phase: str, tokens: int, counts: Sequence[Sequence[int]],
                    transitions: Sequence[Sequence[Sequence[int]]]) -> None:
@@ -201,7 +225,7 @@ class RouterStats:
         """What `fresh` gave is in the file."""
         for phase in PHASES:
             self._known[phase].add(self._fresh[phase])
-        self._fresh = self._nothing()
+        self._counted = self._nothing()
 
     def halve_if_large(self) -> None:
         for phase in PHASES:

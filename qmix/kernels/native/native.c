@@ -225,15 +225,19 @@ static int32_t run_call(int32_t level, int32_t act, const qmix_call *call, int32
         return qmix_combines(level, call->job, call->count);
     case QMIX_ADD:
         return qmix_add(call->job, call->count);
+    case QMIX_EXPERTS:
+        return qmix_chosen(level, act, call->job, call->count, threads);
     }
     return -1;
 }
 
 int32_t qmix_sequence(int32_t level, int32_t act, const qmix_call *calls, int32_t count, int32_t threads) {
-    int32_t failed = 0;
-    for (int32_t i = 0; i < count && !failed; i++)
-        failed = run_call(level, act, calls + i, threads);
-    return failed;
+    for (int32_t i = 0; i < count; i++) {
+        int32_t failed = run_call(level, act, calls + i, threads);
+        if (failed)
+            return failed == QMIX_MISSING ? i + 1 : -1;
+    }
+    return 0;
 }
 
 typedef struct {

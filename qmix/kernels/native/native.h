@@ -125,8 +125,37 @@ typedef struct {
     int64_t size;   /* H */
 } qmix_addition;
 
+/* A matrix in an expert's record: where its tensors lie, and what a product says of it (qmix_job). */
+typedef struct {
+    int64_t weight, params; /* bytes from the record's start */
+    int64_t padded_rows, padded_cols, rows, cols;
+    int32_t bits, block, group, parts;
+} qmix_matrix;
+
+/* How all records of a kind are laid out. */
+typedef struct {
+    qmix_matrix gate_up, down; /* gate over up [2F, H]; [H, F] */
+} qmix_record;
+
+/* The chosen experts of T tokens and their weighted sum: rows[t, k] = down(silu(gate(x)) * up(x)) of expert ids[t, k],
+ * out[t] = sum_k weights[t, k] * rows[t, k], in order. A record that `records` does not have is missing: then nothing
+ * is computed, and whoever called brings it. */
+typedef struct {
+    const int64_t *records;     /* [E] addresses, 0 where a record is not in memory, whole */
+    const int32_t *kinds;       /* [E] of `layouts`, or NULL for 0 */
+    const qmix_record *layouts;
+    const void *x;              /* [T, H] of x_type */
+    const int64_t *ids;         /* [T, K] */
+    const float *weights;       /* [T, K] */
+    float *between, *rows;      /* [T * K, F], [T, K, H]: what is computed on the way */
+    float *out;                 /* [T, H] */
+    int64_t chosen, hidden, inner;
+    int32_t x_type;
+} qmix_experts;
+
 /* One call of those below: `count` jobs of a product, or tokens of the others (1 for attention). */
-enum { QMIX_PRODUCTS = 0, QMIX_ATTEND, QMIX_NORM, QMIX_ROUTE, QMIX_ROTATE, QMIX_ANGLES, QMIX_COMBINE, QMIX_ADD };
+enum { QMIX_PRODUCTS = 0, QMIX_ATTEND, QMIX_NORM, QMIX_ROUTE, QMIX_ROTATE, QMIX_ANGLES, QMIX_COMBINE, QMIX_ADD,
+       QMIX_EXPERTS };
 typedef struct {
     const void *job;
     int32_t kind, count;
@@ -152,7 +181,13 @@ int32_t qmix_angles_of(int32_t level, const qmix_angles *job, int32_t tokens);
 int32_t qmix_combines(int32_t level, const qmix_combine *job, int32_t tokens);
 int32_t qmix_add(const qmix_addition *job, int32_t tokens);
 
-/* One call after the other; stops at the first that fails. */
+/* By at most `threads` threads. 0, -1 where memory is lacking, or QMIX_MISSING. The bits of a token do not depend on the
+ * others, nor on the threads. */
+enum { QMIX_MISSING = 1 };
+int32_t qmix_chosen(int32_t level, int32_t act, const qmix_experts *job, int32_t tokens, int32_t threads);
+
+/* One call after the other; stops at the first that fails. 0, -1 where memory is lacking, or, where records of call i are
+ * missing, i + 1. */
 int32_t qmix_sequence(int32_t level, int32_t act, const qmix_call *calls, int32_t count, int32_t threads);
 
 /* Operations (a product and a sum are two) of `turns` rounds of bare dot products on each of `threads` threads: timed,

@@ -163,17 +163,19 @@ void pool_run(int32_t threads, int64_t items, pool_work work, void *job) {
     pthread_mutex_unlock(&busy);
 }
 
+enum { PIECES_OF_SCRATCH = 3 };
+
 typedef struct {
-    size_t bytes[2];
-    void *memory[2];
+    size_t bytes[PIECES_OF_SCRATCH];
+    void *memory[PIECES_OF_SCRATCH];
 } scratch;
 
 static pthread_key_t scratch_key;
 static pthread_once_t scratch_once = PTHREAD_ONCE_INIT;
 
 static void free_scratch(void *held) {
-    free(((scratch *)held)->memory[0]);
-    free(((scratch *)held)->memory[1]);
+    for (int piece = 0; piece < PIECES_OF_SCRATCH; piece++)
+        free(((scratch *)held)->memory[piece]);
     free(held);
 }
 

@@ -70,7 +70,7 @@ class Native:
         w, x, y, x_rows, y_rows = p.w, p.x, p.y, p.x_rows, p.y_rows
         known = self._matrices.get(id(w))
         if known is None or known[0] is not w:
-            known = self._matrices[id(w)] = w, *_matrix(w)
+            known = self._matrices[id(w)] = w, *layout_of(w)
         _, weight, params, sizes, layout = known
         assert not p.add or y.dtype == torch.float32, y.dtype
         return jobs.PRODUCT.pack(
@@ -119,7 +119,7 @@ def _readable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and x.dtype in jobs.TYPES else x.float().contiguous()
 
 
-def _matrix(w: Packed) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
+def layout_of(w: Packed) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
     """What a job says of its matrix: the addresses of weights and parameters, sizes, layout."""
     spec, tensors = w.spec, w.tensors
     sizes = spec.padded_rows, spec.padded_cols, spec.rows // spec.parts, spec.cols

@@ -6,32 +6,45 @@
 
 enum { ROUTER_LANES = 16 };
 
-/* fp16 (IEEE 754 binary16), subnormal numbers and all. */
+/* fp16 (IEEE 754 binary16), subnormal numbers and all; by masks, as compilers make no vectors of branches. */
 ALWAYS float from_fp16(uint16_t bits) {
-    uint32_t rest = bits & 0x7fff, normal = (rest << 13) + (112u << 23);
-    normal += rest >= 0x7c00 ? 112u << 23 : 0; /* infinity and NaN */
+    uint32_t rest = bits & 0x7fff, special = -(uint32_t)(rest >= 0x7c00), small = -(uint32_t)(rest < 0x400);
+    uint32_t normal = (rest << 13) + (112u << 23) + (special & (112u << 23)); /* special: infinity and NaN */
     uint32_t subnormal = float_bits((float)(int32_t)rest * 0x1p-24f);
-    uint32_t wide = (rest < 0x400 ? subnormal : normal) | (uint32_t)(bits & 0x8000) << 16;
+    uint32_t wide = (subnormal & small) | (normal & ~small) | (uint32_t)(bits & 0x8000) << 16;
     float value;
     memcpy(&value, &wide, 4);
     return value;
 }
 
-ALWAYS double router_weight(const int32_t type, const void *row, int64_t at) {
-    return type == QMIX_BF16   ? (double)from_bf16(((const uint16_t *)row)[at])
-           : type == QMIX_FP16 ? (double)from_fp16(((const uint16_t *)row)[at])
-                               : (double)((const float *)row)[at];
+enum { ROUTER_PIECE = 256 }; /* weights widened at a time, a multiple of ROUTER_LANES */
+
+/* `count` weights from `at` on as fp32, which holds each of the three types: in a loop of its own, which compilers make
+ * vectors of. */
+ALWAYS const float *router_weights(const int32_t type, const void *row, int64_t at, int64_t count, float *wide) {
+    if (type == QMIX_FP32)
+        return (const float *)row + at;
+    const uint16_t *from = (const uint16_t *)row + at;
+    for (int64_t i = 0; i < count; i++)
+        wide[i] = type == QMIX_BF16 ? from_bf16(from[i]) : from_fp16(from[i]);
+    return wide;
 }
 
-/* Widened here, so that memory gives the checkpoint's bytes and no fp64; both are the same numbers. */
+/* Weights are widened here, so that memory gives the checkpoint's bytes and no fp64; both are the same numbers. */
 ALWAYS float router_logit(const int32_t type, const double *x, const void *row, int64_t size) {
     double lanes[ROUTER_LANES] = {0}, sum = 0;
-    int64_t i = 0;
-    for (; i + ROUTER_LANES <= size; i += ROUTER_LANES)
-        for (int j = 0; j < ROUTER_LANES; j++)
-            lanes[j] += x[i + j] * router_weight(type, row, i + j);
-    for (; i < size; i++)
-        lanes[0] += x[i] * router_weight(type, row, i);
+    float piece[ROUTER_PIECE];
+    int64_t whole = size / ROUTER_LANES * ROUTER_LANES;
+    for (int64_t at = 0; at < whole; at += ROUTER_PIECE) {
+        int64_t count = whole - at < ROUTER_PIECE ? whole - at : ROUTER_PIECE;
+        const float *wide = router_weights(type, row, at, count, piece);
+        for (int64_t i = 0; i < count; i += ROUTER_LANES)
+            for (int j = 0; j < ROUTER_LANES; j++)
+                lanes[j] += x[at + i + j] * (double)wide[i + j];
+    }
+    const float *rest = router_weights(type, row, whole, size - whole, piece);
+    for (int64_t i = whole; i < size; i++)
+        lanes[0] += x[i] * (double)rest[i - whole];
     for (int j = 0; j < ROUTER_LANES; j++)
         sum += lanes[j];
     return (float)sum;

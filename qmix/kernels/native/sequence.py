@@ -16,7 +16,7 @@ from torch import Tensor
 from qmix.kernels.native import jobs
 from qmix.kernels.native.loader import levels, library
 
-PRODUCTS, ATTEND, NORM, ROUTE, ROTATE, ANGLES, COMBINE, ADD = range(8)  # native.h's kinds
+PRODUCTS, ATTEND, NORM, ROUTE, ROTATE, ANGLES, COMBINE, ADD, EXPERTS = range(9)  # native.h's kinds
 _ADDRESS = struct.Struct("@P")    # what an addition begins with: of what it adds
 # Of a qmix_attention, behind three pointers: keys, values, their scales; behind five more: capacity, begin, end.
 _CACHE, _CACHE_AT = struct.Struct("@4P"), struct.calcsize("@3P")
@@ -26,9 +26,10 @@ _RANGE, _RANGE_AT = struct.Struct("@3q"), struct.calcsize("@8P")
 class Sequence:
     """Calls in order. activations: native.h's number of what products see; threads: at most so many compute."""
 
-    def __init__(self, level: str, activations: int, threads: int, calls: Several[tuple[int, Several[bytes] | bytes]]):
-        """calls: (kind, its jobs, packed: several of a product, else one for one token). Whoever makes a sequence
-        keeps the tensors that its jobs point to."""
+    def __init__(self, level: str, activations: int, threads: int, calls: Several[tuple[int, Several[bytes] | bytes]],
+                 tokens: int = 1):
+        """calls: (kind, its jobs, packed: several of a product, else one for all `tokens`; attention takes one token).
+        Whoever makes a sequence keeps the tensors that its jobs point to."""
         opened = library()
         assert opened is not None, "no library"
         packed = [(kind, [given] if isinstance(given, bytes) else list(given)) for kind, given in calls]
@@ -37,9 +38,11 @@ class Sequence:
         memory = ctypes.create_string_buffer(b"".join(b"".join(parts) for _, parts in packed), self._offsets[-1])
         self._jobs = memoryview(memory).cast("B")
         start = ctypes.addressof(memory)
-        listed = [jobs.CALL.pack(start + at, kind, len(parts))
+        listed = [jobs.CALL.pack(start + at, kind, len(parts) if kind == PRODUCTS else tokens)
                   for at, (kind, parts) in zip(self._offsets, packed, strict=False)]
-        self._arguments = levels()[level], activations, b"".join(listed), len(listed), threads
+        self._calls = ctypes.create_string_buffer(b"".join(listed))
+        self._first, self._count = ctypes.addressof(self._calls), len(listed)
+        self._level, self._activations, self._threads = levels()[level], activations, threads
         self._run = opened.qmix_sequence
 
     def patch(self, call: int, job: bytes) -> None:
@@ -57,9 +60,15 @@ class Sequence:
         _CACHE.pack_into(self._jobs, at + _CACHE_AT, *kept)
         _RANGE.pack_into(self._jobs, at + _RANGE_AT, capacity, begin, end)
 
-    def run(self) -> None:
-        if self._run(*self._arguments):
+    def run(self, begin: int = 0, end: int | None = None) -> int | None:
+        """Calls [begin, end), all of them if not said otherwise. None; or the number of the first call whose experts
+        have records that are not in memory: neither it nor those after it were made."""
+        last = self._count if end is None else end
+        code = self._run(self._level, self._activations, self._first + begin * jobs.CALL.size, last - begin,
+                         self._threads)
+        if code < 0:
             raise MemoryError("no memory for the activations of a layer")
+        return begin + code - 1 if code else None
 
 
 def addition(x: Tensor, y: Tensor) -> bytes:
