@@ -27,6 +27,7 @@ from qmix.errors import Interrupted
 from qmix.formats import Packed
 from qmix.kernels.layer import TORCH
 from qmix.kernels.native import LayerOps, Native, Product
+from qmix.kernels.op import FEW
 from qmix.kernels.table import KernelTable
 from qmix.offload.figures import PhaseFigures
 from qmix.offload.lookahead import Lookahead
@@ -38,7 +39,6 @@ from qmix.offload.watch import RoutingWatch
 from qmix.spec import Model
 
 WINDOW = 2  # records on their way at a time in prefill: one is read while the other is computed
-FEW = 8  # tokens whose experts are computed together
 Guesses = list[list[list[int]]]  # [T][D][A]: of each token, by distance, the experts guessed, best ranks first
 CROWD = 4  # tokens per expert from which a prefill is sure to want every expert of the next layer
 

@@ -209,6 +209,12 @@ class Plan:
         return found
 
 
+def margin_of(available: int, asked: int | None) -> int:
+    """Bytes of the `available` ones that stay free for other programs: as asked, or MARGIN, but no more than an
+    eighth."""
+    return min(MARGIN, available // 8) if asked is None else asked
+
+
 def choose_context(model: Model, asked: int) -> int:
     """0 asks for the default: min(model, 8192)."""
     return min(model.max_positions, DEFAULT_CONTEXT) if asked == 0 else asked
