@@ -84,6 +84,7 @@ class NativeToken:
                 self.runs.append(self._lower(piece, dynamic))
                 dynamic = None
         self._head = self._lower_head()
+        self._lowering.finish()
 
     def logits(self, token: int, cache: SessionCache, step: Step) -> Tensor:
         """Append `token` to the session of `cache`: [1, V] fp32. UsageError when the cache is full; Interrupted when
