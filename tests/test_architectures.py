@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ def test_paged_equals_resident(files: Files, want: Tensor, prefetch: str) -> Non
     model = files.model
     assert figures["decode"]["chosen"] == 26 * model.chosen
     assert figures["decode"]["hits"] < figures["decode"]["chosen"]
-    if prefetch != "off" and (model.moe_layers or prefetch != "ahead"):  # no router, no guess
+    if prefetch != "off":  # without a router there is nothing to guess: the next layers' records are certain
         assert figures["prefetcher"]["issued"] > 0
 
 
@@ -220,12 +220,13 @@ def test_statistics_count_layers_with_records(files: Files, state: Path) -> None
     """What a run gathers is saved, and added to what the next one gathers."""
     model = files.model
     for runs in (1, 2):
-        done = document("generate", files.int4, "--raw", "-p", "the fox and the owl", "-n", 9, "--temp", 0, "--draft", 0)
+        done = document("generate", files.int4, "--raw", "-p", "the fox and the owl", "-n", 9, "--temp", 0, "--draft",
+                        0)
         tokens = runs * len(done["token_ids"])
         found = document("stats", files.int4)
         assert (found["layers"], found["experts"]) == (len(model.record_layers), model.num_experts)
         decode = found["decode"]
-        assert [row["layer"] for row in decode["by layer"]] == list(range(found["layers"]))
+        assert [row["layer"] for row in decode["by layer"]] == list(model.record_layers)
         assert tokens - 2 <= decode["tokens"] <= tokens
         for phase in ("prefill", "decode"):
             for row in found[phase]["by layer"]:
@@ -244,8 +245,14 @@ def test_the_routing_of_a_text(files: Files, tmp_path: Path) -> None:
     found = document("stats", files.int4, "-f", tmp_path / "text", "-c", 64)
     assert (found["layers"], found["experts"], found["chosen"]) == (
         len(model.record_layers), model.num_experts, model.top_k)
-    last = len(model.record_layers) - 1
-    assert good("stats", files.int4, "-f", tmp_path / "text", "-c", 64, "--view", last).stdout
+    (text,) = found["texts"]
+    assert [row["layer"] for row in text["by_layer"]] == list(model.record_layers)
+    for layer in range(model.num_layers + 1):
+        done = qmix("stats", files.int4, "-f", tmp_path / "text", "-c", 64, "--view", layer, "--plot",
+                    tmp_path / "plots")
+        assert done.returncode == (0 if layer in model.record_layers else 2), done.stderr
+        assert bool(done.stdout) == (layer in model.record_layers)
+    assert all(f">{layer}</option>" in (tmp_path / "plots" / "text.html").read_text() for layer in model.record_layers)
 
 
 def test_a_trace_is_the_routing_and_replays(files: Files, tmp_path: Path) -> None:
