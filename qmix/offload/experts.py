@@ -313,7 +313,10 @@ class PagedExperts:
         """Once all that this layer lacks is on its way: what will the next ones want?"""
         if self._prefetcher.off or layer + 1 == self._layers:
             return
-        if step.phase == "decode":
+        if self._experts == 1:  # nothing to guess: every token wants the record of every layer
+            self._lookahead.expect([ExpertKey(at, 0) for at in range(layer + 1, layer + 1 + self.depth)
+                                    if at < self._layers], account=step.phase == "decode")
+        elif step.phase == "decode":
             guesses = self._prefetcher.guess(layer, chosen, _merge(ahead))
             self._lookahead.expect([guess.key for guess in guesses])
         elif len(step.sequence) * self._top_k >= CROWD * self._experts and layer + 2 < self._layers:
