@@ -13,6 +13,7 @@ from mixtrals import MIXTRAL_8X7B
 
 from qmix.config import ExpertKey, QuantConfig
 from qmix.errors import DoesNotFit
+from qmix.kernels.kv_size import kv_bytes
 from qmix.offload.forecast import Forecast, Speeds, divided, forecast, known_shares
 from qmix.offload.plan import (
     CUDA_CONTEXT,
@@ -25,7 +26,7 @@ from qmix.offload.plan import (
 )
 from qmix.offload.router_stats import RouterStats
 from qmix.offload.split import Split
-from qmix.sizes import GIB, MIB, dense_bytes, format_bytes, kv_bytes_per_token, record_layout
+from qmix.sizes import GIB, MIB, dense_bytes, format_bytes, record_layout
 
 MIXTRAL = MIXTRAL_8X7B
 RECORD = 99_090_432
@@ -34,7 +35,7 @@ NEEDS = Needs.of(MIXTRAL, QuantConfig(), 8192)
 
 def test_mixtral_known_sizes() -> None:
     assert record_layout(MIXTRAL, QuantConfig()).nbytes == NEEDS.record == RECORD
-    assert kv_bytes_per_token(MIXTRAL) == 128 * 1024
+    assert kv_bytes(MIXTRAL, 1) == 128 * 1024
     assert NEEDS.kv == GIB
     assert NEEDS.records == 256 and NEEDS.least_slots == 4
     assert choose_context(MIXTRAL, 0) == 8192

@@ -18,15 +18,16 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from qmix.config import DTYPES, QuantConfig
-from qmix.errors import DoesNotFit
+from qmix.errors import DoesNotFit, UsageError
+from qmix.kernels.kv_size import kv_bytes
 from qmix.sizes import (
     GIB,
+    KV_FORMATS,
     KV_PIECE,
     MIB,
     dense_bytes,
     format_bytes,
     kept_attention,
-    kv_bytes_per_token,
     pass_tokens,
     record_layouts,
 )
@@ -71,13 +72,15 @@ class Needs:
            scoring: bool = False) -> Needs:
         """scoring: the workspace also holds what reading logits after every token takes. UsageError for a `kv` that
         there is not."""
-        itemsize = 4 if quant.experts == quant.dense == "keep" and DTYPES[model.dtype] != "bf16" else 2
+        if kv not in KV_FORMATS:
+            raise UsageError(f"--kv-cache {kv}: want " + " or ".join(KV_FORMATS))
+        itemsize = compute_bytes(model, quant)
         keys, layouts = model.expert_keys, record_layouts(model, quant)
         counts = Counter(map(quant.kind_of, keys))
         kinds = tuple((counts[i], layout.nbytes) for i, layout in enumerate(layouts))
         mean = -(-sum(count * nbytes for count, nbytes in kinds) // len(keys))
         workspace = workspace_bytes(model, context, itemsize, kv) + (scoring_bytes(model, context) if scoring else 0)
-        return cls(context, resident_dense_bytes(model, quant), kv_bytes_per_token(model, itemsize, kv) * context,
+        return cls(context, resident_dense_bytes(model, quant), kv_bytes(model, context, itemsize, kv),
                    workspace, mean, len(keys), len(model.record_layers), model.top_k, kv,
                    kinds if len(kinds) > 1 else (), scoring,
                    2 * context * widest_kv(model) * itemsize if kv == "int8" else 0)
@@ -218,6 +221,11 @@ def margin_of(available: int, asked: int | None) -> int:
 def choose_context(model: Model, asked: int) -> int:
     """0 asks for the default: min(model, 8192)."""
     return min(model.max_positions, DEFAULT_CONTEXT) if asked == 0 else asked
+
+
+def compute_bytes(model: Model, quant: QuantConfig) -> int:
+    """Of a number of the compute dtype (forward.weights.compute_dtype): of activations, keys and values."""
+    return 4 if quant.experts == quant.dense == "keep" and DTYPES[model.dtype] != "bf16" else 2
 
 
 def resident_dense_bytes(model: Model, quant: QuantConfig) -> int:
