@@ -52,7 +52,8 @@ STAGING = 2  # RAM slots through which records pass on their way from the disk t
 class Needs:
     """Bytes that a model takes wherever it runs; records: how many of `record` bytes each, or in a mixed store on
     average, where kinds has (records, bytes of one) for each kind; kv_cache: how keys and values are kept, one of
-    sizes.KV_FORMATS; decoded: what an int8 cache takes of a GPU besides, whose prompts decode all heads at once."""
+    sizes.KV_FORMATS; decoded: what an int8 cache takes of a GPU besides, whose prompts decode all heads at once;
+    embedding: bytes of `dense` of which a token reads one row."""
 
     context: int
     dense: int
@@ -66,6 +67,7 @@ class Needs:
     kinds: tuple[tuple[int, int], ...] = ()
     scoring: bool = False
     decoded: int = 0
+    embedding: int = 0
 
     @classmethod
     def of(cls, model: Model, quant: QuantConfig, context: int, kv: str = "bf16",
@@ -83,7 +85,7 @@ class Needs:
         return cls(context, resident_dense_bytes(model, quant), kv_bytes(model, context, itemsize, kv),
                    workspace, mean, len(keys), len(model.record_layers), model.top_k, kv,
                    kinds if len(kinds) > 1 else (), scoring,
-                   2 * context * widest_kv(model) * itemsize if kv == "int8" else 0)
+                   2 * context * widest_kv(model) * itemsize if kv == "int8" else 0, unread_bytes(model, quant))
 
     @property
     def by_kind(self) -> tuple[tuple[int, int], ...]:
@@ -234,6 +236,12 @@ def resident_dense_bytes(model: Model, quant: QuantConfig) -> int:
     wide = {"norm": 4, "router": 8}
     return sum(prod(t.shape) * wide[t.role] if t.role in wide else dense_bytes(model, quant, t)
                for t in model.tensors())
+
+
+def unread_bytes(model: Model, quant: QuantConfig) -> int:
+    """Of the embedding, of which a token reads one row; none where it is the head too."""
+    embedding = next(t for t in model.tensors() if t.role == "embedding")
+    return 0 if model.tied else dense_bytes(model, quant, embedding)
 
 
 def widest_kv(model: Model) -> int:
