@@ -46,7 +46,10 @@ def test_dense_weights_count_as_they_lie_in_memory() -> None:
 
     stored = sum(dense_bytes(MIXTRAL, QuantConfig(), t) for t in MIXTRAL.tensors())
     norms, routers = 65 * 4096, 32 * 8 * 4096
-    assert resident_dense_bytes(MIXTRAL, QuantConfig()) == stored + norms * (4 - 2) + routers * (8 - 2)
+    assert resident_dense_bytes(MIXTRAL, QuantConfig()) == stored + norms * (4 - 2)
+    needs = Needs.of(MIXTRAL, QuantConfig(), 128)
+    there = plan(needs, 32 * GIB, 0, 24 * GIB).tiers[0]
+    assert there.dense - needs.dense == needs.routers == 8 * routers  # a GPU has them in fp64 too
 
 
 def test_everything_fits_or_the_slots_are_what_is_left() -> None:
@@ -93,7 +96,7 @@ def test_with_a_gpu_the_tiers_hold_different_records() -> None:
     found = plan(NEEDS, 16 * GIB, 400 * MIB, vram=24 * GIB)
     vram, ram = found.tiers
     assert (vram.name, ram.name) == ("VRAM", "RAM")
-    assert vram.base == CUDA_CONTEXT and vram.dense == NEEDS.dense and ram.dense == ram.kv == 0
+    assert vram.base == CUDA_CONTEXT and vram.dense == NEEDS.on_device.dense and ram.dense == ram.kv == 0
     assert found.resident, "16 GB RAM and 24 GB VRAM hold all of Mixtral"
     assert ram.slots == 256 - vram.slots + STAGING
     assert not found.inclusive and found.lines()[-1] == "experts: all 256 resident"
@@ -139,7 +142,7 @@ def test_forecast_is_between_sum_and_longest_part() -> None:
     found = plan(NEEDS, 16 * GIB, 300 * MIB)
     guess = forecast(found, Speeds(ram=40, disk=2.5))
     missed = 64 * RECORD * (1 - found.slots / 256)
-    disk, memory = missed / 2.5e9, (NEEDS.dense + 64 * RECORD) / 40e9
+    disk, memory = missed / 2.5e9, (NEEDS.dense - NEEDS.embedding + 64 * RECORD) / 40e9
     assert guess.disk_bytes == pytest.approx(missed, rel=1e-6)
     assert guess.most == pytest.approx(1 / max(disk, memory), rel=1e-6)
     assert guess.least == pytest.approx(1 / (disk + memory), rel=1e-6)
@@ -173,7 +176,7 @@ def test_forecast_on_a_gpu_by_hand() -> None:
     miss = 1 - plan(NEEDS, 32 * GIB, 300 * MIB, vram=16 * GIB).tiers[0].slots / 256
     guess = on_gpu(16 * GIB, Speeds(ram=40, disk=3, pcie=25, vram=900))
     waited = 32 * (2 * miss * (1 - miss) / 40 + miss**2 / 25) * RECORD / 1e9
-    gpu = (NEEDS.dense + 64 * RECORD * (1 - miss)) / 900e9
+    gpu = (NEEDS.dense - NEEDS.embedding + 64 * RECORD * (1 - miss)) / 900e9
     assert guess.most == pytest.approx(1 / waited, rel=1e-9)
     assert guess.least == pytest.approx(1 / (gpu + 64 * RECORD * miss / 40e9), rel=1e-9)
     assert guess.bottleneck == "RAM" and guess.disk_bytes == 0
@@ -188,7 +191,7 @@ def test_forecast_of_exact_runs_counts_all_misses_on_the_bus() -> None:
         assert guess.bottleneck == "PCIe"
         assert guess.most == pytest.approx(bus * 1e9 / (64 * RECORD * miss), rel=1e-9)
         assert guess.least == pytest.approx(
-            1 / (64 * RECORD * miss / bus / 1e9 + (NEEDS.dense + 64 * RECORD) / 900e9), rel=1e-9)
+            1 / (64 * RECORD * miss / bus / 1e9 + (NEEDS.dense - NEEDS.embedding + 64 * RECORD) / 900e9), rel=1e-9)
 
 
 speed = st.floats(5, 80)

@@ -53,7 +53,8 @@ class Needs:
     """Bytes that a model takes wherever it runs; records: how many of `record` bytes each, or in a mixed store on
     average, where kinds has (records, bytes of one) for each kind; kv_cache: how keys and values are kept, one of
     sizes.KV_FORMATS; decoded: what an int8 cache takes of a GPU besides, whose prompts decode all heads at once;
-    embedding: bytes of `dense` of which a token reads one row."""
+    embedding: bytes of `dense` of which a token reads one row; routers: those of the fp64 copies that a GPU has
+    besides."""
 
     context: int
     dense: int
@@ -68,6 +69,7 @@ class Needs:
     scoring: bool = False
     decoded: int = 0
     embedding: int = 0
+    routers: int = 0
 
     @classmethod
     def of(cls, model: Model, quant: QuantConfig, context: int, kv: str = "bf16",
@@ -85,7 +87,13 @@ class Needs:
         return cls(context, resident_dense_bytes(model, quant), kv_bytes(model, context, itemsize, kv),
                    workspace, mean, len(keys), len(model.record_layers), model.top_k, kv,
                    kinds if len(kinds) > 1 else (), scoring,
-                   2 * context * widest_kv(model) * itemsize if kv == "int8" else 0, unread_bytes(model, quant))
+                   2 * context * widest_kv(model) * itemsize if kv == "int8" else 0, unread_bytes(model, quant),
+                   sum(8 * prod(t.shape) for t in model.tensors() if t.role == "router"))
+
+    @property
+    def on_device(self) -> Needs:
+        """What a GPU has to hold: also routers in fp64, tiles, and the heads of an int8 cache that prompts decode."""
+        return replace(self, dense=self.dense + self.routers, workspace=self.workspace + DEVICE_TILES + self.decoded)
 
     @property
     def by_kind(self) -> tuple[tuple[int, int], ...]:
@@ -231,11 +239,8 @@ def compute_bytes(model: Model, quant: QuantConfig) -> int:
 
 
 def resident_dense_bytes(model: Model, quant: QuantConfig) -> int:
-    """Dense weights as they lie in memory, at most: norms in fp32, routers in fp64 (as stored but on a device), the
-    rest as stored."""
-    wide = {"norm": 4, "router": 8}
-    return sum(prod(t.shape) * wide[t.role] if t.role in wide else dense_bytes(model, quant, t)
-               for t in model.tensors())
+    """Dense weights as they lie in memory: norms in fp32, the rest as stored."""
+    return sum(4 * prod(t.shape) if t.role == "norm" else dense_bytes(model, quant, t) for t in model.tensors())
 
 
 def unread_bytes(model: Model, quant: QuantConfig) -> int:
@@ -300,9 +305,8 @@ def plan(needs: Needs, ram: int, base: int, vram: int | None = None, vram_base: 
     all_of_them = [count for count, _ in needs.by_kind]
     if vram is None:
         return Plan(needs, (_tier("RAM", needs, ram, base, needs.least, all_of_them),))
-    there = replace(needs, workspace=needs.workspace + DEVICE_TILES + needs.decoded)
     half = max(RESERVE, vram // 50) // 2
-    fast = _tier("VRAM", there, vram, vram_base, needs.least, all_of_them, beside=max(half, vram_beside or 0))
+    fast = _tier("VRAM", needs.on_device, vram, vram_base, needs.least, all_of_them, beside=max(half, vram_beside or 0))
     return Plan(needs, (fast, _below(needs, fast, ram, base, pin)))
 
 
