@@ -19,6 +19,7 @@ from math import prod
 from qmix.bench.cases import Case
 from qmix.config import QuantConfig
 from qmix.kernels.kv_size import position_bytes
+from qmix.kernels.op import WIDE
 from qmix.offload.plan import Needs, compute_bytes
 from qmix.sizes import dense_bytes, kept_attention, pass_tokens
 from qmix.spec import Attention, Model
@@ -44,8 +45,10 @@ class Workload:
         embedding = next(t for t in tensors if t.role == "embedding")
         item_bytes = compute_bytes(model, quant)
         kv = tuple((a, position_bytes(a, item_bytes, needs.kv_cache)) for a in kept_attention(model))
-        unread = 0 if model.tied else dense_bytes(model, quant, embedding)
-        return cls(model, needs.dense - unread, kv, needs.record,
+        # Norms lie in memory in fp32. Routers count as they are stored, also where a device reads wide copies of them.
+        dense = sum(prod(t.shape) * WIDE if t.role == "norm" else dense_bytes(model, quant, t)
+                    for t in tensors if model.tied or t is not embedding)
+        return cls(model, dense, kv, needs.record,
                    3 * model.hidden * model.expert_inner,
                    sum(prod(t.shape) for t in tensors if t.role in ("linear", "mlp", "router")), prod(embedding.shape))
 
