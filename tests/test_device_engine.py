@@ -338,7 +338,7 @@ def test_a_device_that_fails_in_a_prompt_is_told(stores: dict[str, Path], monkey
             raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore lines")
 
         for layer in session.cache.layers:
-            monkeypatch.setattr(layer, "_attend_by", fail)
+            monkeypatch.setattr(layer, "_there", fail)
         with pytest.raises(QmixError, match="the GPU failed: CUDA error: an illegal memory access was"):
             session.prefill(IDS[:10])
         assert session.length == 0
