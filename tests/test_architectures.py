@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,19 @@ import torch
 from architectures import FIRST, RUNNING, quantized, random_model, write
 from helpers import KEEP
 from model_configs import ids
+from safetensors.torch import load_file, save_file
 from test_cli import Done, qmix
 from torch import Tensor
 
 from qmix.bench.roofline import Peaks
-from qmix.checkpoint import RUN
+from qmix.checkpoint import RUN, Checkpoint
 from qmix.config import QuantConfig, SamplingParams
-from qmix.engine import Engine, load
+from qmix.device import StandIn
+from qmix.engine import Engine, Placement, load
+from qmix.engine.placing import not_on_device
+from qmix.errors import CheckpointError, UsageError
 from qmix.kernels import native
+from qmix.models import layouts
 from qmix.offload.plan import RESERVE, Needs
 from qmix.offload.router_stats import RouterStats
 from qmix.offload.trace import read_trace
@@ -191,6 +196,64 @@ def test_keys_and_values_in_int8(files: Files, want: Tensor) -> None:
     assert near.min() > 0.98
 
 
+# --- what is refused ---
+
+def without(tensors: dict[str, Tensor], name: str) -> None:
+    del tensors[name]
+
+
+def narrower(tensors: dict[str, Tensor], name: str) -> None:
+    tensors[name] = tensors[name][:, 1:].contiguous()
+
+
+def of_another_dtype(tensors: dict[str, Tensor], name: str) -> None:
+    tensors[name] = tensors[name].float()
+
+
+def one_more(tensors: dict[str, Tensor], name: str) -> None:
+    tensors[f"{name}_scale"] = torch.ones(4)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (without, "{}: missing (1 of "), (narrower, "{}: got shape "), (of_another_dtype, "{}: got float32, want bfloat16"),
+    (one_more, "{}_scale: not a tensor of this model")])
+def test_a_checkpoint_that_is_not_of_its_config(files: Files, tmp_path: Path, words: str,
+                                                change: Callable[[dict[str, Tensor], str], None]) -> None:
+    """A matrix of each kind that the model has, by the name that the file has for it."""
+    model = files.model
+    table, roles = layouts(model)[0], {}
+    for tensor in (*model.tensors(), *model.expert_tensors(model.expert_keys[-1])):
+        if len(tensor.shape) == 2:
+            roles[tensor.name.rpartition(".")[2]] = table[tensor.name].name
+    for at, name in enumerate(roles.values()):
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        (folder / "config.json").write_bytes((files.source / "config.json").read_bytes())
+        tensors = load_file(files.source / "model.safetensors")
+        change(tensors, name)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(CheckpointError) as refusal:
+            Checkpoint.open(folder)
+        assert words.format(name) in refusal.value.message and "\n" not in refusal.value.message
+        assert refusal.value.cure
+
+
+def test_a_device_computes_it_or_says_why_not(files: Files, want: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --device auto the CPU computes what a device's kernels do not; a device that is named is an error."""
+    monkeypatch.setattr("qmix.engine.machine._any", lambda say: StandIn())
+    monkeypatch.setattr("qmix.engine.machine.TINY", 0)
+    lacking, said = not_on_device(files.model), []
+    with load(files.int4, threads=1, context=64, placement=Placement("auto"), say=said.append) as engine:
+        assert (engine.device is None) == bool(lacking)
+        if lacking:
+            assert torch.equal(logits(engine), want)
+            assert any(lacking in line and "the CPU computes" in line for line in said)
+    if lacking:
+        assert files.model.architecture in lacking
+        with pytest.raises(UsageError, match="the CPU computes it"):
+            load(files.int4, threads=1, context=64, placement=Placement(StandIn()))
+
+
 # --- commands ---
 
 def good(*args: object, **env: str) -> Done:
@@ -207,13 +270,6 @@ def document(*args: object, **env: str) -> Any:
 def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     yield tmp_path / "state"
-
-
-def chosen(theirs: Any, tokens: list[int]) -> list[Tensor]:
-    """What transformers' routers choose of that text, by layer with experts: [T, K], each token's in order."""
-    with torch.inference_mode():
-        found = theirs(torch.tensor([tokens]), output_router_logits=True, use_cache=False).router_logits
-    return [one for one in found if one is not None]
 
 
 def test_statistics_count_layers_with_records(files: Files, state: Path) -> None:

@@ -25,13 +25,12 @@ SHOWN_SHARES = (0.25, 0.375, 0.5, 0.75)  # of all records, as slot counts
 
 
 def describe(stats: RouterStats, full: bool = False, numbers: Sequence[int] = ()) -> dict[str, Any]:
-    """numbers: the model's number of each layer, where some have no experts and are not counted.
-
-    By phase: tokens, a row for each layer, and the transitions that stand out most from chance.
+    """By phase: tokens, a row for each layer, and the transitions that stand out most from chance.
 
     Rows: the most used expert, its share of the tokens (an even router gives each K / E), the entropy of the choices in
     bits of log2(E), and, up to WIDE experts or with `full`, how many tokens chose each expert. full: all transitions,
-    [L - 1][E][E], in place of the top ones.
+    [L - 1][E][E], in place of the top ones. numbers: the model's of the layers, where some have no experts and are not
+    counted; () for 0, 1, 2...
     """
     found: dict[str, Any] = {"layers": stats.layers, "experts": stats.experts}
     numbers = numbers or range(stats.layers)
