@@ -67,7 +67,8 @@ def check(store: Path, least: float, kept: Tensor, monkeypatch: pytest.MonkeyPat
         if engine.pace(7) is not None:
             assert torch.equal(session.verify(IDS[PROMPT:PROMPT + 5]), want[1:6])
     with paged(store, prefetch="ahead") as engine:
-        assert not engine.plan.resident
+        needs = engine.plan.needs  # of a few records of two kinds the fewest slots may be all
+        assert engine.plan.resident == (needs.least_slots == needs.records)
         assert torch.equal(logits(engine), want)
     monkeypatch.setattr("qmix.forward.runner.unsupported", lambda *_: "not asked for")
     with load(store, threads=1, context=64) as engine:
