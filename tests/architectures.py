@@ -21,7 +21,6 @@ from qmix.quantize import quantize_checkpoint
 VOCAB = 512  # at least as many as the tokenizer has
 RUNNING: list[Mapping[str, Any]] = [with_keys(raw, {"vocab_size": VOCAB}) for raw in CASES if raw["model_type"] in RUN]
 FIRST = {kind: with_keys(TINY[kind], {"vocab_size": VOCAB}) for kind in RUN}
-CALIBRATED = RUN  # architectures that gptq and --fit know
 
 
 def random_model(raw: Mapping[str, Any], dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import CALIBRATED, FIRST, quantized, random_model, write
+from architectures import FIRST, quantized, random_model, write
 from helpers import KEEP
 from model_configs import with_keys
 from test_architectures import IDS, PROMPT, good, logits, paged
@@ -103,8 +103,6 @@ def test_a_mixed_store(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
                          ids=" ".join)
 def test_what_reads_a_text(source: Path, kept: Tensor, how: tuple[str, ...], tmp_path: Path,
                            monkeypatch: pytest.MonkeyPatch) -> None:
-    if source.name not in CALIBRATED:
-        pytest.skip("this architecture is not calibrated yet")
     (tmp_path / "text").write_text("The lamp at the harbour was lit, and nobody asked who had lit it. " * 60)
     good("quantize", source, tmp_path / "store", *how, "--calibration", tmp_path / "text", "--calibration-tokens", 1000)
     check(tmp_path / "store", LEAST["int3"], kept, monkeypatch)
