@@ -29,14 +29,13 @@ from qmix.config import ExpertKey
 from qmix.errors import CheckpointError, ConfigError
 from qmix.models import ARCHITECTURES, Layout, Misfit, Source, choose_layout, layouts, read_model
 from qmix.shards import INDEX, REFETCH, SINGLE, Place, equal, locate, read_json
-from qmix.spec import Model
+from qmix.spec import DeltaNet, Expert, Model, Moe
 
 STORE_MANIFEST = "qmix.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DTYPE_NAMES = MappingProxyType({"BF16": "bfloat16", "F16": "float16", "F32": "float32"})
 LOW_BITS = ("F4", "F6_", "F8_")
 HEAD = "lm_head.weight"  # also where a model ties it to its embedding
-RUN = ("mixtral", "mistral", "qwen3_moe", "olmoe")  # architectures that the engine runs
 SAMPLE = 4096  # bytes of each tensor that go into the fingerprint
 MAX_TENSORS = 10**6  # far above any real model; keeps a hostile config.json from costing memory
 
@@ -208,9 +207,25 @@ def _read_config(path: Path, raw: Mapping[str, Any], places: Mapping[str, Place]
 
 def check_runs(model: Model) -> None:
     """ConfigError for a model that qmix reads, but does not run yet."""
-    if model.architecture not in RUN:
-        raise ConfigError(f"model_type: {model.architecture!r} is read, but not run yet: qmix runs "
-                          f"{', '.join(map(repr, RUN))} so far", "give a checkpoint of one of these")
+    if lacking := not_run(model):
+        run = [kind for kind, file in ARCHITECTURES.items() if not not_run(read_model(file.TINY))]
+        raise ConfigError(f"model_type: {model.architecture!r} is read, but not run yet: {lacking}",
+                          f"give a checkpoint of {', '.join(run)}")
+
+
+def not_run(model: Model) -> str:
+    """What of the model the engine cannot do, "" where it runs it."""
+    for i, layer in enumerate(model.layers):
+        mixer, record = layer.mixer, layer.mlp.expert if isinstance(layer.mlp, Moe) else layer.mlp
+        if isinstance(mixer, DeltaNet):
+            return f"layer {i} is a gated delta net, whose state a session cannot go back to yet"
+        if mixer.kv_source is not None:
+            return f"layer {i} reads the keys and values of layer {mixer.kv_source}"
+        if i in model.record_layers and record.activation.kind != "swiglu":
+            return f"the kernels of experts have no {record.activation.kind}, which layer {i} has"
+        if isinstance(record, Expert) and record.bias:
+            return f"the experts of layer {i} have biases"
+    return ""
 
 
 def _account(path: Path, model: Model, places: Mapping[str, Place]

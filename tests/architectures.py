@@ -9,17 +9,18 @@ from typing import Any
 
 import torch
 from forward_models import reference
-from model_configs import CASES, TINY, with_keys
+from model_configs import CASES, RUN, TINY, with_keys
 from safetensors.torch import save_file
 from tokenizer_files import DEMO_TEMPLATE, spm_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qmix.checkpoint import RUN, Checkpoint
+from qmix.checkpoint import Checkpoint
 from qmix.config import QuantConfig
 from qmix.quantize import quantize_checkpoint
 
 VOCAB = 512  # at least as many as the tokenizer has
-RUNNING: list[Mapping[str, Any]] = [with_keys(raw, {"vocab_size": VOCAB}) for raw in CASES if raw["model_type"] in RUN]
+RUNNING: list[Mapping[str, Any]] = [with_keys(raw, {"vocab_size": VOCAB}) for raw in CASES
+                                    if raw["model_type"] in RUN]
 FIRST = {kind: with_keys(TINY[kind], {"vocab_size": VOCAB}) for kind in RUN}
 
 

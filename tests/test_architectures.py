@@ -18,13 +18,13 @@ import pytest
 import torch
 from architectures import FIRST, RUNNING, quantized, random_model, write
 from helpers import KEEP
-from model_configs import ids
+from model_configs import RUN, ids
 from safetensors.torch import load_file, save_file
 from test_cli import Done, qmix
 from torch import Tensor
 
 from qmix.bench.roofline import Peaks
-from qmix.checkpoint import RUN, Checkpoint
+from qmix.checkpoint import Checkpoint
 from qmix.config import QuantConfig, SamplingParams
 from qmix.device import StandIn
 from qmix.engine import Engine, Placement, load

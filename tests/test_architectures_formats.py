@@ -14,12 +14,11 @@ import pytest
 import torch
 from architectures import FIRST, quantized, random_model, write
 from helpers import KEEP
-from model_configs import with_keys
+from model_configs import RUN, with_keys
 from test_architectures import IDS, PROMPT, good, logits, paged
 from test_budget import MIB, command, run
 from torch import Tensor
 
-from qmix.checkpoint import RUN
 from qmix.config import QuantConfig
 from qmix.engine import load
 from qmix.store import Store

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
-from model_configs import ALONE, CASES, TINY, F, S, ids, with_keys
+from model_configs import ALONE, CASES, TINY, ids, with_keys
 from transformers import AutoConfig
 
 from qmix.errors import ConfigError
 from qmix.models import read_model
+from qmix.models.gemma4 import F, S
 from qmix.models.keys import HARMLESS
 from qmix.spec import Model
 

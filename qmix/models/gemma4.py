@@ -32,6 +32,7 @@ from qmix.spec import (
     Router,
 )
 
+MODEL_TYPES = ("gemma4", "gemma4_text")
 SKIPPED = re.compile(r"model\.(vision_tower|audio_tower|embed_vision|embed_audio)\..+")
 SLIDING, FULL = "sliding_attention", "full_attention"
 ROPES = {SLIDING: {"rope_type": "default", "rope_theta": 1e4},
@@ -176,3 +177,12 @@ TEXT: Mapping[str, Any] = {
     "final_logit_softcapping": 30.0,
 }
 TINY = MappingProxyType[str, Any]({"model_type": "gemma4", "text_config": TEXT, "tie_word_embeddings": True})
+S, F = "sliding_attention", "full_attention"
+VARIANTS: tuple[Mapping[str, Any], ...] = (
+    {"num_kv_shared_layers": 2, "use_double_wide_mlp": True, "layer_types": [S, F, S, F, S, F]},
+    {"enable_moe_block": False, "attention_k_eq_v": False, "final_logit_softcapping": None},
+    {"global_head_dim": 48, "attention_bias": True, "use_bidirectional_attention": "vision",
+     "rope_parameters": {S: {"rope_type": "default", "rope_theta": 5e3},
+                         F: {"rope_type": "proportional", "rope_theta": 5e5, "factor": 2.0,
+                             "partial_rotary_factor": 0.5}}},
+)

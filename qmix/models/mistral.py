@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -10,6 +11,7 @@ from qmix.models.parts import (
     LLAMA,
     MLP,
     ROTARY_BUFFERS,
+    TINY_YARN,
     dense_layout,
     expert_layout,
     read_dtype,
@@ -21,6 +23,7 @@ from qmix.models.rope import read_rope
 from qmix.models.source import Layout
 from qmix.spec import Attention, Layer, Mlp, Model, Norm, Norms
 
+MODEL_TYPES = ("mistral",)
 SKIPPED = ROTARY_BUFFERS
 
 
@@ -44,3 +47,7 @@ TINY = MappingProxyType[str, Any]({
     "model_type": "mistral", "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "sliding_window": 8,
 })
+VARIANTS: tuple[Mapping[str, Any], ...] = (
+    {"tie_word_embeddings": True}, {"head_dim": 32, "sliding_window": None},
+    {"hidden_size": 48, "num_key_value_heads": 1, "rope_parameters": TINY_YARN},
+)

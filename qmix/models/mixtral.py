@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -9,6 +10,7 @@ from qmix.models.keys import Keys
 from qmix.models.parts import (
     LLAMA,
     ROTARY_BUFFERS,
+    TINY_YARN,
     dense_layout,
     expert_layout,
     fused_layout,
@@ -22,6 +24,7 @@ from qmix.models.rope import read_rope
 from qmix.models.source import Layout
 from qmix.spec import Attention, Expert, Layer, Model, Moe, Norm, Norms, Router
 
+MODEL_TYPES = ("mixtral",)
 SKIPPED = ROTARY_BUFFERS
 NAMES = {**LLAMA, "router.weight": "block_sparse_moe.gate.weight"}
 EXPERTS = tuple(f"block_sparse_moe.experts.{{}}.{part}.weight" for part in ("w1", "w3", "w2"))  # gate, up, down
@@ -53,3 +56,8 @@ TINY = MappingProxyType[str, Any]({
     "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2,
     "max_position_embeddings": 512, "rope_theta": 10000.0,
 })
+VARIANTS: tuple[Mapping[str, Any], ...] = (
+    {"tie_word_embeddings": True, "sliding_window": 16}, {"head_dim": 32, "num_key_value_heads": 4},
+    {"num_local_experts": 3, "num_hidden_layers": 2, "hidden_size": 48, "head_dim": 12,  # transformers 5.23 cannot make
+     "rope_parameters": TINY_YARN},  # YaRN of a null head_dim
+)

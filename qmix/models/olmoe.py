@@ -3,6 +3,7 @@ after it; routing weights are those of the softmax over all experts, mostly not 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -10,6 +11,7 @@ from qmix.models.keys import Keys
 from qmix.models.parts import (
     LLAMA,
     ROTARY_BUFFERS,
+    TINY_YARN,
     dense_layout,
     expert_layout,
     fused_layout,
@@ -22,6 +24,7 @@ from qmix.models.rope import read_rope
 from qmix.models.source import Layout
 from qmix.spec import Attention, Expert, Layer, Model, Moe, Norm, Norms, Router
 
+MODEL_TYPES = ("olmoe",)
 SKIPPED = ROTARY_BUFFERS
 
 
@@ -54,3 +57,7 @@ TINY = MappingProxyType[str, Any]({
     "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 8, "num_experts_per_tok": 4, "clip_qkv": 0.5,
     "max_position_embeddings": 512, "eos_token_id": 2,
 })
+VARIANTS: tuple[Mapping[str, Any], ...] = (
+    {"tie_word_embeddings": True, "clip_qkv": None}, {"attention_bias": True, "num_key_value_heads": 4},
+    {"norm_topk_prob": True, "num_experts": 5, "num_hidden_layers": 3, "rope_parameters": TINY_YARN},
+)

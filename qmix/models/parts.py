@@ -25,6 +25,7 @@ LLAMA = {  # behind "model.layers.N."
 MLP = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
 EXPERTS = tuple(f"mlp.experts.{{}}.{p}_proj.weight" for p in ("gate", "up", "down"))
 FUSED = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+TINY_YARN = {"rope_type": "yarn", "rope_theta": 5e4, "factor": 4.0, "original_max_position_embeddings": 128}  # VARIANTS
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from qmix.models.rope import read_scaling
 from qmix.models.source import Layout, PerHead, Rows, Source, Squeeze
 from qmix.spec import Attention, DeltaNet, Expert, Layer, Mixer, Mlp, Model, Moe, Norm, Norms, Rope, Router
 
+MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
 SKIPPED = re.compile(r"(model\.visual|mtp)\..+")
 LINEAR, FULL = "linear_attention", "full_attention"
 
@@ -140,3 +141,10 @@ TEXT: Mapping[str, Any] = {
     "shared_expert_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 4,
 }
 TINY = MappingProxyType[str, Any]({"model_type": "qwen3_5_moe", "text_config": TEXT, "tie_word_embeddings": False})
+F, L = "full_attention", "linear_attention"
+VARIANTS: tuple[Mapping[str, Any], ...] = (
+    {"layer_types": [F, L, L, F], "attention_bias": True}, {"full_attention_interval": 2},
+    {"linear_num_value_heads": 2, "linear_conv_kernel_dim": 3,
+     "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.5,
+                         "mrope_section": [4, 2, 2], "mrope_interleaved": True}},
+)

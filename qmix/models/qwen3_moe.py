@@ -3,6 +3,7 @@ softmax is over all experts; some layers may have a dense MLP in place of expert
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -10,6 +11,7 @@ from qmix.models.keys import Keys
 from qmix.models.parts import (
     LLAMA,
     ROTARY_BUFFERS,
+    TINY_YARN,
     dense_layout,
     expert_layout,
     fused_layout,
@@ -23,6 +25,7 @@ from qmix.models.rope import read_rope
 from qmix.models.source import Layout
 from qmix.spec import Attention, Expert, Layer, Mlp, Model, Moe, Norm, Norms, Router
 
+MODEL_TYPES = ("qwen3_moe",)
 SKIPPED = ROTARY_BUFFERS
 
 
@@ -68,3 +71,9 @@ TINY = MappingProxyType[str, Any]({
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "num_experts": 8, "num_experts_per_tok": 4,
     "moe_intermediate_size": 32, "norm_topk_prob": True, "max_position_embeddings": 512, "mlp_only_layers": [1],
 })
+VARIANTS: tuple[Mapping[str, Any], ...] = (
+    {"mlp_only_layers": [0, 2], "attention_bias": True}, {"decoder_sparse_step": 2, "mlp_only_layers": []},
+    {"tie_word_embeddings": True, "norm_topk_prob": False, "use_sliding_window": True, "sliding_window": 16,
+     "num_key_value_heads": 4},
+    {"rope_parameters": TINY_YARN, "head_dim": 16},
+)

@@ -1,28 +1,37 @@
-"""The architectures that qmix reads, by the model_type of config.json."""
+"""The architectures that qmix reads, by the model_type of config.json: each file of this package with MODEL_TYPES."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from qmix.errors import ConfigError
-from qmix.models import gemma4, mistral, mixtral, olmoe, qwen3_5_moe, qwen3_moe
 from qmix.models.keys import Keys
 from qmix.models.source import Layout
 from qmix.spec import Model
 
 
 class Architecture(Protocol):
-    """A file of this package. SKIPPED: names of tensors that a checkpoint may carry and the model does not need; TINY:
-    a config.json for tests."""
+    """A file of this package. MODEL_TYPES: what config.json calls it, the Model's architecture first; SKIPPED: names of
+    tensors that a checkpoint may carry and the model does not need. For tests, TINY: a config.json; VARIANTS: keys that
+    make other ones of it (of its text_config where it has one), so that every branch of `read` is reached."""
+
+    @property
+    def MODEL_TYPES(self) -> Sequence[str]: ...
 
     @property
     def SKIPPED(self) -> re.Pattern[str]: ...
 
     @property
     def TINY(self) -> Mapping[str, Any]: ...
+
+    @property
+    def VARIANTS(self) -> Sequence[Mapping[str, Any]]: ...
 
     def read(self, keys: Keys) -> Model:
         """The model that a config.json describes; ConfigError names the key at fault."""
@@ -32,9 +41,15 @@ class Architecture(Protocol):
         tensor of `model.tensors()` and of its experts."""
 
 
-ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({
-    "gemma4": gemma4, "gemma4_text": gemma4, "mistral": mistral, "mixtral": mixtral, "olmoe": olmoe,
-    "qwen3_5_moe": qwen3_5_moe, "qwen3_5_moe_text": qwen3_5_moe, "qwen3_moe": qwen3_moe})
+def _find() -> dict[str, Architecture]:
+    """{model_type: its file}, by name."""
+    folder = Path(__file__).parent
+    files = [import_module(f"{__package__}.{found.name}") for found in iter_modules([str(folder)])
+             if found.name != Path(__file__).stem]
+    return {kind: cast(Architecture, file) for file in files for kind in getattr(file, "MODEL_TYPES", ())}
+
+
+ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(_find())
 
 
 def read_model(raw: Mapping[str, Any], strict: bool = True) -> Model:
