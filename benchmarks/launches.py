@@ -94,7 +94,7 @@ def dense_weights(shape: Shape, half: torch.dtype) -> DenseWeights:
 class Immediate:
     """A device, and its stream, that does what it is given when it is given."""
 
-    name, place, triton, trouble = "a card that is not here", CPU, True, ""
+    name, device, triton, trouble = "a card that is not here", CPU, True, ""
     launches = waits = 0
 
     def __init__(self, half: torch.dtype):
@@ -155,7 +155,7 @@ def launch(model: Shape, card: tuple[int, int], found: Launches, tokens: Iterabl
     weights = dense_weights(model, dtype)
     decode = DeviceDecode(config, weights, Immediate(dtype), kernels.ops, InSlots(kernels, config, record), DEPTH,
                           min(GUESSES, config.num_experts))
-    cache = SessionCache(config, model.context, dtype, place=CPU, attend=kernels.attend)
+    cache = SessionCache(config, model.context, dtype, device=CPU, attend=kernels.attend)
     for count in tokens:
         found.label = f"{model.name}, decode {count}"
         given = torch.zeros(count, dtype=torch.int64)

@@ -429,7 +429,7 @@ def test_measured_configurations_are_used_and_named_but_for_exact(stores: dict[s
     (line,) = loaded(False)
     assert "ignored (it was measured with StandIn" in line and used[1:] == [None], "another card's"
     with closing(StandIn()) as device:
-        card = Card.of(device.name, device.place)
+        card = Card.of(device.name, device.torch_device)
     save(Tuned(card, "x", "2026-01-31", mine), file)
     assert loaded(False) == [f"the GPU's kernels use the configurations measured on 2026-01-31 for x: {file}"]
     assert loaded(True) == [] and used[2:] == [mine, None], "--exact takes the built-in ones"

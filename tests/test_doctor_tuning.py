@@ -54,7 +54,7 @@ def test_what_is_faster_is_kept_for_this_card(store: Path, device: StandIn, tmp_
     started: list[str] = []
     real = trials.cases
 
-    def cases(kernel: str, shapes: trials.Shapes, at: trials.Place) -> list[trials.Case]:
+    def cases(kernel: str, shapes: trials.Shapes, at: trials.TrialDevice) -> list[trials.Case]:
         def noting(case: trials.Case) -> trials.Case:
             def start(configs: object) -> Work:
                 changed = getattr(configs, kernel) != getattr(INTERPRETED, kernel)

@@ -27,9 +27,9 @@ class Routed:
         shapes = ((tokens, hidden), (tokens, top_k), (tokens, top_k), (tokens, depth, guesses))
         sizes = [torch.Size(shape).numel() for shape in shapes]
         self.tokens = tokens
-        self._here = torch.zeros(sum(sizes), dtype=torch.int32, device=device.place)
+        self._here = torch.zeros(sum(sizes), dtype=torch.int32, device=device.torch_device)
         self._there = [device.host(sum(sizes), dtype=torch.int32) for _ in range(2)]
-        self.rows = torch.zeros(tokens, top_k, hidden, device=device.place)
+        self.rows = torch.zeros(tokens, top_k, hidden, device=device.torch_device)
         self.x, self.weights, self.ids, self.ahead = _parts(self._here, shapes, sizes)
         self._views = [_parts(there, shapes, sizes) for there in self._there]
         self.look(0)

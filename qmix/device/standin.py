@@ -92,7 +92,7 @@ class StandIn:
     def __init__(self, delay: Callable[[], None] | None = None, half: torch.dtype = torch.bfloat16,
                  triton: bool = False, nbytes: int | None = None, beside: int = 0):
         self.name = "the CPU in a GPU's place"
-        self.place = torch.device("cpu")
+        self.torch_device = torch.device("cpu")
         self.half = half
         self.trouble = ""
         self.triton = triton

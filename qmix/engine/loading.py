@@ -92,7 +92,7 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
         if state is not None:
             opened.callback(router_stats.save, state, store.identity, stats, say)
         engine = Engine(store, plan, tokenizer, kernels, model, offload, opened.pop_all(), device, exact, say)
-        if device is not None and device.place.type == "cuda":
+        if device is not None and device.torch_device.type == "cuda":
             engine.warm_up()
         if device is not None and placement is not None:
             vram.check(placement, device, plan.tiers[0], say)

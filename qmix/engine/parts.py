@@ -93,13 +93,13 @@ def on_device(parts: Parts, device: Device, kernels: DeviceKernels, placement: P
         offload = open_device_offload(store, device, kernels, parts.plan, parts.options, how, parts.stats,
                                       parts.writer, say, parts.watched(dense))
         weights = _result(dense, offload)
-    if device.place.type == "cuda":
+    if device.torch_device.type == "cuda":
         say("compiling the GPU's kernels (up to a minute, the first time)")
         compile_prompts(kernels, weights, offload, model, device, dtype, say)
     device.tidy()
     experts = offload.experts
     assert isinstance(experts, DeviceExperts)
-    caches = partial(SessionCache, kv=kv, place=device.place, attend=kernels.attend)
+    caches = partial(SessionCache, kv=kv, device=device.torch_device, attend=kernels.attend)
     decode = DeviceDecode(model, weights, device, kernels.ops, experts, experts.depth, experts.ahead)
     if not placement.exact and fast.slots < parts.plan.needs.records:
         say("experts that are not on the GPU are computed by the CPU where that is faster, so the last bits depend on "

@@ -181,7 +181,7 @@ def _beside_original(request: Request, load: OpenEngine, store: Store, other: Or
         return other, opened.enter_context(load(store.path, context, Part((whole, base + granted))))
     ram, vram = divide_on_gpu((least, other.weight_bytes), other.least_beside(context), needs, (whole, base),
                               gpu.budget)
-    other.plan(ram, context, vram, torch.device(gpu.place))
+    other.plan(ram, context, vram, torch.device(gpu.torch_device))
     part = Part((whole, base + ram), (gpu.budget[0], gpu.budget[1] + vram))
     model = opened.enter_context(load(store.path, context, part))
     if model.device is not None:

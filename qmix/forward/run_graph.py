@@ -78,12 +78,13 @@ class _Buffers:
 
     def __init__(self, model: Model, device: Device, tokens: int, depth: int, guesses: int):
         def floats(*shape: int) -> Tensor:
-            return torch.zeros(shape, device=device.place)
+            return torch.zeros(shape, device=device.torch_device)
 
         attention, _ = model.alike()
         layers, k, size = model.num_layers, model.top_k, attention.head_dim
         self.given = device.host(2, tokens, dtype=torch.int64)  # tokens, positions
-        self.tokens, self.positions = self.arrived = torch.zeros(2, tokens, dtype=torch.int64, device=device.place)
+        self.arrived = torch.zeros(2, tokens, dtype=torch.int64, device=device.torch_device)
+        self.tokens, self.positions = self.arrived
         self.caches: Sequence[SessionCache] = ()  # of each token its session's, while it is computed
         self.residual = floats(tokens, model.hidden)
         self.x = floats(tokens, model.hidden)
@@ -94,7 +95,7 @@ class _Buffers:
         self.host_logits = device.host(tokens, model.vocab, dtype=torch.float32)
         self.routed = Routed(device, tokens, model.hidden, k, max(1, depth), max(1, guesses))
         # Where all is one piece: every layer's choice, to be counted afterwards.
-        self.ids = torch.zeros(layers, tokens, k, dtype=torch.int32, device=device.place)
+        self.ids = torch.zeros(layers, tokens, k, dtype=torch.int32, device=device.torch_device)
         self.weights = floats(layers, tokens, k)
         self.host_ids = device.host(layers, tokens, k, dtype=torch.int32)
         self.host_weights = device.host(layers, tokens, k, dtype=torch.float32)
@@ -146,7 +147,7 @@ class DeviceDecode:
         self._experts = experts
         self._depth = depth if guesses else 0
         self._guesses = guesses
-        self._inverse = rotation(self._shape.head_dim, self._shape.rope.theta).to(device.place)
+        self._inverse = rotation(self._shape.head_dim, self._shape.rope.theta).to(device.torch_device)
         self._buffers: dict[int, _Buffers] = {}
         self.warm = True  # whether the last call launched only what had been captured before
         self._pieces: dict[tuple[int, ...], _Pieces] = {}

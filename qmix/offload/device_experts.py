@@ -68,7 +68,7 @@ class DeviceExperts(PagedExperts):
         if len(below.tier.slots) < self._layers * self._experts:
             self._caches = [self._tier.cache, below.tier.cache]
         self._by_slot = all(ops.handles(one) for one in slots)  # else the host must name each expert
-        self._late = torch.full((self._experts,), NOWHERE, dtype=torch.int32, device=device.place)
+        self._late = torch.full((self._experts,), NOWHERE, dtype=torch.int32, device=device.torch_device)
         self._late_works: dict[Routed, Repeated] = {}
         self._made: dict[Routed, Tensor] = {}  # rows that the CPU computed, in host memory
         self._rising: list[ExpertKey] = []
