@@ -113,12 +113,12 @@ class TestEveryLevel:
         kernels, m = Native(level, activations), int4_matrix(160, 100, 32, 64, parts=2)
         x = (operand(9, 100) / 100).bfloat16()  # gates of a few units
         y = torch.full((12, 80), 7.0)
-        rows, places = torch.tensor([8, 0, 3]), torch.tensor([1, 11, 5])
-        kernels.run([Product(x, m, y, x_rows=rows, y_rows=places, gated=True)])
+        rows, y_rows = torch.tensor([8, 0, 3]), torch.tensor([1, 11, 5])
+        kernels.run([Product(x, m, y, x_rows=rows, y_rows=y_rows, gated=True)])
         gate, up = want(x[rows].float(), m, activations).split(80, 1)
         wanted = torch.nn.functional.silu(gate) * up
-        assert relative(y[places], wanted) < 4 * self.bound(activations)
-        left = [i for i in range(12) if i not in places.tolist()]
+        assert relative(y[y_rows], wanted) < 4 * self.bound(activations)
+        left = [i for i in range(12) if i not in y_rows.tolist()]
         assert (y[left] == 7).all()
 
     def test_silu_of_large_and_small_numbers(self, level: str, activations: str) -> None:

@@ -22,7 +22,7 @@ from qmix.errors import CheckpointError
 from qmix.models import ARCHITECTURES, Source, layouts, read_model
 from qmix.models.source import Index, PerHead, Rows, Squeeze, Step, Strided, Transpose
 from qmix.quantize import quantize_checkpoint
-from qmix.shards import Place, Shard
+from qmix.shards import Location, Shard
 
 MIXTRAL = {**tiny_config(), "dtype": "bfloat16"}
 
@@ -69,7 +69,7 @@ def test_reading_a_piece_is_reading_all_and_taking_it(tmp_path_factory: Any, cas
         source = Source("x", steps)
         assert source.shape_out(shape) == tuple(want.shape)
         out = torch.full((want.numel() * 4,), 255, dtype=torch.uint8) if into else None
-        got = sources.read(Place(shard, shard.file.entries["x"]), source, out)
+        got = sources.read(Location(shard, shard.file.entries["x"]), source, out)
         assert torch.equal(got, want) and got.is_contiguous()
         assert out is None or torch.equal(out.view(torch.float32).view(want.shape), want)
     finally:

@@ -16,7 +16,7 @@ from qmix.engine.engine import Engine
 from qmix.engine.kernels import select_kernels
 from qmix.engine.machine import Placement
 from qmix.engine.parts import Parts, on_device, on_host
-from qmix.engine.placing import place
+from qmix.engine.placing import choose_device_and_plan
 from qmix.engine.threads import Threads, parallel_loop
 from qmix.errors import DoesNotFit
 from qmix.kernels.kv_size import position_bytes
@@ -67,8 +67,8 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
             return select_kernels(spec, store.quant, say, activations)
 
         try:
-            plan, device, there, host = place(store, needs, placement, on_cpu, partial(budget, ram, margin, base), say,
-                                              opened)
+            plan, device, there, host = choose_device_and_plan(store, needs, placement, on_cpu,
+                                                               partial(budget, ram, margin, base), say, opened)
         except DoesNotFit as error:
             raise DoesNotFit(error.message, mapping_limits() or error.cure) from None
         stats = router_stats.load(state, store.identity, len(spec.record_layers), spec.num_experts, say)

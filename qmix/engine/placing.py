@@ -25,9 +25,10 @@ from qmix.spec import Attention, Model
 from qmix.store import Store
 
 
-def place(store: Store, needs: Needs, placement: Placement | None, on_cpu: Callable[[bool], KernelTable],
-          ram: Callable[[], tuple[int, int]], say: Callable[[str], None],
-          opened: ExitStack) -> tuple[Plan, Device | None, DeviceKernels | None, KernelTable]:
+def choose_device_and_plan(store: Store, needs: Needs, placement: Placement | None,
+                           on_cpu: Callable[[bool], KernelTable], ram: Callable[[], tuple[int, int]],
+                           say: Callable[[str], None], opened: ExitStack
+                           ) -> tuple[Plan, Device | None, DeviceKernels | None, KernelTable]:
     """on_cpu: makes the CPU's kernels, for it alone or (True) to compute beside a device; ram: as of engine.budget,
     asked when the device's driver has taken what it takes of the process. The plan; the device, closed with `opened`,
     and what computes there, None for the CPU; and the CPU's kernels. Errors as of engine.load."""

@@ -98,7 +98,7 @@ class SessionCache:
         return found.kept
 
     @property
-    def places(self) -> tuple[int, ...]:
+    def identity(self) -> tuple[int, ...]:
         """Addresses by which no other living cache is known."""
         return tuple(address for addresses in self.addresses for address in addresses)
 

@@ -208,7 +208,7 @@ class DeviceDecode:
 
     def _pieces_for(self, found: _Buffers, caches: Sequence[SessionCache]) -> _Pieces:
         """By where the caches are, not by which they are: a new cache in an old one's place is served by its graphs."""
-        key = found.routed.tokens, *(address for cache in caches for address in cache.places)
+        key = found.routed.tokens, *(address for cache in caches for address in cache.identity)
         pieces = self._pieces.pop(key, None) or self._cut(found, caches)
         self._pieces[key] = pieces  # the last one used is the last to be forgotten
         if len(self._pieces) > KEPT:

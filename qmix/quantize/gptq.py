@@ -70,8 +70,8 @@ class Moments:
 
     def add(self, x: Tensor, pool: Executor | None = None) -> None:
         """x fp32 [n, K]."""
-        def multiply(place: tuple[slice, slice]) -> None:
-            rows, cols = place
+        def multiply(tile: tuple[slice, slice]) -> None:
+            rows, cols = tile
             self._sum[rows, cols].addmm_(x[:, rows].T, x[:, cols])
 
         _run(pool, multiply, _tiles(len(self._sum)))
@@ -117,8 +117,8 @@ def _cholesky(s: Tensor, pool: Executor | None) -> bool:
         def solve(rows: slice, here: slice = here, block: Tensor = block) -> None:
             s[rows, here] = torch.linalg.solve_triangular(block.mT, s[rows, here], upper=True, left=False)
 
-        def subtract(place: tuple[slice, slice], here: slice = here) -> None:
-            rows, cols = place
+        def subtract(tile: tuple[slice, slice], here: slice = here) -> None:
+            rows, cols = tile
             s[rows, cols].addmm_(s[rows, here], s[cols, here].T, alpha=-1)
 
         _run(pool, solve, below)
