@@ -304,7 +304,7 @@ def test_every_output_has_one_set_of_fields(stores: dict[str, Path], quick: None
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_auto_is_settled_by_the_first_load(stores: dict[str, Path], quick: None, stand_in: Any, there: bool,
+def test_auto_is_decided_by_the_first_load(stores: dict[str, Path], quick: None, stand_in: Any, there: bool,
                                            monkeypatch: pytest.MonkeyPatch) -> None:
     """A card that another program takes or lets go of meanwhile changes nothing."""
     asked = []

@@ -177,7 +177,7 @@ def walk_through(cache: Cache, naive: Naive, walk: Walk) -> None:
                 naive.used.append((key, naive.now))
                 naive.unproven.discard(key)
             naive.decoded[-1] |= chosen
-            cache.settle(layer)
+            cache.end_layer(layer)
         else:
             tokens = walk.prefill[layer]
             cache.seed(layer, tokens)
@@ -256,7 +256,7 @@ def test_what_leaves_is_what_a_scan_of_all_slots_finds(seed: int, layers: int, e
                 else:
                     for key in chosen:
                         both.use(key)
-                    both.settle(layer)
+                    both.end_layer(layer)
             for key in chosen:
                 admit(key, "prefill" if prompt else "demand")
             for _ in range(dice.randrange(4)):

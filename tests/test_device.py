@@ -33,7 +33,7 @@ def test_a_stream_keeps_its_order_and_waits_for_events_of_others() -> None:
         last = other.record()
         device.compute.after(last)
         device.compute.run(lambda: done.append("end"))
-        device.settle()
+        device.synchronize()
         assert done == [f"{name}{i}" for name in "ab" for i in range(5)] + ["end"]
         assert there.done() and last.done() and device.launches == 6
 
@@ -65,7 +65,7 @@ def test_repeated_work_is_captured_at_its_second_launch() -> None:
         for _ in range(4):
             work.launch()
             warm.append(work.warm)
-        device.settle()
+        device.synchronize()
         assert done == [1] * 4 and len(captured) == 1 and warm == [False, True, True, True]
 
 
@@ -97,7 +97,7 @@ def test_the_slot_table_changes_in_order_with_the_work_that_reads_it() -> None:
         table.enter(ExpertKey(1, 1), 7)
         assert table.here(1) == {1: 7}, "the host knows at once"
         device.compute.run(look)
-        device.settle()
+        device.synchronize()
         assert found == [[NOWHERE, NOWHERE, 7], [NOWHERE, 7, NOWHERE]]
 
 

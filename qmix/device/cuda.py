@@ -152,7 +152,7 @@ class Cuda:
         self._arena_used = start + (nbytes + 255) // 256 * 256
         return self._arena[start:start + nbytes].view(dtype).view(shape)
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         pass  # they go to the same stream
 
     def wait(self, event: Event) -> None:

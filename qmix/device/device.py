@@ -73,7 +73,7 @@ class Device(Protocol):
     def host(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Host memory that copies to and from the device run beside the host from (page-locked)."""
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Torch operations on tensors of this device, called from now on, find done what was given to `compute`."""
 
     def wait(self, event: Event) -> None:

@@ -113,7 +113,7 @@ class StandIn:
     def host(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype)
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         self.compute.record().wait()
 
     def wait(self, event: Event) -> None:

@@ -248,9 +248,9 @@ class Cache:
         keys = [ExpertKey(layer, expert) for expert in set().union(*choices)]
         for ranking in self._rankings:
             ranking.used(layer, keys)
-        self.settle(layer)
+        self.end_layer(layer)
 
-    def settle(self, layer: int) -> None:
+    def end_layer(self, layer: int) -> None:
         """The router of `layer` has spoken: guesses that it did not confirm are ordinary records now."""
         if self._unproven:
             self._unproven = {key for key in self._unproven if key.layer != layer}

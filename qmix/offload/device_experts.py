@@ -82,7 +82,7 @@ class DeviceExperts(PagedExperts):
 
     def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, step: Step, ahead: Tensor | None = None,
                  wanted: Tensor | None = None) -> Tensor:
-        self._device.settle()
+        self._device.synchronize()
         return super().__call__(layer, x, ids, weights, step, ahead, wanted)
 
     def _in_turn(self, layer: int, experts: Sequence[int], step: Step, ahead: Guesses | None) -> Iterator[ExpertKey]:
@@ -135,8 +135,8 @@ class DeviceExperts(PagedExperts):
         self._watch.decoded(layer, step, ids, weights, ahead)
         experts = list(dict.fromkeys(chain.from_iterable(zip(*ids, strict=True))))  # best ranks first
         if not self._all_here:
-            self._settle(layer, step, list(chain.from_iterable(ids)), list(chain.from_iterable(weights)), experts,
-                         routed.tokens)
+            self._end_layer(layer, step, list(chain.from_iterable(ids)), list(chain.from_iterable(weights)), experts,
+                            routed.tokens)
         here = self._found.pop(layer, {})
         missing = [ExpertKey(layer, expert) for expert in experts if expert not in here]
         absent = [key for key in missing if not self._tier.ready(key)]  # the others have come since `refresh`

@@ -1,7 +1,7 @@
 """Passes the routers' choices on to the router statistics and, if asked for, to a trace.
 
 Passes follow one another. Each layer hands in its choices, and with the last layer the pass is counted. Of a pass with
-drafts only the tokens that turned out right are counted, once `settle` says which.
+drafts only the tokens that turned out right are counted, once `discard_drafts` says which.
 
 T tokens, K experts per token, E experts.
 """
@@ -91,7 +91,7 @@ class RoutingWatch:
             if self._trace is not None:
                 self._trace.drop_pass()  # what an interrupted pass has left
 
-    def settle(self, rejected: int) -> None:
+    def discard_drafts(self, rejected: int) -> None:
         """Count the last pass but for its last `rejected` tokens."""
         for choices in self._held[:len(self._held) - rejected]:
             self.stats.add_token("decode", choices)
@@ -110,7 +110,7 @@ class RoutingWatch:
         if step.phase == "decode":
             self._held = [[layer[token] for layer in self._decoded] for token in range(tokens)]
             if not step.drafts:
-                self.settle(0)
+                self.discard_drafts(0)
         else:
             self.stats.add_counts("prefill", tokens, self._counts, self._transitions)
         if self._trace is not None:
