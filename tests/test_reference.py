@@ -94,7 +94,7 @@ def test_between_gpu_ram_and_disk_no_bit_changes(tmp_path: Path, tied: bool) -> 
             original.plan(original.least_beside(60) + ram, 60, original.least_bytes(60) + vram, device)
             assert original._memory() == {0: layer + vram, "cpu": layer + ram}
             device_map = infer_auto_device_map(original._model, original._memory(), original._model._no_split_modules,
-                                           original.model.dtype)
+                                               original.model.dtype)
             assert set(device_map.values()) == held
             assert torch.equal(torch.cat(list(original.read(ids))), want)
             assert torch.equal(torch.cat(list(original.read(ids))), want)

@@ -192,7 +192,7 @@ class Original:
 
         model, weights = self._model, self._weights
         device_map = infer_auto_device_map(model, self._memory(), model._no_split_modules, self.model.dtype,
-                                       offload_buffers=True)  # without it, a warning of some bytes of rotary angles
+                                           offload_buffers=True)  # without it, a warning of some bytes of rotary angles
         computes = "cpu" if self._device is None else str(self._device)
         main = "cpu" if self._device is None else self._device.index or 0
         held = {name: device for name in weights if (device := _device_of(device_map, name)) != "disk"}
