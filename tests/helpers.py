@@ -39,7 +39,7 @@ TINY: dict[str, Any] = {
     "max_position_embeddings": 512, "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "sliding_window": None,
     "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
 }
-KEEP = QuantConfig(experts="keep", dense="keep", method="", group_size=0, block=0)
+UNQUANTIZED = QuantConfig(experts="keep", dense="keep", method="", group_size=0, block=0)
 
 
 def tiny_config(**overrides: Any) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def write_tiny_stores(folder: Path, formats: Mapping[str, QuantConfig], **overri
     return {name: folder / name for name in formats}
 
 
-def keep_weights(checkpoint: Checkpoint) -> DenseWeights:
+def unquantized_weights(checkpoint: Checkpoint) -> DenseWeights:
     """The dense weights of a checkpoint as they are, without a store between."""
     model = checkpoint.model
     roles = {t.name: t.role for t in model.tensors()}
@@ -112,7 +112,7 @@ def keep_weights(checkpoint: Checkpoint) -> DenseWeights:
             return tensor
         return pack(tensor, MatrixSpec(DTYPES[model.dtype], *tensor.shape))
 
-    return assemble(model, compute_dtype(model, KEEP), read)
+    return assemble(model, compute_dtype(model, UNQUANTIZED), read)
 
 
 def naive_experts(checkpoint: Checkpoint,
@@ -137,14 +137,15 @@ def naive_experts(checkpoint: Checkpoint,
     return experts
 
 
-def keep_model(checkpoint: Checkpoint, seen: Callable[..., None] = lambda *_: None, guess: bool = True) -> Runner:
+def unquantized_model(checkpoint: Checkpoint, seen: Callable[..., None] = lambda *_: None,
+                      guess: bool = True) -> Runner:
     """The runner on the checkpoint's own weights with naive experts; `seen` gets every call of theirs."""
     kernels = select({DTYPES[checkpoint.model.dtype]}, say=lambda line: None)
-    return Runner(checkpoint.model, keep_weights(checkpoint), kernels, naive_experts(checkpoint, seen),
+    return Runner(checkpoint.model, unquantized_weights(checkpoint), kernels, naive_experts(checkpoint, seen),
                   Guesses(1, checkpoint.model.top_k) if guess else NO_GUESSES)
 
 
-def stored_model(source: Path, out: Path, quant: QuantConfig = KEEP) -> Runner:
+def stored_model(source: Path, out: Path, quant: QuantConfig = UNQUANTIZED) -> Runner:
     """Quantize the checkpoint `source` into the store `out` and bring it up as the engine does."""
     with Checkpoint.open(source) as checkpoint:
         quantize_checkpoint(checkpoint, out, quant, threads=1)

@@ -47,11 +47,11 @@ class ScanningCache:
     def end_layer(self, layer: int) -> None:
         self.unproven = {key for key in self.unproven if key.layer != layer}
 
-    def spare(self, key: ExpertKey) -> None:
+    def mark_spare(self, key: ExpertKey) -> None:
         self.spares[key] = None
         self.unproven.discard(key)
 
-    def keep(self, key: ExpertKey) -> None:
+    def unmark_spare(self, key: ExpertKey) -> None:
         self.spares.pop(key, None)
 
     def remove(self, key: ExpertKey) -> None:

@@ -16,7 +16,7 @@ from weakref import WeakSet
 
 import pytest
 import torch
-from helpers import KEEP, write_tiny_checkpoint
+from helpers import UNQUANTIZED, write_tiny_checkpoint
 from test_cli import qmix
 from test_device_engine import ALL, EXPERTS, IDS, LAYERS, TOP_K, bring_up
 from tokenizer_files import DEMO_TEMPLATE, spm_model
@@ -63,7 +63,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     (source / "tokenizer.model").write_bytes(spm_model())
     (source / "tokenizer_config.json").write_text(json.dumps({"chat_template": DEMO_TEMPLATE}))
     with Checkpoint.open(source) as checkpoint:
-        for name, quant in (("int4", QuantConfig()), ("keep", KEEP)):
+        for name, quant in (("int4", QuantConfig()), ("keep", UNQUANTIZED)):
             quantize_checkpoint(checkpoint, folder / name, quant)
     return {name: folder / name for name in ("int4", "keep")}
 

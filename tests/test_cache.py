@@ -127,7 +127,7 @@ class Naive:
         self.unproven.discard(key)
         self.spares.discard(key)
 
-    def spare(self, key: ExpertKey) -> None:
+    def mark_spare(self, key: ExpertKey) -> None:
         self.spares.add(key)
         self.unproven.discard(key)
 
@@ -191,10 +191,10 @@ def walk_through(cache: Cache, naive: Naive, walk: Walk) -> None:
         for reason, key in walk.extra[layer]:
             if reason in ("spare", "keep"):
                 if key in cache and reason == "spare":
-                    cache.spare(key)
-                    naive.spare(key)
+                    cache.mark_spare(key)
+                    naive.mark_spare(key)
                 elif reason == "keep":
-                    cache.keep(key)
+                    cache.unmark_spare(key)
                     naive.spares.discard(key)
             elif key not in cache:
                 admit(cache, naive, key, reason, chosen)
@@ -355,8 +355,8 @@ def test_a_spare_leaves_first_whatever_comes_and_the_surest_one_first_of_all(rea
         cache.admit(key, "demand")
         cache.use(key)
     for key in (ExpertKey(0, 0), ExpertKey(0, 1), ExpertKey(1, 0)):
-        cache.spare(key)
-    cache.keep(ExpertKey(0, 1))
+        cache.mark_spare(key)
+    cache.unmark_spare(ExpertKey(0, 1))
     new = [ExpertKey(2, e) for e in range(3)]
     assert cache.admit(new[0], reason, {ExpertKey(0, 0)}) == ExpertKey(1, 0), "the other one is busy"
     assert cache.admit(new[1], reason) == ExpertKey(0, 0)
@@ -367,8 +367,8 @@ def test_only_a_spare_of_the_same_kind_makes_room() -> None:
     cache = Cache([1, 2], LAYERS, make_policy("lfu", {}), kind_of=lambda key: key.expert % 2)
     for expert in (0, 1, 3):
         assert cache.admit(ExpertKey(0, expert), "demand") is True
-    cache.spare(ExpertKey(0, 0))
-    cache.spare(ExpertKey(0, 3))
+    cache.mark_spare(ExpertKey(0, 0))
+    cache.mark_spare(ExpertKey(0, 3))
     assert cache.admit(ExpertKey(1, 1), "warm") == ExpertKey(0, 3)
     assert cache.admit(ExpertKey(1, 3), "demand") in {ExpertKey(0, 1), ExpertKey(1, 1)}
     assert set(cache.spares) == {ExpertKey(0, 0)}

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import KEEP, write_checkpoint, write_tiny_checkpoint
+from helpers import UNQUANTIZED, write_checkpoint, write_tiny_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -43,7 +43,7 @@ from qmix.quantize import quantize_checkpoint
 MIB = 2**20
 
 
-def make_store(source: Path, out: Path, quant: QuantConfig = KEEP) -> Path:
+def make_store(source: Path, out: Path, quant: QuantConfig = UNQUANTIZED) -> Path:
     with Checkpoint.open(source) as checkpoint:
         quantize_checkpoint(checkpoint, out, quant, threads=1)
     return out
@@ -233,7 +233,8 @@ def test_an_interrupted_reading_leaves_the_session(engine: Engine) -> None:
 
 def test_what_scoring_takes_is_in_the_plan() -> None:
     for context in (100, 4096):
-        more = (Needs.of(MIXTRAL, KEEP, context, scoring=True).workspace - Needs.of(MIXTRAL, KEEP, context).workspace)
+        more = (Needs.of(MIXTRAL, UNQUANTIZED, context, scoring=True).workspace
+                - Needs.of(MIXTRAL, UNQUANTIZED, context).workspace)
         rows = min(context, SCORED_PIECE)
         # a piece as bf16 and as fp32, and every token's residual
         assert more > rows * MIXTRAL.vocab * (2 + 4) + context * MIXTRAL.hidden * 4
@@ -242,7 +243,7 @@ def test_what_scoring_takes_is_in_the_plan() -> None:
 
 @given(st.integers(0, 120 * 2**30), st.integers(0, 2**29), st.sampled_from([256, 4096]))
 def test_two_models_fit_where_one_budget_says_so(budget: int, base: int, context: int) -> None:
-    first, second = (Needs.of(MIXTRAL, quant, context, scoring=True) for quant in (KEEP, QuantConfig()))
+    first, second = (Needs.of(MIXTRAL, quant, context, scoring=True) for quant in (UNQUANTIZED, QuantConfig()))
     least = sum(n.dense + n.kv + n.workspace + n.least_slots * n.record for n in (first, second))
     try:
         granted = share(first, second, budget, base)

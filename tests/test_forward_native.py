@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import KEEP, offloaded, write_tiny_checkpoint
+from helpers import UNQUANTIZED, offloaded, write_tiny_checkpoint
 from torch import Tensor
 
 from qmix.checkpoint import Checkpoint
@@ -33,8 +33,8 @@ STORES: dict[str, tuple[QuantConfig, dict[str, Any]]] = {
     "int4": (QuantConfig(dense="int4"), {"sliding_window": 40}),
     "int4 g32, dense int8": (QuantConfig(group_size=32), {}),
     "int8": (QuantConfig("int8", "int8", "", 0, 0), {"num_local_experts": 5, "num_experts_per_tok": 3}),
-    "keep": (KEEP, {"tie_word_embeddings": True}),
-    "keep fp32": (KEEP, {"dtype": torch.float32, "num_key_value_heads": 1}),
+    "keep": (UNQUANTIZED, {"tie_word_embeddings": True}),
+    "keep fp32": (UNQUANTIZED, {"dtype": torch.float32, "num_key_value_heads": 1}),
 }
 
 

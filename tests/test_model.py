@@ -13,13 +13,13 @@ import bounds
 import pytest
 import torch
 from helpers import (
-    KEEP,
+    UNQUANTIZED,
     decode,
-    keep_model,
-    keep_weights,
     naive_experts,
     prefill,
     stored_model,
+    unquantized_model,
+    unquantized_weights,
     write_tiny_checkpoint,
 )
 from torch import Tensor
@@ -58,7 +58,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]
 
 @pytest.fixture(scope="module")
 def model(checkpoint: Checkpoint) -> Runner:
-    return keep_model(checkpoint)
+    return unquantized_model(checkpoint)
 
 
 def close(got: Tensor, want: Tensor, relative: float = 1e-5) -> bool:
@@ -184,7 +184,7 @@ def test_trim_then_extend_equals_fresh(model: Runner) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_prefill_and_decode_agree(tmp_path: Path, name: str) -> None:
     with Checkpoint.open(write_tiny_checkpoint(tmp_path, dtype=torch.float32, **CONFIGS[name])) as opened:
-        model = keep_model(opened)
+        model = unquantized_model(opened)
     together = prefill(model, IDS[:40], model.new_cache(40), True)
     cache = model.new_cache(40)
     for position, token in enumerate(IDS[:40]):
@@ -211,8 +211,8 @@ def test_blocks_of_attention(model: Runner, count: int) -> None:
 
 def test_long_prompts_take_several_passes(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, int, int]] = []
-    model = keep_model(checkpoint, lambda layer, x, ids, w, step, ahead:
-                       calls.append((layer, len(x), len(step.sequence))))
+    model = unquantized_model(checkpoint, lambda layer, x, ids, w, step, ahead:
+                              calls.append((layer, len(x), len(step.sequence))))
     whole = prefill(model, IDS, model.new_cache(1500), True)
     assert calls == [(layer, 1500, 0) for layer in range(3)]
     calls.clear()
@@ -231,7 +231,7 @@ def test_long_prompts_take_several_passes(checkpoint: Checkpoint, monkeypatch: p
 def test_in_the_last_layer_only_what_is_read_is_computed(checkpoint: Checkpoint,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     wanted: list[tuple[int, list[int] | None]] = []
-    model = keep_model(checkpoint)
+    model = unquantized_model(checkpoint)
     experts = model._eager.experts
 
     def noted(layer: int, *how: Any) -> Tensor:
@@ -259,7 +259,7 @@ def test_sessions_together_give_what_each_gives_alone(tmp_path: Path, name: str)
     """Equal up to rounding: plain fp32 and bf16 products differ in the last bits with the number of rows
     (int4 and int8 kernels do not), attention is computed per session and never differs."""
     with Checkpoint.open(write_tiny_checkpoint(tmp_path, dtype=torch.float32, **CONFIGS[name])) as opened:
-        model = keep_model(opened)
+        model = unquantized_model(opened)
     prompts = [IDS[:5], IDS[5:6], IDS[10:40], IDS[50:53]]
     alone, want = [model.new_cache(64) for _ in prompts], []
     for ids, cache in zip(prompts, alone, strict=True):
@@ -316,7 +316,7 @@ def test_sequence_must_match_the_caches(model: Runner, sequence: tuple[int, ...]
 
 def test_experts_get_what_the_design_says(checkpoint: Checkpoint) -> None:
     calls: list[tuple[Any, ...]] = []
-    model = keep_model(checkpoint, lambda *call: calls.append(
+    model = unquantized_model(checkpoint, lambda *call: calls.append(
         tuple(c.clone() if isinstance(c, Tensor) else c for c in call)))
     cache = model.new_cache(50)
     prefill(model, IDS[:20], cache)
@@ -338,7 +338,7 @@ def test_experts_get_what_the_design_says(checkpoint: Checkpoint) -> None:
 @pytest.mark.parametrize(("guesses", "depth"), [(1, 1), (2, 1), (4, 2), (2, 9)])
 def test_ahead_is_the_next_router_on_this_residual(checkpoint: Checkpoint, guesses: int, depth: int) -> None:
     """Without output of attention and experts the residual never changes: the guess must come true."""
-    weights = keep_weights(checkpoint)
+    weights = unquantized_weights(checkpoint)
     for layer in range(3):
         weights.matrices[f"layers.{layer}.attention.o"]["weight"].zero_()
     seen: list[tuple[Tensor, Tensor | None]] = []
@@ -365,14 +365,14 @@ def test_ahead_is_the_next_router_on_this_residual(checkpoint: Checkpoint, guess
 
 def test_no_guess_where_none_is_wanted(checkpoint: Checkpoint) -> None:
     seen: list[Tensor | None] = []
-    model = Runner(checkpoint.model, keep_weights(checkpoint), select({"fp32"}, say=lambda line: None),
+    model = Runner(checkpoint.model, unquantized_weights(checkpoint), select({"fp32"}, say=lambda line: None),
                    naive_experts(checkpoint, lambda *call: seen.append(call[-1])))
     decode(model, 3, model.new_cache(4))
     assert seen == [None] * 3
 
 
 def test_guessing_does_not_change_the_result(checkpoint: Checkpoint, model: Runner) -> None:
-    plain = Runner(checkpoint.model, keep_weights(checkpoint), select({"fp32"}, say=lambda line: None),
+    plain = Runner(checkpoint.model, unquantized_weights(checkpoint), select({"fp32"}, say=lambda line: None),
                    naive_experts(checkpoint))
     one, two = model.new_cache(20), plain.new_cache(20)
     for token in IDS[:20]:
@@ -390,7 +390,7 @@ def test_cancel_between_layers(checkpoint: Checkpoint, model: Runner, at: int) -
         if layer == at:
             cancel.set()
 
-    stopping = keep_model(checkpoint, seen)
+    stopping = unquantized_model(checkpoint, seen)
     cache, same = stopping.new_cache(40), model.new_cache(40)
     prefill(model, IDS[:8], same)
     stopping.forward(torch.tensor(IDS[:8]), torch.arange(8), [cache], Step("prefill"))
@@ -414,7 +414,7 @@ def test_failure_in_a_later_pass_restores_every_cache(checkpoint: Checkpoint,
         if len(calls) == 5:
             raise OSError("disk gone")
 
-    model = keep_model(checkpoint, fail_late)
+    model = unquantized_model(checkpoint, fail_late)
     monkeypatch.setattr(model._eager, "_most", 512)
     caches = [model.new_cache(1000), model.new_cache(1000)]
     with pytest.raises(OSError, match="disk gone"):
@@ -433,10 +433,10 @@ def test_logits_may_be_changed_in_place(model: Runner) -> None:
 
 def test_bf16_weights_compute_in_bf16(tmp_path: Path) -> None:
     with Checkpoint.open(write_tiny_checkpoint(tmp_path / "half")) as opened:
-        half = keep_model(opened)
+        half = unquantized_model(opened)
     wide_path = write_tiny_checkpoint(tmp_path / "wide", dtype=torch.float32)
     with Checkpoint.open(wide_path) as opened:
-        wide = keep_model(opened)
+        wide = unquantized_model(opened)
     cache = half.new_cache(40)
     got = prefill(half, IDS[:40], cache, True)
     assert got.dtype == torch.float32
@@ -460,7 +460,7 @@ def test_compute_dtype(checkpoint: Checkpoint, dtype: str, experts: str, dense: 
 
 def test_tied_head_shares_the_embedding(tmp_path: Path) -> None:
     with Checkpoint.open(write_tiny_checkpoint(tmp_path, tie_word_embeddings=True)) as opened:
-        weights = keep_weights(opened)
+        weights = unquantized_weights(opened)
     assert weights.matrices["embedding"]["weight"].data_ptr() == weights.tensors["embedding"].data_ptr()
 
 
@@ -486,4 +486,4 @@ def test_misshapen_weights_are_named(checkpoint: Checkpoint, name: str, bad: Any
         return pack(tensor, MatrixSpec("fp32", *tensor.shape)) if packed else tensor
 
     with pytest.raises(StoreError, match=rf"{name}: got"):
-        assemble(checkpoint.model, compute_dtype(checkpoint.model, KEEP), read)
+        assemble(checkpoint.model, compute_dtype(checkpoint.model, UNQUANTIZED), read)

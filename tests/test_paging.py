@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import KEEP, write_tiny_stores
+from helpers import UNQUANTIZED, write_tiny_stores
 from torch import Tensor
 
 from qmix import hardware
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("no_thread_stays")
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_tiny_stores(tmp_path_factory.mktemp("paging"), {"int4": QuantConfig(), "keep": KEEP},
+    return write_tiny_stores(tmp_path_factory.mktemp("paging"), {"int4": QuantConfig(), "keep": UNQUANTIZED},
                              num_hidden_layers=LAYERS, num_local_experts=EXPERTS)
 
 

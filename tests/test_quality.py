@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import KEEP
+from helpers import UNQUANTIZED
 from test_evaluate import in_fp32
 
 from qmix import evaluate
@@ -50,7 +50,7 @@ def calibration(source: Path, text: str, tokens: int) -> Calibration:
 def divergence(source: Path, folder: Path, held_out: str, seen: Calibration, most: int, name: str,
                quant: QuantConfig) -> float:
     """Mean KL of a store made as `quant` says, from the unquantized one, on the text held out."""
-    for out, how in ((folder / "keep", KEEP), (folder / name, quant)):
+    for out, how in ((folder / "keep", UNQUANTIZED), (folder / name, quant)):
         if not out.exists():
             with Checkpoint.open(source) as checkpoint:
                 quantize_checkpoint(checkpoint, out, how, calibration=seen if how.method == "gptq" else None, threads=2)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import infer_auto_device_map
-from helpers import KEEP, write_tiny_checkpoint
+from helpers import UNQUANTIZED, write_tiny_checkpoint
 from test_cli import qmix
 from test_evaluate import document, in_fp32, make_store, refused, sentencepiece_ids
 from tokenizer_files import spm_model
@@ -157,15 +157,16 @@ def moved_by(kl: float, distance: float) -> float:
     return math.expm1(distance) * (kl + math.sqrt(2 * kl)) + distance * math.exp(distance)
 
 
-def compare_with_keep(store: Path, source: Path, keep: Path, text: Path, flags: tuple[object, ...]) -> None:
+def compare_with_unquantized(store: Path, source: Path, unquantized: Path, text: Path,
+                             flags: tuple[object, ...]) -> None:
     """Against the checkpoint and against its `keep` store the figures differ by no more than the two do."""
-    by_us = document(store, "-f", text, *flags, "--against", keep)
+    by_us = document(store, "-f", text, *flags, "--against", unquantized)
     by_them = document(store, "-f", text, *flags, "--against", source)
     assert by_us["perplexity"] == by_them["perplexity"]
     window = by_us["window"]
     ids = sentencepiece_ids(source, text.read_text(encoding="utf-8"))
     model, distance = theirs(source, torch.float32), 0.0
-    with load(keep, threads=1, context=window, scoring=True) as ours:
+    with load(unquantized, threads=1, context=window, scoring=True) as ours:
         for w in cut(len(ids), window, window, by_us["tokens"]):
             q = torch.cat(list(ours.session().read(ids[w.begin:w.end - 1]))).double().log_softmax(1)
             p = their_logits(model, ids[w.begin:w.end - 1]).double().log_softmax(1)
@@ -176,16 +177,17 @@ def compare_with_keep(store: Path, source: Path, keep: Path, text: Path, flags: 
     assert abs(losses[0] - losses[1]) <= distance
 
 
-def test_a_keep_store_is_as_good_a_reference(int4: Path, text: Path, tmp_path: Path) -> None:
+def test_an_unquantized_store_is_as_good_a_reference(int4: Path, text: Path, tmp_path: Path) -> None:
     source = in_fp32(CHECKPOINT, tmp_path / "source")
-    keep = make_store(source, tmp_path / "keep", KEEP)
-    compare_with_keep(int4, source, keep, text, ("-c", 128, "-n", 300))
+    unquantized = make_store(source, tmp_path / "keep", UNQUANTIZED)
+    compare_with_unquantized(int4, source, unquantized, text, ("-c", 128, "-n", 300))
 
 
-def test_a_keep_store_of_a_trained_model(wiki_moe: Path, text: Path, tmp_path: Path) -> None:
+def test_an_unquantized_store_of_a_trained_model(wiki_moe: Path, text: Path, tmp_path: Path) -> None:
     source = in_fp32(wiki_moe, tmp_path / "source")
-    store, keep = make_store(source, tmp_path / "int4", QuantConfig()), make_store(source, tmp_path / "keep", KEEP)
-    compare_with_keep(store, source, keep, text, ("-c", 200, "-n", 400))
+    store = make_store(source, tmp_path / "int4", QuantConfig())
+    unquantized = make_store(source, tmp_path / "keep", UNQUANTIZED)
+    compare_with_unquantized(store, source, unquantized, text, ("-c", 200, "-n", 400))
 
 
 def test_within_a_budget_that_leaves_the_weights_on_disk(wiki_moe: Path, text: Path, tmp_path: Path) -> None:

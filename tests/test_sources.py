@@ -9,7 +9,7 @@ from typing import Any
 import mixtrals as names
 import pytest
 import torch
-from helpers import KEEP, tiny_config, tiny_tensors, write_checkpoint
+from helpers import UNQUANTIZED, tiny_config, tiny_tensors, write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -111,9 +111,9 @@ def test_a_fused_checkpoint_is_the_same_model(tmp_path: Path) -> None:
             checkpoint.read_into(f"layers.{key.layer}.experts.{key.expert}.gate", out)
             assert torch.equal(out, want[0])
         assert checkpoint.nbytes == sum(t.nbytes for t in published.values())
-        quantize_checkpoint(checkpoint, tmp_path / "a", KEEP, threads=1)
+        quantize_checkpoint(checkpoint, tmp_path / "a", UNQUANTIZED, threads=1)
     with Checkpoint.open(write_checkpoint(tmp_path / "published", MIXTRAL, published)) as checkpoint:
-        quantize_checkpoint(checkpoint, tmp_path / "b", KEEP, threads=1)
+        quantize_checkpoint(checkpoint, tmp_path / "b", UNQUANTIZED, threads=1)
     for file in sorted((tmp_path / "b").glob("*.safetensors")):
         assert file.read_bytes() == (tmp_path / "a" / file.name).read_bytes()
 

@@ -28,7 +28,7 @@ from qmix.offload.setup import OffloadOptions
 from qmix.offload.trace import TraceHeader, TraceWriter
 from qmix.offload.watch import Recorder
 from qmix.render import Progress
-from qmix.sizes import format_bytes, kept_attention
+from qmix.sizes import format_bytes, kv_owners
 from qmix.store import Store
 from qmix.tokenizer import load as load_tokenizer
 
@@ -77,7 +77,7 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
             say(line)
         if kv == "int8":
             item_bytes = compute_bytes(spec, store.quant)
-            each, without = (sum(position_bytes(a, item_bytes, kind) for a in kept_attention(spec))
+            each, without = (sum(position_bytes(a, item_bytes, kind) for a in kv_owners(spec))
                              for kind in (kv, "bf16"))
             say(f"int8 KV cache: {format_bytes(each)} a token, {format_bytes(without)} without")
         exact = placement is not None and placement.exact

@@ -29,7 +29,7 @@ from qmix.forward.kv_layers import AttendBy, CacheLayer, FullLayer, Int8Layer, R
 from qmix.hardware.memory import prefer_huge_pages
 from qmix.kernels.kv_size import positions
 from qmix.kernels.native import Attention as NativeAttention
-from qmix.kernels.native import Kept
+from qmix.kernels.native import KVLayer
 from qmix.kernels.op import FEW
 from qmix.spec import Attention, DeltaNet, Model
 
@@ -91,11 +91,11 @@ class SessionCache:
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in self.layers if layer is not None)
 
-    def kept(self, layer: int) -> Kept:
+    def kv_layer(self, layer: int) -> KVLayer:
         """Keys and values that a layer reads: of every position, in place."""
         found = self.layers[self._sources[layer]]
         assert isinstance(found, FullLayer), "a recurrent layer has no keys"
-        return found.kept
+        return found.kv_layer
 
     @property
     def identity(self) -> tuple[int, ...]:
@@ -104,10 +104,11 @@ class SessionCache:
 
     @property
     def addresses(self) -> list[tuple[int, int, int, int]]:
-        """Where `kept` is, by layer: it never moves. Zeros for a recurrent layer."""
+        """Where `kv_layer` is, by layer: it never moves. Zeros for a recurrent layer."""
         if not self._addresses:
-            self._addresses = [self.kept(i).addresses if isinstance(self.layers[source], FullLayer) else (0, 0, 0, 0)
-                               for i, source in enumerate(self._sources)]
+            self._addresses = [
+                self.kv_layer(i).addresses if isinstance(self.layers[source], FullLayer) else (0, 0, 0, 0)
+                for i, source in enumerate(self._sources)]
         return self._addresses
 
     def need(self, count: int) -> None:

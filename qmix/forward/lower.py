@@ -251,7 +251,7 @@ class Lowering:
             raise Unsupported("torch attends")
         q, k, v = (self._buffers[name].view(1, -1, a.head_dim) for name in (op.q, op.k, op.v))
         out = self._buffers.make(op.out, a.heads * a.head_dim, q.dtype)
-        call = found.add(ATTEND, layer.native.job(layer.kept, q, k, v, out, 0, 1))
+        call = found.add(ATTEND, layer.native.job(layer.kv_layer, q, k, v, out, 0, 1))
         found.attends.append((call, op.layer, a.window))
 
     def _add(self, op: ops.Add, found: Calls) -> None:

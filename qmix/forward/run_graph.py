@@ -250,10 +250,10 @@ class DeviceDecode:
             for m, out in zip(layer.heads, outs, strict=True):
                 ops.linear(found.x, m, out)
             for first, end in runs:
-                kept = found.caches[first].kept(index)
-                scales = None if kept.key_scales is None or kept.value_scales is None else (
-                    kept.key_scales, kept.value_scales)
-                ops.rope_attend(found.qkv[first:end], found.cos_sin[first:end], kept.keys, kept.values,
+                kv_layer = found.caches[first].kv_layer(index)
+                scales = None if kv_layer.key_scales is None or kv_layer.value_scales is None else (
+                    kv_layer.key_scales, kv_layer.value_scales)
+                ops.rope_attend(found.qkv[first:end], found.cos_sin[first:end], kv_layer.keys, kv_layer.values,
                                 found.positions[first:end], self._shape.window, found.attended[first:end], scales)
             ops.linear(found.attended, layer.o, found.residual, add=True)
             ops.route(found.residual, layer.post_norm, layer.router, model.final_norm.eps, routed.x, routed.ids,

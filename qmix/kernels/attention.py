@@ -52,18 +52,18 @@ def agrees(own: native.Attention, head_dim: int, kv: str) -> bool:
     if kv == "int8":
         keys, values = torch.randint(-127, 128, (2, KV_HEADS, ROOM, head_dim), generator=random).to(torch.int8)
         scales = torch.rand(2, KV_HEADS, ROOM, generator=random) / 64
-        kept = native.Kept(keys, values, scales[0].contiguous(), scales[1].contiguous())
+        kv_layer = native.KVLayer(keys, values, scales[0].contiguous(), scales[1].contiguous())
     else:
         keys, values = torch.randn(2, KV_HEADS, ROOM, head_dim, generator=random).bfloat16()
-        kept = native.Kept(keys, values)
+        kv_layer = native.KVLayer(keys, values)
     begin, end = 3, LENGTH
-    got = own.append(kept, q, new[0], new[1], begin, end).view(KV_HEADS, GROUP, head_dim).double()
+    got = own.append(kv_layer, q, new[0], new[1], begin, end).view(KV_HEADS, GROUP, head_dim).double()
     wide = [_decoded(codes, scales)[:, begin:end] for codes, scales in (
-        (kept.keys, kept.key_scales), (kept.values, kept.value_scales))]
+        (kv_layer.keys, kv_layer.key_scales), (kv_layer.values, kv_layer.value_scales))]
     weights = (q.view(KV_HEADS, GROUP, head_dim).double() @ wide[0].mT / head_dim**0.5).softmax(-1)
     want = weights @ wide[1]
-    kept_new = torch.stack([wide[0][:, -1], wide[1][:, -1]])
-    off = (kept_new - new[:, 0].double()).abs().amax() / new.double().abs().amax()
+    new_cached = torch.stack([wide[0][:, -1], wide[1][:, -1]])
+    off = (new_cached - new[:, 0].double()).abs().amax() / new.double().abs().amax()
     return bool((got - want).norm() <= 1e-5 * want.norm()) and bool(off <= 1 / 127)
 
 

@@ -9,7 +9,7 @@ fp32, the experts one after another as they come from the disk.
         forward.leave()                             # what follows the experts; -> forward.dense_inputs
 
 Only the data of one layer is held. The residual of all tokens stays between layers, and beside it what the experts and
-the Ops behind them read: `kept`. The weights are the original's throughout, not the quantized ones, so the result
+the Ops behind them read: `live`. The weights are the original's throughout, not the quantized ones, so the result
 depends neither on the format nor on where an interrupted run continues.
 
 What lies between two Experts is computed one sequence a task, each with a cache of its own; what its products read is
@@ -85,7 +85,7 @@ class LayerPieces:
         assert self.combine is not None
         return self.combine.out if self.after else "residual"
 
-    def kept(self, compute: torch.dtype) -> dict[str, tuple[int, torch.dtype]]:
+    def live_widths(self, compute: torch.dtype) -> dict[str, tuple[int, torch.dtype]]:
         """{buffer: (numbers a token, dtype)} that stay while the experts run: what these and `after` read."""
         if self.experts is None or self.combine is None:
             return {}
@@ -104,8 +104,9 @@ class LayerPieces:
 class ForwardPass:
     """The original model on the calibration's tokens, with room for `copies` copies of their rows (sensitivity.py).
 
-    residual fp32 [T, H]; kept: what LayerPieces.kept says of the current layer, [T, ...] each. layer: the current one,
-    -1 before the first. dense_inputs: those of its dense matrices, as far as they were asked for, by canonical name.
+    residual fp32 [T, H]; live: the buffers of LayerPieces.live_widths of the current layer, [T, ...] each. layer: the
+    current one, -1 before the first. dense_inputs: those of its dense matrices, as far as they were asked for, by
+    canonical name.
     """
 
     def __init__(self, source: Source, calibration: Calibration, pool: Executor | None = None, copies: int = 0):
@@ -134,26 +135,26 @@ class ForwardPass:
         return self._whole["residual"][:self._rows]
 
     @property
-    def kept(self) -> dict[str, Tensor]:
+    def live(self) -> dict[str, Tensor]:
         return {name: whole[:self._rows] for name, whole in self._whole.items() if name != "residual"}
 
     @property
     def ids(self) -> Tensor:
         """[T, K]: the experts that the current layer chose."""
         assert self.pieces.experts is not None
-        return self.kept[self.pieces.experts.ids or "ids"]
+        return self.live[self.pieces.experts.ids or "ids"]
 
     @property
     def topk_weights(self) -> Tensor:
         """[T, K]: and their weights."""
         assert self.pieces.combine is not None
-        return self.kept[self.pieces.combine.topk_weights or "topk_weights"]
+        return self.live[self.pieces.combine.topk_weights or "topk_weights"]
 
     @property
     def normed(self) -> Tensor:
         """[T, H]: what the current layer's experts read, in the dtype that the model computes in."""
         assert self.pieces.experts is not None
-        return self.kept[self.pieces.experts.source]
+        return self.live[self.pieces.experts.source]
 
     def enter(self, layer: int, measure: bool = False) -> None:
         """The next layer up to its experts, or all of a layer without any. measure: sum up what its dense matrices
@@ -163,7 +164,7 @@ class ForwardPass:
         self.layer, self._measure = layer, measure
         self.dense_inputs.clear()
         self.pieces = LayerPieces.of(self.model, layer)
-        wanted = self.pieces.kept(self.dtype)
+        wanted = self.pieces.live_widths(self.dtype)
         if self.pieces.experts is not None and self.pieces.experts.ids is None:
             wanted |= {"ids": (1, torch.int64), "topk_weights": (1, torch.float32)}
         self._make(wanted)
@@ -172,7 +173,7 @@ class ForwardPass:
             self.topk_weights.fill_(1)
         self._run(self.pieces.before)
         if self.pieces.after:
-            self.kept[self.pieces.sums_up].zero_()
+            self.live[self.pieces.sums_up].zero_()
         self._check_finite()
 
     def leave(self) -> None:
@@ -227,7 +228,7 @@ class ForwardPass:
             energies.update(products.keep(inside, names, x, outs))
 
         here, needed = slice(start, start + self._length), live(program)
-        whole = {"residual": self.residual, **self.kept}
+        whole = {"residual": self.residual, **self.live}
         buffers = {name: whole[name][here] for name in needed}
         written = {name for op in program for name in op.outputs} & whole.keys()
         cache = SessionCache(self.model, self._length, only=(self.layer,))
@@ -284,7 +285,7 @@ class ForwardPass:
     def add(self, token: Tensor, out: Tensor, first: int = 0) -> None:
         """Add out [n, H], weighed, to rows `token`, counted from `first`, of what this layer's experts give."""
         name = self.pieces.sums_up
-        (self.residual if name == "residual" else self.kept[name])[first:].index_add_(0, token, out)
+        (self.residual if name == "residual" else self.live[name])[first:].index_add_(0, token, out)
 
     def count(self, expert: int) -> int:
         """Tokens that the current layer sends to an expert."""

@@ -27,7 +27,7 @@ CALL = struct.Struct("@P2i")          # qmix_call
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 ROUTER_TYPES = {**TYPES, torch.float16: 2}
 SOFTMAX_CHOSEN, SOFTMAX_ALL, SIGMOID = range(3)  # qmix_route.score
-KEPT = {torch.int8: 0, torch.bfloat16: 1}
+KV_TYPES = {torch.int8: 0, torch.bfloat16: 1}
 
 
 def norm(x: Tensor, weight: Tensor | None, eps: float | None, out: Tensor | None, wide: Tensor | None = None,
