@@ -25,7 +25,7 @@ from torch import Tensor
 
 from qmix.formats.packed import Packed, view
 from qmix.hardware import physical_cores
-from qmix.kernels.attend import rotation
+from qmix.kernels.attend import default_inv_freq
 from qmix.kernels.device_ops import DeviceOps, ExpertSlots, TorchDeviceOps
 from qmix.kernels.device_table import choose_device_kernels
 from qmix.kernels.table import select
@@ -141,7 +141,7 @@ class Operations:
         copies = [self._here(kept[i % 2]) for i in range(self._copies(nbytes))]
         qkv, at = self._normal(1, (s.heads + 2 * s.kv_heads) * s.size), torch.tensor([positions - 1])
         cos_sin = torch.empty(1, s.size)
-        self._reference.rope_cos_sin(at, rotation(s.size, 1e6), cos_sin)
+        self._reference.rope_cos_sin(at, default_inv_freq(s.size, 1e6), cos_sin)
         here, here_at, there = self._here(qkv), self._here(at), self._here(cos_sin)
         out = torch.empty(1, s.heads * s.size, device=device)
 

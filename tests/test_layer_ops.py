@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qmix.kernels import native
-from qmix.kernels.attend import rotation
+from qmix.kernels.attend import default_inv_freq
 from qmix.kernels.layer import TORCH, LayerOps, TorchLayerOps, agrees, choose_layer_ops
 from qmix.kernels.router import RouterTensors
 from qmix.spec import Router
@@ -117,7 +117,7 @@ def test_nan_is_above_all_as_in_torch(ops: LayerOps) -> None:
 @pytest.mark.parametrize("size", [2, 32, 128])
 def test_rotate(ops: LayerOps, size: int, dtype: torch.dtype) -> None:
     queries, keys = random(3, 4 * size).to(dtype), random(3, 2 * size).to(dtype)
-    cos, sin = ops.angles(torch.tensor([0, 7, 30000]), rotation(size, 1e6))
+    cos, sin = ops.rope_cos_sin(torch.tensor([0, 7, 30000]), default_inv_freq(size, 1e6))
     got = ops.rotate(queries.clone(), keys.clone(), cos, sin)
     for x, rotated in zip((queries, keys), got, strict=True):
         heads = x.double().view(3, -1, size)
@@ -129,14 +129,14 @@ def test_rotate(ops: LayerOps, size: int, dtype: torch.dtype) -> None:
 
 @every_op
 def test_angles_are_fp32_and_their_cosines_as_good_as_it_gets(ops: LayerOps) -> None:
-    positions, inverse = torch.tensor([0, 1, 500, 32767]), rotation(128, 1e6)
-    cos, sin = ops.angles(positions, inverse)
-    angles = (positions[:, None].float() * inverse).double()
+    positions, inv_freq = torch.tensor([0, 1, 500, 32767]), default_inv_freq(128, 1e6)
+    cos, sin = ops.rope_cos_sin(positions, inv_freq)
+    angles = (positions[:, None].float() * inv_freq).double()
     assert cos.shape == sin.shape == (4, 1, 128) and torch.equal(cos[..., :64], cos[..., 64:])
     assert torch.allclose(cos[:, 0, :64].double(), angles.cos(), atol=6e-8)
     assert torch.allclose(sin[:, 0, 64:].double(), angles.sin(), atol=6e-8)
     assert torch.equal(sin[..., :64], -sin[..., 64:])
-    assert torch.equal(ops.angles(positions[2:3], inverse)[0][0], cos[2])
+    assert torch.equal(ops.rope_cos_sin(positions[2:3], inv_freq)[0][0], cos[2])
 
 
 @every_op
@@ -156,7 +156,7 @@ def test_rows_with_gaps(ops: LayerOps) -> None:
     assert torch.allclose(ops.norm(x, weight, EPS, torch.float32).double(), norm64(x, weight), rtol=1e-5, atol=1e-6)
     logits = norm64(x, weight) @ router.T.double()
     assert torch.equal(routed(ops, x.clone(), weight, router, 2)[1], logits.topk(2).indices)
-    both, turn = random(2, 96), ops.angles(torch.tensor([1, 2]), rotation(32, 1e4))
+    both, turn = random(2, 96), ops.rope_cos_sin(torch.tensor([1, 2]), default_inv_freq(32, 1e4))
     queries, keys = both[:, :64], both[:, 64:]
     assert torch.equal(ops.rotate(queries, keys, *turn)[0], ops.rotate(queries.clone(), keys.clone(), *turn)[0])
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qmix.formats.packed import TILE_BYTES
 from qmix.kernels import native
-from qmix.kernels.attend import rotation
+from qmix.kernels.attend import default_inv_freq
 from qmix.kernels.layer import TORCH, LayerOps
 from qmix.kernels.native import jobs
 from qmix.kernels.native.sequence import NORM, Sequence
@@ -217,8 +217,8 @@ def test_norm_reads_bf16_and_may_have_no_weight(layer_ops: LayerOps) -> None:
 def test_partial_rotary_with_an_attention_factor(layer_ops: LayerOps, queries_as: torch.dtype, keys_as: torch.dtype,
                                                  size: int, rotary: int, factor: float) -> None:
     queries, keys = random(8, 4 * size).to(queries_as), random(8, 2 * size, seed=1).to(keys_as)
-    positions, inv_freq = torch.tensor([0, 7, 30000, 1, 2, 3, 4, 131071]), rotation(rotary, 1e6)
-    cos, sin = layer_ops.angles(positions, inv_freq, factor)
+    positions, inv_freq = torch.tensor([0, 7, 30000, 1, 2, 3, 4, 131071]), default_inv_freq(rotary, 1e6)
+    cos, sin = layer_ops.rope_cos_sin(positions, inv_freq, factor)
     angle = (positions[:, None].float() * inv_freq).double()[:, None]
     c, s = angle.cos() * factor, angle.sin() * factor
     # The cosine is rounded, the factor may be, and so is their product.
@@ -235,7 +235,7 @@ def test_partial_rotary_with_an_attention_factor(layer_ops: LayerOps, queries_as
         assert bool(((rotated[..., :rotary].double() - want).abs() <= 5.01 * FP32 * terms).all())
         assert torch.equal(rotated[..., rotary:].double(), heads[..., rotary:])
     for count in range(1, 9):
-        part = layer_ops.angles(positions[:count], inv_freq, factor)
+        part = layer_ops.rope_cos_sin(positions[:count], inv_freq, factor)
         alone = layer_ops.rotate(queries[:count].clone(), keys[:count].clone(), *part, size)
         assert all(torch.equal(a, b[:count]) for a, b in zip(alone, found, strict=True))
 

@@ -34,7 +34,7 @@ from qmix.forward.program import model_program
 from qmix.forward.run_eager import Guesses
 from qmix.forward.runner import Runner
 from qmix.forward.weights import assemble, compute_dtype
-from qmix.kernels.attend import attend, rotation
+from qmix.kernels.attend import attend, default_inv_freq
 from qmix.kernels.kv_size import kv_bytes
 from qmix.kernels.layer import TORCH, rms_norm, rotate
 from qmix.kernels.table import select
@@ -76,11 +76,11 @@ def test_rms_norm_against_float64() -> None:
     assert torch.equal(rms_norm(x, None, 1e-5) * weight, rms_norm(x, weight, 1e-5))
 
 
-def test_rotation_turns_pairs_of_halves() -> None:
+def test_rotate_turns_pairs_of_halves() -> None:
     """Dimensions i and i + D/2 are one complex number, turned by position * theta^(-2i/D)."""
     size, theta = 16, 100.0
     x, positions = torch.randn(3, 2, size), torch.tensor([0, 5, 40])
-    got = rotate(x.clone(), *TORCH.angles(positions, rotation(size, theta)))
+    got = rotate(x.clone(), *TORCH.rope_cos_sin(positions, default_inv_freq(size, theta)))
     for t, position in enumerate(positions.tolist()):
         for i in range(size // 2):
             turn = cmath.exp(1j * position * theta ** (-2 * i / size))
@@ -91,9 +91,10 @@ def test_rotation_turns_pairs_of_halves() -> None:
 
 
 def test_rotation_of_a_position_does_not_depend_on_its_neighbours() -> None:
-    together = TORCH.angles(torch.arange(3000), rotation(128, 1e6))
+    together = TORCH.rope_cos_sin(torch.arange(3000), default_inv_freq(128, 1e6))
     for position in (0, 1, 17, 511, 2999):
-        for alone, row in zip(TORCH.angles(torch.tensor([position]), rotation(128, 1e6)), together, strict=True):
+        own = TORCH.rope_cos_sin(torch.tensor([position]), default_inv_freq(128, 1e6))
+        for alone, row in zip(own, together, strict=True):
             assert torch.equal(alone[0], row[position])
 
 

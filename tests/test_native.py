@@ -272,7 +272,7 @@ def test_jobs_are_laid_out_as_in_c() -> None:
     sizes = {"qmix_norm": jobs.NORM.size}
     route = struct.Struct(jobs.NORM.format + jobs.ROUTE_REST.format.removeprefix("@"))
     for name, packed in (("qmix_job", jobs.PRODUCT), ("qmix_attention", jobs.ATTENTION), ("qmix_norm", jobs.NORM),
-                         ("qmix_route", route), ("qmix_rotate", jobs.ROTATE), ("qmix_angles", jobs.ANGLES),
+                         ("qmix_route", route), ("qmix_rotate", jobs.ROTATE), ("qmix_angles", jobs.ROPE_COS_SIN),
                          ("qmix_combine", jobs.COMBINE), ("qmix_addition", jobs.ADDITION), ("qmix_call", jobs.CALL),
                          ("qmix_matrix", jobs.MATRIX), ("qmix_experts", jobs.EXPERTS)):
         body = header[:header.index(f"}} {name};")].rpartition("typedef struct {")[2]

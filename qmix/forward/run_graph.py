@@ -38,7 +38,7 @@ from qmix.errors import Interrupted
 from qmix.formats import Packed
 from qmix.forward.kv_cache import SessionCache
 from qmix.forward.weights import DenseWeights
-from qmix.kernels.attend import rotation
+from qmix.kernels.attend import default_inv_freq
 from qmix.kernels.device_ops import DeviceOps, Later
 from qmix.spec import Model
 
@@ -147,7 +147,7 @@ class DeviceDecode:
         self._experts = experts
         self._depth = depth if guesses else 0
         self._guesses = guesses
-        self._inverse = rotation(self._shape.head_dim, self._shape.rope.theta).to(device.torch_device)
+        self._inverse = default_inv_freq(self._shape.head_dim, self._shape.rope.theta).to(device.torch_device)
         self._buffers: dict[int, _Buffers] = {}
         self.warm = True  # whether the last call launched only what had been captured before
         self._pieces: dict[tuple[int, ...], _Pieces] = {}

@@ -90,7 +90,7 @@ class Turning:
         else:
             positions = torch.cat([torch.arange(span.start, span.start + span.tokens) for span in spans])
         speeds, factor = self.speeds(rope, spans[0].cache.capacity)
-        return torch_ops.cos_sin(positions.to(self.device), speeds, factor, layer)
+        return torch_ops.rope_cos_sin(positions.to(self.device), speeds, factor, layer)
 
     @staticmethod
     def _long(rope: Rope, capacity: int) -> bool:

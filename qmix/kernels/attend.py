@@ -17,7 +17,7 @@ SCORES = 64 * 2**20  # the most bytes of scores that attend_torch has at once, i
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
 
-def rotation(head_dim: int, theta: float) -> Tensor:
+def default_inv_freq(head_dim: int, theta: float) -> Tensor:
     """Radians a position by which the pairs of dimensions of a head turn: theta^(-2i/D), fp32 [D / 2]."""
     return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
 

@@ -118,7 +118,7 @@ class TorchDeviceOps:
         keys and values to their positions in keys and values [KV, S, D], of any float dtype."""
         heads, size = query.shape[1:]
         q, k, v = qkv.split((heads * size, len(keys) * size, len(keys) * size), 1)
-        rotated, new = self._kernels.layer.rotate(q, k, *self._kernels.layer.angles(positions, inverse))
+        rotated, new = self._kernels.layer.rotate(q, k, *self._kernels.layer.rope_cos_sin(positions, inverse))
         query.copy_(rotated)
         keys[:, positions] = new.transpose(0, 1).to(keys.dtype)
         values[:, positions] = v.view(len(v), -1, size).transpose(0, 1).to(values.dtype)
@@ -140,7 +140,7 @@ class TorchDeviceOps:
         """What rotates heads at positions [T] int64, inverse [D / 2] as of `keep`: the D / 2 cosines, then the sines,
         into out fp32 [T, D]. The same for every layer."""
         half = len(inverse)
-        cos, signed = self._kernels.layer.angles(positions, inverse)
+        cos, signed = self._kernels.layer.rope_cos_sin(positions, inverse)
         out[:, :half], out[:, half:] = cos[:, 0, :half], signed[:, 0, half:]
 
     def rope_attend(self, qkv: Tensor, cos_sin: Tensor, keys: Tensor, values: Tensor, positions: Tensor,

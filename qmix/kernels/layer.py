@@ -34,7 +34,7 @@ class LayerOps(Protocol):
     def guess(self, x: Tensor, weight: Tensor | None, router: RouterTensors, eps: float | None,
               ids: Tensor) -> None: ...
 
-    def angles(self, positions: Tensor, inverse: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]: ...
+    def rope_cos_sin(self, positions: Tensor, inv_freq: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]: ...
 
     def rotate(self, queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor,
                head_dim: int | None = None) -> tuple[Tensor, Tensor]: ...
@@ -78,18 +78,18 @@ class TorchLayerOps:
         wide = x if eps is None else rms_norm(x, weight, eps)
         ids.copy_(choose_experts(router_logits(wide, router.weight), router, ids.shape[1])[0])
 
-    def angles(self, positions: Tensor, inverse: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
-        """What rotates heads at `positions` [T]: (cos, signed sin), fp32 [T, 1, R], of position * inverse [R / 2], in
+    def rope_cos_sin(self, positions: Tensor, inv_freq: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+        """What rotates heads at `positions` [T]: (cos, signed sin), fp32 [T, 1, R], of position * inv_freq [R / 2], in
         fp32 as transformers has it, times the attention factor (kernels/rope.py). The cosine goes through fp64, so that
         its last bit does not depend on how many positions are computed together."""
-        angles = (positions[:, None, None].float() * inverse).double()
+        angles = (positions[:, None, None].float() * inv_freq).double()
         cos, sin = angles.cos().float() * factor, angles.sin().float() * factor
         return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
     def rotate(self, queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor,
                head_dim: int | None = None) -> tuple[Tensor, Tensor]:
         """Rotary embedding of the first R dimensions of each head: queries [T, Q * D], keys [T, KV * D]; cos, sin
-        [T, 1, R] of `angles`; head_dim: D, None for R -> [T, Q, D] and [T, KV, D], fp32."""
+        [T, 1, R] of `rope_cos_sin`; head_dim: D, None for R -> [T, Q, D] and [T, KV, D], fp32."""
         count, _, rotary = cos.shape
         size = head_dim or rotary
         heads = torch.cat((queries.float(), keys.float()), 1).view(count, -1, size)
@@ -155,7 +155,7 @@ def _results(ops: LayerOps, x: Tensor, weight: Tensor, routers: Iterable[RouterT
         guesses = torch.empty(3, 2, 3, dtype=torch.int64)[:, 1]
         ops.guess(x, None, router, None, guesses)
         found += [normed, weights, ids.float(), guesses.float()]
-    cos, sin = ops.angles(torch.tensor([0, 3, 4000]), weight[:20], 1.25)
+    cos, sin = ops.rope_cos_sin(torch.tensor([0, 3, 4000]), weight[:20], 1.25)
     return [*found, cos, sin, *ops.rotate(x[:, :120], x[:, 120:160].bfloat16(), cos, sin),
             *ops.rotate(x[:, :100], x[:, 100:150], cos, sin, 50),
             ops.norm(x, weight, 1e-5, torch.float32), ops.norm(x.bfloat16(), None, 1e-5, torch.float32),

@@ -115,9 +115,9 @@ def head_norm(op: ops.HeadNorm, w: Weights, buffer: Tensor) -> Tensor:
     return x if op.clip is None else x.clamp(-op.clip, op.clip)
 
 
-def cos_sin(positions: Tensor, inv_freq: Tensor, factor: float, layer: LayerOps = TORCH) -> tuple[Tensor, Tensor]:
+def rope_cos_sin(positions: Tensor, inv_freq: Tensor, factor: float, layer: LayerOps = TORCH) -> tuple[Tensor, Tensor]:
     """What `rope` rotates by, fp32 [T, 1, D], of positions [T]."""
-    return layer.angles(positions, inv_freq, factor)
+    return layer.rope_cos_sin(positions, inv_freq, factor)
 
 
 def rope(op: ops.Rope, cos: Tensor, sin: Tensor, *buffers: Tensor) -> tuple[Tensor, ...]:

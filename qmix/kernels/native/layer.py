@@ -66,12 +66,12 @@ class LayerOps:
     def _route(self, x: Tensor, job: bytes) -> None:
         _check(self._library.qmix_routes(self._number, job, x.shape[0], self.threads))
 
-    def angles(self, positions: Tensor, inverse: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Cosine and signed sine, fp32 [T, 1, R], of position * inverse [R / 2], for positions [T] int64, times the
+    def rope_cos_sin(self, positions: Tensor, inv_freq: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Cosine and signed sine, fp32 [T, 1, R], of position * inv_freq [R / 2], for positions [T] int64, times the
         attention factor (YaRN, arXiv 2309.00071, section 3.4)."""
-        cos, sin = torch.empty(2, len(positions), 1, 2 * len(inverse))
+        cos, sin = torch.empty(2, len(positions), 1, 2 * len(inv_freq))
         positions = positions.contiguous()
-        job = jobs.angles(positions, inverse, cos, sin, factor)
+        job = jobs.rope_cos_sin(positions, inv_freq, cos, sin, factor)
         _check(self._library.qmix_angles_of(self._number, job, len(positions)))
         return cos, sin
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from qmix.kernels.native import jobs
 from qmix.kernels.native.loader import levels, library
 
-PRODUCTS, ATTEND, NORM, ROUTE, ROTATE, ANGLES, COMBINE, ADD, EXPERTS = range(9)  # native.h's kinds
+PRODUCTS, ATTEND, NORM, ROUTE, ROTATE, ROPE_COS_SIN, COMBINE, ADD, EXPERTS = range(9)  # native.h's kinds
 _ADDRESS = struct.Struct("@P")    # what an addition begins with: of what it adds
 # Of a qmix_attention, behind three pointers: keys, values, their scales; behind five more: capacity, begin, end.
 _CACHE, _CACHE_AT = struct.Struct("@4P"), struct.calcsize("@3P")
