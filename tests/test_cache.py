@@ -22,8 +22,8 @@ HALF_LIVES = {"lfu:4": 4.0, "lfu": 32.0, "lfu:0.5": 0.5}
 
 @dataclass
 class Walk:
-    """One pass. chosen: by layer, the experts; extra: (reason, key) to admit after each layer's demand, or to be a
-    "spare" or not ("keep") if it is there; gone: a key that is dropped at the end if it is there."""
+    """One pass. chosen: by layer, the experts; extra: (reason, key) to admit after each layer's demand, or to mark
+    as a spare or unmark if it is there; gone: a key that is dropped at the end if it is there."""
 
     prefill: list[list[set[int]]] | None  # by layer, by token
     chosen: list[set[int]]
@@ -133,8 +133,8 @@ class Naive:
 
 
 experts = st.sets(st.integers(0, EXPERTS - 1), min_size=1, max_size=2)
-extras = st.lists(st.tuples(st.sampled_from(["speculative", "warm", "spare", "keep"]), st.sampled_from(KEYS)),
-                  max_size=4)
+REASONS = ["speculative", "warm", "mark_spare", "unmark_spare"]
+extras = st.lists(st.tuples(st.sampled_from(REASONS), st.sampled_from(KEYS)), max_size=4)
 walks = st.builds(
     Walk, st.none() | st.none() | st.lists(experts, min_size=1, max_size=5).map(lambda tokens: [tokens] * LAYERS),
     st.lists(experts, min_size=LAYERS, max_size=LAYERS), st.lists(extras, min_size=LAYERS, max_size=LAYERS),
@@ -189,11 +189,11 @@ def walk_through(cache: Cache, naive: Naive, walk: Walk) -> None:
             if key not in cache:
                 admit(cache, naive, key, "demand" if walk.prefill is None else "prefill", chosen)
         for reason, key in walk.extra[layer]:
-            if reason in ("spare", "keep"):
-                if key in cache and reason == "spare":
+            if reason in ("mark_spare", "unmark_spare"):
+                if key in cache and reason == "mark_spare":
                     cache.mark_spare(key)
                     naive.mark_spare(key)
-                elif reason == "keep":
+                elif reason == "unmark_spare":
                     cache.unmark_spare(key)
                     naive.spares.discard(key)
             elif key not in cache:
@@ -260,7 +260,7 @@ def test_what_leaves_is_what_a_scan_of_all_slots_finds(seed: int, layers: int, e
             for key in chosen:
                 admit(key, "prefill" if prompt else "demand")
             for _ in range(dice.randrange(4)):
-                key, what = dice.choice(keys), dice.choice(["speculative", "warm", "spare", "keep", "remove"])
+                key, what = dice.choice(keys), dice.choice([*REASONS, "remove"])
                 if what in ("speculative", "warm"):
                     admit(key, what)
                 elif key in cache:
