@@ -159,8 +159,8 @@ class Operations:
     def _norm(self) -> Operation:
         s, device = self._shape, self._device.torch_device
         residual, weight, rows = self._normal(1, s.hidden), self._normal(s.hidden), self._normal(1, K, s.hidden)
-        gains = torch.full((1, K), 0.5)
-        here = [self._here(t) for t in (residual, weight, rows, gains)]
+        topk_weights = torch.full((1, K), 0.5)
+        here = [self._here(t) for t in (residual, weight, rows, topk_weights)]
         start, out = self._here(residual), torch.empty(1, s.hidden, device=device)
 
         def run(i: int) -> None:
@@ -168,7 +168,7 @@ class Operations:
 
         def agree() -> Tensor:
             want, first = torch.empty(1, s.hidden), residual.clone()
-            self._reference.norm(first, weight, EPS, want, rows, gains)
+            self._reference.norm(first, weight, EPS, want, rows, topk_weights)
             return want
 
         return Operation("norm, with the experts' rows", (K + 4) * 4 * s.hidden, run, out, agree)
@@ -177,11 +177,11 @@ class Operations:
         s, device = self._shape, self._device.torch_device
         residual, weight, router = self._normal(1, s.hidden), self._normal(s.hidden), self._normal(E, s.hidden).double()
         here = [self._here(t) for t in (residual, weight, router)]
-        normed, gains = torch.empty(1, s.hidden, device=device), torch.empty(1, K, device=device)
+        normed, topk_weights = torch.empty(1, s.hidden, device=device), torch.empty(1, K, device=device)
         ids = torch.empty(1, K, dtype=torch.int32, device=device)
 
         def run(i: int) -> None:
-            self._ops.route(here[0], here[1], here[2], EPS, normed, ids, gains)
+            self._ops.route(here[0], here[1], here[2], EPS, normed, ids, topk_weights)
 
         def agree() -> Tensor:
             want = torch.empty(1, K)
@@ -189,7 +189,7 @@ class Operations:
                                   torch.empty(1, K, dtype=torch.int32), want)
             return want
 
-        return Operation("router", 8 * E * s.hidden + 12 * s.hidden, run, gains, agree)
+        return Operation("router", 8 * E * s.hidden + 12 * s.hidden, run, topk_weights, agree)
 
 
 def _slots(slab: Tensor, record: RecordLayout) -> ExpertSlots:

@@ -120,18 +120,18 @@ def naive_experts(checkpoint: Checkpoint,
     """The experts callable in float64, token by token and rank by rank, straight from the checkpoint."""
     weights = {key: [w.double() for w in checkpoint.expert(key)] for key in checkpoint.model.expert_keys}
 
-    def experts(layer: int, x: Tensor, ids: Tensor, gains: Tensor, step: Step,
+    def experts(layer: int, x: Tensor, ids: Tensor, topk_weights: Tensor, step: Step,
                 ahead: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
-        seen(layer, x, ids, gains, step, ahead)
+        seen(layer, x, ids, topk_weights, step, ahead)
         if wanted is not None:
-            x, ids, gains = x[wanted], ids[wanted], gains[wanted]
+            x, ids, topk_weights = x[wanted], ids[wanted], topk_weights[wanted]
         out = torch.zeros(x.shape, dtype=torch.float64)
         for expert in range(checkpoint.model.num_experts):
             token, rank = (ids == expert).nonzero(as_tuple=True)
             w1, w2, w3 = weights[ExpertKey(layer, expert)]
             rows = x[token].double()
             y = (F.silu(rows @ w1.T) * (rows @ w3.T)) @ w2.T
-            out.index_add_(0, token, y * gains[token, rank, None].double())
+            out.index_add_(0, token, y * topk_weights[token, rank, None].double())
         return out.to(x.dtype)
 
     return experts

@@ -73,11 +73,11 @@ def test_what_is_routed_comes_to_the_host_in_one_copy() -> None:
     with closing(StandIn()) as device:
         routed = Routed(device, 3, 5, 2, 2, 4)
         routed.x.copy_(torch.arange(15.0).view(3, 5))
-        routed.weights.copy_(torch.rand(3, 2))
+        routed.topk_weights.copy_(torch.rand(3, 2))
         routed.ids.copy_(torch.arange(6).view(3, 2))
         routed.ahead.copy_(torch.arange(24).view(3, 2, 4))
         routed.read_back(0)
-        for here, there in ((routed.x, routed.host_x), (routed.weights, routed.host_weights),
+        for here, there in ((routed.x, routed.host_x), (routed.topk_weights, routed.host_topk_weights),
                             (routed.ids, routed.host_ids), (routed.ahead, routed.host_ahead)):
             assert torch.equal(here, there) and here.data_ptr() != there.data_ptr()
 

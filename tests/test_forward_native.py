@@ -86,12 +86,12 @@ class Pair:
 
     @staticmethod
     def _watched(experts: Callable[..., Tensor], seen: list[tuple[Any, ...]]) -> Callable[..., Tensor]:
-        def call(layer: int, x: Tensor, ids: Tensor, weights: Tensor, step: Step, ahead: Tensor | None,
+        def call(layer: int, x: Tensor, ids: Tensor, topk_weights: Tensor, step: Step, ahead: Tensor | None,
                  wanted: Tensor | None) -> Tensor:
             rows = x if wanted is None else x[wanted]  # others are not read
             seen.append((layer, step.phase, step.sequence, *(None if t is None else t.clone() for t in (
-                rows, ids, weights, ahead, wanted))))
-            return experts(layer, x, ids, weights, step, ahead, wanted)
+                rows, ids, topk_weights, ahead, wanted))))
+            return experts(layer, x, ids, topk_weights, step, ahead, wanted)
 
         return call
 

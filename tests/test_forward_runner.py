@@ -142,10 +142,10 @@ def test_guesses_are_what_the_next_routers_would_say() -> None:
     weights, seen = random_weights(spec), []
     experts = plain_experts(spec, PlainWeights(weights))
 
-    def watched(layer: int, x: Tensor, ids: Tensor, gains: Tensor, step: Step, ahead: Tensor | None,
+    def watched(layer: int, x: Tensor, ids: Tensor, topk_weights: Tensor, step: Step, ahead: Tensor | None,
                 wanted: Tensor | None) -> Tensor:
         seen.append((layer, None if ahead is None else ahead.clone()))
-        return experts(layer, x, ids, gains, step, ahead, wanted)
+        return experts(layer, x, ids, topk_weights, step, ahead, wanted)
 
     kernels = select({"fp32"}, say=lambda line: None)
     runner = Runner(spec, packed(spec, weights, "fp32", torch.float32), kernels, watched, Guesses(2, 3))

@@ -323,15 +323,15 @@ def test_experts_get_what_the_design_says(checkpoint: Checkpoint) -> None:
     prefill(model, IDS[:20], cache)
     decode(model, 3, cache)
     assert [call[0] for call in calls] == [0, 1, 2, 0, 1, 2]
-    for i, (layer, x, ids, weights, step, ahead) in enumerate(calls):
+    for i, (layer, x, ids, topk_weights, step, ahead) in enumerate(calls):
         count = 20 if i < 3 else 1
         assert x.shape == (count, 64)
-        assert ids.shape == weights.shape == (count, 2)
-        assert (ids.dtype, weights.dtype) == (torch.int64, torch.float32)
+        assert ids.shape == topk_weights.shape == (count, 2)
+        assert (ids.dtype, topk_weights.dtype) == (torch.int64, torch.float32)
         router = checkpoint.dense(f"layers.{layer}.router.weight")
         chosen, where = (x.double() @ router.double().T).topk(2)
         assert torch.equal(ids, where)
-        assert torch.allclose(weights.double(), chosen.softmax(-1), atol=1e-5)
+        assert torch.allclose(topk_weights.double(), chosen.softmax(-1), atol=1e-5)
         assert step.phase == ("prefill" if i < 3 else "decode")
         assert (ahead is None) == (i < 3 or layer == 2)
 
@@ -344,7 +344,7 @@ def test_ahead_is_the_next_router_on_this_residual(checkpoint: Checkpoint, guess
         weights.matrices[f"layers.{layer}.attention.o"]["weight"].zero_()
     seen: list[tuple[Tensor, Tensor | None]] = []
 
-    def experts(layer: int, x: Tensor, ids: Tensor, gains: Tensor, step: Step,
+    def experts(layer: int, x: Tensor, ids: Tensor, topk_weights: Tensor, step: Step,
                 ahead: Tensor | None, wanted: Tensor | None) -> Tensor:
         seen.append((ids.clone(), None if ahead is None else ahead.clone()))
         return torch.zeros_like(x)

@@ -356,10 +356,11 @@ def test_a_faster_tier_above_gives_the_same_bits(stores: dict[str, Path], above:
             for layer in range(LAYERS):
                 x = torch.randn(tokens, config.hidden, generator=random).bfloat16()
                 ids = torch.stack([torch.randperm(EXPERTS, generator=random)[:TOP_K] for _ in range(tokens)])
-                weights = torch.rand(tokens, TOP_K, generator=random)
+                topk_weights = torch.rand(tokens, TOP_K, generator=random)
                 ahead = torch.randint(0, EXPERTS, (tokens, 1, TOP_K), generator=random)
                 ahead = ahead if tokens == 1 and layer + 1 < LAYERS else None
-                assert torch.equal(stacked(layer, x, ids, weights, step, ahead), whole(layer, x, ids, weights, step))
+                assert torch.equal(stacked(layer, x, ids, topk_weights, step, ahead),
+                                   whole(layer, x, ids, topk_weights, step))
         copies.close()
         readers.close()
         files.close()

@@ -185,13 +185,13 @@ class Eager:
         source = buffers[op.source].to(self._weights.dtype)
         if op.ids is None or combine.topk_weights is None:
             ids = torch.zeros(len(source), 1, dtype=torch.int64, device=self._device)
-            weights = torch.ones(len(source), 1, device=self._device)
+            topk_weights = torch.ones(len(source), 1, device=self._device)
         else:
-            ids, weights = buffers[op.ids], buffers[combine.topk_weights]
+            ids, topk_weights = buffers[op.ids], buffers[combine.topk_weights]
         if self._observe is not None:
             self._observe(op, (source, ids))
         ahead = torch.stack([buffers[name] for name in op.ahead], 1) if op.ahead else None
-        return self.experts(op.layer, source, ids, weights, step, ahead, wanted)
+        return self.experts(op.layer, source, ids, topk_weights, step, ahead, wanted)
 
     def _by_block(self, piece: Piece, blocks: Sequence[Block], buffers: dict[str, Tensor], step: Step) -> None:
         """Ops between two Experts, block by block. What is read later is put together in one buffer of all rows, which

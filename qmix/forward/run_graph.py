@@ -246,7 +246,8 @@ class DeviceDecode:
                 ops.rope_cos_sin(found.positions, self._inverse, found.cos_sin)
                 ops.norm(found.residual, layer.input_norm, model.final_norm.eps, found.x)
             else:
-                ops.norm(found.residual, layer.input_norm, model.final_norm.eps, found.x, routed.rows, routed.weights)
+                ops.norm(found.residual, layer.input_norm, model.final_norm.eps, found.x, routed.rows,
+                         routed.topk_weights)
             for m, out in zip(layer.heads, outs, strict=True):
                 ops.linear(found.x, m, out)
             for first, end in runs:
@@ -257,7 +258,7 @@ class DeviceDecode:
                                 found.positions[first:end], self._shape.window, found.attended[first:end], scales)
             ops.linear(found.attended, layer.o, found.residual, add=True)
             ops.route(found.residual, layer.post_norm, layer.router, model.final_norm.eps, routed.x, routed.ids,
-                      routed.weights, asked if later else None, counted)
+                      routed.topk_weights, asked if later else None, counted)
             if not self._experts.resident:
                 routed.read_back(index)
 
@@ -267,7 +268,7 @@ class DeviceDecode:
         final_norm, head, ops, eps = self._final_norm, self._head_matrix, self._ops, self._model.final_norm.eps
 
         def work() -> None:
-            ops.norm(found.residual, final_norm, eps, found.x, found.routed.rows, found.routed.weights)
+            ops.norm(found.residual, final_norm, eps, found.x, found.routed.rows, found.routed.topk_weights)
             ops.linear(found.x, head, found.logits)
             found.host_logits.copy_(found.logits, non_blocking=True)
             if self._experts.resident:

@@ -200,9 +200,9 @@ class Steps:
 
         def route(inputs: tuple[Tensor, ...], block: Block) -> tuple[Tensor, Tensor]:
             count = len(inputs[0])
-            ids, weights = torch.empty(count, top_k, dtype=torch.int64), torch.empty(count, top_k)
-            layer.route(inputs[0], None, router, None, None, ids, weights)
-            return ids, weights
+            ids, topk_weights = torch.empty(count, top_k, dtype=torch.int64), torch.empty(count, top_k)
+            layer.route(inputs[0], None, router, None, None, ids, topk_weights)
+            return ids, topk_weights
 
         return route
 
@@ -228,9 +228,9 @@ class Steps:
         def step(buffers: Buffers, block: Block) -> None:
             x = buffers[norm.source]
             normed = None if out is None else torch.empty(x.shape, dtype=dtype)
-            ids, weights = torch.empty(len(x), top_k, dtype=torch.int64), torch.empty(len(x), top_k)
-            layer.route(x, weight, router, norm.norm.eps, normed, ids, weights)
-            buffers[route.ids], buffers[route.topk_weights] = ids, weights
+            ids, topk_weights = torch.empty(len(x), top_k, dtype=torch.int64), torch.empty(len(x), top_k)
+            layer.route(x, weight, router, norm.norm.eps, normed, ids, topk_weights)
+            buffers[route.ids], buffers[route.topk_weights] = ids, topk_weights
             if out is not None and normed is not None:
                 buffers[out] = normed
 

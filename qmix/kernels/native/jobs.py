@@ -70,9 +70,9 @@ def rope_cos_sin(positions: Tensor, inv_freq: Tensor, cos: Tensor, sin: Tensor, 
                              factor)
 
 
-def combine(rows: Tensor, weights: Tensor, out: Tensor) -> bytes:
+def combine(rows: Tensor, topk_weights: Tensor, out: Tensor) -> bytes:
     """rows [T, K, H], weights [T, K], out [T, H]; all fp32, contiguous."""
-    return COMBINE.pack(rows.data_ptr(), weights.data_ptr(), out.data_ptr(), rows.shape[1], rows.shape[2])
+    return COMBINE.pack(rows.data_ptr(), topk_weights.data_ptr(), out.data_ptr(), rows.shape[1], rows.shape[2])
 
 
 def _address(x: Tensor | None) -> int:
