@@ -43,8 +43,8 @@ def calibration(source: Path, text: str, tokens: int) -> Calibration:
     with Checkpoint.open(source) as checkpoint:
         config = checkpoint.model
     tokenizer = load_tokenizer(source, config.vocab)
-    return Calibration.cut(tokenizer.encode("", bos=True), tokenizer.encode(text, bos=False), tokens,
-                           config.max_positions)
+    return Calibration.of_text(tokenizer.encode("", bos=True), tokenizer.encode(text, bos=False), tokens,
+                               config.max_positions)
 
 
 def divergence(source: Path, folder: Path, held_out: str, seen: Calibration, most: int, name: str,

@@ -27,7 +27,7 @@ from qmix.engine import load
 from qmix.errors import DoesNotFit, Interrupted, QmixError, UsageError
 from qmix.evaluate import reference
 from qmix.evaluate.reference import Original, Weights, workspace
-from qmix.evaluate.windows import cut
+from qmix.evaluate.windows import split_windows
 
 MIB = 2**20
 
@@ -136,7 +136,7 @@ def test_the_figures_are_those_of_transformers(int4: Path, text: Path, tmp_path:
     ids, loss, kl, agree = sentencepiece_ids(CHECKPOINT, text.read_text(encoding="utf-8")), [], [], []
     model = theirs(source, getattr(torch, dtype))
     with load(int4, threads=1, context=128, scoring=True) as ours:
-        for w in cut(len(ids), 128, 90, 400):
+        for w in split_windows(len(ids), 128, 90, 400):
             q = torch.cat(list(ours.session().read(ids[w.begin:w.end - 1], w.first - 1 - w.begin)))
             p = their_logits(model, ids[w.begin:w.end - 1])[w.first - 1 - w.begin:]
             agree.append(q.argmax(1) == p.argmax(1))
@@ -167,7 +167,7 @@ def compare_with_unquantized(store: Path, source: Path, unquantized: Path, text:
     ids = sentencepiece_ids(source, text.read_text(encoding="utf-8"))
     model, distance = theirs(source, torch.float32), 0.0
     with load(unquantized, threads=1, context=window, scoring=True) as ours:
-        for w in cut(len(ids), window, window, by_us["tokens"]):
+        for w in split_windows(len(ids), window, window, by_us["tokens"]):
             q = torch.cat(list(ours.session().read(ids[w.begin:w.end - 1]))).double().log_softmax(1)
             p = their_logits(model, ids[w.begin:w.end - 1]).double().log_softmax(1)
             distance = max(distance, float((p - q).abs().max()))

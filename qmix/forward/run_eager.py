@@ -24,7 +24,7 @@ from torch import Tensor
 from qmix.config import Step
 from qmix.errors import Interrupted
 from qmix.forward.kv_cache import SessionCache, unchanged_on_error
-from qmix.forward.passes import BLOCK, Block, Span, blocks_of, blocks_of_rows, counts_of, cut
+from qmix.forward.passes import BLOCK, Block, Span, blocks_of, blocks_of_rows, counts_of, split_passes
 from qmix.forward.program import embed_program, head_program, layer_program, live, pieces
 from qmix.forward.steps import Observe, Steps
 from qmix.forward.steps import Step as StepOfOps
@@ -145,7 +145,7 @@ class Eager:
         """All tokens through all layers, a pass at a time; `take` gets the residuals of the wanted rows."""
         done = 0
         with unchanged_on_error(caches, counts), torch.inference_mode():
-            for spans in cut(counts, caches, step, self._most):
+            for spans in split_passes(counts, caches, step, self._most):
                 first, end = spans[0].begin, spans[-1].end
                 rows = [row - first for row in wanted if first <= row < end]
                 residual = self._pass(tokens[first:end].to(self._device), spans,

@@ -269,18 +269,19 @@ class ForwardPass:
         hidden, inner = w2.shape
         middle, out = torch.empty(len(x), inner), torch.empty(len(x), hidden)
 
-        def widen(cut: slice) -> float:
-            gate, up = (F.linear(x, w[cut].float()) for w in (w13[:inner], w13[inner:]))
+        def widen(rows: slice) -> float:
+            gate, up = (F.linear(x, w[rows].float()) for w in (w13[:inner], w13[inner:]))
             found = squares(gate) + squares(up) if measure else 0.0
-            middle[:, cut] = torch_ops.activate(op.activation, gate, up)
+            middle[:, rows] = torch_ops.activate(op.activation, gate, up)
             return found
 
-        def narrow(cut: slice) -> float:
-            y = F.linear(middle, w2[cut].float())
-            out[:, cut] = y
+        def narrow(rows: slice) -> float:
+            y = F.linear(middle, w2[rows].float())
+            out[:, rows] = y
             return squares(y) if measure else 0.0
 
-        return middle, out, {"w13": sum(self._map(widen, _cuts(inner))), "w2": sum(self._map(narrow, _cuts(hidden)))}
+        of_w13, of_w2 = sum(self._map(widen, _ranges(inner))), sum(self._map(narrow, _ranges(hidden)))
+        return middle, out, {"w13": of_w13, "w2": of_w2}
 
     def add(self, token: Tensor, out: Tensor, first: int = 0) -> None:
         """Add out [n, H], weighed, to rows `token`, counted from `first`, of what this layer's experts give."""
@@ -298,10 +299,10 @@ class ForwardPass:
         for begin in range(0, self._rows, CHUNK):
             x = self.final(slice(begin, begin + CHUNK))
 
-            def multiply(cut: slice, x: Tensor = x) -> float:
-                return squares(F.linear(x, weight[cut].float()))
+            def multiply(rows: slice, x: Tensor = x) -> float:
+                return squares(F.linear(x, weight[rows].float()))
 
-            energy += sum(self._map(multiply, _cuts(len(weight))))
+            energy += sum(self._map(multiply, _ranges(len(weight))))
             moments.add(x, self._pool)
         return Inputs(Sums(moments), self._rows, energy)
 
@@ -327,5 +328,5 @@ def compute_dtype(model: Model) -> torch.dtype:
     return torch.float32 if model.dtype == "float32" else torch.bfloat16
 
 
-def _cuts(count: int) -> list[slice]:
+def _ranges(count: int) -> list[slice]:
     return [slice(i, min(count, i + ROWS)) for i in range(0, count, ROWS)]
