@@ -22,7 +22,7 @@ from qmix.forward.run_eager import Guesses
 from qmix.forward.runner import Runner
 from qmix.forward.weights import DenseWeights, assemble, compute_dtype, load_dense
 from qmix.kernels import native
-from qmix.kernels.attention import choose_attentions
+from qmix.kernels.attention import choose_native_attentions
 from qmix.kernels.table import KernelTable, select
 from qmix.quantize import quantize_checkpoint
 from qmix.store import Store
@@ -79,7 +79,7 @@ class Pair:
         experts = [self._watched(offload.experts, seen) for offload, seen in zip(
             self.offloads, self.seen, strict=True)]
         ahead, depth = self.offloads[0].experts.ahead, 2
-        caches = partial(SessionCache, kv=kv, native=choose_attentions(model, kv, lambda line: None))
+        caches = partial(SessionCache, kv=kv, native=choose_native_attentions(model, kv, lambda line: None))
         self.by_ops, self.runner = (Runner(model, dense_of(store), kernels, one, Guesses(depth, ahead), caches)
                                     for one in experts)
         self.by_ops._asked = True  # its single tokens are never one call a layer

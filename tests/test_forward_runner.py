@@ -27,7 +27,7 @@ from qmix.forward.runner import Runner
 from qmix.forward.steps import run_ops
 from qmix.forward.weights import PACKED, DenseWeights, assemble
 from qmix.kernels import native, ops
-from qmix.kernels.attention import choose_attentions
+from qmix.kernels.attention import choose_native_attentions
 from qmix.kernels.kv_size import kv_bytes
 from qmix.kernels.table import select
 from qmix.kernels.torch_ops import PlainWeights
@@ -220,7 +220,7 @@ def native_runner(class_: Any, config: Any, spec: Model, of_experts: dict[str, T
                   kind: str = "int4") -> Runner:
     weights = canonical(reference(class_, config), spec)
     kernels = select({"int4", "bf16"}, [32], say=lambda line: None)
-    caches = partial(SessionCache, native=choose_attentions(spec, "bf16", lambda line: None))
+    caches = partial(SessionCache, native=choose_native_attentions(spec, "bf16", lambda line: None))
     experts = plain_experts(spec, PlainWeights(of_experts or weights))
     return Runner(spec, packed(spec, weights, kind, torch.bfloat16), kernels,
                   lambda layer, x, *how: experts(layer, x.float(), *how), caches=caches)

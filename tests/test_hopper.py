@@ -10,7 +10,7 @@ from test_cuda import in_another_process, needs_triton
 
 from qmix.kernels.attend import attend_torch
 from qmix.kernels.configs import BUILT_IN
-from qmix.kernels.cuda_prompt import prompt_attention
+from qmix.kernels.cuda_prompt import choose_prompt_attention
 
 SETUP = """
 import re
@@ -97,5 +97,5 @@ def test_no_product_reads_registers(tmp_path: Path) -> None:
 
 def test_torch_attends_on_hopper_and_without_tensor_cores() -> None:
     for card, configs in BUILT_IN.items():
-        assert (prompt_attention(card, configs.attention) is attend_torch) == (card in ((7, 5), (9, 0)))
-    assert prompt_attention(None, BUILT_IN[8, 0].attention) is not attend_torch
+        assert (choose_prompt_attention(card, configs.attention) is attend_torch) == (card in ((7, 5), (9, 0)))
+    assert choose_prompt_attention(None, BUILT_IN[8, 0].attention) is not attend_torch

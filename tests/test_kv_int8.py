@@ -30,7 +30,7 @@ from qmix.forward.kv_layers import FullLayer, Int8Layer, Query
 from qmix.forward.runner import Runner
 from qmix.kernels import attention as choice
 from qmix.kernels import native
-from qmix.kernels.attention import agrees, choose_attention
+from qmix.kernels.attention import agrees, choose_native_attention
 from qmix.kernels.kv_codes import quantize
 from qmix.kernels.kv_size import kv_bytes
 from qmix.kernels.table import select
@@ -274,9 +274,9 @@ def test_where_torch_attends_it_is_said(head_dim: int, off: bool, broken: bool, 
     monkeypatch.setenv("QMIX_NATIVE", "off" if off else LEVELS[0])
     monkeypatch.setattr(choice, "agrees", lambda *_: not broken)
     lines: list[str] = []
-    assert choose_attention(head_dim, "int8", lines.append) is None
+    assert choose_native_attention(head_dim, "int8", lines.append) is None
     assert len(lines) == 1 and word in lines[0]
-    assert choose_attention(head_dim, "bf16", lines.append) is None
+    assert choose_native_attention(head_dim, "bf16", lines.append) is None
     assert len(lines) == 1
 
 

@@ -34,7 +34,7 @@ from qmix.forward.program import model_program
 from qmix.forward.run_eager import Guesses
 from qmix.forward.runner import Runner
 from qmix.forward.weights import assemble, compute_dtype
-from qmix.kernels.attend import attend, default_inv_freq
+from qmix.kernels.attend import causal_attention, default_inv_freq
 from qmix.kernels.kv_size import kv_bytes
 from qmix.kernels.layer import TORCH, rms_norm, rotate
 from qmix.kernels.table import select
@@ -122,7 +122,7 @@ def test_attention_against_a_loop(count: int, length: int, window: int | None, k
     q = torch.randn(count, 6, 16).to(dtype)
     room = torch.randn(2, kv_heads, length + 9, 16).to(dtype)  # a cache with room left, as the model has
     keys, values = room[0, :, :length], room[1, :, :length]
-    got = attend(q, keys, values, window).double()
+    got = causal_attention(q, keys, values, window).double()
     tolerance = 1e-5 if dtype == torch.float32 else 0.02
     assert torch.allclose(got, naive_attention(q, keys, values, window), atol=tolerance)
 

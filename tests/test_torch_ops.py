@@ -80,7 +80,7 @@ def test_attention_against_sums_in_float64(changes: dict[str, Any], count: int,
     monkeypatch.setattr(torch_ops, "SCORES", 4 * 20 * 3 * 4 * 2)  # two queries a tile
     attention = replace(Attention(4, 2, 8, None), **changes)
     q, keys, values, sinks = randn(count, 32), randn(2, 20, 8, seed=1), randn(2, 20, 8, seed=2), randn(4, seed=3)
-    got = torch_ops.attend_to(attention, sinks if attention.sinks else None, q.view(count, 4, 8), keys, values)
+    got = torch_ops.softmax_attention(attention, sinks if attention.sinks else None, q.view(count, 4, 8), keys, values)
     got = got.view(count, 4, 8)
     for t in range(count):
         at = 20 - count + t

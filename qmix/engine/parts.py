@@ -18,7 +18,7 @@ from qmix.forward.run_eager import Guesses
 from qmix.forward.run_graph import DeviceDecode
 from qmix.forward.runner import Runner
 from qmix.forward.weights import DenseWeights, compute_dtype, load_dense
-from qmix.kernels.attention import choose_attentions
+from qmix.kernels.attention import choose_native_attentions
 from qmix.kernels.device_table import DeviceKernels
 from qmix.kernels.table import KernelTable
 from qmix.offload.device_experts import DeviceExperts
@@ -59,7 +59,7 @@ class Parts:
 def on_host(parts: Parts, kernels: KernelTable, kv: str) -> tuple[KernelTable, Runner, Offload]:
     """All on the CPU."""
     store = parts.store
-    attention = choose_attentions(store.model, kv, parts.say)
+    attention = choose_native_attentions(store.model, kv, parts.say)
     dtype = compute_dtype(store.model, store.quant)
     with ThreadPoolExecutor(1, "qmix-dense") as beside:
         dense = beside.submit(load_dense, store.model, dtype, store.dense)

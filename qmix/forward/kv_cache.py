@@ -51,7 +51,7 @@ class SessionCache:
     reads another's keys and values has none of its own: None.
 
     dtype: of the model's computation, and of keys and values unless kv is "int8". native: what attends for one token,
-    by head size (kernels.attention.choose_attentions). device: where keys and values lie; attend: of a device's
+    by head size (kernels.attention.choose_native_attentions). device: where keys and values lie; attend: of a device's
     prompts. only: the layers that are there, None for all."""
 
     def __init__(self, model: Model, capacity: int, dtype: torch.dtype = torch.float32, kv: str = "bf16",

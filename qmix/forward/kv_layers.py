@@ -24,11 +24,11 @@ from qmix.kernels.kv_codes import decoded, quantize
 from qmix.kernels.kv_size import channels
 from qmix.kernels.native import HEAD_UNIT, KVLayer
 from qmix.kernels.native import Attention as NativeAttention
-from qmix.kernels.torch_ops import attend_to
+from qmix.kernels.torch_ops import softmax_attention
 from qmix.sizes import KV_PIECE
 from qmix.spec import Attention, DeltaNet
 
-AttendBy = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]  # kernels.attend.attend has the meaning
+AttendBy = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]  # as kernels.attend.causal_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class FullLayer:
         q = query.q.to(keys.dtype)
         if self._there is not None and plain(a, sinks):
             return self._there(q, keys, values, a.window)
-        return attend_to(a, sinks, q, keys, values)
+        return softmax_attention(a, sinks, q, keys, values)
 
     def append(self, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values [T, KV, D] of positions start, start + 1, ...; all up to there [KV, S, D], as views."""
@@ -132,8 +132,8 @@ class Int8Layer(FullLayer):
         out = torch.empty(len(q), heads, group * q.shape[2], dtype=q.dtype, device=q.device)
         for head in range(heads):
             own = slice(head * group, (head + 1) * group)
-            out[:, head] = attend_to(a, None if sinks is None else sinks[own], q[:, own].contiguous(),
-                                     *self._decoded(head, first, end))
+            out[:, head] = softmax_attention(a, None if sinks is None else sinks[own], q[:, own].contiguous(),
+                                             *self._decoded(head, first, end))
         return out.view(len(q), -1)
 
     def append(self, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

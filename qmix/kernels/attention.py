@@ -16,7 +16,7 @@ PLAIN = "portable"  # the level without an instruction set of its own
 LENGTH, ROOM, KV_HEADS, GROUP = 600, 610, 2, 5  # the test's positions (three pieces of them), capacity and heads
 
 
-def choose_attention(head_dim: int, kv: str, say: Callable[[str], None]) -> native.Attention | None:
+def choose_native_attention(head_dim: int, kv: str, say: Callable[[str], None]) -> native.Attention | None:
     """The native kernel for a cache of `kv` ("bf16" or "int8"); None where torch attends, and a line where that is
     much slower. UsageError where QMIX_NATIVE names what is not here."""
     levels = native.wanted_levels()
@@ -38,10 +38,11 @@ def choose_attention(head_dim: int, kv: str, say: Callable[[str], None]) -> nati
     return None
 
 
-def choose_attentions(model: Model, kv: str, say: Callable[[str], None]) -> dict[int, native.Attention]:
-    """`choose_attention` for each head size of a model: {head size: kernel}, without those for which there is none."""
+def choose_native_attentions(model: Model, kv: str, say: Callable[[str], None]) -> dict[int, native.Attention]:
+    """`choose_native_attention` for each head size of a model: {head size: kernel}, without those for which there is
+    none."""
     sizes = sorted({layer.mixer.head_dim for layer in model.layers if isinstance(layer.mixer, Attention)})
-    return {size: own for size in sizes if (own := choose_attention(size, kv, say)) is not None}
+    return {size: own for size in sizes if (own := choose_native_attention(size, kv, say)) is not None}
 
 
 def agrees(own: native.Attention, head_dim: int, kv: str) -> bool:

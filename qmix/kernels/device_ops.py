@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qmix.formats.packed import Packed
-from qmix.kernels.attend import attend
+from qmix.kernels.attend import causal_attention
 from qmix.kernels.kv_codes import decoded, quantize
 from qmix.kernels.op import FEW as FEW
 from qmix.kernels.router import router_logits
@@ -134,7 +134,7 @@ class TorchDeviceOps:
             if scales is not None:
                 here, there = (decoded(codes, scale[:, seen], torch.float32) for codes, scale in zip(
                     (here, there), scales, strict=True))
-            out[token] = attend(query[token:token + 1].to(here.dtype), here, there, None)[0]
+            out[token] = causal_attention(query[token:token + 1].to(here.dtype), here, there, None)[0]
 
     def rope_cos_sin(self, positions: Tensor, inverse: Tensor, out: Tensor) -> None:
         """What rotates heads at positions [T] int64, inverse [D / 2] as of `keep`: the D / 2 cosines, then the sines,

@@ -24,7 +24,7 @@ from qmix.errors import QmixError
 from qmix.formats import module, nf4
 from qmix.formats.packed import Packed
 from qmix.kernels import reference
-from qmix.kernels.attend import attend
+from qmix.kernels.attend import causal_attention
 from qmix.kernels.configs import Configs, built_in, capability
 from qmix.kernels.cpu import Kernel
 from qmix.kernels.device_ops import DeviceOps, TorchDeviceOps
@@ -52,7 +52,7 @@ def choose_device_kernels(device: torch.device, half: torch.dtype, formats: Iter
     interpreter; else the CPU's kernels stand in. configs: how kernels are cut, None = as is built in. UsageError where
     Triton or bitsandbytes is missing, QmixError where a kernel is wrong."""
     if not triton:
-        return DeviceKernels(host, attend, TorchDeviceOps(host), host)
+        return DeviceKernels(host, causal_attention, TorchDeviceOps(host), host)
     from qmix.kernels import cuda_ops, cuda_prompt
 
     configs = configs or built_in(capability(device))
@@ -72,7 +72,7 @@ def choose_device_kernels(device: torch.device, half: torch.dtype, formats: Iter
                 except Exception as e:  # Triton's many: it does not compile, asks for too much, the driver refuses
                     raise does_not_run(f"the GPU kernel for {name} does not run here", e) from e
     return DeviceKernels(KernelTable(MappingProxyType(table), MappingProxyType(names)),
-                         cuda_prompt.prompt_attention(capability(device), configs.attention), ops, host)
+                         cuda_prompt.choose_prompt_attention(capability(device), configs.attention), ops, host)
 
 
 def does_not_run(what: str, error: Exception) -> QmixError:

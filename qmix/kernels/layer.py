@@ -113,7 +113,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding (Su et al. 2021), Hugging Face's half-split order: dimension i turns with
-    i + D/2. x [T, heads, D] fp32 of any strides, overwritten and returned; cos, sin [T, 1, D] of `angles`.
+    i + D/2. x [T, heads, D] fp32 of any strides, overwritten and returned; cos, sin [T, 1, D] of `rope_cos_sin`.
 
     D = 4: (a, b, c, d) -> (a cos0 - c sin0, b cos1 - d sin1, c cos0 + a sin0, d cos1 + b sin1).
     """

@@ -21,7 +21,7 @@ from qmix.formats.packed import TORCH_DTYPES, Packed, view
 from qmix.kernels.attend import attend_torch
 from qmix.kernels.configs import Attention, Configs, capability
 from qmix.kernels.cuda_ops import TritonOps
-from qmix.kernels.cuda_prompt import attend_many, linear_many, prompt_attention, without_tensor_cores
+from qmix.kernels.cuda_prompt import attend_many, choose_prompt_attention, linear_many, without_tensor_cores
 from qmix.kernels.device_ops import FEW, ExpertSlots
 from qmix.kernels.tuning import Case, Timer, Work
 from qmix.models import read_model
@@ -91,7 +91,7 @@ def cases(kernel: str, shapes: Shapes, at: TrialDevice) -> list[Case]:
     long as they do."""
     card = capability(at.device)
     if (kernel == "matmul" and without_tensor_cores(card)) or (
-            kernel == "attention" and prompt_attention(card, Attention()) is attend_torch):
+            kernel == "attention" and choose_prompt_attention(card, Attention()) is attend_torch):
         return []
     if kernel == "gemv":
         return [case for layout in shapes.layouts for case in _experts(layout, shapes, at)]
