@@ -33,7 +33,7 @@ class Recorder:
     ids: list[Tensor] = field(default_factory=list)
     ahead: list[Tensor] = field(default_factory=list)
 
-    def __call__(self, layer: int, x: Tensor, ids: Tensor, topk_weights: Tensor, step: Step,
+    def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, step: Step,
                  ahead: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
         self.ids.append(ids.clone())
         if ahead is not None:
@@ -44,7 +44,7 @@ class Recorder:
             self.store.read_record(key, self.buffer, verify=False)
             token, rank = (ids == expert).nonzero(as_tuple=True)
             out = self.kernels.expert(x[token], *self.store.expert(key, self.buffer))
-            total.index_add_(0, token, out.float() * topk_weights[token, rank, None])
+            total.index_add_(0, token, out.float() * weights[token, rank, None])
         return total if wanted is None else total[wanted]
 
 

@@ -84,7 +84,7 @@ class TestWithoutTensorCores:
         asked: list[object] = []
         m, x = here(matrix("int4", 64, 64, 32, 32)), operand(9, 64).half().to(DEVICE)
         monkeypatch.setattr(cuda_prompt, "linear_decoded", lambda *args: asked.append(args))
-        monkeypatch.setattr(cuda_prompt, "capability", lambda device: card)
+        monkeypatch.setattr(cuda_prompt, "capability", lambda place: card)
         linear_many(x, m)
         assert bool(asked) == by_torch
         linear_many(x.float(), m)
