@@ -26,7 +26,7 @@ from torch import Tensor
 
 from qmix.hardware.cores import cpu_model
 from qmix.kernels import native
-from qmix.kernels.native import Attention, Kept
+from qmix.kernels.native import Attention, KVLayer
 
 
 def at_library(level: str, threads: int, path: Path | None = None) -> Attention:
@@ -38,7 +38,7 @@ def at_library(level: str, threads: int, path: Path | None = None) -> Attention:
     return found
 
 
-def random_layers(kv: str, kv_heads: int, head_dim: int, positions: int, nbytes: int) -> list[Kept]:
+def random_layers(kv: str, kv_heads: int, head_dim: int, positions: int, nbytes: int) -> list[KVLayer]:
     """Caches of random numbers, at least two, together of `nbytes` or more."""
     random, found = torch.Generator().manual_seed(0), []
     shape = (2, kv_heads, positions, head_dim)
@@ -46,17 +46,17 @@ def random_layers(kv: str, kv_heads: int, head_dim: int, positions: int, nbytes:
         if kv == "int8":
             keys, values = torch.randint(-127, 128, shape, dtype=torch.int8, generator=random)
             scales = torch.rand(2, kv_heads, positions, generator=random) / 64
-            found.append(Kept(keys, values, *scales))
+            found.append(KVLayer(keys, values, *scales))
         else:
-            found.append(Kept(*torch.randn(shape, generator=random).bfloat16()))
+            found.append(KVLayer(*torch.randn(shape, generator=random).bfloat16()))
     return found
 
 
-def cache_bytes(kept: Kept) -> int:
-    return sum(t.nbytes for t in (kept.keys, kept.values, kept.key_scales, kept.value_scales) if t is not None)
+def cache_bytes(layer: KVLayer) -> int:
+    return sum(t.nbytes for t in (layer.keys, layer.values, layer.key_scales, layer.value_scales) if t is not None)
 
 
-def measure(kernels: dict[str, Attention], layers: Sequence[Kept], query_heads: int, turns: int,
+def measure(kernels: dict[str, Attention], layers: Sequence[KVLayer], query_heads: int, turns: int,
             clock: Clock) -> dict[str, Any]:
     """{"nbytes", "seconds": {library: of each turn}, "read": of each turn}, after one turn that does not count."""
     kv_heads, positions, size = layers[0].keys.shape

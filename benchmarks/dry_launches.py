@@ -180,7 +180,7 @@ def recording(card: tuple[int, int]) -> Iterator[Launches]:
     with ExitStack() as stack:
         # Modules have names of their own for what they import; all are told.
         for module in [m for name, m in sys.modules.items() if name.startswith("qmix.") and hasattr(m, "capability")]:
-            stack.enter_context(patch.object(module, "capability", lambda place: card))
+            stack.enter_context(patch.object(module, "capability", lambda device: card))
         stack.enter_context(patch.object(cuda, "interpreted", lambda jit: True))  # tensors of the CPU are accepted
         stack.enter_context(patch.object(jit.JITFunction, "run", run))
         cache = stack.enter_context(TemporaryDirectory())

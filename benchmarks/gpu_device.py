@@ -93,9 +93,9 @@ def per_call(device: Device, run: Callable[[int], object], calls: int, repeat: i
 
 def memory_bandwidth(device: Device, nbytes: int) -> dict[str, float]:
     """{"copy": GB/s read and written by copying `nbytes`, "read": GB/s of summing them up}."""
-    source = torch.ones(min(nbytes, device.memory()[0] // 4) // 4, device=device.place)
+    source = torch.ones(min(nbytes, device.memory()[0] // 4) // 4, device=device.torch_device)
     target = torch.empty_like(source)
-    total = torch.empty((), device=device.place)
+    total = torch.empty((), device=device.torch_device)
     copied = per_call(device, lambda i: target.copy_(source), 4, captured=False)
     read = per_call(device, lambda i: torch.sum(source, dim=0, out=total), 4, captured=False)
     return {"copy": 2 * source.nbytes / 1e9 / copied, "read": source.nbytes / 1e9 / read}
@@ -103,7 +103,8 @@ def memory_bandwidth(device: Device, nbytes: int) -> dict[str, float]:
 
 def bus_bandwidth(device: Device, nbytes: int) -> dict[str, float]:
     """GB/s of copies of `nbytes` from page-locked memory up, down, and of both at once, each way."""
-    here, there = torch.zeros(nbytes, dtype=torch.uint8, device=device.place), device.host(nbytes, dtype=torch.uint8)
+    here = torch.zeros(nbytes, dtype=torch.uint8, device=device.torch_device)
+    there = device.host(nbytes, dtype=torch.uint8)
     here2, there2 = torch.zeros_like(here), device.host(nbytes, dtype=torch.uint8)
     up, down = device.stream(), device.stream()
 

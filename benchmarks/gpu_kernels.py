@@ -25,7 +25,7 @@ from torch import Tensor
 
 from qmix.formats.packed import Packed, view
 from qmix.hardware import physical_cores
-from qmix.kernels.attend import rotation
+from qmix.kernels.attend import default_inv_freq
 from qmix.kernels.device_ops import DeviceOps, ExpertSlots, TorchDeviceOps
 from qmix.kernels.device_table import choose_device_kernels
 from qmix.kernels.table import select
@@ -97,7 +97,7 @@ class Operations:
 
     def _here(self, tensor: Tensor) -> Tensor:
         """A copy on the device, also where that is the CPU."""
-        return tensor.to(self._device.place, copy=True)
+        return tensor.to(self._device.torch_device, copy=True)
 
     def _linear(self, name: str, spec: MatrixSpec) -> Operation:
         tensors = {t.name: torch.randint(-127, 128, t.shape, dtype=torch.int8, generator=self._random)
@@ -105,7 +105,8 @@ class Operations:
         m, x = Packed.of(spec, tensors), self._normal(1, spec.cols)
         copies = [Packed.of(spec, {n: self._here(t) for n, t in tensors.items()})
                   for _ in range(self._copies(spec.nbytes))]
-        here, y, want = self._here(x), torch.empty(1, spec.rows, device=self._device.place), torch.empty(1, spec.rows)
+        here, want = self._here(x), torch.empty(1, spec.rows)
+        y = torch.empty_like(want, device=self._device.torch_device)
 
         def agree() -> Tensor:
             self._reference.linear(x, m, want)
@@ -114,15 +115,15 @@ class Operations:
         return Operation(name, spec.nbytes, lambda i: self._ops.linear(here, copies[i % len(copies)], y), y, agree)
 
     def _experts(self) -> Operation:
-        s, place = self._shape, self._device.place
+        s, device = self._shape, self._device.torch_device
         record = RecordLayout(MatrixSpec("int4", 2 * s.inner, s.hidden, 2, 64, self._block),
                               MatrixSpec("int4", s.hidden, s.inner, 1, 64, self._block))
-        slots = _slots(random_slab(record, s.slots, place), record)
+        slots = _slots(random_slab(record, s.slots, device), record)
         tables = torch.full((s.slots // K, E), -1, dtype=torch.int32)
         for i, table in enumerate(tables):
             table[:K] = torch.arange(K * i, K * i + K)
         there, x, ids = self._here(tables), self._normal(1, s.hidden), torch.arange(K, dtype=torch.int32)[None]
-        here, here_ids, rows = self._here(x), self._here(ids), torch.zeros(1, K, s.hidden, device=place)
+        here, here_ids, rows = self._here(x), self._here(ids), torch.zeros(1, K, s.hidden, device=device)
 
         def agree() -> Tensor:
             want = torch.zeros(1, K, s.hidden)
@@ -133,16 +134,16 @@ class Operations:
             here, slots, here_ids, there[i % len(there)], rows), rows, agree)
 
     def _attention(self, positions: int) -> Operation:
-        s, place = self._shape, self._device.place
+        s, device = self._shape, self._device.torch_device
         nbytes, capacity = 2 * s.kv_heads * positions * s.size * 2, max(positions, 256)
         kept = [self._normal(2, s.kv_heads, capacity, s.size).to(self._device.half)
                 for _ in range(2)]
         copies = [self._here(kept[i % 2]) for i in range(self._copies(nbytes))]
         qkv, at = self._normal(1, (s.heads + 2 * s.kv_heads) * s.size), torch.tensor([positions - 1])
         cos_sin = torch.empty(1, s.size)
-        self._reference.rope_cos_sin(at, rotation(s.size, 1e6), cos_sin)
+        self._reference.rope_cos_sin(at, default_inv_freq(s.size, 1e6), cos_sin)
         here, here_at, there = self._here(qkv), self._here(at), self._here(cos_sin)
-        out = torch.empty(1, s.heads * s.size, device=place)
+        out = torch.empty(1, s.heads * s.size, device=device)
 
         def run(i: int) -> None:
             keys, values = copies[i % len(copies)]
@@ -156,31 +157,31 @@ class Operations:
         return Operation(f"attention, {positions} positions", nbytes, run, out, agree)
 
     def _norm(self) -> Operation:
-        s, place = self._shape, self._device.place
+        s, device = self._shape, self._device.torch_device
         residual, weight, rows = self._normal(1, s.hidden), self._normal(s.hidden), self._normal(1, K, s.hidden)
-        gains = torch.full((1, K), 0.5)
-        here = [self._here(t) for t in (residual, weight, rows, gains)]
-        start, out = self._here(residual), torch.empty(1, s.hidden, device=place)
+        topk_weights = torch.full((1, K), 0.5)
+        here = [self._here(t) for t in (residual, weight, rows, topk_weights)]
+        start, out = self._here(residual), torch.empty(1, s.hidden, device=device)
 
         def run(i: int) -> None:
             self._ops.norm(start, here[1], EPS, out, here[2], here[3])
 
         def agree() -> Tensor:
             want, first = torch.empty(1, s.hidden), residual.clone()
-            self._reference.norm(first, weight, EPS, want, rows, gains)
+            self._reference.norm(first, weight, EPS, want, rows, topk_weights)
             return want
 
         return Operation("norm, with the experts' rows", (K + 4) * 4 * s.hidden, run, out, agree)
 
     def _route(self) -> Operation:
-        s, place = self._shape, self._device.place
+        s, device = self._shape, self._device.torch_device
         residual, weight, router = self._normal(1, s.hidden), self._normal(s.hidden), self._normal(E, s.hidden).double()
         here = [self._here(t) for t in (residual, weight, router)]
-        normed, gains = torch.empty(1, s.hidden, device=place), torch.empty(1, K, device=place)
-        ids = torch.empty(1, K, dtype=torch.int32, device=place)
+        normed, topk_weights = torch.empty(1, s.hidden, device=device), torch.empty(1, K, device=device)
+        ids = torch.empty(1, K, dtype=torch.int32, device=device)
 
         def run(i: int) -> None:
-            self._ops.route(here[0], here[1], here[2], EPS, normed, ids, gains)
+            self._ops.route(here[0], here[1], here[2], EPS, normed, ids, topk_weights)
 
         def agree() -> Tensor:
             want = torch.empty(1, K)
@@ -188,7 +189,7 @@ class Operations:
                                   torch.empty(1, K, dtype=torch.int32), want)
             return want
 
-        return Operation("router", 8 * E * s.hidden + 12 * s.hidden, run, gains, agree)
+        return Operation("router", 8 * E * s.hidden + 12 * s.hidden, run, topk_weights, agree)
 
 
 def _slots(slab: Tensor, record: RecordLayout) -> ExpertSlots:
@@ -209,7 +210,7 @@ def measure(operation: Operation, device: Watched) -> dict[str, Any]:
     if not error <= AGREES:
         emit(wrong=f"{operation.name}: differs from the reference by {error:.2g}, more than {AGREES:.2g}")
         return row
-    calls, captured = CALLS if device.place.type == "cuda" else 2, True
+    calls, captured = CALLS if device.torch_device.type == "cuda" else 2, True
     try:
         seconds = per_call(device, operation.run, calls)
     except RuntimeError as e:  # what a graph cannot hold is timed launch by launch, and said to be
@@ -224,7 +225,8 @@ def run(task: dict[str, Any]) -> None:
     device = open_device(task["stand_in"])
     block = layout_of(Recipe(1))[1].block
     host = select({"int4", "int8", "bf16"}, {block}, say=lambda line: None)
-    kernels = choose_device_kernels(device.place, device.half, {"int4", "int8", "bf16"}, {block}, host, device.triton)
+    kernels = choose_device_kernels(device.torch_device, device.half, {"int4", "int8", "bf16"}, {block}, host,
+                                    device.triton)
     emit(kernels=kernels.ops.name, block=block)
     shape = SMALL if task["stand_in"] else MIXTRAL
     for name, made in Operations(device, kernels.ops, TorchDeviceOps(host), shape, block).all():

@@ -71,7 +71,7 @@ def _fill(flat: Tensor, noise: Tensor) -> None:
         piece.copy_(noise[:len(piece)])
 
 
-def decode(model: nn.Module, place: str, task: dict[str, Any], warm: int) -> dict[str, Any]:
+def decode(model: nn.Module, device: str, task: dict[str, Any], warm: int) -> dict[str, Any]:
     """Tokens a second of one token a step."""
     from transformers import DynamicCache
 
@@ -80,7 +80,7 @@ def decode(model: nn.Module, place: str, task: dict[str, Any], warm: int) -> dic
 
     @torch.inference_mode()
     def step(*ids: int) -> None:
-        logits = model(input_ids=torch.tensor([ids], device=place), past_key_values=cache, use_cache=True).logits
+        logits = model(input_ids=torch.tensor([ids], device=device), past_key_values=cache, use_cache=True).logits
         int(logits[0, -1].argmax())  # waits for it
 
     start = time.perf_counter()
@@ -118,11 +118,11 @@ def transformers(task: dict[str, Any]) -> None:
     from accelerate import dispatch_model
 
     torch.cuda.set_per_process_memory_fraction(min(1.0, task["vram"] * GIB / torch.cuda.mem_get_info()[1]))
-    places: dict[str, Any] = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 0, "lm_head": 0}
-    places |= {f"model.layers.{i}": 0 if i < here else "cpu" for i in range(recipe.layers)}
+    device_map: dict[str, Any] = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 0, "lm_head": 0}
+    device_map |= {f"model.layers.{i}": 0 if i < here else "cpu" for i in range(recipe.layers)}
     start = time.perf_counter()
-    model = dispatch_model(model, device_map=places, main_device=0)
-    emit(dispatched_seconds=time.perf_counter() - start, device_map=places, on_card_of_32=of_all,
+    model = dispatch_model(model, device_map=device_map, main_device=0)
+    emit(dispatched_seconds=time.perf_counter() - start, device_map=device_map, on_card_of_32=of_all,
          on_card_of_measured=here)
     emit(row={"what": "peer", "peer": "transformers + accelerate, bf16", "on_card": of_all,
               **scaled(decode(model, "cuda", task, 1), recipe.layers)})
@@ -144,7 +144,7 @@ def bitsandbytes(task: dict[str, Any]) -> None:
         model.save_pretrained(folder)
         del model
         emit(versions=_versions("transformers", "accelerate", "bitsandbytes"))
-        place = "cpu" if task["stand_in"] else "cuda"
+        device = "cpu" if task["stand_in"] else "cuda"
         quant = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
                                    bnb_4bit_compute_dtype=torch.bfloat16)
         model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quant, dtype=torch.bfloat16,
@@ -152,7 +152,7 @@ def bitsandbytes(task: dict[str, Any]) -> None:
         stored = sum(p.nbytes for p in model.model.layers[0].parameters())
         emit(row={"what": "peer", "peer": "transformers + bitsandbytes nf4, all on the card",
                   "bytes_of_bf16": stored / layer, "fits": stored * LAYERS <= task["vram"] * GIB,
-                  **scaled(decode(model.eval(), place, task, 2), recipe.layers)})
+                  **scaled(decode(model.eval(), device, task, 2), recipe.layers)})
 
 
 def llama(task: dict[str, Any]) -> None:

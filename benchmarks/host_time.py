@@ -57,7 +57,7 @@ def cache_row(layers: int, experts: int, top_k: int, slots: int, tokens: int) ->
                     cache.admit(key, "demand", set(chosen))
                     missing += clock() - start
                     misses += 1
-            cache.settle(layer)
+            cache.end_layer(layer)
     return missing / max(1, misses) * 1e6, using / (tokens * layers * top_k) * 1e6, misses
 
 

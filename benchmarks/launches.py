@@ -94,7 +94,7 @@ def dense_weights(shape: Shape, half: torch.dtype) -> DenseWeights:
 class Immediate:
     """A device, and its stream, that does what it is given when it is given."""
 
-    name, place, triton, trouble = "a card that is not here", CPU, True, ""
+    name, device, triton, trouble = "a card that is not here", CPU, True, ""
     launches = waits = 0
 
     def __init__(self, half: torch.dtype):
@@ -155,15 +155,15 @@ def launch(model: Shape, card: tuple[int, int], found: Launches, tokens: Iterabl
     weights = dense_weights(model, dtype)
     decode = DeviceDecode(config, weights, Immediate(dtype), kernels.ops, InSlots(kernels, config, record), DEPTH,
                           min(GUESSES, config.num_experts))
-    cache = SessionCache(config, model.context, dtype, place=CPU, attend=kernels.attend)
+    cache = SessionCache(config, model.context, dtype, device=CPU, attend=kernels.attend)
     for count in tokens:
         found.label = f"{model.name}, decode {count}"
         given = torch.zeros(count, dtype=torch.int64)
         decode(given, given, [cache] * count, Step("decode"))
     slot, (attention, _) = torch.empty(record.nbytes, dtype=torch.uint8), config.alike()
     (qkv, *_), o = weights.stacks.values(), weights.matrices["layers.0.attention.o"]
-    kept = cache.layers[0]
-    assert isinstance(kept, FullLayer) and len(weights.stacks) == config.num_layers
+    kv_layer = cache.layers[0]
+    assert isinstance(kv_layer, FullLayer) and len(weights.stacks) == config.num_layers
     w13, w2 = (Packed.of(spec, {p.tensor.name: view(slot, p.offset, p.tensor) for p in record.placed
                                 if p.matrix == name}) for name, spec in (("w13", record.w13), ("w2", record.w2)))
     for count in (n for n in prompts if n <= model.context):
@@ -172,7 +172,7 @@ def launch(model: Shape, card: tuple[int, int], found: Launches, tokens: Iterabl
         kernels.prompts.linear(x, qkv)
         heads = attention.heads, attention.kv_heads, attention.kv_heads
         query = Query(0, *(torch.empty(count, number, attention.head_dim, dtype=dtype) for number in heads))
-        kernels.prompts.linear(kept.attend(attention, None, query), o)
+        kernels.prompts.linear(kv_layer.attend(attention, None, query), o)
         kernels.prompts.expert(x, w13, w2)
         kernels.prompts.linear(x[-1:], weights.matrices["embedding" if config.tied else "head"])
 

@@ -260,7 +260,7 @@ def open_card(stand_in: bool) -> tuple[torch.device, torch.dtype, str]:
 
     card = open_cuda()
     torch.backends.cuda.matmul.allow_tf32 = False
-    return card.place, card.half, card.name
+    return card.torch_device, card.half, card.name
 
 
 def assembler() -> str:

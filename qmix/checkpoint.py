@@ -28,7 +28,7 @@ from qmix import modelfiles, sources
 from qmix.config import ExpertKey
 from qmix.errors import CheckpointError, ConfigError
 from qmix.models import ARCHITECTURES, Layout, Misfit, Source, choose_layout, layouts, read_model
-from qmix.shards import INDEX, REFETCH, SINGLE, Place, equal, locate, read_json
+from qmix.shards import INDEX, REFETCH, SINGLE, Location, equal, locate, read_json
 from qmix.spec import DeltaNet, Expert, Model, Moe
 
 STORE_MANIFEST = "qmix.json"
@@ -53,15 +53,15 @@ class Checkpoint:
     and qmix does not follow.
     """
 
-    def __init__(self, path: Path, raw_config: Mapping[str, Any], model: Model, places: Mapping[str, Place],
+    def __init__(self, path: Path, raw_config: Mapping[str, Any], model: Model, locations: Mapping[str, Location],
                  table: Mapping[str, Source], skipped: tuple[str, ...], notes: tuple[str, ...], opened: ExitStack):
         self.path = path
         self.raw_config = raw_config
         self.model = model
         self.skipped = skipped
         self.notes = notes
-        self.nbytes = sum(place.entry.nbytes for place in places.values())
-        self._places = places
+        self.nbytes = sum(location.entry.nbytes for location in locations.values())
+        self._locations = locations
         self._table = table
         self._opened = opened
 
@@ -74,11 +74,11 @@ class Checkpoint:
                 _check_folder(path)
                 raw = read_json(path / "config.json")
                 _check_unquantized(path / "config.json", raw)
-                places, unused, notes = locate(path, opened)
+                locations, unused, notes = locate(path, opened)
             except OSError as e:
                 raise CheckpointError(f"{path}: {e.strerror}", "check the path and its permissions") from None
-            model = _read_config(path / "config.json", raw, places)
-            used, table, skipped = _account(path, model, places)
+            model = _read_config(path / "config.json", raw, locations)
+            used, table, skipped = _account(path, model, locations)
             notes += ignored_keys(path / "config.json", raw)
             return cls(path, raw, model, used, table, (*skipped, *unused), tuple(notes), opened.pop_all())
 
@@ -111,7 +111,7 @@ class Checkpoint:
 
     def _tensor(self, name: str, out: Tensor | None = None) -> Tensor:
         source = self._table[name]
-        return sources.read(self._places[source.name], source, out)
+        return sources.read(self._locations[source.name], source, out)
 
     @property
     def extra_files(self) -> list[str]:
@@ -119,14 +119,14 @@ class Checkpoint:
         return list(modelfiles.present(self.path))
 
     def fingerprint(self) -> str:
-        """Hex digest of the content: config, every tensor's name, shape and place, and a sample of its
+        """Hex digest of the content: config, every tensor's name, shape and location, and a sample of its
         bytes. Independent of path and time; reads 4 KiB a tensor."""
         digest = hashlib.blake2b(json.dumps(self.raw_config, sort_keys=True).encode(), digest_size=16)
-        for name, place in sorted(self._places.items()):
-            entry, size = place.entry, place.shard.file.size
+        for name, location in sorted(self._locations.items()):
+            entry, size = location.entry, location.shard.file.size
             digest.update(repr((name, entry.dtype, entry.shape, entry.offset, entry.nbytes, size)).encode())
             nbytes = min(SAMPLE, entry.nbytes)
-            digest.update(bytes(place.shard.read(entry, (entry.nbytes - nbytes) // 2, nbytes).tolist()))
+            digest.update(bytes(location.shard.read(entry, (entry.nbytes - nbytes) // 2, nbytes).tolist()))
         return digest.hexdigest()
 
     def close(self) -> None:
@@ -192,12 +192,12 @@ def ignored_keys(path: Path, raw: Mapping[str, Any]) -> list[str]:
     return [f"{path}: {line}" for line in found]
 
 
-def _read_config(path: Path, raw: Mapping[str, Any], places: Mapping[str, Place]) -> Model:
+def _read_config(path: Path, raw: Mapping[str, Any], locations: Mapping[str, Location]) -> Model:
     """The model of config.json, with the dtype that most tensors have; refused where the engine cannot run it."""
     try:
         model = read_model({**raw, "dtype": "bfloat16"})
         skipped = ARCHITECTURES[model.architecture].SKIPPED
-        found = Counter(p.entry.dtype for name, p in places.items() if not skipped.fullmatch(name))
+        found = Counter(p.entry.dtype for name, p in locations.items() if not skipped.fullmatch(name))
         model = replace(model, dtype=DTYPE_NAMES.get(found.most_common(1)[0][0], "bfloat16") if found else model.dtype)
         check_runs(model)
     except ConfigError as e:
@@ -228,33 +228,33 @@ def not_run(model: Model) -> str:
     return ""
 
 
-def _account(path: Path, model: Model, places: Mapping[str, Place]
-             ) -> tuple[dict[str, Place], dict[str, Source], list[str]]:
-    """({name: place} of all that the model uses, {canonical name: Source}, names skipped); CheckpointError for whatever
-    is missing, left over, misshapen or of another dtype."""
+def _account(path: Path, model: Model, locations: Mapping[str, Location]
+             ) -> tuple[dict[str, Location], dict[str, Source], list[str]]:
+    """({name: location} of all that the model uses, {canonical name: Source}, names skipped); CheckpointError for
+    whatever is missing, left over, misshapen or of another dtype."""
     _check_count(path, model)
     known = layouts(model)
     skippable = ARCHITECTURES[model.architecture].SKIPPED
-    layout = choose_layout(known, places)
+    layout = choose_layout(known, locations)
     wanted = dict.fromkeys(source.name for source in layout.values())
-    _check_no_low_bits(wanted, places)
-    missing = [name for name in wanted if name not in places]
+    _check_no_low_bits(wanted, locations)
+    missing = [name for name in wanted if name not in locations]
     if missing:
         both = f"{path / SINGLE} is read and {INDEX} ignored: remove the one that does not belong to the model"
         tied = "if the model ties its embeddings, config.json must say tie_word_embeddings: true"
         raise CheckpointError(f"{path}: {missing[0]}: missing ({len(missing)} of {len(wanted)} tensors are)",
                               tied if missing == [HEAD] else
                               both if (path / SINGLE).is_file() and (path / INDEX).exists() else WRONG_CONFIG)
-    _check_tensors(model, layout, places)
-    skipped = [name for name in places if skippable.fullmatch(name)]
-    if model.tied and HEAD in places:
-        _check_tied(places[layout["embedding"].name], places[HEAD])
+    _check_tensors(model, layout, locations)
+    skipped = [name for name in locations if skippable.fullmatch(name)]
+    if model.tied and HEAD in locations:
+        _check_tied(locations[layout["embedding"].name], locations[HEAD])
         skipped.append(HEAD)
-    left = [name for name in places if name not in wanted and name not in skipped]
+    left = [name for name in locations if name not in wanted and name not in skipped]
     if left:
-        raise CheckpointError(f"{places[left[0]].shard.file.path}: {left[0]}: not a tensor of this model "
+        raise CheckpointError(f"{locations[left[0]].shard.file.path}: {left[0]}: not a tensor of this model "
                               f"({len(left)} such tensors)", WRONG_CONFIG)
-    return {name: places[name] for name in wanted}, dict(layout), skipped
+    return {name: locations[name] for name in wanted}, dict(layout), skipped
 
 
 def _check_count(path: Path, model: Model) -> None:
@@ -265,45 +265,45 @@ def _check_count(path: Path, model: Model) -> None:
             f"want at most {MAX_TENSORS}", WRONG_CONFIG)
 
 
-def _check_tensors(model: Model, layout: Layout, places: Mapping[str, Place]) -> None:
+def _check_tensors(model: Model, layout: Layout, locations: Mapping[str, Location]) -> None:
     """Shape and dtype of every tensor, in the order of the model."""
     of_experts = (t for key in model.expert_keys for t in model.expert_tensors(key))
     for tensor in chain(model.tensors(), of_experts):
         source = layout[tensor.name]
-        place = places[source.name]
-        where = f"{place.shard.file.path}: {source.name}"
+        location = locations[source.name]
+        where = f"{location.shard.file.path}: {source.name}"
         try:
-            got = source.shape_out(place.entry.shape)
+            got = source.shape_out(location.entry.shape)
         except Misfit as misfit:
             raise CheckpointError(f"{where}: {misfit} by config.json", WRONG_CONFIG) from None
         if got != tensor.shape:
             part = " for a part of it" if source.steps else ""
             raise CheckpointError(f"{where}: got shape {list(got)}{part}, want {list(tensor.shape)} by config.json",
                                   WRONG_CONFIG)
-        _check_dtype(place, where, model.dtype)
+        _check_dtype(location, where, model.dtype)
 
 
-def _check_dtype(place: Place, where: str, dtype: str) -> None:
-    if place.entry.dtype not in DTYPE_NAMES:
-        raise CheckpointError(f"{where}: got dtype {place.entry.dtype}, want BF16, F16 or F32",
+def _check_dtype(location: Location, where: str, dtype: str) -> None:
+    if location.entry.dtype not in DTYPE_NAMES:
+        raise CheckpointError(f"{where}: got dtype {location.entry.dtype}, want BF16, F16 or F32",
                               "give the original, unquantized checkpoint")
-    if DTYPE_NAMES[place.entry.dtype] != dtype:
-        raise CheckpointError(f"{where}: got {DTYPE_NAMES[place.entry.dtype]}, want {dtype} like the other tensors",
+    if DTYPE_NAMES[location.entry.dtype] != dtype:
+        raise CheckpointError(f"{where}: got {DTYPE_NAMES[location.entry.dtype]}, want {dtype} like the other tensors",
                               "save the checkpoint again with one dtype")
 
 
-def _check_no_low_bits(wanted: Mapping[str, object], places: Mapping[str, Place]) -> None:
+def _check_no_low_bits(wanted: Mapping[str, object], locations: Mapping[str, Location]) -> None:
     """A checkpoint with 4-, 6- or 8-bit floats is named as what it is, by the model's own tensor where that has one;
     otherwise its scales would be called leftovers and its weights missing."""
-    low = {name: place for name, place in places.items() if place.entry.dtype.startswith(LOW_BITS)}
+    low = {name: location for name, location in locations.items() if location.entry.dtype.startswith(LOW_BITS)}
     if low:
-        place = next((low[name] for name in wanted if name in low), next(iter(low.values())))
-        raise CheckpointError(f"{place.shard.file.path}: {place.entry.name}: got dtype {place.entry.dtype}, want BF16, "
-                              "F16 or F32: the weights are quantized already",
+        location = next((low[name] for name in wanted if name in low), next(iter(low.values())))
+        raise CheckpointError(f"{location.shard.file.path}: {location.entry.name}: got dtype {location.entry.dtype}, "
+                              "want BF16, F16 or F32: the weights are quantized already",
                               "give the original, unquantized checkpoint")
 
 
-def _check_tied(embedding: Place, head: Place) -> None:
+def _check_tied(embedding: Location, head: Location) -> None:
     """The head of a model with tied embeddings may be there, but must be the embedding."""
     if not equal(embedding, head):
         raise CheckpointError(f"{head.shard.file.path}: {HEAD}: differs from {embedding.entry.name}, though "

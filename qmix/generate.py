@@ -204,7 +204,7 @@ def generate(session: Session, prompt_ids: Sequence[int], params: SamplingParams
     passes = Passes(session, prompt_ids, pace, tokenizer.eos_ids, clock)
 
     def last(token_id: int | None, text: str, reason: FinishReason, value: float | None = None) -> Token:
-        passes.settle()
+        passes.discard_drafts()
         ids = tuple(answer.ids)
         ended = bool(ids) and ids[-1] in tokenizer.eos_ids
         timings = Timings(len(prompt_ids), cached, len(ids), passes.prefill_seconds, passes.decode_seconds, first,
@@ -235,7 +235,7 @@ def generate(session: Session, prompt_ids: Sequence[int], params: SamplingParams
                 return
             yield Token(token_id, text, logprob=value)
     finally:
-        passes.settle()
+        passes.discard_drafts()
 
 
 def _check_prompt(session: Session, prompt_ids: Sequence[int]) -> None:

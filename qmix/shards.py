@@ -75,7 +75,7 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Location:
     """Where a tensor lies."""
 
     shard: Shard
@@ -94,8 +94,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
-def locate(path: Path, opened: ExitStack) -> tuple[dict[str, Place], list[str], list[str]]:
-    """Open the weight files and find every tensor: ({name: place}, names of weight files not used, notes on
+def locate(path: Path, opened: ExitStack) -> tuple[dict[str, Location], list[str], list[str]]:
+    """Open the weight files and find every tensor: ({name: location}, names of weight files not used, notes on
     an index that disagrees with the files)."""
     single, listed = (path / SINGLE).is_file(), (path / INDEX).exists()
     weight_map = _read_index(path / INDEX) if listed and not single else None
@@ -103,21 +103,21 @@ def locate(path: Path, opened: ExitStack) -> tuple[dict[str, Place], list[str], 
     absent = [name for name in files if not (path / name).exists()]
     if absent:
         raise CheckpointError(f"{path / absent[0]}: missing ({len(absent)} of {len(files)} files)", REFETCH)
-    places: dict[str, Place] = {}
+    locations: dict[str, Location] = {}
     for name in files:
         shard = Shard(path / name)
         opened.callback(shard.close)
         for tensor, entry in shard.file.entries.items():
-            place = Place(shard, entry)
-            if tensor in places:
-                _check_copy(places[tensor], place)
-            places[tensor] = place
-    notes = [] if weight_map is None else _disagreements(path / INDEX, weight_map, places)
+            location = Location(shard, entry)
+            if tensor in locations:
+                _check_copy(locations[tensor], location)
+            locations[tensor] = location
+    notes = [] if weight_map is None else _disagreements(path / INDEX, weight_map, locations)
     unused = sorted(p.name for p in path.glob("*.safetensors") if p.name not in files)
-    return places, unused + [INDEX] * (single and listed), notes
+    return locations, unused + [INDEX] * (single and listed), notes
 
 
-def _check_copy(one: Place, two: Place) -> None:
+def _check_copy(one: Location, two: Location) -> None:
     """A tensor may stand in two files, but must be the same in both."""
     if not equal(one, two):
         raise CheckpointError(f"{two.shard.file.path}: {two.entry.name}: differs from the one in "
@@ -125,14 +125,14 @@ def _check_copy(one: Place, two: Place) -> None:
                               f"{INDEX} too")
 
 
-def _disagreements(index: Path, weight_map: Mapping[str, str], places: Mapping[str, Place]) -> list[str]:
+def _disagreements(index: Path, weight_map: Mapping[str, str], locations: Mapping[str, Location]) -> list[str]:
     """Lines on what a stale index says otherwise than the files."""
     found = []
     for words, tensors in (
-            ("places {} in another file than holds it", [n for n, file in weight_map.items() if n in places
-                                                         and places[n].shard.file.path.name != file]),
-            ("does not name {}", [n for n in places if n not in weight_map]),
-            ("names {}, which no file holds", [n for n in weight_map if n not in places])):
+            ("places {} in another file than holds it", [n for n, file in weight_map.items() if n in locations
+                                                         and locations[n].shard.file.path.name != file]),
+            ("does not name {}", [n for n in locations if n not in weight_map]),
+            ("names {}, which no file holds", [n for n in weight_map if n not in locations])):
         if tensors:
             more = f" (and {len(tensors) - 1} more)" if len(tensors) > 1 else ""
             found.append(f"{index}: {words.format(tensors[0])}{more}: the files' own headers are used")
@@ -153,7 +153,7 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def equal(one: Place, two: Place, step: int = 2**24) -> bool:
+def equal(one: Location, two: Location, step: int = 2**24) -> bool:
     """Whether two tensors have the same dtype, shape and bytes."""
     same = (one.entry.dtype, one.entry.shape) == (two.entry.dtype, two.entry.shape)
     for begin in range(0, one.entry.nbytes if same else 0, step):

@@ -205,7 +205,7 @@ def dense_bytes(model: Model, quant: QuantConfig, tensor: Tensor) -> int:
     return prod(tensor.shape) * item if spec is None else spec.nbytes
 
 
-def kept_attention(model: Model) -> tuple[Attention, ...]:
+def kv_owners(model: Model) -> tuple[Attention, ...]:
     """Of the layers that keep keys and values of their own."""
     return tuple(layer.mixer for layer in model.layers
                  if isinstance(layer.mixer, Attention) and layer.mixer.kv_source is None)

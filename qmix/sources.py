@@ -15,16 +15,16 @@ from torch import Tensor
 from qmix.formats import TORCH_DTYPES
 from qmix.models import Source, Step
 from qmix.models.source import Index, PerHead, Rows, Squeeze, Strided, Transpose
-from qmix.shards import Place
+from qmix.shards import Location
 
 
-def read(place: Place, source: Source, out: Tensor | None = None) -> Tensor:
-    """The model's tensor in the file's dtype: in `out`, uint8 of its bytes, by default in fresh memory. place: of the
-    tensor `source.name`, whose shape `source` was checked for."""
-    entry, dtype = place.entry, TORCH_DTYPES[place.entry.dtype]
+def read(location: Location, source: Source, out: Tensor | None = None) -> Tensor:
+    """The model's tensor in the file's dtype: in `out`, uint8 of its bytes, by default in fresh memory. location: of
+    the tensor `source.name`, whose shape `source` was checked for."""
+    entry, dtype = location.entry, TORCH_DTYPES[location.entry.dtype]
     first, shape, rest = narrow(entry.shape, source.steps)
     item, count = dtype.itemsize, prod(shape)
-    data = place.shard.read(entry, first * item, count * item, None if rest else out)
+    data = location.shard.read(entry, first * item, count * item, None if rest else out)
     found = data.view(dtype).view(shape)
     if not rest:
         return found

@@ -98,13 +98,13 @@ class Float64:
             return self._gated(x, f"layers.{i}." + ("mlp." if self.model.moe_layers else "experts.0."))
         logits = x @ self.weight(f"layers.{i}.router.weight").T
         ids = logits.topk(mlp.router.top_k).indices
-        chances = logits.softmax(-1).gather(1, ids)
+        topk_weights = logits.softmax(-1).gather(1, ids)
         if mlp.router.over == "chosen" or mlp.router.normalize:
-            chances = chances / chances.sum(-1, keepdim=True)
+            topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True)
         out = torch.zeros_like(x)
         for expert in ids.unique().tolist():
             rows, rank = (ids == expert).nonzero(as_tuple=True)
-            out[rows] += chances[rows, rank, None] * self._gated(x[rows], f"layers.{i}.experts.{expert}.")
+            out[rows] += topk_weights[rows, rank, None] * self._gated(x[rows], f"layers.{i}.experts.{expert}.")
         return out
 
     def _gated(self, x: Tensor, prefix: str) -> Tensor:

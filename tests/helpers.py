@@ -39,7 +39,7 @@ TINY: dict[str, Any] = {
     "max_position_embeddings": 512, "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "sliding_window": None,
     "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
 }
-KEEP = QuantConfig(experts="keep", dense="keep", method="", group_size=0, block=0)
+UNQUANTIZED = QuantConfig(experts="keep", dense="keep", method="", group_size=0, block=0)
 
 
 def tiny_config(**overrides: Any) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def write_tiny_stores(folder: Path, formats: Mapping[str, QuantConfig], **overri
     return {name: folder / name for name in formats}
 
 
-def keep_weights(checkpoint: Checkpoint) -> DenseWeights:
+def unquantized_weights(checkpoint: Checkpoint) -> DenseWeights:
     """The dense weights of a checkpoint as they are, without a store between."""
     model = checkpoint.model
     roles = {t.name: t.role for t in model.tensors()}
@@ -112,7 +112,7 @@ def keep_weights(checkpoint: Checkpoint) -> DenseWeights:
             return tensor
         return pack(tensor, MatrixSpec(DTYPES[model.dtype], *tensor.shape))
 
-    return assemble(model, compute_dtype(model, KEEP), read)
+    return assemble(model, compute_dtype(model, UNQUANTIZED), read)
 
 
 def naive_experts(checkpoint: Checkpoint,
@@ -120,31 +120,32 @@ def naive_experts(checkpoint: Checkpoint,
     """The experts callable in float64, token by token and rank by rank, straight from the checkpoint."""
     weights = {key: [w.double() for w in checkpoint.expert(key)] for key in checkpoint.model.expert_keys}
 
-    def experts(layer: int, x: Tensor, ids: Tensor, gains: Tensor, step: Step,
+    def experts(layer: int, x: Tensor, ids: Tensor, topk_weights: Tensor, step: Step,
                 ahead: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
-        seen(layer, x, ids, gains, step, ahead)
+        seen(layer, x, ids, topk_weights, step, ahead)
         if wanted is not None:
-            x, ids, gains = x[wanted], ids[wanted], gains[wanted]
+            x, ids, topk_weights = x[wanted], ids[wanted], topk_weights[wanted]
         out = torch.zeros(x.shape, dtype=torch.float64)
         for expert in range(checkpoint.model.num_experts):
             token, rank = (ids == expert).nonzero(as_tuple=True)
             w1, w2, w3 = weights[ExpertKey(layer, expert)]
             rows = x[token].double()
             y = (F.silu(rows @ w1.T) * (rows @ w3.T)) @ w2.T
-            out.index_add_(0, token, y * gains[token, rank, None].double())
+            out.index_add_(0, token, y * topk_weights[token, rank, None].double())
         return out.to(x.dtype)
 
     return experts
 
 
-def keep_model(checkpoint: Checkpoint, seen: Callable[..., None] = lambda *_: None, guess: bool = True) -> Runner:
+def unquantized_model(checkpoint: Checkpoint, seen: Callable[..., None] = lambda *_: None,
+                      guess: bool = True) -> Runner:
     """The runner on the checkpoint's own weights with naive experts; `seen` gets every call of theirs."""
     kernels = select({DTYPES[checkpoint.model.dtype]}, say=lambda line: None)
-    return Runner(checkpoint.model, keep_weights(checkpoint), kernels, naive_experts(checkpoint, seen),
+    return Runner(checkpoint.model, unquantized_weights(checkpoint), kernels, naive_experts(checkpoint, seen),
                   Guesses(1, checkpoint.model.top_k) if guess else NO_GUESSES)
 
 
-def stored_model(source: Path, out: Path, quant: QuantConfig = KEEP) -> Runner:
+def stored_model(source: Path, out: Path, quant: QuantConfig = UNQUANTIZED) -> Runner:
     """Quantize the checkpoint `source` into the store `out` and bring it up as the engine does."""
     with Checkpoint.open(source) as checkpoint:
         quantize_checkpoint(checkpoint, out, quant, threads=1)

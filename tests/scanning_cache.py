@@ -42,16 +42,16 @@ class ScanningCache:
         for token, experts in enumerate(choices):
             for expert in experts:
                 self.policy.use(ExpertKey(layer, expert), self.now - len(choices) + 1 + token)
-        self.settle(layer)
+        self.end_layer(layer)
 
-    def settle(self, layer: int) -> None:
+    def end_layer(self, layer: int) -> None:
         self.unproven = {key for key in self.unproven if key.layer != layer}
 
-    def spare(self, key: ExpertKey) -> None:
+    def mark_spare(self, key: ExpertKey) -> None:
         self.spares[key] = None
         self.unproven.discard(key)
 
-    def keep(self, key: ExpertKey) -> None:
+    def unmark_spare(self, key: ExpertKey) -> None:
         self.spares.pop(key, None)
 
     def remove(self, key: ExpertKey) -> None:

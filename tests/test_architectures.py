@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import FIRST, RUNNING, quantized, random_model, write
-from helpers import KEEP
+from helpers import UNQUANTIZED
 from model_configs import RUN, ids
 from safetensors.torch import load_file, save_file
 from test_cli import Done, qmix
@@ -62,7 +62,7 @@ def test_the_logits_are_those_of_transformers(at: int, tmp_path: Path) -> None:
     with torch.inference_mode():
         want = model(torch.tensor([IDS[:46]]), use_cache=False).logits[0]
     source = write(model, raw, tmp_path / "source", published=at % 2 == 0)
-    with load(quantized(source, tmp_path / "store", KEEP), threads=1, context=64, scoring=True) as engine:
+    with load(quantized(source, tmp_path / "store", UNQUANTIZED), threads=1, context=64, scoring=True) as engine:
         got = logits(engine)
     assert want.std() > 1  # flat logits would agree by themselves
     assert (got - want).abs().max() < 1e-4
@@ -94,8 +94,8 @@ def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp(request.param)
     theirs = random_model(FIRST[request.param], torch.bfloat16)
     source = write(theirs, FIRST[request.param], folder / "source")
-    return Files(source, quantized(source, folder / "int4", QuantConfig()), quantized(source, folder / "keep", KEEP),
-                 theirs)
+    return Files(source, quantized(source, folder / "int4", QuantConfig()),
+                 quantized(source, folder / "keep", UNQUANTIZED), theirs)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import FIRST, quantized, random_model, write
-from helpers import KEEP
+from helpers import UNQUANTIZED
 from model_configs import RUN, with_keys
 from test_architectures import IDS, PROMPT, good, logits, paged
 from test_budget import MIB, command, run
@@ -50,7 +50,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def kept(source: Path) -> Tensor:
-    with load(quantized(source, source.parent / "keep", KEEP), threads=1, context=64) as engine:
+    with load(quantized(source, source.parent / "keep", UNQUANTIZED), threads=1, context=64) as engine:
         return logits(engine)
 
 
@@ -90,7 +90,7 @@ def test_a_mixed_store(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     more = {key: 24 for key in ("num_experts", "num_local_experts") if key in tiny}
     raw = with_keys(tiny, more or {"num_hidden_layers": 8})
     many = write(random_model(raw, torch.bfloat16), raw, tmp_path / "many")
-    with load(quantized(many, tmp_path / "keep", KEEP), threads=1, context=64) as engine:
+    with load(quantized(many, tmp_path / "keep", UNQUANTIZED), threads=1, context=64) as engine:
         model, kept = engine.model, logits(engine)
     mix = tuple("".join(str((layer + expert) % 2) for expert in range(model.experts_in(layer)))
                 for layer in range(model.num_layers))

@@ -52,7 +52,7 @@ def test_against_float64(fused: bool, size: int, group: int, kv: int, tokens: in
     keys, values = cache[:, :, :past + tokens]
     with pytest.MonkeyPatch.context() as patch:
         # Without a GPU torch says that it has no fused kernel: the branch for one is taken all the same.
-        patch.setattr(attend, "fused_attention", lambda *_: fused)
+        patch.setattr(attend, "has_fused_kernel", lambda *_: fused)
         patch.setattr(attend, "SCORES", tile * 8 * group * kv * (past + tokens))
         got = attend_torch(query.to(DEVICE), *cache.to(DEVICE)[:, :, :past + tokens], window)
     assert got.dtype == dtype and got.shape == (tokens, group * kv * size)

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import KEEP, decode, keep_model, prefill, write_tiny_checkpoint
+from helpers import UNQUANTIZED, decode, prefill, unquantized_model, write_tiny_checkpoint
 from test_cli import Done, qmix
 from tokenizer_files import DEMO_TEMPLATE, spm_model
 from torch.utils.flop_counter import FlopCounterMode
@@ -123,7 +123,7 @@ def test_operations_are_what_torch_counts(tmp_path: Path, case: Case, window: in
     monkeypatch.setenv("QMIX_NATIVE", "off")  # so that it is torch that computes
     source = write_tiny_checkpoint(tmp_path / "tiny", dtype=torch.float32, sliding_window=window)
     with Checkpoint.open(source) as checkpoint:
-        model, config = keep_model(checkpoint, guess=False), checkpoint.model  # guesses are not work
+        model, config = unquantized_model(checkpoint, guess=False), checkpoint.model  # guesses are not work
         cache = model.new_cache(40)
         if case.depth:
             prefill(model, [9] * case.depth, cache)
@@ -136,7 +136,7 @@ def test_operations_are_what_torch_counts(tmp_path: Path, case: Case, window: in
                 if window is None or query - key < window)
     attention = 4 * pairs * config.num_layers * config.alike()[0].heads * config.alike()[0].head_dim
     products = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
-    assert Workload.of(config, KEEP, Needs.of(config, KEEP, 40)).operations(case) == products + attention
+    assert Workload.of(config, UNQUANTIZED, Needs.of(config, UNQUANTIZED, 40)).operations(case) == products + attention
 
 
 def test_bytes_are_those_of_the_tensors_that_a_pass_reads(store: Path) -> None:

@@ -16,7 +16,7 @@ from weakref import WeakSet
 
 import pytest
 import torch
-from helpers import KEEP, write_tiny_checkpoint
+from helpers import UNQUANTIZED, write_tiny_checkpoint
 from test_cli import qmix
 from test_device_engine import ALL, EXPERTS, IDS, LAYERS, TOP_K, bring_up
 from tokenizer_files import DEMO_TEMPLATE, spm_model
@@ -63,7 +63,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     (source / "tokenizer.model").write_bytes(spm_model())
     (source / "tokenizer_config.json").write_text(json.dumps({"chat_template": DEMO_TEMPLATE}))
     with Checkpoint.open(source) as checkpoint:
-        for name, quant in (("int4", QuantConfig()), ("keep", KEEP)):
+        for name, quant in (("int4", QuantConfig()), ("keep", UNQUANTIZED)):
             quantize_checkpoint(checkpoint, folder / name, quant)
     return {name: folder / name for name in ("int4", "keep")}
 
@@ -73,7 +73,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of the machine is measured."""
     monkeypatch.setattr(roofline, "measure", lambda dtype, budget, say: replace(HOST, disk_gbps=None))
     monkeypatch.setattr(roofline, "with_disk", lambda peaks, folder, say: replace(peaks, disk_gbps=HOST.disk_gbps))
-    monkeypatch.setattr("qmix.bench.suite.with_device", lambda peaks, place, dtype, **how: replace(
+    monkeypatch.setattr("qmix.bench.suite.with_device", lambda peaks, device, dtype, **how: replace(
         peaks, vram_gbps=PEAKS.vram_gbps, bus_gbps=PEAKS.bus_gbps))
 
 
@@ -304,7 +304,7 @@ def test_every_output_has_one_set_of_fields(stores: dict[str, Path], quick: None
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_auto_is_settled_by_the_first_load(stores: dict[str, Path], quick: None, stand_in: Any, there: bool,
+def test_auto_is_decided_by_the_first_load(stores: dict[str, Path], quick: None, stand_in: Any, there: bool,
                                            monkeypatch: pytest.MonkeyPatch) -> None:
     """A card that another program takes or lets go of meanwhile changes nothing."""
     asked = []

@@ -22,8 +22,8 @@ HALF_LIVES = {"lfu:4": 4.0, "lfu": 32.0, "lfu:0.5": 0.5}
 
 @dataclass
 class Walk:
-    """One pass. chosen: by layer, the experts; extra: (reason, key) to admit after each layer's demand, or to be a
-    "spare" or not ("keep") if it is there; gone: a key that is dropped at the end if it is there."""
+    """One pass. chosen: by layer, the experts; extra: (reason, key) to admit after each layer's demand, or to mark
+    as a spare or unmark if it is there; gone: a key that is dropped at the end if it is there."""
 
     prefill: list[list[set[int]]] | None  # by layer, by token
     chosen: list[set[int]]
@@ -127,14 +127,14 @@ class Naive:
         self.unproven.discard(key)
         self.spares.discard(key)
 
-    def spare(self, key: ExpertKey) -> None:
+    def mark_spare(self, key: ExpertKey) -> None:
         self.spares.add(key)
         self.unproven.discard(key)
 
 
 experts = st.sets(st.integers(0, EXPERTS - 1), min_size=1, max_size=2)
-extras = st.lists(st.tuples(st.sampled_from(["speculative", "warm", "spare", "keep"]), st.sampled_from(KEYS)),
-                  max_size=4)
+REASONS = ["speculative", "warm", "mark_spare", "unmark_spare"]
+extras = st.lists(st.tuples(st.sampled_from(REASONS), st.sampled_from(KEYS)), max_size=4)
 walks = st.builds(
     Walk, st.none() | st.none() | st.lists(experts, min_size=1, max_size=5).map(lambda tokens: [tokens] * LAYERS),
     st.lists(experts, min_size=LAYERS, max_size=LAYERS), st.lists(extras, min_size=LAYERS, max_size=LAYERS),
@@ -177,7 +177,7 @@ def walk_through(cache: Cache, naive: Naive, walk: Walk) -> None:
                 naive.used.append((key, naive.now))
                 naive.unproven.discard(key)
             naive.decoded[-1] |= chosen
-            cache.settle(layer)
+            cache.end_layer(layer)
         else:
             tokens = walk.prefill[layer]
             cache.seed(layer, tokens)
@@ -189,12 +189,12 @@ def walk_through(cache: Cache, naive: Naive, walk: Walk) -> None:
             if key not in cache:
                 admit(cache, naive, key, "demand" if walk.prefill is None else "prefill", chosen)
         for reason, key in walk.extra[layer]:
-            if reason in ("spare", "keep"):
-                if key in cache and reason == "spare":
-                    cache.spare(key)
-                    naive.spare(key)
-                elif reason == "keep":
-                    cache.keep(key)
+            if reason in ("mark_spare", "unmark_spare"):
+                if key in cache and reason == "mark_spare":
+                    cache.mark_spare(key)
+                    naive.mark_spare(key)
+                elif reason == "unmark_spare":
+                    cache.unmark_spare(key)
                     naive.spares.discard(key)
             elif key not in cache:
                 admit(cache, naive, key, reason, chosen)
@@ -256,11 +256,11 @@ def test_what_leaves_is_what_a_scan_of_all_slots_finds(seed: int, layers: int, e
                 else:
                     for key in chosen:
                         both.use(key)
-                    both.settle(layer)
+                    both.end_layer(layer)
             for key in chosen:
                 admit(key, "prefill" if prompt else "demand")
             for _ in range(dice.randrange(4)):
-                key, what = dice.choice(keys), dice.choice(["speculative", "warm", "spare", "keep", "remove"])
+                key, what = dice.choice(keys), dice.choice([*REASONS, "remove"])
                 if what in ("speculative", "warm"):
                     admit(key, what)
                 elif key in cache:
@@ -355,8 +355,8 @@ def test_a_spare_leaves_first_whatever_comes_and_the_surest_one_first_of_all(rea
         cache.admit(key, "demand")
         cache.use(key)
     for key in (ExpertKey(0, 0), ExpertKey(0, 1), ExpertKey(1, 0)):
-        cache.spare(key)
-    cache.keep(ExpertKey(0, 1))
+        cache.mark_spare(key)
+    cache.unmark_spare(ExpertKey(0, 1))
     new = [ExpertKey(2, e) for e in range(3)]
     assert cache.admit(new[0], reason, {ExpertKey(0, 0)}) == ExpertKey(1, 0), "the other one is busy"
     assert cache.admit(new[1], reason) == ExpertKey(0, 0)
@@ -367,8 +367,8 @@ def test_only_a_spare_of_the_same_kind_makes_room() -> None:
     cache = Cache([1, 2], LAYERS, make_policy("lfu", {}), kind_of=lambda key: key.expert % 2)
     for expert in (0, 1, 3):
         assert cache.admit(ExpertKey(0, expert), "demand") is True
-    cache.spare(ExpertKey(0, 0))
-    cache.spare(ExpertKey(0, 3))
+    cache.mark_spare(ExpertKey(0, 0))
+    cache.mark_spare(ExpertKey(0, 3))
     assert cache.admit(ExpertKey(1, 1), "warm") == ExpertKey(0, 3)
     assert cache.admit(ExpertKey(1, 3), "demand") in {ExpertKey(0, 1), ExpertKey(1, 1)}
     assert set(cache.spares) == {ExpertKey(0, 0)}

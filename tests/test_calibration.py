@@ -51,7 +51,7 @@ def through(source: Checkpoint, text: Calibration, pool: ThreadPoolExecutor | No
 def demo_text(folder: Path, tokens: int) -> Calibration:
     text = recorded_text()[:4000]
     tokenizer = load(folder, read_model(json.loads((folder / "config.json").read_text())).vocab)
-    return Calibration.cut([tokenizer.bos_id], tokenizer.encode(text, bos=False), tokens, 96)
+    return Calibration.of_text([tokenizer.bos_id], tokenizer.encode(text, bos=False), tokens, 96)
 
 
 def test_hidden_states_are_those_of_transformers(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_an_expert_that_no_token_is_sent_to_has_no_inputs(tmp_path: Path) -> Non
     (range(2, 10), 1, 512, [[1, 2]]),
 ])
 def test_how_a_text_is_cut(ids: range, tokens: int, most: int, want: list[list[int]]) -> None:
-    assert Calibration.cut([1], list(ids), tokens, most).ids.tolist() == want
+    assert Calibration.of_text([1], list(ids), tokens, most).ids.tolist() == want
 
 
 def test_digest_tells_texts_and_cuts_apart() -> None:
@@ -165,6 +165,6 @@ def test_digest_tells_texts_and_cuts_apart() -> None:
 
 def test_what_cannot_be_calibrated_on_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no tokens"):
-        Calibration.cut([1], [], 100, 512)
+        Calibration.of_text([1], [], 100, 512)
     with Checkpoint.open(write_tiny_checkpoint(tmp_path / "tiny")) as source, pytest.raises(UsageError, match="128"):
         ForwardPass(source, Calibration(torch.tensor([[1, 128]])))

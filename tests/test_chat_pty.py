@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from helpers import KEEP, tiny_config, tiny_tensors, write_checkpoint
+from helpers import UNQUANTIZED, tiny_config, tiny_tensors, write_checkpoint
 from pseudo_terminal import CTRL_C, CTRL_D, ENTER, UP, PseudoTerminal
 from tokenizer_files import spm_model
 
@@ -248,7 +248,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_checkpoint(folder / "checkpoint", raw, tensors)
     (folder / "checkpoint" / "tokenizer.model").write_bytes(spm_model())
     with Checkpoint.open(folder / "checkpoint") as checkpoint:
-        quantize_checkpoint(checkpoint, folder / "store", KEEP, threads=1)
+        quantize_checkpoint(checkpoint, folder / "store", UNQUANTIZED, threads=1)
     return folder / "store"
 
 

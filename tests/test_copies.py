@@ -28,11 +28,11 @@ def test_what_is_above_stays_below_as_a_spare_and_is_ordinary_again_when_it_leav
         stacked: Callable[..., Stack]) -> None:
     stack = stacked(2, 3)
     stack.bring(0, 1)
-    stack.settle()
+    stack.wait_for_all()
     assert set(stack.low.cache.spares) == {key(0), key(1)}
     stack.check()
     stack.bring(2)
-    stack.settle()
+    stack.wait_for_all()
     assert set(stack.high) == {key(1), key(2)} and set(stack.low.cache.spares) == {key(1), key(2)}
     assert stack.low.ready(key(0)) and stack.copies.bytes_down == 0
     stack.check()
@@ -160,7 +160,7 @@ def test_what_comes_down_does_not_take_the_slot_of_what_goes_up_for_it(stacked: 
     assert list(stack.low) == [key(1), key(3)] and list(stack.high) == [key(2)]
     read = len(stack.records.seen)
     stack.bring(1)
-    stack.settle()
+    stack.wait_for_all()
     assert len(stack.records.seen) == read and stack.low.ready(key(2)) and key(3) not in stack.low
     stack.check()
 
@@ -288,7 +288,7 @@ def test_figures_count_bytes_and_time_of_both_ways(stacked: Callable[..., Stack]
     stack = stacked(2, 2)
     stack.bring(*range(4))
     stack.high.want(key(5), "speculative")
-    stack.settle()
+    stack.wait_for_all()
     copies = stack.copies
     assert copies.bytes_up == [4 * RECORD, RECORD, 0]
     assert copies.bytes_down % RECORD == 0

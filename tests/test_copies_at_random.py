@@ -65,7 +65,7 @@ def play(stack: Stack, dice: random.Random, tokens: int, faults: bool) -> None:
         if faults:
             meddle(stack, dice)
         stack.check()
-    device.settle()
+    device.synchronize()
     assert all(right(found, k) for k, found in saw), "overwritten while it was computed"
 
 
@@ -98,7 +98,7 @@ def test_any_sequence_with_delays_and_faults(seed: int, above: int, below: int, 
     checked = not mixed and dice.random() < 0.3
     stack = Stack(above, below, FakeRecords(checked, fault), Gates(dice, 0.0003), mixed=mixed)
     play(stack, dice, 30, faults=True)
-    stack.settle()
+    stack.wait_for_all()
     stack.check()
     stack.close()
 
@@ -112,7 +112,7 @@ def test_two_tiers_that_hold_all_records_between_them_read_each_of_them_once(see
         assert stack.high.want(k, "demand")
         stack.high.wait(k, RECORD)
     play(stack, dice, 40, faults=False)
-    stack.settle()
+    stack.wait_for_all()
     stack.check()
     assert sorted(stack.records.seen) == sorted((k, start) for k in ALL for start in range(0, RECORD, CHUNK))
     assert set(stack.high) | set(stack.low) == set(ALL)
@@ -136,7 +136,7 @@ def test_where_the_tier_below_has_a_slot_for_every_record_nothing_comes_down(see
         play(stack, dice, 10, faults=False)
         for k in dice.sample(sorted(stack.high), 2):
             stack.high.drop(k)
-    stack.settle()
+    stack.wait_for_all()
     stack.check()
     assert stack.copies.bytes_down == 0 and set(stack.low) == set(ALL)
     assert len(stack.records.seen) == len(set(stack.records.seen)), "a record was read twice"

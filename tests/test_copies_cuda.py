@@ -30,7 +30,7 @@ def test_records_go_up_and_come_down_while_the_device_reads_them(where: str) -> 
     readers = Readers(FakeRecords(), 2, CHUNK)
     low = Tier(below, cache(4), readers)
     copies = Copies(low, device, CHUNK)
-    pool = torch.zeros(3, RECORD, dtype=torch.uint8, device=device.place)
+    pool = torch.zeros(3, RECORD, dtype=torch.uint8, device=device.torch_device)
     device.compute.record().wait()  # or zeros would follow what the other stream copies
     high = Tier(pool, cache(3), copies, copies.take_back)
     for _ in range(60):
@@ -39,7 +39,7 @@ def test_records_go_up_and_come_down_while_the_device_reads_them(where: str) -> 
         high.cache.use(wanted)
         assert high.want(wanted, "demand")
         high.wait(wanted, RECORD)
-        slot, found = high.bytes_of(wanted), torch.empty(RECORD, dtype=torch.uint8, device=device.place)
+        slot, found = high.bytes_of(wanted), torch.empty(RECORD, dtype=torch.uint8, device=device.torch_device)
 
         def work(slot: torch.Tensor = slot, found: torch.Tensor = found) -> None:
             found.copy_(slot)

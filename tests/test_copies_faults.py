@@ -113,7 +113,7 @@ def test_an_error_on_the_way_down_costs_the_copy_and_no_more(stacked: Callable[.
     stack = stacked(2, 2, device=Failing(1, 3))
     for _ in range(2):
         stack.bring(0, 1, 2, 3, 4)
-        stack.settle()
+        stack.wait_for_all()
         stack.check()
     assert stack.copies.bytes_down <= 3 * CHUNK
     assert len(stack.records.seen) > 5 * RECORD // CHUNK, "what did not come down is read again"
@@ -187,7 +187,7 @@ def test_a_record_that_leaves_while_reading_it_again_below_has_failed_comes_down
 
     stack = stacked(2, 2, FakeRecords(fault=fault))
     stack.bring(1)
-    stack.settle()
+    stack.wait_for_all()
     stack.low.drop(key(1))
     failing.add(key(1))
     assert stack.low.want(key(1), "warm")

@@ -250,7 +250,7 @@ class TestSlots:
     def test_the_example_of_jobs(self) -> None:
         first, second = cuda.Jobs.of([[5, 2], [2, 9]], 10, DEVICE)
         assert first.slots.tolist() == [5, 2, 9] and first.rows.tolist() == [[0, -1], [0, 1], [1, -1]]
-        assert first.places.tolist() == second.rows.tolist() == [[0, -1], [1, 2], [3, -1]]
+        assert first.out_rows.tolist() == second.rows.tolist() == [[0, -1], [1, 2], [3, -1]]
 
     @pytest.mark.parametrize(("chosen", "match"), [
         ([[0, 5]], "token 0: got .0, 5."), ([[0, 1], [2]], "token 1"), ([[1, 1]], "2 different"), ([], "got 0 tokens"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import KEEP
+from helpers import UNQUANTIZED
 
 from qmix.checkpoint import Checkpoint
 from qmix.config import QuantConfig, SamplingParams
@@ -68,7 +68,7 @@ def test_transformers_computes_the_same(tmp_path: Path) -> None:
     (wide / "tokenizer.model").write_bytes((CHECKPOINT / "tokenizer.model").read_bytes())
     (wide / "tokenizer_config.json").write_bytes((CHECKPOINT / "tokenizer_config.json").read_bytes())
     with Checkpoint.open(wide) as checkpoint:
-        quantize_checkpoint(checkpoint, tmp_path / "store", KEEP)
+        quantize_checkpoint(checkpoint, tmp_path / "store", UNQUANTIZED)
     with load(tmp_path / "store", threads=1) as engine:
         ids = engine.tokenizer.encode_chat([Message("user", "Tell me a story about a fox.")])
         with torch.inference_mode():

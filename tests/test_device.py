@@ -33,7 +33,7 @@ def test_a_stream_keeps_its_order_and_waits_for_events_of_others() -> None:
         last = other.record()
         device.compute.after(last)
         device.compute.run(lambda: done.append("end"))
-        device.settle()
+        device.synchronize()
         assert done == [f"{name}{i}" for name in "ab" for i in range(5)] + ["end"]
         assert there.done() and last.done() and device.launches == 6
 
@@ -65,7 +65,7 @@ def test_repeated_work_is_captured_at_its_second_launch() -> None:
         for _ in range(4):
             work.launch()
             warm.append(work.warm)
-        device.settle()
+        device.synchronize()
         assert done == [1] * 4 and len(captured) == 1 and warm == [False, True, True, True]
 
 
@@ -73,11 +73,11 @@ def test_what_is_routed_comes_to_the_host_in_one_copy() -> None:
     with closing(StandIn()) as device:
         routed = Routed(device, 3, 5, 2, 2, 4)
         routed.x.copy_(torch.arange(15.0).view(3, 5))
-        routed.weights.copy_(torch.rand(3, 2))
+        routed.topk_weights.copy_(torch.rand(3, 2))
         routed.ids.copy_(torch.arange(6).view(3, 2))
         routed.ahead.copy_(torch.arange(24).view(3, 2, 4))
         routed.read_back(0)
-        for here, there in ((routed.x, routed.host_x), (routed.weights, routed.host_weights),
+        for here, there in ((routed.x, routed.host_x), (routed.topk_weights, routed.host_topk_weights),
                             (routed.ids, routed.host_ids), (routed.ahead, routed.host_ahead)):
             assert torch.equal(here, there) and here.data_ptr() != there.data_ptr()
 
@@ -97,7 +97,7 @@ def test_the_slot_table_changes_in_order_with_the_work_that_reads_it() -> None:
         table.enter(ExpertKey(1, 1), 7)
         assert table.here(1) == {1: 7}, "the host knows at once"
         device.compute.run(look)
-        device.settle()
+        device.synchronize()
         assert found == [[NOWHERE, NOWHERE, 7], [NOWHERE, 7, NOWHERE]]
 
 

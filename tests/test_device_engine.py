@@ -16,7 +16,7 @@ import bounds
 import pytest
 import torch
 from fast_interpreter import HAVE_TRITON
-from helpers import KEEP, write_tiny_stores
+from helpers import UNQUANTIZED, write_tiny_stores
 from torch import Tensor
 
 from qmix import hardware
@@ -34,7 +34,7 @@ CONTEXT = 120
 LAYERS, EXPERTS, TOP_K = 4, 8, 2
 ALL = LAYERS * EXPERTS
 IDS = [(7 * i * i + 3) % 500 + 3 for i in range(60)]
-FORMATS = {"int4": QuantConfig(), "keep": KEEP, "int8": QuantConfig(experts="int8", dense="int4"),
+FORMATS = {"int4": QuantConfig(), "keep": UNQUANTIZED, "int8": QuantConfig(experts="int8", dense="int4"),
            "nf4": QuantConfig(experts="nf4", dense="int8", method="", group_size=0, block=0)}
 
 pytestmark = pytest.mark.usefixtures("no_thread_stays")
@@ -429,7 +429,7 @@ def test_measured_configurations_are_used_and_named_but_for_exact(stores: dict[s
     (line,) = loaded(False)
     assert "ignored (it was measured with StandIn" in line and used[1:] == [None], "another card's"
     with closing(StandIn()) as device:
-        card = Card.of(device.name, device.place)
+        card = Card.of(device.name, device.torch_device)
     save(Tuned(card, "x", "2026-01-31", mine), file)
     assert loaded(False) == [f"the GPU's kernels use the configurations measured on 2026-01-31 for x: {file}"]
     assert loaded(True) == [] and used[2:] == [mine, None], "--exact takes the built-in ones"

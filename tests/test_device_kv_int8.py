@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import KEEP, write_tiny_stores
+from helpers import UNQUANTIZED, write_tiny_stores
 from test_device_engine import ALL, CONTEXT, EXPERTS, HAVE_TRITON, IDS, LAYERS, bring_up, delays, run
 from torch import Tensor
 
@@ -17,11 +17,11 @@ from qmix.device import StandIn
 from qmix.engine import Placement, load
 from qmix.forward.kv_cache import SessionCache
 from qmix.forward.kv_layers import Int8Layer, Query
-from qmix.kernels.attend import attend
+from qmix.kernels.attend import causal_attention
 from qmix.offload.plan import DEVICE_TILES, Needs, plan
 from qmix.store import Store
 
-FORMATS = {"int4": QuantConfig(), "keep": KEEP}
+FORMATS = {"int4": QuantConfig(), "keep": UNQUANTIZED}
 WINDOW = 30  # shorter than the conversation
 
 pytestmark = pytest.mark.usefixtures("no_thread_stays")
@@ -31,9 +31,9 @@ pytestmark = pytest.mark.usefixtures("no_thread_stays")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     shape = {"num_hidden_layers": LAYERS, "num_local_experts": EXPERTS}
     found = write_tiny_stores(tmp_path_factory.mktemp("device-int8"), FORMATS, **shape)
-    windowed = write_tiny_stores(tmp_path_factory.mktemp("windowed-int8"), {"window": KEEP}, **shape,
+    windowed = write_tiny_stores(tmp_path_factory.mktemp("windowed-int8"), {"window": UNQUANTIZED}, **shape,
                                  sliding_window=WINDOW)
-    small = write_tiny_stores(tmp_path_factory.mktemp("small-int8"), {"small": KEEP}, num_hidden_layers=1,
+    small = write_tiny_stores(tmp_path_factory.mktemp("small-int8"), {"small": UNQUANTIZED}, num_hidden_layers=1,
                               sliding_window=4)
     return found | windowed | small
 
@@ -136,9 +136,9 @@ def test_where_a_cache_lies_is_told_by_all_its_parts(stores: dict[str, Path]) ->
     with Store.open(stores["int4"]) as store:
         cache, sixteen = (SessionCache(store.model, 9, torch.float32, kv) for kv in ("int8", "bf16"))
         layers = range(len(store.model.layers))
-        assert cache.places == tuple(address for i in layers for address in cache.kept(i).addresses)
-        assert len(set(cache.places)) == 4 * len(layers)
-        assert len(set(sixteen.places) - {0}) == 2 * len(layers)
+        assert cache.identity == tuple(address for i in layers for address in cache.kv_layer(i).addresses)
+        assert len(set(cache.identity)) == 4 * len(layers)
+        assert len(set(sixteen.identity) - {0}) == 2 * len(layers)
 
 
 @pytest.mark.parametrize("window", [None, 7])
@@ -150,7 +150,7 @@ def test_a_prompt_attends_to_all_heads_at_once_as_to_one_after_the_other(stores:
     found = []
     parts = [[torch.randn(count, heads, a.head_dim, generator=random) for heads in (a.heads, a.kv_heads, a.kv_heads)]
              for count in (20, 12)]
-    for there in (None, attend):
+    for there in (None, causal_attention):
         cache, out = SessionCache(config, 40, torch.float32, "int8", attend=there), []
         layer = cache.layers[1]
         assert isinstance(layer, Int8Layer)

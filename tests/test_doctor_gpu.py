@@ -17,7 +17,7 @@ from qmix.device import pinning
 from qmix.errors import DoesNotFit, QmixError
 from qmix.sizes import GIB
 
-CARD: Any = SimpleNamespace(place=torch.device("cuda", 0), half=torch.bfloat16)
+CARD: Any = SimpleNamespace(torch_device=torch.device("cuda", 0), half=torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
@@ -35,8 +35,8 @@ def a_card(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def chosen(fails: Callable[[str, int], Exception | None] = lambda name, block: None) -> Callable[..., Any]:
-    def choose(place: Any, half: Any, formats: list[str], blocks: list[int], host: Any, triton: bool) -> Any:
-        assert (place, half, triton) == (CARD.place, CARD.half, True)
+    def choose(device: Any, half: Any, formats: list[str], blocks: list[int], host: Any, triton: bool) -> Any:
+        assert (device, half, triton) == (CARD.torch_device, CARD.half, True)
         error = fails(formats[0], blocks[0])
         if error:
             raise error

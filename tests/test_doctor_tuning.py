@@ -54,7 +54,7 @@ def test_what_is_faster_is_kept_for_this_card(store: Path, device: StandIn, tmp_
     started: list[str] = []
     real = trials.cases
 
-    def cases(kernel: str, shapes: trials.Shapes, at: trials.Place) -> list[trials.Case]:
+    def cases(kernel: str, shapes: trials.Shapes, at: trials.TrialDevice) -> list[trials.Case]:
         def noting(case: trials.Case) -> trials.Case:
             def start(configs: object) -> Work:
                 changed = getattr(configs, kernel) != getattr(INTERPRETED, kernel)
@@ -70,7 +70,7 @@ def test_what_is_faster_is_kept_for_this_card(store: Path, device: StandIn, tmp_
     file = tmp_path / "cache" / "kernels.json"
     found = tune(store, file=file, say=said.append, today=date(2026, 1, 31), device=device, options=OPTIONS.__getitem__,
                  timer=lambda work: {"gemv": 0.5, "attention": 0.5, "dense": 3.0}.get(started[-1], 1.0))
-    kept = load(file, Card.of(device.name, device.place), said.append)
+    kept = load(file, Card.of(device.name, device.torch_device), said.append)
     assert kept is not None and kept.model == "tiny-int4" and kept.measured == "2026-01-31"
     assert kept.configs == replace(INTERPRETED, gemv=Gemv(32, 2), attention=Attention(16, 16, 4, 1))
     rows = {row["kernel"]: row for row in found["kernels"]}

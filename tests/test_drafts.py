@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import KEEP, write_tiny_checkpoint
+from helpers import UNQUANTIZED, write_tiny_checkpoint
 from test_paging import page
 from test_speculation import Eager
 from tokenizer_files import DEMO_TEMPLATE, spm_model
@@ -34,7 +34,7 @@ from qmix.tokenizer import Message
 
 QUANTS = {
     "int4": QuantConfig(), "int8": QuantConfig("int8", "int8", "", 0, 0), "int3": QuantConfig("int3", group_size=32),
-    "int4 32": QuantConfig("int4", "int4", "rtn", 32, 32), "keep": KEEP,
+    "int4 32": QuantConfig("int4", "int4", "rtn", 32, 32), "keep": UNQUANTIZED,
     "nf4": QuantConfig("nf4", "int8", "", 0, 0), "fp4": QuantConfig("fp4", "bf16", "", 0, 0, True),
     "int4, dense bf16": QuantConfig("int4", "bf16", "rtn"), "int4, dense keep": QuantConfig("int4", "keep", "rtn"),
 }

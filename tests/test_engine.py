@@ -10,7 +10,7 @@ from pathlib import Path
 import bounds
 import pytest
 import torch
-from helpers import KEEP, resident_experts, write_tiny_stores
+from helpers import UNQUANTIZED, resident_experts, write_tiny_stores
 from torch import Tensor
 
 import qmix
@@ -26,7 +26,7 @@ from qmix.sizes import RECORD_ALIGN
 from qmix.store import Store
 from qmix.tokenizer import Message
 
-FORMATS = {"int4": QuantConfig(), "nf4": QuantConfig("nf4", "int8", "", 0, 0), "keep": KEEP}
+FORMATS = {"int4": QuantConfig(), "nf4": QuantConfig("nf4", "int8", "", 0, 0), "keep": UNQUANTIZED}
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import KEEP, write_checkpoint, write_tiny_checkpoint
+from helpers import UNQUANTIZED, write_checkpoint, write_tiny_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -36,14 +36,14 @@ from qmix.evaluate.journal import Journal
 from qmix.evaluate.memory import share, taken
 from qmix.evaluate.score import Scores, continuations, score
 from qmix.evaluate.tally import EDGES, Tally
-from qmix.evaluate.windows import Window, cut
+from qmix.evaluate.windows import Window, split_windows
 from qmix.offload.plan import RESERVE, SCORED_PIECE, Needs, plan
 from qmix.quantize import quantize_checkpoint
 
 MIB = 2**20
 
 
-def make_store(source: Path, out: Path, quant: QuantConfig = KEEP) -> Path:
+def make_store(source: Path, out: Path, quant: QuantConfig = UNQUANTIZED) -> Path:
     with Checkpoint.open(source) as checkpoint:
         quantize_checkpoint(checkpoint, out, quant, threads=1)
     return out
@@ -101,22 +101,22 @@ def huggingface_losses(ids: int, window: int, stride: int) -> list[tuple[int, li
 @given(st.integers(2, 300), st.integers(2, 80), st.data())
 def test_windows_are_those_of_huggingface(ids: int, window: int, data: st.DataObject) -> None:
     stride = data.draw(st.integers(1, window))
-    found = cut(ids, window, stride)
+    found = split_windows(ids, window, stride)
     assert [(w.begin, list(range(w.first, w.end))) for w in found] == huggingface_losses(ids, window, stride)
     assert all(w.end - w.begin <= window for w in found)
     if stride < window:
         assert [i for w in found for i in range(w.first, w.end)] == list(range(1, ids))
     most = data.draw(st.integers(1, 300))
-    limited = cut(ids, window, stride, most)
+    limited = split_windows(ids, window, stride, most)
     flat = [[i for w in ws for i in range(w.first, w.end)] for ws in (limited, found)]
     assert flat[0] == flat[1][:most]
     assert all(w.scored > 0 for w in limited)
 
 
 def test_windows_of_the_docstring() -> None:
-    assert cut(10, 4, 4) == [Window(0, 1, 4), Window(4, 5, 8), Window(8, 9, 10)]
-    assert cut(10, 4, 2)[:3] == [Window(0, 1, 4), Window(2, 4, 6), Window(4, 6, 8)]
-    assert cut(10, 4, 4, most=5)[-1] == Window(4, 5, 7)
+    assert split_windows(10, 4, 4) == [Window(0, 1, 4), Window(4, 5, 8), Window(8, 9, 10)]
+    assert split_windows(10, 4, 2)[:3] == [Window(0, 1, 4), Window(2, 4, 6), Window(4, 6, 8)]
+    assert split_windows(10, 4, 4, most=5)[-1] == Window(4, 5, 7)
 
 
 @pytest.mark.parametrize(("args", "names"), [
@@ -124,7 +124,7 @@ def test_windows_of_the_docstring() -> None:
     ((0, 4, 4), "0 tokens"), ((10, 4, 4, 0), "--max-tokens 0"), ((10, 4, 4, -2), "--max-tokens -2")])
 def test_windows_that_make_no_sense(args: tuple[int, ...], names: str) -> None:
     with pytest.raises(UsageError, match=names):
-        cut(*args)
+        split_windows(*args)
 
 
 # --- scores ---
@@ -170,7 +170,7 @@ def test_what_is_not_a_number_is_an_error(bad: float, whose: str) -> None:
 
 
 def test_the_tally_adds_up() -> None:
-    windows = cut(3000, 1200, 700)
+    windows = split_windows(3000, 1200, 700)
     size = sum(w.scored for w in windows)
     values = torch.rand(4, size, generator=torch.Generator().manual_seed(5))
     tally, done = Tally(windows, compared=True), 0
@@ -233,7 +233,8 @@ def test_an_interrupted_reading_leaves_the_session(engine: Engine) -> None:
 
 def test_what_scoring_takes_is_in_the_plan() -> None:
     for context in (100, 4096):
-        more = (Needs.of(MIXTRAL, KEEP, context, scoring=True).workspace - Needs.of(MIXTRAL, KEEP, context).workspace)
+        more = (Needs.of(MIXTRAL, UNQUANTIZED, context, scoring=True).workspace
+                - Needs.of(MIXTRAL, UNQUANTIZED, context).workspace)
         rows = min(context, SCORED_PIECE)
         # a piece as bf16 and as fp32, and every token's residual
         assert more > rows * MIXTRAL.vocab * (2 + 4) + context * MIXTRAL.hidden * 4
@@ -242,7 +243,7 @@ def test_what_scoring_takes_is_in_the_plan() -> None:
 
 @given(st.integers(0, 120 * 2**30), st.integers(0, 2**29), st.sampled_from([256, 4096]))
 def test_two_models_fit_where_one_budget_says_so(budget: int, base: int, context: int) -> None:
-    first, second = (Needs.of(MIXTRAL, quant, context, scoring=True) for quant in (KEEP, QuantConfig()))
+    first, second = (Needs.of(MIXTRAL, quant, context, scoring=True) for quant in (UNQUANTIZED, QuantConfig()))
     least = sum(n.dense + n.kv + n.workspace + n.least_slots * n.record for n in (first, second))
     try:
         granted = share(first, second, budget, base)
@@ -335,7 +336,7 @@ def sentencepiece_ids(source: Path, text: str) -> list[int]:
 def test_the_perplexity_is_that_of_transformers(stores: dict[str, Path], text: Path, stride: int) -> None:
     """Of fp32, an fp32 store to more than 4 digits. A bf16 one computes in bf16, so its loss is off by the rounding."""
     ids = sentencepiece_ids(CHECKPOINT, text.read_text(encoding="utf-8"))
-    windows = cut(len(ids), 200, stride or 200, 900)
+    windows = split_windows(len(ids), 200, stride or 200, 900)
     want = math.exp(transformers_loss(CHECKPOINT, torch.float32, ids, windows))
     args = ("-f", text, "-c", 200, "--stride", stride, "-n", 900)
     found = document(stores["fp32"], *args)
@@ -349,7 +350,7 @@ def test_the_trained_model_has_the_perplexity_that_transformers_gives(wiki_moe: 
     if not text.is_file():
         pytest.skip("wikitext2-test.txt is not here")
     ids = sentencepiece_ids(wiki_moe, text.read_text(encoding="utf-8"))
-    windows = cut(len(ids), 256, 256, 2000)
+    windows = split_windows(len(ids), 256, 256, 2000)
     want = math.exp(transformers_loss(wiki_moe, torch.float32, ids, windows))
     store = make_store(in_fp32(wiki_moe, tmp_path / "source"), tmp_path / "store")
     found = document(store, "-f", text, "-c", 256, "-n", 2000)["perplexity"]
@@ -370,7 +371,7 @@ def test_against_the_unquantized_model(stores: dict[str, Path], text: Path) -> N
     ids, kl, agree = sentencepiece_ids(CHECKPOINT, text.read_text(encoding="utf-8")), [], []
     with load(stores["int4"], threads=1, context=128, scoring=True) as ours, \
             load(stores["fp32"], threads=1, context=128, scoring=True) as theirs:
-        for w in cut(len(ids), 128, 128, 500):
+        for w in split_windows(len(ids), 128, 128, 500):
             q, p = (torch.cat(list(e.session().read(ids[w.begin:w.end - 1]))).double().softmax(1)
                     for e in (ours, theirs))
             kl.append(torch.nn.functional.kl_div(q.log(), p, reduction="none").sum(1))

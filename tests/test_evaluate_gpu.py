@@ -35,7 +35,7 @@ from qmix.evaluate.memory import (
 from qmix.offload.plan import DEVICE_TILES, RESERVE, STAGING, Needs, plan
 from qmix.sizes import GIB, MIB
 
-KEEP = QuantConfig(experts="keep", dense="keep", method="", group_size=0, block=0)
+UNQUANTIZED = QuantConfig(experts="keep", dense="keep", method="", group_size=0, block=0)
 SHORT = {"window": 128, "most": 400}
 
 pytestmark = pytest.mark.usefixtures("no_thread_stays")
@@ -45,7 +45,7 @@ pytestmark = pytest.mark.usefixtures("no_thread_stays")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("evaluate-gpu")
     return {"int4": make_store(CHECKPOINT, folder / "int4", QuantConfig()),
-            "keep": make_store(CHECKPOINT, folder / "keep", KEEP)}
+            "keep": make_store(CHECKPOINT, folder / "keep", UNQUANTIZED)}
 
 
 class Loads:
@@ -175,7 +175,7 @@ def test_a_device_that_is_too_small_is_said_with_the_numbers(stores: dict[str, P
 @given(st.integers(0, 80 * GIB), st.integers(0, GIB), st.integers(0, 100 * GIB), st.integers(0, GIB),
        st.sampled_from([256, 4096]))
 def test_two_models_fit_one_gpu_and_one_ram(vram: int, vram_base: int, ram: int, base: int, context: int) -> None:
-    first, second = (Needs.of(MIXTRAL, quant, context, scoring=True) for quant in (KEEP, QuantConfig()))
+    first, second = (Needs.of(MIXTRAL, quant, context, scoring=True) for quant in (UNQUANTIZED, QuantConfig()))
     least = sum(n.dense + n.kv + n.workspace + DEVICE_TILES + n.least_bytes for n in (first, second))
     try:
         part = reference_part(first, second, (ram, base), (vram, vram_base))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import KEEP, offloaded, write_tiny_checkpoint
+from helpers import UNQUANTIZED, offloaded, write_tiny_checkpoint
 from torch import Tensor
 
 from qmix.checkpoint import Checkpoint
@@ -22,7 +22,7 @@ from qmix.forward.run_eager import Guesses
 from qmix.forward.runner import Runner
 from qmix.forward.weights import DenseWeights, assemble, compute_dtype, load_dense
 from qmix.kernels import native
-from qmix.kernels.attention import choose_attentions
+from qmix.kernels.attention import choose_native_attentions
 from qmix.kernels.table import KernelTable, select
 from qmix.quantize import quantize_checkpoint
 from qmix.store import Store
@@ -33,8 +33,8 @@ STORES: dict[str, tuple[QuantConfig, dict[str, Any]]] = {
     "int4": (QuantConfig(dense="int4"), {"sliding_window": 40}),
     "int4 g32, dense int8": (QuantConfig(group_size=32), {}),
     "int8": (QuantConfig("int8", "int8", "", 0, 0), {"num_local_experts": 5, "num_experts_per_tok": 3}),
-    "keep": (KEEP, {"tie_word_embeddings": True}),
-    "keep fp32": (KEEP, {"dtype": torch.float32, "num_key_value_heads": 1}),
+    "keep": (UNQUANTIZED, {"tie_word_embeddings": True}),
+    "keep fp32": (UNQUANTIZED, {"dtype": torch.float32, "num_key_value_heads": 1}),
 }
 
 
@@ -79,19 +79,19 @@ class Pair:
         experts = [self._watched(offload.experts, seen) for offload, seen in zip(
             self.offloads, self.seen, strict=True)]
         ahead, depth = self.offloads[0].experts.ahead, 2
-        caches = partial(SessionCache, kv=kv, native=choose_attentions(model, kv, lambda line: None))
+        caches = partial(SessionCache, kv=kv, native=choose_native_attentions(model, kv, lambda line: None))
         self.by_ops, self.runner = (Runner(model, dense_of(store), kernels, one, Guesses(depth, ahead), caches)
                                     for one in experts)
         self.by_ops._asked = True  # its single tokens are never one call a layer
 
     @staticmethod
     def _watched(experts: Callable[..., Tensor], seen: list[tuple[Any, ...]]) -> Callable[..., Tensor]:
-        def call(layer: int, x: Tensor, ids: Tensor, weights: Tensor, step: Step, ahead: Tensor | None,
+        def call(layer: int, x: Tensor, ids: Tensor, topk_weights: Tensor, step: Step, ahead: Tensor | None,
                  wanted: Tensor | None) -> Tensor:
             rows = x if wanted is None else x[wanted]  # others are not read
             seen.append((layer, step.phase, step.sequence, *(None if t is None else t.clone() for t in (
-                rows, ids, weights, ahead, wanted))))
-            return experts(layer, x, ids, weights, step, ahead, wanted)
+                rows, ids, topk_weights, ahead, wanted))))
+            return experts(layer, x, ids, topk_weights, step, ahead, wanted)
 
         return call
 

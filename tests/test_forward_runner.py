@@ -27,7 +27,7 @@ from qmix.forward.runner import Runner
 from qmix.forward.steps import run_ops
 from qmix.forward.weights import PACKED, DenseWeights, assemble
 from qmix.kernels import native, ops
-from qmix.kernels.attention import choose_attentions
+from qmix.kernels.attention import choose_native_attentions
 from qmix.kernels.kv_size import kv_bytes
 from qmix.kernels.table import select
 from qmix.kernels.torch_ops import PlainWeights
@@ -142,10 +142,10 @@ def test_guesses_are_what_the_next_routers_would_say() -> None:
     weights, seen = random_weights(spec), []
     experts = plain_experts(spec, PlainWeights(weights))
 
-    def watched(layer: int, x: Tensor, ids: Tensor, gains: Tensor, step: Step, ahead: Tensor | None,
+    def watched(layer: int, x: Tensor, ids: Tensor, topk_weights: Tensor, step: Step, ahead: Tensor | None,
                 wanted: Tensor | None) -> Tensor:
         seen.append((layer, None if ahead is None else ahead.clone()))
-        return experts(layer, x, ids, gains, step, ahead, wanted)
+        return experts(layer, x, ids, topk_weights, step, ahead, wanted)
 
     kernels = select({"fp32"}, say=lambda line: None)
     runner = Runner(spec, packed(spec, weights, "fp32", torch.float32), kernels, watched, Guesses(2, 3))
@@ -220,7 +220,7 @@ def native_runner(class_: Any, config: Any, spec: Model, of_experts: dict[str, T
                   kind: str = "int4") -> Runner:
     weights = canonical(reference(class_, config), spec)
     kernels = select({"int4", "bf16"}, [32], say=lambda line: None)
-    caches = partial(SessionCache, native=choose_attentions(spec, "bf16", lambda line: None))
+    caches = partial(SessionCache, native=choose_native_attentions(spec, "bf16", lambda line: None))
     experts = plain_experts(spec, PlainWeights(of_experts or weights))
     return Runner(spec, packed(spec, weights, kind, torch.bfloat16), kernels,
                   lambda layer, x, *how: experts(layer, x.float(), *how), caches=caches)

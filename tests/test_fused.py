@@ -262,12 +262,12 @@ def test_drafts_are_the_experts_of_one_call(store: Path, used: list[str]) -> Non
         hidden, k = engine.model.hidden, engine.model.top_k
         x = torch.randn(count, hidden, generator=torch.Generator().manual_seed(1)).bfloat16()
         ids = torch.tensor([[0, 1], [1, 0], [2, 3], [1, 3], [3, 2], [1, 2]])
-        weights = torch.rand(count, k, generator=torch.Generator().manual_seed(2))
-        together = model._eager.experts(1, x, ids, weights, Step("decode"), None, None)
+        topk_weights = torch.rand(count, k, generator=torch.Generator().manual_seed(2))
+        together = model._eager.experts(1, x, ids, topk_weights, Step("decode"), None, None)
         wanted = torch.tensor([4, 1])
-        some = model._eager.experts(1, x, ids, weights, Step("decode"), None, wanted)
+        some = model._eager.experts(1, x, ids, topk_weights, Step("decode"), None, wanted)
         alone = torch.cat([model._eager.experts(1, *rows, Step("decode"), None, None) for rows in zip(
-            x.split(1), ids.split(1), weights.split(1), strict=True)])
+            x.split(1), ids.split(1), topk_weights.split(1), strict=True)])
         assert used == ["experts"] * (2 + count)
         assert torch.equal(together, alone) and torch.equal(some, alone[wanted])
 

@@ -10,7 +10,7 @@ from test_cuda import in_another_process, needs_triton
 
 from qmix.kernels.attend import attend_torch
 from qmix.kernels.configs import BUILT_IN
-from qmix.kernels.cuda_prompt import prompt_attention
+from qmix.kernels.cuda_prompt import choose_prompt_attention
 
 SETUP = """
 import re
@@ -37,7 +37,7 @@ def compile_only(self, *args, grid, warmup, **kwargs):
 
 jit.JITFunction.run = compile_only
 cuda_prompt.capability = lambda _: (9, 0)
-cuda._check_place = lambda *_: None
+cuda._check_weights = lambda *_: None
 cuda._dot = lambda jit, x, dot: jit.tl.float16 if x.dtype == torch.float16 else jit.tl.bfloat16
 
 def products(ptx):
@@ -97,5 +97,5 @@ def test_no_product_reads_registers(tmp_path: Path) -> None:
 
 def test_torch_attends_on_hopper_and_without_tensor_cores() -> None:
     for card, configs in BUILT_IN.items():
-        assert (prompt_attention(card, configs.attention) is attend_torch) == (card in ((7, 5), (9, 0)))
-    assert prompt_attention(None, BUILT_IN[8, 0].attention) is not attend_torch
+        assert (choose_prompt_attention(card, configs.attention) is attend_torch) == (card in ((7, 5), (9, 0)))
+    assert choose_prompt_attention(None, BUILT_IN[8, 0].attention) is not attend_torch

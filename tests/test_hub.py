@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from helpers import KEEP, write_tiny_checkpoint
+from helpers import UNQUANTIZED, write_tiny_checkpoint
 from tokenizer_files import demo_folder
 from warm_qmix import WarmQmix
 
@@ -182,7 +182,7 @@ def test_a_store_of_the_hub_and_a_checkpoint_that_is_none(serve: Server, qmix: C
     done = qmix(env, "show", "org/name")
     assert done.returncode == 2 and "qmix quantize org/name name-int4" in done.stderr and weights(fetched) == []
     with Checkpoint.open(source) as opened:
-        quantize_checkpoint(opened, tmp_path / "store", KEEP, threads=1)
+        quantize_checkpoint(opened, tmp_path / "store", UNQUANTIZED, threads=1)
     (tmp_path / "store" / "original").mkdir()
     (tmp_path / "store" / "original" / "model.safetensors").write_bytes(b"waste")
     env, fetched = serve(tmp_path / "store")

@@ -16,7 +16,7 @@ import bounds
 import pytest
 import torch
 from helpers import decode as decode_one
-from helpers import keep_weights, naive_experts, prefill, write_tiny_checkpoint
+from helpers import naive_experts, prefill, unquantized_weights, write_tiny_checkpoint
 from mixtrals import MIXTRAL_8X7B, mixtral
 from test_model import naive_attention
 from torch import Tensor
@@ -30,7 +30,7 @@ from qmix.forward.kv_layers import FullLayer, Int8Layer, Query
 from qmix.forward.runner import Runner
 from qmix.kernels import attention as choice
 from qmix.kernels import native
-from qmix.kernels.attention import agrees, choose_attention
+from qmix.kernels.attention import agrees, choose_native_attention
 from qmix.kernels.kv_codes import quantize
 from qmix.kernels.kv_size import kv_bytes
 from qmix.kernels.table import select
@@ -90,8 +90,8 @@ def new_token(config: Model, dtype: torch.dtype = torch.bfloat16) -> tuple[Tenso
 
 def decoded(cache: SessionCache, end: int) -> tuple[Tensor, Tensor]:
     """What layer 1 holds of [0, end), fp64: keys and values [KV, S, D]."""
-    kept = cache.kept(1)
-    pairs = [(kept.keys, kept.key_scales), (kept.values, kept.value_scales)]
+    kv_layer = cache.kv_layer(1)
+    pairs = [(kv_layer.keys, kv_layer.key_scales), (kv_layer.values, kv_layer.value_scales)]
     wide = [codes.double() * (1 if scales is None else scales.double()[..., None]) for codes, scales in pairs]
     return wide[0][:, :end], wide[1][:, :end]
 
@@ -259,8 +259,8 @@ def test_the_self_test_passes_here_and_would_fail_a_wrong_kernel() -> None:
             assert agrees(own, 64, kv)
 
             class Wrong(native.Attention):
-                def append(self, kept: native.Kept, *call: Any) -> Tensor:
-                    return super().append(kept, *call[:3], call[3] + 1, call[4])
+                def append(self, kv_layer: native.KVLayer, *call: Any) -> Tensor:
+                    return super().append(kv_layer, *call[:3], call[3] + 1, call[4])
 
             assert not agrees(Wrong(level), 64, kv)
 
@@ -274,9 +274,9 @@ def test_where_torch_attends_it_is_said(head_dim: int, off: bool, broken: bool, 
     monkeypatch.setenv("QMIX_NATIVE", "off" if off else LEVELS[0])
     monkeypatch.setattr(choice, "agrees", lambda *_: not broken)
     lines: list[str] = []
-    assert choose_attention(head_dim, "int8", lines.append) is None
+    assert choose_native_attention(head_dim, "int8", lines.append) is None
     assert len(lines) == 1 and word in lines[0]
-    assert choose_attention(head_dim, "bf16", lines.append) is None
+    assert choose_native_attention(head_dim, "bf16", lines.append) is None
     assert len(lines) == 1
 
 
@@ -291,7 +291,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 def model_of(checkpoint: Checkpoint, kv: str, own: native.Attention | None,
              seen: Any = lambda *_: None) -> Runner:
-    return Runner(checkpoint.model, keep_weights(checkpoint), select({"fp32"}, say=lambda line: None),
+    return Runner(checkpoint.model, unquantized_weights(checkpoint), select({"fp32"}, say=lambda line: None),
                   naive_experts(checkpoint, seen),
                   caches=lambda model, room, dtype: cache_of(kv, model, room, own, dtype))
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qmix.kernels import native
-from qmix.kernels.attend import rotation
+from qmix.kernels.attend import default_inv_freq
 from qmix.kernels.layer import TORCH, LayerOps, TorchLayerOps, agrees, choose_layer_ops
 from qmix.kernels.router import RouterTensors
 from qmix.spec import Router
@@ -38,10 +38,10 @@ def softmax_of_chosen(matrix: Tensor, k: int) -> RouterTensors:
 
 def routed(ops: LayerOps, x: Tensor, weight: Tensor, matrix: Tensor, k: int,
            dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    normed, ids, weights = torch.empty_like(x, dtype=dtype), torch.empty(len(x), k, dtype=torch.int64), \
+    normed, ids, topk_weights = torch.empty_like(x, dtype=dtype), torch.empty(len(x), k, dtype=torch.int64), \
         torch.empty(len(x), k)
-    ops.route(x, weight, softmax_of_chosen(matrix, k), EPS, normed, ids, weights)
-    return normed, ids, weights
+    ops.route(x, weight, softmax_of_chosen(matrix, k), EPS, normed, ids, topk_weights)
+    return normed, ids, topk_weights
 
 
 @every_op
@@ -58,11 +58,11 @@ def test_norm(ops: LayerOps, tokens: int, size: int) -> None:
 @pytest.mark.parametrize(("experts", "k", "size"), [(8, 2, 128), (8, 2, 4096), (1, 1, 7), (5, 5, 33), (160, 6, 64)])
 def test_route(ops: LayerOps, experts: int, k: int, size: int) -> None:
     x, weight, router = random(4, size), random(size), random(experts, size)
-    normed, ids, weights = routed(ops, x, weight, router, k)
+    normed, ids, topk_weights = routed(ops, x, weight, router, k)
     logits = norm64(x, weight) @ router.T.double()
     top, chosen = logits.topk(k)
     assert torch.equal(ids, chosen)
-    assert torch.allclose(weights.double(), top.softmax(-1), rtol=1e-4, atol=1e-6)
+    assert torch.allclose(topk_weights.double(), top.softmax(-1), rtol=1e-4, atol=1e-6)
     assert torch.allclose(normed.double(), norm64(x, weight), rtol=1e-5, atol=1e-6)
     assert torch.equal(routed(ops, x, weight, router, k, torch.bfloat16)[0], normed.bfloat16())
 
@@ -89,9 +89,9 @@ def test_a_token_has_the_bits_that_it_has_alone(ops: LayerOps) -> None:
 def test_of_equal_logits_the_first_counts(ops: LayerOps) -> None:
     router = torch.ones(6, 32)
     router[4] = 2
-    _, ids, weights = routed(ops, torch.ones(1, 32), torch.full((32,), 1e-3), router, 3)
+    _, ids, topk_weights = routed(ops, torch.ones(1, 32), torch.full((32,), 1e-3), router, 3)
     assert ids.tolist() == [[4, 0, 1]]
-    assert float(weights.sum()) == pytest.approx(1)
+    assert float(topk_weights.sum()) == pytest.approx(1)
 
 
 @every_op
@@ -99,8 +99,8 @@ def test_of_equal_logits_the_first_counts(ops: LayerOps) -> None:
 def test_what_is_not_finite_stays_visible(ops: LayerOps, bad: float) -> None:
     x = random(1, 64)
     x[0, 5] = bad
-    _, ids, weights = routed(ops, x, torch.ones(64), random(8, 64), 2)
-    assert bool(weights.isnan().any()) and bool(((ids >= 0) & (ids < 8)).all())
+    _, ids, topk_weights = routed(ops, x, torch.ones(64), random(8, 64), 2)
+    assert bool(topk_weights.isnan().any()) and bool(((ids >= 0) & (ids < 8)).all())
     assert not ops.norm(x, torch.ones(64), EPS, torch.bfloat16).isfinite().all()
 
 
@@ -117,7 +117,7 @@ def test_nan_is_above_all_as_in_torch(ops: LayerOps) -> None:
 @pytest.mark.parametrize("size", [2, 32, 128])
 def test_rotate(ops: LayerOps, size: int, dtype: torch.dtype) -> None:
     queries, keys = random(3, 4 * size).to(dtype), random(3, 2 * size).to(dtype)
-    cos, sin = ops.angles(torch.tensor([0, 7, 30000]), rotation(size, 1e6))
+    cos, sin = ops.rope_cos_sin(torch.tensor([0, 7, 30000]), default_inv_freq(size, 1e6))
     got = ops.rotate(queries.clone(), keys.clone(), cos, sin)
     for x, rotated in zip((queries, keys), got, strict=True):
         heads = x.double().view(3, -1, size)
@@ -129,24 +129,24 @@ def test_rotate(ops: LayerOps, size: int, dtype: torch.dtype) -> None:
 
 @every_op
 def test_angles_are_fp32_and_their_cosines_as_good_as_it_gets(ops: LayerOps) -> None:
-    positions, inverse = torch.tensor([0, 1, 500, 32767]), rotation(128, 1e6)
-    cos, sin = ops.angles(positions, inverse)
-    angles = (positions[:, None].float() * inverse).double()
+    positions, inv_freq = torch.tensor([0, 1, 500, 32767]), default_inv_freq(128, 1e6)
+    cos, sin = ops.rope_cos_sin(positions, inv_freq)
+    angles = (positions[:, None].float() * inv_freq).double()
     assert cos.shape == sin.shape == (4, 1, 128) and torch.equal(cos[..., :64], cos[..., 64:])
     assert torch.allclose(cos[:, 0, :64].double(), angles.cos(), atol=6e-8)
     assert torch.allclose(sin[:, 0, 64:].double(), angles.sin(), atol=6e-8)
     assert torch.equal(sin[..., :64], -sin[..., 64:])
-    assert torch.equal(ops.angles(positions[2:3], inverse)[0][0], cos[2])
+    assert torch.equal(ops.rope_cos_sin(positions[2:3], inv_freq)[0][0], cos[2])
 
 
 @every_op
 @settings(max_examples=25, deadline=None)
 @given(tokens=st.integers(1, 9), k=st.integers(1, 6), size=st.integers(1, 70))
 def test_combine_is_in_order(ops: LayerOps, tokens: int, k: int, size: int) -> None:
-    rows, weights = random(tokens, k, size), random(tokens, k)
-    got = ops.combine(rows, weights)
-    assert torch.allclose(got.double(), (rows.double() * weights.double()[..., None]).sum(1), atol=1e-5)
-    assert torch.equal(got[:1], ops.combine(rows[:1].clone(), weights[:1].clone()))
+    rows, topk_weights = random(tokens, k, size), random(tokens, k)
+    got = ops.combine(rows, topk_weights)
+    assert torch.allclose(got.double(), (rows.double() * topk_weights.double()[..., None]).sum(1), atol=1e-5)
+    assert torch.equal(got[:1], ops.combine(rows[:1].clone(), topk_weights[:1].clone()))
 
 
 @every_op
@@ -156,7 +156,7 @@ def test_rows_with_gaps(ops: LayerOps) -> None:
     assert torch.allclose(ops.norm(x, weight, EPS, torch.float32).double(), norm64(x, weight), rtol=1e-5, atol=1e-6)
     logits = norm64(x, weight) @ router.T.double()
     assert torch.equal(routed(ops, x.clone(), weight, router, 2)[1], logits.topk(2).indices)
-    both, turn = random(2, 96), ops.angles(torch.tensor([1, 2]), rotation(32, 1e4))
+    both, turn = random(2, 96), ops.rope_cos_sin(torch.tensor([1, 2]), default_inv_freq(32, 1e4))
     queries, keys = both[:, :64], both[:, 64:]
     assert torch.equal(ops.rotate(queries, keys, *turn)[0], ops.rotate(queries.clone(), keys.clone(), *turn)[0])
 
@@ -174,8 +174,8 @@ def test_wrong_code_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("QMIX_NATIVE", raising=False)
 
     class Wrong(native.LayerOps):
-        def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
-            return super().combine(rows, weights).roll(1)
+        def combine(self, rows: Tensor, topk_weights: Tensor) -> Tensor:
+            return super().combine(rows, topk_weights).roll(1)
 
     monkeypatch.setattr(native, "LayerOps", Wrong)
     said: list[str] = []

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qmix.formats.packed import TILE_BYTES
 from qmix.kernels import native
-from qmix.kernels.attend import rotation
+from qmix.kernels.attend import default_inv_freq
 from qmix.kernels.layer import TORCH, LayerOps
 from qmix.kernels.native import jobs
 from qmix.kernels.native.sequence import NORM, Sequence
@@ -60,9 +60,9 @@ def router_of(spec: Router, hidden: int, dtype: torch.dtype) -> RouterTensors:
 def routed(layer_ops: LayerOps, x: Tensor, router: RouterTensors, weight: Tensor | None = None,
            eps: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
     k = router.spec.top_k
-    normed, ids, weights = torch.empty_like(x), torch.empty(len(x), k, dtype=torch.int64), torch.empty(len(x), k)
-    layer_ops.route(x, weight, router, eps, None if eps is None else normed, ids, weights)
-    return normed, ids, weights
+    normed, ids, topk_weights = torch.empty_like(x), torch.empty(len(x), k, dtype=torch.int64), torch.empty(len(x), k)
+    layer_ops.route(x, weight, router, eps, None if eps is None else normed, ids, topk_weights)
+    return normed, ids, topk_weights
 
 
 def scores64(x: Tensor, router: RouterTensors) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,10 +81,10 @@ def scores64(x: Tensor, router: RouterTensors) -> tuple[Tensor, Tensor, Tensor]:
 def weights64(router: RouterTensors, logits: Tensor, scores: Tensor, ids: Tensor) -> Tensor:
     spec = router.spec
     over_chosen = spec.score == "softmax" and spec.over == "chosen"
-    weights = logits.gather(1, ids).softmax(-1) if over_chosen else scores.gather(1, ids)
+    topk_weights = logits.gather(1, ids).softmax(-1) if over_chosen else scores.gather(1, ids)
     if spec.normalize:
-        weights = weights / (weights.sum(-1, keepdim=True) + spec.eps)
-    return weights * spec.scale * (1 if router.expert_scale is None else router.expert_scale.double()[ids])
+        topk_weights = topk_weights / (topk_weights.sum(-1, keepdim=True) + spec.eps)
+    return topk_weights * spec.scale * (1 if router.expert_scale is None else router.expert_scale.double()[ids])
 
 
 @every_op
@@ -92,14 +92,14 @@ def weights64(router: RouterTensors, logits: Tensor, scores: Tensor, ids: Tensor
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_router_chooses_and_weighs_as_its_spec_says(layer_ops: LayerOps, spec: Router, dtype: torch.dtype) -> None:
     x, router = random(5, 100), router_of(spec, 100, dtype)
-    _, ids, weights = routed(layer_ops, x, router)
+    _, ids, topk_weights = routed(layer_ops, x, router)
     logits, scores, ranked = scores64(x, router)
     # A logit is rounded to fp32, and again behind its bias; an exponential passes its error on as a relative one, a
     # quotient of exponentials twice that. Their sum adds E roundings at most, the rest is a handful of operations.
     off = 2 * FP32 * float(logits.abs().amax() + (0 if router.logit_bias is None else router.logit_bias.abs().amax()))
     relative = 4 * off + (spec.experts + 3 * spec.top_k + 20) * FP32
     want = weights64(router, logits, scores, ids)
-    assert bool(((weights.double() - want).abs() <= relative * want).all())
+    assert bool(((topk_weights.double() - want).abs() <= relative * want).all())
     got = ranked.gather(1, ids)
     near = relative * scores.amax() + 2 * FP32 * ranked[ranked.isfinite()].abs().amax()
     assert torch.allclose(got, ranked.topk(spec.top_k).values, rtol=0, atol=float(near))
@@ -154,10 +154,10 @@ def test_threads_that_share_a_router_do_not_change_its_bits(level: str) -> None:
 @every_op
 def test_a_router_is_fused_with_its_norm_or_not(layer_ops: LayerOps) -> None:
     x, weight, router = random(4, 96), random(96), router_of(ROUTERS["qwen3-moe"], 96, torch.bfloat16)
-    normed, ids, weights = routed(layer_ops, x, router, weight, EPS)
+    normed, ids, topk_weights = routed(layer_ops, x, router, weight, EPS)
     assert torch.equal(normed, layer_ops.norm(x, weight, EPS, torch.float32))
-    _, ids_apart, weights_apart = routed(layer_ops, normed, router)
-    assert torch.equal(ids, ids_apart) and torch.equal(weights, weights_apart)
+    _, ids_apart, topk_weights_apart = routed(layer_ops, normed, router)
+    assert torch.equal(ids, ids_apart) and torch.equal(topk_weights, topk_weights_apart)
 
 
 def test_a_router_of_several_tiles_is_summed_as_in_fp64() -> None:
@@ -217,8 +217,8 @@ def test_norm_reads_bf16_and_may_have_no_weight(layer_ops: LayerOps) -> None:
 def test_partial_rotary_with_an_attention_factor(layer_ops: LayerOps, queries_as: torch.dtype, keys_as: torch.dtype,
                                                  size: int, rotary: int, factor: float) -> None:
     queries, keys = random(8, 4 * size).to(queries_as), random(8, 2 * size, seed=1).to(keys_as)
-    positions, inv_freq = torch.tensor([0, 7, 30000, 1, 2, 3, 4, 131071]), rotation(rotary, 1e6)
-    cos, sin = layer_ops.angles(positions, inv_freq, factor)
+    positions, inv_freq = torch.tensor([0, 7, 30000, 1, 2, 3, 4, 131071]), default_inv_freq(rotary, 1e6)
+    cos, sin = layer_ops.rope_cos_sin(positions, inv_freq, factor)
     angle = (positions[:, None].float() * inv_freq).double()[:, None]
     c, s = angle.cos() * factor, angle.sin() * factor
     # The cosine is rounded, the factor may be, and so is their product.
@@ -235,7 +235,7 @@ def test_partial_rotary_with_an_attention_factor(layer_ops: LayerOps, queries_as
         assert bool(((rotated[..., :rotary].double() - want).abs() <= 5.01 * FP32 * terms).all())
         assert torch.equal(rotated[..., rotary:].double(), heads[..., rotary:])
     for count in range(1, 9):
-        part = layer_ops.angles(positions[:count], inv_freq, factor)
+        part = layer_ops.rope_cos_sin(positions[:count], inv_freq, factor)
         alone = layer_ops.rotate(queries[:count].clone(), keys[:count].clone(), *part, size)
         assert all(torch.equal(a, b[:count]) for a, b in zip(alone, found, strict=True))
 

@@ -13,13 +13,13 @@ import bounds
 import pytest
 import torch
 from helpers import (
-    KEEP,
+    UNQUANTIZED,
     decode,
-    keep_model,
-    keep_weights,
     naive_experts,
     prefill,
     stored_model,
+    unquantized_model,
+    unquantized_weights,
     write_tiny_checkpoint,
 )
 from torch import Tensor
@@ -34,7 +34,7 @@ from qmix.forward.program import model_program
 from qmix.forward.run_eager import Guesses
 from qmix.forward.runner import Runner
 from qmix.forward.weights import assemble, compute_dtype
-from qmix.kernels.attend import attend, rotation
+from qmix.kernels.attend import causal_attention, default_inv_freq
 from qmix.kernels.kv_size import kv_bytes
 from qmix.kernels.layer import TORCH, rms_norm, rotate
 from qmix.kernels.table import select
@@ -58,7 +58,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]
 
 @pytest.fixture(scope="module")
 def model(checkpoint: Checkpoint) -> Runner:
-    return keep_model(checkpoint)
+    return unquantized_model(checkpoint)
 
 
 def close(got: Tensor, want: Tensor, relative: float = 1e-5) -> bool:
@@ -76,11 +76,11 @@ def test_rms_norm_against_float64() -> None:
     assert torch.equal(rms_norm(x, None, 1e-5) * weight, rms_norm(x, weight, 1e-5))
 
 
-def test_rotation_turns_pairs_of_halves() -> None:
+def test_rotate_turns_pairs_of_halves() -> None:
     """Dimensions i and i + D/2 are one complex number, turned by position * theta^(-2i/D)."""
     size, theta = 16, 100.0
     x, positions = torch.randn(3, 2, size), torch.tensor([0, 5, 40])
-    got = rotate(x.clone(), *TORCH.angles(positions, rotation(size, theta)))
+    got = rotate(x.clone(), *TORCH.rope_cos_sin(positions, default_inv_freq(size, theta)))
     for t, position in enumerate(positions.tolist()):
         for i in range(size // 2):
             turn = cmath.exp(1j * position * theta ** (-2 * i / size))
@@ -91,9 +91,10 @@ def test_rotation_turns_pairs_of_halves() -> None:
 
 
 def test_rotation_of_a_position_does_not_depend_on_its_neighbours() -> None:
-    together = TORCH.angles(torch.arange(3000), rotation(128, 1e6))
+    together = TORCH.rope_cos_sin(torch.arange(3000), default_inv_freq(128, 1e6))
     for position in (0, 1, 17, 511, 2999):
-        for alone, row in zip(TORCH.angles(torch.tensor([position]), rotation(128, 1e6)), together, strict=True):
+        own = TORCH.rope_cos_sin(torch.tensor([position]), default_inv_freq(128, 1e6))
+        for alone, row in zip(own, together, strict=True):
             assert torch.equal(alone[0], row[position])
 
 
@@ -121,7 +122,7 @@ def test_attention_against_a_loop(count: int, length: int, window: int | None, k
     q = torch.randn(count, 6, 16).to(dtype)
     room = torch.randn(2, kv_heads, length + 9, 16).to(dtype)  # a cache with room left, as the model has
     keys, values = room[0, :, :length], room[1, :, :length]
-    got = attend(q, keys, values, window).double()
+    got = causal_attention(q, keys, values, window).double()
     tolerance = 1e-5 if dtype == torch.float32 else 0.02
     assert torch.allclose(got, naive_attention(q, keys, values, window), atol=tolerance)
 
@@ -184,7 +185,7 @@ def test_trim_then_extend_equals_fresh(model: Runner) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_prefill_and_decode_agree(tmp_path: Path, name: str) -> None:
     with Checkpoint.open(write_tiny_checkpoint(tmp_path, dtype=torch.float32, **CONFIGS[name])) as opened:
-        model = keep_model(opened)
+        model = unquantized_model(opened)
     together = prefill(model, IDS[:40], model.new_cache(40), True)
     cache = model.new_cache(40)
     for position, token in enumerate(IDS[:40]):
@@ -211,8 +212,8 @@ def test_blocks_of_attention(model: Runner, count: int) -> None:
 
 def test_long_prompts_take_several_passes(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, int, int]] = []
-    model = keep_model(checkpoint, lambda layer, x, ids, w, step, ahead:
-                       calls.append((layer, len(x), len(step.sequence))))
+    model = unquantized_model(checkpoint, lambda layer, x, ids, w, step, ahead:
+                              calls.append((layer, len(x), len(step.sequence))))
     whole = prefill(model, IDS, model.new_cache(1500), True)
     assert calls == [(layer, 1500, 0) for layer in range(3)]
     calls.clear()
@@ -231,7 +232,7 @@ def test_long_prompts_take_several_passes(checkpoint: Checkpoint, monkeypatch: p
 def test_in_the_last_layer_only_what_is_read_is_computed(checkpoint: Checkpoint,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     wanted: list[tuple[int, list[int] | None]] = []
-    model = keep_model(checkpoint)
+    model = unquantized_model(checkpoint)
     experts = model._eager.experts
 
     def noted(layer: int, *how: Any) -> Tensor:
@@ -259,7 +260,7 @@ def test_sessions_together_give_what_each_gives_alone(tmp_path: Path, name: str)
     """Equal up to rounding: plain fp32 and bf16 products differ in the last bits with the number of rows
     (int4 and int8 kernels do not), attention is computed per session and never differs."""
     with Checkpoint.open(write_tiny_checkpoint(tmp_path, dtype=torch.float32, **CONFIGS[name])) as opened:
-        model = keep_model(opened)
+        model = unquantized_model(opened)
     prompts = [IDS[:5], IDS[5:6], IDS[10:40], IDS[50:53]]
     alone, want = [model.new_cache(64) for _ in prompts], []
     for ids, cache in zip(prompts, alone, strict=True):
@@ -316,21 +317,21 @@ def test_sequence_must_match_the_caches(model: Runner, sequence: tuple[int, ...]
 
 def test_experts_get_what_the_design_says(checkpoint: Checkpoint) -> None:
     calls: list[tuple[Any, ...]] = []
-    model = keep_model(checkpoint, lambda *call: calls.append(
+    model = unquantized_model(checkpoint, lambda *call: calls.append(
         tuple(c.clone() if isinstance(c, Tensor) else c for c in call)))
     cache = model.new_cache(50)
     prefill(model, IDS[:20], cache)
     decode(model, 3, cache)
     assert [call[0] for call in calls] == [0, 1, 2, 0, 1, 2]
-    for i, (layer, x, ids, weights, step, ahead) in enumerate(calls):
+    for i, (layer, x, ids, topk_weights, step, ahead) in enumerate(calls):
         count = 20 if i < 3 else 1
         assert x.shape == (count, 64)
-        assert ids.shape == weights.shape == (count, 2)
-        assert (ids.dtype, weights.dtype) == (torch.int64, torch.float32)
+        assert ids.shape == topk_weights.shape == (count, 2)
+        assert (ids.dtype, topk_weights.dtype) == (torch.int64, torch.float32)
         router = checkpoint.dense(f"layers.{layer}.router.weight")
         chosen, where = (x.double() @ router.double().T).topk(2)
         assert torch.equal(ids, where)
-        assert torch.allclose(weights.double(), chosen.softmax(-1), atol=1e-5)
+        assert torch.allclose(topk_weights.double(), chosen.softmax(-1), atol=1e-5)
         assert step.phase == ("prefill" if i < 3 else "decode")
         assert (ahead is None) == (i < 3 or layer == 2)
 
@@ -338,12 +339,12 @@ def test_experts_get_what_the_design_says(checkpoint: Checkpoint) -> None:
 @pytest.mark.parametrize(("guesses", "depth"), [(1, 1), (2, 1), (4, 2), (2, 9)])
 def test_ahead_is_the_next_router_on_this_residual(checkpoint: Checkpoint, guesses: int, depth: int) -> None:
     """Without output of attention and experts the residual never changes: the guess must come true."""
-    weights = keep_weights(checkpoint)
+    weights = unquantized_weights(checkpoint)
     for layer in range(3):
         weights.matrices[f"layers.{layer}.attention.o"]["weight"].zero_()
     seen: list[tuple[Tensor, Tensor | None]] = []
 
-    def experts(layer: int, x: Tensor, ids: Tensor, gains: Tensor, step: Step,
+    def experts(layer: int, x: Tensor, ids: Tensor, topk_weights: Tensor, step: Step,
                 ahead: Tensor | None, wanted: Tensor | None) -> Tensor:
         seen.append((ids.clone(), None if ahead is None else ahead.clone()))
         return torch.zeros_like(x)
@@ -365,14 +366,14 @@ def test_ahead_is_the_next_router_on_this_residual(checkpoint: Checkpoint, guess
 
 def test_no_guess_where_none_is_wanted(checkpoint: Checkpoint) -> None:
     seen: list[Tensor | None] = []
-    model = Runner(checkpoint.model, keep_weights(checkpoint), select({"fp32"}, say=lambda line: None),
+    model = Runner(checkpoint.model, unquantized_weights(checkpoint), select({"fp32"}, say=lambda line: None),
                    naive_experts(checkpoint, lambda *call: seen.append(call[-1])))
     decode(model, 3, model.new_cache(4))
     assert seen == [None] * 3
 
 
 def test_guessing_does_not_change_the_result(checkpoint: Checkpoint, model: Runner) -> None:
-    plain = Runner(checkpoint.model, keep_weights(checkpoint), select({"fp32"}, say=lambda line: None),
+    plain = Runner(checkpoint.model, unquantized_weights(checkpoint), select({"fp32"}, say=lambda line: None),
                    naive_experts(checkpoint))
     one, two = model.new_cache(20), plain.new_cache(20)
     for token in IDS[:20]:
@@ -390,7 +391,7 @@ def test_cancel_between_layers(checkpoint: Checkpoint, model: Runner, at: int) -
         if layer == at:
             cancel.set()
 
-    stopping = keep_model(checkpoint, seen)
+    stopping = unquantized_model(checkpoint, seen)
     cache, same = stopping.new_cache(40), model.new_cache(40)
     prefill(model, IDS[:8], same)
     stopping.forward(torch.tensor(IDS[:8]), torch.arange(8), [cache], Step("prefill"))
@@ -414,7 +415,7 @@ def test_failure_in_a_later_pass_restores_every_cache(checkpoint: Checkpoint,
         if len(calls) == 5:
             raise OSError("disk gone")
 
-    model = keep_model(checkpoint, fail_late)
+    model = unquantized_model(checkpoint, fail_late)
     monkeypatch.setattr(model._eager, "_most", 512)
     caches = [model.new_cache(1000), model.new_cache(1000)]
     with pytest.raises(OSError, match="disk gone"):
@@ -433,10 +434,10 @@ def test_logits_may_be_changed_in_place(model: Runner) -> None:
 
 def test_bf16_weights_compute_in_bf16(tmp_path: Path) -> None:
     with Checkpoint.open(write_tiny_checkpoint(tmp_path / "half")) as opened:
-        half = keep_model(opened)
+        half = unquantized_model(opened)
     wide_path = write_tiny_checkpoint(tmp_path / "wide", dtype=torch.float32)
     with Checkpoint.open(wide_path) as opened:
-        wide = keep_model(opened)
+        wide = unquantized_model(opened)
     cache = half.new_cache(40)
     got = prefill(half, IDS[:40], cache, True)
     assert got.dtype == torch.float32
@@ -460,7 +461,7 @@ def test_compute_dtype(checkpoint: Checkpoint, dtype: str, experts: str, dense: 
 
 def test_tied_head_shares_the_embedding(tmp_path: Path) -> None:
     with Checkpoint.open(write_tiny_checkpoint(tmp_path, tie_word_embeddings=True)) as opened:
-        weights = keep_weights(opened)
+        weights = unquantized_weights(opened)
     assert weights.matrices["embedding"]["weight"].data_ptr() == weights.tensors["embedding"].data_ptr()
 
 
@@ -486,4 +487,4 @@ def test_misshapen_weights_are_named(checkpoint: Checkpoint, name: str, bad: Any
         return pack(tensor, MatrixSpec("fp32", *tensor.shape)) if packed else tensor
 
     with pytest.raises(StoreError, match=rf"{name}: got"):
-        assemble(checkpoint.model, compute_dtype(checkpoint.model, KEEP), read)
+        assemble(checkpoint.model, compute_dtype(checkpoint.model, UNQUANTIZED), read)

@@ -11,10 +11,10 @@ import pytest
 import torch
 from helpers import (
     decode,
-    keep_model,
     prefill,
     stored_model,
     tiny_config,
+    unquantized_model,
     write_checkpoint,
     write_tiny_checkpoint,
 )
@@ -78,7 +78,7 @@ def assert_same(path: Path, store: Path, prompt: list[int]) -> None:
     want_tokens, want_logits = reference_run(reference(path), prompt)
     assert want_logits.std() > 1  # flat logits would agree by themselves
     with Checkpoint.open(path) as checkpoint:
-        naive = keep_model(checkpoint)
+        naive = unquantized_model(checkpoint)
     for model in (naive, stored_model(path, store)):
         tokens, logits = our_run(model, prompt)
         assert tokens == want_tokens

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import xxhash
-from helpers import KEEP, write_tiny_stores
+from helpers import UNQUANTIZED, write_tiny_stores
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_configs import TINY, with_keys
@@ -152,7 +152,7 @@ def test_a_store_may_have_keys_that_came_later(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a_key_of_tomorrow: got 1"):
         read_model(raw)
     assert read_model(raw, strict=False) == read_model(TINY["mixtral"])
-    folder = write_tiny_stores(tmp_path, {"one": KEEP})["one"]
+    folder = write_tiny_stores(tmp_path, {"one": UNQUANTIZED})["one"]
     config, manifest = folder / "config.json", folder / "qmix.json"
     config.write_bytes(json.dumps({**json.loads(config.read_bytes()), "a_key_of_tomorrow": 1}).encode())
     told = json.loads(manifest.read_text())

@@ -113,12 +113,12 @@ class TestEveryLevel:
         kernels, m = Native(level, activations), int4_matrix(160, 100, 32, 64, parts=2)
         x = (operand(9, 100) / 100).bfloat16()  # gates of a few units
         y = torch.full((12, 80), 7.0)
-        rows, places = torch.tensor([8, 0, 3]), torch.tensor([1, 11, 5])
-        kernels.run([Product(x, m, y, x_rows=rows, y_rows=places, gated=True)])
+        rows, y_rows = torch.tensor([8, 0, 3]), torch.tensor([1, 11, 5])
+        kernels.run([Product(x, m, y, x_rows=rows, y_rows=y_rows, gated=True)])
         gate, up = want(x[rows].float(), m, activations).split(80, 1)
         wanted = torch.nn.functional.silu(gate) * up
-        assert relative(y[places], wanted) < 4 * self.bound(activations)
-        left = [i for i in range(12) if i not in places.tolist()]
+        assert relative(y[y_rows], wanted) < 4 * self.bound(activations)
+        left = [i for i in range(12) if i not in y_rows.tolist()]
         assert (y[left] == 7).all()
 
     def test_silu_of_large_and_small_numbers(self, level: str, activations: str) -> None:
@@ -272,7 +272,7 @@ def test_jobs_are_laid_out_as_in_c() -> None:
     sizes = {"qmix_norm": jobs.NORM.size}
     route = struct.Struct(jobs.NORM.format + jobs.ROUTE_REST.format.removeprefix("@"))
     for name, packed in (("qmix_job", jobs.PRODUCT), ("qmix_attention", jobs.ATTENTION), ("qmix_norm", jobs.NORM),
-                         ("qmix_route", route), ("qmix_rotate", jobs.ROTATE), ("qmix_angles", jobs.ANGLES),
+                         ("qmix_route", route), ("qmix_rotate", jobs.ROTATE), ("qmix_angles", jobs.ROPE_COS_SIN),
                          ("qmix_combine", jobs.COMBINE), ("qmix_addition", jobs.ADDITION), ("qmix_call", jobs.CALL),
                          ("qmix_matrix", jobs.MATRIX), ("qmix_experts", jobs.EXPERTS)):
         body = header[:header.index(f"}} {name};")].rpartition("typedef struct {")[2]

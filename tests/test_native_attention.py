@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qmix.kernels import native
-from qmix.kernels.native import Attention, Kept
+from qmix.kernels.native import Attention, KVLayer
 
 LEVELS = list(native.levels())
 pytestmark = pytest.mark.skipif(not LEVELS, reason="the native kernels were not built: no C compiler")
@@ -20,20 +20,20 @@ pytestmark = pytest.mark.skipif(not LEVELS, reason="the native kernels were not 
 LENGTHS = [255, 256, 257, 511, 513, 8191, 8192, 8193, 9000, 16385]
 
 
-def cache(kv: str, kv_heads: int, capacity: int, size: int) -> Kept:
+def cache(kv: str, kv_heads: int, capacity: int, size: int) -> KVLayer:
     random = torch.Generator().manual_seed(capacity + size)
     shape = (2, kv_heads, capacity, size)
     if kv == "int8":
         codes = torch.randint(-127, 128, shape, dtype=torch.int8, generator=random)
-        return Kept(*codes, *torch.rand(2, kv_heads, capacity, generator=random) / 64)
-    return Kept(*torch.randn(shape, generator=random).bfloat16())
+        return KVLayer(*codes, *torch.rand(2, kv_heads, capacity, generator=random) / 64)
+    return KVLayer(*torch.randn(shape, generator=random).bfloat16())
 
 
-def decoded(kept: Kept) -> tuple[Tensor, Tensor]:
+def decoded(layer: KVLayer) -> tuple[Tensor, Tensor]:
     """Keys and values [KV, S, D] in fp64."""
-    if kept.key_scales is None or kept.value_scales is None:
-        return kept.keys.double(), kept.values.double()
-    return kept.keys * kept.key_scales.double()[..., None], kept.values * kept.value_scales.double()[..., None]
+    if layer.key_scales is None or layer.value_scales is None:
+        return layer.keys.double(), layer.values.double()
+    return layer.keys * layer.key_scales.double()[..., None], layer.values * layer.value_scales.double()[..., None]
 
 
 def new_token(kv_heads: int, group: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,8 +43,8 @@ def new_token(kv_heads: int, group: int, size: int) -> tuple[Tensor, Tensor, Ten
             *torch.randn(2, 1, kv_heads, size, generator=random))
 
 
-def want(kept: Kept, q: Tensor, begin: int, end: int) -> Tensor:
-    keys, values = (t[:, begin:end] for t in decoded(kept))
+def want(layer: KVLayer, q: Tensor, begin: int, end: int) -> Tensor:
+    keys, values = (t[:, begin:end] for t in decoded(layer))
     grouped = q.double().view(len(keys), -1, q.shape[2])
     return ((grouped @ keys.mT / q.shape[2]**0.5).softmax(-1) @ values).view(1, -1)
 
@@ -55,11 +55,11 @@ def want(kept: Kept, q: Tensor, begin: int, end: int) -> Tensor:
 def test_many_positions_against_float64(level: str, kv: str, length: int) -> None:
     """Windows that begin anywhere, and each number of query heads that go through a chunk together."""
     for kv_heads, group, size, begin in ((1, 1, 16, 0), (2, 2, 48, 5), (1, 3, 32, 70), (1, 6, 80, 300), (2, 4, 128, 1)):
-        own, kept = Attention(level), cache(kv, kv_heads, begin + length + 3, size)
+        own, layer = Attention(level), cache(kv, kv_heads, begin + length + 3, size)
         own.threads = 2
         q, keys, values = new_token(kv_heads, group, size)
-        got = own.append(kept, q, keys, values, begin, begin + length).double()
-        wanted = want(kept, q, begin, begin + length)
+        got = own.append(layer, q, keys, values, begin, begin + length).double()
+        wanted = want(layer, q, begin, begin + length)
         assert (got - wanted).norm() <= 1e-5 * wanted.norm(), (kv_heads, group, size)
 
 
@@ -67,17 +67,17 @@ def test_many_positions_against_float64(level: str, kv: str, length: int) -> Non
 @pytest.mark.parametrize("kv", ["bf16", "int8"])
 def test_bits_do_not_depend_on_threads_or_on_where_the_cache_is(level: str, kv: str) -> None:
     """Also not on its capacity and the positions before a window: these only move what is read."""
-    kept, begin, end = cache(kv, 2, 9000, 64), 0, 9000
+    layer, begin, end = cache(kv, 2, 9000, 64), 0, 9000
     own, token = Attention(level), new_token(2, 5, 64)
     own.threads = 1
-    alone = own.append(kept, *token, begin, end)
+    alone = own.append(layer, *token, begin, end)
     for threads in (2, 3, 8):
         own.threads = threads
         for _ in range(5):
-            assert torch.equal(own.append(kept, *token, begin, end), alone)
+            assert torch.equal(own.append(layer, *token, begin, end), alone)
     longer = cache(kv, 2, 9203, 64)
-    for old, new in ((kept.keys, longer.keys), (kept.values, longer.values), (kept.key_scales, longer.key_scales),
-                     (kept.value_scales, longer.value_scales)):
+    for old, new in ((layer.keys, longer.keys), (layer.values, longer.values), (layer.key_scales, longer.key_scales),
+                     (layer.value_scales, longer.value_scales)):
         if old is not None and new is not None:
             new[:, 103:9103] = old
     assert torch.equal(own.append(longer, *token, 103, 9103), alone)
@@ -87,14 +87,14 @@ def test_bits_do_not_depend_on_threads_or_on_where_the_cache_is(level: str, kv: 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_in_any_piece_stays_visible(level: str, bad: float) -> None:
     for position in (0, 300, 2000, 2999):
-        kept = cache("bf16", 2, 3001, 32)
-        kept.values[1, position, 7] = bad
-        out = Attention(level).append(kept, *new_token(2, 3, 32), 0, 3001).view(2, 3, 32)
+        layer = cache("bf16", 2, 3001, 32)
+        layer.values[1, position, 7] = bad
+        out = Attention(level).append(layer, *new_token(2, 3, 32), 0, 3001).view(2, 3, 32)
         assert out[0].isfinite().all() and not out[1, :, 7].isfinite().any()
         assert out[1, :, :7].isfinite().all()
-        kept = cache("bf16", 2, 3001, 32)
-        kept.keys[1, position, 7] = math.nan
-        out = Attention(level).append(kept, *new_token(2, 3, 32), 0, 3001).view(2, 3, 32)
+        layer = cache("bf16", 2, 3001, 32)
+        layer.keys[1, position, 7] = math.nan
+        out = Attention(level).append(layer, *new_token(2, 3, 32), 0, 3001).view(2, 3, 32)
         assert out[0].isfinite().all() and out[1].isnan().all()
 
 
@@ -102,10 +102,10 @@ def test_what_is_not_finite_in_any_piece_stays_visible(level: str, bad: float) -
 def test_pieces_whose_scores_differ_widely(level: str) -> None:
     """One position decides, wherever it is: the other pieces' weights vanish beside its own, and so do their sums."""
     for position in (0, 255, 256, 2999):
-        kept = cache("bf16", 1, 3001, 32)
+        layer = cache("bf16", 1, 3001, 32)
         q, keys, values = new_token(1, 2, 32)
-        kept.keys[0, position] = 40 * q[0, 0].bfloat16()
-        got = Attention(level).append(kept, q, keys, values, 0, 3001).view(2, 32).double()
-        wanted = want(kept, q, 0, 3001).view(2, 32)
-        assert torch.equal(got[0], kept.values[0, position].double())
+        layer.keys[0, position] = 40 * q[0, 0].bfloat16()
+        got = Attention(level).append(layer, q, keys, values, 0, 3001).view(2, 32).double()
+        wanted = want(layer, q, 0, 3001).view(2, 32)
+        assert torch.equal(got[0], layer.values[0, position].double())
         assert (got - wanted).norm() <= 1e-5 * wanted.norm()

@@ -72,15 +72,15 @@ def experts() -> Experts:
     return Experts(table, slots, matrices)
 
 
-def computed(experts: Experts, native_: Native, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+def computed(experts: Experts, native_: Native, layer: int, x: Tensor, ids: Tensor, topk_weights: Tensor) -> Tensor:
     count = len(x)
     between, rows, out = torch.empty(count * K, F), torch.empty(count, K, H), torch.full((count, H), torch.nan)
-    job = experts.table.job(layer, x, ids, weights, between, rows, out)
+    job = experts.table.job(layer, x, ids, topk_weights, between, rows, out)
     assert Sequence(native_.level, native_.code, native_.threads, [(EXPERTS, job)], tokens=count).run() is None
     return out
 
 
-def one_by_one(experts: Experts, native_: Native, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+def one_by_one(experts: Experts, native_: Native, layer: int, x: Tensor, ids: Tensor, topk_weights: Tensor) -> Tensor:
     """Each expert of each token in products of its own."""
     rows = torch.empty(len(x), K, H)
     for token, chosen in enumerate(ids.tolist()):
@@ -89,7 +89,7 @@ def one_by_one(experts: Experts, native_: Native, layer: int, x: Tensor, ids: Te
             between = torch.empty(1, F)
             native_.run([Product(x[token:token + 1], w13, between, gated=True)])
             native_.run([Product(between, w2, rows[token:token + 1, rank])])
-    return LayerOps(native_.level).combine(rows, weights)
+    return LayerOps(native_.level).combine(rows, topk_weights)
 
 
 def tokens(count: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,10 +105,10 @@ def test_the_bits_of_products_one_by_one(experts: Experts, level: str, activatio
                                          count: int) -> None:
     own = Native(level, activations)
     for layer in range(L):
-        x, ids, weights = tokens(count, dtype, layer)
+        x, ids, topk_weights = tokens(count, dtype, layer)
         for own.threads in (1, 3):
-            assert torch.equal(computed(experts, own, layer, x, ids, weights),
-                               one_by_one(experts, own, layer, x, ids, weights))
+            assert torch.equal(computed(experts, own, layer, x, ids, topk_weights),
+                               one_by_one(experts, own, layer, x, ids, topk_weights))
 
 
 @every_level
@@ -116,14 +116,14 @@ def test_against_float64(experts: Experts, level: str, activations: str) -> None
     """Of weights as they are decoded. With 8 bits an activation errs by step / sqrt(12) in the mean square, a step
     being the largest of a group over 127: about 2.5 standard deviations of 64 normal numbers, 4 of products of two; so
     by 0.006 and 0.009. silu(gate) * up passes twice the first on: sqrt(0.012^2 + 0.009^2). bf16: 2^-9 for both."""
-    x, ids, weights = tokens(4, torch.bfloat16)
+    x, ids, topk_weights = tokens(4, torch.bfloat16)
     want = torch.zeros(4, H, dtype=torch.float64)
     for token, chosen in enumerate(ids.tolist()):
         for rank, expert in enumerate(chosen):
             w13, w2 = (unpack(m).double() for m in experts.matrices[0, expert])
             gate, up = (w13 @ x[token].double()).split(F)
-            want[token] += weights[token, rank].double() * (w2 @ (torch.nn.functional.silu(gate) * up))
-    got = computed(experts, Native(level, activations), 0, x, ids, weights).double()
+            want[token] += topk_weights[token, rank].double() * (w2 @ (torch.nn.functional.silu(gate) * up))
+    got = computed(experts, Native(level, activations), 0, x, ids, topk_weights).double()
     assert float((got - want).norm() / want.norm()) < (0.015 if activations == "int8" else 3 * 2**-9)
 
 
@@ -131,10 +131,10 @@ def test_against_float64(experts: Experts, level: str, activations: str) -> None
 def test_a_missing_record_stops_the_sequence_before_anything_is_computed(experts: Experts, level: str,
                                                                          activations: str) -> None:
     own = Native(level, activations)
-    x, _, weights = tokens(1, torch.float32)
+    x, _, topk_weights = tokens(1, torch.float32)
     ids = torch.tensor([[4, 1, 2]])
     between, rows, out, total = torch.empty(K, F), torch.empty(1, K, H), torch.zeros(1, H), torch.zeros(1, H)
-    job = experts.table.job(1, x, ids, weights, between, rows, out)
+    job = experts.table.job(1, x, ids, topk_weights, between, rows, out)
     calls = Sequence(level, own.code, 1, [(ADD, addition(x, total)), (EXPERTS, job), (ADD, addition(out, total))])
     experts.table.leave(1, 2)
     try:
@@ -145,7 +145,7 @@ def test_a_missing_record_stops_the_sequence_before_anything_is_computed(experts
         experts.table.enter(1, 2, experts.slots[1, 2], 0)
     total.copy_(x)
     assert calls.run(1) is None  # goes on where it stopped
-    assert torch.equal(total, x + one_by_one(experts, own, 1, x, ids, weights))
+    assert torch.equal(total, x + one_by_one(experts, own, 1, x, ids, topk_weights))
 
 
 @every_level
@@ -154,19 +154,19 @@ def test_a_router_and_its_experts_are_one_sequence(experts: Experts, level: str,
     random = torch.Generator().manual_seed(9)
     router = RouterTensors(Router(E, K, over="all", normalize=True), torch.randn(E, H, generator=random).bfloat16())
     residual, weight = torch.randn(1, H, generator=random), torch.rand(H, generator=random)
-    normed, ids, weights = torch.empty(1, H), torch.empty(1, K, dtype=torch.int64), torch.empty(1, K)
+    normed, ids, topk_weights = torch.empty(1, H), torch.empty(1, K, dtype=torch.int64), torch.empty(1, K)
     between, rows, out = torch.empty(K, F), torch.empty(1, K, H), torch.empty(1, H)
     before = residual.clone()
     assert Sequence(level, own.code, 1, [
-        (ROUTE, jobs.route(residual, weight, router, 1e-6, normed, ids, weights)),
-        (EXPERTS, experts.table.job(0, normed, ids, weights, between, rows, out)),
+        (ROUTE, jobs.route(residual, weight, router, 1e-6, normed, ids, topk_weights)),
+        (EXPERTS, experts.table.job(0, normed, ids, topk_weights, between, rows, out)),
         (ADD, addition(out, residual))]).run() is None
-    want_ids, want_weights = torch.empty_like(ids), torch.empty_like(weights)
-    layer_ops.route(before, weight, router, 1e-6, None, want_ids, want_weights)
-    assert torch.equal(ids, want_ids) and torch.equal(weights, want_weights)
+    want_ids, want_topk_weights = torch.empty_like(ids), torch.empty_like(topk_weights)
+    layer_ops.route(before, weight, router, 1e-6, None, want_ids, want_topk_weights)
+    assert torch.equal(ids, want_ids) and torch.equal(topk_weights, want_topk_weights)
     normed = layer_ops.norm(before, weight, 1e-6, torch.float32)
-    assert torch.equal(residual, before + one_by_one(experts, own, 0, normed, ids, weights))
-    assert torch.allclose(out, TORCH.combine(rows, weights), atol=1e-5)
+    assert torch.equal(residual, before + one_by_one(experts, own, 0, normed, ids, topk_weights))
+    assert torch.allclose(out, TORCH.combine(rows, topk_weights), atol=1e-5)
 
 
 def test_a_matrix_outside_its_slot_is_noticed(experts: Experts) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import KEEP, write_tiny_stores
+from helpers import UNQUANTIZED, write_tiny_stores
 from torch import Tensor
 
 from qmix import hardware
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("no_thread_stays")
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_tiny_stores(tmp_path_factory.mktemp("paging"), {"int4": QuantConfig(), "keep": KEEP},
+    return write_tiny_stores(tmp_path_factory.mktemp("paging"), {"int4": QuantConfig(), "keep": UNQUANTIZED},
                              num_hidden_layers=LAYERS, num_local_experts=EXPERTS)
 
 
@@ -356,10 +356,11 @@ def test_a_faster_tier_above_gives_the_same_bits(stores: dict[str, Path], above:
             for layer in range(LAYERS):
                 x = torch.randn(tokens, config.hidden, generator=random).bfloat16()
                 ids = torch.stack([torch.randperm(EXPERTS, generator=random)[:TOP_K] for _ in range(tokens)])
-                weights = torch.rand(tokens, TOP_K, generator=random)
+                topk_weights = torch.rand(tokens, TOP_K, generator=random)
                 ahead = torch.randint(0, EXPERTS, (tokens, 1, TOP_K), generator=random)
                 ahead = ahead if tokens == 1 and layer + 1 < LAYERS else None
-                assert torch.equal(stacked(layer, x, ids, weights, step, ahead), whole(layer, x, ids, weights, step))
+                assert torch.equal(stacked(layer, x, ids, topk_weights, step, ahead),
+                                   whole(layer, x, ids, topk_weights, step))
         copies.close()
         readers.close()
         files.close()

@@ -28,7 +28,7 @@ def trained(right: float, tokens: int = 400) -> Prefetcher:
     dice, prefetcher = random.Random(1), Prefetcher("ahead", 3, 2)
     for _ in range(tokens):
         prefetcher.guess(0, (0, 1), [[4, 5]])
-        prefetcher.settle(1, [4 if dice.random() < right else 6, 5 if dice.random() < right else 7], [0.7, 0.3])
+        prefetcher.score_guesses(1, [4 if dice.random() < right else 6, 5 if dice.random() < right else 7], [0.7, 0.3])
     return prefetcher
 
 
@@ -47,19 +47,19 @@ def test_a_layer_comes_back_when_its_guesses_get_better() -> None:
     assert not prefetcher.pays(1)
     for _ in range(300):
         prefetcher.guess(0, (0, 1), [[4, 5]])
-        prefetcher.settle(1, [4, 5], [0.7, 0.3])
+        prefetcher.score_guesses(1, [4, 5], [0.7, 0.3])
     assert prefetcher.pays(1)
 
 
 def test_recall_counts_slots_and_weight() -> None:
     prefetcher = Prefetcher("ahead", 2, 2)
     prefetcher.guess(0, (0, 1), [[4, 5]])
-    prefetcher.settle(1, [4, 7], [0.9, 0.1])
+    prefetcher.score_guesses(1, [4, 7], [0.9, 0.1])
     report = prefetcher.report()
     assert report["recall"] == 0.5
     assert report["recall_weight"] == pytest.approx(0.9)
     assert report["layers"][0]["recall"] is None
-    prefetcher.settle(1, [4, 7], [0.9, 0.1])  # nothing was guessed for this one
+    prefetcher.score_guesses(1, [4, 7], [0.9, 0.1])  # nothing was guessed for this one
     assert prefetcher.report()["recall"] == 0.5
 
 
@@ -67,9 +67,9 @@ def test_each_distance_has_its_own_estimate() -> None:
     prefetcher = Prefetcher("ahead", 3, 1)
     for _ in range(200):
         prefetcher.guess(0, (0,), [[1], [2]])
-        prefetcher.settle(1, [1], [1.0])
+        prefetcher.score_guesses(1, [1], [1.0])
         prefetcher.guess(1, (1,), [[3]])
-        prefetcher.settle(2, [3], [1.0])
+        prefetcher.score_guesses(2, [3], [1.0])
     guesses = prefetcher.guess(0, (0,), [[1], [2]])
     assert [g.key for g in guesses] == [ExpertKey(1, 1)], "the far guess is always wrong"
 
@@ -91,7 +91,7 @@ def test_transitions_that_do_not_hold_are_given_up() -> None:
     prefetcher = Prefetcher("transitions", 2, 1, lambda layer, chosen: [0.95, 0.05])
     for _ in range(100):
         prefetcher.guess(0, (0,), [])
-        prefetcher.settle(1, [1], [1.0])
+        prefetcher.score_guesses(1, [1], [1.0])
     assert prefetcher.guess(0, (0,), []) == []
     assert prefetcher.report()["layers"][1]["state"].startswith("off: its guesses are wrong")
 
@@ -153,7 +153,7 @@ def test_right_late_and_wrong_guesses_are_told_apart() -> None:
     for expert in (0, 2):
         arrive(tier, ExpertKey(1, expert))
     tier.load_of(ExpertKey(1, 3)).taken = 40  # type: ignore[union-attr]
-    look.settle(1, {0, 1})
+    look.score_guesses(1, {0, 1})
     figures = prefetcher.figures[1]
     assert (figures.issued, figures.used, figures.late, figures.cancelled) == (4, 2, 1, 1)
     assert figures.wasted_bytes == 64 + 40  # one came for nothing, of one 40 bytes were asked for
@@ -172,7 +172,7 @@ def test_a_nearer_look_withdraws() -> None:
 def test_prefill_is_no_guess() -> None:
     look, _, prefetcher, _ = ahead()
     look.expect(keys((1, 0), (1, 1)), account=False)
-    look.settle(1, {0})
+    look.score_guesses(1, {0})
     assert all(f.issued == f.used == f.cancelled == 0 for f in prefetcher.figures)
 
 
@@ -194,7 +194,7 @@ def test_a_guess_leaves_last_until_its_router_has_spoken(guess: ExpertKey) -> No
     assert gone == set(keys((0, 0), (1, 0), (2, 0))) - {guess}
     assert cache.admit(ExpertKey(3, 2), "demand", keys((3, 0), (3, 1))) == guess, "last, but not never"
     cache = filled()
-    cache.settle(guess.layer)
+    cache.end_layer(guess.layer)
     assert cache.admit(ExpertKey(3, 3), "demand") == guess, "never used, so it is the first to go now"
 
 

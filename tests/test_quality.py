@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import KEEP
+from helpers import UNQUANTIZED
 from test_evaluate import in_fp32
 
 from qmix import evaluate
@@ -43,14 +43,14 @@ def calibration(source: Path, text: str, tokens: int) -> Calibration:
     with Checkpoint.open(source) as checkpoint:
         config = checkpoint.model
     tokenizer = load_tokenizer(source, config.vocab)
-    return Calibration.cut(tokenizer.encode("", bos=True), tokenizer.encode(text, bos=False), tokens,
-                           config.max_positions)
+    return Calibration.of_text(tokenizer.encode("", bos=True), tokenizer.encode(text, bos=False), tokens,
+                               config.max_positions)
 
 
 def divergence(source: Path, folder: Path, held_out: str, seen: Calibration, most: int, name: str,
                quant: QuantConfig) -> float:
     """Mean KL of a store made as `quant` says, from the unquantized one, on the text held out."""
-    for out, how in ((folder / "keep", KEEP), (folder / name, quant)):
+    for out, how in ((folder / "keep", UNQUANTIZED), (folder / name, quant)):
         if not out.exists():
             with Checkpoint.open(source) as checkpoint:
                 quantize_checkpoint(checkpoint, out, how, calibration=seen if how.method == "gptq" else None, threads=2)

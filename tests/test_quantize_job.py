@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers import KEEP, tiny_config, tiny_tensors, write_checkpoint, write_tiny_checkpoint
+from helpers import UNQUANTIZED, tiny_config, tiny_tensors, write_checkpoint, write_tiny_checkpoint
 
 from qmix import modelfiles
 from qmix.checkpoint import Checkpoint
@@ -134,7 +134,7 @@ def test_a_whole_store(source: Path, out: Path) -> None:
     assert any("int4 g64 rtn" in line for line in report.lines())
 
 
-@pytest.mark.parametrize("quant", [RTN, QuantConfig(dense="int4", group_size=32), NF4, KEEP],
+@pytest.mark.parametrize("quant", [RTN, QuantConfig(dense="int4", group_size=32), NF4, UNQUANTIZED],
                          ids=["rtn", "hqq", "nf4", "keep"])
 def test_same_bytes_for_every_thread_count_and_place(source: Path, tmp_path: Path, quant: QuantConfig) -> None:
     before = torch.get_num_threads()
@@ -215,7 +215,7 @@ def test_a_template_that_is_gone_from_the_checkpoint_is_not_in_the_store(source:
 
 
 def test_a_store_is_replaced_only_with_force(source: Path, out: Path, whole: Whole) -> None:
-    run(source, out, KEEP)
+    run(source, out, UNQUANTIZED)
     old = files(out)
     with pytest.raises(UsageError, match="exists") as error:
         run(source, out)
@@ -410,7 +410,7 @@ def test_a_run_killed_before_its_rename(source: Path, out: Path, whole: Whole, m
 
 def test_a_run_killed_between_its_renames(source: Path, out: Path, whole: Whole) -> None:
     """The old store comes back first, whoever runs next; then the new one is as good as finished."""
-    run(source, out, KEEP)
+    run(source, out, UNQUANTIZED)
     old = files(out)
     out.rename(out.parent / "out.replaced")
     shutil.copytree(whole.path, out.parent / "out.partial")
@@ -424,7 +424,7 @@ def test_a_run_killed_between_its_renames(source: Path, out: Path, whole: Whole)
 
 def test_a_run_killed_while_deleting_the_old_store(source: Path, out: Path, whole: Whole) -> None:
     shutil.copytree(whole.path, out)
-    run(source, out.parent / "out.replaced", KEEP)
+    run(source, out.parent / "out.replaced", UNQUANTIZED)
     (out.parent / "out.replaced" / "dense.safetensors").unlink()
     with pytest.raises(UsageError, match="exists"):
         run(source, out)
@@ -517,7 +517,7 @@ def damaged(path: Path, name: str, place: tuple[int, ...], value: float) -> Path
     return write_checkpoint(path, raw, tensors)
 
 
-@pytest.mark.parametrize("quant", [RTN, QuantConfig(), NF4, KEEP], ids=["rtn", "hqq", "nf4", "keep"])
+@pytest.mark.parametrize("quant", [RTN, QuantConfig(), NF4, UNQUANTIZED], ids=["rtn", "hqq", "nf4", "keep"])
 @pytest.mark.parametrize(("part", "place"), [("w1", (95, 63)), ("w3", (0, 5)), ("w2", (33, 95))])
 def test_no_store_is_made_of_nan(tmp_path: Path, quant: QuantConfig, part: str, place: tuple[int, int]) -> None:
     name = f"model.layers.1.block_sparse_moe.experts.2.{part}.weight"

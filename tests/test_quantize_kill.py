@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import KEEP, write_tiny_checkpoint
+from helpers import UNQUANTIZED, write_tiny_checkpoint
 
 from qmix.checkpoint import Checkpoint
 from qmix.config import QuantConfig
@@ -208,7 +208,7 @@ def test_killed_while_replacing(server: Server, source: str, whole: dict[str, by
     """With --force there is a whole store at every moment: the old one, under its own name or beside it,
     or the new one."""
     def prepare(name: str) -> Path:
-        run(source, str(tmp_path / name / "out"), quant=KEEP)
+        run(source, str(tmp_path / name / "out"), quant=UNQUANTIZED)
         return tmp_path / name / "out"
 
     last = count(server, source, prepare("counted"), True)
@@ -238,7 +238,7 @@ def test_killed_in_a_mount_point(server: Server, source: str, whole: dict[str, b
     def prepare(name: str) -> Path:
         out = tmp_path / name / "out"
         if force:
-            run(source, str(out), quant=KEEP)
+            run(source, str(out), quant=UNQUANTIZED)
         (out / "lost+found").mkdir(parents=True)
         return out
 
@@ -276,7 +276,7 @@ def test_killed_while_starting_over(server: Server, source: str, whole: dict[str
     for step in range(2, 9):
         out = tmp_path / str(step) / "out"
         with Checkpoint.open(source) as checkpoint, pytest.raises(Interrupted):
-            quantize_checkpoint(checkpoint, out, KEEP, progress=stop)
+            quantize_checkpoint(checkpoint, out, UNQUANTIZED, progress=stop)
         killed(server, source, out, True, step)
         run(source, str(out), force=True)
         assert files(out) == whole, f"killed at step {step}"

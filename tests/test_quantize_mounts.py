@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import KEEP, write_tiny_checkpoint
+from helpers import UNQUANTIZED, write_tiny_checkpoint
 
 from qmix.checkpoint import Checkpoint
 from qmix.errors import DoesNotFit, QmixError, UsageError
@@ -38,7 +38,7 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def quantized(source: Path, out: Path, **options: Any) -> None:
     with Checkpoint.open(source) as checkpoint:
-        quantize_checkpoint(checkpoint, out, KEEP, threads=1, **options)
+        quantize_checkpoint(checkpoint, out, UNQUANTIZED, threads=1, **options)
 
 
 def in_namespace(script: str, folder: Path, source: Path, **names: object) -> list[str]:

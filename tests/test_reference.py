@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import infer_auto_device_map
-from helpers import KEEP, write_tiny_checkpoint
+from helpers import UNQUANTIZED, write_tiny_checkpoint
 from test_cli import qmix
 from test_evaluate import document, in_fp32, make_store, refused, sentencepiece_ids
 from tokenizer_files import spm_model
@@ -27,7 +27,7 @@ from qmix.engine import load
 from qmix.errors import DoesNotFit, Interrupted, QmixError, UsageError
 from qmix.evaluate import reference
 from qmix.evaluate.reference import Original, Weights, workspace
-from qmix.evaluate.windows import cut
+from qmix.evaluate.windows import split_windows
 
 MIB = 2**20
 
@@ -93,9 +93,9 @@ def test_between_gpu_ram_and_disk_no_bit_changes(tmp_path: Path, tied: bool) -> 
         with Original.open(path, said.append) as original:
             original.plan(original.least_beside(60) + ram, 60, original.least_bytes(60) + vram, device)
             assert original._memory() == {0: layer + vram, "cpu": layer + ram}
-            places = infer_auto_device_map(original._model, original._memory(), original._model._no_split_modules,
-                                           original.model.dtype)
-            assert set(places.values()) == held
+            device_map = infer_auto_device_map(original._model, original._memory(), original._model._no_split_modules,
+                                               original.model.dtype)
+            assert set(device_map.values()) == held
             assert torch.equal(torch.cat(list(original.read(ids))), want)
             assert torch.equal(torch.cat(list(original.read(ids))), want)
             held_in_ram = sum(tensor.nbytes for tensor in original._weights._held.values())
@@ -136,7 +136,7 @@ def test_the_figures_are_those_of_transformers(int4: Path, text: Path, tmp_path:
     ids, loss, kl, agree = sentencepiece_ids(CHECKPOINT, text.read_text(encoding="utf-8")), [], [], []
     model = theirs(source, getattr(torch, dtype))
     with load(int4, threads=1, context=128, scoring=True) as ours:
-        for w in cut(len(ids), 128, 90, 400):
+        for w in split_windows(len(ids), 128, 90, 400):
             q = torch.cat(list(ours.session().read(ids[w.begin:w.end - 1], w.first - 1 - w.begin)))
             p = their_logits(model, ids[w.begin:w.end - 1])[w.first - 1 - w.begin:]
             agree.append(q.argmax(1) == p.argmax(1))
@@ -157,16 +157,17 @@ def moved_by(kl: float, distance: float) -> float:
     return math.expm1(distance) * (kl + math.sqrt(2 * kl)) + distance * math.exp(distance)
 
 
-def compare_with_keep(store: Path, source: Path, keep: Path, text: Path, flags: tuple[object, ...]) -> None:
+def compare_with_unquantized(store: Path, source: Path, unquantized: Path, text: Path,
+                             flags: tuple[object, ...]) -> None:
     """Against the checkpoint and against its `keep` store the figures differ by no more than the two do."""
-    by_us = document(store, "-f", text, *flags, "--against", keep)
+    by_us = document(store, "-f", text, *flags, "--against", unquantized)
     by_them = document(store, "-f", text, *flags, "--against", source)
     assert by_us["perplexity"] == by_them["perplexity"]
     window = by_us["window"]
     ids = sentencepiece_ids(source, text.read_text(encoding="utf-8"))
     model, distance = theirs(source, torch.float32), 0.0
-    with load(keep, threads=1, context=window, scoring=True) as ours:
-        for w in cut(len(ids), window, window, by_us["tokens"]):
+    with load(unquantized, threads=1, context=window, scoring=True) as ours:
+        for w in split_windows(len(ids), window, window, by_us["tokens"]):
             q = torch.cat(list(ours.session().read(ids[w.begin:w.end - 1]))).double().log_softmax(1)
             p = their_logits(model, ids[w.begin:w.end - 1]).double().log_softmax(1)
             distance = max(distance, float((p - q).abs().max()))
@@ -176,16 +177,17 @@ def compare_with_keep(store: Path, source: Path, keep: Path, text: Path, flags: 
     assert abs(losses[0] - losses[1]) <= distance
 
 
-def test_a_keep_store_is_as_good_a_reference(int4: Path, text: Path, tmp_path: Path) -> None:
+def test_an_unquantized_store_is_as_good_a_reference(int4: Path, text: Path, tmp_path: Path) -> None:
     source = in_fp32(CHECKPOINT, tmp_path / "source")
-    keep = make_store(source, tmp_path / "keep", KEEP)
-    compare_with_keep(int4, source, keep, text, ("-c", 128, "-n", 300))
+    unquantized = make_store(source, tmp_path / "keep", UNQUANTIZED)
+    compare_with_unquantized(int4, source, unquantized, text, ("-c", 128, "-n", 300))
 
 
-def test_a_keep_store_of_a_trained_model(wiki_moe: Path, text: Path, tmp_path: Path) -> None:
+def test_an_unquantized_store_of_a_trained_model(wiki_moe: Path, text: Path, tmp_path: Path) -> None:
     source = in_fp32(wiki_moe, tmp_path / "source")
-    store, keep = make_store(source, tmp_path / "int4", QuantConfig()), make_store(source, tmp_path / "keep", KEEP)
-    compare_with_keep(store, source, keep, text, ("-c", 200, "-n", 400))
+    store = make_store(source, tmp_path / "int4", QuantConfig())
+    unquantized = make_store(source, tmp_path / "keep", UNQUANTIZED)
+    compare_with_unquantized(store, source, unquantized, text, ("-c", 200, "-n", 400))
 
 
 def test_within_a_budget_that_leaves_the_weights_on_disk(wiki_moe: Path, text: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import mixtrals as names
 import pytest
 import torch
-from helpers import KEEP, tiny_config, tiny_tensors, write_checkpoint
+from helpers import UNQUANTIZED, tiny_config, tiny_tensors, write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_configs import RUN
@@ -23,7 +23,7 @@ from qmix.errors import CheckpointError
 from qmix.models import ARCHITECTURES, Source, layouts, read_model
 from qmix.models.source import Index, PerHead, Rows, Squeeze, Step, Strided, Transpose
 from qmix.quantize import quantize_checkpoint
-from qmix.shards import Place, Shard
+from qmix.shards import Location, Shard
 
 MIXTRAL = {**tiny_config(), "dtype": "bfloat16"}
 
@@ -70,7 +70,7 @@ def test_reading_a_piece_is_reading_all_and_taking_it(tmp_path_factory: Any, cas
         source = Source("x", steps)
         assert source.shape_out(shape) == tuple(want.shape)
         out = torch.full((want.numel() * 4,), 255, dtype=torch.uint8) if into else None
-        got = sources.read(Place(shard, shard.file.entries["x"]), source, out)
+        got = sources.read(Location(shard, shard.file.entries["x"]), source, out)
         assert torch.equal(got, want) and got.is_contiguous()
         assert out is None or torch.equal(out.view(torch.float32).view(want.shape), want)
     finally:
@@ -112,9 +112,9 @@ def test_a_fused_checkpoint_is_the_same_model(tmp_path: Path) -> None:
             checkpoint.read_into(f"layers.{key.layer}.experts.{key.expert}.gate", out)
             assert torch.equal(out, want[0])
         assert checkpoint.nbytes == sum(t.nbytes for t in published.values())
-        quantize_checkpoint(checkpoint, tmp_path / "a", KEEP, threads=1)
+        quantize_checkpoint(checkpoint, tmp_path / "a", UNQUANTIZED, threads=1)
     with Checkpoint.open(write_checkpoint(tmp_path / "published", MIXTRAL, published)) as checkpoint:
-        quantize_checkpoint(checkpoint, tmp_path / "b", KEEP, threads=1)
+        quantize_checkpoint(checkpoint, tmp_path / "b", UNQUANTIZED, threads=1)
     for file in sorted((tmp_path / "b").glob("*.safetensors")):
         assert file.read_bytes() == (tmp_path / "a" / file.name).read_bytes()
 

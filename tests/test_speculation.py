@@ -365,7 +365,7 @@ def test_logits_that_are_no_numbers_in_the_middle_of_drafts(tokenizer: Tokenizer
         assert said == whole[:broken - len(PROMPT)] and session.ids == PROMPT + said
 
 
-def test_every_verified_pass_is_settled(tokenizer: Tokenizer) -> None:
+def test_drafts_of_every_verified_pass_are_discarded(tokenizer: Tokenizer) -> None:
     _, _, session = records(tokenizer, SamplingParams(temperature=0.7, seed=1, max_tokens=150), Eager())
     assert len(session.trims) == sum(n > 1 for n in session.passes) > 5
 

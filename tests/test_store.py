@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import xxhash
-from helpers import KEEP, write_tiny_checkpoint
+from helpers import UNQUANTIZED, write_tiny_checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -32,7 +32,7 @@ QUANTS = {
     "int4": QuantConfig(method="rtn"),
     "small": QuantConfig(method="rtn", dense="int4", group_size=32, block=32),
     "nf4": QuantConfig("nf4", "bf16", double_quant=True, **NO_INT4),
-    "keep": KEEP,
+    "keep": UNQUANTIZED,
 }
 # 3 experts of 72 x 40: no size is a multiple of a block, a group or an alignment, so that pads are needed everywhere.
 ODD = {"hidden_size": 40, "intermediate_size": 72, "num_local_experts": 3, "num_hidden_layers": 2,
@@ -411,7 +411,7 @@ def test_a_hundred_and_one_layers_sort(tmp_path: Path) -> None:
     checkpoint = write_tiny_checkpoint(tmp_path / "deep", num_hidden_layers=101, num_local_experts=1,
                                        num_experts_per_tok=1, hidden_size=8, intermediate_size=8, vocab_size=8,
                                        num_attention_heads=1, num_key_value_heads=1)
-    out = quantize(checkpoint, tmp_path / "out", KEEP)
+    out = quantize(checkpoint, tmp_path / "out", UNQUANTIZED)
     found = sorted(p.name for p in out.glob("experts-*"))
     assert found[0] == "experts-000.safetensors" and found[-1] == "experts-100.safetensors"
     with Store.open(out) as store, safe_open(out / found[100], "pt") as file:
@@ -420,7 +420,7 @@ def test_a_hundred_and_one_layers_sort(tmp_path: Path) -> None:
 
 
 def test_tied_embeddings_have_no_head(tmp_path: Path) -> None:
-    out = quantize(write_tiny_checkpoint(tmp_path / "tied", tie_word_embeddings=True), tmp_path / "out", KEEP)
+    out = quantize(write_tiny_checkpoint(tmp_path / "tied", tie_word_embeddings=True), tmp_path / "out", UNQUANTIZED)
     with Store.open(out) as store:
         assert "head" not in store.manifest.dense and not re.search('"name": "head', (out / "qmix.json").read_text())
 
@@ -429,7 +429,7 @@ def test_the_dtype_is_that_of_the_weights_whatever_config_says(tmp_path: Path) -
     folder = write_tiny_checkpoint(tmp_path / "half", dtype=torch.float16)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "torch_dtype": "bfloat16"}))
-    with Store.open(quantize(folder, tmp_path / "out", KEEP)) as store:
+    with Store.open(quantize(folder, tmp_path / "out", UNQUANTIZED)) as store:
         assert store.model.dtype == "float16"
         norm = store.dense("final_norm")
         assert isinstance(norm, torch.Tensor) and norm.dtype == torch.float16

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import xxhash
-from helpers import KEEP, write_tiny_checkpoint
+from helpers import UNQUANTIZED, write_tiny_checkpoint
 
 from qmix.checkpoint import Checkpoint
 from qmix.config import QuantConfig
@@ -64,7 +64,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
-@pytest.mark.parametrize("quant", [QuantConfig(), KEEP, QuantConfig(dense="int4")], ids=["int4", "keep", "dense-int4"])
+@pytest.mark.parametrize("quant", [QuantConfig(), UNQUANTIZED, QuantConfig(dense="int4")],
+                         ids=["int4", "keep", "dense-int4"])
 def test_it_holds_the_same(tmp_path: Path, quant: QuantConfig) -> None:
     with Checkpoint.open(write_tiny_checkpoint(tmp_path / "tiny")) as checkpoint:
         quantize_checkpoint(checkpoint, tmp_path / "store", quant, threads=1)

@@ -171,7 +171,7 @@ def test_work_on_a_device_that_still_reads_a_slot_holds_back_what_is_read_into_i
     assert tier.load_of(key(2)).arrived == 0  # type: ignore[union-attr]
     gate.set()
     tier.wait(key(2), RECORD)
-    device.settle()
+    device.synchronize()
     assert saw == [content(key(0))] and right(tier, key(2))
     readers.close()
     device.close()

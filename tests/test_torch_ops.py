@@ -80,7 +80,7 @@ def test_attention_against_sums_in_float64(changes: dict[str, Any], count: int,
     monkeypatch.setattr(torch_ops, "SCORES", 4 * 20 * 3 * 4 * 2)  # two queries a tile
     attention = replace(Attention(4, 2, 8, None), **changes)
     q, keys, values, sinks = randn(count, 32), randn(2, 20, 8, seed=1), randn(2, 20, 8, seed=2), randn(4, seed=3)
-    got = torch_ops.attend_to(attention, sinks if attention.sinks else None, q.view(count, 4, 8), keys, values)
+    got = torch_ops.softmax_attention(attention, sinks if attention.sinks else None, q.view(count, 4, 8), keys, values)
     got = got.view(count, 4, 8)
     for t in range(count):
         at = 20 - count + t
@@ -113,7 +113,7 @@ def test_a_choice_against_the_definition(name: str) -> None:
     vectors = {"logit_bias": randn(8, seed=2), "choice_bias": randn(8, seed=3) * 0.3, "expert_scale": randn(8, seed=4)}
     tensors = {name: Named(name, (8,), "router") if getattr(router, name) else None for name in vectors}
     op = ops.Route("x", "ids", "w", router, Named("weight", (8, 16), "router"), **tensors)
-    ids, weights = torch_ops.route(op, PlainWeights({"weight": weight, **vectors}), x)
+    ids, topk_weights = torch_ops.route(op, PlainWeights({"weight": weight, **vectors}), x)
     for t in range(len(x)):
         logits = weight.double().numpy() @ x[t].double().numpy()
         logits = logits + vectors["logit_bias"].double().numpy() if router.logit_bias else logits
@@ -131,7 +131,7 @@ def test_a_choice_against_the_definition(name: str) -> None:
         want = want / (want.sum() + router.eps) if router.normalize else want
         want = want * router.scale
         want = want * vectors["expert_scale"].double().numpy()[chosen] if router.expert_scale else want
-        np.testing.assert_allclose(weights[t].numpy(), want, rtol=2e-6)
+        np.testing.assert_allclose(topk_weights[t].numpy(), want, rtol=2e-6)
 
 
 def test_logits_that_saturate_leave_the_choice_to_themselves() -> None:

@@ -58,7 +58,7 @@ def test_a_foreign_file_is_refused_in_one_line(content: bytes, tmp_path: Path) -
 def test_the_card_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qmix.kernels.tuned.version", lambda name: "9.9")
     assert Card.of("a CPU", torch.device("cpu")) == Card("a CPU", "none", f"torch {torch.__version__}, triton 9.9")
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda place: (8, 9))
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 9))
     assert Card.of("a GPU", torch.device("cuda", 0)).capability == "8.9"
     with pytest.raises(ConfigError, match="name: got"):
         Card.of("", torch.device("cpu"))

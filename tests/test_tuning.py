@@ -144,7 +144,7 @@ class TestTrials:
         from qmix.kernels import trials
 
         shapes = replace(trials.Shapes.of("tiny", TINY, QuantConfig(group_size=32)), prompts=((20, 0), (20, 7)))
-        at = trials.Place(DEVICE, torch.float16, 2000, 2**20)
+        at = trials.TrialDevice(DEVICE, torch.float16, 2000, 2**20)
         cases = trials.cases(kernel, shapes, at)
         assert len({case.name for case in cases}) == len(cases) > 0
         found = choose(kernel, INTERPRETED, FEW_OPTIONS[kernel], cases, self.timer)
@@ -155,7 +155,7 @@ class TestTrials:
         from qmix.kernels import trials
 
         shapes = replace(trials.Shapes.of("tiny", TINY, QuantConfig(group_size=32, dense="keep")), prompts=((20, 0),))
-        for case in trials.cases(kernel, shapes, trials.Place(DEVICE, torch.float16, 2000, 2**20)):
+        for case in trials.cases(kernel, shapes, trials.TrialDevice(DEVICE, torch.float16, 2000, 2**20)):
             work = case.start(INTERPRETED)
             first = work(0).clone()
             assert not torch.equal(work(1), first), case.name
@@ -170,7 +170,7 @@ class TestTrials:
 
         monkeypatch.setattr(trials, "attend_many", wrong)
         shapes = replace(trials.Shapes.of("tiny", TINY, QuantConfig()), prompts=((20, 0),))
-        cases = trials.cases("attention", shapes, trials.Place(DEVICE, torch.float16, 1, 1))
+        cases = trials.cases("attention", shapes, trials.TrialDevice(DEVICE, torch.float16, 1, 1))
         found = choose("attention", INTERPRETED, FEW_OPTIONS["attention"], cases, self.timer)
         assert [reason for _, reason in found.skipped] == ["wrong numbers (20 tokens after 0: 0.1 off)"]
 
@@ -181,7 +181,7 @@ class TestTrials:
         assert [layout.nbytes for layout in shapes.layouts] == [99_090_432]
         assert [(m.format, m.rows, m.cols) for m in shapes.dense] == [
             ("int8", 6144, 4096), ("int8", 4096, 4096), ("int8", 32000, 4096)]
-        at = trials.Place(DEVICE, torch.float16, 1, 1)
+        at = trials.TrialDevice(DEVICE, torch.float16, 1, 1)
         kept = trials.Shapes.of("kept", TINY, QuantConfig("keep", "int4"))
         assert trials.cases("gemv", kept, at) == trials.cases("dense", kept, at) == []
 
@@ -191,16 +191,16 @@ class TestTrials:
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
         from qmix.kernels import trials
 
-        monkeypatch.setattr(trials, "capability", lambda place: card)
+        monkeypatch.setattr(trials, "capability", lambda device: card)
         shapes = replace(trials.Shapes.of("tiny", TINY, QuantConfig(group_size=32)), prompts=((20, 0),))
-        at = trials.Place(DEVICE, torch.float16, 1, 2**20)
+        at = trials.TrialDevice(DEVICE, torch.float16, 1, 2**20)
         assert {kernel for kernel in ("matmul", "attention") if trials.cases(kernel, shapes, at)} == tuned
 
     def test_copies_outgrow_the_cache_within_the_room(self) -> None:
         from qmix.kernels import trials
 
-        place = trials.Place(DEVICE, torch.float16, 50, 1000)
-        assert [place.copies(10), place.copies(400), place.copies(2000), place.copies(10, 40)] == [16, 2, 1, 40]
+        at = trials.TrialDevice(DEVICE, torch.float16, 50, 1000)
+        assert [at.copies(10), at.copies(400), at.copies(2000), at.copies(10, 40)] == [16, 2, 1, 40]
 
 
 @needs_triton
@@ -229,7 +229,7 @@ def test_the_cards_timer_takes_the_median_of_calls_and_fills_the_card_before_eac
 
     sizes: list[tuple[int, ...]] = []
     monkeypatch.setattr("torch.cuda.Event", Event)
-    monkeypatch.setattr("torch.cuda.synchronize", lambda place: None)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda device: None)
     monkeypatch.setattr("torch.empty", lambda *size, dtype, device: (sizes.append(size), torch.zeros(2, 4))[1])
     monkeypatch.setattr("torch.Tensor.copy_", copying)
     timer = trials.event_timer(torch.device("cpu"), 200 * 2**20, lambda: host[0])

@@ -100,7 +100,7 @@ class Stack:
         assert set(self.low.cache.spares) <= set(self.low)
         assert all(self.high.ready(k) for k in self.low.cache.spares), "the only copy is the first to leave"
 
-    def settle(self) -> None:
+    def wait_for_all(self) -> None:
         """Wait for all that is on its way."""
         for tier in (self.high, self.low):
             for k in list(tier):

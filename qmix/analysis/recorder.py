@@ -76,7 +76,7 @@ class Collector:
     def drop_pass(self) -> None:
         self._ids, self._ahead = [], []
 
-    def add(self, layer: int, ids: Rows, weights: Sequence[Sequence[float]], ahead: Rows | None) -> None:
+    def add(self, layer: int, ids: Rows, topk_weights: Sequence[Sequence[float]], ahead: Rows | None) -> None:
         self._ids.append(ids)
         self._ahead.append(ahead)
 

@@ -47,40 +47,40 @@ class Moved:
                    figures["waits"], figures["read_seconds"], figures["up_seconds"])
 
 
-def with_device(peaks: Peaks, place: torch.device, dtype: torch.dtype, *, vram: int, ram: int | None, pin: int | None,
+def with_device(peaks: Peaks, device: torch.device, dtype: torch.dtype, *, vram: int, ram: int | None, pin: int | None,
                 say: Callable[[str], None]) -> Peaks:
-    """`peaks` with those of the device at `place`, whose prompts compute in `dtype`, in two seconds or less. Within
+    """`peaks` with those of `device`, whose prompts compute in `dtype`, in two seconds or less. Within
     `vram` bytes there, `ram` for the process and `pin` page-locked ones, None for as many as there are. DoesNotFit
     where the memory cannot be had."""
     products = f"torch matmul on the device, {str(dtype).removeprefix('torch.')}"
     nbytes = max(MIB, min(BUFFER, vram // 4, room(ram) // 4) // MIB * MIB)
     try:
-        within, up = _copies(place, nbytes, pin, say)
-        gflops = measure_products(dtype, place=place, side=CARD_SIDE if place.type == "cuda" else SIDE)
+        within, up = _copies(device, nbytes, pin, say)
+        gflops = measure_products(dtype, device=device, side=CARD_SIDE if device.type == "cuda" else SIDE)
     except (OSError, torch.OutOfMemoryError):
         raise DoesNotFit(f"no {format_bytes(nbytes)} of memory are free to measure the device",
                          "close other programs that use the GPU or much memory") from None
     finally:
-        let_go(place)
+        let_go(device)
     return replace(peaks, vram_gbps=within, bus_gbps=up, gflops=gflops, products=products)
 
 
-def let_go(place: torch.device) -> None:
+def let_go(device: torch.device) -> None:
     """Give back what nobody holds any more of a device's memory: a model's parts refer to each other, and torch keeps
     what it was given."""
     gc.collect()
-    if place.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def _copies(place: torch.device, nbytes: int, pin: int | None, say: Callable[[str], None]) -> tuple[float, float]:
+def _copies(device: torch.device, nbytes: int, pin: int | None, say: Callable[[str], None]) -> tuple[float, float]:
     """GB/s of (the device's memory: copies within it, read and written; the bus: copies to it from page-locked
     memory)."""
-    one, other = (torch.ones(nbytes, dtype=torch.uint8, device=place) for _ in range(2))
+    one, other = (torch.ones(nbytes, dtype=torch.uint8, device=device) for _ in range(2))
     within = 2 * measure_copies(one, other, seconds=0.5)  # each byte is read and written
     some = nbytes if pin is None else max(MIB, min(nbytes, pin) // MIB * MIB)
     source = torch.frombuffer(anonymous_memory(some), dtype=torch.uint8).fill_(1)
-    if place.type != "cuda":
+    if device.type != "cuda":
         return within, measure_copies(source, other[:some], seconds=0.5)
     return within, _from_pinned(source, other[:some], some if pin is None else pin, say)
 

@@ -133,9 +133,9 @@ def with_disk(peaks: Peaks, folder: Path, say: Callable[[str], None]) -> Peaks:
 
 
 def measure_products(dtype: torch.dtype, seconds: float = 0.5,
-                     clock: Callable[[], float] = time.perf_counter, place: torch.device | None = None,
+                     clock: Callable[[], float] = time.perf_counter, device: torch.device | None = None,
                      side: int = SIDE) -> float:
-    """GFLOP/s of the fastest of several torch products of square matrices, within `seconds`: on the device at `place`,
+    """GFLOP/s of the fastest of several torch products of square matrices, within `seconds`: on `device`,
     or on as many cores as compute by default."""
     def multiply() -> None:
         torch.mm(left, right, out=result)
@@ -145,7 +145,7 @@ def measure_products(dtype: torch.dtype, seconds: float = 0.5,
     before = torch.get_num_threads()
     torch.set_num_threads(compute_cores())
     try:
-        left, right = (torch.randn(side, side, device=place).to(dtype) for _ in range(2))
+        left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         result = torch.empty_like(left)
         multiply()  # the first one starts the threads
         best, start = float("inf"), clock()

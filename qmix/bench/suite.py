@@ -77,9 +77,9 @@ def run(request: Request, load: OpenEngine, *, today: date, say: Callable[[str],
                     peaks = roofline.with_native(peaks, engine.native)
             del engine  # its memory must be free before the next load takes stock
             if device is not None:
-                let_go(device.place)
+                let_go(device.torch_device)
                 fast = plan.tiers[0]
-                peaks = with_device(peaks, device.place, compute_dtype(model, quant, device.half),
+                peaks = with_device(peaks, device.torch_device, compute_dtype(model, quant, device.half),
                                     vram=fast.budget - fast.base, ram=request.ram, pin=request.pin, say=say)
             if not plan.resident:
                 peaks = roofline.with_disk(peaks, request.folder, say)

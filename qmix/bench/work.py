@@ -20,7 +20,7 @@ from qmix.bench.cases import Case
 from qmix.config import QuantConfig
 from qmix.kernels.kv_size import position_bytes
 from qmix.offload.plan import Needs, compute_bytes
-from qmix.sizes import kept_attention, pass_tokens
+from qmix.sizes import kv_owners, pass_tokens
 from qmix.spec import Attention, Model
 
 
@@ -43,7 +43,7 @@ class Workload:
         tensors = model.tensors()
         embedding = next(t for t in tensors if t.role == "embedding")
         item_bytes = compute_bytes(model, quant)
-        kv = tuple((a, position_bytes(a, item_bytes, needs.kv_cache)) for a in kept_attention(model))
+        kv = tuple((a, position_bytes(a, item_bytes, needs.kv_cache)) for a in kv_owners(model))
         return cls(model, needs.dense - needs.embedding, kv, needs.record,
                    3 * model.hidden * model.expert_inner,
                    sum(prod(t.shape) for t in tensors if t.role in ("linear", "mlp", "router")), prod(embedding.shape))
@@ -51,8 +51,8 @@ class Workload:
     def bytes_read(self, case: Case, chosen: int) -> int:
         """Bytes that one repetition reads from memory, of `chosen` records summed over layers and passes."""
         passes = list(_passes(case, pass_tokens(self.model)))
-        kept = sum(sum(_seen(a, start) - 1 + count for start, count in passes) * size for a, size in self.kv)
-        return len(passes) * self.dense + chosen * self.record + kept
+        kv = sum(sum(_seen(a, start) - 1 + count for start, count in passes) * size for a, size in self.kv)
+        return len(passes) * self.dense + chosen * self.record + kv
 
     def operations(self, case: Case) -> int:
         """Floating point operations of one repetition. Of a prompt only the last token meets the head, and the experts

@@ -110,7 +110,7 @@ def _gpu_for_both(how: Loading) -> Callable[[int], Any]:
             return None
         try:
             return Gpu(device.name, placement.vram_budget(device), how.device != "auto" or how.vram != "auto",
-                       str(device.place))
+                       str(device.torch_device))
         finally:
             device.close()
 

@@ -49,7 +49,7 @@ class _Stream:
         return event
 
     def _current(self) -> torch.cuda.Stream:
-        return torch.cuda.current_stream(self._device.place) if self._stream is None else self._stream
+        return torch.cuda.current_stream(self._device.torch_device) if self._stream is None else self._stream
 
 
 class _Event:
@@ -71,21 +71,21 @@ class Cuda:
     the card that were in use before this process had a context there, where that is known."""
 
     def __init__(self, index: int, before: int | None = None):
-        self.place = torch.device("cuda", index)
-        about = torch.cuda.get_device_properties(self.place)
+        self.torch_device = torch.device("cuda", index)
+        about = torch.cuda.get_device_properties(self.torch_device)
         self.name = about.name
         self.capability = (about.major, about.minor)
         self.half = torch.bfloat16 if self.capability >= (8, 0) else torch.float16
         self.triton = True
         self._context, self._used = self._context_bytes(before)
-        self._reserved = torch.cuda.memory_reserved(self.place)
+        self._reserved = torch.cuda.memory_reserved(self.torch_device)
         self._arena = _page_locked((ARENA,), torch.uint8)
         self._arena_used = 0
         self.trouble = ""
         self.launches = 0
         self.waits = 0
         self.compute: Stream = _Stream(self, None)
-        self._capturing = torch.cuda.Stream(self.place)
+        self._capturing = torch.cuda.Stream(self.torch_device)
         # One pool for all graphs: they run one after the other, and what a graph allocates does not outlive it. With
         # a pool for each, every graph of a store in nf4 would hold the memory of a decoded tile.
         self._pool = torch.cuda.graph_pool_handle()
@@ -97,15 +97,15 @@ class Cuda:
 
         Only the driver's management library can say what was in use before. Where it cannot be asked, or there was a
         context already, all that is in use is an upper bound, but never more than CONTEXT."""
-        free, total = torch.cuda.mem_get_info(self.place)  # makes the context, if there is none
-        after = None if before is None else _in_use(self.place.index)
+        free, total = torch.cuda.mem_get_info(self.torch_device)  # makes the context, if there is none
+        after = None if before is None else _in_use(self.torch_device.index)
         used = total - free
-        bound = min(used - torch.cuda.memory_reserved(self.place), CONTEXT)
+        bound = min(used - torch.cuda.memory_reserved(self.torch_device), CONTEXT)
         measured = 0 if before is None or after is None else after - before
         return (measured if 0 < measured <= used else bound), used
 
     def stream(self) -> _Stream:
-        return _Stream(self, torch.cuda.Stream(self.place))
+        return _Stream(self, torch.cuda.Stream(self.torch_device))
 
     def capture(self, work: Work) -> Work:
         if len(self._failed) >= FAILURES:
@@ -140,7 +140,7 @@ class Cuda:
         with suppress(RuntimeError):
             graph.capture_end()
         with suppress(RuntimeError, AttributeError):  # it has ended
-            torch._C._cuda_endAllocateToPool(self.place.index, self._pool)
+            torch._C._cuda_endAllocateToPool(self.torch_device.index, self._pool)
         self._failed.append(graph)
         self._pool, self._first = torch.cuda.graph_pool_handle(), None
 
@@ -152,7 +152,7 @@ class Cuda:
         self._arena_used = start + (nbytes + 255) // 256 * 256
         return self._arena[start:start + nbytes].view(dtype).view(shape)
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         pass  # they go to the same stream
 
     def wait(self, event: Event) -> None:
@@ -160,30 +160,30 @@ class Cuda:
         event.wait()
 
     def memory(self) -> tuple[int, int]:
-        free, total = torch.cuda.mem_get_info(self.place)
+        free, total = torch.cuda.mem_get_info(self.torch_device)
         return int(free), int(total)
 
     def limit(self, nbytes: int) -> None:
         # torch counts what it has reserved already.
-        held = torch.cuda.memory_reserved(self.place)
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (nbytes + held) / self.memory()[1]), self.place)
+        held = torch.cuda.memory_reserved(self.torch_device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (nbytes + held) / self.memory()[1]), self.torch_device)
 
     def taken(self) -> int:
-        return self._context + torch.cuda.memory_reserved(self.place)
+        return self._context + torch.cuda.memory_reserved(self.torch_device)
 
     def beside(self) -> int:
         free, total = self.memory()
-        return max(0, total - free - self._used - (torch.cuda.memory_reserved(self.place) - self._reserved))
+        return max(0, total - free - self._used - (torch.cuda.memory_reserved(self.torch_device) - self._reserved))
 
     def entered(self) -> AbstractContextManager[object]:
-        return torch.cuda.device(self.place)
+        return torch.cuda.device(self.torch_device)
 
     def tidy(self) -> None:
         torch.cuda.empty_cache()
 
     def close(self) -> None:
         with suppress(RuntimeError):  # of a card that has failed: who waited for it was told
-            torch.cuda.synchronize(self.place)
+            torch.cuda.synchronize(self.torch_device)
 
 
 def _in_use(index: int) -> int | None:

@@ -45,7 +45,7 @@ class Stream(Protocol):
 
 
 class Device(Protocol):
-    """name: for people. place: where its tensors live. half: 16-bit floats that its products have: bf16 or fp16.
+    """name: for people. torch_device: where its tensors live. half: 16-bit floats that its products have: bf16 or fp16.
 
     triton: whether it runs Triton's kernels.
     trouble: what did not work and was done otherwise, to be said once; "" for nothing.
@@ -54,7 +54,7 @@ class Device(Protocol):
     """
 
     name: str
-    place: torch.device
+    torch_device: torch.device
     half: torch.dtype
     triton: bool
     trouble: str
@@ -73,7 +73,7 @@ class Device(Protocol):
     def host(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Host memory that copies to and from the device run beside the host from (page-locked)."""
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Torch operations on tensors of this device, called from now on, find done what was given to `compute`."""
 
     def wait(self, event: Event) -> None:

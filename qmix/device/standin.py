@@ -92,7 +92,7 @@ class StandIn:
     def __init__(self, delay: Callable[[], None] | None = None, half: torch.dtype = torch.bfloat16,
                  triton: bool = False, nbytes: int | None = None, beside: int = 0):
         self.name = "the CPU in a GPU's place"
-        self.place = torch.device("cpu")
+        self.torch_device = torch.device("cpu")
         self.half = half
         self.trouble = ""
         self.triton = triton
@@ -113,7 +113,7 @@ class StandIn:
     def host(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype)
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         self.compute.record().wait()
 
     def wait(self, event: Event) -> None:

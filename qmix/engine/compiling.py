@@ -55,7 +55,7 @@ def _pieces(kernels: DeviceKernels, weights: DenseWeights, offload: Offload, mod
         prompts.linear(prompts.gated(x, w13), w2)
 
     for tokens in COMPILED:
-        x = torch.zeros(tokens, model.hidden, dtype=dtype, device=device.place)
+        x = torch.zeros(tokens, model.hidden, dtype=dtype, device=device.torch_device)
         for m in matrices:
             yield (f"a product of {tokens} tokens with a dense matrix in {m.spec.format}",
                    partial(prompts.linear, x.new_zeros(tokens, m.spec.cols), m))

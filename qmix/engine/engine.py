@@ -111,7 +111,7 @@ class Engine:
     def step(self, sessions: Sequence[Session], tokens: Sequence[Sequence[int]], phase: str,
              cancel: Cancel | None = None, drafts: int = 0) -> Tensor:
         """Append tokens[i] to sessions[i], all in one pass; logits [P, V] fp32 after each one's last token. drafts: how
-        many of the last tokens are guesses; then logits [T, V] after every token, and `settle` must follow.
+        many of the last tokens are guesses; then logits [T, V] after every token, and `discard_drafts` must follow.
 
         UsageError where a session would outgrow its context; on any error every session is unchanged.
         """
@@ -187,7 +187,7 @@ class Engine:
         try:
             for tokens in [tokens for tokens in WARMED if tokens <= session.context] * 2:
                 self.step([session], [[0] * tokens], "decode", drafts=tokens)
-                self.settle(tokens)
+                self.discard_drafts(tokens)
                 session.cache.trim(0)
                 session.ids.clear()
         except QmixError:
@@ -198,13 +198,13 @@ class Engine:
             raise does_not_run("the GPU's kernels do not run here", e) from e
         self.reset_stats()
 
-    def settle(self, rejected: int) -> None:
+    def discard_drafts(self, rejected: int) -> None:
         """Of the drafts of the last pass, the last `rejected` were wrong: the statistics count the others. Nothing in
         a closed engine or a forked child, where an answer that was not read to its end is dropped."""
         if self._closed or self._forked:
             return
         with self._lock:
-            self._offload.settle(rejected)
+            self._offload.discard_drafts(rejected)
 
     def pace(self, longest: int, say: Callable[[str], None] = lambda line: None) -> Pace | None:
         """For generate: drafts of up to `longest` ids, as far as they pay; the same one each time, since it learns.

@@ -16,7 +16,7 @@ from qmix.engine.engine import Engine
 from qmix.engine.kernels import select_kernels
 from qmix.engine.machine import Placement
 from qmix.engine.parts import Parts, on_device, on_host
-from qmix.engine.placing import place
+from qmix.engine.placing import choose_device_and_plan
 from qmix.engine.threads import Threads, parallel_loop
 from qmix.errors import DoesNotFit
 from qmix.kernels.kv_size import position_bytes
@@ -28,7 +28,7 @@ from qmix.offload.setup import OffloadOptions
 from qmix.offload.trace import TraceHeader, TraceWriter
 from qmix.offload.watch import Recorder
 from qmix.render import Progress
-from qmix.sizes import format_bytes, kept_attention
+from qmix.sizes import format_bytes, kv_owners
 from qmix.store import Store
 from qmix.tokenizer import load as load_tokenizer
 
@@ -67,8 +67,8 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
             return select_kernels(spec, store.quant, say, activations)
 
         try:
-            plan, device, there, host = place(store, needs, placement, on_cpu, partial(budget, ram, margin, base), say,
-                                              opened)
+            plan, device, there, host = choose_device_and_plan(store, needs, placement, on_cpu,
+                                                               partial(budget, ram, margin, base), say, opened)
         except DoesNotFit as error:
             raise DoesNotFit(error.message, mapping_limits() or error.cure) from None
         stats = router_stats.load(state, store.identity, len(spec.record_layers), spec.num_experts, say)
@@ -77,7 +77,7 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
             say(line)
         if kv == "int8":
             item_bytes = compute_bytes(spec, store.quant)
-            each, without = (sum(position_bytes(a, item_bytes, kind) for a in kept_attention(spec))
+            each, without = (sum(position_bytes(a, item_bytes, kind) for a in kv_owners(spec))
                              for kind in (kv, "bf16"))
             say(f"int8 KV cache: {format_bytes(each)} a token, {format_bytes(without)} without")
         exact = placement is not None and placement.exact
@@ -92,7 +92,7 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
         if state is not None:
             opened.callback(router_stats.save, state, store.identity, stats, say)
         engine = Engine(store, plan, tokenizer, kernels, model, offload, opened.pop_all(), device, exact, say)
-        if device is not None and device.place.type == "cuda":
+        if device is not None and device.torch_device.type == "cuda":
             engine.warm_up()
         if device is not None and placement is not None:
             vram.check(placement, device, plan.tiers[0], say)

@@ -18,7 +18,7 @@ from qmix.forward.run_eager import Guesses
 from qmix.forward.run_graph import DeviceDecode
 from qmix.forward.runner import Runner
 from qmix.forward.weights import DenseWeights, compute_dtype, load_dense
-from qmix.kernels.attention import choose_attentions
+from qmix.kernels.attention import choose_native_attentions
 from qmix.kernels.device_table import DeviceKernels
 from qmix.kernels.table import KernelTable
 from qmix.offload.device_experts import DeviceExperts
@@ -59,7 +59,7 @@ class Parts:
 def on_host(parts: Parts, kernels: KernelTable, kv: str) -> tuple[KernelTable, Runner, Offload]:
     """All on the CPU."""
     store = parts.store
-    attention = choose_attentions(store.model, kv, parts.say)
+    attention = choose_native_attentions(store.model, kv, parts.say)
     dtype = compute_dtype(store.model, store.quant)
     with ThreadPoolExecutor(1, "qmix-dense") as beside:
         dense = beside.submit(load_dense, store.model, dtype, store.dense)
@@ -93,13 +93,13 @@ def on_device(parts: Parts, device: Device, kernels: DeviceKernels, placement: P
         offload = open_device_offload(store, device, kernels, parts.plan, parts.options, how, parts.stats,
                                       parts.writer, say, parts.watched(dense))
         weights = _result(dense, offload)
-    if device.place.type == "cuda":
+    if device.torch_device.type == "cuda":
         say("compiling the GPU's kernels (up to a minute, the first time)")
         compile_prompts(kernels, weights, offload, model, device, dtype, say)
     device.tidy()
     experts = offload.experts
     assert isinstance(experts, DeviceExperts)
-    caches = partial(SessionCache, kv=kv, place=device.place, attend=kernels.attend)
+    caches = partial(SessionCache, kv=kv, device=device.torch_device, attend=kernels.attend)
     decode = DeviceDecode(model, weights, device, kernels.ops, experts, experts.depth, experts.ahead)
     if not placement.exact and fast.slots < parts.plan.needs.records:
         say("experts that are not on the GPU are computed by the CPU where that is faster, so the last bits depend on "

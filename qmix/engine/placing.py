@@ -25,9 +25,10 @@ from qmix.spec import Attention, Model
 from qmix.store import Store
 
 
-def place(store: Store, needs: Needs, placement: Placement | None, on_cpu: Callable[[bool], KernelTable],
-          ram: Callable[[], tuple[int, int]], say: Callable[[str], None],
-          opened: ExitStack) -> tuple[Plan, Device | None, DeviceKernels | None, KernelTable]:
+def choose_device_and_plan(store: Store, needs: Needs, placement: Placement | None,
+                           on_cpu: Callable[[bool], KernelTable], ram: Callable[[], tuple[int, int]],
+                           say: Callable[[str], None], opened: ExitStack
+                           ) -> tuple[Plan, Device | None, DeviceKernels | None, KernelTable]:
     """on_cpu: makes the CPU's kernels, for it alone or (True) to compute beside a device; ram: as of engine.budget,
     asked when the device's driver has taken what it takes of the process. The plan; the device, closed with `opened`,
     and what computes there, None for the CPU; and the CPU's kernels. Errors as of engine.load."""
@@ -46,7 +47,7 @@ def place(store: Store, needs: Needs, placement: Placement | None, on_cpu: Calla
         kernels = _kernels(store, device, host, placement, say)
         measured = vram.known(placement, device, say)
         found = make_plan(needs, *ram(), *placement.vram_budget(device), placement.pin_budget(),
-                          measured.beside if measured else UNMEASURED if device.place.type == "cuda" else None)
+                          measured.beside if measured else UNMEASURED if device.torch_device.type == "cuda" else None)
     except QmixError as e:
         device.close()
         if placement.device != "auto" or placement.vram is not None:
@@ -76,12 +77,12 @@ def _kernels(store: Store, device: Device, host: KernelTable, placement: Placeme
              say: Callable[[str], None]) -> DeviceKernels:
     """Cut as was measured on this card, unless the bits are to depend on no measurement."""
     dtype = compute_dtype(store.model, store.quant, device.half)
-    choose = partial(choose_device_kernels, device.place, dtype, *stored_formats(store.model, store.quant), host,
+    choose = partial(choose_device_kernels, device.torch_device, dtype, *stored_formats(store.model, store.quant), host,
                      device.triton)
     file = placement.tuned
     if placement.exact or file is None or not device.triton:
         return choose()
-    measured = tuned.load(file, tuned.Card.of(device.name, device.place), say)
+    measured = tuned.load(file, tuned.Card.of(device.name, device.torch_device), say)
     if measured is None:
         return choose()
     say(f"the GPU's kernels use the configurations measured on {measured.measured} for {measured.model}: {file}")

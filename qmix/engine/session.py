@@ -22,7 +22,7 @@ class Session:
         self.number = number
         self.cache = cache
         self.ids: list[int] = []
-        self._drafts = 0  # of the last ids, verified and not settled
+        self._drafts = 0  # of the last ids, verified, before `discard_drafts`
 
     @property
     def length(self) -> int:
@@ -64,6 +64,6 @@ class Session:
         """Forget all positions from `length` on."""
         drafts, self._drafts = self._drafts, 0
         if drafts:
-            self._engine.settle(min(drafts, self.length - length))
+            self._engine.discard_drafts(min(drafts, self.length - length))
         self.cache.trim(length)
         del self.ids[length:]

@@ -22,12 +22,12 @@ Budget = tuple[int, int]  # (bytes for the whole process, bytes of them that are
 @dataclass(frozen=True, slots=True)
 class Gpu:
     """The GPU that both models would be computed on. budget: of its memory, for both; chosen: whether the user named
-    it, or its memory: then what keeps it from being used is an error. place: torch's name of it ("cuda:0")."""
+    it, or its memory: then what keeps it from being used is an error. torch_device: torch's name of it ("cuda:0")."""
 
     name: str
     budget: Budget
     chosen: bool
-    place: str = "cpu"
+    torch_device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True)

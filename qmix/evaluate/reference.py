@@ -191,20 +191,20 @@ class Original:
         from accelerate.utils import set_module_tensor_to_device
 
         model, weights = self._model, self._weights
-        places = infer_auto_device_map(model, self._memory(), model._no_split_modules, self.model.dtype,
-                                       offload_buffers=True)  # without it, a warning of some bytes of rotary angles
+        device_map = infer_auto_device_map(model, self._memory(), model._no_split_modules, self.model.dtype,
+                                           offload_buffers=True)  # without it, a warning of some bytes of rotary angles
         computes = "cpu" if self._device is None else str(self._device)
         main = "cpu" if self._device is None else self._device.index or 0
-        held = {name: place for name in weights if (place := _place(places, name)) != "disk"}
-        for name, place in held.items():
+        held = {name: device for name in weights if (device := _device_of(device_map, name)) != "disk"}
+        for name, device in held.items():
             self._stop_if_cancelled()
-            if place == main:
+            if device == main:
                 set_module_tensor_to_device(model, name, computes, weights[name])
             else:
                 weights.hold(name)
         model.tie_weights()
         # What is not where the computing is done is brought there by hooks, from `weights`: it knows what RAM holds.
-        there = {module: computes if place == main else "disk" for module, place in places.items()}
+        there = {module: computes if device == main else "disk" for module, device in device_map.items()}
         self._model = dispatch_model(model, there, main_device=computes, state_dict=weights, offload_index={})
         for layer in model.model.layers:
             layer.register_forward_pre_hook(self._stop_if_cancelled)
@@ -321,7 +321,7 @@ def _check_names(model: Any, weights: Weights) -> None:
                         "install the version that constraints.txt names, or name a store as the reference")
 
 
-def _place(places: Mapping[str, Any], name: str) -> Any:
+def _device_of(device_map: Mapping[str, Any], name: str) -> Any:
     """Of a tensor, the device of the longest module name before it."""
-    inside = [module for module in places if module == "" or name == module or name.startswith(module + ".")]
-    return places[max(inside, key=len)]
+    inside = [module for module in device_map if module == "" or name == module or name.startswith(module + ".")]
+    return device_map[max(inside, key=len)]

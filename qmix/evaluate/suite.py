@@ -35,7 +35,7 @@ from qmix.evaluate.memory import (
 from qmix.evaluate.reference import Original
 from qmix.evaluate.score import Scores, score
 from qmix.evaluate.tally import Tally
-from qmix.evaluate.windows import Window, cut
+from qmix.evaluate.windows import Window, split_windows
 from qmix.render import Progress
 from qmix.sizes import format_bytes
 from qmix.store import CONFIG, MANIFEST, Store, describe
@@ -141,7 +141,7 @@ def _cut_text(request: Request, store: Store, other: Store | Original | None) ->
         raise UsageError(f"--ctx-size {window}: the model was trained for {longest} positions",
                          f"choose at most {longest}")
     stride = request.stride or window
-    return Text(ids[0], window, stride, cut(len(ids[0]), window, stride, request.most))
+    return Text(ids[0], window, stride, split_windows(len(ids[0]), window, stride, request.most))
 
 
 def _load(request: Request, load: OpenEngine, store: Store, other: Store | Original | None, context: int,
@@ -181,7 +181,7 @@ def _beside_original(request: Request, load: OpenEngine, store: Store, other: Or
         return other, opened.enter_context(load(store.path, context, Part((whole, base + granted))))
     ram, vram = divide_on_gpu((least, other.weight_bytes), other.least_beside(context), needs, (whole, base),
                               gpu.budget)
-    other.plan(ram, context, vram, torch.device(gpu.place))
+    other.plan(ram, context, vram, torch.device(gpu.torch_device))
     part = Part((whole, base + ram), (gpu.budget[0], gpu.budget[1] + vram))
     model = opened.enter_context(load(store.path, context, part))
     if model.device is not None:

@@ -29,7 +29,7 @@ class Window:
         return self.end - self.first
 
 
-def cut(ids: int, window: int, stride: int, most: int = -1) -> list[Window]:
+def split_windows(ids: int, window: int, stride: int, most: int = -1) -> list[Window]:
     """The windows of a text of `ids` tokens, until `most` of them are scored, -1 = all; the last window may end early.
 
     UsageError where the numbers make no sense or nothing could be scored."""

@@ -31,8 +31,8 @@ def widen(qweight: Tensor, bits: int) -> Tensor:
     torch.bitwise_and(pairs >> 2, PAIRS, out=out[..., quarter:])
     if bits == 3:
         thirds = qweight[..., quarter:]
-        for place, part in enumerate(out.split(quarter // 2, -1)):
-            part |= ((thirds >> place) & 0x11) << 2
+        for bit, part in enumerate(out.split(quarter // 2, -1)):
+            part |= ((thirds >> bit) & 0x11) << 2
     return out.add_(MIDDLES[bits])
 
 
@@ -46,6 +46,6 @@ def narrow(nibbles: Tensor, bits: int) -> Tensor:
     if bits == 2:
         return pairs
     thirds = torch.zeros_like(pairs[..., :pairs.shape[-1] // 2])
-    for place, part in enumerate(codes.split(thirds.shape[-1], -1)):
-        thirds |= ((part >> 2) & 0x11) << place
+    for bit, part in enumerate(codes.split(thirds.shape[-1], -1)):
+        thirds |= ((part >> 2) & 0x11) << bit
     return torch.cat((pairs, thirds), -1)

@@ -54,9 +54,9 @@ class Packed:
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
 
-    def to(self, place: torch.device) -> Packed:
+    def to(self, device: torch.device) -> Packed:
         """Itself, or a copy of it on another device."""
-        return Packed(self.spec, {name: tensor.to(place) for name, tensor in self.tensors.items()})
+        return Packed(self.spec, {name: tensor.to(device) for name, tensor in self.tensors.items()})
 
 
 def stacked(matrices: Sequence[Packed]) -> Packed | None:

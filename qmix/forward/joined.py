@@ -52,8 +52,8 @@ class Joined:
                 own[piece.added] = ADD, addition(self._out, piece.target)
             calls += own
             if at < len(given):
-                layer, x, chosen, weights = given[at]
-                calls.append((EXPERTS, resident.job(layer, x, chosen, weights, self._out)))
+                layer, x, chosen, topk_weights = given[at]
+                calls.append((EXPERTS, resident.job(layer, x, chosen, topk_weights, self._out)))
         self._sequence = NativeSequence(native.level, native.code, native.threads, calls)
 
     def run(self, cache: SessionCache, step: Step) -> None:

@@ -29,7 +29,7 @@ from qmix.forward.kv_layers import AttendBy, CacheLayer, FullLayer, Int8Layer, R
 from qmix.hardware.memory import prefer_huge_pages
 from qmix.kernels.kv_size import positions
 from qmix.kernels.native import Attention as NativeAttention
-from qmix.kernels.native import Kept
+from qmix.kernels.native import KVLayer
 from qmix.kernels.op import FEW
 from qmix.spec import Attention, DeltaNet, Model
 
@@ -51,15 +51,15 @@ class SessionCache:
     reads another's keys and values has none of its own: None.
 
     dtype: of the model's computation, and of keys and values unless kv is "int8". native: what attends for one token,
-    by head size (kernels.attention.choose_attentions). place: where keys and values lie; attend: of a device's prompts.
-    only: the layers that are there, None for all."""
+    by head size (kernels.attention.choose_native_attentions). device: where keys and values lie; attend: of a device's
+    prompts. only: the layers that are there, None for all."""
 
     def __init__(self, model: Model, capacity: int, dtype: torch.dtype = torch.float32, kv: str = "bf16",
-                 native: Mapping[int, NativeAttention] = NONE, place: torch.device = CPU,
+                 native: Mapping[int, NativeAttention] = NONE, device: torch.device = CPU,
                  attend: AttendBy | None = None, rings: bool = False, only: Collection[int] | None = None):
         assert not rings or kv == "bf16", "a ring of codes"
         self._sources = [_source(model, i) for i in range(len(model.layers))]
-        made = _Made(kv, torch.int8 if kv == "int8" else dtype, place)
+        made = _Made(kv, torch.int8 if kv == "int8" else dtype, device)
         wanted = range(len(model.layers)) if only is None else only
         self.layers: list[CacheLayer | None] = [None] * len(model.layers)
         for i in wanted:
@@ -91,23 +91,24 @@ class SessionCache:
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in self.layers if layer is not None)
 
-    def kept(self, layer: int) -> Kept:
+    def kv_layer(self, layer: int) -> KVLayer:
         """Keys and values that a layer reads: of every position, in place."""
         found = self.layers[self._sources[layer]]
         assert isinstance(found, FullLayer), "a recurrent layer has no keys"
-        return found.kept
+        return found.kv_layer
 
     @property
-    def places(self) -> tuple[int, ...]:
+    def identity(self) -> tuple[int, ...]:
         """Addresses by which no other living cache is known."""
         return tuple(address for addresses in self.addresses for address in addresses)
 
     @property
     def addresses(self) -> list[tuple[int, int, int, int]]:
-        """Where `kept` is, by layer: it never moves. Zeros for a recurrent layer."""
+        """Where `kv_layer` is, by layer: it never moves. Zeros for a recurrent layer."""
         if not self._addresses:
-            self._addresses = [self.kept(i).addresses if isinstance(self.layers[source], FullLayer) else (0, 0, 0, 0)
-                               for i, source in enumerate(self._sources)]
+            self._addresses = [
+                self.kv_layer(i).addresses if isinstance(self.layers[source], FullLayer) else (0, 0, 0, 0)
+                for i, source in enumerate(self._sources)]
         return self._addresses
 
     def need(self, count: int) -> None:
@@ -190,8 +191,8 @@ def _source(model: Model, i: int) -> int:
 class _Made:
     """Keys and values of the layers that want them: one allocation for all of a shape, so that they fill huge pages."""
 
-    def __init__(self, kv: str, dtype: torch.dtype, place: torch.device):
-        self._scales, self._dtype, self._place = kv == "int8", dtype, place
+    def __init__(self, kv: str, dtype: torch.dtype, device: torch.device):
+        self._scales, self._dtype, self._device = kv == "int8", dtype, device
         self._wanted: dict[tuple[int, int, int], list[int]] = {}
 
     def want(self, layer: int, shape: tuple[int, int, int]) -> None:
@@ -205,7 +206,7 @@ class _Made:
             yield from zip(layers, zip(*whole, strict=True), strict=True)
 
     def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        made = torch.empty(shape, dtype=dtype, device=self._place)
-        if self._place.type == "cpu":
+        made = torch.empty(shape, dtype=dtype, device=self._device)
+        if self._device.type == "cpu":
             prefer_huge_pages(made.data_ptr(), made.nbytes)
         return made.fill_(0)  # which touches every page

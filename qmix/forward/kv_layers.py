@@ -22,13 +22,13 @@ from torch import Tensor
 
 from qmix.kernels.kv_codes import decoded, quantize
 from qmix.kernels.kv_size import channels
-from qmix.kernels.native import HEAD_UNIT, Kept
+from qmix.kernels.native import HEAD_UNIT, KVLayer
 from qmix.kernels.native import Attention as NativeAttention
-from qmix.kernels.torch_ops import attend_to
+from qmix.kernels.torch_ops import softmax_attention
 from qmix.sizes import KV_PIECE
 from qmix.spec import Attention, DeltaNet
 
-AttendBy = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]  # kernels.attend.attend has the meaning
+AttendBy = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]  # as kernels.attend.causal_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +63,9 @@ class FullLayer:
         self._there = there
 
     @property
-    def kept(self) -> Kept:
+    def kv_layer(self) -> KVLayer:
         """Of every position, in place."""
-        return Kept(self.keys, self.values)
+        return KVLayer(self.keys, self.values)
 
     @property
     def nbytes(self) -> int:
@@ -77,7 +77,7 @@ class FullLayer:
         end = query.start + len(query.q)
         if self.native is not None and len(query.q) == 1 and plain(a, sinks) and query.keys is not None:
             assert query.values is not None
-            return self.native.append(self.kept, query.q, query.keys, query.values, begins(a, query.start), end)
+            return self.native.append(self.kv_layer, query.q, query.keys, query.values, begins(a, query.start), end)
         return self._attend(a, sinks, query)
 
     def _attend(self, a: Attention, sinks: Tensor | None, query: Query) -> Tensor:
@@ -88,7 +88,7 @@ class FullLayer:
         q = query.q.to(keys.dtype)
         if self._there is not None and plain(a, sinks):
             return self._there(q, keys, values, a.window)
-        return attend_to(a, sinks, q, keys, values)
+        return softmax_attention(a, sinks, q, keys, values)
 
     def append(self, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values [T, KV, D] of positions start, start + 1, ...; all up to there [KV, S, D], as views."""
@@ -112,8 +112,8 @@ class Int8Layer(FullLayer):
         self._dtype = dtype
 
     @property
-    def kept(self) -> Kept:
-        return Kept(self.keys, self.values, self.key_scales, self.value_scales)
+    def kv_layer(self) -> KVLayer:
+        return KVLayer(self.keys, self.values, self.key_scales, self.value_scales)
 
     @property
     def nbytes(self) -> int:
@@ -121,7 +121,7 @@ class Int8Layer(FullLayer):
 
     def _attend(self, a: Attention, sinks: Tensor | None, query: Query) -> Tensor:
         if query.keys is not None and query.values is not None:
-            self._keep(query.start, query.keys, query.values)
+            self._write(query.start, query.keys, query.values)
         q, end, first = query.q.to(self._dtype), query.start + len(query.q), begins(a, query.start)
         part = slice(first, end)
         if self._there is not None and plain(a, sinks):
@@ -132,20 +132,20 @@ class Int8Layer(FullLayer):
         out = torch.empty(len(q), heads, group * q.shape[2], dtype=q.dtype, device=q.device)
         for head in range(heads):
             own = slice(head * group, (head + 1) * group)
-            out[:, head] = attend_to(a, None if sinks is None else sinks[own], q[:, own].contiguous(),
-                                     *self._decoded(head, first, end))
+            out[:, head] = softmax_attention(a, None if sinks is None else sinks[own], q[:, own].contiguous(),
+                                             *self._decoded(head, first, end))
         return out.view(len(q), -1)
 
     def append(self, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """As FullLayer.append, but copies, decoded to the compute dtype."""
-        self._keep(start, keys, values)
+        self._write(start, keys, values)
         return self.read(start + len(keys))
 
     def read(self, end: int) -> tuple[Tensor, Tensor]:
         pairs = [self._decoded(head, 0, end) for head in range(len(self.keys))]
         return torch.cat([keys for keys, _ in pairs]), torch.cat([values for _, values in pairs])
 
-    def _keep(self, start: int, keys: Tensor, values: Tensor) -> None:
+    def _write(self, start: int, keys: Tensor, values: Tensor) -> None:
         part = slice(start, start + len(keys))
         quantize(keys, self.keys[:, part], self.key_scales[:, part])
         quantize(values, self.values[:, part], self.value_scales[:, part])
@@ -180,9 +180,9 @@ class WindowLayer(FullLayer):
         old = torch.arange(first, start) % self.slots
         new = keys.transpose(0, 1).to(self.keys.dtype), values.transpose(0, 1).to(self.values.dtype)
         found = torch.cat((self.keys[:, old], new[0]), 1), torch.cat((self.values[:, old], new[1]), 1)
-        end, kept = start + len(keys), min(len(keys), self.slots)
-        at = torch.arange(end - kept, end) % self.slots
-        self.keys[:, at], self.values[:, at] = new[0][:, -kept:], new[1][:, -kept:]
+        end, newest = start + len(keys), min(len(keys), self.slots)
+        at = torch.arange(end - newest, end) % self.slots
+        self.keys[:, at], self.values[:, at] = new[0][:, -newest:], new[1][:, -newest:]
         self.written = max(self.written, end)
         return found
 

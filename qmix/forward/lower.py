@@ -32,7 +32,7 @@ from qmix.forward.steps import Turning, fused_guess, fused_route, reads, rotates
 from qmix.forward.weights import KernelWeights
 from qmix.kernels import native, ops
 from qmix.kernels.native import Product, jobs
-from qmix.kernels.native.sequence import ADD, ANGLES, ATTEND, NORM, PRODUCTS, ROTATE, ROUTE, addition
+from qmix.kernels.native.sequence import ADD, ATTEND, NORM, PRODUCTS, ROPE_COS_SIN, ROTATE, ROUTE, addition
 from qmix.kernels.op import Op
 from qmix.kernels.router import RouterTensors
 from qmix.kernels.torch_ops import router_of
@@ -238,7 +238,7 @@ class Lowering:
             called = not isinstance(rope.scaling, LongRope)  # whose speeds depend on the session
             self.turns[rope] = Turn(cos, sin, speeds if called else None)
             if called:
-                found.add(ANGLES, jobs.angles(self.position, speeds, cos, sin, factor))
+                found.add(ROPE_COS_SIN, jobs.rope_cos_sin(self.position, speeds, cos, sin, factor))
         return self.turns[rope]
 
     def _attend(self, op: ops.Attend, found: Calls) -> None:
@@ -251,7 +251,7 @@ class Lowering:
             raise Unsupported("torch attends")
         q, k, v = (self._buffers[name].view(1, -1, a.head_dim) for name in (op.q, op.k, op.v))
         out = self._buffers.make(op.out, a.heads * a.head_dim, q.dtype)
-        call = found.add(ATTEND, layer.native.job(layer.kept, q, k, v, out, 0, 1))
+        call = found.add(ATTEND, layer.native.job(layer.kv_layer, q, k, v, out, 0, 1))
         found.attends.append((call, op.layer, a.window))
 
     def _add(self, op: ops.Add, found: Calls) -> None:

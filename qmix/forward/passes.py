@@ -52,7 +52,7 @@ def counts_of(tokens: int, sessions: int, step: Step) -> list[int]:
     return counts
 
 
-def cut(counts: Sequence[int], caches: Sequence[SessionCache], step: Step, most: int) -> list[list[Span]]:
+def split_passes(counts: Sequence[int], caches: Sequence[SessionCache], step: Step, most: int) -> list[list[Span]]:
     """The spans of each pass."""
     return list(_passes(_spans(counts, caches, 1 if step.phase == "decode" else BLOCK), most))
 

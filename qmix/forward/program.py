@@ -87,8 +87,8 @@ def _only_wanted(ops: Sequence[Op]) -> tuple[Op, ...]:
         return (Take(tuple(sorted(live(ops)))), *ops)
     experts, combine, rest = ops[at], ops[at + 1], ops[at + 2:]
     assert isinstance(experts, Experts) and isinstance(combine, Combine)
-    kept = live(rest) - {combine.out}
-    return (*ops[:at], replace(experts, last=True), combine, Take(tuple(sorted(kept))), *rest)
+    live_after = live(rest) - {combine.out}
+    return (*ops[:at], replace(experts, last=True), combine, Take(tuple(sorted(live_after))), *rest)
 
 
 def _guess(model: Model, i: int, out: str, count: int) -> Guess:

@@ -24,7 +24,7 @@ from torch import Tensor
 from qmix.config import Step
 from qmix.errors import Interrupted
 from qmix.forward.kv_cache import SessionCache, unchanged_on_error
-from qmix.forward.passes import BLOCK, Block, Span, blocks_of, blocks_of_rows, counts_of, cut
+from qmix.forward.passes import BLOCK, Block, Span, blocks_of, blocks_of_rows, counts_of, split_passes
 from qmix.forward.program import embed_program, head_program, layer_program, live, pieces
 from qmix.forward.steps import Observe, Steps
 from qmix.forward.steps import Step as StepOfOps
@@ -71,22 +71,22 @@ class Eager:
     """A model's program over its dense weights, and its experts.
 
     layer: what computes norms, routers and the rotation in decode passes. observe: sees every Op before it runs; then
-    torch computes all of them, also in decode passes. place: where weights, caches and all tensors of a pass are.
+    torch computes all of them, also in decode passes. device: where weights, caches and all tensors of a pass are.
     """
 
     def __init__(self, model: Model, weights: Weights, experts: ExpertsBy, layer: LayerOps = TORCH,
-                 guesses: Guesses = NO_GUESSES, caches: MakeCache = SessionCache, place: torch.device | None = None,
+                 guesses: Guesses = NO_GUESSES, caches: MakeCache = SessionCache, device: torch.device | None = None,
                  observe: Observe | None = None):
         self.model = model
         self.guesses = guesses
         self._weights = weights
         self.experts = experts
         self._observe = observe
-        self._place = place or torch.device("cpu")
+        self._device = device or torch.device("cpu")
         self._most = pass_tokens(model)
         self._make_cache = caches
-        self.by_phase = {"prefill": Steps(model, weights, TORCH, self._place, observe),
-                         "decode": Steps(model, weights, layer, self._place, observe)}
+        self.by_phase = {"prefill": Steps(model, weights, TORCH, self._device, observe),
+                         "decode": Steps(model, weights, layer, self._device, observe)}
         self.pieces: dict[str, list[Piece]] = {}
         self._heads = {}
         for phase, steps in self.by_phase.items():
@@ -123,7 +123,7 @@ class Eager:
         """Append tokens [T] to one session; the residual stream [T - skip, H] fp32 after the last layer of all but the
         first `skip`, of which `head` makes logits, a piece at a time: all at once they may be larger than the model.
         Errors as of forward."""
-        kept = torch.empty(len(tokens) - skip, self.model.hidden, device=self._place)
+        kept = torch.empty(len(tokens) - skip, self.model.hidden, device=self._device)
 
         def keep(first: int, residual: Tensor) -> None:
             kept[first:first + len(residual)] = residual
@@ -145,10 +145,10 @@ class Eager:
         """All tokens through all layers, a pass at a time; `take` gets the residuals of the wanted rows."""
         done = 0
         with unchanged_on_error(caches, counts), torch.inference_mode():
-            for spans in cut(counts, caches, step, self._most):
+            for spans in split_passes(counts, caches, step, self._most):
                 first, end = spans[0].begin, spans[-1].end
                 rows = [row - first for row in wanted if first <= row < end]
-                residual = self._pass(tokens[first:end].to(self._place), spans,
+                residual = self._pass(tokens[first:end].to(self._device), spans,
                                       replace(step, sequence=step.sequence[first:end]), rows)
                 if rows:
                     take(done, residual)
@@ -158,7 +158,7 @@ class Eager:
         """The tokens of `spans` through all layers: residuals of the `wanted` rows."""
         blocks, rows = blocks_of(spans), None
         if len(wanted) < len(tokens):
-            rows = torch.tensor(wanted, dtype=torch.int64, device=self._place)
+            rows = torch.tensor(wanted, dtype=torch.int64, device=self._device)
         buffers = {"tokens": tokens}
         for piece in self.pieces[step.phase]:
             op = piece.ops[0]
@@ -184,14 +184,14 @@ class Eager:
         assert isinstance(op, ops.Experts) and isinstance(combine, ops.Combine)
         source = buffers[op.source].to(self._weights.dtype)
         if op.ids is None or combine.topk_weights is None:
-            ids = torch.zeros(len(source), 1, dtype=torch.int64, device=self._place)
-            weights = torch.ones(len(source), 1, device=self._place)
+            ids = torch.zeros(len(source), 1, dtype=torch.int64, device=self._device)
+            topk_weights = torch.ones(len(source), 1, device=self._device)
         else:
-            ids, weights = buffers[op.ids], buffers[combine.topk_weights]
+            ids, topk_weights = buffers[op.ids], buffers[combine.topk_weights]
         if self._observe is not None:
             self._observe(op, (source, ids))
         ahead = torch.stack([buffers[name] for name in op.ahead], 1) if op.ahead else None
-        return self.experts(op.layer, source, ids, weights, step, ahead, wanted)
+        return self.experts(op.layer, source, ids, topk_weights, step, ahead, wanted)
 
     def _by_block(self, piece: Piece, blocks: Sequence[Block], buffers: dict[str, Tensor], step: Step) -> None:
         """Ops between two Experts, block by block. What is read later is put together in one buffer of all rows, which

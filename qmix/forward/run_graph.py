@@ -38,7 +38,7 @@ from qmix.errors import Interrupted
 from qmix.formats import Packed
 from qmix.forward.kv_cache import SessionCache
 from qmix.forward.weights import DenseWeights
-from qmix.kernels.attend import rotation
+from qmix.kernels.attend import default_inv_freq
 from qmix.kernels.device_ops import DeviceOps, Later
 from qmix.spec import Model
 
@@ -78,12 +78,13 @@ class _Buffers:
 
     def __init__(self, model: Model, device: Device, tokens: int, depth: int, guesses: int):
         def floats(*shape: int) -> Tensor:
-            return torch.zeros(shape, device=device.place)
+            return torch.zeros(shape, device=device.torch_device)
 
         attention, _ = model.alike()
         layers, k, size = model.num_layers, model.top_k, attention.head_dim
         self.given = device.host(2, tokens, dtype=torch.int64)  # tokens, positions
-        self.tokens, self.positions = self.arrived = torch.zeros(2, tokens, dtype=torch.int64, device=device.place)
+        self.arrived = torch.zeros(2, tokens, dtype=torch.int64, device=device.torch_device)
+        self.tokens, self.positions = self.arrived
         self.caches: Sequence[SessionCache] = ()  # of each token its session's, while it is computed
         self.residual = floats(tokens, model.hidden)
         self.x = floats(tokens, model.hidden)
@@ -94,7 +95,7 @@ class _Buffers:
         self.host_logits = device.host(tokens, model.vocab, dtype=torch.float32)
         self.routed = Routed(device, tokens, model.hidden, k, max(1, depth), max(1, guesses))
         # Where all is one piece: every layer's choice, to be counted afterwards.
-        self.ids = torch.zeros(layers, tokens, k, dtype=torch.int32, device=device.place)
+        self.ids = torch.zeros(layers, tokens, k, dtype=torch.int32, device=device.torch_device)
         self.weights = floats(layers, tokens, k)
         self.host_ids = device.host(layers, tokens, k, dtype=torch.int32)
         self.host_weights = device.host(layers, tokens, k, dtype=torch.float32)
@@ -146,7 +147,7 @@ class DeviceDecode:
         self._experts = experts
         self._depth = depth if guesses else 0
         self._guesses = guesses
-        self._inverse = rotation(self._shape.head_dim, self._shape.rope.theta).to(device.place)
+        self._inverse = default_inv_freq(self._shape.head_dim, self._shape.rope.theta).to(device.torch_device)
         self._buffers: dict[int, _Buffers] = {}
         self.warm = True  # whether the last call launched only what had been captured before
         self._pieces: dict[tuple[int, ...], _Pieces] = {}
@@ -207,7 +208,7 @@ class DeviceDecode:
 
     def _pieces_for(self, found: _Buffers, caches: Sequence[SessionCache]) -> _Pieces:
         """By where the caches are, not by which they are: a new cache in an old one's place is served by its graphs."""
-        key = found.routed.tokens, *(address for cache in caches for address in cache.places)
+        key = found.routed.tokens, *(address for cache in caches for address in cache.identity)
         pieces = self._pieces.pop(key, None) or self._cut(found, caches)
         self._pieces[key] = pieces  # the last one used is the last to be forgotten
         if len(self._pieces) > KEPT:
@@ -245,18 +246,19 @@ class DeviceDecode:
                 ops.rope_cos_sin(found.positions, self._inverse, found.cos_sin)
                 ops.norm(found.residual, layer.input_norm, model.final_norm.eps, found.x)
             else:
-                ops.norm(found.residual, layer.input_norm, model.final_norm.eps, found.x, routed.rows, routed.weights)
+                ops.norm(found.residual, layer.input_norm, model.final_norm.eps, found.x, routed.rows,
+                         routed.topk_weights)
             for m, out in zip(layer.heads, outs, strict=True):
                 ops.linear(found.x, m, out)
             for first, end in runs:
-                kept = found.caches[first].kept(index)
-                scales = None if kept.key_scales is None or kept.value_scales is None else (
-                    kept.key_scales, kept.value_scales)
-                ops.rope_attend(found.qkv[first:end], found.cos_sin[first:end], kept.keys, kept.values,
+                kv_layer = found.caches[first].kv_layer(index)
+                scales = None if kv_layer.key_scales is None or kv_layer.value_scales is None else (
+                    kv_layer.key_scales, kv_layer.value_scales)
+                ops.rope_attend(found.qkv[first:end], found.cos_sin[first:end], kv_layer.keys, kv_layer.values,
                                 found.positions[first:end], self._shape.window, found.attended[first:end], scales)
             ops.linear(found.attended, layer.o, found.residual, add=True)
             ops.route(found.residual, layer.post_norm, layer.router, model.final_norm.eps, routed.x, routed.ids,
-                      routed.weights, asked if later else None, counted)
+                      routed.topk_weights, asked if later else None, counted)
             if not self._experts.resident:
                 routed.read_back(index)
 
@@ -266,7 +268,7 @@ class DeviceDecode:
         final_norm, head, ops, eps = self._final_norm, self._head_matrix, self._ops, self._model.final_norm.eps
 
         def work() -> None:
-            ops.norm(found.residual, final_norm, eps, found.x, found.routed.rows, found.routed.weights)
+            ops.norm(found.residual, final_norm, eps, found.x, found.routed.rows, found.routed.topk_weights)
             ops.linear(found.x, head, found.logits)
             found.host_logits.copy_(found.logits, non_blocking=True)
             if self._experts.resident:

@@ -60,7 +60,7 @@ class Runner:
         self._resident = resident
         self._weights = KernelWeights(weights, kernels)
         self._eager = Eager(model, self._weights, experts, kernels.layer, guesses, caches,
-                            None if device is None else device.place)
+                            None if device is None else device.torch_device)
         self._native: NativeToken | None = None
         self._reason: str | None = None if device is None else "it is computed on a device"
         self._asked = device is not None  # whether `_reason` says if there can be one; the first cache shows it

@@ -63,7 +63,7 @@ class Turning:
     """Speeds of the rotary embedding, by what a session was made for; made once."""
 
     model: Model
-    place: torch.device
+    device: torch.device
     known: dict[tuple[Rope, bool], tuple[Tensor, float]]
 
     def speeds(self, rope: Rope, capacity: int) -> tuple[Tensor, float]:
@@ -71,7 +71,7 @@ class Turning:
         key = rope, self._long(rope, capacity)
         if key not in self.known:
             found, factor = inv_freq(rope, self.model.max_positions, capacity)
-            self.known[key] = found.to(self.place), factor
+            self.known[key] = found.to(self.device), factor
         return self.known[key]
 
     def cos_sin(self, rope: Rope, block: Block, layer: LayerOps) -> tuple[Tensor, Tensor]:
@@ -90,7 +90,7 @@ class Turning:
         else:
             positions = torch.cat([torch.arange(span.start, span.start + span.tokens) for span in spans])
         speeds, factor = self.speeds(rope, spans[0].cache.capacity)
-        return torch_ops.cos_sin(positions.to(self.place), speeds, factor, layer)
+        return torch_ops.rope_cos_sin(positions.to(self.device), speeds, factor, layer)
 
     @staticmethod
     def _long(rope: Rope, capacity: int) -> bool:
@@ -100,12 +100,12 @@ class Turning:
 class Steps:
     """Makes steps of Ops. layer: what computes norm, router and rotation, torch's or this process' kernels."""
 
-    def __init__(self, model: Model, weights: Weights, layer: LayerOps = TORCH, place: torch.device | None = None,
+    def __init__(self, model: Model, weights: Weights, layer: LayerOps = TORCH, device: torch.device | None = None,
                  observe: Observe | None = None):
         self._weights = weights
         self._layer = TORCH if observe is not None else layer
         self._observe = observe
-        self.turning = Turning(model, place or torch.device("cpu"), {})
+        self.turning = Turning(model, device or torch.device("cpu"), {})
 
     def steps(self, program: Sequence[Op], after: set[str]) -> list[Step]:
         """Of Ops between two Experts; after: the buffers that are read later."""
@@ -200,9 +200,9 @@ class Steps:
 
         def route(inputs: tuple[Tensor, ...], block: Block) -> tuple[Tensor, Tensor]:
             count = len(inputs[0])
-            ids, weights = torch.empty(count, top_k, dtype=torch.int64), torch.empty(count, top_k)
-            layer.route(inputs[0], None, router, None, None, ids, weights)
-            return ids, weights
+            ids, topk_weights = torch.empty(count, top_k, dtype=torch.int64), torch.empty(count, top_k)
+            layer.route(inputs[0], None, router, None, None, ids, topk_weights)
+            return ids, topk_weights
 
         return route
 
@@ -228,9 +228,9 @@ class Steps:
         def step(buffers: Buffers, block: Block) -> None:
             x = buffers[norm.source]
             normed = None if out is None else torch.empty(x.shape, dtype=dtype)
-            ids, weights = torch.empty(len(x), top_k, dtype=torch.int64), torch.empty(len(x), top_k)
-            layer.route(x, weight, router, norm.norm.eps, normed, ids, weights)
-            buffers[route.ids], buffers[route.topk_weights] = ids, weights
+            ids, topk_weights = torch.empty(len(x), top_k, dtype=torch.int64), torch.empty(len(x), top_k)
+            layer.route(x, weight, router, norm.norm.eps, normed, ids, topk_weights)
+            buffers[route.ids], buffers[route.topk_weights] = ids, topk_weights
             if out is not None and normed is not None:
                 buffers[out] = normed
 

@@ -62,21 +62,21 @@ def load_dense(model: Model, dtype: torch.dtype, read: Read, device: Device | No
     def placed(name: str) -> Packed | Tensor:
         found = read(name)
         # Those that are stacked go there afterwards: their own memory would be left in pieces between others'.
-        return found if device is None or name in together else found.to(device.place)
+        return found if device is None or name in together else found.to(device.torch_device)
 
     with ThreadPoolExecutor(READERS, "qmix-dense") as readers:
         coming = {t.name: readers.submit(placed, t.name) for t in model.tensors()}
         try:
             return assemble(model, dtype, lambda name: coming.pop(name).result(),
-                            None if device is None else device.place)
+                            None if device is None else device.torch_device)
         except BaseException:
             readers.shutdown(wait=True, cancel_futures=True)
             raise
 
 
-def assemble(model: Model, dtype: torch.dtype, read: Read, place: torch.device | None = None) -> DenseWeights:
+def assemble(model: Model, dtype: torch.dtype, read: Read, device: torch.device | None = None) -> DenseWeights:
     """The weights of `model.tensors()` from `read(canonical name)`, which gives a Packed for those that a store packs,
-    else a Tensor; each is read once. place: a device, where q, k and v of a layer become one matrix if their format
+    else a Tensor; each is read once. device: where given, q, k and v of a layer become one matrix if their format
     allows it."""
     norms = _norms(model)
     matrices: dict[str, Packed] = {}
@@ -95,20 +95,20 @@ def assemble(model: Model, dtype: torch.dtype, read: Read, place: torch.device |
             tensors[want.name] = got
     if model.tied:
         matrices["embedding"] = _tied_head(tensors["embedding"])
-    stacks = {} if place is None else _stack(model, matrices, place)
+    stacks = {} if device is None else _stack(model, matrices, device)
     return DenseWeights(model, dtype, matrices, tensors, stacks)
 
 
-def _stack(model: Model, matrices: dict[str, Packed], place: torch.device) -> dict[tuple[str, ...], Packed]:
-    """q, k and v of each layer as one matrix at `place`, taken out of `matrices`; each by itself where their format
+def _stack(model: Model, matrices: dict[str, Packed], device: torch.device) -> dict[tuple[str, ...], Packed]:
+    """q, k and v of each layer as one matrix on `device`, taken out of `matrices`; each by itself where their format
     does not allow it."""
     stacks = {}
     for names in _stacks(model):
         parts = [matrices.pop(name) for name in names]
         if (whole := stacked(parts)) is None:
-            matrices |= {name: part.to(place) for name, part in zip(names, parts, strict=True)}
+            matrices |= {name: part.to(device) for name, part in zip(names, parts, strict=True)}
         else:
-            stacks[names] = whole.to(place)
+            stacks[names] = whole.to(device)
     return stacks
 
 

@@ -17,12 +17,12 @@ SCORES = 64 * 2**20  # the most bytes of scores that attend_torch has at once, i
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
 
-def rotation(head_dim: int, theta: float) -> Tensor:
+def default_inv_freq(head_dim: int, theta: float) -> Tensor:
     """Radians a position by which the pairs of dimensions of a head turn: theta^(-2i/D), fp32 [D / 2]."""
     return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, window: int | None, scale: float | None = None) -> Tensor:
+def causal_attention(q: Tensor, keys: Tensor, values: Tensor, window: int | None, scale: float | None = None) -> Tensor:
     """Causal attention of the last T of S positions over all S, or over the last `window` of each.
 
     q [T, Q, D]; keys, values [KV, S, D], rotated, of the same dtype; returns [T, Q * D]. Query head h
@@ -47,7 +47,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, window: int | None, scale: f
 
 
 def attend_torch(query: Tensor, keys: Tensor, values: Tensor, window: int | None = None) -> Tensor:
-    """What `attend` computes, for prompts on a GPU, through torch's kernels and in bounded memory.
+    """What `causal_attention` computes, for prompts on a GPU, through torch's kernels and in bounded memory.
 
     query [T, Q, D], rounded to the dtype of keys and values [KV, S, D]; -> [T, Q * D] in query's dtype. Where the
     window leaves nothing out, one call of flash attention, or of torch's memory-efficient kernel where the card or the
@@ -61,7 +61,7 @@ def attend_torch(query: Tensor, keys: Tensor, values: Tensor, window: int | None
     asked = query.to(keys.dtype).view(count, kv, heads // kv, size).permute(1, 2, 0, 3)  # [KV, G, T, D]
     if window is None or window >= positions:
         shared, given = (t[:, None].expand(-1, heads // kv, -1, -1) for t in (keys, values))
-        if fused_attention(asked, shared, given):
+        if has_fused_kernel(asked, shared, given):
             # Here, since it imports torch's compiler: seconds at each start, also where no GPU ever asks for it.
             from torch.nn.attention.bias import causal_lower_right
 
@@ -86,7 +86,7 @@ def attend_torch(query: Tensor, keys: Tensor, values: Tensor, window: int | None
     return out.view(count, heads * size)
 
 
-def fused_attention(query: Tensor, keys: Tensor, values: Tensor) -> bool:
+def has_fused_kernel(query: Tensor, keys: Tensor, values: Tensor) -> bool:
     """Whether torch has a kernel for these, [., heads, ., D], that makes no matrix of scores. Head sizes that it would
     pad, and so copy, do not count."""
     params = SDPAParams(query, keys, values, None, 0.0, False, False)

@@ -16,7 +16,7 @@ PLAIN = "portable"  # the level without an instruction set of its own
 LENGTH, ROOM, KV_HEADS, GROUP = 600, 610, 2, 5  # the test's positions (three pieces of them), capacity and heads
 
 
-def choose_attention(head_dim: int, kv: str, say: Callable[[str], None]) -> native.Attention | None:
+def choose_native_attention(head_dim: int, kv: str, say: Callable[[str], None]) -> native.Attention | None:
     """The native kernel for a cache of `kv` ("bf16" or "int8"); None where torch attends, and a line where that is
     much slower. UsageError where QMIX_NATIVE names what is not here."""
     levels = native.wanted_levels()
@@ -38,10 +38,11 @@ def choose_attention(head_dim: int, kv: str, say: Callable[[str], None]) -> nati
     return None
 
 
-def choose_attentions(model: Model, kv: str, say: Callable[[str], None]) -> dict[int, native.Attention]:
-    """`choose_attention` for each head size of a model: {head size: kernel}, without those for which there is none."""
+def choose_native_attentions(model: Model, kv: str, say: Callable[[str], None]) -> dict[int, native.Attention]:
+    """`choose_native_attention` for each head size of a model: {head size: kernel}, without those for which there is
+    none."""
     sizes = sorted({layer.mixer.head_dim for layer in model.layers if isinstance(layer.mixer, Attention)})
-    return {size: own for size in sizes if (own := choose_attention(size, kv, say)) is not None}
+    return {size: own for size in sizes if (own := choose_native_attention(size, kv, say)) is not None}
 
 
 def agrees(own: native.Attention, head_dim: int, kv: str) -> bool:
@@ -52,18 +53,18 @@ def agrees(own: native.Attention, head_dim: int, kv: str) -> bool:
     if kv == "int8":
         keys, values = torch.randint(-127, 128, (2, KV_HEADS, ROOM, head_dim), generator=random).to(torch.int8)
         scales = torch.rand(2, KV_HEADS, ROOM, generator=random) / 64
-        kept = native.Kept(keys, values, scales[0].contiguous(), scales[1].contiguous())
+        kv_layer = native.KVLayer(keys, values, scales[0].contiguous(), scales[1].contiguous())
     else:
         keys, values = torch.randn(2, KV_HEADS, ROOM, head_dim, generator=random).bfloat16()
-        kept = native.Kept(keys, values)
+        kv_layer = native.KVLayer(keys, values)
     begin, end = 3, LENGTH
-    got = own.append(kept, q, new[0], new[1], begin, end).view(KV_HEADS, GROUP, head_dim).double()
+    got = own.append(kv_layer, q, new[0], new[1], begin, end).view(KV_HEADS, GROUP, head_dim).double()
     wide = [_decoded(codes, scales)[:, begin:end] for codes, scales in (
-        (kept.keys, kept.key_scales), (kept.values, kept.value_scales))]
+        (kv_layer.keys, kv_layer.key_scales), (kv_layer.values, kv_layer.value_scales))]
     weights = (q.view(KV_HEADS, GROUP, head_dim).double() @ wide[0].mT / head_dim**0.5).softmax(-1)
     want = weights @ wide[1]
-    kept_new = torch.stack([wide[0][:, -1], wide[1][:, -1]])
-    off = (kept_new - new[:, 0].double()).abs().amax() / new.double().abs().amax()
+    new_cached = torch.stack([wide[0][:, -1], wide[1][:, -1]])
+    off = (new_cached - new[:, 0].double()).abs().amax() / new.double().abs().amax()
     return bool((got - want).norm() <= 1e-5 * want.norm()) and bool(off <= 1 / 127)
 
 

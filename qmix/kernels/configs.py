@@ -118,9 +118,9 @@ BUILT_IN = MappingProxyType({
 INTERPRETED = Configs(attention=WIDE)
 
 
-def capability(place: torch.device) -> tuple[int, int] | None:
+def capability(device: torch.device) -> tuple[int, int] | None:
     """Of a card; None for the CPU, where Triton's interpreter runs the kernels."""
-    return torch.cuda.get_device_capability(place) if place.type == "cuda" else None
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 def built_in(card: tuple[int, int] | None) -> Configs:

@@ -60,14 +60,14 @@ class Matrices:
     @classmethod
     def of(cls, m: Packed) -> Matrices:
         """A single matrix. UsageError where it is in no grouped format, or not where the kernels run."""
-        _check_place(m["qweight"], m.spec)
+        _check_weights(m["qweight"], m.spec)
         return cls(m.spec, m["qweight"].view(-1), m["qparams"].view(-1).view(torch.int32), 0, 1)
 
     @classmethod
     def in_slots(cls, slab: Tensor, record: RecordLayout, matrix: str) -> Matrices:
         """The `matrix` ("w13" | "w2") of the records in slab, uint8 [S, bytes], each as `record` lays it out."""
         spec = {"w13": record.w13, "w2": record.w2}[matrix]
-        _check_place(slab, spec)
+        _check_weights(slab, spec)
         if slab.dtype != torch.uint8 or slab.dim() != 2 or not slab.is_contiguous() or slab.shape[1] < record.payload \
                 or slab.shape[1] % 64 or slab.data_ptr() % 64:
             raise UsageError(f"slab: got {slab.dtype} {list(slab.shape)}, want contiguous uint8 [slots, bytes], at "
@@ -81,20 +81,20 @@ class Matrices:
 @dataclass(frozen=True, slots=True)
 class Jobs:
     """What a gemv call computes, on the device of the weights: of expert e, in slot slots[e], the product with each
-    row rows[e, m] of x into row places[e, m] of y; -1 in both for none, and in slots[e] where all are none. slots [E],
-    rows and places [E, M], M a power of two up to FEW, int32. Their numbers are not checked: that would take a look
-    at the device."""
+    row rows[e, m] of x into row out_rows[e, m] of y; -1 in both for none, and in slots[e] where all are none. slots
+    [E], rows and out_rows [E, M], M a power of two up to FEW, int32. Their numbers are not checked: that would take a
+    look at the device."""
 
     slots: Tensor
     rows: Tensor
-    places: Tensor
+    out_rows: Tensor
 
     @classmethod
     def of(cls, chosen: Sequence[Sequence[int]], slots: int, device: torch.device) -> tuple[Jobs, Jobs]:
         """chosen: for each of up to FEW tokens the slots of its experts, each expert once; of `slots` that there are.
         -> the jobs of w13, x [T, H] to y [T * K, F], and those of w2, x and y [T * K, .].
 
-        [[5, 2], [2, 9]] -> slots [5, 2, 9], rows [[0, -1], [0, 1], [1, -1]], places [[0, -1], [1, 2], [3, -1]].
+        [[5, 2], [2, 9]] -> slots [5, 2, 9], rows [[0, -1], [0, 1], [1, -1]], out_rows [[0, -1], [1, 2], [3, -1]].
         """
         of_slot: dict[int, list[tuple[int, int]]] = {}
         for token, own in enumerate(chosen):
@@ -111,8 +111,8 @@ class Jobs:
         flat = torch.cat((torch.tensor(list(of_slot), dtype=INDEX), both[..., 0].reshape(-1),
                           both[..., 1].reshape(-1))).to(device)  # one copy
         count = len(of_slot)
-        rows, places = flat[count:].view(2, count, width)
-        return cls(flat[:count], rows, places), cls(flat[:count], places, places)
+        rows, out_rows = flat[count:].view(2, count, width)
+        return cls(flat[:count], rows, out_rows), cls(flat[:count], out_rows, out_rows)
 
     @classmethod
     def single(cls, tokens: int, device: torch.device) -> Jobs:
@@ -193,7 +193,7 @@ def few(x: Tensor, weights: Matrices, jobs: Jobs, y: Tensor, gated: bool = False
         BITS=spec.bits, LANES=lanes, UNROLL=config.unroll, RAGGED=spec.cols < spec.padded_cols,
         num_warps=warps, maxnreg=REGISTERS if width == FEW and spec.bits == 4 and warps <= 8 else None,
         enable_fp_fusion=True)
-    _finish(jit, partial.view(-1, splits, spec.padded_rows), jobs.places, y, gated, add)
+    _finish(jit, partial.view(-1, splits, spec.padded_rows), jobs.out_rows, y, gated, add)
 
 
 def splits_of(spec: MatrixSpec, config: Gemv) -> int:
@@ -241,14 +241,14 @@ def decoded(weights: Matrices, first: int, blocks: int, dtype: torch.dtype) -> T
 
 def silu_product(both: Tensor, y: Tensor) -> None:
     """silu(gate) * up: both fp32 [T, N] contiguous, gate and up each the first F of a half, into y [T, F]."""
-    places = torch.arange(len(both), device=both.device, dtype=INDEX)
-    _finish(device_code("cuda_jit"), both[:, None], places, y, True, False)
+    out_rows = torch.arange(len(both), device=both.device, dtype=INDEX)
+    _finish(device_code("cuda_jit"), both[:, None], out_rows, y, True, False)
 
 
-def _finish(jit: ModuleType, partial: Tensor, places: Tensor, y: Tensor, gated: bool, add: bool) -> None:
+def _finish(jit: ModuleType, partial: Tensor, out_rows: Tensor, y: Tensor, gated: bool, add: bool) -> None:
     pairs, splits, n = partial.shape
     out = y.shape[1]
-    jit.finish[pairs, -(-out // FINISH)](partial, places, y, y.stride(0), n, out, splits, GATED=gated, ADD=add,
+    jit.finish[pairs, -(-out // FINISH)](partial, out_rows, y, y.stride(0), n, out, splits, GATED=gated, ADD=add,
                                          SIZE=FINISH, num_warps=4, enable_fp_fusion=True)
 
 
@@ -283,7 +283,7 @@ def _dot(jit: ModuleType, x: Tensor, dot: str | None) -> Any:
     return {"bf16": jit.tl.bfloat16, "fp16": jit.tl.float16, "fp32": jit.tl.float32}[dot or narrow]
 
 
-def _check_place(tensor: Tensor, spec: MatrixSpec) -> None:
+def _check_weights(tensor: Tensor, spec: MatrixSpec) -> None:
     if not spec.bits:
         raise UsageError(f"{spec.format}: the GPU kernels support int4, int3 and int2")
     if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and interpreted(device_code("cuda_jit"))):
@@ -306,10 +306,10 @@ def _lanes(spec: MatrixSpec, config: Gemv) -> int:
 
 def _words(spec: MatrixSpec) -> int:
     """32-bit words of the low bits of a block's column."""
-    return spec.block * _place(spec) // 32
+    return spec.block * _bit_step(spec) // 32
 
 
-def _place(spec: MatrixSpec) -> int:
+def _bit_step(spec: MatrixSpec) -> int:
     """Bits between two codes of a byte."""
     return 4 if spec.bits == 4 else 2
 

@@ -153,16 +153,16 @@ def gemv(x, qweight, qparams, slots, rows, partial, slot_words, x_stride, cols, 
 
 
 @triton.jit
-def finish(partial, places, y, y_stride, n, out, splits, GATED: tl.constexpr, ADD: tl.constexpr, SIZE: tl.constexpr):
+def finish(partial, out_rows, y, y_stride, n, out, splits, GATED: tl.constexpr, ADD: tl.constexpr, SIZE: tl.constexpr):
     """Sum the splits in their order, then silu(gate) * up where GATED, cast once, put in place or, where ADD, added to
     what is there.
 
-    partial fp32 [P, splits, N]; places [P]: the row of y, -1 for none; y [., out]; of gate and up each begins a half
+    partial fp32 [P, splits, N]; out_rows [P]: the row of y, -1 for none; y [., out]; of gate and up each begins a half
     of N. Grid: P, pieces of `out`.
     """
     pair = tl.program_id(0)
-    place = tl.load(places + pair).to(tl.int64)
-    if place < 0:
+    out_row = tl.load(out_rows + pair).to(tl.int64)
+    if out_row < 0:
         return
     at = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
     mask = at < out
@@ -176,8 +176,8 @@ def finish(partial, places, y, y_stride, n, out, splits, GATED: tl.constexpr, AD
     if GATED:
         value = value / (1.0 + tl.exp(-value)) * other
     if ADD:
-        value += tl.load(y + place * y_stride + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + place * y_stride + at, value.to(y.dtype.element_ty), mask=mask)
+        value += tl.load(y + out_row * y_stride + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + out_row * y_stride + at, value.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["slot", "tokens"])  # else compiled anew for some prompts

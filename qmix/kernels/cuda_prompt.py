@@ -99,7 +99,7 @@ def _int8(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 
 def attend_many(query: Tensor, keys: Tensor, values: Tensor, window: int | None = None,
                 config: Attention | None = None) -> Tensor:
-    """Causal attention of the last T of S positions over all S, or over the last `window` of each: see attend.attend.
+    """Causal attention of the last T of S positions over all S, or over the last `window` of each: as causal_attention.
 
     query [T, Q, D]; keys, values [KV, S, D] of one dtype, in which products are made; -> [T, Q * D] in query's dtype.
     Nothing is allocated but the result.
@@ -115,7 +115,7 @@ def attend_many(query: Tensor, keys: Tensor, values: Tensor, window: int | None 
             or not query.stride(2) == keys.stride(2) == values.stride(2) == 1:
         raise UsageError(f"attend_many: got {query.dtype} {list(query.shape)}, {keys.dtype} {list(keys.shape)} and "
                          f"{values.dtype} {list(values.shape)}, want [T, Q, D] and twice [KV, S, D], T up to S")
-    tile, card = _cut(keys, config), capability(keys.device)
+    tile, card = _tile_of(keys, config), capability(keys.device)
     if card and card[0] == HOPPER and tile.tokens >= WGMMA_TOKENS and tile.warps >= WGMMA_WARPS:
         raise UsageError(f"attend_many: got tiles of {tile.tokens} tokens in {tile.warps} warps, want fewer than "
                          f"{WGMMA_TOKENS} or {WGMMA_WARPS} on Hopper, where larger ones may give wrong numbers")
@@ -135,7 +135,7 @@ def without_tensor_cores(card: tuple[int, int] | None) -> bool:
     return card is not None and card < TENSOR_CORES
 
 
-def prompt_attention(card: tuple[int, int] | None, config: Attention) -> Callable[..., Tensor]:
+def choose_prompt_attention(card: tuple[int, int] | None, config: Attention) -> Callable[..., Tensor]:
     """What attends in prompts on a card of this compute capability: torch's kernels on Hopper, where `attend_many` may
     not have the tiles that would make it fast, and where it has no tensor cores; else `attend_many`, cut as `config`
     says."""
@@ -143,5 +143,5 @@ def prompt_attention(card: tuple[int, int] | None, config: Attention) -> Callabl
     return attend_torch if by_torch else partial(attend_many, config=config)
 
 
-def _cut(keys: Tensor, config: Attention | None) -> Attention:
+def _tile_of(keys: Tensor, config: Attention | None) -> Attention:
     return WIDE if keys.dtype == torch.float32 else config or built_in(capability(keys.device)).attention

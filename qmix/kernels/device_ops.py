@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qmix.formats.packed import Packed
-from qmix.kernels.attend import attend
+from qmix.kernels.attend import causal_attention
 from qmix.kernels.kv_codes import decoded, quantize
 from qmix.kernels.op import FEW as FEW
 from qmix.kernels.router import router_logits
@@ -118,7 +118,7 @@ class TorchDeviceOps:
         keys and values to their positions in keys and values [KV, S, D], of any float dtype."""
         heads, size = query.shape[1:]
         q, k, v = qkv.split((heads * size, len(keys) * size, len(keys) * size), 1)
-        rotated, new = self._kernels.layer.rotate(q, k, *self._kernels.layer.angles(positions, inverse))
+        rotated, new = self._kernels.layer.rotate(q, k, *self._kernels.layer.rope_cos_sin(positions, inverse))
         query.copy_(rotated)
         keys[:, positions] = new.transpose(0, 1).to(keys.dtype)
         values[:, positions] = v.view(len(v), -1, size).transpose(0, 1).to(values.dtype)
@@ -134,13 +134,13 @@ class TorchDeviceOps:
             if scales is not None:
                 here, there = (decoded(codes, scale[:, seen], torch.float32) for codes, scale in zip(
                     (here, there), scales, strict=True))
-            out[token] = attend(query[token:token + 1].to(here.dtype), here, there, None)[0]
+            out[token] = causal_attention(query[token:token + 1].to(here.dtype), here, there, None)[0]
 
     def rope_cos_sin(self, positions: Tensor, inverse: Tensor, out: Tensor) -> None:
         """What rotates heads at positions [T] int64, inverse [D / 2] as of `keep`: the D / 2 cosines, then the sines,
         into out fp32 [T, D]. The same for every layer."""
         half = len(inverse)
-        cos, signed = self._kernels.layer.angles(positions, inverse)
+        cos, signed = self._kernels.layer.rope_cos_sin(positions, inverse)
         out[:, :half], out[:, half:] = cos[:, 0, :half], signed[:, 0, half:]
 
     def rope_attend(self, qkv: Tensor, cos_sin: Tensor, keys: Tensor, values: Tensor, positions: Tensor,

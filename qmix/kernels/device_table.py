@@ -24,7 +24,7 @@ from qmix.errors import QmixError
 from qmix.formats import module, nf4
 from qmix.formats.packed import Packed
 from qmix.kernels import reference
-from qmix.kernels.attend import attend
+from qmix.kernels.attend import causal_attention
 from qmix.kernels.configs import Configs, built_in, capability
 from qmix.kernels.cpu import Kernel
 from qmix.kernels.device_ops import DeviceOps, TorchDeviceOps
@@ -46,33 +46,33 @@ class DeviceKernels:
     host: KernelTable
 
 
-def choose_device_kernels(place: torch.device, half: torch.dtype, formats: Iterable[str], blocks: Iterable[int],
+def choose_device_kernels(device: torch.device, half: torch.dtype, formats: Iterable[str], blocks: Iterable[int],
                           host: KernelTable, triton: bool, configs: Configs | None = None) -> DeviceKernels:
     """formats, blocks: as of table.select. half: what prompts compute in. triton: for a card, or under Triton's
     interpreter; else the CPU's kernels stand in. configs: how kernels are cut, None = as is built in. UsageError where
     Triton or bitsandbytes is missing, QmixError where a kernel is wrong."""
     if not triton:
-        return DeviceKernels(host, attend, TorchDeviceOps(host), host)
+        return DeviceKernels(host, causal_attention, TorchDeviceOps(host), host)
     from qmix.kernels import cuda_ops, cuda_prompt
 
-    configs = configs or built_in(capability(place))
+    configs = configs or built_in(capability(device))
     many, ops = partial(cuda_prompt.linear_many, config=configs.matmul), cuda_ops.TritonOps(configs)
     wanted = {(module(name), name)[1] for name in formats}
     if wanted & {"nf4", "fp4"}:
         nf4.functional()
     table = {(name, block): many for name in wanted for block in {0, *blocks}}
     names = {name: PROMPTS.get(name, "Triton") for name in wanted}
-    if place.type == "cuda":
+    if device.type == "cuda":
         for name, block in sorted(table):
             if (name in GROUPED_BITS and block) or (name == "int8" and not block):
                 try:
-                    _check(place, half, random_matrix(name, block), many, ops)
+                    _check(device, half, random_matrix(name, block), many, ops)
                 except QmixError:
                     raise
                 except Exception as e:  # Triton's many: it does not compile, asks for too much, the driver refuses
                     raise does_not_run(f"the GPU kernel for {name} does not run here", e) from e
     return DeviceKernels(KernelTable(MappingProxyType(table), MappingProxyType(names)),
-                         cuda_prompt.prompt_attention(capability(place), configs.attention), ops, host)
+                         cuda_prompt.choose_prompt_attention(capability(device), configs.attention), ops, host)
 
 
 def does_not_run(what: str, error: Exception) -> QmixError:
@@ -96,18 +96,18 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _check(place: torch.device, half: torch.dtype, m: Packed, many: Kernel, ops: DeviceOps) -> None:
+def _check(device: torch.device, half: torch.dtype, m: Packed, many: Kernel, ops: DeviceOps) -> None:
     """Few tokens and many against the reference."""
-    there = m.to(place)
+    there = m.to(device)
     for tokens in (1, 5, 40):
         x = torch.randn(tokens, m.spec.cols, generator=torch.Generator().manual_seed(1)).to(half)
         want = reference.linear(x.float(), m)[:, :m.spec.rows]
         if tokens > 8:
-            got = many(x.to(place), there)[:, :m.spec.rows]
+            got = many(x.to(device), there)[:, :m.spec.rows]
         else:
-            got = torch.empty(tokens, m.spec.rows, device=place)
-            ops.linear(x.float().to(place), there, got)
+            got = torch.empty(tokens, m.spec.rows, device=device)
+            ops.linear(x.float().to(device), there, got)
         if not (got.float().cpu() - want).norm() <= AGREES * want.norm():
             raise QmixError(f"the GPU kernel for {m.spec.format} gives wrong numbers here ({tokens} tokens, torch "
-                            f"{torch.__version__}, {torch.cuda.get_device_name(place)})",
+                            f"{torch.__version__}, {torch.cuda.get_device_name(device)})",
                             "use --device cpu, and please report it")

@@ -29,17 +29,17 @@ class LayerOps(Protocol):
                   clip: float | None = None) -> Tensor: ...
 
     def route(self, x: Tensor, weight: Tensor | None, router: RouterTensors, eps: float | None, normed: Tensor | None,
-              ids: Tensor, weights: Tensor) -> None: ...
+              ids: Tensor, topk_weights: Tensor) -> None: ...
 
     def guess(self, x: Tensor, weight: Tensor | None, router: RouterTensors, eps: float | None,
               ids: Tensor) -> None: ...
 
-    def angles(self, positions: Tensor, inverse: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]: ...
+    def rope_cos_sin(self, positions: Tensor, inv_freq: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]: ...
 
     def rotate(self, queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor,
                head_dim: int | None = None) -> tuple[Tensor, Tensor]: ...
 
-    def combine(self, rows: Tensor, weights: Tensor) -> Tensor: ...
+    def combine(self, rows: Tensor, topk_weights: Tensor) -> Tensor: ...
 
 
 class TorchLayerOps:
@@ -62,14 +62,14 @@ class TorchLayerOps:
         return wide if clip is None else wide.clamp(-clip, clip)
 
     def route(self, x: Tensor, weight: Tensor | None, router: RouterTensors, eps: float | None, normed: Tensor | None,
-              ids: Tensor, weights: Tensor) -> None:
+              ids: Tensor, topk_weights: Tensor) -> None:
         """norm(x) into normed [T, H]; the K experts that `router` chooses by logits of norm(x) into ids [T, K] int64,
-        the best first; their weights, in fp32, into weights [T, K]. eps None: x [T, H] fp32 is normed already, and
-        weight and normed are None."""
+        the best first; their weights, in fp32, into topk_weights [T, K]. eps None: x [T, H] fp32 is normed already,
+        and weight and normed are None."""
         wide = x if eps is None else rms_norm(x, weight, eps)
         chosen, found = choose_experts(router_logits(wide, router.weight), router, ids.shape[1])
         ids.copy_(chosen)
-        weights.copy_(found)
+        topk_weights.copy_(found)
         if normed is not None:
             normed.copy_(wide)
 
@@ -78,18 +78,18 @@ class TorchLayerOps:
         wide = x if eps is None else rms_norm(x, weight, eps)
         ids.copy_(choose_experts(router_logits(wide, router.weight), router, ids.shape[1])[0])
 
-    def angles(self, positions: Tensor, inverse: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
-        """What rotates heads at `positions` [T]: (cos, signed sin), fp32 [T, 1, R], of position * inverse [R / 2], in
+    def rope_cos_sin(self, positions: Tensor, inv_freq: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+        """What rotates heads at `positions` [T]: (cos, signed sin), fp32 [T, 1, R], of position * inv_freq [R / 2], in
         fp32 as transformers has it, times the attention factor (kernels/rope.py). The cosine goes through fp64, so that
         its last bit does not depend on how many positions are computed together."""
-        angles = (positions[:, None, None].float() * inverse).double()
+        angles = (positions[:, None, None].float() * inv_freq).double()
         cos, sin = angles.cos().float() * factor, angles.sin().float() * factor
         return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
     def rotate(self, queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor,
                head_dim: int | None = None) -> tuple[Tensor, Tensor]:
         """Rotary embedding of the first R dimensions of each head: queries [T, Q * D], keys [T, KV * D]; cos, sin
-        [T, 1, R] of `angles`; head_dim: D, None for R -> [T, Q, D] and [T, KV, D], fp32."""
+        [T, 1, R] of `rope_cos_sin`; head_dim: D, None for R -> [T, Q, D] and [T, KV, D], fp32."""
         count, _, rotary = cos.shape
         size = head_dim or rotary
         heads = torch.cat((queries.float(), keys.float()), 1).view(count, -1, size)
@@ -97,11 +97,12 @@ class TorchLayerOps:
         split = queries.shape[1] // size
         return heads[:, :split], heads[:, split:]
 
-    def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """sum_k weights[:, k] * rows[:, k], strictly in order: rows [T, K, H], weights [T, K] -> [T, H], all fp32."""
-        total = rows[:, 0] * weights[:, 0, None]
+    def combine(self, rows: Tensor, topk_weights: Tensor) -> Tensor:
+        """sum_k topk_weights[:, k] * rows[:, k], strictly in order: rows [T, K, H], topk_weights [T, K] -> [T, H], all
+        fp32."""
+        total = rows[:, 0] * topk_weights[:, 0, None]
         for rank in range(1, rows.shape[1]):
-            total += rows[:, rank] * weights[:, rank, None]
+            total += rows[:, rank] * topk_weights[:, rank, None]
         return total
 
 
@@ -112,7 +113,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding (Su et al. 2021), Hugging Face's half-split order: dimension i turns with
-    i + D/2. x [T, heads, D] fp32 of any strides, overwritten and returned; cos, sin [T, 1, D] of `angles`.
+    i + D/2. x [T, heads, D] fp32 of any strides, overwritten and returned; cos, sin [T, 1, D] of `rope_cos_sin`.
 
     D = 4: (a, b, c, d) -> (a cos0 - c sin0, b cos1 - d sin1, c cos0 + a sin0, d cos1 + b sin1).
     """
@@ -150,12 +151,12 @@ def _results(ops: LayerOps, x: Tensor, weight: Tensor, routers: Iterable[RouterT
     """What `ops` makes of x [3, 200], all of it as fp32."""
     found: list[Tensor] = []
     for router in routers:
-        normed, ids, weights = torch.empty(3, 200), torch.empty(3, 2, dtype=torch.int64), torch.empty(3, 2)
-        ops.route(x, weight, router, 1e-5, normed, ids, weights)
+        normed, ids, topk_weights = torch.empty(3, 200), torch.empty(3, 2, dtype=torch.int64), torch.empty(3, 2)
+        ops.route(x, weight, router, 1e-5, normed, ids, topk_weights)
         guesses = torch.empty(3, 2, 3, dtype=torch.int64)[:, 1]
         ops.guess(x, None, router, None, guesses)
-        found += [normed, weights, ids.float(), guesses.float()]
-    cos, sin = ops.angles(torch.tensor([0, 3, 4000]), weight[:20], 1.25)
+        found += [normed, topk_weights, ids.float(), guesses.float()]
+    cos, sin = ops.rope_cos_sin(torch.tensor([0, 3, 4000]), weight[:20], 1.25)
     return [*found, cos, sin, *ops.rotate(x[:, :120], x[:, 120:160].bfloat16(), cos, sin),
             *ops.rotate(x[:, :100], x[:, 100:150], cos, sin, 50),
             ops.norm(x, weight, 1e-5, torch.float32), ops.norm(x.bfloat16(), None, 1e-5, torch.float32),

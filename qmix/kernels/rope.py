@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from qmix.kernels.attend import rotation
+from qmix.kernels.attend import default_inv_freq
 from qmix.spec import Linear, Llama3, LongRope, Proportional, Rope, Yarn
 
 
@@ -22,9 +22,9 @@ def inv_freq(rope: Rope, max_positions: int, context: int) -> tuple[Tensor, floa
     """
     match rope.scaling:
         case None:
-            return rotation(rope.dim, rope.theta), 1.0
+            return default_inv_freq(rope.dim, rope.theta), 1.0
         case Linear(factor):
-            return rotation(rope.dim, rope.theta) / factor, 1.0
+            return default_inv_freq(rope.dim, rope.theta) / factor, 1.0
         case Yarn() as yarn:
             return _yarn(rope, yarn, max_positions)
         case Llama3() as llama:
@@ -33,7 +33,7 @@ def inv_freq(rope: Rope, max_positions: int, context: int) -> tuple[Tensor, floa
             return _long(rope, long, max_positions, context)
         case Proportional() as part:
             whole = torch.zeros(rope.dim // 2)
-            whole[:part.rotated // 2] = rotation(rope.dim, rope.theta)[:part.rotated // 2]
+            whole[:part.rotated // 2] = default_inv_freq(rope.dim, rope.theta)[:part.rotated // 2]
             return whole / part.factor, 1.0
     raise AssertionError(rope.scaling)
 
@@ -64,7 +64,7 @@ def _yarn(rope: Rope, yarn: Yarn, max_positions: int) -> tuple[Tensor, float]:
 
 
 def _llama3(rope: Rope, llama: Llama3) -> Tensor:
-    plain = rotation(rope.dim, rope.theta)
+    plain = default_inv_freq(rope.dim, rope.theta)
     wavelength = 2 * math.pi / plain
     slow = wavelength > llama.original / llama.low_freq_factor
     between = ~slow & (wavelength >= llama.original / llama.high_freq_factor)

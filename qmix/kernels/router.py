@@ -59,11 +59,11 @@ def choose_experts(logits: Tensor, router: RouterTensors, top_k: int) -> tuple[T
         spec, scores if bias is None else scores + bias)
     ids = ranked.topk(top_k).indices
     over_chosen = spec.over == "chosen" and spec.score == "softmax"
-    weights = torch.softmax(logits.gather(1, ids), -1) if over_chosen else scores.gather(1, ids)
+    topk_weights = torch.softmax(logits.gather(1, ids), -1) if over_chosen else scores.gather(1, ids)
     if spec.normalize:
-        weights = weights / (weights.sum(-1, keepdim=True) + spec.eps)
-    weights = weights if spec.scale == 1 else weights * spec.scale
-    return ids, weights if router.expert_scale is None else weights * router.expert_scale[ids]
+        topk_weights = topk_weights / (topk_weights.sum(-1, keepdim=True) + spec.eps)
+    topk_weights = topk_weights if spec.scale == 1 else topk_weights * spec.scale
+    return ids, topk_weights if router.expert_scale is None else topk_weights * router.expert_scale[ids]
 
 
 def _allowed(spec: Router, scores: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qmix.kernels import ops
-from qmix.kernels.attend import SCORES, attend
+from qmix.kernels.attend import SCORES, causal_attention
 from qmix.kernels.cpu import FEW, few_rows
 from qmix.kernels.layer import TORCH, LayerOps, rms_norm, rotate
 from qmix.kernels.router import RouterTensors, choose_experts, router_logits
@@ -115,9 +115,9 @@ def head_norm(op: ops.HeadNorm, w: Weights, buffer: Tensor) -> Tensor:
     return x if op.clip is None else x.clamp(-op.clip, op.clip)
 
 
-def cos_sin(positions: Tensor, inv_freq: Tensor, factor: float, layer: LayerOps = TORCH) -> tuple[Tensor, Tensor]:
+def rope_cos_sin(positions: Tensor, inv_freq: Tensor, factor: float, layer: LayerOps = TORCH) -> tuple[Tensor, Tensor]:
     """What `rope` rotates by, fp32 [T, 1, D], of positions [T]."""
-    return layer.angles(positions, inv_freq, factor)
+    return layer.rope_cos_sin(positions, inv_freq, factor)
 
 
 def rope(op: ops.Rope, cos: Tensor, sin: Tensor, *buffers: Tensor) -> tuple[Tensor, ...]:
@@ -131,11 +131,11 @@ def rope(op: ops.Rope, cos: Tensor, sin: Tensor, *buffers: Tensor) -> tuple[Tens
     return tuple(found)
 
 
-def attend_to(a: Attention, sinks: Tensor | None, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def softmax_attention(a: Attention, sinks: Tensor | None, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """The formula of Attend. q [T, Q, D] of the last T of S positions, in the dtype of keys and values [KV, S, D],
     which may leave out positions that no query sees; sinks [Q] fp32."""
     if sinks is None and a.softcap is None:
-        return attend(q, keys, values, a.window, a.scale)
+        return causal_attention(q, keys, values, a.window, a.scale)
     return _attend_plain(q, keys, values, a.window, q.shape[2]**-0.5 if a.scale is None else a.scale, a.softcap, sinks)
 
 

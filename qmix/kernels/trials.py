@@ -21,7 +21,7 @@ from qmix.formats.packed import TORCH_DTYPES, Packed, view
 from qmix.kernels.attend import attend_torch
 from qmix.kernels.configs import Attention, Configs, capability
 from qmix.kernels.cuda_ops import TritonOps
-from qmix.kernels.cuda_prompt import attend_many, linear_many, prompt_attention, without_tensor_cores
+from qmix.kernels.cuda_prompt import attend_many, choose_prompt_attention, linear_many, without_tensor_cores
 from qmix.kernels.device_ops import FEW, ExpertSlots
 from qmix.kernels.tuning import Case, Timer, Work
 from qmix.models import read_model
@@ -72,11 +72,11 @@ def mixtral() -> Shapes:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where trials run. half: what prompts compute in; cache: bytes of the card's cache; room: bytes that weights may
-    take."""
+class TrialDevice:
+    """The device that trials run on. half: what prompts compute in; cache: bytes of the card's cache; room: bytes that
+    weights may take."""
 
-    place: torch.device
+    device: torch.device
     half: torch.dtype
     cache: int
     room: int
@@ -86,12 +86,12 @@ class Place:
         return max(least, min(-(-CACHES * self.cache // nbytes) + 1, self.room // nbytes))
 
 
-def cases(kernel: str, shapes: Shapes, at: Place) -> list[Case]:
+def cases(kernel: str, shapes: Shapes, at: TrialDevice) -> list[Case]:
     """None where the model has no use for the kernel, or the card, on which torch does its work. Their weights live as
     long as they do."""
-    card = capability(at.place)
+    card = capability(at.device)
     if (kernel == "matmul" and without_tensor_cores(card)) or (
-            kernel == "attention" and prompt_attention(card, Attention()) is attend_torch):
+            kernel == "attention" and choose_prompt_attention(card, Attention()) is attend_torch):
         return []
     if kernel == "gemv":
         return [case for layout in shapes.layouts for case in _experts(layout, shapes, at)]
@@ -102,17 +102,17 @@ def cases(kernel: str, shapes: Shapes, at: Place) -> list[Case]:
     return [_attention(tokens, past, shapes, at) for tokens, past in shapes.prompts]
 
 
-def _experts(layout: RecordLayout, shapes: Shapes, at: Place) -> list[Case]:
+def _experts(layout: RecordLayout, shapes: Shapes, at: TrialDevice) -> list[Case]:
     """The experts of one token and of FEW, through tables that point to other slots at each call."""
     pool = _slab(layout, at.copies(layout.nbytes, shapes.experts), at)
-    tables = [((torch.arange(shapes.experts, dtype=torch.int32) + turn * shapes.chosen) % len(pool)).to(at.place)
+    tables = [((torch.arange(shapes.experts, dtype=torch.int32) + turn * shapes.chosen) % len(pool)).to(at.device)
               for turn in range(len(pool))]
 
     def case(tokens: int) -> Case:
         x = _numbers((tokens, layout.w13.cols), at, torch.float32) / layout.w13.cols**0.5
         spread = torch.arange(tokens * shapes.chosen, dtype=torch.int32) % shapes.experts
-        ids = spread.view(tokens, shapes.chosen).to(at.place)
-        rows = torch.zeros(tokens, shapes.chosen, layout.w2.rows, device=at.place)
+        ids = spread.view(tokens, shapes.chosen).to(at.device)
+        rows = torch.zeros(tokens, shapes.chosen, layout.w2.rows, device=at.device)
 
         def start(configs: Configs) -> Work:
             ops, slots = TritonOps(configs), ExpertSlots(pool, layout, ())
@@ -128,7 +128,7 @@ def _experts(layout: RecordLayout, shapes: Shapes, at: Place) -> list[Case]:
     return [case(1), case(FEW)]
 
 
-def _prompts(layout: RecordLayout, shapes: Shapes, at: Place) -> list[Case]:
+def _prompts(layout: RecordLayout, shapes: Shapes, at: TrialDevice) -> list[Case]:
     """An expert's share of a prompt, times one of its matrices."""
     pool = _slab(layout, at.copies(layout.nbytes), at)
 
@@ -144,11 +144,11 @@ def _prompts(layout: RecordLayout, shapes: Shapes, at: Place) -> list[Case]:
     return [case(tokens, name, spec) for tokens in shares for name, spec in _matrices(layout).items()]
 
 
-def _dense(spec: MatrixSpec, at: Place) -> list[Case]:
+def _dense(spec: MatrixSpec, at: TrialDevice) -> list[Case]:
     matrices = [_matrix(spec, at) for _ in range(at.copies(spec.nbytes))]
 
     def case(tokens: int) -> Case:
-        x, y = _numbers((tokens, spec.cols), at, torch.float32), torch.zeros(tokens, spec.rows, device=at.place)
+        x, y = _numbers((tokens, spec.cols), at, torch.float32), torch.zeros(tokens, spec.rows, device=at.device)
 
         def start(configs: Configs) -> Work:
             ops = TritonOps(configs)
@@ -164,7 +164,7 @@ def _dense(spec: MatrixSpec, at: Place) -> list[Case]:
     return [case(1), case(FEW)]
 
 
-def _attention(tokens: int, past: int, shapes: Shapes, at: Place) -> Case:
+def _attention(tokens: int, past: int, shapes: Shapes, at: TrialDevice) -> Case:
     size, positions = shapes.head_dim, past + tokens
     query = _numbers((tokens, shapes.heads, size), at, at.half)
     nbytes = 2 * shapes.kv_heads * positions * size * at.half.itemsize
@@ -189,9 +189,9 @@ def _packed(record: Tensor, layout: RecordLayout, matrix: str) -> Packed:
                                                  for p in layout.placed if p.matrix == matrix})
 
 
-def _slab(layout: RecordLayout, slots: int, at: Place) -> Tensor:
+def _slab(layout: RecordLayout, slots: int, at: TrialDevice) -> Tensor:
     """uint8 [S, bytes]: random codes, and scales and zeros of such a size that products are near 1."""
-    pool = torch.randint(0, 256, (slots, layout.nbytes), dtype=torch.uint8, device=at.place)
+    pool = torch.randint(0, 256, (slots, layout.nbytes), dtype=torch.uint8, device=at.device)
     for p in layout.placed:
         if p.tensor.name == "qparams":
             size = _matrices(layout)[p.matrix].cols**-0.5
@@ -200,24 +200,24 @@ def _slab(layout: RecordLayout, slots: int, at: Place) -> Tensor:
     return pool
 
 
-def _matrix(spec: MatrixSpec, at: Place) -> Packed:
+def _matrix(spec: MatrixSpec, at: TrialDevice) -> Packed:
     if spec.format != "int8":
         plain = TORCH_DTYPES[spec.tensors[0].dtype]
         return Packed.of(spec, {"weight": _numbers((spec.rows, spec.cols), at, plain)})
-    codes = torch.randint(-127, 128, (spec.rows, spec.padded_cols), dtype=torch.int8, device=at.place)
+    codes = torch.randint(-127, 128, (spec.rows, spec.padded_cols), dtype=torch.int8, device=at.device)
     return Packed.of(spec, {"qweight": codes, "scale": torch.full((spec.rows,), 0.01, dtype=torch.bfloat16,
-                                                                  device=at.place)})
+                                                                  device=at.device)})
 
 
-def _numbers(shape: Sequence[int], at: Place, dtype: torch.dtype) -> Tensor:
-    return torch.randn(tuple(shape), device=at.place).to(dtype)
+def _numbers(shape: Sequence[int], at: TrialDevice, dtype: torch.dtype) -> Tensor:
+    return torch.randn(tuple(shape), device=at.device).to(dtype)
 
 
-def event_timer(place: torch.device, cache: int, clock: Callable[[], float] = time.perf_counter) -> Timer:
+def event_timer(device: torch.device, cache: int, clock: Callable[[], float] = time.perf_counter) -> Timer:
     """Times calls on a card by its events. Before each, copies larger than the cache keep the card busy while the host
     launches, and empty the cache: so neither the launch nor what is left of earlier calls counts. One copy is not
     enough on a fast card beside a slow host: an H200 makes it in 0.12 ms, and launches took 0.14 ms each there."""
-    busy = torch.empty(2, max(CACHES * cache, 256 * MIB), dtype=torch.uint8, device=place)
+    busy = torch.empty(2, max(CACHES * cache, 256 * MIB), dtype=torch.uint8, device=device)
 
     def on_card(before: int, work: Callable[[], object]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -230,15 +230,15 @@ def event_timer(place: torch.device, cache: int, clock: Callable[[], float] = ti
 
     def timed(work: Callable[[int], object]) -> float:
         work(0)  # compiles
-        torch.cuda.synchronize(place)
+        torch.cuda.synchronize(device)
         start = clock()
         work(0)
         host = clock() - start
         copy = on_card(1, lambda: busy[0].copy_(busy[1]))
-        torch.cuda.synchronize(place)
+        torch.cuda.synchronize(device)
         before = 1 + int(LAUNCHES * host / max(1e-6, copy[0].elapsed_time(copy[1]) / 1e3))
         events = [on_card(before, partial(work, i)) for i in range(TIMED)]
-        torch.cuda.synchronize(place)
+        torch.cuda.synchronize(device)
         return statistics.median(first.elapsed_time(last) for first, last in events) / 1e3
 
     return timed

@@ -37,9 +37,9 @@ class Card:
                 raise ConfigError(f"{key}: got {value!r:.40}, want a line of text")
 
     @classmethod
-    def of(cls, name: str, place: torch.device) -> Card:
-        """The card at `place`, called `name`, with what is installed here."""
-        found = capability(place)
+    def of(cls, name: str, device: torch.device) -> Card:
+        """The card that is `device`, called `name`, with what is installed here."""
+        found = capability(device)
         try:
             triton = version("triton")
         except PackageNotFoundError:

@@ -248,9 +248,9 @@ class Cache:
         keys = [ExpertKey(layer, expert) for expert in set().union(*choices)]
         for ranking in self._rankings:
             ranking.used(layer, keys)
-        self.settle(layer)
+        self.end_layer(layer)
 
-    def settle(self, layer: int) -> None:
+    def end_layer(self, layer: int) -> None:
         """The router of `layer` has spoken: guesses that it did not confirm are ordinary records now."""
         if self._unproven:
             self._unproven = {key for key in self._unproven if key.layer != layer}
@@ -259,12 +259,12 @@ class Cache:
         """What the policy makes of a record now; the one with the lowest score leaves first."""
         return score(self._policy, key, self._clocks[key.layer], self._distance(key.layer) / self._layers)
 
-    def spare(self, key: ExpertKey) -> None:
+    def mark_spare(self, key: ExpertKey) -> None:
         """A faster tier holds `key` too."""
         self._spares[self.kind_of(key)].add(key)
         self._unproven.discard(key)
 
-    def keep(self, key: ExpertKey) -> None:
+    def unmark_spare(self, key: ExpertKey) -> None:
         """It does not, any more."""
         self._spares[self.kind_of(key)].remove(key)
 

@@ -107,7 +107,7 @@ class Copies:
                 self._bell.wait_for(lambda: any(_is_over(rising) for rising in self._rising))
             self._sweep()
         self._below.pin(key)
-        self._below.cache.keep(key)
+        self._below.cache.unmark_spare(key)
         feed, leaving = self._below.load_of(key), self._leaving.get(slot.data_ptr())
         if feed is not None:
             feed.bell = self._ring
@@ -154,7 +154,7 @@ class Copies:
         self._sweep()
         self._forget_failed(key)
         if key in self._below:
-            self._below.cache.keep(key)
+            self._below.cache.unmark_spare(key)
         else:
             self._below.adopt(key, self, lambda target, after, fence: self._descend(key, slot, target, after, fence),
                               stays=comes)
@@ -203,7 +203,7 @@ class Copies:
         if load.key not in below:
             return
         if load.done and not load.cancelled:
-            below.cache.spare(load.key)
+            below.cache.mark_spare(load.key)
         elif load.cancelled and trip.began:
             below.cancel_guess(load.key)
 

@@ -68,7 +68,7 @@ class DeviceExperts(PagedExperts):
         if len(below.tier.slots) < self._layers * self._experts:
             self._caches = [self._tier.cache, below.tier.cache]
         self._by_slot = all(ops.handles(one) for one in slots)  # else the host must name each expert
-        self._late = torch.full((self._experts,), NOWHERE, dtype=torch.int32, device=device.place)
+        self._late = torch.full((self._experts,), NOWHERE, dtype=torch.int32, device=device.torch_device)
         self._late_works: dict[Routed, Repeated] = {}
         self._made: dict[Routed, Tensor] = {}  # rows that the CPU computed, in host memory
         self._rising: list[ExpertKey] = []
@@ -80,10 +80,10 @@ class DeviceExperts(PagedExperts):
         """Whether the device never has to ask. A trace wants each layer's guesses, so then it does."""
         return self._all_here and self._by_slot and not self.traces
 
-    def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, step: Step, ahead: Tensor | None = None,
-                 wanted: Tensor | None = None) -> Tensor:
-        self._device.settle()
-        return super().__call__(layer, x, ids, weights, step, ahead, wanted)
+    def __call__(self, layer: int, x: Tensor, ids: Tensor, topk_weights: Tensor, step: Step,
+                 ahead: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
+        self._device.synchronize()
+        return super().__call__(layer, x, ids, topk_weights, step, ahead, wanted)
 
     def _in_turn(self, layer: int, experts: Sequence[int], step: Step, ahead: Guesses | None) -> Iterator[ExpertKey]:
         keys = [ExpertKey(layer, expert) for expert in experts]
@@ -119,9 +119,9 @@ class DeviceExperts(PagedExperts):
         here = self._found.get(layer, {})
         return any(expert not in here for token in routed.host_ids.tolist() for expert in token)
 
-    def count(self, layer: int, ids: Tensor, weights: Tensor, step: Step) -> None:
-        """All were there: what was chosen, ids and weights [T, K] on the host."""
-        self._watch.layer(layer, step, ids, weights, None)
+    def count(self, layer: int, ids: Tensor, topk_weights: Tensor, step: Step) -> None:
+        """All were there: what was chosen, ids and topk_weights [T, K] on the host."""
+        self._watch.layer(layer, step, ids, topk_weights, None)
         chosen = len(set(ids.reshape(-1).tolist()))
         self.figures[step.phase].chosen += chosen
         self.figures[step.phase].hits += chosen
@@ -129,14 +129,14 @@ class DeviceExperts(PagedExperts):
     def finish(self, layer: int, routed: Routed, step: Step) -> None:
         """See forward.run_graph.DeviceExperts. Interrupted while a record is waited for, or StoreError: then the pass
         is lost, and everything is ready for another one."""
-        ids, weights = routed.host_ids.tolist(), routed.host_weights.tolist()
+        ids, topk_weights = routed.host_ids.tolist(), routed.host_topk_weights.tolist()
         look = min(self.depth, self._layers - 1 - layer)
         ahead = [token[:look] for token in routed.host_ahead.tolist()] if look > 0 and self.ahead else None
-        self._watch.decoded(layer, step, ids, weights, ahead)
+        self._watch.decoded(layer, step, ids, topk_weights, ahead)
         experts = list(dict.fromkeys(chain.from_iterable(zip(*ids, strict=True))))  # best ranks first
         if not self._all_here:
-            self._settle(layer, step, list(chain.from_iterable(ids)), list(chain.from_iterable(weights)), experts,
-                         routed.tokens)
+            self._end_layer(layer, step, list(chain.from_iterable(ids)), list(chain.from_iterable(topk_weights)),
+                            experts, routed.tokens)
         here = self._found.pop(layer, {})
         missing = [ExpertKey(layer, expert) for expert in experts if expert not in here]
         absent = [key for key in missing if not self._tier.ready(key)]  # the others have come since `refresh`

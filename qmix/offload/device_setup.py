@@ -124,7 +124,7 @@ def measured(how: DeviceOptions, low: Tier, copies: Copies, views: Sequence[tupl
 
 
 def _pin(device: Device, pools: list[Tensor], limit: int, say: Callable[[str], None], opened: ExitStack) -> None:
-    if device.place.type != "cuda":
+    if device.torch_device.type != "cuda":
         return
     for pool in pools:
         pinned = pin_pool(pool, limit, say)
@@ -137,7 +137,8 @@ def _pin(device: Device, pools: list[Tensor], limit: int, say: Callable[[str], N
 
 def _slabs(device: Device, fast: TierPlan) -> list[Tensor]:
     try:
-        return [torch.empty(count, nbytes, dtype=torch.uint8, device=device.place) for count, nbytes in fast.kinds]
+        torch_device = device.torch_device
+        return [torch.empty(count, nbytes, dtype=torch.uint8, device=torch_device) for count, nbytes in fast.kinds]
     except RuntimeError as e:  # torch's out-of-memory errors are RuntimeErrors
         raise DoesNotFit(f"the GPU did not allocate {format_bytes(fast.experts)} for expert slots: "
                          f"{str(e).splitlines()[0]}",

@@ -112,9 +112,9 @@ class PagedExperts:
         """Whether the model should guess in prompts too; nothing is fetched by it there."""
         return self._watch.guesses_prompts
 
-    def settle(self, rejected: int) -> None:
+    def discard_drafts(self, rejected: int) -> None:
         """Of the drafts of the last pass, the last `rejected` were wrong: they do not count as tokens."""
-        self._watch.settle(rejected)
+        self._watch.discard_drafts(rejected)
         self.figures["decode"].tokens -= rejected
 
     def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, step: Step,
@@ -152,8 +152,8 @@ class PagedExperts:
                     self._compute(ExpertKey(layer, expert), x, groups[expert], rows, step)
         else:
             decode = step.phase == "decode"
-            self._settle(layer, step, ids.reshape(-1).tolist() if decode else (),
-                         weights.reshape(-1).tolist() if decode else (), groups, routed)
+            self._end_layer(layer, step, ids.reshape(-1).tolist() if decode else (),
+                            weights.reshape(-1).tolist() if decode else (), groups, routed)
             for key in self._in_turn(layer, list(groups), step, None if ahead is None else ahead.tolist()):
                 self._compute(key, x, groups[key.expert], rows, step)
         return (self._kernels.layer if step.phase == "decode" else TORCH).combine(rows, weights)
@@ -246,13 +246,13 @@ class PagedExperts:
         native.run(first)
         native.run(second)
 
-    def _settle(self, layer: int, step: Step, ids: Sequence[int], weights: Sequence[float], groups: Collection[int],
-                routed: int) -> None:
+    def _end_layer(self, layer: int, step: Step, ids: Sequence[int], weights: Sequence[float], groups: Collection[int],
+                   routed: int) -> None:
         """The router of `layer` has spoken: into the caches' histories, and the guesses for it are judged. ids,
         weights: of all tokens, one after the other; not asked for in prefill."""
         if step.phase == "decode" and self._prefetcher.guessed(layer):
-            self._prefetcher.settle(layer, ids, weights)
-        self.figures[step.phase].prefetched += self._lookahead.settle(layer, groups)
+            self._prefetcher.score_guesses(layer, ids, weights)
+        self.figures[step.phase].prefetched += self._lookahead.score_guesses(layer, groups)
         keys = [ExpertKey(layer, expert) for expert in groups]
         for cache in self._caches:
             if step.phase == "decode":
@@ -263,7 +263,7 @@ class PagedExperts:
                 if layer == 0:
                     cache.begin_prefill(routed)
                 cache.seed(layer, self._watch.last_choices)
-            cache.settle(layer)
+            cache.end_layer(layer)
 
     def _in_turn(self, layer: int, experts: Sequence[int], step: Step, ahead: Guesses | None) -> Iterator[ExpertKey]:
         """The records of `experts`, each when it can be computed, those that are here first."""

@@ -47,7 +47,7 @@ class Lookahead:
                 self._prefetcher.figures[key.layer].issued += self._account
                 waiting += 1
 
-    def settle(self, layer: int, chosen: Container[int]) -> int:
+    def score_guesses(self, layer: int, chosen: Container[int]) -> int:
         """The router of `layer` has spoken. Returns how many of the records it chose were read ahead in time."""
         figures, in_time = self._prefetcher.figures[layer], 0
         self._hopes = [key for key in self._hopes if key.layer != layer]

@@ -27,7 +27,7 @@ from qmix.sizes import (
     MIB,
     dense_bytes,
     format_bytes,
-    kept_attention,
+    kv_owners,
     pass_tokens,
     record_layouts,
 )
@@ -251,7 +251,7 @@ def unread_bytes(model: Model, quant: QuantConfig) -> int:
 
 def widest_kv(model: Model) -> int:
     """Numbers of the keys of a position in the layer that has most."""
-    return max((a.kv_heads * a.head_dim for a in kept_attention(model)), default=0)
+    return max((a.kv_heads * a.head_dim for a in kv_owners(model)), default=0)
 
 
 def dense_mlps(model: Model) -> list[Mlp]:

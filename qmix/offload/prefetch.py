@@ -137,10 +137,10 @@ class Prefetcher:
         return found
 
     def guessed(self, layer: int) -> bool:
-        """Whether there is something for `settle` to judge."""
+        """Whether there is something for `score_guesses` to judge."""
         return bool(self._pending[layer].named)
 
-    def settle(self, layer: int, chosen: Sequence[int], weights: Sequence[float]) -> None:
+    def score_guesses(self, layer: int, chosen: Sequence[int], topk_weights: Sequence[float]) -> None:
         """What the router of `layer` really chose, all tokens of the pass, with its weights: the guesses for it
         are judged."""
         pending, figures = self._pending[layer], self.figures[layer]
@@ -148,7 +148,7 @@ class Prefetcher:
             return
         for at, expert in pending.made.items():
             self._estimates[layer][at].note(expert in chosen)
-        for expert, weight in zip(chosen, weights, strict=True):
+        for expert, weight in zip(chosen, topk_weights, strict=True):
             right = expert in pending.named
             figures.wanted += 1
             figures.guessed += right

@@ -234,8 +234,8 @@ class _Recall:
     weight: float = 0.0
     weight_right: float = 0.0
 
-    def note(self, chosen: Ids, weights: Ids, guessed: Sequence[int]) -> None:
-        for rank, (expert, weight) in enumerate(zip(chosen, weights, strict=True)):
+    def note(self, chosen: Ids, topk_weights: Ids, guessed: Sequence[int]) -> None:
+        for rank, (expert, weight) in enumerate(zip(chosen, topk_weights, strict=True)):
             right = expert in guessed
             self.seen[rank] += 1
             self.right[rank] += right
@@ -260,7 +260,7 @@ def prediction_rows(tests: Sequence[Trace], trains: Sequence[Trace], guesses: in
     stats = gather(trains, header.layers, header.experts)
     right = _precision(trains, header)
     recalls: dict[tuple[int | str, str], _Recall] = {}
-    for before, layer, chosen, weights, ahead in _steps(tests):
+    for before, layer, chosen, topk_weights, ahead in _steps(tests):
         shares = stats.next_probabilities(layer - 1, before)
         sources = {"transitions": _best(dict(enumerate(shares)), guesses)}
         if ahead is not None:
@@ -270,7 +270,7 @@ def prediction_rows(tests: Sequence[Trace], trains: Sequence[Trace], guesses: in
         for source, guessed in sources.items():
             for where in (layer, "all"):
                 empty = _Recall([0] * header.top_k, [0] * header.top_k)
-                recalls.setdefault((where, source), empty).note(chosen, weights, guessed)
+                recalls.setdefault((where, source), empty).note(chosen, topk_weights, guessed)
     order = sorted(recalls, key=lambda at: (at[0] == "all", at[0] if at[0] != "all" else 0, at[1]))
     return [recalls[at].row(*at) for at in order]
 

@@ -79,9 +79,9 @@ class Offload:
         figures.tokens += tokens
         figures.add(before, self._mark, seconds)
 
-    def settle(self, rejected: int) -> None:
+    def discard_drafts(self, rejected: int) -> None:
         """Of the drafts of the last pass, the last `rejected` were wrong."""
-        self.experts.settle(rejected)
+        self.experts.discard_drafts(rejected)
 
     def report(self) -> dict[str, Any]:
         """Slots, policy, figures of both phases and of the prefetcher, as plain data."""

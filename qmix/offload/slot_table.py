@@ -23,7 +23,7 @@ class SlotTable:
     def __init__(self, device: Device, layers: int, experts: int):
         self._device = device
         self._experts = experts
-        self._slots = torch.full((layers, experts), NOWHERE, dtype=torch.int32, device=device.place)
+        self._slots = torch.full((layers, experts), NOWHERE, dtype=torch.int32, device=device.torch_device)
         self._mirror: list[dict[int, int]] = [{} for _ in range(layers)]
 
     def row(self, layer: int) -> Tensor:

@@ -130,14 +130,14 @@ class TraceWriter:
         self._empty = not (append and path.exists())
         self._file = _create(path, header, append)
 
-    def add(self, layer: int, ids: Sequence[Sequence[int]], weights: Sequence[Sequence[float]],
+    def add(self, layer: int, ids: Sequence[Sequence[int]], topk_weights: Sequence[Sequence[float]],
             ahead: Sequence[Sequence[int]] | None) -> None:
-        """The choices of `layer`, which comes after the one added before: ids, weights [T][K]; ahead [T][A]."""
+        """The choices of `layer`, which comes after the one added before: ids, topk_weights [T][K]; ahead [T][A]."""
         if layer != len(self._layers):
             raise ValueError(f"layer {layer} after {len(self._layers)} layers of the pass")
         self._tokens = len(ids)
         parts = [self._pack(ids, self.header.top_k),
-                 bytes(max(0, min(255, round(255 * w))) for w in chain.from_iterable(weights)),
+                 bytes(max(0, min(255, round(255 * w))) for w in chain.from_iterable(topk_weights)),
                  bytes([ahead is not None])]
         if len(parts[1]) != self._tokens * self.header.top_k:
             raise ValueError(f"{len(parts[1])} weights for {self._tokens} x {self.header.top_k} choices")
@@ -315,13 +315,13 @@ def _parse(path: Path, start: int, header: TraceHeader, head: bytes, body: bytes
     if sum(count for _, count in runs) != tokens:
         raise _damaged(path, start)
     ids: list[Ids] = []
-    weights: list[bytes] = []
+    topk_weights: list[bytes] = []
     ahead: list[Ids | None] = []
     pairs, width = tokens * header.top_k, 2 if header.wide else 1
     for _ in range(header.layers):
         ids.append(_ids(body[at:at + width * pairs], header))
         at += width * pairs
-        weights.append(body[at:at + pairs])
+        topk_weights.append(body[at:at + pairs])
         at += pairs + 1
         guessed = body[at - 1:at] == b"\1"
         ahead.append(_ids(body[at:at + width * tokens * header.ahead], header) if guessed else None)
@@ -330,7 +330,7 @@ def _parse(path: Path, start: int, header: TraceHeader, head: bytes, body: bytes
             raise _damaged(path, start)
     if at != len(body):
         raise _damaged(path, start)
-    return Pass(PHASES[kind], runs, tuple(ids), tuple(weights), tuple(ahead))
+    return Pass(PHASES[kind], runs, tuple(ids), tuple(topk_weights), tuple(ahead))
 
 
 def _ids(raw: bytes, header: TraceHeader) -> Ids:

@@ -1,7 +1,7 @@
 """Passes the routers' choices on to the router statistics and, if asked for, to a trace.
 
 Passes follow one another. Each layer hands in its choices, and with the last layer the pass is counted. Of a pass with
-drafts only the tokens that turned out right are counted, once `settle` says which.
+drafts only the tokens that turned out right are counted, once `discard_drafts` says which.
 
 T tokens, K experts per token, E experts.
 """
@@ -28,7 +28,7 @@ class Recorder(Protocol):
 
     def drop_pass(self) -> None: ...
 
-    def add(self, layer: int, ids: Sequence[Sequence[int]], weights: Sequence[Sequence[float]],
+    def add(self, layer: int, ids: Sequence[Sequence[int]], topk_weights: Sequence[Sequence[float]],
             ahead: Sequence[Sequence[int]] | None) -> None: ...
 
     def end_pass(self, phase: str, sequence: Sequence[int]) -> None: ...
@@ -62,25 +62,25 @@ class RoutingWatch:
         """Whether they are wanted of prompts too."""
         return self._trace is not None and self._trace.guess_prompts
 
-    def layer(self, layer: int, step: Step, ids: Tensor, weights: Tensor, ahead: Tensor | None) -> None:
-        """ids [T, K] and weights [T, K] of `layer`; ahead [T, D, A], what it guesses of the next ones."""
+    def layer(self, layer: int, step: Step, ids: Tensor, topk_weights: Tensor, ahead: Tensor | None) -> None:
+        """ids [T, K] and topk_weights [T, K] of `layer`; ahead [T, D, A], what it guesses of the next ones."""
         if step.phase == "decode":
-            self.decoded(layer, step, ids.tolist(), weights.tolist(),
+            self.decoded(layer, step, ids.tolist(), topk_weights.tolist(),
                          None if ahead is None or self._trace is None else ahead.tolist())
             return
         self._begin(layer)
         if self._trace is not None:
-            self._trace.add(layer, ids.tolist(), weights.tolist(), None if ahead is None else ahead[:, 0].tolist())
+            self._trace.add(layer, ids.tolist(), topk_weights.tolist(), None if ahead is None else ahead[:, 0].tolist())
         self._prefill(ids)
         if layer + 1 == self._layers:
             self._end(step, len(ids))
 
-    def decoded(self, layer: int, step: Step, ids: list[list[int]], weights: list[list[float]],
+    def decoded(self, layer: int, step: Step, ids: list[list[int]], topk_weights: list[list[float]],
                 ahead: list[list[list[int]]] | None) -> None:
         """The same while decoding, of plain numbers."""
         self._begin(layer)
         if self._trace is not None:
-            self._trace.add(layer, ids, weights, None if ahead is None else [token[0] for token in ahead])
+            self._trace.add(layer, ids, topk_weights, None if ahead is None else [token[0] for token in ahead])
         self._decoded.append(ids)
         if layer + 1 == self._layers:
             self._end(step, len(ids))
@@ -91,7 +91,7 @@ class RoutingWatch:
             if self._trace is not None:
                 self._trace.drop_pass()  # what an interrupted pass has left
 
-    def settle(self, rejected: int) -> None:
+    def discard_drafts(self, rejected: int) -> None:
         """Count the last pass but for its last `rejected` tokens."""
         for choices in self._held[:len(self._held) - rejected]:
             self.stats.add_token("decode", choices)
@@ -110,7 +110,7 @@ class RoutingWatch:
         if step.phase == "decode":
             self._held = [[layer[token] for layer in self._decoded] for token in range(tokens)]
             if not step.drafts:
-                self.settle(0)
+                self.discard_drafts(0)
         else:
             self.stats.add_counts("prefill", tokens, self._counts, self._transitions)
         if self._trace is not None:

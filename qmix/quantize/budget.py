@@ -22,18 +22,18 @@ def peak_bytes(model: Model, tokens: int, threads: int) -> int:
     item = 4 if model.dtype == "float32" else 2
     hidden, inner = model.hidden, model.expert_inner
     layers = [LayerPieces.of(model, i) for i in range(len(model.layers))]
-    kept = tokens * (WIDE * hidden + max(_kept(layer, model) for layer in layers))
+    live = tokens * (WIDE * hidden + max(_live_bytes(layer, model) for layer in layers))
     widest = max(hidden, inner, *(max(t.shape) for t in model.tensors() if t.role in ("linear", "mlp")))
     packing = threads * 3 * WIDE * STRIP * widest  # strips, and products in pieces
     expert = WIDE * (hidden**2 + inner**2 + CHUNK * (2 * hidden + 2 * inner))  # sums, and a chunk's activations
     dense = max(_dense(run, item, threads) for layer in layers for run in (layer.before, layer.after))
     stream = 2 * 3 * hidden * inner * item + 3 * hidden * inner + model.vocab * hidden * item  # two read, one packed
-    return kept + stream + packing + max(expert, dense)
+    return live + stream + packing + max(expert, dense)
 
 
-def _kept(layer: LayerPieces, model: Model) -> int:
+def _live_bytes(layer: LayerPieces, model: Model) -> int:
     """Bytes a token."""
-    return sum(width * dtype.itemsize for width, dtype in layer.kept(compute_dtype(model)).values())
+    return sum(width * dtype.itemsize for width, dtype in layer.live_widths(compute_dtype(model)).values())
 
 
 def _dense(program: Iterable[Op], item: int, threads: int) -> int:

@@ -51,8 +51,8 @@ def quantize_calibrated(weight: Tensor, spec: MatrixSpec, inputs: Inputs,
     """
     packed, factor, bits = blank(weight, spec), inputs.factor(pool), spec.bits
 
-    def work(place: tuple[int, int, int]) -> tuple[Error, float]:
-        row, padded_row, rows = place
+    def work(part: tuple[int, int, int]) -> tuple[Error, float]:
+        row, padded_row, rows = part
         strip = _transposed(weight[row:row + rows], round_up(rows, spec.block), row)
         squares = torch.linalg.vector_norm(strip, dtype=torch.float64).item() ** 2
         walked = walk(strip, factor, spec.group_size, bits, _fit(bits))

@@ -26,7 +26,7 @@ class Calibration:
     ids: Tensor
 
     @classmethod
-    def cut(cls, head: Sequence[int], ids: Sequence[int], tokens: int, most: int) -> Calibration:
+    def of_text(cls, head: Sequence[int], ids: Sequence[int], tokens: int, most: int) -> Calibration:
         """Cut `ids`, a text, into sequences of up to 512 tokens (or `most`, where the model takes no more), `head` in
         front of each: as many as make `tokens`, spread evenly over the text, or all that it gives. The rest of a text
         that fills no whole sequence is left out, unless there is no other.

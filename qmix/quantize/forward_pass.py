@@ -9,7 +9,7 @@ fp32, the experts one after another as they come from the disk.
         forward.leave()                             # what follows the experts; -> forward.dense_inputs
 
 Only the data of one layer is held. The residual of all tokens stays between layers, and beside it what the experts and
-the Ops behind them read: `kept`. The weights are the original's throughout, not the quantized ones, so the result
+the Ops behind them read: `live`. The weights are the original's throughout, not the quantized ones, so the result
 depends neither on the format nor on where an interrupted run continues.
 
 What lies between two Experts is computed one sequence a task, each with a cache of its own; what its products read is
@@ -85,7 +85,7 @@ class LayerPieces:
         assert self.combine is not None
         return self.combine.out if self.after else "residual"
 
-    def kept(self, compute: torch.dtype) -> dict[str, tuple[int, torch.dtype]]:
+    def live_widths(self, compute: torch.dtype) -> dict[str, tuple[int, torch.dtype]]:
         """{buffer: (numbers a token, dtype)} that stay while the experts run: what these and `after` read."""
         if self.experts is None or self.combine is None:
             return {}
@@ -104,8 +104,9 @@ class LayerPieces:
 class ForwardPass:
     """The original model on the calibration's tokens, with room for `copies` copies of their rows (sensitivity.py).
 
-    residual fp32 [T, H]; kept: what LayerPieces.kept says of the current layer, [T, ...] each. layer: the current one,
-    -1 before the first. dense_inputs: those of its dense matrices, as far as they were asked for, by canonical name.
+    residual fp32 [T, H]; live: the buffers of LayerPieces.live_widths of the current layer, [T, ...] each. layer: the
+    current one, -1 before the first. dense_inputs: those of its dense matrices, as far as they were asked for, by
+    canonical name.
     """
 
     def __init__(self, source: Source, calibration: Calibration, pool: Executor | None = None, copies: int = 0):
@@ -134,26 +135,26 @@ class ForwardPass:
         return self._whole["residual"][:self._rows]
 
     @property
-    def kept(self) -> dict[str, Tensor]:
+    def live(self) -> dict[str, Tensor]:
         return {name: whole[:self._rows] for name, whole in self._whole.items() if name != "residual"}
 
     @property
     def ids(self) -> Tensor:
         """[T, K]: the experts that the current layer chose."""
         assert self.pieces.experts is not None
-        return self.kept[self.pieces.experts.ids or "ids"]
+        return self.live[self.pieces.experts.ids or "ids"]
 
     @property
     def topk_weights(self) -> Tensor:
         """[T, K]: and their weights."""
         assert self.pieces.combine is not None
-        return self.kept[self.pieces.combine.topk_weights or "topk_weights"]
+        return self.live[self.pieces.combine.topk_weights or "topk_weights"]
 
     @property
     def normed(self) -> Tensor:
         """[T, H]: what the current layer's experts read, in the dtype that the model computes in."""
         assert self.pieces.experts is not None
-        return self.kept[self.pieces.experts.source]
+        return self.live[self.pieces.experts.source]
 
     def enter(self, layer: int, measure: bool = False) -> None:
         """The next layer up to its experts, or all of a layer without any. measure: sum up what its dense matrices
@@ -163,7 +164,7 @@ class ForwardPass:
         self.layer, self._measure = layer, measure
         self.dense_inputs.clear()
         self.pieces = LayerPieces.of(self.model, layer)
-        wanted = self.pieces.kept(self.dtype)
+        wanted = self.pieces.live_widths(self.dtype)
         if self.pieces.experts is not None and self.pieces.experts.ids is None:
             wanted |= {"ids": (1, torch.int64), "topk_weights": (1, torch.float32)}
         self._make(wanted)
@@ -172,7 +173,7 @@ class ForwardPass:
             self.topk_weights.fill_(1)
         self._run(self.pieces.before)
         if self.pieces.after:
-            self.kept[self.pieces.sums_up].zero_()
+            self.live[self.pieces.sums_up].zero_()
         self._check_finite()
 
     def leave(self) -> None:
@@ -227,7 +228,7 @@ class ForwardPass:
             energies.update(products.keep(inside, names, x, outs))
 
         here, needed = slice(start, start + self._length), live(program)
-        whole = {"residual": self.residual, **self.kept}
+        whole = {"residual": self.residual, **self.live}
         buffers = {name: whole[name][here] for name in needed}
         written = {name for op in program for name in op.outputs} & whole.keys()
         cache = SessionCache(self.model, self._length, only=(self.layer,))
@@ -268,23 +269,24 @@ class ForwardPass:
         hidden, inner = w2.shape
         middle, out = torch.empty(len(x), inner), torch.empty(len(x), hidden)
 
-        def widen(cut: slice) -> float:
-            gate, up = (F.linear(x, w[cut].float()) for w in (w13[:inner], w13[inner:]))
+        def widen(rows: slice) -> float:
+            gate, up = (F.linear(x, w[rows].float()) for w in (w13[:inner], w13[inner:]))
             found = squares(gate) + squares(up) if measure else 0.0
-            middle[:, cut] = torch_ops.activate(op.activation, gate, up)
+            middle[:, rows] = torch_ops.activate(op.activation, gate, up)
             return found
 
-        def narrow(cut: slice) -> float:
-            y = F.linear(middle, w2[cut].float())
-            out[:, cut] = y
+        def narrow(rows: slice) -> float:
+            y = F.linear(middle, w2[rows].float())
+            out[:, rows] = y
             return squares(y) if measure else 0.0
 
-        return middle, out, {"w13": sum(self._map(widen, _cuts(inner))), "w2": sum(self._map(narrow, _cuts(hidden)))}
+        of_w13, of_w2 = sum(self._map(widen, _ranges(inner))), sum(self._map(narrow, _ranges(hidden)))
+        return middle, out, {"w13": of_w13, "w2": of_w2}
 
     def add(self, token: Tensor, out: Tensor, first: int = 0) -> None:
         """Add out [n, H], weighed, to rows `token`, counted from `first`, of what this layer's experts give."""
         name = self.pieces.sums_up
-        (self.residual if name == "residual" else self.kept[name])[first:].index_add_(0, token, out)
+        (self.residual if name == "residual" else self.live[name])[first:].index_add_(0, token, out)
 
     def count(self, expert: int) -> int:
         """Tokens that the current layer sends to an expert."""
@@ -297,10 +299,10 @@ class ForwardPass:
         for begin in range(0, self._rows, CHUNK):
             x = self.final(slice(begin, begin + CHUNK))
 
-            def multiply(cut: slice, x: Tensor = x) -> float:
-                return squares(F.linear(x, weight[cut].float()))
+            def multiply(rows: slice, x: Tensor = x) -> float:
+                return squares(F.linear(x, weight[rows].float()))
 
-            energy += sum(self._map(multiply, _cuts(len(weight))))
+            energy += sum(self._map(multiply, _ranges(len(weight))))
             moments.add(x, self._pool)
         return Inputs(Sums(moments), self._rows, energy)
 
@@ -326,5 +328,5 @@ def compute_dtype(model: Model) -> torch.dtype:
     return torch.float32 if model.dtype == "float32" else torch.bfloat16
 
 
-def _cuts(count: int) -> list[slice]:
+def _ranges(count: int) -> list[slice]:
     return [slice(i, min(count, i + ROWS)) for i in range(0, count, ROWS)]

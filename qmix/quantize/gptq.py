@@ -70,8 +70,8 @@ class Moments:
 
     def add(self, x: Tensor, pool: Executor | None = None) -> None:
         """x fp32 [n, K]."""
-        def multiply(place: tuple[slice, slice]) -> None:
-            rows, cols = place
+        def multiply(tile: tuple[slice, slice]) -> None:
+            rows, cols = tile
             self._sum[rows, cols].addmm_(x[:, rows].T, x[:, cols])
 
         _run(pool, multiply, _tiles(len(self._sum)))
@@ -89,14 +89,14 @@ class Moments:
         for rows, cols in _tiles(len(s)):  # the sum once more above the diagonal, should the first try fail
             if rows != cols:
                 s[cols, rows] = s[rows, cols].T
-        blocks = [s[rows, rows].clone() for rows in _cuts(len(s))]
+        blocks = [s[rows, rows].clone() for rows in _ranges(len(s))]
         damping = max(DAMPING, SCARCE * len(s) / self._count) * mean
         while True:
             s.diagonal().copy_(diagonal + damping)
             if _cholesky(s, pool):
                 break
             damping *= HARDER
-            for rows, block in zip(_cuts(len(s)), blocks, strict=True):
+            for rows, block in zip(_ranges(len(s)), blocks, strict=True):
                 s[rows, rows] = block
                 s[rows.stop:, rows] = s[rows, rows.stop:].T
         roots = s.diagonal().clone()
@@ -107,18 +107,18 @@ class Moments:
 def _cholesky(s: Tensor, pool: Executor | None) -> bool:
     """Replace the lower triangle of S [K, K] by that of L, block column by block column; the upper triangle outside the
     diagonal blocks is left alone. False where S is not positive definite."""
-    for here in _cuts(len(s)):
+    for here in _ranges(len(s)):
         block, failed = torch.linalg.cholesky_ex(s[here, here])
         if failed:
             return False
         s[here, here] = block
-        below = [slice(here.stop + rows.start, here.stop + rows.stop) for rows in _cuts(len(s) - here.stop)]
+        below = [slice(here.stop + rows.start, here.stop + rows.stop) for rows in _ranges(len(s) - here.stop)]
 
         def solve(rows: slice, here: slice = here, block: Tensor = block) -> None:
             s[rows, here] = torch.linalg.solve_triangular(block.mT, s[rows, here], upper=True, left=False)
 
-        def subtract(place: tuple[slice, slice], here: slice = here) -> None:
-            rows, cols = place
+        def subtract(tile: tuple[slice, slice], here: slice = here) -> None:
+            rows, cols = tile
             s[rows, cols].addmm_(s[rows, here], s[cols, here].T, alpha=-1)
 
         _run(pool, solve, below)
@@ -174,14 +174,14 @@ def _round_group(asked: Tensor, weights: Tensor, codes: Tensor, lower: Tensor, s
             asked[:j].addr_(lower[j, :j], error)
 
 
-def _cuts(count: int) -> list[slice]:
+def _ranges(count: int) -> list[slice]:
     return [slice(i, min(count, i + TILE)) for i in range(0, count, TILE)]
 
 
 def _tiles(count: int) -> list[tuple[slice, slice]]:
     """(rows, columns) of every tile on and below the diagonal."""
-    cuts = _cuts(count)
-    return [(rows, cols) for i, rows in enumerate(cuts) for cols in cuts[:i + 1]]
+    ranges = _ranges(count)
+    return [(rows, cols) for i, rows in enumerate(ranges) for cols in ranges[:i + 1]]
 
 
 def _run(pool: Executor | None, task: Callable[[Item], None], items: Iterable[Item]) -> None:

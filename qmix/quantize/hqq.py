@@ -36,32 +36,32 @@ def refine(steps: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor, work: Te
     width = steps.shape[1]
     residual, scratch = work.unbind()
     start, error, best, move, bent = torch.empty(5, *zero.shape).unbind()
-    place, total = zero * inverse, float("inf")
-    best_place = place.clone()
-    _rounding_error(steps, place, residual, scratch, middle)
+    shift, total = zero * inverse, float("inf")
+    best_shift = shift.clone()
+    _rounding_error(steps, shift, residual, scratch, middle)
     torch.sum(torch.abs(residual, out=scratch), 1, out=start)
     best.copy_(start)
     for iteration in range(ITERATIONS):
         knee, slope = shrink_lines(BETA * KAPPA**iteration)
         torch.sum(residual, 1, out=move)
         torch.sum(torch.clamp(residual, -knee, knee, out=scratch), 1, out=bent)
-        place = place.add(move, alpha=-slope * RELAX / width).add_(bent, alpha=(1 + slope) * RELAX / width)
-        _rounding_error(steps, place, residual, scratch, middle)
+        shift = shift.add(move, alpha=-slope * RELAX / width).add_(bent, alpha=(1 + slope) * RELAX / width)
+        _rounding_error(steps, shift, residual, scratch, middle)
         torch.sum(torch.abs(residual, out=scratch), 1, out=error)
-        torch.where(error < best, place, best_place, out=best_place)
+        torch.where(error < best, shift, best_shift, out=best_shift)
         torch.minimum(best, error, out=best)
         total, last = best.sum().item(), total
         if total > ENOUGH * last:
             break
-    rounded = (best_place * scale).bfloat16().float()
+    rounded = (best_shift * scale).bfloat16().float()
     _rounding_error(steps, rounded * inverse, residual, scratch, middle)
     torch.sum(torch.abs(residual, out=scratch), 1, out=error)
     return torch.where(error < start, rounded, zero)
 
 
-def _rounding_error(steps: Tensor, place: Tensor, out: Tensor, scratch: Tensor, middle: int) -> None:
-    """out = what rounding to a code in -middle..middle - 1 leaves of `steps` [G, W, R] around `place` [G, R]."""
-    torch.sub(steps, place.unsqueeze(1), out=out)
+def _rounding_error(steps: Tensor, shift: Tensor, out: Tensor, scratch: Tensor, middle: int) -> None:
+    """out = what rounding to a code in -middle..middle - 1 leaves of `steps` [G, W, R] around `shift` [G, R]."""
+    torch.sub(steps, shift.unsqueeze(1), out=out)
     out.sub_(torch.round(out, out=scratch).clamp_(-middle, middle - 1))
 
 

@@ -65,7 +65,7 @@ def quantize_checkpoint(source: Checkpoint, out: Path | str, quant: QuantConfig,
     all of them but the first the same call resumes.
     """
     out, threads = resolve(Path(out)), hardware.compute_cores() if threads is None else hardware.check_threads(threads)
-    _check_place(source, out)
+    _check_outside(source, out)
     if (quant.method in CALIBRATED) != (calibration is not None):
         raise UsageError(f"method {quant.method!r}: {'takes no' if calibration else 'needs a'} calibration")
     layout = StoreLayout.of(source.model, quant)
@@ -91,11 +91,11 @@ def quantize_checkpoint(source: Checkpoint, out: Path | str, quant: QuantConfig,
 def check_out(source: Checkpoint, out: Path, force: bool) -> None:
     """An error, before any work is done, where quantize_checkpoint would refuse `out` or cannot write there."""
     out = resolve(out)
-    _check_place(source, out)
+    _check_outside(source, out)
     Target.claim(out, force).release()
 
 
-def _check_place(source: Checkpoint, out: Path) -> None:
+def _check_outside(source: Checkpoint, out: Path) -> None:
     if out.is_relative_to(source.path.resolve()):
         raise UsageError(f"{out}: lies inside the checkpoint {source.path}", "choose an OUT beside it")
 
@@ -219,12 +219,12 @@ class _Job:
         records, dense = {}, {}
         for work in self._work:
             key, done = work.source, self._done[work.region.name]
-            place = work.region.file, work.region.offset, work.region.nbytes, done.xxh3
+            stored = work.region.file, work.region.offset, work.region.nbytes, done.xxh3
             if isinstance(key, ExpertKey):
-                records[key] = RecordEntry(key, *place, done.error, done.calibrated)
+                records[key] = RecordEntry(key, *stored, done.error, done.calibrated)
             else:
                 spec = layout.specs[key]
-                dense[key] = DenseEntry(key, spec.format if spec else "plain", *place, done.error.get("all"),
+                dense[key] = DenseEntry(key, spec.format if spec else "plain", *stored, done.error.get("all"),
                                         done.calibrated)
         origin, revision = _origin(source.path)
         files = {name: FileEntry(name, len(data), digest(data)) for name, data in self._copies.items()}

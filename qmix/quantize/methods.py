@@ -146,12 +146,12 @@ def _strips(spec: MatrixSpec) -> Iterator[Strip]:
         for start in range(0, part_rows, step):
             rows = min(step, part_rows - start)
             padded = round_up(rows, spec.block)
-            place = (part * part_rows + start, part * part_padded + start, rows)
+            strip_rows = (part * part_rows + start, part * part_padded + start, rows)
             cols = TILE // padded * g  # so that a strip's parameters are no more than TILE either
             for col in range(0, whole, cols):
-                yield Strip(*place, col, min(cols, whole - col), padded, g, TILE // padded // g)
+                yield Strip(*strip_rows, col, min(cols, whole - col), padded, g, TILE // padded // g)
             if whole < spec.cols:
-                yield Strip(*place, whole, spec.cols - whole, padded, spec.cols - whole, 1)
+                yield Strip(*strip_rows, whole, spec.cols - whole, padded, spec.cols - whole, 1)
 
 
 @dataclass(frozen=True, slots=True)

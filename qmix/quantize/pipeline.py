@@ -248,6 +248,6 @@ def _check_finite(source: Checkpoint, parts: tuple[str, ...], weight: Tensor) ->
         for start, rows in zip(range(0, len(part), 1024), part.split(1024), strict=True):
             bad = torch.isfinite(rows).logical_not_().nonzero()
             if len(bad):
-                place = [start + bad[0, 0].item(), *bad[0, 1:].tolist()]
-                raise CheckpointError(f"{source.path}: {name}{place} is {rows[tuple(bad[0])].item()}",
+                index = [start + bad[0, 0].item(), *bad[0, 1:].tolist()]
+                raise CheckpointError(f"{source.path}: {name}{index} is {rows[tuple(bad[0])].item()}",
                                       "no working model has such a weight: fetch the checkpoint again")

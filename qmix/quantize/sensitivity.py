@@ -177,8 +177,8 @@ class _Copies:
         forward, last = self.forward, self._last
         forward.expert(key, w13, w2, False, last)
         rows, rank = (forward.ids[last:] == key.expert).nonzero(as_tuple=True)
-        weights = forward.topk_weights[last:][rows, rank]
-        for some, weight in zip(rows.split(ROWS), weights.split(ROWS), strict=True):
+        topk_weights = forward.topk_weights[last:][rows, rank]
+        for some, weight in zip(rows.split(ROWS), topk_weights.split(ROWS), strict=True):
             out = _product(self.activated(forward.normed[last:][some].float(), probe[0]), probe[1])
             forward.add(some, out.mul_(weight[:, None]), last)
 

@@ -190,8 +190,8 @@ def _names(manifest: Path) -> set[str]:
         found = Manifest.read(manifest)
     except StoreError:
         return set()
-    places = [r.file for r in found.records.values()] + [d.file for d in found.dense.values()]
-    return {*places, *found.files}
+    files = [r.file for r in found.records.values()] + [d.file for d in found.dense.values()]
+    return {*files, *found.files}
 
 
 def _entries(out: Path) -> list[Path]:

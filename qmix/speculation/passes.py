@@ -94,12 +94,12 @@ class Passes:
                 self._used += 1
                 row = self._rows[self._used - 1]
                 if self._used > len(self._tried):
-                    self.settle()
+                    self.discard_drafts()
                 return row
-            self.settle()
+            self.discard_drafts()
         return self._run(token_id, most, cancel)
 
-    def settle(self) -> None:
+    def discard_drafts(self) -> None:
         """Forget the drafts that did not come true. Afterwards the KV cache holds what logits were handed out for."""
         if self._rows is not None:
             self._rows = None

@@ -83,7 +83,7 @@ class StoreLayout:
         tensors = model.tensors()
         specs = {t.name: dense_spec(model, quant, t) for t in tensors}
         drafts = [_dense_draft(model, t, specs[t.name], t.name if labels is None else labels[t.name]) for t in tensors]
-        dense_file, regions = _place(DENSE_FILE, drafts)
+        dense_file, regions = _lay_out(DENSE_FILE, drafts)
         dense = dict(zip(specs, regions, strict=True))
         files = {DENSE_FILE: dense_file}
         records: dict[ExpertKey, Region] = {}
@@ -92,7 +92,7 @@ class StoreLayout:
             if not keys:
                 continue
             drafts = [_record_draft(key, kinds[kind_of[key]]) for key in keys]
-            file, regions = _place(expert_file(model, layer), drafts)
+            file, regions = _lay_out(expert_file(model, layer), drafts)
             files[file.name] = file
             records.update(zip(keys, regions, strict=True))
         return cls(kinds, kind_of, files, records, dense, specs)
@@ -167,7 +167,7 @@ def _record_draft(key: ExpertKey, record: RecordLayout) -> _Draft:
     return _Draft(name, name, tuple(f"{name}.{p.matrix}.{p.tensor.name}" for p in placed), placed, record.nbytes)
 
 
-def _place(file: str, drafts: Sequence[_Draft]) -> tuple[FileLayout, list[Region]]:
+def _lay_out(file: str, drafts: Sequence[_Draft]) -> tuple[FileLayout, list[Region]]:
     """Lay drafts out one after the other behind a header of whole 4096-byte blocks."""
     header, entries = build_header(_chain(drafts), RECORD_ALIGN)
     regions, offset = [], len(header)

@@ -40,13 +40,13 @@ class Store:
     Use as a context manager, or close it.
     """
 
-    def __init__(self, path: Path, model: Model, manifest: Manifest, places: StoreLayout,
+    def __init__(self, path: Path, model: Model, manifest: Manifest, layout: StoreLayout,
                  fds: dict[str, int], opened: ExitStack):
         self.path = path
         self.model = model
         self.quant = manifest.quant
         self.manifest = manifest
-        self.layout = places
+        self.layout = layout
         self._fds = fds
         self._opened = opened
         self._sums = {name: entry.xxh3 for name, entry in manifest.dense.items()}
@@ -67,20 +67,20 @@ class Store:
         if names is not None:
             manifest = version1.canonical(manifest, names)
         try:
-            places = StoreLayout.of(model, manifest.quant, names)
+            layout = StoreLayout.of(model, manifest.quant, names)
         except ConfigError as e:
             raise StoreError(f"{path / MANIFEST}: quantization.{e.message}", DAMAGED) from None
-        _check_manifest(path, manifest, places)
+        _check_manifest(path, manifest, layout)
         with ExitStack() as opened:
             fds: dict[str, int] = {}
             opened.callback(_close_all, fds)
-            for file in places.files.values():
+            for file in layout.files.values():
                 _check_file(path, file)
                 try:
                     fds[file.name] = os.open(path / file.name, os.O_RDONLY | os.O_CLOEXEC)
                 except OSError as e:
                     raise StoreError(f"{path / file.name}: {e.strerror}", "check its permissions") from None
-            return cls(path, model, manifest, places, fds, opened.pop_all())
+            return cls(path, model, manifest, layout, fds, opened.pop_all())
 
     def dense(self, name: str, verify: bool = True) -> Packed | Tensor:
         """A dense tensor by its canonical name, in fresh memory: Packed for linear layers and head, else a
@@ -103,8 +103,8 @@ class Store:
         layers that have records, as all of offload does: see `kind_of`."""
         ranked = {ExpertKey(rank, expert): ExpertKey(layer, expert)
                   for rank, layer in enumerate(self.model.record_layers) for expert in range(self.model.num_experts)}
-        regions = {key: self.layout.records[place] for key, place in ranked.items()}
-        sums = {key: self._sums[record_name(place)] for key, place in ranked.items()}
+        regions = {key: self.layout.records[stored] for key, stored in ranked.items()}
+        sums = {key: self._sums[record_name(stored)] for key, stored in ranked.items()}
         return RecordFiles(self.path, regions, sums, verify, say)
 
     def kind_of(self, key: ExpertKey) -> int:
@@ -257,18 +257,18 @@ def _check_copied(path: Path, manifest: Manifest, name: str) -> bytes:
     return data
 
 
-def _check_manifest(path: Path, manifest: Manifest, places: StoreLayout) -> None:
+def _check_manifest(path: Path, manifest: Manifest, layout: StoreLayout) -> None:
     """Every entry of the manifest must say what the configs imply."""
     file = path / MANIFEST
-    for expected, listed in ((places.dense, manifest.dense), (places.records, manifest.records)):
+    for expected, listed in ((layout.dense, manifest.dense), (layout.records, manifest.records)):
         for name in expected.keys() ^ listed.keys():
             reason = "missing" if name in expected else "not part of this model"
             raise StoreError(f"{file}: {str(name)!r:.80}: {reason}", DAMAGED)
     for key, record in manifest.records.items():
-        _check_place(file, record, places.records[key])
+        _check_region(file, record, layout.records[key])
     for name, entry in manifest.dense.items():
-        _check_place(file, entry, places.dense[name])
-        spec = places.specs[name]
+        _check_region(file, entry, layout.dense[name])
+        spec = layout.specs[name]
         kind = "plain" if spec is None else spec.format
         if entry.format != kind:
             raise StoreError(f"{file}: {name}: format: got {entry.format!r:.40}, want {kind}", DAMAGED)
@@ -276,7 +276,7 @@ def _check_manifest(path: Path, manifest: Manifest, places: StoreLayout) -> None
             raise StoreError(f"{file}: {name}: error: got {entry.error} for {kind}", DAMAGED)
 
 
-def _check_place(file: Path, entry: RecordEntry | DenseEntry, want: Region) -> None:
+def _check_region(file: Path, entry: RecordEntry | DenseEntry, want: Region) -> None:
     for key, got, right in (("file", entry.file, want.file), ("offset", entry.offset, want.offset),
                             ("bytes", entry.nbytes, want.nbytes)):
         if got != right:

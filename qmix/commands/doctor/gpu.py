@@ -67,7 +67,7 @@ def kernels(device: Cuda, say: Callable[[str], None]) -> tuple[list[dict[str, An
     nothing = KernelTable(MappingProxyType({}), MappingProxyType({}))
     for name, block in FORMATS:
         try:
-            found = choose_device_kernels(device.place, device.half, [name], [block], nothing, True)
+            found = choose_device_kernels(device.torch_device, device.half, [name], [block], nothing, True)
             kernel = found.prompts.names[name]
         except Exception as e:  # wrong numbers, or Triton's: its compiler, the assembler, the driver
             kernel = "none: it fails"

@@ -35,11 +35,11 @@ def tune(folder: Path | None, *, file: Path, say: Callable[[str], None], today: 
     from qmix.kernels import trials
 
     shapes = trials.mixtral() if folder is None else _shapes(folder)
-    on_card = device.place.type == "cuda"
-    cache = torch.cuda.get_device_properties(device.place).L2_cache_size if on_card else 1
-    at = trials.Place(device.place, device.half, cache, device.memory()[0] // 2)
-    timer = timer or trials.event_timer(device.place, cache)
-    default = built_in(capability(device.place))
+    on_card = device.torch_device.type == "cuda"
+    cache = torch.cuda.get_device_properties(device.torch_device).L2_cache_size if on_card else 1
+    at = trials.TrialDevice(device.torch_device, device.half, cache, device.memory()[0] // 2)
+    timer = timer or trials.event_timer(device.torch_device, cache)
+    default = built_in(capability(device.torch_device))
     say(f"tuning for {shapes.model} on {device.name}: a few minutes, most of them for compiling")
     outcomes = []
     for kernel in KERNELS:
@@ -48,7 +48,7 @@ def tune(folder: Path | None, *, file: Path, say: Callable[[str], None], today: 
             outcomes.append(found)
             say(_line(found))
     taken = {found.kernel: found.chosen for found in outcomes}
-    card = tuned.Card.of(device.name, device.place)
+    card = tuned.Card.of(device.name, device.torch_device)
     measured = (today or date.today()).isoformat()
     tuned.save(tuned.Tuned(card, shapes.model, measured, replace(default, **taken)),  # type: ignore[arg-type]
                file)

@@ -89,7 +89,7 @@ def read_calibration(checkpoint: Checkpoint, file: Path, tokens: int | None) -> 
     plain = tokenizer.encode(text, bos=False)
     head = tokenizer.encode("", bos=True)
     wanted = TOKENS if tokens is None else tokens
-    found = Calibration.cut(head, plain, wanted, checkpoint.model.max_positions)
+    found = Calibration.of_text(head, plain, wanted, checkpoint.model.max_positions)
     short = f", fewer than the {wanted} wanted: the text is too short" if found.tokens < wanted - found.length else ""
     render.say(f"calibrating on {found.tokens} tokens of {file}: {len(found.ids)} sequences of {found.length}{short}")
     return found

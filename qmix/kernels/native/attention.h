@@ -32,7 +32,7 @@ ALWAYS float read_number(int32_t type, const void *from, int64_t at) {
     return type == QMIX_FP32 ? ((const float *)from)[at] : from_bf16(((const uint16_t *)from)[at]);
 }
 
-ALWAYS vflt load_kept(const int type, const void *from, int64_t at) {
+ALWAYS vflt load_cached(const int type, const void *from, int64_t at) {
     return type == QMIX_KV_INT8 ? load_i8((const int8_t *)from + at) : load_bf16((const uint16_t *)from + at);
 }
 
@@ -44,8 +44,8 @@ ALWAYS void load_two(const int type, const void *from, int64_t at, vflt *two) {
         return;
     }
 #endif
-    two[0] = load_kept(type, from, at);
-    two[1] = load_kept(type, from, at + L);
+    two[0] = load_cached(type, from, at);
+    two[1] = load_cached(type, from, at + L);
 }
 
 /* to[j] of 2L numbers: from[j] in the order in which load_two has them, or back. */
@@ -84,12 +84,12 @@ ALWAYS void fetch(const char *from, int64_t bytes) {
 
 /* Store one vector [D] at position `at`. int8: x = code * scale to half a scale; kernels/kv_codes.py does the same to
  * the bit. */
-static void keep_vector(const qmix_attention *job, int32_t type, const void *from, int64_t head, void *kept,
-                        float *scales, int64_t at) {
+static void store_vector(const qmix_attention *job, int32_t type, const void *from, int64_t head, void *cached,
+                         float *scales, int64_t at) {
     int64_t size = job->head_dim, first = head * size, to = (head * job->capacity + at) * size;
     if (job->kv_type == QMIX_KV_BF16) {
         for (int64_t d = 0; d < size; d++)
-            ((uint16_t *)kept)[to + d] = to_bf16(read_number(type, from, first + d));
+            ((uint16_t *)cached)[to + d] = to_bf16(read_number(type, from, first + d));
         return;
     }
     uint32_t peak = 0;
@@ -103,7 +103,7 @@ static void keep_vector(const qmix_attention *job, int32_t type, const void *fro
     inverse = inverse * 127;
     for (int64_t d = 0; d < size; d++) {
         float code = read_number(type, from, first + d) * inverse; /* a statement of its own, so that it is rounded */
-        ((int8_t *)kept)[to + d] = (int8_t)((int32_t)float_bits(code + 12582912.0f) - 0x4b400000);
+        ((int8_t *)cached)[to + d] = (int8_t)((int32_t)float_bits(code + 12582912.0f) - 0x4b400000);
     }
     scales[head * job->capacity + at] = largest / 127;
 }
@@ -131,7 +131,7 @@ ALWAYS void score_keys(const int count, const int keys, const int type, const fl
     }
     for (; d < size; d += L)
         UNROLL for (int k = 0; k < keys; k++) {
-            vflt key = load_kept(type, rows[k], d);
+            vflt key = load_cached(type, rows[k], d);
             UNROLL for (int c = 0; c < count; c++)
                 dots[k][c] = fma_f(key, load_f(query + c * size + d), dots[k][c]);
         }
@@ -229,7 +229,7 @@ ALWAYS void add_values(const int count, const int vectors, const int type, const
             UNROLL for (int v = 0; v < vectors; v += 2)
                 load_two(type, row, v * L, value + v);
         else
-            value[0] = load_kept(type, row, 0);
+            value[0] = load_cached(type, row, 0);
         UNROLL for (int c = 0; c < count; c++) {
             vflt weight = set_f(weights[c * CHUNK + i]);
             UNROLL for (int v = 0; v < vectors; v++)
@@ -327,9 +327,9 @@ static void attend_head(const qmix_pieces *work, int64_t head, int64_t piece, vo
     float *query = scratch, *scores = query + heads * size, scale = 1 / sqrtf((float)size);
     float *sum = part_of_head(work, head, piece), *top = sum + heads * size, *total = top + heads;
     if (job->new_keys && end == job->end)
-        keep_vector(job, job->key_type, job->new_keys, head, job->keys, job->key_scales, end - 1);
+        store_vector(job, job->key_type, job->new_keys, head, job->keys, job->key_scales, end - 1);
     if (job->new_values && end == job->end)
-        keep_vector(job, job->value_type, job->new_values, head, job->values, job->value_scales, end - 1);
+        store_vector(job, job->value_type, job->new_values, head, job->values, job->value_scales, end - 1);
     for (int64_t g = 0; g < heads; g++) {
         for (int64_t d = 0; d < size; d++)
             query[g * size + d] = read_number(job->query_type, job->query, (head * heads + g) * size + d) * scale;

@@ -18,7 +18,7 @@ ATTENTION = struct.Struct("@8P6q4i")  # qmix_attention
 NORM = struct.Struct("@4P2q2f3i4x")           # qmix_norm
 ROUTE_REST = struct.Struct("@6P5q2f4i")       # qmix_route behind the qmix_norm that it begins with
 ROTATE = struct.Struct("@5P4q2i")             # qmix_rotate
-ANGLES = struct.Struct("@4Pqf4x")             # qmix_angles
+ROPE_COS_SIN = struct.Struct("@4Pqf4x")       # qmix_angles
 COMBINE = struct.Struct("@3P2q")      # qmix_combine
 ADDITION = struct.Struct("@2Pq")      # qmix_addition
 MATRIX = struct.Struct("@6q4i")       # qmix_matrix, two of which are a qmix_record
@@ -27,7 +27,7 @@ CALL = struct.Struct("@P2i")          # qmix_call
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 ROUTER_TYPES = {**TYPES, torch.float16: 2}
 SOFTMAX_CHOSEN, SOFTMAX_ALL, SIGMOID = range(3)  # qmix_route.score
-KEPT = {torch.int8: 0, torch.bfloat16: 1}
+KV_TYPES = {torch.int8: 0, torch.bfloat16: 1}
 
 
 def norm(x: Tensor, weight: Tensor | None, eps: float | None, out: Tensor | None, wide: Tensor | None = None,
@@ -64,14 +64,15 @@ def rotate(queries: Tensor, keys: Tensor | None, cos: Tensor, sin: Tensor, out: 
                        queries.shape[1] // size, kv_heads, size, cos.shape[2], TYPES[queries.dtype], key_type)
 
 
-def angles(positions: Tensor, inverse: Tensor, cos: Tensor, sin: Tensor, factor: float = 1.0) -> bytes:
-    """positions [T] int64, inverse [R / 2], cos, sin [T, 1, R] fp32, multiplied by `factor`; all contiguous."""
-    return ANGLES.pack(positions.data_ptr(), inverse.data_ptr(), cos.data_ptr(), sin.data_ptr(), cos.shape[2], factor)
+def rope_cos_sin(positions: Tensor, inv_freq: Tensor, cos: Tensor, sin: Tensor, factor: float = 1.0) -> bytes:
+    """positions [T] int64, inv_freq [R / 2], cos, sin [T, 1, R] fp32, multiplied by `factor`; all contiguous."""
+    return ROPE_COS_SIN.pack(positions.data_ptr(), inv_freq.data_ptr(), cos.data_ptr(), sin.data_ptr(), cos.shape[2],
+                             factor)
 
 
-def combine(rows: Tensor, weights: Tensor, out: Tensor) -> bytes:
+def combine(rows: Tensor, topk_weights: Tensor, out: Tensor) -> bytes:
     """rows [T, K, H], weights [T, K], out [T, H]; all fp32, contiguous."""
-    return COMBINE.pack(rows.data_ptr(), weights.data_ptr(), out.data_ptr(), rows.shape[1], rows.shape[2])
+    return COMBINE.pack(rows.data_ptr(), topk_weights.data_ptr(), out.data_ptr(), rows.shape[1], rows.shape[2])
 
 
 def _address(x: Tensor | None) -> int:

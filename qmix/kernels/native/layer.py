@@ -49,14 +49,14 @@ class LayerOps:
         return out
 
     def route(self, x: Tensor, weight: Tensor | None, router: RouterTensors, eps: float | None, normed: Tensor | None,
-              ids: Tensor, weights: Tensor) -> None:
+              ids: Tensor, topk_weights: Tensor) -> None:
         """norm(x) into normed [T, H], fp32 or bf16; the K experts that `router` chooses by logits of norm(x), which are
-        summed in fp64 and rounded to fp32, into ids [T, K] int64, the best first; their weights, in fp32, into weights
-        [T, K]. x [T, H], weight [H] fp32. eps None: x is normed already, and weight and normed are None.
+        summed in fp64 and rounded to fp32, into ids [T, K] int64, the best first; their weights, in fp32, into
+        topk_weights [T, K]. x [T, H], weight [H] fp32. eps None: x is normed already, and weight and normed are None.
         spec.Router has the formulas."""
         x, weight = _plain(x), _optional(weight)
-        assert (normed is None or normed.is_contiguous()) and weights.is_contiguous(), "rows with gaps"
-        self._route(x, jobs.route(x, weight, router, eps, normed, _ids(ids), weights))
+        assert (normed is None or normed.is_contiguous()) and topk_weights.is_contiguous(), "rows with gaps"
+        self._route(x, jobs.route(x, weight, router, eps, normed, _ids(ids), topk_weights))
 
     def guess(self, x: Tensor, weight: Tensor | None, router: RouterTensors, eps: float | None, ids: Tensor) -> None:
         """What `route` would put into ids, [T, A] of any strides between tokens."""
@@ -66,12 +66,12 @@ class LayerOps:
     def _route(self, x: Tensor, job: bytes) -> None:
         _check(self._library.qmix_routes(self._number, job, x.shape[0], self.threads))
 
-    def angles(self, positions: Tensor, inverse: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Cosine and signed sine, fp32 [T, 1, R], of position * inverse [R / 2], for positions [T] int64, times the
+    def rope_cos_sin(self, positions: Tensor, inv_freq: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Cosine and signed sine, fp32 [T, 1, R], of position * inv_freq [R / 2], for positions [T] int64, times the
         attention factor (YaRN, arXiv 2309.00071, section 3.4)."""
-        cos, sin = torch.empty(2, len(positions), 1, 2 * len(inverse))
+        cos, sin = torch.empty(2, len(positions), 1, 2 * len(inv_freq))
         positions = positions.contiguous()
-        job = jobs.angles(positions, inverse, cos, sin, factor)
+        job = jobs.rope_cos_sin(positions, inv_freq, cos, sin, factor)
         _check(self._library.qmix_angles_of(self._number, job, len(positions)))
         return cos, sin
 
@@ -88,11 +88,12 @@ class LayerOps:
         _check(self._library.qmix_rotations(self._number, jobs.rotate(queries, keys, cos, sin, out), count))
         return out[:, :heads], out[:, heads:]
 
-    def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """sum_k weights[:, k] * rows[:, k], strictly in order: rows [T, K, H], weights [T, K] -> [T, H], all fp32."""
-        rows, weights = _plain(rows), _plain(weights)
+    def combine(self, rows: Tensor, topk_weights: Tensor) -> Tensor:
+        """sum_k topk_weights[:, k] * rows[:, k], strictly in order: rows [T, K, H], topk_weights [T, K] -> [T, H], all
+        fp32."""
+        rows, topk_weights = _plain(rows), _plain(topk_weights)
         out = torch.empty(rows.shape[0], rows.shape[2])
-        _check(self._library.qmix_combines(self._number, jobs.combine(rows, weights, out), rows.shape[0]))
+        _check(self._library.qmix_combines(self._number, jobs.combine(rows, topk_weights, out), rows.shape[0]))
         return out
 
 

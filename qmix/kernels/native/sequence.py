@@ -16,7 +16,7 @@ from torch import Tensor
 from qmix.kernels.native import jobs
 from qmix.kernels.native.loader import levels, library
 
-PRODUCTS, ATTEND, NORM, ROUTE, ROTATE, ANGLES, COMBINE, ADD, EXPERTS = range(9)  # native.h's kinds
+PRODUCTS, ATTEND, NORM, ROUTE, ROTATE, ROPE_COS_SIN, COMBINE, ADD, EXPERTS = range(9)  # native.h's kinds
 _ADDRESS = struct.Struct("@P")    # what an addition begins with: of what it adds
 # Of a qmix_attention, behind three pointers: keys, values, their scales; behind five more: capacity, begin, end.
 _CACHE, _CACHE_AT = struct.Struct("@4P"), struct.calcsize("@3P")
@@ -54,10 +54,10 @@ class Sequence:
         """What an addition adds."""
         _ADDRESS.pack_into(self._jobs, self._offsets[call], address)
 
-    def patch_cache(self, call: int, kept: tuple[int, int, int, int], capacity: int, begin: int, end: int) -> None:
+    def patch_cache(self, call: int, addresses: tuple[int, int, int, int], capacity: int, begin: int, end: int) -> None:
         """Which cache attention keeps its new vectors in and reads, and which positions of it."""
         at = self._offsets[call]
-        _CACHE.pack_into(self._jobs, at + _CACHE_AT, *kept)
+        _CACHE.pack_into(self._jobs, at + _CACHE_AT, *addresses)
         _RANGE.pack_into(self._jobs, at + _RANGE_AT, capacity, begin, end)
 
     def run(self, begin: int = 0, end: int | None = None) -> int | None:
