@@ -126,6 +126,9 @@ class FakeSession:
         self.ids: list[int] = []
         self.computed: list[int] = []  # how many ids each prefill was given
         self._answer_at = 0  # where the answer begins; drafts may hold any id
+        self._rest: Iterator[int] = iter(())  # of the answer, what nobody has asked for; it may have no end
+        self._answer: list[int] = []
+        self._slow = self._fails = False
 
     @property
     def length(self) -> int:
@@ -144,15 +147,17 @@ class FakeSession:
             raise Interrupted("cancelled")
         self.ids.extend(ids)
         self._answer_at = self._start(self.ids)
+        self._rest, self._answer = reply(self.ids[:self._answer_at]), []
+        self._slow, self._fails = (self._asked(word, self.ids) for word in ("count", "fail"))
         return self._logits()
 
     def decode(self, token: int, cancel: Cancel | None = None) -> torch.Tensor:
         assert len(self.ids) < self.context
         if cancel:
             raise Interrupted("cancelled")
-        if self._asked("count", self.ids[: self._answer_at]):
+        if self._slow:
             time.sleep(0.002)  # a pace that a reader can interrupt
-        if self._asked("fail", self.ids[: self._answer_at]) and len(self.ids) - self._answer_at > 6:
+        if self._fails and len(self.ids) - self._answer_at > 6:
             raise StoreError("experts-00.safetensors: layer 0 expert 3: checksum differs")
         self.ids.append(token)
         return self._logits()
@@ -173,8 +178,10 @@ class FakeSession:
         return list(ids[first : first + len(word)]) == [10 + byte for byte in word.encode()]
 
     def _logits(self) -> torch.Tensor:
-        start = self._answer_at
-        chosen = next(itertools.islice(reply(self.ids[:start]), len(self.ids) - start, None), EOS)
+        at = len(self.ids) - self._answer_at
+        while len(self._answer) <= at:
+            self._answer.append(next(self._rest, EOS))
+        chosen = self._answer[at]
         logits = torch.full((VOCAB,), -1e4)
         if chosen == ANY_DIGIT:
             logits[10 + ord("0") : 11 + ord("9")] = 0.0

@@ -32,7 +32,7 @@ def on_terminal() -> Iterator[Open]:
     def begin(program: list[str], environ: dict[str, str]) -> PseudoTerminal:
         inherited = {k: v for k, v in os.environ.items() if k != "NO_COLOR"}
         settings = {"PYTHONPATH": str(HERE.parent), "TERM": "xterm-256color", **environ}
-        running.append(PseudoTerminal([sys.executable, *program], inherited | settings, HERE))
+        running.append(PseudoTerminal(program, inherited | settings, HERE))
         running[-1].expect(">>>")
         return running[-1]
 
