@@ -16,6 +16,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 
@@ -88,8 +89,7 @@ class PagedExperts:
         self._all_here = len(tier.slots) >= len(model.expert_keys)
         # In one call only where the weighted sum is the one that several tokens get.
         self._resident: ResidentExperts | None = None
-        if self._native and self._all_here and isinstance(kernels.layer, LayerOps) and \
-                kernels.layer.level == self._native.level:
+        if self._native and isinstance(kernels.layer, LayerOps) and kernels.layer.level == self._native.level:
             self._resident = ResidentExperts(self._native, tier, views, model)
         guesses = watch.traces or not (prefetcher.off or self._all_here)
         self.ahead = self._top_k if guesses else 0
@@ -135,11 +135,20 @@ class PagedExperts:
         routed = len(ids)
         if wanted is not None:
             x, ids, weights = x[wanted], ids[wanted.cpu()], weights[wanted]
-        if self._resident is not None and len(x) <= FEW and step.phase == "decode":
+        at_once = self._resident if len(x) <= FEW and step.phase == "decode" else None
+        if at_once is not None and self._all_here:
             _check(step)
             self._count(ids.shape[1] if len(ids) == 1 else len(ids.unique()))
-            return self._resident(layer, x, ids, weights)
+            return at_once(layer, x, ids, weights)
         groups = self._groups(ids, x.device)
+        if not self._all_here:
+            decode = step.phase == "decode"
+            self._settle(layer, step, ids.reshape(-1).tolist() if decode else (),
+                         weights.reshape(-1).tolist() if decode else (), groups, routed)
+            guesses = None if ahead is None else ahead.tolist()
+            if at_once is not None and all(self._tier.ready(ExpertKey(layer, expert)) for expert in groups):
+                with self._all_in_slots(layer, list(groups), step, guesses):
+                    return at_once(layer, x, ids, weights)
         rows = torch.empty(len(x), self._top_k, x.shape[1], dtype=torch.float32, device=x.device)
         if self._all_here:
             self.figures[step.phase].chosen += len(groups)
@@ -151,17 +160,19 @@ class PagedExperts:
                 for expert in groups:
                     self._compute(ExpertKey(layer, expert), x, groups[expert], rows, step)
         else:
-            decode = step.phase == "decode"
-            self._settle(layer, step, ids.reshape(-1).tolist() if decode else (),
-                         weights.reshape(-1).tolist() if decode else (), groups, routed)
-            for key in self._in_turn(layer, list(groups), step, None if ahead is None else ahead.tolist()):
-                self._compute(key, x, groups[key.expert], rows, step)
+            for some in self._in_turn(layer, list(groups), step, guesses, together=at_once is not None):
+                if len(some) == 1:
+                    self._compute(some[0], x, groups[some[0].expert], rows, step)
+                else:
+                    assert self._native is not None
+                    _check(step)
+                    self._compute_few(self._native, layer, x, {key.expert: groups[key.expert] for key in some}, rows)
         return (self._kernels.layer if step.phase == "decode" else TORCH).combine(rows, weights)
 
     @property
     def resident(self) -> bool:
         """Whether a token's experts are calls of the library: `job` and `end_token`, in place of a call of this."""
-        return self._resident is not None
+        return self._resident is not None and self._all_here
 
     def job(self, layer: int, x: Tensor, ids: Tensor, topk_weights: Tensor, out: Tensor) -> bytes:
         """native.h's qmix_experts: out [1, H] fp32 = what a call of this gives for one token."""
@@ -265,8 +276,26 @@ class PagedExperts:
                 cache.seed(layer, self._watch.last_choices)
             cache.settle(layer)
 
-    def _in_turn(self, layer: int, experts: Sequence[int], step: Step, ahead: Guesses | None) -> Iterator[ExpertKey]:
-        """The records of `experts`, each when it can be computed, those that are here first."""
+    @contextmanager
+    def _all_in_slots(self, layer: int, experts: Sequence[int], step: Step, ahead: Guesses | None) -> Iterator[None]:
+        """All records that a decoding layer wants are here: they stay meanwhile, and what the next layers may want is
+        read."""
+        _check(step)
+        keys = [ExpertKey(layer, expert) for expert in experts]
+        for key in keys:
+            self._tier.pin(key)
+        try:
+            self._count(len(keys))
+            self._look_ahead(layer, experts, step, ahead)
+            self._lookahead.pursue()
+            yield
+        finally:
+            self._tier.unpin(keys)
+
+    def _in_turn(self, layer: int, experts: Sequence[int], step: Step, ahead: Guesses | None,
+                 together: bool = False) -> Iterator[list[ExpertKey]]:
+        """The records of `experts`, each when it can be computed, those that are here first. together: all that are
+        whole at a time; one alone may be so up to the end of its w13."""
         tier, reason = self._tier, "demand" if step.phase == "decode" else "prefill"
         keys = [ExpertKey(layer, expert) for expert in experts]
         for key in keys:
@@ -287,14 +316,21 @@ class PagedExperts:
                     looked = True
                     self._look_ahead(layer, experts, step, ahead)
                 self._lookahead.pursue()
-                key = self._next(here, coming)
-                self._await(key, self._halves[self._tier.slot(key)], step)
-                yield key
-                self._launched(key)
-                (here if key in here else coming).remove(key)
-                tier.unpin([key])
+                some = self._whole(here, coming) if together else []
+                if not some:
+                    some = [self._next(here, coming)]
+                    self._await(some[0], self._halves[self._tier.slot(some[0])], step)
+                yield some
+                for key in some:
+                    self._launched(key)
+                    (here if key in here else coming).remove(key)
+                tier.unpin(some)
         finally:
             tier.unpin(keys)
+
+    def _whole(self, here: list[ExpertKey], coming: list[ExpertKey]) -> list[ExpertKey]:
+        """What can be computed at once: what is here, then what has arrived."""
+        return list(here) if here else [key for key in coming if self._tier.ready(key)]
 
     def _next(self, here: list[ExpertKey], coming: list[ExpertKey]) -> ExpertKey:
         """What to compute now: what is here, else what has arrived, else what will arrive first."""
