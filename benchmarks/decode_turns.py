@@ -111,9 +111,9 @@ def main() -> None:
         found.append({"depth": depth, "prompt": prompt, "rates": rates, "memory": memory})
         what = f"prompts of {prompt} tokens" if prompt else f"depth {depth}"
         print(f"{where['date']}, {where['processor']}, {where['cores']} cores; commit {where['commit']}, qmix: "
-              f"{where['instructions']}; {version}; {args.threads} threads, {args.model}, {args.layers} layers, {what}, "
-              f"{args.kv} keys and values (llama.cpp: {PEER_KV[args.kv]}), {args.turns} turns of {prompt or args.tokens} tokens; "
-              f"RAM read {cell(memory)} GB/s.\n")
+              f"{where['instructions']}; {version}; {args.threads} threads, {args.model}, {args.layers} layers, "
+              f"{what}, {args.kv} keys and values (llama.cpp: {PEER_KV[args.kv]}), {args.turns} turns of "
+              f"{prompt or args.tokens} tokens; RAM read {cell(memory)} GB/s.\n")
         print(report(sides, None if prompt else recipe, rates, memory) + "\n", flush=True)
         if args.json:
             args.json.write_text(json.dumps({"machine": where, "depths": found}, indent=1) + "\n")
@@ -121,11 +121,11 @@ def main() -> None:
 
 def take_turns(sides: Sequence[Side], args: argparse.Namespace, depth: int,
                prompt: int) -> tuple[dict[str, list[float]], list[float]]:
-    """({side: tok/s of each turn}, GB/s that the memory gave in each). prompt: tokens of a prompt, which is a turn; 0 to
-    decode."""
+    """({side: tok/s of each turn}, GB/s that the memory gave in each). prompt: tokens of a prompt, which is a turn; 0
+    to decode."""
     context = -(-max(depth + args.turns * args.tokens + 16, prompt) // 256) * 256
-    task = {"tokens": uniform_tokens(context, 0), "depth": depth, "prompt": prompt, "threads": args.threads, "context": context,
-            "ubatch": [512], "load_mode": "auto", "activations": args.activations, "kv": args.kv,
+    task = {"tokens": uniform_tokens(context, 0), "depth": depth, "prompt": prompt, "threads": args.threads,
+            "context": context, "ubatch": [512], "load_mode": "auto", "activations": args.activations, "kv": args.kv,
             "peer_kv": PEER_KV[args.kv]}
     rates: dict[str, list[float]] = {side.name: [] for side in sides}
     memory: list[float] = []
@@ -142,8 +142,8 @@ def take_turns(sides: Sequence[Side], args: argparse.Namespace, depth: int,
 
 def report(sides: Sequence[Side], recipe: Recipe | None, rates: dict[str, list[float]],
            memory: Sequence[float]) -> str:
-    """A row for each side: tok/s, with a recipe weights read and their share of what the memory gave in that turn, times
-    the last."""
+    """A row for each side: tok/s, with a recipe weights read and their share of what the memory gave in that turn,
+    times the last."""
     peer, rows = rates[sides[-1].name], []
     for side in sides:
         own = rates[side.name]

@@ -163,9 +163,9 @@ def tensor_bytes(kind: str, shape: Sequence[int]) -> int:
 
 def bytes_per_token(recipe: Recipe, types: str) -> int:
     """Bytes of weights that one token reads: all but the experts not chosen and the embeddings of other tokens."""
-    total = 0
+    total, routed, looked_up = 0, recipe.chosen / recipe.experts, 1 / recipe.vocab
     for name, kind, shape, _ in drafts(recipe, types):
-        share = recipe.chosen / recipe.experts if "_exps" in name else 1 / recipe.vocab if name.startswith("token_embd") else 1
+        share = routed if "_exps" in name else looked_up if name.startswith("token_embd") else 1
         total += int(tensor_bytes(kind, shape) * share)
     return total
 

@@ -112,9 +112,9 @@ class Recipe:
             "vocab_size": self.vocab, "hidden_size": self.hidden, "intermediate_size": self.inner,
             "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
             "num_key_value_heads": self.kv_heads, "head_dim": 128, "num_local_experts": self.experts,
-            "num_experts_per_tok": self.chosen, "max_position_embeddings": 32768, "rope_theta": 1e6, "rms_norm_eps": self.eps,
-            "sliding_window": None, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
-            "torch_dtype": "bfloat16"}
+            "num_experts_per_tok": self.chosen, "max_position_embeddings": 32768, "rope_theta": 1e6,
+            "rms_norm_eps": self.eps, "sliding_window": None, "tie_word_embeddings": False, "bos_token_id": 1,
+            "eos_token_id": 2, "torch_dtype": "bfloat16"}
 
     def stream(self, kind: str, *place: int) -> np.random.Generator:
         """The random numbers of one tensor, the same whatever else is drawn."""

@@ -1,5 +1,5 @@
-"""A few tokens through their K experts, where the records of all of these are in memory: one call of the native kernels,
-which look the records up themselves.
+"""A few tokens through their K experts, where the records of all of these are in memory: one call of the native
+kernels, which look the records up themselves.
 
 T tokens, H hidden, F expert inner, K experts per token.
 """

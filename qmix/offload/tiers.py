@@ -88,8 +88,8 @@ class Tier:
         return False
 
     def follow(self, entered: Callable[[ExpertKey, int], None], left: Callable[[ExpertKey], None]) -> None:
-        """From now on tell entered(key, slot) of each record that turns out to be whole, and left(key) before the slot of
-        any record is given away. One may follow."""
+        """From now on tell entered(key, slot) of each record that turns out to be whole, and left(key) before the slot
+        of any record is given away. One may follow."""
         self._entered, self._left = entered, left
         for key, slot in self._slots.items():
             if key not in self._loading:

@@ -50,8 +50,8 @@ class ExpertTable:
         first = layer * self._experts
         return jobs.EXPERTS.pack(
             self._records_at + first * _RECORD, self._kinds_at + first * _KIND, self._layouts_at, x.data_ptr(),
-            ids.data_ptr(), topk_weights.data_ptr(), between.data_ptr(), rows.data_ptr(), out.data_ptr(), ids.shape[1], self.hidden,
-            self.inner, jobs.TYPES[x.dtype])
+            ids.data_ptr(), topk_weights.data_ptr(), between.data_ptr(), rows.data_ptr(), out.data_ptr(), ids.shape[1],
+            self.hidden, self.inner, jobs.TYPES[x.dtype])
 
 
 def _matrix(slot: Tensor, m: Packed) -> bytes:
