@@ -1,5 +1,6 @@
 # make demo   install into .venv, quantize the bundled checkpoint, let it answer
 # make test   install the test tools too, run the whole suite
+# make test-models   every architecture in every format and by every method: some minutes
 # make test-levels   the whole suite at every instruction level of this processor, with one thread and with two
 #
 # VENV=.venv          where everything is installed
@@ -19,7 +20,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet -c constraints.txt $(PIP_ARGS)
 QMIX := $(VENV)/bin/qmix
 DEMO_STORE := build/demo
 
-.PHONY: demo test test-levels lint clean
+.PHONY: demo test test-models test-levels lint clean
 
 demo: $(VENV)/.qmix
 	$(QMIX) quantize qmix/demo/checkpoint $(DEMO_STORE) --force
@@ -29,6 +30,9 @@ demo: $(VENV)/.qmix
 
 test: $(VENV)/.qmix-dev lint
 	$(VENV)/bin/python -m pytest $(WORKERS) $(PYTEST_ARGS)
+
+test-models: $(VENV)/.qmix-dev
+	$(VENV)/bin/python -m pytest $(WORKERS) $(PYTEST_ARGS) -m models
 
 test-levels: $(VENV)/.qmix-dev
 	$(VENV)/bin/python tests/levels.py $(WORKERS) $(PYTEST_ARGS)

@@ -22,7 +22,7 @@ from qmix.device import StandIn
 from qmix.engine import Placement, load
 from qmix.offload.cache import Cache, make_policy
 from qmix.offload.device_experts import DeviceExperts
-from qmix.offload.plan import DEVICE_TILES, RESERVE, Needs
+from qmix.offload.plan import RESERVE, Needs
 from qmix.store import Store
 
 # (layers, experts, chosen, slots, tokens)
@@ -81,7 +81,8 @@ def layer_rows(folder: Path, tokens: int = 80) -> dict[tuple[str, int], list[flo
     hardware.resident_bytes = lambda: 0
     with Store.open(folder) as store:
         needs = Needs.of(store.model, store.quant, 128)
-    vram = RESERVE + needs.dense + needs.kv + needs.workspace + DEVICE_TILES + needs.records * 9 // 10 * needs.record
+    there = needs.on_device
+    vram = RESERVE + there.dense + there.kv + there.workspace + needs.records * 9 // 10 * needs.record
     with load(folder, context=128, threads=1, ram=RESERVE + needs.expert_bytes, activations="bf16",
               placement=Placement(StandIn(), vram, exact=True)) as engine:
         session = engine.session()

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from qmix.engine import load
-from qmix.model.kvcache import KVCache
+from qmix.forward.kv_cache import SessionCache
 
 PASS = 8  # tokens of one pass, the most that are computed one by one
 
@@ -37,7 +37,7 @@ def log_probabilities(store: Path, kv: str, text: str, args: argparse.Namespace,
     with load(store, threads=args.threads, context=args.window, activations=args.activations, kv=kv,
               say=print) as engine:
         if torchs:
-            engine._model._make_cache = KVCache
+            engine._model._eager._make_cache = SessionCache
         ids = engine.tokenizer.encode(text)
         if len(ids) < args.tokens:
             raise SystemExit(f"the text has {len(ids)} tokens: want --tokens {len(ids)} or fewer")

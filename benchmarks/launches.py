@@ -32,14 +32,15 @@ from qmix.config import Step
 from qmix.device import Routed
 from qmix.device.device import Event, Work
 from qmix.formats.packed import TORCH_DTYPES, Packed, view
+from qmix.forward.kv_cache import SessionCache
+from qmix.forward.kv_layers import FullLayer, Query
+from qmix.forward.run_graph import DeviceDecode
+from qmix.forward.weights import PACKED, DenseWeights, assemble
 from qmix.kernels.configs import TENSOR_CORES
 from qmix.kernels.device_ops import ExpertSlots
 from qmix.kernels.device_table import DeviceKernels, choose_device_kernels
 from qmix.kernels.table import KernelTable
 from qmix.kernels.trials import MIXTRAL_8X7B
-from qmix.model.device_decode import DeviceDecode
-from qmix.model.kvcache import KVCache
-from qmix.model.weights import LayerWeights, Weights
 from qmix.models import read_model
 from qmix.sizes import MatrixSpec, RecordLayout
 from qmix.spec import Model
@@ -77,21 +78,17 @@ def empty(spec: MatrixSpec) -> Packed:
     return Packed.of(spec, {t.name: torch.empty(t.shape, dtype=TORCH_DTYPES[t.dtype]) for t in spec.tensors})
 
 
-def dense_weights(model: Shape, half: torch.dtype) -> Weights:
+def dense_weights(shape: Shape, half: torch.dtype) -> DenseWeights:
     """As load_dense gives them for a device: q, k and v as one matrix, int8."""
-    config = model.config
-    attention, _ = config.alike()
-    hidden, queries = config.hidden, attention.heads * attention.head_dim
-    rows = queries + 2 * attention.kv_heads * attention.head_dim
+    tensors = {t.name: t for t in shape.config.tensors()}
 
-    def layer() -> LayerWeights:
-        return LayerWeights(torch.empty(hidden), (empty(MatrixSpec("int8", rows, hidden)),),
-                            empty(MatrixSpec("int8", hidden, queries)), torch.empty(hidden),
-                            torch.empty(config.num_experts, hidden, dtype=torch.float64))
+    def read(name: str) -> Packed | Tensor:
+        t = tensors[name]
+        if t.role not in PACKED:
+            return torch.empty(t.shape, dtype=torch.bfloat16)
+        return empty(MatrixSpec(shape.head if t.role == "head" else "int8", *t.shape))
 
-    embedding = torch.empty(config.vocab, hidden, dtype=torch.bfloat16)
-    return Weights(half, embedding, tuple(layer() for _ in range(config.num_layers)), torch.empty(hidden),
-                   empty(MatrixSpec(model.head, config.vocab, hidden)))
+    return assemble(shape.config, half, read, CPU)
 
 
 class Immediate:
@@ -158,25 +155,26 @@ def launch(model: Shape, card: tuple[int, int], found: Launches, tokens: Iterabl
     weights = dense_weights(model, dtype)
     decode = DeviceDecode(config, weights, Immediate(dtype), kernels.ops, InSlots(kernels, config, record), DEPTH,
                           min(GUESSES, config.num_experts))
-    cache = KVCache(config, model.context, dtype, place=CPU, attend=kernels.attend)
+    cache = SessionCache(config, model.context, dtype, place=CPU, attend=kernels.attend)
     for count in tokens:
         found.label = f"{model.name}, decode {count}"
         given = torch.zeros(count, dtype=torch.int64)
         decode(given, given, [cache] * count, Step("decode"))
-    slot, layer = torch.empty(record.nbytes, dtype=torch.uint8), weights.layers[0]
+    slot, (attention, _) = torch.empty(record.nbytes, dtype=torch.uint8), config.alike()
+    (qkv, *_), o = weights.stacks.values(), weights.matrices["layers.0.attention.o"]
+    kept = cache.layers[0]
+    assert isinstance(kept, FullLayer) and len(weights.stacks) == config.num_layers
     w13, w2 = (Packed.of(spec, {p.tensor.name: view(slot, p.offset, p.tensor) for p in record.placed
                                 if p.matrix == name}) for name, spec in (("w13", record.w13), ("w2", record.w2)))
     for count in (n for n in prompts if n <= model.context):
         found.label = f"{model.name}, prompt {count}"
         x = torch.empty(count, config.hidden, dtype=dtype)
-        for m in layer.heads:
-            kernels.prompts.linear(x, m)
-        attention, _ = config.alike()
+        kernels.prompts.linear(x, qkv)
         heads = attention.heads, attention.kv_heads, attention.kv_heads
-        new = (torch.empty(count, number, attention.head_dim, dtype=dtype) for number in heads)
-        kernels.prompts.linear(cache.attend(0, 0, *new, attention.window), layer.o)
+        query = Query(0, *(torch.empty(count, number, attention.head_dim, dtype=dtype) for number in heads))
+        kernels.prompts.linear(kept.attend(attention, None, query), o)
         kernels.prompts.expert(x, w13, w2)
-        kernels.prompts.linear(x[-1:], weights.head)
+        kernels.prompts.linear(x[-1:], weights.matrices["embedding" if config.tied else "head"])
 
 
 def wrong(one: Launch, card: tuple[int, int]) -> Iterator[str]:

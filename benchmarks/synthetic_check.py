@@ -16,9 +16,10 @@ from synthetic_recipe import tokens_of
 from torch import Tensor
 
 from qmix.config import DTYPES, ExpertKey, Step
+from qmix.forward.run_eager import Guesses
+from qmix.forward.runner import Runner
+from qmix.forward.weights import compute_dtype, load_dense
 from qmix.kernels.table import KernelTable, select
-from qmix.model.mixtral import Mixtral
-from qmix.model.weights import load_dense
 from qmix.store import Store
 
 
@@ -36,7 +37,7 @@ class Recorder:
                  ahead: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
         self.ids.append(ids.clone())
         if ahead is not None:
-            self.ahead.append(ahead.clone())
+            self.ahead.append(ahead[:, 0].clone())  # of the next layer
         total = torch.zeros(x.shape, dtype=torch.float32)
         for expert in ids.unique().tolist():
             key = ExpertKey(layer, expert)
@@ -52,7 +53,8 @@ def route(store: Store, tokens: list[int]) -> Recorder:
     config, quant = store.model, store.quant
     kernels = select({quant.experts, quant.dense, DTYPES[config.dtype]}, {quant.block})
     recorder = Recorder(store, kernels, torch.empty(store.layout.record_bytes, dtype=torch.uint8))
-    model = Mixtral(config, load_dense(store, kernels), kernels, recorder, config.top_k)
+    weights = load_dense(config, compute_dtype(config, quant), store.dense)
+    model = Runner(config, weights, kernels, recorder, Guesses(1, config.top_k))
     count = len(tokens)
     model.forward(torch.tensor(tokens), torch.arange(count), [model.new_cache(count)], Step("decode", (0,) * count))
     return recorder

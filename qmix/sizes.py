@@ -205,21 +205,6 @@ def dense_bytes(model: Model, quant: QuantConfig, tensor: Tensor) -> int:
     return prod(tensor.shape) * item if spec is None else spec.nbytes
 
 
-def kv_bytes_per_token(model: Model, item_bytes: int = 2, kv: str = "bf16") -> int:
-    """Bytes of keys and values that one position takes in all layers: 128 KiB for Mixtral 8x7B, 66 KiB with `kv`
-    "int8", which has a byte a number and an fp32 scale for each head's key and value.
-
-    item_bytes: of the compute dtype, which "bf16" stands for: 4 in a model that computes in fp32.
-    UsageError for an unknown `kv`.
-    """
-    if kv not in KV_FORMATS:
-        raise UsageError(f"--kv-cache {kv}: want " + " or ".join(KV_FORMATS))
-    def head(size: int) -> int:
-        return size + KV_SCALE_BYTES if kv == "int8" else size * item_bytes
-
-    return sum(2 * a.kv_heads * head(a.head_dim) for a in kept_attention(model))
-
-
 def kept_attention(model: Model) -> tuple[Attention, ...]:
     """Of the layers that keep keys and values of their own."""
     return tuple(layer.mixer for layer in model.layers

@@ -18,7 +18,7 @@ from torch import Tensor
 from qmix.checkpoint import Checkpoint
 from qmix.config import DTYPES, ExpertKey, QuantConfig, Step
 from qmix.formats import Packed, pack
-from qmix.forward.run_eager import Guesses
+from qmix.forward.run_eager import NO_GUESSES, Guesses
 from qmix.forward.runner import Runner
 from qmix.forward.weights import DenseWeights, assemble, compute_dtype, load_dense
 from qmix.kernels.table import KernelTable, select
@@ -137,11 +137,11 @@ def naive_experts(checkpoint: Checkpoint,
     return experts
 
 
-def keep_model(checkpoint: Checkpoint, seen: Callable[..., None] = lambda *_: None) -> Runner:
+def keep_model(checkpoint: Checkpoint, seen: Callable[..., None] = lambda *_: None, guess: bool = True) -> Runner:
     """The runner on the checkpoint's own weights with naive experts; `seen` gets every call of theirs."""
     kernels = select({DTYPES[checkpoint.model.dtype]}, say=lambda line: None)
     return Runner(checkpoint.model, keep_weights(checkpoint), kernels, naive_experts(checkpoint, seen),
-                  Guesses(1, checkpoint.model.top_k))
+                  Guesses(1, checkpoint.model.top_k) if guess else NO_GUESSES)
 
 
 def stored_model(source: Path, out: Path, quant: QuantConfig = KEEP) -> Runner:

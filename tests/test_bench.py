@@ -123,8 +123,7 @@ def test_operations_are_what_torch_counts(tmp_path: Path, case: Case, window: in
     monkeypatch.setenv("QMIX_NATIVE", "off")  # so that it is torch that computes
     source = write_tiny_checkpoint(tmp_path / "tiny", dtype=torch.float32, sliding_window=window)
     with Checkpoint.open(source) as checkpoint:
-        model, config = keep_model(checkpoint), checkpoint.model
-        model._ahead = 0  # guesses are not work
+        model, config = keep_model(checkpoint, guess=False), checkpoint.model  # guesses are not work
         cache = model.new_cache(40)
         if case.depth:
             prefill(model, [9] * case.depth, cache)
@@ -143,11 +142,9 @@ def test_operations_are_what_torch_counts(tmp_path: Path, case: Case, window: in
 def test_bytes_are_those_of_the_tensors_that_a_pass_reads(store: Path) -> None:
     with load(store, threads=1, context=64) as engine:
         config, record, session = engine.model, engine.store.layout.record_bytes, engine.session()
-        weights = engine._model._weights
-        dense = weights.final_norm.nbytes + sum(t.nbytes for t in weights.head.tensors.values())
-        for layer in weights.layers:
-            dense += layer.input_norm.nbytes + layer.post_norm.nbytes + layer.router.nbytes
-            dense += sum(t.nbytes for m in (*layer.heads, layer.o) for t in m.tensors.values())
+        weights = engine._model._weights.dense
+        dense = sum(t.nbytes for m in weights.matrices.values() for t in m.tensors.values())
+        dense += sum(tensor.nbytes for name, tensor in weights.tensors.items() if name != "embedding")
         attention = config.alike()[0]
         position = 2 * config.num_layers * attention.kv_heads * attention.head_dim * 2  # keys and values, bf16
         model = Workload.of(config, engine.store.quant, engine.plan.needs)

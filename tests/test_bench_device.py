@@ -85,7 +85,7 @@ def budgets(folder: Path, above: int, below: int, context: int) -> tuple[str, st
     """Flags for so many slots on the device and in RAM, in a process that holds nothing yet."""
     with Store.open(folder) as store:
         needs = Needs.of(store.model, store.quant, context)
-    vram = RESERVE + needs.dense + needs.kv + needs.workspace + DEVICE_TILES + above * needs.record
+    vram = RESERVE + needs.dense + needs.routers + needs.kv + needs.workspace + DEVICE_TILES + above * needs.record
     return "--vram", str(vram), "--ram", str(RESERVE + below * needs.record)
 
 
@@ -146,11 +146,10 @@ def test_bytes_are_what_the_engine_counted(stores: dict[str, Path], above: int, 
                                            monkeypatch: pytest.MonkeyPatch) -> None:
     with bring_up(monkeypatch, stores["int4"], above, below, prefetch="off") as engine:
         config, record, session = engine.model, engine.store.layout.record_bytes, engine.session()
-        weights = engine._model._weights
-        dense = weights.final_norm.nbytes + sum(t.nbytes for t in weights.head.tensors.values())
-        for layer in weights.layers:
-            dense += layer.input_norm.nbytes + layer.post_norm.nbytes + layer.router.nbytes
-            dense += sum(t.nbytes for m in (*layer.heads, layer.o) for t in m.tensors.values())
+        weights = engine._model._weights.dense
+        matrices = [*weights.matrices.values(), *weights.stacks.values()]
+        dense = sum(t.nbytes for m in matrices for t in m.tensors.values())
+        dense += sum(tensor.nbytes for name, tensor in weights.tensors.items() if name != "embedding")
         position = 2 * LAYERS * config.alike()[0].kv_heads * config.alike()[0].head_dim * 2  # keys and values, bf16
         for case, passes, positions in ((Case("tg", 5, 3), 5, 4 + 5 + 6 + 7 + 8), (Case("pp", 9, 2), 1, 11)):
             found = repeat(engine, session, model_of(engine), case, IDS[:case.positions])

@@ -19,8 +19,10 @@ from qmix.config import ExpertKey
 from qmix.errors import UsageError
 from qmix.formats import memory
 from qmix.models import read_model
-from qmix.quantize import calibration
-from qmix.quantize.calibration import Calibration, ForwardPass, Inputs
+from qmix.quantize import forward_pass
+from qmix.quantize.calibration import Calibration
+from qmix.quantize.forward_pass import ForwardPass
+from qmix.quantize.inputs import Inputs
 from qmix.tokenizer import load
 
 DEMO = Path(__file__).parents[1] / "qmix" / "demo" / "checkpoint"
@@ -33,12 +35,13 @@ def stacked(source: Checkpoint, key: ExpertKey) -> tuple[Tensor, Tensor]:
 
 def through(source: Checkpoint, text: Calibration, pool: ThreadPoolExecutor | None = None,
             measure: bool = False) -> tuple[list[Tensor], dict[str, dict[str, Inputs]], ForwardPass]:
-    """([residual before each layer and after the last], {"1.attention" or an expert's name: its inputs}, the pass)."""
+    """([residual before each layer and after the last], {"1.dense" or an expert's name: its inputs}, the pass)."""
     forward = ForwardPass(source, text, pool)
     states, found = [forward.residual.clone()], {}
     for layer in range(source.model.num_layers):
-        found[f"{layer}.attention"] = forward.attention(layer, measure)
-        for expert in range(source.model.num_experts):
+        forward.enter(layer, measure)
+        found[f"{layer}.dense"] = dict(forward.dense_inputs)
+        for expert in range(source.model.experts_in(layer)):
             key = ExpertKey(layer, expert)
             found[str(key)] = forward.expert(key, *stacked(source, key), measure)
         states.append(forward.residual.clone())
@@ -103,7 +106,7 @@ def test_sums_are_those_of_the_inputs(tmp_path: Path) -> None:
 
         first = F.rms_norm(source.dense("embedding")[ids.flatten()].double(), (64,),
                            source.dense("layers.0.before_mixer").double(), source.model.final_norm.eps)
-        attention = found["0.attention"]
+        attention = {name[-1]: inputs for name, inputs in found["0.dense"].items()}
         for name in ("q", "k", "v"):
             check(attention[name], first, source.dense(f"layers.0.attention.{name}").double())
         assert attention["k"].factor(None) is attention["v"].factor(None)  # made once
@@ -120,7 +123,7 @@ def check(inputs: Inputs, x: Tensor, weight: Tensor) -> None:
 
 def test_threads_and_other_sizes_of_the_pool_change_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, size in (("CHUNK", 32), ("SEQUENCES", 2), ("ROWS", 40)):  # so that there is something to share out
-        monkeypatch.setattr(calibration, name, size)
+        monkeypatch.setattr(forward_pass, name, size)
     folder = write_tiny_checkpoint(tmp_path / "tiny", seed=3)
     ids = torch.randint(3, 128, (6, 30), generator=torch.Generator().manual_seed(1))
     with Checkpoint.open(folder) as source, ThreadPoolExecutor(3) as pool:

@@ -16,13 +16,13 @@ from mixtrals import mixtral
 from qmix.config import Step
 from qmix.device import StandIn
 from qmix.formats.packed import TORCH_DTYPES, Packed
+from qmix.forward.kv_cache import SessionCache
+from qmix.forward.run_graph import DeviceDecode
+from qmix.forward.weights import assemble
 from qmix.kernels import cuda
 from qmix.kernels.configs import Configs
 from qmix.kernels.cuda_ops import TritonOps
 from qmix.kernels.device_ops import ExpertSlots
-from qmix.model.device_decode import DeviceDecode
-from qmix.model.kvcache import KVCache
-from qmix.model.weights import LayerWeights, Weights
 from qmix.sizes import MatrixSpec, RecordLayout
 
 L, H, F, V = 2, 4096, 14336, 512
@@ -72,15 +72,22 @@ class Experts:
 
 def token(resident, dense):
     config = mixtral(V, H, F, L, 32, 8, 128, 8, 2, 1e6, 1e-5, 32768)
-    layer = LayerWeights(torch.empty(H), (matrix(6144, H, dense),), matrix(H, H, dense), torch.empty(H),
-                         torch.empty(8, H, dtype=torch.float64))
-    weights = Weights(torch.bfloat16, torch.empty(V, H), (layer,) * L, torch.empty(H), matrix(V, H))
+    wanted = {t.name: t for t in config.tensors()}
+
+    def read(name):
+        t = wanted[name]
+        if t.role in ("linear", "head"):
+            return matrix(*t.shape, dense if t.role == "linear" else "int8")
+        return torch.empty(t.shape, dtype=torch.bfloat16)
+
+    weights = assemble(config, torch.bfloat16, read, torch.device("cpu"))  # q, k and v become one matrix
+    assert len(weights.stacks) == L
     ops = TritonOps(Configs())
     # All resident: the router's guesses serve nobody.
     decode = DeviceDecode(config, weights, AtOnce(), ops, Experts(resident, ops), 1 - resident, 2 * (1 - resident))
     seen.clear()
     decode(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64),
-           [KVCache(config, 256, torch.bfloat16)], Step("decode", (0,)))
+           [SessionCache(config, 256, torch.bfloat16)], Step("decode", (0,)))
     return list(seen)
 
 print(json.dumps({f"{dense} {resident}": token(resident, dense) for dense in ("int8", "int4") for resident in (0, 1)}))

@@ -26,7 +26,7 @@ from qmix.engine import Engine, Placement, load, placing
 from qmix.errors import DoesNotFit, Interrupted, QmixError, StoreError, UsageError
 from qmix.kernels.device_ops import TorchDeviceOps
 from qmix.offload import device_setup
-from qmix.offload.plan import DEVICE_TILES, RESERVE, STAGING, Needs
+from qmix.offload.plan import RESERVE, STAGING, Needs
 from qmix.offload.split import Split
 from qmix.store import RecordFiles, Store
 
@@ -63,7 +63,8 @@ def bring_up(monkeypatch: pytest.MonkeyPatch, folder: Path, above: int, below: i
     monkeypatch.setattr(hardware, "resident_bytes", lambda: 0)
     with Store.open(folder) as store:
         needs = Needs.of(store.model, store.quant, how.setdefault("context", CONTEXT), how.get("kv", "bf16"))
-    vram = RESERVE + needs.dense + needs.kv + needs.workspace + DEVICE_TILES + needs.decoded + above * needs.record
+    there = needs.on_device
+    vram = RESERVE + there.dense + there.kv + there.workspace + above * needs.record
     placement = Placement(device or StandIn(), vram, exact=exact, tuned=how.pop("tuned", None))
     engine = load(folder, threads=how.pop("threads", 1), ram=RESERVE + below * needs.record, placement=placement,
                   activations=how.pop("activations", "bf16"), **how)
@@ -336,7 +337,8 @@ def test_a_device_that_fails_in_a_prompt_is_told(stores: dict[str, Path], monkey
         def fail(*how: object) -> None:
             raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore lines")
 
-        monkeypatch.setattr(session.cache, "_attend", fail)
+        for layer in session.cache.layers:
+            monkeypatch.setattr(layer, "_there", fail)
         with pytest.raises(QmixError, match="the GPU failed: CUDA error: an illegal memory access was"):
             session.prefill(IDS[:10])
         assert session.length == 0

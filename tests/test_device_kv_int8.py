@@ -3,6 +3,7 @@ sessions exact, the numbers of the CPU's own int8 cache, and what the plan count
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,9 @@ from torch import Tensor
 from qmix.config import QuantConfig
 from qmix.device import StandIn
 from qmix.engine import Placement, load
+from qmix.forward.kv_cache import SessionCache
+from qmix.forward.kv_layers import Int8Layer, Query
 from qmix.kernels.attend import attend
-from qmix.model.kvcache import KVCache
-from qmix.model.kvint8 import Int8KVCache
 from qmix.offload.plan import DEVICE_TILES, Needs, plan
 from qmix.store import Store
 
@@ -43,7 +44,8 @@ def resident(stores: dict[str, Path]) -> dict[str, Tensor]:
     for name in ("int4", "keep", "window"):
         with load(stores[name], threads=1, context=CONTEXT, activations="bf16", kv="int8",
                   placement=Placement(StandIn())) as engine:
-            assert engine.plan.tiers[0].slots == ALL and isinstance(engine.session().cache, Int8KVCache)
+            assert engine.plan.tiers[0].slots == ALL
+            assert all(isinstance(layer, Int8Layer) for layer in engine.session().cache.layers)
             found[name] = run(engine)
     return found
 
@@ -132,23 +134,27 @@ def test_what_it_takes_is_in_the_plan(stores: dict[str, Path], monkeypatch: pyte
 def test_where_a_cache_lies_is_told_by_all_its_parts(stores: dict[str, Path]) -> None:
     """A graph has the addresses of the scales too: a cache whose codes lie where another's lay is not that other."""
     with Store.open(stores["int4"]) as store:
-        cache = Int8KVCache(store.model, 9, torch.float32)
-        assert cache.places == cache.kept(0).addresses and len(set(cache.places)) == 4
-        assert len(KVCache(store.model, 9, torch.float32).places) == 2
+        cache, sixteen = (SessionCache(store.model, 9, torch.float32, kv) for kv in ("int8", "bf16"))
+        layers = range(len(store.model.layers))
+        assert cache.places == tuple(address for i in layers for address in cache.kept(i).addresses)
+        assert len(set(cache.places)) == 4 * len(layers)
+        assert len(set(sixteen.places) - {0}) == 2 * len(layers)
 
 
 @pytest.mark.parametrize("window", [None, 7])
 def test_a_prompt_attends_to_all_heads_at_once_as_to_one_after_the_other(stores: dict[str, Path],
                                                                          window: int | None) -> None:
     with Store.open(stores["keep"]) as store:
-        config = store.model
+        config, a = store.model, replace(store.model.alike()[0], window=window)
     random = torch.Generator().manual_seed(3)
     found = []
-    parts = [[torch.randn(count, heads, config.alike()[0].head_dim, generator=random) for heads in (
-        config.alike()[0].heads, config.alike()[0].kv_heads, config.alike()[0].kv_heads)] for count in (20, 12)]
+    parts = [[torch.randn(count, heads, a.head_dim, generator=random) for heads in (a.heads, a.kv_heads, a.kv_heads)]
+             for count in (20, 12)]
     for there in (None, attend):
-        cache, out = Int8KVCache(config, 40, torch.float32, there=there), []
+        cache, out = SessionCache(config, 40, torch.float32, "int8", attend=there), []
+        layer = cache.layers[1]
+        assert isinstance(layer, Int8Layer)
         for start, (q, keys, values) in zip((0, 20), parts, strict=True):
-            out.append(cache.attend(1, start, q, keys, values, window))
+            out.append(layer.attend(a, None, Query(start, q, keys, values)))
         found.append(torch.cat(out))
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)

@@ -43,8 +43,10 @@ def compiled(kernels: Kernels) -> list[str]:
     def matrix(name: str, format: str) -> Any:
         return SimpleNamespace(name=name, spec=SimpleNamespace(cols=8, format=format))
 
-    weights = SimpleNamespace(layers=[SimpleNamespace(heads=[matrix("qkv", "int4")], o=matrix("o", "int4"))],
-                              head=matrix("head", "int8"))
+    qkv = tuple(f"layers.{{}}.attention.{part}" for part in "qkv")
+    stacks = {tuple(name.format(i) for name in qkv): matrix("qkv" if i == 0 else f"qkv of {i}", "int4") for i in (0, 1)}
+    matrices = {f"layers.{i}.attention.o": matrix("o" if i == 0 else f"o of {i}", "int4") for i in (0, 1, 10)}
+    weights = SimpleNamespace(stacks=stacks, matrices=matrices | {"head": matrix("head", "int8")})
     offload = SimpleNamespace(experts=SimpleNamespace(views=[(matrix("w13", "int3"), matrix("w2", "int3"))]))
     config = mixtral(16, 8, 8, 1, 2, 1, 4, 2, 1)
     device, lines = StandIn(), list[str]()

@@ -432,9 +432,9 @@ def test_another_thread_count_or_text_is_another_evaluation(stores: dict[str, Pa
 
 def test_an_output_that_is_not_a_number_names_the_window(stores: dict[str, Path], text: Path,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    from qmix.model.mixtral import Mixtral
-    honest, count = Mixtral.logits, itertools.count()
-    monkeypatch.setattr(Mixtral, "logits", lambda self, residual: honest(self, residual) * (
+    from qmix.forward.runner import Runner
+    honest, count = Runner.logits, itertools.count()
+    monkeypatch.setattr(Runner, "logits", lambda self, residual: honest(self, residual) * (
         math.nan if next(count) == 2 else 1))
     done = qmix("eval", stores["int4"], "-f", text, "-c", 50)
     assert done.returncode == 1 and "tokens 101 to 149" in done.stderr and done.stdout == "", done.stderr

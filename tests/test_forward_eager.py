@@ -15,10 +15,11 @@ from qmix.errors import Interrupted, UsageError
 from qmix.forward import passes, run_eager
 from qmix.forward.kv_cache import SessionCache
 from qmix.forward.kv_layers import FullLayer, RecurrentLayer, WindowLayer
-from qmix.forward.program import model_program, pass_tokens
+from qmix.forward.program import model_program
 from qmix.kernels import ops
 from qmix.kernels.kv_size import SLACK
 from qmix.kernels.op import Op
+from qmix.sizes import pass_tokens
 from qmix.spec import Attention, DeltaNet, Expert, Layer, Mlp, Model, Moe, Norm, Norms, Rope, Router
 
 NORM = Norm(1e-5)

@@ -21,7 +21,7 @@ FLOORS = (
     {"sources"},
     {"checkpoint", "store", "kernels", "hardware", "device"},
     {"forward"},
-    {"quantize", "model", "offload", "tokenizer", "sampling", "speculation"},
+    {"quantize", "offload", "tokenizer", "sampling", "speculation"},
     {"generate"},
     {"engine"},
     {"analysis", "bench", "chat", "demo", "evaluate"},
@@ -75,6 +75,7 @@ HEAVY = {"torch", "bitsandbytes", "transformers", "accelerate", "safetensors", "
     "import qmix",
     "from qmix.cli import main\ntry: main()\nexcept SystemExit: pass",
     "import qmix.forward.program, qmix.kernels.ops, qmix.spec",
+    "import qmix.offload.plan, qmix.kernels.kv_size",
     "import qmix.sizes, qmix.config, qmix.tensorfile, qmix.settings, qmix.paths, qmix.json_cache, qmix.render",
 ])
 def test_help_and_floor_zero_import_nothing_heavy(code: str) -> None:

@@ -9,22 +9,19 @@ T tokens, H hidden, E experts, K chosen.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from bounds import BF16, FP32
 from torch import Tensor
 
 from qmix.formats.packed import TILE_BYTES
-from qmix.kernels import native, ops
+from qmix.kernels import native
 from qmix.kernels.attend import rotation
 from qmix.kernels.layer import TORCH, LayerOps
 from qmix.kernels.native import jobs
 from qmix.kernels.native.sequence import NORM, Sequence
 from qmix.kernels.router import RouterTensors, router_logits
-from qmix.spec import Norm, Rope, Router
-from qmix.spec import Tensor as Named
+from qmix.spec import Router
 
 OPS: list[LayerOps] = [TORCH, *(native.LayerOps(level) for level in native.levels())]
 every_op = pytest.mark.parametrize("layer_ops", OPS, ids=lambda layer_ops: layer_ops.name)
@@ -241,19 +238,6 @@ def test_partial_rotary_with_an_attention_factor(layer_ops: LayerOps, queries_as
         part = layer_ops.angles(positions[:count], inv_freq, factor)
         alone = layer_ops.rotate(queries[:count].clone(), keys[:count].clone(), *part, size)
         assert all(torch.equal(a, b[:count]) for a, b in zip(alone, found, strict=True))
-
-
-def test_what_the_library_supports() -> None:
-    if not native.levels():
-        pytest.skip(NOT_BUILT)
-    layer_ops = native.LayerOps(next(iter(native.levels())))
-    rope = ops.Rope(("q", "k"), Rope(1e6, 32), 128)
-    weight = Named("layers.0.router", (8, 64), "router")
-    for op in (ops.Norm("x", "y", "wide", Norm(EPS), 64), ops.HeadNorm("q", 32, None, clip=8.0), rope,
-               ops.Route("x", "ids", "topk_weights", Router(8, 2), weight)):
-        assert layer_ops.supports(op) is None
-    assert "3 buffers" in str(layer_ops.supports(replace(rope, buffers=("q", "k", "v"))))
-    assert "Gate" in str(layer_ops.supports(ops.Gate("x", "y")))
 
 
 def test_a_norm_gives_both_its_rounded_and_its_wide_result() -> None:

@@ -25,7 +25,7 @@ from qmix.device import StandIn
 from qmix.engine import Engine, Placement, load
 from qmix.errors import ConfigError, DoesNotFit, Interrupted, StoreError, UsageError
 from qmix.offload.cache import Cache, make_policy, warm_order
-from qmix.offload.plan import DEVICE_TILES, RESERVE, STAGING, Needs, plan
+from qmix.offload.plan import RESERVE, STAGING, Needs, plan
 from qmix.quantize import quantize_checkpoint
 from qmix.quantize.methods import quantize
 from qmix.sizes import GIB, MIB
@@ -128,7 +128,8 @@ def test_same_bits_on_a_device(mixed: Path, more: int, monkeypatch: pytest.Monke
         needs = Needs.of(store.model, store.quant, 120)
     least = [sum(count * nbytes for count, (_, nbytes) in zip(counts, needs.kinds, strict=True))
              for counts in (needs.least, [STAGING] * len(KINDS))]
-    vram = RESERVE + needs.dense + needs.kv + needs.workspace + DEVICE_TILES + least[0] + more * needs.record
+    there = needs.on_device
+    vram = RESERVE + there.dense + there.kv + there.workspace + least[0] + more * needs.record
     ram = RESERVE + least[1] + more * needs.record
     with load(mixed, threads=1, context=120, activations="bf16", ram=ram, prefetch="ahead",
               placement=Placement(StandIn(), vram, exact=True)) as engine:

@@ -35,10 +35,11 @@ from qmix.forward.run_eager import Guesses
 from qmix.forward.runner import Runner
 from qmix.forward.weights import assemble, compute_dtype
 from qmix.kernels.attend import attend, rotation
+from qmix.kernels.kv_size import kv_bytes
 from qmix.kernels.layer import TORCH, rms_norm, rotate
 from qmix.kernels.table import select
 from qmix.models import read_model
-from qmix.sizes import MatrixSpec, kv_bytes_per_token
+from qmix.sizes import MatrixSpec
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "gqa": {}, "mha": {"num_key_value_heads": 4}, "window": {"sliding_window": 7},
@@ -130,7 +131,7 @@ def test_attention_against_a_loop(count: int, length: int, window: int | None, k
 def test_cache_size_is_what_the_plan_counts(checkpoint: Checkpoint) -> None:
     for dtype, item in ((torch.float32, 4), (torch.bfloat16, 2)):
         cache = SessionCache(checkpoint.model, 33, dtype)
-        assert cache.nbytes == 33 * kv_bytes_per_token(checkpoint.model, item)
+        assert cache.nbytes == 33 * kv_bytes(checkpoint.model, 1, item)
 
 
 def test_cache_hands_out_views(checkpoint: Checkpoint) -> None:
@@ -439,7 +440,7 @@ def test_bf16_weights_compute_in_bf16(tmp_path: Path) -> None:
     cache = half.new_cache(40)
     got = prefill(half, IDS[:40], cache, True)
     assert got.dtype == torch.float32
-    assert cache.nbytes == 40 * kv_bytes_per_token(opened.model, 2)
+    assert cache.nbytes == 40 * kv_bytes(opened.model, 1)
     want = prefill(wide, IDS[:40], wide.new_cache(40), True)
     errors = (got - want).norm(dim=-1) / want.norm(dim=-1)
     assert errors.median() < bounds.model_rounded(opened.model.num_layers)

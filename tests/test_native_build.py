@@ -20,7 +20,7 @@ NATIVE = ROOT / "qmix" / "kernels" / "native"
 COMPILER = shutil.which("cc")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler")
 FULL = ("int qmix_abi(void) { return %d; } const char *qmix_level_name(int i) { return i ? 0 : \"portable\"; }\n"
-        "long qmix_peak(void) { return 0; }\n")
+        "long qmix_peak(void) { return 0; } int qmix_sequence(void) { return 0; }\n")
 
 
 @needs_compiler

@@ -59,7 +59,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     (folder / "emulated.c").write_text(EMULATED)
     built = folder / "emulated.so"
     subprocess.run([COMPILER, "-shared", "-fPIC", "-O1", "-std=c11", "-pthread", "-ffp-contract=off", f"-I{SOURCES}",
-                    "-o", built, folder / "emulated.c", SOURCES / "native.c", SOURCES / "pool.c", "-lm"], check=True)
+                    "-o", built, folder / "emulated.c", SOURCES / "native.c", SOURCES / "pool.c",
+                    SOURCES / "experts.c", "-lm"], check=True)
     found = ctypes.CDLL(str(built))
     found.qmix_level_name.restype, found.qmix_peak.restype = ctypes.c_char_p, ctypes.c_int64
     return found

@@ -13,6 +13,7 @@ from mixtrals import MIXTRAL_8X7B
 
 from qmix.config import ExpertKey, QuantConfig
 from qmix.errors import DoesNotFit
+from qmix.kernels.kv_size import kv_bytes
 from qmix.offload.forecast import Forecast, Speeds, divided, forecast, known_shares
 from qmix.offload.plan import (
     CUDA_CONTEXT,
@@ -25,7 +26,7 @@ from qmix.offload.plan import (
 )
 from qmix.offload.router_stats import RouterStats
 from qmix.offload.split import Split
-from qmix.sizes import GIB, MIB, dense_bytes, format_bytes, kv_bytes_per_token, record_layout
+from qmix.sizes import GIB, MIB, dense_bytes, format_bytes, record_layout
 
 MIXTRAL = MIXTRAL_8X7B
 RECORD = 99_090_432
@@ -34,7 +35,7 @@ NEEDS = Needs.of(MIXTRAL, QuantConfig(), 8192)
 
 def test_mixtral_known_sizes() -> None:
     assert record_layout(MIXTRAL, QuantConfig()).nbytes == NEEDS.record == RECORD
-    assert kv_bytes_per_token(MIXTRAL) == 128 * 1024
+    assert kv_bytes(MIXTRAL, 1) == 128 * 1024
     assert NEEDS.kv == GIB
     assert NEEDS.records == 256 and NEEDS.least_slots == 4
     assert choose_context(MIXTRAL, 0) == 8192
@@ -45,7 +46,10 @@ def test_dense_weights_count_as_they_lie_in_memory() -> None:
 
     stored = sum(dense_bytes(MIXTRAL, QuantConfig(), t) for t in MIXTRAL.tensors())
     norms, routers = 65 * 4096, 32 * 8 * 4096
-    assert resident_dense_bytes(MIXTRAL, QuantConfig()) == stored + norms * (4 - 2) + routers * (8 - 2)
+    assert resident_dense_bytes(MIXTRAL, QuantConfig()) == stored + norms * (4 - 2)
+    needs = Needs.of(MIXTRAL, QuantConfig(), 128)
+    there = plan(needs, 32 * GIB, 0, 24 * GIB).tiers[0]
+    assert there.dense - needs.dense == needs.routers == 8 * routers  # a GPU has them in fp64 too
 
 
 def test_everything_fits_or_the_slots_are_what_is_left() -> None:
@@ -92,7 +96,7 @@ def test_with_a_gpu_the_tiers_hold_different_records() -> None:
     found = plan(NEEDS, 16 * GIB, 400 * MIB, vram=24 * GIB)
     vram, ram = found.tiers
     assert (vram.name, ram.name) == ("VRAM", "RAM")
-    assert vram.base == CUDA_CONTEXT and vram.dense == NEEDS.dense and ram.dense == ram.kv == 0
+    assert vram.base == CUDA_CONTEXT and vram.dense == NEEDS.on_device.dense and ram.dense == ram.kv == 0
     assert found.resident, "16 GB RAM and 24 GB VRAM hold all of Mixtral"
     assert ram.slots == 256 - vram.slots + STAGING
     assert not found.inclusive and found.lines()[-1] == "experts: all 256 resident"
@@ -138,7 +142,7 @@ def test_forecast_is_between_sum_and_longest_part() -> None:
     found = plan(NEEDS, 16 * GIB, 300 * MIB)
     guess = forecast(found, Speeds(ram=40, disk=2.5))
     missed = 64 * RECORD * (1 - found.slots / 256)
-    disk, memory = missed / 2.5e9, (NEEDS.dense + 64 * RECORD) / 40e9
+    disk, memory = missed / 2.5e9, (NEEDS.dense - NEEDS.embedding + 64 * RECORD) / 40e9
     assert guess.disk_bytes == pytest.approx(missed, rel=1e-6)
     assert guess.most == pytest.approx(1 / max(disk, memory), rel=1e-6)
     assert guess.least == pytest.approx(1 / (disk + memory), rel=1e-6)
@@ -172,7 +176,7 @@ def test_forecast_on_a_gpu_by_hand() -> None:
     miss = 1 - plan(NEEDS, 32 * GIB, 300 * MIB, vram=16 * GIB).tiers[0].slots / 256
     guess = on_gpu(16 * GIB, Speeds(ram=40, disk=3, pcie=25, vram=900))
     waited = 32 * (2 * miss * (1 - miss) / 40 + miss**2 / 25) * RECORD / 1e9
-    gpu = (NEEDS.dense + 64 * RECORD * (1 - miss)) / 900e9
+    gpu = (NEEDS.dense - NEEDS.embedding + 64 * RECORD * (1 - miss)) / 900e9
     assert guess.most == pytest.approx(1 / waited, rel=1e-9)
     assert guess.least == pytest.approx(1 / (gpu + 64 * RECORD * miss / 40e9), rel=1e-9)
     assert guess.bottleneck == "RAM" and guess.disk_bytes == 0
@@ -187,7 +191,7 @@ def test_forecast_of_exact_runs_counts_all_misses_on_the_bus() -> None:
         assert guess.bottleneck == "PCIe"
         assert guess.most == pytest.approx(bus * 1e9 / (64 * RECORD * miss), rel=1e-9)
         assert guess.least == pytest.approx(
-            1 / (64 * RECORD * miss / bus / 1e9 + (NEEDS.dense + 64 * RECORD) / 900e9), rel=1e-9)
+            1 / (64 * RECORD * miss / bus / 1e9 + (NEEDS.dense - NEEDS.embedding + 64 * RECORD) / 900e9), rel=1e-9)
 
 
 speed = st.floats(5, 80)

@@ -21,7 +21,7 @@ from qmix.errors import CheckpointError, DoesNotFit, Interrupted, UsageError
 from qmix.formats import unpack
 from qmix.models import read_model
 from qmix.quantize import Calibration, Report, calibrated, job, quantize_checkpoint
-from qmix.quantize.calibration import ForwardPass
+from qmix.quantize.forward_pass import ForwardPass
 from qmix.store import Store, describe, expert_rows
 
 GPTQ = QuantConfig(method="gptq", group_size=32)
@@ -69,7 +69,7 @@ def test_outputs_on_the_text_are_nearer_than_hqqs(source: Path, whole: Path, tmp
     with Checkpoint.open(source) as checkpoint:
         forward = ForwardPass(checkpoint, TEXT)
         for layer in range(3):
-            forward.attention(layer)
+            forward.enter(layer)
             for expert in range(4):
                 w1, w2, w3 = checkpoint.expert(ExpertKey(layer, expert))
                 forward.expert(ExpertKey(layer, expert), torch.cat((w1, w3)), w2, False)

@@ -18,8 +18,9 @@ from qmix.checkpoint import Checkpoint
 from qmix.config import ExpertKey, QuantConfig
 from qmix.errors import DoesNotFit
 from qmix.formats import unpack
-from qmix.quantize.calibration import Calibration, ForwardPass
+from qmix.quantize.calibration import Calibration
 from qmix.quantize.fit import Wanted, mixed, sensitivity, sensitivity_tokens
+from qmix.quantize.forward_pass import ForwardPass
 from qmix.quantize.methods import quantize
 from qmix.quantize.mix import FORMATS
 from qmix.quantize.sensitivity import PROBE, SEEN, Sensitivity, _specs, measure
@@ -51,7 +52,7 @@ def walked(checkpoint: Checkpoint, text: Calibration, change: Callable[[ExpertKe
     config = checkpoint.model
     forward = ForwardPass(checkpoint, text)
     for layer in range(config.num_layers):
-        forward.attention(layer)
+        forward.enter(layer)
         for expert in range(config.num_experts):
             w1, w2, w3 = checkpoint.expert(ExpertKey(layer, expert))
             forward.expert(ExpertKey(layer, expert), *change(ExpertKey(layer, expert), torch.cat((w1, w3)), w2), False)
@@ -74,13 +75,13 @@ def test_damages_are_what_outputs_lose(source: Path, text: Calibration, found: S
     """In proportion: of one layer all are turned into nats by the same factor."""
     with Checkpoint.open(source) as checkpoint:
         forward = ForwardPass(checkpoint, text)
-        forward.attention(0)
+        forward.enter(0)
         factors = []
         for expert in range(EXPERTS):
             key = ExpertKey(0, expert)
             rows, rank = (forward.ids == expert).nonzero(as_tuple=True)
             assert found.tokens[key] == len(rows) > SEEN * text.tokens
-            x, gain = forward.normed[rows].double(), forward.gains[rows, rank, None].double()
+            x, gain = forward.normed[rows].double(), forward.topk_weights[rows, rank, None].double()
             w1, w2, w3 = (w.double() for w in checkpoint.expert(key))
 
             def output(w13: Tensor, w2: Tensor, x: Tensor = x, gain: Tensor = gain) -> Tensor:

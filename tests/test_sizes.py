@@ -13,6 +13,7 @@ from mixtrals import MIXTRAL_8X7B, mixtral
 from qmix import formats
 from qmix.config import QuantConfig
 from qmix.errors import UsageError
+from qmix.kernels.kv_size import kv_bytes
 from qmix.quantize.methods import quantize
 from qmix.sizes import (
     GIB,
@@ -20,7 +21,6 @@ from qmix.sizes import (
     dense_bytes,
     dense_spec,
     format_bytes,
-    kv_bytes_per_token,
     parse_bytes,
     record_layout,
     round_up,
@@ -61,7 +61,7 @@ def test_mixtral_numbers_of_the_design() -> None:
     layout = record_layout(MIXTRAL, QuantConfig())
     assert layout.nbytes == 99_090_432
     assert 256 * layout.nbytes == 25_367_150_592
-    assert kv_bytes_per_token(MIXTRAL) == 128 * 1024
+    assert kv_bytes(MIXTRAL, 1) == 128 * 1024
     assert layout.w13.padded_rows == 28672 and layout.w2.padded_cols == 14336
     plain = QuantConfig(experts="keep", dense="keep", method="", group_size=0, block=0)
     assert record_layout(MIXTRAL, plain).nbytes == 3 * 4096 * 14336 * 2

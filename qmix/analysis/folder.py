@@ -48,8 +48,9 @@ def _ours(path: Path) -> bool:
 
 def contents(report: Document, views: Sequence[View]) -> dict[str, str]:
     """{name: text} of all files."""
+    numbers = [row["layer"] for row in report["texts"][0]["by_layer"]]
     return {STATS: render.document(report, as_json=True) + "\n", TABLE: render.table(list(tidy(report)), "csv") + "\n",
-            TEXT: page(report["model"], report["experts"], views), **plots.draw(report)}
+            TEXT: page(report["model"], report["experts"], views, numbers), **plots.draw(report)}
 
 
 def write(out: Path, files: Mapping[str, str]) -> None:

@@ -59,7 +59,7 @@ def shares(report: Document, layers: Sequence[int] | None = None) -> str:
                 panel.bar(at, [100 * share for share in one["by_layer"][layer]["share"]], width, edgecolor="black",
                           linewidth=0.4, label=_safe(one["text"]), **bar_style(number))
             panel.axhline(100 / experts, color="black", linestyle="--", linewidth=0.8, label="even")
-            panel.set(title=f"layer {layer}", ylabel="% of choices",
+            panel.set(title=f"layer {_number(report, layer)}", ylabel="% of choices",
                       xticks=range(0, experts, 1 if experts <= 32 else 8))
         _legend(figure, panels[0])
         return text(figure)
@@ -89,7 +89,7 @@ def hits(report: Document) -> str:
                       label=_safe(one["text"]), **line_style(number))
         for layer in range(report["layers"]):
             line = [100 * fmean(one["by_layer"][layer]["lru_hit"][s - 1] for one in report["texts"]) for s in slots]
-            right.plot(slots, line, label=f"layer {layer}", **line_style(layer))
+            right.plot(slots, line, label=f"layer {_number(report, layer)}", **line_style(layer))
         for panel, title in ((left, "mean of all layers"), (right, "each layer, mean of all texts")):
             panel.plot(slots, [100 * s / report["experts"] for s in slots], color="black", linestyle=(0, (1, 3)),
                        label="chance")
@@ -130,7 +130,7 @@ def together(report: Document) -> str:
                         panel.text(x, y, f"{lift:.1f}", ha="center", va="center", fontsize=5,
                                    color="white" if lift > 1.3 else "black")
             image = panel.imshow(grid, cmap="Greys", vmin=0, vmax=2, interpolation="nearest")
-            panel.set(title=f"{_safe(one['text'])}, layer {layer}", xlabel="expert", ylabel="expert")
+            panel.set(title=f"{_safe(one['text'])}, layer {_number(report, layer)}", xlabel="expert", ylabel="expert")
         figure.colorbar(image, ax=panels, shrink=0.6, label="times as often as by popularity")
         return text(figure)
 
@@ -146,10 +146,16 @@ def line_style(number: int) -> dict[str, Any]:
             "color": INKS[number % len(INKS)], "linewidth": 1, "markerfacecolor": "white"}
 
 
+def _number(report: Document, at: int) -> int:
+    """The model's number of the layer that is the at-th with experts."""
+    number: int = report["texts"][0]["by_layer"][at]["layer"]
+    return number
+
+
 def _by_layer(panel: Any, report: Document, values: Sequence[Sequence[float | None]]) -> None:
     """A line for each text, of its values by layer; layers without one are left out."""
     for number, (one, shares) in enumerate(zip(report["texts"], values, strict=True)):
-        known = [(layer, 100 * share) for layer, share in enumerate(shares) if share is not None]
+        known = [(_number(report, at), 100 * share) for at, share in enumerate(shares) if share is not None]
         panel.plot([layer for layer, _ in known], [share for _, share in known], label=_safe(one["text"]),
                    **line_style(number))
     panel.set(xlabel="layer")

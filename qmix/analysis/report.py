@@ -31,8 +31,8 @@ Document = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What was looked at. window: tokens after which the context starts empty again; record: bytes of an expert, the
-    mean where they differ."""
+    """What was looked at. layers: how many have experts; window: tokens after which the context starts empty again;
+    record: bytes of an expert, the mean where they differ; numbers: the model's of these layers, () for 0, 1, 2..."""
 
     model: str
     layers: int
@@ -40,6 +40,7 @@ class Subject:
     chosen: int
     window: int
     record: int
+    numbers: tuple[int, ...] = ()
 
 
 def document(subject: Subject, texts: Sequence[tuple[str, TextFigures]]) -> Document:
@@ -52,7 +53,8 @@ def document(subject: Subject, texts: Sequence[tuple[str, TextFigures]]) -> Docu
     return {FORMAT: VERSION, "model": subject.model, "layers": subject.layers, "experts": experts, "chosen": chosen,
             "window": subject.window, "record_bytes": subject.record, "chance": level,
             "texts": [{"text": name, "tokens": figures.tokens,
-                       "by_layer": [_layer(number, one, chosen) for number, one in enumerate(figures.layers)]}
+                       "by_layer": [_layer(number, one, chosen) for number, one in zip(
+                           subject.numbers or range(subject.layers), figures.layers, strict=True)]}
                       for name, figures in texts]}
 
 

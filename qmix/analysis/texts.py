@@ -32,7 +32,7 @@ def _printable(name: str) -> str:
 def subject(engine: Engine, window: int) -> Subject:
     config, records = engine.model, engine.store.layout.records.values()
     return Subject(engine.store.path.resolve().name, len(config.record_layers), config.num_experts, config.top_k,
-                   window, sum(record.nbytes for record in records) // len(records))
+                   window, sum(record.nbytes for record in records) // len(records), config.record_layers)
 
 
 def run(engine: Engine, collector: Collector, texts: Sequence[tuple[str, str]], limit: int, progress: Progress,

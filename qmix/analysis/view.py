@@ -77,17 +77,18 @@ def colours(experts: int) -> list[str]:
     return found
 
 
-def page(model: str, experts: int, views: Sequence[View]) -> str:
-    """All views as one HTML page that needs nothing else, with a chooser for the layer."""
-    layers = len(views[0].firsts[0])
-    shown = layers // 2
+def page(model: str, experts: int, views: Sequence[View], numbers: Sequence[int] = ()) -> str:
+    """All views as one HTML page that needs nothing else, with a chooser for the layer. numbers: what the layers are
+    called, () for 0, 1, 2..."""
+    numbers = numbers or range(len(views[0].firsts[0]))
+    shown = len(numbers) // 2
     names = [(e, colour) for e, colour in enumerate(colours(experts))]
     legend = " ".join(f'<span class="e{e}">&nbsp;{e}&nbsp;</span>' for e, _ in names)
-    options = "".join(f'<option value="{layer}"{" selected" if layer == shown else ""}>{layer}</option>'
-                      for layer in range(layers))
+    options = "".join(f'<option value="{layer}"{" selected" if layer == shown else ""}>{number}</option>'
+                      for layer, number in enumerate(numbers))
     texts = "\n".join(f'<h2>{html.escape(view.name)} <small>({view.limit()})</small></h2>\n'
                       f'<div class="text">{"".join(_spans(view, shown))}</div>' for view in views)
-    return PAGE.format(model=html.escape(model), options=options, legend=legend, shown=shown, texts=texts,
+    return PAGE.format(model=html.escape(model), options=options, legend=legend, shown=numbers[shown], texts=texts,
                        colours="\n".join(f".e{e} {{ background: {colour} }}" for e, colour in names))
 
 

@@ -18,8 +18,9 @@ from math import prod
 
 from qmix.bench.cases import Case
 from qmix.config import QuantConfig
-from qmix.offload.plan import Needs
-from qmix.sizes import dense_bytes, kept_attention, pass_tokens
+from qmix.kernels.kv_size import position_bytes
+from qmix.offload.plan import Needs, compute_bytes
+from qmix.sizes import kept_attention, pass_tokens
 from qmix.spec import Attention, Model
 
 
@@ -41,11 +42,9 @@ class Workload:
     def of(cls, model: Model, quant: QuantConfig, needs: Needs) -> Workload:
         tensors = model.tensors()
         embedding = next(t for t in tensors if t.role == "embedding")
-        kept = kept_attention(model)
-        width = sum(a.kv_heads * a.head_dim for a in kept)
-        kv = tuple((a, needs.kv // needs.context * a.kv_heads * a.head_dim // width) for a in kept)
-        unread = 0 if model.tied else dense_bytes(model, quant, embedding)
-        return cls(model, needs.dense - unread, kv, needs.record,
+        item_bytes = compute_bytes(model, quant)
+        kv = tuple((a, position_bytes(a, item_bytes, needs.kv_cache)) for a in kept_attention(model))
+        return cls(model, needs.dense - needs.embedding, kv, needs.record,
                    3 * model.hidden * model.expert_inner,
                    sum(prod(t.shape) for t in tensors if t.role in ("linear", "mlp", "router")), prod(embedding.shape))
 

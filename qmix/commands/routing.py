@@ -24,14 +24,16 @@ SHOWN_POLICIES = ("lru", "lfu", "static")
 SHOWN_SHARES = (0.25, 0.375, 0.5, 0.75)  # of all records, as slot counts
 
 
-def describe(stats: RouterStats, full: bool = False) -> dict[str, Any]:
+def describe(stats: RouterStats, full: bool = False, numbers: Sequence[int] = ()) -> dict[str, Any]:
     """By phase: tokens, a row for each layer, and the transitions that stand out most from chance.
 
     Rows: the most used expert, its share of the tokens (an even router gives each K / E), the entropy of the choices in
     bits of log2(E), and, up to WIDE experts or with `full`, how many tokens chose each expert. full: all transitions,
-    [L - 1][E][E], in place of the top ones.
+    [L - 1][E][E], in place of the top ones. numbers: the model's of the layers, where some have no experts and are not
+    counted; () for 0, 1, 2...
     """
     found: dict[str, Any] = {"layers": stats.layers, "experts": stats.experts}
+    numbers = numbers or range(stats.layers)
     for phase in PHASES:
         counts = stats.total(phase)
         found[phase] = {"tokens": counts.tokens}
@@ -39,9 +41,10 @@ def describe(stats: RouterStats, full: bool = False) -> dict[str, Any]:
             per_token = sum(counts.counts[0]) / counts.tokens
             found[phase] |= {"even share %": 100 * per_token / stats.experts,
                              "entropy of an even router": log2(stats.experts),
-                             "by layer": [_layer_row(counts, layer, full) for layer in range(stats.layers)],
+                             "by layer": [{"layer": number, **_layer_row(counts, at, full)}
+                                          for at, number in enumerate(numbers)],
                              "transitions" if full else "top transitions":
-                             counts.transitions if full else _top_transitions(counts)}
+                             counts.transitions if full else _top_transitions(counts, numbers)}
     return found
 
 
@@ -49,12 +52,12 @@ def _layer_row(counts: Counts, layer: int, full: bool) -> dict[str, Any]:
     used = counts.counts[layer]
     top = max(range(len(used)), key=used.__getitem__)
     whole = sum(used)
-    row: dict[str, Any] = {"layer": layer, "top": top, "share %": 100 * used[top] / counts.tokens,
+    row: dict[str, Any] = {"top": top, "share %": 100 * used[top] / counts.tokens,
                            "entropy": -sum(n / whole * log2(n / whole) for n in used if n)}
     return row | ({"counts": used} if full or len(used) <= WIDE else {})
 
 
-def _top_transitions(counts: Counts) -> list[dict[str, Any]]:
+def _top_transitions(counts: Counts, numbers: Sequence[int]) -> list[dict[str, Any]]:
     """Where an expert makes one of the next layer likelier than it is at large, by the difference."""
     rows = []
     for layer, table in enumerate(counts.transitions):
@@ -62,7 +65,7 @@ def _top_transitions(counts: Counts) -> list[dict[str, Any]]:
             if (users := counts.counts[layer][a]) >= SELDOM:
                 for b, both in enumerate(row):
                     at_large = counts.counts[layer + 1][b] / counts.tokens
-                    rows.append({"layer": layer, "expert": a, "then": b, "share %": 100 * both / users,
+                    rows.append({"layer": numbers[layer], "expert": a, "then": b, "share %": 100 * both / users,
                                  "at large %": 100 * at_large})
     return sorted(rows, key=lambda row: row["at large %"] - row["share %"])[:TOP]
 

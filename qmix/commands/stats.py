@@ -63,7 +63,7 @@ def stats(
                                  render.say)
     if not any(gathered.total(phase).tokens for phase in router_stats.PHASES):
         render.say("no run has gathered statistics of this store yet: chat or generate with it, or give -f TEXT")
-    print(render.document(routing.describe(gathered, full=json), as_json=json))
+    print(render.document(routing.describe(gathered, json, config.record_layers), as_json=json))
 
 
 def _analyse(folder: Path, files: list[Path], how: Loading, tokens: int, plot: Path | None, view: int | None,
@@ -82,8 +82,11 @@ def _analyse(folder: Path, files: list[Path], how: Loading, tokens: int, plot: P
         output.prepare(plot)
     named = list(zip(texts.names(files), (read_prompt(None, file, sys.stdin) for file in files), strict=True))
     with Store.open(folder) as store:
-        if view is not None and view >= len(store.model.record_layers):
-            raise UsageError(f"--view {view}: the model has layers 0 to {len(store.model.record_layers) - 1}")
+        layers = store.model.record_layers
+    if view is not None and view not in layers:
+        whole = layers == tuple(range(len(layers)))
+        raise UsageError(f"--view {view}: the model has layers 0 to {layers[-1]}" if whole else
+                         f"--view {view}: the layers with experts are {', '.join(map(str, layers))}")
     collector = Collector()
     with load_engine(folder, how, keep_statistics=False, recorder=collector) as engine, \
             render.byte_bar("routing") as progress:
@@ -94,15 +97,16 @@ def _analyse(folder: Path, files: list[Path], how: Loading, tokens: int, plot: P
         output.write(plot, written)
         render.say(f"written: {plot}: {', '.join(sorted(written))}")
     if view is not None:
-        _show_views(views, view, subject.experts)
+        _show_views(views, view, layers.index(view), subject.experts)
     elif csv:
         print(render.table(list(report.tidy(found)), "csv"))
     else:
         print(render.document(found if json else report.people(found), as_json=json))
 
 
-def _show_views(views: list[Any], layer: int, experts: int) -> None:
-    """Coloured texts where the terminal has colours, else with the experts' numbers in them."""
+def _show_views(views: list[Any], layer: int, at: int, experts: int) -> None:
+    """Coloured texts where the terminal has colours, else with the experts' numbers in them. at: which one of the
+    layers with experts `layer` is."""
     from qmix.analysis.view import coloured, plain
 
     colours = render.wants_color(sys.stdout, os.environ)
@@ -111,6 +115,6 @@ def _show_views(views: list[Any], layer: int, experts: int) -> None:
         if colours:
             from rich.console import Console
 
-            Console(force_terminal=True, highlight=False).print(coloured(view, layer, experts), soft_wrap=True)
+            Console(force_terminal=True, highlight=False).print(coloured(view, at, experts), soft_wrap=True)
         else:
-            print(plain(view, layer))
+            print(plain(view, at))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qmix import hardware, process
 from qmix.errors import DoesNotFit, UsageError
-from qmix.offload.plan import MARGIN, Needs, choose_context
+from qmix.offload.plan import Needs, choose_context, margin_of
 from qmix.sizes import format_bytes
 from qmix.spec import Model
 from qmix.store import Store
@@ -26,7 +26,7 @@ def budget(ram: int | None, margin: int | None, base: int | None = None) -> tupl
         raise DoesNotFit(f"--margin {format_bytes(margin)}: only {format_bytes(available)} is free",
                          "name a smaller one")
     if ram is None:
-        return base + available - (min(MARGIN, available // 8) if margin is None else margin), base
+        return base + available - margin_of(available, margin), base
     if margin is not None:
         raise UsageError("--margin: only has an effect with --ram auto", "drop one of --ram and --margin")
     if ram > base + available:

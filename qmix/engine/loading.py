@@ -19,15 +19,16 @@ from qmix.engine.parts import Parts, on_device, on_host
 from qmix.engine.placing import place
 from qmix.engine.threads import Threads, parallel_loop
 from qmix.errors import DoesNotFit
+from qmix.kernels.kv_size import position_bytes
 from qmix.kernels.table import KernelTable
 from qmix.offload import router_stats
 from qmix.offload.forecast import Speeds, forecast, known_shares
-from qmix.offload.plan import Needs
+from qmix.offload.plan import compute_bytes
 from qmix.offload.setup import OffloadOptions
 from qmix.offload.trace import TraceHeader, TraceWriter
 from qmix.offload.watch import Recorder
 from qmix.render import Progress
-from qmix.sizes import format_bytes
+from qmix.sizes import format_bytes, kept_attention
 from qmix.store import Store
 from qmix.tokenizer import load as load_tokenizer
 
@@ -75,8 +76,10 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
         for line in plan.lines():
             say(line)
         if kv == "int8":
-            say(f"int8 KV cache: {format_bytes(needs.kv // needs.context)} a token, "
-                f"{format_bytes(Needs.of(spec, store.quant, needs.context).kv // needs.context)} without")
+            item_bytes = compute_bytes(spec, store.quant)
+            each, without = (sum(position_bytes(a, item_bytes, kind) for a in kept_attention(spec))
+                             for kind in (kv, "bf16"))
+            say(f"int8 KV cache: {format_bytes(each)} a token, {format_bytes(without)} without")
         exact = placement is not None and placement.exact
         say(compute.line(device is not None and not exact) + (
             "; " + forecast(plan, speeds, known_shares(stats), exact).line() if speeds and not plan.resident else ""))

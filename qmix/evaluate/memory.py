@@ -8,10 +8,10 @@ each could still hold, so that about the same share of either model's experts is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from qmix.errors import DoesNotFit
-from qmix.offload.plan import DEVICE_TILES, RESERVE, STAGING, Needs, Plan, TierPlan
+from qmix.offload.plan import RESERVE, STAGING, Needs, Plan, TierPlan
 from qmix.offload.plan import plan as make_plan
 from qmix.sizes import format_bytes
 
@@ -42,7 +42,7 @@ def reference_part(reference: Needs, model: Needs, ram: Budget, vram: Budget | N
     """The reference's part, which is loaded first. DoesNotFit says how much is missing."""
     if vram is None:
         return Part((share(reference, model, *ram), ram[1]))
-    there = [replace(needs, workspace=needs.workspace + DEVICE_TILES + needs.decoded) for needs in (reference, model)]
+    there = [needs.on_device for needs in (reference, model)]
     above = share(there[0], there[1], *vram, "VRAM")
     plans = [make_plan(reference, UNBOUNDED, 0, above, vram[1])]
     plans.append(make_plan(model, UNBOUNDED, 0, vram[0], taken(plans[0].tiers[0])))
@@ -60,8 +60,7 @@ def divide_on_gpu(reference: tuple[int, int], beside: int, model: Needs, ram: Bu
                   vram: Budget) -> tuple[int, int]:
     """Bytes of (RAM, VRAM) for a reference that needs reference[0] of VRAM and `beside` of RAM, and holds reference[1]
     of weights, in VRAM as far as they fit. DoesNotFit says how much is missing."""
-    there = replace(model, workspace=model.workspace + DEVICE_TILES + model.decoded)
-    above = divide(reference, there, *vram, "VRAM")
+    above = divide(reference, model.on_device, *vram, "VRAM")
     below = make_plan(model, UNBOUNDED, 0, vram[0], vram[1] + above).ram.experts
     staging = STAGING * sum(nbytes for _, nbytes in model.by_kind)
     left_over = max(0, reference[0] + reference[1] - above)

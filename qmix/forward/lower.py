@@ -118,6 +118,10 @@ class Lowering:
         self._buffers.whole |= {name: own[name] for name in after if name in own}
         return found
 
+    def finish(self) -> None:
+        """Let go of the cache, which was an example: a session that is dropped frees its memory."""
+        del self._cache
+
     def last(self, name: str) -> Tensor:
         """A buffer of the piece that was lowered last."""
         return self._buffers[name]

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from qmix.kernels.op import WIDE, Op
+from qmix.kernels.op import Op
 from qmix.kernels.ops import (
     Add,
     Attend,
@@ -45,9 +45,6 @@ from qmix.kernels.ops import (
 from qmix.spec import Attention, DeltaNet, Model, Moe, Tensor
 from qmix.spec import Mlp as MlpSpec
 from qmix.spec import Norm as NormSpec
-
-MOST = 8192  # tokens of a pass
-ROWS = 256 * 2**20  # bytes of the rows [T, K, H] that the experts of a layer give in a pass
 
 
 def model_program(model: Model) -> tuple[Op, ...]:
@@ -125,16 +122,6 @@ def pieces(program: Sequence[Op]) -> list[tuple[Op, ...]]:
         found[-1].append(op)
         together = alone
     return [tuple(ops) for ops in found]
-
-
-def pass_tokens(model: Model) -> int:
-    """Tokens that go through the layers together: as many as keep the rows of the chosen experts within ROWS bytes, a
-    power of two, at most MOST. 8192 for Mixtral (K 2, H 4096), 4096 for Qwen3-30B-A3B (8, 2048)."""
-    chosen = max((layer.mlp.router.top_k for layer in model.layers if isinstance(layer.mlp, Moe)), default=1)
-    tokens = MOST
-    while tokens > 1 and tokens * chosen * model.hidden * WIDE > ROWS:
-        tokens //= 2
-    return tokens
 
 
 def live(ops: Iterable[Op]) -> set[str]:

@@ -25,13 +25,14 @@ from qmix.config import Step
 from qmix.errors import Interrupted
 from qmix.forward.kv_cache import SessionCache, unchanged_on_error
 from qmix.forward.passes import BLOCK, Block, Span, blocks_of, blocks_of_rows, counts_of, cut
-from qmix.forward.program import embed_program, head_program, layer_program, live, pass_tokens, pieces
+from qmix.forward.program import embed_program, head_program, layer_program, live, pieces
 from qmix.forward.steps import Observe, Steps
 from qmix.forward.steps import Step as StepOfOps
 from qmix.kernels import ops
 from qmix.kernels.layer import TORCH, LayerOps
 from qmix.kernels.op import Op
 from qmix.kernels.torch_ops import Weights
+from qmix.sizes import pass_tokens
 from qmix.spec import Model
 
 # (layer, x [T, H], ids [T, K], topk_weights [T, K], step, ahead [T, D, A] or None, wanted [n] or None) -> [n, H] fp32:

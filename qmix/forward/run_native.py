@@ -92,6 +92,7 @@ class NativeToken:
         self._stay = frozenset(self._whole)  # those whose addresses calls have
         self._head = self._lower_head()
         self._joined = None if resident is None else self._join(resident)
+        self._lowering.finish()
 
     def logits(self, token: int, cache: SessionCache, step: Step) -> Tensor:
         """Append `token` to the session of `cache`: [1, V] fp32. UsageError when the cache is full; Interrupted when

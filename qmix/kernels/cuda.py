@@ -31,9 +31,9 @@ from torch import Tensor
 from qmix.errors import UsageError
 from qmix.formats.packed import Packed
 from qmix.kernels.configs import Configs, Gemv, Matmul, built_in, capability
+from qmix.kernels.op import FEW as FEW
 from qmix.sizes import MatrixSpec, RecordLayout
 
-FEW = 8  # tokens of a gemv call
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DOTS = ("bf16", "fp16", "fp32")
 NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -22,11 +22,11 @@ from torch import Tensor
 from qmix.formats.packed import Packed
 from qmix.kernels.attend import attend
 from qmix.kernels.kv_codes import decoded, quantize
+from qmix.kernels.op import FEW as FEW
 from qmix.kernels.router import router_logits
 from qmix.kernels.table import KernelTable
 from qmix.sizes import RecordLayout
 
-FEW = 8  # tokens of a call
 Scales = tuple[Tensor, Tensor]  # of the keys and the values of an int8 cache, fp32 [KV, S] each, positions adjacent
 
 

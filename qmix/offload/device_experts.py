@@ -93,7 +93,7 @@ class DeviceExperts(PagedExperts):
         return super()._in_turn(layer, experts, step, ahead, together)
 
     def begin(self, layer: int, routed: Routed) -> Work | None:
-        """See model.device_decode.DeviceExperts."""
+        """See forward.run_graph.DeviceExperts."""
         return self._in_slots(routed, self._table.row(layer)) if self._by_slot else None
 
     def _in_slots(self, routed: Routed, table: Tensor) -> Work:
@@ -116,7 +116,7 @@ class DeviceExperts(PagedExperts):
             self._tier.read(here.values(), self._device.compute.record())
 
     def lacking(self, layer: int, routed: Routed) -> bool:
-        """See model.device_decode.DeviceExperts."""
+        """See forward.run_graph.DeviceExperts."""
         here = self._found.get(layer, {})
         return any(expert not in here for token in routed.host_ids.tolist() for expert in token)
 
@@ -128,7 +128,7 @@ class DeviceExperts(PagedExperts):
         self.figures[step.phase].hits += chosen
 
     def finish(self, layer: int, routed: Routed, step: Step) -> None:
-        """See model.device_decode.DeviceExperts. Interrupted while a record is waited for, or StoreError: then the pass
+        """See forward.run_graph.DeviceExperts. Interrupted while a record is waited for, or StoreError: then the pass
         is lost, and everything is ready for another one."""
         ids, weights = routed.host_ids.tolist(), routed.host_weights.tolist()
         look = min(self.depth, self._layers - 1 - layer)

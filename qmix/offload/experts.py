@@ -28,6 +28,7 @@ from qmix.errors import Interrupted
 from qmix.formats import Packed
 from qmix.kernels.layer import TORCH
 from qmix.kernels.native import LayerOps, Native, Product
+from qmix.kernels.op import FEW
 from qmix.kernels.table import KernelTable
 from qmix.offload.figures import PhaseFigures
 from qmix.offload.lookahead import Lookahead
@@ -39,7 +40,6 @@ from qmix.offload.watch import RoutingWatch
 from qmix.spec import Model
 
 WINDOW = 2  # records on their way at a time in prefill: one is read while the other is computed
-FEW = 8  # tokens whose experts are computed together
 Guesses = list[list[list[int]]]  # [T][D][A]: of each token, by distance, the experts guessed, best ranks first
 CROWD = 4  # tokens per expert from which a prefill is sure to want every expert of the next layer
 
@@ -349,7 +349,10 @@ class PagedExperts:
         """Once all that this layer lacks is on its way: what will the next ones want?"""
         if self._prefetcher.off or layer + 1 == self._layers:
             return
-        if step.phase == "decode":
+        if self._experts == 1:  # nothing to guess: every token wants the record of every layer
+            self._lookahead.expect([ExpertKey(at, 0) for at in range(layer + 1, layer + 1 + self.depth)
+                                    if at < self._layers], account=step.phase == "decode")
+        elif step.phase == "decode":
             guesses = self._prefetcher.guess(layer, chosen, _merge(ahead))
             self._lookahead.expect([guess.key for guess in guesses])
         elif len(step.sequence) * self._top_k >= CROWD * self._experts and layer + 2 < self._layers:

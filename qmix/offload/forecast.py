@@ -67,7 +67,7 @@ def forecast(plan: Plan, speeds: Speeds, shares: Mapping[ExpertKey, float] | Non
     chosen = needs.layers * needs.top_k * needs.record
     hits = [_hit(tier_slots, needs.records, shares) for tier_slots in _cumulative(plan)]
     if len(plan.tiers) == 1:
-        best = worst = {"memory": (needs.dense + chosen) / 1e9 / speeds.ram}
+        best = worst = {"memory": (needs.dense - needs.embedding + chosen) / 1e9 / speeds.ram}
     else:
         best, worst = _on_gpu(plan, speeds, hits[0], exact)
     missed = round((1 - hits[-1]) * chosen)
@@ -82,16 +82,17 @@ def _on_gpu(plan: Plan, speeds: Speeds, hit: float, exact: bool) -> tuple[dict[s
     """Seconds a token of the GPU and of the experts that VRAM lacks, at best and at worst, by what they wait for; hit:
     share of choices found in VRAM."""
     needs = plan.needs
+    dense = (needs.dense - needs.embedding) / 1e9
     gigabytes = needs.layers * needs.record / 1e9
     found, missing = hit * needs.top_k * gigabytes, (1 - hit) * needs.top_k * gigabytes
     vram, bus = speeds.vram or speeds.ram, min(speeds.pcie or speeds.ram, speeds.ram)
-    everything = {"GPU memory": (needs.dense / 1e9 + found + missing) / vram}
+    everything = {"GPU memory": (dense + found + missing) / vram}
     if exact:
         both = everything | {"PCIe": missing / bus}
         return both, both
     waited, copying, computing = (part * gigabytes for part in divided(needs.top_k, 1 - hit, bus, speeds.ram))
     side = "PCIe" if copying >= computing else "RAM"
-    apart = {"GPU memory": (needs.dense / 1e9 + found) / vram, "RAM": missing / speeds.ram}
+    apart = {"GPU memory": (dense + found) / vram, "RAM": missing / speeds.ram}
     return everything | {side: waited}, apart
 
 

@@ -18,15 +18,16 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from qmix.config import DTYPES, QuantConfig
-from qmix.errors import DoesNotFit
+from qmix.errors import DoesNotFit, UsageError
+from qmix.kernels.kv_size import kv_bytes
 from qmix.sizes import (
     GIB,
+    KV_FORMATS,
     KV_PIECE,
     MIB,
     dense_bytes,
     format_bytes,
     kept_attention,
-    kv_bytes_per_token,
     pass_tokens,
     record_layouts,
 )
@@ -51,7 +52,9 @@ STAGING = 2  # RAM slots through which records pass on their way from the disk t
 class Needs:
     """Bytes that a model takes wherever it runs; records: how many of `record` bytes each, or in a mixed store on
     average, where kinds has (records, bytes of one) for each kind; kv_cache: how keys and values are kept, one of
-    sizes.KV_FORMATS; decoded: what an int8 cache takes of a GPU besides, whose prompts decode all heads at once."""
+    sizes.KV_FORMATS; decoded: what an int8 cache takes of a GPU besides, whose prompts decode all heads at once;
+    embedding: bytes of `dense` of which a token reads one row; routers: those of the fp64 copies that a GPU has
+    besides."""
 
     context: int
     dense: int
@@ -65,22 +68,32 @@ class Needs:
     kinds: tuple[tuple[int, int], ...] = ()
     scoring: bool = False
     decoded: int = 0
+    embedding: int = 0
+    routers: int = 0
 
     @classmethod
     def of(cls, model: Model, quant: QuantConfig, context: int, kv: str = "bf16",
            scoring: bool = False) -> Needs:
         """scoring: the workspace also holds what reading logits after every token takes. UsageError for a `kv` that
         there is not."""
-        itemsize = 4 if quant.experts == quant.dense == "keep" and DTYPES[model.dtype] != "bf16" else 2
+        if kv not in KV_FORMATS:
+            raise UsageError(f"--kv-cache {kv}: want " + " or ".join(KV_FORMATS))
+        itemsize = compute_bytes(model, quant)
         keys, layouts = model.expert_keys, record_layouts(model, quant)
         counts = Counter(map(quant.kind_of, keys))
         kinds = tuple((counts[i], layout.nbytes) for i, layout in enumerate(layouts))
         mean = -(-sum(count * nbytes for count, nbytes in kinds) // len(keys))
         workspace = workspace_bytes(model, context, itemsize, kv) + (scoring_bytes(model, context) if scoring else 0)
-        return cls(context, resident_dense_bytes(model, quant), kv_bytes_per_token(model, itemsize, kv) * context,
+        return cls(context, resident_dense_bytes(model, quant), kv_bytes(model, context, itemsize, kv),
                    workspace, mean, len(keys), len(model.record_layers), model.top_k, kv,
                    kinds if len(kinds) > 1 else (), scoring,
-                   2 * context * widest_kv(model) * itemsize if kv == "int8" else 0)
+                   2 * context * widest_kv(model) * itemsize if kv == "int8" else 0, unread_bytes(model, quant),
+                   sum(8 * prod(t.shape) for t in model.tensors() if t.role == "router"))
+
+    @property
+    def on_device(self) -> Needs:
+        """What a GPU has to hold: also routers in fp64, tiles, and the heads of an int8 cache that prompts decode."""
+        return replace(self, dense=self.dense + self.routers, workspace=self.workspace + DEVICE_TILES + self.decoded)
 
     @property
     def by_kind(self) -> tuple[tuple[int, int], ...]:
@@ -209,17 +222,31 @@ class Plan:
         return found
 
 
+def margin_of(available: int, asked: int | None) -> int:
+    """Bytes of the `available` ones that stay free for other programs: as asked, or MARGIN, but no more than an
+    eighth."""
+    return min(MARGIN, available // 8) if asked is None else asked
+
+
 def choose_context(model: Model, asked: int) -> int:
     """0 asks for the default: min(model, 8192)."""
     return min(model.max_positions, DEFAULT_CONTEXT) if asked == 0 else asked
 
 
+def compute_bytes(model: Model, quant: QuantConfig) -> int:
+    """Of a number of the compute dtype (forward.weights.compute_dtype): of activations, keys and values."""
+    return 4 if quant.experts == quant.dense == "keep" and DTYPES[model.dtype] != "bf16" else 2
+
+
 def resident_dense_bytes(model: Model, quant: QuantConfig) -> int:
-    """Dense weights as they lie in memory, at most: norms in fp32, routers in fp64 (as stored but on a device), the
-    rest as stored."""
-    wide = {"norm": 4, "router": 8}
-    return sum(prod(t.shape) * wide[t.role] if t.role in wide else dense_bytes(model, quant, t)
-               for t in model.tensors())
+    """Dense weights as they lie in memory: norms in fp32, the rest as stored."""
+    return sum(4 * prod(t.shape) if t.role == "norm" else dense_bytes(model, quant, t) for t in model.tensors())
+
+
+def unread_bytes(model: Model, quant: QuantConfig) -> int:
+    """Of the embedding, of which a token reads one row; none where it is the head too."""
+    embedding = next(t for t in model.tensors() if t.role == "embedding")
+    return 0 if model.tied else dense_bytes(model, quant, embedding)
 
 
 def widest_kv(model: Model) -> int:
@@ -278,9 +305,8 @@ def plan(needs: Needs, ram: int, base: int, vram: int | None = None, vram_base: 
     all_of_them = [count for count, _ in needs.by_kind]
     if vram is None:
         return Plan(needs, (_tier("RAM", needs, ram, base, needs.least, all_of_them),))
-    there = replace(needs, workspace=needs.workspace + DEVICE_TILES + needs.decoded)
     half = max(RESERVE, vram // 50) // 2
-    fast = _tier("VRAM", there, vram, vram_base, needs.least, all_of_them, beside=max(half, vram_beside or 0))
+    fast = _tier("VRAM", needs.on_device, vram, vram_base, needs.least, all_of_them, beside=max(half, vram_beside or 0))
     return Plan(needs, (fast, _below(needs, fast, ram, base, pin)))
 
 

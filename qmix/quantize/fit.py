@@ -40,9 +40,14 @@ class Wanted:
         return f"--fit {format_bytes(self.nbytes)}" if self.nbytes else f"--bpw {self.bits:g}"
 
 
+def copies(model: Model) -> int:
+    """How many times the text goes through the model at once: as it is, and perturbed in each layer with records."""
+    return len(model.record_layers) + 1
+
+
 def sensitivity_tokens(model: Model) -> int:
-    """How long a text can be of which a copy for every layer goes along."""
-    return max(1, TOKENS // (model.num_layers + 1))
+    """How long a text can be of which so many copies go along."""
+    return max(1, TOKENS // copies(model))
 
 
 def sensitivity(source: Checkpoint, calibration: Calibration, quant: QuantConfig, threads: int, cache: Path | None,

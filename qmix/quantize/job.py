@@ -22,7 +22,7 @@ from qmix.checkpoint import Checkpoint
 from qmix.config import CALIBRATED, ExpertKey, QuantConfig
 from qmix.errors import CheckpointError, DoesNotFit, Interrupted, QmixError, StoreError, UsageError
 from qmix.quantize import journal as journals
-from qmix.quantize.calibrated import peak_bytes
+from qmix.quantize.budget import peak_bytes
 from qmix.quantize.calibration import Calibration
 from qmix.quantize.journal import Finished, Journal
 from qmix.quantize.onethread import one_torch_thread
@@ -147,7 +147,7 @@ class _Job:
     def _rest(self) -> list[Work]:
         """What `run` has to go through."""
         if self._calibration is not None:
-            return route(self._work, self._done, self._source.model.num_layers)
+            return route(self._work, self._done, self._source.model)
         return [work for work in self._work if work.region.name not in self._done]
 
     def _recall(self) -> dict[str, Finished]:

@@ -9,7 +9,7 @@ and two records, whatever the model's size. After an error or Ctrl-C, reader and
 error is raised in the caller.
 
 With a calibration, the text passes through every expert before that expert is quantized. It also passes through experts
-that are finished already, since the next layer's inputs depend on them. calibration.py says how much memory that takes.
+that are finished already, since the next layer's inputs depend on them. budget.py says how much memory that takes.
 
 F expert inner, H hidden.
 """
@@ -32,11 +32,15 @@ from qmix.config import CALIBRATED, DTYPES, ExpertKey, QuantConfig
 from qmix.errors import CheckpointError, QmixError
 from qmix.formats import TORCH_DTYPES
 from qmix.hardware.memory import anonymous_memory
-from qmix.quantize.calibrated import FALLBACK, Guide, choose_calibrated, stage
-from qmix.quantize.calibration import Calibration, Inputs
+from qmix.quantize.calibrated import FALLBACK, choose_calibrated
+from qmix.quantize.calibration import Calibration
+from qmix.quantize.guide import Guide, stages
+from qmix.quantize.inputs import Inputs
 from qmix.quantize.journal import Finished, Journal
 from qmix.quantize.methods import Error, error, quantize_measured
 from qmix.sizes import PLAIN_DTYPES, MatrixSpec
+from qmix.spec import Model
+from qmix.spec.model import layer_of
 from qmix.store import Calibrated, Region, StoreLayout, StoreWriter
 
 
@@ -89,10 +93,11 @@ def all_work(source: Checkpoint, layout: StoreLayout) -> list[Work]:
     return found
 
 
-def route(work: Sequence[Work], finished: Collection[str], layers: int) -> list[Work]:
+def route(work: Sequence[Work], finished: Collection[str], model: Model) -> list[Work]:
     """What is left of `work`, in the order of a calibration: layer by layer, with those `finished` experts, by name,
     that the text must pass through to reach one that is not."""
-    todo = [item for item in sorted(work, key=lambda item: stage(item.source, layers))
+    stage = stages(model)
+    todo = [item for item in sorted(work, key=lambda item: stage(item.source))
             if isinstance(item.source, ExpertKey) or item.region.name not in finished]
     while todo and todo[-1].region.name in finished:
         todo.pop()
@@ -131,8 +136,8 @@ def run(source: Checkpoint, quant: QuantConfig, work: Sequence[Work], writer: St
 
 
 def _guide(source: Checkpoint, calibration: Calibration, work: Sequence[Work], pool: Executor) -> Guide:
-    layers = {stage(item.source, source.model.num_layers) for item in work
-              if isinstance(item.source, str) and item.grouped}
+    layers = {layer for item in work if isinstance(item.source, str) and item.grouped
+              and (layer := layer_of(item.source)) is not None}
     return Guide(source, calibration, layers, pool)
 
 

@@ -22,7 +22,7 @@ from qmix.hardware.gpu_memory import GpuMemory
 from qmix.models import read_model
 from qmix.offload import router_stats
 from qmix.offload.forecast import Speeds, forecast, known_shares
-from qmix.offload.plan import CUDA_CONTEXT, MARGIN, PROGRAM, UNMEASURED, Needs, Plan, choose_context
+from qmix.offload.plan import CUDA_CONTEXT, PROGRAM, UNMEASURED, Needs, Plan, choose_context, margin_of
 from qmix.offload.plan import plan as make_plan
 from qmix.sizes import format_bytes, record_layouts
 from qmix.spec import Model
@@ -168,8 +168,8 @@ def _ram(machine: Machine) -> int:
         return machine.ram
     mappable = hardware.address_space_left()
     available = hardware.memory().available
-    available = hardware.resident_bytes() + (available if mappable is None else min(available, mappable))
-    return available - (min(MARGIN, available // 8) if machine.margin is None else machine.margin)
+    available = available if mappable is None else min(available, mappable)
+    return hardware.resident_bytes() + available - margin_of(available, machine.margin)
 
 
 def _speeds(machine: Machine, known: Speeds | None) -> tuple[Speeds, list[str]]:

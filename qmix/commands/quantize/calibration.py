@@ -62,7 +62,7 @@ def mixed_config(checkpoint: Checkpoint, quant: QuantConfig, wanted: Wanted, tex
     threads = hardware.compute_cores() if threads is None else hardware.check_threads(threads)
     fit.Sizes.of_model(checkpoint.model, quant, wanted)  # a size that cannot be is refused now
     part = text.part(fit.sensitivity_tokens(checkpoint.model))
-    job.check_memory(checkpoint, part.tokens * (checkpoint.model.num_layers + 1), threads)
+    job.check_memory(checkpoint, part.tokens * fit.copies(checkpoint.model), threads)
     with render.byte_bar("measure") as progress:
         found = fit.sensitivity(checkpoint, part, quant, threads,
                                 paths.if_any(paths.sensitivity_folder), render.say, progress)

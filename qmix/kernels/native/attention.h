@@ -82,7 +82,7 @@ ALWAYS void fetch(const char *from, int64_t bytes) {
         __builtin_prefetch(from + at, 0, 2);
 }
 
-/* Store one vector [D] at position `at`. int8: x = code * scale to half a scale; qmix/model/kvint8.py does the same to
+/* Store one vector [D] at position `at`. int8: x = code * scale to half a scale; kernels/kv_codes.py does the same to
  * the bit. */
 static void keep_vector(const qmix_attention *job, int32_t type, const void *from, int64_t head, void *kept,
                         float *scales, int64_t at) {

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from qmix.kernels.native import jobs
 from qmix.kernels.native.loader import levels, library
-from qmix.kernels.op import Op
-from qmix.kernels.ops import HeadNorm, Norm, Rope, Route
 from qmix.kernels.router import RouterTensors
 
 
@@ -30,12 +28,6 @@ class LayerOps:
         self.level = level
         self.threads = torch.get_num_threads()
         self.name = f"native {level}"
-
-    def supports(self, op: Op) -> str | None:
-        """Why the library does not compute `op`; None where it does."""
-        if isinstance(op, Rope) and len(op.buffers) > 2:
-            return f"{self.name} rotates queries and keys, not {len(op.buffers)} buffers"
-        return None if isinstance(op, (Norm, HeadNorm, Rope, Route)) else f"{self.name} has no {type(op).__name__}"
 
     def norm(self, x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
         """x / sqrt(mean(x^2) + eps) * weight: x [T, H] fp32 or bf16, weight [H] fp32, None for 1 -> [T, H] of `dtype`,

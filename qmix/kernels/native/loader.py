@@ -50,8 +50,6 @@ def open_library(folder: Path) -> tuple[ctypes.CDLL | None, str]:
         opened = ctypes.CDLL(str(found[0]))
         opened.qmix_level_name.restype = ctypes.c_char_p
         opened.qmix_peak.restype = ctypes.c_int64
-        number = ctypes.c_int32
-        opened.qmix_sequence.argtypes = [number, number, ctypes.c_void_p, number, number]
         abi = opened.qmix_abi()
     except OSError as e:
         return None, f"the library cannot be opened: {_line(str(e))}"
@@ -60,6 +58,8 @@ def open_library(folder: Path) -> tuple[ctypes.CDLL | None, str]:
     if abi != ABI:
         return None, f"{found[0].name} belongs to another version of qmix: it has version {abi}, this needs {ABI}" + (
             f" ({failure})" if failure else "")
+    number = ctypes.c_int32
+    opened.qmix_sequence.argtypes = [number, number, ctypes.c_void_p, number, number]
     return opened, f"an earlier build is in use, the last one failed: {failure}" if failure else ""
 
 
