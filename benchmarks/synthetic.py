@@ -3,7 +3,7 @@ and the same model for llama.cpp.
 
     python benchmarks/synthetic.py OUT --layers 12                     # 9.9 GB; 32 layers: 26 GB
     python benchmarks/synthetic.py OUT --layers 12 --gguf OUT.gguf     # both; --only-gguf for the second alone
-    python benchmarks/synthetic.py OUT --model qwen3 --layers 24       # 8.7 GB, many small experts; the whole has 48
+    python benchmarks/synthetic.py OUT --model qwen3 --layers 24       # 9.6 GB, many small experts; all 48: 18.2
     python benchmarks/synthetic.py OUT --fit 22G                       # int4, int3 and int2 mixed
     python benchmarks/synthetic.py OUT --check [-f TEXT]               # how an existing store routes
 

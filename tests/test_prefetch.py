@@ -16,8 +16,8 @@ from qmix.offload.reads import AHEAD, DEMAND, Load
 from qmix.offload.router_stats import RouterStats
 from qmix.offload.setup import reach
 from qmix.offload.tiers import Tier
-from qmix.sizes import MIB
 from qmix.offload.watch import RoutingWatch
+from qmix.sizes import MIB
 
 
 def keys(*pairs: tuple[int, int]) -> list[ExpertKey]:
