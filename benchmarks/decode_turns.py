@@ -3,6 +3,8 @@
     python benchmarks/decode_turns.py --peer-python PEER/bin/python --work DIR   # models as peers.py keeps them in DIR
     python benchmarks/decode_turns.py --peer-python AVX2PEER/bin/python --work DIR --level avx2 --depth 0,512
     python benchmarks/decode_turns.py --peer-python AVX2PEER/bin/python --work DIR --level avx2 --depth 8192 --kv int8
+    python benchmarks/decode_turns.py --peer-python AVX2PEER/bin/python --work DIR --model qwen3 --layers 24 \
+        --dense int8 --gguf mixed --native-only --depth 0,512 --prefill 512
 
 peers.py runs one program after the other, minutes apart, in which a shared machine's memory may give half of what it
 gave before. Here each side decodes some tokens (about a second), then the next one does, then the memory's read
@@ -28,7 +30,7 @@ from typing import Any
 import instruction_levels
 from peers import SIDE, Side, find_peer, machine, numbers_from_0
 from peers_report import GB, cell, table
-from synthetic_recipe import Recipe, tokenizer_file, uniform_tokens
+from synthetic_recipe import RECIPES, Recipe, tokenizer_file, uniform_tokens
 
 from qmix.hardware import physical_cores
 from qmix.hardware.bandwidth import measure_ram
@@ -74,8 +76,10 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("-n", "--tokens", type=int, default=24, help="decoded in each turn")
     parser.add_argument("--depth", type=numbers_from_0, default=[0], help="decode behind prompts of so many tokens")
+    parser.add_argument("--prefill", type=numbers_from_0, default=[], help="then prompts of so many tokens, one a turn")
+    parser.add_argument("--model", choices=tuple(RECIPES), default="mixtral")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--gguf", default="q4_0", help="q4_0, q4_k_m")
+    parser.add_argument("--gguf", default="q4_0", help="mixed, q4_0, q4_k_m; see synthetic_gguf.py")
     parser.add_argument("--dense", default="int4", choices=("int4", "int8"))
     parser.add_argument("--block", type=int, default=0, choices=(32, 64), help="of qmix's int4 (default: as `qmix "
                         "quantize` chooses it on this machine)")
@@ -89,7 +93,8 @@ def main() -> None:
     instruction_levels.start_at(args.level)
     version = find_peer(parser, args.peer_python, args.level)
     tokenizer_file()
-    recipe, size = Recipe(args.layers, block=args.block), f"{args.layers}x4096x14336-0"
+    recipe = RECIPES[args.model](args.layers, block=args.block)
+    size = f"{args.layers}x{recipe.hidden}x{recipe.inner}-0"  # peers.py's, whose models these are
     suffix = (f"-{args.level}" if args.level else "") + (f"-b{args.block}" if args.block else "")
     store = args.work.resolve() / f"qmix-{args.dense}-{size}{suffix}"
     sides = [Side(f"qmix {args.dense}", "qmix", args.dense, store)]
@@ -101,24 +106,26 @@ def main() -> None:
     for side in sides:
         side.make(recipe)
     where, found = machine(version), []
-    for depth in args.depth:
-        rates, memory = take_turns(sides, args, depth)
-        found.append({"depth": depth, "rates": rates, "memory": memory})
+    for depth, prompt in [*((depth, 0) for depth in args.depth), *((0, prompt) for prompt in args.prefill)]:
+        rates, memory = take_turns(sides, args, depth, prompt)
+        found.append({"depth": depth, "prompt": prompt, "rates": rates, "memory": memory})
+        what = f"prompts of {prompt} tokens" if prompt else f"depth {depth}"
         print(f"{where['date']}, {where['processor']}, {where['cores']} cores; commit {where['commit']}, qmix: "
-              f"{where['instructions']}; {version}; {args.threads} threads, {args.layers} layers, depth {depth}, "
-              f"{args.kv} keys and values (llama.cpp: {PEER_KV[args.kv]}), {args.turns} turns of {args.tokens} tokens; "
-              f"RAM read {cell(memory)} GB/s.\n")
-        print(report(sides, recipe, rates, memory) + "\n", flush=True)
+              f"{where['instructions']}; {version}; {args.threads} threads, {args.model}, {args.layers} layers, "
+              f"{what}, {args.kv} keys and values (llama.cpp: {PEER_KV[args.kv]}), {args.turns} turns of "
+              f"{prompt or args.tokens} tokens; RAM read {cell(memory)} GB/s.\n")
+        print(report(sides, None if prompt else recipe, rates, memory) + "\n", flush=True)
         if args.json:
             args.json.write_text(json.dumps({"machine": where, "depths": found}, indent=1) + "\n")
 
 
-def take_turns(sides: Sequence[Side], args: argparse.Namespace,
-               depth: int) -> tuple[dict[str, list[float]], list[float]]:
-    """({side: tok/s of each turn}, GB/s that the memory gave in each)."""
-    context = -(-(depth + args.turns * args.tokens + 16) // 256) * 256
-    task = {"tokens": uniform_tokens(context, 0), "depth": depth, "threads": args.threads, "context": context,
-            "ubatch": [512], "load_mode": "auto", "activations": args.activations, "kv": args.kv,
+def take_turns(sides: Sequence[Side], args: argparse.Namespace, depth: int,
+               prompt: int) -> tuple[dict[str, list[float]], list[float]]:
+    """({side: tok/s of each turn}, GB/s that the memory gave in each). prompt: tokens of a prompt, which is a turn; 0
+    to decode."""
+    context = -(-max(depth + args.turns * args.tokens + 16, prompt) // 256) * 256
+    task = {"tokens": uniform_tokens(context, 0), "depth": depth, "prompt": prompt, "threads": args.threads,
+            "context": context, "ubatch": [512], "load_mode": "auto", "activations": args.activations, "kv": args.kv,
             "peer_kv": PEER_KV[args.kv]}
     rates: dict[str, list[float]] = {side.name: [] for side in sides}
     memory: list[float] = []
@@ -128,21 +135,26 @@ def take_turns(sides: Sequence[Side], args: argparse.Namespace,
         for turn in range(args.turns):
             first = turn % len(waiting)
             for one in waiting[first:] + waiting[:first]:
-                rates[one.side.name].append(one.rate(args.tokens))
+                rates[one.side.name].append(one.rate(prompt or args.tokens))
             memory.append(measure_ram(args.threads, seconds=0.4, say=lambda line: None))
     return rates, memory
 
 
-def report(sides: Sequence[Side], recipe: Recipe, rates: dict[str, list[float]], memory: Sequence[float]) -> str:
-    """A row for each side: tok/s, weights read, their share of what the memory gave in that turn, times the last."""
+def report(sides: Sequence[Side], recipe: Recipe | None, rates: dict[str, list[float]],
+           memory: Sequence[float]) -> str:
+    """A row for each side: tok/s, with a recipe weights read and their share of what the memory gave in that turn,
+    times the last."""
     peer, rows = rates[sides[-1].name], []
     for side in sides:
         own = rates[side.name]
-        read = [rate * side.token_bytes(recipe) / GB for rate in own]
-        share = [100 * a / b for a, b in zip(read, memory, strict=True)]
-        rows.append([side.name, cell(own), f"{statistics.median(read):.1f}", cell(share),
-                     cell([a / b for a, b in zip(own, peer, strict=True)])])
-    return table(["side", "tok/s", "GB/s of weights", "% of RAM read", f"times {sides[-1].name}"], rows)
+        row = [side.name, cell(own)]
+        if recipe is not None:
+            read = [rate * side.token_bytes(recipe) / GB for rate in own]
+            share = [100 * a / b for a, b in zip(read, memory, strict=True)]
+            row += [f"{statistics.median(read):.1f}", cell(share)]
+        rows.append([*row, cell([a / b for a, b in zip(own, peer, strict=True)])])
+    weights = ["GB/s of weights", "% of RAM read"] if recipe is not None else []
+    return table(["side", "tok/s", *weights, f"times {sides[-1].name}"], rows)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def speed(task: Task, first: Runner, loaded: float, others: Callable[[int], Abst
 
 def turns(task: Task, runner: Runner) -> dict[str, Any]:
     """Behind a prompt of `depth` tokens, as many steps as the line on stdin says, for each line, and prints their
-    seconds; until the lines end."""
+    seconds; until the lines end. With `prompt` a prompt of so many tokens in their place."""
     tokens, at = task["tokens"], task["depth"] + WARM
     if task["depth"]:
         runner.best(tokens[:task["depth"]])
@@ -103,6 +103,11 @@ def turns(task: Task, runner: Runner) -> dict[str, Any]:
         runner.best([token])
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
+        if task["prompt"]:
+            runner.clear()
+            took = seconds(lambda: runner.best(tokens[:task["prompt"]]))
+            print(json.dumps({"tokens": task["prompt"], "seconds": took}), flush=True)
+            continue
         steps = tokens[at:at + int(line)]
         took = seconds(lambda steps=steps: [runner.best([token]) for token in steps])  # type: ignore[misc]
         at += len(steps)

@@ -1,12 +1,13 @@
-"""Write a random Mixtral 8x7B of a chosen depth, without ever having had the 94 GB original: a qmix store, and
-the same model for llama.cpp.
+"""Write a random Mixtral 8x7B or Qwen3-30B-A3B of a chosen depth, without ever having had the original: a qmix store,
+and the same model for llama.cpp.
 
     python benchmarks/synthetic.py OUT --layers 12                     # 9.9 GB; 32 layers: 26 GB
     python benchmarks/synthetic.py OUT --layers 12 --gguf OUT.gguf     # both; --only-gguf for the second alone
+    python benchmarks/synthetic.py OUT --model qwen3 --layers 24       # 9.6 GB, many small experts; all 48: 18.2
     python benchmarks/synthetic.py OUT --fit 22G                       # int4, int3 and int2 mixed
     python benchmarks/synthetic.py OUT --check [-f TEXT]               # how an existing store routes
 
-The shapes, formats and bytes are Mixtral's (int4 g64 experts or a mix, int8 or --dense int4), so speed and memory can
+The shapes, formats and bytes are the model's (int4 g64 experts or a mix, int8 or --dense int4), so speed and memory can
 be measured on it; what it says is noise. How it routes is chosen: see synthetic_recipe.py. Expert bytes are
 random, distinct, and streamed; the same flags give the same store. Needs numpy and mistral-common.
 """
@@ -26,7 +27,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from synthetic_recipe import CLUSTERS, Recipe, local_tokens, prose_tokens, tokenizer_file, tokens_of, uniform_tokens
+from synthetic_recipe import (
+    CLUSTER,
+    RECIPES,
+    Recipe,
+    local_tokens,
+    prose_tokens,
+    tokenizer_file,
+    tokens_of,
+    uniform_tokens,
+)
 from torch import Tensor
 
 from qmix.config import GROUPED_BITS, ExpertKey, QuantConfig, parse_grouped
@@ -80,8 +90,8 @@ def dense_tensor(recipe: Recipe, tensor: Named, spec: MatrixSpec | None) -> dict
     if spec is None:
         if tensor.role == "embedding":
             whole = torch.empty(tensor.shape, dtype=torch.bfloat16)
-            for cluster, rows in enumerate(whole.chunk(CLUSTERS)):
-                rows.copy_(torch.from_numpy(recipe.embedding(cluster)))
+            for cluster, rows in enumerate(whole.split(CLUSTER)):
+                rows.copy_(torch.from_numpy(recipe.embedding(cluster)[:len(rows)]))
             return {"weight": whole}
         plain = torch.from_numpy(recipe.router(layer)) if tensor.role == "router" else torch.ones(tensor.shape)
         return {"weight": plain.bfloat16()}
@@ -202,12 +212,13 @@ def write_part(recipe: Recipe, folder: Path, dense_format: str, part: int, of: i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="the store's folder")
+    parser.add_argument("--model", choices=tuple(RECIPES), default="mixtral")
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--recall", type=float, default=0.85, help="of the next router, asked one layer early")
+    parser.add_argument("--recall", type=float, help="of the next router, asked one layer early (Mixtral 0.85)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1, help="processes that draw and write; the bytes are the same")
-    parser.add_argument("--hidden", type=int, default=4096, help="smaller only to try things out")
-    parser.add_argument("--inner", type=int, default=14336)
+    parser.add_argument("--hidden", type=int, help="other than the model's only to try things out")
+    parser.add_argument("--inner", type=int)
     parser.add_argument("--dense", choices=("int8", "int4"), default="int8", help="attention and head (int8)")
     parser.add_argument("--fit", metavar="SIZE", help="a mix of int4, int3 and int2 of this size, as 22G")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="also write the model for llama.cpp (needs gguf)")
@@ -226,7 +237,8 @@ def main() -> None:
     if args.only_gguf and not args.gguf:
         parser.error("--only-gguf wants --gguf FILE")
     try:
-        recipe = Recipe(args.layers, args.recall, args.hidden, args.inner, args.seed)
+        given = {name: getattr(args, name) for name in ("recall", "hidden", "inner") if getattr(args, name) is not None}
+        recipe = RECIPES[args.model](args.layers, seed=args.seed, **given)
     except ValueError as e:
         parser.error(str(e))
     tokenizer_file()  # a missing one is said before anything large is written

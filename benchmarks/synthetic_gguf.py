@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from synthetic_recipe import CLUSTER, CLUSTERS, VOCAB, Recipe, tokenizer_file
+from synthetic_recipe import CLUSTER, HEAD, Qwen3Recipe, Recipe, tokenizer_file
 
 Bytes = NDArray[np.uint8]
 Draft = tuple[str, str, tuple[int, ...], Callable[[], NDArray]]  # name, type, logical shape, values
@@ -101,15 +101,17 @@ def linear(recipe: Recipe, kind: str, name: str, layer: int, shape: tuple[int, i
 
 def q_matrix(recipe: Recipe, kind: str, layer: int) -> Bytes:
     """Each query head a copy of its key head."""
-    keys = linear(recipe, kind, "k", layer, (recipe.kv_heads * 128, recipe.hidden)).reshape(recipe.kv_heads, 128, -1)
-    return keys.repeat(recipe.heads // recipe.kv_heads, axis=0).reshape(recipe.hidden, -1)
+    keys = linear(recipe, kind, "k", layer, (recipe.kv_heads * HEAD, recipe.hidden))
+    repeated = keys.reshape(recipe.kv_heads, HEAD, -1).repeat(recipe.heads // recipe.kv_heads, axis=0)
+    return repeated.reshape(recipe.heads * HEAD, -1)
 
 
 def embedding(recipe: Recipe) -> NDArray[np.float16]:
     """[V, H], the store's, through bf16 as there."""
-    whole = np.empty((VOCAB, recipe.hidden), np.float16)
-    for cluster in range(CLUSTERS):
-        whole[cluster * CLUSTER:][:CLUSTER] = _bf16(recipe.embedding(cluster))
+    whole = np.empty((recipe.vocab, recipe.hidden), np.float16)
+    for start in range(0, recipe.vocab, CLUSTER):
+        rows = whole[start:start + CLUSTER]
+        rows[:] = _bf16(recipe.embedding(start // CLUSTER)[:len(rows)])
     return whole
 
 
@@ -126,27 +128,30 @@ def _bf16(x: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def drafts(recipe: Recipe, types: str = "mixed") -> Iterator[Draft]:
     """Every tensor in the order of the file; values are drawn when it is their turn."""
-    hidden, inner, keys = recipe.hidden, recipe.inner, recipe.kv_heads * 128
+    hidden, inner, vocab = recipe.hidden, recipe.inner, recipe.vocab
+    queries, keys = recipe.heads * HEAD, recipe.kv_heads * HEAD
     ones = partial(np.ones, hidden, np.float32)
-    yield "token_embd.weight", "F16", (VOCAB, hidden), partial(embedding, recipe)
+    yield "token_embd.weight", "F16", (vocab, hidden), partial(embedding, recipe)
     for i in range(recipe.layers):
         p = f"blk.{i}."
         kinds = {name: type_of(types, name, i, recipe.layers) for name in ("q", "k", "v", "o", "gate", "up", "down")}
         yield p + "attn_norm.weight", "F32", (hidden,), ones
-        yield p + "attn_q.weight", kinds["q"], (hidden, hidden), partial(q_matrix, recipe, kinds["q"], i)
-        for name, long, rows in (("k", "k", keys), ("v", "v", keys), ("o", "output", hidden)):
-            yield (p + f"attn_{long}.weight", kinds[name], (rows, hidden),
-                   partial(linear, recipe, kinds[name], name, i, (rows, hidden)))
+        yield p + "attn_q.weight", kinds["q"], (queries, hidden), partial(q_matrix, recipe, kinds["q"], i)
+        for name, long, shape in (("k", "k", (keys, hidden)), ("v", "v", (keys, hidden)),
+                                  ("o", "output", (hidden, queries))):
+            yield p + f"attn_{long}.weight", kinds[name], shape, partial(linear, recipe, kinds[name], name, i, shape)
+        for name in ("q", "k") if recipe.head_norms else ():
+            yield p + f"attn_{name}_norm.weight", "F32", (HEAD,), partial(np.ones, HEAD, np.float32)
         yield p + "ffn_norm.weight", "F32", (hidden,), ones
         yield p + "ffn_gate_inp.weight", "F32", (recipe.experts, hidden), partial(router, recipe, i)
         for part, (name, rows, cols) in enumerate((("gate", inner, hidden), ("up", inner, hidden),
                                                    ("down", hidden, inner))):
-            shape = (recipe.experts, rows, cols)
-            yield p + f"ffn_{name}_exps.weight", kinds[name], shape, partial(
-                experts, recipe, kinds[name], i, part, shape)
+            each = (recipe.experts, rows, cols)
+            yield p + f"ffn_{name}_exps.weight", kinds[name], each, partial(
+                experts, recipe, kinds[name], i, part, each)
     head = type_of(types, "head", 0, recipe.layers)
     yield "output_norm.weight", "F32", (hidden,), ones
-    yield "output.weight", head, (VOCAB, hidden), partial(linear, recipe, head, "head", 0, (VOCAB, hidden))
+    yield "output.weight", head, (vocab, hidden), partial(linear, recipe, head, "head", 0, (vocab, hidden))
 
 
 def tensor_bytes(kind: str, shape: Sequence[int]) -> int:
@@ -158,9 +163,9 @@ def tensor_bytes(kind: str, shape: Sequence[int]) -> int:
 
 def bytes_per_token(recipe: Recipe, types: str) -> int:
     """Bytes of weights that one token reads: all but the experts not chosen and the embeddings of other tokens."""
-    total = 0
+    total, routed, looked_up = 0, recipe.chosen / recipe.experts, 1 / recipe.vocab
     for name, kind, shape, _ in drafts(recipe, types):
-        share = 2 / recipe.experts if "_exps" in name else 1 / VOCAB if name.startswith("token_embd") else 1
+        share = routed if "_exps" in name else looked_up if name.startswith("token_embd") else 1
         total += int(tensor_bytes(kind, shape) * share)
     return total
 
@@ -209,16 +214,21 @@ def write_gguf(recipe: Recipe, path: Path, types: str = "mixed", checkpoint: Pat
     except ImportError:
         raise SystemExit("--gguf needs the package gguf: pip install gguf") from None
     draft = path.with_name(path.name + ".partial")
-    writer = gguf.GGUFWriter(draft, "llama")
+    qwen3 = isinstance(recipe, Qwen3Recipe)
+    writer = gguf.GGUFWriter(draft, "qwen3moe" if qwen3 else "llama")
     writer.add_name(f"synthetic, {recipe.layers} layers")
     for add, value in ((writer.add_block_count, recipe.layers), (writer.add_context_length, 32768),
                        (writer.add_embedding_length, recipe.hidden), (writer.add_feed_forward_length, recipe.inner),
                        (writer.add_head_count, recipe.heads), (writer.add_head_count_kv, recipe.kv_heads),
-                       (writer.add_rope_dimension_count, 128), (writer.add_rope_freq_base, 1e6),
-                       (writer.add_layer_norm_rms_eps, 1e-5), (writer.add_expert_count, recipe.experts),
-                       (writer.add_expert_used_count, 2), (writer.add_vocab_size, VOCAB)):
+                       (writer.add_rope_dimension_count, HEAD), (writer.add_rope_freq_base, 1e6),
+                       (writer.add_layer_norm_rms_eps, recipe.eps), (writer.add_expert_count, recipe.experts),
+                       (writer.add_expert_used_count, recipe.chosen), (writer.add_vocab_size, recipe.vocab)):
         add(value)
-    _add_vocabulary(writer)
+    if qwen3:
+        for add, value in ((writer.add_expert_feed_forward_length, recipe.inner), (writer.add_key_length, HEAD),
+                           (writer.add_value_length, HEAD)):
+            add(value)
+    _add_vocabulary(writer, recipe.vocab)
     planned = list(drafts(recipe, types) if checkpoint is None else checkpoint_drafts(recipe, checkpoint))
     for name, kind, shape, _ in planned:
         quantization = gguf.GGMLQuantizationType[kind]
@@ -237,17 +247,19 @@ def write_gguf(recipe: Recipe, path: Path, types: str = "mixed", checkpoint: Pat
     return path.stat().st_size
 
 
-def _add_vocabulary(writer: object) -> None:
-    """Mixtral's sentencepiece vocabulary, token types as ggml counts them."""
+def _add_vocabulary(writer: object, vocab: int) -> None:
+    """Mixtral's sentencepiece vocabulary, token types as ggml counts them; unused tokens (5) up to `vocab`."""
     from sentencepiece import SentencePieceProcessor
 
     model = SentencePieceProcessor(model_file=str(tokenizer_file()))
     ids = range(model.vocab_size())
     kinds = [2 if model.is_unknown(i) else 3 if model.is_control(i) else 6 if model.is_byte(i) else 1 for i in ids]
     writer.add_tokenizer_model("llama")  # type: ignore[attr-defined]
-    writer.add_token_list([model.id_to_piece(i).encode() for i in ids])  # type: ignore[attr-defined]
-    writer.add_token_scores([model.get_score(i) for i in ids])  # type: ignore[attr-defined]
-    writer.add_token_types(kinds)  # type: ignore[attr-defined]
+    unused = range(model.vocab_size(), vocab)
+    pieces = [*(model.id_to_piece(i) for i in ids), *(f"<unused{i}>" for i in unused)]
+    writer.add_token_list([piece.encode() for piece in pieces])  # type: ignore[attr-defined]
+    writer.add_token_scores([*map(model.get_score, ids), *(0.0 for _ in unused)])  # type: ignore[attr-defined]
+    writer.add_token_types(kinds + [5] * len(unused))  # type: ignore[attr-defined]
     writer.add_bos_token_id(model.bos_id())  # type: ignore[attr-defined]
     writer.add_eos_token_id(model.eos_id())  # type: ignore[attr-defined]
     writer.add_unk_token_id(model.unk_id())  # type: ignore[attr-defined]

@@ -120,6 +120,14 @@ def test_small_records_are_not_guessed_unless_asked(stores: dict[str, Path], mon
         assert engine.stats()["offload"]["prefetch"] == "ahead"
 
 
+@pytest.mark.parametrize("prefetch", ["off", "ahead"])
+def test_same_bits_of_large_records_each_computed_alone(stores: dict[str, Path], resident: dict[str, Tensor],
+                                                        prefetch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qmix.offload.experts.CHUNK", 1)
+    with page(monkeypatch, stores["int4"], 16, prefetch=prefetch) as engine:
+        assert torch.equal(run(engine), resident["int4"])
+
+
 def test_sessions_together_as_alone(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     with page(monkeypatch, stores["int4"], 12, context=30) as paged, load(stores["int4"], threads=1,
                                                                          context=30) as whole:

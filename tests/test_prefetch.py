@@ -17,6 +17,7 @@ from qmix.offload.router_stats import RouterStats
 from qmix.offload.setup import reach
 from qmix.offload.tiers import Tier
 from qmix.offload.watch import RoutingWatch
+from qmix.sizes import MIB
 
 
 def keys(*pairs: tuple[int, int]) -> list[ExpertKey]:
@@ -201,7 +202,14 @@ def test_a_guess_leaves_last_until_its_router_has_spoken(guess: ExpertKey) -> No
 @pytest.mark.parametrize(("slots", "layers", "want"), [(70, 12, (3, 2)), (48, 12, (2, 2)), (27, 12, (1, 1)),
                                                        (130, 32, (2, 2)), (4, 32, (1, 1)), (10**4, 32, (3, 2))])
 def test_how_far_to_look(slots: int, layers: int, want: tuple[int, int]) -> None:
-    assert reach(slots, layers, 2) == want
+    assert reach(slots, layers, 2, 99 * MIB) == want
+
+
+@pytest.mark.parametrize(("record", "top_k", "want"), [(99 * MIB, 2, 2), (40 * MIB, 8, 2), (5 * MIB // 2, 8, 7),
+                                                       (MIB, 8, 8), (MIB, 2, 2)])
+def test_of_small_records_as_many_are_read_ahead_as_the_readers_hold(record: int, top_k: int, want: int) -> None:
+    assert reach(1000, 32, top_k, record)[1] == want
+    assert reach(32 * top_k, 32, top_k, record)[1] == 1  # no room
 
 
 def test_warm_slots_are_shared_by_the_layers_and_take_the_frequent_first() -> None:

@@ -56,6 +56,8 @@ def test_any_sequence_of_requests_finds_the_right_bytes(seed: int, slots: int) -
 
     readers = Readers(FakeRecords(fault=fault), 3, CHUNK)
     tier = Tier(slot_pool(slots, RECORD), cache(slots), readers)
+    table: dict[ExpertKey, int] = {}  # what who follows knows
+    tier.follow(table.__setitem__, lambda k: table.pop(k, None))
     for _ in range(40):
         tier.cache.begin_token()
         layer = dice.randrange(LAYERS)
@@ -78,6 +80,11 @@ def test_any_sequence_of_requests_finds_the_right_bytes(seed: int, slots: int) -
         if dice.random() < 0.5:
             tier.cancel_guess(guess)
         assert slots_add_up(tier)
+        assert all(tier.slot(k) == slot and tier.load_of(k) is None and right(tier, k) for k, slot in table.items())
+        assert table.keys() == {k for k in tier if tier.load_of(k) is None}
+    late: dict[ExpertKey, int] = {}
+    tier.follow(late.__setitem__, lambda k: None)
+    assert late == table
     readers.close()
 
 

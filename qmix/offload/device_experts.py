@@ -85,11 +85,12 @@ class DeviceExperts(PagedExperts):
         self._device.synchronize()
         return super().__call__(layer, x, ids, topk_weights, step, ahead, wanted)
 
-    def _in_turn(self, layer: int, experts: Sequence[int], step: Step, ahead: Guesses | None) -> Iterator[ExpertKey]:
+    def _in_turn(self, layer: int, experts: Sequence[int], step: Step, ahead: Guesses | None,
+                 together: bool = False) -> Iterator[list[ExpertKey]]:
         keys = [ExpertKey(layer, expert) for expert in experts]
         self.figures[step.phase].below += sum(
             self._below.tier.ready(key) for key in keys if not self._tier.ready(key))
-        return super()._in_turn(layer, experts, step, ahead)
+        return super()._in_turn(layer, experts, step, ahead, together)
 
     def begin(self, layer: int, routed: Routed) -> Work | None:
         """See forward.run_graph.DeviceExperts."""

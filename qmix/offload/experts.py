@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
 from itertools import chain
 
 import torch
@@ -30,9 +30,12 @@ from qmix.kernels.native import LayerOps, Native, Product
 from qmix.kernels.op import FEW
 from qmix.kernels.table import KernelTable
 from qmix.offload.figures import PhaseFigures
+from qmix.offload.groups import Group, groups_of
 from qmix.offload.lookahead import Lookahead
+from qmix.offload.one_token import OneToken
 from qmix.offload.plan import EXPERT_CHUNK
 from qmix.offload.prefetch import Prefetcher
+from qmix.offload.reads import CHUNK
 from qmix.offload.resident import ResidentExperts
 from qmix.offload.tiers import Tier
 from qmix.offload.watch import RoutingWatch
@@ -41,22 +44,6 @@ from qmix.spec import Model
 WINDOW = 2  # records on their way at a time in prefill: one is read while the other is computed
 Guesses = list[list[list[int]]]  # [T][D][A]: of each token, by distance, the experts guessed, best ranks first
 CROWD = 4  # tokens per expert from which a prefill is sure to want every expert of the next layer
-
-
-@dataclass(slots=True)
-class _Group:
-    """The tokens of a pass that chose one expert, and at which rank. None: the one token there is."""
-
-    tokens: Tensor | None
-    ranks: Tensor | int
-
-    def chunks(self, top_k: int) -> Iterator[tuple[Tensor | None, Tensor]]:
-        """(tokens, their places among the T * K outputs), EXPERT_CHUNK at a time."""
-        if self.tokens is None:
-            yield None, torch.tensor([self.ranks])
-            return
-        places = self.tokens * top_k + self.ranks
-        yield from zip(self.tokens.split(EXPERT_CHUNK), places.split(EXPERT_CHUNK), strict=True)
 
 
 class PagedExperts:
@@ -88,9 +75,12 @@ class PagedExperts:
         self._all_here = len(tier.slots) >= len(model.expert_keys)
         # In one call only where the weighted sum is the one that several tokens get.
         self._resident: ResidentExperts | None = None
-        if self._native and self._all_here and isinstance(kernels.layer, LayerOps) and \
-                kernels.layer.level == self._native.level:
+        if self._native and isinstance(kernels.layer, LayerOps) and kernels.layer.level == self._native.level:
             self._resident = ResidentExperts(self._native, tier, views, model)
+        self._one = OneToken(self._native, views, model.top_k) if self._native and not self._all_here else None
+        # Small records are computed in less time than one is read, and so many guesses are read at a time that the disk
+        # does not wait meanwhile. Of large ones the next guess is begun between two.
+        self._joins = prefetcher.off or max(map(len, tier.slots)) <= CHUNK
         guesses = watch.traces or not (prefetcher.off or self._all_here)
         self.ahead = self._top_k if guesses else 0
         self.depth = depth if guesses else 0
@@ -135,33 +125,30 @@ class PagedExperts:
         routed = len(ids)
         if wanted is not None:
             x, ids, weights = x[wanted], ids[wanted.cpu()], weights[wanted]
-        if self._resident is not None and len(x) <= FEW and step.phase == "decode":
-            _check(step)
-            self._count(ids.shape[1] if len(ids) == 1 else len(ids.unique()))
-            return self._resident(layer, x, ids, weights)
-        groups = self._groups(ids, x.device)
-        rows = torch.empty(len(x), self._top_k, x.shape[1], dtype=torch.float32, device=x.device)
+        decode, few = step.phase == "decode", len(x) <= FEW
         if self._all_here:
-            self.figures[step.phase].chosen += len(groups)
-            self.figures[step.phase].hits += len(groups)
-            if self._native is not None and len(x) <= FEW:
+            if self._resident is not None and few and decode:
                 _check(step)
-                self._compute_few(self._native, layer, x, groups, rows)
-            else:
-                for expert in groups:
-                    self._compute(ExpertKey(layer, expert), x, groups[expert], rows, step)
+                self._count(ids.shape[1] if len(ids) == 1 else len(ids.unique()))
+                return self._resident(layer, x, ids, weights)
+            rows = self._all_rows(layer, x, groups_of(ids, self._experts, x.device), step)
         else:
-            decode = step.phase == "decode"
+            groups = groups_of(ids, self._experts, x.device)
             self._end_layer(layer, step, ids.reshape(-1).tolist() if decode else (),
-                            weights.reshape(-1).tolist() if decode else (), groups, routed)
-            for key in self._in_turn(layer, list(groups), step, None if ahead is None else ahead.tolist()):
-                self._compute(key, x, groups[key.expert], rows, step)
-        return (self._kernels.layer if step.phase == "decode" else TORCH).combine(rows, weights)
+                         weights.reshape(-1).tolist() if decode else (), groups, routed)
+            guesses = None if ahead is None else ahead.tolist()
+            joins = decode and few and self._joins and self._resident is not None
+            if joins and all(self._tier.ready(ExpertKey(layer, expert)) for expert in groups):
+                assert self._resident is not None
+                with self._all_in_slots(layer, list(groups), step, guesses):
+                    return self._resident(layer, x, ids, weights)
+            rows = self._rows(x, groups, step, self._in_turn(layer, list(groups), step, guesses, joins))
+        return (self._kernels.layer if decode else TORCH).combine(rows, weights)
 
     @property
     def resident(self) -> bool:
         """Whether a token's experts are calls of the library: `job` and `end_token`, in place of a call of this."""
-        return self._resident is not None
+        return self._resident is not None and self._all_here
 
     def job(self, layer: int, x: Tensor, ids: Tensor, topk_weights: Tensor, out: Tensor) -> bytes:
         """native.h's qmix_experts: out [1, H] fp32 = what a call of this gives for one token."""
@@ -187,23 +174,44 @@ class PagedExperts:
         """What computes them."""
         return self._kernels
 
-    def _groups(self, ids: Tensor, place: torch.device) -> dict[int, _Group]:
-        """{expert: its tokens}, in order of rank for one token, else of expert. ids on the host; the tokens go to
-        `place`, all at once."""
-        if len(ids) == 1:
-            return {expert: _Group(None, rank) for rank, expert in enumerate(ids[0].tolist())}
-        # One sort instead of a search per expert: the (token, rank) pairs of an expert become adjacent.
-        flat = ids.reshape(-1)
-        order = torch.argsort(flat, stable=True).to(place)
-        groups, start = {}, 0
-        for expert, count in enumerate(torch.bincount(flat, minlength=self._experts).tolist()):
-            if count:
-                pairs = order[start:start + count]
-                groups[expert] = _Group(pairs // self._top_k, pairs % self._top_k)
-            start += count
-        return groups
+    def _all_rows(self, layer: int, x: Tensor, groups: dict[int, Group], step: Step) -> Tensor:
+        """[n, K, H] fp32, what the experts give, where all are in memory."""
+        rows = torch.empty(len(x), self._top_k, x.shape[1], dtype=torch.float32, device=x.device)
+        self.figures[step.phase].chosen += len(groups)
+        self.figures[step.phase].hits += len(groups)
+        if self._native is not None and len(x) <= FEW:
+            _check(step)
+            self._compute_few(self._native, layer, x, groups, rows)
+        else:
+            for expert in groups:
+                self._compute(ExpertKey(layer, expert), x, groups[expert], rows, step)
+        return rows
 
-    def _compute(self, key: ExpertKey, x: Tensor, group: _Group, rows: Tensor, step: Step) -> None:
+    def _rows(self, x: Tensor, groups: dict[int, Group], step: Step, turns: Iterator[list[ExpertKey]]) -> Tensor:
+        """The same of experts that come one after the other, or some at a time; see _in_turn."""
+        one = self._one if len(x) == 1 and step.phase == "decode" else None
+        if one is not None:
+            x, ranks = x.contiguous(), {expert: rank for rank, expert in enumerate(groups)}
+            for some in turns:
+                _check(step)
+                pairs = [(self._tier.slot(key), ranks[key.expert]) for key in some]
+                one.gate_up(x, pairs)
+                for key in some:
+                    self._await_all(key, step)
+                one.down(pairs)
+            return one.rows
+        rows = torch.empty(len(x), self._top_k, x.shape[1], dtype=torch.float32, device=x.device)
+        for some in turns:
+            if len(some) == 1:
+                self._compute(some[0], x, groups[some[0].expert], rows, step)
+            else:
+                assert self._native is not None
+                _check(step)
+                self._compute_few(self._native, some[0].layer, x, {key.expert: groups[key.expert] for key in some},
+                                  rows)
+        return rows
+
+    def _compute(self, key: ExpertKey, x: Tensor, group: Group, rows: Tensor, step: Step) -> None:
         """One expert for its tokens, into its rows. w13 must have arrived; w2 is waited for."""
         _check(step)
         w13, w2 = self._views[self._tier.slot(key)]
@@ -221,25 +229,25 @@ class PagedExperts:
             self._await_all(key, step)
             rows[tokens, ranks] = self._kernels.linear(hidden, w2).float()
 
-    def _compute_native(self, native: Native, key: ExpertKey, x: Tensor, group: _Group, rows: Tensor,
+    def _compute_native(self, native: Native, key: ExpertKey, x: Tensor, group: Group, rows: Tensor,
                         step: Step) -> None:
         """The same by the native kernels, which pick the tokens' rows and put the results in their places."""
         w13, w2 = self._views[self._tier.slot(key)]
         run, flat, hidden = native.run, rows.view(-1, rows.shape[2]), w13.spec.rows // 2
-        for tokens, places in group.chunks(self._top_k):
+        for tokens, places in group.chunks():
             count = len(x) if tokens is None else len(tokens)
             between = torch.empty(count, hidden)
             run([Product(x, w13, between, x_rows=tokens, gated=True)])
             self._await_all(key, step)
             run([Product(between, w2, flat, y_rows=places)])
 
-    def _compute_few(self, native: Native, layer: int, x: Tensor, groups: dict[int, _Group], rows: Tensor) -> None:
+    def _compute_few(self, native: Native, layer: int, x: Tensor, groups: dict[int, Group], rows: Tensor) -> None:
         """All experts of a few tokens at once, where all are here: one call for each half."""
         flat = rows.view(-1, rows.shape[2])
         first, second = [], []
         for expert, group in groups.items():
             w13, w2 = self._views[self._tier.slot(ExpertKey(layer, expert))]
-            for tokens, places in group.chunks(self._top_k):
+            for tokens, places in group.chunks():
                 between = torch.empty(1 if tokens is None else len(tokens), w13.spec.rows // 2)
                 first.append(Product(x, w13, between, x_rows=tokens, gated=True))
                 second.append(Product(between, w2, flat, y_rows=places))
@@ -265,8 +273,26 @@ class PagedExperts:
                 cache.seed(layer, self._watch.last_choices)
             cache.end_layer(layer)
 
-    def _in_turn(self, layer: int, experts: Sequence[int], step: Step, ahead: Guesses | None) -> Iterator[ExpertKey]:
-        """The records of `experts`, each when it can be computed, those that are here first."""
+    @contextmanager
+    def _all_in_slots(self, layer: int, experts: Sequence[int], step: Step, ahead: Guesses | None) -> Iterator[None]:
+        """All records that a decoding layer wants are here: they stay meanwhile, and what the next layers may want is
+        read."""
+        _check(step)
+        keys = [ExpertKey(layer, expert) for expert in experts]
+        for key in keys:
+            self._tier.pin(key)
+        try:
+            self._count(len(keys))
+            self._look_ahead(layer, experts, step, ahead)
+            self._lookahead.pursue()
+            yield
+        finally:
+            self._tier.unpin(keys)
+
+    def _in_turn(self, layer: int, experts: Sequence[int], step: Step, ahead: Guesses | None,
+                 together: bool = False) -> Iterator[list[ExpertKey]]:
+        """The records of `experts`, each when it can be computed, those that are here first; one may be there only up
+        to the end of its w13. together: all that are whole at a time, once none has to wait for a slot."""
         tier, reason = self._tier, "demand" if step.phase == "decode" else "prefill"
         keys = [ExpertKey(layer, expert) for expert in experts]
         for key in keys:
@@ -287,14 +313,21 @@ class PagedExperts:
                     looked = True
                     self._look_ahead(layer, experts, step, ahead)
                 self._lookahead.pursue()
-                key = self._next(here, coming)
-                self._await(key, self._halves[self._tier.slot(key)], step)
-                yield key
-                self._launched(key)
-                (here if key in here else coming).remove(key)
-                tier.unpin([key])
+                some = self._whole(here, coming) if together and not missing else []
+                if not some:
+                    some = [self._next(here, coming)]
+                    self._await(some[0], self._halves[self._tier.slot(some[0])], step)
+                yield some
+                for key in some:
+                    self._launched(key)
+                    (here if key in here else coming).remove(key)
+                tier.unpin(some)
         finally:
             tier.unpin(keys)
+
+    def _whole(self, here: list[ExpertKey], coming: list[ExpertKey]) -> list[ExpertKey]:
+        """What can be computed at once: what is here, then what has arrived."""
+        return list(here) if here else [key for key in coming if self._tier.ready(key)]
 
     def _next(self, here: list[ExpertKey], coming: list[ExpertKey]) -> ExpertKey:
         """What to compute now: what is here, else what has arrived, else what will arrive first."""
@@ -327,7 +360,7 @@ class PagedExperts:
         """All that reads its slot has been computed, or on a device given to it."""
 
     def _await_all(self, key: ExpertKey, step: Step) -> None:
-        if not self._all_here:
+        if not self._all_here and self._tier.load_of(key) is not None:
             self._await(key, len(self._tier.bytes_of(key)), step)
 
     def _await(self, key: ExpertKey, nbytes: int, step: Step) -> None:

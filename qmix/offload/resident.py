@@ -1,5 +1,5 @@
-"""A few tokens through their K experts, where all experts are in memory: one call of the native kernels, which look the
-records up themselves.
+"""A few tokens through their K experts, where the records of all of these are in memory: one call of the native
+kernels, which look the records up themselves.
 
 T tokens, H hidden, F expert inner, K experts per token.
 """
@@ -23,45 +23,44 @@ from qmix.spec import Model
 
 
 class ResidentExperts:
-    """The experts of `tier`, which has a slot for each. views: (w13, w2) of each slot. The records of a layer are
-    entered in the table when the layer is asked for first: they are whole by then, and do not move any more."""
+    """The experts in the slots of `tier`, which says what comes and goes. views: (w13, w2) of each slot."""
 
     def __init__(self, native: Native, tier: Tier, views: Sequence[tuple[Packed, Packed]], model: Model):
         self._native = native
         self._tier = tier
         kinds = [(w13.spec, w2.spec) for w13, w2 in views]
-        self._kinds = {specs: number for number, specs in enumerate(dict.fromkeys(kinds))}
-        self._kind_of_slot = [self._kinds[specs] for specs in kinds]
-        firsts = [kinds.index(specs) for specs in self._kinds]
-        self._experts = model.num_experts
+        numbers = {specs: number for number, specs in enumerate(dict.fromkeys(kinds))}
+        self._kind_of_slot = [numbers[specs] for specs in kinds]
+        firsts = [kinds.index(specs) for specs in numbers]
         self._table = ExpertTable(len(model.record_layers), model.num_experts,
                                   [(tier.slots[slot], *views[slot]) for slot in firsts])
-        self._entered: set[int] = set()
         pairs = FEW * model.top_k
         self._between = torch.empty(pairs, self._table.inner)
         self._rows = torch.empty(pairs, self._table.hidden)
+        self._calls: dict[int, Calls] = {}  # by T
+        tier.follow(self._enter, self._leave)
 
     def job(self, layer: int, x: Tensor, ids: Tensor, topk_weights: Tensor, out: Tensor) -> bytes:
         """Of a call of kind EXPERTS: out [T, H] fp32 = the weighted sum of the experts ids [T, K] int64 of x [T, H]
         fp32 or bf16, by topk_weights [T, K] fp32; T up to FEW, all contiguous. One at a time may run."""
-        if layer not in self._entered:
-            self._enter(layer)
         return self._table.job(layer, x, ids, topk_weights, self._between, self._rows, out)
 
     def __call__(self, layer: int, x: Tensor, ids: Tensor, topk_weights: Tensor) -> Tensor:
         """The same at once -> [T, H] fp32."""
-        assert len(x) <= FEW, len(x)
+        tokens = len(x)
+        assert tokens <= FEW, tokens
         x, ids, topk_weights = x.contiguous(), ids.contiguous(), topk_weights.contiguous()
-        out = torch.empty(len(x), self._table.hidden)
-        native = self._native
-        missing = Calls(native.level, native.code, native.threads,
-                        [(EXPERTS, self.job(layer, x, ids, topk_weights, out))], tokens=len(x)).run()
+        out = torch.empty(tokens, self._table.hidden)
+        job, native, calls = self.job(layer, x, ids, topk_weights, out), self._native, self._calls.get(tokens)
+        if calls is None:
+            calls = self._calls[tokens] = Calls(native.level, native.code, native.threads, [(EXPERTS, job)], tokens)
+        calls.patch(0, job)
+        missing = calls.run()
         assert missing is None, f"layer {layer}: a chosen expert is in no slot"
         return out
 
-    def _enter(self, layer: int) -> None:
-        for expert in range(self._experts):
-            if (key := ExpertKey(layer, expert)) in self._tier:
-                slot = self._tier.slot(key)
-                self._table.enter(layer, expert, self._tier.slots[slot], self._kind_of_slot[slot])
-        self._entered.add(layer)
+    def _enter(self, key: ExpertKey, slot: int) -> None:
+        self._table.enter(key.layer, key.expert, self._tier.slots[slot], self._kind_of_slot[slot])
+
+    def _leave(self, key: ExpertKey) -> None:
+        self._table.leave(key.layer, key.expert)

@@ -24,7 +24,7 @@ from qmix.offload.figures import Meter, PhaseFigures
 from qmix.offload.plan import Plan, TierPlan
 from qmix.offload.pool import Touching, begin_pool
 from qmix.offload.prefetch import MODES, Prefetcher
-from qmix.offload.reads import Readers
+from qmix.offload.reads import CHUNK, THREADS, Readers
 from qmix.offload.router_stats import RouterStats
 from qmix.offload.tiers import Tier
 from qmix.offload.watch import Recorder, RoutingWatch
@@ -35,6 +35,7 @@ from qmix.store import VERIFY, Store
 
 AUTO_POLICY = "lfu"  # docs/cache-policy.md
 FARTHEST = 3  # layers looked ahead, at most
+AHEAD_BYTES = THREADS * CHUNK  # read ahead at a time: without a gap until the next layer asks
 SMALL = MIB  # bytes of a record below which guessing (0.2 ms a layer) takes longer than the read it saves
 
 
@@ -133,7 +134,8 @@ class Choices:
         if policy == "lru" and len(fast.kinds) > 1 and _tight(model, fast):
             say("--cache-policy lru: in a mixed store layers have no share of their own, so with few slots it evicts "
                 "the records that are needed next; lfu does not")
-        return cls(policy, prior, mode, *reach(fast.slots, len(model.record_layers), model.top_k))
+        return cls(policy, prior, mode,
+                   *reach(fast.slots, len(model.record_layers), model.top_k, plan.needs.record))
 
     def cache(self, model: Model, tier: TierPlan, kind_of: Callable[[ExpertKey], int]) -> Cache:
         """For a tier. Only plain LRU throws out the layers that come next (docs/cache-policy.md)."""
@@ -200,11 +202,12 @@ def open_pools(tier: TierPlan, opened: ExitStack) -> tuple[list[Tensor], list[To
     return pools, touched
 
 
-def reach(slots: int, layers: int, top_k: int) -> tuple[int, int]:
-    """(layers to look ahead, guesses to read at a time). What is read ahead holds slots; beyond the working set of a
-    token there must be room for it. docs/paging.md has the measurements."""
+def reach(slots: int, layers: int, top_k: int, record: int) -> tuple[int, int]:
+    """(layers to look ahead, guesses to read at a time), for records of so many bytes. What is read ahead holds slots;
+    beyond the working set of a token there must be room for it. docs/paging.md has the measurements."""
     spare = slots - layers * top_k
-    return max(1, min(FARTHEST, spare // layers)), 2 if spare >= layers else 1
+    window = max(2, min(top_k, -(-AHEAD_BYTES // record)))
+    return max(1, min(FARTHEST, spare // layers)), window if spare >= layers else 1
 
 
 def half(record: RecordLayout) -> int:

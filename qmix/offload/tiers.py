@@ -67,6 +67,8 @@ class Tier:
         self._used: dict[int, Event] = {}  # a slot -> over when the device has read it for the last time
         self._pinned: set[ExpertKey] = set()
         self._new: dict[int, set[ExpertKey]] = {}  # by layer: admitted, and not told by `arrived` yet
+        self._entered: Callable[[ExpertKey, int], None] | None = None  # see follow
+        self._left: Callable[[ExpertKey], None] | None = None
 
     def __contains__(self, key: ExpertKey) -> bool:
         """In a slot, or on its way into one."""
@@ -84,6 +86,14 @@ class Tier:
             self._landed(key)
             return True
         return False
+
+    def follow(self, entered: Callable[[ExpertKey, int], None], left: Callable[[ExpertKey], None]) -> None:
+        """From now on tell entered(key, slot) of each record that turns out to be whole, and left(key) before the slot
+        of any record is given away. One may follow."""
+        self._entered, self._left = entered, left
+        for key, slot in self._slots.items():
+            if key not in self._loading:
+                entered(key, slot)
 
     def arrived(self, layer: int) -> list[ExpertKey]:
         """Its records that can be used now, and were not named by an earlier call."""
@@ -205,6 +215,8 @@ class Tier:
 
     def _release(self, key: ExpertKey, comes: ExpertKey | None = None) -> None:
         slot = self._slots.pop(key)
+        if self._left is not None:
+            self._left(key)
         self._new[key.layer].discard(key)
         load, owner = self._loading.pop(key, None), self._owners.pop(key, self._source)
         if load is not None and not load.done:
@@ -221,3 +233,5 @@ class Tier:
     def _landed(self, key: ExpertKey) -> None:
         del self._loading[key]
         self._owners.pop(key, None)
+        if self._entered is not None:
+            self._entered(key, self._slots[key])

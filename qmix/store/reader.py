@@ -47,6 +47,7 @@ class Store:
         self.quant = manifest.quant
         self.manifest = manifest
         self.layout = layout
+        self._record_layers = model.record_layers  # put together at every look
         self._fds = fds
         self._opened = opened
         self._sums = {name: entry.xxh3 for name, entry in manifest.dense.items()}
@@ -109,7 +110,7 @@ class Store:
 
     def kind_of(self, key: ExpertKey) -> int:
         """The kind of a record; key.layer: which one of the layers that have records."""
-        return self.layout.kind_of[ExpertKey(self.model.record_layers[key.layer], key.expert)]
+        return self.layout.kind_of[ExpertKey(self._record_layers[key.layer], key.expert)]
 
     @property
     def identity(self) -> str:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from qmix.formats.packed import Packed
 from qmix.kernels.native import jobs
 from qmix.kernels.native.products import layout_of
+
+_RECORD, _KIND = ctypes.sizeof(ctypes.c_int64), ctypes.sizeof(ctypes.c_int32)
 
 
 class ExpertTable:
@@ -22,32 +23,35 @@ class ExpertTable:
     a kind are laid out alike. What is entered must stay where it is, whole, until it is taken out."""
 
     def __init__(self, layers: int, experts: int, kinds: Sequence[tuple[Tensor, Packed, Packed]]):
-        self._records = torch.zeros(layers, experts, dtype=torch.int64)
-        self._kinds = torch.zeros(layers, experts, dtype=torch.int32)
+        self._experts = experts
+        self._records = (ctypes.c_int64 * (layers * experts))()  # 0: not in memory
+        self._kinds = (ctypes.c_int32 * (layers * experts))()
+        self._records_at, self._kinds_at = ctypes.addressof(self._records), ctypes.addressof(self._kinds)
         packed = b"".join(_matrix(slot, m) for slot, *matrices in kinds for m in matrices)
         self._layouts = ctypes.create_string_buffer(packed, len(packed))
+        self._layouts_at = ctypes.addressof(self._layouts)
         w13, w2 = kinds[0][1:]
         self.hidden, self.inner = w2.spec.rows, w13.spec.rows // 2
 
     def enter(self, layer: int, expert: int, slot: Tensor, kind: int = 0) -> None:
         """The record is in `slot`, whole."""
-        self._kinds[layer, expert] = kind
-        self._records[layer, expert] = slot.data_ptr()
+        self._kinds[layer * self._experts + expert] = kind
+        self._records[layer * self._experts + expert] = slot.data_ptr()
 
     def leave(self, layer: int, expert: int) -> None:
         """Its slot is about to be filled with something else."""
-        self._records[layer, expert] = 0
+        self._records[layer * self._experts + expert] = 0
 
     def job(self, layer: int, x: Tensor, ids: Tensor, topk_weights: Tensor, between: Tensor, rows: Tensor,
             out: Tensor) -> bytes:
         """native.h's qmix_experts: out [T, H] = the weighted sum of the experts ids [T, K] int64 of x [T, H] fp32 or
         bf16 by topk_weights [T, K]; between [T * K, F] and rows [T, K, H] are memory for what is computed on the way.
         fp32 but for x and ids; all contiguous, and kept as long as the job, as this table is."""
-        records, kinds = self._records[layer], self._kinds[layer]
+        first = layer * self._experts
         return jobs.EXPERTS.pack(
-            records.data_ptr(), kinds.data_ptr(), ctypes.addressof(self._layouts), x.data_ptr(), ids.data_ptr(),
-            topk_weights.data_ptr(), between.data_ptr(), rows.data_ptr(), out.data_ptr(), ids.shape[1], self.hidden,
-            self.inner, jobs.TYPES[x.dtype])
+            self._records_at + first * _RECORD, self._kinds_at + first * _KIND, self._layouts_at, x.data_ptr(),
+            ids.data_ptr(), topk_weights.data_ptr(), between.data_ptr(), rows.data_ptr(), out.data_ptr(), ids.shape[1],
+            self.hidden, self.inner, jobs.TYPES[x.dtype])
 
 
 def _matrix(slot: Tensor, m: Packed) -> bytes:

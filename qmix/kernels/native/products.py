@@ -61,8 +61,11 @@ class Native:
 
     def run(self, products: Sequence[Product]) -> None:
         """Compute all of them, none of which may need another's result, by up to `threads` threads."""
-        packed = b"".join([self.job(p) for p in products])
-        if self._products(self._number, self.code, packed, len(products), self.threads):
+        self.run_jobs([self.job(p) for p in products])
+
+    def run_jobs(self, packed: Sequence[bytes]) -> None:
+        """The same of products that are jobs already."""
+        if self._products(self._number, self.code, b"".join(packed), len(packed), self.threads):
             raise MemoryError("no memory for the activations of a product")
 
     def job(self, p: Product) -> bytes:

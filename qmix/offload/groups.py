@@ -1,0 +1,49 @@
+"""Which tokens of a pass chose which expert.
+
+T tokens, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qmix.offload.plan import EXPERT_CHUNK
+
+
+@dataclass(slots=True)
+class Group:
+    """The tokens of a pass that chose one expert, and at which of the top_k ranks. None: the one token there is."""
+
+    tokens: Tensor | None
+    ranks: Tensor | int
+    top_k: int
+
+    def chunks(self) -> Iterator[tuple[Tensor | None, Tensor]]:
+        """(tokens, their places among the T * K outputs), EXPERT_CHUNK at a time."""
+        if self.tokens is None:
+            yield None, torch.tensor([self.ranks])
+            return
+        places = self.tokens * self.top_k + self.ranks
+        yield from zip(self.tokens.split(EXPERT_CHUNK), places.split(EXPERT_CHUNK), strict=True)
+
+
+def groups_of(ids: Tensor, experts: int, device: torch.device) -> dict[int, Group]:
+    """{expert: its tokens}, in order of rank for one token, else of expert. ids [T, K] int64 on the host; the tokens go
+    to `device`, all at once."""
+    top_k = ids.shape[1]
+    if len(ids) == 1:
+        return {expert: Group(None, rank, top_k) for rank, expert in enumerate(ids[0].tolist())}
+    # One sort instead of a search per expert: the (token, rank) pairs of an expert become adjacent.
+    flat = ids.reshape(-1)
+    order = torch.argsort(flat, stable=True).to(device)
+    groups, start = {}, 0
+    for expert, count in enumerate(torch.bincount(flat, minlength=experts).tolist()):
+        if count:
+            pairs = order[start:start + count]
+            groups[expert] = Group(pairs // top_k, pairs % top_k, top_k)
+        start += count
+    return groups
