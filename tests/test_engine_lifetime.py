@@ -93,49 +93,57 @@ import os, sys, qmix
 from qmix.config import SamplingParams
 def say(e):
     return "".join(t.text for t in e.generate("Once upon a time", SamplingParams(temperature=0, max_tokens=4)))
-store, threads, own = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+store, threads = sys.argv[1], int(sys.argv[2])
 engine = qmix.load(store, threads=threads)
 want = say(engine)
-if os.fork() == 0:
-    try:
-        if own:
-            engine = qmix.load(store, threads=own)
-        text = say(engine)
-        engine.close()
-        print("the same" if text == want else "another", flush=True)
-    except qmix.errors.QmixError as error:
-        print(error, flush=True)
-    os._exit(0)
-os.wait()
+for own in map(int, sys.argv[3:]):
+    if os.fork() == 0:
+        try:
+            if own:
+                engine = qmix.load(store, threads=own)
+            text = say(engine)
+            engine.close()
+            print("the same" if text == want else "another", flush=True)
+        except qmix.errors.QmixError as error:
+            print(*str(error).splitlines(), flush=True)
+        os._exit(0)
+    os.wait()
 print("parent", say(engine) == want)
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-@pytest.mark.parametrize(("threads", "own", "words"), [
-    (1, 0, "the same"),  # no thread is needed
-    (2, 0, "forked after the model was loaded"),
-    (2, 2, "forked from one that had already computed"),
-    (2, 1, ""),  # an engine of the child's own, with one thread; bits depend on the number of threads
+@pytest.mark.parametrize(("threads", "children"), [
+    (1, {0: "the same"}),  # no thread is needed
+    (2, {0: "forked after the model was loaded",
+         2: "forked from one that had already computed",  # an engine of the child's own
+         1: ""}),  # with one thread; bits depend on the number of threads
 ])
-def test_a_forked_child_answers_or_is_refused(store: Path, threads: int, own: int, words: str) -> None:
-    done = subprocess.run([sys.executable, "-c", "import qmix.errors\n" + FORK, str(store), str(threads), str(own)],
-                          capture_output=True, text=True, timeout=120)
+def test_a_forked_child_answers_or_is_refused(store: Path, threads: int, children: dict[int, str]) -> None:
+    """children: {threads of an engine of its own, 0 for the parent's engine: what it says}."""
+    done = subprocess.run([sys.executable, "-c", "import qmix.errors\n" + FORK, str(store), str(threads),
+                           *map(str, children)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    child, parent = done.stdout.strip().rsplit("\n", 1)
-    assert words in child and parent == "parent True", done.stdout
-    assert ("spawn" in child) == (words.startswith("forked"))
+    *said, parent = done.stdout.splitlines()
+    assert parent == "parent True" and len(said) == len(children), done.stdout
+    for line, words in zip(said, children.values(), strict=True):
+        assert words in line and ("spawn" in line) == words.startswith("forked"), done.stdout
 
 
 FORK_BESIDE_TORCH = """
 import os, sys, torch, qmix
 from qmix.config import SamplingParams
 import ctypes
-store, parents, threads, childs = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+store, cases = sys.argv[1], [case.split(",") for case in sys.argv[2:]]
 torch.set_num_threads(2)
-if parents:
-    torch.ones(2**20).neg_()
-if os.fork() == 0:
+computed = False
+for parents, threads, childs in cases:
+    if parents == "1" and not computed:
+        torch.ones(2**20).neg_()
+        computed = True
+    if os.fork():
+        os.wait()
+        continue
     if childs == "torch":
         torch.ones(2**20).neg_()
     if childs == "native":  # threads that Python does not know, as of tokenizers or a database driver
@@ -144,32 +152,33 @@ if os.fork() == 0:
             libc.pthread_create(ctypes.byref(ctypes.c_ulong()), None, libc.pause, None)
     for attempt in range(2):
         try:
-            with qmix.load(store, threads=threads) as engine:
+            with qmix.load(store, threads=int(threads)) as engine:
                 text = "".join(t.text for t in engine.generate("Once", SamplingParams(temperature=0, max_tokens=4)))
                 print("answered", flush=True)
         except qmix.errors.QmixError as error:
             print(str(error).splitlines()[0], flush=True)
     os._exit(0)
-os.wait()
 """
+BESIDE_TORCH = {  # whether the parent has computed, threads of the child's engine, what else the child does
+    (0, 2, ""): "answered",
+    (0, 2, "native"): "answered",
+    (0, 2, "torch"): "answered",  # the child's own OpenMP threads, which a trial in a child of it would lack
+    (1, 2, ""): "forked from one that had already computed",  # what the parent computed, qmix did not see
+    (1, 1, ""): "answered",
+    (1, 2, "native"): "forked from one that had already computed",  # other threads are no sign that OpenMP works
+}
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists() or not hasattr(os, "fork"), reason="no way to know of a fork")
-@pytest.mark.parametrize(("parents", "threads", "childs", "words"), [
-    (1, 2, "", "forked from one that had already computed"),  # what the parent computed, qmix did not see
-    (1, 1, "", "answered"),
-    (0, 2, "", "answered"),
-    (1, 2, "native", "forked from one that had already computed"),  # other threads are no sign that OpenMP works
-    (0, 2, "native", "answered"),
-    (0, 2, "torch", "answered"),  # the child's own OpenMP threads, which a trial in a child of it would lack
-])
-def test_a_child_of_a_process_that_computed_without_qmix(store: Path, parents: int, threads: int, childs: str,
-                                                         words: str) -> None:
-    done = subprocess.run([sys.executable, "-c", "import qmix.errors\n" + FORK_BESIDE_TORCH, str(store), str(parents),
-                           str(threads), childs], capture_output=True, text=True, timeout=120)
+def test_a_child_of_a_process_that_computed_without_qmix(store: Path) -> None:
+    """One process has all the children, those first that begin before it has computed."""
+    cases = [",".join(map(str, case)) for case in BESIDE_TORCH]
+    done = subprocess.run([sys.executable, "-c", "import qmix.errors\n" + FORK_BESIDE_TORCH, str(store), *cases],
+                          capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert len(lines) == 2 and all(words in line for line in lines), done.stdout
+    wanted = [words for words in BESIDE_TORCH.values() for _ in range(2)]
+    said = done.stdout.splitlines()
+    assert len(said) == len(wanted) and all(map(str.__contains__, said, wanted)), done.stdout
 
 
 def test_what_a_device_could_not_do_is_said_once_whenever_it_happens(store: Path) -> None:
