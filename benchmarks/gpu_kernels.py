@@ -28,8 +28,10 @@ from qmix.hardware import physical_cores
 from qmix.kernels.attend import rotation
 from qmix.kernels.device_ops import DeviceOps, ExpertSlots, TorchDeviceOps
 from qmix.kernels.device_table import choose_device_kernels
+from qmix.kernels.router import RouterTensors
 from qmix.kernels.table import select
 from qmix.sizes import MatrixSpec, RecordLayout
+from qmix.spec import Router
 
 AGREES = 2**-7  # relative: keys, values and operands of the reference are rounded to 16 bits
 HEAVY = 10e6  # bytes of a call from which it is the bandwidth that counts
@@ -174,13 +176,14 @@ class Operations:
 
     def _route(self) -> Operation:
         s, place = self._shape, self._device.place
-        residual, weight, router = self._normal(1, s.hidden), self._normal(s.hidden), self._normal(E, s.hidden).double()
-        here = [self._here(t) for t in (residual, weight, router)]
+        residual, weight, matrix = self._normal(1, s.hidden), self._normal(s.hidden), self._normal(E, s.hidden).half()
+        spec, here = Router(E, K), [self._here(t) for t in (residual, weight, matrix)]
+        router, own = RouterTensors(spec, matrix), RouterTensors(spec, here[2])
         normed, gains = torch.empty(1, s.hidden, device=place), torch.empty(1, K, device=place)
         ids = torch.empty(1, K, dtype=torch.int32, device=place)
 
         def run(i: int) -> None:
-            self._ops.route(here[0], here[1], here[2], EPS, normed, ids, gains)
+            self._ops.route(here[0], here[1], own, EPS, normed, ids, gains)
 
         def agree() -> Tensor:
             want = torch.empty(1, K)
@@ -188,7 +191,7 @@ class Operations:
                                   torch.empty(1, K, dtype=torch.int32), want)
             return want
 
-        return Operation("router", 8 * E * s.hidden + 12 * s.hidden, run, gains, agree)
+        return Operation("router", 2 * E * s.hidden + 12 * s.hidden, run, gains, agree)
 
 
 def _slots(slab: Tensor, record: RecordLayout) -> ExpertSlots:

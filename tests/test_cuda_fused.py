@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import relative
 from test_cuda import DEVICE, NO_SHRINKING, SUMS, needs_triton
-from test_cuda_ops import EPS, attention, random, rotated, route
+from test_cuda_ops import EPS, attention, random, rotated, route, softmax_router
 from torch import Tensor
 
 from qmix.kernels.cuda_ops import TritonOps
@@ -137,12 +137,13 @@ class TestRoute:
     def route(self, ops: DeviceOps, apart: bool = False) -> tuple[Tensor, ...]:
         """normed, ids, weights; ids and weights once more, within wider buffers; guesses, within a larger buffer."""
         place = DEVICE if isinstance(ops, TritonOps) else torch.device("cpu")
-        x, norms, routers = (t.to(place) for t in (random(3, 96), random(4, 96), random(4, 8, 96).double()))
+        x, norms, weights = (t.to(place) for t in (random(3, 96), random(4, 96), random(4, 8, 96).double()))
         guesses = torch.full((3, 5, 4), -1, dtype=torch.int32, device=place)
-        lists = [[t.clone() if apart else t for t in layers[1:]] for layers in (norms, routers)]
+        lists = [[t.clone() if apart else t for t in layers[1:]] for layers in (norms, weights)]
+        routers = [softmax_router(weight, 2) for weight in (weights[0], *lists[1])]
         ids, more = torch.empty(3, 2, dtype=torch.int32, device=place), torch.full((3, 4), -1.0, device=place)
         normed, weights, again = torch.empty_like(x), torch.empty(3, 2, device=place), more.int()
-        ops.route(x, norms[0], routers[0], EPS, normed, ids, weights, Later(*lists, guesses[:, 1:4]),
+        ops.route(x, norms[0], routers[0], EPS, normed, ids, weights, Later(lists[0], routers[1:], guesses[:, 1:4]),
                   (again[:, 1:3], more[:, 1:3]))
         return tuple(t.cpu() for t in (normed, ids, weights, again, more, guesses))
 
@@ -164,10 +165,10 @@ class TestRoute:
         for _ in range(2):
             self.route(ops)
         assert not ops._stacks
-        later = [random(96).to(DEVICE), random(8, 96).double().to(DEVICE)]
-        asked = Later([later[0], later[0].clone()], [later[1], later[1].clone()],
+        norm, router = random(96).to(DEVICE), softmax_router(random(8, 96).to(DEVICE), 2)
+        asked = Later([norm, norm.clone()], [router, softmax_router(router.weight.clone(), 2)],
                       torch.empty(1, 2, 2, dtype=torch.int32, device=DEVICE))
         for _ in range(2):
-            ops.route(random(1, 96).to(DEVICE), *later, EPS, torch.empty(1, 96, device=DEVICE),
+            ops.route(random(1, 96).to(DEVICE), norm, router, EPS, torch.empty(1, 96, device=DEVICE),
                       torch.empty(1, 2, dtype=torch.int32, device=DEVICE), torch.empty(1, 2, device=DEVICE), asked)
         assert len(ops._stacks) == 2

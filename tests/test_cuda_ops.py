@@ -21,8 +21,10 @@ from qmix.kernels.configs import Configs
 from qmix.kernels.cuda import device_code
 from qmix.kernels.cuda_ops import TritonOps
 from qmix.kernels.device_ops import DeviceOps, ExpertSlots, Later, TorchDeviceOps
+from qmix.kernels.router import RouterTensors
 from qmix.kernels.table import KernelTable
 from qmix.sizes import MatrixSpec
+from qmix.spec import Router
 
 pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore:(overflow encountered|All-NaN slice)")]
 EPS = 1e-5
@@ -124,10 +126,15 @@ def test_rows_are_summed_in_the_order_of_the_ranks() -> None:
     assert residual.item() == 1  # (1e8 + 1) - 1e8 is 0 in fp32
 
 
+def softmax_router(weight: Tensor, k: int) -> RouterTensors:
+    """Mixtral's: softmax over the chosen."""
+    return RouterTensors(Router(len(weight), k), weight)
+
+
 def route(x: Tensor, weight: Tensor, router: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     normed, ids, gains = torch.empty_like(x, device=DEVICE), torch.empty(len(x), k, dtype=torch.int32, device=DEVICE), \
         torch.empty(len(x), k, device=DEVICE)
-    TritonOps().route(x.to(DEVICE), weight.to(DEVICE), router.to(DEVICE), EPS, normed, ids, gains)
+    TritonOps().route(x.to(DEVICE), weight.to(DEVICE), softmax_router(router.to(DEVICE), k), EPS, normed, ids, gains)
     return normed.cpu(), ids.cpu(), gains.cpu()
 
 
@@ -386,7 +393,7 @@ class Layer:
                             for m in (dense(dense_format, 128, H), dense(dense_format, H, 64, 1)))
         self.table = torch.tensor([7, 3, 5, -1, 6, 4], dtype=torch.int32, device=device)
         self.embedding, self.weights, self.routers, self.inverse = (t.to(device) for t in (
-            random(20, H).half(), random(3, H) / 30, random(3, 6, H).double() / 9, 1 / 1000 ** (torch.arange(8) / 8)))
+            random(20, H).half(), random(3, H) / 30, random(3, 6, H) / 9, 1 / 1000 ** (torch.arange(8) / 8)))
         self.cache = torch.zeros(2, 2, 200, 16, device=device)
 
         def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -405,8 +412,9 @@ class Layer:
         self.ops.rope_cos_sin(positions, self.inverse, self.cos_sin)
         self.ops.rope_attend(self.both, self.cos_sin, *self.cache, positions, 50, self.attended)
         self.ops.linear(self.attended, self.o, self.residual, add=True)
-        self.ops.route(self.residual, self.weights[1], self.routers[0], EPS, self.normed, self.ids, self.gains,
-                       Later(list(self.weights[1:]), list(self.routers[1:]), self.guesses))
+        routers = [softmax_router(router, 2) for router in self.routers]
+        self.ops.route(self.residual, self.weights[1], routers[0], EPS, self.normed, self.ids, self.gains,
+                       Later(list(self.weights[1:]), routers[1:], self.guesses))
         self.ops.experts(self.normed, self.slots, self.ids, self.table, self.rows)
         self.ops.norm(self.residual, self.weights[2], EPS, self.normed, self.rows, self.gains)
         return [t.cpu().clone() for t in (self.residual, self.normed, self.cache, self.ids, self.gains, self.guesses)]

@@ -69,7 +69,7 @@ def logits(residual, weight, router, weights, routers, normed, out, eps, hidden,
     value = normed_row(value, weight, at, eps, hidden)
     tl.store(normed + token * n_stride + at, value, mask=at < tl.where(place == 0, hidden, 0))
     row = tl.load(router + place % experts * hidden + at, mask=at < hidden, other=0.0)
-    logit = tl.sum(value.to(tl.float64) * row, axis=0)
+    logit = tl.sum(value.to(tl.float64) * row.to(tl.float64), axis=0)
     tl.store(out + token * tl.num_programs(1) + place, logit.to(tl.float32))
 
 
@@ -121,25 +121,25 @@ def largest(keys, left, number):
 
 
 @triton.jit
-def rope_cos_sin(positions, inverse, out, out_stride, half, WIDTH: tl.constexpr):
-    """Cosines of position * inverse, then their sines, into out fp32 [T, D]. See keep. Grid: T."""
+def rope_cos_sin(positions, inv_freq, out, out_stride, half, WIDTH: tl.constexpr):
+    """Cosines of position * inv_freq, then their sines, into out fp32 [T, D]. See keep. Grid: T."""
     token = tl.program_id(0)
     at = tl.arange(0, WIDTH)
     position = tl.load(positions + token).to(tl.float32)
-    angle = (position * tl.load(inverse + at, mask=at < half, other=0.0)).to(tl.float64)
+    angle = (position * tl.load(inv_freq + at, mask=at < half, other=0.0)).to(tl.float64)
     tl.store(out + token * out_stride + at, tl.cos(angle).to(tl.float32), mask=at < half)
     tl.store(out + token * out_stride + half + at, tl.sin(angle).to(tl.float32), mask=at < half)
 
 
 @triton.jit
-def keep(qkv, inverse, positions, keys, values, query, qkv_stride, k_head, k_position, v_head, v_position, query_stride,
-         queries, kv_heads, half, WIDTH: tl.constexpr):
-    """A head of a token: queries and keys turned by position * inverse, dimension i with i + D/2; keys and values to
+def keep(qkv, inv_freq, positions, keys, values, query, qkv_stride, k_head, k_position, v_head, v_position,
+         query_stride, queries, kv_heads, half, WIDTH: tl.constexpr):
+    """A head of a token: queries and keys turned by position * inv_freq, dimension i with i + D/2; keys and values to
     their place in the cache, cast to its dtype.
 
     The angle is a product in fp32, as the model was trained with; its cosine is taken in fp64, so that it is right
     however large the angle.
-    qkv fp32 [T, (Q + 2 KV) * D]; inverse fp32 [D/2]; keys, values [KV, S, D]; query fp32 [T, Q, D]; half: D/2; WIDTH:
+    qkv fp32 [T, (Q + 2 KV) * D]; inv_freq fp32 [D/2]; keys, values [KV, S, D]; query fp32 [T, Q, D]; half: D/2; WIDTH:
     that as a power of two. Grid: T, Q + 2 KV.
     """
     token = tl.program_id(0)
@@ -155,7 +155,7 @@ def keep(qkv, inverse, positions, keys, values, query, qkv_stride, k_head, k_pos
         tl.store(value, low.to(values.dtype.element_ty), mask=here)
         tl.store(value + half, high.to(values.dtype.element_ty), mask=here)
     else:
-        angle = (position.to(tl.float32) * tl.load(inverse + at, mask=here, other=0.0)).to(tl.float64)
+        angle = (position.to(tl.float32) * tl.load(inv_freq + at, mask=here, other=0.0)).to(tl.float64)
         cos = tl.cos(angle).to(tl.float32)
         sin = tl.sin(angle).to(tl.float32)
         turned_low = low * cos - high * sin

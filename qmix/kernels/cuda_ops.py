@@ -31,6 +31,8 @@ from qmix.kernels import cuda
 from qmix.kernels.configs import Configs, built_in, capability
 from qmix.kernels.cuda import Jobs, Matrices, device_code, power_of_two
 from qmix.kernels.device_ops import FEW, ExpertSlots, Later, Scales
+from qmix.kernels.router import RouterTensors
+from qmix.spec import Router
 
 PIECE = 1024  # numbers of an embedding that a program copies
 SMALL = 4096  # rows; a matrix with fewer is cut finer, so that there are enough programs
@@ -53,13 +55,15 @@ class TritonOps:
         self._single: dict[tuple[int, torch.device], Jobs] = {}
         self._stacks: dict[tuple[int, ...], tuple[Tensor, Sequence[Tensor]]] = {}
 
-    def embed(self, tokens: Tensor, embedding: Tensor, residual: Tensor) -> None:
+    def embed(self, tokens: Tensor, embedding: Tensor, residual: Tensor, scale: float = 1.0) -> None:
+        _later(scale == 1)
         hidden = embedding.shape[1]
         _layer().embed[len(tokens), -(-hidden // PIECE)](
             tokens, embedding, residual, hidden, embedding.stride(0), residual.stride(0), SIZE=PIECE, num_warps=4)
 
-    def norm(self, residual: Tensor, weight: Tensor, eps: float, out: Tensor,
+    def norm(self, residual: Tensor, weight: Tensor | None, eps: float, out: Tensor,
              rows: Tensor | None = None, weights: Tensor | None = None) -> None:
+        _later(weight is not None)
         count, hidden = residual.shape
         strides, k = (0, 0, 0), 0
         if rows is not None:
@@ -93,20 +97,37 @@ class TritonOps:
                 spec.padded_cols, spec.rows, M=power_of_two(tokens), ROWS=rows, COLS=config.cols, UNROLL=config.unroll,
                 SCALED=scaled, ADD=add, num_warps=4, enable_fp_fusion=True)
 
-    def keep(self, qkv: Tensor, inverse: Tensor, positions: Tensor, keys: Tensor, values: Tensor,
+    def keep(self, qkv: Tensor, inv_freq: Tensor, positions: Tensor, keys: Tensor, values: Tensor,
              query: Tensor) -> None:
         tokens, heads, size = query.shape
         assert qkv.stride(1) == 1 and query.stride(1) == size and keys.stride(2) == values.stride(2) == 1
         half = size // 2
         _layer().keep[tokens, heads + 2 * len(keys)](
-            qkv, inverse, positions, keys, values, query, qkv.stride(0), keys.stride(0), keys.stride(1),
+            qkv, inv_freq, positions, keys, values, query, qkv.stride(0), keys.stride(0), keys.stride(1),
             values.stride(0), values.stride(1), query.stride(0), heads, len(keys), half, WIDTH=power_of_two(half),
             num_warps=1 if half <= 32 else 2)
 
-    def rope_cos_sin(self, positions: Tensor, inverse: Tensor, out: Tensor) -> None:
-        half = len(inverse)
+    def head_norm(self, x: Tensor, size: int, weight: Tensor | None, eps: float | None,
+                  clip: float | None = None) -> None:
+        _later(False)
+
+    def silu_mul(self, gate: Tensor, up: Tensor, out: Tensor) -> None:
+        _later(False)
+
+    def gate(self, x: Tensor, by: Tensor, kind: str = "sigmoid") -> None:
+        _later(False)
+
+    def add(self, target: Tensor, x: Tensor) -> None:
+        _later(False)
+
+    def scale(self, x: Tensor, weight: Tensor | None = None, factor: float = 1.0) -> None:
+        _later(False)
+
+    def rope_cos_sin(self, positions: Tensor, inv_freq: Tensor, out: Tensor, factor: float = 1.0) -> None:
+        _later(factor == 1)
+        half = len(inv_freq)
         assert out.shape == (len(positions), 2 * half) and out.stride(1) == 1
-        _layer().rope_cos_sin[len(positions),](positions, inverse, out, out.stride(0), half, WIDTH=power_of_two(half),
+        _layer().rope_cos_sin[len(positions),](positions, inv_freq, out, out.stride(0), half, WIDTH=power_of_two(half),
                                                num_warps=1 if half <= 32 else 2)
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None,
@@ -114,9 +135,11 @@ class TritonOps:
         assert query.stride(1) == query.shape[2]
         self._attend(query, None, keys, values, positions, window, out, scales)
 
-    def rope_attend(self, qkv: Tensor, cos_sin: Tensor, keys: Tensor, values: Tensor, positions: Tensor,
+    def rope_attend(self, qkv: Tensor, cos_sin: Tensor | None, keys: Tensor, values: Tensor, positions: Tensor,
                     window: int | None, out: Tensor, scales: Scales | None = None) -> None:
         size = keys.shape[2]
+        _later(cos_sin is not None and cos_sin.shape[1] == size)
+        assert cos_sin is not None
         assert qkv.stride(1) == cos_sin.stride(1) == 1 and cos_sin.shape == (len(qkv), size)
         assert qkv.shape[1] == out.shape[1] + 2 * len(keys) * size
         self._attend(qkv.unflatten(1, (-1, size)), cos_sin, keys, values, positions, window, out, scales)
@@ -145,23 +168,30 @@ class TritonOps:
         jit.merge[tokens, heads](partial, tops, totals, positions, out, reach, out.stride(0), splits, size, SPLIT=split,
                                  SPLITS=power_of_two(splits), STEP=16, WIDTH=width, num_warps=4, enable_fp_fusion=True)
 
-    def route(self, residual: Tensor, weight: Tensor, router: Tensor, eps: float, normed: Tensor, ids: Tensor,
-              weights: Tensor, later: Later | None = None, more: tuple[Tensor, Tensor] | None = None) -> None:
+    def route(self, residual: Tensor, weight: Tensor | None, router: RouterTensors, eps: float | None,
+              normed: Tensor | None, ids: Tensor, weights: Tensor, later: Later | None = None,
+              more: tuple[Tensor, Tensor] | None = None) -> None:
         """Two launches for all tokens and layers."""
-        (count, hidden), experts = residual.shape, len(router)
-        layers, norms, routers, ahead = 1, weight[None], router[None], ids[:, None]  # what is not read
+        spec = router.spec
+        _later(spec == Router(spec.experts, spec.top_k))
+        assert weight is not None and normed is not None
+        own = router.weight
+        (count, hidden), experts = residual.shape, len(own)
+        layers, norms, routers, ahead = 1, weight[None], own[None], ids[:, None]  # what is not read
         if later is not None:
-            norms, routers, ahead = self._together(later.norms), self._together(later.routers), later.ids
+            norms = self._together([n for n in later.norms if n is not None])
+            routers = self._together([r.weight for r in later.routers])
+            ahead = later.ids
             layers += len(routers)
-        for each in (router, *routers):
-            assert each.dtype == torch.float64 and each.shape == (experts, hidden) and each.is_contiguous()
+        for each in (own, *routers):
+            assert each.dtype == own.dtype and each.shape == (experts, hidden) and each.is_contiguous()
         assert normed.data_ptr() != residual.data_ptr()  # which other programs still read
         more_ids, more_weights = more or (ids, weights)
         assert all(t.stride(-1) == 1 for t in (ids, weights, ahead, more_ids, more_weights))
         width, shape = power_of_two(hidden), (layers, experts)
         logits = self._room("logits", (count, *shape), (FEW, *shape), residual.device)
         _layer().logits[count, layers * experts](
-            residual, weight, router, norms, routers, normed, logits, eps, hidden, experts, residual.stride(0),
+            residual, weight, own, norms, routers, normed, logits, eps, hidden, experts, residual.stride(0),
             norms.stride(0), routers.stride(0), normed.stride(0), WIDTH=width, num_warps=_warps(width),
             enable_fp_fusion=True)
         _layer().choose[count, layers](
@@ -233,6 +263,11 @@ class TritonOps:
         if not made or made[-1].numel() < prod(most):
             made.append(torch.empty(prod(most), dtype=dtype, device=device))
         return made[-1][:prod(shape)].view(shape)
+
+
+def _later(fine: bool) -> None:
+    if not fine:
+        raise NotImplementedError
 
 
 def split_of(capacity: int) -> tuple[int, int]:
