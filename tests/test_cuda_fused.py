@@ -112,15 +112,12 @@ class TestRopeAttend:
                 assert torch.equal(found[:, :, :start + tokens], one[:, :, :start + tokens])
                 assert found[:, :, start + tokens:].isnan().all()
 
-    def test_it_gives_what_rotating_keeping_and_attending_give(self) -> None:
-        """Up to fp32 sums; a cache of fp32 keeps rotated keys to an ulp."""
+    def test_it_gives_what_attending_to_the_new_cache_gives(self) -> None:
+        """Up to fp32 sums, and queries that are rotated to an ulp."""
         cache, qkv, positions = random(2, 2, CAPACITY, 32), random(3, 8 * 32), torch.arange(70, 73)
         got, after = rope_attend(qkv, cache, 70, None, TritonOps())
-        query, out = torch.empty(3, 4, 32, device=DEVICE), torch.empty(3, 128, device=DEVICE)
-        ops, here = TritonOps(), cache.clone().to(DEVICE)
-        ops.keep(qkv.to(DEVICE), inverse_of(32).to(DEVICE), positions.to(DEVICE), here[0], here[1], query)
-        ops.attend(query, here[0], here[1], positions.to(DEVICE), None, out)
-        torch.testing.assert_close(after, here.cpu(), rtol=2**-22, atol=2**-22)
+        query, out = rotated(qkv[:, :128].view(3, 4, 32), positions, inverse_of(32)), torch.empty(3, 128, device=DEVICE)
+        TritonOps().attend(query.float().to(DEVICE), *after.to(DEVICE), positions.to(DEVICE), None, out)
         assert relative(got, out.cpu().double().numpy()) < SUMS
 
     def test_a_broken_draft_breaks_none_before_it(self) -> None:
@@ -164,11 +161,11 @@ class TestRoute:
         ops = TritonOps()
         for _ in range(2):
             self.route(ops)
-        assert not ops._stacks
+        assert not ops._routers._stacks
         norm, router = random(96).to(DEVICE), softmax_router(random(8, 96).to(DEVICE), 2)
         asked = Later([norm, norm.clone()], [router, softmax_router(router.weight.clone(), 2)],
                       torch.empty(1, 2, 2, dtype=torch.int32, device=DEVICE))
         for _ in range(2):
             ops.route(random(1, 96).to(DEVICE), norm, router, EPS, torch.empty(1, 96, device=DEVICE),
                       torch.empty(1, 2, dtype=torch.int32, device=DEVICE), torch.empty(1, 2, device=DEVICE), asked)
-        assert len(ops._stacks) == 2
+        assert len(ops._routers._stacks) == 2

@@ -179,28 +179,6 @@ def rotated(x: Tensor, positions: Tensor, inverse: Tensor) -> Tensor:
     return torch.cat((low * angle.cos() - high * angle.sin(), high * angle.cos() + low * angle.sin()), -1)
 
 
-class TestKeep:
-    @settings(max_examples=6, **NO_SHRINKING)
-    @given(st.sampled_from([16, 32, 64, 80, 128]), st.sampled_from([1, 2, 4]), st.integers(1, 3), st.integers(1, 5),
-           st.sampled_from([torch.float32, torch.float16]))
-    def test_against_float64(self, size: int, group: int, kv: int, tokens: int, dtype: torch.dtype) -> None:
-        heads, room = group * kv, 40000
-        qkv = random(tokens, (heads + 2 * kv) * size)
-        inverse = 1.0 / 10000 ** (torch.arange(0, size, 2).float() / size)
-        positions = torch.tensor([0, 32767, 7, 39999, 12345])[:tokens]
-        keys, values = (torch.zeros(kv, room, size, dtype=dtype, device=DEVICE) for _ in range(2))
-        query = torch.empty(tokens, heads, size, device=DEVICE)
-        TritonOps().keep(qkv.to(DEVICE), inverse.to(DEVICE), positions.to(DEVICE), keys, values, query)
-        q, k, v = qkv.view(tokens, -1, size).split((heads, kv, kv), 1)
-        torch.testing.assert_close(query.cpu().double(), rotated(q, positions, inverse), rtol=1e-6, atol=1e-6)
-        rounding = 1e-6 if dtype == torch.float32 else 1e-3
-        torch.testing.assert_close(keys.cpu()[:, positions].transpose(0, 1).double(), rotated(k, positions, inverse),
-                                   rtol=rounding, atol=rounding)
-        assert torch.equal(values.cpu()[:, positions].transpose(0, 1), v.to(dtype))
-        others = torch.ones(room, dtype=torch.bool).index_fill(0, positions, False)
-        assert not keys.cpu()[:, others].any() and not values.cpu()[:, others].any()
-
-
 def attention(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None) -> Tensor:
     """In float64, token by token and head by head: q [T, Q, D], keys and values [KV, S, D] -> [T, Q * D]."""
     out, group = torch.empty(q.shape, dtype=torch.float64), q.shape[1] // len(keys)

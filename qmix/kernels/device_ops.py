@@ -81,9 +81,6 @@ class DeviceOps(Protocol):
 
     def scale(self, x: Tensor, weight: Tensor | None = None, factor: float = 1.0) -> None: ...
 
-    def keep(self, qkv: Tensor, inv_freq: Tensor, positions: Tensor, keys: Tensor, values: Tensor,
-             query: Tensor) -> None: ...
-
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None,
                out: Tensor, scales: Scales | None = None) -> None: ...
 
@@ -157,18 +154,6 @@ class TorchDeviceOps:
             x.mul_(weight)
         if factor != 1:
             x.mul_(factor)
-
-    def keep(self, qkv: Tensor, inv_freq: Tensor, positions: Tensor, keys: Tensor, values: Tensor,
-             query: Tensor) -> None:
-        """Rotary embedding, and into the KV cache: qkv [T, (Q + 2 KV) * D] fp32, queries before keys before values;
-        inv_freq [D / 2]: radians a position; positions [T] int64. Rotated queries into query [T, Q, D] fp32; rotated
-        keys and values to their positions in keys and values [KV, S, D], of any float dtype."""
-        heads, size = query.shape[1:]
-        q, k, v = qkv.split((heads * size, len(keys) * size, len(keys) * size), 1)
-        rotated, new = self._kernels.layer.rotate(q, k, *self._kernels.layer.angles(positions, inv_freq))
-        query.copy_(rotated)
-        keys[:, positions] = new.transpose(0, 1).to(keys.dtype)
-        values[:, positions] = v.view(len(v), -1, size).transpose(0, 1).to(values.dtype)
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None,
                out: Tensor, scales: Scales | None = None) -> None:
