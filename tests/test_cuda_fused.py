@@ -58,7 +58,8 @@ def rope_attend(qkv: Tensor, cache: Tensor, start: int, window: int | None, ops:
     positions = torch.arange(start, start + len(qkv))
     cos_sin, here = cos_sin_of(ops, positions, size if turned is None else turned), cache.clone().to(place)
     out = torch.empty(len(qkv), qkv.shape[1] - 2 * kv * size, device=place)
-    ops.rope_attend(qkv.to(place), None if turned == 0 else cos_sin.to(place), here[0], here[1], positions.to(place), window, out)
+    ops.rope_attend(qkv.to(place), None if turned == 0 else cos_sin.to(place), here[0], here[1], positions.to(place),
+                    window, out)
     return out.cpu(), here.cpu()
 
 

@@ -144,10 +144,10 @@ def test_weights_that_are_widened_in_the_kernel_give_the_bits_of_wide_ones(dtype
 @OPS
 @RULE
 def test_a_token_has_the_bits_that_it_has_alone(ops: DeviceOps, rule: dict[str, Any]) -> None:
-    x, weight, own = random(8, 40), random(40), router(16, 3, 40, rule)
-    later = [(random(40, seed=1), router(16, 3, 40, rule, 1))]
+    x, weight, own = random(8 if rule == RULES["groups"] else 3, 40), random(40), router(12, 3, 40, rule)
+    later = [(random(40, seed=1), router(12, 3, 40, rule, 1))]
     whole = route(ops, x, weight, own, later=later)
-    for token in (0, 5):
+    for token in (0, len(x) - 1):
         for got, want in zip(route(ops, x[token:token + 1], weight, own, later=later), whole, strict=True):
             assert torch.equal(got[0], want[token])
 
@@ -169,7 +169,7 @@ def test_broken_tokens_choose_experts_that_exist_and_leave_the_others_alone(ops:
     own.weight[7] = float("nan")
     one = route(ops, x, weight, own, later=[(weight, own)], guesses=16)
     for ids in (*broken[1], *broken[3].flatten(0, 1), *one[1], *one[3].flatten(0, 1)):
-        assert len(set(ids.tolist())) == len(ids) and 0 <= int(ids.min()) and int(ids.max()) < 16
+        assert len(set(ids.tolist())) == len(ids) and int(ids.min()) >= 0 and int(ids.max()) < 16
     by_scores = own.spec.choice_bias or own.spec.groups > 1
     assert one[1][[0, 2], 0].tolist() == ([0, 0] if by_scores and own.spec.score == "softmax" else [7, 7])
 
