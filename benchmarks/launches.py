@@ -4,12 +4,12 @@ memory, tensor core instructions, and instructions a weight of the GEMVs.
     python benchmarks/launches.py [--card 8.6 ...] [--model mixtral ...] [--tokens 1 2 4 8] [--prompt 12 40 200 512]
                                   [--format int4] [--count] [--ops]
 
---count disassembles the GEMVs, which takes a second each. --ops: also what other models launch (launch_ops.py). Decoding is the engine's own loop (DeviceDecode) over the
-operations and prompts are the products and attention that device_table.py chooses for the card. Of Mixtral 8x7B four
-layers do: others launch the same. "smallest" has 1 of everything, of which Triton makes a constant; it has no prompts
-that are longer than its context of 64. Exit code 1 where something is wrong: too much shared memory, spilled
-registers, products without tensor cores, a GEMV that moves data in its loop or whose order of sums depends on the
-number of tokens.
+--count disassembles the GEMVs, which takes a second each. --ops: also what other models launch (launch_ops.py).
+Decoding is the engine's own loop (DeviceDecode) over the operations and prompts are the products and attention that
+device_table.py chooses for the card. Of Mixtral 8x7B four layers do: others launch the same. "smallest" has 1 of
+everything, of which Triton makes a constant; it has no prompts that are longer than its context of 64. Exit code 1
+where something is wrong: too much shared memory, spilled registers, products without tensor cores, a GEMV that moves
+data in its loop or whose order of sums depends on the number of tokens.
 """
 
 from __future__ import annotations

@@ -8,14 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from model_configs import TINY, with_keys
 from test_cuda import DEVICE, needs_triton
 from test_cuda_ops import EPS, norm64, random
 from torch import Tensor
 
+from qmix.formats.packed import Packed
+from qmix.forward.weights import assemble
 from qmix.kernels.cuda_ops import TritonOps
 from qmix.kernels.device_ops import DeviceOps, Later, TorchDeviceOps
 from qmix.kernels.router import RouterTensors
 from qmix.kernels.table import KernelTable
+from qmix.models import read_model
+from qmix.sizes import MatrixSpec
 from qmix.spec import Router
 
 pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore:(overflow encountered|All-NaN|invalid value)")]
@@ -198,3 +203,26 @@ def test_what_is_normed_already(ops: DeviceOps) -> None:
     assert torch.equal(again, ids) and torch.equal(same, weights)
     plain = route(ops, x, None, own)
     torch.testing.assert_close(plain[0].double(), norm64(x, torch.ones(40)), rtol=1e-6, atol=1e-6)
+
+
+def test_routers_of_a_model_on_a_device_are_not_copied_for_guesses() -> None:
+    """Three layers with experts around a dense one, whose biases and norms are small; the routers keep their numbers
+    and their dtype."""
+    model = read_model(with_keys(TINY["qwen3_moe"], {"mlp_only_layers": [1], "num_hidden_layers": 4}))
+    tensors = {t.name: random(*t.shape).bfloat16() for t in model.tensors()}
+
+    def read(name: str) -> Tensor | Packed:
+        plain = tensors[name]
+        packed = Packed.of(MatrixSpec("bf16", *plain.shape), {"weight": plain}) if plain.dim() == 2 else plain
+        return plain if "router" in name or name == "embedding" else packed
+
+    weights = assemble(model, torch.bfloat16, read, DEVICE).tensors
+    names = [f"layers.{i}.router.weight" for i in model.moe_layers]
+    assert len(names) == 3 and all(torch.equal(weights[name].cpu(), tensors[name]) for name in names)
+    specs = [model.layers[i].mlp.router for i in model.moe_layers]
+    routers = [RouterTensors(spec, weights[name]) for spec, name in zip(specs, names, strict=True)]
+    ops, x, k = TritonOps(), random(1, model.hidden).to(DEVICE), model.top_k
+    ids = torch.empty(1, k, dtype=torch.int32, device=DEVICE)
+    ops.route(x, None, routers[0], EPS, None, ids, torch.empty(1, k, device=DEVICE),
+              Later([None, None], routers[1:], torch.empty(1, 2, k, dtype=torch.int32, device=DEVICE)))
+    assert not ops._routers._stacks
