@@ -43,10 +43,12 @@ def router(experts: int, k: int, hidden: int, rule: dict[str, object]) -> Router
                          vector(spec.choice_bias), vector(spec.expert_scale))
 
 
-def launch_ops(ops: DeviceOps, found: Launches, tokens: int) -> None:
-    """Each of them once, for `tokens` at a time, within `recording`."""
+def launch_ops(ops: DeviceOps, found: Launches, tokens: int, models: int = len(HEADS)) -> None:
+    """Each of them once, for `tokens` at a time, within `recording`. models: of how many of HEADS and of SIZES, each of
+    which takes seconds to compile."""
     found.label = f"ops, decode {tokens}"
-    for call in (*_routers(ops, tokens), *_heads(ops, tokens), *_rows(ops, tokens), _experts(ops, tokens)):
+    for call in (*_routers(ops, tokens, models), *_heads(ops, tokens, models), *_rows(ops, tokens),
+                 _experts(ops, tokens)):
         call()
 
 
@@ -54,8 +56,8 @@ def _floats(*shape: int) -> Tensor:
     return torch.empty(shape)
 
 
-def _routers(ops: DeviceOps, tokens: int) -> Iterator[Callable[[], None]]:
-    for (hidden, experts, k), rule in ((size, rule) for size in SIZES for rule in RULES.values()):
+def _routers(ops: DeviceOps, tokens: int, models: int) -> Iterator[Callable[[], None]]:
+    for (hidden, experts, k), rule in ((size, rule) for size in SIZES[:models] for rule in RULES.values()):
         def ask(hidden: int = hidden, experts: int = experts, k: int = k, rule: dict[str, object] = rule) -> None:
             every = [router(experts, k, hidden, rule) for _ in range(LAYERS)]
             later = Later([_floats(hidden)] * 2, every[1:], torch.empty(tokens, 2, GUESSES, dtype=torch.int32))
@@ -65,8 +67,8 @@ def _routers(ops: DeviceOps, tokens: int) -> Iterator[Callable[[], None]]:
         yield ask
 
 
-def _heads(ops: DeviceOps, tokens: int) -> Iterator[Callable[[], None]]:
-    for heads, kv, size, turned in HEADS:
+def _heads(ops: DeviceOps, tokens: int, models: int) -> Iterator[Callable[[], None]]:
+    for heads, kv, size, turned in HEADS[:models]:
         def attend(heads: int = heads, kv: int = kv, size: int = size, turned: int = turned) -> None:
             qkv, cos_sin = _floats(tokens, (heads + 2 * kv) * size), _floats(tokens, turned) if turned else None
             ops.head_norm(qkv[:, :heads * size], size, _floats(size), 1e-6)
@@ -74,7 +76,7 @@ def _heads(ops: DeviceOps, tokens: int) -> Iterator[Callable[[], None]]:
             ops.head_norm(qkv, size, None, None, 8.0)
             if cos_sin is not None:
                 ops.rope_cos_sin(torch.zeros(tokens, dtype=torch.int64), _floats(turned // 2), cos_sin, 1.25)
-            for dtype in (torch.bfloat16, torch.int8):
+            for dtype in (torch.bfloat16, torch.int8) if heads == HEADS[0][0] else (torch.bfloat16,):
                 keys, values = torch.empty(2, kv, CAPACITY, size, dtype=dtype).unbind()
                 scales = torch.empty(2, kv, CAPACITY).unbind() if dtype == torch.int8 else None
                 ops.rope_attend(qkv, cos_sin, keys, values, torch.zeros(tokens, dtype=torch.int64), None,
