@@ -10,7 +10,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import decode, product, relative
-from test_cuda import DEVICE, NO_SHRINKING, SUMS, H, here, matrix, needs_triton, operand, silu_product, slab
+from test_cuda import (
+    DEVICE,
+    NO_SHRINKING,
+    SUMS,
+    H,
+    here,
+    int4_matrix,
+    matrix,
+    needs_triton,
+    operand,
+    silu_product,
+    slab,
+)
 from torch import Tensor
 
 from qmix.errors import UsageError
@@ -18,11 +30,13 @@ from qmix.formats import pack
 from qmix.formats.packed import Packed, view
 from qmix.kernels import cuda, cuda_ops, reference
 from qmix.kernels.configs import Configs
-from qmix.kernels.cuda import device_code
+from qmix.kernels.cuda import device_code, power_of_two
 from qmix.kernels.cuda_ops import TritonOps
 from qmix.kernels.device_ops import DeviceOps, ExpertSlots, Later, TorchDeviceOps
+from qmix.kernels.router import RouterTensors
 from qmix.kernels.table import KernelTable
-from qmix.sizes import MatrixSpec
+from qmix.sizes import MatrixSpec, RecordLayout
+from qmix.spec import Router
 
 pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore:(overflow encountered|All-NaN slice)")]
 EPS = 1e-5
@@ -124,10 +138,15 @@ def test_rows_are_summed_in_the_order_of_the_ranks() -> None:
     assert residual.item() == 1  # (1e8 + 1) - 1e8 is 0 in fp32
 
 
+def softmax_router(weight: Tensor, k: int) -> RouterTensors:
+    """Mixtral's: softmax over the chosen."""
+    return RouterTensors(Router(len(weight), k), weight)
+
+
 def route(x: Tensor, weight: Tensor, router: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     normed, ids, gains = torch.empty_like(x, device=DEVICE), torch.empty(len(x), k, dtype=torch.int32, device=DEVICE), \
         torch.empty(len(x), k, device=DEVICE)
-    TritonOps().route(x.to(DEVICE), weight.to(DEVICE), router.to(DEVICE), EPS, normed, ids, gains)
+    TritonOps().route(x.to(DEVICE), weight.to(DEVICE), softmax_router(router.to(DEVICE), k), EPS, normed, ids, gains)
     return normed.cpu(), ids.cpu(), gains.cpu()
 
 
@@ -170,28 +189,6 @@ def rotated(x: Tensor, positions: Tensor, inverse: Tensor) -> Tensor:
     angle = (positions[:, None].float() * inverse).double()[:, None]
     low, high = x.double().chunk(2, -1)
     return torch.cat((low * angle.cos() - high * angle.sin(), high * angle.cos() + low * angle.sin()), -1)
-
-
-class TestKeep:
-    @settings(max_examples=6, **NO_SHRINKING)
-    @given(st.sampled_from([16, 32, 64, 80, 128]), st.sampled_from([1, 2, 4]), st.integers(1, 3), st.integers(1, 5),
-           st.sampled_from([torch.float32, torch.float16]))
-    def test_against_float64(self, size: int, group: int, kv: int, tokens: int, dtype: torch.dtype) -> None:
-        heads, room = group * kv, 40000
-        qkv = random(tokens, (heads + 2 * kv) * size)
-        inverse = 1.0 / 10000 ** (torch.arange(0, size, 2).float() / size)
-        positions = torch.tensor([0, 32767, 7, 39999, 12345])[:tokens]
-        keys, values = (torch.zeros(kv, room, size, dtype=dtype, device=DEVICE) for _ in range(2))
-        query = torch.empty(tokens, heads, size, device=DEVICE)
-        TritonOps().keep(qkv.to(DEVICE), inverse.to(DEVICE), positions.to(DEVICE), keys, values, query)
-        q, k, v = qkv.view(tokens, -1, size).split((heads, kv, kv), 1)
-        torch.testing.assert_close(query.cpu().double(), rotated(q, positions, inverse), rtol=1e-6, atol=1e-6)
-        rounding = 1e-6 if dtype == torch.float32 else 1e-3
-        torch.testing.assert_close(keys.cpu()[:, positions].transpose(0, 1).double(), rotated(k, positions, inverse),
-                                   rtol=rounding, atol=rounding)
-        assert torch.equal(values.cpu()[:, positions].transpose(0, 1), v.to(dtype))
-        others = torch.ones(room, dtype=torch.bool).index_fill(0, positions, False)
-        assert not keys.cpu()[:, others].any() and not values.cpu()[:, others].any()
 
 
 def attention(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None) -> Tensor:
@@ -290,6 +287,50 @@ class TestExperts:
             assert torch.equal(self.compute(x[start:start + count], ids[start:start + count])[0],
                                whole[start:start + count])
 
+    def test_small_experts_of_which_there_are_many(self) -> None:
+        """Records of Qwen3-30B-A3B's inner size, 12 groups of 64 columns where a program has room for 16; 8 of 128
+        chosen, of which 2 are in slots."""
+        record = RecordLayout(MatrixSpec("int4", 2 * 768, 64, 2, 64, 64), MatrixSpec("int4", 64, 768, 1, 64, 64))
+        pool = torch.zeros(2, record.nbytes, dtype=torch.uint8)
+        parts = [(int4_matrix(2 * 768, 64, 64, 64, 2, seed), int4_matrix(64, 768, 64, 64, 1, 9 + seed))
+                 for seed in range(2)]
+        for slot, (w13, w2) in zip(pool, parts, strict=True):
+            for placed in record.placed:
+                part = {"w13": w13, "w2": w2}[placed.matrix][placed.tensor.name]
+                view(slot, placed.offset, placed.tensor).copy_(part)
+        x, table = operand(1, 64) / 30, torch.full((128,), -1, dtype=torch.int32)
+        table[127], table[3] = 0, 1
+        ids = torch.tensor([[5, 127, 100, 3, 90, 64, 0, 77]], dtype=torch.int32)
+        rows = torch.full((1, 8, 64), 7.0, device=DEVICE)
+        TritonOps().experts(x.to(DEVICE), ExpertSlots(pool.to(DEVICE), record, ()), ids.to(DEVICE), table.to(DEVICE),
+                            rows)
+        for rank, expert in enumerate(ids[0].tolist()):
+            slot = int(table[expert])
+            if slot < 0:
+                assert bool((rows[0, rank] == 7).all())
+            else:
+                w13, w2 = (decode(m) for m in parts[slot])
+                assert relative(rows[:, rank].cpu(), silu_product(product(x, w13)) @ w2.T) < 5 * SUMS
+
+    @pytest.mark.parametrize(("experts", "tokens", "k"), [(128, 1, 8), (128, 8, 8), (60, 8, 8), (60, 3, 4)])
+    def test_jobs_of_many_experts(self, experts: int, tokens: int, k: int) -> None:
+        """Each choice that is in a slot is in one job, that of its expert, by its token and its row."""
+        pseudo = torch.Generator().manual_seed(experts + tokens)
+        ids = torch.stack([torch.randperm(experts, generator=pseudo)[:k] for _ in range(tokens)]).int()
+        table, pairs = (torch.randperm(experts, generator=pseudo) - 20).int(), tokens * k <= experts
+        width, count = power_of_two(tokens), min(tokens * k, experts)
+        slots, rows, places = (torch.full(shape, 9, dtype=torch.int32, device=DEVICE)
+                               for shape in ((count,), (count, width), (count, width)))
+        device_code("cuda_layer_jit").jobs[count,](ids.to(DEVICE), table.to(DEVICE), slots, rows, places, 5, 30, tokens,
+                                                  k, k, M=width, PAIRS=pairs)
+        found = {(int(slot), int(row), int(place)) for slot, own, there in zip(slots, rows, places, strict=True)
+                 for row, place in zip(own, there, strict=True) if place >= 0}
+        wanted = {(int(table[expert]) - 5, token, token * k + rank) for token, chosen in enumerate(ids.tolist())
+                  for rank, expert in enumerate(chosen) if 0 <= table[expert] - 5 < 30}
+        assert found == wanted and len(wanted) > 1
+        used = [int(slot) for slot in slots if slot >= 0]
+        assert len(set(used)) == len(used) == len({slot for slot, *_ in wanted})  # weights are read once
+
     def test_the_same_buffers_serve_again(self) -> None:
         pool, record, _, _ = slab("int4")
         ops, slots = TritonOps(), ExpertSlots(pool, record, ())
@@ -386,7 +427,7 @@ class Layer:
                             for m in (dense(dense_format, 128, H), dense(dense_format, H, 64, 1)))
         self.table = torch.tensor([7, 3, 5, -1, 6, 4], dtype=torch.int32, device=device)
         self.embedding, self.weights, self.routers, self.inverse = (t.to(device) for t in (
-            random(20, H).half(), random(3, H) / 30, random(3, 6, H).double() / 9, 1 / 1000 ** (torch.arange(8) / 8)))
+            random(20, H).half(), random(3, H) / 30, random(3, 6, H) / 9, 1 / 1000 ** (torch.arange(8) / 8)))
         self.cache = torch.zeros(2, 2, 200, 16, device=device)
 
         def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -405,8 +446,9 @@ class Layer:
         self.ops.rope_cos_sin(positions, self.inverse, self.cos_sin)
         self.ops.rope_attend(self.both, self.cos_sin, *self.cache, positions, 50, self.attended)
         self.ops.linear(self.attended, self.o, self.residual, add=True)
-        self.ops.route(self.residual, self.weights[1], self.routers[0], EPS, self.normed, self.ids, self.gains,
-                       Later(list(self.weights[1:]), list(self.routers[1:]), self.guesses))
+        routers = [softmax_router(router, 2) for router in self.routers]
+        self.ops.route(self.residual, self.weights[1], routers[0], EPS, self.normed, self.ids, self.gains,
+                       Later(list(self.weights[1:]), routers[1:], self.guesses))
         self.ops.experts(self.normed, self.slots, self.ids, self.table, self.rows)
         self.ops.norm(self.residual, self.weights[2], EPS, self.normed, self.rows, self.gains)
         return [t.cpu().clone() for t in (self.residual, self.normed, self.cache, self.ids, self.gains, self.guesses)]

@@ -40,6 +40,7 @@ from qmix.forward.kv_cache import SessionCache
 from qmix.forward.weights import DenseWeights
 from qmix.kernels.attend import default_inv_freq
 from qmix.kernels.device_ops import DeviceOps, Later
+from qmix.kernels.router import RouterTensors
 from qmix.spec import Model
 
 KEPT = 8  # sets of pieces: numbers of tokens, and caches
@@ -112,23 +113,23 @@ class _Pieces:
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """Weights of one layer on the device: norms [H] fp32, router [E, H] fp64; heads: q, k and v, one matrix where their
-    format allows it."""
+    """Weights of one layer on the device: norms [H] fp32; heads: q, k and v, one matrix where their format allows it.
+    """
 
     input_norm: Tensor
     heads: tuple[Packed, ...]
     o: Packed
     post_norm: Tensor
-    router: Tensor
+    router: RouterTensors
 
     @classmethod
     def of(cls, weights: DenseWeights, i: int) -> _Layer:
         names = tuple(f"layers.{i}.attention.{part}" for part in "qkv")
         stack = weights.stacks.get(names)
         heads = (stack,) if stack is not None else tuple(weights.matrices[name] for name in names)
-        tensors = weights.tensors
+        tensors, (_, moe) = weights.tensors, weights.model.alike()
         return cls(tensors[f"layers.{i}.before_mixer"], heads, weights.matrices[f"layers.{i}.attention.o"],
-                   tensors[f"layers.{i}.before_mlp"], tensors[f"layers.{i}.router.weight"].double())
+                   tensors[f"layers.{i}.before_mlp"], RouterTensors(moe.router, tensors[f"layers.{i}.router.weight"]))
 
 
 class DeviceDecode:

@@ -25,18 +25,21 @@ ROUND = tl.constexpr(1.5 * 2**23)  # added to a number below 2^22, it leaves no 
 
 
 @triton.jit
-def rotated(head, cos_sin, at, size):
-    """D numbers at `head`, dimension i turned with i + D/2; cos_sin: D/2 cosines, then the sines. The one rounding of
-    each product is asked for, so that a key has the same bits wherever it is rotated."""
-    half = size // 2
-    low = at < half
-    partner = tl.where(low, at + half, at - half)
-    angle = tl.where(low, at, partner)
+def rotated(head, cos_sin, at, size, turned, ROPE: tl.constexpr):
+    """D numbers at `head`; where ROPE, dimension i of the first R turned with i + R/2; turned: R; cos_sin: R/2 cosines,
+    then the sines. The one rounding of each product is asked for, so that a key has the same bits wherever it is
+    rotated."""
     own = tl.load(head + at, mask=at < size, other=0.0)
-    other = tl.load(head + partner, mask=at < size, other=0.0)
-    cos = tl.load(cos_sin + angle, mask=at < size, other=0.0)
-    sin = tl.load(cos_sin + half + angle, mask=at < size, other=0.0)
-    return tl.fma(own, cos, other * tl.where(low, -sin, sin))
+    if ROPE:
+        half = turned // 2
+        low = at < half
+        partner = tl.where(low, at + half, at - half)
+        angle = tl.where(low, at, partner)
+        other = tl.load(head + partner, mask=at < turned, other=0.0)
+        cos = tl.load(cos_sin + angle, mask=at < turned, other=1.0)
+        sin = tl.load(cos_sin + half + angle, mask=at < turned, other=0.0)
+        own = tl.where(at < turned, tl.fma(own, cos, other * tl.where(low, -sin, sin)), own)
+    return own
 
 
 @triton.jit
@@ -52,20 +55,23 @@ def coded(row):
 
 @triton.jit
 def attend(query, cos_sin, keys, values, key_scales, value_scales, positions, partial, tops, totals, window, q_token,
-           c_token, k_head, k_position, v_head, v_position, ks_head, vs_head, splits, size, scale, GROUP: tl.constexpr,
-           SPLIT: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr, ROPE: tl.constexpr, INT8: tl.constexpr):
-    """SPLIT positions of a key-value head, STEP at a time, for its GROUP query heads of one token, in fp32.
+           c_token, k_head, k_position, v_head, v_position, ks_head, vs_head, splits, size, turned, scale,
+           GROUP: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr,
+           NEW: tl.constexpr, ROPE: tl.constexpr, INT8: tl.constexpr):
+    """SPLIT positions of a key-value head, STEP at a time, for GROUP of its query heads of one token, in fp32; PARTS
+    programs have its Q / KV query heads together, since one has registers for few.
 
     Each place of a step has its own softmax, and they are merged once, at the end: no thread waits for another before.
-    query fp32 [T, Q, D], rotated; or, where ROPE, [T, Q + 2 KV, D], not rotated, with the keys and values of these T
-    tokens after the queries; their positions follow each other, cos_sin [T, D] is as of `rotated`, and keys and values
-    are written to their positions. keys, values [KV, S, D], where INT8 codes, with key_scales and value_scales fp32
-    [KV, S]; positions [T]; scale: of the scores, with log2(e); partial
+    query fp32 [T, Q, D], rotated; or, where NEW, [T, Q + 2 KV, D], not rotated, with the keys and values of these T
+    tokens after the queries; their positions follow each other, cos_sin [T, R] is as of `rotated`, by which heads turn
+    where ROPE, and keys and values are written to their positions. keys, values [KV, S, D], where INT8 codes, with
+    key_scales and value_scales fp32 [KV, S]; positions [T]; turned: R; scale: of the scores, with log2(e); partial
     fp32 [T, Q, splits, D]: weighted sums of values, tops and totals fp32 [T, Q, splits]: their largest score, and the
-    sum of the weights. WIDTH: D as a power of two. Grid: KV, splits, T; a split that a token does not see writes
-    nothing.
+    sum of the weights. WIDTH: D as a power of two. Grid: KV * PARTS, splits, T; a split that a token does not see
+    writes nothing.
     """
-    head = tl.program_id(0)
+    part = tl.program_id(0)
+    head = part // PARTS
     split = tl.program_id(1)
     token = tl.program_id(2)
     position = tl.load(positions + token).to(tl.int32)
@@ -82,12 +88,12 @@ def attend(query, cos_sin, keys, values, key_scales, value_scales, positions, pa
         key_scales += head.to(tl.int64) * ks_head
         value_scales += head.to(tl.int64) * vs_head
     new = position + 1  # the first position that is not read from the cache
-    if ROPE:
+    if NEW:
         new = position - token
-        own = query + (tl.num_programs(0) * GROUP + head) * size  # the new keys of this head
-        kv_size = tl.num_programs(0) * size  # from a key to its value
-        if position < start + SPLIT:
-            key_row = rotated(own + token * q_token, cos_sin + token * c_token, at, size)
+        own = query + (heads + head) * size  # the new keys of this head
+        kv_size = tl.num_programs(0) // PARTS * size  # from a key to its value
+        if (position < start + SPLIT) & (part % PARTS == 0):
+            key_row = rotated(own + token * q_token, cos_sin + token * c_token, at, size, turned, ROPE)
             value_row = tl.load(own + token * q_token + kv_size + at, mask=at < size, other=0.0)
             if INT8:
                 key_row, key_scale = coded(key_row)
@@ -101,9 +107,9 @@ def attend(query, cos_sin, keys, values, key_scales, value_scales, positions, pa
     total = ()
     sums = ()
     for g in tl.static_range(GROUP):
-        asking = query + token * q_token + (head * GROUP + g) * size
-        if ROPE:
-            queries += (rotated(asking, cos_sin + token * c_token, at, size) * scale,)
+        asking = query + token * q_token + (part * GROUP + g) * size
+        if NEW:
+            queries += (rotated(asking, cos_sin + token * c_token, at, size, turned, ROPE) * scale,)
         else:
             queries += (tl.load(asking + at, mask=at < size, other=0.0) * scale,)
         top += (tl.full((STEP,), LOWEST, tl.float32),)
@@ -118,11 +124,11 @@ def attend(query, cos_sin, keys, values, key_scales, value_scales, positions, pa
         if INT8:
             key_scale = tl.load(key_scales + where, mask=seen & (where < new), other=0.0)
             value_scale = tl.load(value_scales + where, mask=seen & (where < new), other=0.0)
-        if ROPE:
+        if NEW:
             for other in range(tl.maximum(begin - new, 0), tl.minimum(begin + STEP - new, token + 1)):
                 place = seen & (where == new + other)
                 here = place[:, None]
-                key_row = rotated(own + other * q_token, cos_sin + other * c_token, at, size)
+                key_row = rotated(own + other * q_token, cos_sin + other * c_token, at, size, turned, ROPE)
                 value_row = tl.load(own + other * q_token + kv_size + at, mask=at < size, other=0.0)
                 if INT8:
                     key_row, own_scale = coded(key_row)
@@ -152,7 +158,7 @@ def attend(query, cos_sin, keys, values, key_scales, value_scales, positions, pa
     for g in tl.static_range(GROUP):
         largest = tl.max(top[g], axis=0)
         fade = tl.exp2(top[g] - largest)
-        out = (token * heads + head * GROUP + g) * splits + split
+        out = (token * heads + part * GROUP + g) * splits + split
         tl.store(tops + out, largest)
         tl.store(totals + out, tl.sum(total[g] * fade, axis=0))
         tl.store(partial + out.to(tl.int64) * size + at, tl.sum(sums[g] * fade[:, None], axis=0), mask=at < size)

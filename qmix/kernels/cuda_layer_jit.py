@@ -1,11 +1,10 @@
 """Device code, in Triton: what decoding does to a few tokens beside products and attention. See cuda_ops.py.
 
 A program has all of one token's numbers at once, WIDTH of them, a power of two.
-T tokens, H hidden, E experts, K chosen per token, L later layers, Q query heads, KV key-value heads, S positions.
+T tokens, N numbers of each, H hidden, E experts, K chosen per token, R dimensions of a head that rotate.
 """
 
-# mypy: disable-error-code="assignment, misc"
-# (tuples of tensors grow here, which is how Triton has a number of them that is known when it compiles)
+# mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 
@@ -14,27 +13,30 @@ import triton.language as tl
 
 
 @triton.jit
-def embed(tokens, embedding, residual, hidden, e_stride, r_stride, SIZE: tl.constexpr):
-    """Row tokens[t] of embedding [V, H] into residual fp32 [T, H]. Grid: T, pieces of H."""
+def embed(tokens, embedding, residual, scale, hidden, e_stride, r_stride, SIZE: tl.constexpr):
+    """Row tokens[t] of embedding [V, H], times scale, into residual fp32 [T, H]. Grid: T, pieces of H."""
     token = tl.program_id(0)
     at = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
     row = tl.load(tokens + token).to(tl.int64)
     value = tl.load(embedding + row * e_stride + at, mask=at < hidden)
-    tl.store(residual + token * r_stride + at, value.to(tl.float32), mask=at < hidden)
+    tl.store(residual + token * r_stride + at, value.to(tl.float32) * scale, mask=at < hidden)
 
 
 @triton.jit
-def normed_row(value, weight, at, eps, hidden):
-    """value / sqrt(mean(value^2) + eps) * weight; what is beyond `hidden` is 0 and stays 0."""
+def normed_row(value, weight, at, eps, hidden, WEIGHT: tl.constexpr):
+    """value / sqrt(mean(value^2) + eps), times weight where WEIGHT; what is beyond `hidden` is 0 and stays 0."""
     inverse = 1.0 / tl.sqrt_rn(tl.sum(value * value, axis=0) / hidden + eps)
-    return value * inverse * tl.load(weight + at, mask=at < hidden, other=0.0)
+    value *= inverse
+    if WEIGHT:
+        value *= tl.load(weight + at, mask=at < hidden, other=0.0)
+    return value
 
 
 @triton.jit
 def norm(residual, weight, out, rows, gains, eps, hidden, r_stride, out_stride, rows_token, rows_rank, gains_stride,
-         K: tl.constexpr, WIDTH: tl.constexpr):
+         K: tl.constexpr, WEIGHT: tl.constexpr, WIDTH: tl.constexpr):
     """Where K, the sum of rows [T, K, H] times gains [T, K], in the order of K, is added to residual [T, H], in place;
-    its norm goes into out [T, H]. All fp32. Grid: T."""
+    its norm goes into out [T, H], times weight [H] where WEIGHT. All fp32. Grid: T."""
     token = tl.program_id(0)
     at = tl.arange(0, WIDTH)
     value = tl.load(residual + token * r_stride + at, mask=at < hidden, other=0.0)
@@ -45,129 +47,61 @@ def norm(residual, weight, out, rows, gains, eps, hidden, r_stride, out_stride, 
             total += row * tl.load(gains + token * gains_stride + k)
         value += total
         tl.store(residual + token * r_stride + at, value, mask=at < hidden)
-    tl.store(out + token * out_stride + at, normed_row(value, weight, at, eps, hidden), mask=at < hidden)
+    tl.store(out + token * out_stride + at, normed_row(value, weight, at, eps, hidden, WEIGHT), mask=at < hidden)
 
 
 @triton.jit
-def logits(residual, weight, router, weights, routers, normed, out, eps, hidden, experts, r_stride, w_stride,
-           routers_stride, n_stride, WIDTH: tl.constexpr):
-    """Of token t, asked of layer d: its norm, and the logit of one expert, summed in fp64 and rounded to fp32.
-
-    residual fp32 [T, H]; the layer's own, d = 0: weight fp32 [H], router fp64 [E, H], and the norm into normed fp32
-    [T, H], which is not the residual; those of L later ones, d = 1 to L: weights [L, H], routers [L, E, H]; out fp32
-    [T, 1 + L, E]. Each expert has a program, though each makes the norm anew: cards for games have few units of fp64,
-    and one multiprocessor's would be long about all experts. Grid: T, (1 + L) * E.
-    """
-    token = tl.program_id(0)
-    place = tl.program_id(1)
-    layer = place // experts
-    if layer > 0:
-        weight = weights + (layer - 1) * w_stride
-        router = routers + (layer - 1).to(tl.int64) * routers_stride
+def head_norm(x, weight, eps, clip, x_stride, size, NORM: tl.constexpr, WEIGHT: tl.constexpr, CLIP: tl.constexpr,
+              WIDTH: tl.constexpr):
+    """Each `size` neighbours of x fp32 [T, N] in place: normed where NORM, by weight fp32 [size] where WEIGHT; then
+    clamped to [-clip, clip] where CLIP. NaN stays. WIDTH: size as a power of two. Grid: T, N / size."""
     at = tl.arange(0, WIDTH)
-    value = tl.load(residual + token * r_stride + at, mask=at < hidden, other=0.0)
-    value = normed_row(value, weight, at, eps, hidden)
-    tl.store(normed + token * n_stride + at, value, mask=at < tl.where(place == 0, hidden, 0))
-    row = tl.load(router + place % experts * hidden + at, mask=at < hidden, other=0.0)
-    logit = tl.sum(value.to(tl.float64) * row, axis=0)
-    tl.store(out + token * tl.num_programs(1) + place, logit.to(tl.float32))
+    row = x + tl.program_id(0) * x_stride + tl.program_id(1) * size + at
+    value = tl.load(row, mask=at < size, other=0.0)
+    if NORM:
+        value = normed_row(value, weight, at, eps, size, WEIGHT)
+    if CLIP:
+        value = tl.where(value > clip, clip, tl.where(value < -clip, -clip, value))
+    tl.store(row, value, mask=at < size)
 
 
 @triton.jit
-def choose(logits, ids, gains, ahead, more_ids, more_gains, experts, ids_stride, gains_stride, ahead_token, ahead_layer,
-           more_ids_stride, more_gains_stride, K: tl.constexpr, GUESSES: tl.constexpr, EXPERTS: tl.constexpr,
-           MORE: tl.constexpr):
-    """The largest logits of token t, asked of layer d, the largest first, of equals the lower number.
-
-    logits fp32 [T, 1 + L, E]. Of the layer's own, d = 0, K into ids [T, K], and softmax over them into gains fp32
-    [T, K]; where MORE, both a second time. Of later ones GUESSES into ahead [T, L, GUESSES]. NaN counts as the largest:
-    ids are always numbers of experts, each once. EXPERTS: E as a power of two. Grid: T, 1 + L.
-    """
+def combined(x, y, out, x_stride, y_stride, y_column, out_stride, size, factor, KIND: tl.constexpr,
+             SIZE: tl.constexpr):
+    """out[t, i] of x[t, i] and y[t, i], all fp32, out perhaps x or y. KIND: "silu_mul" silu(x) * y, "silu" x * silu(y),
+    "sigmoid" x * sigmoid(y), "add" x + y, "scale" x * y * factor, "factor" x * factor. y_column: 0 where y has one
+    number a token; y_stride: 0 where all tokens have the same. Grid: T, pieces of `size`."""
     token = tl.program_id(0)
-    layer = tl.program_id(1)
-    number = tl.arange(0, EXPERTS)
-    left = number < experts
-    values = tl.load(logits + (token * tl.num_programs(1) + layer) * experts + number, mask=left, other=0.0)
-    keys = tl.where(values == values, values, float("inf"))
-    if layer > 0:
-        for k in tl.static_range(GUESSES):
-            chosen = largest(keys, left, number)
-            left = left & (number != chosen)
-            tl.store(ahead + token * ahead_token + (layer - 1) * ahead_layer + k, chosen.to(ahead.dtype.element_ty))
+    at = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+    value = tl.load(x + token * x_stride + at, mask=at < size, other=0.0)
+    if KIND == "factor":
+        value *= factor
     else:
-        tops = ()
-        for k in tl.static_range(K):
-            chosen = largest(keys, left, number)
-            left = left & (number != chosen)
-            tl.store(ids + token * ids_stride + k, chosen.to(ids.dtype.element_ty))
-            if MORE:
-                tl.store(more_ids + token * more_ids_stride + k, chosen.to(more_ids.dtype.element_ty))
-            tops += (tl.sum(tl.where(number == chosen, values, 0.0), axis=0),)
-        total = tl.exp(tops[0] - tops[0])
-        for k in tl.static_range(1, K):
-            total += tl.exp(tops[k] - tops[0])
-        for k in tl.static_range(K):
-            gain = tl.exp(tops[k] - tops[0]) / total
-            tl.store(gains + token * gains_stride + k, gain)
-            if MORE:
-                tl.store(more_gains + token * more_gains_stride + k, gain)
+        other = tl.load(y + token * y_stride + at * y_column, mask=at < size, other=0.0)
+        if KIND == "silu_mul":
+            value = value / (1.0 + tl.exp(-value)) * other
+        elif KIND == "silu":
+            value *= other / (1.0 + tl.exp(-other))
+        elif KIND == "sigmoid":
+            value *= 1.0 / (1.0 + tl.exp(-other))
+        elif KIND == "add":
+            value += other
+        else:
+            value = value * other * factor
+    tl.store(out + token * out_stride + at, value, mask=at < size)
 
 
 @triton.jit
-def largest(keys, left, number):
-    """Which of those left is the largest, of equals the lower number."""
-    most = tl.max(tl.where(left, keys, float("-inf")), axis=0)
-    return tl.min(tl.where(left & (keys == most), number, 2147483647), axis=0)
-
-
-@triton.jit
-def rope_cos_sin(positions, inverse, out, out_stride, half, WIDTH: tl.constexpr):
-    """Cosines of position * inverse, then their sines, into out fp32 [T, D]. See keep. Grid: T."""
+def rope_cos_sin(positions, inv_freq, out, factor, out_stride, half, WIDTH: tl.constexpr):
+    """Cosines of position * inv_freq, then their sines, times factor, into out fp32 [T, R]. The angle is a product in
+    fp32, as the model was trained with; its cosine is taken in fp64, so that it is right however large the angle. half:
+    R / 2; WIDTH: that as a power of two. Grid: T."""
     token = tl.program_id(0)
     at = tl.arange(0, WIDTH)
     position = tl.load(positions + token).to(tl.float32)
-    angle = (position * tl.load(inverse + at, mask=at < half, other=0.0)).to(tl.float64)
-    tl.store(out + token * out_stride + at, tl.cos(angle).to(tl.float32), mask=at < half)
-    tl.store(out + token * out_stride + half + at, tl.sin(angle).to(tl.float32), mask=at < half)
-
-
-@triton.jit
-def keep(qkv, inverse, positions, keys, values, query, qkv_stride, k_head, k_position, v_head, v_position, query_stride,
-         queries, kv_heads, half, WIDTH: tl.constexpr):
-    """A head of a token: queries and keys turned by position * inverse, dimension i with i + D/2; keys and values to
-    their place in the cache, cast to its dtype.
-
-    The angle is a product in fp32, as the model was trained with; its cosine is taken in fp64, so that it is right
-    however large the angle.
-    qkv fp32 [T, (Q + 2 KV) * D]; inverse fp32 [D/2]; keys, values [KV, S, D]; query fp32 [T, Q, D]; half: D/2; WIDTH:
-    that as a power of two. Grid: T, Q + 2 KV.
-    """
-    token = tl.program_id(0)
-    head = tl.program_id(1)
-    at = tl.arange(0, WIDTH)
-    here = at < half
-    source = qkv + token * qkv_stride + head * 2 * half + at
-    low = tl.load(source, mask=here, other=0.0)
-    high = tl.load(source + half, mask=here, other=0.0)
-    position = tl.load(positions + token).to(tl.int64)
-    if head >= queries + kv_heads:
-        value = values + (head - queries - kv_heads).to(tl.int64) * v_head + position * v_position + at
-        tl.store(value, low.to(values.dtype.element_ty), mask=here)
-        tl.store(value + half, high.to(values.dtype.element_ty), mask=here)
-    else:
-        angle = (position.to(tl.float32) * tl.load(inverse + at, mask=here, other=0.0)).to(tl.float64)
-        cos = tl.cos(angle).to(tl.float32)
-        sin = tl.sin(angle).to(tl.float32)
-        turned_low = low * cos - high * sin
-        turned_high = high * cos + low * sin
-        if head < queries:
-            asking = query + token * query_stride + head * 2 * half + at
-            tl.store(asking, turned_low, mask=here)
-            tl.store(asking + half, turned_high, mask=here)
-        else:
-            key = keys + (head - queries).to(tl.int64) * k_head + position * k_position + at
-            tl.store(key, turned_low.to(keys.dtype.element_ty), mask=here)
-            tl.store(key + half, turned_high.to(keys.dtype.element_ty), mask=here)
+    angle = (position * tl.load(inv_freq + at, mask=at < half, other=0.0)).to(tl.float64)
+    tl.store(out + token * out_stride + at, tl.cos(angle).to(tl.float32) * factor, mask=at < half)
+    tl.store(out + token * out_stride + half + at, tl.sin(angle).to(tl.float32) * factor, mask=at < half)
 
 
 @triton.jit

@@ -16,7 +16,7 @@ cache.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from math import prod
 from types import ModuleType
 
@@ -30,14 +30,17 @@ from qmix.formats.packed import Packed
 from qmix.kernels import cuda
 from qmix.kernels.configs import Configs, built_in, capability
 from qmix.kernels.cuda import Jobs, Matrices, device_code, power_of_two
+from qmix.kernels.cuda_router import Routers, warps_of
 from qmix.kernels.device_ops import FEW, ExpertSlots, Later, Scales
+from qmix.kernels.router import RouterTensors
 
-PIECE = 1024  # numbers of an embedding that a program copies
+PIECE = 1024  # numbers of a row that a program has, where each is computed by itself
 SMALL = 4096  # rows; a matrix with fewer is cut finer, so that there are enough programs
 # Attention is split over positions: the grid depends on the cache's capacity alone, what is beyond a token's position
 # ends at once. A split takes at least LEAST_SPLIT positions, so that a short context has several; there are at most
 # SPLITS, so that they are merged in little time. TILE: keys, times their size, that a program has in hand.
 LEAST_SPLIT, SPLITS, TILE = 64, 128, 2048
+HEADS = 8  # query heads of a program of attention, at most: of 12 sm_86 spills registers
 EVERYTHING = 2**30  # a window that no context fills
 LOG2_E = 1.4426950408889634
 
@@ -51,14 +54,15 @@ class TritonOps:
         self._configs = configs
         self._rooms: dict[tuple[str, torch.device, torch.dtype], list[Tensor]] = {}
         self._single: dict[tuple[int, torch.device], Jobs] = {}
-        self._stacks: dict[tuple[int, ...], tuple[Tensor, Sequence[Tensor]]] = {}
+        self._routers = Routers(partial(self._room, "logits"))
 
-    def embed(self, tokens: Tensor, embedding: Tensor, residual: Tensor) -> None:
+    def embed(self, tokens: Tensor, embedding: Tensor, residual: Tensor, scale: float = 1.0) -> None:
         hidden = embedding.shape[1]
         _layer().embed[len(tokens), -(-hidden // PIECE)](
-            tokens, embedding, residual, hidden, embedding.stride(0), residual.stride(0), SIZE=PIECE, num_warps=4)
+            tokens, embedding, residual, float(scale), hidden, embedding.stride(0), residual.stride(0), SIZE=PIECE,
+            num_warps=4)
 
-    def norm(self, residual: Tensor, weight: Tensor, eps: float, out: Tensor,
+    def norm(self, residual: Tensor, weight: Tensor | None, eps: float, out: Tensor,
              rows: Tensor | None = None, weights: Tensor | None = None) -> None:
         count, hidden = residual.shape
         strides, k = (0, 0, 0), 0
@@ -66,9 +70,19 @@ class TritonOps:
             assert weights is not None and rows.stride(2) == 1 and weights.stride(1) == 1
             strides, k = (rows.stride(0), rows.stride(1), weights.stride(0)), rows.shape[1]
         width = power_of_two(hidden)
-        _layer().norm[count,](residual, weight, out, out if rows is None else rows, out if weights is None else weights,
-                              eps, hidden, residual.stride(0), out.stride(0), *strides, K=k, WIDTH=width,
-                              num_warps=_warps(width), enable_fp_fusion=True)
+        _layer().norm[count,](residual, out if weight is None else weight, out, out if rows is None else rows,
+                              out if weights is None else weights, eps, hidden, residual.stride(0), out.stride(0),
+                              *strides, K=k, WEIGHT=weight is not None, WIDTH=width, num_warps=warps_of(width),
+                              enable_fp_fusion=True)
+
+    def head_norm(self, x: Tensor, size: int, weight: Tensor | None, eps: float | None,
+                  clip: float | None = None) -> None:
+        assert x.dtype == torch.float32 and x.stride(1) == 1 and x.shape[1] % size == 0
+        width = power_of_two(size)
+        _layer().head_norm[len(x), x.shape[1] // size](
+            x, x if weight is None else weight, 0.0 if eps is None else eps, 0.0 if clip is None else float(clip),
+            x.stride(0), size, NORM=eps is not None, WEIGHT=weight is not None, CLIP=clip is not None, WIDTH=width,
+            num_warps=warps_of(width), enable_fp_fusion=True)
 
     def linear(self, x: Tensor, m: Packed, y: Tensor, add: bool = False) -> None:
         spec, tokens = m.spec, len(x)
@@ -93,82 +107,73 @@ class TritonOps:
                 spec.padded_cols, spec.rows, M=power_of_two(tokens), ROWS=rows, COLS=config.cols, UNROLL=config.unroll,
                 SCALED=scaled, ADD=add, num_warps=4, enable_fp_fusion=True)
 
-    def keep(self, qkv: Tensor, inverse: Tensor, positions: Tensor, keys: Tensor, values: Tensor,
-             query: Tensor) -> None:
-        tokens, heads, size = query.shape
-        assert qkv.stride(1) == 1 and query.stride(1) == size and keys.stride(2) == values.stride(2) == 1
-        half = size // 2
-        _layer().keep[tokens, heads + 2 * len(keys)](
-            qkv, inverse, positions, keys, values, query, qkv.stride(0), keys.stride(0), keys.stride(1),
-            values.stride(0), values.stride(1), query.stride(0), heads, len(keys), half, WIDTH=power_of_two(half),
-            num_warps=1 if half <= 32 else 2)
+    def silu_mul(self, gate: Tensor, up: Tensor, out: Tensor) -> None:
+        assert gate.shape == up.shape == out.shape
+        _combine("silu_mul", gate, up, out)
 
-    def rope_cos_sin(self, positions: Tensor, inverse: Tensor, out: Tensor) -> None:
-        half = len(inverse)
+    def gate(self, x: Tensor, by: Tensor, kind: str = "sigmoid") -> None:
+        assert kind in ("sigmoid", "silu") and by.shape[1] in (1, x.shape[1])
+        _combine(kind, x, by, x)
+
+    def add(self, target: Tensor, x: Tensor) -> None:
+        assert target.shape == x.shape
+        _combine("add", target, x, target)
+
+    def scale(self, x: Tensor, weight: Tensor | None = None, factor: float = 1.0) -> None:
+        if weight is None:
+            _combine("factor", x, x, x, factor)
+        else:
+            assert len(weight) in (1, x.shape[1])
+            _combine("scale", x, weight.expand(len(x), -1), x, factor)
+
+    def rope_cos_sin(self, positions: Tensor, inv_freq: Tensor, out: Tensor, factor: float = 1.0) -> None:
+        half = len(inv_freq)
         assert out.shape == (len(positions), 2 * half) and out.stride(1) == 1
-        _layer().rope_cos_sin[len(positions),](positions, inverse, out, out.stride(0), half, WIDTH=power_of_two(half),
-                                               num_warps=1 if half <= 32 else 2)
+        _layer().rope_cos_sin[len(positions),](positions, inv_freq, out, float(factor), out.stride(0), half,
+                                               WIDTH=power_of_two(half), num_warps=1 if half <= 32 else 2)
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None,
                out: Tensor, scales: Scales | None = None) -> None:
         assert query.stride(1) == query.shape[2]
-        self._attend(query, None, keys, values, positions, window, out, scales)
+        self._attend(query, None, keys, values, positions, window, out, scales, False)
 
-    def rope_attend(self, qkv: Tensor, cos_sin: Tensor, keys: Tensor, values: Tensor, positions: Tensor,
+    def rope_attend(self, qkv: Tensor, cos_sin: Tensor | None, keys: Tensor, values: Tensor, positions: Tensor,
                     window: int | None, out: Tensor, scales: Scales | None = None) -> None:
         size = keys.shape[2]
-        assert qkv.stride(1) == cos_sin.stride(1) == 1 and cos_sin.shape == (len(qkv), size)
-        assert qkv.shape[1] == out.shape[1] + 2 * len(keys) * size
-        self._attend(qkv.unflatten(1, (-1, size)), cos_sin, keys, values, positions, window, out, scales)
+        assert qkv.stride(1) == 1 and qkv.shape[1] == out.shape[1] + 2 * len(keys) * size
+        assert cos_sin is None or (cos_sin.stride(1) == 1 and len(cos_sin) == len(qkv) and cos_sin.shape[1] % 2 == 0
+                                   and cos_sin.shape[1] <= size)
+        self._attend(qkv.unflatten(1, (-1, size)), cos_sin, keys, values, positions, window, out, scales, True)
 
     def _attend(self, query: Tensor, cos_sin: Tensor | None, keys: Tensor, values: Tensor, positions: Tensor,
-                window: int | None, out: Tensor, scales: Scales | None) -> None:
-        """Two launches. query [T, Q, D], or [T, Q + 2 KV, D] with cos_sin."""
+                window: int | None, out: Tensor, scales: Scales | None, new: bool) -> None:
+        """Two launches. query [T, Q, D], or, where new, [T, Q + 2 KV, D], with keys and values that are not yet in the
+        cache."""
         (kv, capacity, size), tokens = keys.shape, len(query)
         heads = out.shape[1] // size
         assert keys.stride(2) == values.stride(2) == out.stride(1) == 1 and (keys.dtype == torch.int8) == bool(scales)
         of_keys, of_values = scales or (keys, values)
         assert not scales or of_keys.stride(1) == of_values.stride(1) == 1
         split, splits = split_of(capacity)
-        width, reach = power_of_two(size), window or EVERYTHING
+        width, reach, group = power_of_two(size), window or EVERYTHING, heads_of_program(heads // kv)
         shape = heads, splits, size
         partial = self._room("attended", (tokens, *shape), (FEW, *shape), query.device)
         tops, totals = self._room("softmax", (2, tokens, *shape[:2]), (2, FEW, *shape[:2]), query.device).unbind()
         jit = device_code("cuda_attend_jit")
-        jit.attend[kv, splits, tokens](
+        jit.attend[heads // group, splits, tokens](
             query, query if cos_sin is None else cos_sin, keys, values, of_keys, of_values, positions, partial, tops,
             totals, reach, query.stride(0), 0 if cos_sin is None else cos_sin.stride(0), keys.stride(0), keys.stride(1),
             values.stride(0), values.stride(1), of_keys.stride(0), of_values.stride(0), splits, size,
-            LOG2_E / size**0.5, GROUP=heads // kv, SPLIT=split, STEP=min(TILE // width, split), WIDTH=width,
-            ROPE=cos_sin is not None, INT8=scales is not None,
-            num_warps=4 if heads // kv <= 4 else 8, enable_fp_fusion=True)
+            0 if cos_sin is None else cos_sin.shape[1], LOG2_E / size**0.5, GROUP=group,
+            PARTS=heads // kv // group, SPLIT=split, STEP=min(TILE // width, split), WIDTH=width, NEW=new,
+            ROPE=cos_sin is not None, INT8=scales is not None, num_warps=4 if group <= 4 else 8, enable_fp_fusion=True)
         jit.merge[tokens, heads](partial, tops, totals, positions, out, reach, out.stride(0), splits, size, SPLIT=split,
                                  SPLITS=power_of_two(splits), STEP=16, WIDTH=width, num_warps=4, enable_fp_fusion=True)
 
-    def route(self, residual: Tensor, weight: Tensor, router: Tensor, eps: float, normed: Tensor, ids: Tensor,
-              weights: Tensor, later: Later | None = None, more: tuple[Tensor, Tensor] | None = None) -> None:
-        """Two launches for all tokens and layers."""
-        (count, hidden), experts = residual.shape, len(router)
-        layers, norms, routers, ahead = 1, weight[None], router[None], ids[:, None]  # what is not read
-        if later is not None:
-            norms, routers, ahead = self._together(later.norms), self._together(later.routers), later.ids
-            layers += len(routers)
-        for each in (router, *routers):
-            assert each.dtype == torch.float64 and each.shape == (experts, hidden) and each.is_contiguous()
-        assert normed.data_ptr() != residual.data_ptr()  # which other programs still read
-        more_ids, more_weights = more or (ids, weights)
-        assert all(t.stride(-1) == 1 for t in (ids, weights, ahead, more_ids, more_weights))
-        width, shape = power_of_two(hidden), (layers, experts)
-        logits = self._room("logits", (count, *shape), (FEW, *shape), residual.device)
-        _layer().logits[count, layers * experts](
-            residual, weight, router, norms, routers, normed, logits, eps, hidden, experts, residual.stride(0),
-            norms.stride(0), routers.stride(0), normed.stride(0), WIDTH=width, num_warps=_warps(width),
-            enable_fp_fusion=True)
-        _layer().choose[count, layers](
-            logits, ids, weights, ahead, more_ids, more_weights, experts, ids.stride(0), weights.stride(0),
-            ahead.stride(0), ahead.stride(1), more_ids.stride(0), more_weights.stride(0), K=ids.shape[1],
-            GUESSES=0 if later is None else ahead.shape[2], EXPERTS=power_of_two(experts), MORE=more is not None,
-            num_warps=1, enable_fp_fusion=True)
+    def route(self, residual: Tensor, weight: Tensor | None, router: RouterTensors, eps: float | None,
+              normed: Tensor | None, ids: Tensor, weights: Tensor, later: Later | None = None,
+              more: tuple[Tensor, Tensor] | None = None) -> None:
+        self._routers.route(residual, weight, router, eps, normed, ids, weights, later, more)
 
     def expert(self, x: Tensor, w13: Packed, w2: Packed) -> Tensor:
         both = x.new_empty(len(x), w13.spec.rows)
@@ -199,19 +204,6 @@ class TritonOps:
         cuda.few(x, w13, Jobs(first, wanted, places), inner, gated=True, room=partial, config=gemv)
         cuda.few(inner, w2, Jobs(first, places, places), rows.view(tokens * k, -1), room=partial, config=gemv)
 
-    def _together(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Them as one tensor: a view where they lie at equal distances in one storage, else a copy, made once."""
-        first = tensors[0]
-        step = tensors[1].storage_offset() - first.storage_offset() if len(tensors) > 1 else first.numel()
-        if step >= 0 and all(
-                t.is_contiguous() and t.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-                and t.storage_offset() == first.storage_offset() + i * step for i, t in enumerate(tensors)):
-            return first.as_strided((len(tensors), *first.shape), (step, *first.stride()))
-        key = tuple(t.data_ptr() for t in tensors)
-        if key not in self._stacks:
-            self._stacks[key] = torch.stack(list(tensors)), list(tensors)  # held, so that an address stays theirs
-        return self._stacks[key][0]
-
     def _cut(self, x: Tensor) -> Configs:
         return self._configs or built_in(capability(x.device))
 
@@ -235,6 +227,12 @@ class TritonOps:
         return made[-1][:prod(shape)].view(shape)
 
 
+def heads_of_program(group: int) -> int:
+    """Query heads that a program of attention has of the `group` that share keys: the most that divide them and for
+    which there are registers."""
+    return max(count for count in range(1, HEADS + 1) if group % count == 0)
+
+
 def split_of(capacity: int) -> tuple[int, int]:
     """Positions of a split of attention, and how many splits a cache of `capacity` positions has."""
     split = max(LEAST_SPLIT, power_of_two(-(-capacity // SPLITS)))
@@ -255,6 +253,11 @@ def _layer() -> ModuleType:
     return device_code("cuda_layer_jit")
 
 
-def _warps(width: int) -> int:
-    """Of a program with `width` numbers in hand."""
-    return max(1, min(8, width // 256))
+def _combine(kind: str, x: Tensor, y: Tensor, out: Tensor, factor: float = 1.0) -> None:
+    """cuda_layer_jit.combined: x and out [T, N], y that or [T, 1]."""
+    assert all(t.dtype == torch.float32 for t in (x, y, out)) and x.stride(1) == out.stride(1) == 1
+    tokens, size = x.shape
+    assert y.shape[1] == 1 or y.stride(1) == 1
+    _layer().combined[tokens, -(-size // PIECE)](
+        x, y, out, x.stride(0), y.stride(0), 1 if y.shape[1] == size else 0, out.stride(0), size, float(factor),
+        KIND=kind, SIZE=PIECE, num_warps=4, enable_fp_fusion=True)

@@ -6,8 +6,11 @@ whatever the others of its call are, and an expert whatever slot it is in.
 
 `TorchDeviceOps` says what each does, through the CPU's kernels; on a GPU it is cuda_ops.TritonOps.
 
-T tokens, H hidden, E experts, K chosen per token, Q query heads, KV key-value heads, D head size, S positions of a
-cache, N slots, L layers asked, A experts guessed.
+A router's weight stays in the checkpoint's dtype and is widened where it is multiplied. Routers rank experts as
+choose_experts (router.py) does; NaN counts as the largest, and of equals the lower number comes first.
+
+T tokens, H hidden, F inner size of an MLP, E experts, K chosen per token, Q query heads, KV key-value heads, D head
+size, R of its dimensions that rotate, S positions of a cache, N slots, L layers asked, A experts guessed.
 """
 
 from __future__ import annotations
@@ -17,14 +20,16 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qmix.formats.packed import Packed
 from qmix.kernels.attend import causal_attention
 from qmix.kernels.kv_codes import decoded, quantize
 from qmix.kernels.op import FEW as FEW
-from qmix.kernels.router import router_logits
+from qmix.kernels.router import RouterTensors, choose_experts, router_logits, stable_best
 from qmix.kernels.table import KernelTable
+from qmix.kernels.torch_ops import steady
 from qmix.sizes import RecordLayout
 
 Scales = tuple[Tensor, Tensor]  # of the keys and the values of an int8 cache, fp32 [KV, S] each, positions adjacent
@@ -44,11 +49,12 @@ class ExpertSlots:
 
 @dataclass(frozen=True, slots=True)
 class Later:
-    """Routers of later layers that are asked beside a layer's own: norms [H] fp32 and routers [E, H] fp64 of L layers;
-    ids int32 [T, L, A]: where the A experts go that each would choose."""
+    """Routers of L later layers that are asked beside a layer's own, each by its own rule: what the norm before it
+    multiplies by, [H] fp32 or None for 1, with the same eps as the layer's own; ids int32 [T, L, A]: where the A
+    experts go that each would choose."""
 
-    norms: Sequence[Tensor]
-    routers: Sequence[Tensor]
+    norms: Sequence[Tensor | None]
+    routers: Sequence[RouterTensors]
     ids: Tensor
 
 
@@ -57,26 +63,35 @@ class DeviceOps(Protocol):
 
     name: str
 
-    def embed(self, tokens: Tensor, embedding: Tensor, residual: Tensor) -> None: ...
+    def embed(self, tokens: Tensor, embedding: Tensor, residual: Tensor, scale: float = 1.0) -> None: ...
 
-    def norm(self, residual: Tensor, weight: Tensor, eps: float, out: Tensor,
+    def norm(self, residual: Tensor, weight: Tensor | None, eps: float, out: Tensor,
              rows: Tensor | None = None, weights: Tensor | None = None) -> None: ...
+
+    def head_norm(self, x: Tensor, size: int, weight: Tensor | None, eps: float | None,
+                  clip: float | None = None) -> None: ...
 
     def linear(self, x: Tensor, m: Packed, y: Tensor, add: bool = False) -> None: ...
 
-    def keep(self, qkv: Tensor, inverse: Tensor, positions: Tensor, keys: Tensor, values: Tensor,
-             query: Tensor) -> None: ...
+    def silu_mul(self, gate: Tensor, up: Tensor, out: Tensor) -> None: ...
+
+    def gate(self, x: Tensor, by: Tensor, kind: str = "sigmoid") -> None: ...
+
+    def add(self, target: Tensor, x: Tensor) -> None: ...
+
+    def scale(self, x: Tensor, weight: Tensor | None = None, factor: float = 1.0) -> None: ...
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None,
                out: Tensor, scales: Scales | None = None) -> None: ...
 
-    def rope_cos_sin(self, positions: Tensor, inverse: Tensor, out: Tensor) -> None: ...
+    def rope_cos_sin(self, positions: Tensor, inv_freq: Tensor, out: Tensor, factor: float = 1.0) -> None: ...
 
-    def rope_attend(self, qkv: Tensor, cos_sin: Tensor, keys: Tensor, values: Tensor, positions: Tensor,
+    def rope_attend(self, qkv: Tensor, cos_sin: Tensor | None, keys: Tensor, values: Tensor, positions: Tensor,
                     window: int | None, out: Tensor, scales: Scales | None = None) -> None: ...
 
-    def route(self, residual: Tensor, weight: Tensor, router: Tensor, eps: float, normed: Tensor, ids: Tensor,
-              weights: Tensor, later: Later | None = None, more: tuple[Tensor, Tensor] | None = None) -> None: ...
+    def route(self, residual: Tensor, weight: Tensor | None, router: RouterTensors, eps: float | None,
+              normed: Tensor | None, ids: Tensor, weights: Tensor, later: Later | None = None,
+              more: tuple[Tensor, Tensor] | None = None) -> None: ...
 
     def handles(self, slots: ExpertSlots) -> bool: ...
 
@@ -92,36 +107,53 @@ class TorchDeviceOps:
         self.name = "the CPU's kernels"
         self._kernels = kernels
 
-    def embed(self, tokens: Tensor, embedding: Tensor, residual: Tensor) -> None:
-        """The rows of embedding [V, H] of tokens [T] int64 into residual [T, H]."""
+    def embed(self, tokens: Tensor, embedding: Tensor, residual: Tensor, scale: float = 1.0) -> None:
+        """The rows of embedding [V, H] of tokens [T] int64, widened, times scale, into residual [T, H]."""
         residual.copy_(embedding[tokens])
+        if scale != 1:
+            residual.mul_(scale)
 
-    def norm(self, residual: Tensor, weight: Tensor, eps: float, out: Tensor,
+    def norm(self, residual: Tensor, weight: Tensor | None, eps: float, out: Tensor,
              rows: Tensor | None = None, weights: Tensor | None = None) -> None:
-        """residual / sqrt(mean(residual^2) + eps) * weight into out, all fp32: residual and out [T, H], weight [H].
-        Where rows [T, K, H] and weights [T, K] are given, sum_k weights[:, k] * rows[:, k], in that order, is first
-        added to the residual, in place."""
+        """residual / sqrt(mean(residual^2) + eps) * weight into out, all fp32: residual and out [T, H], which may be
+        the same; weight [H], None for 1. Where rows [T, K, H] and weights [T, K] are given, sum_k weights[:, k] *
+        rows[:, k], in that order, is first added to the residual, in place."""
         if rows is not None:
             assert weights is not None
             residual.add_(self._kernels.layer.combine(rows, weights))
         out.copy_(self._kernels.layer.norm(residual, weight, eps, torch.float32))
+
+    def head_norm(self, x: Tensor, size: int, weight: Tensor | None, eps: float | None,
+                  clip: float | None = None) -> None:
+        """Each `size` neighbours of x [T, N] fp32 normed by themselves, weight [size] fp32 or None for 1, then clamped
+        to [-clip, clip], in place; eps None: only clamped. x may be columns of something wider, as q is of q, k and v.
+        NaN stays."""
+        x.copy_(self._kernels.layer.head_norm(x, size, weight, eps, clip))
 
     def linear(self, x: Tensor, m: Packed, y: Tensor, add: bool = False) -> None:
         """x [T, cols] times the matrix into y [T, rows], or added to what is there. Both fp32, rows contiguous."""
         product = self._kernels.linear(x, m)
         y.add_(product) if add else y.copy_(product)
 
-    def keep(self, qkv: Tensor, inverse: Tensor, positions: Tensor, keys: Tensor, values: Tensor,
-             query: Tensor) -> None:
-        """Rotary embedding, and into the KV cache: qkv [T, (Q + 2 KV) * D] fp32, queries before keys before values;
-        inverse [D / 2]: radians a position; positions [T] int64. Rotated queries into query [T, Q, D] fp32; rotated
-        keys and values to their positions in keys and values [KV, S, D], of any float dtype."""
-        heads, size = query.shape[1:]
-        q, k, v = qkv.split((heads * size, len(keys) * size, len(keys) * size), 1)
-        rotated, new = self._kernels.layer.rotate(q, k, *self._kernels.layer.rope_cos_sin(positions, inverse))
-        query.copy_(rotated)
-        keys[:, positions] = new.transpose(0, 1).to(keys.dtype)
-        values[:, positions] = v.view(len(v), -1, size).transpose(0, 1).to(values.dtype)
+    def silu_mul(self, gate: Tensor, up: Tensor, out: Tensor) -> None:
+        """silu(gate) * up into out, fp32 [T, F] each; out may be gate or up."""
+        out.copy_(steady(F.silu, gate) * up)
+
+    def gate(self, x: Tensor, by: Tensor, kind: str = "sigmoid") -> None:
+        """x [T, N] *= f(by), fp32, in device; by [T, N], or [T, 1] for one number a token; kind, f: "sigmoid", "silu".
+        """
+        x.mul_(steady(torch.sigmoid if kind == "sigmoid" else F.silu, by))
+
+    def add(self, target: Tensor, x: Tensor) -> None:
+        """target [T, H] += x, fp32."""
+        target.add_(x)
+
+    def scale(self, x: Tensor, weight: Tensor | None = None, factor: float = 1.0) -> None:
+        """x [T, N] *= weight, then *= factor, fp32, in device; weight [N], [1] for one number, None for 1."""
+        if weight is not None:
+            x.mul_(weight)
+        if factor != 1:
+            x.mul_(factor)
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None,
                out: Tensor, scales: Scales | None = None) -> None:
@@ -136,51 +168,61 @@ class TorchDeviceOps:
                     (here, there), scales, strict=True))
             out[token] = causal_attention(query[token:token + 1].to(here.dtype), here, there, None)[0]
 
-    def rope_cos_sin(self, positions: Tensor, inverse: Tensor, out: Tensor) -> None:
-        """What rotates heads at positions [T] int64, inverse [D / 2] as of `keep`: the D / 2 cosines, then the sines,
-        into out fp32 [T, D]. The same for every layer."""
-        half = len(inverse)
-        cos, signed = self._kernels.layer.rope_cos_sin(positions, inverse)
+    def rope_cos_sin(self, positions: Tensor, inv_freq: Tensor, out: Tensor, factor: float = 1.0) -> None:
+        """What rotates heads at positions [T] int64, inv_freq [R / 2] radians a position: the R / 2 cosines, then the
+        sines, times the attention factor (kernels/rope.py), into out fp32 [T, R]. The same for every layer with this
+        rope."""
+        half = len(inv_freq)
+        cos, signed = self._kernels.layer.rope_cos_sin(positions, inv_freq, factor)
         out[:, :half], out[:, half:] = cos[:, 0, :half], signed[:, 0, half:]
 
-    def rope_attend(self, qkv: Tensor, cos_sin: Tensor, keys: Tensor, values: Tensor, positions: Tensor,
+    def rope_attend(self, qkv: Tensor, cos_sin: Tensor | None, keys: Tensor, values: Tensor, positions: Tensor,
                     window: int | None, out: Tensor, scales: Scales | None = None) -> None:
-        """`keep` and then `attend`, with cos_sin [T, D] of `rope_cos_sin`. Positions [T] follow each other, as a
-        session's new tokens have them: each is one more than the last. scales: of a cache of int8 codes, to which the
-        new keys and values are rounded first (kv_codes.py)."""
+        """qkv [T, (Q + 2 KV) * D] fp32, queries before keys before values: the first R <= D dimensions of each query
+        and key head turn by cos_sin [T, R] of `rope_cos_sin`, dimension i with i + R / 2; None: none turn. Keys and
+        values go to their positions in the cache's keys and values [KV, S, D]; then `attend`. Positions [T] follow each
+        other, as a session's new tokens have them: each is one more than the last. scales: of a cache of int8 codes, to
+        which the new keys and values are rounded first (kv_codes.py)."""
         (kv, _, size), heads = keys.shape, out.shape[1]
-        q, k, v = qkv.split((heads, kv * size, kv * size), 1)
-        cos, sin = cos_sin[:, None].chunk(2, -1)
-        query, new = self._kernels.layer.rotate(q, k, torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
-        for there, x, scale in zip((keys, values), (new, v.view(len(v), -1, size)), scales or (None, None),
-                                   strict=True):
+        q, k, v = (part.unflatten(1, (-1, size)) for part in qkv.split((heads, kv * size, kv * size), 1))
+        if cos_sin is not None:
+            cos, sin = cos_sin[:, None].chunk(2, -1)
+            q, k = self._kernels.layer.rotate(q.flatten(1), k.flatten(1), torch.cat((cos, cos), -1),
+                                              torch.cat((-sin, sin), -1), size)
+        for there, x, scale in zip((keys, values), (k, v), scales or (None, None), strict=True):
             if scale is None:
                 there[:, positions] = x.transpose(0, 1).to(there.dtype)
             else:
                 codes, own = there.new_empty(kv, len(x), size), scale.new_empty(kv, len(x))
                 quantize(x, codes, own)
                 there[:, positions], scale[:, positions] = codes, own
-        self.attend(query, keys, values, positions, window, out, scales)
+        self.attend(q, keys, values, positions, window, out, scales)
 
-    def route(self, residual: Tensor, weight: Tensor, router: Tensor, eps: float, normed: Tensor, ids: Tensor,
-              weights: Tensor, later: Later | None = None, more: tuple[Tensor, Tensor] | None = None) -> None:
-        """norm(residual) into normed [T, H] fp32; the K experts with the largest logits, router [E, H] fp64 times that,
-        into ids [T, K] int32, the largest first, the lower number first among equals; softmax over these logits, in
-        fp32, into weights [T, K]. Logits are summed in fp64 and rounded to fp32.
+    def route(self, residual: Tensor, weight: Tensor | None, router: RouterTensors, eps: float | None,
+              normed: Tensor | None, ids: Tensor, weights: Tensor, later: Later | None = None,
+              more: tuple[Tensor, Tensor] | None = None) -> None:
+        """norm(residual) into normed [T, H] fp32, if given; the K experts that the router chooses of that into ids
+        [T, K] int32, the best first, and their weights, in fp32, into weights [T, K]. Logits are summed in fp64 and
+        rounded to fp32. weight [H] fp32, None for 1. eps None: the residual is normed already; weight, normed and later
+        are None.
 
         later: what these routers would choose, asked now. more: ids and weights are written a second time, into these.
         """
-        normed.copy_(self._kernels.layer.norm(residual, weight, eps, torch.float32))
-        top, chosen = _sorted_logits(normed, router)
-        ids.copy_(chosen[:, :ids.shape[1]])
-        weights.copy_(torch.softmax(top[:, :ids.shape[1]], -1))
+        assert eps is not None or (weight is None and normed is None and later is None)
+        wide = residual if eps is None else self._kernels.layer.norm(residual, weight, eps, torch.float32)
+        chosen, found = _chosen(wide, router, ids.shape[1])
+        ids.copy_(chosen)
+        weights.copy_(found)
+        if normed is not None:
+            normed.copy_(wide)
         if more is not None:
             more[0].copy_(ids)
             more[1].copy_(weights)
         if later is not None:
+            assert eps is not None
             for distance, (norm, asked) in enumerate(zip(later.norms, later.routers, strict=True)):
                 there = self._kernels.layer.norm(residual, norm, eps, torch.float32)
-                later.ids[:, distance] = _sorted_logits(there, asked)[1][:, :later.ids.shape[2]]
+                later.ids[:, distance] = _chosen(there, asked, later.ids.shape[2])[0]
 
     def handles(self, slots: ExpertSlots) -> bool:
         """Whether `experts` has the format of these records."""
@@ -201,7 +243,6 @@ class TorchDeviceOps:
                     rows[token, rank] = self._kernels.expert(x[token:token + 1], *slots.views[where[expert]])[0]
 
 
-def _sorted_logits(normed: Tensor, router: Tensor) -> tuple[Tensor, Tensor]:
-    """(logits [T, E] fp32, the largest first; the experts that they are of)."""
-    logits = torch.cat([router_logits(row, router) for row in normed.split(1)])
-    return torch.sort(logits, dim=1, descending=True, stable=True)
+def _chosen(normed: Tensor, router: RouterTensors, count: int) -> tuple[Tensor, Tensor]:
+    logits = torch.cat([router_logits(row, router.weight) for row in normed.split(1)])
+    return choose_experts(logits, router, count, stable_best)

@@ -5,6 +5,7 @@ T tokens, H hidden, E experts, K chosen per token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from qmix.formats.packed import TILE_BYTES
 from qmix.kernels.cpu import FEW, few_rows
 from qmix.spec import Router
+
+Best = Callable[[Tensor, int], Tensor]  # (x [T, N], count) -> where the largest of each row stand, int64 [T, count]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +50,27 @@ def router_logits(x: Tensor, weight: Tensor) -> Tensor:
     return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).float()
 
 
-def choose_experts(logits: Tensor, router: RouterTensors, top_k: int) -> tuple[Tensor, Tensor]:
+def _topk(x: Tensor, count: int) -> Tensor:
+    return x.topk(count).indices
+
+
+def stable_best(x: Tensor, count: int) -> Tensor:
+    """Where the `count` largest of each row of x [T, N] stand, the largest first: NaN above all, of equals the first,
+    which topk promises nothing about."""
+    return torch.sort(x, dim=1, descending=True, stable=True).indices[:, :count]
+
+
+def choose_experts(logits: Tensor, router: RouterTensors, top_k: int, best: Best = _topk) -> tuple[Tensor, Tensor]:
     """(ids [T, top_k] int64, the best first; their weights, fp32) by logits [T, E] fp32, without their bias. Of the
-    same number of tokens as the logits are: each gets what it gets alone."""
+    same number of tokens as the logits are: each gets what it gets alone. best: _topk, or stable_best."""
     spec = router.spec
     logits = logits if router.logit_bias is None else logits + router.logit_bias
     scores = torch.softmax(logits, -1) if spec.score == "softmax" else logits.double().sigmoid().float()
     bias = router.choice_bias
     # Scores rise with their logits, which do not saturate: equal scores of unequal logits would leave the choice open.
     ranked = logits if bias is None and spec.groups == spec.top_groups else _allowed(
-        spec, scores if bias is None else scores + bias)
-    ids = ranked.topk(top_k).indices
+        spec, scores if bias is None else scores + bias, best)
+    ids = best(ranked, top_k)
     over_chosen = spec.over == "chosen" and spec.score == "softmax"
     topk_weights = torch.softmax(logits.gather(1, ids), -1) if over_chosen else scores.gather(1, ids)
     if spec.normalize:
@@ -66,11 +79,11 @@ def choose_experts(logits: Tensor, router: RouterTensors, top_k: int) -> tuple[T
     return ids, topk_weights if router.expert_scale is None else topk_weights * router.expert_scale[ids]
 
 
-def _allowed(spec: Router, scores: Tensor) -> Tensor:
+def _allowed(spec: Router, scores: Tensor, best: Best) -> Tensor:
     """scores [T, E], -inf outside the best groups."""
     if spec.groups == spec.top_groups:
         return scores
     grouped = scores.view(len(scores), spec.groups, -1)
-    best = grouped.topk(2).values.sum(-1) if spec.group_score == "top2" else grouped.amax(-1)
-    chosen = torch.zeros_like(best, dtype=torch.bool).scatter_(1, best.topk(spec.top_groups).indices, True)
+    groups = grouped.topk(2).values.sum(-1) if spec.group_score == "top2" else grouped.amax(-1)
+    chosen = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, best(groups, spec.top_groups), True)
     return grouped.masked_fill(~chosen[..., None], -torch.inf).view(scores.shape)

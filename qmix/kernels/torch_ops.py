@@ -163,7 +163,7 @@ def _attend_plain(q: Tensor, keys: Tensor, values: Tensor, window: int | None, s
 
 
 def gate(op: ops.Gate, w: Weights, buffer: Tensor, by: Tensor) -> Tensor:
-    switch = _steady(torch.sigmoid if op.kind == "sigmoid" else F.silu, by)
+    switch = steady(torch.sigmoid if op.kind == "sigmoid" else F.silu, by)
     return (buffer.float() * switch).to(buffer.dtype)
 
 
@@ -175,7 +175,7 @@ def conv(op: ops.Conv, w: Weights, past: Tensor, *sources: Tensor) -> tuple[tupl
     total = x[:count] * taps[:, 0]
     for j in range(1, reach):
         total += x[j:j + count] * taps[:, j]
-    out = _steady(F.silu, total).split([source.shape[1] for source in sources], 1)
+    out = steady(F.silu, total).split([source.shape[1] for source in sources], 1)
     return out, x[count:]
 
 
@@ -186,8 +186,8 @@ def delta(op: ops.Delta, w: Weights, state: Tensor, q: Tensor, k: Tensor, v: Ten
     q, k = (_unit(x.view(count, d.key_heads, d.key_dim)).repeat_interleave(d.value_heads // d.key_heads, 1)
             for x in (q, k))
     q, v = q * d.key_dim**-0.5, v.view(count, d.value_heads, d.value_dim)
-    rate = -_steady(torch.exp, w[op.a_log.name]) * _steady(F.softplus, a.float() + w[op.dt_bias.name].float())
-    decay, beta = _steady(torch.exp, rate), _steady(torch.sigmoid, b)
+    rate = -steady(torch.exp, w[op.a_log.name]) * steady(F.softplus, a.float() + w[op.dt_bias.name].float())
+    decay, beta = steady(torch.exp, rate), steady(torch.sigmoid, b)
     out = torch.empty(count, d.value_heads, d.value_dim)
     for t in range(count):
         state = state * decay[t, :, None, None]
@@ -197,7 +197,7 @@ def delta(op: ops.Delta, w: Weights, state: Tensor, q: Tensor, k: Tensor, v: Ten
     return out.view(count, -1), state
 
 
-def _steady(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def steady(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """function(x) in fp32, by way of fp64: torch computes what is left over from whole vectors by other code, so that
     in fp32 the last bit of a row would depend on how many rows there are."""
     return function(x.double()).float()
