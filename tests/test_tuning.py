@@ -18,7 +18,7 @@ from qmix.config import QuantConfig
 from qmix.errors import QmixError
 from qmix.kernels.attend import attend_torch
 from qmix.kernels.configs import INTERPRETED, KERNELS, Attention, Configs, Dense, Gemv, Matmul, capability
-from qmix.kernels.cuda_prompt import prompt_attention
+from qmix.kernels.cuda_prompt import choose_prompt_attention
 from qmix.kernels.tuning import Case, Outcome, Work, candidates, choose
 from qmix.models import read_model
 
@@ -210,8 +210,8 @@ class TestTrials:
                   for i, layer in enumerate(config.layers)]
         mixed = trials.Shapes.of("mixed", replace(config, layers=tuple(layers)), QuantConfig(group_size=32))
         assert mixed.attentions == ((4, 2, 16), (4, 2, 32)) and len(mixed.dense) == 7
-        ours = prompt_attention(capability(DEVICE), Attention()) is not attend_torch
-        cases = trials.cases("attention", mixed, trials.Place(DEVICE, torch.float16, 1, 1))
+        ours = choose_prompt_attention(capability(DEVICE), Attention()) is not attend_torch
+        cases = trials.cases("attention", mixed, trials.TrialDevice(DEVICE, torch.float16, 1, 1))
         assert len({case.name for case in cases}) == len(cases) == 2 * len(mixed.prompts) * ours
 
     @pytest.mark.parametrize(("card", "tuned"), [((7, 5), set()), ((9, 0), {"matmul"}),
