@@ -181,14 +181,15 @@ class _Answer:
 
 def generate(session: Session, prompt_ids: Sequence[int], params: SamplingParams, tokenizer: Tokenizer,
              cancel: Cancel | None = None, *, stops: Sequence[str] = (), continuing: bool = False,
-             logprobs: bool = False, pace: Pace | None = None,
+             marked: bool = False, logprobs: bool = False, pace: Pace | None = None,
              clock: Callable[[], float] = time.perf_counter) -> Iterator[Token]:
     """Yield the Token records of one answer (see the module's prose).
 
     prompt_ids: the whole prompt, of which the first session.length ids are in the KV cache already (trim
     the session to the common prefix first; at least the last id is always run). stops: stop strings
     besides params.stop, such as tokenizer.turn_stops. continuing: the answer goes on from the prompt's text,
-    so its leading space is kept. pace: allows drafts, and keeps what is learnt of them from answer to answer;
+    so its leading space is kept. marked: the texts are for tokenizer.answer_parser, not to be read. pace: allows
+    drafts, and keeps what is learnt of them from answer to answer;
     the records are the same but for their times. clock: seconds, monotonic.
 
     UsageError, at the first record, for an empty prompt and one that the context cannot hold.
@@ -196,7 +197,7 @@ def generate(session: Session, prompt_ids: Sequence[int], params: SamplingParams
     cancel = Cancel() if cancel is None else cancel
     _check_prompt(session, prompt_ids)
     sampler = Sampler(params, prompt_ids)
-    answer = _Answer(tokenizer.decoder(continuing), StopFinder((*params.stop, *strings("stops", stops))))
+    answer = _Answer(tokenizer.decoder(continuing, marked), StopFinder((*params.stop, *strings("stops", stops))))
     started, first = clock(), None
     if session.length >= len(prompt_ids):
         session.trim(len(prompt_ids) - 1)
