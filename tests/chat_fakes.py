@@ -15,8 +15,9 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -41,6 +42,7 @@ class FakeTokenizer:
     turn_stops: tuple[str, ...] = ()
     thinking_switch = takes_effort = False
     verbatim = True
+    headers: Mapping[int, bool] = MappingProxyType({})
 
     def encode(self, text: str, bos: bool = True, limit: int | None = None) -> list[int]:
         return [BOS] * bos + [10 + byte for byte in text.encode()]

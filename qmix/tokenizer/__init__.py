@@ -49,7 +49,8 @@ class Tokenizer:
     has_template: whether it is the model's own format, and not a transcript made up for a base model.
     turn_stops: stop strings that this format needs besides eos_ids. thinking_switch: whether the template can turn the
     model's reasoning on and off; takes_effort: whether it can be told how much to reason; takes_tools: whether it has a
-    place for tools. verbatim: whether the text of an answer is fit to be read as the model writes it."""
+    place for tools. verbatim: whether the text of an answer is fit to be read as the model writes it.
+    headers: the control tokens of an answer's headers, and whether text follows them."""
 
     def __init__(self, vocabulary: Vocabulary, chat: ChatFormat, eos_ids: Iterable[int], *,
                  rows: int | None = None, answers: AnswerFormat = THINK):
@@ -66,6 +67,7 @@ class Tokenizer:
         self.thinking_switch = chat.thinking_switch
         self.takes_effort = chat.takes_effort
         self.verbatim = answers.verbatim
+        self.headers = {i: i == answers.content for i in answers.marks}
         self.takes_tools = chat.takes_tools
 
     def encode(self, text: str, bos: bool = True, limit: int | None = None) -> list[int]:

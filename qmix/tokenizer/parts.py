@@ -73,13 +73,15 @@ class AnswerParser(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AnswerFormat:
-    """marks: the ids that are marked in an answer, with their text. parser: of an answer to a prompt, where `opening`
+    """marks: the ids that are marked in an answer, with their text; content: the one of them that text follows, behind
+    the others stand headers. parser: of an answer to a prompt, where `opening`
     is the marked text from the prompt's last token in `begins` on, "" without one. verbatim: whether the model's own
     text is fit to be read, tags and all."""
 
     parser: Callable[[Prompt, str], AnswerParser]
     marks: Mapping[int, str] = field(default_factory=dict)
     begins: int | None = None
+    content: int | None = None
     verbatim: bool = True
 
 
