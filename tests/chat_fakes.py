@@ -71,6 +71,10 @@ class FakeTokenizer:
         if not self.thinking_switch:
             raise UsageError("no switch for thinking")
 
+    def check_effort(self) -> None:
+        if not self.takes_effort:
+            raise UsageError("no place for effort")
+
     def answer_parser(self, prompt: Prompt) -> ReasoningSplitter:
         return ReasoningSplitter(prompt.in_reasoning)
 
@@ -240,6 +244,7 @@ class Talk:
         detailed: bool = False,
         draft: int = 0,
         thinking: bool | None = None,
+        effort: str | None = None,
         term: str = "dumb",
         switch: bool = False,
     ):
@@ -257,6 +262,7 @@ class Talk:
             detailed=detailed,
             draft=draft,
             thinking=thinking,
+            effort=effort,
             draw=lambda: next(seeds),
             clock=lambda: next(clock) / 10,
         )

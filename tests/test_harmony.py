@@ -1,4 +1,5 @@
-"""gpt-oss's channels: found in the stream, shown, counted, kept with the conversation. The parser takes any stream in any pieces, and nothing that a model says is lost."""
+"""gpt-oss's channels: found in the stream, shown, counted, kept with the conversation. The parser takes any stream in
+any pieces, and nothing that a model says is lost."""
 
 from __future__ import annotations
 
