@@ -1,5 +1,6 @@
 """gpt-oss in `qmix chat` and `qmix generate`: reasoning dim, tool calls said, effort by flag and by /set; and what
-other models say to --reasoning. A scripted session stands for the model; tokenizer and template are of gpt-oss's kind."""
+other models say to --reasoning. A scripted session stands for the model; tokenizer and template are of gpt-oss's
+kind."""
 
 from __future__ import annotations
 

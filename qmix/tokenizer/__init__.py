@@ -25,6 +25,7 @@ from pathlib import Path
 from qmix import render
 from qmix.config import EFFORTS
 from qmix.errors import ModelFileError, UsageError
+from qmix.tokenizer import harmony_template
 from qmix.tokenizer.files import TokenizerFiles, read_files
 from qmix.tokenizer.harmony import harmony_format, harmony_stops
 from qmix.tokenizer.message import ROLES, ChatFormat, Message, Prompt, Request, ToolCall
@@ -171,14 +172,17 @@ def load(folder: Path, vocab_size: int | None = None,
     files = read_files(folder)
     vocabulary, chat = _mistral(files, vocab_size, now, say) or (_vocabulary(files), None)
     eos = _end_ids(files, vocabulary, vocab_size)
-    if chat is None:
-        own = _own_template(vocabulary, files, eos, now, say)
-        chat = PlainFormat(vocabulary, eos) if own is None else own
-    if chat.turn_end is not None:
-        eos.append(chat.turn_end)
     harmony = harmony_format(vocabulary, files.templates or None)
     if harmony is not None:
         eos += harmony_stops(vocabulary)
+    if chat is None:
+        chat = _own_template(vocabulary, files, eos, now, say)
+    if chat is None and harmony is not None:
+        built_in = Template(harmony_template.TEMPLATE, files.folder, now)
+        chat = TemplateFormat(vocabulary, built_in, {}, eos, say, name=harmony_template.NAME)
+    chat = chat or PlainFormat(vocabulary, eos)
+    if chat.turn_end is not None:
+        eos.append(chat.turn_end)
     return Tokenizer(vocabulary, chat, eos, rows=vocab_size, answers=harmony or THINK)
 
 
