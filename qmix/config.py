@@ -25,6 +25,7 @@ METHODS = ("rtn", "hqq", "gptq")
 CALIBRATED = ("gptq",)  # those that want a text
 GROUP_SIZES = (32, 64, 128)
 BLOCKS = (64, 32)
+EFFORTS = ("low", "medium", "high")  # of reasoning, as gpt-oss names them
 KIND_LETTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 

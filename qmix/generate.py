@@ -18,7 +18,7 @@ closed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -134,10 +134,14 @@ class StopFinder:
 
 @dataclass(slots=True)
 class _Answer:
-    """The text side of one answer: decoding, stop strings, and which ids the emitted text covers."""
+    """The text side of one answer: decoding, stop strings, and which ids the emitted text covers. headers: see
+    Tokenizer; in_header: whether the text is no part of the answer, so that no stop string is looked for. None of them
+    reaches across a control token."""
 
     decoder: StreamDecoder
     stops: StopFinder
+    headers: Mapping[int, bool]
+    in_header: bool
     ids: list[int] = field(default_factory=list)
     stop: str | None = None
     _emitted: int = 0
@@ -146,7 +150,15 @@ class _Answer:
     def push(self, token_id: int) -> str:
         """The certain text after this id; sets `stop` when a stop string is complete."""
         self.ids.append(token_id)
-        return self._take(self.decoder.push(token_id))
+        decoded = self.decoder.push(token_id)
+        if token_id not in self.headers:
+            return self._take(decoded)
+        before = self.stops.finish()
+        self._emitted += len(before)
+        self.in_header = True
+        text = before + self._take(decoded)
+        self.in_header = not self.headers[token_id]
+        return text
 
     def finish(self) -> str:
         """The rest of the text, at the end of the answer."""
@@ -164,7 +176,7 @@ class _Answer:
         self._produced += [done] * (len(self.ids) - len(self._produced))
         if self._produced:
             self._produced[-1] += len(decoded)
-        text, self.stop = self.stops.push(decoded)
+        text, self.stop = (decoded, None) if self.in_header else self.stops.push(decoded)
         self._emitted += len(text)
         return text
 
@@ -181,14 +193,15 @@ class _Answer:
 
 def generate(session: Session, prompt_ids: Sequence[int], params: SamplingParams, tokenizer: Tokenizer,
              cancel: Cancel | None = None, *, stops: Sequence[str] = (), continuing: bool = False,
-             logprobs: bool = False, pace: Pace | None = None,
+             marked: bool = False, logprobs: bool = False, pace: Pace | None = None,
              clock: Callable[[], float] = time.perf_counter) -> Iterator[Token]:
     """Yield the Token records of one answer (see the module's prose).
 
     prompt_ids: the whole prompt, of which the first session.length ids are in the KV cache already (trim
     the session to the common prefix first; at least the last id is always run). stops: stop strings
     besides params.stop, such as tokenizer.turn_stops. continuing: the answer goes on from the prompt's text,
-    so its leading space is kept. pace: allows drafts, and keeps what is learnt of them from answer to answer;
+    so its leading space is kept. marked: the texts are for tokenizer.answer_parser, not to be read. pace: allows
+    drafts, and keeps what is learnt of them from answer to answer;
     the records are the same but for their times. clock: seconds, monotonic.
 
     UsageError, at the first record, for an empty prompt and one that the context cannot hold.
@@ -196,7 +209,10 @@ def generate(session: Session, prompt_ids: Sequence[int], params: SamplingParams
     cancel = Cancel() if cancel is None else cancel
     _check_prompt(session, prompt_ids)
     sampler = Sampler(params, prompt_ids)
-    answer = _Answer(tokenizer.decoder(continuing), StopFinder((*params.stop, *strings("stops", stops))))
+    headers = tokenizer.headers if marked else {}
+    in_header = not next((headers[i] for i in reversed(prompt_ids) if i in headers), True) if headers else False
+    answer = _Answer(tokenizer.decoder(continuing, marked), StopFinder((*params.stop, *strings("stops", stops))),
+                     headers, in_header)
     started, first = clock(), None
     if session.length >= len(prompt_ids):
         session.trim(len(prompt_ids) - 1)

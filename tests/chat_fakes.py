@@ -15,8 +15,9 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -26,7 +27,7 @@ from qmix.chat.screen import Screen
 from qmix.config import Cancel, SamplingParams
 from qmix.errors import Interrupted, StoreError, UsageError
 from qmix.speculation import Pace
-from qmix.tokenizer import Message, Prompt, Request, StreamDecoder
+from qmix.tokenizer import Message, Prompt, ReasoningSplitter, Request, StreamDecoder
 from qmix.tokenizer.stream import SILENT, Piece
 
 BOS, EOS, SYSTEM, USER, ASSISTANT, ANY_DIGIT, THINK, NOTHINK = 1, 2, 3, 4, 5, 6, 7, 8
@@ -39,7 +40,9 @@ class FakeTokenizer:
     vocab_size = VOCAB
     template_name = "fake format"
     turn_stops: tuple[str, ...] = ()
-    thinking_switch = False
+    thinking_switch = takes_effort = False
+    verbatim = True
+    headers: Mapping[int, bool] = MappingProxyType({})
 
     def encode(self, text: str, bos: bool = True, limit: int | None = None) -> list[int]:
         return [BOS] * bos + [10 + byte for byte in text.encode()]
@@ -68,7 +71,14 @@ class FakeTokenizer:
         if not self.thinking_switch:
             raise UsageError("no switch for thinking")
 
-    def decoder(self, continuing: bool = False) -> StreamDecoder:
+    def check_effort(self) -> None:
+        if not self.takes_effort:
+            raise UsageError("no place for effort")
+
+    def answer_parser(self, prompt: Prompt) -> ReasoningSplitter:
+        return ReasoningSplitter(prompt.in_reasoning)
+
+    def decoder(self, continuing: bool = False, marked: bool = False) -> StreamDecoder:
         return StreamDecoder(self._piece, continuing=True)
 
     @staticmethod
@@ -241,6 +251,7 @@ class Talk:
         detailed: bool = False,
         draft: int = 0,
         thinking: bool | None = None,
+        effort: str | None = None,
         term: str = "dumb",
         switch: bool = False,
     ):
@@ -258,6 +269,7 @@ class Talk:
             detailed=detailed,
             draft=draft,
             thinking=thinking,
+            effort=effort,
             draw=lambda: next(seeds),
             clock=lambda: next(clock) / 10,
         )

@@ -19,6 +19,7 @@ from qmix.config import Cancel, SamplingParams
 from qmix.errors import UsageError
 from qmix.generate import Timings
 from qmix.render import clean
+from qmix.tokenizer import Part
 
 TOKENIZER = FakeTokenizer()
 
@@ -433,14 +434,14 @@ def test_a_vanished_terminal_raises_nothing() -> None:
     out = Terminal()
     out.close()
     screen = Screen(out, Terminal(), {})
-    screen.answer("x")
+    screen.show(Part("x", "answer"))
     assert screen.gone
 
 
 def test_a_stream_that_cannot_encode_the_answer_shows_a_question_mark() -> None:
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="latin-1")
-    Screen(stream, Terminal(), {}).answer("né☃")
+    Screen(stream, Terminal(), {}).show(Part("né☃", "answer"))
     assert raw.getvalue() == b"n\xe9?"
 
 

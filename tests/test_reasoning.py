@@ -23,7 +23,7 @@ from qmix.config import Cancel, SamplingParams
 from qmix.errors import UsageError
 from qmix.generate import Timings, common_prefix
 from qmix.render import DIM, PLAIN
-from qmix.tokenizer import ReasoningSplitter, Request, Tokenizer, divide, load
+from qmix.tokenizer import Prompt, ReasoningSplitter, Request, Tokenizer, divide, load
 
 TOKENIZER = FakeTokenizer()
 
@@ -32,7 +32,7 @@ def parts(pieces: Sequence[str], in_reasoning: bool = False) -> tuple[str, str, 
     """(reasoning, answer, whether there is reasoning) of an answer in pieces."""
     splitter = ReasoningSplitter(in_reasoning)
     found = [part for piece in pieces for part in splitter.push(piece)] + splitter.finish()
-    inside, outside = ("".join(p.text for p in found if p.reasoning is kind) for kind in (True, False))
+    inside, outside = ("".join(p.text for p in found if p.kind == kind) for kind in ("reasoning", "answer"))
     return inside, outside, splitter.found
 
 
@@ -77,7 +77,7 @@ def test_the_ids_of_both_parts_are_those_of_the_whole(words: list[str], opened: 
     tokens are those up to the end of the closing tag."""
     text = "".join(words)
     ids = TOKENIZER.encode(text, bos=False)
-    found = divide(text, ids, TOKENIZER, opened)
+    found = divide(text, ids, TOKENIZER, Prompt([], opened))
     assert found.ids is not None and TOKENIZER.decode(found.ids) == found.answer
     if found.reasoning is None:
         assert (found.answer, found.thinking_tokens) == (text, 0)
@@ -94,8 +94,8 @@ def test_a_token_across_the_border_is_encoded_again() -> None:
                 data=b">\n\nIt", whole=True)
 
     ids = [*TOKENIZER.encode("<think>a</think", bos=False), 9, *TOKENIZER.encode(" is", bos=False)]
-    found = divide("<think>a</think>\n\nIt is", ids, Coarse(), False)
-    assert found == ("a", "It is", None, len(ids) - 3)
+    found = divide("<think>a</think>\n\nIt is", ids, Coarse(), Prompt([]))
+    assert found == ("a", "It is", None, len(ids) - 3, ())
 
 
 # ---- the chat
@@ -151,11 +151,12 @@ def test_reasoning_that_is_cut_short(tmp_path: Path) -> None:
     assert out == "<think>\n1 2 3\n</think>\n"  # seven of the twelve are the tag
     assert "length: max-tokens 12 · 0 tok + 12 thinking" in err
     assert talk.said == [("think forever", "")]
-    show = talk.chat.screen.reasoning
+    show = talk.chat.screen.show
     talk.chat.params = SamplingParams()
-    talk.chat.screen.reasoning = lambda text: (show(text), talk.chat.cancel.set())[0]  # type: ignore[method-assign]
+    talk.chat.screen.show = lambda part: (show(part), talk.chat.cancel.set())[0]  # type: ignore[method-assign]
     _, err = talk.say("think forever")
     assert "stopped by Ctrl-C before the answer began" in err and len(talk.said) == 1
+    talk.chat.screen.show = show  # type: ignore[method-assign]
     assert talk.say("turns?")[0] == "turn 2\n"
 
 
@@ -317,7 +318,7 @@ def test_thinking_switched_off_with_qwen3(tmp_path: Path) -> None:
     tokenizer: Tokenizer = load(qwen3(tmp_path))
     prompt = tokenizer.prompt(Conversation("m").messages("Why?"), request=Request(thinking=False))
     assert not prompt.in_reasoning and tokenizer.decode(prompt.ids[-4:]) == "<think>\n\n</think>\n\n"
-    assert divide("So.", tokenizer.encode("So."), tokenizer, prompt.in_reasoning).reasoning is None
+    assert divide("So.", tokenizer.encode("So."), tokenizer, prompt).reasoning is None
 
 
 def test_how_tokens_are_counted() -> None:

@@ -15,7 +15,7 @@ from qmix.config import Cancel, SamplingParams
 from qmix.errors import QmixError
 from qmix.generate import Timings, common_prefix, generate
 from qmix.speculation import Pace
-from qmix.tokenizer import Prompt, ReasoningSplitter, Tokenizer, divide
+from qmix.tokenizer import Call, Part, Prompt, Tokenizer, divide
 
 if TYPE_CHECKING:
     from qmix.engine import Session
@@ -23,40 +23,41 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """text: all of it but the reasoning, raw; ids: its own ids, None where the text must be encoded again; reasoning:
-    None where there is none; finish: "stop" | "length" | "cancelled" | "error"; error: what stopped it; context_full:
-    why it is "length"."""
+    """text: all of it but the reasoning and tool calls, raw; ids: its own ids, None where the text must be encoded
+    again; reasoning: None where there is none; calls: tools that the model calls; finish: "stop" | "length" |
+    "cancelled" | "error"; error: what stopped it; context_full: why it is "length"."""
 
     text: str
     ids: tuple[int, ...] | None
     finish: str
     timings: Timings
     reasoning: str | None = None
+    calls: tuple[Call, ...] = ()
     context_full: bool = False
     error: QmixError | None = None
 
 
 def respond(session: Session, tokenizer: Tokenizer, prompt: Prompt, params: SamplingParams,
-            cancel: Cancel, show: Callable[[str, bool], None], clock: Callable[[], float],
+            cancel: Cancel, show: Callable[[Part], None], clock: Callable[[], float],
             pace: Pace | None = None, fresh: bool = False) -> Answer:
-    """Generate one answer to `prompt`, giving its text to `show` piece by piece, with whether it is reasoning. An error
-    in the middle ends the answer and is part of it; what was said until then stays. pace: see generate; fresh: read the
-    whole prompt anew, since what a KV cache has of it has not the same last bits."""
+    """Generate one answer to `prompt`, giving its parts to `show` piece by piece. An error in the middle ends the
+    answer and is part of it; what was said until then stays. pace: see generate; fresh: read the whole prompt anew,
+    since what a KV cache has of it has not the same last bits."""
     session.trim(0 if fresh else common_prefix(prompt.ids, session.ids))
     cached = session.length
     pieces: list[str] = []
     ids: list[int] = []
-    splitter = ReasoningSplitter(prompt.in_reasoning)
+    parser = tokenizer.answer_parser(prompt)
     started = first = clock()
     try:
         for token in generate(session, prompt.ids, params, tokenizer, cancel,
-                              stops=tokenizer.turn_stops, pace=pace, clock=clock):
+                              stops=tokenizer.turn_stops, marked=True, pace=pace, clock=clock):
             if token.id is not None:
                 first = first if ids else clock()
                 ids.append(token.id)
             pieces.append(token.text)
-            for part in splitter.push(token.text):
-                show(*part)
+            for part in parser.push(token.text):
+                show(part)
             summary, finish = token.summary, token.finish_reason
     except QmixError as e:
         timings = Timings(len(prompt.ids), cached, len(ids), first - started, clock() - first,
@@ -65,13 +66,13 @@ def respond(session: Session, tokenizer: Tokenizer, prompt: Prompt, params: Samp
     else:
         assert summary is not None and finish is not None  # generate's promise for its last record
         ended = Answer("", None, finish, summary.timings, context_full=summary.context_full)
-    for part in splitter.finish():
-        show(*part)
-    return _complete(ended, "".join(pieces), ids, tokenizer, prompt.in_reasoning)
+    for part in parser.finish():
+        show(part)
+    return _complete(ended, "".join(pieces), ids, tokenizer, prompt)
 
 
-def _complete(answer: Answer, text: str, ids: Sequence[int], tokenizer: Tokenizer, in_reasoning: bool) -> Answer:
-    """The answer with its text, its ids and the reasoning before it."""
-    parts = divide(text, spoken_ids(ids, text, tokenizer), tokenizer, in_reasoning)
-    return replace(answer, text=parts.answer, ids=parts.ids, reasoning=parts.reasoning,
+def _complete(answer: Answer, text: str, ids: Sequence[int], tokenizer: Tokenizer, prompt: Prompt) -> Answer:
+    """The answer with its text, its ids, the reasoning before it and the tools it calls."""
+    parts = divide(text, spoken_ids(ids, text, tokenizer), tokenizer, prompt)
+    return replace(answer, text=parts.answer, ids=parts.ids, reasoning=parts.reasoning, calls=parts.calls,
                    timings=replace(answer.timings, thinking_tokens=parts.thinking_tokens))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from qmix.chat import parameters, savefile, statline
 from qmix.chat.conversation import adopted
+from qmix.config import EFFORTS
 from qmix.errors import QmixError, UsageError
 from qmix.paths import expanded
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 QUOTES = '"""'
 SWITCHES = {"think": True, "nothink": False}  # of /set, without a value
+EFFORT = "reasoning"  # of /set
 
 
 class Input(NamedTuple):
@@ -132,6 +134,12 @@ def _set(chat: Chat, text: str) -> None:
         chat.set_thinking(SWITCHES[name])
         chat.screen.say(f"thinking {chat.thinking_text()}")
         return
+    if name == EFFORT:
+        if value.strip():
+            chat.set_effort(value.strip())
+        chat.engine.tokenizer.check_effort()
+        chat.screen.say(f"reasoning {chat.effort_text()}")
+        return
     if value.strip():
         chat.set_params(parameters.changed(chat.params, name, value.strip()))
     elif name:
@@ -141,6 +149,8 @@ def _set(chat: Chat, text: str) -> None:
         chat.screen.say(parameters.shown(chat.params, each) + drawn)
     if not name and chat.engine.tokenizer.thinking_switch:
         chat.screen.say(f"thinking {chat.thinking_text()} (/set think, /set nothink)")
+    if not name and chat.engine.tokenizer.takes_effort:
+        chat.screen.say(f"reasoning {chat.effort_text()} (/set reasoning {'|'.join(EFFORTS)})")
 
 
 def _show(chat: Chat, argument: str) -> None:
@@ -151,6 +161,7 @@ def _show(chat: Chat, argument: str) -> None:
         "system": chat.conversation.system or "(none)",
         "parameters": parameters.listed(chat.params),
         **({"thinking": chat.thinking_text()} if chat.engine.tokenizer.thinking_switch else {}),
+        **({"reasoning": chat.effort_text()} if chat.engine.tokenizer.takes_effort else {}),
         "seed": chat.seed_text(),
         "context": f"{used} of {chat.session.context} tokens used, {exchanges(len(chat.conversation))}",
         "saved in": f"{chat.autosave.path or 'nothing yet'}{' (failing)' if chat.autosave_failed else ''}",
@@ -218,7 +229,8 @@ COMMANDS = (
     Command("regen", "", "answer the last question again", _regen),
     Command("undo", "", "take back the last question and its answer", _undo),
     Command("system", "[TEXT]", "show or set the system prompt; none removes it", _system),
-    Command("set", "[NAME VALUE]", "show or set a parameter; alone lists all; think, nothink: whether the model thinks",
+    Command("set", "[NAME VALUE]", "show or set a parameter; alone lists all; think, nothink: whether the model "
+            "thinks; reasoning: how much",
             _set),
     Command("show", "", "model, template, system prompt, parameters, context used", _show),
     Command("save", "FILE", "write the conversation to a new file", _save),

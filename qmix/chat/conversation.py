@@ -83,12 +83,12 @@ def says(ids: Sequence[int], text: str, tokenizer: Tokenizer) -> bool:
 
 
 def spoken_ids(ids: Sequence[int], text: str, tokenizer: Tokenizer) -> tuple[int, ...] | None:
-    """The ids of an answer that was shown as `text`: without end tokens, a stop string, or half a
+    """The ids of an answer whose marked text is `text`: without end tokens, a stop string, or half a
     character after it. None where no run of them says exactly `text` (a stop string began inside a token).
 
     ids of "Hi", "!", "\\n", "User", ":"; text "Hi!"  ->  ids of "Hi", "!"
     """
-    decoder, so_far = tokenizer.decoder(), ""
+    decoder, so_far = tokenizer.decoder(marked=True), ""
     if text == "":
         return ()
     for count, token in enumerate(ids, 1):

@@ -28,7 +28,7 @@ from qmix.config import Cancel, SamplingParams
 from qmix.errors import QmixError, UsageError
 from qmix.generate import common_prefix
 from qmix.offload.figures import sentences
-from qmix.tokenizer import Request
+from qmix.tokenizer import Part, Request
 
 LONG_PREFILL = 128  # tokens; from here on the wait is announced
 SEEDS = 2**31  # a random seed stays short enough to be typed again
@@ -36,8 +36,7 @@ SEEDS = 2**31  # a random seed stays short enough to be typed again
 
 def run(engine: Any, *, model_name: str, params: SamplingParams, system: str | None = None,
         resume: str | None = None, stats: bool = False, draft: int = 0, thinking: bool | None = None,
-        state_dir: Path | None,
-        stdin: TextIO | None = None,
+        effort: str | None = None, state_dir: Path | None, stdin: TextIO | None = None,
         stdout: TextIO | None = None, stderr: TextIO | None = None,
         environ: Mapping[str, str] = os.environ) -> int:
     """Chat until the user leaves; the exit code: 0, or 128 + the number of the signal that ended it.
@@ -45,10 +44,10 @@ def run(engine: Any, *, model_name: str, params: SamplingParams, system: str | N
     engine: an Engine; its session is used by this chat alone. resume: go on with the conversation of that
     name in state_dir, "" for the one last saved for model_name. state_dir None: nothing is saved, which is said.
     stats: all figures after each answer. draft: ids guessed at a time where that pays, 0 for none. thinking: whether
-    the model is to think before it answers, None for what it does by itself. The streams are sys.stdin, sys.stdout and
-    sys.stderr unless given.
-    UsageError without a terminal, where the template refuses the system prompt or has no switch for thinking, or for a
-    name that there is not.
+    the model is to think before it answers, effort: how much, None for what it does by itself. The streams are
+    sys.stdin, sys.stdout and sys.stderr unless given.
+    UsageError without a terminal, where the template refuses the system prompt or has no place for thinking or effort,
+    or for a name that there is not.
     """
     stdin, stdout, stderr = stdin or sys.stdin, stdout or sys.stdout, stderr or sys.stderr
     for name, stream in (("stdin", stdin), ("stdout", stdout)):
@@ -56,7 +55,8 @@ def run(engine: Any, *, model_name: str, params: SamplingParams, system: str | N
             raise UsageError(f"chat needs a terminal: {name} is none",
                              'for pipes and scripts: qmix generate MODEL -p "..."')
     chat = Chat(engine, model_name, params, Screen(stdout, stderr, environ),
-                Autosave(state_dir, model_name), detailed=stats, draft=draft, thinking=thinking)
+                Autosave(state_dir, model_name), detailed=stats, draft=draft, thinking=thinking,
+                effort=effort)
     chat.begin(system, resume)
     names = [c.name for c in commands.COMMANDS]
     history = None if state_dir is None else state_dir / "chat_history"
@@ -93,9 +93,10 @@ class Chat:
 
     def __init__(self, engine: Any, model_name: str, params: SamplingParams, screen: Screen,
                  autosave: Autosave, *, detailed: bool = False, draft: int = 0, thinking: bool | None = None,
+                 effort: str | None = None,
                  draw: Callable[[], int] = lambda: secrets.randbelow(SEEDS),
                  clock: Callable[[], float] = time.perf_counter):
-        """draft: ids guessed at a time, 0 for none; thinking: see run; draw: a random seed; clock: seconds."""
+        """draft: ids guessed at a time, 0 for none; thinking, effort: see run; draw: a random seed; clock: seconds."""
         self.engine = engine
         self.session = engine.session()
         self.screen = screen
@@ -111,6 +112,8 @@ class Chat:
         self.request = Request()
         if thinking is not None:
             self.set_thinking(thinking)
+        if effort is not None:
+            self.set_effort(effort)
         self._detailed = detailed
         self._draw = draw
         self._clock = clock
@@ -184,8 +187,8 @@ class Chat:
         self.screen.end_answer()
         self._keep(question, base, answer)
 
-    def _show(self, text: str, reasoning: bool) -> None:
-        (self.screen.reasoning if reasoning else self.screen.answer)(text)
+    def _show(self, part: Part) -> None:
+        self.screen.show(part)
         if self.screen.gone:
             self.cancel.set()
 
@@ -201,7 +204,10 @@ class Chat:
         self.figures = statline.Figures(answer.timings, self.session.length, self.session.context, self.seed,
                                         self._ending(answer))
         self.autosave_now()
-        if not answer.text:
+        if answer.calls:
+            names = ", ".join(call.name for call in answer.calls)
+            self.screen.dim(f"(the model calls a tool, {names}, and waits for its result: this chat runs no tools)")
+        elif not answer.text:
             self.screen.dim("(the model ended its answer at once)" if answer.reasoning is None else
                             "(thoughts, and no answer)")
         self.screen.dim(statline.line(self.figures, self.tiers()))
@@ -277,6 +283,14 @@ class Chat:
 
     def thinking_text(self) -> str:
         return {None: "as the model does it", True: "on", False: "off"}[self.request.thinking]
+
+    def set_effort(self, effort: str) -> None:
+        """UsageError where the chat template has no place for it, or the word is not known."""
+        self.engine.tokenizer.check_effort()
+        self.request = replace(self.request, effort=effort)
+
+    def effort_text(self) -> str:
+        return self.request.effort or "as the model does it"
 
     def draw_seed(self) -> None:
         self.seed = self._draw()

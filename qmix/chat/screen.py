@@ -14,6 +14,7 @@ from typing import TextIO
 from qmix.errors import QmixError
 from qmix.render import DIM, PLAIN, clean, wants_color
 from qmix.tokenizer.message import CLOSE, OPEN
+from qmix.tokenizer.parts import Kind, Part
 
 ERASE_LINE = "\r\x1b[K"
 
@@ -28,50 +29,42 @@ class Screen:
         self._out_color = wants_color(stdout, environ)
         self._transient = False
         self._last = "\n"  # the answer's last character on the screen
-        self._started = False
-        self._thinking = False  # the last thing shown is reasoning
+        self._kind: Kind | None = None  # of the last part shown
         self.gone = False
 
     def begin_answer(self) -> None:
         self._last = "\n"
-        self._started = self._thinking = False
+        self._kind = None
 
-    def reasoning(self, text: str) -> None:
-        """A piece of what the model thinks before it answers: dim, or between its tags where nothing can be dim."""
-        shown = clean(text if self._thinking else text.lstrip())
-        if shown:
-            self._erase()
-            if not self._thinking and not self._out_color:
-                self._write(self._out, f"{OPEN}\n")
-            self._thinking = True
-            self._last = shown[-1]
-            # Each piece for itself, so that whatever happens next the terminal is not left dim.
-            self._write(self._out, f"{DIM}{shown}{PLAIN}" if self._out_color else shown)
-
-    def answer(self, text: str) -> None:
-        """A piece of the answer; blank space before its first word is not shown."""
-        shown = clean(text if self._started else text.lstrip())
-        if shown:
-            self._erase()
-            if self._thinking:
-                self._end_reasoning()
+    def show(self, part: Part) -> None:
+        """A piece of the answer. Reasoning is dim, or between its tags where nothing can be dim; a blank line stands
+        between reasoning, answer and calls, and blank space before the first word of each is not shown."""
+        begins = part.kind != self._kind
+        shown = clean(part.text.lstrip() if begins else part.text)
+        if not shown:
+            return
+        self._erase()
+        if begins:
+            if self._kind is not None:
+                self._end_part()
                 self._write(self._out, "\n")
-            self._started = True
-            self._last = shown[-1]
-            self._write(self._out, shown)
+            self._kind = part.kind
+            if part.kind == "reasoning" and not self._out_color:
+                self._write(self._out, f"{OPEN}\n")
+        self._last = shown[-1]
+        # Each piece for itself, so that whatever happens next the terminal is not left dim.
+        dim = part.kind == "reasoning" and self._out_color
+        self._write(self._out, f"{DIM}{shown}{PLAIN}" if dim else shown)
 
-    def _end_reasoning(self) -> None:
-        self._thinking = False
-        self._write(self._out, ("" if self._last == "\n" else "\n") + ("" if self._out_color else f"{CLOSE}\n"))
+    def _end_part(self) -> None:
+        tag = f"{CLOSE}\n" if self._kind == "reasoning" and not self._out_color else ""
+        self._write(self._out, ("" if self._last == "\n" else "\n") + tag)
         self._last = "\n"
 
     def end_answer(self) -> None:
         """What follows begins on a line of its own."""
         self._erase()
-        if self._thinking:
-            self._end_reasoning()
-        if self._last != "\n":
-            self._write(self._out, "\n")
+        self._end_part()
 
     def say(self, line: str = "") -> None:
         """A line on stderr."""

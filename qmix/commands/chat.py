@@ -28,6 +28,7 @@ from qmix.commands.options import (
     Pin,
     Prefetch,
     Ram,
+    Reasoning,
     Seed,
     Stop,
     System,
@@ -40,6 +41,7 @@ from qmix.commands.options import (
     Verify,
     Vram,
     model_folder,
+    reasoning_effort,
     sampling,
 )
 from qmix.config import SamplingParams
@@ -47,7 +49,7 @@ from qmix.errors import UsageError
 
 
 def chat(
-    model: ModelArgument = None, system: System = None, think: Think = None,
+    model: ModelArgument = None, system: System = None, think: Think = None, reasoning: Reasoning = None,
     resume: Annotated[str | None, typer.Option("--continue", metavar="[=NAME]", help="Go on with the last "
                                                "conversation, or with this one.", show_default=False)] = None,
     saved: Annotated[bool, typer.Option("--list", help="List the saved conversations, of all models or with MODEL, and "
@@ -65,9 +67,11 @@ def chat(
         _list_saved(model)
         return
     params = sampling(temp, top_p, top_k, min_p, repeat_penalty, seed, max_tokens, stop)
+    effort = reasoning_effort(reasoning)
     how = Loading(ctx_size, threads, ram, margin, cache_policy, prefetch, no_prefetch, verify, activations, kv_cache,
                   trace, device, vram, pin, exact)
-    run_chat(model_folder(model), model or "", params, system, resume, stats, how, draft, think)
+    run_chat(model_folder(model), model or "", params, system, resume, stats, how, draft, think,
+             effort)
 
 
 class ChatCommand(TyperCommand):
@@ -90,7 +94,7 @@ def _list_saved(model: str | None) -> None:
 
 
 def run_chat(folder: Path, name: str, params: SamplingParams, system: str | None, resume: str | None, stats: bool,
-             how: Loading, draft: int, think: bool | None = None) -> None:
+             how: Loading, draft: int, think: bool | None = None, effort: str | None = None) -> None:
     """Load the model in `folder` and chat with it. name: how the user named it; resume: see --continue."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UsageError("chat needs a terminal", "for pipes and scripts: qmix generate MODEL -p \"...\"")
@@ -98,5 +102,5 @@ def run_chat(folder: Path, name: str, params: SamplingParams, system: str | None
 
     with load_engine(folder, how) as engine:
         raise typer.Exit(chat_package.run(engine, model_name=name or folder.name, params=params, system=system,
-                                          resume=resume, stats=stats, draft=draft, thinking=think,
+                                          resume=resume, stats=stats, draft=draft, thinking=think, effort=effort,
                                           state_dir=paths.if_any(paths.state_folder)))

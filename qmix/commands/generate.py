@@ -27,6 +27,7 @@ from qmix.commands.options import (
     Pin,
     Prefetch,
     Ram,
+    Reasoning,
     Seed,
     Stop,
     System,
@@ -39,6 +40,7 @@ from qmix.commands.options import (
     Verify,
     Vram,
     model_folder,
+    reasoning_effort,
     sampling,
 )
 from qmix.commands.prompt import read_prompt
@@ -50,7 +52,7 @@ def generate(
                                                show_default=False)] = None,
     file: Annotated[Path | None, typer.Option("-f", "--file", help="Read the prompt from a file.",
                                               show_default=False)] = None,
-    system: System = None, think: Think = None,
+    system: System = None, think: Think = None, reasoning: Reasoning = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON document: text, token_ids, finish_reason, "
                                        "timings, tiers.")] = False,
@@ -65,6 +67,7 @@ def generate(
     from qmix.commands import oneshot
 
     params = sampling(temp, top_p, top_k, min_p, repeat_penalty, seed, max_tokens, stop)
+    effort = reasoning_effort(reasoning)
     how = Loading(ctx_size, threads, ram, margin, cache_policy, prefetch, no_prefetch, verify, activations, kv_cache,
                   trace, device, vram, pin, exact)
     streams.check_stdout()
@@ -72,4 +75,4 @@ def generate(
     text = read_prompt(prompt, file, sys.stdin)
     with load_engine(folder, how) as engine:
         raise typer.Exit(oneshot.run(engine, text, params, system=system, raw=raw, as_json=json, draft=draft,
-                                     thinking=think))
+                                     thinking=think, effort=effort))

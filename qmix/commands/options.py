@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from qmix import paths, render
-from qmix.config import GROUPED_BITS, QuantConfig, SamplingParams
+from qmix.config import EFFORTS, GROUPED_BITS, QuantConfig, SamplingParams
 from qmix.errors import ConfigError, UsageError
 from qmix.sizes import parse_bytes
 
@@ -34,6 +34,10 @@ Stop = Annotated[list[str] | None, typer.Option("--stop", help="End the answer b
 Think = Annotated[bool | None, typer.Option("--think/--no-think", help="Whether the model thinks before it answers; an "
                                             "error where its chat template has no switch for it. Default: as the "
                                             "model does it.", show_default=False)]
+Reasoning = Annotated[str | None, typer.Option(
+    "--reasoning", metavar="|".join(EFFORTS), show_default=False,
+    help="How much the model thinks before it answers; an error where its chat template has no place for it. Default: "
+         "as the model does it.")]
 System = Annotated[str | None, typer.Option("--system", help="System prompt.", show_default=False)]
 Threads = Annotated[int | None, typer.Option(
     "-t", "--threads", min=1, help="Compute threads; default: the fast physical cores, one less beside a GPU, or 1 for "
@@ -130,3 +134,10 @@ def _block(text: str) -> int:
     if text not in ("64", "32"):
         raise UsageError(f"--block {text}: want 64, 32 or auto")
     return int(text)
+
+
+def reasoning_effort(text: str | None) -> str | None:
+    """What --reasoning says; UsageError for another word, before anything is loaded."""
+    if text not in (None, *EFFORTS):
+        raise UsageError(f"--reasoning: got {text!r}, want {' or '.join(EFFORTS)}")
+    return text

@@ -6,8 +6,8 @@
     for token_id in generated: print(decoder.push(token_id), end="")
 
 files.py reads what the folder says. hf.py and spm.py are the two kinds of vocabulary over vocabulary.py. stream.py
-decodes; reasoning.py tells a model's reasoning from its answer. The chat formats are mistral.py, mistral_v3.py,
-template.py (over sandbox.py and traced.py) and plain.py. No torch here;
+decodes. parts.py says what an answer consists of; reasoning.py (tags) and harmony.py (channels) find it. The chat
+formats are mistral.py, mistral_v3.py, template.py (over sandbox.py and traced.py) and plain.py. No torch here;
 sentencepiece, tokenizers and jinja2 are imported when needed.
 
 If tokenizer.json exists, its ids are the reference, and the model's own template is the chat format. Mixtral's own
@@ -23,20 +23,24 @@ from datetime import datetime
 from pathlib import Path
 
 from qmix import render
+from qmix.config import EFFORTS
 from qmix.errors import ModelFileError, UsageError
+from qmix.tokenizer import harmony_template
 from qmix.tokenizer.files import TokenizerFiles, read_files
+from qmix.tokenizer.harmony import harmony_format, harmony_stops
 from qmix.tokenizer.message import ROLES, ChatFormat, Message, Prompt, Request, ToolCall
 from qmix.tokenizer.mistral import MistralV1Format, has_mistral_v1_pieces, may_be_mistral
 from qmix.tokenizer.mistral_v3 import MistralV3Format, has_mistral_v3_pieces
+from qmix.tokenizer.parts import MARK, AnswerFormat, AnswerParser, Call, Divided, Part, divide
 from qmix.tokenizer.plain import PlainFormat
-from qmix.tokenizer.reasoning import Divided, ReasoningSplitter, divide
+from qmix.tokenizer.reasoning import THINK, ReasoningSplitter
 from qmix.tokenizer.sandbox import Template
 from qmix.tokenizer.stream import SILENT, Piece, StreamDecoder
 from qmix.tokenizer.template import TemplateFormat
 from qmix.tokenizer.vocabulary import Vocabulary
 
-__all__ = ["ROLES", "Divided", "Message", "Prompt", "ReasoningSplitter", "Request", "StreamDecoder", "Tokenizer",
-           "ToolCall", "divide", "load"]
+__all__ = ["ROLES", "AnswerParser", "Call", "Divided", "Message", "Part", "Prompt", "ReasoningSplitter",
+           "Request", "StreamDecoder", "Tokenizer", "ToolCall", "divide", "load"]
 
 
 class Tokenizer:
@@ -45,12 +49,15 @@ class Tokenizer:
     further rows are padding. template_name: which chat format is used, to be told to the user;
     has_template: whether it is the model's own format, and not a transcript made up for a base model.
     turn_stops: stop strings that this format needs besides eos_ids. thinking_switch: whether the template can turn the
-    model's reasoning on and off; takes_tools: whether it has a place for tools."""
+    model's reasoning on and off; takes_effort: whether it can be told how much to reason; takes_tools: whether it has a
+    place for tools. verbatim: whether the text of an answer is fit to be read as the model writes it.
+    headers: the control tokens of an answer's headers, and whether text follows them."""
 
     def __init__(self, vocabulary: Vocabulary, chat: ChatFormat, eos_ids: Iterable[int], *,
-                 rows: int | None = None):
+                 rows: int | None = None, answers: AnswerFormat = THINK):
         self._vocabulary = vocabulary
         self._chat = chat
+        self._answers = answers
         self._rows = vocabulary.size if rows is None else rows
         self.bos_id = vocabulary.bos_id
         self.eos_ids = tuple(dict.fromkeys(eos_ids))
@@ -59,6 +66,9 @@ class Tokenizer:
         self.has_template = not isinstance(chat, PlainFormat)
         self.turn_stops = chat.turn_stops
         self.thinking_switch = chat.thinking_switch
+        self.takes_effort = chat.takes_effort
+        self.verbatim = answers.verbatim
+        self.headers = {i: i == answers.content for i in answers.marks}
         self.takes_tools = chat.takes_tools
 
     def encode(self, text: str, bos: bool = True, limit: int | None = None) -> list[int]:
@@ -82,6 +92,8 @@ class Tokenizer:
         """encode_chat, and whether the answer begins inside the model's reasoning."""
         if request is not None and request.thinking is not None:
             self.check_thinking_switch()
+        if request is not None and request.effort is not None:
+            self.check_effort()
         if not self.takes_tools and ((request is not None and request.tools) or any(
                 message.role == "tool" or message.tool_calls for message in messages)):
             raise UsageError("this model's chat format has no place for tools", "leave them out, or use another model")
@@ -93,7 +105,23 @@ class Tokenizer:
         """UsageError where nothing turns the model's reasoning on and off."""
         if not self.thinking_switch:
             raise UsageError("this model's chat template has no switch for thinking (enable_thinking)",
+                             f"--reasoning {'|'.join(EFFORTS)} says how much it thinks" if self.takes_effort else
                              "leave it as the model does it")
+
+    def check_effort(self) -> None:
+        """UsageError where the model cannot be told how much to reason."""
+        if not self.takes_effort:
+            raise UsageError("this model's chat template has no place for how much it thinks (reasoning_effort)",
+                             "--think and --no-think switch its thinking" if self.thinking_switch else
+                             "leave it as the model does it")
+
+    def answer_parser(self, prompt: Prompt) -> AnswerParser:
+        """What finds the parts of an answer to `prompt` in its marked text."""
+        begins, opening = self._answers.begins, ""
+        if begins in prompt.ids:
+            at = len(prompt.ids) - 1 - prompt.ids[::-1].index(begins)
+            opening = "".join(map(self.decoder(marked=True).push, prompt.ids[at:]))
+        return self._answers.parser(prompt, opening)
 
     def _with_rows(self, ids: list[int]) -> list[int]:
         """ids, all of which the model has a row for; UsageError for a token that only the tokenizer knows."""
@@ -102,15 +130,17 @@ class Tokenizer:
                              f"model has no row (it has {self._rows})", "write it differently")
         return ids
 
-    def decoder(self, continuing: bool = False) -> StreamDecoder:
+    def decoder(self, continuing: bool = False, marked: bool = False) -> StreamDecoder:
         """A decoder for one text. continuing: the text goes on from a prompt, so that the space in front
-        of its first word belongs to it; an answer in a chat starts without it."""
+        of its first word belongs to it; an answer in a chat starts without it. marked: for an answer_parser, with
+        MARK in front of the control tokens that give an answer its parts."""
         vocabulary = self._vocabulary
-        return StreamDecoder(self._piece, per_byte=vocabulary.per_byte, drop_all=vocabulary.drop_all,
-                             continuing=continuing)
+        return StreamDecoder(self._marked if marked and self._answers.marks else self._piece,
+                             per_byte=vocabulary.per_byte, drop_all=vocabulary.drop_all, continuing=continuing)
 
     def decode(self, ids: Iterable[int], continuing: bool = False) -> str:
-        """The text of ids; special tokens are silent, bytes that are no UTF-8 become U+FFFD."""
+        """The text of ids; special tokens are silent but for those that give an answer its parts, bytes that are no
+        UTF-8 become U+FFFD."""
         decoder = self.decoder(continuing)
         return "".join(map(decoder.push, ids)) + decoder.finish()
 
@@ -118,7 +148,13 @@ class Tokenizer:
         """The vocabulary's own spelling of an id, for tables and traces."""
         return self._vocabulary.token(token_id) if 0 <= token_id < self.vocab_size else ""
 
+    def _marked(self, token_id: int) -> Piece:
+        text = self._answers.marks.get(token_id)
+        return self._piece(token_id) if text is None else Piece((MARK + text).encode("utf-8", "surrogatepass"))
+
     def _piece(self, token_id: int) -> Piece:
+        if token_id in self._answers.marks and token_id not in self.eos_ids:
+            return Piece(self._answers.marks[token_id].encode())
         if 0 <= token_id < self.vocab_size:
             return self._vocabulary.piece(token_id)
         if 0 <= token_id < self._rows:
@@ -136,12 +172,18 @@ def load(folder: Path, vocab_size: int | None = None,
     files = read_files(folder)
     vocabulary, chat = _mistral(files, vocab_size, now, say) or (_vocabulary(files), None)
     eos = _end_ids(files, vocabulary, vocab_size)
+    harmony = harmony_format(vocabulary, files.templates or None)
+    if harmony is not None:
+        eos += harmony_stops(vocabulary)
     if chat is None:
-        own = _own_template(vocabulary, files, eos, now, say)
-        chat = PlainFormat(vocabulary, eos) if own is None else own
+        chat = _own_template(vocabulary, files, eos, now, say)
+    if chat is None and harmony is not None:
+        built_in = Template(harmony_template.TEMPLATE, files.folder, now)
+        chat = TemplateFormat(vocabulary, built_in, {}, eos, say, name=harmony_template.NAME)
+    chat = chat or PlainFormat(vocabulary, eos)
     if chat.turn_end is not None:
         eos.append(chat.turn_end)
-    return Tokenizer(vocabulary, chat, eos, rows=vocab_size)
+    return Tokenizer(vocabulary, chat, eos, rows=vocab_size, answers=harmony or THINK)
 
 
 def _vocabulary(files: TokenizerFiles) -> Vocabulary:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from qmix.config import EFFORTS
 from qmix.errors import UsageError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -67,10 +68,15 @@ class Message:
 class Request:
     """What a prompt is made of besides the messages. tools: the functions that the answer may call, as OpenAI's API
     describes them ({"type": "function", "function": {...}}). thinking: whether the model is to reason before it
-    answers, None for what the template does by itself."""
+    answers; effort: how much, one of EFFORTS. None for what the template does by itself."""
 
     tools: tuple[Mapping[str, Any], ...] = ()
     thinking: bool | None = None
+    effort: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.effort not in (None, *EFFORTS):
+            raise UsageError(f"reasoning: got {self.effort!r}, want {' or '.join(EFFORTS)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +110,10 @@ class ChatFormat(Protocol):
     @property
     def thinking_switch(self) -> bool:
         """Whether Request.thinking changes anything."""
+
+    @property
+    def takes_effort(self) -> bool:
+        """Whether Request.effort changes anything."""
 
     def encode(self, messages: Sequence[Message], limit: int | None = None, request: Request | None = None) -> Prompt:
         """The whole conversation, ready for the next answer. limit: see Vocabulary.check_length."""

@@ -73,7 +73,7 @@ class MistralV1Format:
     """template: the checkpoint's own, where it has one. both: there are tokenizer.json and tokenizer.model."""
 
     turn_stops: tuple[str, ...] = ()
-    takes_tools = thinking_switch = False
+    takes_tools = thinking_switch = takes_effort = False
 
     def __init__(self, vocabulary: Vocabulary, eos_ids: Sequence[int], template: TemplateFormat | None,
                  say: Callable[[str], None], *, both: bool = False):

@@ -48,7 +48,7 @@ class MistralV3Format:
     """template: the checkpoint's own, where it has one. both: there are tokenizer.json and tokenizer.model."""
 
     turn_stops: tuple[str, ...] = ()
-    takes_tools, thinking_switch = True, False
+    takes_tools, thinking_switch, takes_effort = True, False, False
 
     def __init__(self, vocabulary: Vocabulary, eos_ids: Sequence[int], template: TemplateFormat | None,
                  say: Callable[[str], None], *, both: bool = False):

@@ -24,7 +24,7 @@ class PlainFormat:
     name = "plain transcript (the model has no chat template)"
     turn_stops = ("\nUser:", "\nAssistant:")
     turn_end = None
-    takes_tools = thinking_switch = False
+    takes_tools = thinking_switch = takes_effort = False
 
     def __init__(self, vocabulary: Vocabulary, eos_ids: Sequence[int]):
         self._vocabulary = vocabulary

@@ -10,24 +10,16 @@ already (`Prompt.in_reasoning`) and only the closing one is generated. A tag lat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
 
 from qmix.tokenizer.message import CLOSE, OPEN
-
-if TYPE_CHECKING:
-    from qmix.tokenizer import Tokenizer
-
-
-class Part(NamedTuple):
-    """A piece of an answer, without tags."""
-
-    text: str
-    reasoning: bool
+from qmix.tokenizer.parts import AnswerFormat, Call, Part, Span
 
 
 class ReasoningSplitter:
-    """push() the pieces of an answer in turn, then finish(). `found`: whether there is reasoning. `closed`: the
-    characters of the answer up to the end of the closing tag, None before it came."""
+    """The AnswerParser of the tags. `closed`: the characters of the answer up to the end of the closing tag, None
+    before it came."""
+
+    calls: Sequence[Call] = ()
 
     def __init__(self, in_reasoning: bool = False):
         self.found = in_reasoning
@@ -35,6 +27,14 @@ class ReasoningSplitter:
         self._began = in_reasoning  # whether it is certain what the answer begins with
         self._held = ""
         self._taken = 0  # characters that left `_held`
+
+    @property
+    def thinking(self) -> Sequence[Span]:
+        return [(0, self.closed)] if self.found else []
+
+    @property
+    def answers(self) -> Sequence[Span]:
+        return [(self.closed or 0, None)] if self.closed is not None or not self.found else []
 
     def push(self, text: str) -> list[Part]:
         """What is certain with this piece; text that may still become a tag is held back."""
@@ -62,7 +62,7 @@ class ReasoningSplitter:
 
     def _parts(self, count: int) -> list[Part]:
         inside = self.found and self.closed is None
-        return [Part(self._take(count), inside)] if count else []
+        return [Part(self._take(count), "reasoning" if inside else "answer")] if count else []
 
     def _take(self, count: int) -> str:
         text, self._held = self._held[:count], self._held[count:]
@@ -70,46 +70,9 @@ class ReasoningSplitter:
         return text
 
 
-class Divided(NamedTuple):
-    """An answer in its two parts, without the line breaks around them. reasoning: None where there is none. ids: the
-    answer's own, None where a token holds the end of the reasoning and the begin of the answer. thinking_tokens: the
-    ids up to the closing tag, that included."""
-
-    reasoning: str | None
-    answer: str
-    ids: tuple[int, ...] | None
-    thinking_tokens: int
-
-
-def divide(text: str, ids: Sequence[int] | None, tokenizer: Tokenizer, in_reasoning: bool) -> Divided:
-    """The parts of a whole answer. ids: those that say `text`, where they are known. An answer without reasoning comes
-    back as it is."""
-    splitter = ReasoningSplitter(in_reasoning)
-    parts = splitter.push(text) + splitter.finish()
-    if not splitter.found:
-        return Divided(None, text, None if ids is None else tuple(ids), 0)
-    reasoning, rest = ("".join(part.text for part in parts if part.reasoning is kind) for kind in (True, False))
-    answer = rest.lstrip("\n")
-    if ids is None:
-        return Divided(reasoning.strip("\n"), answer, None, 0)
-    if splitter.closed is None:
-        return Divided(reasoning.strip("\n"), answer, (), len(ids))
-    thinking, _ = _reach(ids, splitter.closed, tokenizer)
-    begin, length = _reach(ids, len(text) - len(answer), tokenizer)
-    own = tuple(ids[begin:]) if length == len(text) - len(answer) else None
-    return Divided(reasoning.strip("\n"), answer, own, thinking)
-
-
-def _reach(ids: Sequence[int], characters: int, tokenizer: Tokenizer) -> tuple[int, int]:
-    """(how many ids say at least so many characters, how many characters they say)."""
-    decoder, length = tokenizer.decoder(), 0
-    for count, token in enumerate(ids, 1):
-        length += len(decoder.push(token))
-        if length >= characters:
-            return count, length
-    return len(ids), length + len(decoder.finish())
-
-
 def _tail(text: str) -> int:
     """Characters at the end of text that may begin the closing tag: "hm</th" -> 4."""
     return next((n for n in range(min(len(text), len(CLOSE) - 1), 0, -1) if text.endswith(CLOSE[:n])), 0)
+
+
+THINK = AnswerFormat(lambda prompt, opening: ReasoningSplitter(prompt.in_reasoning))

@@ -78,9 +78,9 @@ class Template:
         return key in self._keys
 
     def render(self, messages: Sequence[Mapping[str, Any]], named: Mapping[str, str], prompt: bool,
-               tools: Sequence[Mapping[str, Any]] | None = None, **switches: bool) -> Traced:
+               tools: Sequence[Mapping[str, Any]] | None = None, **switches: bool | str) -> Traced:
         """The conversation as text. named: bos_token and the like. prompt: end with the start of an answer.
-        switches: further variables, such as enable_thinking.
+        switches: further variables, such as enable_thinking and reasoning_effort.
         The sources of what a message brings are those of its `content`; a plain str is as the template's own.
 
         UsageError with the template's own words where it refuses the conversation, ModelFileError

@@ -58,7 +58,7 @@ class StreamDecoder:
             self._pending += piece.data
             return self._seen(self._drain(final=False))
         flushed = self._seen(self._drain(final=True))
-        text = piece.data.decode("utf-8")
+        text = piece.data.decode("utf-8", "surrogatepass")  # a MARK of parts.py, which no id's own bytes can be
         if self._fresh and piece.space:
             text = text[1:]
             self._fresh = self._drop_all

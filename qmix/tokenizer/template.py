@@ -26,6 +26,7 @@ from qmix.tokenizer.vocabulary import ANSWER, OWN, TYPED, Rendered, Splice, Voca
 STAND_IN = "\U00100000"  # private use, plane 16
 OTHER = "qmix"  # what stands for a message to see whether the template looks at it
 SWITCH = "enable_thinking"  # the variable that turns a model's reasoning on and off
+EFFORT = "reasoning_effort"  # the variable that says how much to reason
 TOOLS = source(0)
 
 
@@ -59,6 +60,7 @@ class TemplateFormat:
         self._said = False
         self.takes_tools = self._tool_template.reads("tools")
         self.thinking_switch = template.reads(SWITCH)
+        self.takes_effort = template.reads(EFFORT)
         self.turn_end = self._find_turn_end()
         ends = [*eos_ids, self.turn_end]
         self._ends = tuple(i for i in ends if i is not None)
@@ -86,7 +88,8 @@ class TemplateFormat:
     def _render(self, messages: Sequence[Message], request: Request, prompt: bool = True) -> Traced:
         template = self._tool_template if request.tools else self._template
         tools = [_traced(tool, TOOLS) for tool in request.tools] or None
-        switches = {} if request.thinking is None else {SWITCH: request.thinking}
+        switches = {name: value for name, value in ((SWITCH, request.thinking), (EFFORT, request.effort))
+                    if value is not None}
         shown = [_shown(message, k, template) for k, message in enumerate(messages)]
         return template.render(shown, self._named, prompt, tools, **switches)
 
@@ -150,6 +153,10 @@ class TemplateFormat:
                                  if message.role == "system" else None)
             if message.tool_calls and left_out(_calls(k), changed(tool_calls=())):
                 raise UsageError("the model's chat template leaves out the tool calls of an answer")
+            if len(message.tool_calls) > 1 and plain(text) == plain(self._render(
+                    changed(tool_calls=message.tool_calls[:-1]), request)):
+                raise UsageError("the model's chat template leaves out all but the first tool call of an answer",
+                                 "give each call as an answer of its own, its result behind it")
         if request.tools and self._tool_template is self._template and left_out(
                 TOOLS, messages, replace(request, tools=())):
             raise UsageError("the model's chat template leaves out the tools")
@@ -170,7 +177,7 @@ class TemplateFormat:
 def _shown(message: Message, k: int, template: Template) -> dict[str, Any]:
     """Message k as a template gets it, in the form that transformers documents. Reasoning is handed over under
     "reasoning_content" where the template reads that key, between its tags in front of the answer where the template
-    knows the tags, and not at all where it knows neither."""
+    knows the tags, under "thinking" where it reads that (gpt-oss), and not at all where it knows none of them."""
     content = Traced(message.content, _content(k) * len(message.content))
     shown: dict[str, Any] = {"role": message.role, "content": content}
     if message.reasoning is not None:
@@ -178,6 +185,8 @@ def _shown(message: Message, k: int, template: Template) -> dict[str, Any]:
             shown["reasoning_content"] = _traced(message.reasoning, _reasoning(k))
         elif template.parses_reasoning:
             shown["content"] = _traced(f"{OPEN}\n{message.reasoning}\n{CLOSE}\n\n", _reasoning(k)) + content
+        elif template.reads_key("thinking"):
+            shown["thinking"] = _traced(message.reasoning, _reasoning(k))
     if message.tool_calls:
         shown["tool_calls"] = [_traced({
             "type": "function", **({} if call.id is None else {"id": call.id}),
