@@ -114,6 +114,7 @@ class _Lowering:
     def __init__(self, piece: Piece):
         self._piece = piece
         self._ops = piece.program
+        self._given = piece.given  # None as soon as its name has another meaning
         self._columns: set[tuple[str, ...]] = set()  # results of Linears that lie side by side
         self._input = -1  # the Op that writes what the experts read
         if piece.experts is not None:
@@ -127,10 +128,12 @@ class _Lowering:
             rule = RULES.get(type(op))
             if rule is None:
                 raise Unsupported(op)
-            if self._piece.given in op.inputs and not isinstance(op, ops.Add):
+            if self._given in op.inputs and not isinstance(op, ops.Add):
                 raise Unsupported(op, "of what the experts gave")
             count, bind = rule(self, at)
             found.append(bind)
+            if any(self._given in op.outputs for op in self._ops[at:at + count]):
+                self._given = None
             at += count
         if experts is not None:
             if self._input < 0 or not isinstance(self._ops[self._input], ops.Norm):
@@ -146,7 +149,8 @@ class _Lowering:
     def _added(self, at: int, out: str) -> ops.Add | None:
         """The Add at `at`, if it is the only one that reads `out`, a product's result."""
         op = self._after(at)
-        if isinstance(op, ops.Add) and op.source == out and not reads(self._ops[at + 1:], self._piece.after, out):
+        if isinstance(op, ops.Add) and op.source == out and op.buffer != self._given and not reads(
+                self._ops[at + 1:], self._piece.after, out):
             return op
         return None
 
@@ -165,11 +169,11 @@ class _Lowering:
     def _add(self, at: int) -> tuple[int, Bind]:
         op, after = self._ops[at], self._after(at + 1)
         assert isinstance(op, ops.Add)
-        if op.source == self._piece.given:
+        if op.source == self._given:
             if not isinstance(after, ops.Norm) or after.source != op.buffer:
                 raise Unsupported(op, "of what the experts gave, without a norm behind it")
             return 2, self._normed(at + 1, after, True)
-        if op.buffer == self._piece.given:
+        if op.buffer == self._given:
             raise Unsupported(op, "to what the experts gave")
         return 1, lambda room: partial(room.ops.add, room[op.buffer], room[op.source])
 
