@@ -1,4 +1,5 @@
-"""How near each operation of decoding comes to the memory's bandwidth: all of DeviceOps, at Mixtral 8x7B's shapes.
+"""How near each operation of decoding comes to the memory's bandwidth: all of DeviceOps, at Mixtral 8x7B's shapes, and
+what other models need besides at Qwen3-30B-A3B's and GLM-4.5-Air's.
 
 One token. Every operation walks over so many copies of its operands that the card's cache cannot hold them (where that
 is possible: what moves little is bound by its launch, and only shown). Calls are captured in a row, so the host's part
@@ -13,6 +14,7 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -36,18 +38,22 @@ from qmix.spec import Router
 AGREES = 2**-7  # relative: keys, values and operands of the reference are rounded to 16 bits
 HEAVY = 10e6  # bytes of a call from which it is the bandwidth that counts
 CALLS = 64  # in a row
-E, K, EPS = 8, 2, 1e-5
+EPS = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """cache: bytes that the copies of an operand take together, several times the card's cache; most: of them."""
+    """cache: bytes that the copies of an operand take together, several times the card's cache; most: of them. turned:
+    dimensions of a head that rotate."""
 
+    name: str
+    router: Router
     hidden: int
     inner: int
     heads: int
     kv_heads: int
     size: int
+    turned: int
     vocabulary: int
     positions: tuple[int, ...]
     slots: int
@@ -55,8 +61,18 @@ class Shape:
     most: int
 
 
-MIXTRAL = Shape(4096, 14336, 32, 8, 128, 32000, (128, 4096, 8192), 16, 512 * 2**20, 64)
-SMALL = Shape(256, 256, 4, 1, 64, 512, (16, 128), 4, 2**20, 2)
+COPIES = 512 * 2**20, 64
+SIGMOID = {"score": "sigmoid", "normalize": True, "eps": 1e-20, "scale": 2.5, "choice_bias": True, "groups": 4,
+           "top_groups": 2, "group_score": "top2"}  # GLM-4.5-Air's, but for its groups, of which it has one
+QWEN = {"over": "all", "normalize": True}
+MIXTRAL = Shape("", Router(8, 2), 4096, 14336, 32, 8, 128, 128, 32000, (128, 4096, 8192), 16, *COPIES)
+OTHERS = (Shape(", Qwen3-30B", Router(128, 8, **QWEN), 2048, 768, 32, 4, 128, 128, 0, (4096,), 256, *COPIES),
+          Shape(", GLM-4.5-Air", Router(128, 8, **SIGMOID), 4096, 1408, 96, 8, 128, 64, 0, (4096,), 128, *COPIES))
+SMALL = Shape("", Router(8, 2), 256, 256, 4, 1, 64, 64, 512, (16, 128), 4, 2**20, 2)
+SMALL_OTHERS = (Shape(", others", Router(16, 2, **SIGMOID), 256, 96, 12, 1, 64, 32, 0, (16,), 4, 2**20, 2),)
+
+
+Call = Callable[..., None]  # (ops, *tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +98,52 @@ class Operations:
     def all(self) -> Iterator[tuple[str, Callable[[], Operation]]]:
         """What each is about, and what makes it."""
         s = self._shape
+        assert s.vocabulary
         for name, rows in (("q, o", s.heads * s.size), ("k, v", s.kv_heads * s.size), ("head", s.vocabulary)):
             yield f"int8 product, {name}", partial(self._linear, f"int8 product, {name}",
                                                    MatrixSpec("int8", rows, s.hidden))
-        yield "experts", self._experts
-        for positions in s.positions:
-            yield f"attention, {positions}", partial(self._attention, positions)
-        yield "norm", self._norm
-        yield "router", self._route
+        yield from self.of_every_model()
+
+    def of_every_model(self) -> Iterator[tuple[str, Callable[[], Operation]]]:
+        name = self._shape.name
+        yield f"experts{name}", self._experts
+        for positions in self._shape.positions:
+            yield f"attention, {positions}{name}", partial(self._attention, positions)
+        yield f"norm{name}", self._norm
+        yield f"router{name}", self._route
+
+    def of_some_models(self) -> Iterator[tuple[str, Callable[[], Operation]]]:
+        """What only some models need."""
+        yield from self.of_every_model()
+        s = self._shape
+        x, y, weight = self._normal(1, s.heads * s.size), self._normal(1, s.heads * s.size), self._normal(s.size)
+        embedding, inv_freq = self._normal(8, s.hidden).bfloat16(), rotation(s.turned, 1e6)
+        token = torch.tensor([5])
+        calls: dict[str, tuple[Call, tuple[Tensor, ...]]] = {
+            "norm of heads": (lambda ops, x, w: ops.head_norm(x, s.size, w, EPS, 2.0), (x, weight)),
+            "norm of all heads": (lambda ops, x, w: ops.head_norm(x, len(w), w, EPS), (x, y[0])),
+            "norm without a weight": (lambda ops, x, y: ops.norm(y, None, EPS, x), (x, y)),
+            "silu(gate) * up": (lambda ops, x, y: ops.silu_mul(x, y, x), (x, y)),
+            "gate": (lambda ops, x, y: ops.gate(x, y), (x, y)),
+            "gate of a token": (lambda ops, x, y: ops.gate(x, y, "silu"), (x, y[:, :1])),
+            "sum": (lambda ops, x, y: ops.add(x, y), (x, y)),
+            "scale": (lambda ops, x, w: ops.scale(x, w, 0.5), (x, y[0])),
+            "cosines": (lambda ops, x, t, f: ops.rope_cos_sin(t, f, x, 1.25), (x[:, :s.turned], token * 900, inv_freq)),
+            "embedding": (lambda ops, x, t, e: ops.embed(t, e, x, 8.5), (x[:, :s.hidden], token, embedding)),
+        }
+        for name, (call, given) in calls.items():
+            yield f"{name}{s.name}", partial(self._in_place, f"{name}{s.name}", call, given)
+
+    def _in_place(self, name: str, call: Call, given: tuple[Tensor, ...]) -> Operation:
+        """Writes the first of `given`; timed where it is written again and again."""
+        out, *rest = (self._here(t) for t in given)
+
+        def agree() -> Tensor:
+            want = given[0].clone()
+            call(self._reference, want, *given[1:])
+            return want
+
+        return Operation(name, sum(t.nbytes for t in given), lambda i: call(self._ops, out, *rest), out, agree)
 
     def _copies(self, nbytes: int) -> int:
         return max(2, min(self._shape.most, -(-self._shape.cache // nbytes)))
@@ -120,18 +174,19 @@ class Operations:
         record = RecordLayout(MatrixSpec("int4", 2 * s.inner, s.hidden, 2, 64, self._block),
                               MatrixSpec("int4", s.hidden, s.inner, 1, 64, self._block))
         slots = _slots(random_slab(record, s.slots, place), record)
-        tables = torch.full((s.slots // K, E), -1, dtype=torch.int32)
+        count, k = s.router.experts, s.router.top_k
+        tables = torch.full((s.slots // k, count), -1, dtype=torch.int32)
         for i, table in enumerate(tables):
-            table[:K] = torch.arange(K * i, K * i + K)
-        there, x, ids = self._here(tables), self._normal(1, s.hidden), torch.arange(K, dtype=torch.int32)[None]
-        here, here_ids, rows = self._here(x), self._here(ids), torch.zeros(1, K, s.hidden, device=place)
+            table[:k] = torch.arange(k * i, k * i + k)
+        there, x, ids = self._here(tables), self._normal(1, s.hidden), torch.arange(k, dtype=torch.int32)[None]
+        here, here_ids, rows = self._here(x), self._here(ids), torch.zeros(1, k, s.hidden, device=place)
 
         def agree() -> Tensor:
-            want = torch.zeros(1, K, s.hidden)
-            self._reference.experts(x, _slots(slots.slab[:K].cpu(), record), ids, tables[0], want)
+            want = torch.zeros(1, k, s.hidden)
+            self._reference.experts(x, _slots(slots.slab[:k].cpu(), record), ids, tables[0], want)
             return want
 
-        return Operation("int4 experts, 2 of 8", K * record.nbytes, lambda i: self._ops.experts(
+        return Operation(f"int4 experts, {k} of {count}{s.name}", k * record.nbytes, lambda i: self._ops.experts(
             here, slots, here_ids, there[i % len(there)], rows), rows, agree)
 
     def _attention(self, positions: int) -> Operation:
@@ -141,8 +196,8 @@ class Operations:
                 for _ in range(2)]
         copies = [self._here(kept[i % 2]) for i in range(self._copies(nbytes))]
         qkv, at = self._normal(1, (s.heads + 2 * s.kv_heads) * s.size), torch.tensor([positions - 1])
-        cos_sin = torch.empty(1, s.size)
-        self._reference.rope_cos_sin(at, rotation(s.size, 1e6), cos_sin)
+        cos_sin = torch.empty(1, s.turned)
+        self._reference.rope_cos_sin(at, rotation(s.turned, 1e6), cos_sin)
         here, here_at, there = self._here(qkv), self._here(at), self._here(cos_sin)
         out = torch.empty(1, s.heads * s.size, device=place)
 
@@ -155,12 +210,12 @@ class Operations:
             self._reference.rope_attend(qkv, cos_sin, *kept[0].float(), at, None, want)
             return want
 
-        return Operation(f"attention, {positions} positions", nbytes, run, out, agree)
+        return Operation(f"attention, {positions} positions{s.name}", nbytes, run, out, agree)
 
     def _norm(self) -> Operation:
-        s, place = self._shape, self._device.place
-        residual, weight, rows = self._normal(1, s.hidden), self._normal(s.hidden), self._normal(1, K, s.hidden)
-        gains = torch.full((1, K), 0.5)
+        s, place, k = self._shape, self._device.place, self._shape.router.top_k
+        residual, weight, rows = self._normal(1, s.hidden), self._normal(s.hidden), self._normal(1, k, s.hidden)
+        gains = torch.full((1, k), 0.5)
         here = [self._here(t) for t in (residual, weight, rows, gains)]
         start, out = self._here(residual), torch.empty(1, s.hidden, device=place)
 
@@ -172,26 +227,29 @@ class Operations:
             self._reference.norm(first, weight, EPS, want, rows, gains)
             return want
 
-        return Operation("norm, with the experts' rows", (K + 4) * 4 * s.hidden, run, out, agree)
+        return Operation(f"norm, with the experts' rows{s.name}", (k + 4) * 4 * s.hidden, run, out, agree)
 
     def _route(self) -> Operation:
-        s, place = self._shape, self._device.place
-        residual, weight, matrix = self._normal(1, s.hidden), self._normal(s.hidden), self._normal(E, s.hidden).half()
-        spec, here = Router(E, K), [self._here(t) for t in (residual, weight, matrix)]
-        router, own = RouterTensors(spec, matrix), RouterTensors(spec, here[2])
-        normed, gains = torch.empty(1, s.hidden, device=place), torch.empty(1, K, device=place)
-        ids = torch.empty(1, K, dtype=torch.int32, device=place)
+        s, place, spec = self._shape, self._device.place, self._shape.router
+        residual, weight, k = self._normal(1, s.hidden), self._normal(s.hidden), spec.top_k
+        matrix = (self._normal(spec.experts, s.hidden) * s.hidden**-0.5).half()
+        bias = torch.rand(spec.experts, generator=self._random) / 4 if spec.choice_bias else None
+        router = RouterTensors(spec, matrix, None, bias)
+        own = RouterTensors(spec, self._here(matrix), None, None if bias is None else self._here(bias))
+        here, there = self._here(residual), self._here(weight)
+        normed, ids = torch.empty(1, s.hidden, device=place), torch.empty(1, k, dtype=torch.int32, device=place)
+        gains = torch.empty(1, k, device=place)
 
         def run(i: int) -> None:
-            self._ops.route(here[0], here[1], own, EPS, normed, ids, gains)
+            self._ops.route(here, there, own, EPS, normed, ids, gains)
 
         def agree() -> Tensor:
-            want = torch.empty(1, K)
+            want = torch.empty(1, k)
             self._reference.route(residual, weight, router, EPS, torch.empty(1, s.hidden),
-                                  torch.empty(1, K, dtype=torch.int32), want)
+                                  torch.empty(1, k, dtype=torch.int32), want)
             return want
 
-        return Operation("router", 2 * E * s.hidden + 12 * s.hidden, run, gains, agree)
+        return Operation(f"router{s.name}", matrix.nbytes + 12 * s.hidden, run, gains, agree)
 
 
 def _slots(slab: Tensor, record: RecordLayout) -> ExpertSlots:
@@ -229,8 +287,9 @@ def run(task: dict[str, Any]) -> None:
     host = select({"int4", "int8", "bf16"}, {block}, say=lambda line: None)
     kernels = choose_device_kernels(device.place, device.half, {"int4", "int8", "bf16"}, {block}, host, device.triton)
     emit(kernels=kernels.ops.name, block=block)
-    shape = SMALL if task["stand_in"] else MIXTRAL
-    for name, made in Operations(device, kernels.ops, TorchDeviceOps(host), shape, block).all():
+    first, others = (SMALL, SMALL_OTHERS) if task["stand_in"] else (MIXTRAL, OTHERS)
+    of = partial(Operations, device, kernels.ops, TorchDeviceOps(host), block=block)
+    for name, made in chain(of(shape=first).all(), *(of(shape=shape).of_some_models() for shape in others)):
         try:
             emit(row=measure(made(), device))
         except Exception as e:

@@ -19,7 +19,7 @@ from qmix.sizes import MatrixSpec, RecordLayout
 from qmix.spec import Router
 
 LAYERS, GUESSES, CAPACITY = 3, 8, 8192
-SIZES = ((2048, 128, 8), (2048, 64, 8), (2048, 512, 10), (4096, 160, 8))  # hidden, experts, chosen
+SIZES = ((2048, 128, 8), (2048, 512, 10))  # hidden, experts, chosen: Qwen3-30B-A3B, Qwen3-Next
 RULES = {
     "softmax over all": {"over": "all"},
     "normalized": {"over": "all", "normalize": True},
@@ -33,13 +33,13 @@ HEADS = ((32, 4, 128, 128), (64, 4, 128, 128), (16, 16, 128, 128), (96, 8, 128, 
 
 
 def router(experts: int, k: int, hidden: int, rule: dict[str, object]) -> RouterTensors:
-    """A router of the rule, bf16, with random tensors."""
+    """A router of the rule, bf16."""
     spec = Router(experts, k, **rule)  # type: ignore[arg-type]
 
     def vector(wanted: bool) -> Tensor | None:
-        return torch.rand(experts) if wanted else None
+        return _floats(experts) if wanted else None
 
-    return RouterTensors(spec, torch.randn(experts, hidden).bfloat16(), vector(spec.logit_bias),
+    return RouterTensors(spec, torch.empty(experts, hidden, dtype=torch.bfloat16), vector(spec.logit_bias),
                          vector(spec.choice_bias), vector(spec.expert_scale))
 
 

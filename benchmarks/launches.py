@@ -2,14 +2,14 @@
 memory, tensor core instructions, and instructions a weight of the GEMVs.
 
     python benchmarks/launches.py [--card 8.6 ...] [--model mixtral ...] [--tokens 1 2 4 8] [--prompt 12 40 200 512]
-                                  [--format int4] [--count]
+                                  [--format int4] [--count] [--ops]
 
---count disassembles the GEMVs, which takes a second each. Decoding is the engine's own loop (DeviceDecode) over the
-operations and prompts are the products and attention that device_table.py chooses for the card. Of Mixtral 8x7B four
-layers do: others launch the same. "smallest" has 1 of everything, of which Triton makes a constant; it has no prompts
-that are longer than its context of 64. Exit code 1 where something is wrong: too much shared memory, spilled
-registers, products without tensor cores, a GEMV that moves data in its loop or whose order of sums depends on the
-number of tokens.
+--count disassembles the GEMVs, which takes a second each. --ops: also what other models launch (launch_ops.py).
+Decoding is the engine's own loop (DeviceDecode) over the operations and prompts are the products and attention that
+device_table.py chooses for the card. Of Mixtral 8x7B four layers do: others launch the same. "smallest" has 1 of
+everything, of which Triton makes a constant; it has no prompts that are longer than its context of 64. Exit code 1
+where something is wrong: too much shared memory, spilled registers, products without tensor cores, a GEMV that moves
+data in its loop or whose order of sums depends on the number of tokens.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported
 
 import torch
 from dry_launches import SHARED, Launch, Launches, recording
+from launch_ops import launch_ops
 from torch import Tensor
 
 from qmix import demo
@@ -37,6 +38,7 @@ from qmix.forward.kv_layers import FullLayer, Query
 from qmix.forward.run_graph import DeviceDecode
 from qmix.forward.weights import PACKED, DenseWeights, assemble
 from qmix.kernels.configs import TENSOR_CORES
+from qmix.kernels.cuda_ops import TritonOps
 from qmix.kernels.device_ops import ExpertSlots
 from qmix.kernels.device_table import DeviceKernels, choose_device_kernels
 from qmix.kernels.table import KernelTable
@@ -251,6 +253,7 @@ def main() -> int:
     parser.add_argument("--prompt", type=int, nargs="*", default=PROMPTS)
     parser.add_argument("--format", default="int4")
     parser.add_argument("--count", action="store_true")
+    parser.add_argument("--ops", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     failed = 0
@@ -258,6 +261,8 @@ def main() -> int:
         with recording(card) as found, torch.inference_mode():
             for name in args.model:
                 launch(known[name], card, found, args.tokens, args.prompt, args.format)
+            for count in args.tokens if args.ops else ():
+                launch_ops(TritonOps(), found, count)
         launches = sum(sum(one.labels.values()) for one in found)
         print(f"\n{card[0]}.{card[1]}: {launches} launches of {len(found)} kernels", *table(found, args.count),
               sep="\n", flush=True)

@@ -42,22 +42,30 @@ def inverse_of(size: int) -> Tensor:
     return 1.0 / 10000 ** (torch.arange(0, size, 2).float() / size)
 
 
-def cos_sin_of(ops: DeviceOps, positions: Tensor, size: int) -> Tensor:
+def cos_sin_of(ops: DeviceOps, positions: Tensor, size: int, factor: float = 1.0) -> Tensor:
     place = DEVICE if isinstance(ops, TritonOps) else torch.device("cpu")
     out = torch.empty(len(positions), size, device=place)
-    ops.rope_cos_sin(positions.to(place), inverse_of(size).to(place), out)
+    ops.rope_cos_sin(positions.to(place), inverse_of(size).to(place), out, factor)
     return out.cpu()
 
 
-def rope_attend(qkv: Tensor, cache: Tensor, start: int, window: int | None, ops: DeviceOps) -> tuple[Tensor, Tensor]:
-    """(What the tokens at positions `start` and on attend to, the cache afterwards)."""
+def rope_attend(qkv: Tensor, cache: Tensor, start: int, window: int | None, ops: DeviceOps,
+                turned: int | None = None) -> tuple[Tensor, Tensor]:
+    """(What the tokens at positions `start` and on attend to, the cache afterwards). turned: dimensions of a head that
+    rotate, None for all."""
     place = DEVICE if isinstance(ops, TritonOps) else torch.device("cpu")
     size, kv = cache.shape[3], cache.shape[1]
     positions = torch.arange(start, start + len(qkv))
-    cos_sin, here = cos_sin_of(ops, positions, size), cache.clone().to(place)
+    cos_sin, here = cos_sin_of(ops, positions, size if turned is None else turned), cache.clone().to(place)
     out = torch.empty(len(qkv), qkv.shape[1] - 2 * kv * size, device=place)
-    ops.rope_attend(qkv.to(place), cos_sin.to(place), here[0], here[1], positions.to(place), window, out)
+    ops.rope_attend(qkv.to(place), None if turned == 0 else cos_sin.to(place), here[0], here[1], positions.to(place),
+                    window, out)
     return out.cpu(), here.cpu()
+
+
+def partly(x: Tensor, positions: Tensor, turned: int) -> Tensor:
+    """x [T, heads, D] in float64, of each head the first `turned` dimensions rotated."""
+    return torch.cat((rotated(x[..., :turned], positions, inverse_of(turned)), x[..., turned:].double()), -1)
 
 
 @pytest.mark.parametrize("ops", [TritonOps(), REFERENCE], ids=["Triton", "reference"])
@@ -65,38 +73,44 @@ def test_cosines(ops: DeviceOps) -> None:
     """To half an ulp of fp32: the angle is a product in fp32, as models are trained, its cosine is taken in fp64."""
     positions, inverse = torch.tensor([0, 1, 7, 32767, 131071]), inverse_of(80)
     angle = (positions[:, None].float() * inverse).double()
-    assert torch.equal(cos_sin_of(ops, positions, 80), torch.cat((angle.cos(), angle.sin()), 1).float())
+    want = torch.cat((angle.cos(), angle.sin()), 1).float()
+    assert torch.equal(cos_sin_of(ops, positions, 80), want)
+    assert torch.equal(cos_sin_of(ops, positions, 80, 1.25), want * 1.25)
 
 
 class TestRopeAttend:
     @pytest.mark.parametrize("ops", [TritonOps(), REFERENCE], ids=["Triton", "reference"])
     @settings(max_examples=8, **NO_SHRINKING)
-    @given(size=st.sampled_from([16, 32, 80, 128]), group=st.sampled_from([1, 2, 4]), kv=st.integers(1, 2),
+    @given(size=st.sampled_from([16, 32, 64, 80, 96, 128]), group=st.sampled_from([1, 2, 4, 12]), kv=st.integers(1, 2),
+           part=st.sampled_from([1, 1, 0.5, 0]),
            tokens=st.sampled_from([1, 2, 5]), start=st.sampled_from([0, 1, 60, 63, 64, 126, 190]),
            window=st.sampled_from([None, 1, 3, 64, 500]), dtype=st.sampled_from([torch.float32, torch.float16]))
-    def test_against_float64(self, ops: DeviceOps, size: int, group: int, kv: int, tokens: int, start: int,
-                             window: int | None, dtype: torch.dtype) -> None:
+    def test_against_float64(self, ops: DeviceOps, size: int, group: int, kv: int, part: float, tokens: int,
+                             start: int, window: int | None, dtype: torch.dtype) -> None:
         """Keys to an ulp of the cache's dtype; attention over the keys that are in the cache then, with queries that
         the rotation may have moved by an ulp: each of D products of a score by 2^-23."""
         heads, cache = group * kv, random(2, kv, CAPACITY, size).to(dtype)
         cache[:, :, start:] = float("nan")  # what lies beyond is scratch
         qkv, positions = random(tokens, (heads + 2 * kv) * size), torch.arange(start, start + tokens)
-        got, after = rope_attend(qkv, cache, start, window, ops)
+        turn = int(size * part)
+        got, after = rope_attend(qkv, cache, start, window, ops, turn)
         q, k, v = qkv.view(tokens, -1, size).split((heads, kv, kv), 1)
-        turned, ulp = rotated(k, positions, inverse_of(size)), torch.finfo(dtype).eps
+        (queries, turned), ulp = (partly(x, positions, turn) for x in (q, k)), torch.finfo(dtype).eps
         # Products and their sum are rounded to fp32: by 2^-24 of numbers below 8.
         torch.testing.assert_close(after[0, :, positions].transpose(0, 1).double(), turned, rtol=ulp, atol=3 * 2**-21)
         assert torch.equal(after[1, :, positions].transpose(0, 1), v.to(dtype))
         assert torch.equal(after[:, :, :start], cache[:, :, :start]) and after[:, :, start + tokens:].isnan().all()
         if ops is REFERENCE and dtype != torch.float32:
             return  # it rounds queries to the cache's dtype too
-        want = attention(rotated(q, positions, inverse_of(size)), *after, positions, window)
+        want = attention(queries, *after, positions, window)
         assert relative(got, want.numpy()) < 2 * SUMS
 
-    @pytest.mark.parametrize(("start", "dtype"), [(62, torch.bfloat16), (127, torch.float32)], ids=str)
-    def test_drafts_have_the_bits_that_tokens_have_one_by_one(self, start: int, dtype: torch.dtype) -> None:
-        """Whichever program comes first, and whatever the cache holds where the new keys go."""
-        cache, qkv = random(2, 1, CAPACITY, 16).to(dtype), random(4, (2 + 2) * 16)
+    @pytest.mark.parametrize(("start", "dtype", "heads"), [(62, torch.bfloat16, 2), (127, torch.float32, 10)], ids=str)
+    def test_drafts_have_the_bits_that_tokens_have_one_by_one(self, start: int, dtype: torch.dtype,
+                                                              heads: int) -> None:
+        """Whichever program comes first, and whatever the cache holds where the new keys go. Ten query heads of a
+        key-value head have two programs."""
+        cache, qkv = random(2, 1, CAPACITY, 16).to(dtype), random(4, (heads + 2) * 16)
         cache[:, :, start:] = float("nan")
         want, one = [], cache
         for token, row in enumerate(qkv.split(1)):

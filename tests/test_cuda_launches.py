@@ -28,12 +28,15 @@ WANTED = [
     ([12, 0], ["mixtral", [1], PROMPTS]),
 ]
 COUNTED = [[8, 6], [9, 0]]
+OPS = {(7, 5): [1], (8, 6): [1, 8], (9, 0): [8]}  # numbers of tokens for what Mixtral does not launch (launch_ops.py)
 CODE = f"""
 import json, sys
 sys.path.insert(0, {str(BENCHMARKS)!r})
 import torch
 import launches
 from dry_launches import recording
+from launch_ops import launch_ops
+from qmix.kernels.cuda_ops import TritonOps
 
 torch.set_num_threads(1)
 known = launches.models()
@@ -42,6 +45,8 @@ for card, *runs in {WANTED!r}:
     with recording(card) as found, torch.inference_mode():
         for model, *rest in runs:
             launches.launch(known[model], card, found, *rest)
+        for count in {OPS!r}.get(card, ()):
+            launch_ops(TritonOps(), found, count)
         if card == (8, 6):
             launches.launch(known["demo"], card, found, (), (40,), "int4", 64, 64, torch.float32)
     for one in found:
@@ -66,6 +71,7 @@ def test_everything_compiles_and_fits(launched: list[dict[str, Any]]) -> None:
     for card, *runs in WANTED:
         labels = {label for line in launched if line["card"] == card and line["kernel"] for label in line["labels"]}
         wanted = {f"{model}, decode {count}" for model, tokens, *_ in runs for count in tokens}
+        wanted |= {f"ops, decode {count}" for count in OPS.get(tuple(card), ())}
         # A prompt of which torch does everything launches nothing of ours.
         assert wanted <= labels
 
@@ -78,6 +84,15 @@ def test_what_prompts_launch(launched: list[dict[str, Any]]) -> None:
     assert found[9, 0] == {"matmul"}
     assert all(found[card] == {"matmul", "attend_many"} for card in ((8, 0), (8, 9), (12, 0)))
     assert found[8, 6] == {"matmul", "attend_many", "decode"}  # what is in fp32 is torch's too
+
+
+def test_no_other_operation_is_compiled_anew_for_a_number_of_tokens(launched: list[dict[str, Any]]) -> None:
+    """Beside products of the experts and what finds them, the kernels of eight tokens are those of one."""
+    own = [line for line in launched if line["card"] == [8, 6] and line["kernel"] not in ("", "gemv", "finish", "jobs")]
+    several = [line for line in own if "ops, decode 1" in line.get("labels", ())]
+    assert {line["kernel"] for line in several} >= {"logits", "choose", "head_norm", "combined", "norm", "attend",
+                                                    "merge", "rope_cos_sin"}
+    assert all("ops, decode 8" in line["labels"] for line in several)
 
 
 def test_the_gemv_takes_few_instructions_a_weight(launched: list[dict[str, Any]]) -> None:

@@ -10,7 +10,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import decode, product, relative
-from test_cuda import DEVICE, NO_SHRINKING, SUMS, H, here, matrix, needs_triton, operand, silu_product, slab
+from test_cuda import (
+    DEVICE,
+    NO_SHRINKING,
+    SUMS,
+    H,
+    here,
+    int4_matrix,
+    matrix,
+    needs_triton,
+    operand,
+    silu_product,
+    slab,
+)
 from torch import Tensor
 
 from qmix.errors import UsageError
@@ -18,12 +30,12 @@ from qmix.formats import pack
 from qmix.formats.packed import Packed, view
 from qmix.kernels import cuda, cuda_ops, reference
 from qmix.kernels.configs import Configs
-from qmix.kernels.cuda import device_code
+from qmix.kernels.cuda import device_code, power_of_two
 from qmix.kernels.cuda_ops import TritonOps
 from qmix.kernels.device_ops import DeviceOps, ExpertSlots, Later, TorchDeviceOps
 from qmix.kernels.router import RouterTensors
 from qmix.kernels.table import KernelTable
-from qmix.sizes import MatrixSpec
+from qmix.sizes import MatrixSpec, RecordLayout
 from qmix.spec import Router
 
 pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore:(overflow encountered|All-NaN slice)")]
@@ -274,6 +286,50 @@ class TestExperts:
         for start, count in ((2, 1), (0, 2)):
             assert torch.equal(self.compute(x[start:start + count], ids[start:start + count])[0],
                                whole[start:start + count])
+
+    def test_small_experts_of_which_there_are_many(self) -> None:
+        """Records of Qwen3-30B-A3B's inner size, 12 groups of 64 columns where a program has room for 16; 8 of 128
+        chosen, of which 2 are in slots."""
+        record = RecordLayout(MatrixSpec("int4", 2 * 768, 64, 2, 64, 64), MatrixSpec("int4", 64, 768, 1, 64, 64))
+        pool = torch.zeros(2, record.nbytes, dtype=torch.uint8)
+        parts = [(int4_matrix(2 * 768, 64, 64, 64, 2, seed), int4_matrix(64, 768, 64, 64, 1, 9 + seed))
+                 for seed in range(2)]
+        for slot, (w13, w2) in zip(pool, parts, strict=True):
+            for placed in record.placed:
+                part = {"w13": w13, "w2": w2}[placed.matrix][placed.tensor.name]
+                view(slot, placed.offset, placed.tensor).copy_(part)
+        x, table = operand(1, 64) / 30, torch.full((128,), -1, dtype=torch.int32)
+        table[127], table[3] = 0, 1
+        ids = torch.tensor([[5, 127, 100, 3, 90, 64, 0, 77]], dtype=torch.int32)
+        rows = torch.full((1, 8, 64), 7.0, device=DEVICE)
+        TritonOps().experts(x.to(DEVICE), ExpertSlots(pool.to(DEVICE), record, ()), ids.to(DEVICE), table.to(DEVICE),
+                            rows)
+        for rank, expert in enumerate(ids[0].tolist()):
+            slot = int(table[expert])
+            if slot < 0:
+                assert bool((rows[0, rank] == 7).all())
+            else:
+                w13, w2 = (decode(m) for m in parts[slot])
+                assert relative(rows[:, rank].cpu(), silu_product(product(x, w13)) @ w2.T) < 5 * SUMS
+
+    @pytest.mark.parametrize(("experts", "tokens", "k"), [(128, 1, 8), (128, 8, 8), (60, 8, 8), (60, 3, 4)])
+    def test_jobs_of_many_experts(self, experts: int, tokens: int, k: int) -> None:
+        """Each choice that is in a slot is in one job, that of its expert, by its token and its row."""
+        pseudo = torch.Generator().manual_seed(experts + tokens)
+        ids = torch.stack([torch.randperm(experts, generator=pseudo)[:k] for _ in range(tokens)]).int()
+        table, pairs = (torch.randperm(experts, generator=pseudo) - 20).int(), tokens * k <= experts
+        width, count = power_of_two(tokens), min(tokens * k, experts)
+        slots, rows, places = (torch.full(shape, 9, dtype=torch.int32, device=DEVICE)
+                               for shape in ((count,), (count, width), (count, width)))
+        device_code("cuda_layer_jit").jobs[count,](ids.to(DEVICE), table.to(DEVICE), slots, rows, places, 5, 30, tokens,
+                                                  k, k, M=width, PAIRS=pairs)
+        found = {(int(slot), int(row), int(place)) for slot, own, there in zip(slots, rows, places, strict=True)
+                 for row, place in zip(own, there, strict=True) if place >= 0}
+        wanted = {(int(table[expert]) - 5, token, token * k + rank) for token, chosen in enumerate(ids.tolist())
+                  for rank, expert in enumerate(chosen) if 0 <= table[expert] - 5 < 30}
+        assert found == wanted and len(wanted) > 1
+        used = [int(slot) for slot in slots if slot >= 0]
+        assert len(set(used)) == len(used) == len({slot for slot, *_ in wanted})  # weights are read once
 
     def test_the_same_buffers_serve_again(self) -> None:
         pool, record, _, _ = slab("int4")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from mixtrals import mixtral
 
 from qmix.device import StandIn
 from qmix.engine.compiling import COMPILED, LOG, compile_prompts
+from qmix.sizes import MatrixSpec
 
 
 class Kernels:
@@ -20,6 +22,7 @@ class Kernels:
     def __init__(self, fail: str = "", error: Exception | None = None):
         self.fail, self.error = fail, error
         self.done: list[tuple[str, int]] = []
+        self.windows: list[int | None] = []
         self.prompts = self
 
     def linear(self, x: torch.Tensor, m: Any) -> torch.Tensor:
@@ -29,6 +32,7 @@ class Kernels:
         return self._note(m.name, x)
 
     def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int | None) -> torch.Tensor:
+        self.windows.append(window)
         return self._note("attention", q)
 
     def _note(self, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -40,15 +44,19 @@ class Kernels:
 
 
 def compiled(kernels: Kernels) -> list[str]:
-    def matrix(name: str, format: str) -> Any:
-        return SimpleNamespace(name=name, spec=SimpleNamespace(cols=8, format=format))
+    def matrix(name: str, format: str, rows: int) -> Any:
+        return SimpleNamespace(name=name, spec=MatrixSpec(format, rows, 64, 1, *((64, 64) if format != "int8" else ())))
 
     qkv = tuple(f"layers.{{}}.attention.{part}" for part in "qkv")
-    stacks = {tuple(name.format(i) for name in qkv): matrix("qkv" if i == 0 else f"qkv of {i}", "int4") for i in (0, 1)}
-    matrices = {f"layers.{i}.attention.o": matrix("o" if i == 0 else f"o of {i}", "int4") for i in (0, 1, 10)}
-    weights = SimpleNamespace(stacks=stacks, matrices=matrices | {"head": matrix("head", "int8")})
-    offload = SimpleNamespace(experts=SimpleNamespace(views=[(matrix("w13", "int3"), matrix("w2", "int3"))]))
-    config = mixtral(16, 8, 8, 1, 2, 1, 4, 2, 1)
+    stacks = {tuple(name.format(i) for name in qkv): matrix("qkv", "int4", 192) for i in (0, 1)}
+    matrices = {f"layers.{i}.attention.o": matrix("o", "int4", 64) for i in (0, 1, 10)}
+    matrices["layers.1.mlp.gate"] = matrix("gate", "int4", 128)
+    weights = SimpleNamespace(stacks=stacks, matrices=matrices | {"head": matrix("head", "int8", 16)})
+    offload = SimpleNamespace(experts=SimpleNamespace(views=[(matrix("w13", "int3", 128), matrix("w2", "int3", 64))]))
+    config = mixtral(16, 64, 8, 3, 2, 1, 4, 2, 1)
+    narrow = [replace(layer, mixer=replace(layer.mixer, window=window)) for layer, window in zip(
+        config.layers, (None, 4, None), strict=True)]
+    config = replace(config, layers=tuple(narrow))
     device, lines = StandIn(), list[str]()
     try:
         compile_prompts(kernels, weights, offload, config, device, torch.float32, lines.append)  # type: ignore[arg-type]
@@ -60,8 +68,9 @@ def compiled(kernels: Kernels) -> list[str]:
 def test_every_piece_is_run_for_every_number_of_tokens() -> None:
     kernels = Kernels()
     assert compiled(kernels) == []
-    names = ("qkv", "o", "head", "w13", "w2", "attention")
-    assert kernels.done == [(name, tokens) for tokens in COMPILED for name in names]
+    names = ("qkv", "o", "gate", "head", "w13", "w2", "attention", "attention")
+    assert sorted(kernels.done) == sorted((name, tokens) for tokens in COMPILED for name in names)
+    assert kernels.windows == [None, 4] * len(COMPILED)  # of three layers two are alike
 
 
 @pytest.mark.parametrize(("fail", "piece"), [("o", "a product of 12 tokens with a dense matrix in int4"),

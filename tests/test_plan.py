@@ -45,11 +45,11 @@ def test_mixtral_known_sizes() -> None:
 def test_dense_weights_count_as_they_lie_in_memory() -> None:
 
     stored = sum(dense_bytes(MIXTRAL, QuantConfig(), t) for t in MIXTRAL.tensors())
-    norms, routers = 65 * 4096, 32 * 8 * 4096
+    norms = 65 * 4096
     assert resident_dense_bytes(MIXTRAL, QuantConfig()) == stored + norms * (4 - 2)
     needs = Needs.of(MIXTRAL, QuantConfig(), 128)
     there = plan(needs, 32 * GIB, 0, 24 * GIB).tiers[0]
-    assert there.dense - needs.dense == needs.routers == 8 * routers  # a GPU has them in fp64 too
+    assert there.dense == needs.dense  # a GPU too has routers as they are stored, and widens them in registers
 
 
 def test_everything_fits_or_the_slots_are_what_is_left() -> None:

@@ -9,13 +9,18 @@ from dataclasses import replace
 import pytest
 import torch
 from mixtrals import mixtral
+from model_configs import TINY as TINY_KEYS
+from model_configs import with_keys
 from test_cuda import DEVICE, needs_triton
 from torch import Tensor
 
 from qmix.config import QuantConfig
 from qmix.errors import QmixError
-from qmix.kernels.configs import INTERPRETED, KERNELS, Attention, Configs, Dense, Gemv, Matmul
+from qmix.kernels.attend import attend_torch
+from qmix.kernels.configs import INTERPRETED, KERNELS, Attention, Configs, Dense, Gemv, Matmul, capability
+from qmix.kernels.cuda_prompt import prompt_attention
 from qmix.kernels.tuning import Case, Outcome, Work, candidates, choose
+from qmix.models import read_model
 
 DEFAULT = Configs()
 
@@ -172,7 +177,8 @@ class TestTrials:
         shapes = replace(trials.Shapes.of("tiny", TINY, QuantConfig()), prompts=((20, 0),))
         cases = trials.cases("attention", shapes, trials.Place(DEVICE, torch.float16, 1, 1))
         found = choose("attention", INTERPRETED, FEW_OPTIONS["attention"], cases, self.timer)
-        assert [reason for _, reason in found.skipped] == ["wrong numbers (20 tokens after 0: 0.1 off)"]
+        assert [reason for _, reason in found.skipped] == [
+            "wrong numbers (20 tokens after 0, 2 heads of 16 on 1: 0.1 off)"]
 
     def test_mixtral_and_models_without_a_use_for_a_kernel(self) -> None:
         from qmix.kernels import trials
@@ -184,6 +190,29 @@ class TestTrials:
         at = trials.Place(DEVICE, torch.float16, 1, 1)
         kept = trials.Shapes.of("kept", TINY, QuantConfig("keep", "int4"))
         assert trials.cases("gemv", kept, at) == trials.cases("dense", kept, at) == []
+
+    def test_each_shape_of_a_model_once(self) -> None:
+        """Qwen3-MoE with dense layers in between, q and k wider than the hidden size; a dense model with a tied head; a
+        model whose layers attend in two ways."""
+        from qmix.kernels import trials
+
+        config = read_model(with_keys(TINY_KEYS["qwen3_moe"], {
+            "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 32, "mlp_only_layers": [0], "vocab_size": 50}))
+        shapes = trials.Shapes.of("qwen3", config, QuantConfig(group_size=32))
+        assert [(m.rows, m.cols) for m in shapes.dense] == [(256, 64), (64, 128), (96, 64), (64, 96), (50, 64)]
+        assert shapes.attentions == ((4, 2, 32),) and (shapes.experts, shapes.chosen) == (
+            config.num_experts, config.top_k)
+        tied = read_model(with_keys(TINY_KEYS["mistral"], {"tie_word_embeddings": True, "vocab_size": 50}))
+        dense = trials.Shapes.of("mistral", tied, QuantConfig(group_size=32))
+        assert (dense.experts, dense.chosen, len(dense.dense), len(dense.attentions)) == (1, 1, 3, 1)
+        layers = [replace(layer, mixer=replace(layer.mixer, head_dim=16 * (1 + i % 2), rope=None))
+                  for i, layer in enumerate(config.layers)]
+        mixed = trials.Shapes.of("mixed", replace(config, layers=tuple(layers)), QuantConfig(group_size=32))
+        assert mixed.attentions == ((4, 2, 16), (4, 2, 32)) and len(mixed.dense) == 7
+        ours = prompt_attention(capability(DEVICE), Attention()) is not attend_torch
+        cases = trials.cases("attention", mixed, trials.Place(DEVICE, torch.float16, 1, 1))
+        assert len({case.name for case in cases}) == len(cases) == 2 * len(mixed.prompts) * ours
 
     @pytest.mark.parametrize(("card", "tuned"), [((7, 5), set()), ((9, 0), {"matmul"}),
                                                  ((8, 6), {"matmul", "attention"})])

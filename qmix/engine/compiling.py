@@ -18,7 +18,7 @@ from qmix.formats.packed import Packed
 from qmix.forward.weights import DenseWeights
 from qmix.kernels.device_table import DeviceKernels
 from qmix.offload.setup import Offload
-from qmix.spec import Model
+from qmix.spec import Attention, Model
 
 COMPILED = (12, 40, 200)  # tokens of a prompt: numbers for which kernels are cut differently
 LOG = logging.getLogger(__name__)
@@ -45,11 +45,11 @@ def compile_prompts(kernels: DeviceKernels, weights: DenseWeights, offload: Offl
 def _pieces(kernels: DeviceKernels, weights: DenseWeights, offload: Offload, model: Model, device: Device,
             dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     """(what it is, what runs it once), for products of the dense matrices and of one expert of each kind, and for
-    attention."""
+    attention: of each shape that a layer has, once."""
     prompts = kernels.prompts
-    matrices = [m for names, m in weights.stacks.items() if names[0].startswith("layers.0.")]
-    matrices += [m for name, m in weights.matrices.items() if name.startswith(("layers.0.", "head", "embedding"))]
-    attention, _ = model.alike()
+    matrices = {m.spec: m for m in (*weights.matrices.values(), *weights.stacks.values())}.values()
+    mixers = [layer.mixer for layer in model.layers if isinstance(layer.mixer, Attention)]
+    shapes = dict.fromkeys((a.heads, a.kv_heads, a.head_dim, a.window) for a in mixers)
 
     def expert(x: Tensor, w13: Packed, w2: Packed) -> None:
         prompts.linear(prompts.gated(x, w13), w2)
@@ -61,6 +61,6 @@ def _pieces(kernels: DeviceKernels, weights: DenseWeights, offload: Offload, mod
                    partial(prompts.linear, x.new_zeros(tokens, m.spec.cols), m))
         for w13, w2 in offload.experts.views:
             yield f"an expert in {w13.spec.format} of {tokens} tokens", partial(expert, x, w13, w2)
-        heads = x.new_zeros(tokens, attention.heads, attention.head_dim)
-        kept = x.new_zeros(attention.kv_heads, tokens, attention.head_dim)
-        yield f"attention of {tokens} tokens", partial(kernels.attend, heads, kept, kept, attention.window)
+        for heads, kv_heads, size, window in shapes:
+            query, kept = x.new_zeros(tokens, heads, size), x.new_zeros(kv_heads, tokens, size)
+            yield f"attention of {tokens} tokens", partial(kernels.attend, query, kept, kept, window)

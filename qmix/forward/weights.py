@@ -57,7 +57,7 @@ def compute_dtype(model: Model, quant: QuantConfig, half: torch.dtype = torch.bf
 def load_dense(model: Model, dtype: torch.dtype, read: Read, device: Device | None = None) -> DenseWeights:
     """Every dense weight, by canonical name of `read`, which several threads call; on `device` where one is given: then
     a few at a time are in host memory. StoreError names what is missing or wrong."""
-    together = {name for names in _stacks(model) for name in names}
+    together = {name for names in _stacks(model) for name in names} | set(_router_weights(model))
 
     def placed(name: str) -> Packed | Tensor:
         found = read(name)
@@ -77,7 +77,7 @@ def load_dense(model: Model, dtype: torch.dtype, read: Read, device: Device | No
 def assemble(model: Model, dtype: torch.dtype, read: Read, place: torch.device | None = None) -> DenseWeights:
     """The weights of `model.tensors()` from `read(canonical name)`, which gives a Packed for those that a store packs,
     else a Tensor; each is read once. place: a device, where q, k and v of a layer become one matrix if their format
-    allows it."""
+    allows it, and the routers of all layers lie side by side."""
     norms = _norms(model)
     matrices: dict[str, Packed] = {}
     tensors: dict[str, Tensor] = {}
@@ -96,6 +96,8 @@ def assemble(model: Model, dtype: torch.dtype, read: Read, place: torch.device |
     if model.tied:
         matrices["embedding"] = _tied_head(tensors["embedding"])
     stacks = {} if place is None else _stack(model, matrices, place)
+    if place is not None:
+        tensors |= _side_by_side({name: tensors[name] for name in _router_weights(model)}, place)
     return DenseWeights(model, dtype, matrices, tensors, stacks)
 
 
@@ -110,6 +112,20 @@ def _stack(model: Model, matrices: dict[str, Packed], place: torch.device) -> di
         else:
             stacks[names] = whole.to(place)
     return stacks
+
+
+def _side_by_side(tensors: Mapping[str, Tensor], place: torch.device) -> dict[str, Tensor]:
+    """Those of one shape and dtype as parts of one tensor at `place`, in order: a kernel finds the routers of several
+    layers by their distance, so that those which are asked for guesses are not copied."""
+    groups: dict[tuple[torch.Size, torch.dtype], list[str]] = {}
+    for name, tensor in tensors.items():
+        groups.setdefault((tensor.shape, tensor.dtype), []).append(name)
+    found = {}
+    for (shape, dtype), names in groups.items():
+        whole = torch.empty(len(names), *shape, dtype=dtype, device=place)
+        for part, name in zip(whole, names, strict=True):
+            found[name] = part.copy_(tensors[name])
+    return found
 
 
 class KernelWeights:
@@ -164,6 +180,10 @@ def _stacks(model: Model) -> list[tuple[str, ...]]:
     there = {t.name for t in model.tensors()}
     groups = [tuple(f"layers.{i}.attention.{part}" for part in "qkv") for i in range(len(model.layers))]
     return [names for names in groups if there.issuperset(names)]
+
+
+def _router_weights(model: Model) -> list[str]:
+    return [f"layers.{i}.router.weight" for i in model.moe_layers]
 
 
 def _tied_head(embedding: Tensor) -> Packed:

@@ -67,8 +67,8 @@ def attend(query, cos_sin, keys, values, key_scales, value_scales, positions, pa
     where ROPE, and keys and values are written to their positions. keys, values [KV, S, D], where INT8 codes, with
     key_scales and value_scales fp32 [KV, S]; positions [T]; turned: R; scale: of the scores, with log2(e); partial
     fp32 [T, Q, splits, D]: weighted sums of values, tops and totals fp32 [T, Q, splits]: their largest score, and the
-    sum of the weights. WIDTH: D as a power of two. Grid: KV * PARTS, splits, T; a split that a token does not see writes
-    nothing.
+    sum of the weights. WIDTH: D as a power of two. Grid: KV * PARTS, splits, T; a split that a token does not see
+    writes nothing.
     """
     part = tl.program_id(0)
     head = part // PARTS

@@ -165,8 +165,8 @@ class TritonOps:
             totals, reach, query.stride(0), 0 if cos_sin is None else cos_sin.stride(0), keys.stride(0), keys.stride(1),
             values.stride(0), values.stride(1), of_keys.stride(0), of_values.stride(0), splits, size,
             0 if cos_sin is None else cos_sin.shape[1], LOG2_E / size**0.5, GROUP=group,
-            PARTS=heads // kv // group, SPLIT=split, STEP=min(TILE // width, split), WIDTH=width, NEW=new, ROPE=cos_sin is not None,
-            INT8=scales is not None, num_warps=4 if group <= 4 else 8, enable_fp_fusion=True)
+            PARTS=heads // kv // group, SPLIT=split, STEP=min(TILE // width, split), WIDTH=width, NEW=new,
+            ROPE=cos_sin is not None, INT8=scales is not None, num_warps=4 if group <= 4 else 8, enable_fp_fusion=True)
         jit.merge[tokens, heads](partial, tops, totals, positions, out, reach, out.stride(0), splits, size, SPLIT=split,
                                  SPLITS=power_of_two(splits), STEP=16, WIDTH=width, num_warps=4, enable_fp_fusion=True)
 

@@ -26,6 +26,7 @@ from qmix.kernels.device_ops import FEW, ExpertSlots
 from qmix.kernels.tuning import Case, Timer, Work
 from qmix.models import read_model
 from qmix.sizes import MIB, MatrixSpec, RecordLayout, record_layouts
+from qmix.spec import Attention as AttentionSpec
 from qmix.spec import Model
 
 CACHES = 3  # times the card's cache
@@ -35,29 +36,40 @@ LAUNCHES = 3.0  # times as long as a launch takes the host, the card is kept bus
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """Of one model. layouts: of its expert records; dense: its matrices in formats that the dense gemv has. prompts:
-    (tokens, positions before them) of a prompt's pieces."""
+    """Of one model, each once. layouts: of its expert records; dense: its matrices in formats that the dense gemv has;
+    attentions: (heads, key-value heads, head size). prompts: (tokens, positions before them) of a prompt's pieces."""
 
     model: str
     layouts: tuple[RecordLayout, ...]
     dense: tuple[MatrixSpec, ...]
     experts: int
     chosen: int
-    heads: int
-    kv_heads: int
-    head_dim: int
+    attentions: tuple[tuple[int, int, int], ...]
     prompts: tuple[tuple[int, int], ...] = ((512, 0), (512, 3584), (4096, 0))
 
     @classmethod
     def of(cls, model: str, config: Model, quant: QuantConfig) -> Shapes:
         """Grouped dense matrices leave the dense gemv nothing to do."""
-        attention, moe = config.alike()
-        heads, kv, size, hidden = attention.heads, attention.kv_heads, attention.head_dim, config.hidden
         kind = {"int8": "int8", "keep": DTYPES[config.dtype]}.get(quant.dense, "")
-        shapes = ((heads + 2 * kv) * size, hidden), (hidden, heads * size), (config.vocab, hidden)
+        mixers = [layer.mixer for layer in config.layers if isinstance(layer.mixer, AttentionSpec)]
         return cls(model, tuple(x for x in record_layouts(config, quant) if x.w13.bits and x.w2.bits),
-                   tuple(MatrixSpec(kind, *shape) for shape in shapes if kind), moe.router.experts,
-                   moe.router.top_k, heads, kv, size)
+                   tuple(MatrixSpec(kind, *shape) for shape in _dense_shapes(config)) if kind else (),
+                   config.num_experts, config.top_k,
+                   tuple(dict.fromkeys((a.heads, a.kv_heads, a.head_dim) for a in mixers)))
+
+
+def _dense_shapes(config: Model) -> tuple[tuple[int, int], ...]:
+    """(rows, columns) of the dense matrices as a device has them, q, k and v as one."""
+    shapes = {t.name: t.shape for t in config.tensors() if t.role in ("linear", "mlp", "head")}
+    if config.tied:
+        shapes["embedding"] = config.vocab, config.hidden
+    found: dict[tuple[int, int], None] = {}
+    for name, (rows, cols) in shapes.items():
+        stem, _, part = name.rpartition(".")
+        qkv = [f"{stem}.{other}" for other in "qkv"]
+        together = stem.endswith("attention") and part in "qkv" and all(other in shapes for other in qkv)
+        found[sum(shapes[other][0] for other in qkv) if together else rows, cols] = None
+    return tuple(found)
 
 
 MIXTRAL_8X7B = MappingProxyType({
@@ -99,7 +111,7 @@ def cases(kernel: str, shapes: Shapes, at: Place) -> list[Case]:
         return [case for layout in shapes.layouts for case in _prompts(layout, shapes, at)]
     if kernel == "dense":
         return [case for spec in dict.fromkeys(shapes.dense) for case in _dense(spec, at)]
-    return [_attention(tokens, past, shapes, at) for tokens, past in shapes.prompts]
+    return [_attention(tokens, past, shape, at) for shape in shapes.attentions for tokens, past in shapes.prompts]
 
 
 def _experts(layout: RecordLayout, shapes: Shapes, at: Place) -> list[Case]:
@@ -159,16 +171,16 @@ def _dense(spec: MatrixSpec, at: Place) -> list[Case]:
 
             return work
 
-        return Case(f"{spec.rows} rows, {tokens}", start)
+        return Case(f"{spec.rows} rows of {spec.cols}, {tokens}", start)
 
     return [case(1), case(FEW)]
 
 
-def _attention(tokens: int, past: int, shapes: Shapes, at: Place) -> Case:
-    size, positions = shapes.head_dim, past + tokens
-    query = _numbers((tokens, shapes.heads, size), at, at.half)
-    nbytes = 2 * shapes.kv_heads * positions * size * at.half.itemsize
-    caches = [_numbers((2, shapes.kv_heads, positions, size), at, at.half) for _ in range(at.copies(nbytes))]
+def _attention(tokens: int, past: int, shape: tuple[int, int, int], at: Place) -> Case:
+    (heads, kv_heads, size), positions = shape, past + tokens
+    query = _numbers((tokens, heads, size), at, at.half)
+    nbytes = 2 * kv_heads * positions * size * at.half.itemsize
+    caches = [_numbers((2, kv_heads, positions, size), at, at.half) for _ in range(at.copies(nbytes))]
 
     def start(configs: Configs) -> Work:
         def work(i: int) -> Tensor:
@@ -177,7 +189,7 @@ def _attention(tokens: int, past: int, shapes: Shapes, at: Place) -> Case:
 
         return work
 
-    return Case(f"{tokens} tokens after {past}", start)
+    return Case(f"{tokens} tokens after {past}, {heads} heads of {size} on {kv_heads}", start)
 
 
 def _matrices(layout: RecordLayout) -> dict[str, MatrixSpec]:

@@ -53,8 +53,7 @@ class Needs:
     """Bytes that a model takes wherever it runs; records: how many of `record` bytes each, or in a mixed store on
     average, where kinds has (records, bytes of one) for each kind; kv_cache: how keys and values are kept, one of
     sizes.KV_FORMATS; decoded: what an int8 cache takes of a GPU besides, whose prompts decode all heads at once;
-    embedding: bytes of `dense` of which a token reads one row; routers: those of the fp64 copies that a GPU has
-    besides."""
+    embedding: bytes of `dense` of which a token reads one row."""
 
     context: int
     dense: int
@@ -69,7 +68,6 @@ class Needs:
     scoring: bool = False
     decoded: int = 0
     embedding: int = 0
-    routers: int = 0
 
     @classmethod
     def of(cls, model: Model, quant: QuantConfig, context: int, kv: str = "bf16",
@@ -87,13 +85,12 @@ class Needs:
         return cls(context, resident_dense_bytes(model, quant), kv_bytes(model, context, itemsize, kv),
                    workspace, mean, len(keys), len(model.record_layers), model.top_k, kv,
                    kinds if len(kinds) > 1 else (), scoring,
-                   2 * context * widest_kv(model) * itemsize if kv == "int8" else 0, unread_bytes(model, quant),
-                   sum(8 * prod(t.shape) for t in model.tensors() if t.role == "router"))
+                   2 * context * widest_kv(model) * itemsize if kv == "int8" else 0, unread_bytes(model, quant))
 
     @property
     def on_device(self) -> Needs:
-        """What a GPU has to hold: also routers in fp64, tiles, and the heads of an int8 cache that prompts decode."""
-        return replace(self, dense=self.dense + self.routers, workspace=self.workspace + DEVICE_TILES + self.decoded)
+        """What a GPU has to hold: also tiles, and the heads of an int8 cache that prompts decode."""
+        return replace(self, workspace=self.workspace + DEVICE_TILES + self.decoded)
 
     @property
     def by_kind(self) -> tuple[tuple[int, int], ...]:

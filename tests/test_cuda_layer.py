@@ -1,0 +1,111 @@
+"""What a device does to a few tokens number by number or head by head, against float64; on the GPU where there is one,
+else under Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_cuda import DEVICE, NO_SHRINKING, needs_triton
+from test_cuda_ops import EPS, norm64, random
+from torch import Tensor
+
+from qmix.kernels.cuda_ops import TritonOps
+from qmix.kernels.device_ops import DeviceOps, TorchDeviceOps
+from qmix.kernels.table import KernelTable
+
+pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore:(overflow encountered|All-NaN|invalid value)")]
+OPS = pytest.mark.parametrize("ops", [TritonOps(), TorchDeviceOps(KernelTable({}, {}))], ids=["Triton", "reference"])
+# Products and quotients of a few roundings, and an exponential function that is off by 2^-22 and rounds its argument, a
+# number below 8, to 2^-21.
+CLOSE = {"rtol": 2**-19, "atol": 2**-40}
+
+
+def place_of(ops: DeviceOps) -> torch.device:
+    return DEVICE if isinstance(ops, TritonOps) else torch.device("cpu")
+
+
+class TestHeadNorm:
+    @OPS
+    @settings(max_examples=10, **NO_SHRINKING)
+    @given(size=st.sampled_from([1, 64, 80, 96, 128, 300]), heads=st.integers(1, 5), tokens=st.integers(1, 8),
+           weighted=st.booleans(), clip=st.sampled_from([None, 0.75]))
+    def test_against_float64(self, ops: DeviceOps, size: int, heads: int, tokens: int, weighted: bool,
+                             clip: float | None) -> None:
+        """Of columns within something wider, whose other columns stay."""
+        wide, weight = random(tokens, heads * size + 7), random(size) if weighted else None
+        want = norm64(wide[:, 3:-4].reshape(tokens, heads, size), torch.ones(size) if weight is None else weight)
+        want = (want if clip is None else want.clamp(-clip, clip)).flatten(1)
+        got = wide.clone().to(place_of(ops))
+        ops.head_norm(got[:, 3:-4], size, None if weight is None else weight.to(got.device), EPS, clip)
+        torch.testing.assert_close(got[:, 3:-4].cpu().double(), want, rtol=2e-6, atol=1e-7)
+        assert torch.equal(got[:, :3].cpu(), wide[:, :3]) and torch.equal(got[:, -4:].cpu(), wide[:, -4:])
+
+    @OPS
+    def test_only_clamped_and_nan_stays(self, ops: DeviceOps) -> None:
+        x = torch.tensor([[3.0, -3.0, float("nan"), 0.25, float("inf"), 1.5]], device=place_of(ops))
+        ops.head_norm(x, 3, None, None, 1.5)
+        assert torch.equal(x.nan_to_num(9).cpu(), torch.tensor([[1.5, -1.5, 9, 0.25, 1.5, 1.5]]))
+
+    @OPS
+    def test_a_token_has_the_bits_that_it_has_alone_and_a_broken_head_breaks_no_other(self, ops: DeviceOps) -> None:
+        x, weight = random(8, 4 * 96).to(place_of(ops)), random(96).to(place_of(ops))
+        whole, one = x.clone(), x[5:6].clone()
+        x[5, 100] = float("nan")
+        for part in (whole, one, x):
+            ops.head_norm(part, 96, weight, EPS, 1.0)
+        assert torch.equal(one[0], whole[5])
+        broken = x.isnan()
+        assert broken[5, 96:192].all() and int(broken.sum()) == 96 and torch.equal(x[~broken], whole[~broken])
+
+
+@OPS
+@settings(max_examples=6, **NO_SHRINKING)
+@given(size=st.sampled_from([1, 31, 768, 1100]), tokens=st.integers(1, 8))
+def test_what_is_computed_number_by_number(ops: DeviceOps, size: int, tokens: int) -> None:
+    """Of columns within something wider; the result in place of an operand."""
+    x, y = (t.to(place_of(ops)) for t in (random(tokens, 2 * size) * 2, random(tokens, size, seed=1) * 2))
+    first, second, by = x[:, :size], x[:, size:], y[:, :1]
+    a, b, c = (t.double().cpu() for t in (first, second, y))
+
+    def same(got: Tensor, want: Tensor) -> None:
+        torch.testing.assert_close(got.cpu().double(), want, **CLOSE)
+
+    out = torch.empty_like(y)
+    ops.silu_mul(first, second, out)
+    same(out, a * a.sigmoid() * b)
+    ops.silu_mul(first, second, first)
+    assert torch.equal(first, out) and torch.equal(second.double().cpu(), b)
+    for kind, switch in (("sigmoid", c.sigmoid()), ("silu", c * c.sigmoid())):
+        for given_by, wanted in ((y, switch), (by, switch[:, :1])):
+            got = second.clone()
+            ops.gate(got, given_by, kind)
+            same(got, b * wanted)
+    ops.add(second, y)
+    assert torch.equal(second.cpu(), b.float() + c.float())
+    for weight, factor in ((y[0], 1.0), (y[0, :1], 0.3), (None, 0.3), (None, 1.0)):
+        got = y.clone()
+        ops.scale(got, weight, factor)
+        want = y.cpu() if weight is None else y.cpu() * weight.cpu()
+        assert torch.equal(got.cpu(), want * factor)
+
+
+@OPS
+def test_large_and_broken_numbers(ops: DeviceOps) -> None:
+    gate = torch.tensor([[-200.0, 200.0, float("nan"), 1.0]], device=place_of(ops))
+    up, out = torch.full((1, 4), 2.0, device=gate.device), torch.empty(1, 4, device=gate.device)
+    ops.silu_mul(gate, up, out)
+    assert out[0, :2].tolist() == [0.0, 400.0] and out[0, 2].isnan() and out[0, 3].isfinite()
+
+
+@OPS
+def test_a_norm_without_a_weight_and_a_scaled_embedding(ops: DeviceOps) -> None:
+    table, which = random(9, 70).half().to(place_of(ops)), torch.tensor([8, 0, 3], device=place_of(ops))
+    residual, out = torch.empty(3, 70, device=table.device), torch.empty(3, 70, device=table.device)
+    ops.embed(which, table, residual, 8.3)
+    assert torch.equal(residual, table[which].float() * 8.3)
+    ops.norm(residual, None, EPS, out)
+    torch.testing.assert_close(out.cpu().double(), norm64(residual.cpu(), torch.ones(70)), rtol=1e-6, atol=1e-7)
+    ops.norm(residual, None, EPS, residual)
+    assert torch.equal(residual, out)
