@@ -15,8 +15,8 @@ A table says what becomes of an Op, or of neighbours that are one call:
     Head                              linear
 
 What is not there raises Unsupported. A piece is lowered by its Ops alone, without weights: whether a device computes a
-model is known from its spec (`not_on_device`). A Bind then makes the call for weights and buffers. All activations are fp32,
-so that what a Norm gives the experts and a router is one buffer.
+model is known from its spec (`not_on_device`). A Bind then makes the call for weights and buffers. All activations are
+fp32, so that what a Norm gives the experts and a router is one buffer.
 
 T tokens, H hidden, Q query heads, KV key-value heads, D head size.
 """
@@ -116,9 +116,9 @@ class _Lowering:
         self._ops = piece.program
         self._given = piece.given  # None as soon as its name has another meaning
         self._columns: set[tuple[str, ...]] = set()  # results of Linears that lie side by side
-        self._input = -1  # the Op that writes what the experts read
-        if piece.experts is not None:
-            self._input = max((at for at, op in enumerate(piece.program) if piece.experts.source in op.outputs), default=-1)
+        source = None if piece.experts is None else piece.experts.source
+        writers = [at for at, op in enumerate(piece.program) if source in op.outputs]
+        self._input = writers[-1] if writers else -1  # the Op that writes what the experts read
 
     def calls(self) -> list[Bind]:
         found: list[Bind] = []
