@@ -21,7 +21,6 @@ from qmix.config import QuantConfig
 from qmix.device import StandIn
 from qmix.engine import Engine, Placement, load
 from qmix.errors import DoesNotFit, UsageError
-from qmix.forward.lower_device import not_on_device
 from qmix.offload.plan import Needs
 from qmix.store import Store
 
@@ -58,14 +57,13 @@ def want(store: Path) -> Tensor:
 
 
 def tight(monkeypatch: pytest.MonkeyPatch, store: Path, below: int | None = 2, above: int | None = None,
-          kv: str = "bf16", prefetch: str = "both", context: int = CONTEXT, triton: bool = False) -> Engine:
+          kv: str = "bf16", prefetch: str = "both") -> Engine:
     """The fewest slots on the device with which qmix runs; below: None for all records."""
     with Store.open(store) as opened:
         records = len(opened.model.expert_keys)
-        least = Needs.of(opened.model, opened.quant, context).least_slots
-    device = StandIn(delays(7), torch.float16, True) if triton else StandIn(delays(7))
-    return bring_up(monkeypatch, store, least if above is None else above, below or records, device, records=records,
-                    context=context, kv=kv, prefetch=prefetch)
+        least = Needs.of(opened.model, opened.quant, CONTEXT).least_slots
+    return bring_up(monkeypatch, store, least if above is None else above, below or records, StandIn(delays(7)),
+                    records=records, context=CONTEXT, kv=kv, prefetch=prefetch)
 
 
 def test_the_numbers_of_the_cpus_engine(store: Path, want: Tensor) -> None:
@@ -147,25 +145,24 @@ def test_what_a_device_does_not_compute_is_computed_by_the_cpu(store: Path, monk
     assert done.returncode == 2 and f"--vram 2.0 GiB: {reason}" in done.stderr
 
 
-FEW_LAYERS = {"mixtral": {}, "mistral": {}, "qwen3_moe": {"mlp_only_layers": [0]}, "olmoe": {}}
+FEW_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+SMALL = {"mistral": {"num_hidden_layers": 1}, "olmoe": {"num_hidden_layers": 1, **FEW_EXPERTS},
+         "qwen3_moe": {"num_hidden_layers": 2, "mlp_only_layers": [0], **FEW_EXPERTS}}
 
 
 @pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed")
-@pytest.mark.parametrize("kind", RUN)
-def test_tritons_kernels_in_the_engine(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under the interpreter, or on a GPU: the numbers of the CPU's kernels, with experts that come and go, and the same
-    bits for a token among drafts as alone."""
-    raw = with_keys(FIRST[kind], {"num_hidden_layers": 2, **FEW_LAYERS[kind]})
+@pytest.mark.parametrize("kind", [kind for kind in RUN if kind != "mixtral"])
+def test_tritons_kernels_in_the_engine(kind: str, tmp_path: Path) -> None:
+    """Under the interpreter, or on a GPU: the numbers of the CPU's kernels, for a prompt and two tokens at once. It
+    takes seconds for a layer; test_device_engine.py has more of Mixtral."""
+    raw = with_keys(FIRST[kind], SMALL.get(kind, {}))
     store = quantized(write(random_model(raw, torch.bfloat16), raw, tmp_path / "source"), tmp_path / "int4",
                       QuantConfig())
     found = []
-    for triton in (False, True):
-        with tight(monkeypatch, store, context=32, triton=triton) as engine:
-            assert not_on_device(engine.model) == ""
+    for device in (StandIn(), StandIn(half=torch.float16, triton=True)):  # the interpreter gets bf16 products wrong
+        with everything_there(store, device=device) as engine:
             session = engine.session()
-            one = [session.prefill(IDS[:3]), session.decode(IDS[3]).clone()]
-            session.trim(3)
-            found.append(torch.stack([*one, *session.verify(IDS[3:5]).clone()]))
+            session.prefill(IDS[:3])
+            found.append(session.verify(IDS[3:5]).clone())
     errors = (found[1] - found[0]).norm(dim=1) / found[0].norm(dim=1)
-    assert errors.median() < bounds.model_apart(engine.model.num_layers)
-    assert torch.equal(found[1][1], found[1][2])
+    assert errors.max() < bounds.model_apart(engine.model.num_layers)
