@@ -15,13 +15,13 @@ from qmix.engine import vram
 from qmix.engine.kernels import stored_formats
 from qmix.engine.machine import Placement
 from qmix.errors import QmixError, UsageError
+from qmix.forward.lower_device import not_on_device
 from qmix.forward.weights import compute_dtype
 from qmix.kernels import tuned
 from qmix.kernels.device_table import DeviceKernels, choose_device_kernels
 from qmix.kernels.table import KernelTable
 from qmix.offload.plan import UNMEASURED, Needs, Plan
 from qmix.offload.plan import plan as make_plan
-from qmix.spec import Attention, Model
 from qmix.store import Store
 
 
@@ -60,17 +60,6 @@ def choose_device_and_plan(store: Store, needs: Needs, placement: Placement | No
         raise
     opened.callback(device.close)
     return found, device, kernels, host
-
-
-def not_on_device(model: Model) -> str:
-    """Why a GPU cannot compute this model; "" where it can."""
-    layer = model.layers[0]
-    alike = all(other == layer for other in model.layers)
-    if model.architecture == "mixtral" and alike and isinstance(layer.mixer, Attention) and \
-            layer.mixer.rope is not None and layer.mixer.rope.scaling is None:
-        return ""
-    return f"qmix's GPU kernels compute Mixtral alone so far, not {model.architecture}" if \
-        model.architecture != "mixtral" else "qmix's GPU kernels do not scale the rotary embedding yet"
 
 
 def _kernels(store: Store, device: Device, host: KernelTable, placement: Placement,

@@ -127,7 +127,7 @@ class Steps:
             if self._layer is not TORCH and len(rest) > 1 and fused_route(op, rest[1]) and not reads(
                     rest[2:], after, op.wide):  # type: ignore[attr-defined]
                 return 2, self._routing(op, rest[1])  # type: ignore[arg-type]
-            group = _same_source(rest)
+            group = same_source(rest)
             if len(group) > 1:
                 return len(group), self._together(group)
         return 1, self._alone(op)
@@ -263,7 +263,7 @@ def _forget(names: set[str]) -> Step:
     return step
 
 
-def _same_source(rest: Sequence[Op]) -> list[ops.Linear]:
+def same_source(rest: Sequence[Op]) -> list[ops.Linear]:
     """The Linears at the beginning that read one buffer, which none of them writes."""
     group: list[ops.Linear] = []
     for op in rest:

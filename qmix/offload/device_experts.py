@@ -36,6 +36,7 @@ from qmix.offload.experts import Guesses, PagedExperts
 from qmix.offload.slot_table import NOWHERE, SlotTable
 from qmix.offload.split import Split
 from qmix.offload.tiers import Tier
+from qmix.spec import Model
 
 RISING = 1  # records that come up because they are worth it, though the CPU has computed them
 
@@ -57,8 +58,8 @@ class DeviceExperts(PagedExperts):
     compute prompts."""
 
     def __init__(self, device: Device, ops: DeviceOps, slots: Sequence[ExpertSlots], table: SlotTable, below: Below,
-                 *args: Any, **options: Any):
-        super().__init__(*args, **options)
+                 model: Model, *args: Any, **options: Any):
+        super().__init__(model, *args, **options)
         self._device = device
         self._ops = ops
         self._slots = slots
@@ -72,6 +73,7 @@ class DeviceExperts(PagedExperts):
         self._late_works: dict[Routed, Repeated] = {}
         self._made: dict[Routed, Tensor] = {}  # rows that the CPU computed, in host memory
         self._rising: list[ExpertKey] = []
+        self._guessing = bool(model.moe_layers)  # without routers nothing is guessed: what comes next is certain
         self._copied = 0, 0.0  # bytes and seconds of the bus so far
         self._found: dict[int, dict[int, int]] = {}  # by layer: the slots of its experts that begin's work found
 
@@ -132,7 +134,8 @@ class DeviceExperts(PagedExperts):
         is lost, and everything is ready for another one."""
         ids, topk_weights = routed.host_ids.tolist(), routed.host_topk_weights.tolist()
         look = min(self.depth, self._layers - 1 - layer)
-        ahead = [token[:look] for token in routed.host_ahead.tolist()] if look > 0 and self.ahead else None
+        guessed = look > 0 and self.ahead and self._guessing
+        ahead = [token[:look] for token in routed.host_ahead.tolist()] if guessed else None
         self._watch.decoded(layer, step, ids, topk_weights, ahead)
         experts = list(dict.fromkeys(chain.from_iterable(zip(*ids, strict=True))))  # best ranks first
         if not self._all_here:

@@ -16,8 +16,8 @@ from qmix import hardware
 from qmix.checkpoint import check_runs, ignored_keys
 from qmix.config import ExpertKey, QuantConfig
 from qmix.engine import Placement
-from qmix.engine.placing import not_on_device
 from qmix.errors import CheckpointError, ConfigError, UsageError
+from qmix.forward.lower_device import not_on_device
 from qmix.hardware.gpu_memory import GpuMemory
 from qmix.models import read_model
 from qmix.offload import router_stats
