@@ -45,7 +45,7 @@ from qmix.kernels.table import KernelTable
 from qmix.kernels.trials import MIXTRAL_8X7B
 from qmix.models import read_model
 from qmix.sizes import MatrixSpec, RecordLayout
-from qmix.spec import Model
+from qmix.spec import Attention, Model
 
 CPU = torch.device("cpu")
 LAYERS, DEPTH, GUESSES, SLOTS = 4, 3, 2, 3
@@ -162,7 +162,8 @@ def launch(model: Shape, card: tuple[int, int], found: Launches, tokens: Iterabl
         found.label = f"{model.name}, decode {count}"
         given = torch.zeros(count, dtype=torch.int64)
         decode(given, given, [cache] * count, Step("decode"))
-    slot, (attention, _) = torch.empty(record.nbytes, dtype=torch.uint8), config.alike()
+    slot, attention = torch.empty(record.nbytes, dtype=torch.uint8), config.layers[0].mixer
+    assert isinstance(attention, Attention)
     (qkv, *_), o = weights.stacks.values(), weights.matrices["layers.0.attention.o"]
     kv_layer = cache.layers[0]
     assert isinstance(kv_layer, FullLayer) and len(weights.stacks) == config.num_layers

@@ -26,10 +26,8 @@ from torch import Tensor
 from qmix.bench.roofline import Peaks
 from qmix.checkpoint import Checkpoint
 from qmix.config import QuantConfig, SamplingParams
-from qmix.device import StandIn
-from qmix.engine import Engine, Placement, load
-from qmix.engine.placing import not_on_device
-from qmix.errors import CheckpointError, UsageError
+from qmix.engine import Engine, load
+from qmix.errors import CheckpointError
 from qmix.kernels import native
 from qmix.models import layouts
 from qmix.offload.plan import RESERVE, Needs
@@ -236,22 +234,6 @@ def test_a_checkpoint_that_is_not_of_its_config(files: Files, tmp_path: Path, wo
             Checkpoint.open(folder)
         assert words.format(name) in refusal.value.message and "\n" not in refusal.value.message
         assert refusal.value.cure
-
-
-def test_a_device_computes_it_or_says_why_not(files: Files, want: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With --device auto the CPU computes what a device's kernels do not; a device that is named is an error."""
-    monkeypatch.setattr("qmix.engine.machine._any", lambda say: StandIn())
-    monkeypatch.setattr("qmix.engine.machine.TINY", 0)
-    lacking, said = not_on_device(files.model), []
-    with load(files.int4, threads=1, context=64, placement=Placement("auto"), say=said.append) as engine:
-        assert (engine.device is None) == bool(lacking)
-        if lacking:
-            assert torch.equal(logits(engine), want)
-            assert any(lacking in line and "the CPU computes" in line for line in said)
-    if lacking:
-        assert files.model.architecture in lacking
-        with pytest.raises(UsageError, match="the CPU computes it"):
-            load(files.int4, threads=1, context=64, placement=Placement(StandIn()))
 
 
 # --- commands ---

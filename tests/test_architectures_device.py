@@ -4,7 +4,9 @@ same bits under every budget of both memories. test_lower_device.py has the bits
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import bounds
 import pytest
@@ -29,10 +31,15 @@ PROMPT, CONTEXT = 33, 64  # longer than the windows
 pytestmark = pytest.mark.usefixtures("no_thread_stays")
 
 
+def stored(raw: Mapping[str, Any], folder: Path) -> Path:
+    source = write(random_model(raw, torch.bfloat16), raw, folder / "source", published=False)
+    return quantized(source, folder / "int4", QuantConfig())
+
+
 @pytest.fixture(scope="module", params=RUN)
 def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, raw = tmp_path_factory.mktemp(request.param), FIRST[request.param]
-    return quantized(write(random_model(raw, torch.bfloat16), raw, folder / "source"), folder / "int4", QuantConfig())
+    return stored(raw, folder)
 
 
 def logits(engine: Engine, count: int = 9) -> Tensor:
@@ -154,9 +161,7 @@ SMALL = {"mistral": {"num_hidden_layers": 1}, "olmoe": {"num_hidden_layers": 1, 
 def test_tritons_kernels_in_the_engine(kind: str, tmp_path: Path) -> None:
     """Under the interpreter, or on a GPU: the numbers of the CPU's kernels, for a prompt and two tokens at once. It
     takes seconds for a layer; test_device_engine.py has more of Mixtral."""
-    raw = with_keys(FIRST[kind], SMALL.get(kind, {}))
-    store = quantized(write(random_model(raw, torch.bfloat16), raw, tmp_path / "source"), tmp_path / "int4",
-                      QuantConfig())
+    store = stored(with_keys(FIRST[kind], SMALL.get(kind, {})), tmp_path)
     found = []
     for device in (StandIn(), StandIn(half=torch.float16, triton=True)):  # the interpreter gets bf16 products wrong
         with everything_there(store, device=device) as engine:

@@ -134,7 +134,7 @@ def test_operations_are_what_torch_counts(tmp_path: Path, case: Case, window: in
                 decode(model, 5, cache)
     pairs = sum(1 for query in range(case.depth, case.positions) for key in range(query + 1)
                 if window is None or query - key < window)
-    attention = 4 * pairs * config.num_layers * config.alike()[0].heads * config.alike()[0].head_dim
+    attention = 4 * pairs * config.num_layers * config.layers[0].mixer.heads * config.layers[0].mixer.head_dim
     products = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
     assert Workload.of(config, UNQUANTIZED, Needs.of(config, UNQUANTIZED, 40)).operations(case) == products + attention
 
@@ -145,7 +145,7 @@ def test_bytes_are_those_of_the_tensors_that_a_pass_reads(store: Path) -> None:
         weights = engine._model._weights.dense
         dense = sum(t.nbytes for m in weights.matrices.values() for t in m.tensors.values())
         dense += sum(tensor.nbytes for name, tensor in weights.tensors.items() if name != "embedding")
-        attention = config.alike()[0]
+        attention = config.layers[0].mixer
         position = 2 * config.num_layers * attention.kv_heads * attention.head_dim * 2  # keys and values, bf16
         model = Workload.of(config, engine.store.quant, engine.plan.needs)
         ids = list(range(3, 40))

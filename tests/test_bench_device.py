@@ -150,7 +150,8 @@ def test_bytes_are_what_the_engine_counted(stores: dict[str, Path], above: int, 
         matrices = [*weights.matrices.values(), *weights.stacks.values()]
         dense = sum(t.nbytes for m in matrices for t in m.tensors.values())
         dense += sum(tensor.nbytes for name, tensor in weights.tensors.items() if name != "embedding")
-        position = 2 * LAYERS * config.alike()[0].kv_heads * config.alike()[0].head_dim * 2  # keys and values, bf16
+        attention = config.layers[0].mixer
+        position = 2 * LAYERS * attention.kv_heads * attention.head_dim * 2  # keys and values, bf16
         for case, passes, positions in ((Case("tg", 5, 3), 5, 4 + 5 + 6 + 7 + 8), (Case("pp", 9, 2), 1, 11)):
             found = repeat(engine, session, model_of(engine), case, IDS[:case.positions])
             report = engine.stats()["offload"]["decode" if case.kind == "tg" else "prefill"]

@@ -34,10 +34,10 @@ def read(**overrides: Any) -> Model:
 
 def test_mixtral_8x7b() -> None:
     config = read_model(MIXTRAL_8X7B)
-    assert (config.alike()[0].head_dim, config.alike()[0].kv_heads) == (128, 8)
+    assert (config.layers[0].mixer.head_dim, config.layers[0].mixer.kv_heads) == (128, 8)
     assert (config.num_experts, config.top_k) == (8, 2)
-    assert (config.alike()[0].rope.theta, config.final_norm.eps, config.max_positions) == (1e6, 1e-5, 32768)
-    assert (config.dtype, config.alike()[0].window, config.bos, config.eos) == ("bfloat16", None, 1, (2,))
+    assert (config.layers[0].mixer.rope.theta, config.final_norm.eps, config.max_positions) == (1e6, 1e-5, 32768)
+    assert (config.dtype, config.layers[0].mixer.window, config.bos, config.eos) == ("bfloat16", None, 1, (2,))
     assert len(config.expert_keys) == 256
     assert config.expert_keys[8] == ExpertKey(1, 0)
 
@@ -78,7 +78,7 @@ def test_mixtral_8x7b() -> None:
 ])
 def test_variants(overrides: dict[str, Any], field: str, want: Any) -> None:
     model = read(**overrides)
-    attention, _ = model.alike()
+    attention = model.layers[0].mixer
     assert attention.rope is not None
     found = {"rope_theta": attention.rope.theta, "head_dim": attention.head_dim, "num_kv_heads": attention.kv_heads,
              "sliding_window": attention.window}
@@ -120,7 +120,7 @@ def test_any_json_value_is_read_or_refused(key: str, value: Any) -> None:
     except ConfigError as e:
         assert re.match(r"[a-z_.]+: ", e.message)
     else:
-        assert config.alike()[0].heads * config.alike()[0].head_dim > 0
+        assert config.layers[0].mixer.heads * config.layers[0].mixer.head_dim > 0
         hash(config)
         assert from_json(json.loads(json.dumps(to_json(config)))) == config
 

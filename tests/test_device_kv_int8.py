@@ -123,7 +123,7 @@ def test_what_it_takes_is_in_the_plan(stores: dict[str, Path], monkeypatch: pyte
     with Store.open(stores["int4"]) as store:
         config, sixteen, eight = store.model, *(
             Needs.of(store.model, store.quant, CONTEXT, kv) for kv in ("bf16", "int8"))
-    attention = config.alike()[0]
+    attention = config.layers[0].mixer
     assert eight.decoded == 2 * CONTEXT * attention.kv_heads * attention.head_dim * 2 and not sixteen.decoded
     there = plan(eight, 2**30, 0, 2**31).tiers[0]
     assert there.workspace == eight.workspace + DEVICE_TILES + eight.decoded and there.kv == eight.kv < sixteen.kv
@@ -145,7 +145,7 @@ def test_where_a_cache_lies_is_told_by_all_its_parts(stores: dict[str, Path]) ->
 def test_a_prompt_attends_to_all_heads_at_once_as_to_one_after_the_other(stores: dict[str, Path],
                                                                          window: int | None) -> None:
     with Store.open(stores["keep"]) as store:
-        config, a = store.model, replace(store.model.alike()[0], window=window)
+        config, a = store.model, replace(store.model.layers[0].mixer, window=window)
     random = torch.Generator().manual_seed(3)
     found = []
     parts = [[torch.randn(count, heads, a.head_dim, generator=random) for heads in (a.heads, a.kv_heads, a.kv_heads)]

@@ -50,7 +50,7 @@ def config_of(kv_heads: int, group: int, size: int, layers: int = 2) -> Model:
 
 def cache_of(kv: str, config: Model, room: int, own: native.Attention | None,
              dtype: torch.dtype = torch.bfloat16) -> SessionCache:
-    return SessionCache(config, room, dtype, kv, {} if own is None else {config.alike()[0].head_dim: own})
+    return SessionCache(config, room, dtype, kv, {} if own is None else {config.layers[0].mixer.head_dim: own})
 
 
 def layer_of(cache: SessionCache, i: int = 1) -> Int8Layer:
@@ -66,9 +66,9 @@ def filled(kv: str, config: Model, length: int, room: int, own: native.Attention
     random = torch.Generator().manual_seed(length)
     cache = cache_of(kv, config, room, own, dtype)
     assert type(cache.layers[1]) is (Int8Layer if kv == "int8" else FullLayer)
-    shape = (length, config.alike()[0].kv_heads, config.alike()[0].head_dim)
+    shape = (length, config.layers[0].mixer.kv_heads, config.layers[0].mixer.head_dim)
     keys, values = torch.randn(2, *shape, generator=random)
-    size = torch.rand(length, config.alike()[0].kv_heads, 1, generator=random) * 2 + 0.1
+    size = torch.rand(length, config.layers[0].mixer.kv_heads, 1, generator=random) * 2 + 0.1
     layer_of(cache).append(0, keys * size, values * size.flip(0))
     cache.length = length
     return cache
@@ -83,8 +83,8 @@ def attend(cache: SessionCache, start: int, q: Tensor, keys: Tensor, values: Ten
 def new_token(config: Model, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
     """q [1, Q, D] in the compute dtype, keys fp32 and values [1, KV, D], as the model has them."""
     random = torch.Generator().manual_seed(9)
-    q = torch.randn(1, config.alike()[0].heads, config.alike()[0].head_dim, generator=random) * 2
-    keys, values = torch.randn(2, 1, config.alike()[0].kv_heads, config.alike()[0].head_dim, generator=random)
+    q = torch.randn(1, config.layers[0].mixer.heads, config.layers[0].mixer.head_dim, generator=random) * 2
+    keys, values = torch.randn(2, 1, config.layers[0].mixer.kv_heads, config.layers[0].mixer.head_dim, generator=random)
     return q.to(dtype), keys, values.to(dtype)
 
 
@@ -307,7 +307,7 @@ def test_logits_stay_close_and_prefill_is_decode(checkpoint: Checkpoint, own: st
     steps = torch.cat([decode_one(model, token, cache) for token in IDS[30:80]])
     errors = (whole - want).norm(dim=-1) / want.norm(dim=-1)
     config = checkpoint.model
-    assert 0 < errors.median() < bounds.int8_keys_and_values(config.num_layers, config.alike()[0].head_dim)
+    assert 0 < errors.median() < bounds.int8_keys_and_values(config.num_layers, config.layers[0].mixer.head_dim)
     # Prefill and decode read the same numbers, but where a last bit turned a code: in few of them.
     apart = (steps - whole[30:]).norm(dim=-1) / whole[30:].norm(dim=-1)
     assert apart.median() < errors.median()

@@ -134,15 +134,6 @@ class Model:
                 ("gate_bias", expert.inner), ("up_bias", expert.inner), ("down_bias", self.hidden))]
         return tuple(found)
 
-    def alike(self) -> tuple[Attention, Moe]:
-        """What every layer has, where all have the same attention and experts; ConfigError where they have not."""
-        layer = self.layers[0]
-        same = all(other == layer for other in self.layers)
-        want(same and isinstance(layer.mixer, Attention) and isinstance(layer.mlp, Moe), self, "layers",
-             self.architecture, "layers that are all alike, with attention and experts")
-        assert isinstance(layer.mixer, Attention) and isinstance(layer.mlp, Moe)
-        return layer.mixer, layer.mlp
-
 
 def layer_of(name: str) -> int | None:
     """The layer of a tensor by its canonical name, None outside the layers."""
