@@ -82,9 +82,14 @@ class FakeTokenizer:
         return "".join(map(decoder.push, ids)) + decoder.finish()
 
 
-def reply(ids: Sequence[int]) -> Iterator[int]:
+def last(token: int, ids: list[int]) -> int:
+    """Where a token is for the last time. It is sought for each token of an answer, and a prompt may have thousands."""
+    return len(ids) - 1 - ids[::-1].index(token)
+
+
+def reply(ids: list[int]) -> Iterator[int]:
     """The answer's ids, EOS included, to a prompt's ids."""
-    asked = max(i for i, token in enumerate(ids) if token == USER)
+    asked = last(USER, ids)
     question = bytes(token - 10 for token in ids[asked + 1 :] if token >= 10).decode()
     system = bytes(token - 10 for token in ids[2 : ids.index(USER)]).decode() if ids[1] == SYSTEM else ""
     if question == "think forever":
@@ -126,6 +131,9 @@ class FakeSession:
         self.ids: list[int] = []
         self.computed: list[int] = []  # how many ids each prefill was given
         self._answer_at = 0  # where the answer begins; drafts may hold any id
+        self._prompt: list[int] = []  # whose reply is known as far as it was asked for
+        self._reply: Iterator[int] = iter(())
+        self._known: list[int] = []
 
     @property
     def length(self) -> int:
@@ -163,18 +171,21 @@ class FakeSession:
     @staticmethod
     def _start(ids: list[int]) -> int:
         """Where the answer to the last question begins."""
-        at = max(i for i, token in enumerate(ids) if token == ASSISTANT) + 1
+        at = last(ASSISTANT, ids) + 1
         return at + (ids[at : at + 1] in ([THINK], [NOTHINK]))
 
     @staticmethod
-    def _asked(word: str, ids: Sequence[int]) -> bool:
+    def _asked(word: str, ids: list[int]) -> bool:
         """Whether the last question begins with `word`."""
-        first = max(i for i, token in enumerate(ids) if token == USER) + 1
-        return list(ids[first : first + len(word)]) == [10 + byte for byte in word.encode()]
+        first = last(USER, ids) + 1
+        return ids[first : first + len(word)] == [10 + byte for byte in word.encode()]
 
     def _logits(self) -> torch.Tensor:
-        start = self._answer_at
-        chosen = next(itertools.islice(reply(self.ids[:start]), len(self.ids) - start, None), EOS)
+        prompt, said = self.ids[: self._answer_at], len(self.ids) - self._answer_at
+        if prompt != self._prompt:
+            self._prompt, self._reply, self._known = prompt, reply(prompt), []
+        self._known += itertools.islice(self._reply, max(0, said + 1 - len(self._known)))
+        chosen = self._known[said] if said < len(self._known) else EOS
         logits = torch.full((VOCAB,), -1e4)
         if chosen == ANY_DIGIT:
             logits[10 + ord("0") : 11 + ord("9")] = 0.0

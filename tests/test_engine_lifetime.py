@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from warm_python import WarmPython
 
 from qmix.checkpoint import Checkpoint
 from qmix.config import QuantConfig, SamplingParams
@@ -118,9 +117,9 @@ print("parent", say(engine) == want)
     (2, 2, "forked from one that had already computed"),
     (2, 1, ""),  # an engine of the child's own, with one thread; bits depend on the number of threads
 ])
-def test_a_forked_child_answers_or_is_refused(store: Path, threads: int, own: int, words: str) -> None:
-    done = subprocess.run([sys.executable, "-c", "import qmix.errors\n" + FORK, str(store), str(threads), str(own)],
-                          capture_output=True, text=True, timeout=120)
+def test_a_forked_child_answers_or_is_refused(store: Path, threads: int, own: int, words: str,
+                                              warm_python: WarmPython) -> None:
+    done = warm_python.run("-c", "import qmix.errors\n" + FORK, store, threads, own)
     assert done.returncode == 0, done.stderr
     child, parent = done.stdout.strip().rsplit("\n", 1)
     assert words in child and parent == "parent True", done.stdout
@@ -164,9 +163,8 @@ os.wait()
     (0, 2, "torch", "answered"),  # the child's own OpenMP threads, which a trial in a child of it would lack
 ])
 def test_a_child_of_a_process_that_computed_without_qmix(store: Path, parents: int, threads: int, childs: str,
-                                                         words: str) -> None:
-    done = subprocess.run([sys.executable, "-c", "import qmix.errors\n" + FORK_BESIDE_TORCH, str(store), str(parents),
-                           str(threads), childs], capture_output=True, text=True, timeout=120)
+                                                         words: str, warm_python: WarmPython) -> None:
+    done = warm_python.run("-c", "import qmix.errors\n" + FORK_BESIDE_TORCH, store, parents, threads, childs)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 2 and all(words in line for line in lines), done.stdout
