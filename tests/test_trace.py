@@ -260,7 +260,7 @@ def test_a_full_disk_is_an_error_and_leaves_whole_passes(tmp_path: Path, warm_py
     script = """
 import resource, signal, sys
 from pathlib import Path
-from tests.test_trace import HEADER, sample, write_one
+from test_trace import HEADER, sample, write_one
 from qmix.errors import QmixError
 from qmix.offload.trace import TraceWriter
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -274,7 +274,7 @@ with TraceWriter(path, HEADER) as writer:
         assert e.message == f"{path}: the trace cannot be written: File too large", e
         print("told")
 """
-    done = warm_python.run("-c", script, tmp_path / "t", cwd=Path(__file__).parents[1])
+    done = warm_python.run("-c", script, tmp_path / "t", cwd=Path(__file__).parent)
     assert done.stdout == "told\n", done.stderr
     assert len(read_trace(tmp_path / "t", pytest.fail).passes) == 1
 
