@@ -112,6 +112,7 @@ def test_checkpoints_that_transformers_wrote(tmp_path: Path, shard_size: str, sh
     assert_same(path, tmp_path / "store", PROMPT)
 
 
+@pytest.mark.models
 def test_trained_model(wiki_moe: Path, tmp_path: Path) -> None:
     """wiki-moe-29m, upcast to fp32."""
     raw = json.loads((wiki_moe / "config.json").read_text())

@@ -1,5 +1,6 @@
 """The orderings that docs/quality.md reports: methods at equal bits, mixes beside plain formats at equal size; by
-`qmix.evaluate`, against the model unquantized. On the bundled model, and on a larger one where it is there.
+`qmix.evaluate`, against the model unquantized. On the bundled model; `make test-models` has a larger one, where it is
+there.
 
 Both are in fp32, which holds their bf16 weights exactly: where a processor has no products of bf16, torch multiplies
 fp32 several times faster.
@@ -108,6 +109,7 @@ def test_the_bundled_models_mix(bundled: Bundled) -> None:
     assert kl("mixed-like-int3", like(source, seen, plain)) < 0.7 * kl("int3-hqq", plain)
 
 
+@pytest.mark.models
 @pytest.mark.timeout(900)
 def test_a_trained_models_methods(wiki_moe: Path, tmp_path: Path) -> None:
     data = wiki_moe.parents[1] / "data"
