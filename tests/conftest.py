@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from fast_interpreter import HAVE_TRITON, quicken
+from warm_python import WarmPython
 
 # Before anything imports Triton: without a GPU its kernels are run by its interpreter.
 if not torch.cuda.is_available():
@@ -29,6 +30,13 @@ def wiki_moe() -> Path:
     if not folder.is_dir():
         pytest.skip("the trained model wiki-moe-29m is not here")
     return folder
+
+
+@pytest.fixture(scope="session")
+def warm_python() -> Iterator[WarmPython]:
+    """Runs Python programs in processes of their own, which need not import torch anew."""
+    with WarmPython() as server:
+        yield server
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from warm_python import Warm
+from warm_python import WarmPython
 
 ESCAPES = re.compile(r"\x1b(\[[0-9;?]*[ -/]*[@-~]|[=>()][0-9A-B]?)")
 CTRL_C, CTRL_D, UP, ENTER = "\x03", "\x04", "\x1b[A", "\r"
@@ -23,16 +23,17 @@ PATIENCE = 120  # seconds until a text that does not come is a failure
 
 
 class PseudoTerminal:
-    """`program` (warm_python.py) with this terminal as its stdin, stdout, stderr and controlling terminal.
+    """A Python program with this terminal as its stdin, stdout, stderr and controlling terminal.
 
     Nothing here waits by the clock: expect() reads until the text is there.
     """
 
-    def __init__(self, program: Sequence[str], environ: Mapping[str, str], cwd: Path):
+    def __init__(self, python: WarmPython, program: Sequence[str], environ: Mapping[str, str], cwd: Path):
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 200, 0, 0))
         self._before = termios.tcgetattr(slave)
-        self.process = Warm(program, environ, cwd, [slave] * 3, terminal=True)
+        self.process = python.start(*program, stdin=slave, stdout=slave, stderr=slave, cwd=cwd, env=environ,
+                                    terminal=True)
         os.close(slave)
         self.raw = ""  # everything that came, escape sequences included
         self._unread = ""

@@ -144,9 +144,8 @@ def report() -> Document:
     return document(SUBJECT, figures)
 
 
-def test_plots_are_drawn_and_the_same_twice(drawn: dict[str, str]) -> None:
+def test_plots_are_drawn(drawn: dict[str, str]) -> None:
     assert sorted(drawn) == sorted(PLOTS)
-    assert drawn == plots.draw(report())
     for name, source in drawn.items():
         assert source.startswith("<?xml") and "<dc:date>" not in source
         Page(source)
@@ -195,7 +194,7 @@ def test_the_whole_command(store: Path, files: list[Path], tmp_path: Path) -> No
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     again = qmix(*args, "--csv", "--plot", out)
     assert again.returncode == 0 and again.stdout == table
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before  # plots too are the same twice
 
 
 def test_a_text_is_cut_only_with_a_word(store: Path, files: list[Path]) -> None:

@@ -11,11 +11,10 @@ import io
 import itertools
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
@@ -24,6 +23,7 @@ from helpers import UNQUANTIZED, decode, prefill, unquantized_model, write_tiny_
 from test_cli import Done, qmix
 from tokenizer_files import DEMO_TEMPLATE, spm_model
 from torch.utils.flop_counter import FlopCounterMode
+from warm_python import WarmPython
 
 from qmix import hardware
 from qmix.bench import roofline
@@ -367,13 +367,9 @@ def test_interrupted_it_keeps_the_cases_that_are_complete(store: Path, quick: No
         assert len(done.stdout.splitlines()) == 4
 
 
-def test_ctrl_c_in_a_process_of_its_own(store: Path) -> None:
-    args = [sys.executable, "-m", "qmix", "bench", str(store), "-p", "8", "-n", "400", "-r", "100", "-t", "1"]
-    def heed() -> None:
-        """A shell starts what it runs in the background deaf to Ctrl-C, and that is inherited."""
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
+def test_ctrl_c_in_a_process_of_its_own(store: Path, warm_python: WarmPython) -> None:
+    args = ["bench", store, "-p", 8, "-n", 400, "-r", 100, "-t", 1]
+    with warm_python.start("-m", "qmix", *args, stdout=PIPE, stderr=PIPE) as process:
         assert process.stdout is not None
         head = [process.stdout.readline() for _ in range(4)]
         process.send_signal(signal.SIGINT)

@@ -113,7 +113,7 @@ def test_a_mix_is_chosen_within_its_size(source: Path, tmp_path: Path) -> None:
         model = checkpoint.model
         torch.set_num_threads(1)
         with ThreadPoolExecutor(2) as pool:
-            found = measure(checkpoint, TEXT, "hqq", 32, pool)
+            found = measure(checkpoint, TEXT, "rtn", 32, pool)
         assert set(found.damages) == set(model.expert_keys)
         assert [value > 0 for value in found.layers] == [model.experts_in(i) > 0 for i in range(model.num_layers)]
         sizes = [StoreLayout.of(model, QuantConfig(name, method="rtn", group_size=64, block=32)).nbytes

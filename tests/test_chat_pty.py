@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pytest
 from helpers import UNQUANTIZED, tiny_config, tiny_tensors, write_checkpoint
 from pseudo_terminal import CTRL_C, CTRL_D, ENTER, UP, PseudoTerminal
 from tokenizer_files import spm_model
+from warm_python import WarmPython
 
 from qmix.checkpoint import Checkpoint
 from qmix.models import read_model
@@ -25,14 +24,14 @@ Open = Callable[[list[str], dict[str, str]], PseudoTerminal]
 
 
 @pytest.fixture
-def on_terminal() -> Iterator[Open]:
+def on_terminal(warm_python: WarmPython) -> Iterator[Open]:
     """on_terminal(program, environ) -> the program at its first prompt, ended with the test."""
     running: list[PseudoTerminal] = []
 
     def begin(program: list[str], environ: dict[str, str]) -> PseudoTerminal:
         inherited = {k: v for k, v in os.environ.items() if k != "NO_COLOR"}
         settings = {"PYTHONPATH": str(HERE.parent), "TERM": "xterm-256color", **environ}
-        running.append(PseudoTerminal(program, inherited | settings, HERE))
+        running.append(PseudoTerminal(warm_python, program, inherited | settings, HERE))
         running[-1].expect(">>>")
         return running[-1]
 
@@ -281,9 +280,8 @@ def test_the_real_thing(on_terminal: Open, store: Path) -> None:
     assert again.end() == 0 and again.modes_are_restored
 
 
-def test_without_a_terminal_the_real_thing_points_to_generate(store: Path) -> None:
-    qmix = [sys.executable, "-m", "qmix", "chat", str(store)]
-    done = subprocess.run(qmix, input="Hi\n", capture_output=True, text=True, timeout=120, cwd=HERE.parent)
+def test_without_a_terminal_the_real_thing_points_to_generate(store: Path, warm_python: WarmPython) -> None:
+    done = warm_python.run("-m", "qmix", "chat", store, input="Hi\n", cwd=HERE.parent)
     assert done.returncode == 2 and done.stdout == ""
     assert "needs a terminal" in done.stderr and "qmix generate" in done.stderr
     assert "Traceback" not in done.stderr

@@ -6,12 +6,12 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 from chat_fakes import Talk
+from warm_python import WarmPython
 
 from qmix.chat import savefile
 from qmix.chat.conversation import Conversation, Exchange
@@ -88,15 +88,14 @@ def test_files_of_before_are_found(tmp_path: Path) -> None:
                                    ["later", "on"], f"{stem_of('m')}.1.json": ["new"]}
 
 
-def test_saved_at_one_moment_by_many_chats(tmp_path: Path) -> None:
+def test_saved_at_one_moment_by_many_chats(tmp_path: Path, warm_python: WarmPython) -> None:
     """Processes that all save new conversations, and go on with them, at once: as many files, each whole."""
     program = ("import sys; from pathlib import Path; from test_chat_saved import *\n"
                "me = sys.argv[2]; autosave = Autosave(Path(sys.argv[1]), 'm'); said = []\n"
                "sys.stdin.read(1)\n"
                "for n in range(20):\n"
                "    said.append(f'{me} {n}'); assert autosave.save(conversation(*said), PARAMS) == ''\n")
-    running = [subprocess.Popen([sys.executable, "-c", program, str(tmp_path), str(n)], stdin=subprocess.PIPE,
-                                cwd=Path(__file__).parent) for n in range(4)]
+    running = [warm_python.start("-c", program, tmp_path, n, stdin=PIPE, cwd=Path(__file__).parent) for n in range(4)]
     for process in running:
         assert process.stdin is not None
         process.stdin.close()
@@ -117,14 +116,14 @@ def test_without_locks_and_hard_links_no_file_is_replaced(tmp_path: Path, monkey
         savefile.save(next((tmp_path / "chats").iterdir()), conversation("d"), PARAMS, new=True)
 
 
-def test_killed_while_saving(tmp_path: Path) -> None:
+def test_killed_while_saving(tmp_path: Path, warm_python: WarmPython) -> None:
     """A process that is killed in the middle of a save leaves the file of before, and a list that shows it."""
     Autosave(tmp_path, "m").save(conversation("a"), PARAMS)
     program = ("import os, signal, sys; from pathlib import Path; from test_chat_saved import *\n"
                "autosave = Autosave(Path(sys.argv[1]), 'm'); autosave.load()\n"
                "os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)\n"
                "autosave.save(conversation('a', 'b'), PARAMS)\n")
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=Path(__file__).parent)
+    done = warm_python.run("-c", program, tmp_path, cwd=Path(__file__).parent)
     assert done.returncode == -signal.SIGKILL
     assert Autosave(tmp_path, "m").load() == (conversation("a"), PARAMS)
     assert [row["begins"] for row in rows(tmp_path)] == ["a"]

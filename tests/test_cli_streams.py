@@ -6,10 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 from test_cli import qmix, refused
+from warm_python import CLOSED, WarmPython
 
 from qmix import settings, streams
 from qmix.checkpoint import Checkpoint
@@ -19,6 +22,7 @@ from qmix.errors import QmixError
 from qmix.hardware import bandwidth
 from qmix.quantize import quantize_checkpoint
 
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
 ANSWER = ("-p", "Who are you?", "--temp", "0", "-n", "6", "-t", "1")
 
 
@@ -30,52 +34,63 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def shell(line: str, *args: object, stdin: bytes = b"", **env: str) -> subprocess.CompletedProcess[bytes]:
-    """qmix ARGS in a shell of its own, with `line` behind it: redirections, as a user types them."""
-    command = " ".join([sys.executable, "-m", "qmix", *(f"'{arg}'" for arg in args), line])
-    return subprocess.run(["bash", "-c", command], input=stdin, capture_output=True, timeout=300,
-                          env={**os.environ, **env})
+@pytest.fixture(scope="module")
+def generate(store: Path, warm_python: WarmPython) -> Command:
+    """generate(*FLAGS, **STREAMS) -> an answer in a process of its own."""
+    return lambda *flags, **how: warm_python.run("-m", "qmix", "generate", store, *flags, **how)
 
 
 @pytest.fixture(scope="module")
-def answer(store: Path) -> bytes:
-    done = shell("", "generate", store, *ANSWER)
+def answer(generate: Command) -> str:
+    done = generate(*ANSWER)
     assert done.returncode == 0 and done.stdout.strip()
     return done.stdout
 
 
-@pytest.mark.parametrize("line", ["2>&-", "<&-", "2>&- <&-", "2>/dev/full"])
-def test_the_answer_survives_streams_that_are_closed_or_full(store: Path, answer: bytes, line: str) -> None:
-    done = shell(line, "generate", store, *ANSWER)
+@pytest.fixture(scope="module")
+def full() -> Iterator[IO[str]]:
+    """A disk that is full."""
+    with open("/dev/full", "w") as stream:
+        yield stream
+
+
+@pytest.mark.parametrize("closed", [("stderr",), ("stdin",), ("stdin", "stderr")])
+def test_the_answer_survives_streams_that_are_closed(generate: Command, answer: str, closed: tuple[str, ...]) -> None:
+    done = generate(*ANSWER, **dict.fromkeys(closed, CLOSED))
     assert (done.returncode, done.stdout) == (0, answer)
 
 
-@pytest.mark.parametrize("line", [">&-", "<&- >&-"])
-def test_an_answer_that_can_go_nowhere_is_refused_at_once(store: Path, line: str) -> None:
-    done = shell(line, "generate", store, *ANSWER)
-    assert done.returncode == 1 and done.stderr.count(b"error: ") == 1
-    assert b"stdout" in done.stderr and b"experts" not in done.stderr, done.stderr
+def test_the_answer_survives_a_full_disk_behind_stderr(generate: Command, answer: str, full: IO[str]) -> None:
+    done = generate(*ANSWER, stderr=full)
+    assert (done.returncode, done.stdout) == (0, answer)
 
 
-def test_a_full_disk_behind_stdout_is_an_error(store: Path) -> None:
-    done = shell(">/dev/full", "show", store, "--json")
-    assert done.returncode == 1 and done.stderr.count(b"error: ") == 1 and b"No space left" in done.stderr
+@pytest.mark.parametrize("closed", [("stdout",), ("stdin", "stdout")])
+def test_an_answer_that_can_go_nowhere_is_refused_at_once(generate: Command, closed: tuple[str, ...]) -> None:
+    done = generate(*ANSWER, **dict.fromkeys(closed, CLOSED))
+    assert done.returncode == 1 and done.stderr.count("error: ") == 1
+    assert "stdout" in done.stderr and "experts" not in done.stderr, done.stderr
+
+
+def test_a_full_disk_behind_stdout_is_an_error(store: Path, full: IO[str], warm_python: WarmPython) -> None:
+    done = warm_python.run("-m", "qmix", "show", store, "--json", stdout=full)
+    assert done.returncode == 1 and done.stderr.count("error: ") == 1 and "No space left" in done.stderr
 
 
 def test_closed_streams_have_no_numbers_for_files_to_take(tmp_path: Path) -> None:
-    """With all three closed, the store's files must not be what a library's stderr goes into."""
-    done = shell("<&- >&- 2>&-", "quantize", CHECKPOINT, tmp_path / "out", "-t", 1, "--method", "rtn")
-    assert done.returncode == 0
+    """With all three closed, as a user types it, the store's files must not be what a library's stderr goes into."""
+    command = f"{sys.executable} -m qmix quantize '{CHECKPOINT}' '{tmp_path / 'out'}' -t 1 --method rtn <&- >&- 2>&-"
+    assert subprocess.run(["bash", "-c", command], timeout=300).returncode == 0
     assert qmix("verify", tmp_path / "out", "--deep").returncode == 0
 
 
-def test_bytes_on_stdin_that_are_not_utf8_are_replaced_and_said(store: Path) -> None:
-    done = shell("", "generate", store, *ANSWER[2:], "--json", stdin=b"-price: 5 \xa3\n+price: 6 \xa3\n")
+def test_bytes_on_stdin_that_are_not_utf8_are_replaced_and_said(generate: Command) -> None:
+    done = generate(*ANSWER[2:], "--json", input="-price: 5 \udca3\n+price: 6 \udca3\n", errors="surrogateescape")
     assert done.returncode == 0, done.stderr
-    assert b"stdin: 2 pieces that are not UTF-8, the first at byte 10 (0xa3)" in done.stderr
-    clean = shell("", "generate", store, *ANSWER[2:], "--json", stdin="-price: 5 \ufffd\n+price: 6 \ufffd\n".encode())
+    assert "stdin: 2 pieces that are not UTF-8, the first at byte 10 (0xa3)" in done.stderr
+    clean = generate(*ANSWER[2:], "--json", input="-price: 5 \ufffd\n+price: 6 \ufffd\n")
     assert json.loads(clean.stdout)["token_ids"] == json.loads(done.stdout)["token_ids"]
-    assert b"not UTF-8" not in clean.stderr
+    assert "not UTF-8" not in clean.stderr
 
 
 @pytest.mark.parametrize(("data", "text", "first"), [
@@ -88,7 +103,7 @@ def test_decoding_of_pipes(data: bytes, text: str, first: int | None) -> None:
     assert (problem == "") if first is None else f"1 piece that is not UTF-8, the first at byte {first} " in problem
 
 
-def test_characters_that_the_locale_lacks(store: Path) -> None:
+def test_characters_that_the_locale_lacks(store: Path, warm_python: WarmPython) -> None:
     """An answer of a model that says an en dash, on an ASCII stdout: replaced and counted; JSON escapes it."""
     program = ("import sys; from qmix.tokenizer.stream import StreamDecoder; from qmix.cli import main\n"
                "push = StreamDecoder.push\n"
@@ -96,21 +111,17 @@ def test_characters_that_the_locale_lacks(store: Path) -> None:
                "main(sys.argv[1:])")
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}
 
-    def run(*flags: str) -> subprocess.CompletedProcess[bytes]:
-        return subprocess.run([sys.executable, "-c", program, "generate", str(store), *ANSWER, *flags], env=env,
-                              capture_output=True, timeout=300)
-
-    done, document = run(), run("--json")
+    done, document = (warm_python.run("-c", program, "generate", store, *ANSWER, *flags, env=env)
+                      for flags in ((), ("--json",)))
     assert done.returncode == document.returncode == 0, done.stderr
-    assert b"?" in done.stdout and b"became ?: stdout's encoding, ascii, lacks them" in done.stderr
-    assert "\u2013" in json.loads(document.stdout)["text"] and b"became ?" not in document.stderr
+    assert "?" in done.stdout and "became ?: stdout's encoding, ascii, lacks them" in done.stderr
+    assert "\u2013" in json.loads(document.stdout)["text"] and "became ?" not in document.stderr
 
 
-def test_a_path_that_is_not_utf8_is_printed_as_it_is(store: Path, tmp_path: Path) -> None:
+def test_a_path_that_is_not_utf8_is_printed_as_it_is(store: Path, tmp_path: Path, warm_python: WarmPython) -> None:
     (tmp_path / os.fsdecode(b"st\xff")).symlink_to(store)
-    done = subprocess.run([sys.executable, "-m", "qmix", "verify", bytes(tmp_path) + b"/st\xff"], capture_output=True,
-                          timeout=300, env={**os.environ, "PYTHONIOENCODING": "utf-8"})
-    assert b"Traceback" not in done.stderr and b"a fault in qmix" not in done.stderr, done.stderr
+    done = warm_python.run("-m", "qmix", "verify", bytes(tmp_path) + b"/st\xff", errors="surrogateescape")
+    assert "Traceback" not in done.stderr and "a fault in qmix" not in done.stderr, done.stderr
 
 
 def without_home(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +172,7 @@ def test_the_hub_without_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     refused(qmix("plan", "org/name"), 4, "no home folder for the hub's cache", "set HF_HOME")
 
 
-def test_an_evaluation_whose_journal_cannot_be_written(store: Path, tmp_path: Path) -> None:
+def test_an_evaluation_whose_journal_cannot_be_written(store: Path, tmp_path: Path, warm_python: WarmPython) -> None:
     """HOME=/ of a container under any uid: a folder that cannot be made. Root may write anywhere, so a file is in the
     way here. An interrupt says that nothing is kept."""
     (tmp_path / "file").touch()
@@ -177,8 +188,7 @@ def test_an_evaluation_whose_journal_cannot_be_written(store: Path, tmp_path: Pa
                "    return score(*args)\n"
                "suite._score = third\n"
                "main(sys.argv[1:])")
-    done = subprocess.run([sys.executable, "-c", program, *args], capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "XDG_STATE_HOME": str(tmp_path / "file")})
+    done = warm_python.run("-c", program, *args, env={**os.environ, "XDG_STATE_HOME": str(tmp_path / "file")})
     assert done.returncode == 130, done.stderr
     assert "Not a directory: an interrupted evaluation cannot be continued" in done.stderr
     assert "2 of" in done.stderr and "none of them is kept" in done.stderr and "goes on" not in done.stderr

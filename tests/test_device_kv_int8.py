@@ -65,8 +65,9 @@ def test_the_numbers_of_the_cpus_int8_cache(stores: dict[str, Path], resident: d
     assert not torch.equal(resident[name], found["bf16"]) and apart(resident[name], found["bf16"]).median() < 4e-2
 
 
-@pytest.mark.parametrize(("above", "below"), [(20, 14), (9, 25), (4, 2), (4, 12)])
-@pytest.mark.parametrize("name", ["int4", "keep", "window"])
+@pytest.mark.parametrize(("name", "above", "below"), [
+    ("int4", 20, 14), ("keep", 20, 14), ("window", 9, 25), ("int4", 9, 25), ("int4", 4, 2), ("keep", 4, 12),
+    ("window", 4, 12)])
 def test_same_bits_for_every_placement(stores: dict[str, Path], resident: dict[str, Tensor], name: str, above: int,
                                        below: int, monkeypatch: pytest.MonkeyPatch) -> None:
     device = StandIn(delays(above * 100 + below))

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from helpers import UNQUANTIZED, write_tiny_checkpoint
 from tokenizer_files import demo_folder
-from warm_qmix import WarmQmix
+from warm_python import WarmPython
 
 from qmix import hub, modelfiles
 from qmix.checkpoint import INDEX, SINGLE, Checkpoint
@@ -94,10 +94,9 @@ def serve(tmp_path: Path) -> Iterator[Server]:
         server.server_close()
 
 
-@pytest.fixture(scope="module")
-def qmix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
-    with WarmQmix(tmp_path_factory.mktemp("streams")) as warm:
-        yield lambda env, *args: warm.run(*args, env=env, cwd=Path(env["HF_HOME"]).parent)
+@pytest.fixture
+def qmix(warm_python: WarmPython) -> Command:
+    return lambda env, *args: warm_python.run("-m", "qmix", *args, env=env, cwd=Path(env["HF_HOME"]).parent)
 
 
 def repository(path: Path, shards: int = 1) -> Path:

@@ -5,8 +5,6 @@ import itertools
 import os
 import re
 import struct
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from warm_python import WarmPython
 
 from qmix.errors import UsageError
 from qmix.formats import grouped, int8, unpack
@@ -212,7 +211,7 @@ def test_several_callers_at_once() -> None:
 
 
 @needs_library
-def test_a_forked_child_computes_too() -> None:
+def test_a_forked_child_computes_too(warm_python: WarmPython) -> None:
     script = ("import os, sys, torch; sys.path.insert(0, 'tests')\n"
               "from test_native import *\n"
               "k = Native(next(iter(native.levels())), 'int8'); k.threads = 2\n"
@@ -221,14 +220,13 @@ def test_a_forked_child_computes_too() -> None:
               "same = torch.equal(k.linear(x, m)[0], want)\n"
               "if pid == 0: os._exit(0 if same else 1)\n"
               "sys.exit(os.waitpid(pid, 0)[1] or not same)\n")
-    run = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1], timeout=100,
-                         capture_output=True, text=True)
+    run = warm_python.run("-c", script, cwd=Path(__file__).parents[1])
     assert run.returncode == 0, run.stderr
 
 
 @needs_library
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not pin processes")
-def test_more_threads_than_cores() -> None:
+def test_more_threads_than_cores(warm_python: WarmPython) -> None:
     """On one core no thread gets on unless the others let it: who waits must sleep, and be woken."""
     script = ("import os, sys, time, torch; sys.path.insert(0, 'tests')\n"
               "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
@@ -238,8 +236,7 @@ def test_more_threads_than_cores() -> None:
               "for turn in range(300):\n"
               "    assert torch.equal(k.linear(x, m)[0], want)\n"
               "    time.sleep(0.001 * (turn % 10 == 0))\n")  # now and then all threads are asleep
-    run = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1], timeout=100,
-                         capture_output=True, text=True)
+    run = warm_python.run("-c", script, cwd=Path(__file__).parents[1])
     assert run.returncode == 0, run.stderr
 
 

@@ -70,9 +70,10 @@ def resident(stores: dict[str, Path]) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", ["int4", "keep"])
-@pytest.mark.parametrize("slots", [LAYERS * EXPERTS, 31, 16, 8, 2 * TOP_K])
-@pytest.mark.parametrize("prefetch", ["off", "ahead", "transitions", "both"])
+# Every two of the three: each number of slots with each way to prefetch, and both with each format.
+@pytest.mark.parametrize(("name", "slots", "prefetch"), [
+    (("int4", "keep")[(i + j) % 2], slots, prefetch) for i, slots in enumerate([LAYERS * EXPERTS, 31, 16, 8, 2 * TOP_K])
+    for j, prefetch in enumerate(["off", "ahead", "transitions", "both"])])
 def test_same_bits_for_every_budget(stores: dict[str, Path], resident: dict[str, Tensor], name: str, slots: int,
                                     prefetch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with page(monkeypatch, stores[name], slots, prefetch=prefetch) as engine:

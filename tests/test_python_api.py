@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from warm_python import WarmPython
 
 import qmix
 from qmix.demo import CHECKPOINT
@@ -26,8 +25,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def run(code: str, folder: Path, *arguments: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=folder, capture_output=True, text=True)
+def run(python: WarmPython, code: str, folder: Path, *arguments: str) -> str:
+    done = python.run("-c", code, *arguments, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -40,20 +39,21 @@ for number, block in enumerate(open(sys.argv[1], encoding="utf-8").read().split(
 """
 
 
-def test_the_documents_examples(folder: Path) -> None:
+def test_the_documents_examples(folder: Path, warm_python: WarmPython) -> None:
     """One after the other in one process, each with names of its own."""
     blocks = folder / "blocks"
     blocks.write_text("\0".join(BLOCKS), encoding="utf-8")
-    printed = re.split("\n-- [0-9]+\n", run(EACH, folder, str(blocks)))
+    printed = re.split("\n-- [0-9]+\n", run(warm_python, EACH, folder, str(blocks)))
     assert len(printed) == 1 + len(BLOCKS) and all(text.strip() for text in printed[1:])
 
 
 @pytest.mark.parametrize(("name", "arguments", "printed"), [
     ("ask", ("Who are you?",), "."), ("conversation", ("Who are you?", "Why?"), "in the KV cache"),
     ("next_tokens", ("Once upon a",), "%")])
-def test_the_examples(name: str, arguments: tuple[str, ...], printed: str, folder: Path) -> None:
+def test_the_examples(name: str, arguments: tuple[str, ...], printed: str, folder: Path,
+                      warm_python: WarmPython) -> None:
     source = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
-    assert printed in run(source, folder, "mixtral-int4", *arguments)
+    assert printed in run(warm_python, source, folder, "mixtral-int4", *arguments)
 
 
 def test_every_public_name_is_there_and_documented() -> None:

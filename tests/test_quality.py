@@ -1,5 +1,6 @@
 """The orderings that docs/quality.md reports: methods at equal bits, mixes beside plain formats at equal size; by
-`qmix.evaluate`, against the model unquantized. On the bundled model, and on a larger one where it is there.
+`qmix.evaluate`, against the model unquantized. On the bundled model; `make test-models` has a larger one, where it is
+there.
 
 Both are in fp32, which holds their bf16 weights exactly: where a processor has no products of bf16, torch multiplies
 fp32 several times faster.

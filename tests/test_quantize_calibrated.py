@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
 import torch
 from helpers import tiny_config, tiny_tensors, write_checkpoint, write_tiny_checkpoint
+from warm_python import WarmPython
 
 from qmix.checkpoint import Checkpoint
 from qmix.config import ExpertKey, QuantConfig
@@ -179,13 +180,11 @@ def test_a_run_killed_after_its_last_write_is_taken_over(source: Path, whole: Pa
     assert files(tmp_path / "out") == files(whole)
 
 
-def test_killed_at_random_moments(source: Path, whole: Path, tmp_path: Path) -> None:
+def test_killed_at_random_moments(source: Path, whole: Path, tmp_path: Path, warm_python: WarmPython) -> None:
     out, seconds = tmp_path / "out", None
     for share in (None, 0.35, 0.6, 0.8):
         target = out if share else tmp_path / "timed"
-        process = subprocess.Popen([sys.executable, __file__, str(source), str(target)], stdout=subprocess.PIPE,
-                                   text=True,
-                                   env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})
+        process = warm_python.start(__file__, source, target, stdout=PIPE)
         assert process.stdout.readline() == "ready\n"
         start = time.monotonic()
         if share is None:

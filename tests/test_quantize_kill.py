@@ -144,7 +144,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = write_tiny_checkpoint(tmp_path_factory.mktemp("kill") / "tiny", seed=5, num_local_experts=8,
+    folder = write_tiny_checkpoint(tmp_path_factory.mktemp("kill") / "tiny", seed=5, num_local_experts=4,
                                    num_hidden_layers=2)
     (folder / "generation_config.json").write_text("{}")
     return str(folder)

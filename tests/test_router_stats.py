@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from warm_python import WarmPython
 
 from qmix.config import ExpertKey
 from qmix.offload import router_stats
@@ -155,35 +154,31 @@ def save_often(folder: Path, times: int) -> None:
         save(folder, STORE, stats, print, patience=60)
 
 
-def test_processes_that_save_at_once_lose_nothing(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=save_often, args=(tmp_path, 40)) for _ in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0, 0]
+def test_processes_that_save_at_once_lose_nothing(tmp_path: Path, warm_python: WarmPython) -> None:
+    code = ("import sys; from pathlib import Path; from test_router_stats import save_often\n"
+            "save_often(Path(sys.argv[1]), 40)")
+    processes = [warm_python.start("-c", code, tmp_path, cwd=Path(__file__).parent) for _ in range(3)]
+    assert [process.wait(120) for process in processes] == [0, 0, 0]
     assert decoded(load(tmp_path, STORE, LAYERS, EXPERTS, pytest.fail)) == 120
 
 
 KILLED = """
 import sys
 from pathlib import Path
-from tests.test_router_stats import *
+from test_router_stats import *
 stats = load(Path(sys.argv[1]), STORE, LAYERS, EXPERTS, print)
-print("go", flush=True)
 while True:
     stats.merge(filled(1))
     save(Path(sys.argv[1]), STORE, stats, print, patience=60)
+    print("saved", flush=True)
 """
 
 
-def test_a_process_killed_while_it_saves_harms_nothing(tmp_path: Path) -> None:
+def test_a_process_killed_while_it_saves_harms_nothing(tmp_path: Path, warm_python: WarmPython) -> None:
     before = 0
     for turn in range(4):
-        process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True,
-                                   cwd=Path(__file__).parents[1])
-        assert process.stdout is not None and process.stdout.readline() == "go\n"
+        process = warm_python.start("-c", KILLED, tmp_path, stdout=PIPE, cwd=Path(__file__).parent)
+        assert process.stdout is not None and process.stdout.readline() == "saved\n"
         time.sleep(0.05 + 0.013 * turn)
         process.send_signal(signal.SIGKILL)
         process.communicate()

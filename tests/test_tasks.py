@@ -198,10 +198,8 @@ def test_local_tasks_run_offline(store: Path, tasks: Path, only_ours: None) -> N
     (("--tasks", "qmix_broken", "--include-path", "{tmp}"), ("qmix_broken", "cannot prepare")),
     (("--tasks", "x", "--include-path", "{tmp}/none"), ("none", "no such folder")),
 ])
-def test_tasks_that_there_are_not(store: Path, tmp_path: Path, request: pytest.FixtureRequest, args: tuple[str, ...],
+def test_tasks_that_there_are_not(store: Path, tmp_path: Path, only_ours: None, args: tuple[str, ...],
                                   words: tuple[str, ...]) -> None:
-    if "no_such_task" not in args:
-        request.getfixturevalue("only_ours")
     (tmp_path / "broken.yaml").write_text(CHOICES.format(name="qmix_broken", data=tmp_path / "missing.jsonl"))
     done = qmix("eval", store, *(a.format(tmp=tmp_path) for a in args))
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr, done.stderr

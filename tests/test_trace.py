@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import struct
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from warm_python import WarmPython
 
 from qmix.errors import ConfigError, QmixError, UsageError
 from qmix.offload.trace import Trace, TraceHeader, TraceWriter, read_trace
@@ -256,12 +255,12 @@ def test_an_unwritable_place_is_an_error_that_names_the_file(tmp_path: Path) -> 
             TraceWriter(path, HEADER)
 
 
-def test_a_full_disk_is_an_error_and_leaves_whole_passes(tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_and_leaves_whole_passes(tmp_path: Path, warm_python: WarmPython) -> None:
     """RLIMIT_FSIZE stands in for a full disk: a write beyond it comes out short, the next one fails."""
     script = """
 import resource, signal, sys
 from pathlib import Path
-from tests.test_trace import HEADER, sample, write_one
+from test_trace import HEADER, sample, write_one
 from qmix.errors import QmixError
 from qmix.offload.trace import TraceWriter
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -275,8 +274,7 @@ with TraceWriter(path, HEADER) as writer:
         assert e.message == f"{path}: the trace cannot be written: File too large", e
         print("told")
 """
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "t")], capture_output=True, text=True,
-                          cwd=Path(__file__).parents[1])
+    done = warm_python.run("-c", script, tmp_path / "t", cwd=Path(__file__).parent)
     assert done.stdout == "told\n", done.stderr
     assert len(read_trace(tmp_path / "t", pytest.fail).passes) == 1
 
