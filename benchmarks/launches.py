@@ -96,7 +96,7 @@ def dense_weights(shape: Shape, half: torch.dtype) -> DenseWeights:
 class Immediate:
     """A device, and its stream, that does what it is given when it is given."""
 
-    name, device, triton, trouble = "a card that is not here", CPU, True, ""
+    name, torch_device, triton, trouble = "a card that is not here", CPU, True, ""
     launches = waits = 0
 
     def __init__(self, half: torch.dtype):
