@@ -15,8 +15,9 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -26,7 +27,7 @@ from qmix.chat.screen import Screen
 from qmix.config import Cancel, SamplingParams
 from qmix.errors import Interrupted, StoreError, UsageError
 from qmix.speculation import Pace
-from qmix.tokenizer import Message, Prompt, Request, StreamDecoder
+from qmix.tokenizer import Message, Prompt, ReasoningSplitter, Request, StreamDecoder
 from qmix.tokenizer.stream import SILENT, Piece
 
 BOS, EOS, SYSTEM, USER, ASSISTANT, ANY_DIGIT, THINK, NOTHINK = 1, 2, 3, 4, 5, 6, 7, 8
@@ -39,7 +40,9 @@ class FakeTokenizer:
     vocab_size = VOCAB
     template_name = "fake format"
     turn_stops: tuple[str, ...] = ()
-    thinking_switch = False
+    thinking_switch = takes_effort = False
+    verbatim = True
+    headers: Mapping[int, bool] = MappingProxyType({})
 
     def encode(self, text: str, bos: bool = True, limit: int | None = None) -> list[int]:
         return [BOS] * bos + [10 + byte for byte in text.encode()]
@@ -68,7 +71,14 @@ class FakeTokenizer:
         if not self.thinking_switch:
             raise UsageError("no switch for thinking")
 
-    def decoder(self, continuing: bool = False) -> StreamDecoder:
+    def check_effort(self) -> None:
+        if not self.takes_effort:
+            raise UsageError("no place for effort")
+
+    def answer_parser(self, prompt: Prompt) -> ReasoningSplitter:
+        return ReasoningSplitter(prompt.in_reasoning)
+
+    def decoder(self, continuing: bool = False, marked: bool = False) -> StreamDecoder:
         return StreamDecoder(self._piece, continuing=True)
 
     @staticmethod
@@ -82,14 +92,9 @@ class FakeTokenizer:
         return "".join(map(decoder.push, ids)) + decoder.finish()
 
 
-def last(token: int, ids: list[int]) -> int:
-    """Where a token is for the last time. It is sought for each token of an answer, and a prompt may have thousands."""
-    return len(ids) - 1 - ids[::-1].index(token)
-
-
-def reply(ids: list[int]) -> Iterator[int]:
+def reply(ids: Sequence[int]) -> Iterator[int]:
     """The answer's ids, EOS included, to a prompt's ids."""
-    asked = last(USER, ids)
+    asked = max(i for i, token in enumerate(ids) if token == USER)
     question = bytes(token - 10 for token in ids[asked + 1 :] if token >= 10).decode()
     system = bytes(token - 10 for token in ids[2 : ids.index(USER)]).decode() if ids[1] == SYSTEM else ""
     if question == "think forever":
@@ -131,9 +136,9 @@ class FakeSession:
         self.ids: list[int] = []
         self.computed: list[int] = []  # how many ids each prefill was given
         self._answer_at = 0  # where the answer begins; drafts may hold any id
-        self._prompt: list[int] = []  # whose reply is known as far as it was asked for
-        self._reply: Iterator[int] = iter(())
-        self._known: list[int] = []
+        self._rest: Iterator[int] = iter(())  # of the answer, what nobody has asked for; it may have no end
+        self._answer: list[int] = []
+        self._slow = self._fails = False
 
     @property
     def length(self) -> int:
@@ -152,15 +157,17 @@ class FakeSession:
             raise Interrupted("cancelled")
         self.ids.extend(ids)
         self._answer_at = self._start(self.ids)
+        self._rest, self._answer = reply(self.ids[:self._answer_at]), []
+        self._slow, self._fails = (self._asked(word, self.ids) for word in ("count", "fail"))
         return self._logits()
 
     def decode(self, token: int, cancel: Cancel | None = None) -> torch.Tensor:
         assert len(self.ids) < self.context
         if cancel:
             raise Interrupted("cancelled")
-        if self._asked("count", self.ids[: self._answer_at]):
+        if self._slow:
             time.sleep(0.002)  # a pace that a reader can interrupt
-        if self._asked("fail", self.ids[: self._answer_at]) and len(self.ids) - self._answer_at > 6:
+        if self._fails and len(self.ids) - self._answer_at > 6:
             raise StoreError("experts-00.safetensors: layer 0 expert 3: checksum differs")
         self.ids.append(token)
         return self._logits()
@@ -171,21 +178,20 @@ class FakeSession:
     @staticmethod
     def _start(ids: list[int]) -> int:
         """Where the answer to the last question begins."""
-        at = last(ASSISTANT, ids) + 1
+        at = max(i for i, token in enumerate(ids) if token == ASSISTANT) + 1
         return at + (ids[at : at + 1] in ([THINK], [NOTHINK]))
 
     @staticmethod
-    def _asked(word: str, ids: list[int]) -> bool:
+    def _asked(word: str, ids: Sequence[int]) -> bool:
         """Whether the last question begins with `word`."""
-        first = last(USER, ids) + 1
-        return ids[first : first + len(word)] == [10 + byte for byte in word.encode()]
+        first = max(i for i, token in enumerate(ids) if token == USER) + 1
+        return list(ids[first : first + len(word)]) == [10 + byte for byte in word.encode()]
 
     def _logits(self) -> torch.Tensor:
-        prompt, said = self.ids[: self._answer_at], len(self.ids) - self._answer_at
-        if prompt != self._prompt:
-            self._prompt, self._reply, self._known = prompt, reply(prompt), []
-        self._known += itertools.islice(self._reply, max(0, said + 1 - len(self._known)))
-        chosen = self._known[said] if said < len(self._known) else EOS
+        at = len(self.ids) - self._answer_at
+        while len(self._answer) <= at:
+            self._answer.append(next(self._rest, EOS))
+        chosen = self._answer[at]
         logits = torch.full((VOCAB,), -1e4)
         if chosen == ANY_DIGIT:
             logits[10 + ord("0") : 11 + ord("9")] = 0.0
@@ -245,6 +251,7 @@ class Talk:
         detailed: bool = False,
         draft: int = 0,
         thinking: bool | None = None,
+        effort: str | None = None,
         term: str = "dumb",
         switch: bool = False,
     ):
@@ -262,6 +269,7 @@ class Talk:
             detailed=detailed,
             draft=draft,
             thinking=thinking,
+            effort=effort,
             draw=lambda: next(seeds),
             clock=lambda: next(clock) / 10,
         )
