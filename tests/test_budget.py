@@ -39,8 +39,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(store: Path, ram: int) -> list[str]:
-    return [sys.executable, "-m", "qmix", "generate", str(store), "--raw", "-p", "the fox " * 450, "-c", "4096", "-n",
-            "6", "--temp", "0", "--ram", str(ram), "--json"]
+    return [sys.executable, "-m", "qmix", "generate", str(store), "--raw", "-p", "the fox " * 900, "-c", "4096", "-n",
+            "12", "--temp", "0", "--ram", str(ram), "--json"]
 
 
 def run(args: list[str], **how: Any) -> tuple[dict[str, Any], int]:

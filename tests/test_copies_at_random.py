@@ -85,7 +85,7 @@ def meddle(stack: Stack, dice: random.Random) -> None:
         stack.low.cancel_guess(k)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32), st.integers(2, 9), st.integers(2, 7), st.booleans())
 def test_any_sequence_with_delays_and_faults(seed: int, above: int, below: int, mixed: bool) -> None:
     dice = random.Random(seed)
@@ -103,7 +103,7 @@ def test_any_sequence_with_delays_and_faults(seed: int, above: int, below: int, 
     stack.close()
 
 
-@settings(max_examples=13, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**32), st.integers(3, len(ALL)), st.integers(4, 6))
 def test_two_tiers_that_hold_all_records_between_them_read_each_of_them_once(seed: int, above: int, more: int) -> None:
     dice = random.Random(seed)
@@ -119,7 +119,7 @@ def test_two_tiers_that_hold_all_records_between_them_read_each_of_them_once(see
     stack.close()
 
 
-@settings(max_examples=13, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**32), st.integers(3, len(ALL) - 1), st.booleans())
 def test_where_the_tier_below_has_a_slot_for_every_record_nothing_comes_down(seed: int, above: int,
                                                                              mixed: bool) -> None:
