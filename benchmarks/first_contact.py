@@ -47,6 +47,7 @@ REHEARSAL = HERE / "rehearsal"
 TESTS = ("test_cuda.py", "test_cuda_ops.py", "test_cuda_fused.py", "test_cuda_layer.py", "test_cuda_router.py",
          "test_cuda_kv_int8.py", "test_cuda_prompt.py", "test_attend*.py", "test_device_table.py", "test_copies*.py",
          "test_configs.py")
+ENGINE = "tests/test_architectures_device.py::test_tritons_kernels_in_the_engine"
 SECONDS = 560.0  # a call of 600 keeps a margin for the start
 CLOSING = 6.0  # seconds kept for the report
 GRACE = 8.0  # seconds for what was asked to end: pytest tells its failures then
@@ -177,7 +178,8 @@ def other_ptxas() -> Path | None:
 def steps(args: argparse.Namespace, env: Mapping[str, str], place: Place, cores: int) -> list[Step]:
     """In order: what is cheap and tells most comes first; gpu.py has more than half of the time."""
     small = ["--stand-in"] if args.stand_in else []
-    files = args.tests or sorted(str(path.relative_to(ROOT)) for name in TESTS for path in (ROOT / "tests").glob(name))
+    files = args.tests or [*sorted(str(path.relative_to(ROOT)) for name in TESTS
+                                   for path in (ROOT / "tests").glob(name)), ENGINE]
     spread = ["-n", str(min(12, cores))] if len(files) > 1 and have("xdist", args) else []
     lacking = [name for name in ("pytest", "hypothesis") if not have(name, args)]
     pytest = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-rfE", "--tb=short", "-o", "addopts=",

@@ -57,8 +57,10 @@ SIDE = Path(__file__).with_name("gpu_side.py")
 SHARED = Path("/dev/shm")
 FIRST = "machine"  # where there is no card nothing else is tried
 CLOSING = 3.0  # seconds kept for the last report
-GPU = {"layers": 32, "hidden": 4096, "inner": 14336, "contexts": [128, 4096], "prompts": [512, 2048], "warm": 48,
-       "timed": 96, "peer_layers": 4, "peer_timed": 8}
+GPU = {"contexts": [128, 4096], "prompts": [512, 2048], "warm": 48, "timed": 96, "peer_layers": 4, "peer_timed": 8}
+SHAPES = {"mixtral": {"layers": 32, "hidden": 4096, "inner": 14336},
+          "qwen3": {"layers": 48, "hidden": 2048, "inner": 768}}
+NAMES = {"mixtral": "Mixtral 8x7B", "qwen3": "Qwen3-30B-A3B"}
 FIT = 0.863  # bytes of the mixed experts, of those of int4: with 32 layers, a store of 22 GiB
 STAND_IN = {"layers": 3, "hidden": 512, "inner": 256, "contexts": [16, 64], "prompts": [32, 64], "warm": 4, "timed": 6,
             "peer_layers": 2, "peer_timed": 2}
@@ -72,8 +74,9 @@ def sections(args: argparse.Namespace, size: dict[str, Any], folders: Sequence[P
     """All of them, in order: what tells most for its time comes first. Seconds are for a card; the stand-in needs
     less. folders: for the stores, the first where it is best."""
     small = args.stand_in
-    base = {"stand_in": small, "work": str(folders[-1]), "folders": list(map(str, folders)), "threads": args.threads,
-            "seed": args.seed, "commit": args.commit, **size, "workers": 1 if small else os.cpu_count() or 1}
+    base = {"stand_in": small, "model": args.model, "work": str(folders[-1]), "folders": list(map(str, folders)),
+            "threads": args.threads, "seed": args.seed, "commit": args.commit, **size,
+            "workers": 1 if small else os.cpu_count() or 1}
     peer = {**base, "vram": 24, "timed": size["peer_timed"], "peer_python": args.peer_python}
 
     def part(name: str, do: str, least: float, most: float, task: dict[str, Any] = base,
@@ -93,11 +96,12 @@ def sections(args: argparse.Namespace, size: dict[str, Any], folders: Sequence[P
             "store_of": store, "whole": whole}, needs=(FIRST, store))
 
     no_peer = None if args.peer_python else "no --peer-python was given"
+    other = None if args.model == "mixtral" else "has Mixtral's shapes only"
     return [
         part(FIRST, "machine", 15, 150, needs=()),  # a first import of torch may take a minute and more
         part("check", "check", 30, 90),
-        part("kernels", "kernels", 30, 75),
-        part("formats", "formats", 15, 60),
+        part("kernels", "kernels", 30, 75, unless=other),
+        part("formats", "formats", 15, 60, unless=other),
         part("store", "store", 1, 10, {**base, "given": str(args.store)}) if args.store else
         written("store", 40, 200, 0.0),
         part("bandwidth", "bandwidth", 15, 45, {**base, "store_of": "store"}, needs=(FIRST, "store")),
@@ -115,9 +119,9 @@ def sections(args: argparse.Namespace, size: dict[str, Any], folders: Sequence[P
         placed("12 GB, split off", 12, split=False),
         placed("12 GB, prefetch off", 12, prefetch=False),
         placed("12 GB, prefetch and split off", 12, prefetch=False, split=False),
-        part("peer: transformers + accelerate", "peer", 45, 90, {**peer, "peer": "transformers"}),
-        part("peer: llama.cpp", "peer", 45, 120, {**peer, "peer": "llama"}, unless=no_peer),
-        part("peer: bitsandbytes", "peer", 40, 60, {**peer, "peer": "bitsandbytes"}),
+        part("peer: transformers + accelerate", "peer", 45, 90, {**peer, "peer": "transformers"}, unless=other),
+        part("peer: llama.cpp", "peer", 45, 120, {**peer, "peer": "llama"}, unless=other or no_peer),
+        part("peer: bitsandbytes", "peer", 40, 60, {**peer, "peer": "bitsandbytes"}, unless=other),
     ]
 
 
@@ -233,7 +237,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--store", type=Path, metavar="DIR", help="of synthetic.py, in place of one that is made here")
     parser.add_argument("--work", type=Path, metavar="DIR", help="where the store is made, for the time of the run")
     parser.add_argument("-t", "--threads", type=int, help="of the CPU (all physical cores)")
-    parser.add_argument("--layers", type=int, help="fewer than 32, to try things out")
+    parser.add_argument("--model", choices=SHAPES, default="mixtral", help="whose shapes (mixtral)")
+    parser.add_argument("--layers", type=int, help="fewer than the model has, to try things out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commit", help="to be recorded, where the code is a copy that git does not know")
     return parser.parse_args()
@@ -253,13 +258,13 @@ def chosen(todo: list[Section], only: str | None) -> list[Section]:
 
 def main() -> None:
     start, args = time.monotonic(), arguments()
-    size = dict(STAND_IN if args.stand_in else GPU)
+    size = dict(STAND_IN if args.stand_in else GPU | SHAPES[args.model])
     size["layers"] = args.layers or size["layers"]
     archive: dict[str, Any] = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"), "stand_in": args.stand_in,
         "command": shlex.join(["python", *sys.argv]), "settings": {**size, "seconds": args.seconds, "seed": args.seed},
-        "shape": f"Random weights of Mixtral 8x7B's shapes, {size['layers']} layers, hidden {size['hidden']}, inner "
-                 f"{size['inner']}, int4 g64 experts, int8 dense.", "sections": {}}
+        "shape": f"Random weights of {NAMES[args.model]}'s shapes, {size['layers']} layers, hidden {size['hidden']}, "
+                 f"inner {size['inner']}, int4 g64 experts, int8 dense.", "sections": {}}
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
     files = Files(archive, args.out, args.name)

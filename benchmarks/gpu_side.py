@@ -107,11 +107,11 @@ def store(task: Task) -> None:
         emit(path=task["given"], given=True)
         return
     import synthetic
-    from synthetic_recipe import Recipe
+    from synthetic_recipe import RECIPES
 
     from qmix.demo import CHECKPOINT
 
-    recipe = Recipe(task["layers"], hidden=task["hidden"], inner=task["inner"], seed=task["seed"])
+    recipe = RECIPES[task["model"]](task["layers"], hidden=task["hidden"], inner=task["inner"], seed=task["seed"])
     _, quant, layout = synthetic.layout_of(recipe)
     size = 0
     if task["fit"]:
