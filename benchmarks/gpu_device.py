@@ -18,7 +18,7 @@ from qmix.device import Device, StandIn
 from qmix.device.cuda import open_cuda
 from qmix.device.device import Event
 from qmix.errors import DoesNotFit
-from qmix.offload.plan import RESERVE, Needs, plan
+from qmix.offload.plan import RESERVE, UNMEASURED, Needs, plan
 from qmix.sizes import GIB, format_bytes
 from qmix.spec import Model
 
@@ -65,7 +65,8 @@ def budget_for(needs: Needs, device: Device, share: float) -> int:
     """The VRAM, in bytes, in which a share of the records of a small model fits, and not more."""
     slots = max(needs.least_slots, round(share * needs.records))
     # What the plan takes besides, its reserve at its least: any budget up to 50 of these shows it.
-    fixed = plan(needs, 2**50, 0, 50 * RESERVE, device.taken()).tiers[0].fixed
+    beside = UNMEASURED if device.torch_device.type == "cuda" else None
+    fixed = plan(needs, 2**50, 0, 50 * RESERVE, device.taken(), vram_beside=beside).tiers[0].fixed
     return fixed + slots * needs.record
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from model_configs import TINY
 from oracles import decode
 
 ROOT = Path(__file__).parents[1]
@@ -27,13 +28,17 @@ import gpu_run  # noqa: E402
 import gpu_side  # noqa: E402
 import gpu_worker  # noqa: E402
 import synthetic  # noqa: E402
+from gpu_device import budget_for  # noqa: E402
 from gpu_roofline import GB, Bandwidths, Token, bound  # noqa: E402
 from gpu_sections import Section, allot  # noqa: E402
 from synthetic_recipe import Recipe  # noqa: E402
 
+from qmix.config import QuantConfig  # noqa: E402
 from qmix.demo import CHECKPOINT  # noqa: E402
 from qmix.engine import load  # noqa: E402
 from qmix.formats.packed import Packed  # noqa: E402
+from qmix.models import read_model  # noqa: E402
+from qmix.offload.plan import UNMEASURED, Needs, plan  # noqa: E402
 from qmix.sizes import MatrixSpec  # noqa: E402
 from qmix.store import Store  # noqa: E402
 
@@ -339,3 +344,19 @@ def test_stores_lie_in_shared_memory_only_where_there_is_room(tmp_path: Path) ->
     assert gpu_side.roomy(folders, 1)[0] == folders[0]
     assert gpu_side.roomy(folders, 2**50)[0] == folders[1]
     assert gpu_side.roomy(folders[1:], 2**50)[0] == folders[1]
+
+
+def test_a_cards_budget_holds_the_share_with_what_its_plan_counts_of_the_card() -> None:
+    """A plan of a card keeps room for code, graphs and libraries until they have been measured: StandIn has none."""
+    class Card:
+        torch_device = torch.device("cuda", 0)
+
+        def taken(self) -> int:
+            return 123 * 2**20
+
+    model = read_model(TINY["mixtral"])
+    needs = Needs.of(model, QuantConfig(), 256)
+    for share in (0.5, 1.0):
+        budget = budget_for(needs, Card(), share)  # type: ignore[arg-type]
+        found = plan(needs, 2**50, 0, budget, 123 * 2**20, vram_beside=UNMEASURED).tiers[0]
+        assert found.slots == max(needs.least_slots, round(share * needs.records))
