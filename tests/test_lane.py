@@ -46,6 +46,9 @@ class HandStream:
     def run(self, work: Work) -> None:
         self.given.append((work, HandEvent()))
 
+    def enter(self) -> None:
+        pass
+
     def after(self, event: Event) -> None:
         self.given.append((event, HandEvent()))
 
@@ -73,9 +76,9 @@ class HandStream:
 class Line:
     """A lane on a stream moved by hand."""
 
-    def __init__(self) -> None:
+    def __init__(self, large: int = 0) -> None:
         self.stream, self.bell, self.now = HandStream(), threading.Condition(), 0.0
-        self.lane = Lane("up", self.stream, self.bell, CHUNK, lambda: self.now)
+        self.lane = Lane("up", self.stream, self.bell, CHUNK, large, lambda: self.now)
 
     def send(self, number: int, urgency: int = DEMAND, after: Load | None = None, fence: Event | None = None,
              feed: Load | None = None, leaving: Load | None = None) -> Load:
@@ -130,6 +133,27 @@ def test_two_chunks_are_on_their_way_and_count_when_their_event_is_over(line: Li
     assert bytes(memory(load.slot))[:3 * CHUNK] == content(load.key)[:3 * CHUNK] and not load.done
     line.finish(load)
     assert load.done and right(load) and line.lane.bytes == [RECORD, 0, 0]
+
+
+def test_a_demanded_record_goes_in_large_chunks_where_all_their_bytes_are_there() -> None:
+    line = Line(large=3 * CHUNK)
+    try:
+        guess = line.send(1, WARM)
+        until(lambda: len(line.stream.given) == 2)
+        feed = Load(key(2), torch.zeros(RECORD, dtype=torch.uint8), DEMAND, None)
+        feed.arrived = 2 * CHUNK  # of a record that the disk still reads: small chunks, as they come
+        load, other = line.send(2, feed=feed), line.send(3)
+        line.stream.go(2)
+        until(lambda: guess.arrived == 2 * CHUNK and len(line.stream.given) == 4)
+        assert (load.taken, other.taken) == (2 * CHUNK, 0)
+        line.stream.go(2)
+        until(lambda: load.arrived == 2 * CHUNK and other.taken == 6 * CHUNK)
+        feed.arrived, feed.done = RECORD, True
+        line.finish(guess, load, other)
+        assert all(map(right, (guess, load, other))) and line.lane.bytes == [2 * RECORD, 0, RECORD]
+    finally:
+        line.stream.go_on()
+        line.lane.close()
 
 
 def test_a_demanded_record_overtakes_after_two_chunks(line: Line) -> None:

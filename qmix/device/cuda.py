@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 from contextlib import AbstractContextManager, suppress
+from threading import get_ident
 
 import torch
 from torch import Tensor
@@ -29,10 +30,18 @@ class _Stream:
     def __init__(self, device: Cuda, stream: torch.cuda.Stream | None):
         self._device = device
         self._stream = stream  # None: whatever is current
+        self._entered: int | None = None  # the thread whose current stream it stays
+
+    def enter(self) -> None:
+        if self._stream is not None:
+            torch.cuda.set_stream(self._stream)
+            self._entered = get_ident()
 
     def run(self, work: Work) -> None:
         if self._stream is None:
             self._device.launches += 1
+            work()
+        elif self._entered == get_ident():
             work()
         else:
             with torch.cuda.stream(self._stream):
@@ -49,7 +58,8 @@ class _Stream:
         return event
 
     def _current(self) -> torch.cuda.Stream:
-        return torch.cuda.current_stream(self._device.torch_device) if self._stream is None else self._stream
+        # By its number: torch looks a device up several times as long.
+        return torch.cuda.current_stream(self._device.torch_device.index) if self._stream is None else self._stream
 
 
 class _Event:

@@ -53,6 +53,9 @@ class _Stream:
     def run(self, work: Work) -> None:
         self._queue.put(work)
 
+    def enter(self) -> None:
+        pass
+
     def after(self, event: Event) -> None:
         self._queue.put(event.wait)
 
@@ -161,6 +164,9 @@ class _Counted:
     def run(self, work: Work) -> None:
         self._device.launches += 1
         self._stream.run(work)
+
+    def enter(self) -> None:
+        pass
 
     def after(self, event: Event) -> None:
         self._stream.after(event)

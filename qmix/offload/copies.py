@@ -50,6 +50,7 @@ from qmix.offload.tiers import Tier
 from qmix.sizes import MIB
 
 CHUNK = 8 * MIB  # bytes of a copy: 0.3 ms at 25 GB/s
+LARGE = 32 * MIB  # of a demanded record, which nothing overtakes
 REASONS: tuple[Reason, ...] = ("demand", "speculative", "warm")  # by urgency
 
 
@@ -62,14 +63,14 @@ class _Ascent(Trip):
 
 class Copies:
     """Fills slots of a faster tier from `below`: its source, with `take_back` as what it tells of records that leave.
-    Close it before the tier below, and before the device. chunk: bytes of a copy."""
+    Close it before the tier below, and before the device. chunk: bytes of a copy, large: of a demanded record's."""
 
-    def __init__(self, below: Tier, device: Device, chunk: int = CHUNK,
+    def __init__(self, below: Tier, device: Device, chunk: int = CHUNK, large: int = 0,
                  clock: Callable[[], float] = time.perf_counter):
         self._below = below
         self._bell = threading.Condition()
-        self._up = Lane("up", device.stream(), self._bell, chunk, clock)
-        self._down = Lane("down", device.stream(), self._bell, chunk, clock)
+        self._up = Lane("up", device.stream(), self._bell, chunk, large, clock)
+        self._down = Lane("down", device.stream(), self._bell, chunk, large, clock)
         self._rising: dict[Load, _Ascent] = {}  # until the slot below is let go of
         self._leaving: dict[int, Load] = {}  # the address of a slot above -> the load that takes its record down
 

@@ -33,12 +33,17 @@ from qmix.kernels.device_ops import DeviceOps, ExpertSlots
 from qmix.kernels.table import KernelTable
 from qmix.offload.copies import Copies
 from qmix.offload.experts import Guesses, PagedExperts
+from qmix.offload.host_rows import HostRows
 from qmix.offload.slot_table import NOWHERE, SlotTable
 from qmix.offload.split import Split
 from qmix.offload.tiers import Tier
+from qmix.sizes import MIB
 from qmix.spec import Model
 
 RISING = 1  # records that come up because they are worth it, though the CPU has computed them
+TRIP = 0.3e-3  # seconds of the host's own work for a record that comes up, as an H200's host had them
+SHARE = 0.1  # of the host's time, that small records may take which come up because they are worth it
+JOINED = 32 * MIB  # bytes of a record up to which the CPU computes all that are there at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +76,12 @@ class DeviceExperts(PagedExperts):
         self._by_slot = all(ops.handles(one) for one in slots)  # else the host must name each expert
         self._late = torch.full((self._experts,), NOWHERE, dtype=torch.int32, device=device.torch_device)
         self._late_works: dict[Routed, Repeated] = {}
-        self._made: dict[Routed, Tensor] = {}  # rows that the CPU computed, in host memory
+        self._host = HostRows(device, below.kernels, below.views, model.top_k)
+        self._largest = max(one.record.nbytes for one in slots)
+        self._small = self._host.joins and self._largest <= JOINED
+        self._all_below = len(below.tier.slots) >= self._layers * self._experts
         self._rising: list[ExpertKey] = []
+        self._rises_at = 0.0  # on the clock: when the next one may
         self._guessing = bool(model.moe_layers)  # without routers nothing is guessed: what comes next is certain
         self._copied = 0, 0.0  # bytes and seconds of the bus so far
         self._found: dict[int, dict[int, int]] = {}  # by layer: the slots of its experts that begin's work found
@@ -157,6 +166,7 @@ class DeviceExperts(PagedExperts):
         """The rows of `missing`: some copied up and computed by the device, some computed by the CPU, at once."""
         tier = self._tier
         copied, computed = self._divide(missing)
+        self._host.begin()
         for key in copied:
             tier.pin(key)
         waiting, coming = deque(copied), list[ExpertKey]()
@@ -170,7 +180,9 @@ class DeviceExperts(PagedExperts):
                     self._look_ahead(layer, experts, step, ahead)
                 self._lookahead.pursue()
                 if computed:
-                    self._on_host(computed.pop(0), routed, step)
+                    some = self._at_once(computed)
+                    self._on_host(some, routed, step)
+                    computed = [key for key in computed if key not in some]
                 elif coming:
                     key = self._next([], coming)
                     self._await(key, len(tier.bytes_of(key)), step)
@@ -229,38 +241,36 @@ class DeviceExperts(PagedExperts):
 
         self._device.compute.run(work)
 
-    def _on_host(self, key: ExpertKey, routed: Routed, step: Step) -> None:
-        """Compute one expert where its record is, and send its rows up."""
+    def _at_once(self, computed: Sequence[ExpertKey]) -> Sequence[ExpertKey]:
+        """What the CPU computes next: of small records all that are in RAM, else one. Between two large ones the device
+        is given what has come up meanwhile."""
+        below = self._below.tier
+        ready = [key for key in computed if below.ready(key)] if self._small else []
+        return ready or computed[:1]
+
+    def _on_host(self, keys: Sequence[ExpertKey], routed: Routed, step: Step) -> None:
+        """Compute experts where their records are, and send their rows up."""
         below, split = self._below.tier, self._below.split
         assert split is not None
-        ours = [key] if below.pin(key) else []  # else it is going up, and stays pinned until it is there
+        ours = [key for key in keys if below.pin(key)]  # the others are going up, and stay pinned until they are there
         try:
-            if not below.want(key, "demand"):  # all slots below are on their way up
+            if not all(below.want(key, "demand") for key in keys):  # all slots below are on their way up
                 below.unpin(ours)
                 ours = []
-                self._wait_up(key, routed, step)
+                for key in keys:
+                    self._wait_up(key, routed, step)
                 return
-            self._await_in(below, key, step)
+            for key in keys:
+                self._await_in(below, key, step)
             start = self._clock()
-            tokens, ranks = (routed.host_ids == key.expert).nonzero(as_tuple=True)
-            made = self._made.get(routed)
-            if made is None:
-                made = self._made[routed] = self._device.host(*routed.rows.shape, dtype=torch.float32)
-            made[tokens, ranks] = self._below.kernels.expert(routed.host_x[tokens], *self._below.views[below.slot(key)])
-            pairs = [(routed.rows[t, k], made[t, k]) for t, k in zip(tokens.tolist(), ranks.tolist(), strict=True)]
-
-            def send() -> None:
-                for row, own in pairs:
-                    row.copy_(own, non_blocking=True)
-
-            self._device.compute.run(send)
+            self._host.compute(routed, [(key.expert, below.slot(key)) for key in keys])
             seconds = self._clock() - start
-            split.computed(self._nbytes(key), seconds)
-            self.figures[step.phase].computed += 1
+            split.computed(sum(map(self._nbytes, keys)), seconds)
+            self.figures[step.phase].computed += len(keys)
             self.figures[step.phase].host_seconds += seconds
         finally:
             below.unpin(ours)
-        self._raise(key)
+        self._raise(keys)
 
     def _wait_up(self, key: ExpertKey, routed: Routed, step: Step) -> None:
         self._tier.pin(key)
@@ -273,11 +283,23 @@ class DeviceExperts(PagedExperts):
         finally:
             self._tier.unpin([key])
 
-    def _raise(self, key: ExpertKey) -> None:
-        """The CPU has computed it; it goes up beside other work where it is worth more than what is there."""
+    def _raise(self, keys: Sequence[ExpertKey]) -> None:
+        """The CPU has computed them; the best goes up beside other work where it is worth more than what is there."""
         self._rising = [k for k in self._rising if k in self._tier and not self._tier.ready(k)]
-        if len(self._rising) < RISING and key not in self._tier and self._tier.want(key, "warm"):
-            self._rising.append(key)
+        if len(self._rising) >= RISING or (self._small and self._clock() < self._rises_at):
+            return
+        best = max(keys, key=self._tier.cache.score)
+        if best not in self._tier and self._tier.want(best, "warm"):
+            self._rising.append(best)
+            self._rises_at = self._clock() + TRIP / SHARE
+
+    def _look_ahead(self, layer: int, chosen: Sequence[int], step: Step, ahead: Guesses | None) -> None:
+        """A guess is worth its host's work where it saves more: not where all records are in RAM, and each comes up or
+        is computed in less time."""
+        split = self._below.split
+        if step.phase == "decode" and split is not None and self._all_below and split.quickest(self._largest) < TRIP:
+            return
+        super()._look_ahead(layer, chosen, step, ahead)
 
     def _await_in(self, tier: Tier, key: ExpertKey, step: Step) -> None:
         """Wait for a record in another tier than the fast one, on the stall clock."""

@@ -27,7 +27,7 @@ from qmix.kernels.device_ops import ExpertSlots
 from qmix.kernels.device_table import DeviceKernels
 from qmix.kernels.table import KernelTable
 from qmix.offload.cache import warm_order
-from qmix.offload.copies import Copies
+from qmix.offload.copies import LARGE, Copies
 from qmix.offload.device_experts import Below, DeviceExperts
 from qmix.offload.figures import Meter
 from qmix.offload.plan import Plan, TierPlan
@@ -72,7 +72,7 @@ def open_device_offload(store: Store, device: Device, kernels: DeviceKernels, pl
             touching.wait()
         _pin(device, pools, how.pin, say, opened)
         low = Tier(pools, choices.cache(model, slow, kind_of), readers)
-        copies = Copies(low, device)
+        copies = Copies(low, device, large=LARGE)
         opened.callback(copies.close)
         slabs = _slabs(device, fast)
         table = SlotTable(device, len(model.record_layers), model.num_experts)

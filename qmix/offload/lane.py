@@ -25,7 +25,7 @@ from torch import Tensor
 
 from qmix.device import Event, Stream
 from qmix.errors import QmixError
-from qmix.offload.reads import Load
+from qmix.offload.reads import DEMAND, Load
 
 ON_THE_WAY = 2  # chunks
 
@@ -73,14 +73,15 @@ class _Flight:
 
 class Lane:
     """name: "up" or "down"; bell: the lock of all lanes and of those who wait for them, rung whenever something has
-    changed; chunk: bytes of a copy. bytes: how many have landed, by urgency."""
+    changed; chunk: bytes of a copy, large: of a demanded record's. bytes: how many have landed, by urgency."""
 
-    def __init__(self, name: str, stream: Stream, bell: threading.Condition, chunk: int,
+    def __init__(self, name: str, stream: Stream, bell: threading.Condition, chunk: int, large: int = 0,
                  clock: Callable[[], float] = time.perf_counter):
         self._name = name
         self._stream = stream
         self._bell = bell
         self._chunk = chunk
+        self._large = max(large, chunk)
         self._clock = clock
         self._queue: list[Trip] = []  # with chunks that have not started
         self._flying = 0
@@ -116,6 +117,7 @@ class Lane:
     def _run(self) -> None:
         flights: deque[_Flight] = deque()
         try:
+            self._stream.enter()
             while True:
                 while len(flights) < ON_THE_WAY and (flight := self._take(wait=not flights)) is not None:
                     flights.append(flight)
@@ -138,7 +140,7 @@ class Lane:
                 if trip is not None:
                     load = trip.load
                     start = load.taken
-                    load.taken = end = min(start + self._chunk, len(load.slot))
+                    load.taken = end = self._end(trip)
                     load.reading += 1
                     if not self._flying and not (start == 0 and load.fence is not None):
                         self._busy_since = self._clock()
@@ -159,9 +161,19 @@ class Lane:
                 self._bell.notify_all()
         self._queue = [trip for trip in self._queue if not trip.load.over]
         for trip in sorted(self._queue, key=lambda trip: trip.load.urgency):
-            if trip.may_copy(min(trip.load.taken + self._chunk, len(trip.load.slot))):
+            if trip.may_copy(self._ends(trip)[-1]):
                 return trip
         return None
+
+    def _end(self, trip: Trip) -> int:
+        """Where the chunk of it that goes now ends."""
+        return next(end for end in self._ends(trip) if trip.may_copy(end))
+
+    def _ends(self, trip: Trip) -> list[int]:
+        """Where its next chunk may end, the longest first."""
+        load = trip.load
+        sizes = (self._large, self._chunk) if load.urgency == DEMAND else (self._chunk,)
+        return [min(load.taken + size, len(load.slot)) for size in sizes]
 
     def _launch(self, flight: _Flight) -> None:
         load = flight.trip.load

@@ -33,14 +33,14 @@ class OneToken:
     """views: (w13, w2) of each slot, which stay where they are. rows [1, K, H] fp32: what the experts give, in order of
     rank; those of the token before are overwritten."""
 
-    def __init__(self, native: Native, views: Sequence[tuple[Packed, Packed]], top_k: int):
+    def __init__(self, native: Native, views: Sequence[tuple[Packed, Packed]], top_k: int, rows: Tensor | None = None):
         self._native = native
         self._views = views
         self._matrices: list[tuple[_Matrix, _Matrix] | None] = [None] * len(views)
         w13, w2 = views[0]
         self._inner, self._hidden = w13.spec.rows // 2, w2.spec.rows
         self._between = torch.empty(top_k, self._inner)
-        self.rows = torch.empty(1, top_k, self._hidden)
+        self.rows = torch.empty(1, top_k, self._hidden) if rows is None else rows
         self._between_at, self._rows_at = self._between.data_ptr(), self.rows.data_ptr()
 
     def gate_up(self, x: Tensor, some: Collection[tuple[int, int]]) -> None:

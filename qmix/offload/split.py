@@ -37,6 +37,10 @@ class Split:
     def host_gbps(self) -> float:
         return 1e-9 / self._host
 
+    def quickest(self, nbytes: int) -> float:
+        """Seconds after which a record of so many bytes has come up or been computed, whichever is sooner."""
+        return nbytes * min(self._copy, self._host)
+
     def copied(self, nbytes: int, seconds: float) -> None:
         """So many bytes went over the bus in so much time of its being busy."""
         if nbytes > 0 and seconds > 0:
