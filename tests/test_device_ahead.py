@@ -133,3 +133,21 @@ class TestSpeedsKnownAtTheStart:
         found = [split.on_host(two) for _ in range(UNASKED + 1)]
         assert found == [0] * UNASKED + [1]
         assert [split.on_host([]) for _ in range(2 * UNASKED)][-1] == 0
+
+
+@pytest.mark.parametrize(("rate", "prefetch", "guesses"), [
+    (100.0, "auto", False), (1e-4, "auto", True), (100.0, "ahead", True), (None, "auto", True)])
+def test_guesses_are_made_where_they_save_more_than_the_hosts_work(
+        stores: dict[str, Path], rate: float | None, prefetch: str, guesses: bool,  # noqa: F811
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """All records are in RAM. Where a record comes up or is computed sooner than the host has begun a copy, nothing is
+    read ahead unless that is asked for by name, or the CPU may compute none. rate: of bus and CPU, GB/s; None: exact."""
+    monkeypatch.setattr("qmix.offload.setup.SMALL", 0)
+    monkeypatch.setattr("qmix.offload.device_setup.measured", lambda *machine: Split(rate or 1, rate or 1))
+    for told in ("copied", "computed"):
+        monkeypatch.setattr(Split, told, lambda *how: None)
+    with bring_up(monkeypatch, stores["int4"], 10, ALL, exact=rate is None, prefetch=prefetch) as engine:
+        run(engine)
+        figures = engine.stats()["offload"]
+    assert (figures["prefetcher"]["issued"] > 0) == guesses
+    assert figures["decode"]["misses"] > 0 and (figures["decode"]["computed"] > 0) == (rate is not None)

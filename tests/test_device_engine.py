@@ -191,16 +191,16 @@ def test_formats_that_the_device_cannot_pick_by_slot(stores: dict[str, Path], re
 
 
 @pytest.mark.parametrize(("copy", "host"), [(1e-3, 10.0), (1.0, 1.0)], ids=["all by the CPU", "some"])
-def test_experts_that_the_cpu_computes(stores: dict[str, Path], resident: dict[str, Tensor], copy: float, host: float,
-                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the stand-in both compute with the same kernels, so here even the bits agree."""
+@pytest.mark.parametrize("name", ["keep", "int4"], ids=["one by one", "together"])
+def test_experts_that_the_cpu_computes(stores: dict[str, Path], resident: dict[str, Tensor], name: str, copy: float,
+                                       host: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_setup, "measured", lambda *machine: Split(copy, host))
-    with bring_up(monkeypatch, stores["keep"], 9, 12, StandIn(delays(5)), exact=False) as engine:
+    with bring_up(monkeypatch, stores[name], 9, 12, StandIn(delays(5)), exact=False) as engine:
         got = run(engine)
         figures = engine.stats()["offload"]["decode"]
         assert 0 < figures["computed"] <= figures["misses"]
-    want = resident["keep"]
-    assert_near((got - want).norm(dim=1) / want.norm(dim=1), engine, "keep")
+    want = resident[name]
+    assert_near((got - want).norm(dim=1) / want.norm(dim=1), engine, name)
 
 
 def test_the_cpu_computes_what_is_on_its_way_up_but_would_come_too_late(

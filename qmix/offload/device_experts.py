@@ -77,8 +77,8 @@ class DeviceExperts(PagedExperts):
         self._late = torch.full((self._experts,), NOWHERE, dtype=torch.int32, device=device.torch_device)
         self._late_works: dict[Routed, Repeated] = {}
         self._host = HostRows(device, below.kernels, below.views, model.top_k)
-        self._largest = max(one.record.nbytes for one in slots)
-        self._small = self._host.joins and self._largest <= JOINED
+        self._sizes = [one.record.nbytes for one in slots]  # by kind
+        self._small = self._host.joins and max(self._sizes) <= JOINED
         self._all_below = len(below.tier.slots) >= self._layers * self._experts
         self._rising: list[ExpertKey] = []
         self._rises_at = 0.0  # on the clock: when the next one may
@@ -297,9 +297,9 @@ class DeviceExperts(PagedExperts):
         """A guess is worth its host's work where it saves more: not where all records are in RAM, and each comes up or
         is computed in less time."""
         split = self._below.split
-        if step.phase == "decode" and split is not None and self._all_below and split.quickest(self._largest) < TRIP:
-            return
-        super()._look_ahead(layer, chosen, step, ahead)
+        if step.phase == "prefill" or self._prefetcher.asked or split is None or not self._all_below \
+                or split.quickest(max(self._sizes)) >= TRIP:
+            super()._look_ahead(layer, chosen, step, ahead)
 
     def _await_in(self, tier: Tier, key: ExpertKey, step: Step) -> None:
         """Wait for a record in another tier than the fast one, on the stall clock."""
@@ -322,7 +322,7 @@ class DeviceExperts(PagedExperts):
             split.copied(self._copied[0] - before[0], self._copied[1] - before[1])
 
     def _nbytes(self, key: ExpertKey) -> int:
-        return self._slots[self._tier.cache.kind_of(key)].record.nbytes
+        return self._sizes[self._tier.cache.kind_of(key)]
 
 
 def _check(step: Step) -> None:

@@ -83,6 +83,7 @@ class Prefetcher:
         if mode not in MODES:
             raise UsageError(f"--prefetch {mode}: want " + ", ".join(MODES))
         self.mode = "ahead" if mode == "auto" else mode
+        self.asked = mode not in ("auto", "off")  # for by name: also where it is likely not to pay
         self._top_k = top_k
         self._transitions = transitions if self.mode in ("transitions", "both") else None
         self._estimates: list[dict[tuple[int, int], _Estimate]] = [{} for _ in range(layers)]
