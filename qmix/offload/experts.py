@@ -30,7 +30,7 @@ from qmix.kernels.native import LayerOps, Native, Product
 from qmix.kernels.op import FEW
 from qmix.kernels.table import KernelTable
 from qmix.offload.figures import PhaseFigures
-from qmix.offload.groups import Group, groups_of
+from qmix.offload.groups import Group, Piece, groups_of, pieces_of
 from qmix.offload.lookahead import Lookahead
 from qmix.offload.one_token import OneToken
 from qmix.offload.plan import EXPERT_CHUNK
@@ -179,9 +179,10 @@ class PagedExperts:
         rows = torch.empty(len(x), self._top_k, x.shape[1], dtype=torch.float32, device=x.device)
         self.figures[step.phase].chosen += len(groups)
         self.figures[step.phase].hits += len(groups)
-        if self._native is not None and len(x) <= FEW:
-            _check(step)
-            self._compute_few(self._native, layer, x, groups, rows)
+        if self._native is not None:
+            for pieces in pieces_of(groups, EXPERT_CHUNK):
+                _check(step)
+                self._compute_pieces(self._native, layer, x, pieces, rows)
         else:
             for expert in groups:
                 self._compute(ExpertKey(layer, expert), x, groups[expert], rows, step)
@@ -207,8 +208,9 @@ class PagedExperts:
             else:
                 assert self._native is not None
                 _check(step)
-                self._compute_few(self._native, some[0].layer, x, {key.expert: groups[key.expert] for key in some},
-                                  rows)
+                chosen = {key.expert: groups[key.expert] for key in some}
+                for pieces in pieces_of(chosen, EXPERT_CHUNK):
+                    self._compute_pieces(self._native, some[0].layer, x, pieces, rows)
         return rows
 
     def _compute(self, key: ExpertKey, x: Tensor, group: Group, rows: Tensor, step: Step) -> None:
@@ -241,16 +243,16 @@ class PagedExperts:
             self._await_all(key, step)
             run([Product(between, w2, flat, y_rows=places)])
 
-    def _compute_few(self, native: Native, layer: int, x: Tensor, groups: dict[int, Group], rows: Tensor) -> None:
-        """All experts of a few tokens at once, where all are here: one call for each half."""
+    def _compute_pieces(self, native: Native, layer: int, x: Tensor, pieces: Sequence[Piece], rows: Tensor) -> None:
+        """Experts that are here, each for its tokens, at once: one call for each half. Where they are small the threads
+        would else wait for each other as long as they compute."""
         flat = rows.view(-1, rows.shape[2])
         first, second = [], []
-        for expert, group in groups.items():
+        for expert, tokens, places in pieces:
             w13, w2 = self._views[self._tier.slot(ExpertKey(layer, expert))]
-            for tokens, places in group.chunks():
-                between = torch.empty(1 if tokens is None else len(tokens), w13.spec.rows // 2)
-                first.append(Product(x, w13, between, x_rows=tokens, gated=True))
-                second.append(Product(between, w2, flat, y_rows=places))
+            between = torch.empty(len(places), w13.spec.rows // 2)
+            first.append(Product(x, w13, between, x_rows=tokens, gated=True))
+            second.append(Product(between, w2, flat, y_rows=places))
         native.run(first)
         native.run(second)
 

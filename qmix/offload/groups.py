@@ -5,13 +5,15 @@ T tokens, K experts per token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qmix.offload.plan import EXPERT_CHUNK
+
+Piece = tuple[int, Tensor | None, Tensor]  # an expert, tokens of its own (None: the only one), their places
 
 
 @dataclass(slots=True)
@@ -47,3 +49,18 @@ def groups_of(ids: Tensor, experts: int, device: torch.device) -> dict[int, Grou
             groups[expert] = Group(pairs // top_k, pairs % top_k, top_k)
         start += count
     return groups
+
+
+def pieces_of(groups: Mapping[int, Group], most: int) -> Iterator[list[Piece]]:
+    """All tokens of all groups, in order, as lists of pieces with `most` tokens at most. most: EXPERT_CHUNK or more."""
+    some: list[Piece] = []
+    count = 0
+    for expert, group in groups.items():
+        for tokens, places in group.chunks():
+            if count + len(places) > most:
+                yield some
+                some, count = [], 0
+            some.append((expert, tokens, places))
+            count += len(places)
+    if some:
+        yield some
