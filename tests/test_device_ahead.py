@@ -140,8 +140,8 @@ class TestSpeedsKnownAtTheStart:
 def test_guesses_are_made_where_they_save_more_than_the_hosts_work(
         stores: dict[str, Path], rate: float | None, prefetch: str, guesses: bool,  # noqa: F811
         monkeypatch: pytest.MonkeyPatch) -> None:
-    """All records are in RAM. Where a record comes up or is computed sooner than the host has begun a copy, nothing is
-    read ahead unless that is asked for by name, or the CPU may compute none. rate: of bus and CPU, GB/s; None: exact."""
+    """All records are in RAM. Where one comes up or is computed sooner than the host has begun a copy, nothing is read
+    ahead, unless that is asked for by name or the CPU may compute none. rate: of bus and CPU, GB/s; None: exact."""
     monkeypatch.setattr("qmix.offload.setup.SMALL", 0)
     monkeypatch.setattr("qmix.offload.device_setup.measured", lambda *machine: Split(rate or 1, rate or 1))
     for told in ("copied", "computed"):

@@ -220,16 +220,11 @@ class PagedExperts:
         if self._native is not None:
             self._compute_native(self._native, key, x, group, rows, step)
             return
-        if group.tokens is None:
-            hidden = self._kernels.gated(x, w13)
+        flat = rows.view(-1, rows.shape[2])
+        for tokens, places in group.chunks():
+            hidden = self._kernels.gated(x if tokens is None else x[tokens], w13)
             self._await_all(key, step)
-            rows[0, group.ranks] = self._kernels.linear(hidden, w2)[0]
-            return
-        assert isinstance(group.ranks, Tensor)
-        for tokens, ranks in zip(group.tokens.split(EXPERT_CHUNK), group.ranks.split(EXPERT_CHUNK), strict=True):
-            hidden = self._kernels.gated(x[tokens], w13)
-            self._await_all(key, step)
-            rows[tokens, ranks] = self._kernels.linear(hidden, w2).float()
+            flat[places] = self._kernels.linear(hidden, w2).float()
 
     def _compute_native(self, native: Native, key: ExpertKey, x: Tensor, group: Group, rows: Tensor,
                         step: Step) -> None:

@@ -18,19 +18,23 @@ Piece = tuple[int, Tensor | None, Tensor]  # an expert, tokens of its own (None:
 
 @dataclass(slots=True)
 class Group:
-    """The tokens of a pass that chose one expert, and at which of the top_k ranks. None: the one token there is."""
+    """The tokens of a pass that chose one expert (None: the one token there is), and their places among the T * K
+    outputs: token * top_k + rank."""
 
     tokens: Tensor | None
-    ranks: Tensor | int
+    places: Tensor
     top_k: int
 
+    @property
+    def ranks(self) -> Tensor:
+        return self.places % self.top_k
+
     def chunks(self) -> Iterator[tuple[Tensor | None, Tensor]]:
-        """(tokens, their places among the T * K outputs), EXPERT_CHUNK at a time."""
-        if self.tokens is None:
-            yield None, torch.tensor([self.ranks])
-            return
-        places = self.tokens * self.top_k + self.ranks
-        yield from zip(self.tokens.split(EXPERT_CHUNK), places.split(EXPERT_CHUNK), strict=True)
+        """(tokens, their places), EXPERT_CHUNK at a time."""
+        if self.tokens is None or len(self.tokens) <= EXPERT_CHUNK:
+            yield self.tokens, self.places
+        else:
+            yield from zip(self.tokens.split(EXPERT_CHUNK), self.places.split(EXPERT_CHUNK), strict=True)
 
 
 def groups_of(ids: Tensor, experts: int, device: torch.device) -> dict[int, Group]:
@@ -38,15 +42,15 @@ def groups_of(ids: Tensor, experts: int, device: torch.device) -> dict[int, Grou
     to `device`, all at once."""
     top_k = ids.shape[1]
     if len(ids) == 1:
-        return {expert: Group(None, rank, top_k) for rank, expert in enumerate(ids[0].tolist())}
-    # One sort instead of a search per expert: the (token, rank) pairs of an expert become adjacent.
+        places = torch.arange(top_k, device=device)
+        return {expert: Group(None, places[rank:rank + 1], top_k) for rank, expert in enumerate(ids[0].tolist())}
+    # One sort instead of a search per expert: the places of an expert become adjacent.
     flat = ids.reshape(-1)
-    order = torch.argsort(flat, stable=True).to(device)
-    groups, start = {}, 0
+    places = torch.argsort(flat, stable=True).to(device)
+    tokens, groups, start = places // top_k, {}, 0
     for expert, count in enumerate(torch.bincount(flat, minlength=experts).tolist()):
         if count:
-            pairs = order[start:start + count]
-            groups[expert] = Group(pairs // top_k, pairs % top_k, top_k)
+            groups[expert] = Group(tokens[start:start + count], places[start:start + count], top_k)
         start += count
     return groups
 
