@@ -29,7 +29,7 @@ from qmix.config import ExpertKey
 from qmix.errors import CheckpointError, ConfigError
 from qmix.models import ARCHITECTURES, Layout, Misfit, Source, choose_layout, layouts, read_model
 from qmix.shards import INDEX, REFETCH, SINGLE, Location, equal, locate, read_json
-from qmix.spec import DeltaNet, Model
+from qmix.spec import DeltaNet, Model, Moe
 
 STORE_MANIFEST = "qmix.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -112,8 +112,10 @@ class Checkpoint:
         return torch.cat((gate, up)), down
 
     def read_into(self, name: str, out: Tensor) -> None:
-        """Any tensor of the model, into contiguous memory of its dtype and shape."""
-        assert out.is_contiguous()
+        """Any tensor of the model, into memory of its dtype and shape."""
+        if not out.is_contiguous():
+            out.copy_(self._tensor(name))
+            return
         found = self._tensor(name, out.view(-1).view(torch.uint8))
         assert found.shape == out.shape
 
@@ -224,11 +226,13 @@ def check_runs(model: Model) -> None:
 def not_run(model: Model) -> str:
     """What of the model the engine cannot do, "" where it runs it."""
     for i, layer in enumerate(model.layers):
-        mixer = layer.mixer
+        mixer, record = layer.mixer, layer.mlp.expert if isinstance(layer.mlp, Moe) else layer.mlp
         if isinstance(mixer, DeltaNet):
             return f"layer {i} is a gated delta net, whose state a session cannot go back to yet"
         if mixer.kv_source is not None:
             return f"layer {i} reads the keys and values of layer {mixer.kv_source}"
+        if i in model.record_layers and record.activation.kind == "geglu":
+            return f"the experts of layer {i} have geglu, with which no model was run from end to end yet"
     return ""
 
 
