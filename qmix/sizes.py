@@ -20,6 +20,7 @@ from qmix.tensorfile import ITEM_BYTES
 
 GIB = 2**30
 MIB = 2**20
+SWIGLU = Activation()
 TENSOR_ALIGN = 64  # a cache line, and what every kernel may assume of a tensor's first byte
 RECORD_ALIGN = 4096  # what O_DIRECT needs of offset, length and address
 
@@ -74,7 +75,7 @@ class MatrixSpec:
     block: int = 0
     double_quant: bool = False
     bias: bool = False
-    activation: Activation = Activation()
+    activation: Activation = SWIGLU
 
     @property
     def bits(self) -> int:
@@ -197,7 +198,8 @@ def record_layout(model: Model, quant: QuantConfig) -> RecordLayout:
     """
     kind = DTYPES[model.dtype] if quant.experts == "keep" else quant.experts
     extra = {"group_size": quant.group_size, "block": quant.block} if kind in GROUPED_BITS else {}
-    w13, w2 = (replace(spec, format=kind, double_quant=quant.double_quant, **extra) for spec in _matrices(model))
+    w13, w2 = (replace(spec, format=kind, double_quant=quant.double_quant, **extra)  # type: ignore[arg-type]
+               for spec in _matrices(model))
     return RecordLayout(w13, w2)
 
 

@@ -243,8 +243,8 @@ class Original:
 def workspace(model: Model, context: int) -> int:
     """Bytes that a window of T tokens takes beside weights, at most: residuals, and one in fp32 for a norm; q, k, v and
     the attention's output; for each choice of a token, its row in and out of an expert, gate and up and what becomes of
-    them; the mask; with sinks the scores of all heads, up to six times; a matrix that the CPU's kernels lay out anew; a piece of
-    logits, and what scoring makes of it."""
+    them; the mask; with sinks the scores of all heads, up to six times; a matrix that the CPU's kernels lay
+    out anew; a piece of logits, and what scoring makes of it."""
     item, hidden = getattr(torch, model.dtype).itemsize, model.hidden
     inner = max(model.expert_inner, *(mlp.inner for mlp in dense_mlps(model)), 0)
     heads = max(layer.mixer.heads * layer.mixer.head_dim for layer in model.layers
@@ -322,8 +322,8 @@ def _skeleton(path: Path, ours: Model) -> Any:
 def _sinks(model: Model) -> int:
     """The most heads of a layer with sinks. transformers computes these with "eager" attention alone, which keeps the
     scores of all heads."""
-    return max((layer.mixer.heads for layer in model.layers if isinstance(layer.mixer, Attention) and layer.mixer.sinks),
-               default=0)
+    mixers = [layer.mixer for layer in model.layers if isinstance(layer.mixer, Attention)]
+    return max((mixer.heads for mixer in mixers if mixer.sinks), default=0)
 
 
 def _check_names(model: Any, weights: Weights) -> None:

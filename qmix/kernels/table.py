@@ -44,7 +44,7 @@ class KernelTable:
     layer: LayerOps = TORCH
 
     def linear(self, x: Tensor, m: Packed) -> Tensor:
-        """x [T, cols] bf16 or fp32 -> [T, rows] in x's dtype, padding and gaps between parts removed, the bias added."""
+        """x [T, cols] bf16 or fp32 -> [T, rows] in x's dtype, without padding and gaps between parts, with the bias."""
         spec = m.spec
         y = self.kernels[spec.format, spec.block](x, m)
         if y.shape[1] != spec.rows:

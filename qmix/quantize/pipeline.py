@@ -182,8 +182,8 @@ def _load(source: Checkpoint, work: Work, buffer: Tensor | None) -> dict[str, Te
 
 def _quantize(source: Checkpoint, work: Work, weights: dict[str, Tensor], quant: QuantConfig,
               inputs: Mapping[str, Inputs], pool: Executor) -> Made:
-    """Pack every matrix of `weights`, which is emptied on the way; biases go along as they are. Grouped formats spread one matrix over the
-    pool; the other formats have no such way, so their matrices go side by side."""
+    """Pack every matrix of `weights`, which is emptied on the way; biases go along as they are. Grouped formats
+    spread one matrix over the pool; the other formats have no such way, so their matrices go side by side."""
     inner = work.grouped
     tensors: dict[tuple[str, str], Tensor] = {}
     for name in [name for name in weights if name.endswith(".bias")]:
