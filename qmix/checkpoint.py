@@ -29,7 +29,7 @@ from qmix.config import ExpertKey
 from qmix.errors import CheckpointError, ConfigError
 from qmix.models import ARCHITECTURES, Layout, Misfit, Source, choose_layout, layouts, read_model
 from qmix.shards import INDEX, REFETCH, SINGLE, Location, equal, locate, read_json
-from qmix.spec import DeltaNet, Expert, Model, Moe
+from qmix.spec import DeltaNet, Model, Moe
 
 STORE_MANIFEST = "qmix.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -98,14 +98,24 @@ class Checkpoint:
     def stacked_expert(self, key: ExpertKey, buffer: Tensor) -> tuple[Tensor, Tensor]:
         """An expert as a record has it: w13 [2F, H], the gate above w3, and w2 [H, F], in the file's dtype; read
         into `buffer`, uint8 of an expert's bytes, and views into it."""
-        part = buffer.nbytes // 3
+        part = self.model.hidden * self.model.expert_inner * getattr(torch, self.model.dtype).itemsize
         w1, _, w2 = (self._tensor(tensor.name, buffer[i * part:(i + 1) * part])
                      for i, tensor in enumerate(self.model.expert_tensors(key)[:3]))
         return buffer[:2 * part].view(w1.dtype).view(2 * w1.shape[0], w1.shape[1]), w2
 
+    def expert_biases(self, key: ExpertKey) -> tuple[Tensor, Tensor] | None:
+        """Of w13 [2F], the gate's before the up's, and of w2 [H], fp32; None where experts have none."""
+        names = [tensor.name for tensor in self.model.expert_tensors(key)[3:]]
+        if not names:
+            return None
+        gate, up, down = (self._tensor(name).float() for name in names)
+        return torch.cat((gate, up)), down
+
     def read_into(self, name: str, out: Tensor) -> None:
-        """Any tensor of the model, into contiguous memory of its dtype and shape."""
-        assert out.is_contiguous()
+        """Any tensor of the model, into memory of its dtype and shape."""
+        if not out.is_contiguous():
+            out.copy_(self._tensor(name))
+            return
         found = self._tensor(name, out.view(-1).view(torch.uint8))
         assert found.shape == out.shape
 
@@ -221,10 +231,8 @@ def not_run(model: Model) -> str:
             return f"layer {i} is a gated delta net, whose state a session cannot go back to yet"
         if mixer.kv_source is not None:
             return f"layer {i} reads the keys and values of layer {mixer.kv_source}"
-        if i in model.record_layers and record.activation.kind != "swiglu":
-            return f"the kernels of experts have no {record.activation.kind}, which layer {i} has"
-        if isinstance(record, Expert) and record.bias:
-            return f"the experts of layer {i} have biases"
+        if i in model.record_layers and record.activation.kind == "geglu":
+            return f"the experts of layer {i} have geglu, with which no model was run from end to end yet"
     return ""
 
 
