@@ -35,11 +35,15 @@ STORE_MANIFEST = "qmix.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DTYPE_NAMES = MappingProxyType({"BF16": "bfloat16", "F16": "float16", "F32": "float32"})
 LOW_BITS = ("F4", "F6_", "F8_")
+BLOCKS = "_blocks"  # a tensor in MXFP4 is two, its codes under its name and this, and its _scales
 HEAD = "lm_head.weight"  # also where a model ties it to its embedding
 SAMPLE = 4096  # bytes of each tensor that go into the fingerprint
 MAX_TENSORS = 10**6  # far above any real model; keeps a hostile config.json from costing memory
 
 FOLDER = "give the folder that holds config.json and model*.safetensors"
+ORIGINAL = "give the original bf16, fp16 or fp32 checkpoint"
+MXFP4 = ("qmix has no format for MXFP4 yet: have transformers decode the weights (Mxfp4Config(dequantize=True), then "
+         "save_pretrained), and give what it saved")
 WRONG_CONFIG = "config.json and the weights do not belong together: fetch both again, or correct config.json"
 
 
@@ -185,7 +189,7 @@ def _check_unquantized(path: Path, raw: Mapping[str, Any]) -> None:
         method = found.get("quant_method") if isinstance(found, dict) else None
         how = f", as {method}" if isinstance(method, str) and method else ""
         raise CheckpointError(f"{path}: quantization_config: the weights are quantized already{how}",
-                              "give the original bf16, fp16 or fp32 checkpoint")
+                              MXFP4 if method == "mxfp4" else ORIGINAL)
 
 
 def ignored_keys(path: Path, raw: Mapping[str, Any]) -> list[str]:
@@ -302,7 +306,11 @@ def _check_dtype(location: Location, where: str, dtype: str) -> None:
 
 def _check_no_low_bits(wanted: Mapping[str, object], locations: Mapping[str, Location]) -> None:
     """A checkpoint with 4-, 6- or 8-bit floats is named as what it is, by the model's own tensor where that has one;
-    otherwise its scales would be called leftovers and its weights missing."""
+    otherwise its scales would be called leftovers and its weights missing. So is one in MXFP4, which has bytes."""
+    packed = next((locations[name + BLOCKS] for name in wanted if name + BLOCKS in locations), None)
+    if packed is not None:
+        raise CheckpointError(f"{packed.shard.file.path}: {packed.entry.name}: the weights are quantized already, as "
+                              "mxfp4", MXFP4)
     low = {name: location for name, location in locations.items() if location.entry.dtype.startswith(LOW_BITS)}
     if low:
         location = next((low[name] for name in wanted if name in low), next(iter(low.values())))

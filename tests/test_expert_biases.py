@@ -24,7 +24,6 @@ from qmix.models import ARCHITECTURES, read_model
 from qmix.quantize.methods import quantize
 from qmix.sizes import MatrixSpec, record_layout, round_up
 from qmix.spec import Activation
-from qmix.store.manifest import version_of
 
 LEVELS = [(level, activations) for level in native.levels() for activations in ("int8", "bf16")]
 KINDS = [Activation(), Activation("geglu"), Activation("swiglu_clamped", 1.702, 1.0)]
@@ -137,8 +136,3 @@ def test_a_record_places_each_bias_behind_its_matrix() -> None:
     plain = replace(w13, bias=False), replace(w2, bias=False)
     bare = sum(round_up(t.nbytes, 64) for spec in plain for t in spec.tensors)
     assert layout.payload == bare + 4 * (2 * model.expert_inner + model.hidden)
-
-
-def test_only_stores_that_need_it_have_the_new_version() -> None:
-    versions = {kind: version_of(read_model(ARCHITECTURES[kind].TINY)) for kind in ("mixtral", "qwen3_moe", "gpt_oss")}
-    assert versions == {"mixtral": 2, "qwen3_moe": 2, "gpt_oss": 3}

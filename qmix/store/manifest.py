@@ -21,8 +21,9 @@ tokens. See Calibrated.
 The place of a region follows from model and quantization. The manifest repeats it for readers that do not know qmix,
 and a store in which the two differ is refused.
 
-Version 3 is written where records have what qmix 0.2.0 could not compute: biases, or another activation than SwiGLU.
-All other stores are of version 2.
+Version 3 is version 2 with records that qmix 0.2.0 could not compute: with biases, or with another activation than
+SwiGLU. A bias lies behind the weights of its matrix, fp32, one number a row. All other stores are of version 2, so that
+qmix 0.2.0 reads them.
 
 Version 1 has "dtype", of the checkpoint's weights, in place of model and alignment: its model is the Mixtral of the
 config.json beside it, and its dense tensors have the names of the checkpoint (version1.py).
@@ -117,9 +118,8 @@ class FileEntry:
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """source: the checkpoint's name (a folder's or a hub id); revision: the hub's, else None. model: what the store
-    holds; None in version 1, which has its dtype alone. version: as it was read,
-    0 before it was written. digest: of the bytes of the file that
-    it was read from."""
+    holds; None in version 1, which has its dtype alone. version: as it was read, 0 before it was written. digest:
+    of the bytes of the file that it was read from."""
 
     source: str
     revision: str | None
