@@ -19,7 +19,7 @@ from qmix.formats.packed import Packed
 from qmix.kernels import native, reference
 from qmix.kernels.cpu import plain_linear
 from qmix.kernels.native import Native, Product, as_seen
-from qmix.kernels.table import KernelTable
+from qmix.kernels.table import KernelTable, select
 from qmix.models import ARCHITECTURES, read_model
 from qmix.quantize.methods import quantize
 from qmix.sizes import MatrixSpec, record_layout, round_up
@@ -93,6 +93,19 @@ class TestNative:
         whole = own.gated(x, m)
         for row in (0, 8, 32):
             assert torch.equal(own.gated(x[row:row + 1], m), whole[row:row + 1])
+
+    def test_the_table_adds_a_bias_once(self, level: str, activations: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whichever kernel of its own has the format."""
+        monkeypatch.setenv("QMIX_NATIVE", level)
+        table = select([*FORMATS, "int2"], [32], say=lambda line: None, activations=activations)
+        assert table.native is not None and table.native.level == level
+        for name in FORMATS:
+            m = packed(name, Activation(), 100, parts=1)
+            bare = Packed.of(m.spec.without_bias, {k: v for k, v in m.tensors.items() if k != "bias"}, "bare")
+            for tokens in (1, 5, 20):
+                x, want = x_of(tokens), table.linear(x_of(tokens), bare) + m["bias"]
+                assert torch.equal(table.linear(x, m), want), name
+                assert all(torch.equal(y, want) for y in table.linears(x, m, m)), name
 
     def test_nan_stays_nan(self, level: str, activations: str) -> None:
         """A clamp that hides an overflow would give a wrong token instead of an error."""

@@ -46,6 +46,8 @@ class KernelTable:
     def linear(self, x: Tensor, m: Packed) -> Tensor:
         """x [T, cols] bf16 or fp32 -> [T, rows] in x's dtype, without padding and gaps between parts, with the bias."""
         spec = m.spec
+        if self.native is not None and self.computes_natively(m):
+            return self.native.linear(x, m)[0]  # with the bias; the other kernels have none
         y = self.kernels[spec.format, spec.block](x, m)
         if y.shape[1] != spec.rows:
             y = y.view(len(y), spec.parts, -1)[:, :, :spec.rows // spec.parts].reshape(len(y), spec.rows)
