@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qmix.quantize import quantize_checkpoint
     from qmix.tokenizer import Message
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["Cancel", "Checkpoint", "Engine", "Message", "Placement", "QmixError", "QuantConfig", "SamplingParams",
            "Session", "Summary", "Timings", "Token", "load", "quantize_checkpoint"]
 

@@ -29,17 +29,21 @@ from qmix.config import ExpertKey
 from qmix.errors import CheckpointError, ConfigError
 from qmix.models import ARCHITECTURES, Layout, Misfit, Source, choose_layout, layouts, read_model
 from qmix.shards import INDEX, REFETCH, SINGLE, Location, equal, locate, read_json
-from qmix.spec import DeltaNet, Expert, Model, Moe
+from qmix.spec import DeltaNet, Model, Moe
 
 STORE_MANIFEST = "qmix.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DTYPE_NAMES = MappingProxyType({"BF16": "bfloat16", "F16": "float16", "F32": "float32"})
 LOW_BITS = ("F4", "F6_", "F8_")
+BLOCKS = "_blocks"  # a tensor in MXFP4 is two, its codes under its name and this, and its _scales
 HEAD = "lm_head.weight"  # also where a model ties it to its embedding
 SAMPLE = 4096  # bytes of each tensor that go into the fingerprint
 MAX_TENSORS = 10**6  # far above any real model; keeps a hostile config.json from costing memory
 
 FOLDER = "give the folder that holds config.json and model*.safetensors"
+ORIGINAL = "give the original bf16, fp16 or fp32 checkpoint"
+MXFP4 = ("qmix has no format for MXFP4 yet: have transformers decode the weights (Mxfp4Config(dequantize=True), then "
+         "save_pretrained), and give what it saved")
 WRONG_CONFIG = "config.json and the weights do not belong together: fetch both again, or correct config.json"
 
 
@@ -98,14 +102,24 @@ class Checkpoint:
     def stacked_expert(self, key: ExpertKey, buffer: Tensor) -> tuple[Tensor, Tensor]:
         """An expert as a record has it: w13 [2F, H], the gate above w3, and w2 [H, F], in the file's dtype; read
         into `buffer`, uint8 of an expert's bytes, and views into it."""
-        part = buffer.nbytes // 3
+        part = self.model.hidden * self.model.expert_inner * getattr(torch, self.model.dtype).itemsize
         w1, _, w2 = (self._tensor(tensor.name, buffer[i * part:(i + 1) * part])
                      for i, tensor in enumerate(self.model.expert_tensors(key)[:3]))
         return buffer[:2 * part].view(w1.dtype).view(2 * w1.shape[0], w1.shape[1]), w2
 
+    def expert_biases(self, key: ExpertKey) -> tuple[Tensor, Tensor] | None:
+        """Of w13 [2F], the gate's before the up's, and of w2 [H], fp32; None where experts have none."""
+        names = [tensor.name for tensor in self.model.expert_tensors(key)[3:]]
+        if not names:
+            return None
+        gate, up, down = (self._tensor(name).float() for name in names)
+        return torch.cat((gate, up)), down
+
     def read_into(self, name: str, out: Tensor) -> None:
-        """Any tensor of the model, into contiguous memory of its dtype and shape."""
-        assert out.is_contiguous()
+        """Any tensor of the model, into memory of its dtype and shape."""
+        if not out.is_contiguous():
+            out.copy_(self._tensor(name))
+            return
         found = self._tensor(name, out.view(-1).view(torch.uint8))
         assert found.shape == out.shape
 
@@ -175,7 +189,7 @@ def _check_unquantized(path: Path, raw: Mapping[str, Any]) -> None:
         method = found.get("quant_method") if isinstance(found, dict) else None
         how = f", as {method}" if isinstance(method, str) and method else ""
         raise CheckpointError(f"{path}: quantization_config: the weights are quantized already{how}",
-                              "give the original bf16, fp16 or fp32 checkpoint")
+                              MXFP4 if method == "mxfp4" else ORIGINAL)
 
 
 def ignored_keys(path: Path, raw: Mapping[str, Any]) -> list[str]:
@@ -221,10 +235,8 @@ def not_run(model: Model) -> str:
             return f"layer {i} is a gated delta net, whose state a session cannot go back to yet"
         if mixer.kv_source is not None:
             return f"layer {i} reads the keys and values of layer {mixer.kv_source}"
-        if i in model.record_layers and record.activation.kind != "swiglu":
-            return f"the kernels of experts have no {record.activation.kind}, which layer {i} has"
-        if isinstance(record, Expert) and record.bias:
-            return f"the experts of layer {i} have biases"
+        if i in model.record_layers and record.activation.kind == "geglu":
+            return f"the experts of layer {i} have geglu, with which no model was run from end to end yet"
     return ""
 
 
@@ -294,7 +306,11 @@ def _check_dtype(location: Location, where: str, dtype: str) -> None:
 
 def _check_no_low_bits(wanted: Mapping[str, object], locations: Mapping[str, Location]) -> None:
     """A checkpoint with 4-, 6- or 8-bit floats is named as what it is, by the model's own tensor where that has one;
-    otherwise its scales would be called leftovers and its weights missing."""
+    otherwise its scales would be called leftovers and its weights missing. So is one in MXFP4, which has bytes."""
+    packed = next((locations[name + BLOCKS] for name in wanted if name + BLOCKS in locations), None)
+    if packed is not None:
+        raise CheckpointError(f"{packed.shard.file.path}: {packed.entry.name}: the weights are quantized already, as "
+                              "mxfp4", MXFP4)
     low = {name: location for name, location in locations.items() if location.entry.dtype.startswith(LOW_BITS)}
     if low:
         location = next((low[name] for name in wanted if name in low), next(iter(low.values())))

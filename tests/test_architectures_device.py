@@ -1,9 +1,10 @@
-"""Every architecture that runs, on a device, the CPU standing in for it: the numbers of the CPU's own engine, and the
-same bits under every budget of both memories. test_lower_device.py has the bits of the Ops."""
+"""Every architecture that a device runs, on one, the CPU standing in for it: the numbers of the CPU's own engine, and
+the same bits under every budget of both memories. test_lower_device.py has the bits of the Ops."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 from architectures import FIRST, quantized, random_model, write
 from fast_interpreter import HAVE_TRITON
-from model_configs import RUN, with_keys
+from model_configs import ON_DEVICE, RUN, TINY, with_keys
 from test_cli import qmix
 from test_device_engine import bring_up, delays
 from torch import Tensor
@@ -23,6 +24,8 @@ from qmix.device import Device, StandIn
 from qmix.device.cuda import open_cuda
 from qmix.engine import Engine, Placement, load
 from qmix.errors import DoesNotFit, UsageError
+from qmix.forward.lower_device import not_on_device
+from qmix.models import read_model
 from qmix.offload.plan import Needs
 from qmix.store import Store
 
@@ -37,7 +40,7 @@ def stored(raw: Mapping[str, Any], folder: Path) -> Path:
     return quantized(source, folder / "int4", QuantConfig())
 
 
-@pytest.fixture(scope="module", params=RUN)
+@pytest.fixture(scope="module", params=ON_DEVICE)
 def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, raw = tmp_path_factory.mktemp(request.param), FIRST[request.param]
     return stored(raw, folder)
@@ -140,13 +143,23 @@ def test_what_a_device_does_not_compute_is_computed_by_the_cpu(store: Path, monk
     reason = "qmix's GPU kernels do not compute this: Attend with sinks"
     for place in ("qmix.engine.placing", "qmix.commands.plan.report"):
         monkeypatch.setattr(f"{place}.not_on_device", lambda model: reason)
+    refuses_devices(store, reason, monkeypatch)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in RUN if kind not in ON_DEVICE])
+def test_an_architecture_that_a_device_does_not_compute(kind: str, tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    refuses_devices(stored(FIRST[kind], tmp_path), not_on_device(read_model(TINY[kind])), monkeypatch)
+
+
+def refuses_devices(store: Path, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qmix.engine.machine._any", lambda say: StandIn())
     monkeypatch.setattr("qmix.engine.machine.TINY", 0)
     said: list[str] = []
     with load(store, threads=1, context=CONTEXT, placement=Placement("auto"), say=said.append) as engine:
         assert engine.device is None
     assert any(reason in line and line.endswith("; the CPU computes") for line in said)
-    with pytest.raises(UsageError, match=reason):
+    with pytest.raises(UsageError, match=re.escape(reason)):
         load(store, threads=1, context=CONTEXT, placement=Placement(StandIn()))
     done = qmix("plan", store, "--vram", "2G")
     assert done.returncode == 2 and f"--vram 2.0 GiB: {reason}" in done.stderr
@@ -158,7 +171,7 @@ SMALL = {"mistral": {"num_hidden_layers": 1}, "olmoe": {"num_hidden_layers": 1, 
 
 
 @pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed")
-@pytest.mark.parametrize("kind", [kind for kind in RUN if kind != "mixtral"])
+@pytest.mark.parametrize("kind", [kind for kind in ON_DEVICE if kind != "mixtral"])
 def test_tritons_kernels_in_the_engine(kind: str, tmp_path: Path) -> None:
     """Under the interpreter, or on a GPU: the numbers of the CPU's kernels, for a prompt and two tokens at once. It
     takes seconds for a layer; test_device_engine.py has more of Mixtral."""

@@ -48,6 +48,9 @@ class Weights:
         gate, up, down = (self.tensors[t.name] for t in self.model.expert_tensors(key))
         return torch.cat((gate, up)), down
 
+    def expert_biases(self, key: ExpertKey) -> None:
+        """They have none."""
+
 
 @pytest.fixture(scope="module")
 def source() -> Weights:

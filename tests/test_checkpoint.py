@@ -242,6 +242,8 @@ def test_the_quantizer_of_the_weights_is_named_before_a_header_is_read(tmp_path:
     edit_json(path / "config.json", lambda raw: raw.update(quantization_config={"quant_method": "mxfp8"}))
     (path / SINGLE).write_bytes(b"what an unknown dtype would look like")
     assert "original" in str(refused(path, "quantized already, as mxfp8").cure)
+    edit_json(path / "config.json", lambda raw: raw.update(quantization_config={"quant_method": "mxfp4"}))
+    assert "dequantize=True" in str(refused(path, "quantization_config", "quantized already, as mxfp4").cure)
 
 
 @pytest.mark.parametrize(("key", "value"), [

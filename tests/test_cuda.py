@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from qmix.formats.packed import Packed, view
 from qmix.kernels import cuda
 from qmix.kernels.configs import Configs, Gemv
 from qmix.sizes import MatrixSpec, RecordLayout
+from qmix.spec import Activation
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # numpy, as the interpreter uses it
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -65,6 +67,21 @@ def padding(y: Tensor, spec: MatrixSpec) -> Tensor:
 def silu_product(both: np.ndarray) -> np.ndarray:
     gate, up = np.split(both, 2, axis=1)
     return gate / (1 + np.exp(-gate)) * up
+
+
+def joined(both: np.ndarray, activation: Activation) -> np.ndarray:
+    """By the formulas of spec.Activation."""
+    if activation.kind == "swiglu":
+        return silu_product(both)
+    gate, up = np.split(both, 2, axis=1)
+    if activation.kind == "geglu":
+        return 0.5 * gate * (1 + np.tanh((2 / np.pi) ** 0.5 * (gate + 0.044715 * gate**3))) * up
+    gate, up = np.minimum(gate, activation.limit), np.clip(up, -activation.limit, activation.limit)
+    return gate / (1 + np.exp(-activation.alpha * gate)) * (up + 1)
+
+
+CLAMPED = Activation("swiglu_clamped", 1.702, 0.5)
+KINDS = [Activation(), Activation("geglu"), CLAMPED]
 
 
 matrices = st.builds(
@@ -137,6 +154,21 @@ class TestOneMatrix:
         assert y.shape == (tokens, 40)
         assert relative(y.cpu(), silu_product(product(x, decode(m)))) < 3 * SUMS
 
+    @pytest.mark.parametrize("tokens", [2, 20])
+    @pytest.mark.parametrize("activation", KINDS, ids=lambda a: a.kind)
+    def test_gated_with_a_bias(self, activation: Activation, tokens: int) -> None:
+        """A NaN that is clamped stays one."""
+        plain = matrix("int4", 2 * 40, 60, 32, 32, 2)
+        bias = operand(1, 80, 3)[0]
+        bias[3] = bias[45] = torch.nan
+        m = Packed.of(replace(plain.spec, bias=True, activation=activation), {**plain.tensors, "bias": bias}, "m")
+        x = operand(tokens, 60) / 30
+        y = cuda.gated(x.to(DEVICE), here(m)).cpu()
+        assert y.isnan().nonzero()[:, 1].unique().tolist() == [3, 5]
+        want = joined(product(x, decode(plain)) + bias.double().numpy(), activation)
+        fine = [column for column in range(40) if column not in (3, 5)]
+        assert relative(y[:, fine], want[:, fine]) < 3 * SUMS
+
     def test_gates_of_any_size(self) -> None:
         m = int4_matrix(2 * 32, 32, 32, 32, 2)
         x = torch.logspace(-6, 3, 8)[:, None] * torch.ones(1, 32)
@@ -180,19 +212,28 @@ class TestOneMatrix:
 H, F, SLOTS = 40, 30, 5
 
 
-def slab(name: str, block: int = 32) -> tuple[Tensor, RecordLayout, list[np.ndarray], list[np.ndarray]]:
-    """Records in slots: (uint8 [S, bytes], layout, w13 and w2 of each slot in float64)."""
+def slab(name: str, block: int = 32, activation: Activation | None = None
+         ) -> tuple[Tensor, RecordLayout, list[np.ndarray], list[np.ndarray]]:
+    """Records in slots: (uint8 [S, bytes], layout, w13 and w2 of each slot in float64); with an activation also with
+    biases: `biases` of slots."""
     record = RecordLayout(MatrixSpec(name, 2 * F, H, 2, 32, block), MatrixSpec(name, H, F, 1, 32, block))
+    if activation is not None:
+        record = RecordLayout(replace(record.w13, bias=True, activation=activation), replace(record.w2, bias=True))
     pool = torch.full((SLOTS, record.nbytes), 0xA5, dtype=torch.uint8)
     found: dict[str, list[np.ndarray]] = {"w13": [], "w2": []}
     for slot in range(SLOTS):
         parts = {"w13": int4_matrix(2 * F, H, 32, block, 2, 10 + slot, name),
                  "w2": int4_matrix(H, F, 32, block, 1, 20 + slot, name)}
         for placed in record.placed:
-            view(pool[slot], placed.offset, placed.tensor).copy_(parts[placed.matrix][placed.tensor.name])
+            part = {**parts[placed.matrix].tensors, "bias": biases(placed.matrix, slot)}[placed.tensor.name]
+            view(pool[slot], placed.offset, placed.tensor).copy_(part)
         for matrix, m in parts.items():
             found[matrix].append(decode(m))
     return pool.to(DEVICE), record, found["w13"], found["w2"]
+
+
+def biases(matrix: str, slot: int) -> Tensor:
+    return operand(1, 2 * F if matrix == "w13" else H, 30 + slot)[0]
 
 
 @needs_triton
@@ -210,8 +251,21 @@ class TestSlots:
                 inner = silu_product(product(x[token:token + 1], w13[slot]))
                 assert relative(y[token, rank].cpu(), (inner @ w2[slot].T)[0]) < 5 * SUMS
 
-    def test_neither_slot_nor_company_decides_bits(self) -> None:
-        pool, record, _, _ = slab("int4")
+    @pytest.mark.parametrize("activation", KINDS, ids=lambda a: a.kind)
+    def test_biases_are_those_of_the_slot(self, activation: Activation) -> None:
+        pool, record, w13, w2 = slab("int4", 64, activation)
+        both, x = [cuda.Matrices.in_slots(pool, record, matrix) for matrix in ("w13", "w2")], operand(2, H)
+        chosen = [[4, 1], [1, 2]]
+        y = cuda.chosen_experts(x.to(DEVICE), *both, chosen)
+        for token, slots in enumerate(chosen):
+            for rank, slot in enumerate(slots):
+                first = product(x[token:token + 1], w13[slot]) + biases("w13", slot).double().numpy()
+                want = joined(first, activation) @ w2[slot].T + biases("w2", slot).double().numpy()
+                assert relative(y[token, rank].cpu(), want[0]) < 5 * SUMS
+
+    @pytest.mark.parametrize("activation", [None, CLAMPED], ids=["plain", "biases"])
+    def test_neither_slot_nor_company_decides_bits(self, activation: Activation | None) -> None:
+        pool, record, _, _ = slab("int4", 32, activation)
         pool[1] = pool[4]
         both = [cuda.Matrices.in_slots(pool, record, matrix) for matrix in ("w13", "w2")]
         x = operand(3, H).to(DEVICE)
@@ -229,7 +283,7 @@ class TestSlots:
             cuda.many(x.to(DEVICE), weights, slot, y)
             assert relative(logical(y, weights.spec), product(x, w13[slot])) < SUMS
             h = torch.empty(tokens, F, device=DEVICE)
-            cuda.silu_product(y / 50, h)
+            cuda.join(y / 50, weights, h)
             assert relative(h.cpu(), silu_product(numbers(logical(y / 50, weights.spec)))) < SUMS
 
     def test_offsets_beyond_two_gigabytes(self) -> None:

@@ -11,12 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import decode, product, relative
 from test_cuda import (
+    CLAMPED,
     DEVICE,
     NO_SHRINKING,
     SUMS,
     H,
+    biases,
     here,
     int4_matrix,
+    joined,
     matrix,
     needs_triton,
     operand,
@@ -36,7 +39,7 @@ from qmix.kernels.device_ops import DeviceOps, ExpertSlots, Later, TorchDeviceOp
 from qmix.kernels.router import RouterTensors
 from qmix.kernels.table import KernelTable
 from qmix.sizes import MatrixSpec, RecordLayout
-from qmix.spec import Router
+from qmix.spec import Activation, Router
 
 pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore:(overflow encountered|All-NaN slice)")]
 EPS = 1e-5
@@ -255,9 +258,10 @@ class TestExperts:
     TABLE = (12, -1, 10, 14, 9, 15, 11)
     FIRST = 10
 
-    def compute(self, x: Tensor, ids: list[list[int]], name: str = "int4") -> tuple[Tensor, np.ndarray]:
-        """Rows, 7 where nothing was written, and what they should be."""
-        pool, record, w13, w2 = slab(name)
+    def compute(self, x: Tensor, ids: list[list[int]], name: str = "int4",
+                activation: Activation | None = None) -> tuple[Tensor, np.ndarray]:
+        """Rows, 7 where nothing was written, and what they should be; with an activation also with biases."""
+        pool, record, w13, w2 = slab(name, activation=activation)
         rows = torch.full((len(ids), len(ids[0]), H), 7.0)
         got, want = rows.clone().to(DEVICE), rows.double().numpy()
         TritonOps().experts(x.to(DEVICE), ExpertSlots(pool, record, (), self.FIRST),
@@ -266,9 +270,34 @@ class TestExperts:
         for token, chosen in enumerate(ids):
             for rank, expert in enumerate(chosen):
                 slot = self.TABLE[expert] - self.FIRST
-                if 0 <= slot < 5:
-                    want[token, rank] = silu_product(product(x[token:token + 1], w13[slot])) @ w2[slot].T
+                if not 0 <= slot < 5:
+                    continue
+                first = product(x[token:token + 1], w13[slot])
+                if activation is None:
+                    want[token, rank] = silu_product(first) @ w2[slot].T
+                else:
+                    inner = joined(first + biases("w13", slot).double().numpy(), activation)
+                    want[token, rank] = inner @ w2[slot].T + biases("w2", slot).double().numpy()
         return got.cpu(), want
+
+    def test_biases_and_a_clamped_activation(self) -> None:
+        got, want = self.compute(operand(3, H), [[0, 6, 2], [2, 3, 1], [1, 2, 3]], "int3", CLAMPED)
+        absent = want == 7
+        assert np.array_equal(got.numpy() == 7, absent)
+        assert relative(got[torch.from_numpy(~absent)], want[~absent]) < 5 * SUMS
+
+    @pytest.mark.parametrize("name", ["int8", "fp32"])
+    def test_an_expert_whose_format_has_no_kernel_for_many(self, name: str) -> None:
+        """One at a time, by way of `linear`: what it adds and joins is the reference's."""
+        w13 = MatrixSpec(name, 80, 64, 2, bias=True, activation=CLAMPED)
+        parts = []
+        for spec in (w13, MatrixSpec(name, 64, 40, bias=True)):
+            alone = pack(operand(spec.rows, spec.cols), spec.without_bias)
+            parts.append(Packed.of(spec, {**alone.tensors, "bias": operand(1, spec.rows, 4)[0]}, name))
+        x = operand(3, 64) / 8
+        got = TritonOps().expert(x.to(DEVICE), *map(here, parts)).cpu()
+        inner = joined(product(x, decode(parts[0])) + parts[0]["bias"].double().numpy(), CLAMPED)
+        assert relative(got, inner @ decode(parts[1]).T + parts[1]["bias"].double().numpy()) < 5 * SUMS
 
     @pytest.mark.parametrize(("name", "ids"), [
         ("int4", [[3, 0]]), ("int3", [[1, 2]]), ("int2", [[4, 5]]), ("int4", [[6]]), ("int4", [[0, 6, 2], [2, 3, 1]]),

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_configs import CASES, RUN, ids
+from model_configs import CASES, ON_DEVICE, RUN, TINY, ids
 from torch import Tensor
 
 from qmix.config import Cancel, Step
@@ -57,6 +57,7 @@ PLAIN = Attention(4, 2, 8, Rope(1e4, 8))
 LONG = Rope(1e4, 8, LongRope(32, (1.0, 1.5, 2.0, 3.0), (2.0, 4.0, 8.0, 9.0), factor=4.0))
 MOE = Moe(Router(6, 2), Expert(16))
 LAYER = Layer(PLAIN, MOE, Norms(NORM, NORM))
+GEGLU, CLAMPED = Activation("geglu"), Activation("swiglu_clamped", 1.702, 0.5)
 
 
 def model_of(*layers: Layer, **fields: Any) -> Model:
@@ -68,7 +69,7 @@ def mixer(**fields: Any) -> Layer:
 
 
 SPECS: dict[str, Model] = {
-    **{ids(raw): read_model({**raw, "vocab_size": 96}) for raw in CASES if raw["model_type"] in RUN},
+    **{ids(raw): read_model({**raw, "vocab_size": 96}) for raw in CASES if raw["model_type"] in ON_DEVICE},
     "long rope": model_of(mixer(rope=LONG), LAYER, mixer(rope=Rope(1e3, 4))),
     "no rope, a gate": model_of(mixer(rope=None, output_gate=True, bias="qkvo"), LAYER),
     "norms of values": model_of(mixer(q_norm=PLUS, k_norm=BARE, v_norm=BARE, clip_qkv=1.5), LAYER),
@@ -79,6 +80,8 @@ SPECS: dict[str, Model] = {
         6, 2, "sigmoid", normalize=True, choice_bias=True, logit_bias=True, expert_scale=True, scale=1.5, groups=3,
         top_groups=2), Expert(16)))),
     "other heads": model_of(mixer(heads=2, kv_heads=1, head_dim=24, rope=Rope(1e4, 8), window=5), LAYER),
+    "experts with biases": model_of(*[replace(LAYER, mlp=replace(MOE, expert=Expert(16, CLAMPED, bias=True)))] * 2),
+    "experts with geglu": model_of(LAYER, replace(LAYER, mlp=replace(MOE, expert=Expert(16, GEGLU)))),
     "experts with a norm of their own": model_of(*[replace(LAYER, mlp=replace(MOE, routed=Branch(PLUS)))] * 2),
 }
 
@@ -203,8 +206,9 @@ class Pair:
             seen.layers.clear()
 
 
-@pytest.mark.parametrize(("name", "how"), [*((name, ("resident", "by layer")[at % 2]) for at, name in enumerate(SPECS)),
-                                          *((name, how) for name in RUN for how in ("resident", "by layer", "late"))])
+@pytest.mark.parametrize(("name", "how"), [
+    *((name, ("resident", "by layer")[at % 2]) for at, name in enumerate(SPECS)),
+    *((name, how) for name in ON_DEVICE for how in ("resident", "by layer", "late"))])
 def test_the_same_bits_as_op_by_op(name: str, how: str) -> None:
     model = SPECS[name]
     assert not_on_device(model) == ""
@@ -238,7 +242,7 @@ def moe(**fields: Any) -> Layer:
     return replace(LAYER, mlp=replace(MOE, **fields))
 
 
-GEGLU, OWN_SCORES = Activation("geglu"), "Attend with sinks, a cap or a scale of its own"
+OWN_SCORES = "Attend with sinks, a cap or a scale of its own"
 REFUSED: dict[str, tuple[Callable[[], Model], str]] = {
     "delta net": (lambda: model_of(LAYER, replace(LAYER, mixer=DeltaNet(2, 2, 8, 8, 3, NORM))),
                   r"Linear summed in fp64 \(layer 1\)"),
@@ -256,9 +260,6 @@ REFUSED: dict[str, tuple[Callable[[], Model], str]] = {
     "no norm": (lambda: model_of(replace(LAYER, norms=Norms(NORM, None))), r"Experts that read no norm \(layer 0\)"),
     "activation": (lambda: model_of(LAYER, Layer(PLAIN, Mlp(16, GEGLU), Norms(NORM, NORM))),
                    r"Mlp with geglu \(layer 1\)"),
-    "experts' activation": (lambda: model_of(LAYER, moe(expert=Expert(16, GEGLU))),
-                            r"Experts with geglu \(layer 1\)"),
-    "biases": (lambda: model_of(moe(expert=Expert(16, bias=True))), r"Experts with biases \(layer 0\)"),
     "another eps": (lambda: model_of(LAYER, replace(LAYER, norms=Norms(NORM, Norm(1e-6)))),
                     r"Guess by another norm than the layer's own router has \(layer 0\)"),
     "capped logits": (lambda: model_of(LAYER, logit_softcap=30.0), "Head with a cap$"),
@@ -273,7 +274,12 @@ def test_what_a_device_does_not_compute(name: str) -> None:
         raise AssertionError(not_on_device(make()))
 
 
+def test_of_what_the_cpu_runs_only_this_is_refused() -> None:
+    assert {kind: not_on_device(read_model(TINY[kind])) for kind in RUN if kind not in ON_DEVICE} == {
+        "gpt_oss": f"qmix's GPU kernels do not compute gpt_oss: {OWN_SCORES} (layer 0)"}
+
+
 def test_other_architectures_are_refused_by_their_ops() -> None:
     for raw in CASES:
-        if raw["model_type"] not in RUN:
+        if raw["model_type"] not in ON_DEVICE:
             assert "(layer 0)" in not_on_device(read_model(raw))

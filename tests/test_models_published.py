@@ -38,6 +38,18 @@ OLMOE = {**COMMON, "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe",
          "num_experts_per_tok": 8, "num_hidden_layers": 16, "num_key_value_heads": 16, "output_router_logits": False,
          "pad_token_id": 1, "rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 10000.0,
          "router_aux_loss_coef": 0.01, "vocab_size": 50304}
+GPT_OSS = {"architectures": ["GptOssForCausalLM"], "attention_bias": True, "attention_dropout": 0.0,
+           "eos_token_id": 200002, "experts_per_token": 4, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2880,
+           "initial_context_length": 4096, "initializer_range": 0.02, "intermediate_size": 2880,
+           "layer_types": ["sliding_attention", "full_attention"] * 12, "max_position_embeddings": 131072,
+           "model_type": "gpt_oss", "num_attention_heads": 64, "num_experts_per_tok": 4, "num_hidden_layers": 24,
+           "num_key_value_heads": 8, "num_local_experts": 32, "output_router_logits": False, "pad_token_id": 199999,
+           "rms_norm_eps": 1e-5, "rope_scaling": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0,
+                                                  "original_max_position_embeddings": 4096, "rope_type": "yarn",
+                                                  "truncate": False},
+           "rope_theta": 150000, "router_aux_loss_coef": 0.9, "sliding_window": 128, "swiglu_limit": 7.0,
+           "tie_word_embeddings": False, "transformers_version": "4.55.0.dev0", "use_cache": True,
+           "vocab_size": 201088}
 
 
 def parameters(model: Model) -> int:
@@ -56,6 +68,9 @@ def parameters(model: Model) -> int:
     pytest.param(QWEN3, 30_532_122_624, id="Qwen3 30B-A3B"),
     pytest.param(CODER, 480_154_875_392, id="Qwen3-Coder 480B-A35B"),
     pytest.param(OLMOE, 6_919_161_856, id="OLMoE 1B-7B"),
+    pytest.param(GPT_OSS, 20_914_757_184, id="gpt-oss 20b"),
+    pytest.param({**GPT_OSS, "num_hidden_layers": 36, "num_local_experts": 128,
+                  "layer_types": ["sliding_attention", "full_attention"] * 18}, 116_829_156_672, id="gpt-oss 120b"),
 ])
 def test_parameters(raw: dict[str, Any], count: int) -> None:
     assert parameters(read_model(raw)) == count

@@ -6,7 +6,7 @@ T tokens, H hidden, F inner, L layers, E experts, K chosen.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from qmix.kernels.native.experts import ExpertTable
 from qmix.kernels.native.sequence import ADD, EXPERTS, ROUTE, addition
 from qmix.kernels.router import RouterTensors
 from qmix.sizes import MatrixSpec
-from qmix.spec import Router
+from qmix.spec import Activation, Router
 
 pytestmark = pytest.mark.skipif(not native.levels(), reason="the native kernels were not built: no C compiler")
 LEVELS = [(level, activations) for level in native.levels() or ["none"] for activations in ("int8", "bf16")]
@@ -31,11 +31,15 @@ H, F, E, K, L = 128, 64, 6, 3, 2
 
 @dataclass
 class Experts:
-    """Records of two kinds in slots, int4 in groups of 64 and of 32; those of odd experts are of the second kind."""
+    """Records of two kinds in slots, int4 in groups of 64 and of 32; those of odd experts are of the second kind, which
+    has biases and a clamped activation."""
 
     table: ExpertTable
     slots: dict[tuple[int, int], Tensor]
     matrices: dict[tuple[int, int], tuple[Packed, Packed]]
+
+
+CLAMPED = Activation("swiglu_clamped", 1.702, 0.8)
 
 
 def matrix(rows: int, cols: int, group: int, seed: int, parts: int = 1) -> Packed:
@@ -43,7 +47,11 @@ def matrix(rows: int, cols: int, group: int, seed: int, parts: int = 1) -> Packe
     q = torch.randint(0, 16, (rows, cols), generator=random, dtype=torch.uint8)
     scale = (torch.rand(rows, cols // group, generator=random) / 100 + 0.01).bfloat16()
     zero = (torch.randn(rows, cols // group, generator=random) / 100).bfloat16()
-    return grouped.pack(q, scale, zero, MatrixSpec("int4", rows, cols, parts, group_size=group, block=64))
+    plain = grouped.pack(q, scale, zero, MatrixSpec("int4", rows, cols, parts, group_size=group, block=64))
+    if group == 64:
+        return plain
+    spec = replace(plain.spec, bias=True, activation=CLAMPED if parts == 2 else Activation())
+    return Packed.of(spec, {**plain.tensors, "bias": torch.randn(rows, generator=random) / 4}, "matrix")
 
 
 def placed(slot: Tensor, start: int, m: Packed) -> tuple[Packed, int]:
@@ -121,8 +129,14 @@ def test_against_float64(experts: Experts, level: str, activations: str) -> None
     for token, chosen in enumerate(ids.tolist()):
         for rank, expert in enumerate(chosen):
             w13, w2 = (unpack(m).double() for m in experts.matrices[0, expert])
-            gate, up = (w13 @ x[token].double()).split(F)
-            want[token] += topk_weights[token, rank].double() * (w2 @ (torch.nn.functional.silu(gate) * up))
+            biases = [m["bias"].double() if m.spec.bias else 0 for m in experts.matrices[0, expert]]
+            gate, up = (w13 @ x[token].double() + biases[0]).split(F)
+            if expert % 2:
+                gate, up = gate.clamp(max=0.8), up.clamp(-0.8, 0.8)
+                between = gate * torch.sigmoid(1.702 * gate) * (up + 1)
+            else:
+                between = torch.nn.functional.silu(gate) * up
+            want[token] += topk_weights[token, rank].double() * (w2 @ between + biases[1])
     got = computed(experts, Native(level, activations), 0, x, ids, topk_weights).double()
     assert float((got - want).norm() / want.norm()) < (0.015 if activations == "int8" else 3 * 2**-9)
 

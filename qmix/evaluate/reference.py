@@ -31,7 +31,7 @@ from qmix.checkpoint import HEAD, Checkpoint
 from qmix.config import Cancel
 from qmix.errors import DoesNotFit, Interrupted, QmixError, UsageError
 from qmix.models import Source, layouts
-from qmix.models.source import Index, Rows
+from qmix.models.source import Index, Rows, Strided, Transpose
 from qmix.offload.plan import SCORED_COPIES, SCORED_PIECE, SCORED_ROWS, dense_mlps
 from qmix.sizes import MIB, format_bytes
 from qmix.sources import apply
@@ -83,8 +83,13 @@ class Weights(Mapping[str, Tensor]):
 def _whole(shape: tuple[int, ...], source: Source) -> tuple[int, ...]:
     """Of the tensor of which `source` cuts a piece of `shape`."""
     for step in reversed(source.steps):
-        assert isinstance(step, Index | Rows), step
-        shape = (step.of, *shape) if isinstance(step, Index) else (step.of, *shape[1:])
+        if isinstance(step, Index):
+            shape = (step.of, *shape)
+        elif isinstance(step, Transpose):
+            shape = shape[::-1]
+        else:
+            assert isinstance(step, Rows | Strided), step
+            shape = (step.of if isinstance(step, Rows) else step.step * shape[0], *shape[1:])
     return shape
 
 
@@ -238,7 +243,8 @@ class Original:
 def workspace(model: Model, context: int) -> int:
     """Bytes that a window of T tokens takes beside weights, at most: residuals, and one in fp32 for a norm; q, k, v and
     the attention's output; for each choice of a token, its row in and out of an expert, gate and up and what becomes of
-    them; the mask; a matrix that the CPU's kernels lay out anew; a piece of logits, and what scoring makes of it."""
+    them; the mask; with sinks the scores of all heads, up to six times; a matrix that the CPU's kernels lay
+    out anew; a piece of logits, and what scoring makes of it."""
     item, hidden = getattr(torch, model.dtype).itemsize, model.hidden
     inner = max(model.expert_inner, *(mlp.inner for mlp in dense_mlps(model)), 0)
     heads = max(layer.mixer.heads * layer.mixer.head_dim for layer in model.layers
@@ -246,7 +252,8 @@ def workspace(model: Model, context: int) -> int:
     chosen = model.top_k * (4 * hidden + 5 * inner)
     token = item * (4 * hidden + chosen + 4 * heads) + 12 * hidden
     matrix = _nbytes((2 * inner, hidden), model)
-    return context * token + 5 * context * context + matrix + scoring(model, context) + 32 * MIB
+    scores = 5 + 6 * _sinks(model) * item
+    return context * token + scores * context * context + matrix + scoring(model, context) + 32 * MIB
 
 
 def scoring(model: Model, context: int) -> int:
@@ -307,9 +314,16 @@ def _skeleton(path: Path, ours: Model) -> Any:
         theirs.sliding_window = None  # exporters write 0 for none too
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(theirs, dtype=getattr(torch, ours.dtype), trust_remote_code=False,
-                                                 attn_implementation="sdpa")  # others keep T x T scores
+                                                 attn_implementation="eager" if _sinks(ours) else "sdpa")
     model.tie_weights()
     return model.eval()
+
+
+def _sinks(model: Model) -> int:
+    """The most heads of a layer with sinks. transformers computes these with "eager" attention alone, which keeps the
+    scores of all heads."""
+    mixers = [layer.mixer for layer in model.layers if isinstance(layer.mixer, Attention)]
+    return max((mixer.heads for mixer in mixers if mixer.sinks), default=0)
 
 
 def _check_names(model: Any, weights: Weights) -> None:

@@ -39,7 +39,7 @@ from qmix.forward.steps import fused_guess, reads, same_source
 from qmix.kernels import ops
 from qmix.kernels.device_ops import Later
 from qmix.kernels.op import Op
-from qmix.spec import Activation, Model, Rope
+from qmix.spec import Model, Rope
 
 Bind = Callable[[Room], Work]
 
@@ -135,12 +135,8 @@ class _Lowering:
             if any(self._given in op.outputs for op in self._ops[at:at + count]):
                 self._given = None
             at += count
-        if experts is not None:
-            if self._input < 0 or not isinstance(self._ops[self._input], ops.Norm):
-                raise Unsupported(experts, "that read no norm")
-            if experts.bias:
-                raise Unsupported(experts, "with biases")
-            _plain(experts, experts.activation)
+        if experts is not None and (self._input < 0 or not isinstance(self._ops[self._input], ops.Norm)):
+            raise Unsupported(experts, "that read no norm")
         return found
 
     def _after(self, at: int) -> Op | None:
@@ -295,7 +291,8 @@ class _Lowering:
     def _mlp(self, at: int) -> tuple[int, Bind]:
         op = self._ops[at]
         assert isinstance(op, ops.Mlp)
-        _plain(op, op.activation)
+        if op.activation.kind != "swiglu":
+            raise Unsupported(op, f"with {op.activation.kind}")
         added = self._added(at + 1, op.out)
 
         def bind(room: Room) -> Work:
@@ -335,11 +332,6 @@ RULES: Mapping[type[Op], Callable[[_Lowering, int], tuple[int, Bind]]] = {
     ops.Attend: _Lowering._attend, ops.Mlp: _Lowering._mlp, ops.Scale: _Lowering._scale, ops.Gate: _Lowering._gate,
     ops.Head: _Lowering._head,
 }
-
-
-def _plain(op: Op, activation: Activation) -> None:
-    if activation.kind != "swiglu":
-        raise Unsupported(op, f"with {activation.kind}")
 
 
 def _in_order(works: Sequence[Work]) -> Work:

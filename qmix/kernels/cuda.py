@@ -20,7 +20,7 @@ N padded rows, B rows per block, S slots.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -47,13 +47,14 @@ Room = Callable[[tuple[int, ...], torch.device], Tensor]  # where results of a l
 class Matrices:
     """Matrices of one spec that lie `slot_bytes` apart: those of the records in a slab, or a single one.
 
-    qweight uint8, qparams int32 (a pair a word): one-dimensional views that begin with those of slot 0. slots: how
-    many there are. Made through `of` or `in_slots`, which check.
+    qweight uint8, qparams int32 (a pair a word), bias fp32, None where the spec has none: one-dimensional views that
+    begin with those of slot 0. slots: how many there are. Made through `of` or `in_slots`, which check.
     """
 
     spec: MatrixSpec
     qweight: Tensor
     qparams: Tensor
+    bias: Tensor | None
     slot_bytes: int
     slots: int
 
@@ -61,7 +62,8 @@ class Matrices:
     def of(cls, m: Packed) -> Matrices:
         """A single matrix. UsageError where it is in no grouped format, or not where the kernels run."""
         _check_weights(m["qweight"], m.spec)
-        return cls(m.spec, m["qweight"].view(-1), m["qparams"].view(-1).view(torch.int32), 0, 1)
+        return cls(m.spec, m["qweight"].view(-1), m["qparams"].view(-1).view(torch.int32),
+                   m["bias"] if m.spec.bias else None, 0, 1)
 
     @classmethod
     def in_slots(cls, slab: Tensor, record: RecordLayout, matrix: str) -> Matrices:
@@ -74,8 +76,8 @@ class Matrices:
                              f"least {record.payload} bytes each, slots on 64-byte boundaries")
         offsets = {p.tensor.name: p.offset for p in record.placed if p.matrix == matrix}
         flat = slab.view(-1)
-        return cls(spec, flat[offsets["qweight"]:], flat[offsets["qparams"]:].view(torch.int32), slab.shape[1],
-                   len(slab))
+        return cls(spec, flat[offsets["qweight"]:], flat[offsets["qparams"]:].view(torch.int32),
+                   flat[offsets["bias"]:].view(torch.float32) if spec.bias else None, slab.shape[1], len(slab))
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +127,9 @@ class Jobs:
 def linear(x: Tensor, m: Packed, out_dtype: torch.dtype | None = None, dot: str | None = None,
            configs: Configs | None = None) -> Tensor:
     """x [T, cols] fp32, bf16 or fp16 -> [T, padded_rows] in `out_dtype` (x's), gaps of the padding zero where x is
-    finite. dot: see `many`; it matters for more than FEW tokens. UsageError for what the kernels lack."""
-    weights, configs = Matrices.of(m), configs or _configs(x.device)
+    finite; without the bias. dot: see `many`; it matters for more than FEW tokens. UsageError for what the kernels
+    lack."""
+    weights, configs = replace(Matrices.of(m), bias=None), configs or _configs(x.device)
     _check_x(x, weights)
     y = x.new_empty(len(x), m.spec.padded_rows, dtype=out_dtype or x.dtype)
     if not len(x):
@@ -140,7 +143,7 @@ def linear(x: Tensor, m: Packed, out_dtype: torch.dtype | None = None, dot: str 
 
 def gated(x: Tensor, m: Packed, out_dtype: torch.dtype | None = None, dot: str | None = None,
           configs: Configs | None = None) -> Tensor:
-    """The first half of an expert, silu(gate(x)) * up(x): x [T, H] -> [T, F]; m is gate over up, [2F, H]."""
+    """The first half of an expert, activation(gate(x), up(x)): x [T, H] -> [T, F]; m is gate over up, [2F, H]."""
     weights, configs = Matrices.of(m), configs or _configs(x.device)
     _check_x(x, weights)
     y = x.new_empty(len(x), m.spec.rows // 2, dtype=out_dtype or x.dtype)
@@ -151,7 +154,7 @@ def gated(x: Tensor, m: Packed, out_dtype: torch.dtype | None = None, dot: str |
     else:
         both = x.new_empty(len(x), m.spec.padded_rows, dtype=torch.float32)
         many(x, weights, 0, both, dot, configs.matmul)
-        silu_product(both, y)
+        join(both, weights, y)
     return y
 
 
@@ -177,8 +180,8 @@ def fresh(shape: tuple[int, ...], device: torch.device) -> Tensor:
 def few(x: Tensor, weights: Matrices, jobs: Jobs, y: Tensor, gated: bool = False, add: bool = False,
         room: Room = fresh, config: Gemv | None = None) -> None:
     """What `jobs` say, into y [., padded_rows] or its first columns, or [., F] where gated; or, where `add`, added to
-    what is there. Two launches: the products of pieces of the columns, into `room`, then their sums, and
-    silu(gate) * up with them."""
+    what is there. Two launches: the products of pieces of the columns, into `room`, then their sums, biases and what
+    joins gate and up."""
     _check_x(x, weights)
     jit, spec = device_code("cuda_jit"), weights.spec
     config = config or _configs(x.device).gemv
@@ -193,7 +196,8 @@ def few(x: Tensor, weights: Matrices, jobs: Jobs, y: Tensor, gated: bool = False
         BITS=spec.bits, LANES=lanes, UNROLL=config.unroll, RAGGED=spec.cols < spec.padded_cols,
         num_warps=warps, maxnreg=REGISTERS if width == FEW and spec.bits == 4 and warps <= 8 else None,
         enable_fp_fusion=True)
-    _finish(jit, partial.view(-1, splits, spec.padded_rows), jobs.out_rows, y, gated, add)
+    assert weights.bias is None or gated or spec.parts == 1, "the bias of parts side by side"
+    _finish(jit, partial.view(-1, splits, spec.padded_rows), jobs, weights, y, gated, add)
 
 
 def splits_of(spec: MatrixSpec, config: Gemv) -> int:
@@ -239,17 +243,23 @@ def decoded(weights: Matrices, first: int, blocks: int, dtype: torch.dtype) -> T
     return out.T
 
 
-def silu_product(both: Tensor, y: Tensor) -> None:
-    """silu(gate) * up: both fp32 [T, N] contiguous, gate and up each the first F of a half, into y [T, F]."""
-    out_rows = torch.arange(len(both), device=both.device, dtype=INDEX)
-    _finish(device_code("cuda_jit"), both[:, None], out_rows, y, True, False)
+def join(both: Tensor, weights: Matrices, y: Tensor) -> None:
+    """activation(gate, up) of what `many` gives of slot 0: both fp32 [T, N] contiguous, gate and up each the first F of
+    a half, without their biases, into y [T, F]."""
+    rows = torch.arange(len(both), device=both.device, dtype=INDEX)[:, None]
+    jobs = Jobs(torch.zeros(len(both), device=both.device, dtype=INDEX), rows, rows)
+    _finish(device_code("cuda_jit"), both[:, None], jobs, weights, y, True, False)
 
 
-def _finish(jit: ModuleType, partial: Tensor, out_rows: Tensor, y: Tensor, gated: bool, add: bool) -> None:
-    pairs, splits, n = partial.shape
-    out = y.shape[1]
-    jit.finish[pairs, -(-out // FINISH)](partial, out_rows, y, y.stride(0), n, out, splits, GATED=gated, ADD=add,
-                                         SIZE=FINISH, num_warps=4, enable_fp_fusion=True)
+def _finish(jit: ModuleType, partial: Tensor, jobs: Jobs, weights: Matrices, y: Tensor, gated: bool,
+            add: bool) -> None:
+    (pairs, splits, n), out, bias = partial.shape, y.shape[1], weights.bias
+    how = weights.spec.activation
+    jit.finish[pairs, -(-out // FINISH)](
+        partial, jobs.out_rows, y, y.stride(0), n, out, splits, partial if bias is None else bias, jobs.slots,
+        weights.slot_bytes // 4, weights.spec.rows, GATED=gated, ADD=add, SIZE=FINISH, BIASED=bias is not None,
+        M=jobs.rows.shape[1], KIND=how.kind, ALPHA=how.alpha or 0.0, LIMIT=how.limit or 0.0, num_warps=4,
+        enable_fp_fusion=True)
 
 
 def device_code(name: str) -> ModuleType:

@@ -153,12 +153,29 @@ def gemv(x, qweight, qparams, slots, rows, partial, slot_words, x_stride, cols, 
 
 
 @triton.jit
-def finish(partial, out_rows, y, y_stride, n, out, splits, GATED: tl.constexpr, ADD: tl.constexpr, SIZE: tl.constexpr):
-    """Sum the splits in their order, then silu(gate) * up where GATED, cast once, put in place or, where ADD, added to
-    what is there.
+def activated(gate, up, KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
+    """What joins gate and up (spec.Activation). Clamped by comparisons, which a NaN survives."""
+    if KIND == "swiglu":
+        value = gate / (1.0 + tl.exp(-gate)) * up
+    elif KIND == "geglu":  # x / 2 (1 + tanh(u)) = x / (1 + exp(-2 u))
+        value = gate / (1.0 + tl.exp(-1.5957691216 * (gate + 0.044715 * gate * gate * gate))) * up
+    else:
+        gate = tl.where(gate > LIMIT, LIMIT, gate)
+        up = tl.where(up > LIMIT, LIMIT, up)
+        up = tl.where(up < -LIMIT, -LIMIT, up)
+        value = gate / (1.0 + tl.exp(-ALPHA * gate)) * (up + 1.0)
+    return value
+
+
+@triton.jit
+def finish(partial, out_rows, y, y_stride, n, out, splits, bias, slots, slot_words, rows,
+           GATED: tl.constexpr, ADD: tl.constexpr, SIZE: tl.constexpr, BIASED: tl.constexpr, M: tl.constexpr,
+           KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
+    """Sum the splits in their order, add the bias where BIASED, join gate and up where GATED, cast once, put in place
+    or, where ADD, added to what is there.
 
     partial fp32 [P, splits, N]; out_rows [P]: the row of y, -1 for none; y [., out]; of gate and up each begins a half
-    of N. Grid: P, pieces of `out`.
+    of N. bias fp32 [rows], without padding, that of slot 0; slots [P / M]: of each expert. Grid: P, pieces of `out`.
     """
     pair = tl.program_id(0)
     out_row = tl.load(out_rows + pair).to(tl.int64)
@@ -173,8 +190,13 @@ def finish(partial, out_rows, y, y_stride, n, out, splits, GATED: tl.constexpr, 
         value += tl.load(source + split * n, mask=mask, other=0.0)
         if GATED:
             other += tl.load(source + split * n + n // 2, mask=mask, other=0.0)
+    if BIASED:
+        own = bias + tl.load(slots + pair // M).to(tl.int64) * slot_words + at
+        value += tl.load(own, mask=at < tl.minimum(out, rows), other=0.0)
+        if GATED:
+            other += tl.load(own + out, mask=mask, other=0.0)
     if GATED:
-        value = value / (1.0 + tl.exp(-value)) * other
+        value = activated(value, other, KIND, ALPHA, LIMIT)
     if ADD:
         value += tl.load(y + out_row * y_stride + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(y + out_row * y_stride + at, value.to(y.dtype.element_ty), mask=mask)

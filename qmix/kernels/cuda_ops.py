@@ -21,7 +21,6 @@ from math import prod
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qmix.errors import UsageError
@@ -33,6 +32,7 @@ from qmix.kernels.cuda import Jobs, Matrices, device_code, power_of_two
 from qmix.kernels.cuda_router import Routers, warps_of
 from qmix.kernels.device_ops import FEW, ExpertSlots, Later, Scales
 from qmix.kernels.router import RouterTensors
+from qmix.kernels.torch_ops import activate
 
 PIECE = 1024  # numbers of a row that a program has, where each is computed by itself
 SMALL = 4096  # rows; a matrix with fewer is cut finer, so that there are enough programs
@@ -85,6 +85,12 @@ class TritonOps:
             num_warps=warps_of(width), enable_fp_fusion=True)
 
     def linear(self, x: Tensor, m: Packed, y: Tensor, add: bool = False) -> None:
+        self._product(x, m, y, add)
+        if m.spec.bias and not m.spec.bits:
+            y.add_(m["bias"])
+
+    def _product(self, x: Tensor, m: Packed, y: Tensor, add: bool) -> None:
+        """With the bias in a grouped format, in which it is added to the sums."""
         spec, tokens = m.spec, len(x)
         if not 1 <= tokens <= FEW or x.dtype != torch.float32 or x.shape[1] != spec.cols or x.stride(1) != 1:
             raise UsageError(f"x: got {x.dtype} {list(x.shape)}, want fp32 [1 to {FEW}, {spec.cols}], rows contiguous")
@@ -180,7 +186,7 @@ class TritonOps:
         self.linear(x, w13, both)
         gate, up = both.chunk(2, 1)
         y = x.new_empty(len(x), w2.spec.rows)
-        self.linear(F.silu(gate) * up, w2, y)
+        self.linear(activate(w13.spec.activation, gate, up), w2, y)
         return y
 
     def handles(self, slots: ExpertSlots) -> bool:

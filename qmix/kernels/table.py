@@ -25,6 +25,7 @@ from qmix.formats.packed import Packed
 from qmix.kernels import bnb, cpu, native, reference
 from qmix.kernels.cpu import Kernel
 from qmix.kernels.layer import TORCH, LayerOps, choose_layer_ops
+from qmix.kernels.torch_ops import activate
 from qmix.sizes import MatrixSpec
 
 ACTIVATIONS = ("auto", "bf16", "int8")
@@ -43,12 +44,14 @@ class KernelTable:
     layer: LayerOps = TORCH
 
     def linear(self, x: Tensor, m: Packed) -> Tensor:
-        """x [T, cols] bf16 or fp32 -> [T, rows] in x's dtype, padding and gaps between parts removed."""
+        """x [T, cols] bf16 or fp32 -> [T, rows] in x's dtype, without padding and gaps between parts, with the bias."""
         spec = m.spec
+        if self.native is not None and self.computes_natively(m):
+            return self.native.linear(x, m)[0]  # with the bias; the other kernels have none
         y = self.kernels[spec.format, spec.block](x, m)
-        if y.shape[1] == spec.rows:
-            return y
-        return y.view(len(y), spec.parts, -1)[:, :, :spec.rows // spec.parts].reshape(len(y), spec.rows)
+        if y.shape[1] != spec.rows:
+            y = y.view(len(y), spec.parts, -1)[:, :, :spec.rows // spec.parts].reshape(len(y), spec.rows)
+        return (y + m["bias"]).to(y.dtype) if spec.bias else y
 
     def linears(self, x: Tensor, *matrices: Packed) -> list[Tensor]:
         """`linear` of x and each matrix; one call where the native kernels have them all."""
@@ -61,17 +64,22 @@ class KernelTable:
         return self.native is not None and m.spec.format in self.native.formats
 
     def expert(self, x: Tensor, w13: Packed, w2: Packed) -> Tensor:
-        """One expert, w2(silu(gate(x)) * up(x)): x [T, H] -> [T, H]; w13 is gate over up, [2F, H]."""
+        """One expert, w2(activation(gate(x), up(x))): x [T, H] -> [T, H]; w13 is gate over up, [2F, H]."""
         return self.linear(self.gated(x, w13), w2)
 
     def gated(self, x: Tensor, w13: Packed) -> Tensor:
-        """The first half of an expert, silu(gate(x)) * up(x): x [T, H] -> [T, F]; it needs no w2 yet."""
+        """The first half of an expert, activation(gate(x), up(x)): x [T, H] -> [T, F]; it needs no w2 yet."""
         spec = w13.spec
         if self.native is not None and self.computes_natively(w13):
             return self.native.gated(x, w13)
         both = self.kernels[spec.format, spec.block](x, w13)
         half, inner = both.shape[1] // 2, spec.rows // 2
-        return F.silu(both[:, :inner]) * both[:, half:half + inner]
+        gate, up = both[:, :inner], both[:, half:half + inner]
+        if spec.bias:
+            gate, up = gate + w13["bias"][:inner], up + w13["bias"][inner:]  # in fp32
+        if spec.activation.kind == "swiglu" and not spec.bias:
+            return F.silu(gate) * up
+        return activate(spec.activation, gate, up).to(x.dtype)
 
 
 def select(formats: Iterable[str], blocks: Iterable[int] = BLOCKS, device: str = "cpu",

@@ -84,6 +84,6 @@ TINY = MappingProxyType[str, Any]({
 VARIANTS: tuple[Mapping[str, Any], ...] = (
     {"tie_word_embeddings": True, "layer_types": [FULL, FULL, SLIDING, FULL]},
     {"attention_bias": False, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "swiglu_alpha": 1.1},
-    {"num_local_experts": 5, "num_key_value_heads": 4, "num_hidden_layers": 2, "sliding_window": None,
+    {"num_local_experts": 5, "num_key_value_heads": 4, "num_hidden_layers": 2, "sliding_window": 5,
      "rope_parameters": TINY_YARN},
 )

@@ -14,19 +14,9 @@ from torch import Tensor
 
 from qmix.formats import Packed
 from qmix.kernels.native import Native, jobs
-from qmix.kernels.native.products import layout_of
+from qmix.kernels.native.products import Layout, layout_of
 
 _FP32 = jobs.TYPES[torch.float32]
-
-
-class _Matrix:
-    """A matrix in a slot: what a job says of it."""
-
-    __slots__ = ("params", "shape", "weight")
-
-    def __init__(self, w: Packed):
-        self.weight, self.params, sizes, layout = layout_of(w)
-        self.shape = (*sizes, *layout)
 
 
 class OneToken:
@@ -36,7 +26,7 @@ class OneToken:
     def __init__(self, native: Native, views: Sequence[tuple[Packed, Packed]], top_k: int, rows: Tensor | None = None):
         self._native = native
         self._views = views
-        self._matrices: list[tuple[_Matrix, _Matrix] | None] = [None] * len(views)
+        self._matrices: list[tuple[Layout, Layout] | None] = [None] * len(views)
         w13, w2 = views[0]
         self._inner, self._hidden = w13.spec.rows // 2, w2.spec.rows
         self._between = torch.empty(top_k, self._inner)
@@ -49,8 +39,9 @@ class OneToken:
         packed = []
         for slot, rank in some:
             w = self._of(slot)[0]
-            packed.append(jobs.PRODUCT.pack(w.weight, w.params, at, 0, self._between_at + 4 * self._inner * rank, 0,
-                                            stride, self._inner, 1, *w.shape, True, kind, _FP32, False))
+            packed.append(jobs.PRODUCT.pack(
+                w.weight, w.params, w.bias, at, 0, self._between_at + 4 * self._inner * rank, 0, stride, self._inner, 1,
+                *w.sizes, *w.layout, True, kind, _FP32, False, *w.activation))
         self._native.run_jobs(packed)
 
     def down(self, some: Collection[tuple[int, int]]) -> None:
@@ -58,14 +49,16 @@ class OneToken:
         packed = []
         for slot, rank in some:
             w = self._of(slot)[1]
-            packed.append(jobs.PRODUCT.pack(w.weight, w.params, self._between_at + 4 * self._inner * rank, 0,
-                                            self._rows_at + 4 * self._hidden * rank, 0, self._inner, self._hidden, 1,
-                                            *w.shape, False, _FP32, _FP32, False))
+            packed.append(jobs.PRODUCT.pack(
+                w.weight, w.params, w.bias, self._between_at + 4 * self._inner * rank, 0,
+                self._rows_at + 4 * self._hidden * rank, 0, self._inner, self._hidden, 1, *w.sizes, *w.layout, False,
+                _FP32, _FP32, False, *w.activation))
         self._native.run_jobs(packed)
 
-    def _of(self, slot: int) -> tuple[_Matrix, _Matrix]:
+    def _of(self, slot: int) -> tuple[Layout, Layout]:
+        """What a job says of the matrices in a slot."""
         found = self._matrices[slot]
         if found is None:
             w13, w2 = self._views[slot]
-            found = self._matrices[slot] = _Matrix(w13), _Matrix(w2)
+            found = self._matrices[slot] = layout_of(w13), layout_of(w2)
         return found

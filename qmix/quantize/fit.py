@@ -124,7 +124,7 @@ def mixed(model: Model, quant: QuantConfig, found: Sensitivity, wanted: Wanted) 
 
 def expert_weights(model: Model) -> int:
     """Of all experts."""
-    return 3 * model.hidden * model.expert_inner * len(model.expert_keys)
+    return model.expert_numbers * len(model.expert_keys)
 
 
 def lines(model: Model, quant: QuantConfig, found: Sensitivity, choice: Choice, tokens: int) -> list[str]:

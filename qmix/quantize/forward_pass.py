@@ -248,11 +248,12 @@ class ForwardPass:
         assert key.layer == self.layer and self.pieces.experts is not None, (key, self.layer)
         hidden, inner = w2.shape
         rows, rank = (self.ids[:first or None] == key.expert).nonzero(as_tuple=True)
+        biases = self._source.expert_biases(key)
         moments = (Moments(hidden), Moments(inner)) if measure and len(rows) else None
         energy = {"w13": 0.0, "w2": 0.0}
         for token, weight in zip(rows.split(CHUNK), self.topk_weights[rows, rank].split(CHUNK), strict=True):
             x = self.normed[token].float()
-            middle, out, found = self._one_chunk(x, w13, w2, self.pieces.experts, measure)
+            middle, out, found = self._one_chunk(x, w13, w2, biases, self.pieces.experts, measure)
             for name, value in found.items():
                 energy[name] += value
             self.add(token, out.mul_(weight[:, None]))
@@ -263,21 +264,24 @@ class ForwardPass:
             return {}
         return {name: Inputs(Sums(m), len(rows), energy[name]) for name, m in zip(energy, moments, strict=True)}
 
-    def _one_chunk(self, x: Tensor, w13: Tensor, w2: Tensor, op: ops.Experts,
+    def _one_chunk(self, x: Tensor, w13: Tensor, w2: Tensor, biases: tuple[Tensor, Tensor] | None, op: ops.Experts,
                    measure: bool) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """An expert on x [n, H] fp32: (what w2 reads [n, F], what it gives [n, H], energies)."""
+        """An expert on x [n, H] fp32: (what w2 reads [n, F], what it gives [n, H], energies: of the products alone,
+        since no code changes a bias)."""
         hidden, inner = w2.shape
         middle, out = torch.empty(len(x), inner), torch.empty(len(x), hidden)
 
         def widen(rows: slice) -> float:
             gate, up = (F.linear(x, w[rows].float()) for w in (w13[:inner], w13[inner:]))
             found = squares(gate) + squares(up) if measure else 0.0
+            if biases is not None:
+                gate, up = gate.add_(biases[0][:inner][rows]), up.add_(biases[0][inner:][rows])
             middle[:, rows] = torch_ops.activate(op.activation, gate, up)
             return found
 
         def narrow(rows: slice) -> float:
             y = F.linear(middle, w2[rows].float())
-            out[:, rows] = y
+            out[:, rows] = y if biases is None else y + biases[1][rows]
             return squares(y) if measure else 0.0
 
         of_w13, of_w2 = sum(self._map(widen, _ranges(inner))), sum(self._map(narrow, _ranges(hidden)))

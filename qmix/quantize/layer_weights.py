@@ -41,6 +41,8 @@ class Source(Protocol):
 
     def stacked_expert(self, key: ExpertKey, buffer: Tensor) -> tuple[Tensor, Tensor]: ...
 
+    def expert_biases(self, key: ExpertKey) -> tuple[Tensor, Tensor] | None: ...
+
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:

@@ -49,7 +49,8 @@ class Work:
     """A region still to be made.
 
     source: an expert, or a dense tensor's name; specs: how each of its matrices is packed, None where it
-    stays plain; parts: the checkpoint's names of what each matrix is stacked from; nbytes: of the source.
+    stays plain; parts: the checkpoint's names of what each matrix, and its bias, is stacked from; nbytes: of the
+    source.
     """
 
     region: Region
@@ -84,10 +85,12 @@ def all_work(source: Checkpoint, layout: StoreLayout) -> list[Work]:
     item = TORCH_DTYPES[PLAIN_DTYPES[DTYPES[model.dtype]]].itemsize
     found = [Work(layout.dense[t.name], t.name, {"": layout.specs[t.name]}, {"": (source.published(t.name),)},
                   math.prod(t.shape) * item) for t in model.tensors()]
-    nbytes = 3 * model.hidden * model.expert_inner * item
+    nbytes = model.expert_numbers * item
     for key, region in layout.records.items():
-        gate, up, down = (source.published(tensor.name) for tensor in model.expert_tensors(key))
+        gate, up, down, *biases = (source.published(tensor.name) for tensor in model.expert_tensors(key))
         parts = {"w13": (gate, up), "w2": (down,)}
+        if biases:
+            parts |= {"w13.bias": tuple(biases[:2]), "w2.bias": tuple(biases[2:])}
         record = layout.record(key)
         found.append(Work(region, key, {"w13": record.w13, "w2": record.w2}, parts, nbytes))
     return found
@@ -166,20 +169,27 @@ def _buffer(nbytes: int) -> Tensor:
 
 
 def _load(source: Checkpoint, work: Work, buffer: Tensor | None) -> dict[str, Tensor]:
-    """{"w13": [2F, H], "w2": [H, F]} of an expert, in `buffer`, or {"": tensor} of a dense tensor."""
+    """{"w13": [2F, H], "w2": [H, F]} of an expert, in `buffer`, and its biases, {"w13.bias": [2F], "w2.bias": [H]},
+    where it has any; or {"": tensor} of a dense tensor."""
     if buffer is None:
         assert isinstance(work.source, str)
         return {"": source.dense(work.source)}
     assert isinstance(work.source, ExpertKey)
     w13, w2 = source.stacked_expert(work.source, buffer)
-    return {"w13": w13, "w2": w2}
+    biases = source.expert_biases(work.source)
+    return {"w13": w13, "w2": w2} | ({} if biases is None else {"w13.bias": biases[0], "w2.bias": biases[1]})
 
 
 def _quantize(source: Checkpoint, work: Work, weights: dict[str, Tensor], quant: QuantConfig,
               inputs: Mapping[str, Inputs], pool: Executor) -> Made:
-    """Pack every matrix of `weights`, which is emptied on the way. Grouped formats spread one matrix over the
-    pool; the other formats have no such way, so their matrices go side by side."""
+    """Pack every matrix of `weights`, which is emptied on the way; biases go along as they are. Grouped formats
+    spread one matrix over the pool; the other formats have no such way, so their matrices go side by side."""
     inner = work.grouped
+    tensors: dict[tuple[str, str], Tensor] = {}
+    for name in [name for name in weights if name.endswith(".bias")]:
+        bias = weights.pop(name)
+        _check_finite(source, work.parts[name], bias)
+        tensors[name.removesuffix(".bias"), "bias"] = bias
 
     def pack_one(matrix: str) -> tuple[Mapping[str, Tensor], Error | None, float | None]:
         spec, weight = work.specs[matrix], weights.pop(matrix)
@@ -191,7 +201,6 @@ def _quantize(source: Checkpoint, work: Work, weights: dict[str, Tensor], quant:
             _check_finite(source, work.parts[matrix], weight)  # says it better: by tensor
             raise
 
-    tensors: dict[tuple[str, str], Tensor] = {}
     errors: dict[str, Error] = {}
     output_errors: dict[str, float] = {}
     packed = (map if inner else pool.map)(pack_one, work.specs)
@@ -214,6 +223,7 @@ def _pack(weight: Tensor, spec: MatrixSpec | None, method: str, inputs: Inputs |
     outputs are from the original's on `inputs`, None where the method does not look at these)."""
     if spec is None:
         return {"weight": weight}, None, None
+    spec = spec.without_bias
     if spec.bits and method in CALIBRATED:
         return choose_calibrated(weight, spec, inputs, pool)
     if spec.bits:

@@ -113,7 +113,7 @@ def _specs(source: Source, name: str, block: int) -> tuple[MatrixSpec, MatrixSpe
     quant = QuantConfig("mixed", method="rtn", block=block, kinds=((name, name),),
                         mix=one_kind(source.model))
     record = record_layouts(source.model, quant)[0]
-    return record.w13, record.w2
+    return record.w13.without_bias, record.w2.without_bias
 
 
 def _in_nats(keys: Sequence[ExpertKey], raw: Mapping[ExpertKey, Matrices], tokens: Mapping[ExpertKey, int],
@@ -135,7 +135,8 @@ def _expert_damages(copies: _Copies, key: ExpertKey, w13: Tensor, w2: Tensor,
     x, topk_weights, count = copies.inputs(key.expert)
     if not count:
         return {m: dict.fromkeys(FORMATS, 0.0) for m in ("w13", "w2")}, 0
-    middle = copies.activated(x, w13)
+    biases = copies.biases(key)
+    middle = copies.activated(x, w13, biases)
     y = _product(middle, w2)
     scale = count / len(x) / copies.tokens
 
@@ -143,7 +144,7 @@ def _expert_damages(copies: _Copies, key: ExpertKey, w13: Tensor, w2: Tensor,
         name, matrix = task
         first, second = specs[name]
         if matrix == "w13":
-            changed = _product(copies.activated(x, quantize(w13, first, method)), w2)
+            changed = _product(copies.activated(x, quantize(w13, first, method), biases), w2)
         else:
             changed = _product(middle, quantize(w2, second, method))
         return scale * squares(changed.sub_(y).mul_(topk_weights[:, None]))
@@ -177,16 +178,25 @@ class _Copies:
         forward, last = self.forward, self._last
         forward.expert(key, w13, w2, False, last)
         rows, rank = (forward.ids[last:] == key.expert).nonzero(as_tuple=True)
-        topk_weights = forward.topk_weights[last:][rows, rank]
+        topk_weights, biases = forward.topk_weights[last:][rows, rank], self.biases(key)
         for some, weight in zip(rows.split(ROWS), topk_weights.split(ROWS), strict=True):
-            out = _product(self.activated(forward.normed[last:][some].float(), probe[0]), probe[1])
+            out = _product(self.activated(forward.normed[last:][some].float(), probe[0], biases), probe[1])
+            if biases is not None:
+                out += biases[1]
             forward.add(some, out.mul_(weight[:, None]), last)
 
-    def activated(self, x: Tensor, w13: Tensor | Packed) -> Tensor:
+    def biases(self, key: ExpertKey) -> tuple[Tensor, Tensor] | None:
+        """Of the expert's w13 and w2."""
+        return self._source.expert_biases(key)
+
+    def activated(self, x: Tensor, w13: Tensor | Packed, biases: tuple[Tensor, Tensor] | None) -> Tensor:
         """What w2 reads [n, F] where w13 [2F, H] reads x [n, H]."""
         op = self.forward.pieces.experts
         assert op is not None
-        return torch_ops.activate(op.activation, *_product(x, w13).chunk(2, -1))
+        both = _product(x, w13)
+        if biases is not None:
+            both += biases[0]
+        return torch_ops.activate(op.activation, *both.chunk(2, -1))
 
     def inputs(self, expert: int) -> tuple[Tensor, Tensor, int]:
         """(x [n, H] fp32, topk_weights [n]) of up to ROWS tokens of the original text, spread evenly over those that

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from qmix.spec.checks import counts, numbers, one_of, want
-from qmix.spec.layers import Attention, DeltaNet, Layer, Moe
+from qmix.spec.layers import Attention, DeltaNet, Expert, Layer, Moe
 from qmix.spec.tensors import DTYPES, ExpertKey, Norm, Role, Tensor
 
 LAYERS = 4096  # more than any model has
@@ -85,6 +85,21 @@ class Model:
                  for i, layer in enumerate(self.layers) if self.experts_in(i)}
         want(len(found) == 1, self, "layers", sorted(found), "experts of one inner size")
         return found.pop()
+
+    @property
+    def expert(self) -> Expert:
+        """What all records are: one layout holds them. ConfigError where they differ."""
+        inner, mlps = self.expert_inner, [self.layers[i].mlp for i in self.record_layers]
+        found = {mlp.expert if isinstance(mlp, Moe) else Expert(mlp.inner, mlp.activation) for mlp in mlps}
+        want(len(found) == 1, self, "layers", sorted(map(repr, found)), "experts with one activation and alike biases")
+        assert all(expert.inner == inner for expert in found)
+        return found.pop()
+
+    @property
+    def expert_numbers(self) -> int:
+        """Of one record: its weights and, where it has them, its biases."""
+        expert = self.expert
+        return 3 * self.hidden * expert.inner + (2 * expert.inner + self.hidden if expert.bias else 0)
 
     @property
     def chosen(self) -> int:

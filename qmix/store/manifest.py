@@ -1,6 +1,6 @@
 """qmix.json: what a store holds, where, with which checksums and errors.
 
-Version 2, a JSON object. The same store always has the same bytes, so it holds no times and no paths:
+Version 2 or 3, a JSON object. The same store always has the same bytes, so it holds no times and no paths:
 
     format_version   2                      needs_qmix   the first qmix that reads this version
     source           {name, revision, fingerprint} of the checkpoint
@@ -20,6 +20,10 @@ tokens. See Calibrated.
 
 The place of a region follows from model and quantization. The manifest repeats it for readers that do not know qmix,
 and a store in which the two differ is refused.
+
+Version 3 is version 2 with records that qmix 0.2.0 could not compute: with biases, or with another activation than
+SwiGLU. A bias lies behind the weights of its matrix, fp32, one number a row. All other stores are of version 2, so that
+qmix 0.2.0 reads them.
 
 Version 1 has "dtype", of the checkpoint's weights, in place of model and alignment: its model is the Mixtral of the
 config.json beside it, and its dense tensors have the names of the checkpoint (version1.py).
@@ -44,8 +48,8 @@ from qmix.spec import Model
 from qmix.spec.json import from_json, to_json
 from qmix.store.raw import digest
 
-FORMAT_VERSION = 2
-NEEDS_QMIX = "0.2.0"
+FORMAT_VERSION = 3
+NEEDS_QMIX = {2: "0.2.0", 3: "0.3.0"}  # the first qmix that reads a version
 ALIGNMENT = {"tensor": TENSOR_ALIGN, "record": RECORD_ALIGN}
 MAX_BYTES = 256 * 2**20  # of qmix.json; Mixtral's has 0.1 MB
 DAMAGED = "the store is damaged: copy it again, or quantize again"
@@ -114,8 +118,8 @@ class FileEntry:
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """source: the checkpoint's name (a folder's or a hub id); revision: the hub's, else None. model: what the store
-    holds; None in version 1, which has its dtype alone. version: as it was read. digest: of the bytes of the file that
-    it was read from."""
+    holds; None in version 1, which has its dtype alone. version: as it was read, 0 before it was written. digest:
+    of the bytes of the file that it was read from."""
 
     source: str
     revision: str | None
@@ -127,7 +131,7 @@ class Manifest:
     files: Mapping[str, FileEntry]
     calibration: CalibrationEntry | None = None
     dtype: str = ""
-    version: int = FORMAT_VERSION
+    version: int = 0
     digest: str = ""
 
     def to_json(self) -> bytes:
@@ -141,7 +145,8 @@ class Manifest:
                  for d in self.dense.values()]
         files = [{"name": f.name, "bytes": f.nbytes, "xxh3_128": f.xxh3} for f in self.files.values()]
         source = {"name": self.source, "revision": self.revision, "fingerprint": self.fingerprint}
-        whole = {"format_version": FORMAT_VERSION, "needs_qmix": NEEDS_QMIX, "source": source,
+        version = version_of(self.model)
+        whole = {"format_version": version, "needs_qmix": NEEDS_QMIX[version], "source": source,
                  "model": to_json(self.model), "alignment": ALIGNMENT, "quantization": self.quant.to_json(),
                  "records": records, "dense": dense, "files": files}
         if self.calibration is not None:
@@ -173,6 +178,12 @@ class Manifest:
             if len(listed) != len(kept):
                 raise StoreError(f"{path}: {key}: one of them is listed twice", DAMAGED)
         return found
+
+
+def version_of(model: Model) -> int:
+    """The oldest format version that can say what the store of a model holds."""
+    expert = model.expert
+    return 3 if expert.bias or expert.activation.kind != "swiglu" else 2
 
 
 def _calibrated_json(calibrated: Calibrated | None) -> dict[str, Any]:
@@ -222,7 +233,7 @@ def _check_version(raw: _Object) -> int:
         raise StoreError(f"{raw.path}: format_version: got {version}; this qmix, {__version__}, reads up to "
                          f"{FORMAT_VERSION}", cure)
     if version < 1:
-        raise StoreError(f"{raw.path}: format_version: got {version}, want 1 or {FORMAT_VERSION}; no such version "
+        raise StoreError(f"{raw.path}: format_version: got {version}, want 1 to {FORMAT_VERSION}; no such version "
                          "was ever released", DAMAGED)
     return version
 

@@ -73,8 +73,8 @@ def describe_format(model: Model, quant: QuantConfig, kind: str) -> str:
 
 
 def expert_weights(model: Model) -> int:
-    """Weights of one expert."""
-    return 3 * model.hidden * model.expert_inner
+    """Weights of one expert, its biases among them."""
+    return model.expert_numbers
 
 
 def worst_experts(manifest: Manifest) -> list[tuple[ExpertKey, float]]:

@@ -175,38 +175,56 @@ static void check_matrix(int32_t level, const matrix *m, int act) {
     free(x), free(y), free(few), free(want), free(bound);
 }
 
-/* silu(gate) * up of chosen rows of bf16 activations, put elsewhere; rows that are not chosen stay. exp's polynomial
- * errs by at most 4 U, and |silu'| < 1.1. */
-static void check_gated(int32_t level, int bits, int act) {
+static const double ALPHA = 1.702, LIMIT = 0.75;
+static const char *const ACTIVATIONS[] = {"swiglu", "geglu", "swiglu_clamped"};
+
+/* What becomes of gate and up, both clamped already; *exponent: of the exp in it. */
+static double joined(int how, double gate, double up, double *exponent) {
+    double of = how == QMIX_GEGLU ? 2 * sqrt(2 / 3.14159265358979324) * (gate + 0.044715 * gate * gate * gate) : gate;
+    *exponent = how == QMIX_SWIGLU_CLAMPED ? ALPHA * of : of;
+    return gate / (1 + exp(-*exponent)) * (how == QMIX_SWIGLU_CLAMPED ? up + 1 : up);
+}
+
+/* activation(gate, up) of chosen rows of bf16 activations, put elsewhere; rows that are not chosen stay. exp's
+ * polynomial errs by at most 4 U, what it is given by 4 roundings of that; the slope of x / (1 + exp(-x)), and of
+ * gelu, is below 1.2. A bias is one rounding more. */
+static void check_gated(int32_t level, int bits, int act, int how, int biased) {
     matrix m = random_matrix(bits, 64, bits == 8 ? 64 : 32, 2, 70, 100);
     int64_t x_rows[3] = {8, 0, 3}, y_rows[3] = {1, 11, 5}, stride = m.rows + 3, part_rows = m.padded_rows / 2;
-    float wide[9 * 100], *y = make((size_t)(12 * stride), sizeof *y), left = 7;
+    float wide[9 * 100], bias[2 * 70], *y = make((size_t)(12 * stride), sizeof *y), left = 7;
     uint16_t x[9 * 100];
     double *want = make((size_t)(9 * m.padded_rows), sizeof *want), worst = 0;
     double *bound = make((size_t)(9 * m.padded_rows), sizeof *bound);
     for (int i = 0; i < 9 * 100; i++)
         wide[i] = from_bf16(x[i] = to_bf16((float)uniform(-1, 1) / (bits == 8 ? 1000 : 100)));
+    fill(bias, 2 * 70, biased ? 2 : 0);
     for (int64_t i = 0; i < 12 * stride; i++)
         y[i] = left;
     references(&m, act, wide, 9, want, bound);
     qmix_job job = job_of(&m, wide, 3, y, stride);
     job.x = x, job.x_type = QMIX_BF16, job.x_rows = x_rows, job.y_rows = y_rows, job.gated = 1;
+    job.bias = biased ? bias : NULL, job.activation = how, job.alpha = (float)ALPHA, job.limit = (float)LIMIT;
     if (qmix_products(level, act, &job, 1, THREADS))
         worst = NAN;
     for (int t = 0; t < 3; t++)
         for (int64_t row = 0; row < m.rows; row++) {
             int64_t at = x_rows[t] * m.padded_rows + row;
-            double gate = want[at], up = want[at + part_rows], silu = gate / (1 + exp(-gate));
-            double off = 1.1 * bound[at] * (fabs(up) + bound[at + part_rows]) + fabs(silu) * bound[at + part_rows];
+            double gate = want[at] + bias[row], up = want[at + part_rows] + bias[m.rows + row], exponent;
+            double gate_off = bound[at] + U * fabs(gate), up_off = bound[at + part_rows] + U * fabs(up);
+            if (how == QMIX_SWIGLU_CLAMPED)
+                gate = fmin(gate, LIMIT), up = fmax(-LIMIT, fmin(up, LIMIT));
+            double value = joined(how, gate, up, &exponent), times = how == QMIX_SWIGLU_CLAMPED ? up + 1 : up;
+            double off = 1.2 * gate_off * (fabs(times) + up_off) + fabs(gate) * up_off;
             float *got = y + y_rows[t] * stride + row;
-            compare(*got, silu * up, off + 8 * U * fabs(silu * up), &worst);
+            compare(*got, value, off + (8 + 4 * fabs(exponent)) * U * fabs(value) + 2 * U * fabs(gate), &worst);
             *got = left;
         }
     for (int64_t i = 0; i < 12 * stride; i++)
         if (y[i] != left)
             worst = NAN;
-    char what[64];
-    snprintf(what, sizeof what, "gate and up of %d bits, %s activations", bits, act_name(act));
+    char what[96];
+    snprintf(what, sizeof what, "gate and up of %d bits, %s activations, %s%s", bits, act_name(act), ACTIVATIONS[how],
+             biased ? " with biases" : "");
     report(level, what, worst);
     free(y), free(want), free(bound), free_matrix(&m);
 }
@@ -299,7 +317,8 @@ void check_products(int32_t level) {
             free_matrix(&m);
         }
         for (int bits = 2; bits <= 8; bits += bits == 4 ? 4 : 1) {
-            check_gated(level, bits, act);
+            for (int how = QMIX_SWIGLU; how <= QMIX_SWIGLU_CLAMPED; how++)
+                check_gated(level, bits, act, how, how != QMIX_SWIGLU);
             check_not_finite(level, bits, act);
         }
     }

@@ -12,9 +12,10 @@ static qmix_job product_of(const qmix_matrix *matrix, int64_t record) {
     return (qmix_job){
         .weight = (const uint8_t *)(intptr_t)(record + matrix->weight),
         .params = (const uint16_t *)(intptr_t)(record + matrix->params),
+        .bias = matrix->bias ? (const float *)(intptr_t)(record + matrix->bias) : NULL,
         .padded_rows = matrix->padded_rows, .padded_cols = matrix->padded_cols, .rows = matrix->rows,
         .cols = matrix->cols, .bits = matrix->bits, .block = matrix->block, .group = matrix->group,
-        .parts = matrix->parts,
+        .parts = matrix->parts, .activation = matrix->activation, .alpha = matrix->alpha, .limit = matrix->limit,
     };
 }
 

@@ -56,7 +56,8 @@ class ExpertTable:
 
 def _matrix(slot: Tensor, m: Packed) -> bytes:
     """native.h's qmix_matrix of a matrix in a slot."""
-    weight, params, sizes, layout = layout_of(m)
-    start, end = slot.data_ptr(), slot.data_ptr() + slot.nbytes
-    assert start <= min(weight, params) and max(weight, params) < end, "the matrix lies elsewhere"
-    return jobs.MATRIX.pack(weight - start, params - start, *sizes, *layout)
+    of, start, end = layout_of(m), slot.data_ptr(), slot.data_ptr() + slot.nbytes
+    places = [of.weight, of.params] + ([of.bias] if of.bias else [])
+    assert start <= min(places) and max(places) < end, "the matrix lies elsewhere"
+    return jobs.MATRIX.pack(of.weight - start, of.params - start, of.bias - start if of.bias else 0, *of.sizes,
+                            *of.layout, *of.activation)

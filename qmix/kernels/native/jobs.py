@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qmix.kernels.router import RouterTensors
 
-PRODUCT = struct.Struct("@6P7q8i")    # qmix_job: pointers, sizes, layout
+PRODUCT = struct.Struct("@7P7q9i2f4x")  # qmix_job: pointers, sizes, layout, what it does, activation
 ATTENTION = struct.Struct("@8P6q4i")  # qmix_attention
 NORM = struct.Struct("@4P2q2f3i4x")           # qmix_norm
 ROUTE_REST = struct.Struct("@6P5q2f4i")       # qmix_route behind the qmix_norm that it begins with
@@ -21,9 +21,10 @@ ROTATE = struct.Struct("@5P4q2i")             # qmix_rotate
 ROPE_COS_SIN = struct.Struct("@4Pqf4x")       # qmix_angles
 COMBINE = struct.Struct("@3P2q")      # qmix_combine
 ADDITION = struct.Struct("@2Pq")      # qmix_addition
-MATRIX = struct.Struct("@6q4i")       # qmix_matrix, two of which are a qmix_record
+MATRIX = struct.Struct("@7q5i2f4x")   # qmix_matrix, two of which are a qmix_record
 EXPERTS = struct.Struct("@9P3qi4x")   # qmix_experts
 CALL = struct.Struct("@P2i")          # qmix_call
+ACTIVATIONS = {"swiglu": 0, "geglu": 1, "swiglu_clamped": 2}  # native.h's QMIX_SWIGLU and so on
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 ROUTER_TYPES = {**TYPES, torch.float16: 2}
 SOFTMAX_CHOSEN, SOFTMAX_ALL, SIGMOID = range(3)  # qmix_route.score

@@ -13,16 +13,21 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define QMIX_ABI 5
+#define QMIX_ABI 7
 
 enum { QMIX_FP32 = 0, QMIX_BF16 = 1, QMIX_FP16 = 2 }; /* types of numbers; fp16 of a router's weights alone */
 enum { QMIX_ACT_INT8 = 0, QMIX_ACT_BF16 = 1 };  /* what the products see of the activations */
 
-/* One product y[y_rows] = x[x_rows] W^T; with `gated`, W = [Wgate; Wup], y = silu(x Wgate^T) * (x Wup^T).
- * Strides are in elements. */
+/* What joins gate g and up u (qmix/spec/layers.py's Activation): silu(g) * u; gelu by tanh of g, times u; or with g
+ * clamped from above to `limit` and u to both sides g * sigmoid(alpha * g) * (u + 1). */
+enum { QMIX_SWIGLU = 0, QMIX_GEGLU = 1, QMIX_SWIGLU_CLAMPED = 2 };
+
+/* One product y[y_rows] = x[x_rows] W^T + bias; with `gated`, W = [Wgate; Wup], y = activation(x Wgate^T + bias of gate,
+ * x Wup^T + bias of up). Strides are in elements. */
 typedef struct {
     const uint8_t *weight;  /* int4, int3, int2: [N/B, K, bits * B/8]; int8: [N, K] */
     const uint16_t *params; /* bf16 [K/g, N, 2], scale and zero; int8: bf16 [N] */
+    const float *bias;      /* [parts * rows], or NULL */
     const void *x;          /* [*, x_stride], of which `cols` columns count */
     const int64_t *x_rows;  /* [T] rows of x, or NULL for 0..T-1 */
     void *y;                /* [*, y_stride] */
@@ -40,6 +45,8 @@ typedef struct {
     int32_t gated;
     int32_t x_type, y_type;
     int32_t add;            /* to what y has; fp32 only */
+    int32_t activation;     /* of a gated product */
+    float alpha, limit;     /* of QMIX_SWIGLU_CLAMPED */
 } qmix_job;
 
 enum { QMIX_KV_INT8 = 0, QMIX_KV_BF16 = 1 };    /* how keys and values are kept */
@@ -128,8 +135,10 @@ typedef struct {
 /* A matrix in an expert's record: where its tensors lie, and what a product says of it (qmix_job). */
 typedef struct {
     int64_t weight, params; /* bytes from the record's start */
+    int64_t bias;           /* likewise, 0 for none: a record begins with weights */
     int64_t padded_rows, padded_cols, rows, cols;
-    int32_t bits, block, group, parts;
+    int32_t bits, block, group, parts, activation;
+    float alpha, limit;
 } qmix_matrix;
 
 /* How all records of a kind are laid out. */
@@ -137,7 +146,7 @@ typedef struct {
     qmix_matrix gate_up, down; /* gate over up [2F, H]; [H, F] */
 } qmix_record;
 
-/* The chosen experts of T tokens and their weighted sum: rows[t, k] = down(silu(gate(x)) * up(x)) of expert ids[t, k],
+/* The chosen experts of T tokens and their weighted sum: rows[t, k] = down(activation(gate(x), up(x))) of expert ids[t, k],
  * out[t] = sum_k weights[t, k] * rows[t, k], in order. A record that `records` does not have is missing: then nothing
  * is computed, and whoever called brings it. */
 typedef struct {

@@ -9,6 +9,7 @@ import ctypes
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +26,8 @@ DENSE_GROUP = 64  # columns that share a step where the weights have no groups
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """y[y_rows] = x[x_rows] W^T; or silu(x Wgate^T) * (x Wup^T) where `gated`, W being gate over up.
+    """y[y_rows] = x[x_rows] W^T + bias; or activation(x Wgate^T + bias, x Wup^T + bias) where `gated`, W being gate
+    over up: bias and activation as w's spec says.
 
     x [*, cols] and y [*, rows] fp32 or bf16, the numbers of a row adjacent; x_rows, y_rows int64 [T], None for 0..T-1.
     """
@@ -49,7 +51,7 @@ class Native:
         self._library = opened
         self._products = opened.qmix_products
         # Matrices stay where they are, in their slots: what is said of them is put together once.
-        self._matrices: dict[int, tuple[Packed, int, int, tuple[int, ...], tuple[int, ...]]] = {}
+        self._matrices: dict[int, tuple[Packed, Layout]] = {}
         self._number = levels()[level]
         self.level = level
         self.code = ACTIVATIONS[activations]
@@ -73,14 +75,14 @@ class Native:
         w, x, y, x_rows, y_rows = p.w, p.x, p.y, p.x_rows, p.y_rows
         known = self._matrices.get(id(w))
         if known is None or known[0] is not w:
-            known = self._matrices[id(w)] = w, *layout_of(w)
-        _, weight, params, sizes, layout = known
+            known = self._matrices[id(w)] = w, layout_of(w)
+        of = known[1]
         assert not p.add or y.dtype == torch.float32, y.dtype
         return jobs.PRODUCT.pack(
-            weight, params, x.data_ptr(), 0 if x_rows is None else x_rows.data_ptr(), y.data_ptr(),
+            of.weight, of.params, of.bias, x.data_ptr(), 0 if x_rows is None else x_rows.data_ptr(), y.data_ptr(),
             0 if y_rows is None else y_rows.data_ptr(), x.stride(0), y.stride(0),
-            x.shape[0] if x_rows is None else x_rows.shape[0], *sizes, *layout, p.gated, jobs.TYPES[x.dtype],
-            jobs.TYPES[y.dtype], p.add)
+            x.shape[0] if x_rows is None else x_rows.shape[0], *of.sizes, *of.layout, p.gated, jobs.TYPES[x.dtype],
+            jobs.TYPES[y.dtype], p.add, *of.activation)
 
     def peak(self, threads: int, seconds: float = 0.3,
              clock: Callable[[], float] = time.perf_counter) -> float:
@@ -101,7 +103,7 @@ class Native:
         return found
 
     def gated(self, x: Tensor, w13: Packed) -> Tensor:
-        """silu(gate(x)) * up(x): x [T, H] -> [T, F] in x's dtype."""
+        """activation(gate(x), up(x)): x [T, H] -> [T, F] in x's dtype."""
         y = x.new_empty(len(x), w13.spec.rows // 2)
         self.run([Product(_readable(x), w13, y, gated=True)])
         return y
@@ -122,12 +124,25 @@ def _readable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and x.dtype in jobs.TYPES else x.float().contiguous()
 
 
-def layout_of(w: Packed) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
-    """What a job says of its matrix: the addresses of weights and parameters, sizes, layout."""
+class Layout(NamedTuple):
+    """What a job says of its matrix. weight, params, bias: addresses, bias 0 where there is none; sizes: padded rows
+    and columns, rows of a part, columns; layout: bits, block, group, parts; activation: its number, alpha, limit."""
+
+    weight: int
+    params: int
+    bias: int
+    sizes: tuple[int, int, int, int]
+    layout: tuple[int, int, int, int]
+    activation: tuple[int, float, float]
+
+
+def layout_of(w: Packed) -> Layout:
     spec, tensors = w.spec, w.tensors
     sizes = spec.padded_rows, spec.padded_cols, spec.rows // spec.parts, spec.cols
     if spec.bits:
         params, layout = tensors["qparams"], (spec.bits, spec.block, spec.group_size, spec.parts)
     else:
         params, layout = tensors["scale"], (8, 64, DENSE_GROUP, spec.parts)
-    return tensors["qweight"].data_ptr(), params.data_ptr(), sizes, layout
+    how = spec.activation
+    return Layout(tensors["qweight"].data_ptr(), params.data_ptr(), tensors["bias"].data_ptr() if spec.bias else 0,
+                  sizes, layout, (jobs.ACTIVATIONS[how.kind], how.alpha or 0.0, how.limit or 0.0))

@@ -25,6 +25,37 @@ static void silu_times(float *gate, const float *up, int count) {
         gate[i] = gate[i] / (1.0f + exp_of(-gate[i])) * up[i];
 }
 
+/* gelu(gate) * up, by tanh: x / 2 (1 + tanh(u)) = x / (1 + exp(-2 u)). */
+static void gelu_times(float *gate, const float *up, int count) {
+    for (int i = 0; i < count; i++) {
+        float g = gate[i], u = 0.79788456f * (g + 0.044715f * g * g * g);
+        gate[i] = g / (1.0f + exp_of(-2.0f * u)) * up[i];
+    }
+}
+
+/* gpt-oss's; comparisons are written so that a NaN stays one. */
+static void clamped_silu_times(float *gate, const float *up, int count, float alpha, float limit) {
+    for (int i = 0; i < count; i++) {
+        float g = gate[i] > limit ? limit : gate[i], u = up[i] > limit ? limit : up[i];
+        u = u < -limit ? -limit : u;
+        gate[i] = g / (1.0f + exp_of(-alpha * g)) * (u + 1.0f);
+    }
+}
+
+static void activate(const qmix_job *job, float *gate, const float *up, int count) {
+    if (job->activation == QMIX_SWIGLU)
+        silu_times(gate, up, count);
+    else if (job->activation == QMIX_GEGLU)
+        gelu_times(gate, up, count);
+    else
+        clamped_silu_times(gate, up, count, job->alpha, job->limit);
+}
+
+static void add_bias(const float *bias, int64_t count, float *y) {
+    for (int64_t i = 0; i < count; i++)
+        y[i] += bias[i];
+}
+
 static void write_row(const qmix_job *job, int64_t token, int64_t column, int64_t count, const float *from) {
     int64_t row = job->y_rows ? job->y_rows[token] : token, start = row * job->y_stride + column;
     if (job->add)
@@ -38,7 +69,7 @@ static void write_row(const qmix_job *job, int64_t token, int64_t column, int64_
 }
 
 /* Where the rows of a unit go: y has the parts side by side without their padding. Parts are whole blocks, or one. */
-static void write_unit(const qmix_job *job, int64_t unit, int64_t first, int64_t tokens, float *acc, const float *up) {
+static void write_unit(const qmix_job *job, int64_t unit, int64_t first, int64_t tokens, float *acc, float *up) {
     int64_t block = job->block, part_rows = job->padded_rows / job->parts, row = unit * block;
     int64_t part = job->gated ? 0 : row / part_rows, inside = row - part * part_rows;
     int64_t count = job->rows - inside < block ? job->rows - inside : block;
@@ -46,8 +77,13 @@ static void write_unit(const qmix_job *job, int64_t unit, int64_t first, int64_t
         return;
     for (int64_t t = 0; t < tokens; t++) {
         float *from = acc + t * block;
+        if (job->bias) {
+            add_bias(job->bias + part * job->rows + inside, count, from);
+            if (job->gated)
+                add_bias(job->bias + job->rows + inside, count, up + t * block);
+        }
         if (job->gated)
-            silu_times(from, up + t * block, (int)block);
+            activate(job, from, up + t * block, (int)block);
         write_row(job, first + t, part * job->rows + inside, count, from);
     }
 }
