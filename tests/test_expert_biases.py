@@ -140,5 +140,8 @@ def test_a_record_places_each_bias_behind_its_matrix() -> None:
 
 
 def test_only_stores_that_need_it_have_the_new_version() -> None:
-    versions = {kind: version_of(read_model(ARCHITECTURES[kind].TINY)) for kind in ("mixtral", "qwen3_moe", "gpt_oss")}
+    versions = {kind: version_of(read_model(ARCHITECTURES[kind].TINY), QuantConfig())
+                for kind in ("mixtral", "qwen3_moe", "gpt_oss")}
     assert versions == {"mixtral": 2, "qwen3_moe": 2, "gpt_oss": 3}
+    packed = QuantConfig("mxfp4", method="", group_size=0, block=0)
+    assert version_of(read_model(ARCHITECTURES["mixtral"].TINY), packed) == 3

@@ -26,7 +26,7 @@ from qmix.kernels import bnb, cpu, native, reference
 from qmix.kernels.cpu import Kernel
 from qmix.kernels.layer import TORCH, LayerOps, choose_layer_ops
 from qmix.kernels.torch_ops import activate
-from qmix.sizes import MatrixSpec
+from qmix.sizes import MX_BLOCK, MatrixSpec
 
 ACTIVATIONS = ("auto", "bf16", "int8")
 INT4_OP = "torch _weight_int4pack_mm_for_cpu"
@@ -113,6 +113,9 @@ def select(formats: Iterable[str], blocks: Iterable[int] = BLOCKS, device: str =
             kernels[name, 0], names[name] = _one(own), own.name
         elif name == "int8":
             kernels[name, 0], names[name] = _choose_int8(say)
+        elif name == "mxfp4":
+            kernels[name, MX_BLOCK], names[name] = cpu.decoded_linear, "decoded by tiles, torch linear"
+            say("mxfp4 without native kernels decodes every weight for every token: expect a fraction of its speed")
         elif name in ("nf4", "fp4"):
             nf4.functional()  # now, where it may be missing and takes a second, and not in the first answer
             kernels[name, 0], names[name] = bnb.linear, "bitsandbytes dequantization by tiles, torch linear"

@@ -21,7 +21,8 @@ tokens. See Calibrated.
 The place of a region follows from model and quantization. The manifest repeats it for readers that do not know qmix,
 and a store in which the two differ is refused.
 
-Version 3 is written where records have what qmix 0.2.0 could not compute: biases, or another activation than SwiGLU.
+Version 3 is written where records have what qmix 0.2.0 could not compute: biases, another activation than SwiGLU, or
+the format mxfp4.
 All other stores are of version 2.
 
 Version 1 has "dtype", of the checkpoint's weights, in place of model and alignment: its model is the Mixtral of the
@@ -145,7 +146,7 @@ class Manifest:
                  for d in self.dense.values()]
         files = [{"name": f.name, "bytes": f.nbytes, "xxh3_128": f.xxh3} for f in self.files.values()]
         source = {"name": self.source, "revision": self.revision, "fingerprint": self.fingerprint}
-        version = version_of(self.model)
+        version = version_of(self.model, self.quant)
         whole = {"format_version": version, "needs_qmix": NEEDS_QMIX[version], "source": source,
                  "model": to_json(self.model), "alignment": ALIGNMENT, "quantization": self.quant.to_json(),
                  "records": records, "dense": dense, "files": files}
@@ -180,10 +181,10 @@ class Manifest:
         return found
 
 
-def version_of(model: Model) -> int:
+def version_of(model: Model, quant: QuantConfig) -> int:
     """The oldest format version that can say what the store of a model holds."""
     expert = model.expert
-    return 3 if expert.bias or expert.activation.kind != "swiglu" else 2
+    return 3 if expert.bias or expert.activation.kind != "swiglu" or quant.experts == "mxfp4" else 2
 
 
 def _calibrated_json(calibrated: Calibrated | None) -> dict[str, Any]:
