@@ -24,6 +24,7 @@ from qmix.commands.plan.report import find_model
 from qmix.config import ExpertKey, QuantConfig
 from qmix.engine import load
 from qmix.errors import CheckpointError
+from qmix.evaluate.reference import Original, Weights
 from qmix.formats import Packed, unpack
 from qmix.models import mxfp4_layout, published_experts, read_model
 from qmix.sizes import record_layout
@@ -104,6 +105,19 @@ def test_paged_equals_resident(published: tuple[Path, Any], tmp_path: Path) -> N
         assert not engine.plan.resident
         for _ in range(2):
             assert torch.equal(logits(engine), want)
+
+
+def test_eval_reads_the_decoded_weights(published: tuple[Path, Any]) -> None:
+    """What transformers computes beside a store; so many bits a weight as the checkpoint has."""
+    source, theirs = published
+    with Checkpoint.open(source) as checkpoint:
+        weights = Weights(checkpoint)
+        for name, tensor in theirs.state_dict().items():
+            assert torch.equal(weights[name], tensor), name
+    with Original.open(source, print) as original:
+        found = original.about()
+    assert found["parameters"] == sum(t.numel() for t in theirs.state_dict().values())
+    assert 4 < found["bits_per_weight"] == round(8 * found["bytes"] / found["parameters"], 3) < 16
 
 
 # --- commands ---
