@@ -29,7 +29,8 @@ def clock(step: float) -> Callable[[], float]:
     return lambda: step * next(ticks)
 
 
-@pytest.mark.parametrize(("name", "block", "nbytes"), [("int4", 64, 2 * MIB), ("int2", 32, MIB), ("int8", 0, 4 * MIB), ("mxfp4", 64, 2 * MIB)])
+@pytest.mark.parametrize(("name", "block", "nbytes"), [
+    ("int4", 64, 2 * MIB), ("int2", 32, MIB), ("int8", 0, 4 * MIB), ("mxfp4", 64, 2 * MIB)])
 def test_each_matrix_of_the_buffer_is_read_in_turn(name: str, block: int, nbytes: int) -> None:
     buffer = torch.randint(0, 256, (3 * nbytes + 100,), dtype=torch.uint8)
     matrices = rates.matrices_in(name, block, buffer)

@@ -39,7 +39,8 @@ def _random(name: str, block: int) -> Packed:
     if name == "int8":
         return int8.pack(torch.randn(ROWS, COLS, generator=random), MatrixSpec("int8", ROWS, COLS))
     if name == "mxfp4":
-        return mxfp4.pack(torch.randn(ROWS, COLS, generator=random), MatrixSpec(name, ROWS, COLS, 1, MX_GROUP, MX_BLOCK))
+        spec = MatrixSpec(name, ROWS, COLS, group_size=MX_GROUP, block=MX_BLOCK)
+        return mxfp4.pack(torch.randn(ROWS, COLS, generator=random), spec)
     spec = MatrixSpec(name, ROWS, COLS, group_size=64, block=block)
     q = torch.randint(0, 2**spec.bits, (ROWS, COLS), dtype=torch.uint8, generator=random)
     scale, zero = torch.randn(2, ROWS, COLS // 64, generator=random).bfloat16()

@@ -222,7 +222,8 @@ def _random_mxfp4() -> Packed:
     spec = MatrixSpec("mxfp4", 192, 256, group_size=MX_GROUP, block=MX_BLOCK)
     random = torch.Generator().manual_seed(4)
     codes = torch.randint(0, 256, (192, 8, 16), dtype=torch.uint8, generator=random)
-    return mxfp4.carry(mxfp4.Blocks(codes, torch.randint(124, 130, (192, 8), dtype=torch.uint8, generator=random)), spec)
+    scales = torch.randint(124, 130, (192, 8), dtype=torch.uint8, generator=random)
+    return mxfp4.carry(mxfp4.Blocks(codes, scales), spec)
 
 
 def _random_int8() -> Packed:
