@@ -86,6 +86,11 @@ class MatrixSpec:
         return GROUPED_BITS.get(self.format, 0)
 
     @property
+    def code_bits(self) -> int:
+        """Of a code of a format in blocks of rows, which are the grouped ones and mxfp4; 0 for the others."""
+        return 4 if self.format == "mxfp4" else self.bits
+
+    @property
     def padded_rows(self) -> int:
         if not self.block:
             return self.rows
