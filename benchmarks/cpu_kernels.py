@@ -27,21 +27,24 @@ from peers_report import table
 from qmix.formats.packed import TORCH_DTYPES, Packed
 from qmix.hardware.cores import cpu_model
 from qmix.kernels.native import Native, Product
-from qmix.sizes import MatrixSpec
+from qmix.sizes import MX_GROUP, MatrixSpec
 
-FORMATS = ("int4/64", "int4/32", "int3/64", "int3/32", "int2/64", "int2/32", "int8")
+FORMATS = ("int4/64", "int4/32", "mxfp4/64", "int3/64", "int3/32", "int2/64", "int2/32", "int8")
 
 
 def random_matrices(name: str, rows: int, cols: int, nbytes: int) -> list[Packed]:
     """Matrices of random codes, at least two, together of `nbytes` or more."""
     kind, _, block = name.partition("/")
-    spec = MatrixSpec(kind, rows, cols, group_size=64 if block else 0, block=int(block or 0))
+    group = MX_GROUP if kind == "mxfp4" else 64 if block else 0
+    spec = MatrixSpec(kind, rows, cols, group_size=group, block=int(block or 0))
     random, found = torch.Generator().manual_seed(0), []
     while len(found) < 2 or sum(m.spec.nbytes for m in found) < nbytes:
         tensors = {}
         for part in spec.tensors:
             if part.dtype == "BF16":
                 tensors[part.name] = torch.randn(part.shape, generator=random).bfloat16()
+            elif kind == "mxfp4" and part.name == "scale":
+                tensors[part.name] = torch.randint(120, 128, part.shape, dtype=torch.uint8, generator=random)
             else:
                 whole = torch.empty(part.shape, dtype=TORCH_DTYPES[part.dtype])
                 whole.view(-1).view(torch.int64).random_(generator=random)
@@ -113,7 +116,7 @@ def main() -> None:
                 rows += [row([name, str(threads), str(tokens)], library, found, peak, next(iter(kernels)))
                          for library in kernels]
     print(f"{cpu_model(Path('/'))}; level {level}, {args.activations} activations, {args.rows} x {args.cols}, "
-          "group 64\n")
+          "group 64 (mxfp4: 32)\n")
     print(table(["format", "threads", "tokens", "library", "GB/s", "best", "read GB/s", "% of the read rate",
                  "G weights/s", "% of bare dots", "times the first"], rows))
     if args.json:

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain
+from math import prod
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
@@ -27,13 +28,27 @@ from torch import Tensor
 from qmix import modelfiles, sources
 from qmix.config import ExpertKey
 from qmix.errors import CheckpointError, ConfigError
-from qmix.models import ARCHITECTURES, Layout, Misfit, Source, choose_layout, layouts, read_model
+from qmix.formats.mxfp4 import LARGEST, Blocks
+from qmix.models import (
+    ARCHITECTURES,
+    Layout,
+    Misfit,
+    Source,
+    choose_layout,
+    layouts,
+    mxfp4_layout,
+    published_experts,
+    read_model,
+)
+from qmix.models.source import Index
 from qmix.shards import INDEX, REFETCH, SINGLE, Location, equal, locate, read_json
+from qmix.sizes import MX_GROUP
 from qmix.spec import DeltaNet, Model, Moe
 
 STORE_MANIFEST = "qmix.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DTYPE_NAMES = MappingProxyType({"BF16": "bfloat16", "F16": "float16", "F32": "float32"})
+BYTES = "U8"  # of MXFP4's codes and scales
 LOW_BITS = ("F4", "F6_", "F8_")
 BLOCKS = "_blocks"  # a tensor in MXFP4 is two, its codes under its name and this, and its _scales
 HEAD = "lm_head.weight"  # also where a model ties it to its embedding
@@ -52,7 +67,8 @@ class Checkpoint:
 
     Tensors are asked for by their canonical names (Model.tensors), whatever the files call them.
     path: the folder. model: what it holds, `dtype` as the files have it whatever config.json says.
-    raw_config: config.json as it stands. nbytes: bytes of all used weights.
+    raw_config: config.json as it stands. nbytes: bytes of all used weights. expert_format: "mxfp4" where experts are
+    quantized already; they are read as numbers of `dtype`, exactly, or as `expert_blocks`. Else None.
     skipped: names of tensors and weight files that the model does not need. notes: lines on what the folder says
     and qmix does not follow.
     """
@@ -65,6 +81,7 @@ class Checkpoint:
         self.skipped = skipped
         self.notes = notes
         self.nbytes = sum(location.entry.nbytes for location in locations.values())
+        self.expert_format = "mxfp4" if any(source.scales for source in table.values()) else None
         self._locations = locations
         self._table = table
         self._opened = opened
@@ -84,6 +101,9 @@ class Checkpoint:
             model = _read_config(path / "config.json", raw, locations)
             used, table, skipped = _account(path, model, locations)
             notes += ignored_keys(path / "config.json", raw)
+            if published_experts(raw) and not any(source.scales for source in table.values()):
+                notes.append(f"{path / 'config.json'}: quantization_config: says that the experts are MXFP4, but the "
+                             f"files have them in {model.dtype}: read so")
             return cls(path, raw, model, used, table, (*skipped, *unused), tuple(notes), opened.pop_all())
 
     def dense(self, name: str) -> Tensor:
@@ -107,6 +127,31 @@ class Checkpoint:
                      for i, tensor in enumerate(self.model.expert_tensors(key)[:3]))
         return buffer[:2 * part].view(w1.dtype).view(2 * w1.shape[0], w1.shape[1]), w2
 
+    def expert_blocks(self, key: ExpertKey) -> tuple[Blocks, Blocks]:
+        """w13 and w2 of an expert in MXFP4, codes and scales as the checkpoint has them."""
+        gate, up, down = (self._table[tensor.name] for tensor in self.model.expert_tensors(key)[:3])
+        first, second = self._blocks(gate, up)
+        w13 = Blocks(torch.cat((first.codes, second.codes)), torch.cat((first.scales, second.scales)))
+        return w13, self._blocks(down)[0]
+
+    def _blocks(self, *of: Source) -> list[Blocks]:
+        """Of sources in one tensor. CheckpointError for a scale that no weight has."""
+        codes, scales = self._locations[of[0].name], self._locations[of[0].scales]
+        found = sources.read_blocks(codes, scales, of)
+        if (largest := max(int(blocks.scales.max()) for blocks in found)) > LARGEST:
+            part = ", ".join(str(step.at) for step in of[0].steps if isinstance(step, Index))
+            raise CheckpointError(f"{scales.shard.file.path}: {scales.entry.name}[{part}]: holds {largest}, want at "
+                                  f"most {LARGEST}: no weight is as large", REFETCH)
+        return found
+
+    def expert_nbytes(self, key: ExpertKey) -> int:
+        """Of an expert's share of the files."""
+        found, item = 0, getattr(torch, self.model.dtype).itemsize
+        for tensor in self.model.expert_tensors(key):
+            count = prod(tensor.shape)
+            found += count // 2 + count // MX_GROUP if self._table[tensor.name].scales else count * item
+        return found
+
     def expert_biases(self, key: ExpertKey) -> tuple[Tensor, Tensor] | None:
         """Of w13 [2F], the gate's before the up's, and of w2 [H], fp32; None where experts have none."""
         names = [tensor.name for tensor in self.model.expert_tensors(key)[3:]]
@@ -125,7 +170,10 @@ class Checkpoint:
 
     def _tensor(self, name: str, out: Tensor | None = None) -> Tensor:
         source = self._table[name]
-        return sources.read(self._locations[source.name], source, out)
+        if not source.scales:
+            return sources.read(self._locations[source.name], source, out)
+        found = self._blocks(source)[0].numbers(getattr(torch, self.model.dtype))
+        return found if out is None else out.view(found.dtype).view(found.shape).copy_(found)
 
     @property
     def extra_files(self) -> list[str]:
@@ -185,7 +233,7 @@ def _check_unquantized(path: Path, raw: Mapping[str, Any]) -> None:
     """CheckpointError where config.json says how the weights were quantized; null says that they are not. Headers are
     read after this: those of a quantized checkpoint may have dtypes that qmix does not know."""
     found = raw.get("quantization_config")
-    if found is not None:
+    if found is not None and published_experts(raw) is None:
         method = found.get("quant_method") if isinstance(found, dict) else None
         how = f", as {method}" if isinstance(method, str) and method else ""
         raise CheckpointError(f"{path}: quantization_config: the weights are quantized already{how}",
@@ -211,7 +259,8 @@ def _read_config(path: Path, raw: Mapping[str, Any], locations: Mapping[str, Loc
     try:
         model = read_model({**raw, "dtype": "bfloat16"})
         skipped = ARCHITECTURES[model.architecture].SKIPPED
-        found = Counter(p.entry.dtype for name, p in locations.items() if not skipped.fullmatch(name))
+        found = Counter(p.entry.dtype for name, p in locations.items()
+                        if not skipped.fullmatch(name) and p.entry.dtype != BYTES)
         model = replace(model, dtype=DTYPE_NAMES.get(found.most_common(1)[0][0], "bfloat16") if found else model.dtype)
         check_runs(model)
     except ConfigError as e:
@@ -245,10 +294,11 @@ def _account(path: Path, model: Model, locations: Mapping[str, Location]
     """({name: location} of all that the model uses, {canonical name: Source}, names skipped); CheckpointError for
     whatever is missing, left over, misshapen or of another dtype."""
     _check_count(path, model)
-    known = layouts(model)
+    packed = mxfp4_layout(model)
+    known = layouts(model) + (() if packed is None else (packed,))
     skippable = ARCHITECTURES[model.architecture].SKIPPED
     layout = choose_layout(known, locations)
-    wanted = dict.fromkeys(source.name for source in layout.values())
+    wanted = dict.fromkeys(name for source in layout.values() for name in source.names)
     _check_no_low_bits(wanted, locations)
     missing = [name for name in wanted if name not in locations]
     if missing:
@@ -282,17 +332,26 @@ def _check_tensors(model: Model, layout: Layout, locations: Mapping[str, Locatio
     of_experts = (t for key in model.expert_keys for t in model.expert_tensors(key))
     for tensor in chain(model.tensors(), of_experts):
         source = layout[tensor.name]
-        location = locations[source.name]
-        where = f"{location.shard.file.path}: {source.name}"
-        try:
-            got = source.shape_out(location.entry.shape)
-        except Misfit as misfit:
-            raise CheckpointError(f"{where}: {misfit} by config.json", WRONG_CONFIG) from None
-        if got != tensor.shape:
-            part = " for a part of it" if source.steps else ""
-            raise CheckpointError(f"{where}: got shape {list(got)}{part}, want {list(tensor.shape)} by config.json",
-                                  WRONG_CONFIG)
-        _check_dtype(location, where, model.dtype)
+        _check_tensor(source, locations[source.name], tensor.shape, BYTES if source.scales else model.dtype)
+        if source.scales:
+            rows, cols = tensor.shape
+            _check_tensor(source.of_scales, locations[source.scales], (rows, cols // MX_GROUP), BYTES)
+
+
+def _check_tensor(source: Source, location: Location, shape: tuple[int, ...], dtype: str) -> None:
+    """dtype: as in Model, or BYTES."""
+    where = f"{location.shard.file.path}: {source.name}"
+    try:
+        got = source.shape_out(location.entry.shape)
+    except Misfit as misfit:
+        raise CheckpointError(f"{where}: {misfit} by config.json", WRONG_CONFIG) from None
+    if got != shape:
+        part = " for a part of it" if source.steps else ""
+        raise CheckpointError(f"{where}: got shape {list(got)}{part}, want {list(shape)} by config.json", WRONG_CONFIG)
+    if dtype != BYTES:
+        _check_dtype(location, where, dtype)
+    elif location.entry.dtype != BYTES:
+        raise CheckpointError(f"{where}: got dtype {location.entry.dtype}, want {BYTES}, as MXFP4 has it", REFETCH)
 
 
 def _check_dtype(location: Location, where: str, dtype: str) -> None:

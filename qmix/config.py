@@ -19,7 +19,7 @@ from qmix.spec import ExpertKey as ExpertKey
 from qmix.spec import Model
 
 GROUPED_BITS = MappingProxyType({"int4": 4, "int3": 3, "int2": 2})  # formats with scale and zero per group of columns
-EXPERT_FORMATS = ("int8", "int4", "int3", "int2", "nf4", "fp4", "keep", "mixed")
+EXPERT_FORMATS = ("int8", "int4", "int3", "int2", "nf4", "fp4", "mxfp4", "keep", "mixed")
 DENSE_FORMATS = ("int8", "int4", "bf16", "keep")
 METHODS = ("rtn", "hqq", "gptq")
 CALIBRATED = ("gptq",)  # those that want a text
@@ -110,6 +110,11 @@ class QuantConfig:
     def expert_formats(self) -> set[str]:
         """Those of the experts' matrices, "keep" as it stands."""
         return {parse_grouped(name)[0] for kind in self.kinds for name in kind} or {self.experts}
+
+    @property
+    def unrounded(self) -> bool:
+        """Whether all weights may be the checkpoint's own numbers."""
+        return self.dense == "keep" and self.experts in ("keep", "mxfp4")
 
     def kind_of(self, key: ExpertKey) -> int:
         """Which of `kinds` a record is; 0 where all are alike."""

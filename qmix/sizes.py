@@ -27,6 +27,8 @@ RECORD_ALIGN = 4096  # what O_DIRECT needs of offset, length and address
 PLAIN_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 PASS_TOKENS = 8192
 PASS_BYTES = 256 * MIB  # of the rows [T, K, H] fp32
+MX_GROUP = 32  # columns that share a scale in mxfp4
+MX_BLOCK = 64  # rows of a block of mxfp4: no kernel wants another
 BNB_BLOCK = 64  # bitsandbytes block size of nf4 and fp4, along the input dimension
 KV_FORMATS = ("bf16", "int8")  # how keys and values are kept; "bf16" stands for the compute dtype
 KV_SCALE_BYTES = 4  # an fp32 for each key and value of an int8 KV cache
@@ -57,11 +59,12 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class MatrixSpec:
-    """A [rows, cols] matrix in a format: "int4" | "int3" | "int2" | "nf4" | "fp4" | "int8" | "bf16" | "fp16" | "fp32".
+    """A [rows, cols] matrix in a format: "int4" | "int3" | "int2" | "mxfp4" | "nf4" | "fp4" | "int8" | "bf16" |
+    "fp16" | "fp32".
 
     rows and cols are logical. The rows come in `parts` equal pieces (gate and up are two), each padded
-    alone: the grouped formats, int4, int3 and int2, pad rows to `block` and columns to `group_size`; int8, nf4 and
-    fp4 pad columns to 64.
+    alone: the grouped formats, int4, int3 and int2, and mxfp4 pad rows to `block` and columns to `group_size`, which
+    are 0 for the others; int8, nf4 and fp4 pad columns to 64.
     bias: it has one, fp32 [rows], never quantized: products add it to their fp32 sums, and every checkpoint dtype is
     exact in fp32, for 0.3 % of a 4-bit record of gpt-oss. activation: what joins the two parts of an expert's w13.
     Example: int4, rows 2 x 80, block 64, parts 2 -> padded_rows 256; row 80 of the matrix is row 128.
@@ -79,18 +82,23 @@ class MatrixSpec:
 
     @property
     def bits(self) -> int:
-        """Of a code of a grouped format; 0 for the others."""
+        """Of a code of a grouped format; 0 for the others, mxfp4 too."""
         return GROUPED_BITS.get(self.format, 0)
 
     @property
+    def code_bits(self) -> int:
+        """Of a code of a format in blocks of rows, which are the grouped ones and mxfp4; 0 for the others."""
+        return 4 if self.format == "mxfp4" else self.bits
+
+    @property
     def padded_rows(self) -> int:
-        if not self.bits:
+        if not self.block:
             return self.rows
         return self.parts * round_up(self.rows // self.parts, self.block)
 
     @property
     def padded_cols(self) -> int:
-        if self.bits:
+        if self.group_size:
             return round_up(self.cols, self.group_size)
         return round_up(self.cols, 64) if self.format in ("int8", "nf4", "fp4") else self.cols
 
@@ -104,6 +112,9 @@ class MatrixSpec:
         if self.bits:
             return (TensorSpec("qweight", "U8", (n // self.block, k, self.block * self.bits // 8)),
                     TensorSpec("qparams", "BF16", (k // self.group_size, n, 2)))
+        if self.format == "mxfp4":
+            return (TensorSpec("qweight", "U8", (n // self.block, k, self.block // 2)),
+                    TensorSpec("scale", "U8", (k // self.group_size, n)))
         if self.format == "int8":
             return TensorSpec("qweight", "I8", (n, k)), TensorSpec("scale", "BF16", (n,))
         if self.format in ("nf4", "fp4"):
@@ -197,7 +208,8 @@ def record_layout(model: Model, quant: QuantConfig) -> RecordLayout:
     Mixtral 8x7B at int4 g64: 99,090,432 bytes.
     """
     kind = DTYPES[model.dtype] if quant.experts == "keep" else quant.experts
-    extra = {"group_size": quant.group_size, "block": quant.block} if kind in GROUPED_BITS else {}
+    extra = {"group_size": quant.group_size, "block": quant.block} if kind in GROUPED_BITS else \
+        {"group_size": MX_GROUP, "block": MX_BLOCK} if kind == "mxfp4" else {}
     w13, w2 = (replace(spec, format=kind, double_quant=quant.double_quant, **extra)  # type: ignore[arg-type]
                for spec in _matrices(model))
     return RecordLayout(w13, w2)

@@ -7,12 +7,14 @@ those bytes are read. So an expert of a fused tensor of 100 GB costs the memory 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 import torch
 from torch import Tensor
 
 from qmix.formats import TORCH_DTYPES
+from qmix.formats.mxfp4 import Blocks
 from qmix.models import Source, Step
 from qmix.models.source import Index, PerHead, Rows, Squeeze, Strided, Transpose
 from qmix.shards import Location
@@ -33,6 +35,22 @@ def read(location: Location, source: Source, out: Tensor | None = None) -> Tenso
         return found.contiguous()
     target = out.view(dtype).view(found.shape)
     return target.copy_(found)
+
+
+def read_blocks(codes: Location, scales: Location, sources: Sequence[Source]) -> list[Blocks]:
+    """MXFP4 matrices, as the checkpoint has them, of which each is a part of the same two tensors: gate and up, which
+    take turns, are read together."""
+    several = [source.steps[:-1] for source in sources]
+    return [Blocks(*both) for both in zip(_parts(codes, several), _parts(scales, several), strict=True)]
+
+
+def _parts(location: Location, several: Sequence[tuple[Step, ...]]) -> list[Tensor]:
+    """What each of `several` steps makes of a tensor of bytes; the piece that leading steps select is read once."""
+    first, shape, rest = narrow(location.entry.shape, several[0])
+    done = len(several[0]) - len(rest)
+    assert all(steps[:done] == several[0][:done] for steps in several)
+    whole = location.shard.read(location.entry, first, prod(shape)).view(shape)
+    return [apply(whole, steps[done:]).contiguous() for steps in several]
 
 
 def narrow(shape: tuple[int, ...], steps: tuple[Step, ...]) -> tuple[int, tuple[int, ...], tuple[Step, ...]]:

@@ -31,9 +31,30 @@ def decode(m: Packed) -> np.ndarray:
         return decode_int4(m)
     if name in ("nf4", "fp4"):
         return decode_bnb(m)
+    if name == "mxfp4":
+        return decode_mxfp4(m)
     if name == "int8":
         return (numbers(m["qweight"]) * numbers(m["scale"])[:, None])[:, :m.spec.cols]
     return numbers(m["weight"])
+
+
+# OCP Microscaling Formats v1.0, table 5: E2M1 by its bits.
+MXFP4 = [sign * (1 + mantissa / 2) * 2.0**(exponent - 1) if exponent else sign * mantissa / 2
+         for sign in (1, -1) for exponent in range(4) for mantissa in range(2)]
+
+
+def decode_mxfp4(m: Packed) -> np.ndarray:
+    """By the formula w = e2m1[code] * 2^(s - 127), addressing the nibble of each row."""
+    spec, raw, scale = m.spec, numbers(m["qweight"]), numbers(m["scale"])
+    part_rows = spec.rows // spec.parts
+    part_padded = -(-part_rows // 64) * 64
+    whole = np.empty((spec.rows, spec.cols))
+    for r in range(spec.rows):
+        row = r // part_rows * part_padded + r % part_rows
+        block, inside = divmod(row, 64)
+        codes = raw[block, :spec.cols, inside % 32].astype(int) >> 4 * (inside // 32) & 15
+        whole[r] = np.array(MXFP4)[codes] * 2.0**(scale[np.arange(spec.cols) // 32, row] - 127.0)
+    return whole
 
 
 def decode_int4(m: Packed) -> np.ndarray:

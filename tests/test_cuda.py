@@ -20,7 +20,7 @@ from fast_interpreter import HAVE_TRITON
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from oracles import decode, numbers, product, relative
-from test_native import int4_matrix
+from test_native import int4_matrix, mxfp4_matrix
 from torch import Tensor
 
 from qmix.errors import UsageError
@@ -35,13 +35,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  #
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 needs_triton = pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed")
 FORMATS = ("int4", "int3", "int2")
+MXFP4 = ("mxfp4", 64)
 SUMS = 2e-6  # fp32 sums
 HALF = 1e-3  # activations rounded to fp16, which the weights are not
 COARSE = 2**-7  # results in bf16, cut off by the interpreter
 
 
 def matrix(name: str, rows: int, cols: int, group: int, block: int, parts: int = 1, seed: int = 0) -> Packed:
-    """Random codes; scales and zeros of the padded rows are 0, as in a store."""
+    """Random codes; scales and zeros of the padded rows are 0, as in a store. mxfp4 has its own group and block."""
+    if name == "mxfp4":
+        return mxfp4_matrix(rows, cols, parts)
     m = int4_matrix(rows, cols, group, block, parts, seed, name)
     m["qparams"].view(len(m["qparams"]), parts, -1, 2)[:, :, rows // parts:] = 0
     return m
@@ -86,7 +89,7 @@ KINDS = [Activation(), Activation("geglu"), CLAMPED]
 
 matrices = st.builds(
     lambda name, rows, cols, group, block, parts: matrix(name, parts * rows, cols, group, block, parts),
-    st.sampled_from(FORMATS), st.integers(17, 70), st.integers(32, 300), st.sampled_from([32, 64, 128]),
+    st.sampled_from((*FORMATS, "mxfp4")), st.integers(17, 70), st.integers(32, 300), st.sampled_from([32, 64, 128]),
     st.sampled_from([64, 32]), st.sampled_from([1, 2]))
 NO_SHRINKING = {"deadline": None, "derandomize": True, "phases": [Phase.generate]}  # it is slow under the interpreter
 
@@ -102,11 +105,10 @@ class TestOneMatrix:
         assert relative(logical(y, m.spec), product(x, decode(m))) < SUMS
         assert not padding(y, m.spec).any()
 
-    @pytest.mark.parametrize("block", [64, 32])
-    @pytest.mark.parametrize("name", FORMATS)
+    @pytest.mark.parametrize(("name", "block"), [*((name, block) for name in FORMATS for block in (64, 32)), MXFP4])
     def test_each_format_and_block(self, name: str, block: int) -> None:
         """More groups than a program takes: sums of splits, with a ragged end."""
-        m = int4_matrix(70, 32 * 17 - 5, 32, block, name=name)
+        m = matrix(name, 70, 32 * 17 - 5, 32, block)
         x = operand(1, m.spec.cols)
         y = cuda.linear(x.to(DEVICE), here(m), configs=Configs(gemv=Gemv(threads=32)))
         assert relative(logical(y, m.spec), product(x, decode(m))) < SUMS
@@ -120,9 +122,9 @@ class TestOneMatrix:
         assert relative(logical(y, m.spec), product(x, decode(m))) < SUMS
         assert not padding(y, m.spec).any()
 
-    @pytest.mark.parametrize("name", FORMATS)
+    @pytest.mark.parametrize("name", [*FORMATS, "mxfp4"])
     def test_products_in_fp16_round_activations_only(self, name: str) -> None:
-        m = int4_matrix(100, 200, 64, 64, name=name)
+        m = matrix(name, 100, 200, 64, 64)
         x = operand(40, 200)
         y = cuda.linear(x.to(DEVICE), here(m), dot="fp16")
         assert relative(logical(y, m.spec), product(x, decode(m))) < HALF
@@ -146,7 +148,7 @@ class TestOneMatrix:
         assert relative(logical(y, m.spec), product(x, decode(m))) < COARSE
 
     @pytest.mark.parametrize("tokens", [2, 20])
-    @pytest.mark.parametrize(("name", "block"), [("int4", 64), ("int3", 32), ("int2", 64)])
+    @pytest.mark.parametrize(("name", "block"), [("int4", 64), ("int3", 32), ("int2", 64), MXFP4])
     def test_gated(self, name: str, block: int, tokens: int) -> None:
         m = matrix(name, 2 * 40, 60, 32, block, 2)
         x = operand(tokens, 60) / 30
@@ -177,7 +179,7 @@ class TestOneMatrix:
             want = silu_product(product(x, decode(m)))
         torch.testing.assert_close(y.double(), torch.from_numpy(want), rtol=2e-3, atol=1e-9)
 
-    @pytest.mark.parametrize("name", FORMATS)
+    @pytest.mark.parametrize("name", [*FORMATS, "mxfp4"])
     def test_a_token_has_the_bits_that_it_has_alone(self, name: str) -> None:
         m = here(matrix(name, 60, 60, 32, 64))
         x = operand(8, 60).to(DEVICE)
@@ -185,7 +187,7 @@ class TestOneMatrix:
         for count in (1, 3):
             assert torch.equal(cuda.linear(x[5:5 + count], m), whole[5:5 + count])
 
-    @pytest.mark.parametrize("name", FORMATS)
+    @pytest.mark.parametrize("name", [*FORMATS, "mxfp4"])
     @pytest.mark.parametrize("exponent", [-38, 60])
     def test_activations_of_any_size(self, exponent: int, name: str) -> None:
         """They are multiplied by a power of two on the way, and codes are subnormal numbers."""
@@ -222,8 +224,9 @@ def slab(name: str, block: int = 32, activation: Activation | None = None
     pool = torch.full((SLOTS, record.nbytes), 0xA5, dtype=torch.uint8)
     found: dict[str, list[np.ndarray]] = {"w13": [], "w2": []}
     for slot in range(SLOTS):
-        parts = {"w13": int4_matrix(2 * F, H, 32, block, 2, 10 + slot, name),
-                 "w2": int4_matrix(H, F, 32, block, 1, 20 + slot, name)}
+        parts = {"w13": mxfp4_matrix(2 * F, H, 2, 110 + slot), "w2": mxfp4_matrix(H, F, 1, 110 + slot)} \
+            if name == "mxfp4" else {"w13": int4_matrix(2 * F, H, 32, block, 2, 10 + slot, name),
+                                     "w2": int4_matrix(H, F, 32, block, 1, 20 + slot, name)}
         for placed in record.placed:
             part = {**parts[placed.matrix].tensors, "bias": biases(placed.matrix, slot)}[placed.tensor.name]
             view(pool[slot], placed.offset, placed.tensor).copy_(part)
@@ -238,7 +241,7 @@ def biases(matrix: str, slot: int) -> Tensor:
 
 @needs_triton
 class TestSlots:
-    @pytest.mark.parametrize(("name", "block"), [("int4", 32), ("int3", 64), ("int2", 32)])
+    @pytest.mark.parametrize(("name", "block"), [("int4", 32), ("int3", 64), ("int2", 32), MXFP4])
     @pytest.mark.parametrize("chosen", [[[3, 0]], [[4, 1], [1, 2]]], ids=["one", "two"])
     def test_chosen_experts(self, name: str, block: int, chosen: list[list[int]]) -> None:
         pool, record, w13, w2 = slab(name, block)
@@ -273,9 +276,9 @@ class TestSlots:
         assert torch.equal(cuda.chosen_experts(x[2:3], *both, [[0, 1]])[0], alone.flip(0))
         assert torch.equal(cuda.chosen_experts(x, *both, [[4, 2], [2, 4], [4, 0]])[2], alone)
 
-    @pytest.mark.parametrize("name", FORMATS)
+    @pytest.mark.parametrize("name", [*FORMATS, "mxfp4"])
     def test_many_tokens_of_one_slot(self, name: str) -> None:
-        pool, record, w13, _ = slab(name)
+        pool, record, w13, _ = slab(name, *MXFP4[1:] if name == "mxfp4" else ())
         weights = cuda.Matrices.in_slots(pool, record, "w13")
         for slot, tokens in ((4, 70), (0, 1), (2, 20)):
             x = operand(tokens, H)
@@ -328,7 +331,7 @@ class TestRefusals:
             cuda.linear(x.repeat(9, 1), m, dot="tf32")
         with pytest.raises(UsageError, match="is on meta"):
             cuda.linear(x.to("meta"), m)
-        with pytest.raises(UsageError, match="int8: the GPU kernels support int4, int3 and int2"):
+        with pytest.raises(UsageError, match="int8: these GPU kernels support int4, int3, int2 and mxfp4"):
             cuda.linear(x, int8.pack(operand(3, 64), MatrixSpec("int8", 3, 64)))
         with pytest.raises(UsageError, match="slot 1: want 0 to 0"):
             cuda.many(x, cuda.Matrices.of(m), 1, x)

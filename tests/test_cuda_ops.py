@@ -261,7 +261,7 @@ class TestExperts:
     def compute(self, x: Tensor, ids: list[list[int]], name: str = "int4",
                 activation: Activation | None = None) -> tuple[Tensor, np.ndarray]:
         """Rows, 7 where nothing was written, and what they should be; with an activation also with biases."""
-        pool, record, w13, w2 = slab(name, activation=activation)
+        pool, record, w13, w2 = slab(name, 64 if name == "mxfp4" else 32, activation=activation)
         rows = torch.full((len(ids), len(ids[0]), H), 7.0)
         got, want = rows.clone().to(DEVICE), rows.double().numpy()
         TritonOps().experts(x.to(DEVICE), ExpertSlots(pool, record, (), self.FIRST),
@@ -301,6 +301,7 @@ class TestExperts:
 
     @pytest.mark.parametrize(("name", "ids"), [
         ("int4", [[3, 0]]), ("int3", [[1, 2]]), ("int2", [[4, 5]]), ("int4", [[6]]), ("int4", [[0, 6, 2], [2, 3, 1]]),
+        ("mxfp4", [[0, 6, 2], [2, 3, 1]]),
         ("int3", [[4], [2], [5], [2], [3]])], ids=str)
     def test_those_in_slots_are_computed_and_the_rest_stays(self, name: str, ids: list[list[int]]) -> None:
         got, want = self.compute(operand(len(ids), H) / 30, ids, name)

@@ -37,7 +37,7 @@ class TestLinear:
         x = operand(19, 130, 1)
         assert relative(linear_many(x.to(DEVICE), here(m)).cpu(), product(x, decode(m))) < SUMS
 
-    @pytest.mark.parametrize(("name", "parts"), [("int4", 1), ("int3", 2)])
+    @pytest.mark.parametrize(("name", "parts"), [("int4", 1), ("int3", 2), ("mxfp4", 2)])
     def test_grouped_formats_lose_their_padding(self, name: str, parts: int) -> None:
         m, x = matrix(name, 70 * parts, 60, 32, 32, parts), operand(11, 60)
         y = linear_many(x.to(DEVICE), here(m)).cpu()
@@ -58,7 +58,8 @@ class TestWithoutTensorCores:
     """What cards of compute capability 7.5 use."""
 
     @pytest.mark.parametrize(("name", "block", "group"), [
-        ("int4", 64, 64), ("int4", 32, 128), ("int3", 64, 32), ("int3", 32, 64), ("int2", 64, 128), ("int2", 32, 32)])
+        ("int4", 64, 64), ("int4", 32, 128), ("int3", 64, 32), ("int3", 32, 64), ("int2", 64, 128), ("int2", 32, 32),
+        ("mxfp4", 64, 32)])
     def test_decoded_weights_are_rounded_once(self, name: str, block: int, group: int) -> None:
         m = matrix(name, 200, 150, group, block)
         want = torch.from_numpy(decode(m))[block:3 * block]
@@ -68,7 +69,7 @@ class TestWithoutTensorCores:
             assert torch.equal(got[:len(want), :150].cpu(), want.float().to(dtype))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize(("name", "parts"), [("int4", 2), ("int3", 1), ("int2", 1)])
+    @pytest.mark.parametrize(("name", "parts"), [("int4", 2), ("int3", 1), ("int2", 1), ("mxfp4", 2)])
     def test_products_by_tiles(self, name: str, parts: int, dtype: torch.dtype,
                                monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(cuda_prompt, "TILE_BYTES", 64 * 160 * dtype.itemsize)  # two blocks of rows

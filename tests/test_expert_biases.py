@@ -28,14 +28,14 @@ from qmix.spec import Activation
 LEVELS = [(level, activations) for level in native.levels() for activations in ("int8", "bf16")]
 KINDS = [Activation(), Activation("geglu"), Activation("swiglu_clamped", 1.702, 1.0)]
 kinds = pytest.mark.parametrize("activation", KINDS, ids=lambda a: a.kind)
-FORMATS = ("int4", "int3", "int8", "bf16", "fp32")
+FORMATS = ("int4", "int3", "int8", "mxfp4", "bf16", "fp32")
 F, H = 70, 130  # neither fills its blocks
 
 
 def packed(name: str, activation: Activation, rows: int = 2 * F, cols: int = H, parts: int = 2) -> Packed:
     random = torch.Generator().manual_seed(rows)
     weight = torch.randn(rows, cols, generator=random) / cols**0.5
-    extra = {"group_size": 32, "block": 32} if name in ("int4", "int3") else {}
+    extra = {"group_size": 32, "block": 64 if name == "mxfp4" else 32} if name in ("int4", "int3", "mxfp4") else {}
     spec = MatrixSpec(name, rows, cols, parts, bias=True, activation=activation, **extra)
     alone = quantize(weight, spec.without_bias, "rtn") if spec.bits else formats.pack(weight, spec.without_bias)
     return Packed.of(spec, {**alone.tensors, "bias": torch.randn(rows, generator=random)}, "matrix")
@@ -68,7 +68,7 @@ def relative(got: Tensor, want: Tensor) -> float:
 @pytest.mark.parametrize(("level", "activations"), LEVELS)
 class TestNative:
     @kinds
-    @pytest.mark.parametrize("name", ["int4", "int3", "int8"])
+    @pytest.mark.parametrize("name", ["int4", "int3", "int8", "mxfp4"])
     def test_gated_against_float64(self, level: str, activations: str, activation: Activation, name: str) -> None:
         """What is compared sees the same rounded activations. fp32: sums of 130 terms and a polynomial for exp, each
         some 1e-6; an activation of 8 bits that lies between two codes may fall to either side, 4e-4 in the product."""

@@ -18,7 +18,7 @@ from qmix.quantize.methods import quantize
 from qmix.sizes import MatrixSpec, TensorSpec
 
 SPECS = [MatrixSpec("int4", 64, 128, group_size=64, block=64), MatrixSpec("int3", 64, 128, group_size=64, block=64),
-         MatrixSpec("int8", 20, 100),
+         MatrixSpec("int8", 20, 100), MatrixSpec("mxfp4", 20, 100, 1, 32, 64),
          MatrixSpec("nf4", 20, 100), MatrixSpec("fp4", 20, 100, double_quant=True),
          MatrixSpec("bf16", 20, 100)]
 
@@ -95,13 +95,13 @@ def test_tiles_cover_every_row_once_within_4_mib(
     assert seen == list(range(rows))
 
 
-@pytest.mark.parametrize("name", ["int8", "nf4", "fp4"])
+@pytest.mark.parametrize("name", ["int8", "nf4", "fp4", "mxfp4"])
 @pytest.mark.parametrize("bad", [float("inf"), float("nan"), -float("inf")])
 def test_a_weight_that_is_not_finite_is_refused_with_its_place(name: str, bad: float) -> None:
     weight = torch.randn(40, 70)
     weight[33, 5] = bad
     with pytest.raises(QmixError, match=r"weight\[33, 5\] is -?(inf|nan)"):
-        formats.pack(weight, MatrixSpec(name, 40, 70))
+        formats.pack(weight, MatrixSpec(name, 40, 70, 1, *((32, 64) if name == "mxfp4" else ())))
 
 
 def test_unknown_formats_and_int4_without_a_method_are_refused() -> None:

@@ -31,7 +31,7 @@ SHAPES = [(64, 128, 1), (160, 200, 2), (97, 330, 1), (2, 40, 2), (33, 10, 1), (2
 ROUNDING = 2**-8
 # What torch computes with here is compared in this process.
 LESS = [name for name in ("avx2", "default") if name.upper() != torch.backends.cpu.get_cpu_capability()]
-FORMATS = ("int4", "int3", "int2", "int8", "nf4", "fp4", "bf16", "fp16", "fp32")
+FORMATS = ("int4", "int3", "int2", "int8", "mxfp4", "nf4", "fp4", "bf16", "fp16", "fp32")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -88,7 +88,7 @@ def test_agree_int4(kernels: KernelTable, spec: MatrixSpec) -> None:
 @pytest.mark.parametrize("name", [f for f in FORMATS if not f.startswith("int") or f == "int8"])
 def test_agree_others(kernels: KernelTable, shape: tuple[int, int, int], name: str) -> None:
     rows, cols, parts = shape
-    m = random_matrix(MatrixSpec(name, rows, cols, parts))
+    m = random_matrix(MatrixSpec(name, rows, cols, parts, *((32, 64) if name == "mxfp4" else ())))
     weight = decode(m)
     bnb = name in ("nf4", "fp4")
     for tokens in TOKENS:

@@ -16,12 +16,13 @@ from torch import Tensor
 from warm_python import WarmPython
 
 from qmix.errors import UsageError
-from qmix.formats import grouped, int8, unpack
+from qmix.formats import grouped, int8, mxfp4, unpack
+from qmix.formats.mxfp4 import Blocks
 from qmix.formats.packed import Packed
 from qmix.kernels import native
 from qmix.kernels.native import Native, Product, as_seen, jobs
 from qmix.kernels.table import select
-from qmix.sizes import MatrixSpec
+from qmix.sizes import MX_BLOCK, MX_GROUP, MatrixSpec
 
 needs_library = pytest.mark.skipif(not native.levels(), reason="the native kernels were not built: no C compiler")
 LEVELS = [(level, activations) for level in native.levels() or ["none"] for activations in ("int8", "bf16")]
@@ -43,6 +44,16 @@ def int4_matrix(rows: int, cols: int, group: int, block: int, parts: int = 1, se
 def int8_matrix(rows: int, cols: int) -> Packed:
     random = torch.Generator().manual_seed(rows)
     return int8.pack(torch.randn(rows, cols, generator=random), MatrixSpec("int8", rows, cols))
+
+
+def mxfp4_matrix(rows: int, cols: int, parts: int = 1, low: int = 120, high: int = 132) -> Packed:
+    """Random codes; scales in some range, whose smallest, 0, is subnormal in fp32."""
+    spec, random = MatrixSpec("mxfp4", rows, cols, parts, MX_GROUP, MX_BLOCK), torch.Generator().manual_seed(rows + low)
+    groups = spec.padded_cols // MX_GROUP
+    codes = torch.randint(0, 256, (rows, groups, 16), dtype=torch.uint8, generator=random)
+    scales = torch.randint(low, high, (rows, groups), dtype=torch.uint8, generator=random)
+    return mxfp4.carry(Blocks(codes, scales), MatrixSpec("mxfp4", rows, 32 * groups, parts, MX_GROUP, MX_BLOCK)) \
+        if cols % 32 == 0 else mxfp4.pack(Blocks(codes, scales).numbers(torch.float32)[:, :cols], spec)
 
 
 def operand(tokens: int, cols: int, seed: int = 0) -> Tensor:
@@ -85,8 +96,22 @@ class TestEveryLevel:
         (got,) = Native(level, activations).linear(x, m)
         assert relative(got, want(x, m, activations)) < self.bound(activations)
 
+    @pytest.mark.parametrize("tokens", [1, 2, 5, 6, 7, 13, 300])
+    @pytest.mark.parametrize("shape", [(192, 256), (100, 200), (64, 32), (1, 1), (65, 1000)], ids=str)
+    def test_mxfp4(self, level: str, activations: str, shape: tuple[int, int], tokens: int) -> None:
+        m, x = mxfp4_matrix(*shape), operand(tokens, shape[1])
+        (got,) = Native(level, activations).linear(x, m)
+        assert relative(got, want(x, m, activations)) < self.bound(activations)
+
+    def test_the_smallest_scales_of_mxfp4(self, level: str, activations: str) -> None:
+        """0, 1 and 2: weights from 2^-128 on, which x brings back into the range of fp32."""
+        m, x = mxfp4_matrix(70, 96, low=0, high=3), operand(5, 96) * 2.0**100
+        for tokens in (x, x[:1]):
+            (got,) = Native(level, activations).linear(tokens, m)
+            assert relative(got * 2.0**20, want(tokens, m, activations) * 2.0**20) < self.bound(activations)
+
     @pytest.mark.parametrize("m", [
-        int4_matrix(130, 320, 64, 64), int4_matrix(96, 256, 32, 32), int8_matrix(100, 320),
+        int4_matrix(130, 320, 64, 64), int4_matrix(96, 256, 32, 32), int8_matrix(100, 320), mxfp4_matrix(140, 320, 2),
         *(int4_matrix(130, 384, group, block, name=name) for name, group, block in (
             ("int4", 128, 64), ("int3", 64, 64), ("int3", 128, 32), ("int2", 32, 32), ("int2", 64, 64)))],
         ids=lambda m: f"{m.spec.format}-{m.spec.block}-{m.spec.group_size}")
@@ -139,7 +164,7 @@ class TestEveryLevel:
     def test_what_is_not_finite_stays_so(self, level: str, activations: str) -> None:
         """A broken activation must not turn into a harmless number; the other tokens are not touched by it."""
         kernels = Native(level, activations)
-        for m in (int4_matrix(64, 128, 64, 64), int8_matrix(64, 128)):
+        for m in (int4_matrix(64, 128, 64, 64), int8_matrix(64, 128), mxfp4_matrix(64, 128)):
             x = operand(3, 128)
             (clean,) = kernels.linear(x, m)
             for bad in (float("nan"), float("inf")):
@@ -169,6 +194,7 @@ class TestEveryLevel:
             codes = torch.full((spec.padded_rows, 256), 2**spec.bits - 1 if sign > 0 else 0, dtype=torch.uint8)
             ones = torch.ones(spec.padded_rows, 256 // group).bfloat16()
             matrices.append(grouped.pack(codes, ones, 0 * ones, spec))
+        matrices.append(mxfp4.pack(2 * wide, MatrixSpec("mxfp4", 70, 256, 1, MX_GROUP, MX_BLOCK)))  # 6 and -6
         for m in matrices:
             for tokens in (x, x[:4], x[1:2]):  # at most a panel's, and one, may go another way
                 (got,) = kernels.linear(tokens, m)
@@ -186,7 +212,8 @@ class TestEveryLevel:
 @needs_library
 def test_bits_do_not_depend_on_threads_or_on_other_products() -> None:
     kernels = Native(next(iter(native.levels())), "int8")
-    matrices = [int4_matrix(640, 512, 64, 64), int8_matrix(1000, 512), int4_matrix(65, 512, 32, 32)]
+    matrices = [int4_matrix(640, 512, 64, 64), int8_matrix(1000, 512), int4_matrix(65, 512, 32, 32),
+                mxfp4_matrix(640, 512)]
     x = operand(40, 512)
     kernels.threads = 1
     alone = [kernels.linear(x, m)[0] for m in matrices]

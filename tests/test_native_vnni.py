@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_native import int4_matrix, int8_matrix, operand, relative, want
+from test_native import int4_matrix, int8_matrix, mxfp4_matrix, operand, relative, want
 
 from qmix.formats.packed import Packed
 from qmix.kernels import native
@@ -76,7 +76,8 @@ def emulated(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> dict[str,
 
 MATRICES = [*(int4_matrix(130, 320, group, block, name=name) for name in ("int4", "int3", "int2")
               for block in (64, 32) for group in (32, 64)),
-            int4_matrix(100, 640, 128, 64), int8_matrix(100, 320), int8_matrix(33, 64)]
+            int4_matrix(100, 640, 128, 64), int8_matrix(100, 320), int8_matrix(33, 64),
+            mxfp4_matrix(130, 320), mxfp4_matrix(140, 64, 2)]
 
 
 @pytest.mark.parametrize("m", MATRICES, ids=lambda m: f"{m.spec.format}-{m.spec.block}-{m.spec.group_size}")

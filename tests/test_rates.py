@@ -29,7 +29,8 @@ def clock(step: float) -> Callable[[], float]:
     return lambda: step * next(ticks)
 
 
-@pytest.mark.parametrize(("name", "block", "nbytes"), [("int4", 64, 2 * MIB), ("int2", 32, MIB), ("int8", 0, 4 * MIB)])
+@pytest.mark.parametrize(("name", "block", "nbytes"), [
+    ("int4", 64, 2 * MIB), ("int2", 32, MIB), ("int8", 0, 4 * MIB), ("mxfp4", 64, 2 * MIB)])
 def test_each_matrix_of_the_buffer_is_read_in_turn(name: str, block: int, nbytes: int) -> None:
     buffer = torch.randint(0, 256, (3 * nbytes + 100,), dtype=torch.uint8)
     matrices = rates.matrices_in(name, block, buffer)
@@ -57,7 +58,7 @@ def test_the_doctor_shows_them_beside_the_memory(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(report, "select", one_kernel)
     found, _ = report.kernels(Speeds(8 * MIB, 0.001))
-    assert found["memory_read_gbps"] > 0 and len(found["table"]) == 7
+    assert found["memory_read_gbps"] > 0 and len(found["table"]) == 8
     for row in found["table"]:
         assert row["gbps_one_token"] > 0 and row["gflops_128_tokens"] > 0, row
     assert "memory_read_gbps" not in report.kernels()[0]

@@ -17,6 +17,8 @@ from qmix.kernels.kv_size import kv_bytes
 from qmix.quantize.methods import quantize
 from qmix.sizes import (
     GIB,
+    MX_BLOCK,
+    MX_GROUP,
     MatrixSpec,
     dense_bytes,
     dense_spec,
@@ -35,7 +37,9 @@ PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def specs(draw: st.DrawFn) -> MatrixSpec:
     parts = draw(st.sampled_from((1, 2)))
     rows, cols = parts * draw(st.integers(1, 70)), draw(st.integers(1, 200))
-    name = draw(st.sampled_from(("int4", "int3", "int2", "int8", "nf4", "fp4", *PLAIN)))
+    name = draw(st.sampled_from(("int4", "int3", "int2", "int8", "mxfp4", "nf4", "fp4", *PLAIN)))
+    if name == "mxfp4":
+        return MatrixSpec(name, rows, cols, parts, MX_GROUP, MX_BLOCK)
     if name in ("int4", "int3", "int2"):
         return MatrixSpec(name, rows, cols, parts, draw(st.sampled_from((32, 64, 128))),
                           draw(st.sampled_from((64, 32))))
@@ -52,7 +56,7 @@ def test_real_packing_has_the_computed_bytes_and_gives_the_matrix_back(spec: Mat
     assert shapes == [(t.name, t.shape) for t in spec.tensors]
     back = formats.unpack(packed)
     assert back.shape == weight.shape and back.dtype == torch.float32
-    step = {"int4": 1 / 7, "int3": 1 / 3, "int2": 1, "nf4": 0.16, "fp4": 0.18, "int8": 0.004,
+    step = {"int4": 1 / 7, "int3": 1 / 3, "int2": 1, "mxfp4": 0.25, "nf4": 0.16, "fp4": 0.18, "int8": 0.004,
             "bf16": 2**-8, "fp16": 2**-10, "fp32": 0}
     assert (back - weight).abs().max() <= step[spec.format] * weight.abs().max()
 

@@ -39,8 +39,10 @@ def head(store: Path) -> tuple[int, str]:
 def test_only_stores_that_need_it_have_version_3(store: Path, tmp_path: Path) -> None:
     assert head(store) == (3, "0.3.0")
     assert head(write_tiny_stores(tmp_path, {"int4": QuantConfig()})["int4"]) == (2, "0.2.0")
-    versions = {kind: manifest.version_of(read_model(file.TINY)) for kind, file in ARCHITECTURES.items()}
+    versions = {kind: manifest.version_of(read_model(file.TINY), QuantConfig()) for kind, file in ARCHITECTURES.items()}
     assert {kind for kind, version in versions.items() if version == 3} == {"gpt_oss", "gemma4", "gemma4_text"}
+    carried = QuantConfig("mxfp4", method="", group_size=0, block=0)
+    assert manifest.version_of(read_model(ARCHITECTURES["mixtral"].TINY), carried) == 3
 
 
 def test_this_qmix_is_one_that_reads_what_it_writes() -> None:

@@ -131,9 +131,11 @@ class Original:
 
     def about(self) -> dict[str, Any]:
         """As suite.about of a store."""
-        nbytes, item = self._checkpoint.nbytes, getattr(torch, self.model.dtype).itemsize
+        nbytes, model = self._checkpoint.nbytes, self.model
+        weights = chain(model.tensors(), (t for key in model.expert_keys for t in model.expert_tensors(key)))
+        parameters = sum(prod(tensor.shape) for tensor in weights)
         return {"checkpoint": str(self.path), "fingerprint": self._checkpoint.fingerprint(),
-                "parameters": nbytes // item, "bytes": nbytes, "bits_per_weight": float(8 * item),
+                "parameters": parameters, "bytes": nbytes, "bits_per_weight": round(8 * nbytes / parameters, 3),
                 "dtype": self.model.dtype, "run_by": self._how}
 
     @property

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qmix.config import GROUPED_BITS
 from qmix.errors import UsageError
-from qmix.formats import grouped, int8, nf4, plain
+from qmix.formats import grouped, int8, mxfp4, nf4, plain
 from qmix.formats.packed import TORCH_DTYPES, Packed, gather, memory, pad, view
 from qmix.sizes import PLAIN_DTYPES, MatrixSpec
 
@@ -22,7 +22,7 @@ __all__ = ["TORCH_DTYPES", "Packed", "memory", "module", "pack", "pad", "tiles",
 
 def module(name: str) -> ModuleType:
     """The module of a format; UsageError names an unknown one."""
-    found = {**dict.fromkeys(GROUPED_BITS, grouped), "nf4": nf4, "fp4": nf4, "int8": int8,
+    found = {**dict.fromkeys(GROUPED_BITS, grouped), "nf4": nf4, "fp4": nf4, "int8": int8, "mxfp4": mxfp4,
              **dict.fromkeys(PLAIN_DTYPES, plain)}
     if name not in found:
         raise UsageError(f"format: got {name!r}, want " + " or ".join(found))

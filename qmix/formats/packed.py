@@ -65,7 +65,7 @@ def stacked(matrices: Sequence[Packed]) -> Packed | None:
     specs = [m.spec for m in matrices]
     first = specs[0]
     if any(replace(spec, rows=first.rows) != first or spec.rows != spec.padded_rows or spec.parts > 1 or
-           spec.format in ("nf4", "fp4") for spec in specs):
+           spec.format in ("nf4", "fp4", "mxfp4") for spec in specs):
         return None
     along = {"qparams": 1}  # everything else begins with the rows
     tensors = {name: torch.cat([m[name] for m in matrices], along.get(name, 0)) for name in matrices[0].tensors}

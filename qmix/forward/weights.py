@@ -49,8 +49,8 @@ class DenseWeights:
 
 
 def compute_dtype(model: Model, quant: QuantConfig, half: torch.dtype = torch.bfloat16) -> torch.dtype:
-    """fp32 where every matrix is a plain one of fp32 or fp16, else `half`."""
-    wide = quant.experts == quant.dense == "keep" and DTYPES[model.dtype] in ("fp16", "fp32")
+    """fp32 where every matrix may be the checkpoint's own, of fp32 or fp16, else `half`."""
+    wide = quant.unrounded and DTYPES[model.dtype] in ("fp16", "fp32")
     return torch.float32 if wide else half
 
 

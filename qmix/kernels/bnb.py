@@ -7,18 +7,13 @@ T tokens, N rows.
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qmix.formats import nf4
 from qmix.formats.packed import Packed
-from qmix.kernels.cpu import FEW, few_rows
+from qmix.kernels.cpu import decoded_linear
 
 
 def linear(x: Tensor, m: Packed) -> Tensor:
     """x [T, cols] bf16 or fp32 -> [T, rows] in x's dtype, computed in x's dtype."""
-    y = torch.empty(len(x), m.spec.rows, dtype=x.dtype)
-    for start, tile in nf4.tiles(m, x.dtype):
-        y[:, start:start + len(tile)] = few_rows(x, tile) if len(x) <= FEW else F.linear(x, tile)
-    return y
+    return decoded_linear(x, m, nf4.tiles)

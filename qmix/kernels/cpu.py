@@ -5,24 +5,25 @@ torch's packed ops check little, so only what `Packed.of` has checked may come h
 bf16 with fp32 sums, and give the same bits for a row whatever the number of rows. `linear` does not:
 up to FEW rows are multiplied one by one, so that those of a pass with drafts have the bits that they have alone.
 
-All take x [T, cols] and return [T, padded_rows], gaps between parts included, in x's dtype.
+All take x [T, cols] and return [T, padded_rows], gaps between parts included, in x's dtype; but for `decoded_linear`.
 T tokens, N padded rows, K padded columns, B rows per block, g group size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qmix.formats import grouped, plain
+from qmix.formats import grouped, mxfp4, plain
 from qmix.formats.narrow import widen
 from qmix.formats.packed import TILE_BYTES, Packed, row_tiles
 from qmix.kernels.op import FEW as FEW  # rows that are kept apart
 
 Kernel = Callable[[Tensor, Packed], Tensor]
+Tiles = Callable[[Packed, torch.dtype], Iterator[tuple[int, Tensor]]]
 
 
 def int4_linear(x: Tensor, m: Packed) -> Tensor:
@@ -80,6 +81,14 @@ def plain_linear(x: Tensor, m: Packed) -> Tensor:
     for (_, row, rows), (_, tile) in zip(row_tiles(m.spec), plain.tiles(m), strict=True):
         y[:, row:row + rows] = few_rows(wide, tile) if len(x) <= FEW else F.linear(wide, tile)
     return y.to(x.dtype)
+
+
+def decoded_linear(x: Tensor, m: Packed, tiles: Tiles = mxfp4.tiles) -> Tensor:
+    """x [T, cols] -> [T, rows], without gaps: for a format without a product of its own, which `tiles` decodes."""
+    y = torch.empty(len(x), m.spec.rows, dtype=x.dtype)
+    for start, tile in tiles(m, x.dtype):
+        y[:, start:start + len(tile)] = few_rows(x, tile) if len(x) <= FEW else F.linear(x, tile)
+    return y
 
 
 def few_rows(x: Tensor, weight: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Triton kernels for the grouped formats int4, int3 and int2, on the bytes that a store has; nothing is repacked.
+"""Triton kernels for int4, int3, int2 and mxfp4, on the bytes that a store has; nothing is repacked.
 
 Tested under Triton's interpreter and compiled for cards from sm_75 up; they have not run on one. How they are cut is an
 argument everywhere (configs.py), None for what is built in for the card.
@@ -47,8 +47,9 @@ Room = Callable[[tuple[int, ...], torch.device], Tensor]  # where results of a l
 class Matrices:
     """Matrices of one spec that lie `slot_bytes` apart: those of the records in a slab, or a single one.
 
-    qweight uint8, qparams int32 (a pair a word), bias fp32, None where the spec has none: one-dimensional views that
-    begin with those of slot 0. slots: how many there are. Made through `of` or `in_slots`, which check.
+    qweight uint8, qparams int32 (a pair a word) or, of mxfp4, its scales uint8, bias fp32, None where the spec has none:
+    one-dimensional views that begin with those of slot 0. slots: how many there are. Made through `of` or `in_slots`,
+    which check.
     """
 
     spec: MatrixSpec
@@ -62,8 +63,8 @@ class Matrices:
     def of(cls, m: Packed) -> Matrices:
         """A single matrix. UsageError where it is in no grouped format, or not where the kernels run."""
         _check_weights(m["qweight"], m.spec)
-        return cls(m.spec, m["qweight"].view(-1), m["qparams"].view(-1).view(torch.int32),
-                   m["bias"] if m.spec.bias else None, 0, 1)
+        name, dtype = _params(m.spec)
+        return cls(m.spec, m["qweight"].view(-1), m[name].view(-1).view(dtype), m["bias"] if m.spec.bias else None, 0, 1)
 
     @classmethod
     def in_slots(cls, slab: Tensor, record: RecordLayout, matrix: str) -> Matrices:
@@ -75,8 +76,8 @@ class Matrices:
             raise UsageError(f"slab: got {slab.dtype} {list(slab.shape)}, want contiguous uint8 [slots, bytes], at "
                              f"least {record.payload} bytes each, slots on 64-byte boundaries")
         offsets = {p.tensor.name: p.offset for p in record.placed if p.matrix == matrix}
-        flat = slab.view(-1)
-        return cls(spec, flat[offsets["qweight"]:], flat[offsets["qparams"]:].view(torch.int32),
+        flat, (name, dtype) = slab.view(-1), _params(spec)
+        return cls(spec, flat[offsets["qweight"]:], flat[offsets[name]:].view(dtype),
                    flat[offsets["bias"]:].view(torch.float32) if spec.bias else None, slab.shape[1], len(slab))
 
 
@@ -193,9 +194,9 @@ def few(x: Tensor, weights: Matrices, jobs: Jobs, y: Tensor, gated: bool = False
     jit.gemv[spec.padded_rows // spec.block, splits, count](
         x, weights.qweight.view(torch.int32), weights.qparams, jobs.slots, jobs.rows, partial, weights.slot_bytes // 4,
         x.stride(0), spec.cols, groups, spec.padded_rows, M=width, GROUP=spec.group_size, BLOCK=spec.block,
-        BITS=spec.bits, LANES=lanes, UNROLL=config.unroll, RAGGED=spec.cols < spec.padded_cols,
-        num_warps=warps, maxnreg=REGISTERS if width == FEW and spec.bits == 4 and warps <= 8 else None,
-        enable_fp_fusion=True)
+        BITS=spec.code_bits, LANES=lanes, UNROLL=config.unroll, RAGGED=spec.cols < spec.padded_cols,
+        E2M1=spec.format == "mxfp4", num_warps=warps, enable_fp_fusion=True,
+        maxnreg=REGISTERS if width == FEW and spec.bits == 4 and warps <= 8 else None)
     assert weights.bias is None or gated or spec.parts == 1, "the bias of parts side by side"
     _finish(jit, partial.view(-1, splits, spec.padded_rows), jobs, weights, y, gated, add)
 
@@ -225,9 +226,9 @@ def many(x: Tensor, weights: Matrices, slot: int, y: Tensor, dot: str | None = N
     jit.matmul[-(-len(x) // block_m), -(-blocks // per_tile)](
         x, weights.qweight, weights.qparams, y, slot, len(x), weights.slot_bytes, x.stride(0), y.stride(0),
         spec.cols, spec.padded_cols // spec.group_size, spec.padded_rows, blocks,
-        GROUP=spec.group_size, BLOCK=spec.block, BITS=spec.bits, BLOCK_M=block_m, BLOCKS=per_tile,
-        CHUNK=min(spec.group_size, 64), DOT=operands, num_stages=config.stages, enable_fp_fusion=True,
-        num_warps=config.warps if block_m == config.tokens else 4)
+        GROUP=spec.group_size, BLOCK=spec.block, BITS=spec.code_bits, BLOCK_M=block_m, BLOCKS=per_tile,
+        CHUNK=min(spec.group_size, 64), DOT=operands, E2M1=spec.format == "mxfp4", num_stages=config.stages,
+        enable_fp_fusion=True, num_warps=config.warps if block_m == config.tokens else 4)
 
 
 def decoded(weights: Matrices, first: int, blocks: int, dtype: torch.dtype) -> Tensor:
@@ -238,8 +239,8 @@ def decoded(weights: Matrices, first: int, blocks: int, dtype: torch.dtype) -> T
     out = weights.qweight.new_empty(spec.padded_cols, blocks * spec.block, dtype=dtype)
     device_code("cuda_jit").decode[blocks, spec.padded_cols // chunk](
         weights.qweight, weights.qparams, out, first, spec.padded_cols // spec.group_size, spec.padded_rows,
-        out.stride(0), GROUP=spec.group_size, BLOCK=spec.block, BITS=spec.bits, CHUNK=chunk, num_warps=4,
-        enable_fp_fusion=True)
+        out.stride(0), GROUP=spec.group_size, BLOCK=spec.block, BITS=spec.code_bits, CHUNK=chunk,
+        E2M1=spec.format == "mxfp4", num_warps=4, enable_fp_fusion=True)
     return out.T
 
 
@@ -294,8 +295,8 @@ def _dot(jit: ModuleType, x: Tensor, dot: str | None) -> Any:
 
 
 def _check_weights(tensor: Tensor, spec: MatrixSpec) -> None:
-    if not spec.bits:
-        raise UsageError(f"{spec.format}: the GPU kernels support int4, int3 and int2")
+    if not spec.code_bits:
+        raise UsageError(f"{spec.format}: these GPU kernels support int4, int3, int2 and mxfp4")
     if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and interpreted(device_code("cuda_jit"))):
         raise UsageError(f"weights on {tensor.device}: Triton's kernels need them on a CUDA device",
                          "for tests without one, set TRITON_INTERPRET=1 before Python starts")
@@ -307,6 +308,11 @@ def _check_x(x: Tensor, weights: Matrices) -> None:
                          f"[T, {weights.spec.cols}], rows contiguous")
     if x.device != weights.qweight.device:
         raise UsageError(f"x is on {x.device}, the weights are on {weights.qweight.device}")
+
+
+def _params(spec: MatrixSpec) -> tuple[str, torch.dtype]:
+    """The tensor that has a matrix's parameters, and as what the kernels read it."""
+    return ("scale", torch.uint8) if spec.format == "mxfp4" else ("qparams", torch.int32)
 
 
 def _lanes(spec: MatrixSpec, config: Gemv) -> int:
@@ -321,7 +327,7 @@ def _words(spec: MatrixSpec) -> int:
 
 def _bit_step(spec: MatrixSpec) -> int:
     """Bits between two codes of a byte."""
-    return 4 if spec.bits == 4 else 2
+    return 4 if spec.code_bits == 4 else 2
 
 
 def power_of_two(n: int) -> int:

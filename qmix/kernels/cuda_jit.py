@@ -1,9 +1,10 @@
 """The device code of cuda.py, in Triton. Importing this needs Triton; only cuda.py does, when a kernel is called.
 
-Every kernel reads the bytes of formats/grouped.py as they are stored, in slot `slot` of a slab or in its own matrix
-(slot 0). A byte of the low bits holds `8 / PLACE` codes, PLACE 4 bits apart for int4 and 2 for int3 and int2; code s of
-byte i is that of row i + s * STEP of the block, STEP = BLOCK * PLACE / 8. The third bits of int3 lie so that the byte
-i % (STEP / 2), shifted by i / (STEP / 2), has those of byte i at the same distance from each other as the low bits.
+Every kernel reads the bytes of formats/grouped.py, or with E2M1 those of formats/mxfp4.py, as they are stored, in slot
+`slot` of a slab or in its own matrix (slot 0). A byte of the low bits holds `8 / PLACE` codes, PLACE 4 bits apart for
+int4 and E2M1 and 2 for int3 and int2; code s of byte i is that of row i + s * STEP of the block,
+STEP = BLOCK * PLACE / 8. The third bits of int3 lie so that the byte i % (STEP / 2), shifted by i / (STEP / 2), has
+those of byte i at the same distance from each other as the low bits.
 
 The codes of a word are laid beside each other by joins, so that code c of the new last dimension is the one c * PLACE
 bits up; a joined dimension lies within a thread. A code becomes a float without a conversion:
@@ -15,6 +16,9 @@ bits up; a joined dimension lies within a thread. A code becomes a float without
   x must be below 2^64, where the squares of a norm overflow too; below 2^-41 a product loses bits of fp32, but is
   never wrong by more than 2^-65.
 - In matmul and decode a code, or-ed into the mantissa of 2^23, is 2^23 + q, from which 2^23 + m is subtracted.
+
+An E2M1 code has the bits of an fp32 but for the length of its exponent: two bits of exponent and one of mantissa, put
+at bit 22, and its sign at bit 31, are the number times 2^-126. It has no zero point, and its scale is one byte.
 
 Of a (scale, zero) pair, one 32-bit word, the scale is the low half and the zero the high one, and a bf16 is the high
 half of an fp32.
@@ -38,6 +42,7 @@ MAGIC_HALF = tl.constexpr(0x6400)  # the bits of 2^10 as fp16
 HIGH = tl.constexpr(-65536)  # 0xFFFF0000
 LIFT = tl.constexpr(2.0**64)  # what gemv multiplies x by
 UNIT = tl.constexpr((127 + 149 - 64) << 23)  # the bits of 2^149 / LIFT as fp32
+E2M1_LIFT = tl.constexpr(2.0**126)  # what makes E2M1's bits its number
 
 
 @triton.jit
@@ -47,9 +52,21 @@ def parted(bits, LOWER: tl.constexpr, UPPER: tl.constexpr):
 
 
 @triton.jit
+def e2m1(codes):
+    """The numbers of E2M1 codes, int32, in fp32."""
+    return (((codes & 8) << 28) | ((codes & 7) << 22)).to(tl.float32, bitcast=True) * E2M1_LIFT
+
+
+@triton.jit
+def e8m0(scales):
+    """2^(s - 127) of bytes s; 2^-127 is subnormal."""
+    return tl.maximum(scales.to(tl.int32) << 23, 1 << 22).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def gemv(x, qweight, qparams, slots, rows, partial, slot_words, x_stride, cols, groups, n,
          M: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, LANES: tl.constexpr,
-         UNROLL: tl.constexpr, RAGGED: tl.constexpr):
+         UNROLL: tl.constexpr, RAGGED: tl.constexpr, E2M1: tl.constexpr = False):
     """A block of rows, LANES groups of columns, all M tokens of one expert, in fp32.
 
     A lane is one group and one 32-bit word of the low bits: it walks the columns of its group, and no lane needs
@@ -123,6 +140,9 @@ def gemv(x, qweight, qparams, slots, rows, partial, slot_words, x_stride, cols, 
                 bits = parted(parted(bits, 0x00FF, 0xFF00), 0x0F0F, 0xF0F0)
                 if BITS == 2:
                     bits = parted(bits, 0x3333, 0xCCCC)
+                if E2M1:  # the sign to bit 31, the others to bits 22 to 24
+                    bits = tl.reshape(bits, (LANES, WORDS, CODES)) << (28 - tl.arange(0, CODES) % 4 * 4)[None, None, :]
+                    bits = (bits & 0x80000000) | ((bits >> 6) & 0x01C00000)
                 numbers = tl.reshape(bits.to(tl.float32, bitcast=True), (LANES, WORDS, CODES))
                 new_dots = ()
                 for m in tl.static_range(M):
@@ -138,15 +158,22 @@ def gemv(x, qweight, qparams, slots, rows, partial, slot_words, x_stride, cols, 
     unit = (up * -2**23 + UNIT).to(tl.float32, bitcast=True)[None, None, :]
     row = block * BLOCK + word[:, None] * 4 + (code // PER_BYTE + code % PER_BYTE * STEP)[None, :]
     here = (lane < groups)[:, None, None]
-    pair = tl.load(qparams + start + ((group * n)[:, None, None] + row[None, :, :]))
-    scale = (pair << 16).to(tl.float32, bitcast=True)
-    zero = (pair & HIGH).to(tl.float32, bitcast=True)
+    place = (group * n)[:, None, None] + row[None, :, :]
+    if E2M1:
+        scale = e8m0(tl.load(qparams + start * 4 + place)) * (E2M1_LIFT / LIFT)
+    else:
+        pair = tl.load(qparams + start + place)
+        scale = (pair << 16).to(tl.float32, bitcast=True)
+        zero = (pair & HIGH).to(tl.float32, bitcast=True)
     splits = tl.num_programs(1)
     at = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     for m in tl.static_range(M):
-        values = tl.load(own[m] + at, mask=at < cols, other=0.0).to(tl.float32)
-        sums = tl.sum(values, axis=1)[:, None, None]
-        total = (dots[m] * unit - sums * MIDDLE) * scale + sums * zero
+        if E2M1:
+            total = dots[m] * scale
+        else:
+            values = tl.load(own[m] + at, mask=at < cols, other=0.0).to(tl.float32)
+            sums = tl.sum(values, axis=1)[:, None, None]
+            total = (dots[m] * unit - sums * MIDDLE) * scale + sums * zero
         total = tl.sum(tl.where(here, total, 0.0), axis=0)
         out = partial + ((expert * M + m) * splits + split).to(tl.int64) * n + row
         tl.store(out, total, mask=row < tl.where(tl.load(rows + expert * M + m) >= 0, n, 0))
@@ -205,7 +232,8 @@ def finish(partial, out_rows, y, y_stride, n, out, splits, bias, slots, slot_wor
 @triton.jit(do_not_specialize=["slot", "tokens"])  # else compiled anew for some prompts
 def matmul(x, qweight, qparams, y, slot, tokens, slot_bytes, x_stride, y_stride, cols, groups, n, blocks,
            GROUP: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr,
-           BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr):
+           BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr,
+           E2M1: tl.constexpr = False):
     """BLOCK_M of `tokens` rows times BLOCKS blocks of rows: each piece of codes is made a tile of numbers once and
     multiplied as DOT, exact in it; scale and zero are applied to the fp32 product of each CHUNK of columns.
 
@@ -252,7 +280,9 @@ def matmul(x, qweight, qparams, y, slot, tokens, slot_bytes, x_stride, y_stride,
             high = tl.join(high, high >> 2)
             codes = codes | ((high & 1) << 2)
         codes = tl.reshape(codes, (CHUNK, BLOCKS * BLOCK))
-        if tl.float16 == DOT:
+        if E2M1:
+            numbers = e2m1(codes)
+        elif tl.float16 == DOT:
             numbers = (codes.to(tl.int16) | MAGIC_HALF).to(tl.float16, bitcast=True) - (1024.0 + MIDDLE)
         else:
             numbers = (codes | MAGIC).to(tl.float32, bitcast=True) - (8388608.0 + MIDDLE)
@@ -260,17 +290,21 @@ def matmul(x, qweight, qparams, y, slot, tokens, slot_bytes, x_stride, y_stride,
                          other=0.0).to(DOT)
         product = tl.dot(values, numbers.to(DOT), input_precision="ieee")
         group = chunk // (GROUP // CHUNK)
-        pair = tl.load(qparams + start // 4 + (group * n + row), mask=real, other=0)
-        scale = (pair << 16).to(tl.float32, bitcast=True)
-        zero = (pair & HIGH).to(tl.float32, bitcast=True)
-        total += product * scale[None, :] + tl.sum(values.to(tl.float32), axis=1)[:, None] * zero[None, :]
+        if E2M1:
+            total += product * e8m0(tl.load(qparams + start + (group * n + row), mask=real, other=0))[None, :]
+        else:
+            pair = tl.load(qparams + start // 4 + (group * n + row), mask=real, other=0)
+            scale = (pair << 16).to(tl.float32, bitcast=True)
+            zero = (pair & HIGH).to(tl.float32, bitcast=True)
+            total += product * scale[None, :] + tl.sum(values.to(tl.float32), axis=1)[:, None] * zero[None, :]
     tl.store(y + token[:, None] * y_stride + row[None, :], total.to(y.dtype.element_ty),
              mask=given[:, None] & real[None, :])
 
 
 @triton.jit(do_not_specialize=["first"])  # else compiled anew for some tiles
 def decode(qweight, qparams, out, first, groups, n, out_stride,
-           GROUP: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, CHUNK: tl.constexpr):
+           GROUP: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, CHUNK: tl.constexpr,
+           E2M1: tl.constexpr = False):
     """Blocks `first` and on as numbers, w = (q - m) * scale + zero in fp32, rounded to out's dtype.
 
     qweight bytes, qparams int32 words; out [groups * GROUP, rows], out[k, r] of column k and row r of those blocks.
@@ -297,13 +331,16 @@ def decode(qweight, qparams, out, first, groups, n, out_stride,
         high = tl.join(high, high >> 2)
         codes = codes | ((high & 1) << 2)
     codes = tl.reshape(codes, (CHUNK, BLOCK))
-    numbers = (codes | MAGIC).to(tl.float32, bitcast=True) - (8388608.0 + MIDDLE)
     code = tl.arange(0, BLOCK)
     row = code // PER_BYTE + code % PER_BYTE * STEP
     group = (tl.program_id(1) * CHUNK // GROUP).to(tl.int64)
     pair = tl.load(qparams + (group * n + (first + block) * BLOCK + row))
-    scale = (pair << 16).to(tl.float32, bitcast=True)
-    zero = (pair & HIGH).to(tl.float32, bitcast=True)
-    value = numbers * scale[None, :] + zero[None, :]
+    if E2M1:
+        value = e2m1(codes) * e8m0(pair)[None, :]
+    else:
+        numbers = (codes | MAGIC).to(tl.float32, bitcast=True) - (8388608.0 + MIDDLE)
+        scale = (pair << 16).to(tl.float32, bitcast=True)
+        zero = (pair & HIGH).to(tl.float32, bitcast=True)
+        value = numbers * scale[None, :] + zero[None, :]
     place = out + at.to(tl.int64)[:, None] * out_stride + (block * BLOCK + row)[None, :]
     tl.store(place, value.to(out.dtype.element_ty))

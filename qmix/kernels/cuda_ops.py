@@ -96,7 +96,7 @@ class TritonOps:
             raise UsageError(f"x: got {x.dtype} {list(x.shape)}, want fp32 [1 to {FEW}, {spec.cols}], rows contiguous")
         if y.dtype != torch.float32 or y.shape != (tokens, spec.rows) or y.stride(1) != 1:
             raise UsageError(f"y: got {y.dtype} {list(y.shape)}, want fp32 [{tokens}, {spec.rows}], rows contiguous")
-        if spec.bits:
+        if spec.code_bits:
             if spec.parts != 1:
                 raise UsageError("linear: the matrix is in parts", "use experts")
             cuda.few(x, Matrices.of(m), self._all(tokens, x.device), y, add=add,
@@ -190,7 +190,7 @@ class TritonOps:
         return y
 
     def handles(self, slots: ExpertSlots) -> bool:
-        return bool(slots.record.w13.bits and slots.record.w2.bits)
+        return bool(slots.record.w13.code_bits and slots.record.w2.code_bits)
 
     def experts(self, x: Tensor, slots: ExpertSlots, ids: Tensor, table: Tensor, rows: Tensor) -> None:
         if "matrices" not in slots.made:

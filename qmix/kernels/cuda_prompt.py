@@ -52,9 +52,9 @@ def linear_many(x: Tensor, m: Packed, out_dtype: torch.dtype | None = None, conf
     if x.dim() != 2 or x.shape[1] != spec.cols or x.dtype not in DTYPES:
         raise UsageError(f"x: got {x.dtype} {list(x.shape)}, want fp32, bf16 or fp16 [T, {spec.cols}]")
     card = capability(x.device)
-    if spec.bits and card and (without_tensor_cores(card) or x.dtype == torch.float32):
+    if spec.code_bits and card and (without_tensor_cores(card) or x.dtype == torch.float32):
         return linear_decoded(x, m, dtype)
-    if spec.bits:
+    if spec.code_bits:
         y = x.new_empty(len(x), spec.padded_rows, dtype=dtype)
         if len(x):
             cuda.many(x.contiguous(), Matrices.of(m), 0, y, config=config)

@@ -29,6 +29,7 @@ from qmix.kernels.configs import Configs, built_in, capability
 from qmix.kernels.cpu import Kernel
 from qmix.kernels.device_ops import DeviceOps, TorchDeviceOps
 from qmix.kernels.table import KernelTable, random_matrix
+from qmix.sizes import MX_BLOCK
 
 Attend = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]
 PROMPTS = {"int8": "Triton, decoded for prompts", "nf4": "bitsandbytes, decoded", "fp4": "bitsandbytes, decoded"}
@@ -60,11 +61,12 @@ def choose_device_kernels(device: torch.device, half: torch.dtype, formats: Iter
     wanted = {(module(name), name)[1] for name in formats}
     if wanted & {"nf4", "fp4"}:
         nf4.functional()
-    table = {(name, block): many for name in wanted for block in {0, *blocks}}
+    blocks = set(blocks)
+    table = {(name, block): many for name in wanted for block in {0, *blocks, MX_BLOCK}}
     names = {name: PROMPTS.get(name, "Triton") for name in wanted}
     if device.type == "cuda":
         for name, block in sorted(table):
-            if (name in GROUPED_BITS and block) or (name == "int8" and not block):
+            if (name in GROUPED_BITS and block in blocks) or (name, block) in (("int8", 0), ("mxfp4", MX_BLOCK)):
                 try:
                     _check(device, half, random_matrix(name, block), many, ops)
                 except QmixError:

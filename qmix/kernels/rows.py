@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 
 from qmix.config import GROUPED_BITS
-from qmix.formats import grouped, int8
+from qmix.formats import grouped, int8, mxfp4
 from qmix.formats.packed import Packed
 from qmix.kernels.cpu import FEW
 from qmix.kernels.table import KernelTable
-from qmix.sizes import MatrixSpec
+from qmix.sizes import MX_BLOCK, MX_GROUP, MatrixSpec
 
 ROWS, COLS = 384, 1024
 
@@ -22,7 +22,7 @@ def bound_formats(table: KernelTable) -> list[str]:
     """The formats of `table` whose rows depend on their company, for 2 to 8 rows of bf16 and fp32."""
     found = []
     for (name, block), kernel in table.kernels.items():
-        if name not in (*GROUPED_BITS, "int8") or name in found:
+        if name not in (*GROUPED_BITS, "int8", "mxfp4") or name in found:
             continue
         m = _random(name, block)
         x = torch.randn(FEW, COLS, generator=torch.Generator().manual_seed(2))
@@ -38,6 +38,9 @@ def _random(name: str, block: int) -> Packed:
     random = torch.Generator().manual_seed(3)
     if name == "int8":
         return int8.pack(torch.randn(ROWS, COLS, generator=random), MatrixSpec("int8", ROWS, COLS))
+    if name == "mxfp4":
+        spec = MatrixSpec(name, ROWS, COLS, group_size=MX_GROUP, block=MX_BLOCK)
+        return mxfp4.pack(torch.randn(ROWS, COLS, generator=random), spec)
     spec = MatrixSpec(name, ROWS, COLS, group_size=64, block=block)
     q = torch.randint(0, 2**spec.bits, (ROWS, COLS), dtype=torch.uint8, generator=random)
     scale, zero = torch.randn(2, ROWS, COLS // 64, generator=random).bfloat16()

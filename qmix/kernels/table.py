@@ -20,13 +20,13 @@ from torch import Tensor
 from qmix import settings
 from qmix.config import BLOCKS, GROUPED_BITS
 from qmix.errors import UsageError
-from qmix.formats import grouped, int8, module, nf4
+from qmix.formats import grouped, int8, module, mxfp4, nf4
 from qmix.formats.packed import Packed
 from qmix.kernels import bnb, cpu, native, reference
 from qmix.kernels.cpu import Kernel
 from qmix.kernels.layer import TORCH, LayerOps, choose_layer_ops
 from qmix.kernels.torch_ops import activate
-from qmix.sizes import MatrixSpec
+from qmix.sizes import MX_BLOCK, MX_GROUP, MatrixSpec
 
 ACTIVATIONS = ("auto", "bf16", "int8")
 INT4_OP = "torch _weight_int4pack_mm_for_cpu"
@@ -115,6 +115,11 @@ def select(formats: Iterable[str], blocks: Iterable[int] = BLOCKS, device: str =
             kernels[name, 0], names[name] = _one(own), own.name
         elif name == "int8":
             kernels[name, 0], names[name] = _choose_int8(say)
+        elif name == "mxfp4" and own is not None:
+            kernels[name, MX_BLOCK], names[name] = _one(own), own.name
+        elif name == "mxfp4":
+            kernels[name, MX_BLOCK], names[name] = cpu.decoded_linear, "decoded by tiles, torch linear"
+            say("mxfp4 without native kernels decodes every weight for every token: expect a fraction of its speed")
         elif name in ("nf4", "fp4"):
             nf4.functional()  # now, where it may be missing and takes a second, and not in the first answer
             kernels[name, 0], names[name] = bnb.linear, "bitsandbytes dequantization by tiles, torch linear"
@@ -130,11 +135,12 @@ def _choose_native(formats: set[str], blocks: list[int], activations: str,
     packed = formats & set(native.FORMATS)
     if not packed:
         if activations == "int8":
-            raise UsageError("--activations int8: this store has neither grouped (int4, int3, int2) nor int8 matrices",
+            raise UsageError("--activations int8: this store has no matrices in int8, int4, int3, int2 or mxfp4",
                              "leave it out")
         return None
     samples = [_random_grouped(name, block) for name in packed & GROUPED_BITS.keys() for block in blocks]
     samples += [_random_int8()] if "int8" in packed else []
+    samples += [_random_mxfp4()] if "mxfp4" in packed else []
     for level in native.wanted_levels():
         own = native.Native(level, "int8" if activations == "auto" else activations)
         if all(_agrees(_one(own), m, own.activations) for m in samples):
@@ -202,8 +208,8 @@ def _agrees(kernel: Kernel, m: Packed, activations: str = "bf16") -> bool:
 
 
 def random_matrix(name: str, block: int) -> Packed:
-    """A small one to try a kernel on: in a grouped format and that block, or int8."""
-    return _random_int8() if name == "int8" else _random_grouped(name, block)
+    """A small one to try a kernel on: in a grouped format and that block, int8 or mxfp4."""
+    return _random_int8() if name == "int8" else _random_mxfp4() if name == "mxfp4" else _random_grouped(name, block)
 
 
 def _random_grouped(name: str, block: int) -> Packed:
@@ -212,6 +218,14 @@ def _random_grouped(name: str, block: int) -> Packed:
     q = torch.randint(0, 2**spec.bits, (192, 256), dtype=torch.uint8, generator=random)
     scale, zero = torch.randn(2, 192, 4, generator=random).bfloat16()
     return grouped.pack(q, scale, zero, spec)
+
+
+def _random_mxfp4() -> Packed:
+    spec = MatrixSpec("mxfp4", 192, 256, group_size=MX_GROUP, block=MX_BLOCK)
+    random = torch.Generator().manual_seed(4)
+    codes = torch.randint(0, 256, (192, 8, 16), dtype=torch.uint8, generator=random)
+    scales = torch.randint(124, 130, (192, 8), dtype=torch.uint8, generator=random)
+    return mxfp4.carry(mxfp4.Blocks(codes, scales), spec)
 
 
 def _random_int8() -> Packed:

@@ -2,8 +2,15 @@
 the tensors of its checkpoints. No torch."""
 
 from qmix.models.keys import Keys
-from qmix.models.registry import ARCHITECTURES, choose_layout, layouts, read_model
+from qmix.models.registry import (
+    ARCHITECTURES,
+    choose_layout,
+    layouts,
+    mxfp4_layout,
+    published_experts,
+    read_model,
+)
 from qmix.models.source import Layout, Misfit, Source, Step
 
 __all__ = ["ARCHITECTURES", "Keys", "Layout", "Misfit", "Source", "Step", "choose_layout", "layouts",
-           "read_model"]
+           "mxfp4_layout", "published_experts", "read_model"]

@@ -3,7 +3,7 @@ has a learnt sink that takes part in the softmax; gate and up lie in turns, and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -20,7 +20,7 @@ from qmix.models.parts import (
     read_window,
 )
 from qmix.models.rope import read_rope
-from qmix.models.source import Index, Layout, Source, Step, Strided, Transpose
+from qmix.models.source import Index, Layout, Mxfp4, Source, Step, Strided, Transpose
 from qmix.spec import Activation, Attention, Expert, Layer, Model, Moe, Norm, Norms, Rope, Router, Yarn
 
 MODEL_TYPES = ("gpt_oss",)
@@ -62,18 +62,28 @@ def _rope(keys: Keys, head_dim: int, max_positions: int) -> Rope:
 
 def layouts(model: Model) -> tuple[Layout, ...]:
     """As transformers holds it in memory, and writes it where it is not in MXFP4."""
+    return (_layout(model, lambda name, this, *rows: Source(name, (this, Transpose(), *rows))),)
+
+
+def mxfp4_layout(model: Model) -> Layout:
+    """As published: blocks and scales of the experts' weights lie row by row, not transposed."""
+    return _layout(model, lambda name, *rows: Source(f"{name}_blocks", (*rows, Mxfp4()), f"{name}_scales"))
+
+
+def _layout(model: Model, weights: Callable[..., Source]) -> Layout:
+    """weights(name, index of the expert, *which rows): where an expert's matrix lies."""
     found: dict[str, Source] = dense_layout(model, NAMES)
     for key in model.expert_keys:
         router = model.layers[key.layer].mlp.router  # type: ignore[union-attr]
         prefix, source = f"layers.{key.layer}.experts.{key.expert}.", f"model.layers.{key.layer}.mlp.experts."
         this = Index(key.expert, router.experts)
         for at, part in enumerate(("gate", "up")):
-            turns: tuple[Step, ...] = (this, Transpose(), Strided(at, 2))
-            found[f"{prefix}{part}"] = Source(f"{source}gate_up_proj", turns)
-            found[f"{prefix}{part}_bias"] = Source(f"{source}gate_up_proj_bias", (this, Strided(at, 2)))
-        found[f"{prefix}down"] = Source(f"{source}down_proj", (this, Transpose()))
+            turns: Step = Strided(at, 2)
+            found[f"{prefix}{part}"] = weights(f"{source}gate_up_proj", this, turns)
+            found[f"{prefix}{part}_bias"] = Source(f"{source}gate_up_proj_bias", (this, turns))
+        found[f"{prefix}down"] = weights(f"{source}down_proj", this)
         found[f"{prefix}down_bias"] = Source(f"{source}down_proj_bias", (this,))
-    return (found,)
+    return found
 
 
 TINY = MappingProxyType[str, Any]({

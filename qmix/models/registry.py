@@ -38,7 +38,8 @@ class Architecture(Protocol):
 
     def layouts(self, model: Model) -> tuple[Layout, ...]:
         """The layouts in which checkpoints of the model occur, the published one first: each has a source for every
-        tensor of `model.tensors()` and of its experts."""
+        tensor of `model.tensors()` and of its experts. A file may also have `mxfp4_layout`, for checkpoints whose
+        experts are quantized already."""
 
 
 def _find() -> dict[str, Architecture]:
@@ -72,7 +73,24 @@ def layouts(model: Model) -> tuple[Layout, ...]:
     return ARCHITECTURES[model.architecture].layouts(model)
 
 
+def mxfp4_layout(model: Model) -> Layout | None:
+    """The layout in which the model is published with its experts in MXFP4; None where it is not."""
+    make = getattr(ARCHITECTURES[model.architecture], "mxfp4_layout", None)
+    return None if make is None else cast(Layout, make(model))
+
+
+def published_experts(raw: Mapping[str, Any]) -> str | None:
+    """The format that the experts of a checkpoint with this config.json have already, and keep: "mxfp4", or None."""
+    found, kind = raw.get("quantization_config"), raw.get("model_type")
+    if not isinstance(found, Mapping) or found.get("quant_method") != "mxfp4" or not isinstance(kind, str) \
+            or not hasattr(ARCHITECTURES.get(kind), "mxfp4_layout"):
+        return None
+    apart = found.get("modules_to_not_convert")
+    names = apart if isinstance(apart, list) else []
+    return None if any(isinstance(name, str) and "experts" in name for name in names) else "mxfp4"
+
+
 def choose_layout(known: tuple[Layout, ...], there: Collection[str]) -> Layout:
     """The one of which most tensors are among the names `there`; the published one in doubt."""
     names = set(there)
-    return max(known, key=lambda layout: len({source.name for source in layout.values()} & names))
+    return max(known, key=lambda layout: len({name for source in layout.values() for name in source.names} & names))

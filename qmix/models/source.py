@@ -99,15 +99,36 @@ class Squeeze:
         return shape[:self.dim] + shape[self.dim + 1:]
 
 
-Step = Index | Rows | Strided | Transpose | PerHead | Squeeze
+@dataclass(frozen=True, slots=True)
+class Mxfp4:
+    """Blocks of 4-bit codes, [R, G, 16] bytes, are R rows of 32 G numbers (qmix/formats/mxfp4.py). The last step of a
+    source with scales, and of no other."""
+
+    def shape_out(self, shape: Shape) -> Shape:
+        _fit(len(shape) == 3 and shape[2] == 16, shape, "[rows, blocks, 16]")
+        return shape[0], 32 * shape[1]
+
+
+Step = Index | Rows | Strided | Transpose | PerHead | Squeeze | Mxfp4
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The checkpoint's tensor `name`, and what is done to it, in order."""
+    """The checkpoint's tensor `name`, and what is done to it, in order. scales: the tensor [.., R, G] of the scales of
+    MXFP4 blocks, on which all steps but the last are done too."""
 
     name: str
     steps: tuple[Step, ...] = ()
+    scales: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors of the checkpoint that it needs."""
+        return (self.name, self.scales) if self.scales else (self.name,)
+
+    @property
+    def of_scales(self) -> Source:
+        return Source(self.scales, self.steps[:-1])
 
     def shape_out(self, shape: Shape) -> Shape:
         """The shape of the model's tensor where the checkpoint's has `shape`; Misfit where that cannot be."""

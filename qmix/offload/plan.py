@@ -232,7 +232,7 @@ def choose_context(model: Model, asked: int) -> int:
 
 def compute_bytes(model: Model, quant: QuantConfig) -> int:
     """Of a number of the compute dtype (forward.weights.compute_dtype): of activations, keys and values."""
-    return 4 if quant.experts == quant.dense == "keep" and DTYPES[model.dtype] != "bf16" else 2
+    return 4 if quant.unrounded and DTYPES[model.dtype] != "bf16" else 2
 
 
 def resident_dense_bytes(model: Model, quant: QuantConfig) -> int:

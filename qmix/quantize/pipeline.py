@@ -31,6 +31,7 @@ from qmix.checkpoint import Checkpoint
 from qmix.config import CALIBRATED, DTYPES, ExpertKey, QuantConfig
 from qmix.errors import CheckpointError, QmixError
 from qmix.formats import TORCH_DTYPES
+from qmix.formats.mxfp4 import Blocks, carry
 from qmix.hardware.memory import anonymous_memory
 from qmix.quantize.calibrated import FALLBACK, choose_calibrated
 from qmix.quantize.calibration import Calibration
@@ -43,6 +44,8 @@ from qmix.spec import Model
 from qmix.spec.model import layer_of
 from qmix.store import Calibrated, Region, StoreLayout, StoreWriter
 
+Weight = Tensor | Blocks  # numbers, or, of an expert that is carried, its codes and scales
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -50,7 +53,7 @@ class Work:
 
     source: an expert, or a dense tensor's name; specs: how each of its matrices is packed, None where it
     stays plain; parts: the checkpoint's names of what each matrix, and its bias, is stacked from; nbytes: of the
-    source.
+    source; room: bytes of an expert's numbers; carried: the expert is in the store's format already and stays as it is.
     """
 
     region: Region
@@ -58,6 +61,8 @@ class Work:
     specs: Mapping[str, MatrixSpec | None]
     parts: Mapping[str, tuple[str, ...]]
     nbytes: int
+    room: int = 0
+    carried: bool = False
 
     @property
     def grouped(self) -> bool:
@@ -85,14 +90,16 @@ def all_work(source: Checkpoint, layout: StoreLayout) -> list[Work]:
     item = TORCH_DTYPES[PLAIN_DTYPES[DTYPES[model.dtype]]].itemsize
     found = [Work(layout.dense[t.name], t.name, {"": layout.specs[t.name]}, {"": (source.published(t.name),)},
                   math.prod(t.shape) * item) for t in model.tensors()]
-    nbytes = model.expert_numbers * item
+    room = model.expert_numbers * item
     for key, region in layout.records.items():
         gate, up, down, *biases = (source.published(tensor.name) for tensor in model.expert_tensors(key))
         parts = {"w13": (gate, up), "w2": (down,)}
         if biases:
             parts |= {"w13.bias": tuple(biases[:2]), "w2.bias": tuple(biases[2:])}
         record = layout.record(key)
-        found.append(Work(region, key, {"w13": record.w13, "w2": record.w2}, parts, nbytes))
+        carried = source.expert_format is not None and {record.w13.format, record.w2.format} == {source.expert_format}
+        found.append(Work(region, key, {"w13": record.w13, "w2": record.w2}, parts, source.expert_nbytes(key), room,
+                          carried))
     return found
 
 
@@ -123,9 +130,13 @@ def run(source: Checkpoint, quant: QuantConfig, work: Sequence[Work], writer: St
             todo = item.region.name not in before
             inputs: Mapping[str, Inputs] = {}
             if guide is not None and (item.grouped or isinstance(item.source, ExpertKey)):
-                for matrix, weight in weights.items():  # or the text would carry its inf or NaN everywhere
+                dtype = getattr(torch, source.model.dtype)
+                numbers = {matrix: weight.numbers(dtype) if isinstance(weight, Blocks) else weight
+                           for matrix, weight in weights.items()}
+                for matrix, weight in numbers.items():  # or the text would carry its inf or NaN everywhere
                     _check_finite(source, item.parts[matrix], weight)
-                inputs = guide.inputs(item.source, weights, item.grouped and todo)
+                inputs = guide.inputs(item.source, numbers, item.grouped and todo)
+                del numbers
             if not todo:
                 done(item, None)
                 continue
@@ -145,13 +156,13 @@ def _guide(source: Checkpoint, calibration: Calibration, work: Sequence[Work], p
 
 
 def _read_ahead(source: Checkpoint, work: Sequence[Work],
-                slots: int) -> Generator[tuple[Work, dict[str, Tensor]], None, None]:
+                slots: int) -> Generator[tuple[Work, dict[str, Weight]], None, None]:
     """Each item with its weights; while the caller has one, the next is read. An expert's weights lie in one of
     `slots` buffers, which take turns: they are good until the caller has asked for `slots` - 1 more."""
-    largest = max((item.nbytes for item in work if isinstance(item.source, ExpertKey)), default=0)
+    largest = max((0 if item.carried else item.room for item in work), default=0)
     buffers = cycle([_buffer(largest) for _ in range(slots)])
     with ThreadPoolExecutor(1, "qmix-read") as reader:
-        last: tuple[Work, Future[dict[str, Tensor]]] | None = None
+        last: tuple[Work, Future[dict[str, Weight]]] | None = None
         for item in work:
             buffer = next(buffers) if isinstance(item.source, ExpertKey) else None
             following = item, reader.submit(_load, source, item, buffer)
@@ -168,19 +179,19 @@ def _buffer(nbytes: int) -> Tensor:
     return torch.frombuffer(anonymous_memory(max(1, nbytes)), dtype=torch.uint8)
 
 
-def _load(source: Checkpoint, work: Work, buffer: Tensor | None) -> dict[str, Tensor]:
-    """{"w13": [2F, H], "w2": [H, F]} of an expert, in `buffer`, and its biases, {"w13.bias": [2F], "w2.bias": [H]},
-    where it has any; or {"": tensor} of a dense tensor."""
+def _load(source: Checkpoint, work: Work, buffer: Tensor | None) -> dict[str, Weight]:
+    """{"w13": [2F, H], "w2": [H, F]} of an expert, in `buffer` (in memory of their own if carried), and its biases,
+    {"w13.bias": [2F], "w2.bias": [H]}, where it has any; or {"": tensor} of a dense tensor."""
     if buffer is None:
         assert isinstance(work.source, str)
         return {"": source.dense(work.source)}
     assert isinstance(work.source, ExpertKey)
-    w13, w2 = source.stacked_expert(work.source, buffer)
+    w13, w2 = source.expert_blocks(work.source) if work.carried else source.stacked_expert(work.source, buffer)
     biases = source.expert_biases(work.source)
     return {"w13": w13, "w2": w2} | ({} if biases is None else {"w13.bias": biases[0], "w2.bias": biases[1]})
 
 
-def _quantize(source: Checkpoint, work: Work, weights: dict[str, Tensor], quant: QuantConfig,
+def _quantize(source: Checkpoint, work: Work, weights: dict[str, Weight], quant: QuantConfig,
               inputs: Mapping[str, Inputs], pool: Executor) -> Made:
     """Pack every matrix of `weights`, which is emptied on the way; biases go along as they are. Grouped formats
     spread one matrix over the pool; the other formats have no such way, so their matrices go side by side."""
@@ -188,11 +199,15 @@ def _quantize(source: Checkpoint, work: Work, weights: dict[str, Tensor], quant:
     tensors: dict[tuple[str, str], Tensor] = {}
     for name in [name for name in weights if name.endswith(".bias")]:
         bias = weights.pop(name)
+        assert isinstance(bias, Tensor)
         _check_finite(source, work.parts[name], bias)
         tensors[name.removesuffix(".bias"), "bias"] = bias
 
     def pack_one(matrix: str) -> tuple[Mapping[str, Tensor], Error | None, float | None]:
         spec, weight = work.specs[matrix], weights.pop(matrix)
+        if isinstance(weight, Blocks):
+            assert spec is not None
+            return carry(weight, spec.without_bias).tensors, Error(0.0, 0.0), None
         if spec is None or spec.format in PLAIN_DTYPES:  # packing looks at every weight, copying does not
             _check_finite(source, work.parts[matrix], weight)
         try:

@@ -21,9 +21,9 @@ tokens. See Calibrated.
 The place of a region follows from model and quantization. The manifest repeats it for readers that do not know qmix,
 and a store in which the two differ is refused.
 
-Version 3 is version 2 with records that qmix 0.2.0 could not compute: with biases, or with another activation than
-SwiGLU. A bias lies behind the weights of its matrix, fp32, one number a row. All other stores are of version 2, so that
-qmix 0.2.0 reads them.
+Version 3 is version 2 with records that qmix 0.2.0 could not compute: with biases, with another activation than SwiGLU,
+or in the format mxfp4. A bias lies behind the weights of its matrix, fp32, one number a row. All other stores are of
+version 2, so that qmix 0.2.0 reads them.
 
 Version 1 has "dtype", of the checkpoint's weights, in place of model and alignment: its model is the Mixtral of the
 config.json beside it, and its dense tensors have the names of the checkpoint (version1.py).
@@ -145,7 +145,7 @@ class Manifest:
                  for d in self.dense.values()]
         files = [{"name": f.name, "bytes": f.nbytes, "xxh3_128": f.xxh3} for f in self.files.values()]
         source = {"name": self.source, "revision": self.revision, "fingerprint": self.fingerprint}
-        version = version_of(self.model)
+        version = version_of(self.model, self.quant)
         whole = {"format_version": version, "needs_qmix": NEEDS_QMIX[version], "source": source,
                  "model": to_json(self.model), "alignment": ALIGNMENT, "quantization": self.quant.to_json(),
                  "records": records, "dense": dense, "files": files}
@@ -180,10 +180,10 @@ class Manifest:
         return found
 
 
-def version_of(model: Model) -> int:
+def version_of(model: Model, quant: QuantConfig) -> int:
     """The oldest format version that can say what the store of a model holds."""
     expert = model.expert
-    return 3 if expert.bias or expert.activation.kind != "swiglu" else 2
+    return 3 if expert.bias or expert.activation.kind != "swiglu" or quant.experts == "mxfp4" else 2
 
 
 def _calibrated_json(calibrated: Calibrated | None) -> dict[str, Any]:

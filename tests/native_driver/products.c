@@ -13,12 +13,14 @@ typedef struct {
     uint16_t *params;
 } matrix;
 
+static int code_bits(int bits) { return bits == QMIX_E2M1 ? 4 : bits; }
+
 static matrix random_matrix(int bits, int block, int group, int parts, int64_t rows, int64_t cols) {
     matrix m = {bits, block, group, parts, rows, cols, 0, 0, NULL, NULL};
     int64_t unit = bits == 8 ? 1 : block;
     m.padded_rows = parts * ((rows + unit - 1) / unit * unit);
     m.padded_cols = (cols + group - 1) / group * group;
-    size_t bytes = (size_t)(m.padded_rows * m.padded_cols * bits / 8), groups = (size_t)(m.padded_cols / group);
+    size_t bytes = (size_t)(m.padded_rows * m.padded_cols * code_bits(bits) / 8), groups = (size_t)(m.padded_cols / group);
     m.weight = make(bytes, 1);
     for (size_t i = 0; i < bytes; i++) {
         m.weight[i] = (uint8_t)draw();
@@ -27,7 +29,9 @@ static matrix random_matrix(int bits, int block, int group, int parts, int64_t r
     }
     size_t pairs = (size_t)m.padded_rows * (bits == 8 ? 1 : groups);
     m.params = make(2 * pairs, sizeof *m.params);
-    for (size_t i = 0; i < pairs; i++) {
+    for (size_t i = 0; bits == QMIX_E2M1 && i < pairs; i++)
+        ((uint8_t *)m.params)[i] = (uint8_t)(120 + draw() % 12);
+    for (size_t i = 0; bits != QMIX_E2M1 && i < pairs; i++) {
         m.params[bits == 8 ? i : 2 * i] = to_bf16((float)uniform(0.5, 1.5));
         if (bits != 8)
             m.params[2 * i + 1] = to_bf16((float)uniform(-2, 2));
@@ -40,12 +44,18 @@ static void free_matrix(matrix *m) {
     free(m->params);
 }
 
-/* The code of a weight, less the middle of its format: qmix/formats/grouped.py and int8.py have the layout. */
+/* The code of a weight, less the middle of its format, or twice the number that an E2M1 code stands for:
+ * qmix/formats/grouped.py, int8.py and mxfp4.py have the layout. */
 static int code_of(const matrix *m, int64_t row, int64_t col) {
     if (m->bits == 8)
         return (int8_t)m->weight[row * m->padded_cols + col];
     int64_t block = m->block, r = row % block, quarter = block / 4, eighth = block / 8;
-    const uint8_t *column = m->weight + (row / block * m->padded_cols + col) * (block * m->bits / 8);
+    const uint8_t *column = m->weight + (row / block * m->padded_cols + col) * (block * code_bits(m->bits) / 8);
+    if (m->bits == QMIX_E2M1) {
+        int code = column[r % 32] >> 4 * (r / 32) & 15, exponent = code >> 1 & 3, mantissa = code & 1;
+        int twice = exponent ? (2 + mantissa) << (exponent - 1) : mantissa;
+        return code >> 3 ? -twice : twice;
+    }
     if (m->bits == 4)
         return (column[r % (block / 2)] >> 4 * (r / (block / 2)) & 15) - 8;
     int pair = column[r % quarter] >> 2 * (r / quarter) & 3;
@@ -101,8 +111,11 @@ static double reference(const matrix *m, int act, const int *codes, int64_t row,
     for (int64_t g = 0; g < groups; g++) {
         group_sums s = sum_group(act, codes, x, g * m->group, (g + 1) * m->group);
         const uint16_t *params = m->params + (m->bits == 8 ? row : (g * m->padded_rows + row) * 2);
-        double scale = (double)from_bf16(params[0]) * x->step[g];
-        double zero = m->bits == 8 ? 0 : (double)from_bf16(params[1]) * x->step[g];
+        const uint8_t *exponents = (const uint8_t *)m->params;
+        int mx = m->bits == QMIX_E2M1;
+        double scale = (mx ? ldexp(0.5, exponents[g * m->padded_rows + row] - 127) : (double)from_bf16(params[0])) *
+                       x->step[g];
+        double zero = mx || m->bits == 8 ? 0 : (double)from_bf16(params[1]) * x->step[g];
         value += s.sum * scale + s.total * zero;
         size += s.sum_size * fabs(scale) + s.total_size * fabs(zero);
     }
@@ -252,7 +265,7 @@ static void check_results(int32_t level) {
 
 /* A number that is not finite reaches every element of its token, and no other token. */
 static void check_not_finite(int32_t level, int bits, int act) {
-    matrix m = random_matrix(bits, 64, 64, 1, 64, 128);
+    matrix m = random_matrix(bits, 64, bits == QMIX_E2M1 ? 32 : 64, 1, 64, 128);
     float x[3 * 128], clean[3 * 64], y[3 * 64];
     double worst = 0;
     fill(x, 3 * 128, 1);
@@ -278,10 +291,12 @@ static void check_not_finite(int32_t level, int bits, int act) {
 static void check_ends(int32_t level, int bits, int block) {
     double worst = 0;
     for (int end = 0; end < 2; end++) {
-        matrix m = random_matrix(bits, block, bits == 8 ? 64 : 128, 1, 64, 256);
+        matrix m = random_matrix(bits, block, bits == 8 ? 64 : bits == QMIX_E2M1 ? 32 : 128, 1, 64, 256);
+        int lowest = bits == 8 ? 0x81 : bits == QMIX_E2M1 ? 0xff : 0;
+        int highest = bits == 8 ? 127 : bits == QMIX_E2M1 ? 0x77 : 0xff;
         float x[5 * 256], y[5 * 64];
         double want[5 * 64], bound[5 * 64];
-        memset(m.weight, bits == 8 ? (end ? 127 : 0x81) : (end ? 0xff : 0), (size_t)(64 * 256 * bits / 8));
+        memset(m.weight, end ? highest : lowest, (size_t)(64 * 256 * code_bits(bits) / 8));
         for (int t = 0; t < 5; t++)
             for (int i = 0; i < 256; i++)
                 x[256 * t + i] = t == 0 || (t == 2 && i % 2) || (t == 3 && i % 4 < 2) ? 1.0f : -1.0f;
@@ -311,19 +326,24 @@ void check_products(int32_t level) {
                     check_matrix(level, &m, act);
                     free_matrix(&m);
                 }
+        for (int parts = 1; parts <= 2; parts++) {
+            matrix m = random_matrix(QMIX_E2M1, 64, 32, parts, 70, 130 + 32 * parts);
+            check_matrix(level, &m, act);
+            free_matrix(&m);
+        }
         for (int64_t rows = 1; rows < 110; rows += 36) {
             matrix m = random_matrix(8, 64, 64, 1, rows, 200);
             check_matrix(level, &m, act);
             free_matrix(&m);
         }
-        for (int bits = 2; bits <= 8; bits += bits == 4 ? 4 : 1) {
+        for (int bits = 2; bits <= 8; bits += bits == QMIX_E2M1 ? 3 : 1) {
             for (int how = QMIX_SWIGLU; how <= QMIX_SWIGLU_CLAMPED; how++)
                 check_gated(level, bits, act, how, how != QMIX_SWIGLU);
             check_not_finite(level, bits, act);
         }
     }
-    for (int bits = 2; bits <= 8; bits += bits == 4 ? 4 : 1)
-        for (int block = 32; block <= (bits == 8 ? 32 : 64); block *= 2)
+    for (int bits = 2; bits <= 8; bits += bits == QMIX_E2M1 ? 3 : 1)
+        for (int block = bits == QMIX_E2M1 ? 64 : 32; block <= (bits == 8 ? 32 : 64); block *= 2)
             check_ends(level, bits, block);
     check_results(level);
 }

@@ -19,10 +19,10 @@ from qmix.errors import QmixError
 from qmix.hardware.memory import anonymous_memory
 from qmix.kernels.device_table import choose_device_kernels
 from qmix.kernels.table import KernelTable
-from qmix.sizes import MIB
+from qmix.sizes import MIB, MX_BLOCK
 
 PROBE = 64 * MIB  # page-locked for a moment
-FORMATS = (*((name, block) for name in GROUPED_BITS for block in BLOCKS), ("int8", 0))
+FORMATS = (*((name, block) for name in GROUPED_BITS for block in BLOCKS), ("mxfp4", MX_BLOCK), ("int8", 0))
 
 
 def gpu(root: Path, say: Callable[[str], None]) -> Section:

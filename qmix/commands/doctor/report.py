@@ -32,7 +32,7 @@ from qmix.hardware.memory import hugepages, memlock_limit, read_text
 from qmix.kernels import native, reference
 from qmix.kernels.table import select
 from qmix.render import Progress
-from qmix.sizes import GIB, MIB, format_bytes
+from qmix.sizes import GIB, MIB, MX_BLOCK, format_bytes
 
 LIBRARIES = ("torch", "bitsandbytes", "safetensors", "sentencepiece", "tokenizers")
 OPTIONAL = ("triton",)
@@ -136,7 +136,8 @@ def kernels(speeds: Speeds | None = None) -> Section:
     rows: list[dict[str, Any]] = []
     lines: list[str] = []
     slow: list[str] = []
-    for name, block in (*((name, block) for name in GROUPED_BITS for block in BLOCKS), ("int8", 0)):
+    for name, block in (*((name, block) for name in GROUPED_BITS for block in BLOCKS), ("mxfp4", MX_BLOCK),
+                        ("int8", 0)):
         table = select([name], [block], say=lines.append, activations="auto")
         measured = {} if speeds is None else speeds.kernel(table, name, block)
         rows.append({"format": name, "block": block or "-", **measured, "kernel": table.names[name]})

@@ -21,6 +21,7 @@ from qmix.commands.options import (
     quant_config,
     size_or_auto,
 )
+from qmix.config import QuantConfig
 
 
 def plan(
@@ -46,11 +47,12 @@ def plan(
     """Print where every byte of a model would go and how fast it should run; exit 3 if it cannot fit."""
     from qmix.commands.plan import report as planning
 
-    quant = None
-    if format or dense or group_size:
-        quant = quant_config(format or "int4", dense or "int8", None, group_size, None, False)
+    def quant(default: str) -> QuantConfig:
+        return quant_config(format or default, dense or "int8", None, group_size, None, False)
+
+    asked = bool(format or dense or group_size)
     path = paths.resolve(model, render.say, "config") if model else model_folder(model)
-    found = planning.find_model(path, quant, paths.if_any(paths.routing_folder), render.say)
+    found = planning.find_model(path, quant if asked else None, paths.if_any(paths.routing_folder), render.say)
     machine = planning.Machine(size_or_auto("--ram", ram), margin_bytes(margin),
                                size_or_auto("--vram", vram), ram_speed, vram_speed, pcie, disk,
                                gpu=planning.known_gpu(paths.if_any(paths.gpu_memory_file), render.say))

@@ -19,7 +19,7 @@ from qmix.engine import Placement
 from qmix.errors import CheckpointError, ConfigError, UsageError
 from qmix.forward.lower_device import not_on_device
 from qmix.hardware.gpu_memory import GpuMemory
-from qmix.models import read_model
+from qmix.models import published_experts, read_model
 from qmix.offload import router_stats
 from qmix.offload.forecast import Speeds, forecast, known_shares
 from qmix.offload.plan import CUDA_CONTEXT, PROGRAM, UNMEASURED, Needs, Plan, choose_context, margin_of
@@ -59,9 +59,11 @@ class Planned:
     shares: Mapping[ExpertKey, float]
 
 
-def find_model(path: Path, quant: QuantConfig | None, state: Path | None, say: Callable[[str], None]) -> Planned:
+def find_model(path: Path, quant: QuantConfig | Callable[[str], QuantConfig] | None, state: Path | None,
+               say: Callable[[str], None]) -> Planned:
     """The model at `path`: a store, a folder with a config.json, or a config.json. quant: how an unquantized one
-    would be quantized, None = as `qmix quantize` does by default; UsageError for a store, which is."""
+    would be quantized, or what makes that of the format that its experts get by default; None = as `qmix quantize` does
+    by default. UsageError for a store, which is quantized."""
     if (path / MANIFEST).is_file():
         if quant is not None:
             raise UsageError(f"{path}: is quantized already", "drop --format, --group-size and --dense")
@@ -83,6 +85,13 @@ def find_model(path: Path, quant: QuantConfig | None, state: Path | None, say: C
                               "name a store, a checkpoint or a config.json") from None
     for note in ignored_keys(file, raw):
         say(f"note: {note}")
+    published = published_experts(raw)
+    if published is not None and quant is None:
+        quant = QuantConfig(published, method="", group_size=0, block=0)
+    elif callable(quant):
+        quant = quant(published or "int4")
+    if published is not None and quant is not None and quant.experts != published:
+        say(f"note: the experts are published as {published}: --format {quant.experts} would quantize them again")
     return Planned(path.resolve().name, model, quant or QuantConfig(), {})
 
 

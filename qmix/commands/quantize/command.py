@@ -10,6 +10,7 @@ import typer
 from qmix import paths, render
 from qmix.commands.options import Threads, quant_config
 from qmix.commands.quantize.calibration import check_calibration, mixed_config, read_calibration, wanted_size
+from qmix.commands.quantize.published import Flags, choose_for_published
 from qmix.config import CALIBRATED, GROUPED_BITS
 
 if TYPE_CHECKING:
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
 def quantize(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face checkpoint: folder or hub id.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The store to write, a new folder.")],
-    format: Annotated[str | None, typer.Option("--format", help="Experts: int8, int4 (default), int3, int2, nf4, fp4 "
-                                               "or keep (unquantized).", show_default=False)] = None,
+    format: Annotated[str | None, typer.Option("--format", help="Experts: int8, int4 (default), int3, int2, mxfp4, "
+                                               "nf4, fp4 or keep (unquantized). Experts that are MXFP4 already stay so "
+                                               "by default.", show_default=False)] = None,
     fit: Annotated[str | None, typer.Option("--fit", help="Or: the mix of int4, int3 and int2 that suits a "
                                             "--calibration text best, all weights in this size (22G).",
                                             show_default=False)] = None,
@@ -62,6 +64,10 @@ def quantize(
             render.say(f"skipped: {name} (the model does not need it)")
         for note in checkpoint.notes:
             render.say(f"note: {note}")
+        if checkpoint.expert_format is not None:
+            asked = Flags(format, dense, method, group_size, block, calibration)
+            quant, wanted = choose_for_published(checkpoint, quant, wanted, asked)
+            calibration = calibration if wanted is not None or quant.method in CALIBRATED else None
         _check_tokenizer(checkpoint)
         text = None if calibration is None else read_calibration(checkpoint, calibration, calibration_tokens)
         if wanted is not None:

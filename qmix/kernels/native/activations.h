@@ -3,7 +3,9 @@
  * int8: int32 codes [K/4][C], 4 in each; int32 start [K/g][C]; fp32 step, sum [K/g][C]
  * bf16: words [K/4][WORDS][C]; fp32 sum [K/g][C]
  * int8 for the grouped formats of a level with PAIRS, see pairs.h: int32 words [K/2][C], the codes of two columns,
- * twice; int32 start [K/32][C], a 16-bit number, twice; fp32 step, sum [K/g][C]
+ * twice; int32 start [K/32][C], of mxfp4 [K/16][C], a 16-bit number, twice; fp32 step, sum [K/g][C]
+ *
+ * For mxfp4 step, or x in bf16, is half as large: its codes are twice what they should be.
  */
 
 ALWAYS float from_bf16(uint16_t bits) {
@@ -26,14 +28,16 @@ ALWAYS uint16_t to_bf16(float value) { /* to the nearest, ties to even; NaN stay
 
 #ifdef PAIRS
 #define IN_PAIRS(act, job) ((act) == QMIX_ACT_INT8 && (job)->bits != 8)
+#define PART(bits) ((bits) == QMIX_E2M1 ? 16 : 32) /* columns whose sum fits 16 bits */
 #else
+#define PART(bits) 32
 #define IN_PAIRS(act, job) 0
 #endif
 
 static int64_t token_bytes(int32_t act, const qmix_job *job) {
     int64_t columns = job->padded_cols, groups = columns / job->group;
     if (IN_PAIRS(act, job))
-        return 2 * columns + columns / 32 * 4 + 8 * groups;
+        return 2 * columns + columns / PART(job->bits) * 4 + 8 * groups;
     return act == QMIX_ACT_INT8 ? columns + 12 * groups : columns * WORDS + 4 * groups;
 }
 
@@ -83,8 +87,8 @@ static void pack_int8(const qmix_job *job, int64_t first, int64_t count, char *p
             int32_t total;
             read_group(job, first + c, g * group, x);
             float width = quantize_group(x, (int)group, codes, &total);
-            start[g * count + c] = -total * (job->bits == 8 ? SIGNED_OFFSET : 8);
-            step[g * count + c] = width;
+            start[g * count + c] = -total * (job->bits == 8 ? SIGNED_OFFSET : qmix_middle(job->bits));
+            step[g * count + c] = job->bits == QMIX_E2M1 ? width / 2 : width;
             sum[g * count + c] = width * (float)total;
             for (int64_t k = 0; k < group / 4; k++)
                 memcpy(&words[(g * group / 4 + k) * count + c], codes + 4 * k, 4);
@@ -95,7 +99,8 @@ static void pack_int8(const qmix_job *job, int64_t first, int64_t count, char *p
 static void pack_pairs(const qmix_job *job, int64_t first, int64_t count, char *panel) {
     int64_t columns = job->padded_cols, group = job->group, groups = columns / group;
     uint32_t *words = (uint32_t *)panel, *start = words + columns / 2 * count;
-    float *step = (float *)(start + columns / 32 * count), *sum = step + groups * count;
+    const int size = PART(job->bits), middle = job->bits == QMIX_E2M1 ? 12 : 1 << (job->bits - 1); /* 12, 8, 4 or 2 */
+    float *step = (float *)(start + columns / size * count), *sum = step + groups * count;
     float x[128];
     int8_t codes[128];
     for (int64_t c = 0; c < count; c++)
@@ -103,18 +108,18 @@ static void pack_pairs(const qmix_job *job, int64_t first, int64_t count, char *
             int32_t total;
             read_group(job, first + c, g * group, x);
             float width = quantize_group(x, (int)group, codes, &total);
-            step[g * count + c] = width;
+            step[g * count + c] = job->bits == QMIX_E2M1 ? width / 2 : width;
             sum[g * count + c] = width * (float)total;
             for (int64_t k = 0; k < group / 2; k++) {
                 uint32_t pair = (uint8_t)codes[2 * k] | (uint32_t)(uint8_t)codes[2 * k + 1] << 8;
                 words[(g * group / 2 + k) * count + c] = pair * 0x10001;
             }
-            for (int64_t part = 0; part < group / 32; part++) {
+            for (int64_t part = 0; part < group / size; part++) {
                 int32_t of_part = 0;
-                for (int i = 0; i < 32; i++)
-                    of_part += codes[32 * part + i];
-                uint16_t most = (uint16_t)(-of_part * (1 << (job->bits - 1))); /* the middle is 8, 4 or 2 */
-                start[(g * group / 32 + part) * count + c] = most * 0x10001u;
+                for (int i = 0; i < size; i++)
+                    of_part += codes[size * part + i];
+                uint16_t most = (uint16_t)(-of_part * middle);
+                start[(g * group / size + part) * count + c] = most * 0x10001u;
             }
         }
 }
@@ -132,6 +137,7 @@ static void pack_float(const qmix_job *job, int64_t first, int64_t count, char *
             for (int64_t i = 0; i < group; i++) {
                 x[i] = from_bf16(to_bf16(x[i]));
                 total += x[i];
+                x[i] = job->bits == QMIX_E2M1 ? x[i] / 2 : x[i];
             }
             sum[g * count + c] = total;
             for (int64_t k = 0; k < group / 4; k++)
@@ -173,8 +179,8 @@ static panel_view view_panel(int32_t act, const qmix_job *job, const char *panel
     if (IN_PAIRS(act, job)) {
         x.words = (const uint32_t *)panel + column / 2 * count;
         const char *after = panel + 2 * columns * count;
-        x.start = (const int32_t *)after + column / 32 * count;
-        x.step = (const float *)(after + columns / 32 * 4 * count) + g;
+        x.start = (const int32_t *)after + column / PART(job->bits) * count;
+        x.step = (const float *)(after + columns / PART(job->bits) * 4 * count) + g;
         x.sum = x.step + groups * count;
         return x;
     }

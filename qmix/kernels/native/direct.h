@@ -1,13 +1,14 @@
 /* Weights straight from memory to registers, where one panel holds all tokens; products.h includes this. */
 
 #ifdef DIRECT
-/* Blocks of int4, int3 or int2, of SUB vectors, straight from memory, for one panel: the codes never see the cache twice. */
-ALWAYS void direct(const int count, const int act, const int block, const qmix_job *job, int64_t row, panel_view x,
+/* Blocks of int4, int3, int2 or (kind) E2M1, of SUB vectors, straight from memory, for one panel: the codes never see the
+ * cache twice. */
+ALWAYS void direct(const int count, const int act, const int kind, const int block, const qmix_job *job, int64_t row, panel_view x,
                    float *y) {
     const int sub = block / L;
     int64_t columns = job->padded_cols, groups = columns / job->group;
-    const int bits = job->bits;
-    const uint8_t *from = job->weight + row / block * columns * (block * bits / 8);
+    const int bits = kind == QMIX_E2M1 ? kind : job->bits;
+    const uint8_t *from = job->weight + row / block * columns * (block * qmix_code_bits(bits) / 8);
     for (int64_t g = 0; g < groups; g++) {
         vint sums[WIDTH][SUB];
         vflt fsums[WIDTH][SUB];
@@ -19,16 +20,16 @@ ALWAYS void direct(const int count, const int act, const int block, const qmix_j
                 else
                     fsums[c][v] = set_f(0);
             }
-        const uint16_t *params = job->params + (g * job->padded_rows + row) * 2;
-        for (int i = 0; i < block * 4; i += 64) /* those of the group after the next */
-            __builtin_prefetch((const char *)(params + 4 * job->padded_rows) + i);
+        const uint16_t *params = job->params + qmix_params(bits, g * job->padded_rows + row);
+        for (int i = 0; i < (bits == QMIX_E2M1 ? 64 : block * 4); i += 64) /* those of the group after the next */
+            __builtin_prefetch((const char *)(params + qmix_params(bits, 2 * job->padded_rows)) + i);
         for (int64_t k = 0; k < job->group / 4; k++) {
             vint codes[VECTORS];
             __builtin_prefetch(from + AHEAD, 0, 2); /* into the first cache it would cost a third of one core's rate */
             if (block == 64)
                 __builtin_prefetch(from + AHEAD + 64, 0, 2);
             unpack_codes(bits, from, block, codes);
-            from += block * bits / 2;
+            from += block * qmix_code_bits(bits) / 2;
             if (act == QMIX_ACT_INT8) {
                 UNROLL for (int c = 0; c < count; c++) {
                     vint word = set_i((int32_t)x.words[c]);
@@ -41,14 +42,17 @@ ALWAYS void direct(const int count, const int act, const int block, const qmix_j
                     UNROLL for (int c = 0; c < count; c++) {
                         vint word = set_i((int32_t)x.words[c]);
                         UNROLL for (int v = 0; v < sub; v++)
-                            fsums[c][v] = fdot(fsums[c][v], part_of(codes[v], w, 0), word);
+                            fsums[c][v] = fdot(fsums[c][v], part_of(codes[v], w, qmix_middle(kind)), word);
                     }
                     x.words += count;
                 }
         }
         UNROLL for (int v = 0; v < sub; v++)
-            split_params(params + v * 2 * L, scale + v * L, zero + v * L);
-        finish_group(count, sub, act, 4, sums, fsums, scale, zero, x.step, x.sum, y, block);
+            if (kind == QMIX_E2M1)
+                store_f(scale + v * L, load_e8m0((const uint8_t *)params + v * L));
+            else
+                split_params(params + v * 2 * L, scale + v * L, zero + v * L);
+        finish_group(count, sub, act, kind, sums, fsums, scale, zero, x.step, x.sum, y, block);
         x.start += count, x.step += count, x.sum += count;
     }
 }

@@ -8,14 +8,16 @@ ALWAYS void sums_in_fours(const int count, const int vectors, const int bits, co
     vint held[WIDTH][8];
     UNROLL for (int c = 0; c < count; c++)
         UNROLL for (int w = 0; w < 2 * vectors; w++)
-            held[c][w] = set_i(x.start[c] >> (4 - bits)); /* -8 times the sum of x: the middle is 8, 4 or 2 */
+            /* -8 times the sum of x, but the middle is 8, 4 or 2; E2M1's start is its own */
+            held[c][w] = set_i(bits == QMIX_E2M1 ? x.start[c] : x.start[c] >> (4 - bits));
+    const int width = qmix_code_bits(bits);
     ONCE for (int64_t k = 0; k < group / 4; k += 2) {
-        prefetch_codes(from, block * bits);
+        prefetch_codes(from, block * width);
         UNROLL for (int i = 0; i < 2; i++) {
             vint a[2], b[2], both[2], codes[8];
             nibbles_of_pair(bits, block, from, a);
-            nibbles_of_pair(bits, block, from + block * bits / 4, b);
-            from += block * bits / 2;
+            nibbles_of_pair(bits, block, from + block * width / 4, b);
+            from += block * width / 2;
             UNROLL for (int n = 0; n < vectors / 2; n++) {
                 both[0] = _mm256_unpacklo_epi16(a[n], b[n]);
                 both[1] = _mm256_unpackhi_epi16(a[n], b[n]);
@@ -24,6 +26,9 @@ ALWAYS void sums_in_fours(const int count, const int vectors, const int bits, co
                     codes[vectors + 2 * n + h] = masked(_mm256_srli_epi16(both[h], 4), bits == 2 ? 3 : 15);
                 }
             }
+            if (bits == QMIX_E2M1)
+                UNROLL for (int w = 0; w < 2 * vectors; w++)
+                    codes[w] = of_e2m1(codes[w]);
             UNROLL for (int c = 0; c < count; c++) {
                 vint word = set_i((int32_t)x.words[c]);
                 UNROLL for (int w = 0; w < 2 * vectors; w++)
@@ -43,10 +48,11 @@ ALWAYS void direct_group(const int count, const int bits, const int block, int64
     sums_in_fours(count, block / 16, bits, block, group, from, x, wide);
     UNROLL for (int w = 0; w < block / 8; w++) {
         vflt scale, zero;
-        params_of(params, row_distance(bits, block), w, &scale, &zero);
+        params_of(bits, params, row_distance(bits, block), w, &scale, &zero);
         UNROLL for (int c = 0; c < count; c++) {
             float *to = sums[c] + w * L;
-            store_f(to, add_zero(zero, x.sum[c], add_codes(wide[c][w], scale, x.step[c], load_f(to))));
+            vflt value = add_codes(wide[c][w], scale, x.step[c], load_f(to));
+            store_f(to, bits == QMIX_E2M1 ? value : add_zero(zero, x.sum[c], value));
         }
     }
 }
@@ -57,4 +63,4 @@ ALWAYS void direct_group(const int count, const int bits, const int block, int64
         direct_group(count, bits, block, group, from, params, x, sums); \
     }
 enum { COLUMNS_OF_WORD = 4 };
-static int64_t starts_of_group(int64_t group) { return (void)group, 1; }
+static int64_t starts_of_group(const qmix_job *job) { return (void)job, 1; }

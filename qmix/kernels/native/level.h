@@ -23,6 +23,8 @@
 #define QMIX_NEON /* Linux says what an ARM processor can do */
 #endif
 
+#define E2M1_CODES 12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0 /* 12 + twice the number of each code */
+
 /* One call of attention, its positions cut for the pool. */
 typedef struct {
     const qmix_attention *job;
@@ -56,6 +58,16 @@ extern const qmix_level qmix_avx512bf16, qmix_avx512vnni, qmix_avx512, qmix_avx2
     qmix_neondot, qmix_portable;
 
 enum { TOKEN_BLOCK = 256, SCRATCH = 32768 + 2 * 64 * 8 * 4 + 2 * 64 * TOKEN_BLOCK * 4 };
+
+/* Bits of a code in memory. */
+static inline int qmix_code_bits(int bits) { return bits == QMIX_E2M1 ? 4 : bits; }
+
+/* What stored codes are above the numbers that they stand for, once they are unpacked: with E2M1, bytes of 12 more than
+ * twice the number, which is whole. Halves are undone in the activations. */
+static inline int qmix_middle(int bits) { return bits == QMIX_E2M1 ? 12 : bits == 8 ? 0 : 8; }
+
+/* Where parameters lie: 16-bit numbers before those of row `row`, of rows counted through all groups. */
+static inline int64_t qmix_params(int bits, int64_t row) { return bits == QMIX_E2M1 ? row / 2 : row * 2; }
 
 static inline int64_t qmix_units(const qmix_job *job) {
     int64_t rows = job->gated ? job->padded_rows / 2 : job->padded_rows;

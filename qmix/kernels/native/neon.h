@@ -32,6 +32,13 @@ ALWAYS vflt row_sums(const vflt *rows) {
     return vpaddq_f32(vpaddq_f32(rows[0], rows[1]), vpaddq_f32(rows[2], rows[3]));
 }
 
+ALWAYS vflt load_e8m0(const uint8_t *p) { /* 2^-127, the largest of those whose exponent is 0, is subnormal */
+    uint32_t four;
+    memcpy(&four, p, 4);
+    uint32x4_t wide = vmovl_u16(vget_low_u16(vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(four)))));
+    return vreinterpretq_f32_u32(vmaxq_u32(vshlq_n_u32(wide, 23), vdupq_n_u32(1 << 22)));
+}
+
 /* Scale and zero of 4 rows. */
 ALWAYS void params_of(const uint16_t *params, vflt *scale, vflt *zero) {
     uint32x4_t both = vreinterpretq_u32_u16(vld1q_u16(params));
@@ -50,11 +57,13 @@ ALWAYS void split_params(const uint16_t *params, float *scale, float *zero) {
 ALWAYS void unpack_codes(int bits, const uint8_t *from, int block, vint *rows) {
     if (bits == 4)
         codes_of_columns(4, 4, block, from, rows);
+    else if (bits == QMIX_E2M1)
+        codes_of_columns(4, QMIX_E2M1, block, from, rows);
     else if (bits == 3)
         codes_of_columns(4, 3, block, from, rows);
     else
         codes_of_columns(4, 2, block, from, rows);
-    if (bits != 4)
+    if (bits == 3 || bits == 2)
         UNROLL for (int v = 0; v < block / L; v++)
             rows[v] = add_i(rows[v], set_i(bits == 3 ? 0x04040404 : 0x06060606));
 }
@@ -81,7 +90,7 @@ ALWAYS void transpose(const int8_t *const *rows, int64_t column, vint *out) {
 
 #define SIGNED_OFFSET 0
 ALWAYS vint signed_codes(vint w) { return w; }
-ALWAYS vint dot4(vint sum, vint w, vint x) { /* codes 0..15 are signed bytes too */
+ALWAYS vint dot4(vint sum, vint w, vint x) { /* codes 0..24 are signed bytes too */
     return vdotq_s32(sum, vreinterpretq_s8_s32(w), vreinterpretq_s8_s32(x));
 }
 ALWAYS vint dot4_signed(vint sum, vint w, vint x) { return dot4(sum, w, x); }
@@ -99,8 +108,8 @@ ALWAYS vint dot_rows(const int8_t *const *rows, int64_t column, const void *x) {
 }
 
 #define WORDS 4
-ALWAYS vint part_of(vint codes, int i, int is_signed) { /* weight i of each lane as fp32 */
-    vint code = is_signed ? codes << (24 - 8 * i) >> 24 : (codes >> 8 * i & 255) - 8;
+ALWAYS vint part_of(vint codes, int i, int middle) { /* weight i of each lane as fp32 */
+    vint code = middle ? (codes >> 8 * i & 255) - middle : codes << (24 - 8 * i) >> 24;
     return vreinterpretq_s32_f32(to_f(code));
 }
 ALWAYS vflt fdot(vflt sum, vint w, vint x) {

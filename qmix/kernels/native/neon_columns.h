@@ -1,7 +1,7 @@
 /* 128 bits: columns of a block of the grouped formats, whose bytes become lanes.
  *
  * B rows per block, C columns at a time: 4 for dot products, 8 for products of matrices. A vector of codes has all C
- * columns of 16 / C rows, one row after the other. Codes are as stored: 0..15 of int4, 0..7 of int3, 0..3 of int2.
+ * columns of 16 / C rows, one row after the other. Codes are as stored: 0..15 of int4, 0..7 of int3, 0..3 of int2; of E2M1 0..24, looked up.
  */
 #include <arm_neon.h>
 #include <string.h>
@@ -51,14 +51,18 @@ ALWAYS void columns_of_bytes(const int columns, const int n, const uint8_t *from
 
 ALWAYS void put_codes(uint8x16_t codes, int32x4_t *to) { *to = vreinterpretq_s32_u8(codes); }
 
-ALWAYS void codes_of_int4(const int columns, const int block, const uint8_t *from, int32x4_t *codes) {
+/* Of E2M1 what E2M1_CODES has for each code. */
+ALWAYS void codes_of_int4(const int columns, const int bits, const int block, const uint8_t *from, int32x4_t *codes) {
+    static const uint8_t e2m1[16] = {E2M1_CODES};
+    const uint8x16_t table = vld1q_u8(e2m1);
     const int half = block / 2, count = half * columns / 16;
     uint8x16_t packed[16];
     UNROLL for (int i = 0; i < half / 16; i++)
         columns_of_bytes(columns, 16, from + 16 * i, half, packed + columns * i);
     UNROLL for (int i = 0; i < count; i++) {
-        put_codes(packed[i] & vdupq_n_u8(15), codes + i);
-        put_codes(packed[i] >> 4, codes + count + i);
+        uint8x16_t low = packed[i] & vdupq_n_u8(15), high = packed[i] >> 4;
+        put_codes(bits == QMIX_E2M1 ? vqtbl1q_u8(table, low) : low, codes + i);
+        put_codes(bits == QMIX_E2M1 ? vqtbl1q_u8(table, high) : high, codes + count + i);
     }
 }
 
@@ -91,10 +95,13 @@ ALWAYS void codes_of_int3(const int columns, const int block, const uint8_t *fro
 
 ALWAYS void codes_of_columns(const int columns, const int bits, const int block, const uint8_t *from,
                              int32x4_t *codes) {
-    if (bits == 4)
-        codes_of_int4(columns, block, from, codes);
+    if (bits == 4 || bits == QMIX_E2M1)
+        codes_of_int4(columns, bits, block, from, codes);
     else if (bits == 3)
         codes_of_int3(columns, block, from, codes);
     else
         codes_of_int2(columns, block, from, codes);
 }
+
+/* -8 times the sum of x to that of the format's middle, 8, 4 or 2; E2M1's start is that of its own. */
+ALWAYS int32_t start_of(const int bits, int32_t start) { return bits == QMIX_E2M1 ? start : start >> (4 - bits); }

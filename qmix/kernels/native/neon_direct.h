@@ -11,7 +11,7 @@ enum { DIRECT_TOKENS = WIDTH };
  * the packed ones. Example: int4, B = 64, C = 4, pass 1 of 2: packed vectors 4 to 7, so vectors 4 to 7 and 12 to 15. */
 ALWAYS int vector_of(const int columns, const int bits, const int block, const int passes, const int pass,
                      const int h) {
-    const int packed = block / (bits == 4 ? 2 : 4) * columns / 16, part = packed / passes;
+    const int packed = block / (qmix_code_bits(bits) == 4 ? 2 : 4) * columns / 16, part = packed / passes;
     return h / part * packed + pass * part + h % part;
 }
 
@@ -28,9 +28,6 @@ ALWAYS vint dot4_lane(vint sum, vint w, vint x, const int lane) { /* x: one word
         return vdotq_laneq_s32(sum, codes, words, 3);
     }
 }
-
-/* -8 times the sum of x to that of the format's middle: 8, 4 or 2. */
-ALWAYS int32_t start_of(const int bits, int32_t start) { return start >> (4 - bits); }
 
 /* sums[c][h] = a group of columns of the rows of the pass's vector h. `fours` times 4 columns a turn: their words of
  * activations are whole vectors. */
@@ -49,9 +46,9 @@ ALWAYS void sums_by_dots(const int count, const int bits, const int block, const
             vint codes[16];
             __asm__ volatile("" ::: "memory"); /* gcc would load for all turns at once, and run out of registers */
             if (!pass && i % 2 == 0)
-                prefetch_codes(from, (fours > 1 ? 2 : 1) * block * bits / 2);
+                prefetch_codes(from, (fours > 1 ? 2 : 1) * block * qmix_code_bits(bits) / 2);
             codes_of_columns(4, bits, block, from, codes);
-            from += block * bits / 2;
+            from += block * qmix_code_bits(bits) / 2;
             UNROLL for (int h = 0; h < vectors; h++)
                 UNROLL for (int c = 0; c < count; c++)
                     held[c][h] = dot4_lane(held[c][h], codes[vector_of(4, bits, block, passes, pass, h)],
@@ -76,13 +73,13 @@ ALWAYS void sums_by_matrices(const int count, const int bits, const int block, c
     ONCE for (int64_t k = 0; k < group / 8; k++) {
         vint codes[32], tokens[2];
         if (!pass)
-            prefetch_codes(from, block * bits);
+            prefetch_codes(from, block * qmix_code_bits(bits));
         token_pairs(count, x.words, tokens);
         codes_of_columns(8, bits, block, from, codes);
         UNROLL for (int h = 0; h < vectors; h++)
             UNROLL for (int p = 0; p < pairs; p++)
                 held[h][p] = dot_matrices(held[h][p], codes[vector_of(8, bits, block, passes, pass, h)], tokens[p]);
-        from += block * bits, x.words += 2 * count;
+        from += block * qmix_code_bits(bits), x.words += 2 * count;
     }
     UNROLL for (int c = 0; c < count; c++)
         UNROLL for (int h = 0; h < vectors / 2; h++)
@@ -106,10 +103,14 @@ ALWAYS void direct_group(const int count, const int bits, const int block, const
         UNROLL for (int h = 0; h < block / L / passes; h++) {
             const int row = L * vector_of(4, bits, block, passes, pass, h);
             vflt scale, zero;
-            params_of(params + 2 * row, &scale, &zero);
+            if (bits == QMIX_E2M1)
+                scale = load_e8m0((const uint8_t *)params + row);
+            else
+                params_of(params + 2 * row, &scale, &zero);
             UNROLL for (int c = 0; c < count; c++) {
                 float *to = y + c * block + row;
-                store_f(to, add_zero(zero, x.sum[c], add_codes(sums[c][h], scale, x.step[c], load_f(to))));
+                vflt value = add_codes(sums[c][h], scale, x.step[c], load_f(to));
+                store_f(to, bits == QMIX_E2M1 ? value : add_zero(zero, x.sum[c], value));
             }
         }
     }
@@ -129,26 +130,29 @@ typedef void grouping(int64_t group, const uint8_t *from, const uint16_t *params
 GROUPS(4)
 GROUPS(3)
 GROUPS(2)
+GROUP(1, 5, 64, 1) GROUP(2, 5, 64, 2) GROUP(3, 5, 64, 4) GROUP(4, 5, 64, 4) /* 5: QMIX_E2M1 */
 #undef GROUPS
 #undef GROUP
 
 #define OF_BITS(bits) {{group_1_##bits##_32, group_2_##bits##_32, group_3_##bits##_32, group_4_##bits##_32}, \
                        {group_1_##bits##_64, group_2_##bits##_64, group_3_##bits##_64, group_4_##bits##_64}}
-static grouping *const groups_of[3][2][WIDTH] = {OF_BITS(2), OF_BITS(3), OF_BITS(4)};
+static grouping *const groups_of[4][2][WIDTH] = {OF_BITS(2), OF_BITS(3), OF_BITS(4),
+                                                 {{NULL}, {group_1_5_64, group_2_5_64, group_3_5_64, group_4_5_64}}};
 #undef OF_BITS
 
 /* y fp32 [tokens][B] += one block of rows times all tokens, at most DIRECT_TOKENS. */
 static void rows_of_columns(const qmix_job *job, int64_t row, const char *panels, float *y) {
-    int64_t groups = job->padded_cols / job->group, bytes = job->block * job->bits / 8;
+    int64_t groups = job->padded_cols / job->group, bytes = job->block * qmix_code_bits(job->bits) / 8;
     const uint8_t *from = job->weight + row / job->block * job->padded_cols * bytes;
-    const uint16_t *params = job->params + row * 2;
+    const uint16_t *params = job->params + qmix_params(job->bits, row);
+    int64_t pitch = qmix_params(job->bits, job->padded_rows), size = qmix_params(job->bits, job->block) * 2;
     panel_view x = view_panel(QMIX_ACT_INT8, job, panels, job->tokens, 0);
     grouping *add = groups_of[job->bits - 2][job->block / 64][job->tokens - 1];
     for (int64_t g = 0; g < groups; g++) {
-        for (int i = 0; i < job->block * 4; i += 64) /* those of the group after the next */
-            __builtin_prefetch((const char *)(params + 4 * job->padded_rows) + i);
+        for (int64_t i = 0; i < size; i += 64) /* those of the group after the next */
+            __builtin_prefetch((const char *)(params + 2 * pitch) + i);
         add(job->group, from, params, x, y);
-        from += job->group * bytes, params += 2 * job->padded_rows;
+        from += job->group * bytes, params += pitch;
         x.words += job->group / 4 * job->tokens;
         x.start += job->tokens, x.step += job->tokens, x.sum += job->tokens;
     }

@@ -50,9 +50,9 @@ ALWAYS void tile_of_rows(const qmix_job *job, int64_t row, int64_t column, int64
 ALWAYS void tile_of_columns(const int bits, const int block, const uint8_t *from, int64_t columns, vint *tile) {
     ONCE for (int64_t k = 0; k < columns / 8; k++) {
         vint codes[32];
-        prefetch_codes(from, block * bits);
+        prefetch_codes(from, block * qmix_code_bits(bits));
         codes_of_columns(8, bits, block, from, codes);
-        from += block * bits;
+        from += block * qmix_code_bits(bits);
         UNROLL for (int strip = 0; strip < block / 16; strip++)
             UNROLL for (int v = 0; v < 8; v++)
                 tile[(strip * (columns / 8) + k) * 8 + v] = codes[8 * strip + v];
@@ -79,8 +79,8 @@ ALWAYS void inner_matrices(const int count, const int bits, int64_t groups, int6
         UNROLL for (int c = 0; c < count; c++)
             UNROLL for (int v = 0; v < SUB; v++)
                 sums[c][v] = rows_of_token(held[2 * v][c / 2], held[2 * v + 1][c / 2], c,
-                                           bits == 8 ? 0 : x.start[c] >> (4 - bits));
-        finish_group(count, SUB, QMIX_ACT_INT8, bits == 8 ? 8 : 4, sums, NULL, scale, zero, x.step, x.sum, y, y_stride);
+                                           bits == 8 ? 0 : start_of(bits, x.start[c]));
+        finish_group(count, SUB, QMIX_ACT_INT8, bits > 4 ? bits : 4, sums, NULL, scale, zero, x.step, x.sum, y, y_stride);
         x.start += count, x.step += count, x.sum += count, scale += 64, zero += 64;
     }
 }
@@ -95,12 +95,13 @@ ALWAYS void inner_matrices(const int count, const int bits, int64_t groups, int6
 INNERS(2)
 INNERS(3)
 INNERS(4)
+INNERS(5) /* QMIX_E2M1 */
 INNERS(8)
 #undef INNERS
 #undef INNER
 #define OF_BITS(bits) {inner_1_##bits, inner_2_##bits, inner_3_##bits, inner_4_##bits}
-static void (*const inner_of[4][WIDTH])(int64_t, int64_t, const vint *, panel_view, const float *, const float *,
-                                        float *, int64_t) = {OF_BITS(2), OF_BITS(3), OF_BITS(4), OF_BITS(8)};
+static void (*const inner_of[5][WIDTH])(int64_t, int64_t, const vint *, panel_view, const float *, const float *,
+                                        float *, int64_t) = {OF_BITS(2), OF_BITS(3), OF_BITS(4), OF_BITS(5), OF_BITS(8)};
 #undef OF_BITS
 
 /* acc fp32 [tokens][B] += one block of rows times all tokens of panels [panel, last). */
@@ -111,7 +112,7 @@ ALWAYS void rows_by_matrices(const int bits, const int block, const qmix_job *jo
     vint *tile = (vint *)scratch;
     for (int64_t column = 0; column < job->padded_cols; column += 256) {
         int64_t columns = job->padded_cols - column < 256 ? job->padded_cols - column : 256;
-        const uint8_t *from = job->weight + (row / block * job->padded_cols + column) * (block * bits / 8);
+        const uint8_t *from = job->weight + (row / block * job->padded_cols + column) * (block * qmix_code_bits(bits) / 8);
         if (bits == 8)
             tile_of_rows(job, row, column, columns, tile);
         else
@@ -121,7 +122,7 @@ ALWAYS void rows_by_matrices(const int bits, const int block, const qmix_job *jo
             int64_t begin = qmix_panel(job->tokens, WIDTH, p), n = qmix_panel(job->tokens, WIDTH, p + 1) - begin;
             panel_view x = view_panel(QMIX_ACT_INT8, job, panels + begin * bytes, n, column);
             for (int at = 0; at < block; at += 16)
-                inner_of[bits == 8 ? 3 : bits - 2][n - 1](columns / group, group, tile + at / 16 * columns, x,
+                inner_of[bits == 8 ? 4 : bits - 2][n - 1](columns / group, group, tile + at / 16 * columns, x,
                                                           scale + at, zero + at, acc + (begin - first) * block + at,
                                                           block);
         }

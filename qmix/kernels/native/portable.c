@@ -52,6 +52,15 @@ ALWAYS void split_params(const uint16_t *params, float *scale, float *zero) {
     }
 }
 
+ALWAYS vflt load_e8m0(const uint8_t *p) {
+    vflt x;
+    for (int i = 0; i < L; i++) {
+        uint32_t bits = p[i] ? (uint32_t)p[i] << 23 : 1u << 22; /* 2^-127 is subnormal */
+        memcpy((float *)&x + i, &bits, 4);
+    }
+    return x;
+}
+
 /* Nibbles of 4 columns of int3 or int2: see formats/narrow.py. */
 static void widen(int bits, const uint8_t *from, int block, uint8_t *to) {
     int quarter = block / 4, eighth = block / 8;
@@ -71,15 +80,17 @@ static void widen(int bits, const uint8_t *from, int block, uint8_t *to) {
 ALWAYS void unpack_codes(int bits, const uint8_t *from, int block, vint *rows) {
     int half = block / 2;
     uint8_t nibbles[128];
-    if (bits != 4) {
+    static const uint8_t of_e2m1[16] = {E2M1_CODES};
+    if (bits == 3 || bits == 2) {
         widen(bits, from, block, nibbles);
         from = nibbles;
     }
     for (int i = 0; i < half; i++) {
         uint32_t low = 0, high = 0;
         for (int k = 0; k < 4; k++) {
-            low |= (uint32_t)(from[k * half + i] & 15) << 8 * k;
-            high |= (uint32_t)(from[k * half + i] >> 4) << 8 * k;
+            uint8_t first = from[k * half + i] & 15, second = from[k * half + i] >> 4;
+            low |= (uint32_t)(bits == QMIX_E2M1 ? of_e2m1[first] : first) << 8 * k;
+            high |= (uint32_t)(bits == QMIX_E2M1 ? of_e2m1[second] : second) << 8 * k;
         }
         rows[i / L][i % L] = (int32_t)low;
         rows[(half + i) / L][i % L] = (int32_t)high;
@@ -103,11 +114,11 @@ ALWAYS vint dot4_signed(vint sum, vint w, vint x) {
         sum += (w << (24 - 8 * k) >> 24) * (x << (24 - 8 * k) >> 24);
     return sum;
 }
-ALWAYS vint dot4(vint sum, vint w, vint x) { return dot4_signed(sum, w, x); } /* codes 0..15 are signed bytes too */
+ALWAYS vint dot4(vint sum, vint w, vint x) { return dot4_signed(sum, w, x); } /* codes 0..24 are signed bytes too */
 
 #define WORDS 4
-ALWAYS vint part_of(vint codes, int i, int is_signed) { /* weight i of each lane as fp32 */
-    vint code = is_signed ? codes << (24 - 8 * i) >> 24 : (codes >> 8 * i & 255) - 8;
+ALWAYS vint part_of(vint codes, int i, int middle) { /* weight i of each lane as fp32 */
+    vint code = middle ? (codes >> 8 * i & 255) - middle : codes << (24 - 8 * i) >> 24;
     vflt value = to_f(code);
     return (vint)value;
 }

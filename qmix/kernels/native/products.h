@@ -5,12 +5,14 @@
  *   SUB, WIDTH       the inner product keeps SUB vectors of rows x WIDTH tokens of sums in registers
  *   vint, vflt       vectors of L int32 and L fp32, with load, store, broadcast and arithmetic as named below
  *   unpack_codes     4 columns of a block of int4, int3 or int2 -> vectors of rows, lane = the 4 codes of a row, as int4's
- *                    (uint8 each): a code of fewer bits plus what keeps its distance from the middle
- *   dot4             sum += 4 products of codes 0..15 with int8 activations, per lane
+ *                    (uint8 each): a code of fewer bits plus what keeps its distance from the middle; of E2M1, what
+ *                    E2M1_CODES has for each code
+ *   load_e8m0        L scales of mxfp4, powers of two, as fp32
+ *   dot4             sum += 4 products of codes 0..24 with int8 activations, per lane
  *   dot4_signed      the same with int8 weights, stored in the tile as `signed_codes` makes them, which leaves
  *                    SIGNED_OFFSET too much in each
  *   WORDS            bf16 activations: words (of 32 bits) that 4 columns take: 2 with bf16 dot products, else 4
- *   part_of, fdot    bf16 activations: word i of a lane's 4 weights, and sum += its products
+ *   part_of, fdot    bf16 activations: word i of a lane's 4 weights less a middle (0: signed), and sum += its products
  *   DIRECT           int4 weights go from memory to registers where one panel holds all tokens (direct.h)
  *   DIRECT_INT8      int8 rows do so for this many tokens with int8 activations, by `dot_rows`
  *   DIRECT_PAIRS     the grouped formats do so for a few tokens with int8 activations (pairs_direct.h, 256 bits only)
@@ -78,36 +80,39 @@ ALWAYS void block_rows(const int act, const int bits, const int block, const qmi
                        const char *panels, int64_t panel, int64_t last, char *scratch, float *acc) {
     int64_t group = job->group, words = act == QMIX_ACT_INT8 ? 1 : WORDS;
 #ifdef DIRECT_PAIRS
-    if (bits == 4 && act == QMIX_ACT_INT8 && job->tokens <= DIRECT_TOKENS(block)) {
+    if (bits != 8 && act == QMIX_ACT_INT8 && job->tokens <= DIRECT_TOKENS(block)) {
         rows_directly(job, row, panels, acc);
         return;
     }
 #endif
 #ifdef PAIRS
-    if (bits == 4 && act == QMIX_ACT_INT8) {
-        WITH_BITS(job->bits, rows_by_tiles(width, block, job, row, panels, panel, last, scratch, acc))
+    if (bits != 8 && act == QMIX_ACT_INT8) {
+        if (bits == QMIX_E2M1)
+            rows_by_tiles(bits, block, job, row, panels, panel, last, scratch, acc);
+        else
+            WITH_BITS(job->bits, rows_by_tiles(width, block, job, row, panels, panel, last, scratch, acc))
         return;
     }
 #endif
 #ifdef DIRECT_COLUMNS
-    if (bits == 4 && act == QMIX_ACT_INT8 && job->tokens <= DIRECT_TOKENS) {
+    if (bits != 8 && act == QMIX_ACT_INT8 && job->tokens <= DIRECT_TOKENS) {
         rows_of_columns(job, row, panels, acc);
         return;
     }
 #endif
 #ifdef MATRICES
     if (act == QMIX_ACT_INT8 && job->tokens > 1) {
-        if (bits == 8)
-            rows_by_matrices(8, 64, job, row, panels, panel, last, scratch, acc);
+        if (bits != 4)
+            rows_by_matrices(bits, 64, job, row, panels, panel, last, scratch, acc);
         else
             WITH_BITS(job->bits, rows_by_matrices(width, block, job, row, panels, panel, last, scratch, acc))
         return;
     }
 #endif
 #ifdef DIRECT
-    if (bits == 4 && job->tokens <= WIDTH) {
+    if (bits != 8 && job->tokens <= WIDTH) {
         panel_view x = view_panel(act, job, panels, job->tokens, 0);
-        WITH_COUNT(job->tokens, direct(count, act, block, job, row, x, acc))
+        WITH_COUNT(job->tokens, direct(count, act, bits, block, job, row, x, acc))
         return;
     }
 #endif
@@ -149,6 +154,11 @@ static void unit_rows(int32_t act, const qmix_job *job, int64_t unit, const char
             unit_of(QMIX_ACT_INT8, 8, 64, job, unit, panels, scratch);
         else
             unit_of(QMIX_ACT_BF16, 8, 64, job, unit, panels, scratch);
+    } else if (job->bits == QMIX_E2M1) {
+        if (act == QMIX_ACT_INT8)
+            unit_of(QMIX_ACT_INT8, QMIX_E2M1, 64, job, unit, panels, scratch);
+        else
+            unit_of(QMIX_ACT_BF16, QMIX_E2M1, 64, job, unit, panels, scratch);
     } else if (job->block == 64) {
         if (act == QMIX_ACT_INT8)
             unit_of(QMIX_ACT_INT8, 4, 64, job, unit, panels, scratch);

@@ -20,7 +20,8 @@ from qmix.kernels.native import jobs
 from qmix.kernels.native.loader import levels, library
 
 ACTIVATIONS = {"int8": 0, "bf16": 1}  # native.h's QMIX_ACT_*
-FORMATS = (*GROUPED_BITS, "int8")
+FORMATS = (*GROUPED_BITS, "int8", "mxfp4")
+E2M1 = 5  # native.h's QMIX_E2M1, in the place of bits
 DENSE_GROUP = 64  # columns that share a step where the weights have no groups
 
 
@@ -58,7 +59,7 @@ class Native:
         self.activations = activations
         self.threads = torch.get_num_threads()
         # torch's int8 product is the faster one where activations stay bf16.
-        self.formats = FORMATS if activations == "int8" else tuple(GROUPED_BITS)
+        self.formats = FORMATS if activations == "int8" else (*GROUPED_BITS, "mxfp4")
         self.name = f"native {level}, {activations} activations"
 
     def run(self, products: Sequence[Product]) -> None:
@@ -141,6 +142,8 @@ def layout_of(w: Packed) -> Layout:
     sizes = spec.padded_rows, spec.padded_cols, spec.rows // spec.parts, spec.cols
     if spec.bits:
         params, layout = tensors["qparams"], (spec.bits, spec.block, spec.group_size, spec.parts)
+    elif spec.format == "mxfp4":
+        params, layout = tensors["scale"], (E2M1, spec.block, spec.group_size, spec.parts)
     else:
         params, layout = tensors["scale"], (8, 64, DENSE_GROUP, spec.parts)
     how = spec.activation

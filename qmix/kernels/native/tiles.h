@@ -10,7 +10,7 @@ ALWAYS void prefetch_codes(const uint8_t *from, int bytes) {
         __builtin_prefetch(from + FAR_AHEAD + i, 0, 2);
 }
 
-ALWAYS void unpack_int4(int bits, const uint8_t *from, int block, int words, int64_t columns, vint *tile) {
+ALWAYS void unpack_int4(const int middle, int bits, const uint8_t *from, int block, int words, int64_t columns, vint *tile) {
     int vectors = block / L, sub = vectors < SUB ? vectors : SUB;
     for (int64_t k = 0; k < columns / 4; k++) {
         vint codes[VECTORS];
@@ -18,11 +18,11 @@ ALWAYS void unpack_int4(int bits, const uint8_t *from, int block, int words, int
         if (block == 64)
             __builtin_prefetch(from + AHEAD + 64);
         unpack_codes(bits, from, block, codes);
-        from += block * bits / 2;
+        from += block * qmix_code_bits(bits) / 2;
         UNROLL for (int v = 0; v < vectors; v++) {
             vint *to = tile + ((v / sub * (columns / 4) + k) * words) * sub + v % sub;
             UNROLL for (int w = 0; w < words; w++)
-                to[w * sub] = words == 1 ? codes[v] : part_of(codes[v], w, 0);
+                to[w * sub] = words == 1 ? codes[v] : part_of(codes[v], w, middle);
         }
     }
 }
@@ -42,7 +42,7 @@ ALWAYS void unpack_int8(const int8_t *from, int64_t stride, int64_t left, int wo
             UNROLL for (int i = 0; i < 16; i++) {
                 vint *to = tile + ((v / SUB * (columns / 4) + k / 4 + i) * words) * SUB + v % SUB;
                 UNROLL for (int w = 0; w < words; w++)
-                    to[w * SUB] = words == 1 ? signed_codes(codes[i]) : part_of(codes[i], w, 1);
+                    to[w * SUB] = words == 1 ? signed_codes(codes[i]) : part_of(codes[i], w, 0);
             }
         }
     }
@@ -53,7 +53,9 @@ static void read_params(const qmix_job *job, int64_t row, int64_t first, int64_t
     for (int64_t g = 0; g < groups; g++)
         for (int i = 0; i < job->block; i += L) {
             float *s = scale + g * 64 + i, *z = zero + g * 64 + i;
-            if (job->bits != 8)
+            if (job->bits == QMIX_E2M1)
+                store_f(s, load_e8m0((const uint8_t *)job->params + (first + g) * job->padded_rows + row + i));
+            else if (job->bits != 8)
                 split_params(job->params + ((first + g) * job->padded_rows + row + i) * 2, s, z);
             else
                 for (int j = 0; j < L; j++) {
@@ -108,7 +110,7 @@ ALWAYS void inner(const int count, const int sub, const int act, const int bits,
                     UNROLL for (int v = 0; v < sub; v++) {
                         if (act != QMIX_ACT_INT8)
                             fsums[c][v] = fdot(fsums[c][v], tile[v], word);
-                        else if (bits == 4)
+                        else if (bits != 8)
                             sums[c][v] = dot4(sums[c][v], tile[v], word);
                         else
                             sums[c][v] = dot4_signed(sums[c][v], tile[v], word);
@@ -129,10 +131,12 @@ ALWAYS void block_piece(const int act, const int bits, const int block, const qm
     const int words = act == QMIX_ACT_INT8 ? 1 : WORDS;
     const int vectors = block / L, sub = vectors < SUB ? vectors : SUB;
     int64_t bytes = token_bytes(act, job), group = job->group, first = qmix_panel(job->tokens, WIDTH, panel);
-    if (bits == 4)
-        unpack_int4(job->bits, job->weight + (row / block * job->padded_cols + column) * (block * job->bits / 8), block,
+    if (bits != 8) {
+        const int kind = bits == QMIX_E2M1 ? bits : job->bits;
+        int64_t width = block * qmix_code_bits(kind) / 8;
+        unpack_int4(qmix_middle(bits), kind, job->weight + (row / block * job->padded_cols + column) * width, block,
                     words, columns, tile);
-    else
+    } else
         unpack_int8((const int8_t *)job->weight + row * job->padded_cols + column, job->padded_cols,
                     job->padded_rows - row, words, columns, tile);
     read_params(job, row, column / group, columns / group, scale, zero);

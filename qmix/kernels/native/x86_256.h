@@ -54,17 +54,22 @@ ALWAYS void split_params(const uint16_t *params, float *scale, float *zero) {
 #include "x86_columns.h"
 #include "x86_pairs.h"
 
+ALWAYS vflt load_e8m0(const uint8_t *p) { return of_e8m0(_mm_loadl_epi64((const __m128i *)p)); }
+
 ALWAYS void unpack_codes(int bits, const uint8_t *from, int block, vint *rows) {
     const vint mask = _mm256_set1_epi8(15);
     const int half = block / 16;
     if (block == 64)
-        columns_of_32_bytes(bits, from, rows);
+        columns_of_32_bytes(qmix_code_bits(bits), from, rows);
     else
-        columns_of_16_bytes(bits, from, rows);
+        columns_of_16_bytes(qmix_code_bits(bits), from, rows);
     UNROLL for (int i = 0; i < half; i++) {
         rows[half + i] = _mm256_and_si256(_mm256_srli_epi32(rows[i], 4), mask);
         rows[i] = _mm256_and_si256(rows[i], mask);
     }
+    if (bits == QMIX_E2M1)
+        UNROLL for (int i = 0; i < 2 * half; i++)
+            rows[i] = of_e2m1(rows[i]);
 }
 
 /* 64 columns of 8 rows: lane i of out[k] has columns 4k..4k+3 of row i. */
@@ -135,9 +140,9 @@ ALWAYS vint dot_rows(const int8_t *const *rows, int64_t column, const void *x) {
 }
 
 #define WORDS 4
-ALWAYS vint part_of(vint codes, int i, int is_signed) { /* weight i of each lane as fp32 */
-    vint code = is_signed ? _mm256_srai_epi32(_mm256_slli_epi32(codes, 24 - 8 * i), 24)
-                          : _mm256_sub_epi32(_mm256_and_si256(_mm256_srli_epi32(codes, 8 * i), set_i(255)), set_i(8));
+ALWAYS vint part_of(vint codes, int i, int middle) { /* weight i of each lane as fp32 */
+    vint code = middle ? _mm256_sub_epi32(_mm256_and_si256(_mm256_srli_epi32(codes, 8 * i), set_i(255)), set_i(middle))
+                       : _mm256_srai_epi32(_mm256_slli_epi32(codes, 24 - 8 * i), 24);
     return _mm256_castps_si256(to_f(code));
 }
 ALWAYS vflt fdot(vflt sum, vint w, vint x) {

@@ -58,6 +58,19 @@ ALWAYS void split_params(const uint16_t *params, float *scale, float *zero) {
     store_f(zero, _mm512_castsi512_ps(_mm512_and_si512(both, set_i((int32_t)0xffff0000))));
 }
 
+/* 16 scales of mxfp4; 2^-127, the largest of those whose exponent is 0, is subnormal. */
+ALWAYS vflt load_e8m0(const uint8_t *p) {
+    vint exponents = _mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)), 23);
+    return _mm512_castsi512_ps(_mm512_max_epi32(exponents, set_i(1 << 22)));
+}
+
+/* What E2M1_CODES has for each code, of `count` vectors. */
+ALWAYS void of_e2m1(int count, vint *codes) {
+    const vint table = _mm512_broadcast_i32x4(_mm_setr_epi8(E2M1_CODES));
+    UNROLL for (int i = 0; i < count; i++)
+        codes[i] = _mm512_shuffle_epi8(table, codes[i]);
+}
+
 /* The rows of bytes 0..15 and 16..31 of a block's columns, or with 32 rows only the first: each byte holds two. */
 ALWAYS void split_nibbles(vint low, vint high, int block, vint *rows) {
     const vint mask = _mm512_set1_epi8(15);
@@ -146,7 +159,7 @@ ALWAYS void unpack3(const uint8_t *from, int block, vint *rows) {
 
 ALWAYS void unpack_codes(int bits, const uint8_t *from, int block, vint *rows) {
     vint low, high = _mm512_setzero_si512();
-    if (bits != 4) {
+    if (bits == 3 || bits == 2) {
         (bits == 3 ? unpack3 : unpack2)(from, block, rows);
         return;
     }
@@ -155,6 +168,8 @@ ALWAYS void unpack_codes(int bits, const uint8_t *from, int block, vint *rows) {
     else
         low = columns_32(from);
     split_nibbles(low, high, block, rows);
+    if (bits == QMIX_E2M1)
+        of_e2m1(block / L, rows);
 }
 #else
 #include "x86_columns.h"
@@ -162,11 +177,13 @@ ALWAYS void unpack_codes(int bits, const uint8_t *from, int block, vint *rows) {
 ALWAYS void unpack_codes(int bits, const uint8_t *from, int block, vint *rows) {
     __m256i quarters[4] = {0};
     if (block == 64)
-        columns_of_32_bytes(bits, from, quarters);
+        columns_of_32_bytes(qmix_code_bits(bits), from, quarters);
     else
-        columns_of_16_bytes(bits, from, quarters);
+        columns_of_16_bytes(qmix_code_bits(bits), from, quarters);
     split_nibbles(_mm512_inserti64x4(_mm512_castsi256_si512(quarters[0]), quarters[1], 1),
                   _mm512_inserti64x4(_mm512_castsi256_si512(quarters[2]), quarters[3], 1), block, rows);
+    if (bits == QMIX_E2M1)
+        of_e2m1(block / L, rows);
 }
 #endif
 
@@ -240,9 +257,16 @@ ALWAYS vint dot_rows(const int8_t *const *rows, int64_t column, const void *acti
 
 #ifdef HAS_BF16
 #define WORDS 2
-/* Weights i and i + 2 of each lane as bf16. int4: from a table, which the low 5 bits of a word look up. */
-ALWAYS vint part_of(vint codes, int i, int is_signed) {
-    if (!is_signed) {
+/* Weights i and i + 2 of each lane as bf16. Unsigned ones from a table, which the low 5 bits of a word look up. */
+ALWAYS vint part_of(vint codes, int i, int middle) {
+    if (middle == 12) {
+        const vint table = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0x4140, 0x4130, 0x4120, 0x4110, 0x4100, 0x40e0, 0x40c0,
+                                            0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0, (short)0xbf80, (short)0xc000,
+                                            (short)0xc040, (short)0xc080, (short)0xc0a0, (short)0xc0c0, (short)0xc0e0,
+                                            (short)0xc100, (short)0xc110, (short)0xc120, (short)0xc130, (short)0xc140);
+        return _mm512_permutexvar_epi16(i ? _mm512_srli_epi32(codes, 8) : codes, table);
+    }
+    if (middle) {
         const vint table = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x40e0, 0x40c0, 0x40a0, 0x4080,
                                             0x4040, 0x4000, 0x3f80, 0, (short)0xbf80, (short)0xc000, (short)0xc040,
                                             (short)0xc080, (short)0xc0a0, (short)0xc0c0, (short)0xc0e0, (short)0xc100);
@@ -256,9 +280,9 @@ ALWAYS vint part_of(vint codes, int i, int is_signed) {
 ALWAYS vflt fdot(vflt sum, vint w, vint x) { return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x); }
 #else
 #define WORDS 4
-ALWAYS vint part_of(vint codes, int i, int is_signed) { /* weight i of each lane as fp32 */
-    vint code = is_signed ? _mm512_srai_epi32(_mm512_slli_epi32(codes, 24 - 8 * i), 24)
-                          : _mm512_sub_epi32(_mm512_and_si512(_mm512_srli_epi32(codes, 8 * i), set_i(255)), set_i(8));
+ALWAYS vint part_of(vint codes, int i, int middle) { /* weight i of each lane as fp32 */
+    vint code = middle ? _mm512_sub_epi32(_mm512_and_si512(_mm512_srli_epi32(codes, 8 * i), set_i(255)), set_i(middle))
+                       : _mm512_srai_epi32(_mm512_slli_epi32(codes, 24 - 8 * i), 24);
     return _mm512_castps_si512(to_f(code));
 }
 ALWAYS vflt fdot(vflt sum, vint w, vint x) {

@@ -5,10 +5,10 @@
  * lower half: the interleaving instructions work within 128 bits, and moving rows across would cost more than to read
  * scale and zero in this order.
  *
- *   int4, B = 64    v: rows 8v..8v+7 | 8v+16.. for v < 2; the same 32 rows further for the others
+ *   4 bits, B = 64  v: rows 8v..8v+7 | 8v+16.. for v < 2; the same 32 rows further for the others
  *   all others      v: rows 16v..16v+7 | 16v+8..16v+15
  *
- * Codes are as stored: 0..15 of int4, 0..7 of int3, 0..3 of int2.
+ * Codes are as stored: 0..15 of int4, 0..7 of int3, 0..3 of int2; of E2M1 0..24, looked up.
  */
 #include <immintrin.h>
 #include <string.h>
@@ -33,6 +33,17 @@ ALWAYS __m256i four_bytes(const uint8_t *k0, const uint8_t *k1) { /* 4 bytes eac
 }
 ALWAYS __m256i masked(__m256i x, int mask) { return _mm256_and_si256(x, _mm256_set1_epi8((char)mask)); }
 
+/* What E2M1_CODES has for each code. */
+ALWAYS __m256i of_e2m1(__m256i codes) {
+    return _mm256_shuffle_epi8(_mm256_setr_epi8(E2M1_CODES, E2M1_CODES), codes);
+}
+
+/* Eight scales of mxfp4; 2^-127, the largest of those whose exponent is 0, is subnormal. */
+ALWAYS __m256 of_e8m0(__m128i bytes) {
+    __m256i exponents = _mm256_slli_epi32(_mm256_cvtepu8_epi32(bytes), 23);
+    return _mm256_castsi256_ps(_mm256_max_epi32(exponents, _mm256_set1_epi32(1 << 22)));
+}
+
 /* Two columns of int3: two bits of each code, and the third one of each as formats/narrow.py has it, to nibbles. */
 ALWAYS void nibbles_of_int3(const uint8_t *from, int block, __m256i *nibbles) {
     if (block == 64) {
@@ -51,7 +62,7 @@ ALWAYS void nibbles_of_int3(const uint8_t *from, int block, __m256i *nibbles) {
 /* Two columns as B/32 vectors whose bytes hold two codes, that of a later row in the upper nibble; what else is in a
  * nibble of int2 does not belong to it. */
 ALWAYS void nibbles_of_pair(const int bits, const int block, const uint8_t *from, __m256i *nibbles) {
-    if (bits == 4 && block == 64) {
+    if (qmix_code_bits(bits) == 4 && block == 64) {
         __m256i a = _mm256_loadu_si256((const __m256i *)from), b = _mm256_loadu_si256((const __m256i *)(from + 32));
         nibbles[0] = _mm256_unpacklo_epi8(a, b);
         nibbles[1] = _mm256_unpackhi_epi8(a, b);
@@ -72,17 +83,28 @@ ALWAYS void split_codes(const int bits, const int count, const __m256i *nibbles,
         codes[i] = masked(nibbles[i], bits == 2 ? 3 : 15);
         codes[count + i] = masked(_mm256_srli_epi16(nibbles[i], 4), bits == 2 ? 3 : 15);
     }
+    if (bits == QMIX_E2M1)
+        UNROLL for (int i = 0; i < 2 * count; i++)
+            codes[i] = of_e2m1(codes[i]);
 }
 
-ALWAYS int row_distance(const int bits, const int block) { return bits == 4 && block == 64 ? 16 : 8; }
+ALWAYS int row_distance(const int bits, const int block) { return qmix_code_bits(bits) == 4 && block == 64 ? 16 : 8; }
 
 /* After 16-bit lanes became 32-bit ones, vector w (of B/8) has 4 rows from this one on, and 4 `distance` rows below. */
 ALWAYS int first_row(const int distance, int w) {
     return 2 * distance * (w / (distance / 4)) + 4 * (w % (distance / 4));
 }
 
-/* Scale and zero of the rows of vector w; params is that of the block's first row. */
-ALWAYS void params_of(const uint16_t *params, const int distance, int w, __m256 *scale, __m256 *zero) {
+/* Scale and zero of the rows of vector w; params is that of the block's first row. mxfp4 has no zero. */
+ALWAYS void params_of(const int bits, const uint16_t *params, const int distance, int w, __m256 *scale, __m256 *zero) {
+    if (bits == QMIX_E2M1) {
+        int32_t upper, lower;
+        memcpy(&upper, (const uint8_t *)params + first_row(distance, w), 4);
+        memcpy(&lower, (const uint8_t *)params + first_row(distance, w) + distance, 4);
+        *scale = of_e8m0(_mm_insert_epi32(_mm_cvtsi32_si128(upper), lower, 1));
+        *zero = _mm256_setzero_ps();
+        return;
+    }
     const uint16_t *from = params + 2 * first_row(distance, w);
     __m256i both = _mm256_set_m128i(_mm_loadu_si128((const __m128i *)(from + 2 * distance)),
                                     _mm_loadu_si128((const __m128i *)from));
