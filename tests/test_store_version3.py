@@ -10,12 +10,11 @@ import pytest
 import torch
 from architectures import FIRST, quantized, random_model, write
 from helpers import write_tiny_stores
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import qmix
-from qmix.checkpoint import Checkpoint
 from qmix.config import QuantConfig
-from qmix.errors import CheckpointError, StoreError
+from qmix.errors import StoreError
 from qmix.models import ARCHITECTURES, read_model
 from qmix.store import Store, manifest
 
@@ -71,17 +70,3 @@ def test_biases_are_those_of_the_checkpoint(source: Path, store: Path) -> None:
             both = tensors[f"{prefix}gate_up_proj_bias"][key.expert].float()
             assert torch.equal(w13["bias"], torch.cat((both[::2], both[1::2])))
             assert torch.equal(w2["bias"], tensors[f"{prefix}down_proj_bias"][key.expert].float())
-
-
-def test_a_checkpoint_in_mxfp4_is_named(source: Path, tmp_path: Path) -> None:
-    """As it is published, but without the key of config.json that says so."""
-    tensors = load_file(source / "model.safetensors")
-    for name in [name for name in tensors if name.endswith("_proj")]:
-        experts, cols, rows = tensors.pop(name).shape
-        tensors[f"{name}_blocks"] = torch.zeros(experts, rows, cols // 32, 16, dtype=torch.uint8)
-        tensors[f"{name}_scales"] = torch.zeros(experts, rows, cols // 32, dtype=torch.uint8)
-    (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
-    save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"mlp\.experts\.\w+_proj_blocks: the weights are .* as mxfp4") as refusal:
-        Checkpoint.open(tmp_path)
-    assert "dequantize=True" in str(refusal.value.cure)

@@ -47,9 +47,9 @@ Room = Callable[[tuple[int, ...], torch.device], Tensor]  # where results of a l
 class Matrices:
     """Matrices of one spec that lie `slot_bytes` apart: those of the records in a slab, or a single one.
 
-    qweight uint8, qparams int32 (a pair a word) or, of mxfp4, its scales uint8, bias fp32, None where the spec has none:
-    one-dimensional views that begin with those of slot 0. slots: how many there are. Made through `of` or `in_slots`,
-    which check.
+    qweight uint8, qparams int32 (a pair a word) or, of mxfp4, its scales uint8, bias fp32 (None where the spec has
+    none): one-dimensional views that begin with those of slot 0. slots: how many there are. Made through `of` or
+    `in_slots`, which check.
     """
 
     spec: MatrixSpec
@@ -64,7 +64,8 @@ class Matrices:
         """A single matrix. UsageError where it is in no grouped format, or not where the kernels run."""
         _check_weights(m["qweight"], m.spec)
         name, dtype = _params(m.spec)
-        return cls(m.spec, m["qweight"].view(-1), m[name].view(-1).view(dtype), m["bias"] if m.spec.bias else None, 0, 1)
+        bias = m["bias"] if m.spec.bias else None
+        return cls(m.spec, m["qweight"].view(-1), m[name].view(-1).view(dtype), bias, 0, 1)
 
     @classmethod
     def in_slots(cls, slab: Tensor, record: RecordLayout, matrix: str) -> Matrices:
