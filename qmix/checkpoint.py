@@ -27,9 +27,10 @@ from torch import Tensor
 from qmix import modelfiles, sources
 from qmix.config import ExpertKey
 from qmix.errors import CheckpointError, ConfigError
-from qmix.models import ARCHITECTURES, Layout, Misfit, Source, choose_layout, layouts, read_model
+from qmix.models import ARCHITECTURES, Layout, Misfit, Source, choose_layout, layouts, read_model, skipped
 from qmix.shards import INDEX, REFETCH, SINGLE, Location, equal, locate, read_json
 from qmix.spec import DeltaNet, Expert, Model, Moe
+from qmix.tensorfile import ITEM_BYTES
 
 STORE_MANIFEST = "qmix.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -64,6 +65,7 @@ class Checkpoint:
         self._locations = locations
         self._table = table
         self._opened = opened
+        self._widened = {tensor.name for tensor in model.tensors() if tensor.role == "choice_bias"}
 
     @classmethod
     def open(cls, path: Path | str) -> Checkpoint:
@@ -83,12 +85,17 @@ class Checkpoint:
             return cls(path, raw, model, used, table, (*skipped, *unused), tuple(notes), opened.pop_all())
 
     def dense(self, name: str) -> Tensor:
-        """A tensor of Model.tensors, in the file's dtype and fresh memory."""
-        return self._tensor(name)
+        """A tensor of Model.tensors, in fresh memory and the file's dtype, a router's choice bias in fp32."""
+        found = self._tensor(name)
+        return found.float() if name in self._widened else found
 
     def published(self, name: str) -> str:
         """What the checkpoint calls a tensor of the model, or the tensor that it is a part of."""
         return self._table[name].name
+
+    def item_bytes(self, name: str) -> int:
+        """Of a number of a tensor of the model, as the file has it."""
+        return ITEM_BYTES[self._locations[self._table[name].name].entry.dtype]
 
     def expert(self, key: ExpertKey) -> tuple[Tensor, Tensor, Tensor]:
         """w1 (gate) [F, H], w2 (down) [H, F], w3 (up) [F, H], in the file's dtype and fresh memory."""
@@ -196,8 +203,8 @@ def _read_config(path: Path, raw: Mapping[str, Any], locations: Mapping[str, Loc
     """The model of config.json, with the dtype that most tensors have; refused where the engine cannot run it."""
     try:
         model = read_model({**raw, "dtype": "bfloat16"})
-        skipped = ARCHITECTURES[model.architecture].SKIPPED
-        found = Counter(p.entry.dtype for name, p in locations.items() if not skipped.fullmatch(name))
+        unused = skipped(model, locations)
+        found = Counter(p.entry.dtype for name, p in locations.items() if name not in unused)
         model = replace(model, dtype=DTYPE_NAMES.get(found.most_common(1)[0][0], "bfloat16") if found else model.dtype)
         check_runs(model)
     except ConfigError as e:
@@ -234,7 +241,6 @@ def _account(path: Path, model: Model, locations: Mapping[str, Location]
     whatever is missing, left over, misshapen or of another dtype."""
     _check_count(path, model)
     known = layouts(model)
-    skippable = ARCHITECTURES[model.architecture].SKIPPED
     layout = choose_layout(known, locations)
     wanted = dict.fromkeys(source.name for source in layout.values())
     _check_no_low_bits(wanted, locations)
@@ -246,15 +252,16 @@ def _account(path: Path, model: Model, locations: Mapping[str, Location]
                               tied if missing == [HEAD] else
                               both if (path / SINGLE).is_file() and (path / INDEX).exists() else WRONG_CONFIG)
     _check_tensors(model, layout, locations)
-    skipped = [name for name in locations if skippable.fullmatch(name)]
+    found = skipped(model, locations)
+    unused = [name for name in locations if name in found]
     if model.tied and HEAD in locations:
         _check_tied(locations[layout["embedding"].name], locations[HEAD])
-        skipped.append(HEAD)
-    left = [name for name in locations if name not in wanted and name not in skipped]
+        unused.append(HEAD)
+    left = [name for name in locations if name not in wanted and name not in unused]
     if left:
         raise CheckpointError(f"{locations[left[0]].shard.file.path}: {left[0]}: not a tensor of this model "
                               f"({len(left)} such tensors)", WRONG_CONFIG)
-    return {name: locations[name] for name in wanted}, dict(layout), skipped
+    return {name: locations[name] for name in wanted}, dict(layout), unused
 
 
 def _check_count(path: Path, model: Model) -> None:
@@ -280,7 +287,8 @@ def _check_tensors(model: Model, layout: Layout, locations: Mapping[str, Locatio
             part = " for a part of it" if source.steps else ""
             raise CheckpointError(f"{where}: got shape {list(got)}{part}, want {list(tensor.shape)} by config.json",
                                   WRONG_CONFIG)
-        _check_dtype(location, where, model.dtype)
+        if tensor.role != "choice_bias" or location.entry.dtype != "F32":
+            _check_dtype(location, where, model.dtype)
 
 
 def _check_dtype(location: Location, where: str, dtype: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qmix.checkpoint import not_run
+from qmix.forward.lower_device import not_on_device
 from qmix.models import ARCHITECTURES, read_model
 
 
@@ -22,6 +23,7 @@ CASES: list[Mapping[str, Any]] = [
     *(with_keys(tiny, variant) for kind, tiny in TINY.items()
       for variant in ({}, *ARCHITECTURES[kind].VARIANTS)), *ALONE]
 RUN = [kind for kind, tiny in TINY.items() if not not_run(read_model(tiny))]  # architectures that the engine runs
+ON_DEVICE = [kind for kind in RUN if not not_on_device(read_model(TINY[kind]))]  # and those that a GPU computes
 
 
 def ids(raw: Mapping[str, Any]) -> str:

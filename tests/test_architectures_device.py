@@ -1,4 +1,4 @@
-"""Every architecture that runs, on a device, the CPU standing in for it: the numbers of the CPU's own engine, and the
+"""Every architecture that a device runs, the CPU standing in for it: the numbers of the CPU's own engine, and the
 same bits under every budget of both memories. test_lower_device.py has the bits of the Ops."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pytest
 import torch
 from architectures import FIRST, quantized, random_model, write
 from fast_interpreter import HAVE_TRITON
-from model_configs import RUN, with_keys
+from model_configs import ON_DEVICE, with_keys
 from test_cli import qmix
 from test_device_engine import bring_up, delays
 from torch import Tensor
@@ -36,7 +36,7 @@ def stored(raw: Mapping[str, Any], folder: Path) -> Path:
     return quantized(source, folder / "int4", QuantConfig())
 
 
-@pytest.fixture(scope="module", params=RUN)
+@pytest.fixture(scope="module", params=ON_DEVICE)
 def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, raw = tmp_path_factory.mktemp(request.param), FIRST[request.param]
     return stored(raw, folder)
@@ -157,7 +157,7 @@ SMALL = {"mistral": {"num_hidden_layers": 1}, "olmoe": {"num_hidden_layers": 1, 
 
 
 @pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed")
-@pytest.mark.parametrize("kind", [kind for kind in RUN if kind != "mixtral"])
+@pytest.mark.parametrize("kind", [kind for kind in ON_DEVICE if kind != "mixtral"])
 def test_tritons_kernels_in_the_engine(kind: str, tmp_path: Path) -> None:
     """Under the interpreter, or on a GPU: the numbers of the CPU's kernels, for a prompt and two tokens at once. It
     takes seconds for a layer; test_device_engine.py has more of Mixtral."""

@@ -2,8 +2,8 @@
 the tensors of its checkpoints. No torch."""
 
 from qmix.models.keys import Keys
-from qmix.models.registry import ARCHITECTURES, choose_layout, layouts, read_model
+from qmix.models.registry import ARCHITECTURES, choose_layout, layouts, read_model, skipped
 from qmix.models.source import Layout, Misfit, Source, Step
 
 __all__ = ["ARCHITECTURES", "Keys", "Layout", "Misfit", "Source", "Step", "choose_layout", "layouts",
-           "read_model"]
+           "read_model", "skipped"]

@@ -83,7 +83,7 @@ def all_work(source: Checkpoint, layout: StoreLayout) -> list[Work]:
     model = source.model
     item = TORCH_DTYPES[PLAIN_DTYPES[DTYPES[model.dtype]]].itemsize
     found = [Work(layout.dense[t.name], t.name, {"": layout.specs[t.name]}, {"": (source.published(t.name),)},
-                  math.prod(t.shape) * item) for t in model.tensors()]
+                  math.prod(t.shape) * source.item_bytes(t.name)) for t in model.tensors()]
     nbytes = 3 * model.hidden * model.expert_inner * item
     for key, region in layout.records.items():
         gate, up, down = (source.published(tensor.name) for tensor in model.expert_tensors(key))
