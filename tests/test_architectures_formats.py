@@ -98,7 +98,7 @@ def test_a_mixed_store(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     check(quantized(many, tmp_path / "store", quant), LEAST["int3"], kept, monkeypatch)
 
 
-@pytest.mark.parametrize("how", [("--method", "gptq"), ("--method", "gptq", "--dense", "int4"), ("--bpw", "4.2")],
+@pytest.mark.parametrize("how", [("--method", "gptq"), ("--method", "gptq", "--dense", "int4"), ("--bpw", "5.5")],
                          ids=" ".join)
 def test_what_reads_a_text(source: Path, kept: Tensor, how: tuple[str, ...], tmp_path: Path,
                            monkeypatch: pytest.MonkeyPatch) -> None:
