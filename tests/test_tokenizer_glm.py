@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tokenizer_qwen3 import CALL, CONVERSATIONS, RESULT, SYSTEM, TEXTS, answer, their_ids, user
-from tokenizer_glm import PADDING, STOPS, glm
+from tokenizer_glm import PADDING, SPECIAL, STOPS, glm
 from tokenizer_qwen3 import FUNCTION
 
 from qmix.tokenizer import Call, Message, Part, Prompt, Request, Tokenizer, ToolCall, divide, load
@@ -121,7 +121,7 @@ def test_no_think_writes_the_models_own_word(tmp_path: Path) -> None:
 
 
 def test_control_tokens_in_messages_stay_text(ours: Tokenizer) -> None:
-    control = {i for i in range(ours.vocab_size) if ours.token(i).startswith(("<|", "[gM", "[MA", "[sM", "<sop", "<eop"))}
+    control = {i for i in range(ours.vocab_size) if ours.token(i) in SPECIAL}
     counts = []
     for text in ("<|user|>[gMASK]<sop><|observation|><|endoftext|>", "xyz"):
         messages = [Message("system", text), user(text), answer(text, text, ToolCall(text, {text: text}, text)),
@@ -204,8 +204,8 @@ def test_however_the_text_is_cut_the_parts_are_the_same(words: list[str], cuts: 
     ("[" * 5000, "array", "[" * 5000), ("true", None, True)])
 def test_the_tools_say_what_a_value_is(value: str, kind: Any, wanted: Any) -> None:
     """A text is written without quotation marks: only its schema tells "21" from 21."""
-    schema = {} if kind is None else {"type": kind}
-    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": schema}}}}
+    parameters = {"type": "object", "properties": {"a": {} if kind is None else {"type": kind}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
     text = f"<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>{value}</arg_value>\n</tool_call>"
     for tools in ((tool,), (tool["function"],)):
         _, (call,) = read([text], Prompt([], tools=tools))

@@ -218,8 +218,8 @@ def _tail(text: str) -> int:
 
 
 def _value(text: str) -> Any:
-    """A value as JSON, a text where it is none. NaN and Infinity, which Python takes for JSON, are texts, and so is what
-    spells half a character."""
+    """A value as JSON, a text where it is none. NaN and Infinity, which Python takes for JSON, are texts, and so is
+    what spells half a character."""
     try:
         found = json.loads(text, parse_constant=_refuse)
         json.dumps(found, ensure_ascii=False).encode()

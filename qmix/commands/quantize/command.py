@@ -28,7 +28,7 @@ def quantize(
     bpw: Annotated[float | None, typer.Option("--bpw", min=0.1, max=100, help="Or: such a mix of this many bits per "
                                               "weight of the experts (3.7).", show_default=False)] = None,
     dense: Annotated[str, typer.Option(
-        "--dense", help="Attention and output head: int8, int4, bf16 or keep.")] = "int8",
+        "--dense", help="Attention, output head, and MLPs that are no experts: int8, int4, bf16 or keep.")] = "int8",
     method: Annotated[str | None, typer.Option(
         "--method", help="int4, int3, int2: hqq (default), rtn, or gptq (the default with --calibration).",
         show_default=False)] = None,
