@@ -152,9 +152,9 @@ def test_what_a_device_does_not_compute_is_computed_by_the_cpu(store: Path, monk
 
 
 FEW_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
-SMALL = {"mistral": {"num_hidden_layers": 1},
-         "glm4_moe": {"num_hidden_layers": 2, "n_routed_experts": 4, "num_experts_per_tok": 2}, "olmoe": {"num_hidden_layers": 1, **FEW_EXPERTS},
-         "qwen3_moe": {"num_hidden_layers": 2, "mlp_only_layers": [0], **FEW_EXPERTS}}
+SMALL = {"mistral": {"num_hidden_layers": 1}, "olmoe": {"num_hidden_layers": 1, **FEW_EXPERTS},
+         "qwen3_moe": {"num_hidden_layers": 2, "mlp_only_layers": [0], **FEW_EXPERTS},
+         "glm4_moe": {"num_hidden_layers": 2, "n_routed_experts": 4, "num_experts_per_tok": 2}}
 
 
 @pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 from architectures import FIRST, random_model, write
 from helpers import UNQUANTIZED
 from safetensors.torch import load_file, save_file
+from test_architectures import document
 from test_cli import qmix
+from test_models_published import AIR, GLM
 from torch import Tensor
 
 from qmix.checkpoint import Checkpoint
@@ -63,6 +66,27 @@ def head(layer: int, experts: int = 8) -> dict[str, Tensor]:
              "self_attn.q_proj", *(f"mlp.experts.{e}.{part}_proj" for e in range(experts)
                                    for part in ("gate", "up", "down"))]
     return {f"model.layers.{layer}.{name}.weight": torch.ones(2, dtype=torch.bfloat16) for name in names}
+
+
+# --- plans ---
+
+@pytest.mark.parametrize(("raw", "layers", "record"), [(AIR, 45, 9_732_096), (GLM, 89, 13_271_040)], ids=["Air", "4.5"])
+def test_a_plan_of_the_published_configs(raw: dict[str, Any], layers: int, record: int, tmp_path: Path) -> None:
+    """Of int4 experts with groups of 64: half a byte a weight, and 4 bytes a group; of an int8 dense part."""
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    model = read_model(raw)
+    hidden, inner = model.hidden, model.expert_inner
+    assert record == 3 * hidden * inner // 2 + 4 * (hidden // 64 * 2 * inner + inner // 64 * hidden)
+    how = ("--ram", "64G", "--disk", 5, "--ram-speed", 80, "-c", 8192, "--json")
+    found, on_gpu = (document("plan", tmp_path / "config.json", *how, *more) for more in (
+        ("--device", "cpu"), ("--vram", "24G", "--vram-speed", 900, "--pcie", 25)))
+    for plan in (found, on_gpu):
+        assert (plan["records"], plan["record_bytes"]) == (layers * raw["n_routed_experts"], record)
+    matrices = sum(prod(t.shape) for t in model.tensors() if t.role in ("linear", "mlp", "head"))
+    embedding = model.vocab * hidden
+    (there,) = ((row["memory"], row["bytes"]) for row in found["memory"] if row["holds"] == "dense")
+    assert matrices + 2 * embedding < there[1] < 1.01 * (matrices + 2 * embedding)
+    assert ("VRAM", there[1]) in ((row["memory"], row["bytes"]) for row in on_gpu["memory"] if row["holds"] == "dense")
 
 
 # --- the prediction head ---
