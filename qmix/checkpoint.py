@@ -39,11 +39,13 @@ from qmix.models import (
     mxfp4_layout,
     published_experts,
     read_model,
+    skipped,
 )
 from qmix.models.source import Index
 from qmix.shards import INDEX, REFETCH, SINGLE, Location, equal, locate, read_json
 from qmix.sizes import MX_GROUP
 from qmix.spec import DeltaNet, Model, Moe
+from qmix.tensorfile import ITEM_BYTES
 
 STORE_MANIFEST = "qmix.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -85,6 +87,7 @@ class Checkpoint:
         self._locations = locations
         self._table = table
         self._opened = opened
+        self._widened = {tensor.name for tensor in model.tensors() if tensor.role == "choice_bias"}
 
     @classmethod
     def open(cls, path: Path | str) -> Checkpoint:
@@ -107,12 +110,17 @@ class Checkpoint:
             return cls(path, raw, model, used, table, (*skipped, *unused), tuple(notes), opened.pop_all())
 
     def dense(self, name: str) -> Tensor:
-        """A tensor of Model.tensors, in the file's dtype and fresh memory."""
-        return self._tensor(name)
+        """A tensor of Model.tensors, in fresh memory and the file's dtype, a router's choice bias in fp32."""
+        found = self._tensor(name)
+        return found.float() if name in self._widened else found
 
     def published(self, name: str) -> str:
         """What the checkpoint calls a tensor of the model, or the tensor that it is a part of."""
         return self._table[name].name
+
+    def item_bytes(self, name: str) -> int:
+        """Of a number of a tensor of the model, as the file has it."""
+        return ITEM_BYTES[self._locations[self._table[name].name].entry.dtype]
 
     def expert(self, key: ExpertKey) -> tuple[Tensor, Tensor, Tensor]:
         """w1 (gate) [F, H], w2 (down) [H, F], w3 (up) [F, H], in the file's dtype and fresh memory."""
@@ -258,9 +266,9 @@ def _read_config(path: Path, raw: Mapping[str, Any], locations: Mapping[str, Loc
     """The model of config.json, with the dtype that most tensors have; refused where the engine cannot run it."""
     try:
         model = read_model({**raw, "dtype": "bfloat16"})
-        skipped = ARCHITECTURES[model.architecture].SKIPPED
+        unused = skipped(model, locations)
         found = Counter(p.entry.dtype for name, p in locations.items()
-                        if not skipped.fullmatch(name) and p.entry.dtype != BYTES)
+                        if name not in unused and p.entry.dtype != BYTES)
         model = replace(model, dtype=DTYPE_NAMES.get(found.most_common(1)[0][0], "bfloat16") if found else model.dtype)
         check_runs(model)
     except ConfigError as e:
@@ -296,7 +304,6 @@ def _account(path: Path, model: Model, locations: Mapping[str, Location]
     _check_count(path, model)
     packed = mxfp4_layout(model)
     known = layouts(model) + (() if packed is None else (packed,))
-    skippable = ARCHITECTURES[model.architecture].SKIPPED
     layout = choose_layout(known, locations)
     wanted = dict.fromkeys(name for source in layout.values() for name in source.names)
     _check_no_low_bits(wanted, locations)
@@ -308,15 +315,16 @@ def _account(path: Path, model: Model, locations: Mapping[str, Location]
                               tied if missing == [HEAD] else
                               both if (path / SINGLE).is_file() and (path / INDEX).exists() else WRONG_CONFIG)
     _check_tensors(model, layout, locations)
-    skipped = [name for name in locations if skippable.fullmatch(name)]
+    found = skipped(model, locations)
+    unused = [name for name in locations if name in found]
     if model.tied and HEAD in locations:
         _check_tied(locations[layout["embedding"].name], locations[HEAD])
-        skipped.append(HEAD)
-    left = [name for name in locations if name not in wanted and name not in skipped]
+        unused.append(HEAD)
+    left = [name for name in locations if name not in wanted and name not in unused]
     if left:
         raise CheckpointError(f"{locations[left[0]].shard.file.path}: {left[0]}: not a tensor of this model "
                               f"({len(left)} such tensors)", WRONG_CONFIG)
-    return {name: locations[name] for name in wanted}, dict(layout), skipped
+    return {name: locations[name] for name in wanted}, dict(layout), unused
 
 
 def _check_count(path: Path, model: Model) -> None:
@@ -332,7 +340,9 @@ def _check_tensors(model: Model, layout: Layout, locations: Mapping[str, Locatio
     of_experts = (t for key in model.expert_keys for t in model.expert_tensors(key))
     for tensor in chain(model.tensors(), of_experts):
         source = layout[tensor.name]
-        _check_tensor(source, locations[source.name], tensor.shape, BYTES if source.scales else model.dtype)
+        wide = tensor.role == "choice_bias" and locations[source.name].entry.dtype == "F32"
+        _check_tensor(source, locations[source.name], tensor.shape,
+                      BYTES if source.scales else "float32" if wide else model.dtype)
         if source.scales:
             rows, cols = tensor.shape
             _check_tensor(source.of_scales, locations[source.scales], (rows, cols // MX_GROUP), BYTES)

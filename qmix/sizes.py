@@ -215,9 +215,14 @@ def record_layout(model: Model, quant: QuantConfig) -> RecordLayout:
     return RecordLayout(w13, w2)
 
 
+def plain_format(model: Model, tensor: Tensor) -> str:
+    """Of a dense tensor that stays plain: the checkpoint's dtype, and fp32 of a router's choice bias."""
+    return "fp32" if tensor.role == "choice_bias" else DTYPES[model.dtype]
+
+
 def dense_spec(model: Model, quant: QuantConfig, tensor: Tensor) -> MatrixSpec | None:
-    """How a dense tensor is stored, or None where it stays a plain tensor (embedding, router, norm,
-    which keep the checkpoint's dtype whatever the dense format)."""
+    """How a dense tensor is stored, or None where it stays a plain tensor (embedding, router, norm) in `plain_format`,
+    whatever the dense format."""
     if tensor.role not in ("linear", "mlp", "head"):
         return None
     rows, cols = tensor.shape
@@ -229,7 +234,7 @@ def dense_spec(model: Model, quant: QuantConfig, tensor: Tensor) -> MatrixSpec |
 
 def dense_bytes(model: Model, quant: QuantConfig, tensor: Tensor) -> int:
     spec = dense_spec(model, quant, tensor)
-    item = ITEM_BYTES[PLAIN_DTYPES[DTYPES[model.dtype]]]
+    item = ITEM_BYTES[PLAIN_DTYPES[plain_format(model, tensor)]]
     return prod(tensor.shape) * item if spec is None else spec.nbytes
 
 

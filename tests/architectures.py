@@ -29,7 +29,12 @@ def random_model(raw: Mapping[str, Any], dtype: torch.dtype = torch.float32, see
     model = reference(AutoModelForCausalLM.from_config, AutoConfig.for_model(**raw), seed)
     for name, tensor in model.state_dict().items():
         assert tensor.std() > 0.01, f"{name}: a constant would hide what is missing"
-    return model.to(dtype)
+    biases = {name: tensor for name, tensor in model.named_buffers() if name.endswith("e_score_correction_bias")}
+    model.to(dtype)
+    for name, tensor in biases.items():  # fp32 beside other weights in bf16, as published
+        module, _, own = name.rpartition(".")
+        setattr(model.get_submodule(module), own, tensor)
+    return model
 
 
 def write(model: Any, raw: Mapping[str, Any], path: Path, published: bool = True) -> Path:

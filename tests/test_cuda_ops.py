@@ -134,8 +134,25 @@ def test_norm(hidden: int, tokens: int, k: int) -> None:
     torch.testing.assert_close(out.cpu().double(), norm64(want, weight), rtol=1e-5, atol=2e-6)
 
 
+@settings(max_examples=8, **NO_SHRINKING)
+@given(st.sampled_from([1, 31, 768, 1100]), st.integers(1, 8), st.sampled_from([1, 2, 5, 8]))
+def test_combine(hidden: int, tokens: int, k: int) -> None:
+    """Of rows within something wider; a token's bits are those that it has alone."""
+    rows, gains = random(tokens, k + 1, hidden).to(DEVICE), random(tokens, k + 2).to(DEVICE)
+    out, alone = torch.full((tokens, hidden), 9.0, device=DEVICE), torch.empty(1, hidden, device=DEVICE)
+    TritonOps().combine(rows[:, 1:], gains[:, 2:], out)
+    TritonOps().combine(rows[-1:, 1:], gains[-1:, 2:], alone)
+    terms = rows[:, 1:].double() * gains[:, 2:].double()[..., None]
+    off = (k + 1) * 2**-24 * terms.abs().sum(1)  # k sums of k products, each of which is rounded
+    assert bool(((out.double() - terms.sum(1)).abs() <= off).all())
+    assert torch.equal(alone[0], out[-1])
+
+
 def test_rows_are_summed_in_the_order_of_the_ranks() -> None:
     rows = torch.tensor([[[1e8], [1.0], [-1e8]]], device=DEVICE)
+    summed = torch.empty(1, 1, device=DEVICE)
+    TritonOps().combine(rows, torch.ones(1, 3, device=DEVICE), summed)
+    assert summed.item() == 0
     residual, out = torch.ones(1, 1, device=DEVICE), torch.empty(1, 1, device=DEVICE)
     TritonOps().norm(residual, out.clone(), EPS, out, rows, torch.ones(1, 3, device=DEVICE))
     assert residual.item() == 1  # (1e8 + 1) - 1e8 is 0 in fp32

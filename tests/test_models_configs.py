@@ -47,8 +47,9 @@ EXPERTS = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_
     {"model_type": "gemma4", "text_config": {"hidden_size_per_layer_input": 0}},
     {"model_type": "gemma4", "text_config": {"hidden_size_per_layer_input": 0, "attention_k_eq_v": True, **EXPERTS}},
     {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0}, {"model_type": "qwen3_5_moe", "text_config": {}},
-    {"model_type": "qwen3_5_moe"}, {"model_type": "qwen3_5_moe_text"}], ids=str)
-def test_a_text_config_has_defaults_for_everything(minimal: dict[str, Any]) -> None:
+    {"model_type": "qwen3_5_moe"}, {"model_type": "qwen3_5_moe_text"}, {"model_type": "glm4_moe", "head_dim": 128}],
+    ids=str)
+def test_defaults_for_everything(minimal: dict[str, Any]) -> None:
     """transformers 4 left out what was as the class has it, sizes too."""
     assert read_model(minimal) == read_model(full(minimal))
 
@@ -135,7 +136,8 @@ def test_features_of_other_models_are_not_ignored(kind: str) -> None:
     model = read_model(tiny)
     silent = {key for key, value in FOREIGN.items() if not noticed(with_keys(tiny, {key: value}), model)}
     as_absent = {"qwen3_moe": {"sliding_window"},  # without the key that switches it on
-                 "gpt_oss": {"attention_bias"}}.get(kind, set())  # by default
+                 "gpt_oss": {"attention_bias"},  # by default
+                 "glm4_moe": {"attention_bias", "partial_rotary_factor", "n_shared_experts"}}.get(kind, set())
     assert silent <= as_absent
     if "text_config" in tiny:  # beside it, sizes and features belong to nothing
         silent = {key for key, value in FOREIGN.items() if not noticed({**tiny, key: value}, model)}

@@ -50,6 +50,17 @@ GPT_OSS = {"architectures": ["GptOssForCausalLM"], "attention_bias": True, "atte
            "rope_theta": 150000, "router_aux_loss_coef": 0.9, "sliding_window": 128, "swiglu_limit": 7.0,
            "tie_word_embeddings": False, "transformers_version": "4.55.0.dev0", "use_cache": True,
            "vocab_size": 201088}
+AIR = {**COMMON, "architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "attention_bias": True,
+       "eos_token_id": [151329, 151336, 151338], "first_k_dense_replace": 1, "head_dim": 128, "hidden_size": 4096,
+       "intermediate_size": 10944, "max_position_embeddings": 131072, "moe_intermediate_size": 1408, "n_group": 1,
+       "n_routed_experts": 128, "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 96,
+       "num_experts_per_tok": 8, "num_hidden_layers": 46, "num_key_value_heads": 8, "num_nextn_predict_layers": 1,
+       "pad_token_id": 151329, "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-5, "rope_scaling": None,
+       "rope_theta": 1000000, "routed_scaling_factor": 1.0, "topk_group": 1, "use_qk_norm": False,
+       "vocab_size": 151552}
+GLM = {**AIR, "first_k_dense_replace": 3, "hidden_size": 5120, "intermediate_size": 12288,
+       "moe_intermediate_size": 1536, "n_routed_experts": 160, "num_hidden_layers": 92, "routed_scaling_factor": 2.5,
+       "use_qk_norm": True}
 
 
 def parameters(model: Model) -> int:
@@ -71,9 +82,31 @@ def parameters(model: Model) -> int:
     pytest.param(GPT_OSS, 20_914_757_184, id="gpt-oss 20b"),
     pytest.param({**GPT_OSS, "num_hidden_layers": 36, "num_local_experts": 128,
                   "layer_types": ["sliding_attention", "full_attention"] * 18}, 116_829_156_672, id="gpt-oss 120b"),
+    pytest.param(AIR, 106_852_251_264, id="GLM-4.5-Air"),
+    pytest.param(GLM, 352_797_829_024, id="GLM-4.5"),
 ])
 def test_parameters(raw: dict[str, Any], count: int) -> None:
     assert parameters(read_model(raw)) == count
+
+
+@pytest.mark.parametrize(("raw", "count"), [(AIR, 110_468_824_832), (GLM, 358_337_791_296)], ids=["Air", "4.5"])
+def test_the_checkpoints_of_glm_have_a_prediction_head_more(raw: dict[str, Any], count: int) -> None:
+    """What is counted of their files: one more layer, with an embedding, a head, a projection [H, 2H] and three norms
+    of its own."""
+    model = read_model(raw)
+    (layer, _), hidden = model.expert_keys[-1], model.hidden
+    head = sum(prod(t.shape) for t in model.layer_tensors(layer)) + sum(
+        prod(t.shape) for key in model.expert_keys if key.layer == layer for t in model.expert_tensors(key))
+    assert model.mtp == 1 and parameters(model) + head + 2 * model.vocab * hidden + 2 * hidden**2 + 3 * hidden == count
+
+
+def test_what_a_token_of_glm_meets() -> None:
+    """ "106B-A12B" leaves out the embedding and the head, or one of them; "355B-A32B" the embedding."""
+    for raw, low, high in ((AIR, 12.1e9, 12.9e9), (GLM, 32.0e9, 33.0e9)):
+        model = read_model(raw)
+        idle = sum(prod(t.shape) for key in model.expert_keys if key.expert >= model.top_k
+                   for t in model.expert_tensors(key))
+        assert low < parameters(model) - idle - model.vocab * model.hidden < high
 
 
 def test_what_tells_them_apart() -> None:

@@ -4,6 +4,7 @@ A table says what becomes of an Op, or of neighbours that are one call:
 
     Embed                             embed, and rope_cos_sin for each rope of the model
     Add of what experts gave, Norm    norm, which adds first
+    else of what experts gave         combine, and the call of a buffer like any other
     Norm, Route, Guess, ...           route
     Norm; Route                       norm; route
     Linear, Linear, ... of a source   linear, by the matrix in which they are stacked or by each, and add of a bias
@@ -128,8 +129,9 @@ class _Lowering:
             rule = RULES.get(type(op))
             if rule is None:
                 raise Unsupported(op)
-            if self._given in op.inputs and not isinstance(op, ops.Add):
-                raise Unsupported(op, "of what the experts gave")
+            if self._given in op.inputs and not self._norm_adds(at):
+                found.append(_combined(self._given))
+                self._given = None
             count, bind = rule(self, at)
             found.append(bind)
             if any(self._given in op.outputs for op in self._ops[at:at + count]):
@@ -138,6 +140,12 @@ class _Lowering:
         if experts is not None and (self._input < 0 or not isinstance(self._ops[self._input], ops.Norm)):
             raise Unsupported(experts, "that read no norm")
         return found
+
+    def _norm_adds(self, at: int) -> bool:
+        """Whether the norm behind adds what the experts gave."""
+        op, after = self._ops[at], self._after(at + 1)
+        return isinstance(op, ops.Add) and op.source == self._given and isinstance(after, ops.Norm) and \
+            after.source == op.buffer
 
     def _after(self, at: int) -> Op | None:
         return self._ops[at] if at < len(self._ops) else None
@@ -166,11 +174,8 @@ class _Lowering:
         op, after = self._ops[at], self._after(at + 1)
         assert isinstance(op, ops.Add)
         if op.source == self._given:
-            if not isinstance(after, ops.Norm) or after.source != op.buffer:
-                raise Unsupported(op, "of what the experts gave, without a norm behind it")
+            assert isinstance(after, ops.Norm)
             return 2, self._normed(at + 1, after, True)
-        if op.buffer == self._given:
-            raise Unsupported(op, "to what the experts gave")
         return 1, lambda room: partial(room.ops.add, room[op.buffer], room[op.source])
 
     def _norm(self, at: int) -> tuple[int, Bind]:
@@ -332,6 +337,15 @@ RULES: Mapping[type[Op], Callable[[_Lowering, int], tuple[int, Bind]]] = {
     ops.Attend: _Lowering._attend, ops.Mlp: _Lowering._mlp, ops.Scale: _Lowering._scale, ops.Gate: _Lowering._gate,
     ops.Head: _Lowering._head,
 }
+
+
+def _combined(name: str) -> Bind:
+    """What the experts gave becomes a buffer."""
+    def bind(room: Room) -> Work:
+        rows = room.routed.rows
+        return partial(room.ops.combine, rows, room.routed.topk_weights, room.make(rows.shape[-1], name))
+
+    return bind
 
 
 def _in_order(works: Sequence[Work]) -> Work:

@@ -51,6 +51,20 @@ def norm(residual, weight, out, rows, gains, eps, hidden, r_stride, out_stride, 
 
 
 @triton.jit
+def combine(rows, gains, out, hidden, rows_token, rows_rank, gains_stride, out_stride, K: tl.constexpr,
+            SIZE: tl.constexpr):
+    """The sum of rows [T, K, H] times gains [T, K], in the order of K, into out [T, H], all fp32. Grid: T, pieces of H.
+    """
+    token = tl.program_id(0)
+    at = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+    total = tl.zeros((SIZE,), tl.float32)
+    for k in tl.static_range(K):
+        row = tl.load(rows + token * rows_token + k * rows_rank + at, mask=at < hidden, other=0.0)
+        total += row * tl.load(gains + token * gains_stride + k)
+    tl.store(out + token * out_stride + at, total, mask=at < hidden)
+
+
+@triton.jit
 def head_norm(x, weight, eps, clip, x_stride, size, NORM: tl.constexpr, WEIGHT: tl.constexpr, CLIP: tl.constexpr,
               WIDTH: tl.constexpr):
     """Each `size` neighbours of x fp32 [T, N] in place: normed where NORM, by weight fp32 [size] where WEIGHT; then

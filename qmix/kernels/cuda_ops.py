@@ -125,6 +125,14 @@ class TritonOps:
         assert target.shape == x.shape
         _combine("add", target, x, target)
 
+    def combine(self, rows: Tensor, weights: Tensor, out: Tensor) -> None:
+        count, k, hidden = rows.shape
+        assert out.shape == (count, hidden) and weights.shape == (count, k)
+        assert all(t.dtype == torch.float32 and t.stride(-1) == 1 for t in (rows, weights, out))
+        _layer().combine[count, -(-hidden // PIECE)](
+            rows, weights, out, hidden, rows.stride(0), rows.stride(1), weights.stride(0), out.stride(0), K=k,
+            SIZE=PIECE, num_warps=4, enable_fp_fusion=True)
+
     def scale(self, x: Tensor, weight: Tensor | None = None, factor: float = 1.0) -> None:
         if weight is None:
             _combine("factor", x, x, x, factor)

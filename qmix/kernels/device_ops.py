@@ -79,6 +79,8 @@ class DeviceOps(Protocol):
 
     def add(self, target: Tensor, x: Tensor) -> None: ...
 
+    def combine(self, rows: Tensor, weights: Tensor, out: Tensor) -> None: ...
+
     def scale(self, x: Tensor, weight: Tensor | None = None, factor: float = 1.0) -> None: ...
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None,
@@ -147,6 +149,11 @@ class TorchDeviceOps:
     def add(self, target: Tensor, x: Tensor) -> None:
         """target [T, H] += x, fp32."""
         target.add_(x)
+
+    def combine(self, rows: Tensor, weights: Tensor, out: Tensor) -> None:
+        """sum_k weights[:, k] * rows[:, k], in that order, into out [T, H]; rows [T, K, H], weights [T, K], all fp32.
+        """
+        out.copy_(self._kernels.layer.combine(rows, weights))
 
     def scale(self, x: Tensor, weight: Tensor | None = None, factor: float = 1.0) -> None:
         """x [T, N] *= weight, then *= factor, fp32, in device; weight [N], [1] for one number, None for 1."""

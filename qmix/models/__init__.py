@@ -9,8 +9,9 @@ from qmix.models.registry import (
     mxfp4_layout,
     published_experts,
     read_model,
+    skipped,
 )
 from qmix.models.source import Layout, Misfit, Source, Step
 
 __all__ = ["ARCHITECTURES", "Keys", "Layout", "Misfit", "Source", "Step", "choose_layout", "layouts",
-           "mxfp4_layout", "published_experts", "read_model"]
+           "mxfp4_layout", "published_experts", "read_model", "skipped"]

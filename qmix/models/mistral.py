@@ -9,7 +9,6 @@ from typing import Any
 from qmix.models.keys import Keys
 from qmix.models.parts import (
     LLAMA,
-    MLP,
     ROTARY_BUFFERS,
     TINY_YARN,
     dense_layout,
@@ -40,7 +39,7 @@ def read(keys: Keys) -> Model:
 
 
 def layouts(model: Model) -> tuple[Layout, ...]:
-    return ({**dense_layout(model, LLAMA), **expert_layout(model, MLP)},)
+    return ({**dense_layout(model, LLAMA), **expert_layout(model)},)
 
 
 TINY = MappingProxyType[str, Any]({

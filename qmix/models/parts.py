@@ -124,15 +124,20 @@ def dense_layout(model: Model, names: Mapping[str, str], top: Mapping[str, str] 
     return found
 
 
-def expert_layout(model: Model, names: tuple[str, ...] = EXPERTS, layers: str = "model.layers.") -> Layout:
-    """Sources of experts that are tensors of their own. names: of gate, up and down, "{}" for the expert."""
+def expert_layout(model: Model, names: tuple[str, ...] | None = None, layers: str = "model.layers.") -> Layout:
+    """Sources of experts that are tensors of their own. names: of gate, up and down, "{}" for the expert; by default
+    those of the Llama family, in a model without experts of the MLPs."""
+    names = names or (EXPERTS if model.moe_layers else MLP)
     return {f"layers.{layer}.experts.{expert}.{part}": Source(f"{layers}{layer}.{name.format(expert)}")
             for layer, expert in model.expert_keys
             for part, name in zip(("gate", "up", "down"), names, strict=True)}
 
 
 def fused_layout(model: Model, names: tuple[str, str] = FUSED, layers: str = "model.layers.") -> Layout:
-    """Sources of experts in one tensor a layer: gate above up [E, 2F, H], and down [E, H, F]."""
+    """Sources of experts in one tensor a layer: gate above up [E, 2F, H], and down [E, H, F]. The MLPs of a model
+    without experts are as expert_layout has them."""
+    if not model.moe_layers:
+        return expert_layout(model, layers=layers)
     found = {}
     for key in model.expert_keys:
         gate, _, _ = model.expert_tensors(key)

@@ -23,7 +23,7 @@ from qmix.models.parts import (
     read_text,
     read_tied,
 )
-from qmix.models.rope import read_scaling
+from qmix.models.rope import read_rotary_dim, read_scaling
 from qmix.models.source import Layout, PerHead, Rows, Source, Squeeze
 from qmix.spec import Attention, DeltaNet, Expert, Layer, Mixer, Mlp, Model, Moe, Norm, Norms, Rope, Router
 
@@ -65,11 +65,7 @@ def _attention(text: Keys, norm: Norm, positions: int) -> Mixer:
     text.want(heads % kv == 0, "num_key_value_heads", kv, f"a divisor of num_attention_heads = {heads}")
     inner = text.object("rope_parameters")
     inner.harmless("mrope_section", "mrope_interleaved")  # of pictures: all sections of a text token are its position
-    outer = text.number("partial_rotary_factor", 0.25, above=0)
-    part = inner.number("partial_rotary_factor", outer, above=0)
-    dim = int(head_dim * part)
-    inner.want(2 <= dim <= head_dim and dim % 2 == 0, "partial_rotary_factor", part,
-               f"an even number of the dimensions of head_dim = {head_dim}")
+    dim = read_rotary_dim(inner, text, head_dim, 0.25)
     theta = inner.number("rope_theta", text.number("rope_theta", 1e4, above=0), above=0)
     return Attention(heads, kv, head_dim, Rope(theta, dim, read_scaling(inner, dim, positions)), q_norm=norm,
                      k_norm=norm, bias="qkvo" if text.boolean("attention_bias", False) else "none", output_gate=True)

@@ -90,6 +90,17 @@ def published_experts(raw: Mapping[str, Any]) -> str | None:
     return None if any(isinstance(name, str) and "experts" in name for name in names) else "mxfp4"
 
 
+def skipped(model: Model, there: Collection[str]) -> set[str]:
+    """Those of the names `there` that the model does not need: what its architecture says, and a multi-token-prediction
+    head that lies behind the last layer as more of them. Such a layer has a projection that no other has (eh_proj);
+    without that it is a layer that config.json does not count."""
+    pattern = ARCHITECTURES[model.architecture].SKIPPED
+    behind = [f"model.layers.{len(model.layers) + i}." for i in range(model.mtp)]
+    names = set(there)
+    heads = tuple(prefix for prefix in behind if f"{prefix}eh_proj.weight" in names)
+    return {name for name in names if pattern.fullmatch(name) or name.startswith(heads)}
+
+
 def choose_layout(known: tuple[Layout, ...], there: Collection[str]) -> Layout:
     """The one of which most tensors are among the names `there`; the published one in doubt."""
     names = set(there)

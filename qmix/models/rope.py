@@ -11,8 +11,9 @@ from qmix.spec.rope import Scaling
 TYPES = ("default", "linear", "yarn", "llama3", "longrope")
 
 
-def read_rope(keys: Keys, dim: int, max_positions: int, theta: float) -> Rope:
-    """One rotary embedding for all layers. dim: of the head; theta: where config.json has none."""
+def read_rope(keys: Keys, head_dim: int, max_positions: int, theta: float, partial: float | None = None) -> Rope:
+    """One rotary embedding for all layers. theta: where config.json has none; partial: the share of the head's
+    dimensions that is rotated where config.json has none; None = all of them, and config.json may not say otherwise."""
     name = "rope_scaling" if keys.get("rope_scaling", None) else "rope_parameters"
     if name == "rope_scaling" and keys.get("rope_parameters", None):
         same = keys.get("rope_parameters") == keys.get("rope_scaling")
@@ -20,7 +21,20 @@ def read_rope(keys: Keys, dim: int, max_positions: int, theta: float) -> Rope:
     inner = keys.object(name)
     theta_from = inner if "rope_theta" in inner else keys
     keys.harmless("rope_theta")  # the nested one wins, as in transformers
+    dim = head_dim if partial is None else read_rotary_dim(inner, keys, head_dim, partial)
     return Rope(theta_from.number("rope_theta", theta, above=0), dim, read_scaling(inner, dim, max_positions))
+
+
+def read_rotary_dim(inner: Keys, outer: Keys, head_dim: int, partial: float) -> int:
+    """How many dimensions of each head are rotated: partial_rotary_factor of them, which `inner`, the object of the
+    rotary embedding, has, else `outer`."""
+    place = inner if "partial_rotary_factor" in inner else outer
+    outer.harmless("partial_rotary_factor")
+    part = place.number("partial_rotary_factor", partial, above=0)
+    dim = int(head_dim * part)
+    place.want(2 <= dim <= head_dim and dim % 2 == 0, "partial_rotary_factor", part,
+               f"an even number of the dimensions of head_dim = {head_dim}")
+    return dim
 
 
 def read_scaling(keys: Keys, dim: int, max_positions: int) -> Scaling | None:

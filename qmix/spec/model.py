@@ -215,10 +215,12 @@ def _moe(hidden: int, moe: Moe) -> Iterator[Tensor]:
     if router.input_scale:
         yield Tensor("router.input_scale", (hidden,), "other")
     yield Tensor("router.weight", (router.experts, hidden), "router")
-    for name, there in (("logit_bias", router.logit_bias), ("choice_bias", router.choice_bias),
-                        ("expert_scale", router.expert_scale)):
+    vectors: tuple[tuple[str, bool, Role], ...] = (
+        ("logit_bias", router.logit_bias, "router"), ("choice_bias", router.choice_bias, "choice_bias"),
+        ("expert_scale", router.expert_scale, "router"))
+    for name, there, role in vectors:
         if there:
-            yield Tensor(f"router.{name}", (router.experts,), "router")
+            yield Tensor(f"router.{name}", (router.experts,), role)
     for part, branch in (("routed", moe.routed), ("beside", moe.beside[1] if moe.beside else None)):
         if branch is not None:
             yield from _norm(f"{part}.norm_in", branch.norm_in, hidden)

@@ -8,8 +8,9 @@ from typing import Literal, NamedTuple
 from qmix.spec.checks import numbers, one_of
 
 # What a dense tensor is, and so what may be done to it: "linear" and "head" may be quantized, all others never are.
-# "mlp" is a linear of a dense or shared MLP.
-Role = Literal["embedding", "linear", "mlp", "head", "router", "norm", "bias", "other"]
+# "mlp" is a linear of a dense or shared MLP. "choice_bias" is fp32 whatever the dtype of the model: published
+# checkpoints have it so, since the bias tells experts apart whose scores bf16 would call equal.
+Role = Literal["embedding", "linear", "mlp", "head", "router", "choice_bias", "norm", "bias", "other"]
 
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}  # of weights, and their short names
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from qmix.config import DTYPES, ExpertKey, QuantConfig
+from qmix.config import ExpertKey, QuantConfig
 from qmix.sizes import (
     PLAIN_DTYPES,
     RECORD_ALIGN,
@@ -24,6 +24,7 @@ from qmix.sizes import (
     RecordLayout,
     TensorSpec,
     dense_spec,
+    plain_format,
     record_layouts,
     round_up,
 )
@@ -152,7 +153,7 @@ class _Draft:
 
 
 def _dense_draft(model: Model, tensor: Tensor, spec: MatrixSpec | None, label: str) -> _Draft:
-    plain = TensorSpec("weight", PLAIN_DTYPES[DTYPES[model.dtype]], tensor.shape)
+    plain = TensorSpec("weight", PLAIN_DTYPES[plain_format(model, tensor)], tensor.shape)
     placed, end = [], 0
     for part in (plain,) if spec is None else spec.tensors:
         placed.append(Placed("", part, end))

@@ -49,8 +49,9 @@ def classes(model: Model, quant: QuantConfig, layout: StoreLayout,
     found = [ClassSummary("experts", describe_format(model, quant, quant.experts),
                           count * expert_weights(model), sum(layout.record(key).nbytes for key in layout.records),
                           *_mean_max(expert_errors))]
+    matrices = "attention, MLPs and head" if any(t.role == "mlp" for t in model.tensors()) else "attention and head"
     for name, kind, plain, errors in (
-            ("attention and head", describe_format(model, quant, quant.dense), False, dense_errors),
+            (matrices, describe_format(model, quant, quant.dense), False, dense_errors),
             ("embedding, routers, norms", DTYPES[model.dtype], True, [])):
         tensors = [t for t in model.tensors() if (layout.specs[t.name] is None) == plain]
         found.append(ClassSummary(name, kind, sum(prod(t.shape) for t in tensors),

@@ -6,7 +6,8 @@
     for token_id in generated: print(decoder.push(token_id), end="")
 
 files.py reads what the folder says. hf.py and spm.py are the two kinds of vocabulary over vocabulary.py. stream.py
-decodes. parts.py says what an answer consists of; reasoning.py (tags) and harmony.py (channels) find it. The chat
+decodes. parts.py says what an answer consists of; reasoning.py (tags), glm.py (tags, and calls) and harmony.py
+(channels) find it. The chat
 formats are mistral.py, mistral_v3.py, template.py (over sandbox.py and traced.py) and plain.py. No torch here;
 sentencepiece, tokenizers and jinja2 are imported when needed.
 
@@ -27,6 +28,7 @@ from qmix.config import EFFORTS
 from qmix.errors import ModelFileError, UsageError
 from qmix.tokenizer import harmony_template
 from qmix.tokenizer.files import TokenizerFiles, read_files
+from qmix.tokenizer.glm import glm_format
 from qmix.tokenizer.harmony import harmony_format, harmony_stops
 from qmix.tokenizer.message import ROLES, ChatFormat, Message, Prompt, Request, ToolCall
 from qmix.tokenizer.mistral import MistralV1Format, has_mistral_v1_pieces, may_be_mistral
@@ -183,7 +185,7 @@ def load(folder: Path, vocab_size: int | None = None,
     chat = chat or PlainFormat(vocabulary, eos)
     if chat.turn_end is not None:
         eos.append(chat.turn_end)
-    return Tokenizer(vocabulary, chat, eos, rows=vocab_size, answers=harmony or THINK)
+    return Tokenizer(vocabulary, chat, eos, rows=vocab_size, answers=harmony or glm_format(files.templates) or THINK)
 
 
 def _vocabulary(files: TokenizerFiles) -> Vocabulary:

@@ -82,10 +82,11 @@ class Request:
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """ids of a conversation up to the start of the next answer. in_reasoning: the prompt itself opened the reasoning,
-    so that the answer begins inside it."""
+    so that the answer begins inside it. tools: those of the request, which say what the arguments of a call are."""
 
     ids: list[int]
     in_reasoning: bool = False
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 class ChatFormat(Protocol):

@@ -79,7 +79,7 @@ class TemplateFormat:
         bos = self._vocabulary.bos_id
         while bos is not None and ids[:2] == [bos, bos]:
             del ids[0]
-        return Prompt(ids, _opens_reasoning(text))
+        return Prompt(ids, _opens_reasoning(text), request.tools)
 
     def render(self, messages: Sequence[Message], prompt: bool = True) -> str:
         """The conversation as the template writes it; prompt: with the start of the next answer."""

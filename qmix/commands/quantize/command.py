@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,7 +30,7 @@ def quantize(
     bpw: Annotated[float | None, typer.Option("--bpw", min=0.1, max=100, help="Or: such a mix of this many bits per "
                                               "weight of the experts (3.7).", show_default=False)] = None,
     dense: Annotated[str, typer.Option(
-        "--dense", help="Attention and output head: int8, int4, bf16 or keep.")] = "int8",
+        "--dense", help="Attention, output head, and MLPs that are no experts: int8, int4, bf16 or keep.")] = "int8",
     method: Annotated[str | None, typer.Option(
         "--method", help="int4, int3, int2: hqq (default), rtn, or gptq (the default with --calibration).",
         show_default=False)] = None,
@@ -60,8 +61,8 @@ def quantize(
     quant = quant_config(format or "int4", dense, method, group_size, block, double_quant)
     check_calibration(quant, wanted, calibration, calibration_tokens)
     with Checkpoint.open(paths.resolve(source, render.say, "checkpoint")) as checkpoint:
-        for name in checkpoint.skipped:
-            render.say(f"skipped: {name} (the model does not need it)")
+        for line in _skipped(checkpoint):
+            render.say(f"skipped: {line}")
         for note in checkpoint.notes:
             render.say(f"note: {note}")
         if checkpoint.expert_format is not None:
@@ -92,3 +93,23 @@ def _check_tokenizer(checkpoint: Checkpoint) -> None:
                    "generate will refuse the store until the original model's is copied into it")
         return
     load(checkpoint.path, checkpoint.model.vocab)
+
+
+ONE_BY_ONE = 3  # tensors of a part of the checkpoint that are named, and not counted
+
+
+def _skipped(checkpoint: Checkpoint) -> list[str]:
+    """What the checkpoint has and the model does not need: each tensor or file, or where there are many of one part,
+    that part: a prediction head has hundreds."""
+    parts: dict[str, list[str]] = {}
+    for name in checkpoint.skipped:
+        found = re.match(r"model\.layers\.(\d+)\.", name) or re.match(r"model\.\w+\.|mtp\.", name)
+        parts.setdefault(found[0] if found else name, []).append(name)
+    lines = []
+    for part, names in parts.items():
+        layer = re.fullmatch(r"model\.layers\.(\d+)\.", part)
+        head = part == "mtp." or (layer is not None and int(layer[1]) >= checkpoint.model.num_layers)
+        lines += [f"{name} (the model does not need it)" for name in names] if len(names) <= ONE_BY_ONE else [
+            f"{part}* ({len(names)} tensors " + ("of a multi-token-prediction head, which qmix does not use)" if head
+                                                 else "that the model does not need)")]
+    return lines
