@@ -4,7 +4,8 @@ int3, int2), tested under Triton's interpreter and compiled for cards from sm_80
 A layer takes one launch to sort, two for each kind of record, and one to add up: those two are more where what lies
 between them would take more than prompt_tiles.INNER_BYTES, and for each expert that comes later. The products are
 those of cuda.many: x is rounded to 16 bits, codes are exact, sums are fp32; silu(gate) * up is computed in fp32 and
-rounded once. A row's bits depend on the size of the tile alone, not on the other rows.
+rounded once. A tile has the same bits in whatever slot its expert is and whenever it is computed; as in cuda.many, a
+row's may depend on how many rows a pass has.
 
 T tokens, K experts per token, E experts, H hidden, F expert inner.
 """
@@ -18,13 +19,13 @@ import torch
 from torch import Tensor
 
 from qmix.errors import UsageError
-from qmix.kernels.configs import TENSOR_CORES, Matmul, built_in, capability
 from qmix.kernels import cuda
+from qmix.kernels.configs import TENSOR_CORES, Matmul, built_in, capability
 from qmix.kernels.cuda import INDEX, device_code, power_of_two
 from qmix.kernels.cuda_ops import matrices_of
 from qmix.kernels.device_ops import ExpertSlots
 from qmix.kernels.prompt_experts import Tiles
-from qmix.kernels.prompt_tiles import most_tiles, tile_of
+from qmix.kernels.prompt_tiles import SIZES, most_tiles, tile_of
 from qmix.sizes import MatrixSpec
 
 SORTED = 1024  # pairs that a program of `sort` looks at together
@@ -44,9 +45,12 @@ class TritonPromptExperts:
         suits = card is None or (card >= TENSOR_CORES and dtype != torch.float32)
         return bool(slots.record.w13.bits and slots.record.w2.bits) and suits
 
+    def sizes(self, device: torch.device) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(min(size, self._cut(device).tokens) for size in SIZES))
+
     def sort(self, ids: Tensor, experts: int, size: int = 0) -> Tiles:
         tokens, top_k = ids.shape
-        size = size or tile_of(tokens * top_k, experts, self._cut(ids).tokens)
+        size = size or tile_of(tokens * top_k, experts, self._cut(ids.device).tokens)
         count = most_tiles(tokens * top_k, experts, size)
         room = torch.empty(count * (size + 1), dtype=INDEX, device=ids.device)
         order, expert_of = room[:count * size], room[count * size:]
@@ -57,7 +61,7 @@ class TritonPromptExperts:
     def gate_up(self, x: Tensor, slots: ExpertSlots, tiles: Tiles, part: range, table: Tensor,
                 slot: int = -1) -> Tensor:
         w13, w2 = matrices_of(slots)
-        spec, config = w13.spec, self._cut(x)
+        spec, config = w13.spec, self._cut(x.device)
         if x.dim() != 2 or x.shape[1] != spec.cols or x.stride(1) != 1 or not len(part):
             raise UsageError(f"x: got {list(x.shape)}, strides {x.stride()}, want [T, {spec.cols}], rows contiguous")
         dot, rows = _dot(x), max(LEAST, config.rows // 2)
@@ -71,7 +75,7 @@ class TritonPromptExperts:
     def down(self, inner: Tensor, slots: ExpertSlots, tiles: Tiles, part: range, table: Tensor, rows: Tensor,
              slot: int = -1) -> None:
         _, w2 = matrices_of(slots)
-        spec, config = w2.spec, self._cut(inner)
+        spec, config = w2.spec, self._cut(inner.device)
         assert rows.is_contiguous() and rows.dtype == torch.float32 and rows.shape[2] == spec.rows
         assert inner.shape == (len(part) * tiles.size, spec.cols) and inner.is_contiguous()
         _code().down[len(part), -(-spec.padded_rows // config.rows)](
@@ -83,19 +87,20 @@ class TritonPromptExperts:
         tokens, top_k, hidden = rows.shape
         out = rows.new_empty(tokens, hidden)
         if tokens:
-            _code().combine[tokens, -(-hidden // PIECE)](rows, topk_weights, out, topk_weights.stride(0), hidden, K=top_k,
-                                                         SIZE=PIECE, num_warps=4, enable_fp_fusion=False)
+            _code().combine[tokens, -(-hidden // PIECE)](
+                rows, topk_weights, out, topk_weights.stride(0), hidden, K=top_k, SIZE=PIECE, num_warps=4,
+                enable_fp_fusion=False)
         return out
 
-    def _cut(self, x: Tensor) -> Matmul:
-        return self._config or built_in(capability(x.device)).matmul
+    def _cut(self, device: torch.device) -> Matmul:
+        return self._config or built_in(capability(device)).matmul
 
 
 def _cut_of(spec: MatrixSpec, tiles: Tiles, config: Matmul) -> dict[str, int | bool]:
     """What both products are told alike. Small tiles take four warps, as in cuda.many."""
     return {"GROUP": spec.group_size, "BLOCK": spec.block, "BITS": spec.bits, "TILE": tiles.size,
-            "CHUNK": min(spec.group_size, 64), "RAGGED": spec.cols < spec.padded_cols, "num_warps": config.warps if tiles.size == config.tokens else 4,
-            "num_stages": config.stages, "enable_fp_fusion": True}
+            "CHUNK": min(spec.group_size, 64), "RAGGED": spec.cols < spec.padded_cols, "num_stages": config.stages,
+            "num_warps": config.warps if tiles.size == config.tokens else 4, "enable_fp_fusion": True}
 
 
 def _dot(x: Tensor) -> Any:

@@ -87,8 +87,8 @@ def gate_up(x, qweight, qparams, inner, order, expert_of, table, first, slot, ba
             TILE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, RAGGED: tl.constexpr):
     """silu(gate(x)) * up(x) of the tiles from `first` on: of each ROWS rows of gate and those of up.
 
-    x [T, H]; inner [tiles of the launch * TILE, F = out], tiles in their order; of padding it is what another token gives. Gate and up
-    have half of the N rows each. RAGGED: `cols` ends within a group. Grid: tiles, pieces of a half.
+    x [T, H]; inner [tiles of the launch * TILE, F = out], tiles in their order; in padding is what another token gives.
+    Gate and up have half of the N rows each. RAGGED: `cols` ends within a group. Grid: tiles, pieces of a half.
     """
     COLUMN: tl.constexpr = BLOCK * BITS // 8
     tile = first + tl.program_id(0)
@@ -170,10 +170,10 @@ def combine(rows, topk_weights, out, weight_stride, hidden, K: tl.constexpr, SIZ
     """sum_k topk_weights[:, k] * rows[:, k], in that order, each product and sum rounded: rows [T, K, H] and out [T, H]
     fp32. Grid: T, pieces of H."""
     token = tl.program_id(0).to(tl.int64)
+    weight = topk_weights + token * weight_stride
     at = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
     mask = at < hidden
-    total = tl.load(rows + token * K * hidden + at, mask=mask, other=0.0) * tl.load(topk_weights + token * weight_stride)
+    total = tl.load(rows + token * K * hidden + at, mask=mask, other=0.0) * tl.load(weight)
     for k in tl.static_range(1, K):
-        row = tl.load(rows + (token * K + k) * hidden + at, mask=mask, other=0.0)
-        total += row * tl.load(topk_weights + token * weight_stride + k)
+        total += tl.load(rows + (token * K + k) * hidden + at, mask=mask, other=0.0) * tl.load(weight + k)
     tl.store(out + token * hidden + at, total, mask=mask)

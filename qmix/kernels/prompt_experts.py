@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qmix.kernels.device_ops import ExpertSlots
 from qmix.kernels.layer import TORCH
-from qmix.kernels.prompt_tiles import most_tiles, tile_of, tiles_of_launch
+from qmix.kernels.prompt_tiles import SIZES, most_tiles, tile_of, tiles_of_launch
 from qmix.kernels.table import KernelTable
 
 
@@ -39,7 +39,8 @@ class Tiles:
 
     def launches(self, slots: ExpertSlots, itemsize: int, among: range | None = None) -> Iterator[range]:
         """The tiles `among`, or all, as many at a time as there is room for between the two products."""
-        most, wanted = tiles_of_launch(slots.record.w2.cols, itemsize, self.size), among or range(self.count)
+        most = tiles_of_launch(slots.record.w2.cols, itemsize, self.size)
+        wanted = range(self.count) if among is None else among
         for first in range(wanted.start, wanted.stop, most):
             yield range(first, min(wanted.stop, first + most))
 
@@ -54,6 +55,8 @@ class PromptExperts(Protocol):
     """TorchPromptExperts has the meaning of each. Nothing asks the host, nor tells it anything."""
 
     def handles(self, slots: ExpertSlots, dtype: torch.dtype) -> bool: ...
+
+    def sizes(self, device: torch.device) -> tuple[int, ...]: ...
 
     def sort(self, ids: Tensor, experts: int, size: int = 0) -> Tiles: ...
 
@@ -75,6 +78,10 @@ class TorchPromptExperts:
     def handles(self, slots: ExpertSlots, dtype: torch.dtype) -> bool:
         """Whether the others have the format of these records, and compute in `dtype`."""
         return bool(slots.record.w13.bits and slots.record.w2.bits)
+
+    def sizes(self, device: torch.device) -> tuple[int, ...]:
+        """Tokens of a tile: what `sort` chooses from."""
+        return SIZES
 
     def sort(self, ids: Tensor, experts: int, size: int = 0) -> Tiles:
         """ids [T, K] int64, of `experts` in all; a token has no expert twice. size: tokens of a tile, 0 for what suits
