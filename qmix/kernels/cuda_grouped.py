@@ -1,11 +1,11 @@
 """The experts of a prompt's tokens on a GPU, in Triton: prompt_experts.PromptExperts for the grouped formats (int4,
 int3, int2), tested under Triton's interpreter and compiled for cards from sm_80 up.
 
-A layer takes one launch to sort, two for each kind of record, and one to add up: those two are more where what lies
-between them would take more than prompt_tiles.INNER_BYTES, and for each expert that comes later. The products are
-those of cuda.many: x is rounded to 16 bits, codes are exact, sums are fp32; silu(gate) * up is computed in fp32 and
-rounded once. A tile has the same bits in whatever slot its expert is and whenever it is computed; as in cuda.many, a
-row's may depend on how many rows a pass has.
+A layer takes one launch to sort, two for each kind of record, and one to add up. The two are launched several times
+where what lies between them would take more than prompt_tiles.INNER_BYTES, and again for each expert that comes later.
+The products are those of cuda.many: x is rounded to 16 bits, codes are exact, sums are fp32; silu(gate) * up is
+computed in fp32 and rounded once. A tile has the same bits in whatever slot its expert is and whenever it is computed;
+as in cuda.many, a row's may depend on how many rows a pass has.
 
 T tokens, K experts per token, E experts, H hidden, F expert inner.
 """
