@@ -41,9 +41,11 @@ from qmix.kernels.configs import TENSOR_CORES
 from qmix.kernels.cuda_ops import TritonOps
 from qmix.kernels.device_ops import ExpertSlots
 from qmix.kernels.device_table import DeviceKernels, choose_device_kernels
+from qmix.kernels.prompt_experts import PromptExperts
 from qmix.kernels.table import KernelTable
 from qmix.kernels.trials import MIXTRAL_8X7B
 from qmix.models import read_model
+from qmix.offload.device_prompts import DevicePrompts
 from qmix.sizes import MatrixSpec, RecordLayout
 from qmix.spec import Attention, Model
 
@@ -53,6 +55,9 @@ TOKENS, PROMPTS = (1, 2, 4, 8), (12, 40, 200, 511, 512)
 # Bytes of registers that a thread may spill; none on cards that are not listed. On 12.0 the assembler gives a product
 # of 12 tokens 80 registers where it needs a few more, so that one more program runs at once.
 SPILLS = {(12, 0): 16}
+
+
+PRODUCTS = {"matmul": "x", "attend_many": "keys", "gate_up": "x", "down": "inner"}  # and what they multiply
 
 
 @dataclass(frozen=True)
@@ -162,12 +167,13 @@ def launch(model: Shape, card: tuple[int, int], found: Launches, tokens: Iterabl
         found.label = f"{model.name}, decode {count}"
         given = torch.zeros(count, dtype=torch.int64)
         decode(given, given, [cache] * count, Step("decode"))
-    slot, attention = torch.empty(record.nbytes, dtype=torch.uint8), config.layers[0].mixer
+    slab, attention = torch.empty(SLOTS, record.nbytes, dtype=torch.uint8), config.layers[0].mixer
+    slots, table = ExpertSlots(slab, record, ()), torch.zeros(config.num_experts, dtype=torch.int32)
     assert isinstance(attention, Attention)
     (qkv, *_), o = weights.stacks.values(), weights.matrices["layers.0.attention.o"]
     kv_layer = cache.layers[0]
     assert isinstance(kv_layer, FullLayer) and len(weights.stacks) == config.num_layers
-    w13, w2 = (Packed.of(spec, {p.tensor.name: view(slot, p.offset, p.tensor) for p in record.placed
+    w13, w2 = (Packed.of(spec, {p.tensor.name: view(slab[0], p.offset, p.tensor) for p in record.placed
                                 if p.matrix == name}) for name, spec in (("w13", record.w13), ("w2", record.w2)))
     for count in (n for n in prompts if n <= model.context):
         found.label = f"{model.name}, prompt {count}"
@@ -176,8 +182,18 @@ def launch(model: Shape, card: tuple[int, int], found: Launches, tokens: Iterabl
         heads = attention.heads, attention.kv_heads, attention.kv_heads
         query = Query(0, *(torch.empty(count, number, attention.head_dim, dtype=dtype) for number in heads))
         kernels.prompts.linear(kv_layer.attend(attention, None, query), o)
-        kernels.prompts.expert(x, w13, w2)
+        kernels.prompts.expert(x, w13, w2)  # as dense matrices in this format are multiplied
+        if kernels.experts.handles(slots, dtype):
+            prompt_experts(kernels.experts, x, slots, table, config.top_k)
         kernels.prompts.linear(x[-1:], weights.matrices["embedding" if config.tied else "head"])
+
+
+def prompt_experts(experts: PromptExperts, x: Tensor, slots: ExpertSlots, table: Tensor, top_k: int) -> None:
+    """What a layer launches for the experts of a prompt, x [T, H], where all are in VRAM; table [E]: their slots."""
+    prompts = DevicePrompts(experts, [slots], len(table))
+    routed = prompts.begin(x, torch.zeros(len(x), top_k, dtype=torch.int64))
+    prompts.in_slots(routed, table)
+    prompts.combine(routed.rows, torch.empty(len(x), top_k))
 
 
 def wrong(one: Launch, card: tuple[int, int]) -> Iterator[str]:
@@ -187,7 +203,7 @@ def wrong(one: Launch, card: tuple[int, int]) -> Iterator[str]:
         yield f"{one.shared} bytes of shared memory, the card has {SHARED[card]}"
     if one.spills > SPILLS.get(card, 0):
         yield f"{one.spills} bytes of registers are spilled"
-    if one.kernel in ("matmul", "attend_many"):
+    if one.kernel in PRODUCTS:
         if card < TENSOR_CORES:
             yield "this is torch's work here, which has tensor cores"
         elif not one.mma + one.wgmma and "32" not in str(one.constants.get("DOT")) + one.kinds.get("keys", ""):
@@ -219,8 +235,8 @@ def wrong_together(launches: Launches) -> Iterator[str]:
         if one.kernel == "gemv":  # sums of a token in the same order, whatever the number of tokens
             same = *(value for name, value in one.constants.items() if name not in ("M", "ADD")), str(one.kinds)
             orders.setdefault((one.module, *map(str, same)), set()).add(one.accumulators)
-        if one.kernel in ("matmul", "attend_many"):  # compiled by tile, not anew for some prompts
-            kind = one.kinds["x" if one.kernel == "matmul" else "keys"]
+        if one.kernel in PRODUCTS:  # compiled by tile, not anew for some prompts
+            kind = one.kinds[PRODUCTS[one.kernel]]
             for model in {label.split(",")[0] for label in one.labels}:
                 own = frozenset(label for label in one.labels if label.startswith(f"{model},"))
                 prompts.setdefault(f"{model}: {one.kernel} {one.constants}, {kind}", set()).add(own)

@@ -85,7 +85,7 @@ def budgets(folder: Path, above: int, below: int, context: int) -> tuple[str, st
     """Flags for so many slots on the device and in RAM, in a process that holds nothing yet."""
     with Store.open(folder) as store:
         needs = Needs.of(store.model, store.quant, context)
-    vram = RESERVE + needs.dense + needs.kv + needs.workspace + DEVICE_TILES + above * needs.record
+    vram = RESERVE + needs.dense + needs.kv + needs.workspace + DEVICE_TILES + needs.tiles + above * needs.record
     return "--vram", str(vram), "--ram", str(RESERVE + below * needs.record)
 
 

@@ -32,7 +32,7 @@ from qmix.evaluate.memory import (
     tensors_beside,
     tensors_to_come,
 )
-from qmix.offload.plan import DEVICE_TILES, RESERVE, STAGING, Needs, plan
+from qmix.offload.plan import RESERVE, STAGING, Needs, plan
 from qmix.sizes import GIB, MIB
 
 UNQUANTIZED = QuantConfig(experts="keep", dense="keep", method="", group_size=0, block=0)
@@ -122,7 +122,7 @@ def test_a_checkpoint_and_a_model_fit_one_gpu_and_one_ram(vram: int, vram_base: 
     try:
         granted, above = divide_on_gpu((least, weights), beside, needs, (ram, base), (vram, vram_base))
     except DoesNotFit as e:
-        at_least = least + needs.dense + needs.kv + needs.workspace + DEVICE_TILES + needs.least_bytes
+        at_least = least + needs.dense + needs.kv + needs.on_device.workspace + needs.least_bytes
         if "of VRAM" in e.message:
             assert vram < vram_base + max(RESERVE, vram // 50) + at_least
         else:
@@ -176,7 +176,7 @@ def test_a_device_that_is_too_small_is_said_with_the_numbers(stores: dict[str, P
        st.sampled_from([256, 4096]))
 def test_two_models_fit_one_gpu_and_one_ram(vram: int, vram_base: int, ram: int, base: int, context: int) -> None:
     first, second = (Needs.of(MIXTRAL, quant, context, scoring=True) for quant in (UNQUANTIZED, QuantConfig()))
-    least = sum(n.dense + n.kv + n.workspace + DEVICE_TILES + n.least_bytes for n in (first, second))
+    least = sum(n.dense + n.kv + n.on_device.workspace + n.least_bytes for n in (first, second))
     try:
         part = reference_part(first, second, (ram, base), (vram, vram_base))
     except DoesNotFit as e:

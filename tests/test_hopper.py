@@ -38,7 +38,7 @@ def compile_only(self, *args, grid, warmup, **kwargs):
 jit.JITFunction.run = compile_only
 cuda_prompt.capability = lambda _: (9, 0)
 cuda._check_weights = lambda *_: None
-cuda._dot = lambda jit, x, dot: jit.tl.float16 if x.dtype == torch.float16 else jit.tl.bfloat16
+cuda.dot_of = lambda jit, x, dot=None: jit.tl.float16 if x.dtype == torch.float16 else jit.tl.bfloat16
 
 def products(ptx):
     "Of WGMMA: how many take their first operand from registers, from shared memory."

@@ -17,6 +17,7 @@ from qmix.device import Device
 from qmix.formats.packed import Packed
 from qmix.forward.weights import DenseWeights
 from qmix.kernels.device_table import DeviceKernels
+from qmix.offload.device_experts import DeviceExperts
 from qmix.offload.setup import Offload
 from qmix.spec import Attention, Model
 
@@ -54,12 +55,17 @@ def _pieces(kernels: DeviceKernels, weights: DenseWeights, offload: Offload, mod
     def expert(x: Tensor, w13: Packed, w2: Packed) -> None:
         prompts.linear(prompts.gated(x, w13), w2)
 
+    together = offload.experts.prompts if isinstance(offload.experts, DeviceExperts) else None
+    if together is not None:
+        for size in together.sizes():
+            yield (f"the experts of a prompt in tiles of {size} tokens",
+                   partial(together.try_out, size, model.hidden, model.top_k, dtype))
     for tokens in COMPILED:
         x = torch.zeros(tokens, model.hidden, dtype=dtype, device=device.torch_device)
         for m in matrices:
             yield (f"a product of {tokens} tokens with a dense matrix in {m.spec.format}",
                    partial(prompts.linear, x.new_zeros(tokens, m.spec.cols), m))
-        for w13, w2 in offload.experts.views:
+        for w13, w2 in () if together is not None else offload.experts.views:
             yield f"an expert in {w13.spec.format} of {tokens} tokens", partial(expert, x, w13, w2)
         for heads, kv_heads, size, window in shapes:
             query, kept = x.new_zeros(tokens, heads, size), x.new_zeros(kv_heads, tokens, size)

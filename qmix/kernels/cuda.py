@@ -220,7 +220,7 @@ def many(x: Tensor, weights: Matrices, slot: int, y: Tensor, dot: str | None = N
     if not 0 <= slot < weights.slots:
         raise UsageError(f"slot {slot}: want 0 to {weights.slots - 1}")
     jit, spec = device_code("cuda_jit"), weights.spec
-    config, operands = config or _configs(x.device).matmul, _dot(jit, x, dot)
+    config, operands = config or _configs(x.device).matmul, dot_of(jit, x, dot)
     x = x.to(NARROW.get(operands.name, x.dtype))
     block_m = min(config.tokens, 128 if len(x) > 64 else 64 if len(x) > 16 else 16)
     blocks, per_tile = spec.padded_rows // spec.block, config.rows // spec.block
@@ -284,8 +284,8 @@ def _configs(device: torch.device) -> Configs:
     return built_in(capability(device))
 
 
-def _dot(jit: ModuleType, x: Tensor, dot: str | None) -> Any:
-    """Triton's dtype of a matmul's operands."""
+def dot_of(jit: ModuleType, x: Tensor, dot: str | None = None) -> Any:
+    """Triton's dtype of a product's operands; see `many`."""
     if dot not in (None, *DOTS):
         raise UsageError(f"dot: got {dot!r}, want " + ", ".join(DOTS))
     lacking = (capability(x.device) or (0, 0)) < (8, 0)

@@ -229,6 +229,36 @@ def finish(partial, out_rows, y, y_stride, n, out, splits, bias, slots, slot_wor
     tl.store(y + out_row * y_stride + at, value.to(y.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def numbers(low, third, aside, at, exists, BITS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+            DOT: tl.constexpr, E2M1: tl.constexpr = False):
+    """A tile of codes as the numbers q - m [CHUNK, ROWS], or those of E2M1, exact in DOT.
+
+    low: of each byte of a column its address; third: of int3 that of its third bits, which lie `aside` bits up; at
+    [CHUNK, 1]: offsets of the columns; exists: whether a byte is there. A byte's codes come to lie beside each other.
+    """
+    PLACE: tl.constexpr = 4 if BITS == 4 else 2
+    MIDDLE: tl.constexpr = 2**(BITS - 1)
+    bits = tl.load(low + at, mask=exists, other=0).to(tl.int32)
+    bits = tl.join(bits, bits >> 4)
+    if BITS != 4:
+        bits = tl.join(bits, bits >> 2)
+    codes = bits & (2**PLACE - 1)
+    if BITS == 3:
+        high = tl.load(third + at, mask=exists, other=0).to(tl.int32) >> aside
+        high = tl.join(high, high >> 4)
+        high = tl.join(high, high >> 2)
+        codes = codes | ((high & 1) << 2)
+    codes = tl.reshape(codes, (CHUNK, ROWS))
+    if E2M1:
+        found = e2m1(codes)
+    elif tl.float16 == DOT:
+        found = (codes.to(tl.int16) | MAGIC_HALF).to(tl.float16, bitcast=True) - (1024.0 + MIDDLE)
+    else:
+        found = (codes | MAGIC).to(tl.float32, bitcast=True) - (8388608.0 + MIDDLE)
+    return found.to(DOT)
+
+
 @triton.jit(do_not_specialize=["slot", "tokens"])  # else compiled anew for some prompts
 def matmul(x, qweight, qparams, y, slot, tokens, slot_bytes, x_stride, y_stride, cols, groups, n, blocks,
            GROUP: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr,
@@ -245,7 +275,6 @@ def matmul(x, qweight, qparams, y, slot, tokens, slot_bytes, x_stride, y_stride,
     PER_BYTE: tl.constexpr = 8 // PLACE
     STEP: tl.constexpr = BLOCK // PER_BYTE
     COLUMN: tl.constexpr = BLOCK * BITS // 8
-    MIDDLE: tl.constexpr = 2**(BITS - 1)
     piece = tl.program_id(1)
     start = slot.to(tl.int64) * slot_bytes
     token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -257,6 +286,7 @@ def matmul(x, qweight, qparams, y, slot, tokens, slot_bytes, x_stride, y_stride,
     exists = (block < blocks)[None, :]
     column = block * groups * GROUP * COLUMN
     low = qweight + start + (column + byte % STEP)[None, :]
+    third, aside = low, 0
     if BITS == 3:
         third = qweight + start + (column + STEP + byte % (STEP // 2))[None, :]
         aside = (byte % STEP // (STEP // 2))[None, :]
@@ -269,26 +299,10 @@ def matmul(x, qweight, qparams, y, slot, tokens, slot_bytes, x_stride, y_stride,
     total = tl.zeros((BLOCK_M, BLOCKS * BLOCK), tl.float32)
     for chunk in range(0, groups * (GROUP // CHUNK)):
         at = chunk * CHUNK + inside
-        bits = tl.load(low + (at * COLUMN)[:, None], mask=exists, other=0).to(tl.int32)
-        bits = tl.join(bits, bits >> 4)
-        if BITS != 4:
-            bits = tl.join(bits, bits >> 2)
-        codes = bits & (2**PLACE - 1)
-        if BITS == 3:
-            high = tl.load(third + (at * COLUMN)[:, None], mask=exists, other=0).to(tl.int32) >> aside
-            high = tl.join(high, high >> 4)
-            high = tl.join(high, high >> 2)
-            codes = codes | ((high & 1) << 2)
-        codes = tl.reshape(codes, (CHUNK, BLOCKS * BLOCK))
-        if E2M1:
-            numbers = e2m1(codes)
-        elif tl.float16 == DOT:
-            numbers = (codes.to(tl.int16) | MAGIC_HALF).to(tl.float16, bitcast=True) - (1024.0 + MIDDLE)
-        else:
-            numbers = (codes | MAGIC).to(tl.float32, bitcast=True) - (8388608.0 + MIDDLE)
+        weights = numbers(low, third, aside, (at * COLUMN)[:, None], exists, BITS, CHUNK, BLOCKS * BLOCK, DOT, E2M1)
         values = tl.load(x + token[:, None] * x_stride + at[None, :], mask=given[:, None] & (at < cols)[None, :],
                          other=0.0).to(DOT)
-        product = tl.dot(values, numbers.to(DOT), input_precision="ieee")
+        product = tl.dot(values, weights, input_precision="ieee")
         group = chunk // (GROUP // CHUNK)
         if E2M1:
             total += product * e8m0(tl.load(qparams + start + (group * n + row), mask=real, other=0))[None, :]

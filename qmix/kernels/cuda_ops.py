@@ -201,9 +201,7 @@ class TritonOps:
         return bool(slots.record.w13.code_bits and slots.record.w2.code_bits)
 
     def experts(self, x: Tensor, slots: ExpertSlots, ids: Tensor, table: Tensor, rows: Tensor) -> None:
-        if "matrices" not in slots.made:
-            slots.made["matrices"] = tuple(Matrices.in_slots(slots.slab, slots.record, name) for name in ("w13", "w2"))
-        w13, w2 = slots.made["matrices"]
+        w13, w2 = matrices_of(slots)
         tokens, k = ids.shape
         width, count = power_of_two(tokens), min(tokens * k, len(table))
         most = min(FEW * k, len(table))
@@ -239,6 +237,14 @@ class TritonOps:
         if not made or made[-1].numel() < prod(most):
             made.append(torch.empty(prod(most), dtype=dtype, device=device))
         return made[-1][:prod(shape)].view(shape)
+
+
+def matrices_of(slots: ExpertSlots) -> tuple[Matrices, Matrices]:
+    """w13 and w2 of the records in a slab."""
+    if "matrices" not in slots.made:
+        slots.made["matrices"] = tuple(Matrices.in_slots(slots.slab, slots.record, name) for name in ("w13", "w2"))
+    w13, w2 = slots.made["matrices"]
+    return w13, w2
 
 
 def heads_of_program(group: int) -> int:

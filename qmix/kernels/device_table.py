@@ -17,19 +17,21 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qmix.config import GROUPED_BITS
 from qmix.errors import QmixError
 from qmix.formats import module, nf4
-from qmix.formats.packed import Packed
+from qmix.formats.packed import Packed, view
 from qmix.kernels import reference
 from qmix.kernels.attend import causal_attention
 from qmix.kernels.configs import Configs, built_in, capability
 from qmix.kernels.cpu import Kernel
-from qmix.kernels.device_ops import DeviceOps, TorchDeviceOps
-from qmix.kernels.table import KernelTable, random_matrix
-from qmix.sizes import MX_BLOCK
+from qmix.kernels.device_ops import DeviceOps, ExpertSlots, TorchDeviceOps
+from qmix.kernels.prompt_experts import PromptExperts, TorchPromptExperts
+from qmix.kernels.table import KernelTable, random_expert, random_matrix
+from qmix.sizes import MX_BLOCK, RecordLayout
 
 Attend = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]
 PROMPTS = {"int8": "Triton, decoded for prompts", "nf4": "bitsandbytes, decoded", "fp4": "bitsandbytes, decoded"}
@@ -38,13 +40,14 @@ AGREES = 2**-7  # relative: operands and results rounded to 16 bits
 
 @dataclass(frozen=True, slots=True)
 class DeviceKernels:
-    """prompts: what computes many tokens on the device; attend: their attention; ops: a few tokens; host: the
-    CPU's."""
+    """prompts: what computes many tokens on the device; experts: their experts, in the formats that it has; attend:
+    their attention; ops: a few tokens; host: the CPU's."""
 
     prompts: KernelTable
     attend: Attend
     ops: DeviceOps
     host: KernelTable
+    experts: PromptExperts
 
 
 def choose_device_kernels(device: torch.device, half: torch.dtype, formats: Iterable[str], blocks: Iterable[int],
@@ -53,11 +56,12 @@ def choose_device_kernels(device: torch.device, half: torch.dtype, formats: Iter
     interpreter; else the CPU's kernels stand in. configs: how kernels are cut, None = as is built in. UsageError where
     Triton or bitsandbytes is missing, QmixError where a kernel is wrong."""
     if not triton:
-        return DeviceKernels(host, causal_attention, TorchDeviceOps(host), host)
-    from qmix.kernels import cuda_ops, cuda_prompt
+        return DeviceKernels(host, causal_attention, TorchDeviceOps(host), host, TorchPromptExperts(host))
+    from qmix.kernels import cuda_grouped, cuda_ops, cuda_prompt
 
     configs = configs or built_in(capability(device))
     many, ops = partial(cuda_prompt.linear_many, config=configs.matmul), cuda_ops.TritonOps(configs)
+    experts = cuda_grouped.TritonPromptExperts(configs.matmul)
     wanted = {(module(name), name)[1] for name in formats}
     if wanted & {"nf4", "fp4"}:
         nf4.functional()
@@ -69,12 +73,14 @@ def choose_device_kernels(device: torch.device, half: torch.dtype, formats: Iter
             if (name in GROUPED_BITS and block in blocks) or (name, block) in (("int8", 0), ("mxfp4", MX_BLOCK)):
                 try:
                     _check(device, half, random_matrix(name, block), many, ops)
+                    if name in GROUPED_BITS:
+                        _check_experts(device, half, *random_expert(name, block), experts)
                 except QmixError:
                     raise
                 except Exception as e:  # Triton's many: it does not compile, asks for too much, the driver refuses
                     raise does_not_run(f"the GPU kernel for {name} does not run here", e) from e
     return DeviceKernels(KernelTable(MappingProxyType(table), MappingProxyType(names)),
-                         cuda_prompt.choose_prompt_attention(capability(device), configs.attention), ops, host)
+                         cuda_prompt.choose_prompt_attention(capability(device), configs.attention), ops, host, experts)
 
 
 def does_not_run(what: str, error: Exception) -> QmixError:
@@ -109,7 +115,36 @@ def _check(device: torch.device, half: torch.dtype, m: Packed, many: Kernel, ops
         else:
             got = torch.empty(tokens, m.spec.rows, device=device)
             ops.linear(x.float().to(device), there, got)
-        if not (got.float().cpu() - want).norm() <= AGREES * want.norm():
-            raise QmixError(f"the GPU kernel for {m.spec.format} gives wrong numbers here ({tokens} tokens, torch "
-                            f"{torch.__version__}, {torch.cuda.get_device_name(device)})",
-                            "use --device cpu, and please report it")
+        _compare(got, want, m.spec.format, tokens, device)
+
+
+def _check_experts(device: torch.device, half: torch.dtype, slab: Tensor, record: RecordLayout,
+                   experts: PromptExperts) -> None:
+    """Each token through all of the experts in a slab, in tiles of each size, against the reference."""
+    slots = ExpertSlots(slab.to(device), record, (), 0)
+    if not experts.handles(slots, half):
+        return
+    count, tokens = len(slab), 40
+    x = torch.randn(tokens, record.w13.cols, generator=torch.Generator().manual_seed(1))
+    x = (x / 16).to(half)  # for which fp16 has room
+    ids, table = torch.arange(count).repeat(tokens, 1), torch.arange(count, dtype=torch.int32).to(device)
+    halves = [[Packed.of(spec, {p.tensor.name: view(one, p.offset, p.tensor) for p in record.placed
+                                if p.matrix == name})
+               for name, spec in (("w13", record.w13), ("w2", record.w2))] for one in slab]
+    want = torch.empty(tokens, count, record.w2.rows)
+    for expert, (w13, w2) in enumerate(halves):
+        gate, up = reference.linear(x.float(), w13).chunk(2, 1)
+        inner = F.silu(gate) * up
+        want[:, expert] = reference.linear(inner[:, :w2.spec.cols], w2)[:, :w2.spec.rows]
+    for size in experts.sizes(device):
+        tiles, got = experts.sort(ids.to(device), count, size), torch.empty_like(want, device=device)
+        every = range(tiles.count)
+        experts.down(experts.gate_up(x.to(device), slots, tiles, every, table), slots, tiles, every, table, got)
+        _compare(got, want, f"{record.w13.format} experts", tokens, device)
+
+
+def _compare(got: Tensor, want: Tensor, what: str, tokens: int, device: torch.device) -> None:
+    if not (got.float().cpu() - want).norm() <= AGREES * want.norm():
+        card = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+        raise QmixError(f"the GPU kernel for {what} gives wrong numbers here ({tokens} tokens, torch "
+                        f"{torch.__version__}, {card})", "use --device cpu, and please report it")

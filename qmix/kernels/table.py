@@ -21,12 +21,12 @@ from qmix import settings
 from qmix.config import BLOCKS, GROUPED_BITS
 from qmix.errors import UsageError
 from qmix.formats import grouped, int8, module, mxfp4, nf4
-from qmix.formats.packed import Packed
+from qmix.formats.packed import Packed, view
 from qmix.kernels import bnb, cpu, native, reference
 from qmix.kernels.cpu import Kernel
 from qmix.kernels.layer import TORCH, LayerOps, choose_layer_ops
 from qmix.kernels.torch_ops import activate
-from qmix.sizes import MX_BLOCK, MX_GROUP, MatrixSpec
+from qmix.sizes import MX_BLOCK, MX_GROUP, MatrixSpec, RecordLayout
 
 ACTIVATIONS = ("auto", "bf16", "int8")
 INT4_OP = "torch _weight_int4pack_mm_for_cpu"
@@ -212,11 +212,24 @@ def random_matrix(name: str, block: int) -> Packed:
     return _random_int8() if name == "int8" else _random_mxfp4() if name == "mxfp4" else _random_grouped(name, block)
 
 
-def _random_grouped(name: str, block: int) -> Packed:
-    spec = MatrixSpec(name, 192, 256, group_size=64, block=block)
+def random_expert(name: str, block: int) -> tuple[Tensor, RecordLayout]:
+    """Three small experts in a grouped format, as records in a slab uint8 [3, bytes]."""
+    record = RecordLayout(MatrixSpec(name, 2 * 96, 128, 2, 64, block), MatrixSpec(name, 128, 96, 1, 64, block))
+    slab = torch.zeros(3, record.nbytes, dtype=torch.uint8)
+    for slot in slab:
+        for matrix, spec in (("w13", record.w13), ("w2", record.w2)):
+            m = _random_grouped(name, block, spec)
+            for placed in record.placed:
+                if placed.matrix == matrix:
+                    view(slot, placed.offset, placed.tensor).copy_(m[placed.tensor.name])
+    return slab, record
+
+
+def _random_grouped(name: str, block: int, spec: MatrixSpec | None = None) -> Packed:
+    spec = spec or MatrixSpec(name, 192, 256, group_size=64, block=block)
     random = torch.Generator().manual_seed(block)
-    q = torch.randint(0, 2**spec.bits, (192, 256), dtype=torch.uint8, generator=random)
-    scale, zero = torch.randn(2, 192, 4, generator=random).bfloat16()
+    q = torch.randint(0, 2**spec.bits, (spec.padded_rows, spec.padded_cols), dtype=torch.uint8, generator=random)
+    scale, zero = torch.randn(2, spec.padded_rows, spec.padded_cols // spec.group_size, generator=random).bfloat16()
     return grouped.pack(q, scale, zero, spec)
 
 

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -30,14 +31,16 @@ from qmix.device.device import Work
 from qmix.errors import Interrupted
 from qmix.formats import Packed
 from qmix.kernels.device_ops import DeviceOps, ExpertSlots
+from qmix.kernels.prompt_experts import tiles_by_expert
 from qmix.kernels.table import KernelTable
 from qmix.offload.copies import Copies
+from qmix.offload.device_prompts import Choices, DevicePrompts, RoutedPrompt
 from qmix.offload.experts import Guesses, PagedExperts
 from qmix.offload.host_rows import HostRows
 from qmix.offload.slot_table import NOWHERE, SlotTable
 from qmix.offload.split import Split
 from qmix.offload.tiers import Tier
-from qmix.sizes import MIB
+from qmix.sizes import MIB, pass_tokens
 from qmix.spec import Model
 
 RISING = 1  # records that come up because they are worth it, though the CPU has computed them
@@ -59,17 +62,19 @@ class Below:
 
 
 class DeviceExperts(PagedExperts):
-    """slots: the tier's, by slab. table: told by the tier of what leaves. The rest as of PagedExperts, whose `kernels`
-    compute prompts."""
+    """slots: the tier's, by slab. table: told by the tier of what leaves. prompts: what computes them, None for the
+    `kernels` of PagedExperts, one expert after the other. The rest as there."""
 
     def __init__(self, device: Device, ops: DeviceOps, slots: Sequence[ExpertSlots], table: SlotTable, below: Below,
-                 model: Model, *args: Any, **options: Any):
+                 prompts: DevicePrompts | None, model: Model, *args: Any, **options: Any):
         super().__init__(model, *args, **options)
         self._device = device
         self._ops = ops
         self._slots = slots
         self._table = table
         self._below = below
+        self.prompts = prompts
+        self._choices = Choices(device, pass_tokens(model) * model.top_k)
         # A tier that holds every record needs no history: nothing ever leaves it.
         if len(below.tier.slots) < self._layers * self._experts:
             self._caches = [self._tier.cache, below.tier.cache]
@@ -93,8 +98,61 @@ class DeviceExperts(PagedExperts):
 
     def __call__(self, layer: int, x: Tensor, ids: Tensor, topk_weights: Tensor, step: Step,
                  ahead: Tensor | None = None, wanted: Tensor | None = None) -> Tensor:
+        if self.prompts is None or step.phase == "decode":
+            self._device.synchronize()
+            return super().__call__(layer, x, ids, topk_weights, step, ahead, wanted)
+        _check(step)
+        rank = self._rank[layer]
+        if rank == 0:
+            self._choices.begin()
+        self.refresh(rank)
         self._device.synchronize()
-        return super().__call__(layer, x, ids, topk_weights, step, ahead, wanted)
+        sent = self._choices.send(ids)
+        chosen, used = (ids, topk_weights) if wanted is None else (ids[wanted], topk_weights[wanted])
+        routed = self.prompts.begin(x if wanted is None else x[wanted], chosen)
+        self.prompts.in_slots(routed, self._table.row(rank))
+
+        def watch(ids: Tensor) -> Tensor:
+            """Tell the statistics; how many of the tokens that are computed chose each expert [E]."""
+            traced = self.traces  # else neither weights nor guesses of a prompt are read
+            self._watch.layer(rank, step, ids, topk_weights.cpu() if traced else topk_weights,
+                              ahead.cpu() if traced and ahead is not None else None)
+            own = ids if wanted is None else ids[wanted.cpu()]
+            return torch.bincount(own.reshape(-1), minlength=self._experts)
+
+        if self._all_here:
+            assert len(self._table.here(rank)) == self._experts
+            self._choices.later(sent, lambda ids: self._hits("prefill", int(watch(ids).count_nonzero())),
+                                rank == self._layers - 1)
+        else:
+            here = dict(self._table.here(rank))
+            self._tier.read(here.values(), self._device.compute.record())
+            counts = watch(self._choices.read(sent)).tolist()
+            self._prompt_misses(rank, routed, counts, here, len(ids), step)
+        return self.prompts.combine(routed.rows, used)
+
+    def _prompt_misses(self, layer: int, routed: RoutedPrompt, counts: Sequence[int], here: Mapping[int, int],
+                       tokens: int, step: Step) -> None:
+        """The rows of the experts that were in no slot when the others were given to the device. counts [E]: tokens of
+        each expert; here: what the table had; tokens: that were routed."""
+        assert self.prompts is not None
+        experts = [expert for expert, count in enumerate(counts) if count]
+        self._end_layer(layer, step, (), (), experts, tokens)
+        missing = [expert for expert in experts if expert not in here]
+        self._hits(step.phase, len(experts) - len(missing))
+        tiles = tiles_by_expert(counts, routed.tiles.size)
+        if not missing:
+            self._look_ahead(layer, experts, step, None)
+            self._lookahead.pursue()
+        for some in self._in_turn(layer, missing, step, None) if missing else ():
+            for key in some:
+                _check(step)
+                self.prompts.one(routed, self._tier.cache.kind_of(key), self._tier.slot(key), tiles[key.expert],
+                                 partial(self._await_all, key, step))
+
+    def _hits(self, phase: str, count: int) -> None:
+        self.figures[phase].chosen += count
+        self.figures[phase].hits += count
 
     def _in_turn(self, layer: int, experts: Sequence[int], step: Step, ahead: Guesses | None,
                  together: bool = False) -> Iterator[list[ExpertKey]]:

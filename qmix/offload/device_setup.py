@@ -29,6 +29,7 @@ from qmix.kernels.table import KernelTable
 from qmix.offload.cache import warm_order
 from qmix.offload.copies import LARGE, Copies
 from qmix.offload.device_experts import Below, DeviceExperts
+from qmix.offload.device_prompts import DevicePrompts
 from qmix.offload.figures import Meter
 from qmix.offload.plan import Plan, TierPlan
 from qmix.offload.prefetch import Prefetcher
@@ -90,8 +91,11 @@ def open_device_offload(store: Store, device: Device, kernels: DeviceKernels, pl
         split = None if how.exact else measured(how, low, copies, views, kernels.host, model.hidden)
         below = Below(low, copies, views, kernels.host, split)
         prefetcher = Prefetcher(choices.mode, len(model.record_layers), model.top_k, stats.next_probabilities)
+        prompts = None
+        if all(kernels.experts.handles(one, device.half) for one in slots):  # in fp32 no expert is in such a format
+            prompts = DevicePrompts(kernels.experts, slots, model.num_experts)
         experts = DeviceExperts(
-            device, kernels.ops, slots, table, below, model, kernels.prompts, high,
+            device, kernels.ops, slots, table, below, prompts, model, kernels.prompts, high,
             [views for one in slots for views in one.views],
             [half(one.record) for one in slots for _ in one.views], prefetcher,
             RoutingWatch(len(model.record_layers), model.num_experts, stats, trace, say), choices.depth, choices.window)

@@ -19,6 +19,7 @@ from math import prod
 
 from qmix.config import DTYPES, QuantConfig
 from qmix.errors import DoesNotFit, UsageError
+from qmix.kernels import prompt_tiles
 from qmix.kernels.kv_size import kv_bytes
 from qmix.sizes import (
     GIB,
@@ -53,7 +54,8 @@ class Needs:
     """Bytes that a model takes wherever it runs; records: how many of `record` bytes each, or in a mixed store on
     average, where kinds has (records, bytes of one) for each kind; kv_cache: how keys and values are kept, one of
     sizes.KV_FORMATS; decoded: what an int8 cache takes of a GPU besides, whose prompts decode all heads at once;
-    embedding: bytes of `dense` of which a token reads one row."""
+    embedding: bytes of `dense` of which a token reads one row; tiles: what a GPU takes besides for the experts of a
+    prompt, which it computes many at a time."""
 
     context: int
     dense: int
@@ -68,6 +70,7 @@ class Needs:
     scoring: bool = False
     decoded: int = 0
     embedding: int = 0
+    tiles: int = 0
 
     @classmethod
     def of(cls, model: Model, quant: QuantConfig, context: int, kv: str = "bf16",
@@ -85,12 +88,13 @@ class Needs:
         return cls(context, resident_dense_bytes(model, quant), kv_bytes(model, context, itemsize, kv),
                    workspace, mean, len(keys), len(model.record_layers), model.top_k, kv,
                    kinds if len(kinds) > 1 else (), scoring,
-                   2 * context * widest_kv(model) * itemsize if kv == "int8" else 0, unread_bytes(model, quant))
+                   2 * context * widest_kv(model) * itemsize if kv == "int8" else 0, unread_bytes(model, quant),
+                   workspace_bytes(model, context, itemsize, kv, True) - workspace_bytes(model, context, itemsize, kv))
 
     @property
     def on_device(self) -> Needs:
         """What a GPU has to hold: also tiles, and the heads of an int8 cache that prompts decode."""
-        return replace(self, workspace=self.workspace + DEVICE_TILES + self.decoded)
+        return replace(self, workspace=self.workspace + DEVICE_TILES + self.decoded + self.tiles)
 
     @property
     def by_kind(self) -> tuple[tuple[int, int], ...]:
@@ -262,7 +266,7 @@ def dense_mlps(model: Model) -> list[Mlp]:
     return found
 
 
-def workspace_bytes(model: Model, context: int, itemsize: int, kv: str = "bf16") -> int:
+def workspace_bytes(model: Model, context: int, itemsize: int, kv: str = "bf16", grouped: bool = False) -> int:
     """What one prefill pass holds at its widest: per token the fp32 residual, the normed states, the [K, H]
     fp32 rows of expert outputs with their sum and one addend; for a chunk of tokens one expert's operand, inner
     activations and result, or for a block queries, keys and values in fp32 and in the compute dtype, the
@@ -270,7 +274,7 @@ def workspace_bytes(model: Model, context: int, itemsize: int, kv: str = "bf16")
     of one head in the compute dtype, and in fp32 a piece of them or the new ones three times over.
 
     The native kernels have fp32 inner activations and packed ones, at most 4 bytes a number, instead of torch's
-    four inner tensors of a chunk."""
+    four inner tensors of a chunk. grouped: a GPU computes many experts at a time instead, see prompt_tiles."""
     tokens = min(context, pass_tokens(model))
     hidden, k = model.hidden, model.top_k
     inner = max(model.expert_inner, *(mlp.inner for mlp in dense_mlps(model)), 0)
@@ -282,6 +286,8 @@ def workspace_bytes(model: Model, context: int, itemsize: int, kv: str = "bf16")
     if kv == "int8":
         new = min(tokens, ATTENTION_BLOCK) * max(a.kv_heads for a in mixers)
         block += max(a.head_dim for a in mixers) * (2 * context * itemsize + 4 * 3 * max(min(context, KV_PIECE), new))
+    if grouped:
+        chunk = max(chunk, prompt_tiles.workspace(tokens * k, model.num_experts, model.expert_inner, itemsize))
     return tokens * per_token + max(block, chunk) + model.vocab * 8
 
 
