@@ -122,3 +122,13 @@ static void combine_token(const qmix_combine *job, int64_t token) {
         for (int64_t i = 0; i < job->size; i++)
             out[i] += rows[k * job->size + i] * weights[k];
 }
+
+/* out [F] = what joins gate and up. */
+static void join_token(const qmix_join *job, int64_t token, float *scratch) {
+    int64_t size = job->size, from = token * size;
+    for (int64_t i = 0; i < size; i++) {
+        job->out[from + i] = read_number(job->type, job->gate, from + i);
+        scratch[i] = read_number(job->type, job->up, from + i);
+    }
+    join_gate(&job->by, job->out + from, scratch, size);
+}

@@ -13,7 +13,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define QMIX_ABI 5
+#define QMIX_ABI 6
 
 enum { QMIX_FP32 = 0, QMIX_BF16 = 1, QMIX_FP16 = 2 }; /* types of numbers; fp16 of a router's weights alone */
 enum { QMIX_ACT_INT8 = 0, QMIX_ACT_BF16 = 1 };  /* what the products see of the activations */
@@ -118,6 +118,22 @@ typedef struct {
     int64_t chosen, size;
 } qmix_combine;
 
+/* What joins gate and up (spec.Activation has the formulas); alpha, limit: of QMIX_SWIGLU_CLAMPED alone. */
+enum { QMIX_SWIGLU = 0, QMIX_GEGLU = 1, QMIX_SWIGLU_CLAMPED = 2 };
+typedef struct {
+    int32_t kind;
+    float alpha, limit;
+} qmix_activation;
+
+/* out = what joins a token's gate and up; fp32 or bf16, out is fp32. */
+typedef struct {
+    const void *gate, *up; /* [T, F] */
+    float *out;            /* [T, F] */
+    int64_t size;          /* F */
+    qmix_activation by;
+    int32_t type;          /* of gate and up */
+} qmix_join;
+
 /* y += x */
 typedef struct {
     const float *x; /* [T, H] */
@@ -155,7 +171,7 @@ typedef struct {
 
 /* One call of those below: `count` jobs of a product, or tokens of the others (1 for attention). */
 enum { QMIX_PRODUCTS = 0, QMIX_ATTEND, QMIX_NORM, QMIX_ROUTE, QMIX_ROTATE, QMIX_ANGLES, QMIX_COMBINE, QMIX_ADD,
-       QMIX_EXPERTS };
+       QMIX_EXPERTS, QMIX_JOIN };
 typedef struct {
     const void *job;
     int32_t kind, count;
@@ -179,6 +195,7 @@ int32_t qmix_norms(int32_t level, const qmix_norm *job, int32_t tokens);
 int32_t qmix_rotations(int32_t level, const qmix_rotate *job, int32_t tokens);
 int32_t qmix_angles_of(int32_t level, const qmix_angles *job, int32_t tokens);
 int32_t qmix_combines(int32_t level, const qmix_combine *job, int32_t tokens);
+int32_t qmix_joins(int32_t level, const qmix_join *job, int32_t tokens);
 int32_t qmix_add(const qmix_addition *job, int32_t tokens);
 
 /* By at most `threads` threads. 0, -1 where memory is lacking, or QMIX_MISSING. The bits of a token do not depend on the
