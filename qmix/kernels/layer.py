@@ -1,7 +1,8 @@
 """What a layer does to a few tokens beside products and attention, in torch, and which code does it in this process.
 
 Norm, router and rotation take and give fp32 whatever the compute dtype.
-T tokens, H hidden, E experts, K chosen, Q query heads, KV key-value heads, D head size, R rotary dimension.
+T tokens, H hidden, E experts, K chosen, F inner size of an MLP, Q query heads, KV key-value heads, D head size,
+R rotary dimension.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qmix.kernels import native
+from qmix.kernels.op import FEW
 from qmix.kernels.router import RouterTensors, choose_experts, router_logits
-from qmix.spec import Router
+from qmix.spec import Activation, Router
 
 
 class LayerOps(Protocol):
@@ -40,6 +42,8 @@ class LayerOps(Protocol):
                head_dim: int | None = None) -> tuple[Tensor, Tensor]: ...
 
     def combine(self, rows: Tensor, topk_weights: Tensor) -> Tensor: ...
+
+    def activate(self, activation: Activation, gate: Tensor, up: Tensor) -> Tensor: ...
 
 
 class TorchLayerOps:
@@ -105,6 +109,22 @@ class TorchLayerOps:
             total += rows[:, rank] * topk_weights[:, rank, None]
         return total
 
+    def activate(self, activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
+        """What joins gate and up [T, F], fp32 or bf16, by spec.Activation -> [T, F] fp32. Of few rows by way of fp64:
+        torch computes what is left over from whole vectors by other code, so that in fp32 the last bit of a row would
+        depend on how many rows there are."""
+        wide = torch.float64 if len(gate) <= FEW else torch.float32
+        gate, up = gate.to(wide), up.to(wide)
+        if activation.kind == "swiglu":
+            found = F.silu(gate) * up
+        elif activation.kind == "geglu":
+            found = F.gelu(gate, approximate="tanh") * up
+        else:
+            assert activation.alpha is not None and activation.limit is not None
+            gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
+            found = gate * torch.sigmoid(activation.alpha * gate) * (up + 1)
+        return found.float()
+
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight, fp32 (Zhang & Sennrich 2019). x [T, H]; weight [H], None for 1."""
@@ -161,4 +181,6 @@ def _results(ops: LayerOps, x: Tensor, weight: Tensor, routers: Iterable[RouterT
             *ops.rotate(x[:, :100], x[:, 100:150], cos, sin, 50),
             ops.norm(x, weight, 1e-5, torch.float32), ops.norm(x.bfloat16(), None, 1e-5, torch.float32),
             ops.head_norm(x.bfloat16(), 40, weight[:40], 1e-5, 1.5), ops.head_norm(x, 200, None, None, 0.5),
-            ops.combine(x.view(3, 2, 100), weight[:6].view(3, 2))]
+            ops.combine(x.view(3, 2, 100), weight[:6].view(3, 2)),
+            *(ops.activate(by, 3 * x, 2 * x.flip(1)) for by in (
+                Activation(), Activation("geglu"), Activation("swiglu_clamped", 1.702, 2.5)))]

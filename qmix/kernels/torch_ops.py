@@ -235,19 +235,12 @@ def guess_input(op: ops.Guess, w: Weights, source: Tensor) -> Tensor:
 
 def activate(activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
     """What joins gate and up [T, F], by spec.Activation; fp32."""
-    gate, up = gate.float(), up.float()
-    if activation.kind == "swiglu":
-        return F.silu(gate) * up
-    if activation.kind == "geglu":
-        return F.gelu(gate, approximate="tanh") * up
-    assert activation.alpha is not None and activation.limit is not None
-    gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
-    return gate * torch.sigmoid(activation.alpha * gate) * (up + 1)
+    return TORCH.activate(activation, gate, up)
 
 
-def mlp(op: ops.Mlp, w: Weights, source: Tensor) -> Tensor:
+def mlp(op: ops.Mlp, w: Weights, source: Tensor, layer: LayerOps = TORCH) -> Tensor:
     gate, up = w.linears(source, op.gate.name, op.up.name)
-    return w.linears(activate(op.activation, gate, up), op.down.name)[0].float()
+    return w.linears(layer.activate(op.activation, gate, up), op.down.name)[0].float()
 
 
 def experts(op: ops.Experts, w: Weights, source: Tensor, ids: Tensor) -> Tensor:

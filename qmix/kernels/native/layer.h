@@ -132,3 +132,15 @@ static void join_token(const qmix_join *job, int64_t token, float *scratch) {
     }
     join_gate(&job->by, job->out + from, scratch, size);
 }
+
+static void bias_token(const qmix_bias *job, int64_t token) {
+    if (job->type == QMIX_FP32) {
+        float *y = (float *)job->y + token * job->size;
+        for (int64_t i = 0; i < job->size; i++)
+            y[i] += job->bias[i];
+        return;
+    }
+    uint16_t *y = (uint16_t *)job->y + token * job->size;
+    for (int64_t i = 0; i < job->size; i++)
+        y[i] = to_bf16(from_bf16(y[i]) + job->bias[i]);
+}
