@@ -53,6 +53,7 @@ class Buffers:
     def __init__(self, whole: dict[str, Tensor]):
         self.whole = whole
         self.own: dict[str, Tensor] = {}
+        self.made: list[Tensor] = []  # calls point to them, also where a later layer of the piece has made another
 
     def __getitem__(self, name: str) -> Tensor:
         found = self.own.get(name)
@@ -66,6 +67,7 @@ class Buffers:
         found = self.whole.get(name)
         if found is None:
             found = self.own[name] = torch.empty(1, width, dtype=dtype)
+            self.made.append(found)
         if found.dtype != dtype or found.shape[-1] != width:
             raise Unsupported(f"{name} in two shapes")
         return found
@@ -251,7 +253,7 @@ class Lowering:
         turned = torch.empty(1, heads + k.shape[1] // size, size)
         turn = self._turn(op.rope, found)
         found.add(ROTATE, jobs.rotate(q, k, turn.cos, turn.sin, turned))
-        self._kept += [q, k]
+        self._kept += [q, k, turned]
         self._buffers.own |= {op.buffers[0]: turned[:, :heads], op.buffers[1]: turned[:, heads:]}
 
     def _turn(self, rope: Rope, found: Calls) -> Turn:
