@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qmix.kernels import native
-from qmix.kernels.native import Attention, KVLayer
+from qmix.kernels.native import Attention, KVLayer, Softmax
 
 LEVELS = list(native.levels())
 pytestmark = pytest.mark.skipif(not LEVELS, reason="the native kernels were not built: no C compiler")
@@ -109,3 +109,39 @@ def test_pieces_whose_scores_differ_widely(level: str) -> None:
         wanted = want(layer, q, 0, 3001).view(2, 32)
         assert torch.equal(got[0], layer.values[0, position].double())
         assert (got - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def want_softmax(layer: KVLayer, q: Tensor, begin: int, end: int, softmax: Softmax) -> Tensor:
+    keys, values = (t[:, begin:end] for t in decoded(layer))
+    grouped = q.double().view(len(keys), -1, q.shape[2])
+    scores = grouped @ keys.mT * (q.shape[2]**-0.5 if softmax.scale is None else softmax.scale)
+    if softmax.softcap is not None:
+        scores = softmax.softcap * (scores / softmax.softcap).tanh()
+    if softmax.sinks is not None:
+        scores = torch.cat((scores, softmax.sinks.double().view(len(keys), -1, 1)), -1)
+    return (scores.softmax(-1)[..., :end - begin] @ values).view(1, -1)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kv", ["bf16", "int8"])
+@pytest.mark.parametrize("length", [1, 63, 257, 9000])
+def test_sinks_scale_and_cap_against_float64(level: str, kv: str, length: int) -> None:
+    """Sinks below all scores, among them and far above them."""
+    for kv_heads, group, size, begin in ((1, 1, 16, 0), (2, 2, 48, 5), (2, 8, 64, 70)):
+        layer, own = cache(kv, kv_heads, begin + length + 3, size), Attention(level)
+        q, keys, values = new_token(kv_heads, group, size)
+        spread = torch.linspace(-30, 30, kv_heads * group)
+        for softmax in (Softmax(spread), Softmax(scale=0.31), Softmax(softcap=1.5), Softmax(spread / 9, 0.02, 3.0)):
+            got = own.append(layer, q, keys, values, begin, begin + length, softmax).double()
+            wanted = want_softmax(layer, q, begin, begin + length, softmax)
+            assert (got - wanted).norm() <= 1e-5 * wanted.norm(), (softmax, kv_heads, group, size)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_sink_that_weighs_nothing_changes_no_bit(level: str) -> None:
+    layer, token = cache("bf16", 2, 3001, 32), new_token(2, 3, 32)
+    plain = Attention(level).append(layer, *token, 0, 3001)
+    for sink in (-200.0, -math.inf):
+        assert torch.equal(Attention(level).append(layer, *token, 0, 3001, Softmax(torch.full((6,), sink))), plain)
+    assert torch.equal(Attention(level).append(layer, *token, 0, 3001, Softmax(scale=0.0)), plain)
+    assert not Attention(level).append(layer, *token, 0, 3001, Softmax(torch.full((6,), 200.0))).abs().gt(1e-30).any()

@@ -5,9 +5,9 @@
     WindowLayer     the last W + SLACK positions, in a ring            trim: while the next token's window is there
     RecurrentLayer  a state, and the convolution's last inputs         trim: only to nothing
 
-A layer attends. One token attends through the native kernel where there is one and it computes what the model asks
-for; all else goes through torch, or on a device through the device's own attention. An Int8Layer decodes for that: on
-the CPU of one key-value head after the other, on a device of all heads at once.
+A layer attends. One token attends through the native kernel where there is one; all else goes through torch, or on a
+device through the device's own attention. An Int8Layer decodes for that: on the CPU of one key-value head after the
+other, on a device of all heads at once.
 
 Q query heads, KV key-value heads, D head size, T new positions, S positions.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qmix.kernels.kv_codes import decoded, quantize
 from qmix.kernels.kv_size import channels
-from qmix.kernels.native import HEAD_UNIT, KVLayer
+from qmix.kernels.native import HEAD_UNIT, KVLayer, Softmax
 from qmix.kernels.native import Attention as NativeAttention
 from qmix.kernels.torch_ops import softmax_attention
 from qmix.sizes import KV_PIECE
@@ -43,8 +43,13 @@ class Query:
 
 
 def plain(a: Attention, sinks: object | None) -> bool:
-    """Whether this is what every kernel of attention computes: softmax of scores q . k / sqrt(D)."""
+    """Whether this is what every kernel of attention computes, a device's too: softmax of scores q . k / sqrt(D)."""
     return sinks is None and a.softcap is None and a.scale in (None, a.head_dim**-0.5)
+
+
+def softmax_of(a: Attention, sinks: Tensor | None) -> Softmax:
+    """What the native kernel is told of it."""
+    return Softmax(sinks, None if a.scale == a.head_dim**-0.5 else a.scale, a.softcap)
 
 
 def begins(a: Attention, position: int) -> int:
@@ -75,9 +80,10 @@ class FullLayer:
         """Store the new keys and values, and let each q attend to all up to its own, or the last `window` of them:
         [T, Q * D], in q's dtype where the native kernel does it, else in the compute dtype."""
         end = query.start + len(query.q)
-        if self.native is not None and len(query.q) == 1 and plain(a, sinks) and query.keys is not None:
+        if self.native is not None and len(query.q) == 1 and query.keys is not None:
             assert query.values is not None
-            return self.native.append(self.kv_layer, query.q, query.keys, query.values, begins(a, query.start), end)
+            return self.native.append(self.kv_layer, query.q, query.keys, query.values, begins(a, query.start), end,
+                                      softmax_of(a, sinks))
         return self._attend(a, sinks, query)
 
     def _attend(self, a: Attention, sinks: Tensor | None, query: Query) -> Tensor:

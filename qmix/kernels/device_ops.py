@@ -26,10 +26,10 @@ from torch import Tensor
 from qmix.formats.packed import Packed
 from qmix.kernels.attend import causal_attention
 from qmix.kernels.kv_codes import decoded, quantize
+from qmix.kernels.layer import steady
 from qmix.kernels.op import FEW as FEW
 from qmix.kernels.router import RouterTensors, choose_experts, router_logits, stable_best
 from qmix.kernels.table import KernelTable
-from qmix.kernels.torch_ops import steady
 from qmix.sizes import RecordLayout
 
 Scales = tuple[Tensor, Tensor]  # of the keys and the values of an int8 cache, fp32 [KV, S] each, positions adjacent

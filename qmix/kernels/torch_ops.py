@@ -8,9 +8,8 @@ state of its layer; Rope gets cos and sin. Take is the runner's, and so are Expe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 from qmix.kernels import ops
 from qmix.kernels.attend import SCORES, causal_attention
 from qmix.kernels.cpu import FEW, few_rows
-from qmix.kernels.layer import TORCH, LayerOps, rms_norm, rotate
+from qmix.kernels.layer import TORCH, LayerOps, rms_norm, rotate, steady
 from qmix.kernels.router import RouterTensors, choose_experts, router_logits
 from qmix.spec import Activation, Attention
 from qmix.spec import Norm as NormSpec
@@ -198,12 +197,6 @@ def delta(op: ops.Delta, w: Weights, state: Tensor, q: Tensor, k: Tensor, v: Ten
     return out.view(count, -1), state
 
 
-def steady(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """function(x) in fp32, by way of fp64: torch computes what is left over from whole vectors by other code, so that
-    in fp32 the last bit of a row would depend on how many rows there are."""
-    return function(x.double()).float()
-
-
 def _unit(x: Tensor) -> Tensor:
     return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
 
@@ -235,25 +228,13 @@ def guess_input(op: ops.Guess, w: Weights, source: Tensor) -> Tensor:
 
 
 def activate(activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
-    """What joins gate and up [T, F], by spec.Activation; fp32. Up to FEW rows each get the bits that they get alone."""
-    gate, up = gate.float(), up.float()
-    by = steady if len(gate) <= FEW else _as_it_is
-    if activation.kind == "swiglu":
-        return by(F.silu, gate) * up
-    if activation.kind == "geglu":
-        return by(partial(F.gelu, approximate="tanh"), gate) * up
-    assert activation.alpha is not None and activation.limit is not None
-    gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
-    return gate * by(torch.sigmoid, activation.alpha * gate) * (up + 1)
+    """What joins gate and up [T, F], by spec.Activation; fp32."""
+    return TORCH.activate(activation, gate, up)
 
 
-def _as_it_is(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    return function(x)
-
-
-def mlp(op: ops.Mlp, w: Weights, source: Tensor) -> Tensor:
+def mlp(op: ops.Mlp, w: Weights, source: Tensor, layer: LayerOps = TORCH) -> Tensor:
     gate, up = w.linears(source, op.gate.name, op.up.name)
-    return w.linears(activate(op.activation, gate, up), op.down.name)[0].float()
+    return w.linears(layer.activate(op.activation, gate, up), op.down.name)[0].float()
 
 
 def experts(op: ops.Experts, w: Weights, source: Tensor, ids: Tensor) -> Tensor:

@@ -17,6 +17,19 @@ HEAD_UNIT = 16  # what D must be a multiple of
 
 
 @dataclass(frozen=True, slots=True)
+class Softmax:
+    """What a model asks for beside softmax(q . k / sqrt(D)): sinks [Q] fp32, contiguous, a score of each head that
+    brings no value; scale: of scores, None for 1 / sqrt(D); softcap: s becomes softcap * tanh(s / softcap)."""
+
+    sinks: Tensor | None = None
+    scale: float | None = None
+    softcap: float | None = None
+
+
+PLAIN = Softmax()
+
+
+@dataclass(frozen=True, slots=True)
 class KVLayer:
     """One layer of a KV cache: keys, values [KV, capacity, D], bf16, or int8 with scales [KV, capacity] fp32;
     all contiguous."""
@@ -46,24 +59,29 @@ class Attention:
         self.threads = torch.get_num_threads()
         self.name = f"native {level}"
 
-    def append(self, layer: KVLayer, q: Tensor, keys: Tensor, values: Tensor, begin: int, end: int) -> Tensor:
+    def append(self, layer: KVLayer, q: Tensor, keys: Tensor, values: Tensor, begin: int, end: int,
+               softmax: Softmax = PLAIN) -> Tensor:
         """Keep keys and values [1, KV, D] of position end - 1, and let its q [1, Q, D] attend to positions
         [begin, end): [1, Q * D] in q's dtype. All fp32 or bf16; sums are fp32. By up to `threads` threads, which
         the bits do not depend on."""
         q, keys, values = _readable(q), _readable(keys), _readable(values)
         out = torch.empty(1, q.shape[1] * q.shape[2], dtype=q.dtype)
-        if self._attend(self._number, self.job(layer, q, keys, values, out, begin, end), self.threads):
+        if self._attend(self._number, self.job(layer, q, keys, values, out, begin, end, softmax),
+                        self.threads):
             raise MemoryError("no memory for attention")
         return out
 
-    def job(self, layer: KVLayer, q: Tensor, keys: Tensor, values: Tensor, out: Tensor, begin: int, end: int) -> bytes:
+    def job(self, layer: KVLayer, q: Tensor, keys: Tensor, values: Tensor, out: Tensor, begin: int, end: int,
+            softmax: Softmax = PLAIN) -> bytes:
         """native.h's qmix_attention, of contiguous tensors."""
+        sinks, scale, softcap = softmax.sinks, softmax.scale, softmax.softcap
         (kv_heads, capacity, size), heads = layer.keys.shape, q.shape[1]
+        assert sinks is None or (sinks.dtype == torch.float32 and sinks.shape == (heads,) and sinks.is_contiguous())
         assert 0 <= begin < end <= capacity and size % HEAD_UNIT == 0 and heads % kv_heads == 0, (begin, end, q.shape)
         return jobs.ATTENTION.pack(
             q.data_ptr(), keys.data_ptr(), values.data_ptr(), *layer.addresses, out.data_ptr(), capacity, begin, end,
             heads, kv_heads, size, jobs.KV_TYPES[layer.keys.dtype], jobs.TYPES[q.dtype], jobs.TYPES[keys.dtype],
-            jobs.TYPES[values.dtype])
+            jobs.TYPES[values.dtype], 0 if sinks is None else sinks.data_ptr(), scale or 0.0, softcap or 0.0)
 
 
 def _readable(x: Tensor) -> Tensor:

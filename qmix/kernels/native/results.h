@@ -1,30 +1,5 @@
 /* What becomes of the sums of a unit's rows; products.h includes this. */
 
-/* By a polynomial that is right to fp32's last bits; from -87 to 88, beyond which it stays what it is there. */
-ALWAYS float exp_of(float a) {
-    a = a > 88.0f ? 88.0f : a;
-    a = a < -87.0f ? -87.0f : a;
-    float shifted = a * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
-    float r = (a - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    uint32_t power = (uint32_t)((int32_t)float_bits(shifted) - 0x4b400000 + 127) << 23;
-    float two;
-    memcpy(&two, &power, 4);
-    return p * two;
-}
-
-/* silu(gate) * up over 64 numbers. */
-static void silu_times(float *gate, const float *up, int count) {
-    for (int i = 0; i < count; i++)
-        gate[i] = gate[i] / (1.0f + exp_of(-gate[i])) * up[i];
-}
-
 static void write_row(const qmix_job *job, int64_t token, int64_t column, int64_t count, const float *from) {
     int64_t row = job->y_rows ? job->y_rows[token] : token, start = row * job->y_stride + column;
     if (job->add)
@@ -47,7 +22,7 @@ static void write_unit(const qmix_job *job, int64_t unit, int64_t first, int64_t
     for (int64_t t = 0; t < tokens; t++) {
         float *from = acc + t * block;
         if (job->gated)
-            silu_times(from, up + t * block, (int)block);
+            swiglu(from, up + t * block, block);
         write_row(job, first + t, part * job->rows + inside, count, from);
     }
 }
