@@ -2,7 +2,8 @@
 
 The logistic function 1 / (1 + exp(-a)) carries the error of the exponential on at most as it is. That has 8 roundings
 and n more in a, each of which moves the exponential by |a| * U (Higham 2002, section 3.1); the rest is 6 operations.
-Beyond 87 the exponential stays what it is there.
+Beyond 87 the exponential stays what it is there. torch's GELU is (1 + tanh) / 2, in fp64 for so few rows: where tanh is
+near -1 the sum cancels, and what is left errs by tanh's last two bits, each 2^-54 of the whole.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from bounds import FP32
 from test_layer_variants import OPS, random
 from torch import Tensor
 
-from qmix.kernels.layer import LayerOps
+from qmix.kernels.layer import TORCH, LayerOps
 from qmix.spec import Activation
 
 # n, and what the logistic function is taken of.
@@ -46,7 +47,8 @@ def test_against_float64(layer_ops: LayerOps, name: str, dtype: torch.dtype) -> 
     gate64, factor = formula(by, gate, up)
     inside = argument(gate64)
     want = gate64 * inside.sigmoid() * factor
-    bound = (14 + roundings * inside.abs().clamp(max=88)) * FP32 * want.abs() + (gate64 * factor).abs() * math.exp(-87)
+    least = 2.0**-53 if layer_ops is TORCH and name == "geglu" else math.exp(-87)
+    bound = (14 + roundings * inside.abs().clamp(max=88)) * FP32 * want.abs() + (gate64 * factor).abs() * least
     assert got.dtype == torch.float32
     assert ((got - want).abs() <= bound + 2.0**-126).all()
 

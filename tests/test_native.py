@@ -6,6 +6,7 @@ import os
 import re
 import struct
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,19 @@ class TestEveryLevel:
         x = operand(tokens, shape[1])
         (got,) = Native(level, activations).linear(x, m)
         assert relative(got, want(x, m, activations)) < self.bound(activations)
+
+    @pytest.mark.parametrize("part", [1, 40, 64, 72, 100])
+    @pytest.mark.parametrize("parts", [2, 3])
+    def test_every_row_of_matrices_in_parts_is_written(self, level: str, activations: str, parts: int, part: int
+                                                       ) -> None:
+        """int8 has no padding between parts, so that 64 rows may belong to several; the grouped formats have."""
+        rows = parts * part
+        x, whole = operand(5, 96), int8_matrix(rows, 96)
+        for m in (Packed(replace(whole.spec, parts=parts), whole.tensors),
+                  int4_matrix(rows, 96, 32, 64, parts), int4_matrix(rows, 96, 32, 32, parts)):
+            y = torch.full((5, rows), torch.nan)
+            Native(level, activations).run([Product(x, m, y)])
+            assert relative(y, want(x, m, activations)) < self.bound(activations), m.spec
 
     @pytest.mark.parametrize("m", [
         int4_matrix(130, 320, 64, 64), int4_matrix(96, 256, 32, 32), int8_matrix(100, 320),

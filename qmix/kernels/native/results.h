@@ -12,17 +12,19 @@ static void write_row(const qmix_job *job, int64_t token, int64_t column, int64_
             ((uint16_t *)job->y)[start + i] = to_bf16(from[i]);
 }
 
-/* Where the rows of a unit go: y has the parts side by side without their padding. Parts are whole blocks, or one. */
+/* Where the rows of a unit go: y has the parts side by side without their padding. Parts with padding are whole blocks;
+ * those without, as int8 has them, are one to a product that is not gated: a block may have rows of two. */
 static void write_unit(const qmix_job *job, int64_t unit, int64_t first, int64_t tokens, float *acc, const float *up) {
     int64_t block = job->block, part_rows = job->padded_rows / job->parts, row = unit * block;
-    int64_t part = job->gated ? 0 : row / part_rows, inside = row - part * part_rows;
-    int64_t count = job->rows - inside < block ? job->rows - inside : block;
+    int64_t rows = job->gated || part_rows > job->rows ? job->rows : job->padded_rows;
+    int64_t part = job->gated || rows == job->padded_rows ? 0 : row / part_rows, inside = row - part * part_rows;
+    int64_t count = rows - inside < block ? rows - inside : block;
     if (count <= 0)
         return;
     for (int64_t t = 0; t < tokens; t++) {
         float *from = acc + t * block;
         if (job->gated)
             swiglu(from, up + t * block, block);
-        write_row(job, first + t, part * job->rows + inside, count, from);
+        write_row(job, first + t, part * rows + inside, count, from);
     }
 }
