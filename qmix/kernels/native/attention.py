@@ -66,8 +66,7 @@ class Attention:
         the bits do not depend on."""
         q, keys, values = _readable(q), _readable(keys), _readable(values)
         out = torch.empty(1, q.shape[1] * q.shape[2], dtype=q.dtype)
-        if self._attend(self._number, self.job(layer, q, keys, values, out, begin, end, softmax),
-                        self.threads):
+        if self._attend(self._number, self.job(layer, q, keys, values, out, begin, end, softmax), self.threads):
             raise MemoryError("no memory for attention")
         return out
 
@@ -77,6 +76,7 @@ class Attention:
         sinks, scale, softcap = softmax.sinks, softmax.scale, softmax.softcap
         (kv_heads, capacity, size), heads = layer.keys.shape, q.shape[1]
         assert sinks is None or (sinks.dtype == torch.float32 and sinks.shape == (heads,) and sinks.is_contiguous())
+        assert (scale is None or scale > 0) and (softcap is None or softcap > 0), softmax
         assert 0 <= begin < end <= capacity and size % HEAD_UNIT == 0 and heads % kv_heads == 0, (begin, end, q.shape)
         return jobs.ATTENTION.pack(
             q.data_ptr(), keys.data_ptr(), values.data_ptr(), *layer.addresses, out.data_ptr(), capacity, begin, end,
