@@ -6,6 +6,7 @@ Sums are fp32: the result is held to float64 on the same numbers to 1e-5, as ove
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from bounds import FP32
 from torch import Tensor
 
 from qmix.kernels import native
+from qmix.kernels.attention import agrees
 from qmix.kernels.native import Attention, KVLayer, Softmax
+from qmix.kernels.native.attention import PLAIN
 
 LEVELS = list(native.levels())
 pytestmark = pytest.mark.skipif(not LEVELS, reason="the native kernels were not built: no C compiler")
@@ -160,3 +163,18 @@ def test_a_sink_that_weighs_nothing_changes_no_bit(level: str) -> None:
     for sink in (-200.0, -math.inf):
         assert torch.equal(Attention(level).append(layer, *token, 0, 3001, Softmax(torch.full((6,), sink))), plain)
     assert not Attention(level).append(layer, *token, 0, 3001, Softmax(torch.full((6,), 200.0))).abs().gt(1e-30).any()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kv", ["bf16", "int8"])
+def test_the_self_test_asks_for_sinks_scale_and_cap(level: str, kv: str) -> None:
+    class Deaf(Attention):
+        def append(self, layer: KVLayer, q: Tensor, keys: Tensor, values: Tensor, begin: int, end: int,
+                   softmax: Softmax = PLAIN) -> Tensor:
+            return super().append(layer, q, keys, values, begin, end, replace(softmax, **{self.name: None}))
+
+    assert agrees(Attention(level), 48, kv)
+    for left_out in ("sinks", "scale", "softcap"):
+        deaf = Deaf(level)
+        deaf.name = left_out
+        assert not agrees(deaf, 48, kv)
