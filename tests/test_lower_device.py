@@ -79,6 +79,8 @@ SPECS: dict[str, Model] = {
         6, 2, "sigmoid", normalize=True, choice_bias=True, logit_bias=True, expert_scale=True, scale=1.5, groups=3,
         top_groups=2), Expert(16)))),
     "other heads": model_of(mixer(heads=2, kv_heads=1, head_dim=24, rope=Rope(1e4, 8), window=5), LAYER),
+    "sinks": model_of(mixer(sinks=True, bias="qkvo"), mixer(sinks=True, window=6), LAYER),
+    "a cap and a scale": model_of(mixer(scale=0.7, softcap=1.5), LAYER, mixer(sinks=True, scale=0.2, softcap=3.0)),
     "experts with a norm of their own": model_of(*[replace(LAYER, mlp=replace(MOE, routed=Branch(PLUS)))] * 2),
 }
 
@@ -214,7 +216,7 @@ def test_the_same_bits_as_op_by_op(name: str, how: str) -> None:
         pair.agree(IDS, [1, 3, 1], [2, 9, 4], [24, 24, 60])
 
 
-@pytest.mark.parametrize("name", ["long rope", "other heads", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["long rope", "other heads", "qwen3_moe", "sinks", "a cap and a scale"])
 def test_int8_keys_and_values(name: str) -> None:
     """A prompt decodes keys to the compute dtype, a token of a device attends to its codes as the eager runner does."""
     with closing(StandIn()) as device:
@@ -238,13 +240,10 @@ def moe(**fields: Any) -> Layer:
     return replace(LAYER, mlp=replace(MOE, **fields))
 
 
-GEGLU, OWN_SCORES = Activation("geglu"), "Attend with sinks, a cap or a scale of its own"
+GEGLU = Activation("geglu")
 REFUSED: dict[str, tuple[Callable[[], Model], str]] = {
     "delta net": (lambda: model_of(LAYER, replace(LAYER, mixer=DeltaNet(2, 2, 8, 8, 3, NORM))),
                   r"Linear summed in fp64 \(layer 1\)"),
-    "sinks": (lambda: model_of(LAYER, mixer(sinks=True)), rf"{OWN_SCORES} \(layer 1\)"),
-    "cap": (lambda: model_of(mixer(softcap=20.0)), rf"{OWN_SCORES} \(layer 0\)"),
-    "scale": (lambda: model_of(mixer(scale=0.5)), rf"{OWN_SCORES} \(layer 0\)"),
     "shared keys": (lambda: model_of(LAYER, mixer(kv_source=0)), r"Rope of queries alone \(layer 1\)"),
     "shared keys without a rope": (lambda: model_of(mixer(rope=None), mixer(rope=None, kv_source=0)),
                                    r"Attend with another layer's keys \(layer 1\)"),

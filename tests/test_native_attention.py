@@ -14,9 +14,9 @@ from bounds import FP32
 from torch import Tensor
 
 from qmix.kernels import native
+from qmix.kernels.attend import PLAIN, Softmax
 from qmix.kernels.attention import agrees
-from qmix.kernels.native import Attention, KVLayer, Softmax
-from qmix.kernels.native.attention import PLAIN
+from qmix.kernels.native import Attention, KVLayer
 
 LEVELS = list(native.levels())
 pytestmark = pytest.mark.skipif(not LEVELS, reason="the native kernels were not built: no C compiler")

@@ -30,10 +30,11 @@ import torch
 from torch import Tensor
 
 from qmix.forward.kv_cache import SessionCache
-from qmix.forward.kv_layers import FullLayer, softmax_of
+from qmix.forward.kv_layers import FullLayer
 from qmix.forward.steps import Turning, fused_guess, fused_route, reads, rotates
 from qmix.forward.weights import KernelWeights
 from qmix.kernels import native, ops
+from qmix.kernels.attend import softmax_of
 from qmix.kernels.native import Product, jobs
 from qmix.kernels.native.sequence import ADD, ATTEND, BIAS, JOIN, NORM, PRODUCTS, ROPE_COS_SIN, ROTATE, ROUTE, addition
 from qmix.kernels.op import Op

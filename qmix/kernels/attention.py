@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qmix.kernels import native
+from qmix.kernels.attend import Softmax
 from qmix.spec import Attention, Model
 
 PLAIN = "portable"  # the level without an instruction set of its own
@@ -62,7 +63,7 @@ def agrees(own: native.Attention, head_dim: int, kv: str) -> bool:
     begin, end = 3, LENGTH
     sinks = torch.randn(KV_HEADS * GROUP, generator=random)
     got = [own.append(kv_layer, q, new[0], new[1], begin, end, softmax).view(KV_HEADS, GROUP, head_dim).double()
-           for softmax in (native.Softmax(), native.Softmax(sinks, SCALE, SOFTCAP))]
+           for softmax in (Softmax(), Softmax(sinks, SCALE, SOFTCAP))]
     wide = [_decoded(codes, scales)[:, begin:end] for codes, scales in (
         (kv_layer.keys, kv_layer.key_scales), (kv_layer.values, kv_layer.value_scales))]
     scores = q.view(KV_HEADS, GROUP, head_dim).double() @ wide[0].mT

@@ -24,13 +24,13 @@ from qmix.errors import QmixError
 from qmix.formats import module, nf4
 from qmix.formats.packed import Packed
 from qmix.kernels import reference
-from qmix.kernels.attend import causal_attention
+from qmix.kernels.attend import Softmax, softmax_attention
 from qmix.kernels.configs import Configs, built_in, capability
 from qmix.kernels.cpu import Kernel
 from qmix.kernels.device_ops import DeviceOps, TorchDeviceOps
 from qmix.kernels.table import KernelTable, random_matrix
 
-Attend = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, int | None, Softmax], Tensor]
 PROMPTS = {"int8": "Triton, decoded for prompts", "nf4": "bitsandbytes, decoded", "fp4": "bitsandbytes, decoded"}
 AGREES = 2**-7  # relative: operands and results rounded to 16 bits
 
@@ -52,7 +52,7 @@ def choose_device_kernels(device: torch.device, half: torch.dtype, formats: Iter
     interpreter; else the CPU's kernels stand in. configs: how kernels are cut, None = as is built in. UsageError where
     Triton or bitsandbytes is missing, QmixError where a kernel is wrong."""
     if not triton:
-        return DeviceKernels(host, causal_attention, TorchDeviceOps(host), host)
+        return DeviceKernels(host, softmax_attention, TorchDeviceOps(host), host)
     from qmix.kernels import cuda_ops, cuda_prompt
 
     configs = configs or built_in(capability(device))

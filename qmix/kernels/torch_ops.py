@@ -17,11 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qmix.kernels import ops
-from qmix.kernels.attend import SCORES, causal_attention
 from qmix.kernels.cpu import FEW, few_rows
 from qmix.kernels.layer import TORCH, LayerOps, rms_norm, rotate, steady
 from qmix.kernels.router import RouterTensors, choose_experts, router_logits
-from qmix.spec import Activation, Attention
+from qmix.spec import Activation
 from qmix.spec import Norm as NormSpec
 from qmix.spec import Tensor as Named
 
@@ -129,37 +128,6 @@ def rope(op: ops.Rope, cos: Tensor, sin: Tensor, *buffers: Tensor) -> tuple[Tens
         turned = rotate(heads[..., :dim], cos, sin)
         found.append(turned if dim == size else torch.cat((turned, heads[..., dim:]), -1))
     return tuple(found)
-
-
-def softmax_attention(a: Attention, sinks: Tensor | None, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """The formula of Attend. q [T, Q, D] of the last T of S positions, in the dtype of keys and values [KV, S, D],
-    which may leave out positions that no query sees; sinks [Q] fp32."""
-    if sinks is None and a.softcap is None:
-        return causal_attention(q, keys, values, a.window, a.scale)
-    return _attend_plain(q, keys, values, a.window, q.shape[2]**-0.5 if a.scale is None else a.scale, a.softcap, sinks)
-
-
-def _attend_plain(q: Tensor, keys: Tensor, values: Tensor, window: int | None, scale: float, softcap: float | None,
-                  sinks: Tensor | None) -> Tensor:
-    """Attention written out, in fp32, with at most SCORES bytes of scores at once."""
-    count, heads, size = q.shape
-    kv, positions, _ = keys.shape
-    keys, values, grouped = keys.float(), values.float(), q.float().view(count, kv, -1, size)
-    out = torch.empty(count, heads * size)
-    tile = max(1, SCORES // (heads * positions * 3 * torch.float32.itemsize))
-    for begin in range(0, count, tile):
-        part = grouped[begin:begin + tile].permute(1, 2, 0, 3)  # [KV, G, T, D]
-        own = torch.arange(positions - count + begin, positions - count + begin + part.shape[2])[:, None]
-        column = torch.arange(positions)
-        hidden = (column > own) if window is None else (column > own) | (column <= own - window)
-        scores = part @ keys[:, None].transpose(-1, -2) * scale
-        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-        scores = scores.masked_fill(hidden, -torch.inf)
-        if sinks is not None:
-            scores = torch.cat((scores, sinks.view(kv, -1, 1, 1).expand(*scores.shape[:-1], 1)), -1)
-        found = torch.softmax(scores, -1)[..., :positions] @ values[:, None]
-        out[begin:begin + tile] = found.permute(2, 0, 1, 3).reshape(-1, heads * size)
-    return out.to(q.dtype)
 
 
 def gate(op: ops.Gate, w: Weights, buffer: Tensor, by: Tensor) -> Tensor:

@@ -10,11 +10,11 @@ in integers; the fastest) or to bf16 ("bf16"). Results and sums are fp32. The bi
 on how many rows are computed together, nor on the number of threads.
 """
 
-from qmix.kernels.native.attention import HEAD_UNIT, Attention, KVLayer, Softmax
+from qmix.kernels.native.attention import HEAD_UNIT, Attention, KVLayer
 from qmix.kernels.native.layer import LayerOps
 from qmix.kernels.native.loader import build_report, levels, library, trouble, wanted_levels
 from qmix.kernels.native.products import DENSE_GROUP, FORMATS, Native, Product, as_seen
 from qmix.kernels.native.sequence import Sequence
 
 __all__ = ["DENSE_GROUP", "FORMATS", "HEAD_UNIT", "Attention", "KVLayer", "LayerOps", "Native", "Product", "Sequence",
-           "Softmax", "as_seen", "build_report", "levels", "library", "trouble", "wanted_levels"]
+           "as_seen", "build_report", "levels", "library", "trouble", "wanted_levels"]

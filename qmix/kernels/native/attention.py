@@ -10,23 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qmix.kernels.attend import PLAIN, Softmax
 from qmix.kernels.native import jobs
 from qmix.kernels.native.loader import levels, library
 
 HEAD_UNIT = 16  # what D must be a multiple of
-
-
-@dataclass(frozen=True, slots=True)
-class Softmax:
-    """What a model asks for beside softmax(q . k / sqrt(D)): sinks [Q] fp32, contiguous, a score of each head that
-    brings no value; scale: of scores, None for 1 / sqrt(D); softcap: s becomes softcap * tanh(s / softcap)."""
-
-    sinks: Tensor | None = None
-    scale: float | None = None
-    softcap: float | None = None
-
-
-PLAIN = Softmax()
 
 
 @dataclass(frozen=True, slots=True)
