@@ -1,6 +1,6 @@
 """The operations of decoding that Mixtral does not launch, at the shapes of models that do, for launches.py to compile:
-routers of many experts and of every rule, norms of heads, heads of which a part rotates or nothing, dense MLPs, and
-experts of Qwen3-30B-A3B's size.
+routers of many experts and of every rule, norms of heads, heads of which a part rotates or nothing, attention with
+sinks, a scale and a cap, dense MLPs, and experts of Qwen3-30B-A3B's size.
 
 T tokens, H hidden, E experts, K chosen per token, Q query heads, KV key-value heads, D head size.
 """
@@ -13,6 +13,8 @@ import torch
 from dry_launches import Launches
 from torch import Tensor
 
+from qmix.kernels import configs, cuda_prompt
+from qmix.kernels.attend import Softmax
 from qmix.kernels.device_ops import DeviceOps, ExpertSlots, Later
 from qmix.kernels.router import RouterTensors
 from qmix.sizes import MatrixSpec, RecordLayout
@@ -47,8 +49,8 @@ def launch_ops(ops: DeviceOps, found: Launches, tokens: int, models: int = len(H
     """Each of them once, for `tokens` at a time, within `recording`. models: of how many of HEADS and of SIZES, each of
     which takes seconds to compile."""
     found.label = f"ops, decode {tokens}"
-    for call in (*_routers(ops, tokens, models), *_heads(ops, tokens, models), *_rows(ops, tokens),
-                 _experts(ops, tokens)):
+    for call in (*_routers(ops, tokens, models), *_heads(ops, tokens, models), _own_scores(ops, tokens),
+                 *_rows(ops, tokens), _experts(ops, tokens)):
         call()
 
 
@@ -83,6 +85,22 @@ def _heads(ops: DeviceOps, tokens: int, models: int) -> Iterator[Callable[[], No
                                 _floats(tokens, heads * size), scales)  # type: ignore[arg-type]
 
         yield attend
+
+
+def _own_scores(ops: DeviceOps, tokens: int) -> Callable[[], None]:
+    """Of gpt-oss's heads, in a window, in decoding and in a prompt."""
+    heads, kv, size, window = 64, 8, 64, 128
+
+    def attend() -> None:
+        softmax, cache = Softmax(_floats(heads), 0.2, 30.0), torch.empty(2, kv, CAPACITY, size, dtype=torch.bfloat16)
+        ops.rope_attend(_floats(tokens, (heads + 2 * kv) * size), _floats(tokens, size), cache[0], cache[1],
+                        torch.zeros(tokens, dtype=torch.int64), window, _floats(tokens, heads * size), None, softmax)
+        card = cuda_prompt.capability(cache.device)
+        prompt = cuda_prompt.choose_prompt_attention(card, configs.built_in(card).attention)
+        query = torch.empty(512, heads, size, dtype=torch.bfloat16)
+        prompt(query, cache[0, :, :512], cache[1, :, :512], window, softmax)
+
+    return attend
 
 
 def _rows(ops: DeviceOps, tokens: int) -> Iterator[Callable[[], None]]:

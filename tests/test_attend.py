@@ -9,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import relative
 from test_cuda import DEVICE, NO_SHRINKING
+from test_cuda_ops import OWN_SCORES, there
+from test_cuda_ops import attention as in_float64
 from torch import Tensor
 
 from qmix.kernels import attend
-from qmix.kernels.attend import attend_torch
+from qmix.kernels.attend import PLAIN, Softmax, attend_torch
 
 # The operands, products of which are summed in fp32, and the weights of values are rounded to the dtype, and the result
 # too: three roundings of half an ulp, 2^-25, 2^-12 or 2^-9, of numbers that are summed with weights; fp32 sums of up to
@@ -26,17 +28,9 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
 
-def attention(query: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
-    """In float64, token by token and head by head."""
-    count, heads, _ = query.shape
-    out = torch.empty(query.shape, dtype=torch.float64)
-    for token in range(count):
-        position = keys.shape[1] - count + token
-        seen = slice(0 if window is None else max(0, position + 1 - window), position + 1)
-        for head in range(heads):
-            k, v = (t[head // (heads // len(keys)), seen].double() for t in (keys, values))
-            out[token, head] = (k @ query[token, head].double() / query.shape[2]**0.5).softmax(0) @ v
-    return out.flatten(1)
+def attention(query: Tensor, keys: Tensor, values: Tensor, window: int | None, softmax: Softmax = PLAIN) -> Tensor:
+    """In float64, of the last T positions."""
+    return in_float64(query, keys, values, torch.arange(keys.shape[1] - len(query), keys.shape[1]), window, softmax)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -59,6 +53,20 @@ def test_against_float64(fused: bool, size: int, group: int, kv: int, tokens: in
     assert relative(got.cpu(), attention(query, keys, values, window).numpy()) < OFF[dtype]
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("dtype", sorted(OFF, key=str), ids=str)
+@pytest.mark.parametrize("softmax", OWN_SCORES, ids=str)
+def test_sinks_scale_and_cap(fused: bool, dtype: torch.dtype, softmax: Softmax, monkeypatch: pytest.MonkeyPatch
+                             ) -> None:
+    query, cache = random(9, 8, 64).to(dtype), random(2, 2, 40, 64).to(dtype)
+    monkeypatch.setattr(attend, "has_fused_kernel", lambda *_: fused)
+    monkeypatch.setattr(attend, "SCORES", 3 * 12 * 8 * 40)  # three queries a tile
+    for window in (None, 16):
+        got = attend_torch(query.to(DEVICE), *cache.to(DEVICE), window, there(softmax))
+        assert got.dtype == dtype
+        assert relative(got.cpu(), attention(query, *cache, window, softmax).numpy()) < OFF[dtype]
+
+
 def test_queries_are_rounded_to_the_cache_and_results_are_not() -> None:
     query, cache = random(20, 2, 32), random(2, 1, 20, 32).half()
     got = attend_torch(query.to(DEVICE), *cache.to(DEVICE)).cpu()
@@ -72,10 +80,10 @@ def test_no_call_has_more_scores_than_allowed(window: int | None, most: int, mon
     seen: list[tuple[int, ...]] = []
     real = torch.nn.functional.scaled_dot_product_attention
 
-    def spy(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    def spy(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float | None) -> Tensor:
         assert len(keys[0]) == 2  # not repeated for the query heads
         seen.append(tuple(mask.shape))
-        return real(query, keys, values, mask)
+        return real(query, keys, values, mask, scale=scale)
 
     monkeypatch.setattr(attend.F, "scaled_dot_product_attention", spy)
     monkeypatch.setattr(attend, "SCORES", 4 * 4 * 96 * 8 if window is None else 4 * 4 * (16 + 64) * 8)

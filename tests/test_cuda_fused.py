@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import relative
 from test_cuda import DEVICE, NO_SHRINKING, SUMS, needs_triton
-from test_cuda_ops import EPS, attention, random, rotated, route, softmax_router
+from test_cuda_ops import EPS, OWN_SCORES, attention, random, rotated, route, softmax_router, there
 from torch import Tensor
 
-from qmix.kernels.cuda_ops import TritonOps
+from qmix.kernels.attend import PLAIN, Softmax
+from qmix.kernels.cuda_ops import LOG2_E, TritonOps
 from qmix.kernels.device_ops import DeviceOps, Later, TorchDeviceOps
 from qmix.kernels.table import KernelTable
 
@@ -50,7 +51,7 @@ def cos_sin_of(ops: DeviceOps, positions: Tensor, size: int, factor: float = 1.0
 
 
 def rope_attend(qkv: Tensor, cache: Tensor, start: int, window: int | None, ops: DeviceOps,
-                turned: int | None = None) -> tuple[Tensor, Tensor]:
+                turned: int | None = None, softmax: Softmax = PLAIN) -> tuple[Tensor, Tensor]:
     """(What the tokens at positions `start` and on attend to, the cache afterwards). turned: dimensions of a head that
     rotate, None for all."""
     place = DEVICE if isinstance(ops, TritonOps) else torch.device("cpu")
@@ -59,7 +60,7 @@ def rope_attend(qkv: Tensor, cache: Tensor, start: int, window: int | None, ops:
     cos_sin, here = cos_sin_of(ops, positions, size if turned is None else turned), cache.clone().to(place)
     out = torch.empty(len(qkv), qkv.shape[1] - 2 * kv * size, device=place)
     ops.rope_attend(qkv.to(place), None if turned == 0 else cos_sin.to(place), here[0], here[1], positions.to(place),
-                    window, out)
+                    window, out, None, there(softmax) if isinstance(ops, TritonOps) else softmax)
     return out.cpu(), here.cpu()
 
 
@@ -125,6 +126,22 @@ class TestRopeAttend:
             for found in (after, other_after):
                 assert torch.equal(found[:, :, :start + tokens], one[:, :, :start + tokens])
                 assert found[:, :, start + tokens:].isnan().all()
+
+    @pytest.mark.parametrize("softmax", OWN_SCORES, ids=str)
+    def test_sinks_scale_and_cap(self, softmax: Softmax) -> None:
+        """As test_cuda_ops has it for `attend`; drafts have the bits of tokens one by one."""
+        cache, qkv, positions = random(2, 2, CAPACITY, 32), random(3, 12 * 32) * 2, torch.arange(62, 65)
+        (got, after), (want, same) = (rope_attend(qkv, cache, 62, None, ops, softmax=softmax)
+                                      for ops in (TritonOps(), REFERENCE))
+        off = 4 * SUMS + 2 * 8 * 2**-24 * (softmax.softcap or 0) * LOG2_E
+        assert relative(got, want.double().numpy()) < off and relative(after, same.double().numpy()) < SUMS
+        queries = rotated(qkv[:, :256].view(3, 8, 32), positions, inverse_of(32))
+        assert relative(got, attention(queries, *after, positions, None, softmax).numpy()) < off
+        one, alone = cache, []
+        for token, row in enumerate(qkv.split(1)):
+            out, one = rope_attend(row, one, 62 + token, None, TritonOps(), softmax=softmax)
+            alone.append(out)
+        assert torch.equal(torch.cat(alone), got)
 
     def test_it_gives_what_attending_to_the_new_cache_gives(self) -> None:
         """Up to fp32 sums, and queries that are rotated to an ulp."""

@@ -4,6 +4,9 @@ under Triton's interpreter, which rounds fp32 to bf16 by cutting off: caches tha
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -32,9 +35,10 @@ from qmix.errors import UsageError
 from qmix.formats import pack
 from qmix.formats.packed import Packed, view
 from qmix.kernels import cuda, cuda_ops, reference
+from qmix.kernels.attend import PLAIN, Softmax
 from qmix.kernels.configs import Configs
 from qmix.kernels.cuda import device_code, power_of_two
-from qmix.kernels.cuda_ops import TritonOps
+from qmix.kernels.cuda_ops import LOG2_E, TritonOps
 from qmix.kernels.device_ops import DeviceOps, ExpertSlots, Later, TorchDeviceOps
 from qmix.kernels.router import RouterTensors
 from qmix.kernels.table import KernelTable
@@ -211,21 +215,37 @@ def rotated(x: Tensor, positions: Tensor, inverse: Tensor) -> Tensor:
     return torch.cat((low * angle.cos() - high * angle.sin(), high * angle.cos() + low * angle.sin()), -1)
 
 
-def attention(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None) -> Tensor:
+def attention(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None,
+              softmax: Softmax = PLAIN) -> Tensor:
     """In float64, token by token and head by head: q [T, Q, D], keys and values [KV, S, D] -> [T, Q * D]."""
+    scale = q.shape[2]**-0.5 if softmax.scale is None else softmax.scale
     out, group = torch.empty(q.shape, dtype=torch.float64), q.shape[1] // len(keys)
     for token, position in enumerate(positions.tolist()):
         seen = slice(0 if window is None else max(0, position + 1 - window), position + 1)
         for head, query in enumerate(q[token].double()):
             k, v = keys[head // group, seen].double(), values[head // group, seen].double()
-            out[token, head] = (k @ query / q.shape[2]**0.5).softmax(0) @ v
+            scores = k @ query * scale
+            if softmax.softcap is not None:
+                scores = softmax.softcap * (scores / softmax.softcap).tanh()
+            if softmax.sinks is not None:
+                scores = torch.cat((scores, softmax.sinks[head:head + 1].double()))
+            out[token, head] = scores.softmax(0)[:len(k)] @ v
     return out.flatten(1)
 
 
+SINKS = torch.linspace(-12, 12, 8)
+OWN_SCORES = [Softmax(SINKS), Softmax(scale=0.5), Softmax(softcap=2.0), Softmax(SINKS / 3, 0.1, 30.0)]
+
+
+def there(softmax: Softmax) -> Softmax:
+    return softmax if softmax.sinks is None else replace(softmax, sinks=softmax.sinks.to(DEVICE))
+
+
 class TestAttend:
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None) -> Tensor:
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None,
+               softmax: Softmax = PLAIN) -> Tensor:
         out = torch.empty(len(q), q[0].numel(), device=DEVICE)
-        TritonOps().attend(*(t.to(DEVICE) for t in (q, keys, values, positions)), window, out)
+        TritonOps().attend(*(t.to(DEVICE) for t in (q, keys, values, positions)), window, out, None, there(softmax))
         return out.cpu()
 
     @settings(max_examples=10, **NO_SHRINKING)
@@ -238,6 +258,25 @@ class TestAttend:
         keys, values = random(2, kv, 200, size).to(dtype)
         got = self.attend(q, keys, values, where, window)
         assert relative(got, attention(q, keys, values, where, window).numpy()) < 2 * SUMS
+
+    @pytest.mark.parametrize("softmax", OWN_SCORES, ids=str)
+    def test_sinks_scale_and_cap_against_float64(self, softmax: Softmax) -> None:
+        """Sinks below all scores, among them and far above. A cap adds an absolute error of 8 roundings of itself to
+        each score, to a weight relatively the same."""
+        q, positions = random(3, 8, 32) * 2, torch.tensor([0, 63, 190])
+        keys, values = random(2, 2, 200, 32)
+        off = 2 * SUMS + 2 * 8 * 2**-24 * (softmax.softcap or 0) * LOG2_E
+        for window in (None, 70):
+            got = self.attend(q, keys, values, positions, window, softmax)
+            assert relative(got, attention(q, keys, values, positions, window, softmax).numpy()) < off
+
+    def test_a_sink_that_weighs_nothing_changes_no_bit_and_a_broken_one_is_seen(self) -> None:
+        q, positions = random(3, 4, 32), torch.tensor([0, 63, 190])
+        keys, values = random(2, 2, 200, 32)
+        plain, sinks = self.attend(q, keys, values, positions, 70), torch.tensor([-1e4, -math.inf, 1e4, math.nan])
+        got = self.attend(q, keys, values, positions, 70, Softmax(sinks)).view(3, 4, 32)
+        assert torch.equal(got[:, :2], plain.view(3, 4, 32)[:, :2])
+        assert not got[:, 2].any() and got[:, 3].isnan().all()
 
     def test_what_a_token_does_not_see_does_not_count(self) -> None:
         q, positions = random(2, 4, 32), torch.tensor([150, 70])

@@ -3,17 +3,21 @@ the kernels are fp32 and fp16 here."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import decode, product, relative
 from test_cuda import DEVICE, HALF, NO_SHRINKING, SUMS, here, matrix, needs_triton, operand
-from test_cuda_ops import attention, dense, random
+from test_cuda_ops import OWN_SCORES, attention, dense, random, there
 
 from qmix.errors import UsageError
 from qmix.formats import pack
 from qmix.kernels import cuda, cuda_prompt
+from qmix.kernels.attend import Softmax
+from qmix.kernels.cuda_ops import LOG2_E
 from qmix.kernels.cuda_prompt import attend_many, linear_many
 from qmix.sizes import MatrixSpec
 
@@ -107,6 +111,24 @@ class TestAttend:
         assert got.dtype == dtype and got.shape == (tokens, group * kv * size)
         want = attention(q, keys, values, torch.arange(past, past + tokens), window).numpy()
         assert relative(got.cpu(), want) < OFF[dtype]
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    @pytest.mark.parametrize("softmax", OWN_SCORES, ids=str)
+    def test_sinks_scale_and_cap_against_float64(self, softmax: Softmax, dtype: torch.dtype) -> None:
+        """A cap as in test_cuda_ops."""
+        q, cache = random(40, 8, 32).to(dtype), random(2, 2, 71, 32).to(dtype)
+        off = OFF[dtype] + 2 * 8 * 2**-24 * (softmax.softcap or 0) * LOG2_E
+        for window in (None, 16):
+            got = attend_many(q.to(DEVICE), *cache.to(DEVICE), window, there(softmax)).cpu()
+            want = attention(q, *cache, torch.arange(31, 71), window, softmax).numpy()
+            assert relative(got, want) < off
+
+    def test_a_sink_that_weighs_nothing_changes_no_bit_and_a_broken_one_is_seen(self) -> None:
+        q, cache, sinks = random(20, 4, 32), random(2, 2, 40, 32), torch.tensor([-1e4, -math.inf, 1e4, math.nan])
+        plain = attend_many(q.to(DEVICE), *cache.to(DEVICE)).cpu()
+        got = attend_many(q.to(DEVICE), *cache.to(DEVICE), None, there(Softmax(sinks))).cpu().view(20, 4, 32)
+        assert torch.equal(got[:, :2], plain.view(20, 4, 32)[:, :2])
+        assert not got[:, 2].any() and got[:, 3].isnan().all()
 
     def test_queries_are_rounded_to_the_cache_and_results_are_not(self) -> None:
         q, cache = random(20, 2, 32), random(2, 1, 20, 32).half()

@@ -17,7 +17,7 @@ from qmix.device import StandIn
 from qmix.engine import Placement, load
 from qmix.forward.kv_cache import SessionCache
 from qmix.forward.kv_layers import Int8Layer, Query
-from qmix.kernels.attend import causal_attention
+from qmix.kernels.attend import softmax_attention
 from qmix.offload.plan import DEVICE_TILES, Needs, plan
 from qmix.store import Store
 
@@ -152,7 +152,7 @@ def test_a_prompt_attends_to_all_heads_at_once_as_to_one_after_the_other(stores:
     found = []
     parts = [[torch.randn(count, heads, a.head_dim, generator=random) for heads in (a.heads, a.kv_heads, a.kv_heads)]
              for count in (20, 12)]
-    for there in (None, causal_attention):
+    for there in (None, softmax_attention):
         cache, out = SessionCache(config, 40, torch.float32, "int8", attend=there), []
         layer = cache.layers[1]
         assert isinstance(layer, Int8Layer)

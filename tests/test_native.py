@@ -6,6 +6,7 @@ import os
 import re
 import struct
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,19 @@ class TestEveryLevel:
         for tokens in (x, x[:1]):
             (got,) = Native(level, activations).linear(tokens, m)
             assert relative(got * 2.0**20, want(tokens, m, activations) * 2.0**20) < self.bound(activations)
+
+    @pytest.mark.parametrize("part", [1, 40, 64, 72, 100])
+    @pytest.mark.parametrize("parts", [2, 3])
+    def test_every_row_of_matrices_in_parts_is_written(self, level: str, activations: str, parts: int, part: int
+                                                       ) -> None:
+        """int8 has no padding between parts, so that 64 rows may belong to several; the grouped formats have."""
+        rows = parts * part
+        x, whole = operand(5, 96), int8_matrix(rows, 96)
+        for m in (Packed(replace(whole.spec, parts=parts), whole.tensors),
+                  int4_matrix(rows, 96, 32, 64, parts), int4_matrix(rows, 96, 32, 32, parts)):
+            y = torch.full((5, rows), torch.nan)
+            Native(level, activations).run([Product(x, m, y)])
+            assert relative(y, want(x, m, activations)) < self.bound(activations), m.spec
 
     @pytest.mark.parametrize("m", [
         int4_matrix(130, 320, 64, 64), int4_matrix(96, 256, 32, 32), int8_matrix(100, 320), mxfp4_matrix(140, 320, 2),
@@ -386,7 +400,7 @@ class TestChoice:
         assert len(said) == 1 and best in said[0] and names["int4"] == f"native {second}, int8 activations"
 
     def test_what_does_not_apply_is_refused(self) -> None:
-        with pytest.raises(UsageError, match="neither grouped"):
+        with pytest.raises(UsageError, match="has no matrices in int8"):
             select({"bf16"}, say=print, activations="int8")
         with pytest.raises(UsageError, match="--activations fp8"):
             select({"int4"}, {64}, say=print, activations="fp8")

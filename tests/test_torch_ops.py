@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from qmix.kernels import ops, torch_ops
+from qmix.kernels import attend, ops, torch_ops
+from qmix.kernels.attend import softmax_attention, softmax_of
 from qmix.kernels.rope import inv_freq
 from qmix.kernels.torch_ops import PlainWeights
 from qmix.spec import (
@@ -77,10 +78,11 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 def test_attention_against_sums_in_float64(changes: dict[str, Any], count: int,
                                            monkeypatch: pytest.MonkeyPatch) -> None:
     """fp32 sums of some 20 terms of size 1: 2e-6 is some 30 roundings."""
-    monkeypatch.setattr(torch_ops, "SCORES", 4 * 20 * 3 * 4 * 2)  # two queries a tile
+    monkeypatch.setattr(attend, "SCORES", 4 * 20 * 3 * 4 * 2)  # two queries a tile
     attention = replace(Attention(4, 2, 8, None), **changes)
     q, keys, values, sinks = randn(count, 32), randn(2, 20, 8, seed=1), randn(2, 20, 8, seed=2), randn(4, seed=3)
-    got = torch_ops.softmax_attention(attention, sinks if attention.sinks else None, q.view(count, 4, 8), keys, values)
+    got = softmax_attention(q.view(count, 4, 8), keys, values, attention.window,
+                            softmax_of(attention, sinks if attention.sinks else None))
     got = got.view(count, 4, 8)
     for t in range(count):
         at = 20 - count + t

@@ -21,6 +21,7 @@ from qmix.forward.kv_cache import SessionCache
 from qmix.forward.steps import Turning
 from qmix.forward.weights import DenseWeights
 from qmix.kernels import ops
+from qmix.kernels.attend import Softmax
 from qmix.kernels.device_ops import DeviceOps
 from qmix.kernels.op import FEW
 from qmix.kernels.router import RouterTensors
@@ -163,14 +164,14 @@ class Room:
         """What `columns` made for these names last."""
         return self._wholes[names]
 
-    def attend(self, layer: int, window: int | None, first: int, end: int, rope: Rope | None, qkv: Tensor,
+    def attend(self, op: ops.Attend, softmax: Softmax, first: int, end: int, rope: Rope | None, qkv: Tensor,
                out: Tensor) -> None:
         """Tokens first to end over their session's cache, which is looked up now: another one may have its place."""
-        kept = self._few.caches[first].kv_layer(layer)
+        kept = self._few.caches[first].kv_layer(op.layer)
         scales = None if kept.key_scales is None or kept.value_scales is None else (kept.key_scales, kept.value_scales)
         cos_sin = None if rope is None else self._turn_of[rope, first].cos_sin[first:end]
-        self.ops.rope_attend(qkv[first:end], cos_sin, kept.keys, kept.values, self.positions[first:end], window,
-                             out[first:end], scales)
+        self.ops.rope_attend(qkv[first:end], cos_sin, kept.keys, kept.values, self.positions[first:end],
+                             op.attention.window, out[first:end], scales, softmax)
 
 
 def runs_of(caches: Sequence[SessionCache]) -> list[tuple[int, int]]:

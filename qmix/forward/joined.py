@@ -18,7 +18,7 @@ from qmix.forward.kv_cache import SessionCache
 from qmix.forward.lower import Calls
 from qmix.kernels.native import Native
 from qmix.kernels.native import Sequence as NativeSequence
-from qmix.kernels.native.sequence import ADD, EXPERTS, addition
+from qmix.kernels.native.sequence import EXPERTS
 
 AT_ONCE = 4  # layers of a call: cancelling waits for them
 
@@ -47,9 +47,9 @@ class Joined:
             self._starts.append(len(calls))
             self._attends += [(len(calls) + call, layer, window) for call, layer, window in piece.attends]
             own = list(piece.calls)
-            if piece.added is not None:
-                assert piece.target is not None
-                own[piece.added] = ADD, addition(self._out, piece.target)
+            if piece.taken is not None:
+                assert piece.take is not None
+                own[piece.taken] = piece.take(self._out)
             calls += own
             if at < len(given):
                 layer, x, chosen, topk_weights = given[at]

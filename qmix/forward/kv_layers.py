@@ -5,9 +5,9 @@
     WindowLayer     the last W + SLACK positions, in a ring            trim: while the next token's window is there
     RecurrentLayer  a state, and the convolution's last inputs         trim: only to nothing
 
-A layer attends. One token attends through the native kernel where there is one and it computes what the model asks
-for; all else goes through torch, or on a device through the device's own attention. An Int8Layer decodes for that: on
-the CPU of one key-value head after the other, on a device of all heads at once.
+A layer attends. One token attends through the native kernel where there is one; all else goes through torch, or on a
+device through the device's own attention. An Int8Layer decodes for that: on the CPU of one key-value head after the
+other, on a device of all heads at once.
 
 Q query heads, KV key-value heads, D head size, T new positions, S positions.
 """
@@ -20,15 +20,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qmix.kernels.attend import Softmax, softmax_attention, softmax_of
 from qmix.kernels.kv_codes import decoded, quantize
 from qmix.kernels.kv_size import channels
 from qmix.kernels.native import HEAD_UNIT, KVLayer
 from qmix.kernels.native import Attention as NativeAttention
-from qmix.kernels.torch_ops import softmax_attention
 from qmix.sizes import KV_PIECE
 from qmix.spec import Attention, DeltaNet
 
-AttendBy = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]  # as kernels.attend.causal_attention
+AttendBy = Callable[[Tensor, Tensor, Tensor, int | None, Softmax], Tensor]  # as kernels.attend.softmax_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +40,6 @@ class Query:
     q: Tensor
     keys: Tensor | None
     values: Tensor | None
-
-
-def plain(a: Attention, sinks: object | None) -> bool:
-    """Whether this is what every kernel of attention computes: softmax of scores q . k / sqrt(D)."""
-    return sinks is None and a.softcap is None and a.scale in (None, a.head_dim**-0.5)
 
 
 def begins(a: Attention, position: int) -> int:
@@ -75,9 +70,10 @@ class FullLayer:
         """Store the new keys and values, and let each q attend to all up to its own, or the last `window` of them:
         [T, Q * D], in q's dtype where the native kernel does it, else in the compute dtype."""
         end = query.start + len(query.q)
-        if self.native is not None and len(query.q) == 1 and plain(a, sinks) and query.keys is not None:
+        if self.native is not None and len(query.q) == 1 and query.keys is not None:
             assert query.values is not None
-            return self.native.append(self.kv_layer, query.q, query.keys, query.values, begins(a, query.start), end)
+            return self.native.append(self.kv_layer, query.q, query.keys, query.values, begins(a, query.start), end,
+                                      softmax_of(a, sinks))
         return self._attend(a, sinks, query)
 
     def _attend(self, a: Attention, sinks: Tensor | None, query: Query) -> Tensor:
@@ -85,10 +81,8 @@ class FullLayer:
             keys, values = self.read(query.start + len(query.q))
         else:
             keys, values = self.append(query.start, query.keys, query.values)
-        q = query.q.to(keys.dtype)
-        if self._there is not None and plain(a, sinks):
-            return self._there(q, keys, values, a.window)
-        return softmax_attention(a, sinks, q, keys, values)
+        attend = self._there or softmax_attention
+        return attend(query.q.to(keys.dtype), keys, values, a.window, softmax_of(a, sinks))
 
     def append(self, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values [T, KV, D] of positions start, start + 1, ...; all up to there [KV, S, D], as views."""
@@ -124,16 +118,18 @@ class Int8Layer(FullLayer):
             self._write(query.start, query.keys, query.values)
         q, end, first = query.q.to(self._dtype), query.start + len(query.q), begins(a, query.start)
         part = slice(first, end)
-        if self._there is not None and plain(a, sinks):
+        if self._there is not None:
             return self._there(q, decoded(self.keys[:, part], self.key_scales[:, part], self._dtype),
-                               decoded(self.values[:, part], self.value_scales[:, part], self._dtype), a.window)
+                               decoded(self.values[:, part], self.value_scales[:, part], self._dtype), a.window,
+                               softmax_of(a, sinks))
         heads = len(self.keys)
         group = q.shape[1] // heads
         out = torch.empty(len(q), heads, group * q.shape[2], dtype=q.dtype, device=q.device)
         for head in range(heads):
             own = slice(head * group, (head + 1) * group)
-            out[:, head] = softmax_attention(a, None if sinks is None else sinks[own], q[:, own].contiguous(),
-                                             *self._decoded(head, first, end))
+            softmax = softmax_of(a, None if sinks is None else sinks[own])
+            out[:, head] = softmax_attention(q[:, own].contiguous(), *self._decoded(head, first, end), a.window,
+                                             softmax)
         return out.view(len(q), -1)
 
     def append(self, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,18 +2,21 @@
 
 A table says what becomes of an Op, or of neighbours that are one call:
 
-    Linear, Linear, ...   of one source            PRODUCTS
+    Linear, Linear, ...   of one source            PRODUCTS, then BIAS for each that has one
     Linear, Add           to an fp32 buffer        PRODUCTS, added to what is there
     Norm, Route           as steps.fused_route     ROUTE
     Norm, HeadNorm                                 NORM
     Route                                          ROUTE
     Rope                  as steps.rotates         ROTATE
-    Attend                as kv_layers.plain       ATTEND
+    Attend                of its own keys          ATTEND
     Guess                 as steps.fused_guess     ROUTE
     Add                                            ADD
+    Mlp                                            PRODUCTS of one source, JOIN, PRODUCTS
     Head                                           PRODUCTS
 
-Each gives the bits that steps.py gives. What is not there raises Unsupported, with the reason.
+What the experts before a piece gave lies elsewhere for each token: an Add reads it there, or else it is copied first,
+by a NORM that norms nothing. Each call gives the bits that steps.py gives. What is not there raises Unsupported, with
+the reason.
 
 H hidden, Q query heads, KV key-value heads, D head size, A guessed.
 """
@@ -27,12 +30,13 @@ import torch
 from torch import Tensor
 
 from qmix.forward.kv_cache import SessionCache
-from qmix.forward.kv_layers import FullLayer, plain
+from qmix.forward.kv_layers import FullLayer
 from qmix.forward.steps import Turning, fused_guess, fused_route, reads, rotates
 from qmix.forward.weights import KernelWeights
 from qmix.kernels import native, ops
+from qmix.kernels.attend import softmax_of
 from qmix.kernels.native import Product, jobs
-from qmix.kernels.native.sequence import ADD, ATTEND, NORM, PRODUCTS, ROPE_COS_SIN, ROTATE, ROUTE, addition
+from qmix.kernels.native.sequence import ADD, ATTEND, BIAS, JOIN, NORM, PRODUCTS, ROPE_COS_SIN, ROTATE, ROUTE, addition
 from qmix.kernels.op import Op
 from qmix.kernels.router import RouterTensors
 from qmix.kernels.torch_ops import router_of
@@ -50,6 +54,7 @@ class Buffers:
     def __init__(self, whole: dict[str, Tensor]):
         self.whole = whole
         self.own: dict[str, Tensor] = {}
+        self.made: list[Tensor] = []  # calls point to them, also where a later layer of the piece has made another
 
     def __getitem__(self, name: str) -> Tensor:
         found = self.own.get(name)
@@ -63,6 +68,7 @@ class Buffers:
         found = self.whole.get(name)
         if found is None:
             found = self.own[name] = torch.empty(1, width, dtype=dtype)
+            self.made.append(found)
         if found.dtype != dtype or found.shape[-1] != width:
             raise Unsupported(f"{name} in two shapes")
         return found
@@ -70,12 +76,12 @@ class Buffers:
 
 @dataclass(slots=True)
 class Calls:
-    """What native.Sequence takes, and which calls are patched for each token: `added`, that adds what the experts gave
-    to `target`; `attends`, (call, layer, window)."""
+    """What native.Sequence takes, and which calls are patched for each token: `taken`, the call that reads what the
+    experts gave, which `take` makes for one address of that; `attends`, (call, layer, window)."""
 
     calls: list[tuple[int, list[bytes] | bytes]] = field(default_factory=list)
-    added: int | None = None
-    target: Tensor | None = None
+    taken: int | None = None
+    take: Callable[[Tensor], tuple[int, bytes]] | None = None
     attends: list[tuple[int, int, int | None]] = field(default_factory=list)
 
     def add(self, kind: int, packed: list[bytes] | bytes) -> int:
@@ -105,8 +111,8 @@ class Lowering:
         self._kept: list[Tensor] = []  # what jobs point to
 
     def piece(self, program: Sequence[Op], dynamic: str | None, after: Collection[str]) -> Calls:
-        """dynamic: the buffer whose address changes with each token, what the experts gave: an Add at the beginning may
-        read it. after: what is read later; it stays."""
+        """dynamic: the buffer whose address changes with each token, what the experts gave. after: what is read later;
+        it stays."""
         made, self._buffers.own = set(self.turns), {}
         try:
             found = self._piece(program, dynamic, after)
@@ -128,14 +134,23 @@ class Lowering:
 
     def _piece(self, program: Sequence[Op], dynamic: str | None, after: Collection[str]) -> Calls:
         found, rest = Calls(), list(program)
-        if dynamic is not None and rest and isinstance(rest[0], ops.Add) and rest[0].source == dynamic:
-            target = self._buffers[rest.pop(0).outputs[0]]
-            found.added, found.target = found.add(ADD, addition(target, target)), target
+        if dynamic is not None and reads(rest, after, dynamic):
+            self._take(rest, dynamic, found, after)
         while rest:
-            if dynamic in rest[0].inputs:
-                raise Unsupported(f"{_name(rest[0])} of what the experts gave")
             del rest[:self._next(rest, found, after)]
         return found
+
+    def _take(self, rest: list[Op], dynamic: str, found: Calls, after: Collection[str]) -> None:
+        """The call that reads what the experts gave: an Add at the beginning that is all that reads it, or a copy."""
+        first, hidden = rest[0], self._buffers["residual"].shape[1]
+        if isinstance(first, ops.Add) and first.source == dynamic and not reads(rest[1:], after, dynamic):
+            target = self._buffers[first.buffer]
+            del rest[0]
+            found.take = lambda given: (ADD, addition(given, target))
+        else:
+            target = self._buffers.make(dynamic, hidden, torch.float32)
+            found.take = lambda given: (NORM, jobs.norm(given, None, None, target))
+        found.taken = found.add(*found.take(target))
 
     def _next(self, rest: Sequence[Op], found: Calls, after: Collection[str]) -> int:
         """Add the next call; how many Ops it is."""
@@ -145,7 +160,8 @@ class Lowering:
             return 2
         if isinstance(op, ops.Linear):
             if len(rest) > 1 and self._adds(op, rest[1]):
-                found.add(PRODUCTS, self._product(op.source, op.weight, self._buffers[rest[1].outputs[0]], True))
+                source, target = self._buffers[op.source], self._buffers[rest[1].outputs[0]]
+                found.add(PRODUCTS, self._product(source, op.weight, target, add=True))
                 return 2
             return self._linears(rest, found)
         lower = LOWERINGS.get(type(op))
@@ -159,24 +175,34 @@ class Lowering:
         return isinstance(after, ops.Add) and after.source == op.out and after.buffer != op.source and \
             op.bias is None and not op.exact and self._buffers[op.source].dtype == torch.float32
 
-    def _product(self, source: str, weight: Named, out: Tensor, add: bool = False) -> bytes:
+    def _product(self, source: Tensor, weight: Named, out: Tensor, add: bool = False) -> bytes:
         matrix = self._weights.matrix(weight.name)
         if not self._weights.kernels.computes_natively(matrix):
             raise Unsupported(f"{weight.name} is {matrix.spec.format}, which the native kernels do not compute")
-        return self._native.job(Product(self._buffers[source], matrix, out, add=add))
+        return self._native.job(Product(source, matrix, out, add=add))
 
     def _linears(self, rest: Sequence[Op], found: Calls) -> int:
         group: list[ops.Linear] = []
         for op in rest:
             if not isinstance(op, ops.Linear) or op.source != rest[0].inputs[0]:
                 break
-            if op.exact or op.bias is not None:
-                raise Unsupported("Linear with a bias" if op.bias is not None else "Linear in fp64")
+            if op.exact:
+                raise Unsupported("Linear in fp64")
             group.append(op)
-        dtype = self._buffers[group[0].source].dtype
-        found.add(PRODUCTS, [self._product(op.source, op.weight, self._buffers.make(op.out, op.weight.shape[0], dtype))
-                             for op in group])
+        source = self._buffers[group[0].source]
+        found.add(PRODUCTS, [self._product(source, op.weight, self._buffers.make(op.out, op.weight.shape[0],
+                                                                                 source.dtype)) for op in group])
+        for op in group:
+            bias = self._vector(op.bias)
+            if bias is not None:
+                found.add(BIAS, jobs.bias(self._buffers[op.out], bias))
         return len(group)
+
+    def _vector(self, weight: Named | None) -> Tensor | None:
+        """fp32, kept for the jobs that point to it."""
+        found = self._weights.vector(weight)
+        self._kept += [] if found is None else [found]
+        return found
 
     def _norm(self, op: ops.Norm, found: Calls) -> None:
         x, weight, make = self._readable(op.source), self._weights.norm(op.weight, op.norm), self._buffers.make
@@ -228,7 +254,7 @@ class Lowering:
         turned = torch.empty(1, heads + k.shape[1] // size, size)
         turn = self._turn(op.rope, found)
         found.add(ROTATE, jobs.rotate(q, k, turn.cos, turn.sin, turned))
-        self._kept += [q, k]
+        self._kept += [q, k, turned]
         self._buffers.own |= {op.buffers[0]: turned[:, :heads], op.buffers[1]: turned[:, heads:]}
 
     def _turn(self, rope: Rope, found: Calls) -> Turn:
@@ -245,14 +271,22 @@ class Lowering:
         a, layer = op.attention, self._cache.layers[op.layer]
         if op.k is None or op.v is None:
             raise Unsupported("Attend with another layer's keys")
-        if not plain(a, op.sinks):
-            raise Unsupported("Attend with sinks, a cap or a scale of its own")
         if not isinstance(layer, FullLayer) or layer.native is None:
             raise Unsupported("torch attends")
         q, k, v = (self._buffers[name].view(1, -1, a.head_dim) for name in (op.q, op.k, op.v))
         out = self._buffers.make(op.out, a.heads * a.head_dim, q.dtype)
-        call = found.add(ATTEND, layer.native.job(layer.kv_layer, q, k, v, out, 0, 1))
+        sinks = self._vector(op.sinks)
+        call = found.add(ATTEND, layer.native.job(layer.kv_layer, q, k, v, out, 0, 1, softmax_of(a, sinks)))
         found.attends.append((call, op.layer, a.window))
+
+    def _mlp(self, op: ops.Mlp, found: Calls) -> None:
+        source, inner = self._buffers[op.source], op.gate.shape[0]
+        gate, up = (torch.empty(1, inner, dtype=source.dtype) for _ in range(2))
+        joined, out = torch.empty(1, inner), self._buffers.make(op.out, op.down.shape[0], torch.float32)
+        self._kept += [source, gate, up, joined]
+        found.add(PRODUCTS, [self._product(source, op.gate, gate), self._product(source, op.up, up)])
+        found.add(JOIN, jobs.join(op.activation, gate, up, joined))
+        found.add(PRODUCTS, self._product(joined, op.down, out))
 
     def _add(self, op: ops.Add, found: Calls) -> None:
         found.add(ADD, addition(self._fp32(op.source, op), self._buffers[op.buffer]))
@@ -260,8 +294,8 @@ class Lowering:
     def _head(self, op: ops.Head, found: Calls) -> None:
         if op.softcap is not None:
             raise Unsupported("Head with a cap")
-        found.add(PRODUCTS, self._product(op.source, op.weight, self._buffers.make(op.out, op.weight.shape[0],
-                                                                                   torch.float32)))
+        out = self._buffers.make(op.out, op.weight.shape[0], torch.float32)
+        found.add(PRODUCTS, self._product(self._buffers[op.source], op.weight, out))
 
     def _readable(self, name: str) -> Tensor:
         if self._buffers[name].dtype not in jobs.TYPES:
@@ -277,7 +311,7 @@ class Lowering:
 LOWERINGS: Mapping[type[Op], Callable[..., None]] = {
     ops.Norm: Lowering._norm, ops.HeadNorm: Lowering._head_norm, ops.Route: Lowering._route_alone,
     ops.Rope: Lowering._rope, ops.Attend: Lowering._attend, ops.Guess: Lowering._guess, ops.Add: Lowering._add,
-    ops.Head: Lowering._head,
+    ops.Head: Lowering._head, ops.Mlp: Lowering._mlp,
 }
 
 

@@ -33,11 +33,11 @@ from torch import Tensor
 
 from qmix.device.device import Work
 from qmix.forward.device_buffers import Room
-from qmix.forward.kv_layers import plain
 from qmix.forward.program import embed_program, head_program, layer_program, live, pieces
 from qmix.forward.run_eager import Guesses
 from qmix.forward.steps import fused_guess, reads, same_source
 from qmix.kernels import ops
+from qmix.kernels.attend import softmax_of
 from qmix.kernels.device_ops import Later
 from qmix.kernels.op import Op
 from qmix.spec import Model, Rope
@@ -281,15 +281,14 @@ class _Lowering:
         a = op.attention
         if op.k is None or op.v is None:
             raise Unsupported(op, "with another layer's keys")
-        if not plain(a, op.sinks):
-            raise Unsupported(op, "with sinks, a cap or a scale of its own")
         parts = (op.q, op.k, op.v)
         if parts not in self._columns:
             raise Unsupported(op, "of queries, keys and values that are not made together")
 
         def bind(room: Room) -> Work:
             qkv, out = room.whole(parts), room.make(a.heads * a.head_dim, op.out)
-            return _in_order([partial(room.attend, op.layer, a.window, *run, rope, qkv, out) for run in room.runs])
+            softmax = softmax_of(a, None if op.sinks is None else room.weights.vector(op.sinks))
+            return _in_order([partial(room.attend, op, softmax, *run, rope, qkv, out) for run in room.runs])
 
         return bind
 

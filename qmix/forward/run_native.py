@@ -29,6 +29,7 @@ from qmix.kernels import native, ops
 from qmix.kernels.native import Product
 from qmix.kernels.native import Sequence as NativeSequence
 from qmix.kernels.op import Op
+from qmix.spec import Moe
 
 
 def unsupported(eager: Eager, weights: KernelWeights, cache: SessionCache) -> str | None:
@@ -42,6 +43,9 @@ def unsupported(eager: Eager, weights: KernelWeights, cache: SessionCache) -> st
     attention = {found.native.level for found in cache.layers if isinstance(found, FullLayer) and found.native}
     if attention != {own.level}:
         return "products and attention are not computed at one level" if attention else "torch attends"
+    chosen = {moe.router.top_k for layer in eager.model.layers if isinstance(moe := layer.mlp, Moe)}
+    if len(chosen) > 1:
+        return f"layers choose different numbers of experts ({', '.join(map(str, sorted(chosen)))})"
     runs = NativeToken(eager, weights, cache).runs
     return None if any(run.sequence is not None for run in runs[:-1]) else runs[0].reason
 
@@ -139,9 +143,9 @@ class NativeToken:
                 self._by_eager(run, out, Span(cache, start, 0, 1))
             else:
                 assert run.calls is not None
-                if run.calls.added is not None:
+                if run.calls.taken is not None:
                     assert out is not None
-                    sequence.patch_source(run.calls.added, out.data_ptr())
+                    sequence.patch_source(run.calls.taken, out.data_ptr())
                 for call, layer, window in run.calls.attends:
                     begin = 0 if window is None else max(0, start + 1 - window)
                     sequence.patch_cache(call, addresses[layer], capacity, begin, start + 1)
@@ -186,7 +190,6 @@ class NativeToken:
         found = []
         for rank, (op, combine) in enumerate(layers):
             assert isinstance(op, ops.Experts) and isinstance(combine, ops.Combine)
-            assert op.top_k == self._eager.model.top_k, "layers that choose different numbers of experts"
             own = {name: self._ahead[rank, :, at] for at, name in enumerate(sorted(guesses))}
             if op.ids is not None and combine.topk_weights is not None:
                 own |= {op.ids: self._ids[rank], combine.topk_weights: self._topk_weights[rank]}

@@ -1,7 +1,8 @@
 """A run of Ops as steps over the buffers of a block: which function computes each Op, and which neighbours go together.
 
 torch_ops.py computes everything. For the few tokens of a decode pass the kernels of this process (LayerOps) compute
-what they have: norms, routers, guesses, the rotation. run_native.py runs the same kernels, and so gives the same bits.
+what they have: norms, routers, guesses, the rotation, what joins gate and up. run_native.py runs the same kernels, and
+so gives the same bits.
 
 Linears that read the same buffer are one call. With an observer every Op is computed alone, by torch.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -168,7 +170,12 @@ class Steps:
             return self._head_norm(op)
         if isinstance(op, ops.Route):
             return self._route(op)
+        if isinstance(op, ops.Mlp):
+            return partial(self._mlp, op)
         return self._guess(op) if isinstance(op, ops.Guess) else None
+
+    def _mlp(self, op: ops.Mlp, inputs: tuple[Tensor, ...], block: Block) -> Tensor:
+        return torch_ops.mlp(op, self._weights, inputs[0], self._layer)
 
     def _rotation(self, op: ops.Rope) -> Callable[[tuple[Tensor, ...], Block], Any]:
         layer, turning = self._layer, self.turning

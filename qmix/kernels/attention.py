@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from qmix.kernels import native
+from qmix.kernels.attend import Softmax
 from qmix.spec import Attention, Model
 
 PLAIN = "portable"  # the level without an instruction set of its own
 LENGTH, ROOM, KV_HEADS, GROUP = 600, 610, 2, 5  # the test's positions (three pieces of them), capacity and heads
+SCALE, SOFTCAP = 0.2, 2.5  # of the test
 
 
 def choose_native_attention(head_dim: int, kv: str, say: Callable[[str], None]) -> native.Attention | None:
@@ -46,7 +48,8 @@ def choose_native_attentions(model: Model, kv: str, say: Callable[[str], None]) 
 
 
 def agrees(own: native.Attention, head_dim: int, kv: str) -> bool:
-    """Whether `own` gives what fp64 gives on a small random cache, over a part of its positions, up to fp32 sums."""
+    """Whether `own` gives what fp64 gives on a small random cache, over a part of its positions, up to fp32 sums; also
+    with sinks, a scale and a cap."""
     random = torch.Generator().manual_seed(4)
     q = torch.randn(1, KV_HEADS * GROUP, head_dim, generator=random)
     new = torch.randn(2, 1, KV_HEADS, head_dim, generator=random).bfloat16()
@@ -58,14 +61,17 @@ def agrees(own: native.Attention, head_dim: int, kv: str) -> bool:
         keys, values = torch.randn(2, KV_HEADS, ROOM, head_dim, generator=random).bfloat16()
         kv_layer = native.KVLayer(keys, values)
     begin, end = 3, LENGTH
-    got = own.append(kv_layer, q, new[0], new[1], begin, end).view(KV_HEADS, GROUP, head_dim).double()
+    sinks = torch.randn(KV_HEADS * GROUP, generator=random)
+    got = [own.append(kv_layer, q, new[0], new[1], begin, end, softmax).view(KV_HEADS, GROUP, head_dim).double()
+           for softmax in (Softmax(), Softmax(sinks, SCALE, SOFTCAP))]
     wide = [_decoded(codes, scales)[:, begin:end] for codes, scales in (
         (kv_layer.keys, kv_layer.key_scales), (kv_layer.values, kv_layer.value_scales))]
-    weights = (q.view(KV_HEADS, GROUP, head_dim).double() @ wide[0].mT / head_dim**0.5).softmax(-1)
-    want = weights @ wide[1]
+    scores = q.view(KV_HEADS, GROUP, head_dim).double() @ wide[0].mT
+    capped = torch.cat((SOFTCAP * (scores * SCALE / SOFTCAP).tanh(), sinks.double().view(KV_HEADS, GROUP, 1)), -1)
+    want = [(scores / head_dim**0.5).softmax(-1) @ wide[1], capped.softmax(-1)[..., :-1] @ wide[1]]
     new_cached = torch.stack([wide[0][:, -1], wide[1][:, -1]])
     off = (new_cached - new[:, 0].double()).abs().amax() / new.double().abs().amax()
-    return bool((got - want).norm() <= 1e-5 * want.norm()) and bool(off <= 1 / 127)
+    return all((a - b).norm() <= 1e-5 * b.norm() for a, b in zip(got, want, strict=True)) and bool(off <= 1 / 127)
 
 
 def _decoded(codes: Tensor, scales: Tensor | None) -> Tensor:

@@ -6,7 +6,8 @@ from where the projections are, rotated and rounded as they are written.
 
 The softmax is taken in pieces: each keeps its largest score and the sums of weights relative to that, and pieces are
 rescaled to the larger of their scores when they are put together. Scores are in powers of two. A piece that has seen
-nothing has the score LOWEST, which is finite, so that no difference is NaN.
+nothing has the score LOWEST, which is finite, so that no difference is NaN. What a model does not have, sinks or a cap
+of scores, is None: it leaves nothing in the code that is compiled.
 
 T tokens, Q query heads, KV key-value heads, D head size, S positions of the cache.
 """
@@ -16,10 +17,13 @@ T tokens, Q query heads, KV key-value heads, D head size, S positions of the cac
 
 from __future__ import annotations
 
+from math import e, log2
+
 import triton
 import triton.language as tl
 
 LOWEST = tl.constexpr(-1e30)
+LOG2_E = tl.constexpr(log2(e))
 TINY = tl.constexpr(1e-30)  # kv_codes.TINY
 ROUND = tl.constexpr(1.5 * 2**23)  # added to a number below 2^22, it leaves no digit behind the point
 
@@ -54,8 +58,15 @@ def coded(row):
 
 
 @triton.jit
+def capped(score, softcap):
+    """softcap * tanh(x), of a score that is 2 * log2(e) * x: softcap - 2 * softcap / (1 + e^2x). It errs by some
+    roundings of softcap, also where x is small."""
+    return softcap - 2.0 * softcap / (1.0 + tl.exp2(score))
+
+
+@triton.jit
 def attend(query, cos_sin, keys, values, key_scales, value_scales, positions, partial, tops, totals, window, q_token,
-           c_token, k_head, k_position, v_head, v_position, ks_head, vs_head, splits, size, turned, scale,
+           c_token, k_head, k_position, v_head, v_position, ks_head, vs_head, splits, size, turned, scale, softcap,
            GROUP: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr,
            NEW: tl.constexpr, ROPE: tl.constexpr, INT8: tl.constexpr):
     """SPLIT positions of a key-value head, STEP at a time, for GROUP of its query heads of one token, in fp32; PARTS
@@ -65,10 +76,10 @@ def attend(query, cos_sin, keys, values, key_scales, value_scales, positions, pa
     query fp32 [T, Q, D], rotated; or, where NEW, [T, Q + 2 KV, D], not rotated, with the keys and values of these T
     tokens after the queries; their positions follow each other, cos_sin [T, R] is as of `rotated`, by which heads turn
     where ROPE, and keys and values are written to their positions. keys, values [KV, S, D], where INT8 codes, with
-    key_scales and value_scales fp32 [KV, S]; positions [T]; turned: R; scale: of the scores, with log2(e); partial
-    fp32 [T, Q, splits, D]: weighted sums of values, tops and totals fp32 [T, Q, splits]: their largest score, and the
-    sum of the weights. WIDTH: D as a power of two. Grid: KV * PARTS, splits, T; a split that a token does not see
-    writes nothing.
+    key_scales and value_scales fp32 [KV, S]; positions [T]; turned: R; scale: of the scores, with log2(e), and softcap
+    likewise, as `capped` wants both, or None; partial fp32 [T, Q, splits, D]: weighted sums of values, tops and totals
+    fp32 [T, Q, splits]: their largest score, and the sum of the weights. WIDTH: D as a power of two. Grid: KV * PARTS,
+    splits, T; a split that a token does not see writes nothing.
     """
     part = tl.program_id(0)
     head = part // PARTS
@@ -144,6 +155,8 @@ def attend(query, cos_sin, keys, values, key_scales, value_scales, positions, pa
             score = tl.sum(key * queries[g][None, :], axis=1)
             if INT8:
                 score *= key_scale
+            if softcap is not None:
+                score = capped(score, softcap)
             score = tl.where(seen, score, float("-inf"))
             new_top += (tl.maximum(top[g], score),)
             weight = tl.exp2(score - new_top[g])
@@ -165,10 +178,10 @@ def attend(query, cos_sin, keys, values, key_scales, value_scales, positions, pa
 
 
 @triton.jit
-def merge(partial, tops, totals, positions, out, window, out_stride, splits, size, SPLIT: tl.constexpr,
+def merge(partial, tops, totals, sinks, positions, out, window, out_stride, splits, size, SPLIT: tl.constexpr,
           SPLITS: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr):
-    """The splits of one token and query head together, into out fp32 [T, Q * D]. SPLITS: how many there are, as a power
-    of two. Grid: T, Q."""
+    """The splits of one token and query head together, into out fp32 [T, Q * D]. sinks: fp32 [Q], or None. SPLITS: how
+    many there are, as a power of two. Grid: T, Q."""
     token = tl.program_id(0)
     head = tl.program_id(1)
     position = tl.load(positions + token).to(tl.int32)
@@ -179,7 +192,12 @@ def merge(partial, tops, totals, positions, out, window, out_stride, splits, siz
     given = (number >= lowest) & (number <= highest)
     top = tl.load(tops + base + number, mask=given, other=LOWEST)
     largest = tl.max(top, axis=0)
+    if sinks is not None:
+        sink = tl.load(sinks + head) * LOG2_E
+        largest = tl.maximum(largest, sink)
     total = tl.sum(tl.load(totals + base + number, mask=given, other=0.0) * tl.exp2(top - largest), axis=0)
+    if sinks is not None:
+        total += tl.exp2(sink - largest)
     at = tl.arange(0, WIDTH)
     inside = tl.arange(0, STEP)
     sums = tl.zeros((STEP, WIDTH), tl.float32)
@@ -193,13 +211,14 @@ def merge(partial, tops, totals, positions, out, window, out_stride, splits, siz
 
 
 @triton.jit(do_not_specialize=["window", "tokens", "past"])  # else compiled anew for some prompts
-def attend_many(query, keys, values, out, window, q_token, q_head, k_head, k_position, v_head, v_position, out_token,
-                tokens, past, group, size, scale, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr):
+def attend_many(query, keys, values, sinks, out, window, q_token, q_head, k_head, k_position, v_head, v_position,
+                out_token, tokens, past, group, size, scale, softcap, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                WIDTH: tl.constexpr):
     """BLOCK_M tokens of one query head over what they see, BLOCK_N positions at a time: products in the dtype of keys
     and values, to which queries and weights are rounded, sums in fp32.
 
-    query [T, Q, D], of the positions `past` and on; keys, values [KV, S, D]; out [T, Q * D]; scale: of the scores, with
-    log2(e); group: Q / KV. Grid: pieces of T, the last first, since they see most; Q.
+    query [T, Q, D], of the positions `past` and on; keys, values [KV, S, D]; sinks: fp32 [Q], or None; out [T, Q * D];
+    scale, softcap: as of `attend`; group: Q / KV. Grid: pieces of T, the last first, since they see most; Q.
     """
     piece = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
@@ -214,6 +233,10 @@ def attend_many(query, keys, values, out, window, q_token, q_head, k_head, k_pos
     values += (head // group).to(tl.int64) * v_head
     top = tl.full((BLOCK_M,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
+    if sinks is not None:
+        sink = tl.load(sinks + head) * LOG2_E
+        top = tl.zeros((BLOCK_M,), tl.float32) + tl.maximum(sink, LOWEST)
+        total = tl.exp2(sink - top)
     sums = tl.zeros((BLOCK_M, WIDTH), tl.float32)
     end = past + tl.minimum(piece * BLOCK_M + BLOCK_M, tokens)
     first = tl.maximum(past + piece * BLOCK_M + 1 - window, 0)
@@ -222,6 +245,8 @@ def attend_many(query, keys, values, out, window, q_token, q_head, k_head, k_pos
         key = tl.load(keys + where[None, :] * k_position + at[:, None],
                       mask=(where < end)[None, :] & (at < size)[:, None], other=0.0)
         score = tl.dot(rows, key, input_precision="ieee") * scale
+        if softcap is not None:
+            score = capped(score, softcap)
         seen = (where[None, :] <= position[:, None]) & (where[None, :] > position[:, None] - window)
         score = tl.where(seen, score, float("-inf"))
         new_top = tl.maximum(top, tl.max(score, axis=1))

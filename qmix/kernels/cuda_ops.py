@@ -17,7 +17,7 @@ cache.
 from __future__ import annotations
 
 from functools import partial
-from math import prod
+from math import e, log2, prod
 from types import ModuleType
 
 import torch
@@ -27,6 +27,7 @@ from qmix.errors import UsageError
 from qmix.formats import nf4
 from qmix.formats.packed import Packed
 from qmix.kernels import cuda
+from qmix.kernels.attend import PLAIN, Softmax
 from qmix.kernels.configs import Configs, built_in, capability
 from qmix.kernels.cuda import Jobs, Matrices, device_code, power_of_two
 from qmix.kernels.cuda_router import Routers, warps_of
@@ -42,7 +43,7 @@ SMALL = 4096  # rows; a matrix with fewer is cut finer, so that there are enough
 LEAST_SPLIT, SPLITS, TILE = 64, 128, 2048
 HEADS = 8  # query heads of a program of attention, at most: of 12 sm_86 spills registers
 EVERYTHING = 2**30  # a window that no context fills
-LOG2_E = 1.4426950408889634
+LOG2_E = log2(e)
 
 
 class TritonOps:
@@ -147,20 +148,21 @@ class TritonOps:
                                                WIDTH=power_of_two(half), num_warps=1 if half <= 32 else 2)
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None,
-               out: Tensor, scales: Scales | None = None) -> None:
+               out: Tensor, scales: Scales | None = None, softmax: Softmax = PLAIN) -> None:
         assert query.stride(1) == query.shape[2]
-        self._attend(query, None, keys, values, positions, window, out, scales, False)
+        self._attend(query, None, keys, values, positions, window, out, scales, softmax, False)
 
     def rope_attend(self, qkv: Tensor, cos_sin: Tensor | None, keys: Tensor, values: Tensor, positions: Tensor,
-                    window: int | None, out: Tensor, scales: Scales | None = None) -> None:
+                    window: int | None, out: Tensor, scales: Scales | None = None, softmax: Softmax = PLAIN) -> None:
         size = keys.shape[2]
         assert qkv.stride(1) == 1 and qkv.shape[1] == out.shape[1] + 2 * len(keys) * size
         assert cos_sin is None or (cos_sin.stride(1) == 1 and len(cos_sin) == len(qkv) and cos_sin.shape[1] % 2 == 0
                                    and cos_sin.shape[1] <= size)
-        self._attend(qkv.unflatten(1, (-1, size)), cos_sin, keys, values, positions, window, out, scales, True)
+        self._attend(qkv.unflatten(1, (-1, size)), cos_sin, keys, values, positions, window, out, scales, softmax,
+                     True)
 
     def _attend(self, query: Tensor, cos_sin: Tensor | None, keys: Tensor, values: Tensor, positions: Tensor,
-                window: int | None, out: Tensor, scales: Scales | None, new: bool) -> None:
+                window: int | None, out: Tensor, scales: Scales | None, softmax: Softmax, new: bool) -> None:
         """Two launches. query [T, Q, D], or, where new, [T, Q + 2 KV, D], with keys and values that are not yet in the
         cache."""
         (kv, capacity, size), tokens = keys.shape, len(query)
@@ -168,7 +170,9 @@ class TritonOps:
         assert keys.stride(2) == values.stride(2) == out.stride(1) == 1 and (keys.dtype == torch.int8) == bool(scales)
         of_keys, of_values = scales or (keys, values)
         assert not scales or of_keys.stride(1) == of_values.stride(1) == 1
-        split, splits = split_of(capacity)
+        (split, splits), (scale, softcap) = split_of(capacity), exponents(softmax, size)
+        assert softmax.sinks is None or (softmax.sinks.dtype == torch.float32 and softmax.sinks.shape == (heads,)
+                                         and softmax.sinks.is_contiguous())
         width, reach, group = power_of_two(size), window or EVERYTHING, heads_of_program(heads // kv)
         shape = heads, splits, size
         partial = self._room("attended", (tokens, *shape), (FEW, *shape), query.device)
@@ -178,11 +182,12 @@ class TritonOps:
             query, query if cos_sin is None else cos_sin, keys, values, of_keys, of_values, positions, partial, tops,
             totals, reach, query.stride(0), 0 if cos_sin is None else cos_sin.stride(0), keys.stride(0), keys.stride(1),
             values.stride(0), values.stride(1), of_keys.stride(0), of_values.stride(0), splits, size,
-            0 if cos_sin is None else cos_sin.shape[1], LOG2_E / size**0.5, GROUP=group,
+            0 if cos_sin is None else cos_sin.shape[1], scale, softcap, GROUP=group,
             PARTS=heads // kv // group, SPLIT=split, STEP=min(TILE // width, split), WIDTH=width, NEW=new,
             ROPE=cos_sin is not None, INT8=scales is not None, num_warps=4 if group <= 4 else 8, enable_fp_fusion=True)
-        jit.merge[tokens, heads](partial, tops, totals, positions, out, reach, out.stride(0), splits, size, SPLIT=split,
-                                 SPLITS=power_of_two(splits), STEP=16, WIDTH=width, num_warps=4, enable_fp_fusion=True)
+        jit.merge[tokens, heads](partial, tops, totals, softmax.sinks, positions, out, reach, out.stride(0), splits,
+                                 size, SPLIT=split, SPLITS=power_of_two(splits), STEP=16, WIDTH=width, num_warps=4,
+                                 enable_fp_fusion=True)
 
     def route(self, residual: Tensor, weight: Tensor | None, router: RouterTensors, eps: float | None,
               normed: Tensor | None, ids: Tensor, weights: Tensor, later: Later | None = None,
@@ -251,6 +256,13 @@ def heads_of_program(group: int) -> int:
     """Query heads that a program of attention has of the `group` that share keys: the most that divide them and for
     which there are registers."""
     return max(count for count in range(1, HEADS + 1) if group % count == 0)
+
+
+def exponents(softmax: Softmax, size: int) -> tuple[float, float | None]:
+    """(scale, softcap) as the kernels of attention take them: of powers of two; with a cap, as cuda_attend_jit.capped
+    has it."""
+    scale = LOG2_E / size**0.5 if softmax.scale is None else LOG2_E * softmax.scale
+    return (scale, None) if softmax.softcap is None else (2 * scale / softmax.softcap, LOG2_E * softmax.softcap)
 
 
 def split_of(capacity: int) -> tuple[int, int]:

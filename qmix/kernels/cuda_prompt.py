@@ -20,7 +20,7 @@ from qmix.errors import UsageError
 from qmix.formats import nf4
 from qmix.formats.packed import Packed, row_tiles
 from qmix.kernels import cuda
-from qmix.kernels.attend import attend_torch
+from qmix.kernels.attend import PLAIN, Softmax, attend_torch
 from qmix.kernels.configs import (
     HOPPER,
     TENSOR_CORES,
@@ -33,7 +33,7 @@ from qmix.kernels.configs import (
     capability,
 )
 from qmix.kernels.cuda import DTYPES, Matrices, device_code, power_of_two
-from qmix.kernels.cuda_ops import EVERYTHING, LOG2_E
+from qmix.kernels.cuda_ops import EVERYTHING, exponents
 
 TILE_BYTES = 64 * 2**20  # the most that a decoded piece of weights takes
 
@@ -97,9 +97,10 @@ def _int8(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     return F.linear(x, codes.to(x.dtype)) * scale
 
 
-def attend_many(query: Tensor, keys: Tensor, values: Tensor, window: int | None = None,
+def attend_many(query: Tensor, keys: Tensor, values: Tensor, window: int | None = None, softmax: Softmax = PLAIN,
                 config: Attention | None = None) -> Tensor:
-    """Causal attention of the last T of S positions over all S, or over the last `window` of each: as causal_attention.
+    """Causal attention of the last T of S positions over all S, or over the last `window` of each: as
+    softmax_attention.
 
     query [T, Q, D]; keys, values [KV, S, D] of one dtype, in which products are made; -> [T, Q * D] in query's dtype.
     Nothing is allocated but the result.
@@ -119,12 +120,13 @@ def attend_many(query: Tensor, keys: Tensor, values: Tensor, window: int | None 
     if card and card[0] == HOPPER and tile.tokens >= WGMMA_TOKENS and tile.warps >= WGMMA_WARPS:
         raise UsageError(f"attend_many: got tiles of {tile.tokens} tokens in {tile.warps} warps, want fewer than "
                          f"{WGMMA_TOKENS} or {WGMMA_WARPS} on Hopper, where larger ones may give wrong numbers")
-    block = max(LEAST, min(tile.tokens, power_of_two(tokens)))
+    block, (scale, softcap) = max(LEAST, min(tile.tokens, power_of_two(tokens))), exponents(softmax, size)
+    assert softmax.sinks is None or softmax.sinks.is_contiguous()
     out = query.new_empty(tokens, heads * size)
     device_code("cuda_attend_jit").attend_many[-(-tokens // block), heads](
-        query, keys, values, out, window or EVERYTHING, query.stride(0), query.stride(1), keys.stride(0),
+        query, keys, values, softmax.sinks, out, window or EVERYTHING, query.stride(0), query.stride(1), keys.stride(0),
         keys.stride(1), values.stride(0), values.stride(1), out.stride(0), tokens, positions - tokens, heads // kv,
-        size, LOG2_E / size**0.5, BLOCK_M=block, BLOCK_N=tile.positions, WIDTH=max(LEAST, power_of_two(size)),
+        size, scale, softcap, BLOCK_M=block, BLOCK_N=tile.positions, WIDTH=max(LEAST, power_of_two(size)),
         num_warps=tile.warps if block == tile.tokens else min(4, tile.warps), num_stages=tile.stages,
         enable_fp_fusion=True)
     return out

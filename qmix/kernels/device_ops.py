@@ -24,12 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qmix.formats.packed import Packed
-from qmix.kernels.attend import causal_attention
+from qmix.kernels.attend import PLAIN, Softmax, softmax_attention
 from qmix.kernels.kv_codes import decoded, quantize
+from qmix.kernels.layer import steady
 from qmix.kernels.op import FEW as FEW
 from qmix.kernels.router import RouterTensors, choose_experts, router_logits, stable_best
 from qmix.kernels.table import KernelTable
-from qmix.kernels.torch_ops import steady
 from qmix.sizes import RecordLayout
 
 Scales = tuple[Tensor, Tensor]  # of the keys and the values of an int8 cache, fp32 [KV, S] each, positions adjacent
@@ -84,12 +84,13 @@ class DeviceOps(Protocol):
     def scale(self, x: Tensor, weight: Tensor | None = None, factor: float = 1.0) -> None: ...
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None,
-               out: Tensor, scales: Scales | None = None) -> None: ...
+               out: Tensor, scales: Scales | None = None, softmax: Softmax = PLAIN) -> None: ...
 
     def rope_cos_sin(self, positions: Tensor, inv_freq: Tensor, out: Tensor, factor: float = 1.0) -> None: ...
 
     def rope_attend(self, qkv: Tensor, cos_sin: Tensor | None, keys: Tensor, values: Tensor, positions: Tensor,
-                    window: int | None, out: Tensor, scales: Scales | None = None) -> None: ...
+                    window: int | None, out: Tensor, scales: Scales | None = None,
+                    softmax: Softmax = PLAIN) -> None: ...
 
     def route(self, residual: Tensor, weight: Tensor | None, router: RouterTensors, eps: float | None,
               normed: Tensor | None, ids: Tensor, weights: Tensor, later: Later | None = None,
@@ -163,17 +164,17 @@ class TorchDeviceOps:
             x.mul_(factor)
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None,
-               out: Tensor, scales: Scales | None = None) -> None:
+               out: Tensor, scales: Scales | None = None, softmax: Softmax = PLAIN) -> None:
         """Each token's queries [T, Q, D] over the keys and values [KV, S, D] up to its own of positions [T], or over
         the last `window` of them, into out [T, Q * D] fp32. Query head h reads key-value head h // (Q / KV). scales:
-        where keys and values are int8 codes, of which they are made in fp32."""
+        where keys and values are int8 codes, of which they are made in fp32. softmax: sinks, scale and cap."""
         for token, position in enumerate(positions.tolist()):
             seen = slice(0 if window is None else max(0, position + 1 - window), position + 1)
             here, there = keys[:, seen], values[:, seen]
             if scales is not None:
                 here, there = (decoded(codes, scale[:, seen], torch.float32) for codes, scale in zip(
                     (here, there), scales, strict=True))
-            out[token] = causal_attention(query[token:token + 1].to(here.dtype), here, there, None)[0]
+            out[token] = softmax_attention(query[token:token + 1].to(here.dtype), here, there, None, softmax)[0]
 
     def rope_cos_sin(self, positions: Tensor, inv_freq: Tensor, out: Tensor, factor: float = 1.0) -> None:
         """What rotates heads at positions [T] int64, inv_freq [R / 2] radians a position: the R / 2 cosines, then the
@@ -184,7 +185,7 @@ class TorchDeviceOps:
         out[:, :half], out[:, half:] = cos[:, 0, :half], signed[:, 0, half:]
 
     def rope_attend(self, qkv: Tensor, cos_sin: Tensor | None, keys: Tensor, values: Tensor, positions: Tensor,
-                    window: int | None, out: Tensor, scales: Scales | None = None) -> None:
+                    window: int | None, out: Tensor, scales: Scales | None = None, softmax: Softmax = PLAIN) -> None:
         """qkv [T, (Q + 2 KV) * D] fp32, queries before keys before values: the first R <= D dimensions of each query
         and key head turn by cos_sin [T, R] of `rope_cos_sin`, dimension i with i + R / 2; None: none turn. Keys and
         values go to their positions in the cache's keys and values [KV, S, D]; then `attend`. Positions [T] follow each
@@ -203,7 +204,7 @@ class TorchDeviceOps:
                 codes, own = there.new_empty(kv, len(x), size), scale.new_empty(kv, len(x))
                 quantize(x, codes, own)
                 there[:, positions], scale[:, positions] = codes, own
-        self.attend(q, keys, values, positions, window, out, scales)
+        self.attend(q, keys, values, positions, window, out, scales, softmax)
 
     def route(self, residual: Tensor, weight: Tensor | None, router: RouterTensors, eps: float | None,
               normed: Tensor | None, ids: Tensor, weights: Tensor, later: Later | None = None,

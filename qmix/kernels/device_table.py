@@ -25,7 +25,7 @@ from qmix.errors import QmixError
 from qmix.formats import module, nf4
 from qmix.formats.packed import Packed, view
 from qmix.kernels import reference
-from qmix.kernels.attend import causal_attention
+from qmix.kernels.attend import Softmax, softmax_attention
 from qmix.kernels.configs import Configs, built_in, capability
 from qmix.kernels.cpu import Kernel
 from qmix.kernels.device_ops import DeviceOps, ExpertSlots, TorchDeviceOps
@@ -33,7 +33,7 @@ from qmix.kernels.prompt_experts import PromptExperts, TorchPromptExperts
 from qmix.kernels.table import KernelTable, random_expert, random_matrix
 from qmix.sizes import MX_BLOCK, RecordLayout
 
-Attend = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, int | None, Softmax], Tensor]
 PROMPTS = {"int8": "Triton, decoded for prompts", "nf4": "bitsandbytes, decoded", "fp4": "bitsandbytes, decoded"}
 AGREES = 2**-7  # relative: operands and results rounded to 16 bits
 
@@ -56,7 +56,7 @@ def choose_device_kernels(device: torch.device, half: torch.dtype, formats: Iter
     interpreter; else the CPU's kernels stand in. configs: how kernels are cut, None = as is built in. UsageError where
     Triton or bitsandbytes is missing, QmixError where a kernel is wrong."""
     if not triton:
-        return DeviceKernels(host, causal_attention, TorchDeviceOps(host), host, TorchPromptExperts(host))
+        return DeviceKernels(host, softmax_attention, TorchDeviceOps(host), host, TorchPromptExperts(host))
     from qmix.kernels import cuda_grouped, cuda_ops, cuda_prompt
 
     configs = configs or built_in(capability(device))

@@ -1,12 +1,14 @@
 """What a layer does to a few tokens beside products and attention, in torch, and which code does it in this process.
 
 Norm, router and rotation take and give fp32 whatever the compute dtype.
-T tokens, H hidden, E experts, K chosen, Q query heads, KV key-value heads, D head size, R rotary dimension.
+T tokens, H hidden, E experts, K chosen, F inner size of an MLP, Q query heads, KV key-value heads, D head size,
+R rotary dimension.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -14,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qmix.kernels import native
+from qmix.kernels.op import FEW
 from qmix.kernels.router import RouterTensors, choose_experts, router_logits
-from qmix.spec import Router
+from qmix.spec import Activation, Router
 
 
 class LayerOps(Protocol):
@@ -40,6 +43,8 @@ class LayerOps(Protocol):
                head_dim: int | None = None) -> tuple[Tensor, Tensor]: ...
 
     def combine(self, rows: Tensor, topk_weights: Tensor) -> Tensor: ...
+
+    def activate(self, activation: Activation, gate: Tensor, up: Tensor) -> Tensor: ...
 
 
 class TorchLayerOps:
@@ -105,6 +110,28 @@ class TorchLayerOps:
             total += rows[:, rank] * topk_weights[:, rank, None]
         return total
 
+    def activate(self, activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
+        """What joins gate and up [T, F], fp32 or bf16, by spec.Activation -> [T, F] fp32."""
+        gate, up = gate.float(), up.float()
+        by = steady if len(gate) <= FEW else _as_it_is
+        if activation.kind == "swiglu":
+            return by(F.silu, gate) * up
+        if activation.kind == "geglu":
+            return by(partial(F.gelu, approximate="tanh"), gate) * up
+        assert activation.alpha is not None and activation.limit is not None
+        gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
+        return gate * by(torch.sigmoid, activation.alpha * gate) * (up + 1)
+
+
+def steady(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x) in fp32, by way of fp64: torch computes what is left over from whole vectors by other code, so that
+    in fp32 the last bit of a row would depend on how many rows there are."""
+    return function(x.double()).float()
+
+
+def _as_it_is(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return function(x)
+
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight, fp32 (Zhang & Sennrich 2019). x [T, H]; weight [H], None for 1."""
@@ -161,4 +188,6 @@ def _results(ops: LayerOps, x: Tensor, weight: Tensor, routers: Iterable[RouterT
             *ops.rotate(x[:, :100], x[:, 100:150], cos, sin, 50),
             ops.norm(x, weight, 1e-5, torch.float32), ops.norm(x.bfloat16(), None, 1e-5, torch.float32),
             ops.head_norm(x.bfloat16(), 40, weight[:40], 1e-5, 1.5), ops.head_norm(x, 200, None, None, 0.5),
-            ops.combine(x.view(3, 2, 100), weight[:6].view(3, 2))]
+            ops.combine(x.view(3, 2, 100), weight[:6].view(3, 2)),
+            *(ops.activate(by, 3 * x, 2 * x.flip(1)) for by in (
+                Activation(), Activation("geglu"), Activation("swiglu_clamped", 1.702, 2.5)))]

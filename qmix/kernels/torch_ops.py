@@ -8,9 +8,8 @@ state of its layer; Rope gets cos and sin. Take is the runner's, and so are Expe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -18,11 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qmix.kernels import ops
-from qmix.kernels.attend import SCORES, causal_attention
 from qmix.kernels.cpu import FEW, few_rows
-from qmix.kernels.layer import TORCH, LayerOps, rms_norm, rotate
+from qmix.kernels.layer import TORCH, LayerOps, rms_norm, rotate, steady
 from qmix.kernels.router import RouterTensors, choose_experts, router_logits
-from qmix.spec import Activation, Attention
+from qmix.spec import Activation
 from qmix.spec import Norm as NormSpec
 from qmix.spec import Tensor as Named
 
@@ -132,37 +130,6 @@ def rope(op: ops.Rope, cos: Tensor, sin: Tensor, *buffers: Tensor) -> tuple[Tens
     return tuple(found)
 
 
-def softmax_attention(a: Attention, sinks: Tensor | None, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """The formula of Attend. q [T, Q, D] of the last T of S positions, in the dtype of keys and values [KV, S, D],
-    which may leave out positions that no query sees; sinks [Q] fp32."""
-    if sinks is None and a.softcap is None:
-        return causal_attention(q, keys, values, a.window, a.scale)
-    return _attend_plain(q, keys, values, a.window, q.shape[2]**-0.5 if a.scale is None else a.scale, a.softcap, sinks)
-
-
-def _attend_plain(q: Tensor, keys: Tensor, values: Tensor, window: int | None, scale: float, softcap: float | None,
-                  sinks: Tensor | None) -> Tensor:
-    """Attention written out, in fp32, with at most SCORES bytes of scores at once."""
-    count, heads, size = q.shape
-    kv, positions, _ = keys.shape
-    keys, values, grouped = keys.float(), values.float(), q.float().view(count, kv, -1, size)
-    out = torch.empty(count, heads * size)
-    tile = max(1, SCORES // (heads * positions * 3 * torch.float32.itemsize))
-    for begin in range(0, count, tile):
-        part = grouped[begin:begin + tile].permute(1, 2, 0, 3)  # [KV, G, T, D]
-        own = torch.arange(positions - count + begin, positions - count + begin + part.shape[2])[:, None]
-        column = torch.arange(positions)
-        hidden = (column > own) if window is None else (column > own) | (column <= own - window)
-        scores = part @ keys[:, None].transpose(-1, -2) * scale
-        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-        scores = scores.masked_fill(hidden, -torch.inf)
-        if sinks is not None:
-            scores = torch.cat((scores, sinks.view(kv, -1, 1, 1).expand(*scores.shape[:-1], 1)), -1)
-        found = torch.softmax(scores, -1)[..., :positions] @ values[:, None]
-        out[begin:begin + tile] = found.permute(2, 0, 1, 3).reshape(-1, heads * size)
-    return out.to(q.dtype)
-
-
 def gate(op: ops.Gate, w: Weights, buffer: Tensor, by: Tensor) -> Tensor:
     switch = steady(torch.sigmoid if op.kind == "sigmoid" else F.silu, by)
     return (buffer.float() * switch).to(buffer.dtype)
@@ -198,12 +165,6 @@ def delta(op: ops.Delta, w: Weights, state: Tensor, q: Tensor, k: Tensor, v: Ten
     return out.view(count, -1), state
 
 
-def steady(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """function(x) in fp32, by way of fp64: torch computes what is left over from whole vectors by other code, so that
-    in fp32 the last bit of a row would depend on how many rows there are."""
-    return function(x.double()).float()
-
-
 def _unit(x: Tensor) -> Tensor:
     return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
 
@@ -235,25 +196,13 @@ def guess_input(op: ops.Guess, w: Weights, source: Tensor) -> Tensor:
 
 
 def activate(activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
-    """What joins gate and up [T, F], by spec.Activation; fp32. Up to FEW rows each get the bits that they get alone."""
-    gate, up = gate.float(), up.float()
-    by = steady if len(gate) <= FEW else _as_it_is
-    if activation.kind == "swiglu":
-        return by(F.silu, gate) * up
-    if activation.kind == "geglu":
-        return by(partial(F.gelu, approximate="tanh"), gate) * up
-    assert activation.alpha is not None and activation.limit is not None
-    gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
-    return gate * by(torch.sigmoid, activation.alpha * gate) * (up + 1)
+    """What joins gate and up [T, F], by spec.Activation; fp32."""
+    return TORCH.activate(activation, gate, up)
 
 
-def _as_it_is(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    return function(x)
-
-
-def mlp(op: ops.Mlp, w: Weights, source: Tensor) -> Tensor:
+def mlp(op: ops.Mlp, w: Weights, source: Tensor, layer: LayerOps = TORCH) -> Tensor:
     gate, up = w.linears(source, op.gate.name, op.up.name)
-    return w.linears(activate(op.activation, gate, up), op.down.name)[0].float()
+    return w.linears(layer.activate(op.activation, gate, up), op.down.name)[0].float()
 
 
 def experts(op: ops.Experts, w: Weights, source: Tensor, ids: Tensor) -> Tensor:

@@ -1,14 +1,17 @@
-/* Attention of one position over a cache of keys and values in int8 and bf16, and what is stored of the new ones.
+/* Attention of one position over a cache of keys and values in int8 and bf16, without and with sinks, a scale and a cap of
+ * its own, and what is stored of the new ones.
  *
  * Q query heads, KV key-value heads, D head size.
  */
 #include "driver.h"
 
 enum { KV = 2, CAPACITY = 310, MOST_D = 80, MOST_Q = 5 * KV };
+static const float SCALE = 0.2f, SOFTCAP = 3; /* where they are not the usual ones */
 
 typedef struct {
     int64_t size, heads, begin, end; /* heads: of a key-value head */
-    int kv_type, query_type;
+    int kv_type, query_type, own; /* own: with sinks, scale and softcap */
+    float sinks[MOST_Q];
     uint16_t query16[MOST_Q * MOST_D];
     float query[MOST_Q * MOST_D], new_rows[2][KV * MOST_D];
     int8_t codes[2][KV * CAPACITY * MOST_D]; /* of keys and of values */
@@ -19,6 +22,7 @@ typedef struct {
 } scene;
 
 static void prepare(scene *s) {
+    fill(s->sinks, MOST_Q, 6);
     for (int64_t i = 0; i < KV * s->heads * s->size; i++) {
         s->query[i] = (float)uniform(-2, 2);
         if (s->query_type == QMIX_BF16)
@@ -43,7 +47,8 @@ static int run(int32_t level, scene *s, int32_t threads) {
                           .value_scales = s->scales[1], .out = narrow ? (void *)s->out16 : (void *)s->out,
                           .capacity = CAPACITY, .begin = s->begin, .end = s->end, .query_heads = KV * s->heads,
                           .kv_heads = KV, .head_dim = s->size, .kv_type = s->kv_type, .query_type = s->query_type,
-                          .key_type = QMIX_FP32, .value_type = QMIX_FP32};
+                          .key_type = QMIX_FP32, .value_type = QMIX_FP32, .sinks = s->own ? s->sinks : NULL,
+                          .scale = s->own ? SCALE : 0, .softcap = s->own ? SOFTCAP : 0};
     return qmix_attend(level, &job, threads);
 }
 
@@ -67,23 +72,26 @@ static void check_stored(const scene *s, double *worst) {
         }
 }
 
-/* A score sums D products of a query that was scaled (two roundings) and is multiplied by the key's scale; its error d
- * moves a weight by a factor of e^d. exp errs by 4 U and by U times its argument, which the scores bound. The sum of
- * values has as many terms as positions, and what stands is scaled once a chunk of 128. */
+/* A score sums D products of a query that was scaled (two roundings) and is multiplied by the key's scale; a cap makes it
+ * no more wrong, but for 4 roundings of its own. Its error d moves a weight by a factor of e^d. exp errs by 4 U and by U
+ * times its argument, which the scores bound. The sum of values has as many terms as positions, and what stands is scaled
+ * once a chunk of 128, and for a sink. */
 static void check_head(const scene *s, int64_t q, double *worst) {
     int64_t size = s->size, head = q / s->heads, length = s->end - s->begin;
-    double scores[CAPACITY], top = -INFINITY, total = 0, score_off = 0;
+    double scores[CAPACITY], scale = s->own ? SCALE : 1 / sqrt((double)size), score_off = 0;
+    double top = s->own ? s->sinks[q] : -INFINITY, least = top, total = 0;
     for (int64_t p = 0; p < length; p++) {
         double sum = 0, terms = 0;
         for (int64_t d = 0; d < size; d++) {
-            double term = s->query[q * size + d] * kept(s, 0, head, s->begin + p, d) / sqrt((double)size);
+            double term = s->query[q * size + d] * kept(s, 0, head, s->begin + p, d) * scale;
             sum += term, terms += fabs(term);
         }
-        scores[p] = sum;
+        scores[p] = sum = s->own ? SOFTCAP * tanh(sum / SOFTCAP) : sum;
         top = sum > top ? sum : top;
-        score_off = fmax(score_off, (double)(size + 6) * U * terms);
+        score_off = fmax(score_off, (double)(size + (s->own ? 10 : 6)) * U * terms);
     }
-    double least = top;
+    least = s->own ? fmin(least, top) : top;
+    total = s->own ? exp(s->sinks[q] - top) : 0;
     for (int64_t p = 0; p < length; p++) {
         least = fmin(least, scores[p]);
         total += scores[p] = exp(scores[p] - top);
@@ -119,10 +127,10 @@ static void check_scene(int32_t level, scene *s) {
         memcmp(again->out16, s->out16, sizeof s->out16))
         threads = NAN;
     free(again);
-    char what[96];
-    snprintf(what, sizeof what, "attention over %s, heads of %d, %d together, %s queries",
+    char what[112];
+    snprintf(what, sizeof what, "attention over %s, heads of %d, %d together, %s queries%s",
              s->kv_type == QMIX_KV_INT8 ? "int8" : "bf16", (int)s->size, (int)s->heads,
-             s->query_type == QMIX_BF16 ? "bf16" : "fp32");
+             s->query_type == QMIX_BF16 ? "bf16" : "fp32", s->own ? ", sinks, scale, cap" : "");
     report(level, what, worst);
     report(level, "  what is stored", stored);
     report(level, "  two threads give the bits of one", threads);
@@ -134,7 +142,8 @@ void check_attention(int32_t level) {
         for (s->query_type = QMIX_FP32; s->query_type <= QMIX_BF16; s->query_type++) {
             s->heads = s->query_type == QMIX_FP32 ? 5 : 1;
             s->size = s->query_type == QMIX_FP32 ? 80 : 16; /* whole sets of vectors, and a rest of one */
-            check_scene(level, s);
+            for (s->own = 0; s->own < 2; s->own++)
+                check_scene(level, s);
         }
     free(s);
 }

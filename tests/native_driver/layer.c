@@ -1,4 +1,4 @@
-/* Norm, router, rotary embedding, the weighted sum of experts' rows, and a sequence of calls.
+/* Norm, router, rotary embedding, the weighted sum of experts' rows, activations, biases, and a sequence of calls.
  *
  * T tokens, H hidden, E experts, K chosen, D head size.
  */
@@ -125,6 +125,51 @@ static void check_combine(int32_t level) {
     report(level, "weighted sum", worst);
 }
 
+/* An exponential has 8 roundings and n more in its argument a, each of which moves it by |a| * U; the rest is 6. */
+static void check_activation(int32_t level, const char *what, qmix_activation by, int type) {
+    float gate[T * H], up[T * H], out[T * H];
+    uint16_t narrow[2][T * H];
+    double worst = 0;
+    fill(gate, T * H, 8), fill(up, T * H, 8);
+    for (int i = 0; type == QMIX_BF16 && i < T * H; i++) {
+        gate[i] = from_bf16(narrow[0][i] = to_bf16(gate[i]));
+        up[i] = from_bf16(narrow[1][i] = to_bf16(up[i]));
+    }
+    qmix_join job = {type ? (void *)narrow[0] : (void *)gate, type ? (void *)narrow[1] : (void *)up, out, H, by, type};
+    if (qmix_joins(level, &job, T))
+        worst = NAN;
+    for (int i = 0; i < T * H; i++) {
+        int clamped = by.kind == QMIX_SWIGLU_CLAMPED, gelu = by.kind == QMIX_GEGLU;
+        double g = clamped ? fmin(gate[i], by.limit) : gate[i];
+        double u = clamped ? fmax(fmin(up[i], by.limit), -by.limit) + 1 : up[i];
+        double a = gelu ? 2 * sqrt(2 / acos(-1)) * (g + 0.044715 * g * g * g) : clamped ? by.alpha * g : g;
+        double want = g / (1 + exp(-a)) * u, roundings = gelu ? 8 : clamped ? 2 : 0;
+        double least = 0x1.6p-126 * fabs(g * u); /* exp(-87), beyond which it stays */
+        compare(out[i], want, (14 + roundings * fmin(fabs(a), 88)) * U * fabs(want) + least, &worst);
+    }
+    char line[64];
+    snprintf(line, sizeof line, "%s of %s", what, type ? "bf16" : "fp32");
+    report(level, line, worst);
+}
+
+static void check_bias(int32_t level) {
+    float y[T * H], before[T * H], bias[H];
+    uint16_t narrow[T * H], old[T * H];
+    double worst = 0;
+    fill(before, T * H, 3), fill(bias, H, 2);
+    memcpy(y, before, sizeof y);
+    for (int i = 0; i < T * H; i++)
+        old[i] = narrow[i] = to_bf16(before[i]);
+    qmix_bias job = {y, bias, H, QMIX_FP32}, other = {narrow, bias, H, QMIX_BF16};
+    if (qmix_biases(level, &job, T) || qmix_biases(level, &other, T))
+        worst = NAN;
+    for (int i = 0; i < T * H; i++) {
+        compare(y[i], before[i] + bias[i % H], 0, &worst);
+        compare(narrow[i], to_bf16(from_bf16(old[i]) + bias[i % H]), 0.5, &worst);
+    }
+    report(level, "biases", worst);
+}
+
 /* One call of several gives the bits of the calls. */
 static void check_sequence(int32_t level) {
     float x[T * H], weight[H], out[T * H], y[T * H], alone[T * H], sum[T * H];
@@ -148,5 +193,11 @@ void check_layer(int32_t level) {
     check_route(level);
     check_rotate(level);
     check_combine(level);
+    for (int type = QMIX_FP32; type <= QMIX_BF16; type++) {
+        check_activation(level, "SwiGLU", (qmix_activation){QMIX_SWIGLU, 0, 0}, type);
+        check_activation(level, "GEGLU", (qmix_activation){QMIX_GEGLU, 0, 0}, type);
+        check_activation(level, "clamped SwiGLU", (qmix_activation){QMIX_SWIGLU_CLAMPED, 1.702f, 5}, type);
+    }
+    check_bias(level);
     check_sequence(level);
 }

@@ -11,6 +11,9 @@
  * of the next: a chunk of values is read several times, from there. The scale of an int8 key multiplies its score, that
  * of a value its weight.
  *
+ * A head's sink (Xiao et al. 2023, arXiv 2309.17453) is one score more, joined after the pieces: it adds to the sum of
+ * weights and to nothing else.
+ *
  * D head size, a multiple of 16. G query heads of the key-value head. A row is one position's key or value.
  */
 #include <stdatomic.h>
@@ -253,6 +256,9 @@ ALWAYS void chunk_of(const int count, const int type, const qmix_attention *job,
         if (type == QMIX_KV_INT8)
             for (int64_t i = 0; i < length; i++)
                 own[i] *= job->key_scales[first + i];
+        if (job->softcap > 0)
+            for (int64_t i = 0; i < length; i++)
+                own[i] = job->softcap * tanhf(own[i] / job->softcap);
         for (int64_t i = length; i < CHUNK; i++)
             own[i] = -INFINITY;
         before[c] = weigh(own, top + c, total + c);
@@ -307,6 +313,13 @@ static void join_pieces(const qmix_pieces *work, int64_t head) {
             for (int64_t d = 0; d < size; d++)
                 sum[g * size + d] = sum[g * size + d] * before + part[g * size + d] * now;
         }
+        if (job->sinks) {
+            float sink = job->sinks[head * heads + g], largest = sink > *top ? sink : *top;
+            float before = exp_of(*top - largest);
+            *total = *total * before + exp_of(sink - largest);
+            for (int64_t d = 0; d < size; d++)
+                sum[g * size + d] *= before;
+        }
         reorder_all(job, 1, sum + g * size);
         for (int64_t d = 0; d < size; d++) {
             float value = sum[g * size + d] / *total;
@@ -324,7 +337,7 @@ static void attend_head(const qmix_pieces *work, int64_t head, int64_t piece, vo
     const qmix_attention *job = work->job;
     int64_t heads = job->query_heads / job->kv_heads, size = job->head_dim, row = size * (job->kv_type == QMIX_KV_INT8 ? 1 : 2);
     int64_t at = job->begin + piece * work->length, end = at + work->length < job->end ? at + work->length : job->end;
-    float *query = scratch, *scores = query + heads * size, scale = 1 / sqrtf((float)size);
+    float *query = scratch, *scores = query + heads * size, scale = job->scale > 0 ? job->scale : 1 / sqrtf((float)size);
     float *sum = part_of_head(work, head, piece), *top = sum + heads * size, *total = top + heads;
     if (job->new_keys && end == job->end)
         store_vector(job, job->key_type, job->new_keys, head, job->keys, job->key_scales, end - 1);

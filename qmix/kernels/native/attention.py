@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qmix.kernels.attend import PLAIN, Softmax
 from qmix.kernels.native import jobs
 from qmix.kernels.native.loader import levels, library
 
@@ -46,24 +47,29 @@ class Attention:
         self.threads = torch.get_num_threads()
         self.name = f"native {level}"
 
-    def append(self, layer: KVLayer, q: Tensor, keys: Tensor, values: Tensor, begin: int, end: int) -> Tensor:
+    def append(self, layer: KVLayer, q: Tensor, keys: Tensor, values: Tensor, begin: int, end: int,
+               softmax: Softmax = PLAIN) -> Tensor:
         """Keep keys and values [1, KV, D] of position end - 1, and let its q [1, Q, D] attend to positions
         [begin, end): [1, Q * D] in q's dtype. All fp32 or bf16; sums are fp32. By up to `threads` threads, which
         the bits do not depend on."""
         q, keys, values = _readable(q), _readable(keys), _readable(values)
         out = torch.empty(1, q.shape[1] * q.shape[2], dtype=q.dtype)
-        if self._attend(self._number, self.job(layer, q, keys, values, out, begin, end), self.threads):
+        if self._attend(self._number, self.job(layer, q, keys, values, out, begin, end, softmax), self.threads):
             raise MemoryError("no memory for attention")
         return out
 
-    def job(self, layer: KVLayer, q: Tensor, keys: Tensor, values: Tensor, out: Tensor, begin: int, end: int) -> bytes:
+    def job(self, layer: KVLayer, q: Tensor, keys: Tensor, values: Tensor, out: Tensor, begin: int, end: int,
+            softmax: Softmax = PLAIN) -> bytes:
         """native.h's qmix_attention, of contiguous tensors."""
+        sinks, scale, softcap = softmax.sinks, softmax.scale, softmax.softcap
         (kv_heads, capacity, size), heads = layer.keys.shape, q.shape[1]
+        assert sinks is None or (sinks.dtype == torch.float32 and sinks.shape == (heads,) and sinks.is_contiguous())
+        assert (scale is None or scale > 0) and (softcap is None or softcap > 0), softmax
         assert 0 <= begin < end <= capacity and size % HEAD_UNIT == 0 and heads % kv_heads == 0, (begin, end, q.shape)
         return jobs.ATTENTION.pack(
             q.data_ptr(), keys.data_ptr(), values.data_ptr(), *layer.addresses, out.data_ptr(), capacity, begin, end,
             heads, kv_heads, size, jobs.KV_TYPES[layer.keys.dtype], jobs.TYPES[q.dtype], jobs.TYPES[keys.dtype],
-            jobs.TYPES[values.dtype])
+            jobs.TYPES[values.dtype], 0 if sinks is None else sinks.data_ptr(), scale or 0.0, softcap or 0.0)
 
 
 def _readable(x: Tensor) -> Tensor:

@@ -12,14 +12,17 @@ import torch
 from torch import Tensor
 
 from qmix.kernels.router import RouterTensors
+from qmix.spec import Activation
 
 PRODUCT = struct.Struct("@7P7q9i2f4x")  # qmix_job: pointers, sizes, layout, what it does, activation
-ATTENTION = struct.Struct("@8P6q4i")  # qmix_attention
+ATTENTION = struct.Struct("@8P6q4iP2f")       # qmix_attention
 NORM = struct.Struct("@4P2q2f3i4x")           # qmix_norm
 ROUTE_REST = struct.Struct("@6P5q2f4i")       # qmix_route behind the qmix_norm that it begins with
 ROTATE = struct.Struct("@5P4q2i")             # qmix_rotate
 ROPE_COS_SIN = struct.Struct("@4Pqf4x")       # qmix_angles
 COMBINE = struct.Struct("@3P2q")      # qmix_combine
+JOIN = struct.Struct("@3Pqi2fi")       # qmix_join
+BIAS = struct.Struct("@2Pqi4x")               # qmix_bias
 ADDITION = struct.Struct("@2Pq")      # qmix_addition
 MATRIX = struct.Struct("@7q5i2f4x")   # qmix_matrix, two of which are a qmix_record
 EXPERTS = struct.Struct("@9P3qi4x")   # qmix_experts
@@ -74,6 +77,17 @@ def rope_cos_sin(positions: Tensor, inv_freq: Tensor, cos: Tensor, sin: Tensor, 
 def combine(rows: Tensor, topk_weights: Tensor, out: Tensor) -> bytes:
     """rows [T, K, H], weights [T, K], out [T, H]; all fp32, contiguous."""
     return COMBINE.pack(rows.data_ptr(), topk_weights.data_ptr(), out.data_ptr(), rows.shape[1], rows.shape[2])
+
+
+def join(activation: Activation, gate: Tensor, up: Tensor, out: Tensor) -> bytes:
+    """gate, up [T, F], both fp32 or both bf16, out [T, F] fp32; all contiguous."""
+    return JOIN.pack(gate.data_ptr(), up.data_ptr(), out.data_ptr(), out.shape[1], ACTIVATIONS[activation.kind],
+                     activation.alpha or 0.0, activation.limit or 0.0, TYPES[gate.dtype])
+
+
+def bias(y: Tensor, by: Tensor) -> bytes:
+    """y [T, N], fp32 or bf16, plus bias [N] fp32, rounded once; both contiguous."""
+    return BIAS.pack(y.data_ptr(), by.data_ptr(), y.shape[1], TYPES[y.dtype])
 
 
 def _address(x: Tensor | None) -> int:

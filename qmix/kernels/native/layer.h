@@ -122,3 +122,25 @@ static void combine_token(const qmix_combine *job, int64_t token) {
         for (int64_t i = 0; i < job->size; i++)
             out[i] += rows[k * job->size + i] * weights[k];
 }
+
+/* out [F] = what joins gate and up. */
+static void join_token(const qmix_join *job, int64_t token, float *scratch) {
+    int64_t size = job->size, from = token * size;
+    for (int64_t i = 0; i < size; i++) {
+        job->out[from + i] = read_number(job->type, job->gate, from + i);
+        scratch[i] = read_number(job->type, job->up, from + i);
+    }
+    join_gate(&job->by, job->out + from, scratch, size);
+}
+
+static void bias_token(const qmix_bias *job, int64_t token) {
+    if (job->type == QMIX_FP32) {
+        float *y = (float *)job->y + token * job->size;
+        for (int64_t i = 0; i < job->size; i++)
+            y[i] += job->bias[i];
+        return;
+    }
+    uint16_t *y = (uint16_t *)job->y + token * job->size;
+    for (int64_t i = 0; i < job->size; i++)
+        y[i] = to_bf16(from_bf16(y[i]) + job->bias[i]);
+}

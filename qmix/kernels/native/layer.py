@@ -1,8 +1,9 @@
-"""What a layer does to a few tokens beside products and attention, through the library: norm, router, rotary embedding
-and the weighted sum of expert outputs. torch takes some 25 operations for it, which cost more to start than to compute.
+"""What a layer does to a few tokens beside products and attention, through the library: norm, router, rotary embedding,
+the weighted sum of expert outputs, and what joins gate and up. torch takes some 25 operations for it, which cost more
+to start than to compute.
 
-T tokens, H hidden, E experts, K chosen of them, A guessed, Q query heads, KV key-value heads, D head size, R rotary
-dimension.
+T tokens, H hidden, E experts, K chosen of them, F inner size, A guessed, Q query heads, KV key-value heads, D head
+size, R rotary dimension.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 from qmix.kernels.native import jobs
 from qmix.kernels.native.loader import levels, library
 from qmix.kernels.router import RouterTensors
+from qmix.spec import Activation
 
 
 class LayerOps:
@@ -94,6 +96,14 @@ class LayerOps:
         rows, topk_weights = _plain(rows), _plain(topk_weights)
         out = torch.empty(rows.shape[0], rows.shape[2])
         _check(self._library.qmix_combines(self._number, jobs.combine(rows, topk_weights, out), rows.shape[0]))
+        return out
+
+    def activate(self, activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
+        """What joins gate and up [T, F], both fp32 or both bf16, by spec.Activation -> [T, F] fp32."""
+        gate, up = _readable(gate), _readable(up)
+        assert gate.dtype == up.dtype and gate.shape == up.shape, (gate.dtype, up.dtype)
+        out = torch.empty(gate.shape)
+        _check(self._library.qmix_joins(self._number, jobs.join(activation, gate, up, out), len(gate)))
         return out
 
 

@@ -51,6 +51,8 @@ typedef struct {
     void (*rotate)(const qmix_rotate *job, int64_t token);
     void (*angles)(const qmix_angles *job, int64_t token);
     void (*combine)(const qmix_combine *job, int64_t token);
+    void (*join)(const qmix_join *job, int64_t token, float *scratch); /* scratch [F] */
+    void (*bias)(const qmix_bias *job, int64_t token);
     int64_t (*peak)(int32_t act, int64_t turns, const uint32_t *words, float *out); /* words [8], out [16] */
 } qmix_level;
 

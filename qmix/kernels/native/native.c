@@ -201,6 +201,19 @@ int32_t qmix_combines(int32_t level, const qmix_combine *job, int32_t tokens) {
     return 0;
 }
 
+int32_t qmix_joins(int32_t level, const qmix_join *job, int32_t tokens) {
+    float *scratch = pool_scratch(0, (size_t)job->size * sizeof *scratch);
+    for (int32_t token = 0; scratch && token < tokens; token++)
+        levels[level]->join(job, token, scratch);
+    return scratch ? 0 : -1;
+}
+
+int32_t qmix_biases(int32_t level, const qmix_bias *job, int32_t tokens) {
+    for (int32_t token = 0; token < tokens; token++)
+        levels[level]->bias(job, token);
+    return 0;
+}
+
 int32_t qmix_add(const qmix_addition *job, int32_t tokens) {
     for (int64_t i = 0; i < job->size * tokens; i++)
         job->y[i] += job->x[i];
@@ -227,6 +240,10 @@ static int32_t run_call(int32_t level, int32_t act, const qmix_call *call, int32
         return qmix_add(call->job, call->count);
     case QMIX_EXPERTS:
         return qmix_chosen(level, act, call->job, call->count, threads);
+    case QMIX_JOIN:
+        return qmix_joins(level, call->job, call->count);
+    case QMIX_BIASED:
+        return qmix_biases(level, call->job, call->count);
     }
     return -1;
 }

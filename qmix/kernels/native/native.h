@@ -23,6 +23,10 @@ enum { QMIX_ACT_INT8 = 0, QMIX_ACT_BF16 = 1 };  /* what the products see of the 
 /* What joins gate g and up u (qmix/spec/layers.py's Activation): silu(g) * u; gelu by tanh of g, times u; or with g
  * clamped from above to `limit` and u to both sides g * sigmoid(alpha * g) * (u + 1). */
 enum { QMIX_SWIGLU = 0, QMIX_GEGLU = 1, QMIX_SWIGLU_CLAMPED = 2 };
+typedef struct {
+    int32_t kind;
+    float alpha, limit;
+} qmix_activation;
 
 /* One product y[y_rows] = x[x_rows] W^T + bias; with `gated`, W = [Wgate; Wup], y = activation(x Wgate^T + bias of gate,
  * x Wup^T + bias of up). Strides are in elements. */
@@ -54,7 +58,8 @@ typedef struct {
 enum { QMIX_KV_INT8 = 0, QMIX_KV_BF16 = 1 };    /* how keys and values are kept */
 
 /* Attention of one query position over positions [begin, end) of a KV cache, end - 1 being its own:
- * out = softmax(query keys^T / sqrt(D)) values; query head h reads key-value head h / (Q / KV).
+ * out = softmax(query keys^T * scale) values; query head h reads key-value head h / (Q / KV). With a softcap a score s is
+ * softcap * tanh(s / softcap) first. With sinks each head has one score more in its softmax, which brings no value.
  *
  * Q query heads, KV key-value heads, D head size, a multiple of 16. */
 typedef struct {
@@ -67,6 +72,8 @@ typedef struct {
     void *out;               /* [Q, D] of query's type */
     int64_t capacity, begin, end, query_heads, kv_heads, head_dim;
     int32_t kv_type, query_type, key_type, value_type; /* the last three: of query, new_keys and new_values */
+    const float *sinks;      /* [Q], or NULL */
+    float scale, softcap;    /* 0: 1 / sqrt(D); 0: none */
 } qmix_attention;
 
 /* What a layer does to its tokens besides. T tokens, H hidden, E experts, K chosen, D head size, R rotary dimension. */
@@ -127,6 +134,23 @@ typedef struct {
     int64_t chosen, size;
 } qmix_combine;
 
+/* out = what joins a token's gate and up; fp32 or bf16, out is fp32. */
+typedef struct {
+    const void *gate, *up; /* [T, F] */
+    float *out;            /* [T, F] */
+    int64_t size;          /* F */
+    qmix_activation by;
+    int32_t type;          /* of gate and up */
+} qmix_join;
+
+/* y = y + bias, in fp32 and rounded to y's type */
+typedef struct {
+    void *y;           /* [T, N] */
+    const float *bias; /* [N] */
+    int64_t size;      /* N */
+    int32_t type;      /* of y */
+} qmix_bias;
+
 /* y += x */
 typedef struct {
     const float *x; /* [T, H] */
@@ -166,7 +190,7 @@ typedef struct {
 
 /* One call of those below: `count` jobs of a product, or tokens of the others (1 for attention). */
 enum { QMIX_PRODUCTS = 0, QMIX_ATTEND, QMIX_NORM, QMIX_ROUTE, QMIX_ROTATE, QMIX_ANGLES, QMIX_COMBINE, QMIX_ADD,
-       QMIX_EXPERTS };
+       QMIX_EXPERTS, QMIX_JOIN, QMIX_BIASED };
 typedef struct {
     const void *job;
     int32_t kind, count;
@@ -190,6 +214,8 @@ int32_t qmix_norms(int32_t level, const qmix_norm *job, int32_t tokens);
 int32_t qmix_rotations(int32_t level, const qmix_rotate *job, int32_t tokens);
 int32_t qmix_angles_of(int32_t level, const qmix_angles *job, int32_t tokens);
 int32_t qmix_combines(int32_t level, const qmix_combine *job, int32_t tokens);
+int32_t qmix_joins(int32_t level, const qmix_join *job, int32_t tokens);
+int32_t qmix_biases(int32_t level, const qmix_bias *job, int32_t tokens);
 int32_t qmix_add(const qmix_addition *job, int32_t tokens);
 
 /* By at most `threads` threads. 0, -1 where memory is lacking, or QMIX_MISSING. The bits of a token do not depend on the

@@ -36,6 +36,7 @@
 enum { AHEAD = 1024, AHEAD_INT8 = 1024, FAR_AHEAD = 4096 }; /* bytes that weights are prefetched ahead of their use */
 
 #include "activations.h"
+#include "gates.h"
 
 /* Calls `call` with `n` (1..WIDTH) as a constant. */
 #define WITH_COUNT(n, call) \
@@ -225,4 +226,4 @@ static int64_t peak(int32_t act, int64_t turns, const uint32_t *words, float *ou
 
 const qmix_level JOIN(qmix, LEVEL) = {NAME, supported, WIDTH, token_bytes, pack, unit_rows, attend_bytes, attend_head,
                                        norm_token, logits_of_experts, choose_experts, rotate_token, angles_of_token,
-                                       combine_token, peak};
+                                       combine_token, join_token, bias_token, peak};

@@ -16,8 +16,8 @@ from torch import Tensor
 from qmix.kernels.native import jobs
 from qmix.kernels.native.loader import levels, library
 
-PRODUCTS, ATTEND, NORM, ROUTE, ROTATE, ROPE_COS_SIN, COMBINE, ADD, EXPERTS = range(9)  # native.h's kinds
-_ADDRESS = struct.Struct("@P")    # what an addition begins with: of what it adds
+PRODUCTS, ATTEND, NORM, ROUTE, ROTATE, ROPE_COS_SIN, COMBINE, ADD, EXPERTS, JOIN, BIAS = range(11)  # native.h's kinds
+_ADDRESS = struct.Struct("@P")    # what an addition and a norm begin with: of what they read
 # Of a qmix_attention, behind three pointers: keys, values, their scales; behind five more: capacity, begin, end.
 _CACHE, _CACHE_AT = struct.Struct("@4P"), struct.calcsize("@3P")
 _RANGE, _RANGE_AT = struct.Struct("@3q"), struct.calcsize("@8P")
@@ -51,7 +51,7 @@ class Sequence:
         self._jobs[at:at + len(job)] = job
 
     def patch_source(self, call: int, address: int) -> None:
-        """What an addition adds."""
+        """What an addition adds, or a norm norms."""
         _ADDRESS.pack_into(self._jobs, self._offsets[call], address)
 
     def patch_cache(self, call: int, addresses: tuple[int, int, int, int], capacity: int, begin: int, end: int) -> None:

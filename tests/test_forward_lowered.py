@@ -1,0 +1,108 @@
+"""Layers beside Mixtral's as calls of the native library: a decoded token, alone and among drafts, has the bits that
+it has Op by Op, and no piece of it is left to Op by Op."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from forward_models import IDS, PROMPT, plain_experts
+from test_forward_eager import NORM, random_weights
+from test_forward_runner import SIZE, decoded, packed
+from torch import Tensor
+
+from qmix.config import Step
+from qmix.forward.kv_cache import SessionCache
+from qmix.forward.run_eager import Guesses
+from qmix.forward.runner import Runner
+from qmix.kernels import native
+from qmix.kernels.attention import choose_native_attentions
+from qmix.kernels.table import select
+from qmix.kernels.torch_ops import PlainWeights
+from qmix.spec import Activation, Attention, Expert, Layer, Mlp, Model, Moe, Norms, Rope, Router, Yarn
+
+pytestmark = pytest.mark.skipif(not native.levels(), reason="the native kernels were not built: no C compiler")
+GLM_ROUTER = Router(8, 3, "sigmoid", normalize=True, eps=1e-20, scale=2.5, choice_bias=True, groups=4, top_groups=2,
+                    group_score="top2")
+YARN = Rope(150000.0, SIZE, Yarn(64, 4.0, truncate=False))
+CLAMPED = Activation("swiglu_clamped", 1.702, 2.0)
+
+
+def model(*layers: tuple[Attention, Moe | Mlp]) -> Model:
+    return Model("test", 32, 96, 512, tuple(Layer(mixer, mlp, Norms(NORM, NORM)) for mixer, mlp in layers), NORM,
+                 "bfloat16")
+
+
+def glm() -> Model:
+    """A dense layer first, partial rotary, norms of q and k, biases of q, k and v, a shared expert."""
+    mixer = Attention(4, 2, SIZE, Rope(1000.0, SIZE // 2), q_norm=NORM, k_norm=NORM, bias="qkv")
+    moe = Moe(GLM_ROUTER, Expert(24), shared=Mlp(40))
+    return model((mixer, Mlp(56)), (mixer, moe), (mixer, moe))
+
+
+def gpt_oss() -> Model:
+    """Sinks, windows in every other layer, YaRN, every bias."""
+    full = Attention(8, 2, SIZE, YARN, bias="qkvo", sinks=True)
+    windowed = Attention(8, 2, SIZE, YARN, bias="qkvo", sinks=True, window=12)
+    moe = Moe(Router(8, 3, logit_bias=True), Expert(24, CLAMPED, bias=True))
+    return model((windowed, moe), (full, moe), (windowed, moe))
+
+
+def others() -> Model:
+    """Scores with a scale and a cap, dense layers of several widths behind each other, other activations."""
+    mixer = Attention(4, 2, SIZE, Rope(1000.0, SIZE), scale=0.3, softcap=4.0)
+    moe = Moe(Router(8, 3), Expert(24), shared=Mlp(24, Activation("geglu")))
+    return model((mixer, Mlp(40, Activation("geglu"))), (mixer, moe), (mixer, Mlp(24, CLAMPED)), (mixer, Mlp(72)))
+
+
+MODELS = {"glm": glm, "gpt_oss": gpt_oss, "others": others}
+
+
+def runner_of(spec: Model, kv: str, guesses: Guesses) -> Runner:
+    weights = random_weights(spec)
+    kernels = select({"int4", "bf16"}, [32], say=lambda line: None, activations="auto")
+    attends = choose_native_attentions(spec, kv, lambda line: None)
+    experts = plain_experts(spec, PlainWeights(weights))
+    return Runner(spec, packed(spec, weights, "int4", torch.bfloat16), kernels,
+                  lambda layer, x, *how: experts(layer, x.float(), *how), guesses,
+                  partial(SessionCache, kv=kv, native=attends))
+
+
+@pytest.mark.parametrize("guesses", [Guesses(), Guesses(1, 4)], ids=["", "guesses"])
+@pytest.mark.parametrize("kv", ["bf16", "int8"])
+@pytest.mark.parametrize("level", native.levels())
+@pytest.mark.parametrize("name", MODELS)
+def test_all_of_a_token_is_native_and_has_the_same_bits(name: str, level: str, kv: str, guesses: Guesses,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    if level == "portable" and kv == "bf16":
+        pytest.skip("torch attends here")
+    monkeypatch.setenv("QMIX_NATIVE", level)
+    spec = MODELS[name]()
+    runner, by_ops = runner_of(spec, kv, guesses), runner_of(spec, kv, guesses)
+    by_ops._asked = True  # its single tokens are never native
+    want = decoded(by_ops, IDS, PROMPT)
+    assert torch.equal(decoded(runner, IDS, PROMPT), want) and want.std() > 0.5
+    assert by_ops.single_tokens == "" and runner.single_tokens == "native" and runner._native is not None
+    assert [run.reason for run in runner._native.runs] == [""] * len(runner._native.runs)
+    assert runner._native._head is not None
+    drafts_are_exact(runner, want)
+
+
+def drafts_are_exact(runner: Runner, want: Tensor) -> None:
+    """Two to eight tokens at once."""
+    cache, at = runner.new_cache(64), PROMPT
+    runner.forward(IDS[:PROMPT], torch.arange(PROMPT), [cache], Step("prefill"))
+    for count in range(2, 9):
+        found = runner.forward(IDS[at:at + count], torch.arange(at, at + count), [cache], Step("decode"), True)
+        assert torch.equal(found, want[at:at + count])
+        cache.trim(at)
+
+
+def test_layers_that_choose_different_numbers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QMIX_NATIVE", raising=False)
+    mixer = Attention(4, 2, SIZE, Rope(1000.0, SIZE))
+    runner = runner_of(model((mixer, Moe(Router(8, 3), Expert(24))), (mixer, Moe(Router(8, 2), Expert(24)))), "int8",
+                       Guesses())
+    decoded(runner, IDS[:6], 4)
+    assert runner.single_tokens == "layers choose different numbers of experts (2, 3)"
