@@ -58,13 +58,13 @@ PCS = (
 )
 
 
-def forecast(pc: Pc) -> dict[str, Any]:
-    """All that `qmix plan` says of Mixtral there."""
+def forecast(pc: Pc, planned: planning.Planned | None = None) -> dict[str, Any]:
+    """All that `qmix plan` says there, of Mixtral where no model is given."""
     machine = planning.Machine(ram=pc.ram * GIB, ram_speed=pc.ram_speed, disk=pc.disk)
     if pc.card is not None:
         machine = replace(machine, vram=pc.card.vram * GIB, vram_speed=pc.card.vram_speed, pcie=pc.card.pcie)
-    return planning.describe(planning.Planned("Mixtral 8x7B", MIXTRAL, QuantConfig(), {}), 0, machine, None,
-                             lambda line: None)
+    planned = planned or planning.Planned("Mixtral 8x7B", MIXTRAL, QuantConfig(), {})
+    return planning.describe(planned, 0, machine, None, lambda line: None)
 
 
 def table() -> str:

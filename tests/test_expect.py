@@ -1,4 +1,4 @@
-"""README's table of what to expect is what `benchmarks/expect.py` writes, and a GPU helps."""
+"""README's table of what to expect and docs/models.md are what benchmarks/ write, and a GPU helps."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import expect  # noqa: E402
+import models_table  # noqa: E402
 
 
 def test_the_table_in_readme_is_what_plan_forecasts() -> None:
@@ -21,3 +22,10 @@ def test_a_card_is_faster_than_the_same_pc_without_one() -> None:
     assert with_card
     for pc in with_card:
         assert expect.forecast(pc)["tokens_per_second"][0] > alone[pc.ram, pc.ram_speed][1]
+
+
+def test_the_page_of_models_is_what_is_forecast() -> None:
+    page = models_table.page()
+    assert (ROOT / "docs" / "models.md").read_text(encoding="utf-8") == page
+    for kind in models_table.ARCHITECTURES:
+        assert f"`{kind}`" in page, kind

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,57 +12,8 @@ import pytest
 from qmix.models import read_model
 from qmix.spec import Attention, Model, Moe
 
-COMMON = {"attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02, "tie_word_embeddings": False,
-          "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True}
-MIXTRAL = {**COMMON, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "bos_token_id": 1,
-           "eos_token_id": 2, "hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 32768,
-           "num_attention_heads": 32, "num_experts_per_tok": 2, "num_hidden_layers": 32, "num_key_value_heads": 8,
-           "num_local_experts": 8, "output_router_logits": False, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
-           "router_aux_loss_coef": 0.02, "sliding_window": None, "vocab_size": 32000}
-MISTRAL = {**COMMON, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "bos_token_id": 1,
-           "eos_token_id": 2, "hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 32768,
-           "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
-           "rope_theta": 10000.0, "sliding_window": 4096, "vocab_size": 32000}
-QWEN3 = {**COMMON, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "attention_bias": False,
-         "bos_token_id": 151643, "decoder_sparse_step": 1, "eos_token_id": 151645, "head_dim": 128,
-         "hidden_size": 2048, "intermediate_size": 6144, "max_position_embeddings": 40960, "max_window_layers": 48,
-         "mlp_only_layers": [], "moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32,
-         "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4,
-         "output_router_logits": False, "rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 1e6,
-         "router_aux_loss_coef": 0.001, "sliding_window": None, "use_sliding_window": False, "vocab_size": 151936}
-CODER = {**QWEN3, "hidden_size": 6144, "intermediate_size": 8192, "max_position_embeddings": 262144,
-         "max_window_layers": 62, "moe_intermediate_size": 2560, "num_attention_heads": 96, "num_experts": 160,
-         "num_hidden_layers": 62, "num_key_value_heads": 8, "rope_theta": 1e7, "qkv_bias": False,
-         "shared_expert_intermediate_size": 0, "use_qk_norm": True}
-OLMOE = {**COMMON, "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "attention_bias": False,
-         "clip_qkv": None, "eos_token_id": 50279, "hidden_size": 2048, "intermediate_size": 1024,
-         "max_position_embeddings": 4096, "norm_topk_prob": False, "num_attention_heads": 16, "num_experts": 64,
-         "num_experts_per_tok": 8, "num_hidden_layers": 16, "num_key_value_heads": 16, "output_router_logits": False,
-         "pad_token_id": 1, "rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 10000.0,
-         "router_aux_loss_coef": 0.01, "vocab_size": 50304}
-GPT_OSS = {"architectures": ["GptOssForCausalLM"], "attention_bias": True, "attention_dropout": 0.0,
-           "eos_token_id": 200002, "experts_per_token": 4, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2880,
-           "initial_context_length": 4096, "initializer_range": 0.02, "intermediate_size": 2880,
-           "layer_types": ["sliding_attention", "full_attention"] * 12, "max_position_embeddings": 131072,
-           "model_type": "gpt_oss", "num_attention_heads": 64, "num_experts_per_tok": 4, "num_hidden_layers": 24,
-           "num_key_value_heads": 8, "num_local_experts": 32, "output_router_logits": False, "pad_token_id": 199999,
-           "rms_norm_eps": 1e-5, "rope_scaling": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0,
-                                                  "original_max_position_embeddings": 4096, "rope_type": "yarn",
-                                                  "truncate": False},
-           "rope_theta": 150000, "router_aux_loss_coef": 0.9, "sliding_window": 128, "swiglu_limit": 7.0,
-           "tie_word_embeddings": False, "transformers_version": "4.55.0.dev0", "use_cache": True,
-           "vocab_size": 201088}
-AIR = {**COMMON, "architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "attention_bias": True,
-       "eos_token_id": [151329, 151336, 151338], "first_k_dense_replace": 1, "head_dim": 128, "hidden_size": 4096,
-       "intermediate_size": 10944, "max_position_embeddings": 131072, "moe_intermediate_size": 1408, "n_group": 1,
-       "n_routed_experts": 128, "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 96,
-       "num_experts_per_tok": 8, "num_hidden_layers": 46, "num_key_value_heads": 8, "num_nextn_predict_layers": 1,
-       "pad_token_id": 151329, "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-5, "rope_scaling": None,
-       "rope_theta": 1000000, "routed_scaling_factor": 1.0, "topk_group": 1, "use_qk_norm": False,
-       "vocab_size": 151552}
-GLM = {**AIR, "first_k_dense_replace": 3, "hidden_size": 5120, "intermediate_size": 12288,
-       "moe_intermediate_size": 1536, "n_routed_experts": 160, "num_hidden_layers": 92, "routed_scaling_factor": 2.5,
-       "use_qk_norm": True}
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from published import AIR, GLM, MISTRAL, OLMOE, PUBLISHED, QWEN3
 
 
 def parameters(model: Model) -> int:
@@ -68,24 +21,9 @@ def parameters(model: Model) -> int:
     return dense + sum(prod(t.shape) for key in model.expert_keys for t in model.expert_tensors(key))
 
 
-@pytest.mark.parametrize(("raw", "count"), [
-    pytest.param(MIXTRAL, 46_702_792_704, id="Mixtral 8x7B"),
-    pytest.param({**MIXTRAL, "hidden_size": 6144, "intermediate_size": 16384, "max_position_embeddings": 65536,
-                  "num_attention_heads": 48, "num_hidden_layers": 56, "router_jitter_noise": 0.0, "vocab_size": 32768},
-                 140_630_071_296, id="Mixtral 8x22B v0.3"),
-    pytest.param(MISTRAL, 7_241_732_096, id="Mistral 7B v0.1"),
-    pytest.param({**MISTRAL, "sliding_window": None, "rope_theta": 1e6, "vocab_size": 32768}, 7_248_023_552,
-                 id="Mistral 7B v0.3"),
-    pytest.param(QWEN3, 30_532_122_624, id="Qwen3 30B-A3B"),
-    pytest.param(CODER, 480_154_875_392, id="Qwen3-Coder 480B-A35B"),
-    pytest.param(OLMOE, 6_919_161_856, id="OLMoE 1B-7B"),
-    pytest.param(GPT_OSS, 20_914_757_184, id="gpt-oss 20b"),
-    pytest.param({**GPT_OSS, "num_hidden_layers": 36, "num_local_experts": 128,
-                  "layer_types": ["sliding_attention", "full_attention"] * 18}, 116_829_156_672, id="gpt-oss 120b"),
-    pytest.param(AIR, 106_852_251_264, id="GLM-4.5-Air"),
-    pytest.param(GLM, 352_797_829_024, id="GLM-4.5"),
-])
-def test_parameters(raw: dict[str, Any], count: int) -> None:
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters(name: str) -> None:
+    raw, count = PUBLISHED[name]
     assert parameters(read_model(raw)) == count
 
 
