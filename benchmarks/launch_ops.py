@@ -1,6 +1,6 @@
 """The operations of decoding that Mixtral does not launch, at the shapes of models that do, for launches.py to compile:
 routers of many experts and of every rule, norms of heads, heads of which a part rotates or nothing, attention with
-sinks, a scale and a cap, dense MLPs, and experts of Qwen3-30B-A3B's size.
+sinks, a scale and a cap, dense MLPs, and experts of Qwen3-30B-A3B's size and of gpt-oss's, which have biases.
 
 T tokens, H hidden, E experts, K chosen per token, Q query heads, KV key-value heads, D head size.
 """
@@ -18,7 +18,7 @@ from qmix.kernels.attend import Softmax
 from qmix.kernels.device_ops import DeviceOps, ExpertSlots, Later
 from qmix.kernels.router import RouterTensors
 from qmix.sizes import MatrixSpec, RecordLayout
-from qmix.spec import Router
+from qmix.spec import Activation, Router
 
 LAYERS, GUESSES, CAPACITY = 3, 8, 8192
 SIZES = ((2048, 128, 8), (2048, 512, 10))  # hidden, experts, chosen: Qwen3-30B-A3B, Qwen3-Next
@@ -50,7 +50,7 @@ def launch_ops(ops: DeviceOps, found: Launches, tokens: int, models: int = len(H
     which takes seconds to compile."""
     found.label = f"ops, decode {tokens}"
     for call in (*_routers(ops, tokens, models), *_heads(ops, tokens, models), _own_scores(ops, tokens),
-                 *_rows(ops, tokens), _experts(ops, tokens)):
+                 *_rows(ops, tokens), *_experts(ops, tokens)):
         call()
 
 
@@ -116,12 +116,16 @@ def _rows(ops: DeviceOps, tokens: int) -> Iterator[Callable[[], None]]:
     yield lambda: ops.norm(x, y[0], 1e-6, y, _floats(tokens, 8, 2048), _floats(tokens, 8))
 
 
-def _experts(ops: DeviceOps, tokens: int) -> Callable[[], None]:
-    record = RecordLayout(MatrixSpec("int4", 2 * 768, 2048, 2, 64, 64), MatrixSpec("int4", 2048, 768, 1, 64, 64))
+def _experts(ops: DeviceOps, tokens: int) -> Iterator[Callable[[], None]]:
+    for hidden, inner, experts, k, biased in ((2048, 768, 128, 8, False), (2880, 2880, 32, 4, True)):
+        how = Activation("swiglu_clamped", 1.702, 7.0) if biased else Activation()
+        record = RecordLayout(MatrixSpec("int4", 2 * inner, hidden, 2, 64, 64, bias=biased, activation=how),
+                              MatrixSpec("int4", hidden, inner, 1, 64, 64, bias=biased))
 
-    def compute() -> None:
-        slots = ExpertSlots(torch.empty(16, record.nbytes, dtype=torch.uint8), record, ())
-        ids = torch.zeros(tokens, 8, dtype=torch.int32)
-        ops.experts(_floats(tokens, 2048), slots, ids, torch.zeros(128, dtype=torch.int32), _floats(tokens, 8, 2048))
+        def compute(record: RecordLayout = record, experts: int = experts, k: int = k) -> None:
+            slots, hidden = ExpertSlots(torch.empty(16, record.nbytes, dtype=torch.uint8), record, ()), record.w2.rows
+            ids = torch.zeros(tokens, k, dtype=torch.int32)
+            ops.experts(_floats(tokens, hidden), slots, ids, torch.zeros(experts, dtype=torch.int32),
+                        _floats(tokens, k, hidden))
 
-    return compute
+        yield compute

@@ -260,8 +260,8 @@ def _finish(jit: ModuleType, partial: Tensor, jobs: Jobs, weights: Matrices, y: 
     jit.finish[pairs, -(-out // FINISH)](
         partial, jobs.out_rows, y, y.stride(0), n, out, splits, partial if bias is None else bias, jobs.slots,
         weights.slot_bytes // 4, weights.spec.rows, GATED=gated, ADD=add, SIZE=FINISH, BIASED=bias is not None,
-        M=jobs.rows.shape[1], KIND=how.kind, ALPHA=how.alpha or 0.0, LIMIT=how.limit or 0.0, num_warps=4,
-        enable_fp_fusion=True)
+        WIDTH=1 if bias is None else jobs.rows.shape[1], KIND=how.kind, ALPHA=how.alpha or 0.0,
+        LIMIT=how.limit or 0.0, num_warps=4, enable_fp_fusion=True)
 
 
 def device_code(name: str) -> ModuleType:

@@ -196,13 +196,14 @@ def activated(gate, up, KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.const
 
 @triton.jit
 def finish(partial, out_rows, y, y_stride, n, out, splits, bias, slots, slot_words, rows,
-           GATED: tl.constexpr, ADD: tl.constexpr, SIZE: tl.constexpr, BIASED: tl.constexpr, M: tl.constexpr,
+           GATED: tl.constexpr, ADD: tl.constexpr, SIZE: tl.constexpr, BIASED: tl.constexpr, WIDTH: tl.constexpr,
            KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
     """Sum the splits in their order, add the bias where BIASED, join gate and up where GATED, cast once, put in place
     or, where ADD, added to what is there.
 
     partial fp32 [P, splits, N]; out_rows [P]: the row of y, -1 for none; y [., out]; of gate and up each begins a half
-    of N. bias fp32 [rows], without padding, that of slot 0; slots [P / M]: of each expert. Grid: P, pieces of `out`.
+    of N. bias fp32 [rows], without padding, that of slot 0; slots [P / WIDTH]: of each expert. Grid: P, pieces of
+    `out`.
     """
     pair = tl.program_id(0)
     out_row = tl.load(out_rows + pair).to(tl.int64)
@@ -218,7 +219,7 @@ def finish(partial, out_rows, y, y_stride, n, out, splits, bias, slots, slot_wor
         if GATED:
             other += tl.load(source + split * n + n // 2, mask=mask, other=0.0)
     if BIASED:
-        own = bias + tl.load(slots + pair // M).to(tl.int64) * slot_words + at
+        own = bias + tl.load(slots + pair // WIDTH).to(tl.int64) * slot_words + at
         value += tl.load(own, mask=at < tl.minimum(out, rows), other=0.0)
         if GATED:
             other += tl.load(own + out, mask=mask, other=0.0)
