@@ -33,7 +33,8 @@ pytestmark = pytest.mark.usefixtures("no_thread_stays")
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_tiny_stores(tmp_path_factory.mktemp("paging"), {"int4": QuantConfig(), "keep": UNQUANTIZED},
+    return write_tiny_stores(tmp_path_factory.mktemp("paging"), {"int4": QuantConfig(), "keep": UNQUANTIZED,
+                                                                "mxfp4": QuantConfig("mxfp4", "int8", "", 0, 0)},
                              num_hidden_layers=LAYERS, num_local_experts=EXPERTS)
 
 
@@ -70,7 +71,7 @@ def resident(stores: dict[str, Path]) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", ["int4", "keep"])
+@pytest.mark.parametrize("name", ["int4", "keep", "mxfp4"])
 @pytest.mark.parametrize("slots", [LAYERS * EXPERTS, 31, 16, 8, 2 * TOP_K])
 @pytest.mark.parametrize("prefetch", ["off", "ahead", "transitions", "both"])
 def test_same_bits_for_every_budget(stores: dict[str, Path], resident: dict[str, Tensor], name: str, slots: int,
