@@ -102,7 +102,8 @@ def test_a_healthy_machine_has_no_problems(tmp_path: Path, disk_folder: Path) ->
                               "free_bytes": report["disk"]["free_bytes"]}
     assert report["bandwidths"] == {"source": "not measured: run qmix doctor --bandwidth"}
     assert [(row["format"], row["block"]) for row in report["kernels"]["table"]] == [
-        *((name, block) for name in ("int4", "int3", "int2") for block in (64, 32)), ("int8", "-")]
+        *((name, block) for name in ("int4", "int3", "int2") for block in (64, 32)), ("mxfp4", 64),
+        ("int8", "-")]
     assert not (tmp_path / "cache").exists() and list(disk_folder.iterdir()) == [], "looking leaves nothing behind"
     assert json.loads(render.document(report, as_json=True)) == report
     assert "  cpu: Fast One" in render.document(report, as_json=False).splitlines()
