@@ -32,14 +32,15 @@ QUANTS = {
                                                            ("rtn", "hqq"))
        if bits == "int4" or (block == 64 and method == "hqq")},
     **{f"{kind}, dense {dense}": QuantConfig(kind, dense, **PLAIN)
-       for kind, dense in itertools.product(("int8", "nf4", "fp4", "keep"), ("int8", "bf16", "keep"))
+       for kind, dense in itertools.product(("int8", "nf4", "fp4", "mxfp4", "keep"), ("int8", "bf16", "keep"))
        if kind != "keep" or dense != "keep"},
     **{f"int4, dense {dense}": QuantConfig("int4", dense) for dense in ("int4", "bf16", "keep")},
     "nf4 twice": QuantConfig("nf4", double_quant=True, **PLAIN), "nf4, dense int4": QuantConfig("nf4", "int4"),
+    "mxfp4, dense int4": QuantConfig("mxfp4", "int4"),
 }
 # The least cosine of logits with those of `keep`. It shows that a matrix is not another one's, no more: random weights
 # are the hardest to quantize, and a router that chooses otherwise changes everything behind it.
-LEAST = {"int2": 0.1, "int3": 0.5, "int4": 0.8, "nf4": 0.8, "fp4": 0.8, "int8": 0.95, "keep": 0.95}
+LEAST = {"int2": 0.1, "int3": 0.5, "int4": 0.8, "nf4": 0.8, "fp4": 0.8, "mxfp4": 0.8, "int8": 0.95, "keep": 0.95}
 
 
 @pytest.fixture(scope="module", params=RUN)

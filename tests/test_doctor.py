@@ -102,7 +102,8 @@ def test_a_healthy_machine_has_no_problems(tmp_path: Path, disk_folder: Path) ->
                               "free_bytes": report["disk"]["free_bytes"]}
     assert report["bandwidths"] == {"source": "not measured: run qmix doctor --bandwidth"}
     assert [(row["format"], row["block"]) for row in report["kernels"]["table"]] == [
-        *((name, block) for name in ("int4", "int3", "int2") for block in (64, 32)), ("int8", "-")]
+        *((name, block) for name in ("int4", "int3", "int2") for block in (64, 32)), ("mxfp4", 64),
+        ("int8", "-")]
     assert not (tmp_path / "cache").exists() and list(disk_folder.iterdir()) == [], "looking leaves nothing behind"
     assert json.loads(render.document(report, as_json=True)) == report
     assert "  cpu: Fast One" in render.document(report, as_json=False).splitlines()
@@ -156,7 +157,7 @@ def test_slow_kernels_are_a_problem_and_what_they_say_is_kept(tmp_path: Path, mo
     pick_kernel(monkeypatch, reference.packed_linear, "reference", "the self-test failed")
     report = run(tmp_path)
     assert problems(report) == [
-        f"{name} runs on the slow reference kernel" for name in ("int4", "int3", "int2", "int8")]
+        f"{name} runs on the slow reference kernel" for name in ("int4", "int3", "int2", "mxfp4", "int8")]
     assert report["kernels"]["notes"] == [{"note": "the self-test failed"}]
 
 
@@ -287,7 +288,7 @@ def test_the_real_machine_without_bitsandbytes_being_imported(tmp_path: Path) ->
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["libraries"]["torch"] == torch.__version__ and report["libraries"]["bitsandbytes"][0].isdigit()
-    assert len(report["kernels"]["table"]) == 7 and all(row["kernel"] for row in report["kernels"]["table"])
+    assert len(report["kernels"]["table"]) == 8 and all(row["kernel"] for row in report["kernels"]["table"])
     assert report["kernels"]["norm_router_rotary"] == " ".join(["native", *native.wanted_levels()[:1]]
                                                                if native.wanted_levels() else ["torch"])
     assert report["machine"]["memory"]["usable_bytes"] > 0 and report["disk"]["filesystem"] != "unknown"

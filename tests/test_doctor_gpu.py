@@ -122,7 +122,7 @@ def test_kernels_that_fail_are_named_once_for_each_reason(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(section, "choose_device_kernels", chosen(fails))
     rows, problems = kernels(CARD, lambda line: None)
-    assert {row["format"] for row in rows if row["kernel"] == "none: it fails"} == {"int3", "int8"} and len(rows) == 7
+    assert {row["format"] for row in rows if row["kernel"] == "none: it fails"} == {"int3", "int8"} and len(rows) == 8
     assert problems == [
         ("the GPU's kernels for int3 block 64, int3 block 32: PTXAS error", "use --device cpu, and please report it"),
         ("the GPU's kernels for int8: the GPU kernel for int8 gives wrong numbers", "use --device cpu")]

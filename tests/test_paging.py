@@ -33,7 +33,8 @@ pytestmark = pytest.mark.usefixtures("no_thread_stays")
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_tiny_stores(tmp_path_factory.mktemp("paging"), {"int4": QuantConfig(), "keep": UNQUANTIZED},
+    return write_tiny_stores(tmp_path_factory.mktemp("paging"), {"int4": QuantConfig(), "keep": UNQUANTIZED,
+                                                                "mxfp4": QuantConfig("mxfp4", "int8", "", 0, 0)},
                              num_hidden_layers=LAYERS, num_local_experts=EXPERTS)
 
 
@@ -72,7 +73,8 @@ def resident(stores: dict[str, Path]) -> dict[str, Tensor]:
 
 # Every two of the three: each number of slots with each way to prefetch, and both with each format.
 @pytest.mark.parametrize(("name", "slots", "prefetch"), [
-    (("int4", "keep")[(i + j) % 2], slots, prefetch) for i, slots in enumerate([LAYERS * EXPERTS, 31, 16, 8, 2 * TOP_K])
+    (("int4", "keep", "mxfp4")[(i + j) % 3], slots, prefetch)
+    for i, slots in enumerate([LAYERS * EXPERTS, 31, 16, 8, 2 * TOP_K])
     for j, prefetch in enumerate(["off", "ahead", "transitions", "both"])])
 def test_same_bits_for_every_budget(stores: dict[str, Path], resident: dict[str, Tensor], name: str, slots: int,
                                     prefetch: str, monkeypatch: pytest.MonkeyPatch) -> None:
