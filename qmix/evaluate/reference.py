@@ -126,9 +126,11 @@ class Original:
 
     def about(self) -> dict[str, Any]:
         """As suite.about of a store."""
-        nbytes, item = self._checkpoint.nbytes, getattr(torch, self.model.dtype).itemsize
+        model, nbytes = self.model, self._checkpoint.nbytes
+        item = getattr(torch, model.dtype).itemsize
+        tensors = chain(model.tensors(), (t for key in model.expert_keys for t in model.expert_tensors(key)))
         return {"checkpoint": str(self.path), "fingerprint": self._checkpoint.fingerprint(),
-                "parameters": nbytes // item, "bytes": nbytes, "bits_per_weight": float(8 * item),
+                "parameters": sum(prod(t.shape) for t in tensors), "bytes": nbytes, "bits_per_weight": float(8 * item),
                 "dtype": self.model.dtype, "run_by": self._how}
 
     @property
