@@ -23,6 +23,7 @@ from qmix.checkpoint import Checkpoint
 from qmix.config import QuantConfig
 from qmix.engine import load
 from qmix.errors import CheckpointError, ConfigError
+from qmix.evaluate.reference import Original
 from qmix.forward.lower_device import not_on_device
 from qmix.models import read_model
 from qmix.models.glm4_moe import TINY, VARIANTS
@@ -143,6 +144,12 @@ def test_a_bias_in_the_dtype_of_the_weights_is_widened(source: Path, tmp_path: P
         wrong = changed(source, tmp_path / str(dtype), {BIAS.format(1): torch.ones(8, dtype=dtype)})
         with pytest.raises(CheckpointError, match=r"e_score_correction_bias: got (dtype F64|float16), want"):
             Checkpoint.open(wrong)
+
+
+def test_what_is_said_of_the_original_counts_the_bias_once(source: Path) -> None:
+    with Original.open(source, lambda line: None) as original:
+        found = original.about()["parameters"]
+    assert found == sum(tensor.numel() for tensor in load_file(source / "model.safetensors").values())
 
 
 # --- the router ---
