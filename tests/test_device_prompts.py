@@ -104,7 +104,7 @@ def counting(calls: Counter[str], name: str, real: Callable[..., Any]) -> Callab
     return counted
 
 
-@pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed")
+@pytest.mark.skipif(not HAVE_TRITON or torch.cuda.is_available(), reason="for Triton's interpreter")
 def test_tritons_kernels_under_every_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny Qwen3-MoE: the same bits with all experts in VRAM and with half of them. Where all are there, a
     layer takes one call of each operation; else two more for each expert that comes later."""

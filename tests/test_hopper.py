@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver, jit
 from qmix.errors import UsageError
-from qmix.kernels import cuda, cuda_prompt, tuning
+from qmix.kernels import cuda, cuda_grouped, cuda_prompt, tuning
 from qmix.kernels.configs import WGMMA_TOKENS, built_in
 
 class Hopper:
@@ -36,7 +36,7 @@ def compile_only(self, *args, grid, warmup, **kwargs):
     made.append(real(self, *args, grid=grid, warmup=True, **kwargs).asm["ptx"])
 
 jit.JITFunction.run = compile_only
-cuda_prompt.capability = lambda _: (9, 0)
+cuda_prompt.capability = cuda_grouped.capability = lambda _: (9, 0)
 cuda._check_weights = lambda *_: None
 cuda.dot_of = lambda jit, x, dot=None: jit.tl.float16 if x.dtype == torch.float16 else jit.tl.bfloat16
 
@@ -70,7 +70,8 @@ assert attend(built_in((8, 0)).attention)[0] > 0
 MATMUL = """
 from qmix.formats.packed import TORCH_DTYPES, Packed
 from qmix.kernels.cuda import Matrices
-from qmix.sizes import MatrixSpec
+from qmix.kernels.device_ops import ExpertSlots
+from qmix.sizes import MatrixSpec, RecordLayout
 
 def matmul(config, dtype, bits=4):
     spec = MatrixSpec(f"int{bits}", 512, 512, 1, 64, 64)
@@ -85,6 +86,24 @@ for config in {(c.tokens, c.rows, c.warps): c for c in cuts}.values():  # of tho
     assert not registers and (shared or config.tokens < WGMMA_TOKENS), config
 assert matmul(built_in((9, 0)).matmul, torch.float16, 3)[0] == 0
 assert matmul(built_in((9, 0)).matmul, torch.float32)[0] == 0  # rounded to bf16
+
+def experts(config, size, bits=4):
+    "Both products of a prompt's experts."
+    record = RecordLayout(*(MatrixSpec(f"int{bits}", rows, cols, parts, 64, 64)
+                            for rows, cols, parts in ((1024, 512, 2), (512, 512, 1))))
+    slots, ops = ExpertSlots(torch.empty(2, record.nbytes, dtype=torch.uint8), record, ()), \
+        cuda_grouped.TritonPromptExperts(config)
+    x, table = torch.empty(512, 512, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int32)
+    tiles = ops.sort(torch.zeros(512, 2, dtype=torch.int64), 2, size)
+    inner = ops.gate_up(x, slots, tiles, range(2), table)
+    first = products(made[-1])
+    ops.down(inner, slots, tiles, range(2), table, torch.empty(512, 2, 512))
+    return [first, products(made[-1])]
+
+own = built_in((9, 0)).matmul
+for config, size, bits in ((own, 128, 4), (own, 64, 4), (own, 128, 3), *((c, min(c.tokens, 128), 4) for c in cuts[:3])):
+    for registers, shared in experts(config, size, bits):
+        assert not registers and (shared or size < WGMMA_TOKENS), (config, size)
 print("right")
 """
 
