@@ -67,6 +67,12 @@ def mixer(**fields: Any) -> Layer:
     return replace(LAYER, mixer=replace(PLAIN, **fields))
 
 
+def moe(**fields: Any) -> Layer:
+    return replace(LAYER, mlp=replace(MOE, **fields))
+
+
+GEGLU, CLAMPED = Activation("geglu"), Activation("swiglu_clamped", 1.702, 1.5)
+GLM = replace(PLAIN, bias="qkv", q_norm=NORM, k_norm=NORM, rope=Rope(1e4, 4))
 SPECS: dict[str, Model] = {
     **{ids(raw): read_model({**raw, "vocab_size": 96}) for raw in CASES if raw["model_type"] in RUN},
     "long rope": model_of(mixer(rope=LONG), LAYER, mixer(rope=Rope(1e3, 4))),
@@ -81,6 +87,13 @@ SPECS: dict[str, Model] = {
     "other heads": model_of(mixer(heads=2, kv_heads=1, head_dim=24, rope=Rope(1e4, 8), window=5), LAYER),
     "sinks": model_of(mixer(sinks=True, bias="qkvo"), mixer(sinks=True, window=6), LAYER),
     "a cap and a scale": model_of(mixer(scale=0.7, softcap=1.5), LAYER, mixer(sinks=True, scale=0.2, softcap=3.0)),
+    "shared experts": model_of(*(Layer(GLM, mlp, Norms(NORM, NORM)) for mlp in (
+        Mlp(40), replace(MOE, shared=Mlp(16)), replace(MOE, shared=Mlp(24, GEGLU))))),
+    "norms and scales behind": model_of(*[replace(LAYER, norms=Norms(NORM, NORM, NORM, NORM), output_scale=True)] * 2,
+                                        replace(LAYER, output_scale=True)),
+    "a dense MLP beside": model_of(*[Layer(PLAIN, replace(MOE, routed=Branch(PLUS, NORM), beside=(
+        Mlp(24, CLAMPED), Branch(NORM, PLUS)), shared=Mlp(8)), Norms(NORM, NORM, None, NORM))] * 2, Layer(
+        PLAIN, Mlp(16, GEGLU), Norms(NORM, NORM))),
     "experts with a norm of their own": model_of(*[replace(LAYER, mlp=replace(MOE, routed=Branch(PLUS)))] * 2),
 }
 
@@ -236,27 +249,16 @@ def test_a_pass_ends_between_two_layers() -> None:
         assert cache.length == 1
 
 
-def moe(**fields: Any) -> Layer:
-    return replace(LAYER, mlp=replace(MOE, **fields))
-
-
-GEGLU = Activation("geglu")
 REFUSED: dict[str, tuple[Callable[[], Model], str]] = {
     "delta net": (lambda: model_of(LAYER, replace(LAYER, mixer=DeltaNet(2, 2, 8, 8, 3, NORM))),
                   r"Linear summed in fp64 \(layer 1\)"),
     "shared keys": (lambda: model_of(LAYER, mixer(kv_source=0)), r"Rope of queries alone \(layer 1\)"),
     "shared keys without a rope": (lambda: model_of(mixer(rope=None), mixer(rope=None, kv_source=0)),
                                    r"Attend with another layer's keys \(layer 1\)"),
-    "shared MLP": (lambda: model_of(LAYER, moe(shared=Mlp(16))), r"Add to what the experts gave \(layer 1\)"),
-    "norm behind": (lambda: model_of(LAYER, replace(LAYER, norms=Norms(NORM, NORM, None, NORM))),
-                    r"Norm of what the experts gave \(layer 1\)"),
-    "scale behind": (lambda: model_of(LAYER, replace(LAYER, output_scale=True)),
-                     r"Add of what the experts gave, without a norm behind it \(layer 1\)"),
     "no norm": (lambda: model_of(replace(LAYER, norms=Norms(NORM, None))), r"Experts that read no norm \(layer 0\)"),
-    "activation": (lambda: model_of(LAYER, Layer(PLAIN, Mlp(16, GEGLU), Norms(NORM, NORM))),
-                   r"Mlp with geglu \(layer 1\)"),
     "experts' activation": (lambda: model_of(LAYER, moe(expert=Expert(16, GEGLU))),
                             r"Experts with geglu \(layer 1\)"),
+    "switch": (lambda: model_of(moe(shared=Mlp(16), shared_gate=True)), r"Linear summed in fp64 \(layer 0\)"),
     "biases": (lambda: model_of(moe(expert=Expert(16, bias=True))), r"Experts with biases \(layer 0\)"),
     "another eps": (lambda: model_of(LAYER, replace(LAYER, norms=Norms(NORM, Norm(1e-6)))),
                     r"Guess by another norm than the layer's own router has \(layer 0\)"),
