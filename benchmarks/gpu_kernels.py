@@ -33,7 +33,7 @@ from qmix.kernels.device_table import choose_device_kernels
 from qmix.kernels.router import RouterTensors
 from qmix.kernels.table import select
 from qmix.sizes import MatrixSpec, RecordLayout
-from qmix.spec import Router
+from qmix.spec import Activation, Router
 
 AGREES = 2**-7  # relative: keys, values and operands of the reference are rounded to 16 bits
 HEAVY = 10e6  # bytes of a call from which it is the bandwidth that counts
@@ -123,7 +123,7 @@ class Operations:
             "norm of heads": (lambda ops, x, w: ops.head_norm(x, s.size, w, EPS, 2.0), (x, weight)),
             "norm of all heads": (lambda ops, x, w: ops.head_norm(x, len(w), w, EPS), (x, y[0])),
             "norm without a weight": (lambda ops, x, y: ops.norm(y, None, EPS, x), (x, y)),
-            "silu(gate) * up": (lambda ops, x, y: ops.silu_mul(x, y, x), (x, y)),
+            "silu(gate) * up": (lambda ops, x, y: ops.activate(Activation(), x, y, x), (x, y)),
             "gate": (lambda ops, x, y: ops.gate(x, y), (x, y)),
             "gate of a token": (lambda ops, x, y: ops.gate(x, y, "silu"), (x, y[:, :1])),
             "sum": (lambda ops, x, y: ops.add(x, y), (x, y)),

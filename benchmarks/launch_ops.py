@@ -8,6 +8,7 @@ T tokens, H hidden, E experts, K chosen per token, Q query heads, KV key-value h
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from dry_launches import Launches
@@ -106,7 +107,9 @@ def _own_scores(ops: DeviceOps, tokens: int) -> Callable[[], None]:
 def _rows(ops: DeviceOps, tokens: int) -> Iterator[Callable[[], None]]:
     x, y = _floats(tokens, 2048), _floats(tokens, 2048)
     both = _floats(tokens, 2 * 6144)
-    yield lambda: ops.silu_mul(both[:, :6144], both[:, 6144:], both[:, :6144])
+    for activation in (Activation(), Activation("geglu"), Activation("swiglu_clamped", 1.702, 7.0)):
+        yield partial(ops.activate, activation, both[:, :6144], both[:, 6144:], both[:, :6144])
+    yield lambda: ops.combine(_floats(tokens, 8, 2048), _floats(tokens, 8), x)
     yield lambda: ops.gate(x, y)
     yield lambda: ops.gate(x, y[:, :1], "silu")
     yield lambda: ops.add(x, y)

@@ -14,6 +14,7 @@ from torch import Tensor
 from qmix.kernels.cuda_ops import TritonOps
 from qmix.kernels.device_ops import DeviceOps, TorchDeviceOps
 from qmix.kernels.table import KernelTable
+from qmix.spec import Activation
 
 pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore:(overflow encountered|All-NaN|invalid value)")]
 OPS = pytest.mark.parametrize("ops", [TritonOps(), TorchDeviceOps(KernelTable({}, {}))], ids=["Triton", "reference"])
@@ -73,9 +74,9 @@ def test_what_is_computed_number_by_number(ops: DeviceOps, size: int, tokens: in
         torch.testing.assert_close(got.cpu().double(), want, **CLOSE)
 
     out = torch.empty_like(y)
-    ops.silu_mul(first, second, out)
+    ops.activate(Activation(), first, second, out)
     same(out, a * a.sigmoid() * b)
-    ops.silu_mul(first, second, first)
+    ops.activate(Activation(), first, second, first)
     assert torch.equal(first, out) and torch.equal(second.double().cpu(), b)
     for kind, switch in (("sigmoid", c.sigmoid()), ("silu", c * c.sigmoid())):
         for given_by, wanted in ((y, switch), (by, switch[:, :1])):
@@ -95,8 +96,47 @@ def test_what_is_computed_number_by_number(ops: DeviceOps, size: int, tokens: in
 def test_large_and_broken_numbers(ops: DeviceOps) -> None:
     gate = torch.tensor([[-200.0, 200.0, float("nan"), 1.0]], device=place_of(ops))
     up, out = torch.full((1, 4), 2.0, device=gate.device), torch.empty(1, 4, device=gate.device)
-    ops.silu_mul(gate, up, out)
+    ops.activate(Activation(), gate, up, out)
     assert out[0, :2].tolist() == [0.0, 400.0] and out[0, 2].isnan() and out[0, 3].isfinite()
+
+
+@OPS
+@pytest.mark.parametrize("by", [Activation("geglu"), Activation("swiglu_clamped", 1.702, 2.5)], ids=lambda by: by.kind)
+@settings(max_examples=4, **NO_SHRINKING)
+@given(size=st.sampled_from([1, 31, 1100]), tokens=st.integers(1, 8))
+def test_activations_against_float64(ops: DeviceOps, by: Activation, size: int, tokens: int) -> None:
+    """The argument of the exponential is a cubic polynomial for GELU: 8 roundings of a number below 64, where the
+    result still counts."""
+    gate, up = (t.to(place_of(ops)) for t in random(2, tokens, size) * 2)
+    a, b, out = gate.double().cpu(), up.double().cpu(), torch.empty_like(gate)
+    ops.activate(by, gate, up, out)
+    if by.limit is None:
+        want = torch.nn.functional.gelu(a, approximate="tanh") * b
+    else:
+        a = a.clamp(max=by.limit)
+        want = a * (by.alpha * a).sigmoid() * (b.clamp(-by.limit, by.limit) + 1)
+    torch.testing.assert_close(out.cpu().double(), want, rtol=2**-15, atol=2**-30)
+    ops.activate(by, gate, up, up)
+    assert torch.equal(up, out)
+    gate[0, 0] = up[-1, -1] = torch.nan
+    ops.activate(by, gate, up, out)
+    assert out[0, 0].isnan() and out[-1, -1].isnan() and int(out.isnan().sum()) <= 2
+
+
+@OPS
+@pytest.mark.parametrize(("tokens", "k", "hidden"), [(1, 1, 5), (3, 4, 1500), (8, 8, 96)])
+def test_combine(ops: DeviceOps, tokens: int, k: int, hidden: int) -> None:
+    """In the order of k, and so with the bits that adding to a residual of zeros gives; what is broken stays."""
+    rows, weights = random(tokens, k, hidden).to(place_of(ops)), random(tokens, k, seed=1).to(place_of(ops))
+    out, residual = torch.empty(tokens, hidden, device=rows.device), torch.zeros(tokens, hidden, device=rows.device)
+    ops.combine(rows, weights, out)
+    terms = rows.double() * weights.double()[:, :, None]
+    assert ((out.double() - terms.sum(1)).abs() <= (k + 0.01) * 2**-24 * terms.abs().sum(1)).all()
+    ops.norm(residual, None, EPS, torch.empty_like(residual), rows, weights)
+    assert torch.equal(residual, out)
+    rows[0, 0, 3] = torch.nan
+    ops.combine(rows, weights, out)
+    assert out[0, 3].isnan() and int(out.isnan().sum()) == 1
 
 
 @OPS

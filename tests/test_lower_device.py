@@ -57,7 +57,6 @@ PLAIN = Attention(4, 2, 8, Rope(1e4, 8))
 LONG = Rope(1e4, 8, LongRope(32, (1.0, 1.5, 2.0, 3.0), (2.0, 4.0, 8.0, 9.0), factor=4.0))
 MOE = Moe(Router(6, 2), Expert(16))
 LAYER = Layer(PLAIN, MOE, Norms(NORM, NORM))
-GEGLU, CLAMPED = Activation("geglu"), Activation("swiglu_clamped", 1.702, 0.5)
 
 
 def model_of(*layers: Layer, **fields: Any) -> Model:
@@ -68,6 +67,12 @@ def mixer(**fields: Any) -> Layer:
     return replace(LAYER, mixer=replace(PLAIN, **fields))
 
 
+def moe(**fields: Any) -> Layer:
+    return replace(LAYER, mlp=replace(MOE, **fields))
+
+
+GEGLU, CLAMPED = Activation("geglu"), Activation("swiglu_clamped", 1.702, 0.5)
+GLM = replace(PLAIN, bias="qkv", q_norm=NORM, k_norm=NORM, rope=Rope(1e4, 4))
 SPECS: dict[str, Model] = {
     **{ids(raw): read_model({**raw, "vocab_size": 96}) for raw in CASES if raw["model_type"] in ON_DEVICE},
     "long rope": model_of(mixer(rope=LONG), LAYER, mixer(rope=Rope(1e3, 4))),
@@ -82,11 +87,16 @@ SPECS: dict[str, Model] = {
     "other heads": model_of(mixer(heads=2, kv_heads=1, head_dim=24, rope=Rope(1e4, 8), window=5), LAYER),
     "experts with biases": model_of(*[replace(LAYER, mlp=replace(MOE, expert=Expert(16, CLAMPED, bias=True)))] * 2),
     "experts with geglu": model_of(LAYER, replace(LAYER, mlp=replace(MOE, expert=Expert(16, GEGLU)))),
-    "shared MLPs": model_of(LAYER, *[replace(LAYER, mlp=replace(MOE, shared=Mlp(24)))] * 2),
     "a norm behind the experts": model_of(replace(LAYER, norms=Norms(NORM, NORM, None, PLUS)), LAYER),
-    "a scale behind the experts": model_of(replace(LAYER, output_scale=True), LAYER),
     "sinks": model_of(mixer(sinks=True, bias="qkvo"), mixer(sinks=True, window=6), LAYER),
     "a cap and a scale": model_of(mixer(scale=0.7, softcap=1.5), LAYER, mixer(sinks=True, scale=0.2, softcap=3.0)),
+    "shared experts": model_of(*(Layer(GLM, mlp, Norms(NORM, NORM)) for mlp in (
+        Mlp(40), replace(MOE, shared=Mlp(16)), replace(MOE, shared=Mlp(24, GEGLU))))),
+    "norms and scales behind": model_of(*[replace(LAYER, norms=Norms(NORM, NORM, NORM, NORM), output_scale=True)] * 2,
+                                        replace(LAYER, output_scale=True)),
+    "a dense MLP beside": model_of(*[Layer(PLAIN, replace(MOE, routed=Branch(PLUS, NORM), beside=(
+        Mlp(24, CLAMPED), Branch(NORM, PLUS)), shared=Mlp(8)), Norms(NORM, NORM, None, NORM))] * 2, Layer(
+        PLAIN, Mlp(16, GEGLU), Norms(NORM, NORM))),
     "experts with a norm of their own": model_of(*[replace(LAYER, mlp=replace(MOE, routed=Branch(PLUS)))] * 2),
 }
 
@@ -243,10 +253,6 @@ def test_a_pass_ends_between_two_layers() -> None:
         assert cache.length == 1
 
 
-def moe(**fields: Any) -> Layer:
-    return replace(LAYER, mlp=replace(MOE, **fields))
-
-
 REFUSED: dict[str, tuple[Callable[[], Model], str]] = {
     "delta net": (lambda: model_of(LAYER, replace(LAYER, mixer=DeltaNet(2, 2, 8, 8, 3, NORM))),
                   r"Linear summed in fp64 \(layer 1\)"),
@@ -254,8 +260,7 @@ REFUSED: dict[str, tuple[Callable[[], Model], str]] = {
     "shared keys without a rope": (lambda: model_of(mixer(rope=None), mixer(rope=None, kv_source=0)),
                                    r"Attend with another layer's keys \(layer 1\)"),
     "no norm": (lambda: model_of(replace(LAYER, norms=Norms(NORM, None))), r"Experts that read no norm \(layer 0\)"),
-    "activation": (lambda: model_of(LAYER, Layer(PLAIN, Mlp(16, GEGLU), Norms(NORM, NORM))),
-                   r"Mlp with geglu \(layer 1\)"),
+    "switch": (lambda: model_of(moe(shared=Mlp(16), shared_gate=True)), r"Linear summed in fp64 \(layer 0\)"),
     "another eps": (lambda: model_of(LAYER, replace(LAYER, norms=Norms(NORM, Norm(1e-6)))),
                     r"Guess by another norm than the layer's own router has \(layer 0\)"),
     "capped logits": (lambda: model_of(LAYER, logit_softcap=30.0), "Head with a cap$"),

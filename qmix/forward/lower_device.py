@@ -4,14 +4,14 @@ A table says what becomes of an Op, or of neighbours that are one call:
 
     Embed                             embed, and rope_cos_sin for each rope of the model
     Add of what experts gave, Norm    norm, which adds first
-    else of what experts gave         combine, and the call of a buffer like any other
+    any other Op of what experts gave combine, once
     Norm, Route, Guess, ...           route
     Norm; Route                       norm; route
     Linear, Linear, ... of a source   linear, by the matrix in which they are stacked or by each, and add of a bias
     Linear, Add                       linear, added to what is there
     HeadNorm                          head_norm
     Rope, Attend; Attend              rope_attend for each session
-    Mlp                               linear, linear, silu_mul, linear; with an Add behind it the last one adds
+    Mlp                               linear, linear, activate, linear; with an Add behind it the last one adds
     Add; Scale; Gate                  add; scale; gate
     Head                              linear
 
@@ -115,7 +115,7 @@ class _Lowering:
     def __init__(self, piece: Piece):
         self._piece = piece
         self._ops = piece.program
-        self._given = piece.given  # None as soon as its name has another meaning
+        self._given = piece.given  # None where a call has combined it, or its name means another
         self._columns: set[tuple[str, ...]] = set()  # results of Linears that lie side by side
         source = None if piece.experts is None else piece.experts.source
         writers = [at for at, op in enumerate(piece.program) if source in op.outputs]
@@ -123,15 +123,16 @@ class _Lowering:
 
     def calls(self) -> list[Bind]:
         found: list[Bind] = []
-        at, experts = 0, self._piece.experts
+        at, experts, given = 0, self._piece.experts, self._given
+        if given is not None and not self._added_by_norm(given):
+            found.append(lambda room: partial(room.ops.combine, room.routed.rows, room.routed.topk_weights,
+                                              room.make(room.routed.rows.shape[2], given)))
+            self._given = None
         while at < len(self._ops):
             op = self._ops[at]
             rule = RULES.get(type(op))
             if rule is None:
                 raise Unsupported(op)
-            if self._given in op.inputs and not self._norm_adds(at):
-                found.append(_combined(self._given))
-                self._given = None
             count, bind = rule(self, at)
             found.append(bind)
             if any(self._given in op.outputs for op in self._ops[at:at + count]):
@@ -141,11 +142,12 @@ class _Lowering:
             raise Unsupported(experts, "that read no norm")
         return found
 
-    def _norm_adds(self, at: int) -> bool:
-        """Whether the norm behind adds what the experts gave."""
-        op, after = self._ops[at], self._after(at + 1)
-        return isinstance(op, ops.Add) and op.source == self._given and isinstance(after, ops.Norm) and \
-            after.source == op.buffer
+    def _added_by_norm(self, given: str) -> bool:
+        """Whether all that becomes of what the experts gave is an Add with a Norm behind it."""
+        at = next((i for i, op in enumerate(self._ops) if given in op.inputs), len(self._ops))
+        add, norm = self._after(at), self._after(at + 1)
+        return isinstance(add, ops.Add) and add.source == given and isinstance(norm, ops.Norm) and \
+            norm.source == add.buffer and not reads(self._ops[at + 1:], self._piece.after, given)
 
     def _after(self, at: int) -> Op | None:
         return self._ops[at] if at < len(self._ops) else None
@@ -153,7 +155,7 @@ class _Lowering:
     def _added(self, at: int, out: str) -> ops.Add | None:
         """The Add at `at`, if it is the only one that reads `out`, a product's result."""
         op = self._after(at)
-        if isinstance(op, ops.Add) and op.source == out and op.buffer != self._given and not reads(
+        if isinstance(op, ops.Add) and op.source == out and not reads(
                 self._ops[at + 1:], self._piece.after, out):
             return op
         return None
@@ -295,8 +297,6 @@ class _Lowering:
     def _mlp(self, at: int) -> tuple[int, Bind]:
         op = self._ops[at]
         assert isinstance(op, ops.Mlp)
-        if op.activation.kind != "swiglu":
-            raise Unsupported(op, f"with {op.activation.kind}")
         added = self._added(at + 1, op.out)
 
         def bind(room: Room) -> Work:
@@ -305,7 +305,7 @@ class _Lowering:
             out = room.make(op.down.shape[0], op.out) if added is None else room[added.buffer]
             return _in_order([partial(room.ops.linear, x, w.matrix(op.gate), gate),
                               partial(room.ops.linear, x, w.matrix(op.up), up),
-                              partial(room.ops.silu_mul, gate, up, gate),
+                              partial(room.ops.activate, op.activation, gate, up, gate),
                               partial(room.ops.linear, gate, w.matrix(op.down), out, added is not None)])
 
         return 1 + (added is not None), bind
@@ -336,15 +336,6 @@ RULES: Mapping[type[Op], Callable[[_Lowering, int], tuple[int, Bind]]] = {
     ops.Attend: _Lowering._attend, ops.Mlp: _Lowering._mlp, ops.Scale: _Lowering._scale, ops.Gate: _Lowering._gate,
     ops.Head: _Lowering._head,
 }
-
-
-def _combined(name: str) -> Bind:
-    """What the experts gave becomes a buffer."""
-    def bind(room: Room) -> Work:
-        rows = room.routed.rows
-        return partial(room.ops.combine, rows, room.routed.topk_weights, room.make(rows.shape[-1], name))
-
-    return bind
 
 
 def _in_order(works: Sequence[Work]) -> Work:

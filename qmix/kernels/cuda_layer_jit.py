@@ -53,7 +53,7 @@ def norm(residual, weight, out, rows, gains, eps, hidden, r_stride, out_stride, 
 @triton.jit
 def combine(rows, gains, out, hidden, rows_token, rows_rank, gains_stride, out_stride, K: tl.constexpr,
             SIZE: tl.constexpr):
-    """The sum of rows [T, K, H] times gains [T, K], in the order of K, into out [T, H], all fp32. Grid: T, pieces of H.
+    """The sum of rows [T, K, H] times gains [T, K], in the order of K, into out [T, H]; all fp32. Grid: T, pieces of H.
     """
     token = tl.program_id(0)
     at = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
@@ -80,11 +80,12 @@ def head_norm(x, weight, eps, clip, x_stride, size, NORM: tl.constexpr, WEIGHT: 
 
 
 @triton.jit
-def combined(x, y, out, x_stride, y_stride, y_column, out_stride, size, factor, KIND: tl.constexpr,
+def combined(x, y, out, x_stride, y_stride, y_column, out_stride, size, factor, limit, KIND: tl.constexpr,
              SIZE: tl.constexpr):
-    """out[t, i] of x[t, i] and y[t, i], all fp32, out perhaps x or y. KIND: "silu_mul" silu(x) * y, "silu" x * silu(y),
-    "sigmoid" x * sigmoid(y), "add" x + y, "scale" x * y * factor, "factor" x * factor. y_column: 0 where y has one
-    number a token; y_stride: 0 where all tokens have the same. Grid: T, pieces of `size`."""
+    """out[t, i] of x[t, i] and y[t, i], all fp32, out perhaps x or y. KIND: "swiglu" silu(x) * y, "geglu" gelu(x) * y
+    by tanh, "swiglu_clamped" with alpha in factor and its limit, which is None elsewhere (spec.Activation), "silu"
+    x * silu(y), "sigmoid" x * sigmoid(y), "add" x + y, "scale" x * y * factor, "factor" x * factor. y_column: 0 where y
+    has one number a token; y_stride: 0 where all tokens have the same. Grid: T, pieces of `size`."""
     token = tl.program_id(0)
     at = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
     value = tl.load(x + token * x_stride + at, mask=at < size, other=0.0)
@@ -92,8 +93,15 @@ def combined(x, y, out, x_stride, y_stride, y_column, out_stride, size, factor, 
         value *= factor
     else:
         other = tl.load(y + token * y_stride + at * y_column, mask=at < size, other=0.0)
-        if KIND == "silu_mul":
+        if KIND == "swiglu":
             value = value / (1.0 + tl.exp(-value)) * other
+        elif KIND == "geglu":  # (1 + tanh(u)) / 2 is the logistic function of 2 u
+            twice = 1.5957691216057308 * (value + 0.044715 * value * value * value)
+            value = value / (1.0 + tl.exp(-twice)) * other
+        elif KIND == "swiglu_clamped":
+            value = tl.where(value > limit, limit, value)
+            other = tl.where(other > limit, limit, tl.where(other < -limit, -limit, other))
+            value = value / (1.0 + tl.exp(-factor * value)) * (other + 1.0)
         elif KIND == "silu":
             value *= other / (1.0 + tl.exp(-other))
         elif KIND == "sigmoid":

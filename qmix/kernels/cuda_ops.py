@@ -34,6 +34,7 @@ from qmix.kernels.cuda_router import Routers, warps_of
 from qmix.kernels.device_ops import FEW, ExpertSlots, Later, Scales
 from qmix.kernels.router import RouterTensors
 from qmix.kernels.torch_ops import activate
+from qmix.spec import Activation
 
 PIECE = 1024  # numbers of a row that a program has, where each is computed by itself
 SMALL = 4096  # rows; a matrix with fewer is cut finer, so that there are enough programs
@@ -114,9 +115,16 @@ class TritonOps:
                 spec.padded_cols, spec.rows, M=power_of_two(tokens), ROWS=rows, COLS=config.cols, UNROLL=config.unroll,
                 SCALED=scaled, ADD=add, num_warps=4, enable_fp_fusion=True)
 
-    def silu_mul(self, gate: Tensor, up: Tensor, out: Tensor) -> None:
+    def activate(self, activation: Activation, gate: Tensor, up: Tensor, out: Tensor) -> None:
         assert gate.shape == up.shape == out.shape
-        _combine("silu_mul", gate, up, out)
+        _combine(activation.kind, gate, up, out, activation.alpha or 1.0, activation.limit)
+
+    def combine(self, rows: Tensor, weights: Tensor, out: Tensor) -> None:
+        (tokens, k, hidden), width = rows.shape, min(PIECE, power_of_two(rows.shape[2]))
+        assert rows.stride(2) == weights.stride(1) == out.stride(1) == 1 and out.shape == (tokens, hidden)
+        _layer().combine[tokens, -(-hidden // width)](
+            rows, weights, out, hidden, rows.stride(0), rows.stride(1), weights.stride(0), out.stride(0), K=k,
+            SIZE=width, num_warps=4, enable_fp_fusion=True)
 
     def gate(self, x: Tensor, by: Tensor, kind: str = "sigmoid") -> None:
         assert kind in ("sigmoid", "silu") and by.shape[1] in (1, x.shape[1])
@@ -125,14 +133,6 @@ class TritonOps:
     def add(self, target: Tensor, x: Tensor) -> None:
         assert target.shape == x.shape
         _combine("add", target, x, target)
-
-    def combine(self, rows: Tensor, weights: Tensor, out: Tensor) -> None:
-        count, k, hidden = rows.shape
-        assert out.shape == (count, hidden) and weights.shape == (count, k)
-        assert all(t.dtype == torch.float32 and t.stride(-1) == 1 for t in (rows, weights, out))
-        _layer().combine[count, -(-hidden // PIECE)](
-            rows, weights, out, hidden, rows.stride(0), rows.stride(1), weights.stride(0), out.stride(0), K=k,
-            SIZE=PIECE, num_warps=4, enable_fp_fusion=True)
 
     def scale(self, x: Tensor, weight: Tensor | None = None, factor: float = 1.0) -> None:
         if weight is None:
@@ -285,11 +285,11 @@ def _layer() -> ModuleType:
     return device_code("cuda_layer_jit")
 
 
-def _combine(kind: str, x: Tensor, y: Tensor, out: Tensor, factor: float = 1.0) -> None:
+def _combine(kind: str, x: Tensor, y: Tensor, out: Tensor, factor: float = 1.0, limit: float | None = None) -> None:
     """cuda_layer_jit.combined: x and out [T, N], y that or [T, 1]."""
     assert all(t.dtype == torch.float32 for t in (x, y, out)) and x.stride(1) == out.stride(1) == 1
     tokens, size = x.shape
     assert y.shape[1] == 1 or y.stride(1) == 1
     _layer().combined[tokens, -(-size // PIECE)](
         x, y, out, x.stride(0), y.stride(0), 1 if y.shape[1] == size else 0, out.stride(0), size, float(factor),
-        KIND=kind, SIZE=PIECE, num_warps=4, enable_fp_fusion=True)
+        limit, KIND=kind, SIZE=PIECE, num_warps=4, enable_fp_fusion=True)

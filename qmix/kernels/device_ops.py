@@ -31,6 +31,7 @@ from qmix.kernels.op import FEW as FEW
 from qmix.kernels.router import RouterTensors, choose_experts, router_logits, stable_best
 from qmix.kernels.table import KernelTable
 from qmix.sizes import RecordLayout
+from qmix.spec import Activation
 
 Scales = tuple[Tensor, Tensor]  # of the keys and the values of an int8 cache, fp32 [KV, S] each, positions adjacent
 
@@ -73,13 +74,13 @@ class DeviceOps(Protocol):
 
     def linear(self, x: Tensor, m: Packed, y: Tensor, add: bool = False) -> None: ...
 
-    def silu_mul(self, gate: Tensor, up: Tensor, out: Tensor) -> None: ...
+    def activate(self, activation: Activation, gate: Tensor, up: Tensor, out: Tensor) -> None: ...
+
+    def combine(self, rows: Tensor, weights: Tensor, out: Tensor) -> None: ...
 
     def gate(self, x: Tensor, by: Tensor, kind: str = "sigmoid") -> None: ...
 
     def add(self, target: Tensor, x: Tensor) -> None: ...
-
-    def combine(self, rows: Tensor, weights: Tensor, out: Tensor) -> None: ...
 
     def scale(self, x: Tensor, weight: Tensor | None = None, factor: float = 1.0) -> None: ...
 
@@ -138,9 +139,14 @@ class TorchDeviceOps:
         product = self._kernels.linear(x, m)
         y.add_(product) if add else y.copy_(product)
 
-    def silu_mul(self, gate: Tensor, up: Tensor, out: Tensor) -> None:
-        """silu(gate) * up into out, fp32 [T, F] each; out may be gate or up."""
-        out.copy_(steady(F.silu, gate) * up)
+    def activate(self, activation: Activation, gate: Tensor, up: Tensor, out: Tensor) -> None:
+        """What joins gate and up, by spec.Activation, into out, fp32 [T, F] each; out may be gate or up."""
+        out.copy_(self._kernels.layer.activate(activation, gate, up))
+
+    def combine(self, rows: Tensor, weights: Tensor, out: Tensor) -> None:
+        """sum_k weights[:, k] * rows[:, k], in that order: rows [T, K, H], weights [T, K], into out [T, H], all fp32.
+        """
+        out.copy_(self._kernels.layer.combine(rows, weights))
 
     def gate(self, x: Tensor, by: Tensor, kind: str = "sigmoid") -> None:
         """x [T, N] *= f(by), fp32, in device; by [T, N], or [T, 1] for one number a token; kind, f: "sigmoid", "silu".
@@ -150,11 +156,6 @@ class TorchDeviceOps:
     def add(self, target: Tensor, x: Tensor) -> None:
         """target [T, H] += x, fp32."""
         target.add_(x)
-
-    def combine(self, rows: Tensor, weights: Tensor, out: Tensor) -> None:
-        """sum_k weights[:, k] * rows[:, k], in that order, into out [T, H]; rows [T, K, H], weights [T, K], all fp32.
-        """
-        out.copy_(self._kernels.layer.combine(rows, weights))
 
     def scale(self, x: Tensor, weight: Tensor | None = None, factor: float = 1.0) -> None:
         """x [T, N] *= weight, then *= factor, fp32, in device; weight [N], [1] for one number, None for 1."""
