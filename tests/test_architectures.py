@@ -133,16 +133,12 @@ def test_paged_equals_resident(files: Files, want: Tensor, prefetch: str, monkey
         assert figures["prefetcher"]["issued"] > 0
 
 
-# Where every layer has an Op that the native library has no call for, the engine says which.
-EAGER_OPS = {"gpt_oss": ("Linear with a bias",), "glm4_moe": ("Linear with a bias", "no call for Mlp")}
-
-
 def test_native_equals_eager(files: Files, want: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     with load(files.int4, threads=1, context=64) as engine:
         logits(engine)
         runs = engine._model.single_tokens
         attends = native.levels() and next(iter(native.levels())) != "portable"
-        assert not attends or runs in ("native", *EAGER_OPS.get(engine.model.architecture, ()))
+        assert not attends or runs == "native"
     monkeypatch.setattr("qmix.forward.runner.unsupported", lambda *_: "not asked for")
     with load(files.int4, threads=1, context=64) as engine:
         assert torch.equal(logits(engine), want)
