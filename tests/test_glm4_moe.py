@@ -4,6 +4,7 @@ weights in bf16, a choice by groups, and a shared MLP in the dense part. test_ar
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -16,7 +17,6 @@ from helpers import UNQUANTIZED
 from safetensors.torch import load_file, save_file
 from test_architectures import document
 from test_cli import qmix
-from test_models_published import AIR, GLM
 from torch import Tensor
 
 from qmix.checkpoint import Checkpoint
@@ -31,6 +31,9 @@ from qmix.offload.plan import Needs
 from qmix.quantize import quantize_checkpoint
 from qmix.spec import Moe
 from qmix.store import Store
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from published import AIR, GLM
 
 RAW = FIRST["glm4_moe"]
 BIAS = "model.layers.{}.mlp.gate.e_score_correction_bias"

@@ -4,6 +4,7 @@ decoded weights, and quantized a second time only on request."""
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from mxfp4_checkpoints import write_published
 from safetensors.torch import load_file, save_file
 from test_architectures import IDS, good, logits, paged
 from test_cli import qmix
-from test_models_published import GPT_OSS
 
 from qmix.checkpoint import Checkpoint
 from qmix.commands.plan.report import find_model
@@ -29,6 +29,9 @@ from qmix.formats import Packed, unpack
 from qmix.models import mxfp4_layout, published_experts, read_model
 from qmix.sizes import record_layout
 from qmix.store import Store
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from published import GPT_OSS
 
 MXFP4 = QuantConfig("mxfp4", "keep", "", 0, 0)
 VARIANTS = [with_keys(raw, {"vocab_size": 512}) for raw in CASES if raw["model_type"] == "gpt_oss"]
