@@ -34,7 +34,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
-from qmix.kernels import cuda, cuda_ops, cuda_prompt  # noqa: F401 (those that ask for the card must be there)
+from qmix.kernels import cuda, cuda_grouped, cuda_ops, cuda_prompt  # noqa: F401 (those that ask for the card must be there)
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ALIGNED = 512  # bytes
