@@ -124,6 +124,18 @@ def test_activations_against_float64(ops: DeviceOps, by: Activation, size: int, 
 
 
 @OPS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("tokens", "rows", "hidden"), [(1, 1, 1), (8, 1, 700), (3, 5, 96)])
+def test_exact(ops: DeviceOps, tokens: int, rows: int, hidden: int, dtype: torch.dtype) -> None:
+    """Summed in fp64: half an ulp of the result, beside roundings of 2^-53. x: columns of something wider."""
+    x, weight = random(tokens, hidden + 3)[:, 1:-2], random(rows, hidden, seed=1).to(dtype)
+    out = torch.full((tokens, rows), torch.nan, device=place_of(ops))
+    ops.exact(x.to(out.device), weight.to(out.device), out)
+    want, terms = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
+    assert ((out.cpu().double() - want).abs() <= 2**-24 * want.abs() + hidden * 2.0**-52 * terms).all()
+
+
+@OPS
 @pytest.mark.parametrize(("tokens", "k", "hidden"), [(1, 1, 5), (3, 4, 1500), (8, 8, 96)])
 def test_combine(ops: DeviceOps, tokens: int, k: int, hidden: int) -> None:
     """In the order of k, and so with the bits that adding to a residual of zeros gives; what is broken stays."""

@@ -8,6 +8,7 @@ A table says what becomes of an Op, or of neighbours that are one call:
     Norm, Route, Guess, ...           route
     Norm; Route                       norm; route
     Linear, Linear, ... of a source   linear, by the matrix in which they are stacked or by each, and add of a bias
+    Linear summed in fp64             exact
     Linear, Add                       linear, added to what is there
     HeadNorm                          head_norm
     Rope, Attend; Attend              rope_attend for each session
@@ -25,7 +26,6 @@ T tokens, H hidden, Q query heads, KV key-value heads, D head size.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 
@@ -33,7 +33,7 @@ from torch import Tensor
 
 from qmix.device.device import Work
 from qmix.forward.device_buffers import Room
-from qmix.forward.program import embed_program, head_program, layer_program, live, pieces
+from qmix.forward.device_pieces import Piece, cut, decode_program
 from qmix.forward.run_eager import Guesses
 from qmix.forward.steps import fused_guess, reads, same_source
 from qmix.kernels import ops
@@ -53,55 +53,19 @@ class Unsupported(Exception):
         self.op = op
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Ops up to the next Experts, which is None behind the last one. given: the buffer of what the experts before gave;
-    after: buffers that are read later."""
-
-    program: tuple[Op, ...]
-    experts: ops.Experts | None
-    given: str | None
-    after: frozenset[str]
-
-
-def cut(model: Model, guesses: Guesses) -> list[Piece]:
-    """The program of a decode pass, logits of all tokens included: a piece for each layer with records, and the rest.
-    """
-    return _cut([op for _, op in _program(model, guesses)])
-
-
 def not_on_device(model: Model) -> str:
     """Which Op of which layer a device has no call for; "" where it computes the model."""
     no = f"qmix's GPU kernels do not compute {model.architecture}"
     if len({model.chosen_in(i) for i in model.record_layers}) > 1:
         return f"{no}: its layers choose different numbers of experts"
-    program = _program(model, Guesses(1, 1))
+    program = decode_program(model, Guesses(1, 1))
     try:
-        for piece in _cut([op for _, op in program]):
+        for piece in cut([op for _, op in program]):
             lower(piece)
     except Unsupported as e:
         layer = next(i for i, op in program if op is e.op)
         return f"{no}: {e}" + ("" if layer is None else f" (layer {layer})")
     return ""
-
-
-def _program(model: Model, guesses: Guesses) -> list[tuple[int | None, Op]]:
-    """(layer, Op); all rows are wanted."""
-    layers = [(i, op) for i in range(len(model.layers))
-              for op in layer_program(model, i, guesses.depth, guesses.count) if not isinstance(op, ops.Take)]
-    return [(None, embed_program(model)), *layers, *((None, op) for op in head_program(model))]
-
-
-def _cut(program: Sequence[Op]) -> list[Piece]:
-    parts = pieces(program)
-    found: list[Piece] = []
-    for at in range(0, len(parts), 2):
-        experts, given = parts[at + 1][0] if at + 1 < len(parts) else None, parts[at - 1][1] if at else None
-        assert experts is None or isinstance(experts, ops.Experts)
-        assert given is None or isinstance(given, ops.Combine)
-        rest = [op for part in parts[at + 1:] for op in part]
-        found.append(Piece(parts[at], experts, given.out if given is not None else None, frozenset(live(rest))))
-    return found
 
 
 def lower(piece: Piece) -> list[Bind]:
@@ -235,11 +199,10 @@ class _Lowering:
                                        room.routed.ids, room.routed.topk_weights, None, room.counted)
 
     def _linear(self, at: int) -> tuple[int, Bind]:
-        group = same_source(self._ops[at:])
+        group = list(takewhile(lambda op: not op.exact, same_source(self._ops[at:])))
+        if not group:
+            return 1, self._exact(at)
         first = group[0]
-        for op in group:
-            if op.exact:
-                raise Unsupported(op, "summed in fp64")
         added = self._added(at + 1, first.out) if first.bias is None else None
         if added is not None and added.buffer != first.source:
             return 2, lambda room: partial(room.ops.linear, room[first.source], room.weights.matrix(first.weight),
@@ -259,6 +222,14 @@ class _Lowering:
                               *(partial(room.ops.add, out, bias.expand_as(out)) for out, bias in biases)])
 
         return len(group), bind
+
+    def _exact(self, at: int) -> Bind:
+        op = self._ops[at]
+        assert isinstance(op, ops.Linear)
+        if op.bias is not None:
+            raise Unsupported(op, "summed in fp64, with a bias")
+        return lambda room: partial(room.ops.exact, room[op.source], room.weights.tensor(op.weight),
+                                    room.make(op.weight.shape[0], op.out))
 
     def _head_norm(self, at: int) -> tuple[int, Bind]:
         op = self._ops[at]

@@ -37,8 +37,9 @@ from qmix.device import Device, Repeated, Routed
 from qmix.device.device import Work
 from qmix.errors import Interrupted
 from qmix.forward.device_buffers import DeviceWeights, FewBuffers, Room, Shared
+from qmix.forward.device_pieces import cut, decode_program
 from qmix.forward.kv_cache import SessionCache
-from qmix.forward.lower_device import cut, lower
+from qmix.forward.lower_device import lower
 from qmix.forward.run_eager import Guesses
 from qmix.forward.steps import Turning
 from qmix.forward.weights import DenseWeights
@@ -97,7 +98,8 @@ class DeviceDecode:
         self._experts = experts
         self._depth = depth if guesses else 0
         self._guesses = guesses
-        self._lowered = [lower(piece) for piece in cut(model, Guesses(self._depth, guesses))]
+        program = decode_program(model, Guesses(self._depth, guesses))
+        self._lowered = [lower(piece) for piece in cut([op for _, op in program])]
         self._turning = Turning(model, device.torch_device, {})
         self._shared = Shared(device, model.vocab)
         self._buffers: dict[int, FewBuffers] = {}

@@ -115,6 +115,14 @@ class TritonOps:
                 spec.padded_cols, spec.rows, M=power_of_two(tokens), ROWS=rows, COLS=config.cols, UNROLL=config.unroll,
                 SCALED=scaled, ADD=add, num_warps=4, enable_fp_fusion=True)
 
+    def exact(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
+        """By the kernel of a router's logits."""
+        (rows, hidden), width = weight.shape, power_of_two(weight.shape[1])
+        assert x.stride(1) == 1 and out.shape == (len(x), rows) and weight.is_contiguous() and out.is_contiguous()
+        device_code("cuda_router_jit").logits[len(x), rows](
+            x, x, weight, x, weight, x, out, 0.0, hidden, rows, x.stride(0), 0, 0, 0, OWN=True, NORM=False,
+            WEIGHT=False, KEEP=False, WIDTH=width, num_warps=warps_of(width), enable_fp_fusion=True)
+
     def activate(self, activation: Activation, gate: Tensor, up: Tensor, out: Tensor) -> None:
         assert gate.shape == up.shape == out.shape
         _combine(activation.kind, gate, up, out, activation.alpha or 1.0, activation.limit)

@@ -74,6 +74,8 @@ class DeviceOps(Protocol):
 
     def linear(self, x: Tensor, m: Packed, y: Tensor, add: bool = False) -> None: ...
 
+    def exact(self, x: Tensor, weight: Tensor, out: Tensor) -> None: ...
+
     def activate(self, activation: Activation, gate: Tensor, up: Tensor, out: Tensor) -> None: ...
 
     def combine(self, rows: Tensor, weights: Tensor, out: Tensor) -> None: ...
@@ -138,6 +140,11 @@ class TorchDeviceOps:
         """x [T, cols] times the matrix into y [T, rows], or added to what is there. Both fp32, rows contiguous."""
         product = self._kernels.linear(x, m)
         y.add_(product) if add else y.copy_(product)
+
+    def exact(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
+        """x [T, H] fp32 times the few rows of weight [N, H], of any float dtype, summed in fp64, into out [T, N] fp32,
+        contiguous."""
+        out.copy_(torch.cat([router_logits(row, weight) for row in x.split(1)]))
 
     def activate(self, activation: Activation, gate: Tensor, up: Tensor, out: Tensor) -> None:
         """What joins gate and up, by spec.Activation, into out, fp32 [T, F] each; out may be gate or up."""
