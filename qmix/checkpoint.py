@@ -59,8 +59,8 @@ MAX_TENSORS = 10**6  # far above any real model; keeps a hostile config.json fro
 
 FOLDER = "give the folder that holds config.json and model*.safetensors"
 ORIGINAL = "give the original bf16, fp16 or fp32 checkpoint"
-MXFP4 = ("qmix has no format for MXFP4 yet: have transformers decode the weights (Mxfp4Config(dequantize=True), then "
-         "save_pretrained), and give what it saved")
+MXFP4 = ("qmix takes MXFP4 in the experts of gpt_oss alone: have transformers decode the weights "
+         "(Mxfp4Config(dequantize=True), then save_pretrained), and give what it saved")
 WRONG_CONFIG = "config.json and the weights do not belong together: fetch both again, or correct config.json"
 
 
@@ -180,7 +180,11 @@ class Checkpoint:
         source = self._table[name]
         if not source.scales:
             return sources.read(self._locations[source.name], source, out)
-        found = self._blocks(source)[0].numbers(getattr(torch, self.model.dtype))
+        dtype, exact = getattr(torch, self.model.dtype), self._blocks(source)[0].numbers(torch.float32)
+        found = exact.to(dtype)
+        if dtype == torch.float16 and not torch.equal(found.float(), exact):
+            raise CheckpointError(f"{self.path}: {source.name}: has numbers that {self.model.dtype} does not have",
+                                  "keep the experts as they are (leave --format out), or give a checkpoint in bf16")
         return found if out is None else out.view(found.dtype).view(found.shape).copy_(found)
 
     @property
@@ -241,7 +245,11 @@ def _check_unquantized(path: Path, raw: Mapping[str, Any]) -> None:
     """CheckpointError where config.json says how the weights were quantized; null says that they are not. Headers are
     read after this: those of a quantized checkpoint may have dtypes that qmix does not know."""
     found = raw.get("quantization_config")
-    if found is not None and published_experts(raw) is None:
+    try:
+        published = published_experts(raw)
+    except ConfigError as e:
+        raise CheckpointError(f"{path}: {e.message}", e.cure) from None
+    if found is not None and published is None:
         method = found.get("quant_method") if isinstance(found, dict) else None
         how = f", as {method}" if isinstance(method, str) and method else ""
         raise CheckpointError(f"{path}: quantization_config: the weights are quantized already{how}",

@@ -124,6 +124,7 @@ WORDS = st.sampled_from([*(MARK + mark for mark in MARKS), *MARKS, MARK, "assist
 
 
 @settings(max_examples=300, deadline=None)
+@example([MARK + "<|start|>", MARK + "<|call|>", " ", "<|start|>"], [1, 1, 1, 1, 7, 9])
 @given(st.lists(WORDS, max_size=14), st.lists(st.integers(1, 9), max_size=40))
 @example([f"{MARK}<|channel|>", "analysis", f"{MARK}<|message|>", "a", MARK], [1] * 40)
 def test_any_stream_in_any_pieces(words: list[str], cuts: list[int]) -> None:

@@ -4,6 +4,7 @@ nothing that was made for another layer goes up."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,13 +14,18 @@ from qmix.formats import Packed, pack
 from qmix.kernels.table import KernelTable, native_block, select
 from qmix.offload.host_rows import HostRows
 from qmix.quantize.methods import quantize
-from qmix.sizes import MatrixSpec
+from qmix.sizes import MX_BLOCK, MX_GROUP, MatrixSpec
+from qmix.spec import Activation
 
 HIDDEN, INNER, EXPERTS, TOP_K = 96, 64, 6, 3
 
 
+CLAMPED = Activation("swiglu_clamped", 1.702, 0.5)
+
+
 def kernels(format: str) -> KernelTable:
-    return select({format, "int8"}, {native_block()}, say=lambda line: None, activations="auto")
+    blocks = {MX_BLOCK} if format == "mxfp4" else {native_block()}
+    return select({format, "int8"}, blocks, say=lambda line: None, activations="auto")
 
 
 def records(format: str) -> list[tuple[Packed, Packed]]:
@@ -28,9 +34,14 @@ def records(format: str) -> list[tuple[Packed, Packed]]:
     for _ in range(EXPERTS):
         pair = []
         for rows, cols, parts in ((2 * INNER, HIDDEN, 2), (HIDDEN, INNER, 1)):
-            spec = MatrixSpec(format, rows, cols, parts, *((32, native_block()) if format == "int4" else ()))
+            grouped = {"int4": (32, native_block()), "mxfp4": (MX_GROUP, MX_BLOCK)}.get(format, ())
+            spec = MatrixSpec(format, rows, cols, parts, *grouped)
             weight = torch.randn(rows, cols, generator=random) / cols**0.5
-            pair.append(quantize(weight, spec, "rtn") if format == "int4" else pack(weight, spec))
+            packed = quantize(weight, spec, "rtn") if format == "int4" else pack(weight, spec)
+            if format == "mxfp4":  # as gpt-oss has them
+                spec = replace(spec, bias=True, activation=CLAMPED if parts == 2 else Activation())
+                packed = Packed.of(spec, {**packed.tensors, "bias": torch.randn(rows, generator=random)}, "a record")
+            pair.append(packed)
         found.append((pair[0], pair[1]))
     return found
 
@@ -41,7 +52,7 @@ def choose(routed: Routed, ids: Sequence[Sequence[int]], seed: int) -> None:
     routed.host_x.copy_(torch.randn(routed.host_x.shape, generator=torch.Generator().manual_seed(seed)))
 
 
-@pytest.mark.parametrize("format", ["int4", "fp32"])
+@pytest.mark.parametrize("format", ["int4", "mxfp4", "fp32"])
 @pytest.mark.parametrize("ids", [[[4, 0, 5]], [[4, 0, 5], [1, 4, 2], [0, 1, 4]]], ids=["one token", "three"])
 def test_rows_of_several_experts_are_those_of_each_alone(format: str, ids: list[list[int]]) -> None:
     """In two calls of one layer, then another layer's: rows that were not asked for stay as the device has them."""

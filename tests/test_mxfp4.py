@@ -270,3 +270,29 @@ def test_other_models_refuse_such_a_config(tmp_path: Path) -> None:
 def test_mxfp4_is_no_format_for_dense_matrices() -> None:
     done = qmix("quantize", "nowhere", "out", "--dense", "mxfp4")
     assert done.returncode == 2 and "dense" in done.stderr
+
+
+@pytest.mark.parametrize(("more", "words"), [
+    ({"modules_to_not_convert": 7}, "modules_to_not_convert: got 7, want a list of names"),
+    ({"modules_to_not_convert": ["lm_head", 1]}, "want a list of names"),
+    ({"block_size": 16}, "quantization_config: block_size: a key that qmix does not know")])
+def test_what_a_config_says_of_them_is_understood_or_refused(tmp_path: Path, more: dict[str, Any], words: str) -> None:
+    raw = {**FIRST["gpt_oss"], "quantization_config": {"quant_method": "mxfp4", **more}}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=words):
+        Checkpoint.open(tmp_path)
+    done = qmix("plan", tmp_path / "config.json", "--ram", "8G")
+    assert done.returncode == 4 and words in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
+
+
+def test_numbers_that_float16_does_not_have_are_refused_where_they_are_asked_for(tmp_path: Path) -> None:
+    write_published(tmp_path, dtype=torch.float16)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[DOWN + "_scales"][...] = 102  # 2^-25
+    save_file(tensors, tmp_path / "model.safetensors")
+    with Checkpoint.open(tmp_path) as checkpoint:
+        assert checkpoint.expert(ExpertKey(0, 0))[1].dtype == torch.float16
+        checkpoint.expert_blocks(ExpertKey(1, 0))  # kept as they are, they are exact
+        with pytest.raises(CheckpointError, match=f"{DOWN}_blocks: has numbers that float16 does not have"):
+            checkpoint.expert(ExpertKey(1, 0))

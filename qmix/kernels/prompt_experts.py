@@ -105,10 +105,12 @@ class TorchPromptExperts:
 
     def gate_up(self, x: Tensor, slots: ExpertSlots, tiles: Tiles, part: range, table: Tensor,
                 slot: int = -1) -> Tensor:
-        """silu(gate(x)) * up(x) of the tiles `part`, x [T, H]: [len(part) * size, F] in x's dtype, as `down` takes it.
+        """silu(gate(x)) * up(x) of the tiles `part`, x [T, H]: [len(part) * size, F] in x's dtype or fp32, for `down`.
         table [E] int32: the slot of each expert in its tier, -1 where it is in none. slot: where it is not -1, all of
         `part` is of the expert in that slot of the tier. Tiles of experts that are in no slot of this slab are left
         out."""
+        if slots.views and self._kernels.computes_natively(slots.views[0][0]):
+            x = x.float()  # as the native kernels do, which round nothing between the two products
         inner = x.new_empty(len(part) * tiles.size, slots.record.w2.cols)
         for at, pairs, index in self._there(slots, tiles, part, table, slot):
             inner[at:at + len(pairs)] = self._kernels.gated(x[pairs // tiles.top_k], slots.views[index][0])

@@ -80,14 +80,18 @@ def mxfp4_layout(model: Model) -> Layout | None:
 
 
 def published_experts(raw: Mapping[str, Any]) -> str | None:
-    """The format that the experts of a checkpoint with this config.json have already, and keep: "mxfp4", or None."""
+    """The format that the experts of a checkpoint with this config.json have already, and keep: "mxfp4", or None.
+    ConfigError for a key beside that which qmix does not know."""
     found, kind = raw.get("quantization_config"), raw.get("model_type")
     if not isinstance(found, Mapping) or found.get("quant_method") != "mxfp4" or not isinstance(kind, str) \
             or not hasattr(ARCHITECTURES.get(kind), "mxfp4_layout"):
         return None
-    apart = found.get("modules_to_not_convert")
-    names = apart if isinstance(apart, list) else []
-    return None if any(isinstance(name, str) and "experts" in name for name in names) else "mxfp4"
+    apart = found.get("modules_to_not_convert") or []
+    if not isinstance(apart, list) or not all(isinstance(name, str) for name in apart):
+        raise ConfigError(f"quantization_config: modules_to_not_convert: got {apart!r:.60}, want a list of names")
+    if unknown := sorted(found.keys() - {"quant_method", "modules_to_not_convert"}):
+        raise ConfigError(f"quantization_config: {unknown[0]}: a key that qmix does not know")
+    return None if any("experts" in name.split(".") for name in apart) else "mxfp4"
 
 
 def skipped(model: Model, there: Collection[str]) -> set[str]:

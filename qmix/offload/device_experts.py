@@ -355,7 +355,8 @@ class DeviceExperts(PagedExperts):
         """A guess is worth its host's work where it saves more: not where all records are in RAM, and each comes up or
         is computed in less time."""
         split = self._below.split
-        if step.phase == "prefill" or self._prefetcher.asked or split is None or not self._all_below \
+        if step.phase == "prefill" or not self._guessing or self._prefetcher.asked or split is None \
+                or not self._all_below \
                 or split.quickest(max(self._sizes)) >= TRIP:
             super()._look_ahead(layer, chosen, step, ahead)
 

@@ -127,6 +127,7 @@ class HarmonyParser:
         self._exact = True  # whether the parts say no other characters than the text
         self._said: set[str] = set()  # kinds that parts have been given of
         self._held = ""
+        self._blank = ""  # spaces between two messages, which count where other text follows them
         self._at = 0  # characters read
         self._header: _Header | None = None
         self._content: _Content | None = None
@@ -195,7 +196,9 @@ class HarmonyParser:
         if self._content is not None:
             return self._say(text)
         if self._header is None:
+            text, self._blank = self._blank + text, ""
             if not text.strip():
+                self._blank = text
                 return []
             self._content = _Content("answer", self._at - len(text), self._at - len(text))
             return self._say(text)
@@ -207,6 +210,7 @@ class HarmonyParser:
 
     def _mark(self, mark: str) -> list[Part]:
         """A control token, which has not been taken yet."""
+        self._blank = ""
         if self._content is not None:
             if mark in (MESSAGE, CONSTRAIN):
                 self._exact = False

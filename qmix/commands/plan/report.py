@@ -78,6 +78,7 @@ def find_model(path: Path, quant: QuantConfig | Callable[[str], QuantConfig] | N
             raise ValueError("not an object")
         model = read_model(raw)
         check_runs(model)
+        published = published_experts(raw)
     except ConfigError as e:
         raise CheckpointError(f"{file}: {e.message}", e.cure) from None
     except (OSError, ValueError, RecursionError) as e:
@@ -85,7 +86,6 @@ def find_model(path: Path, quant: QuantConfig | Callable[[str], QuantConfig] | N
                               "name a store, a checkpoint or a config.json") from None
     for note in ignored_keys(file, raw):
         say(f"note: {note}")
-    published = published_experts(raw)
     if published is not None and quant is None:
         quant = QuantConfig(published, method="", group_size=0, block=0)
     elif callable(quant):
