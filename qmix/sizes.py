@@ -34,6 +34,7 @@ KV_FORMATS = ("bf16", "int8")  # how keys and values are kept; "bf16" stands for
 KV_SCALE_BYTES = 4  # an fp32 for each key and value of an int8 KV cache
 KV_PIECE = 1024  # positions of an int8 KV cache that torch decodes at a time
 BNB_NESTED_BLOCK = 256  # absmax values per block of the second quantization
+TILE_BYTES = 4 * MIB  # the most that a decoded tile may take, or one block of rows if that is more
 
 SIZE = re.compile(r"([0-9]{1,20})(\.[0-9]{1,20})? ?(?:([KMGT])(?:iB)?|B)?", re.IGNORECASE | re.ASCII)
 MAX_SIZE = 2**60  # bytes; more is a slip of the finger
@@ -252,6 +253,12 @@ def pass_tokens(model: Model) -> int:
     while tokens > 1 and tokens * model.top_k * model.hidden * 4 > PASS_BYTES:
         tokens //= 2
     return tokens
+
+
+def tile_rows(spec: MatrixSpec, item_bytes: int, tile_bytes: int) -> int:
+    """Rows of a full tile of formats.packed.row_tiles, of a matrix that has as many."""
+    rows = max(1, tile_bytes // (spec.padded_cols * item_bytes))
+    return max(spec.block, rows // spec.block * spec.block) if spec.block else rows
 
 
 def format_bytes(n: int) -> str:

@@ -37,7 +37,7 @@ from qmix.device import StandIn
 from qmix.engine import Engine
 from qmix.offload import device_setup
 from qmix.offload.device_experts import DeviceExperts
-from qmix.offload.plan import DEVICE_TILES, RESERVE, Needs
+from qmix.offload.plan import RESERVE, Needs
 from qmix.offload.split import Split
 from qmix.quantize import quantize_checkpoint
 from qmix.sizes import MIB
@@ -85,7 +85,7 @@ def budgets(folder: Path, above: int, below: int, context: int) -> tuple[str, st
     """Flags for so many slots on the device and in RAM, in a process that holds nothing yet."""
     with Store.open(folder) as store:
         needs = Needs.of(store.model, store.quant, context)
-    vram = RESERVE + needs.dense + needs.kv + needs.workspace + DEVICE_TILES + needs.tiles + above * needs.record
+    vram = RESERVE + needs.dense + needs.kv + needs.workspace + needs.scratch + needs.tiles + above * needs.record
     return "--vram", str(vram), "--ram", str(RESERVE + below * needs.record)
 
 

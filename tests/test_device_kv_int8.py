@@ -18,7 +18,7 @@ from qmix.engine import Placement, load
 from qmix.forward.kv_cache import SessionCache
 from qmix.forward.kv_layers import Int8Layer, Query
 from qmix.kernels.attend import softmax_attention
-from qmix.offload.plan import DEVICE_TILES, Needs, plan
+from qmix.offload.plan import Needs, plan
 from qmix.store import Store
 
 FORMATS = {"int4": QuantConfig(), "keep": UNQUANTIZED}
@@ -127,7 +127,7 @@ def test_what_it_takes_is_in_the_plan(stores: dict[str, Path], monkeypatch: pyte
     attention = config.layers[0].mixer
     assert eight.decoded == 2 * CONTEXT * attention.kv_heads * attention.head_dim * 2 and not sixteen.decoded
     there = plan(eight, 2**30, 0, 2**31).tiers[0]
-    assert there.workspace == eight.workspace + DEVICE_TILES + eight.decoded + eight.tiles
+    assert there.workspace == eight.workspace + eight.scratch + eight.decoded + eight.tiles
     assert there.kv == eight.kv < sixteen.kv
     with bring_up(monkeypatch, stores["int4"], 9, 8, kv="int8") as engine:
         assert engine.session().cache.nbytes == engine.plan.tiers[0].kv

@@ -27,7 +27,7 @@ from qmix.kernels.prompt_tiles import INNER_BYTES, SIZES, most_tiles, tile_of, t
 from qmix.kernels.table import KernelTable, random_expert
 from qmix.kernels.trials import MIXTRAL_8X7B
 from qmix.models import read_model
-from qmix.offload.plan import DEVICE_TILES, Needs
+from qmix.offload.plan import Needs
 from qmix.sizes import MatrixSpec, RecordLayout, pass_tokens
 
 GROUPED = [("int4", 64, 64), ("int4", 32, 128), ("int3", 64, 32), ("int3", 32, 64), ("int2", 64, 128), ("int2", 32, 32)]
@@ -274,7 +274,7 @@ class TestPlan:
         model = read_model({**MIXTRAL_8X7B, "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": 2,
                             "num_local_experts": experts, "num_experts_per_tok": top_k})
         needs = Needs.of(model, QuantConfig(), 8192)
-        assert needs.on_device.workspace == needs.workspace + DEVICE_TILES + needs.tiles and needs.tiles >= 0
+        assert needs.on_device.workspace == needs.workspace + needs.scratch + needs.tiles and needs.tiles >= 0
         most = pass_tokens(model)
         whole = workspace(most * top_k, experts, inner, 2)
         for tokens in (1, 9, 40, 512, 2048, most):

@@ -20,6 +20,7 @@ from qmix.forward.weights import compute_dtype
 from qmix.kernels import tuned
 from qmix.kernels.device_table import DeviceKernels, choose_device_kernels
 from qmix.kernels.table import KernelTable
+from qmix.offload.device_needs import scratch_of
 from qmix.offload.plan import UNMEASURED, Needs, Plan
 from qmix.offload.plan import plan as make_plan
 from qmix.store import Store
@@ -44,7 +45,8 @@ def choose_device_and_plan(store: Store, needs: Needs, placement: Placement | No
         return make_plan(needs, *ram()), None, None, host
     try:
         host = on_cpu(not placement.exact)
-        kernels = _kernels(store, device, host, placement, say)
+        kernels = _kernels(store, device, host, needs.context, placement, say)
+        needs = needs.with_kernels(store.model, store.quant, kernels.configs.gemv)
         measured = vram.known(placement, device, say)
         found = make_plan(needs, *ram(), *placement.vram_budget(device), placement.pin_budget(),
                           measured.beside if measured else UNMEASURED if device.torch_device.type == "cuda" else None)
@@ -62,12 +64,12 @@ def choose_device_and_plan(store: Store, needs: Needs, placement: Placement | No
     return found, device, kernels, host
 
 
-def _kernels(store: Store, device: Device, host: KernelTable, placement: Placement,
+def _kernels(store: Store, device: Device, host: KernelTable, context: int, placement: Placement,
              say: Callable[[str], None]) -> DeviceKernels:
     """Cut as was measured on this card, unless the bits are to depend on no measurement."""
     dtype = compute_dtype(store.model, store.quant, device.half)
     choose = partial(choose_device_kernels, device.torch_device, dtype, *stored_formats(store.model, store.quant), host,
-                     device.triton)
+                     device.triton, scratch_of=partial(scratch_of, store.model, store.quant, context))
     file = placement.tuned
     if placement.exact or file is None or not device.triton:
         return choose()
@@ -76,7 +78,7 @@ def _kernels(store: Store, device: Device, host: KernelTable, placement: Placeme
         return choose()
     say(f"the GPU's kernels use the configurations measured on {measured.measured} for {measured.model}: {file}")
     try:
-        return choose(measured.configs)
+        return choose(configs=measured.configs)
     except UsageError:
         raise
     except Exception as e:  # wrong, or Triton's: it does not compile, or asks for too much

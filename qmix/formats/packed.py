@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from qmix.errors import ModelFileError, QmixError
-from qmix.sizes import MatrixSpec, TensorSpec
+from qmix.sizes import TILE_BYTES as TILE_BYTES
+from qmix.sizes import MatrixSpec, TensorSpec, tile_rows
 
-TILE_BYTES = 4 * 2**20  # the most that a decoded tile may take, or one block of rows if that is more
 TORCH_DTYPES = MappingProxyType({"U8": torch.uint8, "I8": torch.int8, "BF16": torch.bfloat16,
                                  "F16": torch.float16, "F32": torch.float32})
 
@@ -110,9 +110,7 @@ def row_tiles(spec: MatrixSpec, item_bytes: int = 4, tile_bytes: int = 0) -> Ite
     A tile lies within one part, starts on a block, and takes at most `tile_bytes` (0: TILE_BYTES) when decoded to
     `item_bytes` a weight (but at least one block of rows, or one row where there are no blocks).
     """
-    step = max(1, (tile_bytes or TILE_BYTES) // (spec.padded_cols * item_bytes))
-    if spec.block:
-        step = max(spec.block, step // spec.block * spec.block)
+    step = tile_rows(spec, item_bytes, tile_bytes or TILE_BYTES)
     rows, padded = spec.rows // spec.parts, spec.padded_rows // spec.parts
     for part in range(spec.parts):
         for start in range(0, rows, step):

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from qmix.errors import ConfigError, UsageError
+
+if TYPE_CHECKING:
+    import torch  # else imported where it is called: a plan reads these tables too
 
 
 def _check(config: Any, **limits: tuple[int, int]) -> None:
@@ -120,7 +121,11 @@ INTERPRETED = Configs(attention=WIDE)
 
 def capability(device: torch.device) -> tuple[int, int] | None:
     """Of a card; None for the CPU, where Triton's interpreter runs the kernels."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    import torch
+
+    return torch.cuda.get_device_capability(device)
 
 
 def built_in(card: tuple[int, int] | None) -> Configs:

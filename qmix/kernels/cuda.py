@@ -31,6 +31,7 @@ from torch import Tensor
 from qmix.errors import UsageError
 from qmix.formats.packed import Packed
 from qmix.kernels.configs import Configs, Gemv, Matmul, built_in, capability
+from qmix.kernels.device_scratch import lanes_of, power_of_two, splits_of, words_of
 from qmix.kernels.op import FEW as FEW
 from qmix.sizes import MatrixSpec, RecordLayout
 
@@ -187,8 +188,8 @@ def few(x: Tensor, weights: Matrices, jobs: Jobs, y: Tensor, gated: bool = False
     _check_x(x, weights)
     jit, spec = device_code("cuda_jit"), weights.spec
     config = config or _configs(x.device).gemv
-    groups, words = spec.padded_cols // spec.group_size, _words(spec)
-    lanes, splits = _lanes(spec, config), splits_of(spec, config)
+    groups, words = spec.padded_cols // spec.group_size, words_of(spec)
+    lanes, splits = lanes_of(spec, config), splits_of(spec, config)
     count, width = jobs.rows.shape
     warps = max(1, lanes * words // 32)
     partial = room((count, width, splits, spec.padded_rows), x.device)
@@ -200,11 +201,6 @@ def few(x: Tensor, weights: Matrices, jobs: Jobs, y: Tensor, gated: bool = False
         maxnreg=REGISTERS if width == FEW and spec.bits == 4 and warps <= 8 else None)
     assert weights.bias is None or gated or spec.parts == 1, "the bias of parts side by side"
     _finish(jit, partial.view(-1, splits, spec.padded_rows), jobs, weights, y, gated, add)
-
-
-def splits_of(spec: MatrixSpec, config: Gemv) -> int:
-    """Into how many pieces `few` cuts the columns; each has results of its own for all rows."""
-    return -(-(spec.padded_cols // spec.group_size) // _lanes(spec, config))
 
 
 def many(x: Tensor, weights: Matrices, slot: int, y: Tensor, dot: str | None = None,
@@ -314,23 +310,3 @@ def _check_x(x: Tensor, weights: Matrices) -> None:
 def _params(spec: MatrixSpec) -> tuple[str, torch.dtype]:
     """The tensor that has a matrix's parameters, and as what the kernels read it."""
     return ("scale", torch.uint8) if spec.format == "mxfp4" else ("qparams", torch.int32)
-
-
-def _lanes(spec: MatrixSpec, config: Gemv) -> int:
-    """Groups that a program of gemv has."""
-    return min(config.threads // _words(spec), power_of_two(spec.padded_cols // spec.group_size))
-
-
-def _words(spec: MatrixSpec) -> int:
-    """32-bit words of the low bits of a block's column."""
-    return spec.block * _bit_step(spec) // 32
-
-
-def _bit_step(spec: MatrixSpec) -> int:
-    """Bits between two codes of a byte."""
-    return 4 if spec.code_bits == 4 else 2
-
-
-def power_of_two(n: int) -> int:
-    """The least that is not below n."""
-    return 1 << (n - 1).bit_length()

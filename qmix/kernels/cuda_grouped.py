@@ -21,9 +21,10 @@ from torch import Tensor
 from qmix.errors import UsageError
 from qmix.kernels import cuda
 from qmix.kernels.configs import TENSOR_CORES, Matmul, built_in, capability
-from qmix.kernels.cuda import INDEX, device_code, power_of_two
+from qmix.kernels.cuda import INDEX, device_code
 from qmix.kernels.cuda_ops import matrices_of
 from qmix.kernels.device_ops import ExpertSlots
+from qmix.kernels.device_scratch import power_of_two
 from qmix.kernels.prompt_experts import Tiles, computed_many
 from qmix.kernels.prompt_tiles import SIZES, most_tiles, tile_of
 from qmix.sizes import MatrixSpec

@@ -6,9 +6,9 @@ of its call: no sum's order depends on how many there are.
 
 What passes from one launch to the next lies in buffers, one for each use, made at the first call as FEW tokens need it
 and kept, so that a call in a CUDA graph allocates nothing after one outside of it with the same matrices and cache.
-They are shared: calls of one TritonOps must follow each other in one stream, or in graphs that do. For Mixtral 8x7B
-with experts in int4, groups of 64, and 8192 positions they take about 46 MiB: 29 for the pieces of products, 16 for
-attention. nf4 and fp4, which bitsandbytes decodes, do allocate.
+Where the largest need of a model is known (device_scratch.Scratch), a buffer is made as large as that at once. They are
+shared: calls of one TritonOps must follow each other in one stream, or in graphs that do. nf4 and fp4, which
+bitsandbytes decodes, do allocate.
 
 T tokens, H hidden, E experts, K chosen per token, Q query heads, KV key-value heads, D head size, S positions of a
 cache.
@@ -29,31 +29,31 @@ from qmix.formats.packed import Packed
 from qmix.kernels import cuda
 from qmix.kernels.attend import PLAIN, Softmax
 from qmix.kernels.configs import Configs, built_in, capability
-from qmix.kernels.cuda import Jobs, Matrices, device_code, power_of_two
+from qmix.kernels.cuda import Jobs, Matrices, device_code
 from qmix.kernels.cuda_router import Routers, warps_of
 from qmix.kernels.device_ops import FEW, ExpertSlots, Later, Scales
+from qmix.kernels.device_scratch import Scratch, power_of_two, split_of
 from qmix.kernels.router import RouterTensors
 from qmix.kernels.torch_ops import activate
 from qmix.spec import Activation
 
 PIECE = 1024  # numbers of a row that a program has, where each is computed by itself
 SMALL = 4096  # rows; a matrix with fewer is cut finer, so that there are enough programs
-# Attention is split over positions: the grid depends on the cache's capacity alone, what is beyond a token's position
-# ends at once. A split takes at least LEAST_SPLIT positions, so that a short context has several; there are at most
-# SPLITS, so that they are merged in little time. TILE: keys, times their size, that a program has in hand.
-LEAST_SPLIT, SPLITS, TILE = 64, 128, 2048
+TILE = 2048  # keys, times their size, that a program of attention has in hand
 HEADS = 8  # query heads of a program of attention, at most: of 12 sm_86 spills registers
 EVERYTHING = 2**30  # a window that no context fills
 LOG2_E = log2(e)
 
 
 class TritonOps:
-    """See DeviceOps. configs: how kernels are cut, None for what is built in for the card of each call."""
+    """See DeviceOps. configs: how kernels are cut, None for what is built in for the card of each call; scratch: what
+    the buffers have at least."""
 
     name = "Triton"
 
-    def __init__(self, configs: Configs | None = None) -> None:
+    def __init__(self, configs: Configs | None = None, scratch: Scratch | None = None) -> None:
         self._configs = configs
+        self._scratch = scratch or Scratch()
         self._rooms: dict[tuple[str, torch.device, torch.dtype], list[Tensor]] = {}
         self._single: dict[tuple[int, torch.device], Jobs] = {}
         self._routers = Routers(partial(self._room, "logits"))
@@ -243,12 +243,12 @@ class TritonOps:
 
     def _room(self, use: str, shape: tuple[int, ...], most: tuple[int, ...], device: torch.device,
               dtype: torch.dtype = torch.float32) -> Tensor:
-        """A part of the buffer of this use, which has `most` or more. Where that is more than it has, a larger one
-        takes its place and the smaller one is kept too, since graphs may hold its address."""
+        """A part of the buffer of this use, a field of Scratch, which has `most` or more. Where that is more than it
+        has, a larger one takes its place and the smaller one is kept too, since graphs may hold its address."""
         assert prod(shape) <= prod(most)
         made = self._rooms.setdefault((use, device, dtype), [])
         if not made or made[-1].numel() < prod(most):
-            made.append(torch.empty(prod(most), dtype=dtype, device=device))
+            made.append(torch.empty(max(prod(most), getattr(self._scratch, use)), dtype=dtype, device=device))
         return made[-1][:prod(shape)].view(shape)
 
 
@@ -271,12 +271,6 @@ def exponents(softmax: Softmax, size: int) -> tuple[float, float | None]:
     has it."""
     scale = LOG2_E / size**0.5 if softmax.scale is None else LOG2_E * softmax.scale
     return (scale, None) if softmax.softcap is None else (2 * scale / softmax.softcap, LOG2_E * softmax.softcap)
-
-
-def split_of(capacity: int) -> tuple[int, int]:
-    """Positions of a split of attention, and how many splits a cache of `capacity` positions has."""
-    split = max(LEAST_SPLIT, power_of_two(-(-capacity // SPLITS)))
-    return split, -(-capacity // split)
 
 
 def _decoded(x: Tensor, m: Packed, y: Tensor, add: bool) -> None:

@@ -32,12 +32,11 @@ from qmix.kernels.configs import (
     built_in,
     capability,
 )
-from qmix.kernels.cuda import DTYPES, Matrices, device_code, power_of_two
+from qmix.kernels.cuda import DTYPES, Matrices, device_code
 from qmix.kernels.cuda_ops import EVERYTHING, exponents
+from qmix.kernels.device_scratch import DECODED_BYTES, power_of_two
 
-TILE_BYTES = 64 * 2**20  # the most that a decoded piece of weights takes
-
-
+TILE_BYTES = DECODED_BYTES
 LEAST = 16  # what a product of Triton's has in each direction, at least
 
 
@@ -65,6 +64,7 @@ def linear_many(x: Tensor, m: Packed, out_dtype: torch.dtype | None = None, conf
     if spec.format in ("nf4", "fp4"):
         for start, tile in nf4.tiles(m, x.dtype, TILE_BYTES):
             y[:, start:start + len(tile)] = F.linear(x, tile)
+            del tile  # else it would live until the next one is decoded
         return y
     for start, row, rows in row_tiles(spec, x.dtype.itemsize, TILE_BYTES):
         out, here = y[:, start:start + rows], slice(row, row + rows)
@@ -87,6 +87,7 @@ def linear_decoded(x: Tensor, m: Packed, out_dtype: torch.dtype) -> Tensor:
     for start, row, rows in row_tiles(spec, x.dtype.itemsize, TILE_BYTES) if len(x) else ():
         tile = cuda.decoded(weights, row // spec.block, -(-rows // spec.block), x.dtype)
         y[:, start:start + rows] = F.linear(x, tile[:rows, :spec.cols])
+        del tile  # else it would live until the next one is decoded
     return y
 
 

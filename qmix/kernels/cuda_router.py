@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qmix.kernels.cuda import device_code, power_of_two
+from qmix.kernels.cuda import device_code
 from qmix.kernels.device_ops import FEW, Later
+from qmix.kernels.device_scratch import power_of_two
 from qmix.kernels.router import RouterTensors
 
 Room = Callable[[tuple[int, ...], tuple[int, ...], torch.device], Tensor]  # (shape, the most that it becomes, device)

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -26,9 +26,10 @@ from qmix.formats import module, nf4
 from qmix.formats.packed import Packed, view
 from qmix.kernels import reference
 from qmix.kernels.attend import Softmax, softmax_attention
-from qmix.kernels.configs import Configs, built_in, capability
+from qmix.kernels.configs import Configs, Gemv, built_in, capability
 from qmix.kernels.cpu import Kernel
 from qmix.kernels.device_ops import DeviceOps, ExpertSlots, TorchDeviceOps
+from qmix.kernels.device_scratch import Scratch
 from qmix.kernels.prompt_experts import PromptExperts, TorchPromptExperts
 from qmix.kernels.table import KernelTable, random_expert, random_matrix
 from qmix.sizes import MX_BLOCK, RecordLayout
@@ -41,26 +42,30 @@ AGREES = 2**-7  # relative: operands and results rounded to 16 bits
 @dataclass(frozen=True, slots=True)
 class DeviceKernels:
     """prompts: what computes many tokens on the device; experts: their experts, in the formats that it has; attend:
-    their attention; ops: a few tokens; host: the CPU's."""
+    their attention; ops: a few tokens; host: the CPU's; configs: how Triton's are cut."""
 
     prompts: KernelTable
     attend: Attend
     ops: DeviceOps
     host: KernelTable
     experts: PromptExperts
+    configs: Configs = field(default_factory=Configs)
 
 
 def choose_device_kernels(device: torch.device, half: torch.dtype, formats: Iterable[str], blocks: Iterable[int],
-                          host: KernelTable, triton: bool, configs: Configs | None = None) -> DeviceKernels:
+                          host: KernelTable, triton: bool, configs: Configs | None = None,
+                          scratch_of: Callable[[Gemv], Scratch] | None = None) -> DeviceKernels:
     """formats, blocks: as of table.select. half: what prompts compute in. triton: for a card, or under Triton's
-    interpreter; else the CPU's kernels stand in. configs: how kernels are cut, None = as is built in. UsageError where
-    Triton or bitsandbytes is missing, QmixError where a kernel is wrong."""
+    interpreter; else the CPU's kernels stand in. configs: how kernels are cut, None = as is built in. scratch_of: what
+    the buffers of a few tokens' kernels have at least, None = as each call needs. UsageError where Triton or
+    bitsandbytes is missing, QmixError where a kernel is wrong."""
     if not triton:
         return DeviceKernels(host, softmax_attention, TorchDeviceOps(host), host, TorchPromptExperts(host))
     from qmix.kernels import cuda_grouped, cuda_ops, cuda_prompt
 
     configs = configs or built_in(capability(device))
-    many, ops = partial(cuda_prompt.linear_many, config=configs.matmul), cuda_ops.TritonOps(configs)
+    many, ops = partial(cuda_prompt.linear_many, config=configs.matmul), cuda_ops.TritonOps(
+        configs, scratch_of(configs.gemv) if scratch_of else None)
     experts = cuda_grouped.TritonPromptExperts(configs.matmul)
     wanted = {(module(name), name)[1] for name in formats}
     if wanted & {"nf4", "fp4"}:
@@ -80,7 +85,8 @@ def choose_device_kernels(device: torch.device, half: torch.dtype, formats: Iter
                 except Exception as e:  # Triton's many: it does not compile, asks for too much, the driver refuses
                     raise does_not_run(f"the GPU kernel for {name} does not run here", e) from e
     return DeviceKernels(KernelTable(MappingProxyType(table), MappingProxyType(names)),
-                         cuda_prompt.choose_prompt_attention(capability(device), configs.attention), ops, host, experts)
+                         cuda_prompt.choose_prompt_attention(capability(device), configs.attention), ops, host, experts,
+                         configs)
 
 
 def does_not_run(what: str, error: Exception) -> QmixError:

@@ -20,7 +20,9 @@ from math import prod
 from qmix.config import DTYPES, QuantConfig
 from qmix.errors import DoesNotFit, UsageError
 from qmix.kernels import prompt_tiles
+from qmix.kernels.configs import Gemv
 from qmix.kernels.kv_size import kv_bytes
+from qmix.offload.device_needs import scratch_bytes
 from qmix.sizes import (
     GIB,
     KV_FORMATS,
@@ -45,7 +47,6 @@ UNMEASURED = 384 * MIB  # of a GPU's memory, for code, graphs and libraries, unt
 RESERVE = 256 * MIB  # kept free within the budget, or 2 % of it where that is more
 PROGRAM = 260 * MIB  # interpreter and libraries, where they are not there to be measured
 CUDA_CONTEXT = 600 * MIB  # what a CUDA context with its libraries takes, before it is measured
-DEVICE_TILES = 128 * MIB  # of VRAM: decoded tiles of a matrix, 46 MiB of partial sums, and what decoding passes on
 STAGING = 2  # RAM slots through which records pass on their way from the disk to VRAM
 
 
@@ -55,7 +56,8 @@ class Needs:
     average, where kinds has (records, bytes of one) for each kind; kv_cache: how keys and values are kept, one of
     sizes.KV_FORMATS; decoded: what an int8 cache takes of a GPU besides, whose prompts decode all heads at once;
     embedding: bytes of `dense` of which a token reads one row; tiles: what a GPU takes besides for the experts of a
-    prompt, which it computes many at a time."""
+    prompt, which it computes many at a time; scratch: and for decoded weights, partial sums and the buffers of decoding
+    (device_needs.py), with the kernels cut as is built in."""
 
     context: int
     dense: int
@@ -71,6 +73,7 @@ class Needs:
     decoded: int = 0
     embedding: int = 0
     tiles: int = 0
+    scratch: int = 0
 
     @classmethod
     def of(cls, model: Model, quant: QuantConfig, context: int, kv: str = "bf16",
@@ -89,12 +92,18 @@ class Needs:
                    workspace, mean, len(keys), len(model.record_layers), model.top_k, kv,
                    kinds if len(kinds) > 1 else (), scoring,
                    2 * context * widest_kv(model) * itemsize if kv == "int8" else 0, unread_bytes(model, quant),
-                   workspace_bytes(model, context, itemsize, kv, True) - workspace_bytes(model, context, itemsize, kv))
+                   workspace_bytes(model, context, itemsize, kv, True) - workspace_bytes(model, context, itemsize, kv),
+                   scratch_bytes(model, quant, context, itemsize, scoring))
 
     @property
     def on_device(self) -> Needs:
-        """What a GPU has to hold: also tiles, and the heads of an int8 cache that prompts decode."""
-        return replace(self, workspace=self.workspace + DEVICE_TILES + self.decoded + self.tiles)
+        """What a GPU has to hold: also tiles and scratch, and the heads of an int8 cache that prompts decode."""
+        return replace(self, workspace=self.workspace + self.scratch + self.decoded + self.tiles)
+
+    def with_kernels(self, model: Model, quant: QuantConfig, gemv: Gemv) -> Needs:
+        """Where the kernels of few tokens are cut otherwise than is built in."""
+        return replace(self, scratch=scratch_bytes(model, quant, self.context, compute_bytes(model, quant),
+                                                   self.scoring, gemv))
 
     @property
     def by_kind(self) -> tuple[tuple[int, int], ...]:

@@ -19,6 +19,7 @@ from qmix.config import ExpertKey
 from qmix.errors import StoreError, UsageError
 from qmix.kernels.table import KernelTable
 from qmix.offload.cache import Cache, make_policy, warm_order
+from qmix.offload.device_needs import FARTHEST
 from qmix.offload.experts import PagedExperts
 from qmix.offload.figures import Meter, PhaseFigures
 from qmix.offload.plan import Plan, TierPlan
@@ -34,7 +35,6 @@ from qmix.spec import Model
 from qmix.store import VERIFY, Store
 
 AUTO_POLICY = "lfu"  # docs/cache-policy.md
-FARTHEST = 3  # layers looked ahead, at most
 AHEAD_BYTES = THREADS * CHUNK  # read ahead at a time: without a gap until the next layer asks
 SMALL = MIB  # bytes of a record below which guessing (0.2 ms a layer) takes longer than the read it saves
 
