@@ -177,9 +177,11 @@ class Chat:
                 f"with this message the conversation has {len(prompt.ids)} tokens, the context holds {context}",
                 "/clear or /undo makes room, or start again with a larger -c/--ctx-size; "
                 "Up brings the message back")
-        unread = len(prompt.ids) - (0 if self.engine.exact else common_prefix(prompt.ids, self.session.ids))
-        if unread >= LONG_PREFILL:
-            self.screen.transient(f"reading {unread} tokens")
+        known = 0 if self.engine.exact else common_prefix(prompt.ids, self.session.ids)
+        kept = self.session.reachable(known)
+        if len(prompt.ids) - kept >= LONG_PREFILL:
+            again = f", {known - kept} of them again: the model's state is kept at few places" if kept < known else ""
+            self.screen.transient(f"reading {len(prompt.ids) - kept} tokens{again}")
         self.screen.begin_answer()
         self.engine.reset_stats()
         answer = respond(self.session, self.engine.tokenizer, prompt, replace(self.params, seed=self.seed),

@@ -7,6 +7,9 @@ Most layers are trimmed by forgetting. A ring keeps SLACK positions beside its w
 its drafts) can be taken back; for anything longer a copy is made first: `begin` says how many tokens come, and
 `rollback` brings back what was there at `begin`. `snapshot` and `restore` do the same at any later time.
 
+A recurrent state can only be trimmed within the last pass of up to FEW tokens (recurrent.py). For all else the cache
+keeps snapshots by itself (snapshots.py), at places within and before each prompt; `rewind` goes to the nearest one.
+
 Without `rings` a layer with a window keeps every position: then a failed prompt is taken back without a copy, and the
 native kernel, which reads positions in order, attends. A layer whose keys and values another one reads keeps every
 position in any case.
@@ -18,14 +21,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from qmix.errors import UsageError
-from qmix.forward.kv_layers import AttendBy, CacheLayer, FullLayer, Int8Layer, RecurrentLayer, WindowLayer
+from qmix.forward.kv_layers import AttendBy, CacheLayer, FullLayer, Int8Layer, WindowLayer
+from qmix.forward.recurrent import RecurrentLayer
+from qmix.forward.snapshots import Snapshot, Snapshots
 from qmix.hardware.memory import prefer_huge_pages
 from qmix.kernels.kv_size import positions
 from qmix.kernels.native import Attention as NativeAttention
@@ -35,15 +39,6 @@ from qmix.spec import Attention, DeltaNet, Model
 
 CPU = torch.device("cpu")
 NONE: Mapping[int, NativeAttention] = MappingProxyType({})
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """A session at `length` positions. cuts: how often it had been cut back by then."""
-
-    length: int
-    cuts: int
-    layers: Sequence[tuple[Tensor, ...]]
 
 
 class SessionCache:
@@ -82,6 +77,11 @@ class SessionCache:
                 self.layers[i] = FullLayer(keys, values, own, attend)
         # What trimming does not bring back by itself.
         self._states = [layer for layer in self.layers if isinstance(layer, WindowLayer | RecurrentLayer)]
+        self._recurrent = [layer for layer in self.layers if isinstance(layer, RecurrentLayer)]
+        self._kept = Snapshots()
+        self._marks: Sequence[int] = ()  # lengths within a pass of which snapshots will be kept
+        # A ring has no state of an earlier position of a pass.
+        self._keeps = bool(self._recurrent) and len(self._recurrent) == len(self._states)
         self.capacity = capacity
         self.length = 0
         self._addresses: list[tuple[int, int, int, int]] = []
@@ -132,13 +132,40 @@ class SessionCache:
                 layer.trim(length)
         self._cut(length)
 
+    @property
+    def recurrent(self) -> bool:
+        """Whether a layer has a recurrent state: then `trim` cannot reach every length."""
+        return bool(self._recurrent)
+
+    def reachable(self, length: int) -> int:
+        """The longest length, at most this one, to which the session can go back."""
+        return length if self.can_trim(length) else self._kept.best(length)
+
+    def rewind(self, length: int) -> int:
+        """Forget all positions from `length` on, or from `reachable(length)` on, which is returned."""
+        reached = self.reachable(length)
+        if self.can_trim(reached):
+            self.trim(reached)
+        else:
+            self._load(self._kept.at(reached))
+        return reached
+
     def begin(self, count: int) -> Snapshot:
         """To be called before `count` tokens are appended: what `rollback` needs to take them back."""
-        return self._save(copy=count > FEW and self.length > 0)
+        before = self._save(copy=count > FEW and self.length > 0)
+        self._marks = self._kept.prepare(before, count) if count > FEW and self._keeps else ()
+        for layer in self._recurrent:
+            layer.begin(self.length, count, 1 < count <= FEW, self._marks)
+        return before
 
     def rollback(self, before: Snapshot) -> None:
         """As it was at `begin`, whatever part of the tokens has been appended."""
         self._load(before)
+
+    def end(self) -> None:
+        """To be called when the tokens of `begin` have been appended."""
+        for mark in self._marks:
+            self._kept.add(Snapshot(mark, len(self._cuts), [layer.marked(mark) for layer in self._recurrent]))
 
     def snapshot(self) -> Snapshot:
         """The session as it is, for `restore` at any time."""
@@ -162,6 +189,7 @@ class SessionCache:
         self._cut(snapshot.length)
 
     def _cut(self, length: int) -> None:
+        self._kept.cut(length)
         if length < self.length:
             self._cuts.append(length)
         self.length = length
@@ -180,6 +208,8 @@ def unchanged_on_error(caches: Sequence[SessionCache], counts: Sequence[int]) ->
         for cache, saved in zip(caches, before, strict=True):
             cache.rollback(saved)
         raise
+    for cache in caches:
+        cache.end()
 
 
 def _source(model: Model, i: int) -> int:

@@ -17,9 +17,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qmix.forward.kv_layers import FullLayer, Query, RecurrentLayer
+from qmix.forward.kv_layers import FullLayer, Query
 from qmix.forward.passes import Block, Span
 from qmix.forward.program import live
+from qmix.forward.recurrent import RecurrentLayer
 from qmix.kernels import ops, torch_ops
 from qmix.kernels.layer import TORCH, LayerOps
 from qmix.kernels.op import Op
@@ -315,7 +316,6 @@ def _with_state(op: Op, weights: Weights, inputs: tuple[Tensor, ...], span: Span
     state = layers[op.layer]
     assert isinstance(state, RecurrentLayer)
     if isinstance(op, ops.Conv):
-        found, state.past = torch_ops.conv(op, weights, state.past, *inputs)
+        found: tuple[Tensor, ...] = state.past.advance(partial(torch_ops.conv, op, weights), span.start, *inputs)
         return found
-    out, state.state = torch_ops.delta(op, weights, state.state, *inputs)
-    return (out,)
+    return (state.state.advance(partial(torch_ops.delta, op, weights), span.start, *inputs),)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qmix.kernels import ops
+from qmix.kernels import delta_rule, ops
 from qmix.kernels.cpu import FEW, few_rows
 from qmix.kernels.layer import TORCH, LayerOps, rms_norm, rotate, steady
 from qmix.kernels.router import RouterTensors, choose_experts, router_logits
@@ -149,24 +149,18 @@ def conv(op: ops.Conv, w: Weights, past: Tensor, *sources: Tensor) -> tuple[tupl
 
 def delta(op: ops.Delta, w: Weights, state: Tensor, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor,
           ) -> tuple[Tensor, Tensor]:
-    """(what Delta writes, the state after it); state [value_heads, key_dim, value_dim]. Token by token."""
+    """(what Delta writes, the state after it); state [value_heads, key_dim, value_dim]. Up to FEW tokens one by one,
+    with the bits of each alone; more in chunks (delta_rule.py has the bound)."""
     d, count = op.delta, len(q)
-    q, k = (_unit(x.view(count, d.key_heads, d.key_dim)).repeat_interleave(d.value_heads // d.key_heads, 1)
-            for x in (q, k))
-    q, v = q * d.key_dim**-0.5, v.view(count, d.value_heads, d.value_dim)
-    rate = -steady(torch.exp, w[op.a_log.name]) * steady(F.softplus, a.float() + w[op.dt_bias.name].float())
-    decay, beta = steady(torch.exp, rate), steady(torch.sigmoid, b)
-    out = torch.empty(count, d.value_heads, d.value_dim)
-    for t in range(count):
-        state = state * decay[t, :, None, None]
-        wrong = v[t] - (state * k[t, :, :, None]).sum(1)
-        state = state + k[t, :, :, None] * (beta[t, :, None] * wrong)[:, None]
-        out[t] = (state * q[t, :, :, None]).sum(1)
+    q, k = (delta_rule.unit(x.view(count, d.key_heads, d.key_dim)) for x in (q, k))
+    log_decay = -steady(torch.exp, w[op.a_log.name]) * steady(F.softplus, a.float() + w[op.dt_bias.name].float())
+    rows = delta_rule.Rows(q * d.key_dim**-0.5, k, v.view(count, d.value_heads, d.value_dim), log_decay,
+                           steady(torch.sigmoid, b))
+    if count <= FEW:
+        out, state = delta_rule.stepwise(rows, steady(torch.exp, log_decay), state)
+    else:
+        out, state = delta_rule.chunked(rows, state)
     return out.view(count, -1), state
-
-
-def _unit(x: Tensor) -> Tensor:
-    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
 
 
 def route(op: ops.Route, w: Weights, source: Tensor) -> tuple[Tensor, Tensor]:
