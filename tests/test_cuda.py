@@ -346,10 +346,10 @@ class TestRefusals:
 
 
 def in_another_process(python: WarmPython, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Where Triton is not imported yet, and will not be interpreted; the server imports torch and qmix, never Triton."""
+    """Where Triton is not imported yet, and will not be interpreted: the server imports torch and qmix alone."""
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return python.run("-c", code, cwd=Path(__file__).parent, timeout=1800,
-                      env=kept | {"PYTHONPATH": str(Path(__file__).parents[1]), "CUDA_VISIBLE_DEVICES": ""} | environment)
+    own = {"PYTHONPATH": str(Path(__file__).parents[1]), "CUDA_VISIBLE_DEVICES": ""}
+    return python.run("-c", code, cwd=Path(__file__).parent, timeout=1800, env=kept | own | environment)
 
 
 CALL = """
