@@ -1,10 +1,11 @@
-"""Write a random Mixtral 8x7B, Qwen3-30B-A3B or gpt-oss-20b of a chosen depth, without ever having had the original: a
-qmix store, and the same model for llama.cpp.
+"""Write a random Mixtral 8x7B, Qwen3-30B-A3B, Qwen3.6-35B-A3B or gpt-oss-20b of a chosen depth, without ever having had
+the original: a qmix store, and the same model for llama.cpp.
 
     python benchmarks/synthetic.py OUT --layers 12                     # 9.9 GB; 32 layers: 26 GB
     python benchmarks/synthetic.py OUT --layers 12 --gguf OUT.gguf     # both; --only-gguf for the second alone
     python benchmarks/synthetic.py OUT --model qwen3 --layers 24       # 9.6 GB, many small experts; all 48: 18.2
     python benchmarks/synthetic.py OUT --model gpt-oss --layers 12     # 7.1 GB, MXFP4 experts; all 24: 12.6
+    python benchmarks/synthetic.py OUT --model qwen35 --layers 20      # 11.3 GB, most layers delta nets; all 40: 21.1
     python benchmarks/synthetic.py OUT --fit 22G                       # int4, int3 and int2 mixed
     python benchmarks/synthetic.py OUT --check [-f TEXT]               # how an existing store routes
 
@@ -33,6 +34,7 @@ from synthetic_models import RECIPES
 from synthetic_recipe import (
     CLUSTER,
     Recipe,
+    kind_of,
     local_tokens,
     microscales,
     prose_tokens,
@@ -104,11 +106,11 @@ def dense_tensor(recipe: Recipe, tensor: Named, spec: MatrixSpec | None) -> dict
                 rows.copy_(torch.from_numpy(recipe.embedding(cluster)[:len(rows)]))
             return {"weight": whole}
         return {"weight": torch.from_numpy(recipe.plain(tensor.name, tensor.shape)).bfloat16()}
-    kind = tensor.name.split(".")[-1]  # "q" of layers.0.attention.q
-    if kind != "q":
+    kind = kind_of(tensor.name)
+    if not kind.endswith("q"):
         return dense_matrix(recipe.stream(kind, layer), spec, recipe.spread(kind, layer))
-    heads, group = recipe.key_heads(tensor.name)
-    keys = dense_matrix(recipe.stream("k", layer), replace(spec, rows=spec.rows // group), recipe.spread("k", layer))
+    (heads, group), kind = recipe.key_heads(tensor.name), kind[:-1] + "k"
+    keys = dense_matrix(recipe.stream(kind, layer), replace(spec, rows=spec.rows // group), recipe.spread(kind, layer))
     if spec.format == "int4":  # qparams are the same in every row
         return {"qweight": copied(keys["qweight"], heads, group),
                 "qparams": keys["qparams"].repeat(1, group, 1)}

@@ -18,12 +18,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 from gguf_blocks import Bytes, matrix, tensor_bytes
 from numpy.typing import NDArray
-from synthetic_recipe import CLUSTER, Recipe, Values, rounded, tokenizer_file
+from synthetic_recipe import CLUSTER, Recipe, Values, kind_of, rounded, tokenizer_file
 
 from qmix.models import read_model
 from qmix.spec import Model, Moe, Tensor
@@ -35,8 +36,7 @@ TYPES = ("mixed", "q4_0", "q4_k_m")
 
 
 def type_of(recipe: Recipe, types: str, matrix: str, layer: int) -> str:
-    """The type of a matrix: "gate_exps" | "up_exps" | "down_exps" of experts, else the last part of its canonical name,
-    as "q" or "head"."""
+    """The type of a matrix: "gate_exps" | "up_exps" | "down_exps" of experts, else as kind_of has it."""
     expert = matrix.endswith("_exps")
     if expert and recipe.expert_format == "mxfp4":
         return "MXFP4"
@@ -68,12 +68,21 @@ def expert_biases(recipe: Recipe, layer: int, part: int, rows: int) -> Values:
 
 def linear(recipe: Recipe, kind: str, tensor: Tensor) -> Bytes:
     """[N, bytes of a row]. Each query head is a copy of its key head."""
-    part, layer, (rows, cols) = tensor.name.split(".")[-1], layer_of(tensor.name) or 0, tensor.shape
-    if part != "q":
+    part, layer, (rows, cols) = kind_of(tensor.name), layer_of(tensor.name) or 0, tensor.shape
+    if not part.endswith("q"):
         return matrix(recipe.stream("gguf " + part, layer), kind, (rows, cols), recipe.spread(part, layer))
-    heads, copies = recipe.key_heads(tensor.name)
-    keys = matrix(recipe.stream("gguf k", layer), kind, (rows // copies, cols), recipe.spread("k", layer))
+    (heads, copies), part = recipe.key_heads(tensor.name), part[:-1] + "k"
+    keys = matrix(recipe.stream("gguf " + part, layer), kind, (rows // copies, cols), recipe.spread(part, layer))
     return keys.reshape(heads, rows // copies // heads, -1).repeat(copies, axis=0).reshape(rows, -1)
+
+
+def joined(recipe: Recipe, kind: str, tensors: Sequence[Tensor]) -> Bytes:
+    """Matrices that GGUF has as one: below each other, or, where queries come with their gate, head by head."""
+    found = [linear(recipe, kind, tensor) for tensor in tensors]
+    if kind_of(tensors[-1].name) != "gate":
+        return np.concatenate(found)
+    whole = np.stack([part.reshape(recipe.heads, recipe.head_dim, -1) for part in found], axis=1)
+    return whole.reshape(-1, whole.shape[-1])
 
 
 def embedding(recipe: Recipe) -> NDArray[np.float16]:
@@ -83,11 +92,6 @@ def embedding(recipe: Recipe) -> NDArray[np.float16]:
         rows = whole[start:start + CLUSTER]
         rows[:] = rounded(recipe.embedding(start // CLUSTER)[:len(rows)])
     return whole
-
-
-def plain(recipe: Recipe, tensor: Tensor) -> Values:
-    """The store's, through bf16 as there."""
-    return rounded(recipe.plain(tensor.name, tensor.shape))
 
 
 NAMES = {"embedding": "token_embd.weight", "final_norm": "output_norm.weight", "head": "output.weight",
@@ -107,17 +111,20 @@ def name_of(recipe: Recipe, tensor: Tensor) -> str:
 def drafts(recipe: Recipe, types: str = "mixed") -> Iterator[Draft]:
     """Every tensor in the order of the file; values are drawn when it is their turn."""
     model = read_model(recipe.raw_config())
-    for tensor in model.tensors():
-        part, layer, name = tensor.name.split(".")[-1], layer_of(tensor.name), name_of(recipe, tensor)
-        if tensor.role == "embedding":
-            yield name, "F16", tensor.shape, partial(embedding, recipe)
-        elif tensor.role in ("linear", "mlp", "head"):
-            kind = type_of(recipe, types, part, layer or 0)
-            yield name, kind, tensor.shape, partial(linear, recipe, kind, tensor)
-        else:
-            yield name, "F32", tensor.shape, partial(plain, recipe, tensor)
-        if part == "weight":  # the router's
-            yield from expert_drafts(recipe, model, layer or 0, types)
+    for name, group in groupby(model.tensors(), partial(name_of, recipe)):
+        tensors = list(group)
+        first, layer = tensors[0], layer_of(tensors[0].name) or 0
+        if first.role == "embedding":
+            yield name, "F16", first.shape, partial(embedding, recipe)
+        elif first.role in ("linear", "mlp", "head"):
+            kind = type_of(recipe, types, kind_of(first.name), layer)
+            yield name, kind, (sum(t.shape[0] for t in tensors), first.shape[1]), partial(
+                joined, recipe, kind, tensors)
+        else:  # GGUF has a matrix of one row as a vector
+            shape = first.shape[1:] if first.shape[0] == 1 else first.shape
+            yield name, "F32", shape, partial(recipe.gguf_plain, first.name, shape)
+        if first.name.endswith("router.weight"):
+            yield from expert_drafts(recipe, model, layer, types)
 
 
 def expert_drafts(recipe: Recipe, model: Model, layer: int, types: str) -> Iterator[Draft]:

@@ -120,7 +120,7 @@ class Recipe:
         return math.sqrt(share) * (self.drift * (1 + self.drift**2) ** (layer / 2))
 
     def spread(self, matrix: str, layer: int = 0) -> float:
-        """The deviation of a matrix's weights: "w13" or "w2" of an expert, else the last part of its canonical name."""
+        """The deviation of a matrix's weights. matrix: "w13" or "w2" of an expert, else as kind_of has it."""
         if matrix == "o":
             return self.added(layer, 1 - EXPERT_SHARE) / math.sqrt(self.heads * self.head_dim)
         if matrix == "w2":
@@ -150,12 +150,22 @@ class Recipe:
             return self.router(int(name.split(".")[1]))
         return np.ones(shape, np.float32)
 
+    def gguf_plain(self, name: str, shape: tuple[int, ...]) -> Values:
+        """The same as llama.cpp keeps it."""
+        return rounded(self.plain(name, shape))
+
     def expert_bias(self, layer: int, expert: int, matrix: str, rows: int) -> Values:
         """[rows], of "w13" (gate's, then up's) or "w2", rounded to bf16. For models whose experts have biases."""
         return rounded(BIAS * self.stream(f"{matrix} bias", layer, expert).standard_normal(rows, dtype=np.float32))
 
 
 BIAS = 0.02  # deviation of a bias: small beside what it is added to, so that routing stays as it is
+
+
+def kind_of(name: str) -> str:
+    """What streams and spreads of a dense matrix go by: "layers.3.attention.q" -> "q", "layers.3.shared.up" ->
+    "shared.up", "head" -> "head"."""
+    return (name.split(".", 2)[2] if name.startswith("layers.") else name).removeprefix("attention.")
 
 
 def rounded(x: Values) -> Values:
