@@ -88,11 +88,11 @@ def _check_tokenizer(checkpoint: Checkpoint) -> None:
     """Damaged tokenizer, template or generation files are an error now, not after hours of quantizing."""
     from qmix.tokenizer import load
 
-    if not any((checkpoint.path / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
+    if not any((checkpoint.folder / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
         render.say(f"warning: {checkpoint.path} holds neither tokenizer.model nor tokenizer.json: chat and "
                    "generate will refuse the store until the original model's is copied into it")
         return
-    load(checkpoint.path, checkpoint.model.vocab)
+    load(checkpoint.folder, checkpoint.model.vocab)
 
 
 ONE_BY_ONE = 3  # tensors of a part of the checkpoint that are named, and not counted
