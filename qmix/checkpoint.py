@@ -122,7 +122,6 @@ class Checkpoint:
         try:
             found = open_gguf(path, opened)
             check_runs(found.model)
-            (found.folder / "config.json").write_text(json.dumps(found.raw_config, indent=2))
         except ConfigError as e:
             raise CheckpointError(f"{path}: {e.message}", e.cure) from None
         except OSError as e:

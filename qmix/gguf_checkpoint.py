@@ -7,6 +7,7 @@ Q8_0 is 2^-8 of a group's largest. Numbers that lose bits so without being quant
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from qmix.formats.ggml import READ
 from qmix.gguf.header import Header
 from qmix.gguf.model import gguf_config, gguf_layouts, gguf_skipped
 from qmix.gguf.split import check_pieces
+from qmix.gguf.tokenizer import tokenizer_files
 from qmix.models import Layout, Misfit, Source, choose_layout, read_model
 from qmix.shards import Location, Shard
 from qmix.spec import Model, Tensor
@@ -67,6 +69,9 @@ def open_gguf(path: Path, opened: ExitStack) -> Opened:
     kinds = Counter(locations[source.name].entry.dtype for source in layout.values())
     used = {source.name: locations[source.name] for source in layout.values()}
     folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="qmix-gguf-")))
+    for name, data in _files(paths[0], raw, headers[0].metadata).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(data)
     return Opened(raw, model, used, layout, unused, _notes(paths[0], model, layout, used, kinds), folder,
                   _carried(model, layout, used))
 
@@ -98,6 +103,14 @@ def _read_model(path: Path, metadata: Mapping[str, Any],
         raise CheckpointError(f"{path}: {model.num_layers} layers of up to {model.num_experts} experts: {count} "
                               f"tensors, want at most {MAX_TENSORS}", BELONG)
     return {**raw, "torch_dtype": dtype}, model
+
+
+def _files(path: Path, raw: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, bytes]:
+    """{name: bytes} of config.json, tokenizer and chat template."""
+    try:
+        return {"config.json": json.dumps(raw, indent=2).encode(), **tokenizer_files(metadata)}
+    except ConfigError as e:
+        raise CheckpointError(f"{path}: {e.message}", e.cure or BELONG) from None
 
 
 def _account(path: Path, model: Model, locations: Mapping[str, Location]) -> tuple[Layout, tuple[str, ...]]:
