@@ -1,4 +1,4 @@
-"""A checkpoint in Hugging Face layout, read one tensor at a time.
+"""A checkpoint in Hugging Face layout, or a GGUF file, read one tensor at a time.
 
 Opening reads config.json and the headers only, and accounts for every tensor: each one is used, or named in `skipped`,
 or the checkpoint is refused by that tensor's name. Tensors are then read with pread into fresh memory, never mapped and
@@ -29,6 +29,8 @@ from qmix import modelfiles, sources
 from qmix.config import ExpertKey
 from qmix.errors import CheckpointError, ConfigError
 from qmix.formats.mxfp4 import LARGEST, Blocks
+from qmix.gguf.header import is_gguf
+from qmix.gguf_checkpoint import Opened, open_gguf
 from qmix.models import (
     ARCHITECTURES,
     Layout,
@@ -45,7 +47,6 @@ from qmix.models.source import Index
 from qmix.shards import INDEX, REFETCH, SINGLE, Location, equal, locate, read_json
 from qmix.sizes import MX_GROUP
 from qmix.spec import WIDE, Attention, Model, Moe
-from qmix.tensorfile import ITEM_BYTES
 
 STORE_MANIFEST = "qmix.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -68,7 +69,8 @@ class Checkpoint:
     """An open checkpoint. Use as a context manager, or close it.
 
     Tensors are asked for by their canonical names (Model.tensors), whatever the files call them.
-    path: the folder. model: what it holds, `dtype` as the files have it whatever config.json says.
+    path: the folder, or the GGUF file; folder: where config.json and the tokenizer are. model: what it holds, `dtype`
+    as the files have it whatever config.json says.
     raw_config: config.json as it stands. nbytes: bytes of all used weights. expert_format: "mxfp4" where experts are
     quantized already; they are read as numbers of `dtype`, exactly, or as `expert_blocks`. Else None.
     skipped: names of tensors and weight files that the model does not need. notes: lines on what the folder says
@@ -76,14 +78,18 @@ class Checkpoint:
     """
 
     def __init__(self, path: Path, raw_config: Mapping[str, Any], model: Model, locations: Mapping[str, Location],
-                 table: Mapping[str, Source], skipped: tuple[str, ...], notes: tuple[str, ...], opened: ExitStack):
+                 table: Mapping[str, Source], skipped: tuple[str, ...], notes: tuple[str, ...], opened: ExitStack,
+                 decoded: Opened | None = None):
         self.path = path
+        self.folder = path if decoded is None else decoded.folder
         self.raw_config = raw_config
         self.model = model
         self.skipped = skipped
         self.notes = notes
         self.nbytes = sum(location.entry.nbytes for location in locations.values())
-        self.expert_format = "mxfp4" if any(source.scales for source in table.values()) else None
+        self.expert_format = decoded.carried if decoded is not None else \
+            "mxfp4" if any(source.scales for source in table.values()) else None
+        self._decoded = None if decoded is None else getattr(torch, model.dtype)
         self._locations = locations
         self._table = table
         self._opened = opened
@@ -94,6 +100,8 @@ class Checkpoint:
         """Open and account for every tensor; CheckpointError names file, tensor or key, and the cure."""
         path = Path(path)
         with ExitStack() as opened:
+            if is_gguf(path):
+                return cls._open_gguf(path, opened)
             try:
                 _check_folder(path)
                 raw = read_json(path / "config.json")
@@ -109,18 +117,33 @@ class Checkpoint:
                              f"files have them in {model.dtype}: read so")
             return cls(path, raw, model, used, table, (*skipped, *unused), tuple(notes), opened.pop_all())
 
+    @classmethod
+    def _open_gguf(cls, path: Path, opened: ExitStack) -> Checkpoint:
+        try:
+            found = open_gguf(path, opened)
+            check_runs(found.model)
+        except ConfigError as e:
+            raise CheckpointError(f"{path}: {e.message}", e.cure) from None
+        except OSError as e:
+            raise CheckpointError(f"{e.filename or path}: {e.strerror}", "check the path and its permissions") from None
+        return cls(path, found.raw_config, found.model, found.locations, found.table, found.skipped, found.notes,
+                   opened.pop_all(), found)
+
     def dense(self, name: str) -> Tensor:
-        """A tensor of Model.tensors, in fresh memory and the file's dtype, or fp32 for the roles of WIDE."""
-        found = self._tensor(name)
-        return found.float() if name in self._widened else found
+        """A tensor of Model.tensors, in fresh memory and the file's dtype (of a GGUF file, the model's), or fp32 for the
+        roles of WIDE."""
+        if name in self._widened:
+            return self._tensor(name, dtype=torch.float32).float()
+        return self._tensor(name)
 
     def published(self, name: str) -> str:
         """What the checkpoint calls a tensor of the model, or the tensor that it is a part of."""
         return self._table[name].name
 
-    def item_bytes(self, name: str) -> int:
-        """Of a number of a tensor of the model, as the file has it."""
-        return ITEM_BYTES[self._locations[self._table[name].name].entry.dtype]
+    def nbytes_of(self, name: str, shape: tuple[int, ...]) -> int:
+        """Of a tensor of the model, as the file has it; its share of the file's tensor."""
+        entry = self._locations[self._table[name].name].entry
+        return entry.nbytes * prod(shape) // prod(entry.shape)
 
     def expert(self, key: ExpertKey) -> tuple[Tensor, Tensor, Tensor]:
         """w1 (gate) [F, H], w2 (down) [H, F], w3 (up) [F, H], in the file's dtype and fresh memory."""
@@ -143,9 +166,12 @@ class Checkpoint:
         return w13, self._blocks(down)[0]
 
     def _blocks(self, *of: Source) -> list[Blocks]:
-        """Of sources in one tensor. CheckpointError for a scale that no weight has."""
-        codes, scales = self._locations[of[0].name], self._locations[of[0].scales]
-        found = sources.read_blocks(codes, scales, of)
+        """Of sources in one tensor, or in GGUF's. CheckpointError for a scale that no weight has."""
+        if self._decoded is not None:
+            found, scales = [sources.read_mxfp4(self._locations[s.name], s) for s in of], self._locations[of[0].name]
+        else:
+            codes, scales = self._locations[of[0].name], self._locations[of[0].scales]
+            found = sources.read_blocks(codes, scales, of)
         if (largest := max(int(blocks.scales.max()) for blocks in found)) > LARGEST:
             part = ", ".join(str(step.at) for step in of[0].steps if isinstance(step, Index))
             raise CheckpointError(f"{scales.shard.file.path}: {scales.entry.name}[{part}]: holds {largest}, want at "
@@ -154,10 +180,11 @@ class Checkpoint:
 
     def expert_nbytes(self, key: ExpertKey) -> int:
         """Of an expert's share of the files."""
-        found, item = 0, getattr(torch, self.model.dtype).itemsize
+        found = 0
         for tensor in self.model.expert_tensors(key):
             count = prod(tensor.shape)
-            found += count // 2 + count // MX_GROUP if self._table[tensor.name].scales else count * item
+            found += count // 2 + count // MX_GROUP if self._table[tensor.name].scales else \
+                self.nbytes_of(tensor.name, tensor.shape)
         return found
 
     def expert_biases(self, key: ExpertKey) -> tuple[Tensor, Tensor] | None:
@@ -165,7 +192,7 @@ class Checkpoint:
         names = [tensor.name for tensor in self.model.expert_tensors(key)[3:]]
         if not names:
             return None
-        gate, up, down = (self._tensor(name).float() for name in names)
+        gate, up, down = (self._tensor(name, dtype=torch.float32).float() for name in names)
         return torch.cat((gate, up)), down
 
     def read_into(self, name: str, out: Tensor) -> None:
@@ -176,10 +203,12 @@ class Checkpoint:
         found = self._tensor(name, out.view(-1).view(torch.uint8))
         assert found.shape == out.shape
 
-    def _tensor(self, name: str, out: Tensor | None = None) -> Tensor:
+    def _tensor(self, name: str, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """dtype: in which a GGUF file is decoded, the model's by default; others stay as they are."""
         source = self._table[name]
         if not source.scales:
-            return sources.read(self._locations[source.name], source, out)
+            decoded = None if self._decoded is None else dtype or self._decoded
+            return sources.read(self._locations[source.name], source, out, decoded)
         dtype, exact = getattr(torch, self.model.dtype), self._blocks(source)[0].numbers(torch.float32)
         found = exact.to(dtype)
         if dtype == torch.float16 and not torch.equal(found.float(), exact):
@@ -189,8 +218,8 @@ class Checkpoint:
 
     @property
     def extra_files(self) -> list[str]:
-        """Names of tokenizer, chat template and generation defaults in the folder, as far as they are there."""
-        return list(modelfiles.present(self.path))
+        """Names of tokenizer, chat template and generation defaults in `folder`, as far as they are there."""
+        return list(modelfiles.present(self.folder))
 
     def fingerprint(self) -> str:
         """Hex digest of the content: config, every tensor's name, shape and location, and a sample of its
@@ -219,7 +248,10 @@ def _check_folder(path: Path) -> None:
     if not path.exists():
         raise CheckpointError(f"{path}: no such folder", FOLDER)
     if not path.is_dir():
-        raise CheckpointError(f"{path}: a file, not a folder", FOLDER)
+        raise CheckpointError(f"{path}: a file, not a folder", f"{FOLDER}, or a GGUF file")
+    if (found := sorted(path.glob("*.gguf"))) and not (path / "config.json").exists():
+        raise CheckpointError(f"{path}: no config.json, but {len(found)} GGUF file{'s' if len(found) > 1 else ''}",
+                              f"name the file: {found[0]}")
     if (path / STORE_MANIFEST).exists():
         raise CheckpointError(f"{path}: a qmix store, quantized already",
                               f"talk to it with `qmix chat {path}`, or give the original checkpoint")

@@ -19,6 +19,7 @@ FLOORS = (
     {"formats"},
     {"shards"},
     {"sources"},
+    {"gguf_checkpoint"},
     {"checkpoint", "store", "kernels", "hardware", "device"},
     {"forward"},
     {"quantize", "offload", "tokenizer", "sampling", "speculation"},

@@ -30,6 +30,7 @@ from torch import Tensor
 from qmix.checkpoint import HEAD, Checkpoint
 from qmix.config import Cancel
 from qmix.errors import DoesNotFit, Interrupted, QmixError, UsageError
+from qmix.gguf.header import is_gguf
 from qmix.kernels.kv_size import channels
 from qmix.models import Source, layouts
 from qmix.models.source import Index, PerHead, Rows, Squeeze, Strided, Transpose
@@ -117,6 +118,9 @@ class Original:
     def open(cls, path: Path, say: Callable[[str], None]) -> Original:
         """UsageError where transformers or accelerate are not installed, CheckpointError as Checkpoint.open."""
         _import(path)
+        if is_gguf(path):
+            raise UsageError(f"{path}: a GGUF file, which transformers does not compute as it is",
+                             "compare with the original checkpoint, as safetensors")
         with ExitStack() as opened:
             checkpoint = opened.enter_context(Checkpoint.open(path))
             found = cls(checkpoint, _skeleton(path, checkpoint.model), say)

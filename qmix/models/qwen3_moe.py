@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from qmix.models.gguf import Shapes, base_config, block_layouts, expert_counts, has_biases, rope_config
 from qmix.models.keys import Keys
 from qmix.models.parts import (
     LLAMA,
@@ -28,6 +29,7 @@ from qmix.spec import Attention, Expert, Layer, Mlp, Model, Moe, Norm, Norms, Ro
 
 MODEL_TYPES = ("qwen3_moe",)
 SKIPPED = ROTARY_BUFFERS
+GGUF = "qwen3moe"
 
 
 def read(keys: Keys) -> Model:
@@ -59,6 +61,20 @@ def layouts(model: Model) -> tuple[Layout, ...]:
     """As Qwen published it, and as transformers 5 holds it in memory."""
     dense = dense_layout(model, LLAMA)
     return {**dense, **expert_layout(model)}, {**dense, **fused_layout(model)}
+
+
+def gguf_config(keys: Keys, shapes: Shapes) -> dict[str, Any]:
+    found = base_config(keys, shapes)
+    inner = keys.count("expert_feed_forward_length")
+    keys.fixed("expert_weights_norm", True)  # what llama.cpp computes; no published model has it otherwise
+    return {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], **found,
+            "intermediate_size": keys.count("feed_forward_length", inner), "moe_intermediate_size": inner,
+            **expert_counts(keys, "num_experts"), **rope_config(keys, found["head_dim"]), "norm_topk_prob": True,
+            "attention_bias": has_biases(shapes)}
+
+
+def gguf_layouts(model: Model) -> tuple[Layout, ...]:
+    return block_layouts(model)
 
 
 TINY = MappingProxyType[str, Any]({
