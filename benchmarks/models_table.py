@@ -8,6 +8,7 @@ Nothing here is measured: parameters and memory follow from config.json, speeds 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ large for them.
 **Memory** is that of all weights, experts with 4.5 bits a weight (int4, groups of 64, as `qmix quantize` does by
 default; gpt-oss's as they are published, MXFP4 with 4.25) and the rest in int8; the KV cache comes on top. **Speeds**
 are `qmix plan`'s forecasts of decoding at uniform routing, the worst case for a cache: from bytes and the bandwidths
-below, without the launches and waits of a GPU, which count for much where experts are small. `qmix plan CONFIG.JSON`
-makes them for your machine.
+below, without the launches and waits of a GPU, which count for much where experts are small. A model that runs on the
+CPU only has the CPU's speed everywhere. `qmix plan CONFIG.JSON` makes these forecasts for your machine.
 """
 
 
@@ -49,8 +50,10 @@ def quant_of(raw: dict[str, Any]) -> QuantConfig:
 
 
 def speed(name: str, raw: dict[str, Any], pc: expect.Pc) -> str:
+    model = read_model(raw)
     try:
-        found = expect.forecast(pc, planning.Planned(name, read_model(raw), quant_of(raw), {}))
+        found = expect.forecast(replace(pc, card=None) if not_on_device(model) else pc,
+                                planning.Planned(name, model, quant_of(raw), {}))
     except DoesNotFit:
         return "does not fit"
     least, most = (f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}" for rate in found["tokens_per_second"])

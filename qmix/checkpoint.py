@@ -44,7 +44,7 @@ from qmix.models import (
 from qmix.models.source import Index
 from qmix.shards import INDEX, REFETCH, SINGLE, Location, equal, locate, read_json
 from qmix.sizes import MX_GROUP
-from qmix.spec import DeltaNet, Model, Moe
+from qmix.spec import WIDE, Attention, Model, Moe
 from qmix.tensorfile import ITEM_BYTES
 
 STORE_MANIFEST = "qmix.json"
@@ -87,7 +87,7 @@ class Checkpoint:
         self._locations = locations
         self._table = table
         self._opened = opened
-        self._widened = {tensor.name for tensor in model.tensors() if tensor.role == "choice_bias"}
+        self._widened = {tensor.name for tensor in model.tensors() if tensor.role in WIDE}
 
     @classmethod
     def open(cls, path: Path | str) -> Checkpoint:
@@ -110,7 +110,7 @@ class Checkpoint:
             return cls(path, raw, model, used, table, (*skipped, *unused), tuple(notes), opened.pop_all())
 
     def dense(self, name: str) -> Tensor:
-        """A tensor of Model.tensors, in fresh memory and the file's dtype, a router's choice bias in fp32."""
+        """A tensor of Model.tensors, in fresh memory and the file's dtype, or fp32 for the roles of WIDE."""
         found = self._tensor(name)
         return found.float() if name in self._widened else found
 
@@ -296,9 +296,7 @@ def not_run(model: Model) -> str:
     """What of the model the engine cannot do, "" where it runs it."""
     for i, layer in enumerate(model.layers):
         mixer, record = layer.mixer, layer.mlp.expert if isinstance(layer.mlp, Moe) else layer.mlp
-        if isinstance(mixer, DeltaNet):
-            return f"layer {i} is a gated delta net, whose state a session cannot go back to yet"
-        if mixer.kv_source is not None:
+        if isinstance(mixer, Attention) and mixer.kv_source is not None:
             return f"layer {i} reads the keys and values of layer {mixer.kv_source}"
         if i in model.record_layers and record.activation.kind == "geglu":
             return f"the experts of layer {i} have geglu, with which no model was run from end to end yet"
@@ -348,7 +346,7 @@ def _check_tensors(model: Model, layout: Layout, locations: Mapping[str, Locatio
     of_experts = (t for key in model.expert_keys for t in model.expert_tensors(key))
     for tensor in chain(model.tensors(), of_experts):
         source = layout[tensor.name]
-        wide = tensor.role == "choice_bias" and locations[source.name].entry.dtype == "F32"
+        wide = tensor.role in WIDE and locations[source.name].entry.dtype == "F32"
         _check_tensor(source, locations[source.name], tensor.shape,
                       BYTES if source.scales else "float32" if wide else model.dtype)
         if source.scales:

@@ -69,7 +69,8 @@ def reference(model_class: Any, config: Any, seed: int = 0) -> Any:
             drawn *= (3.0 if "lm_head" in name else 2.0 if "gate.weight" in name or "router" in name else 1.0
                       ) * tensor.shape[-1] ** -0.5
         else:  # norms and scales; Qwen3.5's norms are 1 + weight, but for one
-            drawn = 0.3 * drawn + (config.model_type != "qwen3_5_moe_text" or "linear_attn" in name)
+            one_plus = config.model_type.startswith(("qwen3_5", "qwen3_next")) and "linear_attn" not in name
+            drawn = 0.3 * drawn + (not one_plus)
         tensor.copy_(drawn)
     return model
 

@@ -19,6 +19,7 @@ import torch
 from architectures import FIRST, RUNNING, quantized, random_model, write
 from helpers import UNQUANTIZED
 from model_configs import RUN, ids
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_cli import Done, qmix
 from torch import Tensor
@@ -29,7 +30,8 @@ from qmix.config import QuantConfig, SamplingParams
 from qmix.engine import Engine, load
 from qmix.errors import CheckpointError
 from qmix.kernels import native
-from qmix.models import layouts
+from qmix.kernels.kv_size import kv_bytes
+from qmix.models import choose_layout, layouts
 from qmix.offload.one_token import OneToken
 from qmix.offload.plan import RESERVE, Needs
 from qmix.offload.router_stats import RouterStats
@@ -57,6 +59,7 @@ def test_each_has_at_least_four_configurations() -> None:
 def test_the_logits_are_those_of_transformers(at: int, tmp_path: Path) -> None:
     """In fp32: within 1e-4, and the same token wherever the reference's gap exceeds 2e-4."""
     raw = RUNNING[at]
+    at -= [other["model_type"] for other in RUNNING].index(raw["model_type"])  # whatever other architectures there are
     model = random_model(raw, seed=at)
     with torch.inference_mode():
         want = model(torch.tensor([IDS[:46]]), use_cache=False).logits[0]
@@ -95,6 +98,10 @@ def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     source = write(theirs, FIRST[request.param], folder / "source")
     return Files(source, quantized(source, folder / "int4", QuantConfig()),
                  quantized(source, folder / "keep", UNQUANTIZED), theirs)
+
+
+# Why not one piece of a token is a sequence of native calls: the gate of a shared MLP, whose logit is summed in fp64.
+OP_BY_OP = dict.fromkeys(("qwen3_5_moe", "qwen3_next"), "Linear in fp64")
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +145,7 @@ def test_native_equals_eager(files: Files, want: Tensor, monkeypatch: pytest.Mon
         logits(engine)
         runs = engine._model.single_tokens
         attends = native.wanted_levels()[:1] not in ([], ["portable"])  # these leave attention to torch
-        assert not attends or runs == "native"
+        assert not attends or runs == OP_BY_OP.get(engine.model.architecture, "native")
     monkeypatch.setattr("qmix.forward.runner.unsupported", lambda *_: "not asked for")
     with load(files.int4, threads=1, context=64) as engine:
         assert torch.equal(logits(engine), want)
@@ -193,8 +200,9 @@ def test_keys_and_values_in_int8(files: Files, want: Tensor) -> None:
     with paged(files.int4, kv="int8") as engine:
         assert torch.equal(logits(engine), got)
         model = engine.model
+    states = kv_bytes(model, 0)  # which are no keys
     with load(files.int4, threads=1, context=64) as engine:
-        assert nbytes < 0.8 * engine.session().cache.nbytes
+        assert nbytes - states < 0.8 * (engine.session().cache.nbytes - states)
     assert not torch.equal(got, want) and model.num_layers
     near = torch.nn.functional.cosine_similarity(got, want, dim=1)
     assert near.min() > 0.98
@@ -225,7 +233,8 @@ def test_a_checkpoint_that_is_not_of_its_config(files: Files, tmp_path: Path, wo
                                                 change: Callable[[dict[str, Tensor], str], None]) -> None:
     """A matrix of each kind that the model has, by the name that the file has for it."""
     model = files.model
-    table, roles = layouts(model)[0], {}
+    with safe_open(files.source / "model.safetensors", "pt") as file:
+        table, roles = choose_layout(layouts(model), file.keys()), {}
     for tensor in (*model.tensors(), *model.expert_tensors(model.expert_keys[-1])):
         if len(tensor.shape) == 2:
             roles[tensor.name.rpartition(".")[2]] = table[tensor.name].name

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_configs import CASES, ON_DEVICE, RUN, ids
+from model_configs import CASES, ON_DEVICE, RUN, TINY, ids
 from torch import Tensor
 
 from qmix.config import Cancel, Step
@@ -277,12 +277,18 @@ def test_what_a_device_does_not_compute(name: str) -> None:
         raise AssertionError(not_on_device(make()))
 
 
+# Gated delta nets run on the CPU only for now: a device has no call for their convolution and their delta rule.
+ON_CPU_ONLY = {"qwen3_5_moe", "qwen3_next"}
+
+
 def test_all_that_the_cpu_runs_a_device_computes() -> None:
-    assert ON_DEVICE == RUN
+    assert [kind for kind in RUN if kind not in ON_DEVICE] == [kind for kind in RUN if kind in ON_CPU_ONLY]
+    reasons = {kind: not_on_device(read_model(TINY[kind])) for kind in ON_CPU_ONLY}
+    assert reasons == {kind: f"qmix's GPU kernels do not compute {kind}: Conv (layer 0)" for kind in ON_CPU_ONLY}
 
 
 def test_other_architectures_are_refused_by_their_ops() -> None:
     """Where the CPU does not run one yet either, it may be for what is not the device's."""
     reasons = {raw["model_type"]: not_on_device(read_model(raw)) for raw in CASES if raw["model_type"] not in RUN}
-    assert all(re.search(r": (Conv|Guess) \(layer \d\)$", reason) for reason in reasons.values() if reason), reasons
+    assert all(re.search(r": Guess \(layer \d\)$", reason) for reason in reasons.values() if reason), reasons
     assert {kind for kind, reason in reasons.items() if not reason} <= {"gemma4", "gemma4_text"}

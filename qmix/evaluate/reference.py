@@ -30,12 +30,13 @@ from torch import Tensor
 from qmix.checkpoint import HEAD, Checkpoint
 from qmix.config import Cancel
 from qmix.errors import DoesNotFit, Interrupted, QmixError, UsageError
+from qmix.kernels.kv_size import channels
 from qmix.models import Source, layouts
-from qmix.models.source import Index, Rows, Strided, Transpose
+from qmix.models.source import Index, PerHead, Rows, Squeeze, Strided, Transpose
 from qmix.offload.plan import SCORED_COPIES, SCORED_PIECE, SCORED_ROWS, dense_mlps
 from qmix.sizes import MIB, format_bytes
 from qmix.sources import apply
-from qmix.spec import Attention, Model
+from qmix.spec import Attention, DeltaNet, Model
 
 
 class Weights(Mapping[str, Tensor]):
@@ -63,10 +64,13 @@ class Weights(Mapping[str, Tensor]):
             return self._held[name]
         parts = self._parts[name]
         if len(parts) == 1:
-            return self._checkpoint.dense(parts[0][0])
+            return self._checkpoint.dense(parts[0][0]).view(self.shapes[name])
         out = torch.empty(self.shapes[name], dtype=getattr(torch, self._checkpoint.model.dtype))
         for ours, source in parts:
-            self._checkpoint.read_into(ours, apply(out, source.steps))
+            if any(isinstance(step, PerHead) for step in source.steps):  # of whose rows there is no view
+                out[apply(torch.arange(len(out)), source.steps)] = self._checkpoint.dense(ours)
+            else:
+                self._checkpoint.read_into(ours, apply(out, source.steps))
         return out
 
     def hold(self, name: str) -> None:
@@ -87,7 +91,9 @@ def _whole(shape: tuple[int, ...], source: Source) -> tuple[int, ...]:
             shape = (step.of, *shape)
         elif isinstance(step, Transpose):
             shape = shape[::-1]
-        else:
+        elif isinstance(step, Squeeze):
+            shape = (*shape[:step.dim], 1, *shape[step.dim:])
+        elif not isinstance(step, PerHead):
             assert isinstance(step, Rows | Strided), step
             shape = (step.of if isinstance(step, Rows) else step.step * shape[0], *shape[1:])
     return shape
@@ -255,7 +261,16 @@ def workspace(model: Model, context: int) -> int:
     token = item * (4 * hidden + chosen + 4 * heads) + 12 * hidden
     matrix = _nbytes((2 * inner, hidden), model)
     scores = 5 + 6 * _sinks(model) * item
+    deltas = [_delta_row(layer.mixer) for layer in model.layers if isinstance(layer.mixer, DeltaNet)]
+    token += max(deltas, default=0)
     return context * token + scores * context * context + matrix + scoring(model, context) + 32 * MIB
+
+
+def _delta_row(d: DeltaNet) -> int:
+    """Bytes of a token in a gated delta net, in fp32: q, k, v and z; the first three through the convolution; queries
+    and keys by value head, with their scaled copies; values; in each chunk of 64 tokens what they are to each other."""
+    keys, values = d.value_heads * d.key_dim, d.value_heads * d.value_dim
+    return 4 * (5 * channels(d) + 9 * keys + 8 * values + 5 * 64 * d.value_heads)
 
 
 def scoring(model: Model, context: int) -> int:

@@ -19,6 +19,7 @@ from qmix.models.parts import (
     read_experts,
     read_silu,
     read_sizes,
+    read_sparse_layers,
     read_window,
 )
 from qmix.models.rope import read_rope
@@ -40,7 +41,7 @@ def read(keys: Keys) -> Model:
     attention = Attention(s.heads, s.kv_heads, s.head_dim, read_rope(keys, s.head_dim, s.max_positions, theta=1e4),
                           window=window if keys.boolean("use_sliding_window", False) else None,
                           q_norm=norm, k_norm=norm, bias="qkvo" if keys.boolean("attention_bias", False) else "none")
-    sparse = _sparse_layers(keys, s.layers)
+    sparse = read_sparse_layers(keys, s.layers)
     moe, mlp = _moe(keys), Mlp(keys.count("intermediate_size"))
     layers = tuple(Layer(attention, moe if i in sparse else mlp, Norms(norm, norm)) for i in range(s.layers))
     return Model("qwen3_moe", s.hidden, s.vocab, s.max_positions, layers, norm, read_dtype(keys),
@@ -52,12 +53,6 @@ def _moe(keys: Keys) -> Moe:
     experts, top_k = read_experts(keys, "num_experts")
     router = Router(experts, top_k, over="all", normalize=keys.boolean("norm_topk_prob", False))
     return Moe(router, Expert(keys.count("moe_intermediate_size")))
-
-
-def _sparse_layers(keys: Keys, layers: int) -> set[int]:
-    """Those with experts: every decoder_sparse_step-th, counted from 1, but not those of mlp_only_layers."""
-    step, dense = keys.count("decoder_sparse_step", 1), keys.integers("mlp_only_layers", ())
-    return {i for i in range(layers) if (i + 1) % step == 0} - set(dense)
 
 
 def layouts(model: Model) -> tuple[Layout, ...]:

@@ -20,7 +20,7 @@ from math import prod
 from qmix.config import DTYPES, QuantConfig
 from qmix.errors import DoesNotFit, UsageError
 from qmix.kernels import prompt_tiles
-from qmix.kernels.kv_size import kv_bytes
+from qmix.kernels.kv_size import channels, kv_bytes, recurrent_bytes
 from qmix.sizes import (
     GIB,
     KV_FORMATS,
@@ -32,7 +32,7 @@ from qmix.sizes import (
     pass_tokens,
     record_layouts,
 )
-from qmix.spec import Attention, Mlp, Model, Moe
+from qmix.spec import Attention, DeltaNet, Mlp, Model, Moe
 
 DEFAULT_CONTEXT = 8192
 ATTENTION_BLOCK = 512  # query positions of one attention call
@@ -283,12 +283,23 @@ def workspace_bytes(model: Model, context: int, itemsize: int, kv: str = "bf16",
     per_token = (4 + itemsize) * hidden + (k + 2) * hidden * 4
     block = min(tokens, ATTENTION_BLOCK) * (heads * (4 + itemsize) + context * (1 + itemsize) + hidden * itemsize)
     chunk = min(tokens, EXPERT_CHUNK) * (4 * inner * itemsize + hidden * (2 * itemsize + 4))
+    for delta in {layer.mixer for layer in model.layers if isinstance(layer.mixer, DeltaNet)}:
+        block = max(block, delta_bytes(delta, min(tokens, ATTENTION_BLOCK), itemsize))
     if kv == "int8":
         new = min(tokens, ATTENTION_BLOCK) * max(a.kv_heads for a in mixers)
         block += max(a.head_dim for a in mixers) * (2 * context * itemsize + 4 * 3 * max(min(context, KV_PIECE), new))
     if grouped:
         chunk = max(chunk, prompt_tiles.workspace(tokens * k, model.num_experts, model.expert_inner, itemsize))
     return tokens * per_token + max(block, chunk) + model.vocab * 8
+
+
+def delta_bytes(d: DeltaNet, tokens: int, itemsize: int) -> int:
+    """What a gated delta net takes for a block of a prompt: q, k and v as projected, side by side, with the past,
+    summed and activated; queries and keys once for each value head, and a product with them; z, the values read, their
+    norm and gate; and three states on their way."""
+    keys, values = d.value_heads * d.key_dim, d.value_heads * d.value_dim
+    row = channels(d) * (itemsize + 4 * 4) + 3 * 4 * keys + values * (itemsize + 5 * 4)
+    return tokens * row + 3 * recurrent_bytes(d)
 
 
 def scoring_bytes(model: Model, context: int) -> int:

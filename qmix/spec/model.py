@@ -203,9 +203,10 @@ def _delta(hidden: int, d: DeltaNet) -> Iterator[Tensor]:
     for name in ("b", "a"):  # few rows that decide what the state forgets: never quantized, as a router
         yield Tensor(f"delta.{name}", (d.value_heads, hidden), "router")
     yield Tensor("delta.conv", (2 * keys + values, d.conv), "other")
-    yield Tensor("delta.a_log", (d.value_heads,), "other")
+    yield Tensor("delta.a_log", (d.value_heads,), "recurrent")
     yield Tensor("delta.dt_bias", (d.value_heads,), "bias")
-    yield from _norm("delta.norm", d.norm, d.value_dim)
+    if d.norm.weight != "none":
+        yield Tensor("delta.norm", (d.value_dim,), "recurrent")
     yield Tensor("delta.o", (hidden, values), "linear")
 
 

@@ -8,9 +8,11 @@ from typing import Literal, NamedTuple
 from qmix.spec.checks import numbers, one_of
 
 # What a dense tensor is, and so what may be done to it: "linear" and "head" may be quantized, all others never are.
-# "mlp" is a linear of a dense or shared MLP. "choice_bias" is fp32 whatever the dtype of the model: published
-# checkpoints have it so, since the bias tells experts apart whose scores bf16 would call equal.
-Role = Literal["embedding", "linear", "mlp", "head", "router", "choice_bias", "norm", "bias", "other"]
+# "mlp" is a linear of a dense or shared MLP. The roles of WIDE are fp32 in a store whatever the dtype of the model, as
+# in published checkpoints: "choice_bias", which tells experts apart whose scores bf16 would call equal; "recurrent",
+# what a delta net's state forgets by and what its output is normed with (Qwen3.5; Qwen3.6 has them in bf16).
+Role = Literal["embedding", "linear", "mlp", "head", "router", "choice_bias", "recurrent", "norm", "bias", "other"]
+WIDE: frozenset[Role] = frozenset(("choice_bias", "recurrent"))
 
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}  # of weights, and their short names
 
