@@ -172,8 +172,7 @@ class Steps:
         weights, layer = self._weights, self._layer
         if isinstance(op, ops.Conv):
             return partial(layer.conv, torch_ops.taps_of(op, weights))
-        a_log, dt_bias = weights.vector(op.a_log), weights.vector(op.dt_bias)
-        return partial(layer.delta, op.delta, a_log, dt_bias)
+        return partial(torch_ops.delta, op, weights, layer=layer)
 
     def _own(self, op: Op) -> Callable[[tuple[Tensor, ...], Block], Any] | None:
         """What LayerOps computes."""
@@ -187,7 +186,7 @@ class Steps:
         if isinstance(op, ops.Mlp):
             return partial(self._mlp, op)
         if isinstance(op, ops.Gate):
-            return lambda inputs, block: layer.gate(*inputs, op.kind)
+            return lambda inputs, block: layer.gate(inputs[0], inputs[1], op.kind)
         if isinstance(op, ops.Linear) and op.exact:
             weight, bias = self._weights[op.weight.name], self._weights.vector(op.bias)
             return lambda inputs, block: torch_ops.biased(layer.exact(inputs[0], weight), bias)
