@@ -7,7 +7,8 @@ A recurrent state has no positions, so it cannot be trimmed. Two things take it 
     marks                        positions within a longer pass at which a copy is kept for a snapshot: the tokens up to
                                  there and those behind it are computed one after the other.
 
-Both tensors of a layer are replaced, never written into, so that a saved one stays as it is.
+Both tensors of a layer are replaced, never written into, so that a saved one stays as it is. Whoever computes one token
+in place of `advance` gets two tensors from `replace`, which change roles from token to token unless somebody keeps one.
 
 T tokens.
 """
@@ -35,12 +36,16 @@ class Recurrence:
         self.marked: dict[int, Tensor] = {}
         self._marks: Sequence[int] = ()
         self._before: Tensor | None = None
+        self._spare: Tensor | None = None  # nobody has it
+        self._lent = False  # somebody may keep `now`
         self._done: list[tuple[Advance, tuple[Tensor, ...]]] = []  # since `_before`
 
     def begin(self, retraceable: bool, marks: Sequence[int] = ()) -> None:
         """A pass begins. retraceable: `retrace` will be able to take part of it back."""
         self.marked, self._marks, self._done = {}, marks, []
         self._before = self.now if retraceable else None
+        if retraceable or marks:
+            self._spare, self._lent = None, True
 
     def advance(self, compute: Advance, start: int, *inputs: Tensor) -> Any:
         """What `compute` gives for the tokens of positions start, start + 1, ..."""
@@ -58,6 +63,17 @@ class Recurrence:
             return found[0]
         return tuple(map(torch.cat, zip(*found, strict=True))) if isinstance(found[0], tuple) else torch.cat(found)
 
+    def replace(self) -> tuple[Tensor, Tensor]:
+        """(the tensor as it is, one for what the next token makes of it), which is `now` from here on."""
+        old, new = self.now, torch.empty_like(self.now) if self._spare is None else self._spare
+        self._spare, self._lent, self.now = None if self._lent else old, False, new
+        return old, new
+
+    def lend(self) -> Tensor:
+        """`now`, for somebody who keeps it."""
+        self._lent = True
+        return self.now
+
     def retrace(self, count: int) -> None:
         """As it was after the first `count` tokens of the pass."""
         assert self._before is not None
@@ -74,7 +90,7 @@ class Recurrence:
 
     def set(self, now: Tensor) -> None:
         self.begin(retraceable=False)
-        self.now = now
+        self.now, self._spare, self._lent = now, None, True
 
 
 class RecurrentLayer:
@@ -110,7 +126,7 @@ class RecurrentLayer:
         self._pass = range(self._pass.start, length + 1)
 
     def save(self, copy: bool) -> tuple[Tensor, ...]:
-        return self.state.now, self.past.now
+        return (self.state.lend(), self.past.lend()) if copy else (self.state.now, self.past.now)
 
     def load(self, saved: tuple[Tensor, ...]) -> None:
         self._pass = range(0)
