@@ -130,8 +130,8 @@ class Checkpoint:
                    opened.pop_all(), found)
 
     def dense(self, name: str) -> Tensor:
-        """A tensor of Model.tensors, in fresh memory and the file's dtype (of a GGUF file, the model's), or fp32 for the
-        roles of WIDE."""
+        """A tensor of Model.tensors, in fresh memory and the file's dtype (of a GGUF file, the model's), or fp32 for
+        the roles of WIDE."""
         if name in self._widened:
             return self._tensor(name, dtype=torch.float32).float()
         return self._tensor(name)
