@@ -71,3 +71,19 @@ def test_biases_are_those_of_the_checkpoint(source: Path, store: Path) -> None:
             both = tensors[f"{prefix}gate_up_proj_bias"][key.expert].float()
             assert torch.equal(w13["bias"], torch.cat((both[::2], both[1::2])))
             assert torch.equal(w2["bias"], tensors[f"{prefix}down_proj_bias"][key.expert].float())
+
+
+def test_a_delta_net_keeps_what_was_published_in_fp32(tmp_path: Path) -> None:
+    """Qwen3.5 has these two in fp32 beside weights in bf16, Qwen3.6 all in bf16."""
+    raw = FIRST["qwen3_5_moe"]
+    model = random_model(raw, torch.bfloat16)
+    delta = model.get_submodule("model.layers.0.linear_attn")
+    published = {"a_log": delta.A_log, "norm": delta.norm.weight}
+    for name, dtype in (("3.5", torch.float32), ("3.6", torch.bfloat16)):
+        delta.A_log.data, delta.norm.weight.data = delta.A_log.data.to(dtype), delta.norm.weight.data.to(dtype)
+        source = write(model, raw, tmp_path / f"{name} source")
+        with Store.open(quantized(source, tmp_path / name, QuantConfig())) as store:
+            for part, want in published.items():
+                got = store.dense(f"layers.0.delta.{part}")
+                assert isinstance(got, torch.Tensor) and torch.equal(got, want.detach().float())
+                assert name == "3.6" or not torch.equal(got, got.bfloat16().float())
