@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     if HAVE_TRITON:
         quicken()
+
+# Collecting the tests makes millions of objects that stay. The garbage collector would look through them again and
+# again: a third of the time that collecting takes, and later with every test that makes many objects.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
 
 SHARED = Path(__file__).parents[2] / "shared"
 # One thread by default: small matrices gain nothing from more, and on a busy machine lose several times over.

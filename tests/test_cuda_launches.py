@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from test_cuda import in_another_process, needs_triton
+from warm_python import WarmPython
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 # One process, so that torch and Triton are imported once and models share what they launch alike. (card; model, tokens
@@ -64,8 +65,8 @@ pytestmark = [needs_triton, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
-def launched() -> list[dict[str, Any]]:
-    done = in_another_process(CODE)
+def launched(warm_python: WarmPython) -> list[dict[str, Any]]:
+    done = in_another_process(warm_python, CODE)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
