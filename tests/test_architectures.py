@@ -157,6 +157,12 @@ def test_drafts_are_exact(files: Files, want: Tensor) -> None:
                 found.append(session.verify([*IDS[at:at + 4], 3, 4])[:4])  # two that turn out wrong
                 session.trim(at + 4)
             assert torch.equal(torch.cat(found), want[:13])
+            # Back into the prompt, and on again: where a recurrent state was kept, that is 16 tokens before its end.
+            reached = session.reachable(PROMPT - 2)
+            session.trim(PROMPT - 2)
+            assert session.length == reached == (PROMPT - 16 if session.cache.recurrent else PROMPT - 2)
+            again = session.prefill(IDS[reached:PROMPT])
+            assert torch.nn.functional.cosine_similarity(again, want[0], dim=0) > 0.98
 
 
 def test_a_dropped_session_frees_its_cache_at_once(files: Files) -> None:

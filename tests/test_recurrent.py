@@ -18,7 +18,7 @@ from qmix.forward.kv_cache import SessionCache
 from qmix.forward.recurrent import RecurrentLayer
 from qmix.forward.run_eager import Eager
 from qmix.forward.snapshots import TAIL, Snapshot, Snapshots
-from qmix.kernels.kv_size import SNAPSHOTS, kv_bytes
+from qmix.kernels.kv_size import SNAPSHOTS, kv_bytes, recurrent_bytes
 from qmix.kernels.op import FEW
 from qmix.kernels.torch_ops import PlainWeights
 from qmix.spec import Layer, Model, Norms
@@ -155,7 +155,15 @@ def test_a_long_beginning_stays() -> None:
 
 
 def test_the_plan_counts_them(model: Eager) -> None:
-    assert model.new_cache(CAPACITY).nbytes == kv_bytes(SPEC, CAPACITY, 4)
+    """All that is kept, and all that a view would keep alive."""
+    cache = model.new_cache(CAPACITY)
+    for done in (("prompt", (5,) * 60), ("decode", (5,) * 3), ("prompt", (5,) * 40), ("prompt", (5,) * 40)):
+        run(model, cache, done)
+    kept = [*states(cache), *(x for one in cache._kept._kept for layer in one.layers for x in layer)]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
+    assert len(storages) == 2 * 2 * (1 + SNAPSHOTS)
+    assert sum(storages.values()) <= 2 * (SNAPSHOTS + 2) * recurrent_bytes(DELTA)
+    assert cache.nbytes == kv_bytes(SPEC, CAPACITY, 4)
     state = DELTA.value_heads * DELTA.key_dim * DELTA.value_dim + 3 * (2 * 2 * 8 + 4 * 8)
     keys = 2 * 2 * 8 * CAPACITY * 4
     assert kv_bytes(SPEC, CAPACITY, 4) - keys >= 2 * (SNAPSHOTS + 2) * state * 4

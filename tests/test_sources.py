@@ -144,7 +144,10 @@ def test_a_fused_tensor_of_another_size_is_refused(tmp_path: Path) -> None:
 
 # --- what is read, but not run ---
 
-@pytest.mark.parametrize("kind", sorted(set(ARCHITECTURES) - set(RUN)))
+RUNS = sorted(kind for kind in ARCHITECTURES if kind.removesuffix("_text") in RUN)
+
+
+@pytest.mark.parametrize("kind", sorted(set(ARCHITECTURES) - set(RUNS)))
 @pytest.mark.parametrize("command", ["quantize", "plan"])
 def test_an_architecture_that_is_not_run_yet_is_refused_in_one_line(
         tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str,
@@ -160,5 +163,5 @@ def test_an_architecture_that_is_not_run_yet_is_refused_in_one_line(
     assert end.value.code == 4 and "Traceback" not in said
     said = " ".join(said.split())
     assert "is read, but not run yet: " in said and "layer" in said
-    assert f"give a checkpoint of {', '.join(sorted(RUN))}" in said
+    assert f"give a checkpoint of {', '.join(RUNS)}" in said
     assert not (tmp_path / "out").exists()

@@ -39,7 +39,8 @@ def test_only_stores_that_need_it_have_version_3(store: Path, tmp_path: Path) ->
     assert head(store) == (3, "0.3.0")
     assert head(write_tiny_stores(tmp_path, {"int4": QuantConfig()})["int4"]) == (2, "0.2.0")
     versions = {kind: manifest.version_of(read_model(file.TINY), QuantConfig()) for kind, file in ARCHITECTURES.items()}
-    assert {kind for kind, version in versions.items() if version == 3} == {"gpt_oss", "gemma4", "gemma4_text"}
+    assert {kind for kind, version in versions.items() if version == 3} == {
+        "gpt_oss", "gemma4", "gemma4_text", "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text"}
     carried = QuantConfig("mxfp4", method="", group_size=0, block=0)
     assert manifest.version_of(read_model(ARCHITECTURES["mixtral"].TINY), carried) == 3
 

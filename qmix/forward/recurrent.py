@@ -54,8 +54,10 @@ class Recurrence:
             self._done.append((compute, tuple(x.clone() for x in inputs)))
         found, at = [], start
         for border in (*(mark for mark in self._marks if start < mark < end), end):
-            part, self.now = compute(self.now, *(x[at - start:border - start] for x in inputs))
+            part, now = compute(self.now, *(x[at - start:border - start] for x in inputs))
             found.append(part)
+            # A view would keep all that it is cut from, of a convolution the inputs of a whole block.
+            self.now = now.clone() if now.untyped_storage().nbytes() > now.nbytes else now
             at = border
             if border in self._marks:
                 self.marked[border] = self.now
