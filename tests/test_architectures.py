@@ -100,10 +100,6 @@ def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
                  quantized(source, folder / "keep", UNQUANTIZED), theirs)
 
 
-# Why not one piece of a token is a sequence of native calls: the gate of a shared MLP, whose logit is summed in fp64.
-OP_BY_OP = dict.fromkeys(("qwen3_5_moe", "qwen3_next"), "Linear in fp64")
-
-
 @pytest.fixture(scope="module")
 def want(files: Files) -> Tensor:
     """The logits with everything resident."""
@@ -145,7 +141,7 @@ def test_native_equals_eager(files: Files, want: Tensor, monkeypatch: pytest.Mon
         logits(engine)
         runs = engine._model.single_tokens
         attends = native.wanted_levels()[:1] not in ([], ["portable"])  # these leave attention to torch
-        assert not attends or runs == OP_BY_OP.get(engine.model.architecture, "native")
+        assert not attends or runs == "native"
     monkeypatch.setattr("qmix.forward.runner.unsupported", lambda *_: "not asked for")
     with load(files.int4, threads=1, context=64) as engine:
         assert torch.equal(logits(engine), want)

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from qmix.errors import UsageError
 from qmix.forward.kv_layers import AttendBy, CacheLayer, FullLayer, Int8Layer, WindowLayer
-from qmix.forward.recurrent import RecurrentLayer
+from qmix.forward.recurrent import Advance, RecurrentLayer
+from qmix.forward.recurrent_device import PlacedLayer
 from qmix.forward.snapshots import Snapshot, Snapshots
 from qmix.hardware.memory import prefer_huge_pages
 from qmix.kernels.kv_size import positions
@@ -47,11 +48,13 @@ class SessionCache:
 
     dtype: of the model's computation, and of keys and values unless kv is "int8". native: what attends for one token,
     by head size (kernels.attention.choose_native_attentions). device: where keys and values lie; attend: of a device's
-    prompts. only: the layers that are there, None for all."""
+    prompts. only: the layers that are there, None for all. placed: recurrent states lie where
+    captured work of the device finds them."""
 
     def __init__(self, model: Model, capacity: int, dtype: torch.dtype = torch.float32, kv: str = "bf16",
                  native: Mapping[int, NativeAttention] = NONE, device: torch.device = CPU,
-                 attend: AttendBy | None = None, rings: bool = False, only: Collection[int] | None = None):
+                 attend: AttendBy | None = None, rings: bool = False, only: Collection[int] | None = None,
+                 placed: bool = False):
         assert not rings or kv == "bf16", "a ring of codes"
         self._sources = [_source(model, i) for i in range(len(model.layers))]
         made = _Made(kv, torch.int8 if kv == "int8" else dtype, device)
@@ -60,7 +63,7 @@ class SessionCache:
         for i in wanted:
             mixer = model.layers[i].mixer
             if isinstance(mixer, DeltaNet):
-                self.layers[i] = RecurrentLayer(mixer)
+                self.layers[i] = PlacedLayer(mixer, device) if placed else RecurrentLayer(mixer)
             elif mixer.kv_source is None:
                 made.want(i, (mixer.kv_heads, positions(model, i, capacity, rings), mixer.head_dim))
         for i, tensors in made.allocate():
@@ -82,6 +85,8 @@ class SessionCache:
         self._marks: Sequence[int] = ()  # lengths within a pass of which snapshots will be kept
         # A ring has no state of an earlier position of a pass.
         self._keeps = bool(self._recurrent) and len(self._recurrent) == len(self._states)
+        self.side = torch.zeros(1, dtype=torch.int32, device=device)  # of placed layers: which one a pass reads
+        self._reads = 0  # the same on the host
         self.capacity = capacity
         self.length = 0
         self._addresses: list[tuple[int, int, int, int]] = []
@@ -100,16 +105,39 @@ class SessionCache:
     @property
     def identity(self) -> tuple[int, ...]:
         """Addresses by which no other living cache is known."""
-        return tuple(address for addresses in self.addresses for address in addresses)
+        return *(address for addresses in self.addresses for address in addresses), self.side.data_ptr()
 
     @property
     def addresses(self) -> list[tuple[int, int, int, int]]:
-        """Where `kv_layer` is, by layer: it never moves. Zeros for a recurrent layer."""
+        """Where `kv_layer` is, by layer, or what a placed layer has: it never moves. Zeros for other recurrent ones."""
         if not self._addresses:
-            self._addresses = [
-                self.kv_layer(i).addresses if isinstance(self.layers[source], FullLayer) else (0, 0, 0, 0)
-                for i, source in enumerate(self._sources)]
+            self._addresses = [self._addresses_of(i) for i in range(len(self.layers))]
         return self._addresses
+
+    def _addresses_of(self, i: int) -> tuple[int, int, int, int]:
+        found = self.layers[self._sources[i]]
+        if isinstance(found, PlacedLayer):
+            return found.addresses
+        return self.kv_layer(i).addresses if isinstance(found, FullLayer) else (0, 0, 0, 0)
+
+    def placed(self, layer: int) -> PlacedLayer:
+        found = self.layers[layer]
+        assert isinstance(found, PlacedLayer)
+        return found
+
+    def enter(self) -> None:
+        """A pass on the device follows. To be called on its stream."""
+        for layer in self._recurrent:
+            assert isinstance(layer, PlacedLayer)
+            layer.enter(self._reads)
+        self.side.fill_(self._reads)
+
+    def passed(self, tokens: int, again: Mapping[int, tuple[Advance, Advance]]) -> None:
+        """It is through, with so many tokens of this session. again: by layer, what computes its convolution and its
+        delta rule once more, when drafts are taken back."""
+        self._reads = 1 - self._reads
+        for i, (conv, delta) in again.items():
+            self.placed(i).passed(self._reads, tokens, conv, delta)
 
     def need(self, count: int) -> None:
         """UsageError unless `count` more positions fit."""

@@ -31,8 +31,8 @@ Advance = Callable[..., tuple[Any, Tensor]]
 class Recurrence:
     """A tensor that each token replaces."""
 
-    def __init__(self, *shape: int):
-        self.now = torch.zeros(shape)
+    def __init__(self, *shape: int, device: torch.device | None = None):
+        self.now = torch.zeros(shape, device=device)
         self.marked: dict[int, Tensor] = {}
         self._marks: Sequence[int] = ()
         self._before: Tensor | None = None

@@ -51,8 +51,14 @@ def recurrent_bytes(delta: DeltaNet) -> int:
     return (delta.value_heads * delta.key_dim * delta.value_dim + (delta.conv - 1) * channels(delta)) * WIDE
 
 
-def reserved_bytes(delta: DeltaNet) -> int:
+def reserved_bytes(delta: DeltaNet, placed: bool = False) -> int:
     """What one such layer of a session takes at most: its state, that before the last pass with the inputs of up to FEW
-    tokens, and SNAPSHOTS earlier ones."""
+    tokens, and SNAPSHOTS earlier ones. placed: on a device, which has two places for it besides, and for the inputs."""
     inputs = FEW * (2 * channels(delta) + 2 * delta.value_heads) * WIDE  # of the convolution and of the delta rule
-    return (2 + SNAPSHOTS) * recurrent_bytes(delta) + inputs
+    return (2 + SNAPSHOTS + 2 * placed) * recurrent_bytes(delta) + (1 + placed) * inputs
+
+
+def placed_bytes(model: Model) -> int:
+    """What a session takes on a device beside kv_bytes."""
+    nets = [layer.mixer for layer in model.layers if isinstance(layer.mixer, DeltaNet)]
+    return sum(reserved_bytes(net, placed=True) - reserved_bytes(net) for net in nets)

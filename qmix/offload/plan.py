@@ -20,7 +20,7 @@ from math import prod
 from qmix.config import DTYPES, QuantConfig
 from qmix.errors import DoesNotFit, UsageError
 from qmix.kernels import prompt_tiles
-from qmix.kernels.kv_size import channels, kv_bytes, recurrent_bytes
+from qmix.kernels.kv_size import channels, kv_bytes, placed_bytes, recurrent_bytes
 from qmix.sizes import (
     GIB,
     KV_FORMATS,
@@ -55,7 +55,7 @@ class Needs:
     average, where kinds has (records, bytes of one) for each kind; kv_cache: how keys and values are kept, one of
     sizes.KV_FORMATS; decoded: what an int8 cache takes of a GPU besides, whose prompts decode all heads at once;
     embedding: bytes of `dense` of which a token reads one row; tiles: what a GPU takes besides for the experts of a
-    prompt, which it computes many at a time."""
+    prompt, which it computes many at a time; placed: what recurrent states take there besides."""
 
     context: int
     dense: int
@@ -71,6 +71,7 @@ class Needs:
     decoded: int = 0
     embedding: int = 0
     tiles: int = 0
+    placed: int = 0
 
     @classmethod
     def of(cls, model: Model, quant: QuantConfig, context: int, kv: str = "bf16",
@@ -89,12 +90,15 @@ class Needs:
                    workspace, mean, len(keys), len(model.record_layers), model.top_k, kv,
                    kinds if len(kinds) > 1 else (), scoring,
                    2 * context * widest_kv(model) * itemsize if kv == "int8" else 0, unread_bytes(model, quant),
-                   workspace_bytes(model, context, itemsize, kv, True) - workspace_bytes(model, context, itemsize, kv))
+                   workspace_bytes(model, context, itemsize, kv, True) - workspace_bytes(model, context, itemsize, kv),
+                   placed_bytes(model))
 
     @property
     def on_device(self) -> Needs:
-        """What a GPU has to hold: also tiles, and the heads of an int8 cache that prompts decode."""
-        return replace(self, workspace=self.workspace + DEVICE_TILES + self.decoded + self.tiles)
+        """What a GPU has to hold: also tiles, the heads of an int8 cache that prompts decode, and places
+        of recurrent states."""
+        workspace = self.workspace + DEVICE_TILES + self.decoded + self.tiles
+        return replace(self, kv=self.kv + self.placed, workspace=workspace)
 
     @property
     def by_kind(self) -> tuple[tuple[int, int], ...]:
