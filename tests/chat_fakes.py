@@ -40,7 +40,7 @@ class FakeTokenizer:
     vocab_size = VOCAB
     template_name = "fake format"
     turn_stops: tuple[str, ...] = ()
-    thinking_switch = takes_effort = False
+    thinking_switch = takes_effort = takes_tools = False
     verbatim = True
     headers: Mapping[int, bool] = MappingProxyType({})
 

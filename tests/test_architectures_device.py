@@ -35,9 +35,9 @@ PROMPT, CONTEXT = 33, 64  # longer than the windows
 pytestmark = pytest.mark.usefixtures("no_thread_stays")
 
 
-def stored(raw: Mapping[str, Any], folder: Path) -> Path:
+def stored(raw: Mapping[str, Any], folder: Path, quant: QuantConfig = QuantConfig()) -> Path:  # noqa: B008
     source = write(random_model(raw, torch.bfloat16), raw, folder / "source", published=False)
-    return quantized(source, folder / "int4", QuantConfig())
+    return quantized(source, folder / quant.experts, quant)
 
 
 @pytest.fixture(scope="module", params=ON_DEVICE)

@@ -3,9 +3,9 @@
     <think>hm</think>So.            reasoning "hm", answer "So."
     to=functions.weather {"x": 1}   call Call("weather", '{"x": 1}')
 
-A format of answers is one file with one parser (AnswerParser): reasoning.py for tags of reasoning, glm.py for those and
-tags of calls, harmony.py for channels. A parser gets the text of an answer in pieces, in whatever way it is cut, and
-gives Parts that are certain.
+A format of answers is one file with one parser (AnswerParser): reasoning.py for tags of reasoning, calls.py for those
+and tags of calls, harmony.py for channels. A parser gets the text of an answer in pieces, in whatever way it is cut,
+and gives Parts that are certain.
 
 Where a format has control tokens inside an answer, the parser must not take text that spells one for the token itself.
 A marked text has MARK in front of each control token. MARK is a lone surrogate, which no UTF-8 decodes to, so no text
