@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from qmix import gguf, sources
+from qmix import gguf
 from qmix.errors import CheckpointError, ConfigError
 from qmix.formats import TORCH_DTYPES
 from qmix.formats.ggml import READ
@@ -33,6 +33,7 @@ from qmix.shards import Location, Shard
 from qmix.spec import Model, Tensor
 
 DTYPES = {"F32": "float32", "F16": "float16"}  # of a model whose weights have that type; of any other, bfloat16
+PIECE = 2**22  # bytes that are looked at together
 MAX_TENSORS = 10**6  # of a model; keeps hostile metadata from costing memory
 OTHER_TYPE = f"qmix reads {', '.join(READ)}: fetch the model in one of these types"
 BELONG = "the file does not hold what its metadata says: fetch it again"
@@ -72,8 +73,9 @@ def open_gguf(path: Path, opened: ExitStack) -> Opened:
     for name, data in _files(paths[0], raw, headers[0].metadata).items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(data)
-    return Opened(raw, model, used, layout, unused, _notes(paths[0], model, layout, used, kinds), folder,
-                  _carried(model, layout, used))
+    carried = _carried(model, layout, used)
+    kinds.pop("MXFP4" if carried else "", None)  # what stays as it is, is said where that is decided
+    return Opened(raw, model, used, layout, unused, _notes(paths[0], model, layout, used, kinds), folder, carried)
 
 
 def _shard(path: Path) -> tuple[Shard, Header]:
@@ -181,8 +183,17 @@ def _inexact(model: Model, layout: Layout, locations: Mapping[str, Location]) ->
         kind = location.entry.dtype
         if name in stay or kind not in ("F32", "F16", "BF16") or dtype in (torch.float32, TORCH_DTYPES[kind]):
             continue
-        whole = sources.read(location, Source(name))
-        if not all(torch.equal(piece.float(), piece.to(dtype).float()) for piece in whole.view(-1).split(2**20)):
+        if not _exact(location, dtype):
             found.append(name)
     return found
 
+
+def _exact(location: Location, dtype: torch.dtype) -> bool:
+    """Whether `dtype` has all numbers of a plain tensor; read piece by piece, up to the first that it lacks."""
+    entry = location.entry
+    for begin in range(0, entry.nbytes, PIECE):
+        raw = location.shard.read(entry, begin, min(PIECE, entry.nbytes - begin))
+        numbers = raw.view(TORCH_DTYPES[entry.dtype]).float()
+        if not torch.equal(numbers, numbers.to(dtype).float()):
+            return False
+    return True

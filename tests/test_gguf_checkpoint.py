@@ -101,7 +101,7 @@ def test_mxfp4_experts_stay_as_they_are(tmp_path: Path) -> None:
     path = models.write(tmp_path / "m.gguf", model, "gpt_oss", lambda name: "MXFP4" if "_exps" in name else "Q8_0")
     want = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     with Checkpoint.open(path) as checkpoint:
-        assert checkpoint.expert_format == "mxfp4"
+        assert checkpoint.expert_format == "mxfp4" and "(Q8_0)" in checkpoint.notes[0]
         for key in checkpoint.model.expert_keys:
             for blocks, parts in zip(checkpoint.expert_blocks(key), (("gate", "up"), ("down",)), strict=True):
                 found = [want[f"blk.{key.layer}.ffn_{part}_exps.weight"] for part in parts]
