@@ -13,10 +13,10 @@ import bounds
 import pytest
 import torch
 from architectures import FIRST, quantized, random_model, write
+from device_engines import bring_up, delays
 from fast_interpreter import HAVE_TRITON
 from model_configs import ON_DEVICE, RUN, TINY, with_keys
 from test_cli import qmix
-from test_device_engine import bring_up, delays
 from torch import Tensor
 
 from qmix.config import QuantConfig

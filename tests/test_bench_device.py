@@ -16,9 +16,9 @@ from weakref import WeakSet
 
 import pytest
 import torch
+from device_engines import ALL, EXPERTS, IDS, LAYERS, TOP_K, bring_up
 from helpers import UNQUANTIZED, write_tiny_checkpoint
 from test_cli import qmix
-from test_device_engine import ALL, EXPERTS, IDS, LAYERS, TOP_K, bring_up
 from tokenizer_files import DEMO_TEMPLATE, spm_model
 from torch.utils.flop_counter import FlopCounterMode
 

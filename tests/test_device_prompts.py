@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from architectures import FIRST
+from device_engines import ALL, EXPERTS, IDS, LAYERS, bring_up, delays
 from fast_interpreter import HAVE_TRITON
 from helpers import write_tiny_stores
 from model_configs import with_keys
 from test_architectures_device import stored
-from test_device_engine import ALL, EXPERTS, IDS, LAYERS, bring_up, delays
 from torch import Tensor
 
 from qmix.config import Cancel, QuantConfig
