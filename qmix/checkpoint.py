@@ -44,7 +44,7 @@ from qmix.models import (
 from qmix.models.source import Index
 from qmix.shards import INDEX, REFETCH, SINGLE, Location, equal, locate, read_json
 from qmix.sizes import MX_GROUP
-from qmix.spec import DeltaNet, Model, Moe
+from qmix.spec import DeltaNet, Model
 from qmix.tensorfile import ITEM_BYTES
 
 STORE_MANIFEST = "qmix.json"
@@ -295,13 +295,8 @@ def check_runs(model: Model) -> None:
 def not_run(model: Model) -> str:
     """What of the model the engine cannot do, "" where it runs it."""
     for i, layer in enumerate(model.layers):
-        mixer, record = layer.mixer, layer.mlp.expert if isinstance(layer.mlp, Moe) else layer.mlp
-        if isinstance(mixer, DeltaNet):
+        if isinstance(layer.mixer, DeltaNet):
             return f"layer {i} is a gated delta net, whose state a session cannot go back to yet"
-        if mixer.kv_source is not None:
-            return f"layer {i} reads the keys and values of layer {mixer.kv_source}"
-        if i in model.record_layers and record.activation.kind == "geglu":
-            return f"the experts of layer {i} have geglu, with which no model was run from end to end yet"
     return ""
 
 

@@ -12,7 +12,8 @@ A table says what becomes of an Op, or of neighbours that are one call:
     Guess                 as steps.fused_guess     ROUTE
     Add                                            ADD
     Mlp                                            PRODUCTS of one source, JOIN, PRODUCTS
-    Head                                           PRODUCTS
+    Scale                                          SCALE
+    Head                                           PRODUCTS; its cap is whoever runs it's
 
 What the experts before a piece gave lies elsewhere for each token: an Add reads it there, or else it is copied first,
 by a NORM that norms nothing. Each call gives the bits that steps.py gives. What is not there raises Unsupported, with
@@ -36,7 +37,19 @@ from qmix.forward.weights import KernelWeights
 from qmix.kernels import native, ops
 from qmix.kernels.attend import softmax_of
 from qmix.kernels.native import Product, jobs
-from qmix.kernels.native.sequence import ADD, ATTEND, BIAS, JOIN, NORM, PRODUCTS, ROPE_COS_SIN, ROTATE, ROUTE, addition
+from qmix.kernels.native.sequence import (
+    ADD,
+    ATTEND,
+    BIAS,
+    JOIN,
+    NORM,
+    PRODUCTS,
+    ROPE_COS_SIN,
+    ROTATE,
+    ROUTE,
+    SCALE,
+    addition,
+)
 from qmix.kernels.op import Op
 from qmix.kernels.router import RouterTensors
 from qmix.kernels.torch_ops import router_of
@@ -291,9 +304,10 @@ class Lowering:
     def _add(self, op: ops.Add, found: Calls) -> None:
         found.add(ADD, addition(self._fp32(op.source, op), self._buffers[op.buffer]))
 
+    def _scale(self, op: ops.Scale, found: Calls) -> None:
+        found.add(SCALE, jobs.scale(self._fp32(op.buffer, op), self._vector(op.weight), op.factor))
+
     def _head(self, op: ops.Head, found: Calls) -> None:
-        if op.softcap is not None:
-            raise Unsupported("Head with a cap")
         out = self._buffers.make(op.out, op.weight.shape[0], torch.float32)
         found.add(PRODUCTS, self._product(self._buffers[op.source], op.weight, out))
 
@@ -311,7 +325,7 @@ class Lowering:
 LOWERINGS: Mapping[type[Op], Callable[..., None]] = {
     ops.Norm: Lowering._norm, ops.HeadNorm: Lowering._head_norm, ops.Route: Lowering._route_alone,
     ops.Rope: Lowering._rope, ops.Attend: Lowering._attend, ops.Guess: Lowering._guess, ops.Add: Lowering._add,
-    ops.Head: Lowering._head, ops.Mlp: Lowering._mlp,
+    ops.Head: Lowering._head, ops.Mlp: Lowering._mlp, ops.Scale: Lowering._scale,
 }
 
 

@@ -24,6 +24,7 @@ COMBINE = struct.Struct("@3P2q")      # qmix_combine
 JOIN = struct.Struct("@3Pqi2fi")       # qmix_join
 BIAS = struct.Struct("@2Pqi4x")               # qmix_bias
 ADDITION = struct.Struct("@2Pq")      # qmix_addition
+SCALING = struct.Struct("@2Pqfi")     # qmix_scaling
 MATRIX = struct.Struct("@7q5i2f4x")   # qmix_matrix, two of which are a qmix_record
 EXPERTS = struct.Struct("@9P3qi4x")   # qmix_experts
 CALL = struct.Struct("@P2i")          # qmix_call
@@ -88,6 +89,12 @@ def join(activation: Activation, gate: Tensor, up: Tensor, out: Tensor) -> bytes
 def bias(y: Tensor, by: Tensor) -> bytes:
     """y [T, N], fp32 or bf16, plus bias [N] fp32, rounded once; both contiguous."""
     return BIAS.pack(y.data_ptr(), by.data_ptr(), y.shape[1], TYPES[y.dtype])
+
+
+def scale(y: Tensor, weight: Tensor | None, factor: float) -> bytes:
+    """y [T, H] *= weight, [H] or [1] or None for 1, then *= factor; all fp32, contiguous."""
+    one = weight is not None and len(weight) == 1
+    return SCALING.pack(y.data_ptr(), _address(weight), y.shape[1], factor, one)
 
 
 def _address(x: Tensor | None) -> int:

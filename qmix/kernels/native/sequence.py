@@ -16,7 +16,8 @@ from torch import Tensor
 from qmix.kernels.native import jobs
 from qmix.kernels.native.loader import levels, library
 
-PRODUCTS, ATTEND, NORM, ROUTE, ROTATE, ROPE_COS_SIN, COMBINE, ADD, EXPERTS, JOIN, BIAS = range(11)  # native.h's kinds
+# native.h's kinds
+PRODUCTS, ATTEND, NORM, ROUTE, ROTATE, ROPE_COS_SIN, COMBINE, ADD, EXPERTS, JOIN, BIAS, SCALE = range(12)
 _ADDRESS = struct.Struct("@P")    # what an addition and a norm begin with: of what they read
 # Of a qmix_attention, behind three pointers: keys, values, their scales; behind five more: capacity, begin, end.
 _CACHE, _CACHE_AT = struct.Struct("@4P"), struct.calcsize("@3P")
