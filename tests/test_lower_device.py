@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_configs import CASES, ON_DEVICE, RUN, ids
+from model_configs import CASES, ON_DEVICE, RUN, ids, with_keys
 from torch import Tensor
 
 from qmix.config import Cancel, Step
@@ -75,7 +75,7 @@ def moe(**fields: Any) -> Layer:
 GEGLU, CLAMPED = Activation("geglu"), Activation("swiglu_clamped", 1.702, 0.5)
 GLM = replace(PLAIN, bias="qkv", q_norm=NORM, k_norm=NORM, rope=Rope(1e4, 4))
 SPECS: dict[str, Model] = {
-    **{ids(raw): read_model({**raw, "vocab_size": 96}) for raw in CASES if raw["model_type"] in ON_DEVICE
+    **{ids(raw): read_model(with_keys(raw, {"vocab_size": 96})) for raw in CASES if raw["model_type"] in ON_DEVICE
        and not not_on_device(read_model(raw))},
     "long rope": model_of(mixer(rope=LONG), LAYER, mixer(rope=Rope(1e3, 4))),
     "no rope, a gate": model_of(mixer(rope=None, output_gate=True, bias="qkvo"), LAYER),
