@@ -15,12 +15,11 @@ from typing import Any
 import expect
 from published import PUBLISHED
 
-from qmix.checkpoint import not_run
 from qmix.commands.plan import report as planning
 from qmix.config import QuantConfig
 from qmix.errors import DoesNotFit
 from qmix.forward.lower_device import not_on_device
-from qmix.models import ARCHITECTURES, published_experts, read_model
+from qmix.models import published_experts, read_model
 from qmix.offload.plan import Needs
 from qmix.sizes import format_bytes
 
@@ -72,21 +71,13 @@ def rows() -> list[str]:
     return found
 
 
-def others() -> list[str]:
-    """Architectures that are read and do not run, with what is missing."""
-    reasons = {kind: not_run(read_model(file.TINY)) for kind, file in ARCHITECTURES.items()}
-    return [f"| `{kind}` | {reason} |" for kind, reason in sorted(reasons.items()) if reason]
-
-
 def page() -> str:
     machines = [f"- {name}: {pc.ram} GiB of RAM for qmix at {pc.ram_speed:g} GB/s, disk {pc.disk:g} GB/s" + (
         f", {pc.card.vram} GiB of VRAM at {pc.card.vram_speed:g} GB/s, PCIe {pc.card.pcie:g} GB/s" if pc.card else "")
         for name, pc in PCS.items()]
     names = " | ".join(f"{name}, tok/s" for name in PCS)
     head = f"| model | model_type | 10^9 parameters | runs on | memory | {names} |"
-    return "\n".join([HEAD, *machines, "", head, "|---" * (5 + len(PCS)) + "|", *rows(), "", "Read, so that `qmix "
-                      "plan` and errors can name what is missing, but not run yet:", "", "| model_type | because |",
-                      "|---|---|", *others(), ""])
+    return "\n".join([HEAD, *machines, "", head, "|---" * (5 + len(PCS)) + "|", *rows(), ""])
 
 
 def main() -> None:

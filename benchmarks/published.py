@@ -87,6 +87,26 @@ QWEN35 = {
         "vocab_size": 248320, "rope_parameters": {
             "mrope_interleaved": True, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25,
             "rope_theta": 10000000, "rope_type": "default"}}}
+SLIDING, FULL = "sliding_attention", "full_attention"
+GEMMA_4 = {"architectures": ["Gemma4ForConditionalGeneration"], "audio_config": None, "boa_token_id": 256000,
+           "boi_token_id": 255999, "dtype": "bfloat16", "eoa_token_id": 258883, "eoa_token_index": 258883,
+           "eoi_token_id": 258882, "eos_token_id": [1, 106], "image_token_id": 258880, "audio_token_id": 258881,
+           "initializer_range": 0.02, "model_type": "gemma4", "text_config": {
+               "attention_bias": False, "attention_dropout": 0.0, "attention_k_eq_v": True, "bos_token_id": 2,
+               "dtype": "bfloat16", "enable_moe_block": True, "eos_token_id": 1, "final_logit_softcapping": 30.0,
+               "global_head_dim": 512, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 2816,
+               "hidden_size_per_layer_input": 0, "initializer_range": 0.02, "intermediate_size": 2112,
+               "layer_types": [*[SLIDING] * 5, FULL] * 5, "max_position_embeddings": 262144,
+               "model_type": "gemma4_text", "moe_intermediate_size": 704, "num_attention_heads": 16,
+               "num_experts": 128, "num_global_key_value_heads": 2, "num_hidden_layers": 30, "num_key_value_heads": 8,
+               "num_kv_shared_layers": 0, "pad_token_id": 0, "rms_norm_eps": 1e-6, "rope_parameters": {
+                   FULL: {"partial_rotary_factor": 0.25, "rope_theta": 1e6, "rope_type": "proportional"},
+                   SLIDING: {"rope_theta": 1e4, "rope_type": "default"}},
+               "sliding_window": 1024, "tie_word_embeddings": True, "top_k_experts": 8,
+               "use_bidirectional_attention": "vision", "use_cache": True, "use_double_wide_mlp": False,
+               "vocab_size": 262144, "vocab_size_per_layer_input": 262144},
+           "tie_word_embeddings": True, "transformers_version": "5.5.0", "video_token_id": 258884,
+           "vision_config": {"model_type": "gemma4_vision"}, "vision_soft_tokens_per_image": 280}
 PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
     "Mixtral 8x7B": (MIXTRAL, 46_702_792_704),
     "Mixtral 8x22B v0.3": (MIXTRAL_8X22B, 140_630_071_296),
@@ -101,4 +121,5 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
     "GLM-4.5": (GLM, 352_797_829_024),
     "Qwen3-Next 80B-A3B": (NEXT, 79_674_391_296),
     "Qwen3.5, 3.6 35B-A3B": (QWEN35, 34_660_610_688),
+    "Gemma 4 26B-A4B": (GEMMA_4, 25_233_141_790),  # without its towers
 }

@@ -32,7 +32,6 @@ from qmix.formats.mxfp4 import LARGEST, Blocks
 from qmix.gguf.header import is_gguf
 from qmix.gguf_checkpoint import Opened, open_gguf
 from qmix.models import (
-    ARCHITECTURES,
     Layout,
     Misfit,
     Source,
@@ -46,7 +45,7 @@ from qmix.models import (
 from qmix.models.source import Index
 from qmix.shards import INDEX, REFETCH, SINGLE, Location, equal, locate, read_json
 from qmix.sizes import MX_GROUP
-from qmix.spec import WIDE, Attention, Model, Moe
+from qmix.spec import WIDE, Model
 
 STORE_MANIFEST = "qmix.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -121,7 +120,6 @@ class Checkpoint:
     def _open_gguf(cls, path: Path, opened: ExitStack) -> Checkpoint:
         try:
             found = open_gguf(path, opened)
-            check_runs(found.model)
         except ConfigError as e:
             raise CheckpointError(f"{path}: {e.message}", e.cure) from None
         except OSError as e:
@@ -303,36 +301,16 @@ def ignored_keys(path: Path, raw: Mapping[str, Any]) -> list[str]:
 
 
 def _read_config(path: Path, raw: Mapping[str, Any], locations: Mapping[str, Location]) -> Model:
-    """The model of config.json, with the dtype that most tensors have; refused where the engine cannot run it."""
+    """The model of config.json, with the dtype that most tensors have."""
     try:
         model = read_model({**raw, "dtype": "bfloat16"})
         unused = skipped(model, locations)
         found = Counter(p.entry.dtype for name, p in locations.items()
                         if name not in unused and p.entry.dtype != BYTES)
         model = replace(model, dtype=DTYPE_NAMES.get(found.most_common(1)[0][0], "bfloat16") if found else model.dtype)
-        check_runs(model)
     except ConfigError as e:
         raise CheckpointError(f"{path}: {e.message}", e.cure or "correct config.json, or fetch it again") from None
     return model
-
-
-def check_runs(model: Model) -> None:
-    """ConfigError for a model that qmix reads, but does not run yet."""
-    if lacking := not_run(model):
-        run = [kind for kind, file in ARCHITECTURES.items() if not not_run(read_model(file.TINY))]
-        raise ConfigError(f"model_type: {model.architecture!r} is read, but not run yet: {lacking}",
-                          f"give a checkpoint of {', '.join(run)}")
-
-
-def not_run(model: Model) -> str:
-    """What of the model the engine cannot do, "" where it runs it."""
-    for i, layer in enumerate(model.layers):
-        mixer, record = layer.mixer, layer.mlp.expert if isinstance(layer.mlp, Moe) else layer.mlp
-        if isinstance(mixer, Attention) and mixer.kv_source is not None:
-            return f"layer {i} reads the keys and values of layer {mixer.kv_source}"
-        if i in model.record_layers and record.activation.kind == "geglu":
-            return f"the experts of layer {i} have geglu, with which no model was run from end to end yet"
-    return ""
 
 
 def _account(path: Path, model: Model, locations: Mapping[str, Location]

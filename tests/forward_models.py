@@ -57,6 +57,9 @@ def reference(model_class: Any, config: Any, seed: int = 0) -> Any:
     random = torch.Generator().manual_seed(seed)
     for name, tensor in model.state_dict().items():
         drawn = torch.randn(tensor.shape, generator=random)
+        if tensor.numel() == 1:  # as far from 0 and 1 as norms are for the most part
+            tensor.copy_(1 + drawn.sign() * (0.1 + 0.1 * drawn.abs()))
+            continue
         if name.endswith("experts.gate_up_proj") or name.endswith("experts.down_proj"):
             drawn *= 1.5 * tensor.shape[-1 if tensor.shape[-2] != 32 else -2] ** -0.5
         elif tensor.dim() == 3:  # the taps of a convolution

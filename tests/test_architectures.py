@@ -62,7 +62,8 @@ def test_the_logits_are_those_of_transformers(at: int, tmp_path: Path) -> None:
     at -= [other["model_type"] for other in RUNNING].index(raw["model_type"])  # whatever other architectures there are
     model = random_model(raw, seed=at)
     with torch.inference_mode():
-        want = model(torch.tensor([IDS[:46]]), use_cache=False).logits[0]
+        # Gemma4 fails with shared keys unless it is asked for more than logits (transformers 5.23).
+        want = model(torch.tensor([IDS[:46]]), use_cache=False, output_hidden_states=True).logits[0]
     source = write(model, raw, tmp_path / "source", published=at % 2 == 0)
     with load(quantized(source, tmp_path / "store", UNQUANTIZED), threads=1, context=64, scoring=True) as engine:
         got = logits(engine)

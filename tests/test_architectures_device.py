@@ -168,7 +168,8 @@ def refuses_devices(store: Path, reason: str, monkeypatch: pytest.MonkeyPatch) -
 FEW_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 SMALL = {"mistral": {"num_hidden_layers": 1}, "olmoe": {"num_hidden_layers": 1, **FEW_EXPERTS},
          "qwen3_moe": {"num_hidden_layers": 2, "mlp_only_layers": [0], **FEW_EXPERTS},
-         "glm4_moe": {"num_hidden_layers": 2, "n_routed_experts": 4, "num_experts_per_tok": 2}}
+         "glm4_moe": {"num_hidden_layers": 2, "n_routed_experts": 4, "num_experts_per_tok": 2},
+         "gemma4": {"num_hidden_layers": 2, "num_experts": 4, "top_k_experts": 2}}
 
 
 @pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed")

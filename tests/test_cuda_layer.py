@@ -95,6 +95,15 @@ def test_what_is_computed_number_by_number(ops: DeviceOps, size: int, tokens: in
 
 
 @OPS
+def test_a_cap(ops: DeviceOps) -> None:
+    """tanh by way of an exponential: 1 - 2 / (1 + exp(2 x)) has three roundings of numbers up to 2."""
+    x = torch.tensor([[-1e4, -30.0, -0.5, 0.0, 1e-3, 7.5, 1e4, float("nan")] * 200], device=place_of(ops))
+    want = 30 * (x.double().cpu() / 30).tanh()
+    ops.softcap(x, 30.0)
+    torch.testing.assert_close(x.cpu().double(), want, rtol=0, atol=30 * 6 * 2**-24, equal_nan=True)
+
+
+@OPS
 def test_large_and_broken_numbers(ops: DeviceOps) -> None:
     gate = torch.tensor([[-200.0, 200.0, float("nan"), 1.0]], device=place_of(ops))
     up, out = torch.full((1, 4), 2.0, device=gate.device), torch.empty(1, 4, device=gate.device)

@@ -196,11 +196,17 @@ class Original:
         def pieces() -> Iterator[Tensor]:
             for part in states.split(SCORED_PIECE):
                 with torch.inference_mode(), _gpu_memory_suffices():
-                    logits = self._model.lm_head(part).float().cpu()
+                    logits = self._head(part).float().cpu()
                 yield logits
                 del logits
 
         return pieces()
+
+    def _head(self, states: Tensor) -> Tensor:
+        """As the model's own forward has it behind its last norm."""
+        logits: Tensor = self._model.lm_head(states)
+        cap = self.model.logit_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def _bring_up(self) -> None:
         """Give the model its weights, or hooks that read them, within `plan`."""
@@ -325,11 +331,13 @@ def _import(path: Path) -> None:
 
 
 def _skeleton(path: Path, ours: Model) -> Any:
-    """transformers' model of the checkpoint's config, its weights on no device, its buffers in RAM."""
+    """transformers' model of the checkpoint's config, its weights on no device, its buffers in RAM. Of a model that
+    also sees and hears it is the language model alone."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    theirs = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    theirs = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
+    theirs.tie_word_embeddings = ours.tied  # which may stand beside the language model's keys
     windows = {layer.mixer.window for layer in ours.layers if isinstance(layer.mixer, Attention)}
     if windows == {None}:
         theirs.sliding_window = None  # exporters write 0 for none too

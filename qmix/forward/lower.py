@@ -16,7 +16,8 @@ A table says what becomes of an Op, or of neighbours that are one call:
     Guess                 as steps.fused_guess     ROUTE
     Add                                            ADD
     Mlp                                            PRODUCTS of one source, JOIN, PRODUCTS
-    Head                                           PRODUCTS
+    Scale                                          SCALE
+    Head                                           PRODUCTS; its cap is whoever runs it's
 
 What the experts before a piece gave lies elsewhere for each token: an Add reads it there, or else it is copied first,
 by a NORM that norms nothing. Each call gives the bits that steps.py gives. What is not there raises Unsupported, with
@@ -56,6 +57,7 @@ from qmix.kernels.native.sequence import (
     ROPE_COS_SIN,
     ROTATE,
     ROUTE,
+    SCALE,
     addition,
 )
 from qmix.kernels.op import Op
@@ -357,9 +359,10 @@ class Lowering:
     def _add(self, op: ops.Add, found: Calls) -> None:
         found.add(ADD, addition(self._fp32(op.source, op), self._buffers[op.buffer]))
 
+    def _scale(self, op: ops.Scale, found: Calls) -> None:
+        found.add(SCALE, jobs.scale(self._fp32(op.buffer, op), self._vector(op.weight), op.factor))
+
     def _head(self, op: ops.Head, found: Calls) -> None:
-        if op.softcap is not None:
-            raise Unsupported("Head with a cap")
         out = self._buffers.make(op.out, op.weight.shape[0], torch.float32)
         found.add(PRODUCTS, self._product(self._buffers[op.source], op.weight, out))
 
@@ -378,7 +381,7 @@ LOWERINGS: Mapping[type[Op], Callable[..., None]] = {
     ops.Norm: Lowering._norm, ops.HeadNorm: Lowering._head_norm, ops.Route: Lowering._route_alone,
     ops.Rope: Lowering._rope, ops.Attend: Lowering._attend, ops.Guess: Lowering._guess, ops.Add: Lowering._add,
     ops.Head: Lowering._head, ops.Mlp: Lowering._mlp, ops.Linear: Lowering._exact, ops.Gate: Lowering._gate,
-    ops.Conv: Lowering._conv, ops.Delta: Lowering._delta,
+    ops.Conv: Lowering._conv, ops.Delta: Lowering._delta, ops.Scale: Lowering._scale,
 }
 
 

@@ -15,7 +15,7 @@ A table says what becomes of an Op, or of neighbours that are one call:
     Mlp                               linear, linear, activate, linear; with an Add behind it the last one adds
     Add; Scale; Gate                  add; scale; gate
     Conv, Delta                       conv, delta for each session
-    Head                              linear
+    Head                              linear; softcap
 
 What is not there raises Unsupported. A piece is lowered by its Ops alone, without weights: whether a device computes a
 model is known from its spec (`not_on_device`). A Bind then makes the call for weights and buffers. All activations are
@@ -316,10 +316,14 @@ class _Lowering:
     def _head(self, at: int) -> tuple[int, Bind]:
         op = self._ops[at]
         assert isinstance(op, ops.Head)
-        if op.softcap is not None:
-            raise Unsupported(op, "with a cap")
-        return 1, lambda room: partial(room.ops.linear, room[op.source], room.weights.matrix(op.weight),
-                                       room.make(op.weight.shape[0], op.out))
+        cap = op.softcap
+
+        def bind(room: Room) -> Work:
+            out = room.make(op.weight.shape[0], op.out)
+            product = partial(room.ops.linear, room[op.source], room.weights.matrix(op.weight), out)
+            return product if cap is None else _in_order([product, partial(room.ops.softcap, out, cap)])
+
+        return 1, bind
 
 
 RULES: Mapping[type[Op], Callable[[_Lowering, int], tuple[int, Bind]]] = {

@@ -26,6 +26,7 @@ from qmix.forward.program import head_program
 from qmix.forward.run_eager import Eager, Piece
 from qmix.forward.weights import KernelWeights
 from qmix.kernels import native, ops
+from qmix.kernels.layer import capped
 from qmix.kernels.native import Product
 from qmix.kernels.native import Sequence as NativeSequence
 from qmix.kernels.op import Op
@@ -115,6 +116,8 @@ class NativeToken:
                 sequence, call, product = self._head
                 sequence.patch(call, product(out))
                 sequence.run()
+                if (cap := self._eager.model.logit_softcap) is not None:
+                    capped(out, cap)
             cache.length += 1
         return out
 

@@ -149,6 +149,9 @@ class TritonOps:
             assert len(weight) in (1, x.shape[1])
             _combine("scale", x, weight.expand(len(x), -1), x, factor)
 
+    def softcap(self, x: Tensor, cap: float) -> None:
+        _combine("softcap", x, x, x, cap)
+
     def rope_cos_sin(self, positions: Tensor, inv_freq: Tensor, out: Tensor, factor: float = 1.0) -> None:
         half = len(inv_freq)
         assert out.shape == (len(positions), 2 * half) and out.stride(1) == 1

@@ -26,7 +26,7 @@ from torch import Tensor
 from qmix.formats.packed import Packed
 from qmix.kernels.attend import PLAIN, Softmax, softmax_attention
 from qmix.kernels.kv_codes import decoded, quantize
-from qmix.kernels.layer import steady
+from qmix.kernels.layer import capped, steady
 from qmix.kernels.op import FEW as FEW
 from qmix.kernels.router import RouterTensors, choose_experts, router_logits, stable_best
 from qmix.kernels.table import KernelTable
@@ -85,6 +85,8 @@ class DeviceOps(Protocol):
     def add(self, target: Tensor, x: Tensor) -> None: ...
 
     def scale(self, x: Tensor, weight: Tensor | None = None, factor: float = 1.0) -> None: ...
+
+    def softcap(self, x: Tensor, cap: float) -> None: ...
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None,
                out: Tensor, scales: Scales | None = None, softmax: Softmax = PLAIN) -> None: ...
@@ -175,6 +177,10 @@ class TorchDeviceOps:
             x.mul_(weight)
         if factor != 1:
             x.mul_(factor)
+
+    def softcap(self, x: Tensor, cap: float) -> None:
+        """x [T, V] = cap * tanh(x / cap), fp32, in place."""
+        capped(x, cap)
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None,
                out: Tensor, scales: Scales | None = None, softmax: Softmax = PLAIN) -> None:

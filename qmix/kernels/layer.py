@@ -172,6 +172,16 @@ def steady(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return function(x.double()).float()
 
 
+def capped(x: Tensor, cap: float) -> Tensor:
+    """cap * tanh(x / cap), in place; x fp32 [T, V]."""
+    x.div_(cap)
+    if len(x) > FEW:
+        return x.tanh_().mul_(cap)
+    for row in x:  # one by one: fp64 of all of them takes more memory than a plan counts
+        row.copy_(steady(torch.tanh, row))
+    return x.mul_(cap)
+
+
 def _as_it_is(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return function(x)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qmix.kernels import ops
 from qmix.kernels.cpu import FEW, few_rows
-from qmix.kernels.layer import TORCH, LayerOps, rms_norm, rotate
+from qmix.kernels.layer import TORCH, LayerOps, capped, rms_norm, rotate
 from qmix.kernels.router import RouterTensors, choose_experts, router_logits
 from qmix.spec import Activation
 from qmix.spec import Norm as NormSpec
@@ -67,7 +67,7 @@ class PlainWeights:
     def norm(self, weight: Named | None, spec: NormSpec) -> Tensor | None:
         """What a norm multiplies by, fp32; None for 1."""
         found = self.vector(weight)
-        return 1 + found if found is not None and spec.weight == "one_plus" else found
+        return None if found is None else spec.multiplier(found)
 
     def vector(self, weight: Named | None) -> Tensor | None:
         """A bias, sinks or the like, fp32."""
@@ -219,4 +219,4 @@ def scale(op: ops.Scale, w: Weights, buffer: Tensor) -> Tensor:
 
 def head(op: ops.Head, w: Weights, source: Tensor) -> Tensor:
     logits = w.linears(source, op.weight.name)[0].float()
-    return logits if op.softcap is None else op.softcap * torch.tanh(logits / op.softcap)
+    return logits if op.softcap is None else capped(logits, op.softcap)

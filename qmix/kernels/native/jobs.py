@@ -29,6 +29,7 @@ GATE = struct.Struct("@2Pq4i")                # qmix_gate
 CONV = struct.Struct("@9P5q3i4x")             # qmix_conv
 DELTA = struct.Struct("@10P4q")               # qmix_delta
 ADDITION = struct.Struct("@2Pq")      # qmix_addition
+SCALING = struct.Struct("@2Pqfi")     # qmix_scaling
 MATRIX = struct.Struct("@7q5i2f4x")   # qmix_matrix, two of which are a qmix_record
 EXPERTS = struct.Struct("@9P3qi4x")   # qmix_experts
 CALL = struct.Struct("@P2i")          # qmix_call
@@ -119,6 +120,12 @@ def delta(spec: DeltaNet, state: Tensor, after: Tensor, rows: Sequence[Tensor], 
     fp32, contiguous."""
     return DELTA.pack(*(x.data_ptr() for x in (state, after, *rows, out)), spec.key_heads, spec.value_heads,
                       spec.key_dim, spec.value_dim)
+
+
+def scale(y: Tensor, weight: Tensor | None, factor: float) -> bytes:
+    """y [T, H] *= weight, [H] or [1] or None for 1, then *= factor; all fp32, contiguous."""
+    one = weight is not None and len(weight) == 1
+    return SCALING.pack(y.data_ptr(), _address(weight), y.shape[1], factor, one)
 
 
 def _address(x: Tensor | None) -> int:

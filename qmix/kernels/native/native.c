@@ -273,6 +273,14 @@ int32_t qmix_add(const qmix_addition *job, int32_t tokens) {
     return 0;
 }
 
+int32_t qmix_scale(const qmix_scaling *job, int32_t tokens) {
+    for (int64_t i = 0; i < job->size * tokens; i++) {
+        float weighted = job->weight ? job->y[i] * job->weight[job->one ? 0 : i % job->size] : job->y[i];
+        job->y[i] = weighted * job->factor;
+    }
+    return 0;
+}
+
 static int32_t run_call(int32_t level, int32_t act, const qmix_call *call, int32_t threads) {
     switch (call->kind) {
     case QMIX_PRODUCTS:
@@ -305,6 +313,8 @@ static int32_t run_call(int32_t level, int32_t act, const qmix_call *call, int32
         return qmix_convolution(level, call->job);
     case QMIX_DELTA:
         return qmix_delta_rule(level, call->job, threads);
+    case QMIX_SCALED:
+        return qmix_scale(call->job, call->count);
     }
     return -1;
 }

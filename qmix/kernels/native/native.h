@@ -14,7 +14,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define QMIX_ABI 11
+#define QMIX_ABI 12
 
 enum { QMIX_FP32 = 0, QMIX_BF16 = 1, QMIX_FP16 = 2 }; /* types of numbers; fp16 of a router's weights alone */
 enum { QMIX_E2M1 = 5 }; /* mxfp4, in the place of a format's bits */
@@ -200,6 +200,15 @@ typedef struct {
     int64_t size;   /* H */
 } qmix_addition;
 
+/* y = y * weight * factor, in this order */
+typedef struct {
+    float *y;            /* [T, H] */
+    const float *weight; /* [H]; or one number, where `one`; or NULL for 1 */
+    int64_t size;        /* H */
+    float factor;
+    int32_t one;
+} qmix_scaling;
+
 /* A matrix in an expert's record: where its tensors lie, and what a product says of it (qmix_job). */
 typedef struct {
     int64_t weight, params; /* bytes from the record's start */
@@ -233,7 +242,7 @@ typedef struct {
 /* One call of those below: `count` jobs of a product, or tokens of the others (1 for attention, convolution and delta
  * rule). */
 enum { QMIX_PRODUCTS = 0, QMIX_ATTEND, QMIX_NORM, QMIX_ROUTE, QMIX_ROTATE, QMIX_ANGLES, QMIX_COMBINE, QMIX_ADD,
-       QMIX_EXPERTS, QMIX_JOIN, QMIX_BIASED, QMIX_EXACT, QMIX_GATED, QMIX_CONV, QMIX_DELTA };
+       QMIX_EXPERTS, QMIX_JOIN, QMIX_BIASED, QMIX_EXACT, QMIX_GATED, QMIX_CONV, QMIX_DELTA, QMIX_SCALED };
 typedef struct {
     const void *job;
     int32_t kind, count;
@@ -264,6 +273,7 @@ int32_t qmix_gates(int32_t level, const qmix_gate *job, int32_t tokens);
 int32_t qmix_convolution(int32_t level, const qmix_conv *job);
 int32_t qmix_delta_rule(int32_t level, const qmix_delta *job, int32_t threads); /* by value heads */
 int32_t qmix_add(const qmix_addition *job, int32_t tokens);
+int32_t qmix_scale(const qmix_scaling *job, int32_t tokens);
 
 /* By at most `threads` threads. 0, -1 where memory is lacking, or QMIX_MISSING. The bits of a token do not depend on the
  * others, nor on the threads. */

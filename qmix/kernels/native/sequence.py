@@ -17,7 +17,7 @@ from qmix.kernels.native import jobs
 from qmix.kernels.native.loader import levels, library
 
 PRODUCTS, ATTEND, NORM, ROUTE, ROTATE, ROPE_COS_SIN, COMBINE, ADD, EXPERTS, JOIN, BIAS, EXACT, \
-    GATE, CONV, DELTA = range(15)  # native.h's kinds
+    GATE, CONV, DELTA, SCALE = range(16)  # native.h's kinds
 _STATE = struct.Struct("@2P")      # what a qmix_conv and a qmix_delta begin with
 _ADDRESS = struct.Struct("@P")    # what an addition and a norm begin with: of what they read
 # Of a qmix_attention, behind three pointers: keys, values, their scales; behind five more: capacity, begin, end.
