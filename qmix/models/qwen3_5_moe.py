@@ -63,10 +63,11 @@ OWN = {**NAMES, **{f"delta.{part}": f"linear_attn.in_proj_{part}.weight" for par
 
 
 def layouts(model: Model) -> tuple[Layout, ...]:
-    """Experts fused, as Qwen published them, or one by one; within a model that also sees, or alone."""
-    prefixes = "model.language_model.", "model."
-    return tuple({**_dense(model, prefix), **experts(model, layers=f"{prefix}layers.")}
-                 for experts in (fused_layout, expert_layout) for prefix in prefixes)
+    """As Qwen published it, experts fused, within a model that also sees; with experts one by one, and alone; the last
+    one as transformers 5 holds it in memory."""
+    within, alone = "model.language_model.", "model."
+    return tuple({**_dense(model, prefix), **experts(model, layers=f"{prefix}layers.")} for experts, prefix in (
+        (fused_layout, within), (expert_layout, within), (expert_layout, alone), (fused_layout, alone)))
 
 
 def _dense(model: Model, prefix: str) -> Layout:
