@@ -345,11 +345,12 @@ class TestRefusals:
             cuda.linear(operand(9, 64), int4_matrix(32, 64, 32, 32), dot="bf16")
 
 
-def in_another_process(python: WarmPython, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def in_another_process(python: WarmPython, code: str, *args: str, **environment: str
+                       ) -> subprocess.CompletedProcess[str]:
     """Where Triton is not imported yet, and will not be interpreted: the server imports torch and qmix alone."""
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     own = {"PYTHONPATH": str(Path(__file__).parents[1]), "CUDA_VISIBLE_DEVICES": ""}
-    return python.run("-c", code, cwd=Path(__file__).parent, timeout=1800, env=kept | own | environment)
+    return python.run("-c", code, *args, cwd=Path(__file__).parent, timeout=1800, env=kept | own | environment)
 
 
 CALL = """
