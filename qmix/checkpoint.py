@@ -105,6 +105,7 @@ class Checkpoint:
                 _check_folder(path)
                 raw = read_json(path / "config.json")
                 _check_unquantized(path / "config.json", raw)
+                _check_weights(path)
                 locations, unused, notes = locate(path, opened)
             except OSError as e:
                 raise CheckpointError(f"{path}: {e.strerror}", "check the path and its permissions") from None
@@ -256,6 +257,11 @@ def _check_folder(path: Path) -> None:
     if not (path / "config.json").exists():
         native = " (Mistral's own layout)" if (path / "params.json").exists() else ""
         raise CheckpointError(f"{path / 'config.json'}: missing{native}", f"{FOLDER}, Hugging Face layout")
+
+
+def _check_weights(path: Path) -> None:
+    """CheckpointError where the folder has none that can be read. Asked when config.json has been: the weights of a
+    quantized checkpoint of the hub are not fetched."""
     if (path / SINGLE).exists() or (path / INDEX).exists():
         return
     others = sorted(p.name for p in path.glob("*.safetensors"))
