@@ -1,6 +1,6 @@
 # make demo   install into .venv, quantize the bundled checkpoint, let it answer
 # make test   install the test tools too, run the whole suite
-# make test-models   every architecture in every format and by every method: some minutes
+# make test-models   every architecture in every format and by every method, the trained model where it is: minutes
 # make test-levels   the whole suite at every instruction level of this processor, with one thread and with two
 #
 # VENV=.venv          where everything is installed

@@ -5,6 +5,8 @@
     python benchmarks/decode_turns.py --peer-python AVX2PEER/bin/python --work DIR --level avx2 --depth 8192 --kv int8
     python benchmarks/decode_turns.py --peer-python AVX2PEER/bin/python --work DIR --model qwen3 --layers 24 \
         --dense int8 --gguf mixed --native-only --depth 0,512 --prefill 512
+    python benchmarks/decode_turns.py --peer-python AVX2PEER/bin/python --work DIR --level avx2 --model gpt-oss \
+        --layers 12 --dense int8 --gguf mixed --native-only --depth 0,512 --prefill 512
 
 peers.py runs one program after the other, minutes apart, in which a shared machine's memory may give half of what it
 gave before. Here each side decodes some tokens (about a second), then the next one does, then the memory's read
@@ -30,7 +32,8 @@ from typing import Any
 import instruction_levels
 from peers import SIDE, Side, find_peer, machine, numbers_from_0
 from peers_report import GB, cell, table
-from synthetic_recipe import RECIPES, Recipe, tokenizer_file, uniform_tokens
+from synthetic_models import RECIPES
+from synthetic_recipe import Recipe, tokenizer_file, uniform_tokens
 
 from qmix.hardware import physical_cores
 from qmix.hardware.bandwidth import measure_ram

@@ -44,9 +44,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 NATIVE = ROOT / "qmix/kernels/native"
 REHEARSAL = HERE / "rehearsal"
-TESTS = ("test_cuda.py", "test_cuda_ops.py", "test_cuda_fused.py", "test_cuda_layer.py", "test_cuda_router.py",
-         "test_cuda_kv_int8.py", "test_cuda_prompt.py", "test_prompt_experts.py", "test_attend*.py",
-         "test_device_table.py", "test_copies*.py", "test_configs.py")
+TESTS = ("test_cuda.py", "test_cuda_ops.py", "test_cuda_experts.py", "test_cuda_rooms.py", "test_cuda_fused.py",
+         "test_cuda_layer.py", "test_cuda_router.py", "test_cuda_kv_int8.py", "test_cuda_prompt.py",
+         "test_prompt_experts.py", "test_attend*.py", "test_device_table.py", "test_copies*.py", "test_configs.py")
 ENGINE = "tests/test_architectures_device.py::test_tritons_kernels_in_the_engine"
 SECONDS = 560.0  # a call of 600 keeps a margin for the start
 CLOSING = 6.0  # seconds kept for the report

@@ -107,7 +107,7 @@ def store(task: Task) -> None:
         emit(path=task["given"], given=True)
         return
     import synthetic
-    from synthetic_recipe import RECIPES
+    from synthetic_models import RECIPES
 
     from qmix.demo import CHECKPOINT
 

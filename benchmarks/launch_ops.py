@@ -30,9 +30,10 @@ RULES = {
                                  "top_groups": 4, "group_score": "top2", "choice_bias": True},
     "biased, scaled": {"logit_bias": True, "expert_scale": True},
 }
-# Query heads, key-value heads, head size, dimensions that rotate: Qwen3-30B-A3B, Qwen3-235B-A22B, OLMoE, GLM-4.5-Air,
-# an odd size, and a layer without positions.
-HEADS = ((32, 4, 128, 128), (64, 4, 128, 128), (16, 16, 128, 128), (96, 8, 128, 64), (8, 8, 80, 80), (8, 2, 96, 0))
+# Query heads, key-value heads, head size, dimensions that rotate: those that differ most come first, GLM-4.5-Air (part
+# of a head rotates), an odd size with a key-value head for each query head, and a layer without positions; then
+# Qwen3-30B-A3B, Qwen3-235B-A22B and OLMoE.
+HEADS = ((96, 8, 128, 64), (8, 8, 80, 80), (8, 2, 96, 0), (32, 4, 128, 128), (64, 4, 128, 128), (16, 16, 128, 128))
 
 
 def router(experts: int, k: int, hidden: int, rule: dict[str, object]) -> RouterTensors:
@@ -46,11 +47,12 @@ def router(experts: int, k: int, hidden: int, rule: dict[str, object]) -> Router
                          vector(spec.choice_bias), vector(spec.expert_scale))
 
 
-def launch_ops(ops: DeviceOps, found: Launches, tokens: int, models: int = len(HEADS)) -> None:
-    """Each of them once, for `tokens` at a time, within `recording`. models: of how many of HEADS and of SIZES, each of
-    which takes seconds to compile."""
+def launch_ops(ops: DeviceOps, found: Launches, tokens: int, half: torch.dtype, models: int = len(HEADS)) -> None:
+    """Each of them once, for `tokens` at a time, within `recording`. half: of the card's 16-bit values, in caches;
+    models: of how many of HEADS, each of which takes seconds to compile. With fewer than all each rule of routers is
+    compiled for one of SIZES in turn, else for each."""
     found.label = f"ops, decode {tokens}"
-    for call in (*_routers(ops, tokens, models), *_heads(ops, tokens, models), _own_scores(ops, tokens),
+    for call in (*_routers(ops, tokens, models), *_heads(ops, tokens, half, models), _own_scores(ops, tokens, half),
                  *_rows(ops, tokens), *_experts(ops, tokens)):
         call()
 
@@ -60,7 +62,9 @@ def _floats(*shape: int) -> Tensor:
 
 
 def _routers(ops: DeviceOps, tokens: int, models: int) -> Iterator[Callable[[], None]]:
-    for (hidden, experts, k), rule in ((size, rule) for size in SIZES[:models] for rule in RULES.values()):
+    each = [(size, rule) for i, rule in enumerate(RULES.values()) for j, size in enumerate(SIZES)
+            if models == len(HEADS) or i % len(SIZES) == j]
+    for (hidden, experts, k), rule in each:
         def ask(hidden: int = hidden, experts: int = experts, k: int = k, rule: dict[str, object] = rule) -> None:
             every = [router(experts, k, hidden, rule) for _ in range(LAYERS)]
             later = Later([_floats(hidden)] * 2, every[1:], torch.empty(tokens, 2, GUESSES, dtype=torch.int32))
@@ -70,7 +74,7 @@ def _routers(ops: DeviceOps, tokens: int, models: int) -> Iterator[Callable[[], 
         yield ask
 
 
-def _heads(ops: DeviceOps, tokens: int, models: int) -> Iterator[Callable[[], None]]:
+def _heads(ops: DeviceOps, tokens: int, half: torch.dtype, models: int) -> Iterator[Callable[[], None]]:
     for heads, kv, size, turned in HEADS[:models]:
         def attend(heads: int = heads, kv: int = kv, size: int = size, turned: int = turned) -> None:
             qkv, cos_sin = _floats(tokens, (heads + 2 * kv) * size), _floats(tokens, turned) if turned else None
@@ -79,7 +83,7 @@ def _heads(ops: DeviceOps, tokens: int, models: int) -> Iterator[Callable[[], No
             ops.head_norm(qkv, size, None, None, 8.0)
             if cos_sin is not None:
                 ops.rope_cos_sin(torch.zeros(tokens, dtype=torch.int64), _floats(turned // 2), cos_sin, 1.25)
-            for dtype in (torch.bfloat16, torch.int8) if heads == HEADS[0][0] else (torch.bfloat16,):
+            for dtype in (half, torch.int8) if heads == HEADS[0][0] else (half,):
                 keys, values = torch.empty(2, kv, CAPACITY, size, dtype=dtype).unbind()
                 scales = torch.empty(2, kv, CAPACITY).unbind() if dtype == torch.int8 else None
                 ops.rope_attend(qkv, cos_sin, keys, values, torch.zeros(tokens, dtype=torch.int64), None,
@@ -88,17 +92,17 @@ def _heads(ops: DeviceOps, tokens: int, models: int) -> Iterator[Callable[[], No
         yield attend
 
 
-def _own_scores(ops: DeviceOps, tokens: int) -> Callable[[], None]:
+def _own_scores(ops: DeviceOps, tokens: int, half: torch.dtype) -> Callable[[], None]:
     """Of gpt-oss's heads, in a window, in decoding and in a prompt."""
     heads, kv, size, window = 64, 8, 64, 128
 
     def attend() -> None:
-        softmax, cache = Softmax(_floats(heads), 0.2, 30.0), torch.empty(2, kv, CAPACITY, size, dtype=torch.bfloat16)
+        softmax, cache = Softmax(_floats(heads), 0.2, 30.0), torch.empty(2, kv, CAPACITY, size, dtype=half)
         ops.rope_attend(_floats(tokens, (heads + 2 * kv) * size), _floats(tokens, size), cache[0], cache[1],
                         torch.zeros(tokens, dtype=torch.int64), window, _floats(tokens, heads * size), None, softmax)
         card = cuda_prompt.capability(cache.device)
         prompt = cuda_prompt.choose_prompt_attention(card, configs.built_in(card).attention)
-        query = torch.empty(512, heads, size, dtype=torch.bfloat16)
+        query = torch.empty(512, heads, size, dtype=half)
         prompt(query, cache[0, :, :512], cache[1, :, :512], window, softmax)
 
     return attend

@@ -149,12 +149,17 @@ class InSlots:
         pass
 
 
+def half_of(card: tuple[int, int]) -> torch.dtype:
+    """What it computes in."""
+    return torch.float16 if card < TENSOR_CORES else torch.bfloat16
+
+
 def launch(model: Shape, card: tuple[int, int], found: Launches, tokens: Iterable[int] = TOKENS,
            prompts: Iterable[int] = PROMPTS, experts: str = "int4", group: int = 64, block: int = 64,
            dtype: torch.dtype | None = None) -> None:
     """Decode `tokens` at a time, and the products and attention of `prompts`, within `recording`. experts, group,
     block: their format; dtype: what prompts compute in, None for the card's 16 bits."""
-    config, dtype = model.config, dtype or (torch.float16 if card < TENSOR_CORES else torch.bfloat16)
+    config, dtype = model.config, dtype or half_of(card)
     record = RecordLayout(MatrixSpec(experts, 2 * config.expert_inner, config.hidden, 2, group, block),
                           MatrixSpec(experts, config.hidden, config.expert_inner, 1, group, block))
     formats = {experts, "int8", model.head}
@@ -279,7 +284,7 @@ def main() -> int:
             for name in args.model:
                 launch(known[name], card, found, args.tokens, args.prompt, args.format)
             for count in args.tokens if args.ops else ():
-                launch_ops(TritonOps(), found, count)
+                launch_ops(TritonOps(), found, count, half_of(card))
         launches = sum(sum(one.labels.values()) for one in found)
         print(f"\n{card[0]}.{card[1]}: {launches} launches of {len(found)} kernels", *table(found, args.count),
               sep="\n", flush=True)

@@ -8,18 +8,18 @@ Nothing here is measured: parameters and memory follow from config.json, speeds 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import expect
 from published import PUBLISHED
 
-from qmix.checkpoint import not_run
 from qmix.commands.plan import report as planning
 from qmix.config import QuantConfig
 from qmix.errors import DoesNotFit
 from qmix.forward.lower_device import not_on_device
-from qmix.models import ARCHITECTURES, published_experts, read_model
+from qmix.models import published_experts, read_model
 from qmix.offload.plan import Needs
 from qmix.sizes import format_bytes
 
@@ -35,8 +35,8 @@ large for them.
 **Memory** is that of all weights, experts with 4.5 bits a weight (int4, groups of 64, as `qmix quantize` does by
 default; gpt-oss's as they are published, MXFP4 with 4.25) and the rest in int8; the KV cache comes on top. **Speeds**
 are `qmix plan`'s forecasts of decoding at uniform routing, the worst case for a cache: from bytes and the bandwidths
-below, without the launches and waits of a GPU, which count for much where experts are small. `qmix plan CONFIG.JSON`
-makes them for your machine.
+below, without the launches and waits of a GPU, which count for much where experts are small. A model that runs on the
+CPU only has the CPU's speed everywhere. `qmix plan CONFIG.JSON` makes these forecasts for your machine.
 """
 
 
@@ -49,8 +49,10 @@ def quant_of(raw: dict[str, Any]) -> QuantConfig:
 
 
 def speed(name: str, raw: dict[str, Any], pc: expect.Pc) -> str:
+    model = read_model(raw)
     try:
-        found = expect.forecast(pc, planning.Planned(name, read_model(raw), quant_of(raw), {}))
+        found = expect.forecast(replace(pc, card=None) if not_on_device(model) else pc,
+                                planning.Planned(name, model, quant_of(raw), {}))
     except DoesNotFit:
         return "does not fit"
     least, most = (f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}" for rate in found["tokens_per_second"])
@@ -69,21 +71,13 @@ def rows() -> list[str]:
     return found
 
 
-def others() -> list[str]:
-    """Architectures that are read and do not run, with what is missing."""
-    reasons = {kind: not_run(read_model(file.TINY)) for kind, file in ARCHITECTURES.items()}
-    return [f"| `{kind}` | {reason} |" for kind, reason in sorted(reasons.items()) if reason]
-
-
 def page() -> str:
     machines = [f"- {name}: {pc.ram} GiB of RAM for qmix at {pc.ram_speed:g} GB/s, disk {pc.disk:g} GB/s" + (
         f", {pc.card.vram} GiB of VRAM at {pc.card.vram_speed:g} GB/s, PCIe {pc.card.pcie:g} GB/s" if pc.card else "")
         for name, pc in PCS.items()]
     names = " | ".join(f"{name}, tok/s" for name in PCS)
     head = f"| model | model_type | 10^9 parameters | runs on | memory | {names} |"
-    return "\n".join([HEAD, *machines, "", head, "|---" * (5 + len(PCS)) + "|", *rows(), "", "Read, so that `qmix "
-                      "plan` and errors can name what is missing, but not run yet:", "", "| model_type | because |",
-                      "|---|---|", *others(), ""])
+    return "\n".join([HEAD, *machines, "", head, "|---" * (5 + len(PCS)) + "|", *rows(), ""])
 
 
 def main() -> None:

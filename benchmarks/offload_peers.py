@@ -4,6 +4,8 @@
     python benchmarks/offload_peers.py wide12 wide12.gguf --peer-python PEER/bin/python [--caps 8G,6G,4G]
     python benchmarks/synthetic.py qwen48 --model qwen3 --layers 48 --gguf qwen48.gguf     # many small experts, 18 GB
     python benchmarks/offload_peers.py qwen48 qwen48.gguf --peer-python PEER/bin/python --caps 12G,8G
+    python benchmarks/synthetic.py gptoss24 --model gpt-oss --layers 24 --gguf gptoss24.gguf   # MXFP4, 12.6 GB
+    python benchmarks/offload_peers.py gptoss24 gptoss24.gguf --peer-python PEER/bin/python --caps 8G
     python benchmarks/offload_peers.py --full wide32 --memory 16G         # qmix alone, with and without prefetch
 
 Needs root (cgroups). PEER is a virtual environment with llama-cpp-python. Both sides get the same tokens, one a

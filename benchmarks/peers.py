@@ -36,6 +36,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import gguf_blocks
 import instruction_levels
 import quantize
 import synthetic
@@ -89,7 +90,7 @@ class Side:
     def planned_bytes(self, recipe: Recipe) -> int:
         if self.kind == "qmix":
             return synthetic.layout_of(recipe, self.types)[2].nbytes
-        return sum(synthetic_gguf.tensor_bytes(kind, shape) for _, kind, shape, _ in
+        return sum(gguf_blocks.tensor_bytes(kind, shape) for _, kind, shape, _ in
                    synthetic_gguf.drafts(recipe, self.types))
 
 

@@ -60,6 +60,53 @@ MIXTRAL_8X22B = {**MIXTRAL, "hidden_size": 6144, "intermediate_size": 16384, "ma
 MISTRAL_3 = {**MISTRAL, "sliding_window": None, "rope_theta": 1e6, "vocab_size": 32768}
 GPT_OSS_120B = {**GPT_OSS, "num_hidden_layers": 36, "num_local_experts": 128,
                 "layer_types": ["sliding_attention", "full_attention"] * 18}
+NEXT = {**COMMON, "architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next", "attention_bias": False,
+        "bos_token_id": 151643, "decoder_sparse_step": 1, "eos_token_id": 151645, "full_attention_interval": 4,
+        "head_dim": 256, "hidden_size": 2048, "intermediate_size": 5120, "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+        "linear_value_head_dim": 128, "max_position_embeddings": 262144, "mlp_only_layers": [],
+        "moe_intermediate_size": 512, "norm_topk_prob": True, "num_attention_heads": 16, "num_experts": 512,
+        "num_experts_per_tok": 10, "num_hidden_layers": 48, "num_key_value_heads": 2, "output_router_logits": False,
+        "partial_rotary_factor": 0.25, "rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 10000000,
+        "router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": 512, "use_sliding_window": False,
+        "vocab_size": 151936}
+QWEN35 = {
+    "architectures": ["Qwen3_5MoeForConditionalGeneration"], "model_type": "qwen3_5_moe", "image_token_id": 248056,
+    "video_token_id": 248057, "vision_start_token_id": 248053, "vision_end_token_id": 248054,
+    "tie_word_embeddings": False, "vision_config": {"model_type": "qwen3_5_moe", "depth": 27, "hidden_size": 1152},
+    "text_config": {
+        "model_type": "qwen3_5_moe_text", "attention_bias": False, "attention_dropout": 0.0, "attn_output_gate": True,
+        "dtype": "bfloat16", "eos_token_id": 248044, "full_attention_interval": 4, "head_dim": 256,
+        "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02, "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+        "linear_value_head_dim": 128, "mamba_ssm_dtype": "float32", "max_position_embeddings": 262144,
+        "mlp_only_layers": [], "moe_intermediate_size": 512, "mtp_num_hidden_layers": 1,
+        "mtp_use_dedicated_embeddings": False, "num_attention_heads": 16, "num_experts": 256,
+        "num_experts_per_tok": 8, "num_hidden_layers": 40, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
+        "router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": 512, "use_cache": True,
+        "vocab_size": 248320, "rope_parameters": {
+            "mrope_interleaved": True, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25,
+            "rope_theta": 10000000, "rope_type": "default"}}}
+SLIDING, FULL = "sliding_attention", "full_attention"
+GEMMA_4 = {"architectures": ["Gemma4ForConditionalGeneration"], "audio_config": None, "boa_token_id": 256000,
+           "boi_token_id": 255999, "dtype": "bfloat16", "eoa_token_id": 258883, "eoa_token_index": 258883,
+           "eoi_token_id": 258882, "eos_token_id": [1, 106], "image_token_id": 258880, "audio_token_id": 258881,
+           "initializer_range": 0.02, "model_type": "gemma4", "text_config": {
+               "attention_bias": False, "attention_dropout": 0.0, "attention_k_eq_v": True, "bos_token_id": 2,
+               "dtype": "bfloat16", "enable_moe_block": True, "eos_token_id": 1, "final_logit_softcapping": 30.0,
+               "global_head_dim": 512, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 2816,
+               "hidden_size_per_layer_input": 0, "initializer_range": 0.02, "intermediate_size": 2112,
+               "layer_types": [*[SLIDING] * 5, FULL] * 5, "max_position_embeddings": 262144,
+               "model_type": "gemma4_text", "moe_intermediate_size": 704, "num_attention_heads": 16,
+               "num_experts": 128, "num_global_key_value_heads": 2, "num_hidden_layers": 30, "num_key_value_heads": 8,
+               "num_kv_shared_layers": 0, "pad_token_id": 0, "rms_norm_eps": 1e-6, "rope_parameters": {
+                   FULL: {"partial_rotary_factor": 0.25, "rope_theta": 1e6, "rope_type": "proportional"},
+                   SLIDING: {"rope_theta": 1e4, "rope_type": "default"}},
+               "sliding_window": 1024, "tie_word_embeddings": True, "top_k_experts": 8,
+               "use_bidirectional_attention": "vision", "use_cache": True, "use_double_wide_mlp": False,
+               "vocab_size": 262144, "vocab_size_per_layer_input": 262144},
+           "tie_word_embeddings": True, "transformers_version": "5.5.0", "video_token_id": 258884,
+           "vision_config": {"model_type": "gemma4_vision"}, "vision_soft_tokens_per_image": 280}
 PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
     "Mixtral 8x7B": (MIXTRAL, 46_702_792_704),
     "Mixtral 8x22B v0.3": (MIXTRAL_8X22B, 140_630_071_296),
@@ -72,4 +119,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
     "gpt-oss 120b": (GPT_OSS_120B, 116_829_156_672),
     "GLM-4.5-Air": (AIR, 106_852_251_264),
     "GLM-4.5": (GLM, 352_797_829_024),
+    "Qwen3-Next 80B-A3B": (NEXT, 79_674_391_296),
+    "Qwen3.5, 3.6 35B-A3B": (QWEN35, 34_660_610_688),
+    "Gemma 4 26B-A4B": (GEMMA_4, 25_233_141_790),  # without its towers
 }

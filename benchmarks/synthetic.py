@@ -1,15 +1,18 @@
-"""Write a random Mixtral 8x7B or Qwen3-30B-A3B of a chosen depth, without ever having had the original: a qmix store,
-and the same model for llama.cpp.
+"""Write a random Mixtral 8x7B, Qwen3-30B-A3B, Qwen3.6-35B-A3B or gpt-oss-20b of a chosen depth, without ever having had
+the original: a qmix store, and the same model for llama.cpp.
 
     python benchmarks/synthetic.py OUT --layers 12                     # 9.9 GB; 32 layers: 26 GB
     python benchmarks/synthetic.py OUT --layers 12 --gguf OUT.gguf     # both; --only-gguf for the second alone
     python benchmarks/synthetic.py OUT --model qwen3 --layers 24       # 9.6 GB, many small experts; all 48: 18.2
+    python benchmarks/synthetic.py OUT --model gpt-oss --layers 12     # 7.1 GB, MXFP4 experts; all 24: 12.6
+    python benchmarks/synthetic.py OUT --model qwen35 --layers 20      # 11.3 GB, most layers delta nets; all 40: 21.1
     python benchmarks/synthetic.py OUT --fit 22G                       # int4, int3 and int2 mixed
     python benchmarks/synthetic.py OUT --check [-f TEXT]               # how an existing store routes
 
-The shapes, formats and bytes are the model's (int4 g64 experts or a mix, int8 or --dense int4), so speed and memory can
-be measured on it; what it says is noise. How it routes is chosen: see synthetic_recipe.py. Expert bytes are
-random, distinct, and streamed; the same flags give the same store. Needs numpy and mistral-common.
+The shapes, formats and bytes are the model's (experts int4 g64 or a mix, gpt-oss's mxfp4; the rest int8 or --dense
+int4), so speed and memory can be measured on it; what it says is noise. How it routes is chosen: see
+synthetic_recipe.py. Expert bytes are random, distinct, and streamed; the same flags give the same store. Needs numpy
+and mistral-common.
 """
 
 from __future__ import annotations
@@ -27,11 +30,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from synthetic_models import RECIPES
 from synthetic_recipe import (
     CLUSTER,
-    RECIPES,
     Recipe,
+    kind_of,
     local_tokens,
+    microscales,
     prose_tokens,
     tokenizer_file,
     tokens_of,
@@ -73,6 +78,13 @@ def grouped_matrix(random: np.random.Generator, spec: MatrixSpec, spread: float)
             "qparams": torch.stack((scale, scale / 2)).expand(qparams.shape).contiguous()}
 
 
+def mxfp4_matrix(random: np.random.Generator, spec: MatrixSpec, spread: float) -> dict[str, Tensor]:
+    """Random codes, as often above as below 0."""
+    qweight, scale = spec.tensors[:2]
+    return {"qweight": random_bytes(random, qweight.nbytes).view(qweight.shape),
+            "scale": torch.from_numpy(microscales(random, scale.shape, spread))}
+
+
 def int8_matrix(random: np.random.Generator, spec: MatrixSpec, spread: float) -> dict[str, Tensor]:
     qweight, scale = spec.tensors
     q = random_bytes(random, qweight.nbytes).view(torch.int8).view(qweight.shape)
@@ -93,17 +105,16 @@ def dense_tensor(recipe: Recipe, tensor: Named, spec: MatrixSpec | None) -> dict
             for cluster, rows in enumerate(whole.split(CLUSTER)):
                 rows.copy_(torch.from_numpy(recipe.embedding(cluster)[:len(rows)]))
             return {"weight": whole}
-        plain = torch.from_numpy(recipe.router(layer)) if tensor.role == "router" else torch.ones(tensor.shape)
-        return {"weight": plain.bfloat16()}
-    kind = "head" if tensor.role == "head" else tensor.name[-1]  # "q" of layers.0.attention.q
-    if kind != "q":
+        return {"weight": torch.from_numpy(recipe.plain(tensor.name, tensor.shape)).bfloat16()}
+    kind = kind_of(tensor.name)
+    if not kind.endswith("q"):
         return dense_matrix(recipe.stream(kind, layer), spec, recipe.spread(kind, layer))
-    group = recipe.heads // recipe.kv_heads  # query heads of a key head, whose copies they are
-    keys = dense_matrix(recipe.stream("k", layer), replace(spec, rows=spec.rows // group), recipe.spread("k", layer))
+    (heads, group), kind = recipe.key_heads(tensor.name), kind[:-1] + "k"
+    keys = dense_matrix(recipe.stream(kind, layer), replace(spec, rows=spec.rows // group), recipe.spread(kind, layer))
     if spec.format == "int4":  # qparams are the same in every row
-        return {"qweight": copied(keys["qweight"], recipe.kv_heads, group),
+        return {"qweight": copied(keys["qweight"], heads, group),
                 "qparams": keys["qparams"].repeat(1, group, 1)}
-    return {name: copied(t, recipe.kv_heads, group) for name, t in keys.items()}
+    return {name: copied(t, heads, group) for name, t in keys.items()}
 
 
 def copied(keys: Tensor, heads: int, times: int) -> Tensor:
@@ -113,15 +124,23 @@ def copied(keys: Tensor, heads: int, times: int) -> Tensor:
 
 def record(recipe: Recipe, key: ExpertKey, specs: Mapping[str, MatrixSpec]) -> dict[tuple[str, str], Tensor]:
     """{(matrix, tensor name): values} of one expert."""
-    return {(matrix, name): tensor for matrix, spec in specs.items()
-            for name, tensor in grouped_matrix(recipe.stream(matrix, *key), spec,
-                                            recipe.spread(matrix, key.layer)).items()}
+    found = {}
+    for matrix, spec in specs.items():
+        draw = mxfp4_matrix if spec.format == "mxfp4" else grouped_matrix
+        values = draw(recipe.stream(matrix, *key), spec, recipe.spread(matrix, key.layer))
+        if spec.bias:
+            values["bias"] = torch.from_numpy(recipe.expert_bias(key.layer, key.expert, matrix, spec.rows))
+        found |= {(matrix, name): tensor for name, tensor in values.items()}
+    return found
 
 
 def layout_of(recipe: Recipe, dense: str = "int8", size: int = 0) -> tuple[Model, QuantConfig, StoreLayout]:
-    """size: bytes of a mixed store, as `qmix quantize --fit` has it; 0 for int4 throughout."""
+    """size: bytes of a mixed store, as `qmix quantize --fit` has it; 0 for the recipe's format throughout."""
     model = read_model(recipe.raw_config())
-    quant = QuantConfig(dense=dense, method="rtn", block=recipe.block or native_block())
+    if recipe.expert_format not in GROUPED_BITS and dense not in GROUPED_BITS:
+        quant = QuantConfig(recipe.expert_format, dense, method="", group_size=0, block=0)
+    else:
+        quant = QuantConfig(recipe.expert_format, dense, method="rtn", block=recipe.block or native_block())
     if size:
         quant, _ = mixed(model, quant, random_sensitivity(recipe, model), Wanted(nbytes=size))
     return model, quant, StoreLayout.of(model, quant)
@@ -236,6 +255,8 @@ def main() -> None:
         return
     if args.only_gguf and not args.gguf:
         parser.error("--only-gguf wants --gguf FILE")
+    if args.fit and (kind := RECIPES[args.model].expert_format) != "int4":
+        parser.error(f"--fit: {args.model}'s experts are {kind}, want a model whose experts are int4")
     try:
         given = {name: getattr(args, name) for name in ("recall", "hidden", "inner") if getattr(args, name) is not None}
         recipe = RECIPES[args.model](args.layers, seed=args.seed, **given)

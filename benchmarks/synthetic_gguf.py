@@ -4,16 +4,9 @@
     q4_0     Q4_0 throughout: the store with int4 dense
     q4_k_m   as llama-quantize chooses for Q4_K_M with eight experts (llama-quant.cpp)
 
-and always F16 embedding, F32 router and norms. Embedding, routers and norms are those of the store; experts and
-attention are other random weights of the same deviations, so the routing has the same statistics. Q4_0 takes 4.5 bits
-a weight, as int4 g64 does.
-
-Layouts (ggml-common.h), blocks of 32 or, with K in the name, 256 weights along the input:
-  Q4_0  fp16 d, 16 bytes: w = (q - 8) d
-  Q8_0  fp16 d, 32 int8: w = q d
-  Q4_K  fp16 d and m, 12 bytes of 6-bit scales s and minima t, 128 bytes: w = q s d - t m; here all s = t = 32
-  Q5_K  the same with 32 bytes of fifth bits before the 128
-  Q6_K  192 bytes, 16 int8 scales s, fp16 d: w = (q - 32) s d; here s is 8 or -8 at random, which makes the mean 0
+gpt-oss's experts are MXFP4 whatever the types. Embedding always F16, router, norms and other vectors F32: these are
+those of the store; experts and other matrices are other random weights of the same deviations, so the routing has the
+same statistics. Q4_0 takes 4.5 bits a weight, as int4 g64 does.
 
 Streamed: at most one tensor of a layer's experts in memory (264 MB; 940 MB of a bf16 checkpoint).
 
@@ -25,67 +18,36 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from math import prod
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
+from gguf_blocks import Bytes, matrix, tensor_bytes
 from numpy.typing import NDArray
-from synthetic_recipe import CLUSTER, HEAD, Qwen3Recipe, Recipe, tokenizer_file
+from synthetic_recipe import CLUSTER, Recipe, Values, kind_of, rounded, tokenizer_file
 
-Bytes = NDArray[np.uint8]
+from qmix.models import read_model
+from qmix.spec import Model, Moe, Tensor
+from qmix.spec.model import layer_of
+
 Draft = tuple[str, str, tuple[int, ...], Callable[[], NDArray]]  # name, type, logical shape, values
 
-# Type -> weights and bytes of a block, where its random bytes are, deviation of a weight over d.
-BLOCKS = {"Q4_0": (32, 18, slice(2, 18), (2 * 140 / 16) ** 0.5),  # q - 8 uniform in -7..7 with 0 twice
-          "Q8_0": (32, 34, slice(2, 34), (127 * 128 / 3) ** 0.5),  # q uniform in -127..127
-          "Q4_K": (256, 144, slice(16, 144), 32 * (255 / 12) ** 0.5),
-          "Q5_K": (256, 176, slice(16, 176), 32 * (1023 / 12) ** 0.5),
-          "Q6_K": (256, 210, slice(0, 192), 8 * (4095 / 12) ** 0.5)}
-ITEMS = {"F32": 4, "F16": 2, "BF16": 2}
-MEAN = {"Q4_K": 7.5, "Q5_K": 15.5}
-# Any byte -> a byte whose nibbles are 1..15, mean 8: nibble 0 becomes 8.
-CENTRED = np.array([(b & 15 or 8) | (b >> 4 or 8) << 4 for b in range(256)], np.uint8)
-THIRTY_TWOS = np.array([0xA0] * 8 + [0] * 4, np.uint8)  # eight scales and eight minima of 32, as Q4_K packs them
 TYPES = ("mixed", "q4_0", "q4_k_m")
 
 
-def type_of(types: str, matrix: str, layer: int, layers: int) -> str:
-    """The type of a matrix: "q" | "k" | "v" | "o" | "gate" | "up" | "down" | "head"."""
+def type_of(recipe: Recipe, types: str, matrix: str, layer: int) -> str:
+    """The type of a matrix: "gate_exps" | "up_exps" | "down_exps" of experts, else as kind_of has it."""
+    expert = matrix.endswith("_exps")
+    if expert and recipe.expert_format == "mxfp4":
+        return "MXFP4"
     if types == "mixed":
-        return "Q4_0" if matrix in ("gate", "up", "down") else "Q8_0"
+        return "Q4_0" if expert else "Q8_0"
     if types == "q4_0":
         return "Q4_0"
-    eighth = layers // 8
+    eighth, layers = recipe.layers // 8, recipe.layers
     more = layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
-    return {"k": "Q8_0", "v": "Q8_0", "o": "Q5_K", "head": "Q6_K", "down": "Q6_K" if more else "Q4_K"}.get(
+    return {"k": "Q8_0", "v": "Q8_0", "o": "Q5_K", "head": "Q6_K", "down_exps": "Q6_K" if more else "Q4_K"}.get(
         matrix, "Q4_K")
-
-
-def matrix(random: np.random.Generator, kind: str, shape: Sequence[int], spread: float) -> Bytes:
-    """[..., N, bytes of a row] of random blocks whose weights have mean 0 and deviation `spread`."""
-    weights, nbytes, where, deviation = BLOCKS[kind]
-    blocks = np.empty((prod(shape) // weights, nbytes), np.uint8)
-    payload = blocks[:, where]
-    for piece in np.array_split(payload, max(1, blocks.nbytes >> 24)):
-        piece[:] = random.integers(0, 2**64, piece.size // 8, dtype=np.uint64).view(np.uint8).reshape(piece.shape)
-    step = spread / deviation
-    if kind == "Q6_K":
-        blocks[:, 192:208] = random.choice(np.array([8, 248], np.uint8), (len(blocks), 16))
-        blocks[:, 208:] = _fp16(step)
-        return blocks.reshape(*shape[:-1], -1)
-    blocks[:, :2] = _fp16(step)
-    if kind == "Q4_0":
-        for piece in np.array_split(payload, max(1, payload.size >> 24)):
-            piece[:] = CENTRED[piece]
-    elif kind == "Q8_0":
-        payload[payload == 128] = 0  # -128
-    else:
-        blocks[:, 2:4], blocks[:, 4:16] = _fp16(step * MEAN[kind]), THIRTY_TWOS
-    return blocks.reshape(*shape[:-1], -1)
-
-
-def _fp16(x: float) -> Bytes:
-    return np.frombuffer(np.float16(x).tobytes(), np.uint8)
 
 
 def experts(recipe: Recipe, kind: str, layer: int, part: int, shape: tuple[int, ...]) -> Bytes:
@@ -94,16 +56,33 @@ def experts(recipe: Recipe, kind: str, layer: int, part: int, shape: tuple[int, 
                   recipe.spread("w2" if part == 2 else "w13", layer))
 
 
-def linear(recipe: Recipe, kind: str, name: str, layer: int, shape: tuple[int, int]) -> Bytes:
-    """[N, bytes of a row]."""
-    return matrix(recipe.stream("gguf " + name, layer), kind, shape, recipe.spread(name, layer))
+def expert_biases(recipe: Recipe, layer: int, part: int, rows: int) -> Values:
+    """[E, N], the store's."""
+    def one(expert: int) -> Values:
+        if part == 2:
+            return recipe.expert_bias(layer, expert, "w2", rows)
+        return recipe.expert_bias(layer, expert, "w13", 2 * rows).reshape(2, rows)[part]
+
+    return np.stack([one(expert) for expert in range(recipe.experts)])
 
 
-def q_matrix(recipe: Recipe, kind: str, layer: int) -> Bytes:
-    """Each query head a copy of its key head."""
-    keys = linear(recipe, kind, "k", layer, (recipe.kv_heads * HEAD, recipe.hidden))
-    repeated = keys.reshape(recipe.kv_heads, HEAD, -1).repeat(recipe.heads // recipe.kv_heads, axis=0)
-    return repeated.reshape(recipe.heads * HEAD, -1)
+def linear(recipe: Recipe, kind: str, tensor: Tensor) -> Bytes:
+    """[N, bytes of a row]. Each query head is a copy of its key head."""
+    part, layer, (rows, cols) = kind_of(tensor.name), layer_of(tensor.name) or 0, tensor.shape
+    if not part.endswith("q"):
+        return matrix(recipe.stream("gguf " + part, layer), kind, (rows, cols), recipe.spread(part, layer))
+    (heads, copies), part = recipe.key_heads(tensor.name), part[:-1] + "k"
+    keys = matrix(recipe.stream("gguf " + part, layer), kind, (rows // copies, cols), recipe.spread(part, layer))
+    return keys.reshape(heads, rows // copies // heads, -1).repeat(copies, axis=0).reshape(rows, -1)
+
+
+def joined(recipe: Recipe, kind: str, tensors: Sequence[Tensor]) -> Bytes:
+    """Matrices that GGUF has as one: below each other, or, where queries come with their gate, head by head."""
+    found = [linear(recipe, kind, tensor) for tensor in tensors]
+    if kind_of(tensors[-1].name) != "gate":
+        return np.concatenate(found)
+    whole = np.stack([part.reshape(recipe.heads, recipe.head_dim, -1) for part in found], axis=1)
+    return whole.reshape(-1, whole.shape[-1])
 
 
 def embedding(recipe: Recipe) -> NDArray[np.float16]:
@@ -111,54 +90,54 @@ def embedding(recipe: Recipe) -> NDArray[np.float16]:
     whole = np.empty((recipe.vocab, recipe.hidden), np.float16)
     for start in range(0, recipe.vocab, CLUSTER):
         rows = whole[start:start + CLUSTER]
-        rows[:] = _bf16(recipe.embedding(start // CLUSTER)[:len(rows)])
+        rows[:] = rounded(recipe.embedding(start // CLUSTER)[:len(rows)])
     return whole
 
 
-def router(recipe: Recipe, layer: int) -> NDArray[np.float32]:
-    """[E, H], the store's, through bf16 as there."""
-    return _bf16(recipe.router(layer))
+NAMES = {"embedding": "token_embd.weight", "final_norm": "output_norm.weight", "head": "output.weight",
+         "before_mixer": "attn_norm.weight", "before_mlp": "ffn_norm.weight",
+         **{f"attention.{name}": f"attn_{name}.weight" for name in ("q", "k", "v", "q_norm", "k_norm", "sinks")},
+         **{f"attention.{name}_bias": f"attn_{name}.bias" for name in ("q", "k", "v")},
+         "attention.o": "attn_output.weight", "attention.o_bias": "attn_output.bias",
+         "router.weight": "ffn_gate_inp.weight", "router.logit_bias": "ffn_gate_inp.bias"}
 
 
-def _bf16(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Rounded to bf16, half to even."""
-    bits = x.view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
+def name_of(recipe: Recipe, tensor: Tensor) -> str:
+    """GGUF's name: "layers.3.attention.q" -> "blk.3.attn_q.weight"."""
+    names, layer = {**NAMES, **recipe.gguf_names}, layer_of(tensor.name)
+    return names[tensor.name] if layer is None else f"blk.{layer}.{names[tensor.name.split('.', 2)[2]]}"
 
 
 def drafts(recipe: Recipe, types: str = "mixed") -> Iterator[Draft]:
     """Every tensor in the order of the file; values are drawn when it is their turn."""
-    hidden, inner, vocab = recipe.hidden, recipe.inner, recipe.vocab
-    queries, keys = recipe.heads * HEAD, recipe.kv_heads * HEAD
-    ones = partial(np.ones, hidden, np.float32)
-    yield "token_embd.weight", "F16", (vocab, hidden), partial(embedding, recipe)
-    for i in range(recipe.layers):
-        p = f"blk.{i}."
-        kinds = {name: type_of(types, name, i, recipe.layers) for name in ("q", "k", "v", "o", "gate", "up", "down")}
-        yield p + "attn_norm.weight", "F32", (hidden,), ones
-        yield p + "attn_q.weight", kinds["q"], (queries, hidden), partial(q_matrix, recipe, kinds["q"], i)
-        for name, long, shape in (("k", "k", (keys, hidden)), ("v", "v", (keys, hidden)),
-                                  ("o", "output", (hidden, queries))):
-            yield p + f"attn_{long}.weight", kinds[name], shape, partial(linear, recipe, kinds[name], name, i, shape)
-        for name in ("q", "k") if recipe.head_norms else ():
-            yield p + f"attn_{name}_norm.weight", "F32", (HEAD,), partial(np.ones, HEAD, np.float32)
-        yield p + "ffn_norm.weight", "F32", (hidden,), ones
-        yield p + "ffn_gate_inp.weight", "F32", (recipe.experts, hidden), partial(router, recipe, i)
-        for part, (name, rows, cols) in enumerate((("gate", inner, hidden), ("up", inner, hidden),
-                                                   ("down", hidden, inner))):
-            each = (recipe.experts, rows, cols)
-            yield p + f"ffn_{name}_exps.weight", kinds[name], each, partial(
-                experts, recipe, kinds[name], i, part, each)
-    head = type_of(types, "head", 0, recipe.layers)
-    yield "output_norm.weight", "F32", (hidden,), ones
-    yield "output.weight", head, (vocab, hidden), partial(linear, recipe, head, "head", 0, (vocab, hidden))
+    model = read_model(recipe.raw_config())
+    for name, group in groupby(model.tensors(), partial(name_of, recipe)):
+        tensors = list(group)
+        first, layer = tensors[0], layer_of(tensors[0].name) or 0
+        if first.role == "embedding":
+            yield name, "F16", first.shape, partial(embedding, recipe)
+        elif first.role in ("linear", "mlp", "head"):
+            kind = type_of(recipe, types, kind_of(first.name), layer)
+            yield name, kind, (sum(t.shape[0] for t in tensors), first.shape[1]), partial(
+                joined, recipe, kind, tensors)
+        else:  # GGUF has a matrix of one row as a vector
+            shape = first.shape[1:] if first.shape[0] == 1 else first.shape
+            yield name, "F32", shape, partial(recipe.gguf_plain, first.name, shape)
+        if first.name.endswith("router.weight"):
+            yield from expert_drafts(recipe, model, layer, types)
 
 
-def tensor_bytes(kind: str, shape: Sequence[int]) -> int:
-    if kind in ITEMS:
-        return prod(shape) * ITEMS[kind]
-    weights, nbytes, *_ = BLOCKS[kind]
-    return prod(shape) // weights * nbytes
+def expert_drafts(recipe: Recipe, model: Model, layer: int, types: str) -> Iterator[Draft]:
+    """The experts of a layer, each matrix of all of them together."""
+    mlp, hidden, inner = model.layers[layer].mlp, recipe.hidden, recipe.inner
+    assert isinstance(mlp, Moe)
+    for part, (name, rows, cols) in enumerate((("gate", inner, hidden), ("up", inner, hidden),
+                                               ("down", hidden, inner))):
+        kind, each = type_of(recipe, types, name + "_exps", layer), (recipe.experts, rows, cols)
+        yield f"blk.{layer}.ffn_{name}_exps.weight", kind, each, partial(experts, recipe, kind, layer, part, each)
+        if mlp.expert.bias:
+            yield f"blk.{layer}.ffn_{name}_exps.bias", "F32", each[:2], partial(
+                expert_biases, recipe, layer, part, rows)
 
 
 def bytes_per_token(recipe: Recipe, types: str) -> int:
@@ -213,21 +192,17 @@ def write_gguf(recipe: Recipe, path: Path, types: str = "mixed", checkpoint: Pat
         import gguf
     except ImportError:
         raise SystemExit("--gguf needs the package gguf: pip install gguf") from None
+    if types == "q4_k_m" and any(width % 256 for width in (recipe.hidden, recipe.inner)):
+        raise SystemExit(f"q4_k_m: wants widths that are multiples of 256, got {recipe.hidden} and {recipe.inner}")
     draft = path.with_name(path.name + ".partial")
-    qwen3 = isinstance(recipe, Qwen3Recipe)
-    writer = gguf.GGUFWriter(draft, "qwen3moe" if qwen3 else "llama")
+    writer = gguf.GGUFWriter(draft, recipe.gguf)
     writer.add_name(f"synthetic, {recipe.layers} layers")
-    for add, value in ((writer.add_block_count, recipe.layers), (writer.add_context_length, 32768),
-                       (writer.add_embedding_length, recipe.hidden), (writer.add_feed_forward_length, recipe.inner),
-                       (writer.add_head_count, recipe.heads), (writer.add_head_count_kv, recipe.kv_heads),
-                       (writer.add_rope_dimension_count, HEAD), (writer.add_rope_freq_base, 1e6),
-                       (writer.add_layer_norm_rms_eps, recipe.eps), (writer.add_expert_count, recipe.experts),
-                       (writer.add_expert_used_count, recipe.chosen), (writer.add_vocab_size, recipe.vocab)):
-        add(value)
-    if qwen3:
-        for add, value in ((writer.add_expert_feed_forward_length, recipe.inner), (writer.add_key_length, HEAD),
-                           (writer.add_value_length, HEAD)):
-            add(value)
+    for key, value in {"block_count": recipe.layers, "context_length": 32768, "embedding_length": recipe.hidden,
+                       "feed_forward_length": recipe.inner, "head_count": recipe.heads,
+                       "head_count_kv": recipe.kv_heads, "rope_freq_base": recipe.theta,
+                       "layer_norm_rms_eps": recipe.eps, "expert_count": recipe.experts,
+                       "expert_used_count": recipe.chosen, "vocab_size": recipe.vocab, **recipe.gguf_keys()}.items():
+        getattr(writer, f"add_{key}")(value)
     _add_vocabulary(writer, recipe.vocab)
     planned = list(drafts(recipe, types) if checkpoint is None else checkpoint_drafts(recipe, checkpoint))
     for name, kind, shape, _ in planned:

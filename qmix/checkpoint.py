@@ -1,4 +1,4 @@
-"""A checkpoint in Hugging Face layout, read one tensor at a time.
+"""A checkpoint in Hugging Face layout, or a GGUF file, read one tensor at a time.
 
 Opening reads config.json and the headers only, and accounts for every tensor: each one is used, or named in `skipped`,
 or the checkpoint is refused by that tensor's name. Tensors are then read with pread into fresh memory, never mapped and
@@ -29,8 +29,9 @@ from qmix import modelfiles, sources
 from qmix.config import ExpertKey
 from qmix.errors import CheckpointError, ConfigError
 from qmix.formats.mxfp4 import LARGEST, Blocks
+from qmix.gguf.header import is_gguf
+from qmix.gguf_checkpoint import Opened, open_gguf
 from qmix.models import (
-    ARCHITECTURES,
     Layout,
     Misfit,
     Source,
@@ -44,8 +45,7 @@ from qmix.models import (
 from qmix.models.source import Index
 from qmix.shards import INDEX, REFETCH, SINGLE, Location, equal, locate, read_json
 from qmix.sizes import MX_GROUP
-from qmix.spec import DeltaNet, Model, Moe
-from qmix.tensorfile import ITEM_BYTES
+from qmix.spec import WIDE, Model
 
 STORE_MANIFEST = "qmix.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -68,7 +68,8 @@ class Checkpoint:
     """An open checkpoint. Use as a context manager, or close it.
 
     Tensors are asked for by their canonical names (Model.tensors), whatever the files call them.
-    path: the folder. model: what it holds, `dtype` as the files have it whatever config.json says.
+    path: the folder, or the GGUF file; folder: where config.json and the tokenizer are. model: what it holds, `dtype`
+    as the files have it whatever config.json says.
     raw_config: config.json as it stands. nbytes: bytes of all used weights. expert_format: "mxfp4" where experts are
     quantized already; they are read as numbers of `dtype`, exactly, or as `expert_blocks`. Else None.
     skipped: names of tensors and weight files that the model does not need. notes: lines on what the folder says
@@ -76,28 +77,35 @@ class Checkpoint:
     """
 
     def __init__(self, path: Path, raw_config: Mapping[str, Any], model: Model, locations: Mapping[str, Location],
-                 table: Mapping[str, Source], skipped: tuple[str, ...], notes: tuple[str, ...], opened: ExitStack):
+                 table: Mapping[str, Source], skipped: tuple[str, ...], notes: tuple[str, ...], opened: ExitStack,
+                 decoded: Opened | None = None):
         self.path = path
+        self.folder = path if decoded is None else decoded.folder
         self.raw_config = raw_config
         self.model = model
         self.skipped = skipped
         self.notes = notes
         self.nbytes = sum(location.entry.nbytes for location in locations.values())
-        self.expert_format = "mxfp4" if any(source.scales for source in table.values()) else None
+        self.expert_format = decoded.carried if decoded is not None else \
+            "mxfp4" if any(source.scales for source in table.values()) else None
+        self._decoded = None if decoded is None else getattr(torch, model.dtype)
         self._locations = locations
         self._table = table
         self._opened = opened
-        self._widened = {tensor.name for tensor in model.tensors() if tensor.role == "choice_bias"}
+        self._widened = {tensor.name for tensor in model.tensors() if tensor.role in WIDE}
 
     @classmethod
     def open(cls, path: Path | str) -> Checkpoint:
         """Open and account for every tensor; CheckpointError names file, tensor or key, and the cure."""
         path = Path(path)
         with ExitStack() as opened:
+            if is_gguf(path):
+                return cls._open_gguf(path, opened)
             try:
                 _check_folder(path)
                 raw = read_json(path / "config.json")
                 _check_unquantized(path / "config.json", raw)
+                _check_weights(path)
                 locations, unused, notes = locate(path, opened)
             except OSError as e:
                 raise CheckpointError(f"{path}: {e.strerror}", "check the path and its permissions") from None
@@ -109,18 +117,32 @@ class Checkpoint:
                              f"files have them in {model.dtype}: read so")
             return cls(path, raw, model, used, table, (*skipped, *unused), tuple(notes), opened.pop_all())
 
+    @classmethod
+    def _open_gguf(cls, path: Path, opened: ExitStack) -> Checkpoint:
+        try:
+            found = open_gguf(path, opened)
+        except ConfigError as e:
+            raise CheckpointError(f"{path}: {e.message}", e.cure) from None
+        except OSError as e:
+            raise CheckpointError(f"{e.filename or path}: {e.strerror}", "check the path and its permissions") from None
+        return cls(path, found.raw_config, found.model, found.locations, found.table, found.skipped, found.notes,
+                   opened.pop_all(), found)
+
     def dense(self, name: str) -> Tensor:
-        """A tensor of Model.tensors, in fresh memory and the file's dtype, a router's choice bias in fp32."""
-        found = self._tensor(name)
-        return found.float() if name in self._widened else found
+        """A tensor of Model.tensors, in fresh memory and the file's dtype (of a GGUF file, the model's), or fp32 for
+        the roles of WIDE."""
+        if name in self._widened:
+            return self._tensor(name, dtype=torch.float32).float()
+        return self._tensor(name)
 
     def published(self, name: str) -> str:
         """What the checkpoint calls a tensor of the model, or the tensor that it is a part of."""
         return self._table[name].name
 
-    def item_bytes(self, name: str) -> int:
-        """Of a number of a tensor of the model, as the file has it."""
-        return ITEM_BYTES[self._locations[self._table[name].name].entry.dtype]
+    def nbytes_of(self, name: str, shape: tuple[int, ...]) -> int:
+        """Of a tensor of the model, as the file has it; its share of the file's tensor."""
+        entry = self._locations[self._table[name].name].entry
+        return entry.nbytes * prod(shape) // prod(entry.shape)
 
     def expert(self, key: ExpertKey) -> tuple[Tensor, Tensor, Tensor]:
         """w1 (gate) [F, H], w2 (down) [H, F], w3 (up) [F, H], in the file's dtype and fresh memory."""
@@ -143,9 +165,12 @@ class Checkpoint:
         return w13, self._blocks(down)[0]
 
     def _blocks(self, *of: Source) -> list[Blocks]:
-        """Of sources in one tensor. CheckpointError for a scale that no weight has."""
-        codes, scales = self._locations[of[0].name], self._locations[of[0].scales]
-        found = sources.read_blocks(codes, scales, of)
+        """Of sources in one tensor, or in GGUF's. CheckpointError for a scale that no weight has."""
+        if self._decoded is not None:
+            found, scales = [sources.read_mxfp4(self._locations[s.name], s) for s in of], self._locations[of[0].name]
+        else:
+            codes, scales = self._locations[of[0].name], self._locations[of[0].scales]
+            found = sources.read_blocks(codes, scales, of)
         if (largest := max(int(blocks.scales.max()) for blocks in found)) > LARGEST:
             part = ", ".join(str(step.at) for step in of[0].steps if isinstance(step, Index))
             raise CheckpointError(f"{scales.shard.file.path}: {scales.entry.name}[{part}]: holds {largest}, want at "
@@ -154,10 +179,11 @@ class Checkpoint:
 
     def expert_nbytes(self, key: ExpertKey) -> int:
         """Of an expert's share of the files."""
-        found, item = 0, getattr(torch, self.model.dtype).itemsize
+        found = 0
         for tensor in self.model.expert_tensors(key):
             count = prod(tensor.shape)
-            found += count // 2 + count // MX_GROUP if self._table[tensor.name].scales else count * item
+            found += count // 2 + count // MX_GROUP if self._table[tensor.name].scales else \
+                self.nbytes_of(tensor.name, tensor.shape)
         return found
 
     def expert_biases(self, key: ExpertKey) -> tuple[Tensor, Tensor] | None:
@@ -165,7 +191,7 @@ class Checkpoint:
         names = [tensor.name for tensor in self.model.expert_tensors(key)[3:]]
         if not names:
             return None
-        gate, up, down = (self._tensor(name).float() for name in names)
+        gate, up, down = (self._tensor(name, dtype=torch.float32).float() for name in names)
         return torch.cat((gate, up)), down
 
     def read_into(self, name: str, out: Tensor) -> None:
@@ -176,10 +202,12 @@ class Checkpoint:
         found = self._tensor(name, out.view(-1).view(torch.uint8))
         assert found.shape == out.shape
 
-    def _tensor(self, name: str, out: Tensor | None = None) -> Tensor:
+    def _tensor(self, name: str, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """dtype: in which a GGUF file is decoded, the model's by default; others stay as they are."""
         source = self._table[name]
         if not source.scales:
-            return sources.read(self._locations[source.name], source, out)
+            decoded = None if self._decoded is None else dtype or self._decoded
+            return sources.read(self._locations[source.name], source, out, decoded)
         dtype, exact = getattr(torch, self.model.dtype), self._blocks(source)[0].numbers(torch.float32)
         found = exact.to(dtype)
         if dtype == torch.float16 and not torch.equal(found.float(), exact):
@@ -189,8 +217,8 @@ class Checkpoint:
 
     @property
     def extra_files(self) -> list[str]:
-        """Names of tokenizer, chat template and generation defaults in the folder, as far as they are there."""
-        return list(modelfiles.present(self.path))
+        """Names of tokenizer, chat template and generation defaults in `folder`, as far as they are there."""
+        return list(modelfiles.present(self.folder))
 
     def fingerprint(self) -> str:
         """Hex digest of the content: config, every tensor's name, shape and location, and a sample of its
@@ -219,13 +247,21 @@ def _check_folder(path: Path) -> None:
     if not path.exists():
         raise CheckpointError(f"{path}: no such folder", FOLDER)
     if not path.is_dir():
-        raise CheckpointError(f"{path}: a file, not a folder", FOLDER)
+        raise CheckpointError(f"{path}: a file, not a folder", f"{FOLDER}, or a GGUF file")
+    if (found := sorted(path.glob("*.gguf"))) and not (path / "config.json").exists():
+        raise CheckpointError(f"{path}: no config.json, but {len(found)} GGUF file{'s' if len(found) > 1 else ''}",
+                              f"name the file: {found[0]}")
     if (path / STORE_MANIFEST).exists():
         raise CheckpointError(f"{path}: a qmix store, quantized already",
                               f"talk to it with `qmix chat {path}`, or give the original checkpoint")
     if not (path / "config.json").exists():
         native = " (Mistral's own layout)" if (path / "params.json").exists() else ""
         raise CheckpointError(f"{path / 'config.json'}: missing{native}", f"{FOLDER}, Hugging Face layout")
+
+
+def _check_weights(path: Path) -> None:
+    """CheckpointError where the folder has none that can be read. Asked when config.json has been: the weights of a
+    quantized checkpoint of the hub are not fetched."""
     if (path / SINGLE).exists() or (path / INDEX).exists():
         return
     others = sorted(p.name for p in path.glob("*.safetensors"))
@@ -271,38 +307,16 @@ def ignored_keys(path: Path, raw: Mapping[str, Any]) -> list[str]:
 
 
 def _read_config(path: Path, raw: Mapping[str, Any], locations: Mapping[str, Location]) -> Model:
-    """The model of config.json, with the dtype that most tensors have; refused where the engine cannot run it."""
+    """The model of config.json, with the dtype that most tensors have."""
     try:
         model = read_model({**raw, "dtype": "bfloat16"})
         unused = skipped(model, locations)
         found = Counter(p.entry.dtype for name, p in locations.items()
                         if name not in unused and p.entry.dtype != BYTES)
         model = replace(model, dtype=DTYPE_NAMES.get(found.most_common(1)[0][0], "bfloat16") if found else model.dtype)
-        check_runs(model)
     except ConfigError as e:
         raise CheckpointError(f"{path}: {e.message}", e.cure or "correct config.json, or fetch it again") from None
     return model
-
-
-def check_runs(model: Model) -> None:
-    """ConfigError for a model that qmix reads, but does not run yet."""
-    if lacking := not_run(model):
-        run = [kind for kind, file in ARCHITECTURES.items() if not not_run(read_model(file.TINY))]
-        raise ConfigError(f"model_type: {model.architecture!r} is read, but not run yet: {lacking}",
-                          f"give a checkpoint of {', '.join(run)}")
-
-
-def not_run(model: Model) -> str:
-    """What of the model the engine cannot do, "" where it runs it."""
-    for i, layer in enumerate(model.layers):
-        mixer, record = layer.mixer, layer.mlp.expert if isinstance(layer.mlp, Moe) else layer.mlp
-        if isinstance(mixer, DeltaNet):
-            return f"layer {i} is a gated delta net, whose state a session cannot go back to yet"
-        if mixer.kv_source is not None:
-            return f"layer {i} reads the keys and values of layer {mixer.kv_source}"
-        if i in model.record_layers and record.activation.kind == "geglu":
-            return f"the experts of layer {i} have geglu, with which no model was run from end to end yet"
-    return ""
 
 
 def _account(path: Path, model: Model, locations: Mapping[str, Location]
@@ -348,7 +362,7 @@ def _check_tensors(model: Model, layout: Layout, locations: Mapping[str, Locatio
     of_experts = (t for key in model.expert_keys for t in model.expert_tensors(key))
     for tensor in chain(model.tensors(), of_experts):
         source = layout[tensor.name]
-        wide = tensor.role == "choice_bias" and locations[source.name].entry.dtype == "F32"
+        wide = tensor.role in WIDE and locations[source.name].entry.dtype == "F32"
         _check_tensor(source, locations[source.name], tensor.shape,
                       BYTES if source.scales else "float32" if wide else model.dtype)
         if source.scales:

@@ -6,7 +6,7 @@
 
 Repositories hold the same weights in other layouts too (consolidated.safetensors, original/, onnx/, checkpoint-500/).
 None of them is fetched, and pickled weights never are. The free disk space is checked before the first weight is
-fetched.
+fetched. A checkpoint whose config.json says that it is quantized already is refused before its weights are fetched.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qmix import modelfiles
-from qmix.errors import CheckpointError, DoesNotFit, UsageError
+from qmix.errors import CheckpointError, ConfigError, DoesNotFit, UsageError
+from qmix.models import published_experts
 from qmix.sizes import format_bytes
 
 SINGLE = "model.safetensors"
@@ -47,8 +48,8 @@ def download(text: str, wanted: Wanted, say: Callable[[str], None]) -> Path:
     if wanted == "store" and not is_store and (folder / CONFIG).is_file():
         raise UsageError(f"{text}: a checkpoint that is not quantized yet",
                          f"quantize it first: qmix quantize {text} {repo.partition('/')[2]}-int4")
-    if is_store and wanted == "checkpoint":
-        return folder  # opening it as one is refused, by its name
+    if (is_store and wanted == "checkpoint") or (not is_store and _is_quantized(folder / CONFIG)):
+        return folder  # opening it as a checkpoint is refused, by its name or by its config.json
     names = _named(folder / MANIFEST, _store_files) if is_store else _named(folder / INDEX, _shards) or [SINGLE]
     # The commit of the small files, so that an upload in between cannot mix two versions.
     commit = folder.name if folder.parent.name == "snapshots" else revision or None
@@ -114,6 +115,17 @@ def _named(path: Path, read: Callable[[Any], Iterable[Any]]) -> list[str]:
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return []
     return sorted(name for name in found if isinstance(name, str) and name and not {*"/\\\0"} & {*name})
+
+
+def _is_quantized(config: Path) -> bool:
+    """Whether config.json says that the weights are in a format that qmix does not take from checkpoints."""
+    try:
+        raw = json.loads(config.read_bytes())
+        return isinstance(raw, dict) and raw.get("quantization_config") is not None and published_experts(raw) is None
+    except ConfigError:  # of a known format, with a key that is not known
+        return True
+    except (OSError, ValueError, RecursionError):  # said when the folder is opened
+        return False
 
 
 def _shards(index: Any) -> Iterable[Any]:

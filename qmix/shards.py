@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +28,10 @@ REFETCH = "the checkpoint is incomplete or damaged: fetch it again"
 
 
 class Shard:
-    """One open safetensors file; reads are safe from several threads."""
+    """One open file of weights; reads are safe from several threads. header: what is read of it first, by default that
+    of a safetensors file."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, header: Callable[[Path, int], TensorFile] | None = None):
         if not path.is_file():  # before opening: a pipe would block
             raise CheckpointError(f"{path}: {'not a file' if path.exists() else 'missing'}", REFETCH)
         try:
@@ -39,7 +40,7 @@ class Shard:
             raise CheckpointError(f"{path}: {e.strerror}", "check its permissions") from None
         try:
             self._state = self._stat()
-            self.file: TensorFile = read_header(path, CheckpointError)
+            self.file = read_header(path, CheckpointError) if header is None else header(path, self._fd)
         except BaseException:
             self.close()
             raise

@@ -15,7 +15,7 @@ from math import prod
 
 from qmix.config import DTYPES, GROUPED_BITS, QuantConfig, parse_grouped
 from qmix.errors import UsageError
-from qmix.spec import Activation, Attention, Model, Tensor
+from qmix.spec import WIDE, Activation, Attention, Model, Tensor
 from qmix.tensorfile import ITEM_BYTES
 
 GIB = 2**30
@@ -217,8 +217,8 @@ def record_layout(model: Model, quant: QuantConfig) -> RecordLayout:
 
 
 def plain_format(model: Model, tensor: Tensor) -> str:
-    """Of a dense tensor that stays plain: the checkpoint's dtype, and fp32 of a router's choice bias."""
-    return "fp32" if tensor.role == "choice_bias" else DTYPES[model.dtype]
+    """Of a dense tensor that stays plain: the checkpoint's dtype, or fp32 for the roles of WIDE."""
+    return "fp32" if tensor.role in WIDE else DTYPES[model.dtype]
 
 
 def dense_spec(model: Model, quant: QuantConfig, tensor: Tensor) -> MatrixSpec | None:

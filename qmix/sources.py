@@ -13,18 +13,23 @@ from math import prod
 import torch
 from torch import Tensor
 
-from qmix.formats import TORCH_DTYPES
+from qmix.formats import TORCH_DTYPES, ggml
+from qmix.formats.ggml.tables import mxfp4_blocks
 from qmix.formats.mxfp4 import Blocks
+from qmix.gguf.types import BY_NAME
 from qmix.models import Source, Step
-from qmix.models.source import Index, PerHead, Rows, Squeeze, Strided, Transpose
+from qmix.models.source import Index, Pairs, PerHead, Rows, Squeeze, Strided, Transpose
 from qmix.shards import Location
 
 
-def read(location: Location, source: Source, out: Tensor | None = None) -> Tensor:
-    """The model's tensor in the file's dtype: in `out`, uint8 of its bytes, by default in fresh memory. location: of
-    the tensor `source.name`, whose shape `source` was checked for."""
-    entry, dtype = location.entry, TORCH_DTYPES[location.entry.dtype]
+def read(location: Location, source: Source, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """The model's tensor in `dtype`, by default the file's: in `out`, uint8 of its bytes, by default in fresh memory.
+    location: of the tensor `source.name`, whose shape `source` was checked for."""
+    entry = location.entry
     first, shape, rest = narrow(entry.shape, source.steps)
+    if dtype is not None and TORCH_DTYPES.get(entry.dtype) != dtype:
+        return _decoded(location, first, shape, rest, out, dtype)
+    dtype = TORCH_DTYPES[entry.dtype]
     item, count = dtype.itemsize, prod(shape)
     data = location.shard.read(entry, first * item, count * item, None if rest else out)
     found = data.view(dtype).view(shape)
@@ -35,6 +40,33 @@ def read(location: Location, source: Source, out: Tensor | None = None) -> Tenso
         return found.contiguous()
     target = out.view(dtype).view(found.shape)
     return target.copy_(found)
+
+
+def _decoded(location: Location, first: int, shape: tuple[int, ...], rest: tuple[Step, ...], out: Tensor | None,
+             dtype: torch.dtype) -> Tensor:
+    """As `read`, of numbers that the file has in another type of ggml's; read and decoded piece by piece."""
+    kind = BY_NAME[location.entry.dtype]
+    target = torch.empty(shape, dtype=dtype) if rest or out is None else out.view(dtype).view(shape)
+    flat, step = target.view(-1), ggml.PIECE // kind.weights * kind.weights
+    for start in range(0, len(flat), step):
+        piece = flat[start:start + step]
+        raw = location.shard.read(location.entry, (first + start) // kind.weights * kind.nbytes,
+                                  len(piece) // kind.weights * kind.nbytes)
+        ggml.decode_into(kind.name, raw, piece)
+    if not rest:
+        return target
+    found = apply(target, rest)
+    return found.contiguous() if out is None else out.view(dtype).view(found.shape).copy_(found)
+
+
+def read_mxfp4(location: Location, source: Source) -> Blocks:
+    """A matrix that a GGUF file has in MXFP4, codes and scales as they are. Its steps select whole rows."""
+    kind = BY_NAME[location.entry.dtype]
+    first, shape, rest = narrow(location.entry.shape, source.steps)
+    assert kind.name == "MXFP4" and not rest
+    raw = location.shard.read(location.entry, first // kind.weights * kind.nbytes,
+                              prod(shape) // kind.weights * kind.nbytes)
+    return mxfp4_blocks(raw.view(shape[0], -1, kind.nbytes))
 
 
 def read_blocks(codes: Location, scales: Location, sources: Sequence[Source]) -> list[Blocks]:
@@ -80,6 +112,8 @@ def apply(tensor: Tensor, steps: tuple[Step, ...]) -> Tensor:
             tensor = tensor[step.start::step.step]
         elif isinstance(step, Transpose):
             tensor = tensor.T
+        elif isinstance(step, Pairs):
+            tensor = tensor.unflatten(0, (step.heads, -1, 2)).transpose(1, 2).flatten(0, 2)
         elif isinstance(step, Squeeze):
             tensor = tensor.squeeze(step.dim)
         elif isinstance(step, PerHead):

@@ -18,9 +18,10 @@ from qmix.checkpoint import Checkpoint
 from qmix.config import QuantConfig
 from qmix.quantize import quantize_checkpoint
 
+WIDE = {"glm4_moe": ("e_score_correction_bias",), "qwen3_5_moe": ("linear_attn.A_log", "linear_attn.norm.weight")}
 VOCAB = 512  # at least as many as the tokenizer has
 RUNNING: list[Mapping[str, Any]] = [with_keys(raw, {"vocab_size": VOCAB}) for raw in CASES
-                                    if raw["model_type"] in RUN]
+                                    if raw["model_type"].removesuffix("_text") in RUN]
 FIRST = {kind: with_keys(TINY[kind], {"vocab_size": VOCAB}) for kind in RUN}
 
 
@@ -28,12 +29,16 @@ def random_model(raw: Mapping[str, Any], dtype: torch.dtype = torch.float32, see
     """transformers' model of that config.json, every parameter and buffer of it random, none of them 0 or 1."""
     model = reference(AutoModelForCausalLM.from_config, AutoConfig.for_model(**raw), seed)
     for name, tensor in model.state_dict().items():
-        assert tensor.std() > 0.01, f"{name}: a constant would hide what is missing"
-    biases = {name: tensor for name, tensor in model.named_buffers() if name.endswith("e_score_correction_bias")}
+        apart = tensor.std() if tensor.numel() > 1 else min(abs(tensor), abs(tensor - 1))
+        assert apart > 0.01, f"{name}: a constant would hide what is missing"
+    wide = {name: tensor for name, tensor in (*model.named_buffers(), *model.named_parameters())
+            if name.endswith(WIDE.get(raw["model_type"], ()))}
+    numbers = {name: tensor.detach().clone() for name, tensor in wide.items()}
     model.to(dtype)
-    for name, tensor in biases.items():  # fp32 beside other weights in bf16, as published
+    for name, tensor in numbers.items():  # fp32 beside other weights in bf16, as published
         module, _, own = name.rpartition(".")
-        setattr(model.get_submodule(module), own, tensor)
+        parameter = isinstance(wide[name], torch.nn.Parameter)
+        setattr(model.get_submodule(module), own, torch.nn.Parameter(tensor, False) if parameter else tensor)
     return model
 
 

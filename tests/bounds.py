@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 
+from qmix.kernels.ops import CHUNK
 from qmix.spec import Model
 
 FP32, BF16, FP16 = 2.0**-24, 2.0**-8, 2.0**-11  # unit roundoffs
@@ -51,3 +52,15 @@ def fp32_model(config: Model) -> float:
     """Of the logits of two computations in fp32, at worst: in each layer one sum of the most terms that there are, all
     of whose roundings point the same way (Higham 2002, section 3.1: n terms err by n * u)."""
     return config.num_layers * max(config.hidden, config.expert_inner) * FP32
+
+
+def delta_in_chunks(tokens: int, key_dim: int) -> float:
+    """Of the gated delta rule in chunks (kernels/delta_rule.py) from exact arithmetic on the same rows: outputs and
+    state, relative to outputs, values and states together.
+
+    A chunk's outputs are behind two products over key_dim (of keys with keys or queries, and with the state), two over
+    the chunk's tokens (the inverse and what it multiplies), and some 8 single operations. Later chunks carry a state's
+    error on by factors of at most 1. Queries are divided by sqrt(key_dim), so that errors of outputs weigh no more.
+    """
+    chunks = -(-tokens // CHUNK)
+    return chain(chunks * (2 * key_dim + 2 * min(tokens, CHUNK) + 8), FP32)

@@ -40,7 +40,7 @@ class FakeTokenizer:
     vocab_size = VOCAB
     template_name = "fake format"
     turn_stops: tuple[str, ...] = ()
-    thinking_switch = takes_effort = False
+    thinking_switch = takes_effort = takes_tools = False
     verbatim = True
     headers: Mapping[int, bool] = MappingProxyType({})
 
@@ -135,6 +135,7 @@ class FakeSession:
         self.context = context
         self.ids: list[int] = []
         self.computed: list[int] = []  # how many ids each prefill was given
+        self.places: Sequence[int] | None = None  # to which it goes back; None for all
         self._answer_at = 0  # where the answer begins; drafts may hold any id
         self._rest: Iterator[int] = iter(())  # of the answer, what nobody has asked for; it may have no end
         self._answer: list[int] = []
@@ -144,8 +145,11 @@ class FakeSession:
     def length(self) -> int:
         return len(self.ids)
 
+    def reachable(self, length: int) -> int:
+        return length if self.places is None else max(place for place in (0, *self.places) if place <= length)
+
     def trim(self, length: int) -> None:
-        del self.ids[length:]
+        del self.ids[self.reachable(length):]
 
     def prefill(self, ids: Sequence[int], cancel: Cancel | None = None) -> torch.Tensor:
         assert ids and len(self.ids) + len(ids) <= self.context

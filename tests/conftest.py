@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import os
 import threading
 from collections.abc import Iterator
@@ -17,6 +19,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     if HAVE_TRITON:
         quicken()
+
+# Collecting the tests makes millions of objects that stay. The garbage collector would look through them again and
+# again: a third of the time that collecting takes, and later with every test that makes many objects.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
 
 SHARED = Path(__file__).parents[2] / "shared"
 # One thread by default: small matrices gain nothing from more, and on a busy machine lose several times over.
@@ -44,10 +56,19 @@ def threads() -> None:
     torch.set_num_threads(THREADS)
 
 
+@pytest.fixture(scope="session")
+def homes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Folders, each for a test. To make one tmp_path_factory looks through all that there are: with thousands, that
+    takes most of a millisecond or several."""
+    folder = tmp_path_factory.mktemp("homes")
+    return (folder / str(number) for number in itertools.count())
+
+
 @pytest.fixture(autouse=True)
-def own_settings(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_settings(homes: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes the user's settings, stores or history."""
-    home = tmp_path_factory.mktemp("home")
+    home = next(homes)
+    home.mkdir()
     for command in ("QUANTIZE", "GENERATE", "CHAT", "DEMO", "BENCH", "EVAL"):
         monkeypatch.setenv(f"QMIX_{command}_THREADS", str(THREADS))
     for kind in ("CONFIG", "DATA", "STATE", "CACHE"):

@@ -57,6 +57,9 @@ def reference(model_class: Any, config: Any, seed: int = 0) -> Any:
     random = torch.Generator().manual_seed(seed)
     for name, tensor in model.state_dict().items():
         drawn = torch.randn(tensor.shape, generator=random)
+        if tensor.numel() == 1:  # as far from 0 and 1 as norms are for the most part
+            tensor.copy_(1 + drawn.sign() * (0.1 + 0.1 * drawn.abs()))
+            continue
         if name.endswith("experts.gate_up_proj") or name.endswith("experts.down_proj"):
             drawn *= 1.5 * tensor.shape[-1 if tensor.shape[-2] != 32 else -2] ** -0.5
         elif tensor.dim() == 3:  # the taps of a convolution
@@ -69,7 +72,8 @@ def reference(model_class: Any, config: Any, seed: int = 0) -> Any:
             drawn *= (3.0 if "lm_head" in name else 2.0 if "gate.weight" in name or "router" in name else 1.0
                       ) * tensor.shape[-1] ** -0.5
         else:  # norms and scales; Qwen3.5's norms are 1 + weight, but for one
-            drawn = 0.3 * drawn + (config.model_type != "qwen3_5_moe_text" or "linear_attn" in name)
+            one_plus = config.model_type.startswith(("qwen3_5", "qwen3_next")) and "linear_attn" not in name
+            drawn = 0.3 * drawn + (not one_plus)
         tensor.copy_(drawn)
     return model
 

@@ -295,6 +295,7 @@ def test_recording_changes_no_logits(store: Path) -> None:
         assert logits(plain) == logits(watched)
 
 
+@pytest.mark.models  # its 20,000 tokens take half a minute; the figures of small models have naive counts
 def test_the_table_of_the_trained_model_is_reproduced(wiki_moe: Path, tmp_path: Path) -> None:
     """Its README has these figures of the checkpoint by another program, on the first 79 windows of 256 tokens of
     held-out text, experts looked up in turn. int4 moves each by less than 0.003."""

@@ -13,10 +13,10 @@ import bounds
 import pytest
 import torch
 from architectures import FIRST, quantized, random_model, write
+from device_engines import bring_up, delays
 from fast_interpreter import HAVE_TRITON
 from model_configs import ON_DEVICE, RUN, TINY, with_keys
 from test_cli import qmix
-from test_device_engine import bring_up, delays
 from torch import Tensor
 
 from qmix.config import QuantConfig
@@ -35,9 +35,9 @@ PROMPT, CONTEXT = 33, 64  # longer than the windows
 pytestmark = pytest.mark.usefixtures("no_thread_stays")
 
 
-def stored(raw: Mapping[str, Any], folder: Path) -> Path:
+def stored(raw: Mapping[str, Any], folder: Path, quant: QuantConfig = QuantConfig()) -> Path:  # noqa: B008
     source = write(random_model(raw, torch.bfloat16), raw, folder / "source", published=False)
-    return quantized(source, folder / "int4", QuantConfig())
+    return quantized(source, folder / quant.experts, quant)
 
 
 @pytest.fixture(scope="module", params=ON_DEVICE)
@@ -168,7 +168,8 @@ def refuses_devices(store: Path, reason: str, monkeypatch: pytest.MonkeyPatch) -
 FEW_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 SMALL = {"mistral": {"num_hidden_layers": 1}, "olmoe": {"num_hidden_layers": 1, **FEW_EXPERTS},
          "qwen3_moe": {"num_hidden_layers": 2, "mlp_only_layers": [0], **FEW_EXPERTS},
-         "glm4_moe": {"num_hidden_layers": 2, "n_routed_experts": 4, "num_experts_per_tok": 2}}
+         "glm4_moe": {"num_hidden_layers": 2, "n_routed_experts": 4, "num_experts_per_tok": 2},
+         "gemma4": {"num_hidden_layers": 2, "num_experts": 4, "top_k_experts": 2}}
 
 
 @pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed")

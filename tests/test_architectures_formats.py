@@ -88,7 +88,8 @@ def test_a_mixed_store(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Records of two kinds, in turns, of so many experts that paging has fewer slots of each kind than records; layers
     without records have an empty line."""
     tiny = FIRST[source.name]
-    more = {key: 24 for key in ("num_experts", "num_local_experts", "n_routed_experts") if key in tiny}
+    more = {key: 24 for key in ("num_experts", "num_local_experts", "n_routed_experts")
+            if key in tiny.get("text_config", tiny)}
     raw = with_keys(tiny, more or {"num_hidden_layers": 8})
     many = write(random_model(raw, torch.bfloat16), raw, tmp_path / "many")
     with load(quantized(many, tmp_path / "keep", UNQUANTIZED), threads=1, context=64) as engine:
@@ -112,7 +113,8 @@ def test_what_reads_a_text(source: Path, kept: Tensor, how: tuple[str, ...], tmp
 def test_a_process_stays_within_its_budget(kind: str, tmp_path: Path) -> None:
     """Of a model of many small experts, where the architecture has experts."""
     tiny = FIRST[kind]
-    more = {key: 64 for key in ("num_experts", "num_local_experts", "n_routed_experts") if key in tiny}
+    more = {key: 64 for key in ("num_experts", "num_local_experts", "n_routed_experts")
+            if key in tiny.get("text_config", tiny)}
     raw = with_keys(tiny, {"hidden_size": 1024, "num_hidden_layers": 12, "max_position_embeddings": 4096, **more})
     source = write(random_model(raw, torch.bfloat16), raw, tmp_path / "source")
     store = quantized(source, tmp_path / "store", QuantConfig(method="rtn"))

@@ -13,6 +13,7 @@ import json
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from subprocess import PIPE
 from typing import Any
@@ -62,6 +63,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of the machine is measured."""
     monkeypatch.setattr(roofline, "measure", lambda dtype, budget, say: replace(PEAKS, disk_gbps=None))
     monkeypatch.setattr(roofline, "with_disk", lambda peaks, folder, say: PEAKS)
+
+
+@pytest.fixture
+def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch has no fast bf16, one of SIDE takes seconds."""
+    monkeypatch.setattr(roofline, "measure_products", partial(roofline.measure_products, side=128))
 
 
 @pytest.fixture
@@ -220,7 +227,7 @@ def test_a_row_takes_the_median_rate_and_the_sum_of_all_else() -> None:
     assert [short(value) for value in (1234.5, 99.97, 45.67, 0.01234, 0.0)] == ["1234", "100", "45.7", "0.0123", "0"]
 
 
-def test_a_resident_store_is_read_from_memory_alone(store: Path) -> None:
+def test_a_resident_store_is_read_from_memory_alone(store: Path, small_products: None) -> None:
     """With the machine really measured, for which memory is used that the model does not need."""
     before = torch.ones(600 * 2**20, dtype=torch.uint8).nbytes
     high = hardware.peak_bytes()
@@ -239,7 +246,8 @@ def test_a_resident_store_is_read_from_memory_alone(store: Path) -> None:
         assert [row["slowest"], row["fastest"]] == pytest.approx([rates[0], rates[-1]], rel=1e-3)
 
 
-def test_a_paged_store_tells_what_came_from_the_disk(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_paged_store_tells_what_came_from_the_disk(store: Path, small_products: None,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     """With the disk really measured, too; all cases share one plan, though the process grows."""
     held = itertools.count(0, 32 * 1024)
     monkeypatch.setattr("qmix.hardware.resident_bytes", lambda: next(held))
@@ -368,8 +376,11 @@ def test_interrupted_it_keeps_the_cases_that_are_complete(store: Path, quick: No
 
 
 def test_ctrl_c_in_a_process_of_its_own(store: Path, warm_python: WarmPython) -> None:
+    program = ("import sys; from functools import partial; from qmix.bench import roofline; from qmix.cli import main\n"
+               "roofline.measure_products = partial(roofline.measure_products, side=128)\n"  # as small_products
+               "main(sys.argv[1:])")
     args = ["bench", store, "-p", 8, "-n", 400, "-r", 100, "-t", 1]
-    with warm_python.start("-m", "qmix", *args, stdout=PIPE, stderr=PIPE) as process:
+    with warm_python.start("-c", program, *args, stdout=PIPE, stderr=PIPE) as process:
         assert process.stdout is not None
         head = [process.stdout.readline() for _ in range(4)]
         process.send_signal(signal.SIGINT)

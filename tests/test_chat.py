@@ -58,6 +58,25 @@ def test_the_cache_follows_undo_and_a_changed_system_prompt(talk: Talk) -> None:
     assert talk.say("system?")[0] == "it is 'be kind'\n"
 
 
+def test_a_session_that_cannot_go_back_everywhere_reads_again_and_says_so(
+    talk: Talk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one of a model with recurrent states does."""
+    said: list[str] = []
+    monkeypatch.setattr(talk.chat.screen, "transient", said.append)
+    talk.say(300 * "x")
+    before = talk.session.length
+    talk.session.places = (9,)
+    for line in ("/undo", 290 * "x" + "yy"):
+        talk.say(line)
+    assert said == [
+        "reading 303 tokens",
+        f"reading {294 - 9 + 1} tokens, {292 - 9} of them again: the model's state is kept at few places",
+    ]
+    assert talk.session.computed == [303, 294 - 9 + 1] and talk.session.length < before
+    assert talk.said == [(290 * "x" + "yy", f"You said: {290 * 'x'}yy")]
+
+
 def test_control_characters_of_the_model_reach_nobody(talk: Talk) -> None:
     out, _ = talk.say("escape")
     assert out == "a␛[2Jb␇c\ufffdd\n"

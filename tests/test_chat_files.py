@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from qmix.chat.conversation import Conversation, Exchange, adopted, spoken_ids
 from qmix.chat.prompt import open_history
 from qmix.config import SamplingParams
 from qmix.errors import QmixError, UsageError
+from qmix.tokenizer import Call, ToolCall
 
 TOKENIZER = FakeTokenizer()
 
@@ -28,10 +30,11 @@ def talk(tmp_path: Path) -> Talk:
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 seen = st.builds(
-    lambda q, a, known: Exchange(q, a, tuple(TOKENIZER.encode(a, bos=False)) if known else None),
+    lambda q, a, known, calls: Exchange(q, a, tuple(TOKENIZER.encode(a, bos=False)) if known else None, None, calls),
     texts,
     texts,
     st.booleans(),
+    st.lists(st.builds(Call, texts.filter(bool), texts), max_size=2).map(tuple),
 )
 conversations = st.builds(Conversation, texts, st.none() | texts, st.lists(seen, max_size=4).map(tuple))
 params = st.builds(
@@ -56,10 +59,36 @@ def test_what_is_saved_is_loaded(conversation: Conversation, sampling: SamplingP
         assert savefile.load(path) == (conversation, sampling)
         assert path.stat().st_mode & 0o777 == 0o600 and [path] == list(Path(folder).iterdir())
     own, lost = adopted(conversation, conversation.model, TOKENIZER)
-    assert own == conversation and lost == sum(e.ids is None for e in conversation.exchanges)
+    assert own == without_calls(conversation) and lost == sum(e.ids is None for e in conversation.exchanges)
     other, lost = adopted(conversation, conversation.model + "x", TOKENIZER)
     assert lost == len(conversation) and all(e.ids is None for e in other.exchanges)
-    assert other.tokens(TOKENIZER) == conversation.tokens(TOKENIZER)
+    assert other.tokens(TOKENIZER) == own.tokens(TOKENIZER)
+
+
+def without_calls(conversation: Conversation) -> Conversation:
+    """As a model is shown it whose chat format has no place for tools."""
+    return replace(conversation, exchanges=tuple(replace(e, calls=()) for e in conversation.exchanges))
+
+
+def test_calls_that_are_no_objects_stay_in_the_file_and_are_not_shown_again() -> None:
+    calls = tuple(Call("f", text) for text in ("{}", "[]", "{", '{"a": NaN}', '{"a": "\\ud800"}', '{"b": "é"}'))
+    exchange = Exchange("q", "a", (5,), None, calls)
+    assert exchange.tool_calls == (ToolCall("f", {}), ToolCall("f", {"b": "é"}))
+    assert exchange.message.ids is None and exchange.message.content == "a"
+    assert Exchange("q", "a", (5,), None, calls[1:3]).message.ids == (5,)
+
+
+@pytest.mark.parametrize("calls", ['3', '[3]', '[{}]', '[{"name": "f"}]', '[{"name": "f", "arguments": {}}]',
+                                   '[{"name": 3, "arguments": "{}"}]'])
+def test_damaged_calls_are_named(calls: str, tmp_path: Path) -> None:
+    path = tmp_path / "saved.json"
+    savefile.save(path, Conversation("m", None, (Exchange("q", "a", None, None, (Call("f", "{}"),)),)),
+                  SamplingParams())
+    raw = json.loads(path.read_text())
+    raw["messages"][1]["calls"] = json.loads(calls)
+    path.write_text(json.dumps(raw))
+    with pytest.raises(QmixError, match=r"messages\[1\]\.calls"):
+        savefile.load(path)
 
 
 @settings(max_examples=30, deadline=None)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from hypothesis import strategies as st
 from oracles import decode, numbers, product, relative
 from test_native import int4_matrix, mxfp4_matrix
 from torch import Tensor
+from warm_python import WarmPython
 
 from qmix.errors import UsageError
 from qmix.formats import int8
@@ -345,11 +345,12 @@ class TestRefusals:
             cuda.linear(operand(9, 64), int4_matrix(32, 64, 32, 32), dot="bf16")
 
 
-def in_another_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def in_another_process(python: WarmPython, code: str, *args: str, **environment: str
+                       ) -> subprocess.CompletedProcess[str]:
+    """Where Triton is not imported yet, and will not be interpreted: the server imports torch and qmix alone."""
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
-                          cwd=Path(__file__).parent, env=kept | {"PYTHONPATH": str(Path(__file__).parents[1]),
-                                                                 "CUDA_VISIBLE_DEVICES": ""} | environment)
+    own = {"PYTHONPATH": str(Path(__file__).parents[1]), "CUDA_VISIBLE_DEVICES": ""}
+    return python.run("-c", code, *args, cwd=Path(__file__).parent, timeout=1800, env=kept | own | environment)
 
 
 CALL = """
@@ -366,17 +367,18 @@ except UsageError as e: print(e)
 """
 
 
-def test_without_triton_it_is_said() -> None:
-    done = in_another_process(f"import sys; sys.modules['triton'] = None{CALL}")
+def test_without_triton_it_is_said(warm_python: WarmPython) -> None:
+    done = in_another_process(warm_python, f"import sys; sys.modules['triton'] = None{CALL}")
     assert "need Triton, which is not installed\n  pip install triton" in done.stdout, done.stderr
 
 
 @needs_triton
-def test_tensors_of_the_cpu_are_refused_without_the_interpreter() -> None:
-    done = in_another_process(CALL)
+def test_tensors_of_the_cpu_are_refused_without_the_interpreter(warm_python: WarmPython) -> None:
+    done = in_another_process(warm_python, CALL)
     assert "weights on cpu: Triton's kernels need them on a CUDA device\n" in done.stdout, done.stderr
 
 
-def test_importing_it_imports_no_triton() -> None:
-    done = in_another_process("import sys, qmix.kernels.cuda, qmix.kernels.table; print('triton' in sys.modules)")
+def test_importing_it_imports_no_triton(warm_python: WarmPython) -> None:
+    done = in_another_process(warm_python, "import sys, qmix.kernels.cuda, qmix.kernels.table\n"
+                                           "print('triton' in sys.modules)")
     assert done.stdout == "False\n", done.stderr

@@ -3,6 +3,7 @@ else under Triton's interpreter."""
 
 from __future__ import annotations
 
+import bounds
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,9 +13,10 @@ from test_cuda_ops import EPS, norm64, random
 from torch import Tensor
 
 from qmix.kernels.cuda_ops import TritonOps
+from qmix.kernels.delta_rule import Rows, stepwise, unit
 from qmix.kernels.device_ops import DeviceOps, TorchDeviceOps
 from qmix.kernels.table import KernelTable
-from qmix.spec import Activation
+from qmix.spec import Activation, DeltaNet, Norm
 
 pytestmark = [needs_triton, pytest.mark.filterwarnings("ignore:(overflow encountered|All-NaN|invalid value)")]
 OPS = pytest.mark.parametrize("ops", [TritonOps(), TorchDeviceOps(KernelTable({}, {}))], ids=["Triton", "reference"])
@@ -93,6 +95,15 @@ def test_what_is_computed_number_by_number(ops: DeviceOps, size: int, tokens: in
 
 
 @OPS
+def test_a_cap(ops: DeviceOps) -> None:
+    """tanh by way of an exponential: 1 - 2 / (1 + exp(2 x)) has three roundings of numbers up to 2."""
+    x = torch.tensor([[-1e4, -30.0, -0.5, 0.0, 1e-3, 7.5, 1e4, float("nan")] * 200], device=place_of(ops))
+    want = 30 * (x.double().cpu() / 30).tanh()
+    ops.softcap(x, 30.0)
+    torch.testing.assert_close(x.cpu().double(), want, rtol=0, atol=30 * 6 * 2**-24, equal_nan=True)
+
+
+@OPS
 def test_large_and_broken_numbers(ops: DeviceOps) -> None:
     gate = torch.tensor([[-200.0, 200.0, float("nan"), 1.0]], device=place_of(ops))
     up, out = torch.full((1, 4), 2.0, device=gate.device), torch.empty(1, 4, device=gate.device)
@@ -161,3 +172,31 @@ def test_a_norm_without_a_weight_and_a_scaled_embedding(ops: DeviceOps) -> None:
     torch.testing.assert_close(out.cpu().double(), norm64(residual.cpu(), torch.ones(70)), rtol=1e-6, atol=1e-7)
     ops.norm(residual, None, EPS, residual)
     assert torch.equal(residual, out)
+
+
+@OPS
+@pytest.mark.parametrize(("tokens", "side"), [(1, 1), (5, 0)])
+def test_a_delta_net_token_by_token(ops: DeviceOps, tokens: int, side: int) -> None:
+    """Against float64: the convolution, and the delta rule of what it gives. Sizes that are no powers of two, of
+    something wider; the side that is read stays."""
+    spec, taps = DeltaNet(2, 4, 12, 40, 4, Norm(1e-5)), random(208, 4)
+    wide, a, b = random(tokens, 300), random(tokens, 4), random(tokens, 4, seed=3)
+    a_log, dt_bias, pasts, states = random(4), random(4, seed=5), random(2, 3, 208), random(2, 4, 12, 40)
+    here = [t.clone().to(place_of(ops)) for t in (wide, taps, pasts, a, b, a_log, dt_bias, states)]
+    at = torch.tensor([side], dtype=torch.int32, device=here[0].device)
+    mixed, out = here[0].new_zeros(tokens, 208), here[0].new_zeros(tokens, 160)
+    ops.conv(here[0][:, :208], here[1], here[2], at, mixed)
+    ops.delta(spec, mixed, *here[3:7], here[7], at, out)
+    x = torch.cat((pasts[side], wide[:, :208])).double()
+    summed = sum(x[j:j + tokens] * taps[:, j].double() for j in range(4))
+    torch.testing.assert_close(mixed.cpu().double(), summed * summed.sigmoid(), rtol=2**-18, atol=2**-20)
+    assert torch.equal(here[2][1 - side].cpu(), x[-3:].float()) and torch.equal(here[2][side].cpu(), pasts[side])
+    q, k, v = (part.view(tokens, -1, size) for part, size in zip(
+        mixed.cpu().double().split((24, 24, 160), 1), (12, 12, 40), strict=True))
+    decay = -a_log.double().exp() * torch.nn.functional.softplus(a.double() + dt_bias.double())
+    rows = Rows(unit(q) * 12**-0.5, unit(k), v, decay, b.double().sigmoid())
+    want, state = stepwise(rows, decay.exp(), states[side].double())
+    # In fp32 a token's chain of roundings is two sums of 12, a unit vector and some 8 operations.
+    bound = bounds.chain(tokens * 40, bounds.FP32) * torch.cat((want.flatten(), state.flatten(), v.flatten())).norm()
+    assert (out.cpu().view(want.shape) - want).norm() < bound and (here[7][1 - side].cpu() - state).norm() < bound
+    assert torch.equal(here[7][side].cpu(), states[side])

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 
 from test_cuda import in_another_process, needs_triton
+from warm_python import WarmPython
 
 CODE = """
 import json, sys
@@ -98,9 +99,9 @@ EXPERTS = ["jobs", "gemv", "finish", "gemv", "finish"]
 
 
 @needs_triton
-def test_launches_of_a_token() -> None:
+def test_launches_of_a_token(warm_python: WarmPython) -> None:
     """Two layers, of which only the first has a later one to guess for: it takes no launch more."""
-    done = in_another_process(CODE)
+    done = in_another_process(warm_python, CODE)
     assert not done.returncode, done.stderr[-2000:]
     found = json.loads(done.stdout)
     for dense, product in (("int8", ["gemv"]), ("int4", ["gemv", "finish"])):

@@ -7,9 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import device_engines
 import pytest
 import torch
-from test_device_engine import ALL, IDS, bring_up, delays, run, stores  # noqa: F401
+from device_engines import ALL, IDS, bring_up, delays, run
 
 from qmix.device import StandIn
 from qmix.offload.copies import Copies
@@ -17,6 +18,8 @@ from qmix.offload.device_experts import DeviceExperts
 from qmix.offload.device_setup import DeviceOptions, measured
 from qmix.offload.split import UNASKED, Split
 from qmix.offload.tiers import Tier
+
+stores = pytest.fixture(scope="module")(device_engines.stores)
 
 
 def noted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, Any]]:
@@ -36,7 +39,7 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, Any]]:
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_accounts_wait_for_the_next_layer_unless_something_is_missing(
-        stores: dict[str, Path], exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+        stores: dict[str, Path], exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = noted(monkeypatch)
     with bring_up(monkeypatch, stores["int4"], ALL - 3, ALL, exact=exact, prefetch="ahead") as engine:
         session, layers = engine.session(), engine.model.num_layers
@@ -55,7 +58,7 @@ def test_accounts_wait_for_the_next_layer_unless_something_is_missing(
 
 
 def test_a_slot_is_filled_only_behind_the_work_that_was_given_before_its_record_left(
-        stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+        stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where that work's layer has not spoken yet: what the host evicts while it accounts for the layer before."""
     device, numbers, last = StandIn(delays(5)), dict[int, int](), dict[int, int]()
     record, read, submit, kept = device.compute.record, Tier.read, Copies.submit, list[object]()
@@ -138,7 +141,7 @@ class TestSpeedsKnownAtTheStart:
 @pytest.mark.parametrize(("rate", "prefetch", "guesses"), [
     (100.0, "auto", False), (1e-4, "auto", True), (100.0, "ahead", True), (None, "auto", True)])
 def test_guesses_are_made_where_they_save_more_than_the_hosts_work(
-        stores: dict[str, Path], rate: float | None, prefetch: str, guesses: bool,  # noqa: F811
+        stores: dict[str, Path], rate: float | None, prefetch: str, guesses: bool,
         monkeypatch: pytest.MonkeyPatch) -> None:
     """All records are in RAM. Where one comes up or is computed sooner than the host has begun a copy, nothing is read
     ahead, unless that is asked for by name or the CPU may compute none. rate: of bus and CPU, GB/s; None: exact."""

@@ -1,100 +1,37 @@
 """The engine on a device, the CPU standing in for it: the same bits wherever an expert was and however late anything
-comes; the numbers of the CPU's own engine; errors and interruptions that lose nothing."""
+comes, and the numbers of the CPU's own engine; test_device_faults.py has errors and interruptions."""
 
 from __future__ import annotations
 
 import random
 import threading
 import time
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import bounds
+import device_engines
 import pytest
 import torch
+from device_engines import ALL, CONTEXT, EXPERTS, FORMATS, IDS, LAYERS, TOP_K, bring_up, delays, run
 from fast_interpreter import HAVE_TRITON
-from helpers import UNQUANTIZED, write_tiny_stores
+from helpers import write_tiny_stores
 from torch import Tensor
 
-from qmix import hardware
-from qmix.config import Cancel, ExpertKey, QuantConfig
 from qmix.device import StandIn
 from qmix.engine import Engine, Placement, load, placing
-from qmix.errors import DoesNotFit, Interrupted, QmixError, StoreError, UsageError
+from qmix.errors import QmixError
 from qmix.kernels.device_ops import TorchDeviceOps
 from qmix.offload import device_setup
-from qmix.offload.plan import RESERVE, STAGING, Needs
+from qmix.offload.plan import Needs
 from qmix.offload.split import Split
 from qmix.store import RecordFiles, Store
 
-CONTEXT = 120
-LAYERS, EXPERTS, TOP_K = 4, 8, 2
-ALL = LAYERS * EXPERTS
-IDS = [(7 * i * i + 3) % 500 + 3 for i in range(60)]
-FORMATS = {"int4": QuantConfig(), "keep": UNQUANTIZED, "int8": QuantConfig(experts="int8", dense="int4"),
-           "nf4": QuantConfig(experts="nf4", dense="int8", method="", group_size=0, block=0)}
-
+stores = pytest.fixture(scope="module")(device_engines.stores)
+resident = pytest.fixture(scope="module")(device_engines.resident)
 pytestmark = pytest.mark.usefixtures("no_thread_stays")
-
-
-@pytest.fixture(scope="module")
-def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_tiny_stores(tmp_path_factory.mktemp("device"), FORMATS, num_hidden_layers=LAYERS,
-                             num_local_experts=EXPERTS)
-
-
-def delays(seed: int, share: float = 0.1, longest: float = 0.002) -> Callable[[], None]:
-    """Now and then a stream is late."""
-    dice = random.Random(seed)
-
-    def delay() -> None:
-        if dice.random() < share:
-            time.sleep(dice.random() * longest)
-
-    return delay
-
-
-def bring_up(monkeypatch: pytest.MonkeyPatch, folder: Path, above: int, below: int, device: StandIn | None = None,
-             exact: bool = True, records: int = ALL, **how: Any) -> Engine:
-    """The store at `folder`, of `records`, with so many slots on the device and below, whatever this process weighs."""
-    monkeypatch.setattr(hardware, "resident_bytes", lambda: 0)
-    with Store.open(folder) as store:
-        needs = Needs.of(store.model, store.quant, how.setdefault("context", CONTEXT), how.get("kv", "bf16"))
-    there = needs.on_device
-    vram = RESERVE + there.dense + there.kv + there.workspace + above * needs.record
-    placement = Placement(device or StandIn(), vram, exact=exact, tuned=how.pop("tuned", None))
-    engine = load(folder, threads=how.pop("threads", 1), ram=RESERVE + below * needs.record, placement=placement,
-                  activations=how.pop("activations", "bf16"), **how)
-    fast, slow = engine.plan.tiers
-    assert fast.slots == above
-    assert slow.slots == (records if above < records <= below else min(below, records - above + STAGING))
-    return engine
-
-
-def run(engine: Engine) -> Tensor:
-    """Logits of a conversation of two turns: prompt, answer, another prompt, answer."""
-    session = engine.session()
-    found = [session.prefill(IDS[:40])]
-    for turn in range(2):
-        for token in IDS[turn * 12:turn * 12 + 12]:
-            found.append(session.decode(token).clone())
-        if turn == 0:
-            found.append(session.prefill(IDS[40:]))
-    return torch.stack(found)
-
-
-@pytest.fixture(scope="module")
-def resident(stores: dict[str, Path]) -> dict[str, Tensor]:
-    found = {}
-    for name, folder in stores.items():
-        with load(folder, threads=1, context=CONTEXT, activations="bf16", placement=Placement(StandIn())) as engine:
-            assert engine.plan.tiers[0].slots == ALL
-            found[name] = run(engine)
-            assert engine.stats()["experts"] == {"vram": 100.0}
-    return found
 
 
 def assert_near(errors: Tensor, engine: Engine, name: str) -> None:
@@ -113,9 +50,15 @@ def test_the_numbers_of_the_cpus_engine(stores: dict[str, Path], resident: dict[
     assert_near(errors, engine, name)
 
 
-@pytest.mark.parametrize("prefetch", ["off", "ahead", "both"])
-@pytest.mark.parametrize(("above", "below"), [(ALL, 2), (20, 14), (20, 4), (9, 25), (4, 2), (4, 12), (9, ALL)])
-@pytest.mark.parametrize("name", ["int4", "keep"])
+SLOTS = [(ALL, 2), (20, 14), (20, 4), (9, 25), (4, 2), (4, 12), (9, ALL)]
+# Tiers move records as bytes, whatever their format: of each number of slots with each prefetch one format, in turn, so
+# that each meets each of both. `make test-models` has the product.
+PLACEMENTS = [pytest.param(name, *slots, prefetch, marks=() if (i + j + k) % 2 == 0 else pytest.mark.models)
+              for i, slots in enumerate(SLOTS) for j, prefetch in enumerate(("off", "ahead", "both"))
+              for k, name in enumerate(("int4", "keep"))]
+
+
+@pytest.mark.parametrize(("name", "above", "below", "prefetch"), PLACEMENTS)
 def test_same_bits_for_every_placement(stores: dict[str, Path], resident: dict[str, Tensor], name: str, above: int,
                                        below: int, prefetch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     device = StandIn(delays(above * 100 + below))
@@ -273,130 +216,6 @@ def test_a_new_session_in_an_old_ones_place(stores: dict[str, Path], monkeypatch
             assert torch.equal(run(engine), first)
 
 
-def test_an_interrupted_pass_leaves_the_session_as_it_was(stores: dict[str, Path], resident: dict[str, Tensor],
-                                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    with bring_up(monkeypatch, stores["int4"], 6, 4, StandIn(delays(8))) as engine:
-        session = engine.session()
-        want = [session.prefill(IDS[:40])]
-        for turn in range(12):
-            cancel = Cancel()
-            timer = threading.Timer(0.0004 * turn, cancel.set)
-            timer.start()
-            try:
-                session.decode(IDS[turn], cancel)
-                session.trim(session.length - 1)
-            except Interrupted:
-                pass
-            timer.join()
-            assert session.length == 40 + turn
-            want.append(session.decode(IDS[turn]).clone())
-        assert torch.equal(torch.stack(want), resident["int4"][:13])
-
-
-def test_a_damaged_record_is_named_and_the_next_pass_goes_on(stores: dict[str, Path], resident: dict[str, Tensor],
-                                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    read, broken = RecordFiles.read, set[ExpertKey]()
-
-    def failing(self: RecordFiles, key: ExpertKey, *how: Any) -> None:
-        if key in broken:
-            raise self.failed(key, "unlucky")
-        read(self, key, *how)
-
-    monkeypatch.setattr(RecordFiles, "read", failing)
-    with bring_up(monkeypatch, stores["int4"], 4, 2) as engine:
-        session = engine.session()
-        session.prefill(IDS[:40])
-        broken.update(ExpertKey(2, e) for e in range(EXPERTS))
-        with pytest.raises(StoreError, match=r"layers\.2\.experts"):
-            for _ in range(3):
-                session.decode(IDS[0])
-        broken.clear()
-        session.trim(40)
-        assert torch.equal(session.decode(IDS[0]), resident["int4"][1])
-
-
-def test_a_device_that_fails_ends_the_pass_with_an_error(stores: dict[str, Path],
-                                                         monkeypatch: pytest.MonkeyPatch) -> None:
-    with bring_up(monkeypatch, stores["int4"], ALL, 2) as engine:
-        session = engine.session()
-        session.prefill(IDS[:10])
-
-        def fail(*how: object) -> None:
-            raise RuntimeError("an illegal memory access was encountered")
-
-        monkeypatch.setattr(TorchDeviceOps, "route", fail)
-        with pytest.raises(QmixError, match="the device failed: RuntimeError: an illegal memory access"):
-            session.decode(5)
-        assert session.length == 10
-
-
-def test_a_device_that_fails_in_a_prompt_is_told(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    with bring_up(monkeypatch, stores["int4"], ALL, 2) as engine:
-        session = engine.session()
-
-        def fail(*how: object) -> None:
-            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore lines")
-
-        for layer in session.cache.layers:
-            monkeypatch.setattr(layer, "_there", fail)
-        with pytest.raises(QmixError, match="the GPU failed: CUDA error: an illegal memory access was"):
-            session.prefill(IDS[:10])
-        assert session.length == 0
-
-
-def test_too_little_of_either_memory_is_refused_with_the_numbers(stores: dict[str, Path],
-                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DoesNotFit, match=r"of VRAM, has .*short of .*expert slots"):
-        bring_up(monkeypatch, stores["int4"], 3, 8)
-    with pytest.raises(DoesNotFit, match=r"of RAM, has .*short of"):
-        bring_up(monkeypatch, stores["int4"], 8, 1)
-    with pytest.raises(DoesNotFit, match=r"--vram 8\.0 GiB: only 1\.0 GiB is available"):
-        load(stores["int4"], placement=Placement(StandIn(nbytes=2**30), 8 * 2**30))
-    with pytest.raises(UsageError, match=r"--vram 8\.0 GiB: no GPU"):
-        load(stores["int4"], placement=Placement("cpu", 8 * 2**30))
-    with pytest.raises(UsageError, match="want auto, cpu, cuda or cuda:NUMBER"):
-        load(stores["int4"], placement=Placement("rocm"))
-
-
-def test_what_is_said(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    with bring_up(monkeypatch, stores["int4"], 9, 8, StandIn(half=torch.float16), exact=False, say=said.append):
-        pass
-    text = "\n".join(said)
-    assert "VRAM" in text and "RAM" in text and "prompts compute in float16, since it has no bf16 products" in text
-    assert "experts that are not on the GPU are computed by the CPU where that is faster" in text
-
-
-@pytest.mark.parametrize(("asked", "exact", "count", "said"), [
-    (None, False, 3, "3 compute threads, one core left for copies to the GPU"), (None, True, 4, "4 compute threads"),
-    (4, False, 4, "4 compute threads, as asked: no core left for copies to the GPU"),
-    (2, False, 2, "2 compute threads")])
-def test_a_core_is_left_to_the_copies(stores: dict[str, Path], asked: int | None, exact: bool, count: int, said: str,
-                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    """For every placement alike: threads may decide bits, and a budget may not. Without the GPU all cores compute, also
-    where it was to be used and the model does not fit there."""
-    monkeypatch.setattr(hardware, "compute_cores", lambda: 4)
-    monkeypatch.setattr("qmix.engine.threads.SMALL", 0)
-    threads = torch.get_num_threads()
-    try:
-        for above, below in ((9, 8), (ALL, 2)):
-            lines: list[str] = []
-            with bring_up(monkeypatch, stores["int4"], above, below, exact=exact, threads=asked,
-                          say=lines.append) as engine:
-                assert engine.threads == count and said in lines
-                native = engine._offload.experts._below.kernels.native  # type: ignore[attr-defined]
-                assert native is None or native.threads == count
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr("qmix.engine.machine.TINY", 0)
-        monkeypatch.setattr("qmix.engine.machine.open_cuda", lambda index: StandIn(nbytes=2**20))
-        for placement in (None, Placement("auto", exact=exact)):
-            with load(stores["int4"], threads=asked, placement=placement) as engine:
-                assert engine.device is None and engine.threads == (asked or 4)
-                assert engine.native is None or engine.native.threads == (asked or 4)
-    finally:
-        torch.set_num_threads(threads)
-
-
 @pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed")
 def test_measured_configurations_are_used_and_named_but_for_exact(stores: dict[str, Path], tmp_path: Path,
                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
@@ -461,24 +280,3 @@ def test_tritons_kernels_in_the_engine(name: str, tmp_path: Path, monkeypatch: p
     errors = (found[1] - found[0]).norm(dim=1) / found[0].norm(dim=1)
     assert_near(errors, engine, name)
     assert torch.equal(found[1][1], found[1][2])
-
-
-def test_auto_says_why_it_does_not_use_a_gpu(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever names the GPU gets the error instead."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("qmix.engine.machine.TINY", 0)
-    real = placing.choose_device_kernels
-    for reason, wrong in (("wrong numbers here", lambda *how: broken()), ("of VRAM, has", real)):
-        monkeypatch.setattr(placing, "choose_device_kernels", wrong)
-        monkeypatch.setattr("qmix.engine.machine.open_cuda", lambda index: StandIn(nbytes=2**20))
-        said: list[str] = []
-        with load(stores["int4"], threads=1, placement=Placement("auto"), say=said.append) as engine:
-            assert engine.device is None and len(engine.plan.tiers) == 1
-        (line,) = [line for line in said if line.startswith("not on ")]
-        assert reason in line and line.endswith("the CPU computes")
-        with pytest.raises(QmixError, match=reason):
-            load(stores["int4"], threads=1, placement=Placement("cuda"))
-
-
-def broken() -> None:
-    raise QmixError("the GPU kernel for int4 gives wrong numbers here")

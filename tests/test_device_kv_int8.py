@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from device_engines import ALL, CONTEXT, EXPERTS, IDS, LAYERS, bring_up, delays, run
+from fast_interpreter import HAVE_TRITON
 from helpers import UNQUANTIZED, write_tiny_stores
-from test_device_engine import ALL, CONTEXT, EXPERTS, HAVE_TRITON, IDS, LAYERS, bring_up, delays, run
 from torch import Tensor
 
 from qmix.config import QuantConfig

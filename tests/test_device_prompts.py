@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from architectures import FIRST
+from device_engines import ALL, EXPERTS, IDS, LAYERS, bring_up, delays
 from fast_interpreter import HAVE_TRITON
 from helpers import write_tiny_stores
 from model_configs import with_keys
 from test_architectures_device import stored
-from test_device_engine import ALL, EXPERTS, IDS, LAYERS, bring_up, delays
 from torch import Tensor
 
 from qmix.config import Cancel, QuantConfig
@@ -104,14 +104,17 @@ def counting(calls: Counter[str], name: str, real: Callable[..., Any]) -> Callab
 
 
 @pytest.mark.skipif(not HAVE_TRITON or torch.cuda.is_available(), reason="for Triton's interpreter")
-def test_tritons_kernels_under_every_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tiny Qwen3-MoE: the same bits with all experts in VRAM and with half of them. Where all are there, a
-    layer takes one call of each operation; else two more for each expert that comes later."""
+@pytest.mark.parametrize(("kind", "keys", "quant"), [
+    ("qwen3_moe", {"mlp_only_layers": [], "num_experts": 6}, QuantConfig()),
+    ("gpt_oss", {"num_local_experts": 6}, QuantConfig("mxfp4", "int8", "", 0, 0))])
+def test_tritons_kernels_under_every_budget(kind: str, keys: dict[str, Any], quant: QuantConfig, tmp_path: Path,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits with all experts in VRAM and with half of them, with biases and clamped activations too. Where all
+    are there, a layer takes one call of each operation; else two more for each expert that comes later."""
     from qmix.kernels.cuda_grouped import TritonPromptExperts
 
-    raw = with_keys(FIRST["qwen3_moe"], {"num_hidden_layers": 2, "mlp_only_layers": [], "num_experts": 6,
-                                         "num_experts_per_tok": 2})
-    folder, calls, found = stored(raw, tmp_path), Counter[str](), []
+    raw = with_keys(FIRST[kind], {"num_hidden_layers": 2, "num_experts_per_tok": 2, **keys})
+    folder, calls, found = stored(raw, tmp_path, quant), Counter[str](), []
     for name in ("sort", "gate_up", "down", "combine"):
         monkeypatch.setattr(TritonPromptExperts, name, counting(calls, name, getattr(TritonPromptExperts, name)))
     for above, below in ((12, 2), (6, 4)):

@@ -146,6 +146,7 @@ def test_the_perplexity_is_that_of_transformers(stores: dict[str, Path], text: P
     assert document(stores["keep"], *args)["loss"] == pytest.approx(math.log(want), rel=2e-3)
 
 
+@pytest.mark.models  # the bundled model above is held to the same
 def test_the_trained_model_has_the_perplexity_that_transformers_gives(wiki_moe: Path, tmp_path: Path) -> None:
     text = wiki_moe.parents[1] / "data" / "wikitext2-test.txt"
     if not text.is_file():

@@ -28,4 +28,4 @@ def test_the_page_of_models_is_what_is_forecast() -> None:
     page = models_table.page()
     assert (ROOT / "docs" / "models.md").read_text(encoding="utf-8") == page
     for kind in models_table.ARCHITECTURES:
-        assert f"`{kind}`" in page, kind
+        assert f"`{kind.removesuffix('_text')}`" in page, kind  # a text model's own layout is the same model

@@ -14,10 +14,11 @@ from qmix.config import Cancel, Step
 from qmix.errors import Interrupted, UsageError
 from qmix.forward import passes, run_eager
 from qmix.forward.kv_cache import SessionCache
-from qmix.forward.kv_layers import FullLayer, RecurrentLayer, WindowLayer
+from qmix.forward.kv_layers import FullLayer, WindowLayer
 from qmix.forward.program import model_program
+from qmix.forward.recurrent import RecurrentLayer
 from qmix.kernels import ops
-from qmix.kernels.kv_size import SLACK
+from qmix.kernels.kv_size import SLACK, reserved_bytes
 from qmix.kernels.op import Op
 from qmix.sizes import pass_tokens
 from qmix.spec import Attention, DeltaNet, Expert, Layer, Mlp, Model, Moe, Norm, Norms, Rope, Router
@@ -76,8 +77,7 @@ def test_blocks_and_passes_change_nothing_but_rounding(kind: str, monkeypatch: p
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_drafts_are_scored_as_alone_and_taken_back(kind: str) -> None:
-    """A token with drafts gets the bits that each gets alone; trimming, or where that cannot be a snapshot, takes the
-    drafts back without a trace."""
+    """A token with drafts gets the bits that each gets alone; trimming takes the drafts back without a trace."""
     model = eager(spec_of(kind), random_weights(spec_of(kind)))
     cache = model.new_cache(64)
     model.forward(IDS[:30], [cache], Step("prefill"))
@@ -86,14 +86,7 @@ def test_drafts_are_scored_as_alone_and_taken_back(kind: str) -> None:
     cache.restore(before)
     drafts = model.forward(IDS[30:38], [cache], Step("decode"), all_logits=True)
     assert torch.equal(drafts, one_by_one)
-    assert cache.can_trim(31) == (kind != "delta")
-    if cache.can_trim(31):
-        cache.trim(31)
-    else:
-        with pytest.raises(ValueError, match="restore a snapshot"):
-            cache.trim(31)
-        cache.restore(before)
-        model.forward(IDS[30:31], [cache], Step("decode"))
+    cache.trim(31)
     other = model.new_cache(64)
     model.forward(IDS[:30], [other], Step("prefill"))
     model.forward(IDS[30:31], [other], Step("decode"))
@@ -158,7 +151,7 @@ def test_a_window_takes_no_more_memory_than_itself() -> None:
     assert [type(layer) for layer in short.layers] == [FullLayer] * 4
     delta = SessionCache(spec_of("delta"), 500).layers[0]
     assert isinstance(delta, RecurrentLayer)
-    assert delta.nbytes == 4 * (4 * 8 * 8 + 3 * 64)
+    assert delta.nbytes == reserved_bytes(DELTA)
 
 
 def test_a_layer_that_others_read_keeps_every_position() -> None:
@@ -194,11 +187,15 @@ def test_a_snapshot_of_tokens_that_are_gone_is_refused() -> None:
             cache.trim(length)
 
 
-def test_a_window_that_is_gone_cannot_be_trimmed_to() -> None:
-    model = eager(spec_of("window"), random_weights(spec_of("window")))
-    cache = model.new_cache(64)
-    model.forward(IDS[:30], [cache], Step("prefill"))
-    assert [length for length in range(31) if cache.can_trim(length)] == [0, *range(30 - SLACK - 1, 31)]
+def test_a_window_or_a_state_that_is_gone_cannot_be_trimmed_to() -> None:
+    places = {"window": [0, *range(30 - SLACK - 1, 31)], "delta": [0, 30]}
+    for kind, want in places.items():
+        model = eager(spec_of(kind), random_weights(spec_of(kind)))
+        cache = model.new_cache(64)
+        model.forward(IDS[:30], [cache], Step("prefill"))
+        assert [length for length in range(31) if cache.can_trim(length)] == want
+        with pytest.raises(ValueError, match="restore a snapshot"):
+            cache.trim(9)
 
 
 def test_tokens_of_a_pass_are_a_function_of_the_model() -> None:

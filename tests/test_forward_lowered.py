@@ -4,6 +4,7 @@ it has Op by Op, and no piece of it is left to Op by Op."""
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -14,13 +15,29 @@ from torch import Tensor
 
 from qmix.config import Step
 from qmix.forward.kv_cache import SessionCache
+from qmix.forward.recurrent import RecurrentLayer
 from qmix.forward.run_eager import Guesses
 from qmix.forward.runner import Runner
 from qmix.kernels import native
 from qmix.kernels.attention import choose_native_attentions
 from qmix.kernels.table import select
 from qmix.kernels.torch_ops import PlainWeights
-from qmix.spec import Activation, Attention, Expert, Layer, Mlp, Model, Moe, Norms, Rope, Router, Yarn
+from qmix.spec import (
+    Activation,
+    Attention,
+    DeltaNet,
+    Expert,
+    Layer,
+    Mixer,
+    Mlp,
+    Model,
+    Moe,
+    Norm,
+    Norms,
+    Rope,
+    Router,
+    Yarn,
+)
 
 pytestmark = pytest.mark.skipif(not native.levels(), reason="the native kernels were not built: no C compiler")
 GLM_ROUTER = Router(8, 3, "sigmoid", normalize=True, eps=1e-20, scale=2.5, choice_bias=True, groups=4, top_groups=2,
@@ -56,7 +73,17 @@ def others() -> Model:
     return model((mixer, Mlp(40, Activation("geglu"))), (mixer, moe), (mixer, Mlp(24, CLAMPED)), (mixer, Mlp(72)))
 
 
-MODELS = {"glm": glm, "gpt_oss": gpt_oss, "others": others}
+def qwen3_5() -> Model:
+    """Gated delta nets, attention whose output is gated, partial rotary, norms by 1 + w, a shared expert's gate."""
+    norm = Norm(1e-5, "one_plus")
+    delta = DeltaNet(2, 4, 12, 20, 4, Norm(1e-5))
+    attention = Attention(4, 2, SIZE, Rope(1000.0, SIZE // 4), q_norm=norm, k_norm=norm, output_gate=True)
+    moe = Moe(Router(8, 3, over="all", normalize=True), Expert(24), shared=Mlp(40), shared_gate=True)
+    mixers: tuple[Mixer, ...] = (delta, delta, attention, delta)
+    return Model("test", 32, 96, 512, tuple(Layer(mixer, moe, Norms(norm, norm)) for mixer in mixers), norm, "bfloat16")
+
+
+MODELS = {"qwen3_5": qwen3_5, "glm": glm, "gpt_oss": gpt_oss, "others": others}
 
 
 def runner_of(spec: Model, kv: str, guesses: Guesses) -> Runner:
@@ -106,3 +133,38 @@ def test_layers_that_choose_different_numbers_are_named(monkeypatch: pytest.Monk
                        Guesses())
     decoded(runner, IDS[:6], 4)
     assert runner.single_tokens == "layers choose different numbers of experts (2, 3)"
+
+
+def test_a_state_that_somebody_keeps_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Native tokens write a state into memory of an earlier one: not of a snapshot, nor where the token fails."""
+    monkeypatch.delenv("QMIX_NATIVE", raising=False)
+    runner = runner_of(qwen3_5(), "int8", Guesses())
+    cache, experts, failing = runner.new_cache(64), runner._eager.experts, False
+
+    def maybe(layer: int, *given: Any) -> Tensor:
+        if failing and layer == 2:
+            raise MemoryError
+        return experts(layer, *given)
+
+    def four() -> Tensor:
+        return torch.cat([runner.forward(IDS[at:at + 1], torch.tensor([at]), [cache], Step("decode"))
+                          for at in range(PROMPT, PROMPT + 4)])
+
+    runner._eager.experts = maybe
+    runner.forward(IDS[:PROMPT], torch.arange(PROMPT), [cache], Step("prefill"))
+    before = cache.snapshot()
+    want = four()
+    assert runner.single_tokens == "native"
+    for _ in range(2):
+        cache.restore(before)
+        failing = True
+        with pytest.raises(MemoryError):
+            four()
+        failing = False
+        assert torch.equal(four(), want)
+    four_layers = [layer for layer in cache.layers if isinstance(layer, RecurrentLayer)]
+    taken = {(layer.state.now.data_ptr(), layer.past.now.data_ptr()) for layer in four_layers}
+    cache.length -= 2
+    runner.forward(IDS[:1], torch.tensor([cache.length]), [cache], Step("decode"))
+    runner.forward(IDS[:1], torch.tensor([cache.length]), [cache], Step("decode"))
+    assert taken == {(layer.state.now.data_ptr(), layer.past.now.data_ptr()) for layer in four_layers}  # no third one

@@ -125,7 +125,7 @@ def test_gemma4_reads_the_same_residual_three_ways() -> None:
     model = Model("gemma4", 32, 96, 256, tuple(gemma4_layer(config, i, 1) for i in range(4)), NORM)
     norms = [op for op in layer_program(model, 0) if isinstance(op, ops.Norm) and op.source == "residual"]
     assert [op.weight and op.weight.name.removeprefix("layers.0.") for op in norms] == [
-        "before_mixer", None, "routed.norm_in", "beside.norm_in"]
+        "before_mixer", "router.input_scale", "routed.norm_in", "beside.norm_in"]
 
 
 def broken() -> dict[str, object]:

@@ -14,7 +14,7 @@ from test_reasoning import Pipe
 from tokenizer_glm import glm
 
 from qmix.render import DIM, PLAIN
-from qmix.tokenizer import Tokenizer, load
+from qmix.tokenizer import Call, Tokenizer, load
 
 THOUGHT = "\n<think>The fox.</think>\nIt is <so>.<|user|>"
 CALLED = ("\n<think>hm</think>\nI look.\n<tool_call>weather\n<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n"
@@ -47,8 +47,10 @@ def test_a_call_is_shown_and_said(tokenizer: Tokenizer, tmp_path: Path) -> None:
     out, err = talk.say("Weather?")
     assert out == '<think>\nhm\n</think>\n\nI look.\n\ntool call: weather {"days": 3}\n'
     assert "the model calls a tool, weather, and waits for its result: this chat runs no tools" in err
-    assert talk.chat.conversation.exchanges[0].answer == "I look."
+    exchange = talk.chat.conversation.exchanges[0]
+    assert (exchange.answer, exchange.calls) == ("I look.", (Call("weather", '{"days": 3}'),))
     assert talk.say("Go on without.")[0].strip().endswith("Sorry.")
+    assert "<tool_call>weather\n<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n</tool_call>" in talk.prompt()
 
 
 def test_thinking_switched_off(tokenizer: Tokenizer, tmp_path: Path) -> None:

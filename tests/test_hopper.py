@@ -7,6 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from test_cuda import in_another_process, needs_triton
+from warm_python import WarmPython
 
 from qmix.kernels.attend import attend_torch
 from qmix.kernels.configs import BUILT_IN
@@ -109,8 +110,8 @@ print("right")
 
 
 @needs_triton
-def test_no_product_reads_registers(tmp_path: Path) -> None:
-    done = in_another_process(SETUP + ATTENTION + MATMUL, TRITON_CACHE_DIR=str(tmp_path))
+def test_no_product_reads_registers(tmp_path: Path, warm_python: WarmPython) -> None:
+    done = in_another_process(warm_python, SETUP + ATTENTION + MATMUL, TRITON_CACHE_DIR=str(tmp_path))
     assert done.stdout == "right\n", done.stderr[-2000:]
 
 

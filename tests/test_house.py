@@ -14,11 +14,12 @@ from qmix.demo import CHECKPOINT
 ROOT = Path(__file__).parents[1] / "qmix"
 # Floor 0 is a ladder: each of its modules may import those before it.
 LADDER = ("errors", "textfile", "modelfiles", "streams", "process", "spec", "models", "config", "names", "tensorfile",
-          "sizes", "settings", "hub", "paths", "json_cache", "render", "failures")
+          "sizes", "gguf", "settings", "hub", "paths", "json_cache", "render", "failures")
 FLOORS = (
     {"formats"},
     {"shards"},
     {"sources"},
+    {"gguf_checkpoint"},
     {"checkpoint", "store", "kernels", "hardware", "device"},
     {"forward"},
     {"quantize", "offload", "tokenizer", "sampling", "speculation"},

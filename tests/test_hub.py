@@ -162,6 +162,18 @@ def test_a_repository_of_pickles(serve: Server, qmix: Command, tmp_path: Path) -
     assert done.returncode == 4 and "no safetensors weights" in done.stderr and weights(fetched) == []
 
 
+@pytest.mark.parametrize("said", [{"quant_method": "gptq", "bits": 4}, {"quant_method": "mxfp4"}])
+def test_a_quantized_repository_is_refused_before_its_weights_are_fetched(
+        serve: Server, qmix: Command, tmp_path: Path, said: dict[str, Any]) -> None:
+    path = repository(tmp_path / "repo")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "quantization_config": said}))
+    env, fetched = serve(path)
+    done = qmix(env, "quantize", "org/name", "out", "-t", 1)
+    assert done.returncode == 4 and f"quantized already, as {said['quant_method']}" in done.stderr, done.stderr
+    assert "config.json" in fetched and weights(fetched) == []
+
+
 def test_a_disk_that_is_too_small_is_found_before_a_weight_is_fetched(
         serve: Server, tmp_path: Path) -> None:
     """In a process of its own from the start, for sitecustomize.py."""

@@ -13,7 +13,7 @@ from qmix.models import read_model
 from qmix.spec import Attention, Model, Moe
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from published import AIR, GLM, MISTRAL, OLMOE, PUBLISHED, QWEN3
+from published import AIR, GLM, MISTRAL, NEXT, OLMOE, PUBLISHED, QWEN3, QWEN35
 
 
 def parameters(model: Model) -> int:
@@ -36,6 +36,18 @@ def test_the_checkpoints_of_glm_have_a_prediction_head_more(raw: dict[str, Any],
     head = sum(prod(t.shape) for t in model.layer_tensors(layer)) + sum(
         prod(t.shape) for key in model.expert_keys if key.layer == layer for t in model.expert_tensors(key))
     assert model.mtp == 1 and parameters(model) + head + 2 * model.vocab * hidden + 2 * hidden**2 + 3 * hidden == count
+
+
+@pytest.mark.parametrize(("raw", "count"), [(NEXT, 81_324_862_720), (QWEN35, 35_951_822_704 - 446_571_248)],
+                         ids=["Next", "3.5 without the tower for pictures"])
+def test_the_checkpoints_of_qwen_have_a_prediction_head_more(raw: dict[str, Any], count: int) -> None:
+    """What is counted of their files: one more layer with attention, a projection [H, 2H] and three norms."""
+    model = read_model(raw)
+    layer, hidden = 3, model.hidden
+    head = sum(prod(t.shape) for t in model.layer_tensors(layer)) + sum(
+        prod(t.shape) for key in model.expert_keys if key.layer == layer for t in model.expert_tensors(key))
+    assert isinstance(model.layers[layer].mixer, Attention)
+    assert parameters(model) + head + 2 * hidden**2 + 3 * hidden == count
 
 
 def test_what_a_token_of_glm_meets() -> None:

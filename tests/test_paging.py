@@ -277,6 +277,7 @@ def test_random_delays_change_nothing(stores: dict[str, Path], resident: dict[st
             assert torch.equal(run(engine), resident["int4"])
 
 
+@pytest.mark.models  # the small ones above are held to the same, by more placements
 def test_the_trained_model_pages_to_the_same_bits(wiki_moe: Path, tmp_path: Path,
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     with Checkpoint.open(wiki_moe) as checkpoint:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import decode, product, relative
-from test_cuda import DEVICE, HALF, NO_SHRINKING, SUMS, matrix, needs_triton, operand, silu_product
+from test_cuda import DEVICE, HALF, NO_SHRINKING, SUMS, joined, matrix, needs_triton, operand, silu_product
 from torch import Tensor
 
 from qmix.config import QuantConfig
@@ -28,9 +28,12 @@ from qmix.kernels.table import KernelTable, random_expert
 from qmix.kernels.trials import MIXTRAL_8X7B
 from qmix.models import read_model
 from qmix.offload.plan import Needs
-from qmix.sizes import MatrixSpec, RecordLayout, pass_tokens
+from qmix.sizes import SWIGLU, MatrixSpec, RecordLayout, pass_tokens
+from qmix.spec import Activation
 
-GROUPED = [("int4", 64, 64), ("int4", 32, 128), ("int3", 64, 32), ("int3", 32, 64), ("int2", 64, 128), ("int2", 32, 32)]
+GROUPED = [("int4", 64, 64), ("int4", 32, 128), ("int3", 64, 32), ("int3", 32, 64), ("int2", 64, 128), ("int2", 32, 32),
+           ("mxfp4", 64, 32)]
+CLAMPED = Activation("swiglu_clamped", 1.3, 0.9)
 SMALL = Matmul(64, 64, 4, 1)
 REFERENCE = TorchPromptExperts(KernelTable(MappingProxyType({
     (name, block): reference.linear for name, block, _ in GROUPED}), MappingProxyType({})))
@@ -48,18 +51,22 @@ def routing(tokens: int, top_k: int, experts: int, seed: int = 0) -> Tensor:
     return torch.multinomial(chances.expand(tokens, -1), top_k, generator=torch.Generator().manual_seed(seed + 1))
 
 
-def slab(name: str, block: int, group: int, count: int, hidden: int = 40, inner: int = 30,
-         first: int = 0) -> tuple[ExpertSlots, list[tuple[np.ndarray, np.ndarray]]]:
-    """Random experts in slots, and each in float64."""
-    record = RecordLayout(MatrixSpec(name, 2 * inner, hidden, 2, group, block),
-                          MatrixSpec(name, hidden, inner, 1, group, block))
+def slab(name: str, block: int, group: int, count: int, hidden: int = 40, inner: int = 30, first: int = 0,
+         bias: bool = False, activation: Activation = SWIGLU) -> tuple[ExpertSlots, list[tuple[np.ndarray, ...]]]:
+    """Random experts in slots, and each in float64: w13, w2 and, where they have them, their biases."""
+    record = RecordLayout(
+        MatrixSpec(name, 2 * inner, hidden, 2, group, block, bias=bias, activation=activation),
+        MatrixSpec(name, hidden, inner, 1, group, block, bias=bias))
     pool, exact = torch.full((count, record.nbytes), 0xA5, dtype=torch.uint8), []
     for slot in range(count):
         parts = {"w13": matrix(name, 2 * inner, hidden, group, block, 2, first + slot),
                  "w2": matrix(name, hidden, inner, group, block, 1, first + slot + 50)}
+        biases = {which: operand(rows, 1, first + slot)[:, 0] for which, rows in (("w13", 2 * inner), ("w2", hidden))}
         for placed in record.placed:
-            view(pool[slot], placed.offset, placed.tensor).copy_(parts[placed.matrix][placed.tensor.name])
-        exact.append((decode(parts["w13"]), decode(parts["w2"])))
+            view(pool[slot], placed.offset, placed.tensor).copy_(
+                biases[placed.matrix] if placed.tensor.name == "bias" else parts[placed.matrix][placed.tensor.name])
+        exact.append((decode(parts["w13"]), decode(parts["w2"]),
+                      *(b.double().numpy() for b in biases.values() if bias)))
     views = [tuple(Packed.of(spec, {p.tensor.name: view(one, p.offset, p.tensor) for p in record.placed
                                     if p.matrix == which})
                    for which, spec in (("w13", record.w13), ("w2", record.w2))) for one in pool]
@@ -77,13 +84,15 @@ def rows_of(ops: PromptExperts, x: Tensor, ids: Tensor, slabs: Sequence[ExpertSl
     return rows
 
 
-def error(got: Tensor, x: Tensor, ids: Tensor, table: Tensor, exact: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
+def error(got: Tensor, x: Tensor, ids: Tensor, table: Tensor, exact: Sequence[tuple[np.ndarray, ...]],
+          activation: Activation = SWIGLU) -> float:
     """Of all rows at once, whose experts must be in slots."""
     want = np.empty(got.shape)
     for expert in ids.unique().tolist():
-        w13, w2 = exact[int(table[expert])]
+        w13, w2, *biases = exact[int(table[expert])]
+        first, second = biases or (0.0, 0.0)
         token, rank = (ids == expert).nonzero(as_tuple=True)
-        want[token, rank] = silu_product(product(x[token], w13)) @ w2.T
+        want[token, rank] = joined(product(x[token], w13) + first, activation) @ w2.T + second
     return relative(got.cpu(), want)
 
 
@@ -151,6 +160,18 @@ class TestTriton:
         got = rows_of(triton(), x, ids, [slots], table)
         assert error(got, x, ids, table, exact) < 5 * SUMS
 
+    @pytest.mark.parametrize(("kind", "bias", "activation"), [
+        (("mxfp4", 64, 32), True, CLAMPED), (("int4", 64, 64), True, CLAMPED), (("int3", 32, 64), True, SWIGLU),
+        (("int4", 32, 32), False, Activation("geglu"))], ids=str)
+    def test_biases_and_activations(self, kind: tuple[str, int, int], bias: bool, activation: Activation) -> None:
+        """As gpt-oss's and Gemma 4's experts have them; and what the CPU's stand-in gives."""
+        slots, exact = slab(*kind, 6, 70, 90, bias=bias, activation=activation)
+        ids, x, table = routing(30, 2, 6), operand(30, 70) / 30, torch.arange(6).int()
+        got = rows_of(triton(), x, ids, [slots], table)
+        assert error(got, x, ids, table, exact, activation) < 5 * SUMS
+        if DEVICE.type == "cpu":
+            assert error(rows_of(REFERENCE, x, ids, [slots], table), x, ids, table, exact, activation) < 5 * SUMS
+
     @settings(max_examples=7, **NO_SHRINKING)
     @given(st.sampled_from(GROUPED), st.integers(17, 70), st.integers(9, 150), st.integers(1, 40),
            st.sampled_from([1, 2, 5]), st.sampled_from([16, 64]), st.sampled_from([64, 128]))
@@ -186,10 +207,11 @@ class TestTriton:
             want = (silu_product(product(x[token:token + 1], w13)) @ w2.T)[0]
             assert relative(got[token, rank], want) < 1e-4
 
-    @pytest.mark.parametrize("name", ["int4", "int3"])
+    @pytest.mark.parametrize("name", ["int4", "int3", "mxfp4"])
     def test_neither_slot_nor_time_decides_bits(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """Another slot, an expert that comes later, launches with less room."""
-        slots, _ = slab(name, 32, 32, 9)  # the last one for what moves
+        more = {"bias": True, "activation": CLAMPED} if name == "mxfp4" else {}
+        slots, _ = slab(name, 64 if name == "mxfp4" else 32, 32, 9, **more)  # type: ignore[arg-type]  # one to move to
         ids, x, ops = routing(45, 2, 8, 5), operand(45, 40) / 30, triton()
         table = torch.arange(8).int()
         want = rows_of(ops, x, ids, [slots], table, 16)
@@ -254,8 +276,8 @@ class TestTriton:
         with pytest.raises(UsageError, match=r"x: got .* want \[T, 40\]"):
             triton().gate_up(torch.zeros(9, 39, device=DEVICE), slots, tiles, range(1), tiles.expert_of)
 
-    @pytest.mark.parametrize("block", [64, 32])
-    @pytest.mark.parametrize("name", ["int4", "int3", "int2"])
+    @pytest.mark.parametrize(("name", "block"), [*((n, b) for n in ("int4", "int3", "int2") for b in (64, 32)),
+                                                 ("mxfp4", 64)])
     def test_the_check_at_the_start(self, name: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
         """Right kernels pass, wrong ones are named."""
         found = choose_device_kernels(DEVICE, torch.float16, [name], [block], REFERENCE._kernels, True)

@@ -109,6 +109,7 @@ def test_the_bundled_models_mix(bundled: Bundled) -> None:
     assert kl("mixed-like-int3", like(source, seen, plain)) < 0.7 * kl("int3-hqq", plain)
 
 
+@pytest.mark.models
 @pytest.mark.timeout(900)
 def test_a_trained_models_methods(wiki_moe: Path, tmp_path: Path) -> None:
     data = wiki_moe.parents[1] / "data"

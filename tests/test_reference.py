@@ -184,6 +184,7 @@ def test_an_unquantized_store_is_as_good_a_reference(int4: Path, text: Path, tmp
     compare_with_unquantized(int4, source, unquantized, text, ("-c", 128, "-n", 300))
 
 
+@pytest.mark.models  # the bundled model above is held to the same
 def test_a_keep_store_of_a_trained_model(wiki_moe: Path, text: Path, tmp_path: Path) -> None:
     source = in_fp32(wiki_moe, tmp_path / "source")
     store, keep = make_store(source, tmp_path / "int4", RTN), make_store(source, tmp_path / "keep", UNQUANTIZED)

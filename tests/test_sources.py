@@ -12,15 +12,13 @@ import torch
 from helpers import UNQUANTIZED, tiny_config, tiny_tensors, write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_configs import RUN
 from safetensors.torch import save_file
 
 from qmix import sources
 from qmix.checkpoint import Checkpoint
-from qmix.cli import main
 from qmix.config import ExpertKey
 from qmix.errors import CheckpointError
-from qmix.models import ARCHITECTURES, Source, layouts, read_model
+from qmix.models import Source, layouts, read_model
 from qmix.models.source import Index, PerHead, Rows, Squeeze, Step, Strided, Transpose
 from qmix.quantize import quantize_checkpoint
 from qmix.shards import Location, Shard
@@ -140,25 +138,3 @@ def test_a_fused_tensor_of_another_size_is_refused(tmp_path: Path) -> None:
         (path / "config.json").write_text(json.dumps({**MIXTRAL, key: value}))
         with pytest.raises(CheckpointError, match=f"model.safetensors: model.layers.*got shape .*{said}"):
             Checkpoint.open(path)
-
-
-# --- what is read, but not run ---
-
-@pytest.mark.parametrize("kind", sorted(set(ARCHITECTURES) - set(RUN)))
-@pytest.mark.parametrize("command", ["quantize", "plan"])
-def test_an_architecture_that_is_not_run_yet_is_refused_in_one_line(
-        tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str,
-        command: str) -> None:
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "config.json").write_text(json.dumps(dict(ARCHITECTURES[kind].TINY)))
-    save_file({"x": torch.ones(1)}, tmp_path / "in" / "model.safetensors")
-    out = [str(tmp_path / "out")] if command == "quantize" else []
-    monkeypatch.setattr("sys.argv", ["qmix", command, str(tmp_path / "in"), *out])
-    with pytest.raises(SystemExit) as end:
-        main()
-    said = capsys.readouterr().err
-    assert end.value.code == 4 and "Traceback" not in said
-    said = " ".join(said.split())
-    assert "is read, but not run yet: " in said and "layer" in said
-    assert f"give a checkpoint of {', '.join(sorted(RUN))}" in said
-    assert not (tmp_path / "out").exists()

@@ -39,7 +39,8 @@ def test_only_stores_that_need_it_have_version_3(store: Path, tmp_path: Path) ->
     assert head(store) == (3, "0.3.0")
     assert head(write_tiny_stores(tmp_path, {"int4": QuantConfig()})["int4"]) == (2, "0.2.0")
     versions = {kind: manifest.version_of(read_model(file.TINY), QuantConfig()) for kind, file in ARCHITECTURES.items()}
-    assert {kind for kind, version in versions.items() if version == 3} == {"gpt_oss", "gemma4", "gemma4_text"}
+    assert {kind for kind, version in versions.items() if version == 3} == {
+        "gpt_oss", "gemma4", "gemma4_text", "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text"}
     carried = QuantConfig("mxfp4", method="", group_size=0, block=0)
     assert manifest.version_of(read_model(ARCHITECTURES["mixtral"].TINY), carried) == 3
 
@@ -70,3 +71,19 @@ def test_biases_are_those_of_the_checkpoint(source: Path, store: Path) -> None:
             both = tensors[f"{prefix}gate_up_proj_bias"][key.expert].float()
             assert torch.equal(w13["bias"], torch.cat((both[::2], both[1::2])))
             assert torch.equal(w2["bias"], tensors[f"{prefix}down_proj_bias"][key.expert].float())
+
+
+def test_a_delta_net_keeps_what_was_published_in_fp32(tmp_path: Path) -> None:
+    """Qwen3.5 has these two in fp32 beside weights in bf16, Qwen3.6 all in bf16."""
+    raw = FIRST["qwen3_5_moe"]
+    model = random_model(raw, torch.bfloat16)
+    delta = model.get_submodule("model.layers.0.linear_attn")
+    published = {"a_log": delta.A_log, "norm": delta.norm.weight}
+    for name, dtype in (("3.5", torch.float32), ("3.6", torch.bfloat16)):
+        delta.A_log.data, delta.norm.weight.data = delta.A_log.data.to(dtype), delta.norm.weight.data.to(dtype)
+        source = write(model, raw, tmp_path / f"{name} source")
+        with Store.open(quantized(source, tmp_path / name, QuantConfig())) as store:
+            for part, want in published.items():
+                got = store.dense(f"layers.0.delta.{part}")
+                assert isinstance(got, torch.Tensor) and torch.equal(got, want.detach().float())
+                assert name == "3.6" or not torch.equal(got, got.bfloat16().float())

@@ -17,7 +17,8 @@ from tokenizer_glm import PADDING, SPECIAL, STOPS, glm
 from tokenizer_qwen3 import FUNCTION
 
 from qmix.tokenizer import Call, Message, Part, Prompt, Request, Tokenizer, ToolCall, divide, load
-from qmix.tokenizer.glm import GlmParser
+from qmix.tokenizer.calls import CallParser
+from qmix.tokenizer.glm import GlmCall
 
 transformers = pytest.importorskip("transformers")
 
@@ -134,7 +135,7 @@ def test_control_tokens_in_messages_stay_text(ours: Tokenizer) -> None:
 
 def read(pieces: Sequence[str], prompt: Prompt = Prompt([])) -> tuple[list[tuple[str, str]], list[Call]]:  # noqa: B008
     """(kind, text) of the parts of an answer in pieces, neighbours of a kind joined, calls apart; and the calls."""
-    parser = GlmParser(prompt)
+    parser = CallParser(prompt, GlmCall)
     found: list[Part] = []
     for part in [part for piece in pieces for part in parser.push(piece)] + parser.finish():
         together = bool(found) and found[-1].kind == part.kind != "call"

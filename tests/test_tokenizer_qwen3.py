@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_families import CORPUS
 from tokenizer_files import CHATML, spm_model, write_folder
-from tokenizer_qwen3 import CODER, FUNCTION, HYBRID, PADDING, THINKING, olmoe, qwen3
+from tokenizer_qwen3 import CODER, FUNCTION, HYBRID, PADDING, QWEN36, THINKING, olmoe, qwen3
 
 from qmix.errors import ModelFileError, UsageError
 from qmix.tokenizer import Message, Request, Tokenizer, ToolCall, load
 
 transformers = pytest.importorskip("transformers")
 
-TEMPLATES = {"hybrid": HYBRID, "thinking": THINKING, "coder": CODER}
+TEMPLATES = {"hybrid": HYBRID, "thinking": THINKING, "coder": CODER, "3.6": QWEN36}
 TEXTS = (*dict.fromkeys(CORPUS), "", " ", "\n\nx\n", "caf\u00e9 cafe\u0301", "\U0001f98a\u200d", "\x00\ufeff", "a<",
          "</think")
 
@@ -167,8 +167,10 @@ def test_the_switch_of_thinking(both: tuple[Tokenizer, Any]) -> None:
     ours, _ = both
     if ours.thinking_switch:
         off, on = (ours.encode_chat([user("x")], request=Request(thinking=way)) for way in (False, True))
-        assert off[:len(on)] == on == ours.encode_chat([user("x")])
-        assert ours.decode(off[len(on):]) == "<think>\n\n</think>\n\n"
+        assert on == ours.encode_chat([user("x")])
+        bare = ours.decode(off).removesuffix("<think>\n\n</think>\n\n")
+        assert bare != ours.decode(off) and ours.decode(on).removesuffix("<think>\n") == bare
+        assert not ours.prompt([user("x")], request=Request(thinking=False)).in_reasoning
         return
     for way in (True, False):
         with pytest.raises(UsageError, match="no switch for thinking") as caught:

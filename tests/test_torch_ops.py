@@ -16,6 +16,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qmix.kernels import attend, ops, torch_ops
 from qmix.kernels.attend import softmax_attention, softmax_of
+from qmix.kernels.layer import capped
 from qmix.kernels.rope import inv_freq
 from qmix.kernels.torch_ops import PlainWeights
 from qmix.spec import (
@@ -32,6 +33,7 @@ from qmix.spec import (
     Yarn,
 )
 from qmix.spec import Tensor as Named
+from qmix.spec.model import rounded
 
 SCALINGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "linear": (Linear(4.0), {"factor": 4.0}),
@@ -189,8 +191,9 @@ def test_norms_and_clips() -> None:
     w, named = PlainWeights({"w": weight}, torch.bfloat16), Named("w", (4,), "norm")
     heads = x.double().view(3, 2, 4)
     unit = heads / (heads.pow(2).mean(-1, keepdim=True) + 1e-3).sqrt()
-    for kind, factor in (("plain", weight), ("one_plus", 1 + weight), ("none", torch.ones(4))):
-        op = ops.HeadNorm("x", 4, Norm(1e-3, kind), None if kind == "none" else named, 0.8)
+    for norm, factor in ((Norm(1e-3), weight), (Norm(1e-3, "one_plus"), 1 + weight),
+                         (Norm(1e-3, "none"), torch.ones(4)), (Norm(1e-3, factor=0.25), weight / 4)):
+        op = ops.HeadNorm("x", 4, norm, None if norm.weight == "none" else named, 0.8)
         want = (unit * factor.double()).clamp(-0.8, 0.8).view(3, 8).float()
         torch.testing.assert_close(torch_ops.head_norm(op, w, x), want)
     assert torch.equal(torch_ops.head_norm(ops.HeadNorm("x", 4, None, None, 0.5), w, x), x.clamp(-0.5, 0.5))
@@ -216,3 +219,22 @@ def test_an_activation_of_few_rows_is_that_of_each_alone(activation: Activation)
         gate, up = randn(8, width) * 3, randn(8, width, seed=1)
         alone = [torch_ops.activate(activation, *rows) for rows in zip(gate.split(1), up.split(1), strict=True)]
         assert torch.equal(torch_ops.activate(activation, gate, up), torch.cat(alone))
+
+
+def test_capped_logits() -> None:
+    """Up to FEW rows have the bits that each has alone, whatever torch's vectors are."""
+    x = randn(10, 1003) * 40
+    want = 30 * (x.double() / 30).tanh()
+    for count in (1, 3, 8, 10):
+        got = capped(x[:count].clone(), 30.0)
+        torch.testing.assert_close(got.double(), want[:count], rtol=4 * 2**-24, atol=0)
+        assert count > 8 or torch.equal(got, torch.cat([capped(row.clone(), 30.0) for row in x[:count].split(1)]))
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("bfloat16", torch.bfloat16), ("float16", torch.float16),
+                                             ("float32", torch.float32)])
+def test_the_scale_of_embeddings_is_a_number_of_the_weights_dtype(dtype: str, kind: torch.dtype) -> None:
+    """As transformers has it, ties included."""
+    for number in (2816**0.5, 2304**0.5, 1.0, 1 + 2**-8, 1 + 3 * 2**-8, 257 / 2, 1e-3):
+        assert rounded(number, dtype) == torch.tensor(number, dtype=torch.float32).to(kind).item()
+    assert rounded(1e6, "float16") == float("inf")

@@ -40,7 +40,7 @@ def _byte_level(pre: Any, normalizer: Any = None, ignore_merges: bool = False) -
 
 
 @cache
-def _pieces() -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+def pieces() -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
     """(pieces, merges) of a sentencepiece-like BPE without its normalizer."""
     from tokenizers import Tokenizer, models, normalizers, trainers
 
@@ -55,10 +55,10 @@ def _pieces() -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
 def _spelled(normalizer: Any, pre: Any, strip: bool) -> Any:
     from tokenizers import Tokenizer, decoders, models
 
-    pieces, merges = _pieces()
+    words, merges = pieces()
     tokenizer = Tokenizer(
         models.BPE(
-            {t: i for i, t in enumerate(pieces)}, list(merges), unk_token="<unk>", fuse_unk=True, byte_fallback=True
+            {t: i for i, t in enumerate(words)}, list(merges), unk_token="<unk>", fuse_unk=True, byte_fallback=True
         )
     )
     if normalizer is not None:

@@ -160,6 +160,84 @@ CODER = """
     {%- endif %}
 {%- endfor %}
 """ + ASK + "{%- endif %}"
+# Qwen3.5 and 3.6: what is said may come in parts, is trimmed, and reasoning opens the answer unless it is switched off.
+QWEN36 = """
+{%- macro said(content, by_system=false) %}
+    {%- if content is string %}
+        {{- content }}
+    {%- elif content is iterable and content is not mapping %}
+        {%- for part in content %}
+            {%- if 'image' in part and by_system %}{{- raise_exception('a picture') }}
+            {%- elif 'image' in part %}{{- '<|vision_pad|>' }}
+            {%- elif 'text' in part %}{{- part.text }}{%- endif %}
+        {%- endfor %}
+    {%- elif content is none or content is undefined %}{{- '' }}
+    {%- else %}{{- raise_exception('what is this') }}
+    {%- endif %}
+{%- endmacro %}
+{%- if not messages %}{{- raise_exception('nothing was said') }}{%- endif %}
+{%- if tools and tools is iterable and tools is not mapping %}
+    {{- '<|im_start|>system\n# Functions\n\n<tools>' }}
+    {%- for tool in tools %}{{- '\n' }}{{- tool | tojson }}{%- endfor %}
+    {{- '\n</tools>\n\n<tool_call>\n<function=NAME>\n<parameter=WHAT>\nVALUE\n</parameter>\n</function>\n' }}
+    {{- '</tool_call>' }}
+    {%- if messages[0].role == 'system' %}{{- '\n\n' + said(messages[0].content, true) | trim }}{%- endif %}
+    {{- '<|im_end|>\n' }}
+{%- elif messages[0].role == 'system' %}
+    {{- '<|im_start|>system\n' + said(messages[0].content, true) | trim + '<|im_end|>\n' }}
+{%- endif %}
+{%- set ns = namespace(asked=-1) %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}
+        {%- set text = said(message.content) | trim %}
+        {%- if not (text.startswith('<tool_response>') and text.endswith('</tool_response>')) %}
+            {%- set ns.asked = loop.index0 %}
+        {%- endif %}
+    {%- endif %}
+{%- endfor %}
+{%- if ns.asked < 0 %}{{- raise_exception('nobody asked') }}{%- endif %}
+{%- for message in messages %}
+    {%- set text = said(message.content) | trim %}
+    {%- if message.role == 'system' %}
+        {%- if not loop.first %}{{- raise_exception('a system message comes first') }}{%- endif %}
+    {%- elif message.role == 'user' %}
+        {{- '<|im_start|>user\n' + text + '<|im_end|>\n' }}
+    {%- elif message.role == 'assistant' %}
+        {%- set thoughts = '' %}
+        {%- if message.reasoning_content is string %}
+            {%- set thoughts = message.reasoning_content %}
+        {%- elif '</think>' in text %}
+            {%- set thoughts = text.split('</think>')[0].split('<think>')[-1] %}
+            {%- set text = text.split('</think>')[-1].lstrip('\n') %}
+        {%- endif %}
+        {{- '<|im_start|>assistant\n' }}
+        {%- if (preserve_thinking is defined and preserve_thinking is true) or loop.index0 > ns.asked %}
+            {{- '<think>\n' + thoughts | trim + '\n</think>\n\n' }}
+        {%- endif %}
+        {{- text }}
+        {%- for call in message.tool_calls or [] %}
+            {%- if call.function is defined %}{%- set call = call.function %}{%- endif %}
+            {{- ('\n\n' if text else '') if loop.first else '\n' }}
+            {{- '<tool_call>\n<function=' + call.name + '>\n' }}
+            {%- for name, value in call.arguments | items %}
+                {{- '<parameter=' + name + '>\n' }}
+                {{- value | string if value is string else value | tojson | safe }}
+                {{- '\n</parameter>\n' }}
+            {%- endfor %}
+            {{- '</function>\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\n' }}
+    {%- elif message.role == 'tool' %}
+        {%- if loop.previtem and loop.previtem.role != 'tool' %}{{- '<|im_start|>user' }}{%- endif %}
+        {{- '\n<tool_response>\n' + text + '\n</tool_response>' }}
+        {%- if loop.last or loop.nextitem.role != 'tool' %}{{- '<|im_end|>\n' }}{%- endif %}
+    {%- else %}{{- raise_exception('who is this') }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n<think>\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}{{- '\n</think>\n\n' }}{%- endif %}
+{%- endif %}"""
 OLMOE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}"
     "{{ '<|system|>\\n' + message['content'] + '\\n' }}{% elif message['role'] == 'user' %}"

@@ -195,7 +195,7 @@ def _load(chat: Chat, text: str) -> None:
     chat.set_params(params)
     chat.autosave_now()
     chat.screen.say(f"loaded {exchanges(len(own))} from {path}")
-    chat.tell_loaded(found.model, lost)
+    chat.tell_loaded(found, lost)
     chat.screen.dim(parameters.listed(params))
 
 

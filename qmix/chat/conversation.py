@@ -3,27 +3,43 @@
 An exchange is a question and its answer. A conversation grows and shrinks only by whole exchanges, so it is consistent
 at every moment. An answer carries the ids that the model generated, and the next turn is encoded with these. Encoding
 the answer's text again could give other ids, and then nothing of the KV cache would match. What the model thought
-before an answer is kept apart from it: whether it stands in the next prompt is the chat template's decision.
+before an answer is kept apart from it: whether it stands in the next prompt is the chat template's decision. The tools
+that an answer calls are kept too, and the template shows them to the model again.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from qmix.errors import UsageError
-from qmix.tokenizer import Message, Tokenizer
+from qmix.tokenizer import Call, Message, Tokenizer, ToolCall
 
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
     """A question and its answer. ids: the answer's own token ids, without the end token; None where
-    they are not known, then the text is encoded. reasoning: what the model thought before, None for nothing."""
+    they are not known, then the text is encoded. reasoning: what the model thought before, None for nothing. calls:
+    tools that the answer calls, as the model wrote them."""
 
     question: str
     answer: str
     ids: tuple[int, ...] | None = None
     reasoning: str | None = None
+    calls: tuple[Call, ...] = ()
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """The calls that a template can show again: those whose arguments are a JSON object."""
+        return tuple(ToolCall(call.name, arguments) for call in self.calls
+                     if (arguments := _object(call.arguments)) is not None)
+
+    @property
+    def message(self) -> Message:
+        """The answer. Beside calls it is encoded from its text: the template joins the two."""
+        calls = self.tool_calls
+        return Message("assistant", self.answer, None if calls else self.ids, self.reasoning, calls)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +64,7 @@ class Conversation:
         """As the tokenizer takes them, with a new question at the end if there is one."""
         said = [Message("system", self.system)] if self.system else []
         for exchange in self.exchanges:
-            said += [Message("user", exchange.question),
-                     Message("assistant", exchange.answer, exchange.ids, exchange.reasoning)]
+            said += [Message("user", exchange.question), exchange.message]
         return said if question is None else [*said, Message("user", question)]
 
     def tokens(self, tokenizer: Tokenizer) -> int:
@@ -61,15 +76,26 @@ class Conversation:
         return len(tokenizer.encode_chat(self.undone().messages(last.question))) + len(ids)
 
 
+def _object(text: str) -> dict[str, object] | None:
+    """A JSON object, None where the text is none."""
+    try:
+        found = json.loads(text)
+        json.dumps(found, ensure_ascii=False, allow_nan=False).encode()  # "\\ud800" is JSON, but no text
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def adopted(conversation: Conversation, model: str, tokenizer: Tokenizer) -> tuple[Conversation, int]:
     """A saved conversation made this model's own, and how many answers will be encoded from their text:
     all of another model's, and those whose ids do not say their text (another vocabulary under the same
-    name)."""
+    name). Calls stay only where the model is the same: another one's template may refuse calls without results."""
     kept = []
     for exchange in conversation.exchanges:
         same = conversation.model == model and exchange.ids is not None and \
             says(exchange.ids, exchange.answer, tokenizer)
-        kept.append(exchange if same else replace(exchange, ids=None))
+        calls = exchange.calls if conversation.model == model and tokenizer.takes_tools else ()
+        kept.append(replace(exchange, ids=exchange.ids if same else None, calls=calls))
     lost = sum(e.ids is None for e in kept)
     return replace(conversation, model=model, exchanges=tuple(kept)), lost
 

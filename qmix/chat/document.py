@@ -6,7 +6,8 @@
                   {"role": "assistant", "content": "Hello", "ids": [22557]}]}
 
 seed null: random. ids null: not known, the text is encoded. A model that thinks before it answers has its thoughts in
-"reasoning" beside the answer. Errors name the file and the field.
+"reasoning" beside the answer, and an answer that calls tools has "calls": [{"name": "f", "arguments": "{}"}], the
+arguments as the model wrote them. Errors name the file and the field.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 from qmix.chat.conversation import Conversation, Exchange
 from qmix.config import SamplingParams
 from qmix.errors import QmixError
+from qmix.tokenizer import Call
 
 FORMAT, VERSION = "qmix-conversation", 1
 
@@ -35,8 +37,10 @@ def _messages(conversation: Conversation) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for e in conversation.exchanges:
         found.append({"role": "user", "content": e.question})
-        thought = {} if e.reasoning is None else {"reasoning": e.reasoning}
-        found.append({"role": "assistant", "content": e.answer, "ids": e.ids, **thought})
+        more: dict[str, Any] = {} if e.reasoning is None else {"reasoning": e.reasoning}
+        if e.calls:
+            more["calls"] = [call._asdict() for call in e.calls]
+        found.append({"role": "assistant", "content": e.answer, "ids": e.ids, **more})
     return found
 
 
@@ -72,8 +76,16 @@ def _exchanges(path: Path, raw: Any) -> tuple[Exchange, ...]:
         found.append(Exchange(_text(path, raw[n].get("content"), f"messages[{n}].content"),
                               _text(path, raw[n + 1].get("content"), f"messages[{n + 1}].content"),
                               None if ids is None else tuple(ids),
-                              None if thought is None else _text(path, thought, f"messages[{n + 1}].reasoning")))
+                              None if thought is None else _text(path, thought, f"messages[{n + 1}].reasoning"),
+                              _calls(path, raw[n + 1].get("calls", []), f"messages[{n + 1}].calls")))
     return tuple(found)
+
+
+def _calls(path: Path, raw: Any, field: str) -> tuple[Call, ...]:
+    if not isinstance(raw, list) or not all(isinstance(call, dict) and call.get("name") for call in raw):
+        raise foreign(path, f"{field}: want a list of objects with a name")
+    return tuple(Call(_text(path, call["name"], f"{field}.name"),
+                      _text(path, call.get("arguments"), f"{field}.arguments")) for call in raw)
 
 
 def _text(path: Path, value: Any, field: str) -> str:

@@ -148,7 +148,7 @@ class Chat:
         self.conversation = own
         last = f", the last question was {commands.shortened(own.exchanges[-1].question)}" if len(own) else ""
         self.screen.say(f"continuing {commands.exchanges(len(own))}{last}")
-        self.tell_loaded(saved[0].model, lost)
+        self.tell_loaded(saved[0], lost)
         if replace(saved[1], seed=self.params.seed) != self.params:
             self.screen.dim("parameters are this command's, not the saved ones: "
                             f"{parameters.listed(saved[1])}")
@@ -177,9 +177,11 @@ class Chat:
                 f"with this message the conversation has {len(prompt.ids)} tokens, the context holds {context}",
                 "/clear or /undo makes room, or start again with a larger -c/--ctx-size; "
                 "Up brings the message back")
-        unread = len(prompt.ids) - (0 if self.engine.exact else common_prefix(prompt.ids, self.session.ids))
-        if unread >= LONG_PREFILL:
-            self.screen.transient(f"reading {unread} tokens")
+        known = 0 if self.engine.exact else common_prefix(prompt.ids, self.session.ids)
+        kept = self.session.reachable(known)
+        if len(prompt.ids) - kept >= LONG_PREFILL:
+            again = f", {known - kept} of them again: the model's state is kept at few places" if kept < known else ""
+            self.screen.transient(f"reading {len(prompt.ids) - kept} tokens{again}")
         self.screen.begin_answer()
         self.engine.reset_stats()
         answer = respond(self.session, self.engine.tokenizer, prompt, replace(self.params, seed=self.seed),
@@ -200,7 +202,8 @@ class Chat:
                 "the question is not in the conversation (Up brings it back)"
             self.screen.dim(f"{self._ending(answer)} before the answer began: {kept}")
             return
-        self.conversation = base.plus(Exchange(question, answer.text, answer.ids, answer.reasoning))
+        self.conversation = base.plus(Exchange(question, answer.text, answer.ids, answer.reasoning,
+                                                   answer.calls))
         self.figures = statline.Figures(answer.timings, self.session.length, self.session.context, self.seed,
                                         self._ending(answer))
         self.autosave_now()
@@ -260,13 +263,16 @@ class Chat:
         if text:
             self.engine.tokenizer.encode_chat(Conversation("", text).messages("-"))
 
-    def tell_loaded(self, saved_with: str, lost: int) -> None:
-        """Say which answers were said in other tokens."""
-        if saved_with != self.conversation.model:
-            self.screen.say(f"it was held with {saved_with}: all of it is tokenized again for this model")
+    def tell_loaded(self, saved: Conversation, lost: int) -> None:
+        """Say which answers were said in other tokens, and which calls were left out."""
+        if saved.model != self.conversation.model:
+            self.screen.say(f"it was held with {saved.model}: all of it is tokenized again for this model")
         elif lost:
             self.screen.say(f"answers tokenized again: {lost} of {len(self.conversation)}; "
                             "their ids are unknown or another vocabulary's")
+        left_out = sum(len(e.calls) for e in saved.exchanges) - sum(len(e.calls) for e in self.conversation.exchanges)
+        if left_out:
+            self.screen.say(f"tool calls left out, which this model cannot be shown: {left_out}")
 
     def set_params(self, params: SamplingParams) -> None:
         """A seed that becomes random is drawn now; one that was random already stays."""

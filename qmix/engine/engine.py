@@ -198,6 +198,17 @@ class Engine:
             raise does_not_run("the GPU's kernels do not run here", e) from e
         self.reset_stats()
 
+    def rewind(self, cache: SessionCache, length: int) -> int:
+        """See Session.trim; the length that is left."""
+        if not cache.recurrent:
+            cache.trim(length)
+            return length
+        with self._lock, self._entered():
+            if self._closed:  # no pass follows, and the weights by which a state is computed again are gone
+                return length
+            torch.set_num_threads(self._decode_threads)
+            return cache.rewind(length)
+
     def discard_drafts(self, rejected: int) -> None:
         """Of the drafts of the last pass, the last `rejected` were wrong: the statistics count the others. Nothing in
         a closed engine or a forked child, where an answer that was not read to its end is dropped."""

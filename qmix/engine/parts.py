@@ -99,7 +99,7 @@ def on_device(parts: Parts, device: Device, kernels: DeviceKernels, placement: P
     device.tidy()
     experts = offload.experts
     assert isinstance(experts, DeviceExperts)
-    caches = partial(SessionCache, kv=kv, device=device.torch_device, attend=kernels.attend)
+    caches = partial(SessionCache, kv=kv, device=device.torch_device, attend=kernels.attend, placed=True)
     decode = DeviceDecode(model, weights, device, kernels.ops, experts, experts.depth, experts.ahead)
     if not placement.exact and fast.slots < parts.plan.needs.records:
         say("experts that are not on the GPU are computed by the CPU where that is faster, so the last bits depend on "

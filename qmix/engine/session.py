@@ -61,9 +61,14 @@ class Session:
         return self._engine.warm
 
     def trim(self, length: int) -> None:
-        """Forget all positions from `length` on."""
+        """Forget all positions from `length` on, or from `reachable(length)` on: `length` says afterwards what is
+        left. What `verify` appended can be trimmed to any length."""
         drafts, self._drafts = self._drafts, 0
         if drafts:
             self._engine.discard_drafts(min(drafts, self.length - length))
-        self.cache.trim(length)
-        del self.ids[length:]
+        del self.ids[self._engine.rewind(self.cache, length):]
+
+    def reachable(self, length: int) -> int:
+        """What `trim(length)` leaves: less than `length` where the model has recurrent states, of which only some
+        earlier ones are kept."""
+        return self.cache.reachable(length)

@@ -30,12 +30,14 @@ from torch import Tensor
 from qmix.checkpoint import HEAD, Checkpoint
 from qmix.config import Cancel
 from qmix.errors import DoesNotFit, Interrupted, QmixError, UsageError
+from qmix.gguf.header import is_gguf
+from qmix.kernels.kv_size import channels
 from qmix.models import Source, layouts
-from qmix.models.source import Index, Rows, Strided, Transpose
+from qmix.models.source import Index, PerHead, Rows, Squeeze, Strided, Transpose
 from qmix.offload.plan import SCORED_COPIES, SCORED_PIECE, SCORED_ROWS, dense_mlps
 from qmix.sizes import MIB, format_bytes
 from qmix.sources import apply
-from qmix.spec import Attention, Model
+from qmix.spec import Attention, DeltaNet, Model
 
 
 class Weights(Mapping[str, Tensor]):
@@ -63,10 +65,13 @@ class Weights(Mapping[str, Tensor]):
             return self._held[name]
         parts = self._parts[name]
         if len(parts) == 1:
-            return self._checkpoint.dense(parts[0][0])
+            return self._checkpoint.dense(parts[0][0]).view(self.shapes[name])
         out = torch.empty(self.shapes[name], dtype=getattr(torch, self._checkpoint.model.dtype))
         for ours, source in parts:
-            self._checkpoint.read_into(ours, apply(out, source.steps))
+            if any(isinstance(step, PerHead) for step in source.steps):  # of whose rows there is no view
+                out[apply(torch.arange(len(out)), source.steps)] = self._checkpoint.dense(ours)
+            else:
+                self._checkpoint.read_into(ours, apply(out, source.steps))
         return out
 
     def hold(self, name: str) -> None:
@@ -87,7 +92,9 @@ def _whole(shape: tuple[int, ...], source: Source) -> tuple[int, ...]:
             shape = (step.of, *shape)
         elif isinstance(step, Transpose):
             shape = shape[::-1]
-        else:
+        elif isinstance(step, Squeeze):
+            shape = (*shape[:step.dim], 1, *shape[step.dim:])
+        elif not isinstance(step, PerHead):
             assert isinstance(step, Rows | Strided), step
             shape = (step.of if isinstance(step, Rows) else step.step * shape[0], *shape[1:])
     return shape
@@ -111,6 +118,9 @@ class Original:
     def open(cls, path: Path, say: Callable[[str], None]) -> Original:
         """UsageError where transformers or accelerate are not installed, CheckpointError as Checkpoint.open."""
         _import(path)
+        if is_gguf(path):
+            raise UsageError(f"{path}: a GGUF file, which transformers does not compute as it is",
+                             "compare with the original checkpoint, as safetensors")
         with ExitStack() as opened:
             checkpoint = opened.enter_context(Checkpoint.open(path))
             found = cls(checkpoint, _skeleton(path, checkpoint.model), say)
@@ -186,11 +196,17 @@ class Original:
         def pieces() -> Iterator[Tensor]:
             for part in states.split(SCORED_PIECE):
                 with torch.inference_mode(), _gpu_memory_suffices():
-                    logits = self._model.lm_head(part).float().cpu()
+                    logits = self._head(part).float().cpu()
                 yield logits
                 del logits
 
         return pieces()
+
+    def _head(self, states: Tensor) -> Tensor:
+        """As the model's own forward has it behind its last norm."""
+        logits: Tensor = self._model.lm_head(states)
+        cap = self.model.logit_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def _bring_up(self) -> None:
         """Give the model its weights, or hooks that read them, within `plan`."""
@@ -255,7 +271,16 @@ def workspace(model: Model, context: int) -> int:
     token = item * (4 * hidden + chosen + 4 * heads) + 12 * hidden
     matrix = _nbytes((2 * inner, hidden), model)
     scores = 5 + 6 * _sinks(model) * item
+    deltas = [_delta_row(layer.mixer) for layer in model.layers if isinstance(layer.mixer, DeltaNet)]
+    token += max(deltas, default=0)
     return context * token + scores * context * context + matrix + scoring(model, context) + 32 * MIB
+
+
+def _delta_row(d: DeltaNet) -> int:
+    """Bytes of a token in a gated delta net, in fp32: q, k, v and z; the first three through the convolution; queries
+    and keys by value head, with their scaled copies; values; in each chunk of 64 tokens what they are to each other."""
+    keys, values = d.value_heads * d.key_dim, d.value_heads * d.value_dim
+    return 4 * (5 * channels(d) + 9 * keys + 8 * values + 5 * 64 * d.value_heads)
 
 
 def scoring(model: Model, context: int) -> int:
@@ -306,11 +331,13 @@ def _import(path: Path) -> None:
 
 
 def _skeleton(path: Path, ours: Model) -> Any:
-    """transformers' model of the checkpoint's config, its weights on no device, its buffers in RAM."""
+    """transformers' model of the checkpoint's config, its weights on no device, its buffers in RAM. Of a model that
+    also sees and hears it is the language model alone."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    theirs = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    theirs = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
+    theirs.tie_word_embeddings = ours.tied  # which may stand beside the language model's keys
     windows = {layer.mixer.window for layer in ours.layers if isinstance(layer.mixer, Attention)}
     if windows == {None}:
         theirs.sliding_window = None  # exporters write 0 for none too

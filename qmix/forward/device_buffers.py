@@ -25,7 +25,7 @@ from qmix.kernels.attend import Softmax
 from qmix.kernels.device_ops import DeviceOps
 from qmix.kernels.op import FEW
 from qmix.kernels.router import RouterTensors
-from qmix.spec import Attention, Model, Rope
+from qmix.spec import Attention, DeltaNet, Model, Rope
 from qmix.spec import Tensor as Named
 
 
@@ -172,6 +172,18 @@ class Room:
         cos_sin = None if rope is None else self._turn_of[rope, first].cos_sin[first:end]
         self.ops.rope_attend(qkv[first:end], cos_sin, kept.keys, kept.values, self.positions[first:end],
                              op.attention.window, out[first:end], scales, softmax)
+
+
+    def recur(self, delta: DeltaNet, layer: int, vectors: Sequence[Tensor], first: int, end: int,
+              rows: Sequence[Tensor], out: Tensor) -> None:
+        """The convolution and the delta rule of tokens first to end. vectors: taps, a_log, dt_bias; rows [T, ...]: q, k
+        and v side by side, where the convolution writes these, a, b."""
+        cache, (x, mixed, a, b) = self._few.caches[first], (row[first:end] for row in rows)
+        kept, (taps, a_log, dt_bias) = cache.placed(layer), vectors
+        self.ops.conv(x, taps, kept.past.pair, cache.side, mixed)
+        self.ops.delta(delta, mixed, a, b, a_log, dt_bias, kept.state.pair, cache.side, out[first:end])
+        if end - first > 1:
+            kept.keep(x, mixed, a, b)
 
 
 def runs_of(caches: Sequence[SessionCache]) -> list[tuple[int, int]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from qmix.config import Step
 from qmix.errors import Interrupted
 from qmix.forward.kv_cache import SessionCache
-from qmix.forward.lower import Calls
+from qmix.forward.lower import Calls, patch_states
 from qmix.kernels.native import Native
 from qmix.kernels.native import Sequence as NativeSequence
 from qmix.kernels.native.sequence import EXPERTS
@@ -42,10 +42,12 @@ class Joined:
         self._out = torch.empty(1, hidden)  # what a layer's experts give
         self._starts: list[int] = []
         self._attends: list[tuple[int, int, int | None]] = []
+        self._states: list[tuple[int, int, bool]] = []
         calls: list[tuple[int, list[bytes] | bytes]] = []
         for at, piece in enumerate(pieces):
             self._starts.append(len(calls))
             self._attends += [(len(calls) + call, layer, window) for call, layer, window in piece.attends]
+            self._states += [(len(calls) + call, layer, of_rule) for call, layer, of_rule in piece.states]
             own = list(piece.calls)
             if piece.taken is not None:
                 assert piece.take is not None
@@ -62,6 +64,7 @@ class Joined:
         for call, layer, window in self._attends:
             begin = 0 if window is None else max(0, start + 1 - window)
             self._sequence.patch_cache(call, addresses[layer], capacity, begin, start + 1)
+        patch_states(self._sequence, self._states, cache)
         layers = len(self._starts) - 1
         for first in range(0, layers, AT_ONCE):
             if step.cancel:

@@ -7,6 +7,9 @@ Most layers are trimmed by forgetting. A ring keeps SLACK positions beside its w
 its drafts) can be taken back; for anything longer a copy is made first: `begin` says how many tokens come, and
 `rollback` brings back what was there at `begin`. `snapshot` and `restore` do the same at any later time.
 
+A recurrent state can only be trimmed within the last pass of up to FEW tokens (recurrent.py). For all else the cache
+keeps snapshots by itself (snapshots.py), at places within and before each prompt; `rewind` goes to the nearest one.
+
 Without `rings` a layer with a window keeps every position: then a failed prompt is taken back without a copy, and the
 native kernel, which reads positions in order, attends. A layer whose keys and values another one reads keeps every
 position in any case.
@@ -18,14 +21,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from qmix.errors import UsageError
-from qmix.forward.kv_layers import AttendBy, CacheLayer, FullLayer, Int8Layer, RecurrentLayer, WindowLayer
+from qmix.forward.kv_layers import AttendBy, CacheLayer, FullLayer, Int8Layer, WindowLayer
+from qmix.forward.recurrent import Advance, RecurrentLayer
+from qmix.forward.recurrent_device import PlacedLayer
+from qmix.forward.snapshots import Snapshot, Snapshots
 from qmix.hardware.memory import prefer_huge_pages
 from qmix.kernels.kv_size import positions
 from qmix.kernels.native import Attention as NativeAttention
@@ -37,26 +42,19 @@ CPU = torch.device("cpu")
 NONE: Mapping[int, NativeAttention] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """A session at `length` positions. cuts: how often it had been cut back by then."""
-
-    length: int
-    cuts: int
-    layers: Sequence[tuple[Tensor, ...]]
-
-
 class SessionCache:
     """Room for `capacity` positions of one session, `length` of them filled; `layers` as the model's. A layer that
     reads another's keys and values has none of its own: None.
 
     dtype: of the model's computation, and of keys and values unless kv is "int8". native: what attends for one token,
     by head size (kernels.attention.choose_native_attentions). device: where keys and values lie; attend: of a device's
-    prompts. only: the layers that are there, None for all."""
+    prompts. only: the layers that are there, None for all. placed: recurrent states lie where
+    captured work of the device finds them."""
 
     def __init__(self, model: Model, capacity: int, dtype: torch.dtype = torch.float32, kv: str = "bf16",
                  native: Mapping[int, NativeAttention] = NONE, device: torch.device = CPU,
-                 attend: AttendBy | None = None, rings: bool = False, only: Collection[int] | None = None):
+                 attend: AttendBy | None = None, rings: bool = False, only: Collection[int] | None = None,
+                 placed: bool = False):
         assert not rings or kv == "bf16", "a ring of codes"
         self._sources = [_source(model, i) for i in range(len(model.layers))]
         made = _Made(kv, torch.int8 if kv == "int8" else dtype, device)
@@ -65,7 +63,7 @@ class SessionCache:
         for i in wanted:
             mixer = model.layers[i].mixer
             if isinstance(mixer, DeltaNet):
-                self.layers[i] = RecurrentLayer(mixer)
+                self.layers[i] = PlacedLayer(mixer, device) if placed else RecurrentLayer(mixer)
             elif mixer.kv_source is None:
                 made.want(i, (mixer.kv_heads, positions(model, i, capacity, rings), mixer.head_dim))
         for i, tensors in made.allocate():
@@ -82,6 +80,13 @@ class SessionCache:
                 self.layers[i] = FullLayer(keys, values, own, attend)
         # What trimming does not bring back by itself.
         self._states = [layer for layer in self.layers if isinstance(layer, WindowLayer | RecurrentLayer)]
+        self._recurrent = [layer for layer in self.layers if isinstance(layer, RecurrentLayer)]
+        self._kept = Snapshots()
+        self._marks: Sequence[int] = ()  # lengths within a pass of which snapshots will be kept
+        # A ring has no state of an earlier position of a pass.
+        self._keeps = bool(self._recurrent) and len(self._recurrent) == len(self._states)
+        self.side = torch.zeros(1, dtype=torch.int32, device=device)  # of placed layers: which one a pass reads
+        self._reads = 0  # the same on the host
         self.capacity = capacity
         self.length = 0
         self._addresses: list[tuple[int, int, int, int]] = []
@@ -100,16 +105,39 @@ class SessionCache:
     @property
     def identity(self) -> tuple[int, ...]:
         """Addresses by which no other living cache is known."""
-        return tuple(address for addresses in self.addresses for address in addresses)
+        return *(address for addresses in self.addresses for address in addresses), self.side.data_ptr()
 
     @property
     def addresses(self) -> list[tuple[int, int, int, int]]:
-        """Where `kv_layer` is, by layer: it never moves. Zeros for a recurrent layer."""
+        """Where `kv_layer` is, by layer, or what a placed layer has: it never moves. Zeros for other recurrent ones."""
         if not self._addresses:
-            self._addresses = [
-                self.kv_layer(i).addresses if isinstance(self.layers[source], FullLayer) else (0, 0, 0, 0)
-                for i, source in enumerate(self._sources)]
+            self._addresses = [self._addresses_of(i) for i in range(len(self.layers))]
         return self._addresses
+
+    def _addresses_of(self, i: int) -> tuple[int, int, int, int]:
+        found = self.layers[self._sources[i]]
+        if isinstance(found, PlacedLayer):
+            return found.addresses
+        return self.kv_layer(i).addresses if isinstance(found, FullLayer) else (0, 0, 0, 0)
+
+    def placed(self, layer: int) -> PlacedLayer:
+        found = self.layers[layer]
+        assert isinstance(found, PlacedLayer)
+        return found
+
+    def enter(self) -> None:
+        """A pass on the device follows. To be called on its stream."""
+        for layer in self._recurrent:
+            assert isinstance(layer, PlacedLayer)
+            layer.enter(self._reads)
+        self.side.fill_(self._reads)
+
+    def passed(self, tokens: int, again: Mapping[int, tuple[Advance, Advance]]) -> None:
+        """It is through, with so many tokens of this session. again: by layer, what computes its convolution and its
+        delta rule once more, when drafts are taken back."""
+        self._reads = 1 - self._reads
+        for i, (conv, delta) in again.items():
+            self.placed(i).passed(self._reads, tokens, conv, delta)
 
     def need(self, count: int) -> None:
         """UsageError unless `count` more positions fit."""
@@ -132,13 +160,40 @@ class SessionCache:
                 layer.trim(length)
         self._cut(length)
 
+    @property
+    def recurrent(self) -> bool:
+        """Whether a layer has a recurrent state: then `trim` cannot reach every length."""
+        return bool(self._recurrent)
+
+    def reachable(self, length: int) -> int:
+        """The longest length, at most this one, to which the session can go back."""
+        return length if self.can_trim(length) else self._kept.best(length)
+
+    def rewind(self, length: int) -> int:
+        """Forget all positions from `length` on, or from `reachable(length)` on, which is returned."""
+        reached = self.reachable(length)
+        if self.can_trim(reached):
+            self.trim(reached)
+        else:
+            self._load(self._kept.at(reached))
+        return reached
+
     def begin(self, count: int) -> Snapshot:
         """To be called before `count` tokens are appended: what `rollback` needs to take them back."""
-        return self._save(copy=count > FEW and self.length > 0)
+        before = self._save(copy=count > FEW and self.length > 0)
+        self._marks = self._kept.prepare(before, count) if count > FEW and self._keeps else ()
+        for layer in self._recurrent:
+            layer.begin(self.length, count, 1 < count <= FEW, self._marks)
+        return before
 
     def rollback(self, before: Snapshot) -> None:
         """As it was at `begin`, whatever part of the tokens has been appended."""
         self._load(before)
+
+    def end(self) -> None:
+        """To be called when the tokens of `begin` have been appended."""
+        for mark in self._marks:
+            self._kept.add(Snapshot(mark, len(self._cuts), [layer.marked(mark) for layer in self._recurrent]))
 
     def snapshot(self) -> Snapshot:
         """The session as it is, for `restore` at any time."""
@@ -162,6 +217,7 @@ class SessionCache:
         self._cut(snapshot.length)
 
     def _cut(self, length: int) -> None:
+        self._kept.cut(length)
         if length < self.length:
             self._cuts.append(length)
         self.length = length
@@ -180,6 +236,8 @@ def unchanged_on_error(caches: Sequence[SessionCache], counts: Sequence[int]) ->
         for cache, saved in zip(caches, before, strict=True):
             cache.rollback(saved)
         raise
+    for cache in caches:
+        cache.end()
 
 
 def _source(model: Model, i: int) -> int:

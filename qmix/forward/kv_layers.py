@@ -1,9 +1,9 @@
-"""What one layer of a session remembers: keys and values, rotated, or the state of a delta net.
+"""What one layer of a session remembers: keys and values, rotated, or the state of a delta net (recurrent.py).
 
     FullLayer       every position, in the compute dtype               trim: any length
     Int8Layer       every position, in 8 bits (kernels/kv_codes.py)    trim: any length
     WindowLayer     the last W + SLACK positions, in a ring            trim: while the next token's window is there
-    RecurrentLayer  a state, and the convolution's last inputs         trim: only to nothing
+    RecurrentLayer  a state, and the convolution's last inputs         trim: within the last few tokens, or to nothing
 
 A layer attends. One token attends through the native kernel where there is one; all else goes through torch, or on a
 device through the device's own attention. An Int8Layer decodes for that: on the CPU of one key-value head after the
@@ -20,13 +20,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qmix.forward.recurrent import RecurrentLayer
 from qmix.kernels.attend import Softmax, softmax_attention, softmax_of
 from qmix.kernels.kv_codes import decoded, quantize
-from qmix.kernels.kv_size import channels
 from qmix.kernels.native import HEAD_UNIT, KVLayer
 from qmix.kernels.native import Attention as NativeAttention
 from qmix.sizes import KV_PIECE
-from qmix.spec import Attention, DeltaNet
+from qmix.spec import Attention
 
 AttendBy = Callable[[Tensor, Tensor, Tensor, int | None, Softmax], Tensor]  # as kernels.attend.softmax_attention
 
@@ -203,31 +203,6 @@ class WindowLayer(FullLayer):
             self.keys.copy_(keys)
             self.values.copy_(values)
             self.written = int(written)
-
-
-class RecurrentLayer:
-    """A delta net's state [value_heads, key_dim, value_dim] and the last inputs of its convolution
-    [taps - 1, channels], fp32. Replaced, never written into, so that a saved one stays as it is."""
-
-    def __init__(self, delta: DeltaNet):
-        self.state = torch.zeros(delta.value_heads, delta.key_dim, delta.value_dim)
-        self.past = torch.zeros(delta.conv - 1, channels(delta))
-
-    @property
-    def nbytes(self) -> int:
-        return self.state.nbytes + self.past.nbytes
-
-    def can_trim(self, length: int) -> bool:
-        return length == 0
-
-    def trim(self, length: int) -> None:
-        self.state, self.past = torch.zeros_like(self.state), torch.zeros_like(self.past)
-
-    def save(self, copy: bool) -> tuple[Tensor, ...]:
-        return self.state, self.past
-
-    def load(self, saved: tuple[Tensor, ...]) -> None:
-        self.state, self.past = saved
 
 
 CacheLayer = FullLayer | RecurrentLayer

@@ -9,10 +9,15 @@ A table says what becomes of an Op, or of neighbours that are one call:
     Route                                          ROUTE
     Rope                  as steps.rotates         ROTATE
     Attend                of its own keys          ATTEND
+    Linear                exact                    EXACT
+    Conv                  of three sources         CONV
+    Delta                                          DELTA
+    Gate                                           GATE
     Guess                 as steps.fused_guess     ROUTE
     Add                                            ADD
     Mlp                                            PRODUCTS of one source, JOIN, PRODUCTS
-    Head                                           PRODUCTS
+    Scale                                          SCALE
+    Head                                           PRODUCTS; its cap is whoever runs it's
 
 What the experts before a piece gave lies elsewhere for each token: an Add reads it there, or else it is copied first,
 by a NORM that norms nothing. Each call gives the bits that steps.py gives. What is not there raises Unsupported, with
@@ -31,15 +36,33 @@ from torch import Tensor
 
 from qmix.forward.kv_cache import SessionCache
 from qmix.forward.kv_layers import FullLayer
+from qmix.forward.recurrent import RecurrentLayer
 from qmix.forward.steps import Turning, fused_guess, fused_route, reads, rotates
 from qmix.forward.weights import KernelWeights
 from qmix.kernels import native, ops
 from qmix.kernels.attend import softmax_of
 from qmix.kernels.native import Product, jobs
-from qmix.kernels.native.sequence import ADD, ATTEND, BIAS, JOIN, NORM, PRODUCTS, ROPE_COS_SIN, ROTATE, ROUTE, addition
+from qmix.kernels.native import Sequence as NativeSequence
+from qmix.kernels.native.sequence import (
+    ADD,
+    ATTEND,
+    BIAS,
+    CONV,
+    DELTA,
+    EXACT,
+    GATE,
+    JOIN,
+    NORM,
+    PRODUCTS,
+    ROPE_COS_SIN,
+    ROTATE,
+    ROUTE,
+    SCALE,
+    addition,
+)
 from qmix.kernels.op import Op
 from qmix.kernels.router import RouterTensors
-from qmix.kernels.torch_ops import router_of
+from qmix.kernels.torch_ops import router_of, taps_of
 from qmix.spec import LongRope, Rope
 from qmix.spec import Tensor as Named
 
@@ -77,12 +100,14 @@ class Buffers:
 @dataclass(slots=True)
 class Calls:
     """What native.Sequence takes, and which calls are patched for each token: `taken`, the call that reads what the
-    experts gave, which `take` makes for one address of that; `attends`, (call, layer, window)."""
+    experts gave, which `take` makes for one address of that; `attends`, (call, layer, window); `states`, (call, layer,
+    whether of its delta rule, else of its convolution)."""
 
     calls: list[tuple[int, list[bytes] | bytes]] = field(default_factory=list)
     taken: int | None = None
     take: Callable[[Tensor], tuple[int, bytes]] | None = None
     attends: list[tuple[int, int, int | None]] = field(default_factory=list)
+    states: list[tuple[int, int, bool]] = field(default_factory=list)
 
     def add(self, kind: int, packed: list[bytes] | bytes) -> int:
         self.calls.append((kind, packed))
@@ -96,6 +121,16 @@ class Turn:
     cos: Tensor
     sin: Tensor
     speeds: Tensor | None
+
+
+def patch_states(sequence: NativeSequence, states: Sequence[tuple[int, int, bool]], cache: SessionCache) -> None:
+    """Where each recurrent layer's state of a session is, and where the next one goes, which is the session's from here
+    on; states: as Calls has them."""
+    for call, layer, of_rule in states:
+        found = cache.layers[layer]
+        assert isinstance(found, RecurrentLayer)
+        now, after = (found.state if of_rule else found.past).replace()
+        sequence.patch_state(call, now.data_ptr(), after.data_ptr())
 
 
 class Lowering:
@@ -158,7 +193,7 @@ class Lowering:
         if len(rest) > 1 and fused_route(op, rest[1]) and not reads(rest[2:], after, op.wide):  # type: ignore[attr-defined]
             self._route(op, rest[1], found)  # type: ignore[arg-type]
             return 2
-        if isinstance(op, ops.Linear):
+        if isinstance(op, ops.Linear) and not op.exact:
             if len(rest) > 1 and self._adds(op, rest[1]):
                 source, target = self._buffers[op.source], self._buffers[rest[1].outputs[0]]
                 found.add(PRODUCTS, self._product(source, op.weight, target, add=True))
@@ -187,7 +222,7 @@ class Lowering:
             if not isinstance(op, ops.Linear) or op.source != rest[0].inputs[0]:
                 break
             if op.exact:
-                raise Unsupported("Linear in fp64")
+                break
             group.append(op)
         source = self._buffers[group[0].source]
         found.add(PRODUCTS, [self._product(source, op.weight, self._buffers.make(op.out, op.weight.shape[0],
@@ -197,6 +232,39 @@ class Lowering:
             if bias is not None:
                 found.add(BIAS, jobs.bias(self._buffers[op.out], bias))
         return len(group)
+
+    def _exact(self, op: ops.Linear, found: Calls) -> None:
+        weight, bias = self._weights[op.weight.name], self._vector(op.bias)
+        out = self._buffers.make(op.out, op.weight.shape[0], torch.float32)
+        found.add(EXACT, jobs.exact(self._readable(op.source), weight, out))
+        if bias is not None:
+            found.add(BIAS, jobs.bias(out, bias))
+
+    def _gate(self, op: ops.Gate, found: Calls) -> None:
+        found.add(GATE, jobs.gate(self._readable(op.buffer), self._readable(op.by), op.kind))
+
+    def _conv(self, op: ops.Conv, found: Calls) -> None:
+        sources = [self._readable(name) for name in op.sources]
+        if len(sources) != 3:
+            raise Unsupported(f"Conv of {len(sources)} buffers")
+        taps, past = taps_of(op, self._weights), self._recurrent(op.layer).past.now
+        out = [self._buffers.make(name, x.shape[1], torch.float32) for name, x in zip(op.sources, sources, strict=True)]
+        self._kept += [taps, *sources]
+        found.states.append((found.add(CONV, jobs.conv(taps, past, past, sources, out)), op.layer, False))
+
+    def _delta(self, op: ops.Delta, found: Calls) -> None:
+        d, state = op.delta, self._recurrent(op.layer).state.now
+        rows = [self._fp32(name, op) for name in op.inputs]
+        vectors = [self._vector(weight) for weight in op.weights]
+        out = self._buffers.make(op.out, d.value_heads * d.value_dim, torch.float32)
+        job = jobs.delta(d, state, state, [x for x in (*rows, *vectors) if x is not None], out)
+        found.states.append((found.add(DELTA, job), op.layer, True))
+
+    def _recurrent(self, layer: int) -> RecurrentLayer:
+        """An example: where its tensors lie is patched for each token."""
+        found = self._cache.layers[layer]
+        assert isinstance(found, RecurrentLayer)
+        return found
 
     def _vector(self, weight: Named | None) -> Tensor | None:
         """fp32, kept for the jobs that point to it."""
@@ -291,9 +359,10 @@ class Lowering:
     def _add(self, op: ops.Add, found: Calls) -> None:
         found.add(ADD, addition(self._fp32(op.source, op), self._buffers[op.buffer]))
 
+    def _scale(self, op: ops.Scale, found: Calls) -> None:
+        found.add(SCALE, jobs.scale(self._fp32(op.buffer, op), self._vector(op.weight), op.factor))
+
     def _head(self, op: ops.Head, found: Calls) -> None:
-        if op.softcap is not None:
-            raise Unsupported("Head with a cap")
         out = self._buffers.make(op.out, op.weight.shape[0], torch.float32)
         found.add(PRODUCTS, self._product(self._buffers[op.source], op.weight, out))
 
@@ -311,7 +380,8 @@ class Lowering:
 LOWERINGS: Mapping[type[Op], Callable[..., None]] = {
     ops.Norm: Lowering._norm, ops.HeadNorm: Lowering._head_norm, ops.Route: Lowering._route_alone,
     ops.Rope: Lowering._rope, ops.Attend: Lowering._attend, ops.Guess: Lowering._guess, ops.Add: Lowering._add,
-    ops.Head: Lowering._head, ops.Mlp: Lowering._mlp,
+    ops.Head: Lowering._head, ops.Mlp: Lowering._mlp, ops.Linear: Lowering._exact, ops.Gate: Lowering._gate,
+    ops.Conv: Lowering._conv, ops.Delta: Lowering._delta, ops.Scale: Lowering._scale,
 }
 
 

@@ -14,7 +14,8 @@ A table says what becomes of an Op, or of neighbours that are one call:
     Rope, Attend; Attend              rope_attend for each session
     Mlp                               linear, linear, activate, linear; with an Add behind it the last one adds
     Add; Scale; Gate                  add; scale; gate
-    Head                              linear
+    Conv, Delta                       conv, delta for each session
+    Head                              linear; softcap
 
 What is not there raises Unsupported. A piece is lowered by its Ops alone, without weights: whether a device computes a
 model is known from its spec (`not_on_device`). A Bind then makes the call for weights and buffers. All activations are
@@ -292,20 +293,44 @@ class _Lowering:
         assert isinstance(op, ops.Gate)
         return 1, lambda room: partial(room.ops.gate, room[op.buffer], room[op.by], op.kind)
 
+    def _recurrent(self, at: int) -> tuple[int, Bind]:
+        op, after = self._ops[at], self._after(at + 1)
+        assert isinstance(op, ops.Conv)
+        if not isinstance(after, ops.Delta) or op.sources != (after.q, after.k, after.v) or op.layer != after.layer:
+            raise Unsupported(op, "without a delta rule of what it writes")
+        parts = next((names for names in self._columns if names[:3] == op.sources), None)
+        if parts is None:
+            raise Unsupported(op, "of queries, keys and values that are not made together")
+
+        def bind(room: Room) -> Work:
+            d, w = after.delta, room.weights
+            vectors = [w.vector(weight) for weight in (op.weight, after.a_log, after.dt_bias)]
+            channels = op.weight.shape[0]
+            rows = (room.whole(parts)[:, :channels], room.make(channels, " ".join(op.sources) + " convolved"),
+                    room[after.a], room[after.b])
+            out = room.make(d.value_heads * d.value_dim, after.out)
+            return _in_order([partial(room.recur, d, op.layer, vectors, *run, rows, out) for run in room.runs])
+
+        return 2, bind
+
     def _head(self, at: int) -> tuple[int, Bind]:
         op = self._ops[at]
         assert isinstance(op, ops.Head)
-        if op.softcap is not None:
-            raise Unsupported(op, "with a cap")
-        return 1, lambda room: partial(room.ops.linear, room[op.source], room.weights.matrix(op.weight),
-                                       room.make(op.weight.shape[0], op.out))
+        cap = op.softcap
+
+        def bind(room: Room) -> Work:
+            out = room.make(op.weight.shape[0], op.out)
+            product = partial(room.ops.linear, room[op.source], room.weights.matrix(op.weight), out)
+            return product if cap is None else _in_order([product, partial(room.ops.softcap, out, cap)])
+
+        return 1, bind
 
 
 RULES: Mapping[type[Op], Callable[[_Lowering, int], tuple[int, Bind]]] = {
     ops.Embed: _Lowering._embed, ops.Add: _Lowering._add, ops.Norm: _Lowering._norm, ops.Route: _Lowering._route,
     ops.Linear: _Lowering._linear, ops.HeadNorm: _Lowering._head_norm, ops.Rope: _Lowering._rope,
     ops.Attend: _Lowering._attend, ops.Mlp: _Lowering._mlp, ops.Scale: _Lowering._scale, ops.Gate: _Lowering._gate,
-    ops.Head: _Lowering._head,
+    ops.Head: _Lowering._head, ops.Conv: _Lowering._recurrent,
 }
 
 

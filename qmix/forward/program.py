@@ -55,7 +55,7 @@ def model_program(model: Model) -> tuple[Op, ...]:
 
 def embed_program(model: Model) -> Op:
     """ "tokens" to "residual"."""
-    return Embed("tokens", "residual", _tensors(model)["embedding"], model.embed_scale)
+    return Embed("tokens", "residual", _tensors(model)["embedding"], model.embed_factor)
 
 
 def head_program(model: Model) -> tuple[Op, ...]:
@@ -263,9 +263,13 @@ class _Layer:
                                                                            "expert_scale"))))
 
     def _own_input(self, moe: Moe) -> None:
-        router = moe.router
-        assert router.input_norm is not None
-        self.ops.append(Norm("residual", None, "routed", router.input_norm, self.hidden,
-                             self.tensors.get("router.input_norm")))
-        if router.input_scale or router.input_factor != 1:
-            self.ops.append(Scale("routed", self.tensors.get("router.input_scale"), router.input_factor))
+        """The residual, normed and scaled: a norm without a weight takes the scale for its own."""
+        router, norm = moe.router, moe.router.input_norm
+        assert norm is not None
+        weight, scale = (self.tensors.get(f"router.{name}") for name in ("input_norm", "input_scale"))
+        as_weight = weight is None and scale is not None
+        if as_weight:
+            norm, weight = NormSpec(norm.eps, factor=router.input_factor), scale
+        self.ops.append(Norm("residual", None, "routed", norm, self.hidden, weight))
+        if not as_weight and (scale is not None or router.input_factor != 1):
+            self.ops.append(Scale("routed", scale, router.input_factor))

@@ -28,8 +28,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from qmix.config import Step
@@ -40,10 +42,12 @@ from qmix.forward.device_buffers import DeviceWeights, FewBuffers, Room, Shared
 from qmix.forward.device_pieces import cut, decode_program
 from qmix.forward.kv_cache import SessionCache
 from qmix.forward.lower_device import lower
+from qmix.forward.recurrent import Advance
 from qmix.forward.run_eager import Guesses
 from qmix.forward.steps import Turning
 from qmix.forward.weights import DenseWeights
 from qmix.kernels.device_ops import DeviceOps
+from qmix.kernels.ops import Conv, Delta
 from qmix.spec import Model
 
 KEPT = 8  # sets of pieces: numbers of tokens, and caches
@@ -100,6 +104,8 @@ class DeviceDecode:
         self._guesses = guesses
         program = decode_program(model, Guesses(self._depth, guesses))
         self._lowered = [lower(piece) for piece in cut([op for _, op in program])]
+        self._again = {op.layer: _again(op, rule, self._weights, ops, device) for (_, op), (_, rule) in pairwise(
+            program) if isinstance(op, Conv) and isinstance(rule, Delta)}
         self._turning = Turning(model, device.torch_device, {})
         self._shared = Shared(device, model.vocab)
         self._buffers: dict[int, FewBuffers] = {}
@@ -117,11 +123,16 @@ class DeviceDecode:
         self.warm = pieces.last.warm
         found.given[0], found.given[1] = tokens, positions
         found.caches = caches
+        sessions = {id(cache): cache for cache in caches} if self._again else {}
         try:
+            for cache in sessions.values():
+                self._device.compute.run(cache.enter)
             (self._at_once if self._experts.resident else self._by_layer)(found, pieces, step)
         finally:  # also where it ends early: what has been launched uses the buffers
             self._device.wait(self._device.compute.record())
             found.caches = ()
+        for cache in sessions.values():
+            cache.passed(sum(one is cache for one in caches), self._again)
         if self._experts.resident:
             for layer in range(len(self._lowered) - 1):
                 self._experts.count(layer, found.host_ids[layer], found.host_weights[layer], step)
@@ -214,3 +225,22 @@ class DeviceDecode:
                 found.host_weights.copy_(found.weights, non_blocking=True)
 
         return work
+
+
+def _again(op: Conv, rule: Delta, weights: DeviceWeights, by: DeviceOps, device: Device) -> tuple[Advance, Advance]:
+    """What computes the convolution and the delta rule of some tokens once more, with the same bits, in memory of its
+    own."""
+    first = torch.zeros(1, dtype=torch.int32, device=device.torch_device)
+    taps, a_log, dt_bias = (weights.vector(weight) for weight in (op.weight, rule.a_log, rule.dt_bias))
+
+    def conv(past: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        pair, out = torch.stack((past, past)), torch.empty_like(x)
+        by.conv(x, taps, pair, first, out)
+        return out, pair[1]
+
+    def delta(state: Tensor, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        pair, out = torch.stack((state, state)), x.new_empty(len(x), rule.delta.value_heads * rule.delta.value_dim)
+        by.delta(rule.delta, x, a, b, a_log, dt_bias, pair, first, out)
+        return out, pair[1]
+
+    return conv, delta

@@ -20,12 +20,13 @@ from qmix.errors import Interrupted
 from qmix.forward.joined import Joined, Resident
 from qmix.forward.kv_cache import SessionCache, unchanged_on_error
 from qmix.forward.kv_layers import FullLayer
-from qmix.forward.lower import Buffers, Calls, Lowering, Unsupported
+from qmix.forward.lower import Buffers, Calls, Lowering, Unsupported, patch_states
 from qmix.forward.passes import Block, Span
 from qmix.forward.program import head_program
 from qmix.forward.run_eager import Eager, Piece
 from qmix.forward.weights import KernelWeights
 from qmix.kernels import native, ops
+from qmix.kernels.layer import capped
 from qmix.kernels.native import Product
 from qmix.kernels.native import Sequence as NativeSequence
 from qmix.kernels.op import Op
@@ -40,8 +41,9 @@ def unsupported(eager: Eager, weights: KernelWeights, cache: SessionCache) -> st
         return "the native kernels do not compute this store"
     if not isinstance(layer, native.LayerOps) or layer.level != own.level:
         return "products and norms are not computed at one level"
-    attention = {found.native.level for found in cache.layers if isinstance(found, FullLayer) and found.native}
-    if attention != {own.level}:
+    attends = [found.native for found in cache.layers if isinstance(found, FullLayer)]
+    attention = {found.level for found in attends if found is not None}
+    if attends and attention != {own.level}:
         return "products and attention are not computed at one level" if attention else "torch attends"
     chosen = {moe.router.top_k for layer in eager.model.layers if isinstance(moe := layer.mlp, Moe)}
     if len(chosen) > 1:
@@ -114,6 +116,8 @@ class NativeToken:
                 sequence, call, product = self._head
                 sequence.patch(call, product(out))
                 sequence.run()
+                if (cap := self._eager.model.logit_softcap) is not None:
+                    capped(out, cap)
             cache.length += 1
         return out
 
@@ -149,6 +153,7 @@ class NativeToken:
                 for call, layer, window in run.calls.attends:
                     begin = 0 if window is None else max(0, start + 1 - window)
                     sequence.patch_cache(call, addresses[layer], capacity, begin, start + 1)
+                patch_states(sequence, run.calls.states, cache)
                 sequence.run()
             if run.layer is not None:
                 assert run.given is not None

@@ -12,14 +12,16 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from qmix.forward.kv_layers import FullLayer, Query, RecurrentLayer
+from qmix.forward.kv_layers import FullLayer, Query
 from qmix.forward.passes import Block, Span
 from qmix.forward.program import live
+from qmix.forward.recurrent import Advance, RecurrentLayer
 from qmix.kernels import ops, torch_ops
 from qmix.kernels.layer import TORCH, LayerOps
 from qmix.kernels.op import Op
@@ -130,6 +132,8 @@ class Steps:
                     rest[2:], after, op.wide):  # type: ignore[attr-defined]
                 return 2, self._routing(op, rest[1])  # type: ignore[arg-type]
             group = same_source(rest)
+            if self._layer is not TORCH:  # which computes the exact ones by itself
+                group = list(takewhile(lambda linear: not linear.exact, group))
             if len(group) > 1:
                 return len(group), self._together(group)
         return 1, self._alone(op)
@@ -155,15 +159,24 @@ class Steps:
         if isinstance(op, ops.Rope):
             return self._rotation(op)
         if isinstance(op, ops.Attend | ops.Conv | ops.Delta):
-            return lambda inputs, block: _by_session(op, weights, inputs, block)
+            advance = None if isinstance(op, ops.Attend) else self._advance(op)
+            return lambda inputs, block: _by_session(op, weights, advance, inputs, block)
         own = self._own(op) if layer is not TORCH else None
         if own is not None:
             return own
         compute = STATELESS[type(op)]
         return lambda inputs, block: compute(op, weights, *inputs)
 
+    def _advance(self, op: ops.Conv | ops.Delta) -> Advance:
+        """What takes a state from token to token."""
+        weights, layer = self._weights, self._layer
+        if isinstance(op, ops.Conv):
+            return partial(layer.conv, torch_ops.taps_of(op, weights))
+        return partial(torch_ops.delta, op, weights, layer=layer)
+
     def _own(self, op: Op) -> Callable[[tuple[Tensor, ...], Block], Any] | None:
         """What LayerOps computes."""
+        layer = self._layer
         if isinstance(op, ops.Norm):
             return self._norm(op)
         if isinstance(op, ops.HeadNorm):
@@ -172,6 +185,11 @@ class Steps:
             return self._route(op)
         if isinstance(op, ops.Mlp):
             return partial(self._mlp, op)
+        if isinstance(op, ops.Gate):
+            return lambda inputs, block: layer.gate(inputs[0], inputs[1], op.kind)
+        if isinstance(op, ops.Linear) and op.exact:
+            weight, bias = self._weights[op.weight.name], self._weights.vector(op.bias)
+            return lambda inputs, block: torch_ops.biased(layer.exact(inputs[0], weight), bias)
         return self._guess(op) if isinstance(op, ops.Guess) else None
 
     def _mlp(self, op: ops.Mlp, inputs: tuple[Tensor, ...], block: Block) -> Tensor:
@@ -292,17 +310,19 @@ def reads(rest: Sequence[Op], after: Collection[str], name: str) -> bool:
     return name in after
 
 
-def _by_session(op: Op, weights: Weights, inputs: tuple[Tensor, ...], block: Block) -> tuple[Tensor, ...]:
+def _by_session(op: Op, weights: Weights, advance: Advance | None, inputs: tuple[Tensor, ...], block: Block,
+                ) -> tuple[Tensor, ...]:
     """An Op with a state on a block: the tokens of each session with what its cache has."""
     if len(block.spans) == 1:
-        return _with_state(op, weights, inputs, block.spans[0])
+        return _with_state(op, weights, advance, inputs, block.spans[0])
     sizes = [span.tokens for span in block.spans]
     split = zip(*(x.split(sizes) for x in inputs), strict=True)
-    parts = [_with_state(op, weights, rows, span) for span, rows in zip(block.spans, split, strict=True)]
+    parts = [_with_state(op, weights, advance, rows, span) for span, rows in zip(block.spans, split, strict=True)]
     return tuple(torch.cat(same) for same in zip(*parts, strict=True))
 
 
-def _with_state(op: Op, weights: Weights, inputs: tuple[Tensor, ...], span: Span) -> tuple[Tensor, ...]:
+def _with_state(op: Op, weights: Weights, advance: Advance | None, inputs: tuple[Tensor, ...], span: Span,
+                ) -> tuple[Tensor, ...]:
     layers = span.cache.layers
     if isinstance(op, ops.Attend):
         a = op.attention
@@ -311,11 +331,10 @@ def _with_state(op: Op, weights: Weights, inputs: tuple[Tensor, ...], span: Span
         heads = [x.reshape(len(x), -1, a.head_dim) for x in inputs]
         query = Query(span.start, *heads) if a.kv_source is None else Query(span.start, heads[0], None, None)
         return (layer.attend(a, weights.vector(op.sinks), query),)
-    assert isinstance(op, ops.Conv | ops.Delta)
+    assert isinstance(op, ops.Conv | ops.Delta) and advance is not None
     state = layers[op.layer]
     assert isinstance(state, RecurrentLayer)
     if isinstance(op, ops.Conv):
-        found, state.past = torch_ops.conv(op, weights, state.past, *inputs)
+        found: tuple[Tensor, ...] = state.past.advance(advance, span.start, *inputs)
         return found
-    out, state.state = torch_ops.delta(op, weights, state.state, *inputs)
-    return (out,)
+    return (state.state.advance(advance, span.start, *inputs),)

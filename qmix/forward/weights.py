@@ -1,6 +1,6 @@
 """The dense weights of a model, from a store to the products: every tensor used exactly once.
 
-Matrices stay packed as the store has them. Norms become fp32, with the 1 of "one_plus" added. Routers, and what else is
+Matrices stay packed as the store has them. Norms become fp32, as what they multiply by. Routers, and what else is
 summed in fp64, stay as they are stored and are widened where they are multiplied.
 
 T tokens, N rows out, M columns, H hidden, V vocabulary.
@@ -90,7 +90,7 @@ def assemble(model: Model, dtype: torch.dtype, read: Read, device: torch.device 
         elif not isinstance(got, Tensor) or tuple(got.shape) != want.shape:
             raise StoreError(f"{want.name}: got {_shape(got)}, want a tensor {list(want.shape)}", DAMAGED)
         elif want.name in norms:
-            tensors[want.name] = got.float() + 1 if norms[want.name].weight == "one_plus" else got.float()
+            tensors[want.name] = norms[want.name].multiplier(got.float())
         else:
             tensors[want.name] = got
     if model.tied:

@@ -1,11 +1,12 @@
-"""The experts of a prompt's tokens on a GPU, in Triton: prompt_experts.PromptExperts for the grouped formats (int4,
-int3, int2), tested under Triton's interpreter and compiled for cards from sm_80 up.
+"""The experts of a prompt's tokens on a GPU, in Triton: prompt_experts.PromptExperts for the formats in blocks of rows
+(int4, int3, int2, mxfp4), every activation, with biases or without; tested under Triton's interpreter and compiled for
+cards from sm_80 up.
 
 A layer takes one launch to sort, two for each kind of record, and one to add up. The two are launched several times
 where what lies between them would take more than prompt_tiles.INNER_BYTES, and again for each expert that comes later.
-The products are those of cuda.many: x is rounded to 16 bits, codes are exact, sums are fp32; silu(gate) * up is
-computed in fp32 and rounded once. A tile has the same bits in whatever slot its expert is and whenever it is computed;
-as in cuda.many, a row's may depend on how many rows a pass has.
+The products are those of cuda.many: x is rounded to 16 bits, codes are exact, sums are fp32. Biases are added and gate
+and up are joined in fp32; the result is rounded once. A tile has the same bits in whatever slot its expert is and
+whenever it is computed; as in cuda.many, a row's may depend on how many rows a pass has.
 
 T tokens, K experts per token, E experts, H hidden, F expert inner.
 """
@@ -65,12 +66,14 @@ class TritonPromptExperts:
         spec, config = w13.spec, self._cut(x.device)
         if x.dim() != 2 or x.shape[1] != spec.cols or x.stride(1) != 1 or not len(part):
             raise UsageError(f"x: got {list(x.shape)}, strides {x.stride()}, want [T, {spec.cols}], rows contiguous")
-        dot, rows = _dot(x), max(LEAST, config.rows // 2)
+        dot, rows, how = _dot(x), max(LEAST, config.rows // 2), spec.activation
         inner = x.new_empty(len(part) * tiles.size, w2.spec.cols)
         _code().gate_up[len(part), -(-(spec.padded_rows // 2) // rows)](
-            x, w13.qweight, w13.qparams, inner, tiles.order, tiles.expert_of, table, part.start, slot, slots.first,
-            w13.slots, w13.slot_bytes, x.stride(0), spec.cols, spec.padded_cols // spec.group_size, spec.padded_rows,
-            inner.shape[1], K=tiles.top_k, ROWS=rows, DOT=dot, **_cut_of(spec, tiles, config))
+            x, w13.qweight, w13.qparams, x if w13.bias is None else w13.bias, inner, tiles.order, tiles.expert_of,
+            table, part.start, slot, slots.first, w13.slots, w13.slot_bytes, x.stride(0), spec.cols,
+            spec.padded_cols // spec.group_size, spec.padded_rows,
+            inner.shape[1], K=tiles.top_k, ROWS=rows, DOT=dot, KIND=how.kind, ALPHA=how.alpha or 0.0,
+            LIMIT=how.limit or 0.0, **_cut_of(spec, tiles, config))
         return inner
 
     def down(self, inner: Tensor, slots: ExpertSlots, tiles: Tiles, part: range, table: Tensor, rows: Tensor,
@@ -80,8 +83,9 @@ class TritonPromptExperts:
         assert rows.is_contiguous() and rows.dtype == torch.float32 and rows.shape[2] == spec.rows
         assert inner.shape == (len(part) * tiles.size, spec.cols) and inner.is_contiguous()
         _code().down[len(part), -(-spec.padded_rows // config.rows)](
-            inner, w2.qweight, w2.qparams, rows, tiles.order, tiles.expert_of, table, part.start, slot, slots.first,
-            w2.slots, w2.slot_bytes, spec.cols, spec.padded_cols // spec.group_size, spec.padded_rows, spec.rows,
+            inner, w2.qweight, w2.qparams, rows if w2.bias is None else w2.bias, rows, tiles.order, tiles.expert_of,
+            table, part.start, slot, slots.first, w2.slots, w2.slot_bytes, spec.cols,
+            spec.padded_cols // spec.group_size, spec.padded_rows, spec.rows,
             ROWS=config.rows, DOT=_dot(inner), **_cut_of(spec, tiles, config))
 
     def combine(self, rows: Tensor, topk_weights: Tensor) -> Tensor:
@@ -99,8 +103,9 @@ class TritonPromptExperts:
 
 def _cut_of(spec: MatrixSpec, tiles: Tiles, config: Matmul) -> dict[str, int | bool]:
     """What both products are told alike. Small tiles take four warps, as in cuda.many."""
-    return {"GROUP": spec.group_size, "BLOCK": spec.block, "BITS": spec.bits, "TILE": tiles.size,
-            "CHUNK": min(spec.group_size, 64), "RAGGED": spec.cols < spec.padded_cols, "num_stages": config.stages,
+    return {"GROUP": spec.group_size, "BLOCK": spec.block, "BITS": spec.code_bits, "E2M1": spec.format == "mxfp4",
+            "BIASED": spec.bias, "TILE": tiles.size, "CHUNK": min(spec.group_size, 64),
+            "RAGGED": spec.cols < spec.padded_cols, "num_stages": config.stages,
             "num_warps": config.warps if tiles.size == config.tokens else 4, "enable_fp_fusion": True}
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qmix.kernels.cuda_jit import HIGH, numbers
+from qmix.kernels.cuda_jit import HIGH, activated, e8m0, numbers
 
 
 @triton.jit(do_not_specialize=["pairs", "tiles"])  # else compiled anew for some prompts
@@ -81,16 +81,59 @@ def piece_of(qweight, blocks, groups, ROWS: tl.constexpr, GROUP: tl.constexpr, B
     return low, third, aside, (block < blocks)[None, :], of // STEP * BLOCK + of % STEP + place % PER_BYTE * STEP
 
 
-@triton.jit(do_not_specialize=["table", "first", "slot", "base", "slots"])
-def gate_up(x, qweight, qparams, inner, order, expert_of, table, first, slot, base, slots, slot_bytes, x_stride, cols,
-            groups, n, out, K: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr,
-            TILE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, RAGGED: tl.constexpr):
-    """silu(gate(x)) * up(x) of the tiles from `first` on: of each ROWS rows of gate and those of up.
+@triton.jit
+def added(values, sums, low, third, aside, offset, exists, qparams, start, at, real, BITS: tl.constexpr,
+          CHUNK: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr, E2M1: tl.constexpr):
+    """values [TILE, CHUNK] times a chunk of columns of ROWS rows, fp32 [TILE, ROWS]. sums: of each row of values, not
+    read where E2M1; qparams: see gate_up; at [ROWS]: where the chunk's lie, behind `start` bytes."""
+    weights = numbers(low, third, aside, offset, exists, BITS, CHUNK, ROWS, DOT, E2M1)
+    product = tl.dot(values, weights, input_precision="ieee")
+    if E2M1:
+        result = product * e8m0(tl.load(qparams + start + at, mask=real, other=0))[None, :]
+    else:
+        both = tl.load(qparams + start // 4 + at, mask=real, other=0)
+        scale = (both << 16).to(tl.float32, bitcast=True)
+        zero = (both & HIGH).to(tl.float32, bitcast=True)
+        result = product * scale[None, :] + sums * zero[None, :]
+    return result
 
-    x [T, H]; inner [tiles of the launch * TILE, F = out], tiles in their order; in padding is what another token gives.
-    Gate and up have half of the N rows each. RAGGED: `cols` ends within a group. Grid: tiles, pieces of a half.
-    """
+
+@triton.jit
+def products(lines, low, third, aside, exists, qparams, start, row, real, other, half, cols, groups, n,
+             GATED: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr,
+             ROWS: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, RAGGED: tl.constexpr, E2M1: tl.constexpr):
+    """The rows that begin at `lines` [TILE] times ROWS rows of a matrix and, where GATED, those that lie `other` bytes
+    and `half` rows further on: (fp32 [TILE, ROWS], the same or zeros)."""
     COLUMN: tl.constexpr = BLOCK * BITS // 8
+    inside = tl.arange(0, CHUNK)
+    one = tl.zeros((TILE, ROWS), tl.float32)
+    two = tl.zeros((TILE, ROWS), tl.float32)
+    for chunk in range(0, groups * (GROUP // CHUNK)):
+        at = chunk * CHUNK + inside
+        offset = (at * COLUMN)[:, None]
+        source = lines[:, None] + at[None, :]
+        values = (tl.load(source, mask=(at < cols)[None, :], other=0.0) if RAGGED else tl.load(source)).to(DOT)
+        sums = tl.sum(values.to(tl.float32), axis=1)[:, None]
+        place = chunk // (GROUP // CHUNK) * n + row
+        one += added(values, sums, low, third, aside, offset, exists, qparams, start, place, real, BITS, CHUNK, ROWS,
+                     DOT, E2M1)
+        if GATED:
+            two += added(values, sums, low + other, third + other, aside, offset, exists, qparams, start, place + half,
+                         real, BITS, CHUNK, ROWS, DOT, E2M1)
+    return one, two
+
+
+@triton.jit(do_not_specialize=["table", "first", "slot", "base", "slots"])
+def gate_up(x, qweight, qparams, bias, inner, order, expert_of, table, first, slot, base, slots, slot_bytes, x_stride,
+            cols, groups, n, out, K: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr,
+            TILE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, RAGGED: tl.constexpr,
+            E2M1: tl.constexpr, BIASED: tl.constexpr, KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
+    """activated(gate(x), up(x)) of the tiles from `first` on: of each ROWS rows of gate and those of up.
+
+    x [T, H]; qparams: pairs, int32 words, or where E2M1 scales, bytes; bias, where BIASED: fp32 [2 F] of slot 0; inner
+    [tiles of the launch * TILE, F = out], tiles in their order; in padding is what another token gives. Gate and up
+    have half of the N rows each. RAGGED: `cols` ends within a group. Grid: tiles, pieces of a half.
+    """
     tile = first + tl.program_id(0)
     own = slot_of(expert_of, table, tile, slot, base, slots)
     if own < 0:
@@ -99,45 +142,27 @@ def gate_up(x, qweight, qparams, inner, order, expert_of, table, first, slot, ba
     within = tl.arange(0, TILE)
     token = (tl.maximum(tl.load(order + (tile * TILE + within)), 0) // K).to(tl.int64)  # padding: the first one
     blocks = n // BLOCK // 2
-    other = blocks * groups * GROUP * COLUMN  # bytes from a row of gate to that of up
+    other = blocks * groups * GROUP * (BLOCK * BITS // 8)  # bytes from a row of gate to that of up
     low, third, aside, exists, row = piece_of(qweight + start, blocks, groups, ROWS, GROUP, BLOCK, BITS)
-    real = row < n // 2
-
-    inside = tl.arange(0, CHUNK)
-    gate = tl.zeros((TILE, ROWS), tl.float32)
-    up = tl.zeros((TILE, ROWS), tl.float32)
-    for chunk in range(0, groups * (GROUP // CHUNK)):
-        at = chunk * CHUNK + inside
-        offset = (at * COLUMN)[:, None]
-        source = x + token[:, None] * x_stride + at[None, :]
-        values = (tl.load(source, mask=(at < cols)[None, :], other=0.0) if RAGGED else tl.load(source)).to(DOT)
-        sums = tl.sum(values.to(tl.float32), axis=1)[:, None]
-        pair_at = qparams + start // 4 + (chunk // (GROUP // CHUNK) * n + row)
-        weights = numbers(low, third, aside, offset, exists, BITS, CHUNK, ROWS, DOT)
-        product = tl.dot(values, weights, input_precision="ieee")
-        both = tl.load(pair_at, mask=real, other=0)
-        scale = (both << 16).to(tl.float32, bitcast=True)
-        zero = (both & HIGH).to(tl.float32, bitcast=True)
-        gate += product * scale[None, :] + sums * zero[None, :]
-        weights = numbers(low + other, third + other, aside, offset, exists, BITS, CHUNK, ROWS, DOT)
-        product = tl.dot(values, weights, input_precision="ieee")
-        both = tl.load(pair_at + n // 2, mask=real, other=0)
-        scale = (both << 16).to(tl.float32, bitcast=True)
-        zero = (both & HIGH).to(tl.float32, bitcast=True)
-        up += product * scale[None, :] + sums * zero[None, :]
-    result = gate / (1.0 + tl.exp(-gate)) * up
+    gate, up = products(x + token * x_stride, low, third, aside, exists, qparams, start, row, row < n // 2, other,
+                        n // 2, cols, groups, n, True, GROUP, BLOCK, BITS, TILE, ROWS, CHUNK, DOT, RAGGED, E2M1)
+    if BIASED:
+        own_bias = bias + start // 4 + row
+        gate += tl.load(own_bias, mask=row < out, other=0.0)[None, :]
+        up += tl.load(own_bias + out, mask=row < out, other=0.0)[None, :]
+    result = activated(gate, up, KIND, ALPHA, LIMIT)
     line = (tl.program_id(0) * TILE + within).to(tl.int64) * out
     tl.store(inner + line[:, None] + row[None, :], result.to(inner.dtype.element_ty),
              mask=(row < out)[None, :])
 
 
 @triton.jit(do_not_specialize=["table", "first", "slot", "base", "slots"])
-def down(inner, qweight, qparams, rows, order, expert_of, table, first, slot, base, slots, slot_bytes, cols, groups, n,
-         out, GROUP: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
-         CHUNK: tl.constexpr, DOT: tl.constexpr, RAGGED: tl.constexpr):
+def down(inner, qweight, qparams, bias, rows, order, expert_of, table, first, slot, base, slots, slot_bytes, cols,
+         groups, n, out, GROUP: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr,
+         ROWS: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, RAGGED: tl.constexpr, E2M1: tl.constexpr,
+         BIASED: tl.constexpr):
     """The second product, of what `gate_up` made of the same tiles [., F = cols], into rows [P, H = out] fp32, each at
-    its pair. Grid: tiles, pieces of the N rows."""
-    COLUMN: tl.constexpr = BLOCK * BITS // 8
+    its pair. bias: fp32 [H] of slot 0. Grid: tiles, pieces of the N rows."""
     tile = first + tl.program_id(0)
     own = slot_of(expert_of, table, tile, slot, base, slots)
     if own < 0:
@@ -146,20 +171,10 @@ def down(inner, qweight, qparams, rows, order, expert_of, table, first, slot, ba
     within = tl.arange(0, TILE)
     line = (tl.program_id(0) * TILE + within).to(tl.int64) * cols
     low, third, aside, exists, row = piece_of(qweight + start, n // BLOCK, groups, ROWS, GROUP, BLOCK, BITS)
-    real = row < n
-
-    inside = tl.arange(0, CHUNK)
-    total = tl.zeros((TILE, ROWS), tl.float32)
-    for chunk in range(0, groups * (GROUP // CHUNK)):
-        at = chunk * CHUNK + inside
-        weights = numbers(low, third, aside, (at * COLUMN)[:, None], exists, BITS, CHUNK, ROWS, DOT)
-        source = inner + line[:, None] + at[None, :]
-        values = (tl.load(source, mask=(at < cols)[None, :], other=0.0) if RAGGED else tl.load(source)).to(DOT)
-        product = tl.dot(values, weights, input_precision="ieee")
-        both = tl.load(qparams + start // 4 + (chunk // (GROUP // CHUNK) * n + row), mask=real, other=0)
-        scale = (both << 16).to(tl.float32, bitcast=True)
-        zero = (both & HIGH).to(tl.float32, bitcast=True)
-        total += product * scale[None, :] + tl.sum(values.to(tl.float32), axis=1)[:, None] * zero[None, :]
+    total, _ = products(inner + line, low, third, aside, exists, qparams, start, row, row < n, 0, 0, cols, groups, n,
+                        False, GROUP, BLOCK, BITS, TILE, ROWS, CHUNK, DOT, RAGGED, E2M1)
+    if BIASED:
+        total += tl.load(bias + start // 4 + row, mask=row < out, other=0.0)[None, :]
     pair = tl.load(order + (tile * TILE + within))
     target = pair.to(tl.int64) * out
     tl.store(rows + target[:, None] + row[None, :], total, mask=(pair >= 0)[:, None] & (row < out)[None, :])

@@ -84,13 +84,16 @@ def combined(x, y, out, x_stride, y_stride, y_column, out_stride, size, factor, 
              SIZE: tl.constexpr):
     """out[t, i] of x[t, i] and y[t, i], all fp32, out perhaps x or y. KIND: "swiglu" silu(x) * y, "geglu" gelu(x) * y
     by tanh, "swiglu_clamped" with alpha in factor and its limit, which is None elsewhere (spec.Activation), "silu"
-    x * silu(y), "sigmoid" x * sigmoid(y), "add" x + y, "scale" x * y * factor, "factor" x * factor. y_column: 0 where y
-    has one number a token; y_stride: 0 where all tokens have the same. Grid: T, pieces of `size`."""
+    x * silu(y), "sigmoid" x * sigmoid(y), "add" x + y, "scale" x * y * factor, "factor" x * factor, "softcap"
+    factor * tanh(x / factor). y_column: 0 where y has one number a token; y_stride: 0 where all tokens have the same.
+    Grid: T, pieces of `size`."""
     token = tl.program_id(0)
     at = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
     value = tl.load(x + token * x_stride + at, mask=at < size, other=0.0)
     if KIND == "factor":
         value *= factor
+    elif KIND == "softcap":
+        value = factor * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * value / factor)))
     else:
         other = tl.load(y + token * y_stride + at * y_column, mask=at < size, other=0.0)
         if KIND == "swiglu":

@@ -26,7 +26,7 @@ from torch import Tensor
 from qmix.errors import UsageError
 from qmix.formats import nf4
 from qmix.formats.packed import Packed
-from qmix.kernels import cuda
+from qmix.kernels import cuda, cuda_delta
 from qmix.kernels.attend import PLAIN, Softmax
 from qmix.kernels.configs import Configs, built_in, capability
 from qmix.kernels.cuda import Jobs, Matrices, device_code
@@ -35,7 +35,7 @@ from qmix.kernels.device_ops import FEW, ExpertSlots, Later, Scales
 from qmix.kernels.device_scratch import Scratch, power_of_two, split_of
 from qmix.kernels.router import RouterTensors
 from qmix.kernels.torch_ops import activate
-from qmix.spec import Activation
+from qmix.spec import Activation, DeltaNet
 
 PIECE = 1024  # numbers of a row that a program has, where each is computed by itself
 SMALL = 4096  # rows; a matrix with fewer is cut finer, so that there are enough programs
@@ -149,6 +149,9 @@ class TritonOps:
             assert len(weight) in (1, x.shape[1])
             _combine("scale", x, weight.expand(len(x), -1), x, factor)
 
+    def softcap(self, x: Tensor, cap: float) -> None:
+        _combine("softcap", x, x, x, cap)
+
     def rope_cos_sin(self, positions: Tensor, inv_freq: Tensor, out: Tensor, factor: float = 1.0) -> None:
         half = len(inv_freq)
         assert out.shape == (len(positions), 2 * half) and out.stride(1) == 1
@@ -201,6 +204,13 @@ class TritonOps:
               normed: Tensor | None, ids: Tensor, weights: Tensor, later: Later | None = None,
               more: tuple[Tensor, Tensor] | None = None) -> None:
         self._routers.route(residual, weight, router, eps, normed, ids, weights, later, more)
+
+    def conv(self, x: Tensor, taps: Tensor, pasts: Tensor, side: Tensor, out: Tensor) -> None:
+        cuda_delta.conv(x, taps, pasts, side, out)
+
+    def delta(self, spec: DeltaNet, x: Tensor, a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor, states: Tensor,
+              side: Tensor, out: Tensor) -> None:
+        cuda_delta.delta(spec, x, a, b, a_log, dt_bias, states, side, out)
 
     def expert(self, x: Tensor, w13: Packed, w2: Packed) -> Tensor:
         both = x.new_empty(len(x), w13.spec.rows)

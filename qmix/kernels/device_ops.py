@@ -26,12 +26,12 @@ from torch import Tensor
 from qmix.formats.packed import Packed
 from qmix.kernels.attend import PLAIN, Softmax, softmax_attention
 from qmix.kernels.kv_codes import decoded, quantize
-from qmix.kernels.layer import steady
+from qmix.kernels.layer import capped, steady
 from qmix.kernels.op import FEW as FEW
 from qmix.kernels.router import RouterTensors, choose_experts, router_logits, stable_best
 from qmix.kernels.table import KernelTable
 from qmix.sizes import RecordLayout
-from qmix.spec import Activation
+from qmix.spec import Activation, DeltaNet
 
 Scales = tuple[Tensor, Tensor]  # of the keys and the values of an int8 cache, fp32 [KV, S] each, positions adjacent
 
@@ -86,6 +86,8 @@ class DeviceOps(Protocol):
 
     def scale(self, x: Tensor, weight: Tensor | None = None, factor: float = 1.0) -> None: ...
 
+    def softcap(self, x: Tensor, cap: float) -> None: ...
+
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None,
                out: Tensor, scales: Scales | None = None, softmax: Softmax = PLAIN) -> None: ...
 
@@ -98,6 +100,11 @@ class DeviceOps(Protocol):
     def route(self, residual: Tensor, weight: Tensor | None, router: RouterTensors, eps: float | None,
               normed: Tensor | None, ids: Tensor, weights: Tensor, later: Later | None = None,
               more: tuple[Tensor, Tensor] | None = None) -> None: ...
+
+    def conv(self, x: Tensor, taps: Tensor, pasts: Tensor, side: Tensor, out: Tensor) -> None: ...
+
+    def delta(self, spec: DeltaNet, x: Tensor, a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor, states: Tensor,
+              side: Tensor, out: Tensor) -> None: ...
 
     def handles(self, slots: ExpertSlots) -> bool: ...
 
@@ -171,6 +178,10 @@ class TorchDeviceOps:
         if factor != 1:
             x.mul_(factor)
 
+    def softcap(self, x: Tensor, cap: float) -> None:
+        """x [T, V] = cap * tanh(x / cap), fp32, in place."""
+        capped(x, cap)
+
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int | None,
                out: Tensor, scales: Scales | None = None, softmax: Softmax = PLAIN) -> None:
         """Each token's queries [T, Q, D] over the keys and values [KV, S, D] up to its own of positions [T], or over
@@ -239,6 +250,28 @@ class TorchDeviceOps:
             for distance, (norm, asked) in enumerate(zip(later.norms, later.routers, strict=True)):
                 there = self._kernels.layer.norm(residual, norm, eps, torch.float32)
                 later.ids[:, distance] = _chosen(there, asked, later.ids.shape[2])[0]
+
+    def conv(self, x: Tensor, taps: Tensor, pasts: Tensor, side: Tensor, out: Tensor) -> None:
+        """ops.Conv of a session's tokens x [T, C] by taps [C, J] into out [T, C], all fp32. pasts [2, J - 1, C]: what
+        stayed is on the side that side [1] int32 names; what stays now goes to the other."""
+        now = int(side)
+        past, by = pasts[now], taps.T.contiguous()
+        for row, to in zip(x.split(1), out, strict=True):
+            found, past = self._kernels.layer.conv(by, past, *row.tensor_split(3, 1))
+            to.copy_(torch.cat(found, 1)[0])
+        pasts[1 - now] = past
+
+    def delta(self, spec: DeltaNet, x: Tensor, a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor, states: Tensor,
+              side: Tensor, out: Tensor) -> None:
+        """ops.Delta of a session's tokens: x [T, C], q, k and v side by side, as `conv` gives them; a, b [T, B]; a_log,
+        dt_bias [B]; out [T, B * V]; all fp32. states [2, B, K, V], B value heads, and side: as of `conv`."""
+        now, keys = int(side), spec.key_heads * spec.key_dim
+        state = states[now]
+        for at, row in enumerate(x.split(1)):
+            rows = (*row.split((keys, keys, x.shape[1] - 2 * keys), 1), a[at:at + 1], b[at:at + 1])
+            found, state = self._kernels.layer.delta(spec, a_log, dt_bias, state, *rows)
+            out[at] = found[0]
+        states[1 - now] = state
 
     def handles(self, slots: ExpertSlots) -> bool:
         """Whether `experts` has the format of these records."""

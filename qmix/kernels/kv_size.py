@@ -6,6 +6,7 @@ from qmix.kernels.op import FEW, WIDE
 from qmix.sizes import KV_FORMATS, KV_SCALE_BYTES
 from qmix.spec import Attention, DeltaNet, Model
 
+SNAPSHOTS = 4  # of a session with recurrent states, to which it can go back
 SLACK = FEW - 1  # positions that a ring keeps beside its window: as many drafts as may be taken back
 
 
@@ -17,7 +18,7 @@ def kv_bytes(model: Model, capacity: int, item_bytes: int = 2, kv: str = "bf16",
     for i, layer in enumerate(model.layers):
         mixer = layer.mixer
         if isinstance(mixer, DeltaNet):
-            total += recurrent_bytes(mixer)
+            total += reserved_bytes(mixer)
         elif mixer.kv_source is None:
             total += positions(model, i, capacity, rings) * position_bytes(mixer, item_bytes, kv)
     return total
@@ -48,3 +49,16 @@ def channels(delta: DeltaNet) -> int:
 def recurrent_bytes(delta: DeltaNet) -> int:
     """A state, and the last inputs of the convolution, fp32."""
     return (delta.value_heads * delta.key_dim * delta.value_dim + (delta.conv - 1) * channels(delta)) * WIDE
+
+
+def reserved_bytes(delta: DeltaNet, placed: bool = False) -> int:
+    """What one such layer of a session takes at most: its state, that before the last pass with the inputs of up to FEW
+    tokens, and SNAPSHOTS earlier ones. placed: on a device, which has two places for it besides, and for the inputs."""
+    inputs = FEW * (2 * channels(delta) + 2 * delta.value_heads) * WIDE  # of the convolution and of the delta rule
+    return (2 + SNAPSHOTS + 2 * placed) * recurrent_bytes(delta) + (1 + placed) * inputs
+
+
+def placed_bytes(model: Model) -> int:
+    """What a session takes on a device beside kv_bytes."""
+    nets = [layer.mixer for layer in model.layers if isinstance(layer.mixer, DeltaNet)]
+    return sum(reserved_bytes(net, placed=True) - reserved_bytes(net) for net in nets)

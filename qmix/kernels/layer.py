@@ -7,7 +7,7 @@ R rotary dimension.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qmix.kernels import native
+from qmix.kernels import delta_rule, native
 from qmix.kernels.op import FEW
 from qmix.kernels.router import RouterTensors, choose_experts, router_logits
-from qmix.spec import Activation, Router
+from qmix.spec import Activation, DeltaNet, Norm, Router
 
 
 class LayerOps(Protocol):
@@ -45,6 +45,15 @@ class LayerOps(Protocol):
     def combine(self, rows: Tensor, topk_weights: Tensor) -> Tensor: ...
 
     def activate(self, activation: Activation, gate: Tensor, up: Tensor) -> Tensor: ...
+
+    def exact(self, x: Tensor, weight: Tensor) -> Tensor: ...
+
+    def gate(self, x: Tensor, by: Tensor, kind: str) -> Tensor: ...
+
+    def conv(self, taps: Tensor, past: Tensor, *sources: Tensor) -> tuple[tuple[Tensor, ...], Tensor]: ...
+
+    def delta(self, spec: DeltaNet, a_log: Tensor, dt_bias: Tensor, state: Tensor, *rows: Tensor,
+              ) -> tuple[Tensor, Tensor]: ...
 
 
 class TorchLayerOps:
@@ -122,11 +131,55 @@ class TorchLayerOps:
         gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
         return gate * by(torch.sigmoid, activation.alpha * gate) * (up + 1)
 
+    def exact(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [T, H] times the transpose of weight [N, H] of the checkpoint's dtype, summed in fp64: [T, N] fp32."""
+        return router_logits(x.float(), weight)
+
+    def gate(self, x: Tensor, by: Tensor, kind: str) -> Tensor:
+        """x [T, N] times kind(by), by [T, N] or [T, 1]; each fp32 or bf16 -> [T, N] of x's dtype."""
+        return (x.float() * steady(torch.sigmoid if kind == "sigmoid" else F.silu, by)).to(x.dtype)
+
+    def conv(self, taps: Tensor, past: Tensor, *sources: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """(what Conv writes of the sources [T, n], the rows that stay); taps [J, C] fp32, past [J - 1, C]: those that
+        stayed before."""
+        x = torch.cat((past, torch.cat([source.float() for source in sources], 1)))
+        count = len(sources[0])
+        total = x[:count] * taps[0]
+        for j in range(1, len(taps)):
+            total += x[j:j + count] * taps[j]
+        return steady(F.silu, total).split([source.shape[1] for source in sources], 1), x[count:].clone()
+
+    def delta(self, spec: DeltaNet, a_log: Tensor, dt_bias: Tensor, state: Tensor, *rows: Tensor,
+              ) -> tuple[Tensor, Tensor]:
+        """(what Delta writes, the state after it) of q, k, v, a, b [T, n]; state [value_heads, key_dim, value_dim]; all
+        fp32. Up to FEW tokens go one by one, with the bits of each alone; more in chunks (delta_rule.py)."""
+        q, k, v, a, b = rows
+        count = len(q)
+        q, k = (delta_rule.unit(x.view(count, spec.key_heads, spec.key_dim)) for x in (q, k))
+        log_decay = -steady(torch.exp, a_log) * steady(F.softplus, a.float() + dt_bias)
+        whole = delta_rule.Rows(q * spec.key_dim**-0.5, k, v.view(count, spec.value_heads, spec.value_dim), log_decay,
+                                steady(torch.sigmoid, b))
+        if count <= FEW:
+            out, state = delta_rule.stepwise(whole, steady(torch.exp, log_decay), state)
+        else:
+            out, state = delta_rule.chunked(whole, state)
+        return out.view(count, -1), state
+
 
 def steady(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """function(x) in fp32, by way of fp64: torch computes what is left over from whole vectors by other code, so that
     in fp32 the last bit of a row would depend on how many rows there are."""
     return function(x.double()).float()
+
+
+def capped(x: Tensor, cap: float) -> Tensor:
+    """cap * tanh(x / cap), in place; x fp32 [T, V]."""
+    x.div_(cap)
+    if len(x) > FEW:
+        return x.tanh_().mul_(cap)
+    for row in x:  # one by one: fp64 of all of them takes more memory than a plan counts
+        row.copy_(steady(torch.tanh, row))
+    return x.mul_(cap)
 
 
 def _as_it_is(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -174,7 +227,7 @@ def agrees(own: LayerOps) -> bool:
     return all(torch.allclose(got, want, rtol=1e-5, atol=1e-6) for got, want in zip(*found, strict=True))
 
 
-def _results(ops: LayerOps, x: Tensor, weight: Tensor, routers: Iterable[RouterTensors]) -> list[Tensor]:
+def _results(ops: LayerOps, x: Tensor, weight: Tensor, routers: Sequence[RouterTensors]) -> list[Tensor]:
     """What `ops` makes of x [3, 200], all of it as fp32."""
     found: list[Tensor] = []
     for router in routers:
@@ -188,6 +241,19 @@ def _results(ops: LayerOps, x: Tensor, weight: Tensor, routers: Iterable[RouterT
             *ops.rotate(x[:, :100], x[:, 100:150], cos, sin, 50),
             ops.norm(x, weight, 1e-5, torch.float32), ops.norm(x.bfloat16(), None, 1e-5, torch.float32),
             ops.head_norm(x.bfloat16(), 40, weight[:40], 1e-5, 1.5), ops.head_norm(x, 200, None, None, 0.5),
+            *_recurrent_results(ops, x, routers[0].weight.bfloat16()),
             ops.combine(x.view(3, 2, 100), weight[:6].view(3, 2)),
             *(ops.activate(by, 3 * x, 2 * x.flip(1)) for by in (
                 Activation(), Activation("geglu"), Activation("swiglu_clamped", 1.702, 2.5)))]
+
+
+def _recurrent_results(ops: LayerOps, x: Tensor, matrix: Tensor) -> list[Tensor]:
+    """What `ops` makes of x [3, 200] in a gated delta net of 2 key heads and 4 value heads."""
+    spec = DeltaNet(2, 4, 10, 15, 4, Norm(1e-5))
+    sources, taps, past = x[:1, :100].bfloat16().split((20, 20, 60), 1), x[1:, :200].reshape(4, 100), x[0].view(2, 100)
+    found, after = ops.conv(taps, torch.cat((past, past[:1])), *sources)
+    a, b, a_log, dt_bias = x[1, :16].split(4)
+    state = x.view(4, 10, 15)
+    out, state = ops.delta(spec, a_log, dt_bias, state, *found, a[None], b[None])
+    return [*found, after, out, state, ops.exact(x.bfloat16(), matrix), ops.gate(x, x[:, 7:8], "sigmoid"),
+            ops.gate(x, x.flip(1).bfloat16(), "silu")]

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qmix.kernels.op import WIDE, BytesOf, Op
+from qmix.kernels.op import FEW, WIDE, BytesOf, Op
 from qmix.spec import Activation, Attention, DeltaNet, Router, Tensor
 from qmix.spec import Norm as NormSpec
 from qmix.spec import Rope as RopeSpec
 
 SWIGLU = Activation()
+CHUNK = 64  # tokens of a prompt that the delta rule takes at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +188,7 @@ class Delta(Op):
 
         S *= exp(-exp(a_log) * softplus(a + dt_bias));  S += k (sigmoid(b) * (v - S^T k))^T;  out = S^T q
 
+    Of more than FEW tokens CHUNK at a time, counted from the first, by products of matrices (kernels/delta_rule.py).
     q, k [T, key_heads * key_dim], v [T, value_heads * value_dim], a, b [T, value_heads]; out as v, fp32.
     """
 
@@ -210,7 +212,13 @@ class Delta(Op):
         return self.delta.value_heads * self.delta.key_dim * self.delta.value_dim
 
     def scratch(self, tokens: int) -> int:
-        return tokens * self.delta.value_heads * self.delta.value_dim * WIDE
+        """Its output, and what a chunk of a prompt takes meanwhile (delta_rule.py)."""
+        d, count = self.delta, min(tokens, CHUNK)
+        if tokens <= FEW:
+            return tokens * d.value_heads * d.value_dim * WIDE
+        squares = 5 * d.value_heads * count * count
+        rows = 5 * count * (d.value_heads * d.value_dim + d.key_heads * d.key_dim)
+        return (tokens * d.value_heads * d.value_dim + squares + rows + 2 * self._state) * WIDE
 
     def bytes_read(self, tokens: int, bytes_of: BytesOf, context: int = 0, kv_bytes: int = 2) -> int:
         return sum(map(bytes_of, self.weights)) + self._state * WIDE

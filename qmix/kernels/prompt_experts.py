@@ -47,9 +47,8 @@ class Tiles:
 
 
 def computed_many(record: RecordLayout) -> bool:
-    """Whether the tiles have its formats and its activation; biases they do not have."""
-    w13, w2 = record.w13, record.w2
-    return bool(w13.bits and w2.bits) and w13.activation.kind == "swiglu" and not (w13.bias or w2.bias)
+    """Whether the tiles have its formats: those in blocks of rows. Activations and biases they have all."""
+    return bool(record.w13.code_bits and record.w2.code_bits)
 
 
 def tiles_by_expert(counts: Sequence[int], size: int) -> list[range]:
@@ -105,10 +104,10 @@ class TorchPromptExperts:
 
     def gate_up(self, x: Tensor, slots: ExpertSlots, tiles: Tiles, part: range, table: Tensor,
                 slot: int = -1) -> Tensor:
-        """silu(gate(x)) * up(x) of the tiles `part`, x [T, H]: [len(part) * size, F] in x's dtype or fp32, for `down`.
-        table [E] int32: the slot of each expert in its tier, -1 where it is in none. slot: where it is not -1, all of
-        `part` is of the expert in that slot of the tier. Tiles of experts that are in no slot of this slab are left
-        out."""
+        """activation(gate(x), up(x)) of the tiles `part`, x [T, H]: [len(part) * size, F] in x's dtype or fp32, for
+        `down`. table [E] int32: the slot of each expert in its tier, -1 where it is in none. slot: where it is not -1,
+        all of `part` is of the expert in that slot of the tier. Tiles of experts that are in no slot of this slab are
+        left out."""
         if slots.views and self._kernels.computes_natively(slots.views[0][0]):
             x = x.float()  # as the native kernels do, which round nothing between the two products
         inner = x.new_empty(len(part) * tiles.size, slots.record.w2.cols)

@@ -213,12 +213,13 @@ def random_matrix(name: str, block: int) -> Packed:
 
 
 def random_expert(name: str, block: int) -> tuple[Tensor, RecordLayout]:
-    """Three small experts in a grouped format, as records in a slab uint8 [3, bytes]."""
-    record = RecordLayout(MatrixSpec(name, 2 * 96, 128, 2, 64, block), MatrixSpec(name, 128, 96, 1, 64, block))
+    """Three small experts in a grouped format or mxfp4, as records in a slab uint8 [3, bytes]."""
+    group = MX_GROUP if name == "mxfp4" else 64
+    record = RecordLayout(MatrixSpec(name, 2 * 96, 128, 2, group, block), MatrixSpec(name, 128, 96, 1, group, block))
     slab = torch.zeros(3, record.nbytes, dtype=torch.uint8)
     for slot in slab:
         for matrix, spec in (("w13", record.w13), ("w2", record.w2)):
-            m = _random_grouped(name, block, spec)
+            m = _random_mxfp4(spec) if name == "mxfp4" else _random_grouped(name, block, spec)
             for placed in record.placed:
                 if placed.matrix == matrix:
                     view(slot, placed.offset, placed.tensor).copy_(m[placed.tensor.name])
@@ -233,11 +234,11 @@ def _random_grouped(name: str, block: int, spec: MatrixSpec | None = None) -> Pa
     return grouped.pack(q, scale, zero, spec)
 
 
-def _random_mxfp4() -> Packed:
-    spec = MatrixSpec("mxfp4", 192, 256, group_size=MX_GROUP, block=MX_BLOCK)
-    random = torch.Generator().manual_seed(4)
-    codes = torch.randint(0, 256, (192, 8, 16), dtype=torch.uint8, generator=random)
-    scales = torch.randint(124, 130, (192, 8), dtype=torch.uint8, generator=random)
+def _random_mxfp4(spec: MatrixSpec | None = None) -> Packed:
+    spec = spec or MatrixSpec("mxfp4", 192, 256, group_size=MX_GROUP, block=MX_BLOCK)
+    random, shape = torch.Generator().manual_seed(4), (spec.rows, spec.padded_cols // MX_GROUP)
+    codes = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=random)
+    scales = torch.randint(124, 130, shape, dtype=torch.uint8, generator=random)
     return mxfp4.carry(mxfp4.Blocks(codes, scales), spec)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qmix.kernels import ops
 from qmix.kernels.cpu import FEW, few_rows
-from qmix.kernels.layer import TORCH, LayerOps, rms_norm, rotate, steady
+from qmix.kernels.layer import TORCH, LayerOps, capped, rms_norm, rotate
 from qmix.kernels.router import RouterTensors, choose_experts, router_logits
 from qmix.spec import Activation
 from qmix.spec import Norm as NormSpec
@@ -67,7 +67,7 @@ class PlainWeights:
     def norm(self, weight: Named | None, spec: NormSpec) -> Tensor | None:
         """What a norm multiplies by, fp32; None for 1."""
         found = self.vector(weight)
-        return 1 + found if found is not None and spec.weight == "one_plus" else found
+        return None if found is None else spec.multiplier(found)
 
     def vector(self, weight: Named | None) -> Tensor | None:
         """A bias, sinks or the like, fp32."""
@@ -100,10 +100,10 @@ def linears(group: Sequence[ops.Linear], w: Weights, source: Tensor) -> tuple[Te
     """Of Linears that read the same; those that are not exact in one call."""
     together = iter(w.linears(source, *names) if (names := [op.weight.name for op in group if not op.exact]) else [])
     found = [w.exact(source, op.weight.name) if op.exact else next(together) for op in group]
-    return tuple(_biased(out, w.vector(op.bias)) for op, out in zip(group, found, strict=True))
+    return tuple(biased(out, w.vector(op.bias)) for op, out in zip(group, found, strict=True))
 
 
-def _biased(out: Tensor, bias: Tensor | None) -> Tensor:
+def biased(out: Tensor, bias: Tensor | None) -> Tensor:
     return out if bias is None else (out.float() + bias).to(out.dtype)
 
 
@@ -131,42 +131,24 @@ def rope(op: ops.Rope, cos: Tensor, sin: Tensor, *buffers: Tensor) -> tuple[Tens
 
 
 def gate(op: ops.Gate, w: Weights, buffer: Tensor, by: Tensor) -> Tensor:
-    switch = steady(torch.sigmoid if op.kind == "sigmoid" else F.silu, by)
-    return (buffer.float() * switch).to(buffer.dtype)
+    return TORCH.gate(buffer, by, op.kind)
 
 
-def conv(op: ops.Conv, w: Weights, past: Tensor, *sources: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+def conv(op: ops.Conv, w: Weights, past: Tensor, *sources: Tensor, layer: LayerOps = TORCH,
+         ) -> tuple[tuple[Tensor, ...], Tensor]:
     """(what Conv writes, the rows that stay); past [J - 1, C]: those that stayed before."""
-    taps = w[op.weight.name].float()
-    x = torch.cat((past, torch.cat([source.float() for source in sources], 1)))
-    count, reach = len(sources[0]), taps.shape[1]
-    total = x[:count] * taps[:, 0]
-    for j in range(1, reach):
-        total += x[j:j + count] * taps[:, j]
-    out = steady(F.silu, total).split([source.shape[1] for source in sources], 1)
-    return out, x[count:]
+    return layer.conv(taps_of(op, w), past, *sources)
 
 
-def delta(op: ops.Delta, w: Weights, state: Tensor, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor,
-          ) -> tuple[Tensor, Tensor]:
-    """(what Delta writes, the state after it); state [value_heads, key_dim, value_dim]. Token by token."""
-    d, count = op.delta, len(q)
-    q, k = (_unit(x.view(count, d.key_heads, d.key_dim)).repeat_interleave(d.value_heads // d.key_heads, 1)
-            for x in (q, k))
-    q, v = q * d.key_dim**-0.5, v.view(count, d.value_heads, d.value_dim)
-    rate = -steady(torch.exp, w[op.a_log.name]) * steady(F.softplus, a.float() + w[op.dt_bias.name].float())
-    decay, beta = steady(torch.exp, rate), steady(torch.sigmoid, b)
-    out = torch.empty(count, d.value_heads, d.value_dim)
-    for t in range(count):
-        state = state * decay[t, :, None, None]
-        wrong = v[t] - (state * k[t, :, :, None]).sum(1)
-        state = state + k[t, :, :, None] * (beta[t, :, None] * wrong)[:, None]
-        out[t] = (state * q[t, :, :, None]).sum(1)
-    return out.view(count, -1), state
+def taps_of(op: ops.Conv, w: Weights) -> Tensor:
+    """[J, C] fp32."""
+    return w[op.weight.name].float().T.contiguous()
 
 
-def _unit(x: Tensor) -> Tensor:
-    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
+def delta(op: ops.Delta, w: Weights, state: Tensor, *rows: Tensor, layer: LayerOps = TORCH) -> tuple[Tensor, Tensor]:
+    """(what Delta writes, the state after it); state [value_heads, key_dim, value_dim]. Up to FEW tokens one by one,
+    with the bits of each alone; more in chunks (delta_rule.py has the bound)."""
+    return layer.delta(op.delta, w[op.a_log.name].float(), w[op.dt_bias.name].float(), state, *rows)
 
 
 def route(op: ops.Route, w: Weights, source: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,4 +219,4 @@ def scale(op: ops.Scale, w: Weights, buffer: Tensor) -> Tensor:
 
 def head(op: ops.Head, w: Weights, source: Tensor) -> Tensor:
     logits = w.linears(source, op.weight.name)[0].float()
-    return logits if op.softcap is None else op.softcap * torch.tanh(logits / op.softcap)
+    return logits if op.softcap is None else capped(logits, op.softcap)

@@ -54,13 +54,14 @@ def read(keys: Keys) -> Model:
     own = [mixer.kv_source is None for mixer in mixers]
     wide, inner = text.boolean("use_double_wide_mlp", False), text.count("intermediate_size", 9216)
     moe = _moe(text, hidden, norm)
+    ends = (keys if "eos_token_id" in keys else text).token_ids("eos_token_id", (1,))
+    text.harmless("eos_token_id")  # where the whole model's stands, which are more
     layers = tuple(_layer(mixer, Mlp(inner * (1 if has or not wide else 2), GEGLU), moe, norm)
                    for mixer, has in zip(mixers, own, strict=True))
     return Model("gemma4", hidden, text.count("vocab_size", 262144), text.count("max_position_embeddings", 131072),
                  layers, norm, read_dtype(keys, text), read_tied(keys, text, True),
-                 text.integer("bos_token_id", 2, null=True), text.token_ids("eos_token_id", (1,)),
-                 embed_scale=hidden**0.5,
-                 logit_softcap=text.number("final_logit_softcapping", None, above=0))
+                 text.integer("bos_token_id", 2, null=True), ends,
+                 embed_scale=hidden**0.5, logit_softcap=text.number("final_logit_softcapping", None, above=0))
 
 
 GEGLU = Activation("geglu")
@@ -157,15 +158,23 @@ NAMES = {
 
 
 def layouts(model: Model) -> tuple[Layout, ...]:
-    """As Google published it, within a model that also sees, and the language model alone."""
-    return tuple(_layout(model, prefix) for prefix in ("model.language_model.", "model."))
+    """As Google published it, within a model that also sees, and the language model alone; experts as tensors of their
+    own in between."""
+    whole, alone = "model.language_model.", "model."
+    if not model.moe_layers:
+        return _layout(model, whole), _layout(model, alone)
+    return _layout(model, whole), _layout(model, whole, True), _layout(model, alone, True), _layout(model, alone)
 
 
-def _layout(model: Model, prefix: str) -> Layout:
+def _layout(model: Model, prefix: str, apart: bool = False) -> Layout:
+    """apart: an expert's matrices are tensors of their own."""
     top = {"embedding": f"{prefix}embed_tokens.weight", "final_norm": f"{prefix}norm.weight", "head": "lm_head.weight"}
     layers = f"{prefix}layers."
-    experts = fused_layout(model, ("experts.gate_up_proj", "experts.down_proj"), layers) if model.moe_layers else (
-        expert_layout(model, tuple(f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")), layers))
+    if model.moe_layers and not apart:
+        experts = fused_layout(model, ("experts.gate_up_proj", "experts.down_proj"), layers)
+    else:
+        of = "experts.{}" if apart else "mlp"
+        experts = expert_layout(model, tuple(f"{of}.{p}_proj.weight" for p in ("gate", "up", "down")), layers)
     return {**dense_layout(model, NAMES, top, layers), **experts}
 
 

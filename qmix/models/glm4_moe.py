@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from qmix.models.gguf import LATE_NORM, Shapes, base_config, block_layouts, expert_counts, has_biases, rope_config
 from qmix.models.keys import MOST_EXPERTS, MOST_LAYERS, Keys
 from qmix.models.parts import (
     LLAMA,
@@ -29,6 +30,8 @@ from qmix.spec import Attention, Expert, Layer, Mlp, Model, Moe, Norm, Norms, Ro
 
 MODEL_TYPES = ("glm4_moe",)
 SKIPPED = ROTARY_BUFFERS  # and the multi-token-prediction head, by Model.mtp
+GGUF = "glm4moe"
+SIGMOID = 2  # GGUF's number of it
 EPS = 1e-20  # is added to the sum that routing weights are divided by
 MOST_SHARED = 64
 NAMES = {**LLAMA, "router.choice_bias": "mlp.gate.e_score_correction_bias",
@@ -80,6 +83,30 @@ def layouts(model: Model) -> tuple[Layout, ...]:
     """As Zhipu published it, and as transformers 5 holds it in memory."""
     dense = dense_layout(model, NAMES)
     return {**dense, **expert_layout(model)}, {**dense, **fused_layout(model)}
+
+
+def gguf_config(keys: Keys, shapes: Shapes) -> dict[str, Any]:
+    """The layers that a file counts include those of the multi-token-prediction head."""
+    found = base_config(keys, shapes)
+    mtp = keys.count("nextn_predict_layers", 0, most=64, least=0)
+    keys.want(mtp < found["num_hidden_layers"], "nextn_predict_layers", mtp, "fewer than block_count")
+    rotated = keys.count("rope.dimension_count", found["head_dim"] // 2)
+    keys.fixed("expert_gating_func", SIGMOID)
+    return {"model_type": "glm4_moe", "architectures": ["Glm4MoeForCausalLM"], **found,
+            "num_hidden_layers": found["num_hidden_layers"] - mtp, "num_nextn_predict_layers": mtp,
+            "intermediate_size": keys.count("feed_forward_length"),
+            "moe_intermediate_size": keys.count("expert_feed_forward_length"),
+            **expert_counts(keys, "n_routed_experts"), "n_shared_experts": keys.count("expert_shared_count", 1),
+            "first_k_dense_replace": keys.count("leading_dense_block_count", 1, least=0),
+            "n_group": keys.count("expert_group_count", 1), "topk_group": keys.count("expert_group_used_count", 1),
+            "norm_topk_prob": keys.boolean("expert_weights_norm", True),
+            "routed_scaling_factor": keys.number("expert_weights_scale", 1.0, above=0),
+            "use_qk_norm": "blk.0.attn_q_norm.weight" in shapes, "attention_bias": has_biases(shapes),
+            **rope_config(keys, rotated), "partial_rotary_factor": rotated / found["head_dim"]}
+
+
+def gguf_layouts(model: Model) -> tuple[Layout, ...]:
+    return block_layouts(model, LATE_NORM)
 
 
 TINY = MappingProxyType[str, Any]({

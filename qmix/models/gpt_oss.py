@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from qmix.models.gguf import LATE_NORM, Shapes, base_config, block_layouts, expert_counts, has_biases, rope_config
 from qmix.models.keys import Keys
 from qmix.models.parts import (
     LLAMA,
@@ -25,6 +26,7 @@ from qmix.spec import Activation, Attention, Expert, Layer, Model, Moe, Norm, No
 
 MODEL_TYPES = ("gpt_oss",)
 SKIPPED = ROTARY_BUFFERS
+GGUF = "gpt-oss"
 NAMES = {**LLAMA, "attention.sinks": "self_attn.sinks", "router.weight": "mlp.router.weight",
          "router.logit_bias": "mlp.router.bias"}
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -84,6 +86,22 @@ def _layout(model: Model, weights: Callable[..., Source]) -> Layout:
         found[f"{prefix}down"] = weights(f"{source}down_proj", this)
         found[f"{prefix}down_bias"] = Source(f"{source}down_proj_bias", (this,))
     return found
+
+
+def gguf_config(keys: Keys, shapes: Shapes) -> dict[str, Any]:
+    """What files do not say is as in both published models: which layers have the window, the activation, and a YaRN
+    that is not truncated."""
+    found = base_config(keys, shapes)
+    keys.harmless("feed_forward_length")
+    return {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], **found,
+            "intermediate_size": keys.count("expert_feed_forward_length"), **expert_counts(keys, "num_local_experts"),
+            "sliding_window": keys.count("attention.sliding_window"), "attention_bias": has_biases(shapes),
+            "layer_types": [(SLIDING, FULL)[i % 2] for i in range(found["num_hidden_layers"])],
+            "swiglu_limit": 7.0, **rope_config(keys, found["head_dim"], truncate=False)}
+
+
+def gguf_layouts(model: Model) -> tuple[Layout, ...]:
+    return block_layouts(model, LATE_NORM)
 
 
 TINY = MappingProxyType[str, Any]({

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from qmix.models.gguf import Shapes, base_config, block_layouts, rope_config
 from qmix.models.keys import Keys
 from qmix.models.parts import (
     LLAMA,
@@ -24,6 +25,7 @@ from qmix.spec import Attention, Layer, Mlp, Model, Norm, Norms
 
 MODEL_TYPES = ("mistral",)
 SKIPPED = ROTARY_BUFFERS
+GGUF = "llama"
 
 
 def read(keys: Keys) -> Model:
@@ -40,6 +42,20 @@ def read(keys: Keys) -> Model:
 
 def layouts(model: Model) -> tuple[Layout, ...]:
     return ({**dense_layout(model, LLAMA), **expert_layout(model)},)
+
+
+def gguf_config(keys: Keys, shapes: Shapes) -> dict[str, Any]:
+    """Of any dense model of the Llama family: without a window these are the same."""
+    found = base_config(keys, shapes)
+    keys.fixed("expert_count", 0)
+    keys.fixed("expert_used_count", 0)
+    return {"model_type": "mistral", "architectures": ["MistralForCausalLM"], **found,
+            "intermediate_size": keys.count("feed_forward_length"), **rope_config(keys, found["head_dim"]),
+            "sliding_window": keys.integer("attention.sliding_window", None)}
+
+
+def gguf_layouts(model: Model) -> tuple[Layout, ...]:
+    return block_layouts(model, permuted=True)
 
 
 TINY = MappingProxyType[str, Any]({

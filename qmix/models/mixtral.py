@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from qmix.models.gguf import WITH_EXPERTS, Shapes, base_config, block_layouts, expert_counts, rope_config
 from qmix.models.keys import Keys
 from qmix.models.parts import (
     LLAMA,
@@ -26,6 +27,7 @@ from qmix.spec import Attention, Expert, Layer, Model, Moe, Norm, Norms, Router
 
 MODEL_TYPES = ("mixtral",)
 SKIPPED = ROTARY_BUFFERS
+GGUF = "llama" + WITH_EXPERTS
 NAMES = {**LLAMA, "router.weight": "block_sparse_moe.gate.weight"}
 EXPERTS = tuple(f"block_sparse_moe.experts.{{}}.{part}.weight" for part in ("w1", "w3", "w2"))  # gate, up, down
 
@@ -49,6 +51,17 @@ def layouts(model: Model) -> tuple[Layout, ...]:
     """As Mistral published it, and as transformers 5 holds it in memory."""
     return ({**dense_layout(model, NAMES), **expert_layout(model, EXPERTS)},
             {**dense_layout(model, LLAMA), **fused_layout(model)})
+
+
+def gguf_config(keys: Keys, shapes: Shapes) -> dict[str, Any]:
+    found = base_config(keys, shapes)
+    return {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], **found,
+            "intermediate_size": keys.count("feed_forward_length"), **expert_counts(keys, "num_local_experts"),
+            **rope_config(keys, found["head_dim"]), "sliding_window": keys.integer("attention.sliding_window", None)}
+
+
+def gguf_layouts(model: Model) -> tuple[Layout, ...]:
+    return block_layouts(model, permuted=True)
 
 
 TINY = MappingProxyType[str, Any]({

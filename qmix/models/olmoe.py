@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from qmix.models.gguf import Shapes, base_config, block_layouts, expert_counts, rope_config
 from qmix.models.keys import Keys
 from qmix.models.parts import (
     LLAMA,
@@ -26,6 +27,7 @@ from qmix.spec import Attention, Expert, Layer, Model, Moe, Norm, Norms, Router
 
 MODEL_TYPES = ("olmoe",)
 SKIPPED = ROTARY_BUFFERS
+GGUF = "olmoe"
 
 
 def read(keys: Keys) -> Model:
@@ -50,6 +52,18 @@ def layouts(model: Model) -> tuple[Layout, ...]:
     """As AI2 published it, and as transformers 5 holds it in memory."""
     dense = dense_layout(model, LLAMA)
     return {**dense, **expert_layout(model)}, {**dense, **fused_layout(model)}
+
+
+def gguf_config(keys: Keys, shapes: Shapes) -> dict[str, Any]:
+    found = base_config(keys, shapes)
+    return {"model_type": "olmoe", "architectures": ["OlmoeForCausalLM"], **found,
+            "intermediate_size": keys.count("feed_forward_length"), **expert_counts(keys, "num_experts"),
+            **rope_config(keys, found["head_dim"]), "norm_topk_prob": False,
+            "clip_qkv": keys.number("attention.clamp_kqv", None, above=0)}
+
+
+def gguf_layouts(model: Model) -> tuple[Layout, ...]:
+    return block_layouts(model)
 
 
 TINY = MappingProxyType[str, Any]({

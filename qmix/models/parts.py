@@ -90,6 +90,12 @@ def read_experts(keys: Keys, name: str, experts: int = REQUIRED, top_k: int = RE
     return experts, top_k
 
 
+def read_sparse_layers(keys: Keys, layers: int) -> set[int]:
+    """Those with experts: every decoder_sparse_step-th, counted from 1, but not those of mlp_only_layers."""
+    step, dense = keys.count("decoder_sparse_step", 1), keys.integers("mlp_only_layers", ())
+    return {i for i in range(layers) if (i + 1) % step == 0} - set(dense)
+
+
 def read_silu(keys: Keys) -> None:
     keys.text("hidden_act", "silu", "swish", default="silu")  # two names of one function
 

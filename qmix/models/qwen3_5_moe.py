@@ -1,4 +1,4 @@
-"""Qwen3.5 with experts (Qwen Team 2026): 35B-A3B, 122B-A10B, 397B-A17B, their language model.
+"""Qwen3.5 and 3.6 with experts (Qwen Team 2026): 35B-A3B, 122B-A10B, 397B-A17B, their language model.
 
 Three of four layers are gated delta nets, the fourth attention whose output is gated. Norms weigh by 1 + w, but not the
 one within the delta net. A quarter of each head is rotated. Every token meets a shared MLP beside its experts.
@@ -11,25 +11,24 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from qmix.models.keys import MOST_LAYERS, Keys
-from qmix.models.parts import (
-    LLAMA,
-    dense_layout,
-    expert_layout,
-    fused_layout,
-    read_dtype,
-    read_experts,
-    read_silu,
-    read_text,
-    read_tied,
+from qmix.models.gated_delta import (
+    FULL,
+    LINEAR,
+    NAMES,
+    gated_attention_sources,
+    read_delta,
+    read_gated_attention,
+    read_kinds,
+    read_moe,
 )
+from qmix.models.keys import MOST_LAYERS, Keys
+from qmix.models.parts import dense_layout, expert_layout, fused_layout, read_dtype, read_silu, read_text, read_tied
 from qmix.models.rope import read_rotary_dim, read_scaling
-from qmix.models.source import Layout, PerHead, Rows, Source, Squeeze
-from qmix.spec import Attention, DeltaNet, Expert, Layer, Mixer, Mlp, Model, Moe, Norm, Norms, Rope, Router
+from qmix.models.source import Layout, Rows, Source, Squeeze
+from qmix.spec import DeltaNet, Layer, Mixer, Model, Norm, Norms, Rope
 
 MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
 SKIPPED = re.compile(r"(model\.visual|mtp)\..+")
-LINEAR, FULL = "linear_attention", "full_attention"
 
 
 def read(keys: Keys) -> Model:
@@ -42,82 +41,42 @@ def read(keys: Keys) -> Model:
     eps = text.number("rms_norm_eps", 1e-6, above=0)
     norm = Norm(eps, "one_plus")
     positions = text.count("max_position_embeddings", 32768)
-    kinds = _kinds(text, text.count("num_hidden_layers", 40, most=MOST_LAYERS))
-    mixers = {LINEAR: _delta(text, eps), FULL: _attention(text, norm, positions)}
-    moe = _moe(text)
+    kinds = read_kinds(text, text.count("num_hidden_layers", 40, most=MOST_LAYERS))
+    mixers: dict[str, Mixer] = {LINEAR: read_delta(text, eps),
+                                FULL: read_gated_attention(text, norm, _rope(text, positions))}
+    moe = read_moe(text, 256, 8)
     layers = tuple(Layer(mixers[kind], moe, Norms(norm, norm)) for kind in kinds)
     return Model("qwen3_5_moe", text.count("hidden_size", 2048), text.count("vocab_size", 248320), positions, layers,
                  norm, read_dtype(keys, text), read_tied(keys, text, False), text.integer("bos_token_id", None),
                  text.token_ids("eos_token_id"), mtp=text.count("mtp_num_hidden_layers", 0, most=64, least=0))
 
 
-def _kinds(text: Keys, count: int) -> tuple[str, ...]:
-    every = text.count("full_attention_interval", 4)
-    kinds = text.texts("layer_types", [LINEAR if (i + 1) % every else FULL for i in range(count)])
-    text.want(len(kinds) == count, "layer_types", len(kinds), f"num_hidden_layers = {count} of them")
-    text.want(set(kinds) <= {LINEAR, FULL}, "layer_types", kinds, f"{LINEAR} or {FULL}")
-    return kinds
-
-
-def _attention(text: Keys, norm: Norm, positions: int) -> Mixer:
-    heads, kv, head_dim = text.count("num_attention_heads", 16), text.count("num_key_value_heads", 2), text.count(
-        "head_dim", 256)
-    text.want(heads % kv == 0, "num_key_value_heads", kv, f"a divisor of num_attention_heads = {heads}")
+def _rope(text: Keys, positions: int) -> Rope:
     inner = text.object("rope_parameters")
     inner.harmless("mrope_section", "mrope_interleaved")  # of pictures: all sections of a text token are its position
-    dim = read_rotary_dim(inner, text, head_dim, 0.25)
+    dim = read_rotary_dim(inner, text, text.count("head_dim", 256), 0.25)
     theta = inner.number("rope_theta", text.number("rope_theta", 1e4, above=0), above=0)
-    return Attention(heads, kv, head_dim, Rope(theta, dim, read_scaling(inner, dim, positions)), q_norm=norm,
-                     k_norm=norm, bias="qkvo" if text.boolean("attention_bias", False) else "none", output_gate=True)
+    return Rope(theta, dim, read_scaling(inner, dim, positions))
 
 
-def _delta(text: Keys, eps: float) -> Mixer:
-    keys, values = text.count("linear_num_key_heads", 16), text.count("linear_num_value_heads", 32)
-    text.want(values % keys == 0, "linear_num_value_heads", values, f"a multiple of linear_num_key_heads = {keys}")
-    return DeltaNet(keys, values, text.count("linear_key_head_dim", 128), text.count("linear_value_head_dim", 128),
-                    text.count("linear_conv_kernel_dim", 4), Norm(eps))
-
-
-def _moe(text: Keys) -> Moe:
-    experts, top_k = read_experts(text, "num_experts", 256, 8)
-    router = Router(experts, top_k, over="all", normalize=True)
-    shared = Mlp(text.count("shared_expert_intermediate_size", 512))
-    return Moe(router, Expert(text.count("moe_intermediate_size", 512)), shared=shared, shared_gate=True)
-
-
-NAMES = {
-    **{name: source for name, source in LLAMA.items() if name not in ("attention.q", "attention.q_bias")},
-    "delta.z": "linear_attn.in_proj_z.weight", "delta.b": "linear_attn.in_proj_b.weight",
-    "delta.a": "linear_attn.in_proj_a.weight", "delta.a_log": "linear_attn.A_log",
-    "delta.dt_bias": "linear_attn.dt_bias", "delta.norm": "linear_attn.norm.weight",
-    "delta.o": "linear_attn.out_proj.weight",
-    **{f"shared.{p}": f"mlp.shared_expert.{p}_proj.weight" for p in ("gate", "up", "down")},
-    "shared.switch": "mlp.shared_expert_gate.weight",
-}
+OWN = {**NAMES, **{f"delta.{part}": f"linear_attn.in_proj_{part}.weight" for part in "zba"}}
 
 
 def layouts(model: Model) -> tuple[Layout, ...]:
-    """Experts fused, as Qwen published them, or one by one; within a model that also sees, or alone."""
-    prefixes = "model.language_model.", "model."
-    return tuple({**_dense(model, prefix), **experts(model, layers=f"{prefix}layers.")}
-                 for experts in (fused_layout, expert_layout) for prefix in prefixes)
+    """As Qwen published it, experts fused, within a model that also sees; with experts one by one, and alone; the last
+    one as transformers 5 holds it in memory."""
+    within, alone = "model.language_model.", "model."
+    return tuple({**_dense(model, prefix), **experts(model, layers=f"{prefix}layers.")} for experts, prefix in (
+        (fused_layout, within), (expert_layout, within), (expert_layout, alone), (fused_layout, alone)))
 
 
 def _dense(model: Model, prefix: str) -> Layout:
     top = {"embedding": f"{prefix}embed_tokens.weight", "final_norm": f"{prefix}norm.weight", "head": "lm_head.weight"}
-    found = dense_layout(model, NAMES, top, f"{prefix}layers.")
+    found = dense_layout(model, OWN, top, f"{prefix}layers.")
     for i, layer in enumerate(model.layers):
         mixer, name = layer.mixer, f"{prefix}layers.{i}."
-        if isinstance(mixer, DeltaNet):
-            found |= {f"layers.{i}.delta.{part}": source for part, source in _delta_sources(mixer, name).items()}
-            continue
-        rows = mixer.heads * mixer.head_dim
-        apart = PerHead(mixer.heads, (mixer.head_dim, mixer.head_dim))  # (q, gate) per head
-        for part, begin in (("q", 0), ("gate", rows)):
-            steps, to = (apart, Rows(begin, begin + rows, 2 * rows)), f"layers.{i}.attention.{part}"
-            found[to] = Source(f"{name}self_attn.q_proj.weight", steps)
-            if mixer.bias != "none":
-                found[f"{to}_bias"] = Source(f"{name}self_attn.q_proj.bias", steps)
+        sources = _delta_sources(mixer, name) if isinstance(mixer, DeltaNet) else gated_attention_sources(mixer, name)
+        found |= {f"layers.{i}.{part}": source for part, source in sources.items()}
     return found
 
 
@@ -125,9 +84,9 @@ def _delta_sources(mixer: DeltaNet, name: str) -> dict[str, Source]:
     """q, k and v lie one below the other; the convolution is one of torch's, with a channel dimension of 1."""
     keys, values = mixer.key_heads * mixer.key_dim, mixer.value_heads * mixer.value_dim
     rows, of = {"q": (0, keys), "k": (keys, 2 * keys), "v": (2 * keys, 2 * keys + values)}, 2 * keys + values
-    found = {part: Source(f"{name}linear_attn.in_proj_qkv.weight", (Rows(begin, end, of),))
+    found = {f"delta.{part}": Source(f"{name}linear_attn.in_proj_qkv.weight", (Rows(begin, end, of),))
              for part, (begin, end) in rows.items()}
-    return {**found, "conv": Source(f"{name}linear_attn.conv1d.weight", (Squeeze(1),))}
+    return {**found, "delta.conv": Source(f"{name}linear_attn.conv1d.weight", (Squeeze(1),))}
 
 
 TEXT: Mapping[str, Any] = {
@@ -137,9 +96,8 @@ TEXT: Mapping[str, Any] = {
     "shared_expert_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 4,
 }
 TINY = MappingProxyType[str, Any]({"model_type": "qwen3_5_moe", "text_config": TEXT, "tie_word_embeddings": False})
-F, L = "full_attention", "linear_attention"
 VARIANTS: tuple[Mapping[str, Any], ...] = (
-    {"layer_types": [F, L, L, F], "attention_bias": True}, {"full_attention_interval": 2},
+    {"layer_types": [FULL, LINEAR, LINEAR, FULL], "attention_bias": True}, {"full_attention_interval": 2},
     {"linear_num_value_heads": 2, "linear_conv_kernel_dim": 3,
      "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.5,
                          "mrope_section": [4, 2, 2], "mrope_interleaved": True}},

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from qmix.models.gguf import Shapes, base_config, block_layouts, expert_counts, has_biases, rope_config
 from qmix.models.keys import Keys
 from qmix.models.parts import (
     LLAMA,
@@ -19,6 +20,7 @@ from qmix.models.parts import (
     read_experts,
     read_silu,
     read_sizes,
+    read_sparse_layers,
     read_window,
 )
 from qmix.models.rope import read_rope
@@ -27,6 +29,7 @@ from qmix.spec import Attention, Expert, Layer, Mlp, Model, Moe, Norm, Norms, Ro
 
 MODEL_TYPES = ("qwen3_moe",)
 SKIPPED = ROTARY_BUFFERS
+GGUF = "qwen3moe"
 
 
 def read(keys: Keys) -> Model:
@@ -40,7 +43,7 @@ def read(keys: Keys) -> Model:
     attention = Attention(s.heads, s.kv_heads, s.head_dim, read_rope(keys, s.head_dim, s.max_positions, theta=1e4),
                           window=window if keys.boolean("use_sliding_window", False) else None,
                           q_norm=norm, k_norm=norm, bias="qkvo" if keys.boolean("attention_bias", False) else "none")
-    sparse = _sparse_layers(keys, s.layers)
+    sparse = read_sparse_layers(keys, s.layers)
     moe, mlp = _moe(keys), Mlp(keys.count("intermediate_size"))
     layers = tuple(Layer(attention, moe if i in sparse else mlp, Norms(norm, norm)) for i in range(s.layers))
     return Model("qwen3_moe", s.hidden, s.vocab, s.max_positions, layers, norm, read_dtype(keys),
@@ -54,16 +57,24 @@ def _moe(keys: Keys) -> Moe:
     return Moe(router, Expert(keys.count("moe_intermediate_size")))
 
 
-def _sparse_layers(keys: Keys, layers: int) -> set[int]:
-    """Those with experts: every decoder_sparse_step-th, counted from 1, but not those of mlp_only_layers."""
-    step, dense = keys.count("decoder_sparse_step", 1), keys.integers("mlp_only_layers", ())
-    return {i for i in range(layers) if (i + 1) % step == 0} - set(dense)
-
-
 def layouts(model: Model) -> tuple[Layout, ...]:
     """As Qwen published it, and as transformers 5 holds it in memory."""
     dense = dense_layout(model, LLAMA)
     return {**dense, **expert_layout(model)}, {**dense, **fused_layout(model)}
+
+
+def gguf_config(keys: Keys, shapes: Shapes) -> dict[str, Any]:
+    found = base_config(keys, shapes)
+    inner = keys.count("expert_feed_forward_length")
+    keys.fixed("expert_weights_norm", True)  # what llama.cpp computes; no published model has it otherwise
+    return {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], **found,
+            "intermediate_size": keys.count("feed_forward_length", inner), "moe_intermediate_size": inner,
+            **expert_counts(keys, "num_experts"), **rope_config(keys, found["head_dim"]), "norm_topk_prob": True,
+            "attention_bias": has_biases(shapes)}
+
+
+def gguf_layouts(model: Model) -> tuple[Layout, ...]:
+    return block_layouts(model)
 
 
 TINY = MappingProxyType[str, Any]({

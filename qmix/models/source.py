@@ -89,6 +89,20 @@ class PerHead:
 
 
 @dataclass(frozen=True, slots=True)
+class Pairs:
+    """Rows of each head lie in the pairs that rotate together; afterwards all first ones, then all second ones.
+
+    Pairs(2): [a0 b0 a1 b1, c0 d0 c1 d1] -> [a0 a1 b0 b1, c0 c1 d0 d1].
+    """
+
+    heads: int
+
+    def shape_out(self, shape: Shape) -> Shape:
+        _fit(bool(shape) and shape[0] % (2 * self.heads) == 0, shape, f"a multiple of {2 * self.heads} rows")
+        return shape
+
+
+@dataclass(frozen=True, slots=True)
 class Squeeze:
     """Without dimension `dim`, which is 1."""
 
@@ -109,7 +123,7 @@ class Mxfp4:
         return shape[0], 32 * shape[1]
 
 
-Step = Index | Rows | Strided | Transpose | PerHead | Squeeze | Mxfp4
+Step = Index | Rows | Strided | Transpose | PerHead | Pairs | Squeeze | Mxfp4
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from qmix.config import DTYPES, QuantConfig
 from qmix.errors import DoesNotFit, UsageError
 from qmix.kernels import prompt_tiles
 from qmix.kernels.configs import Gemv
-from qmix.kernels.kv_size import kv_bytes
+from qmix.kernels.kv_size import channels, kv_bytes, placed_bytes, recurrent_bytes
 from qmix.offload.device_needs import scratch_bytes
 from qmix.sizes import (
     GIB,
@@ -34,7 +34,7 @@ from qmix.sizes import (
     pass_tokens,
     record_layouts,
 )
-from qmix.spec import Attention, Mlp, Model, Moe
+from qmix.spec import Attention, DeltaNet, Mlp, Model, Moe
 
 DEFAULT_CONTEXT = 8192
 ATTENTION_BLOCK = 512  # query positions of one attention call
@@ -56,8 +56,9 @@ class Needs:
     average, where kinds has (records, bytes of one) for each kind; kv_cache: how keys and values are kept, one of
     sizes.KV_FORMATS; decoded: what an int8 cache takes of a GPU besides, whose prompts decode all heads at once;
     embedding: bytes of `dense` of which a token reads one row; tiles: what a GPU takes besides for the experts of a
-    prompt, which it computes many at a time; scratch: and for decoded weights, partial sums and the buffers of decoding
-    (device_needs.py), with the kernels cut as is built in."""
+    prompt, which it computes many at a time; placed: what recurrent states take there besides; scratch: what decoded
+    weights, partial sums and the buffers of decoding take there (device_needs.py), with the kernels cut as is built
+    in."""
 
     context: int
     dense: int
@@ -73,6 +74,7 @@ class Needs:
     decoded: int = 0
     embedding: int = 0
     tiles: int = 0
+    placed: int = 0
     scratch: int = 0
 
     @classmethod
@@ -93,17 +95,19 @@ class Needs:
                    kinds if len(kinds) > 1 else (), scoring,
                    2 * context * widest_kv(model) * itemsize if kv == "int8" else 0, unread_bytes(model, quant),
                    workspace_bytes(model, context, itemsize, kv, True) - workspace_bytes(model, context, itemsize, kv),
-                   scratch_bytes(model, quant, context, itemsize, scoring))
+                   placed_bytes(model), scratch_bytes(model, quant, context, itemsize, scoring))
 
     @property
     def on_device(self) -> Needs:
-        """What a GPU has to hold: also tiles and scratch, and the heads of an int8 cache that prompts decode."""
-        return replace(self, workspace=self.workspace + self.scratch + self.decoded + self.tiles)
+        """What a GPU has to hold: also tiles and scratch, the heads of an int8 cache that prompts decode, and places
+        of recurrent states."""
+        workspace = self.workspace + self.scratch + self.decoded + self.tiles
+        return replace(self, kv=self.kv + self.placed, workspace=workspace)
 
     def with_kernels(self, model: Model, quant: QuantConfig, gemv: Gemv) -> Needs:
         """Where the kernels of few tokens are cut otherwise than is built in."""
         return replace(self, scratch=scratch_bytes(model, quant, self.context, compute_bytes(model, quant),
-                                                   self.scoring, gemv))
+                                                    self.scoring, gemv))
 
     @property
     def by_kind(self) -> tuple[tuple[int, int], ...]:
@@ -292,12 +296,23 @@ def workspace_bytes(model: Model, context: int, itemsize: int, kv: str = "bf16",
     per_token = (4 + itemsize) * hidden + (k + 2) * hidden * 4
     block = min(tokens, ATTENTION_BLOCK) * (heads * (4 + itemsize) + context * (1 + itemsize) + hidden * itemsize)
     chunk = min(tokens, EXPERT_CHUNK) * (4 * inner * itemsize + hidden * (2 * itemsize + 4))
+    for delta in {layer.mixer for layer in model.layers if isinstance(layer.mixer, DeltaNet)}:
+        block = max(block, delta_bytes(delta, min(tokens, ATTENTION_BLOCK), itemsize))
     if kv == "int8":
         new = min(tokens, ATTENTION_BLOCK) * max(a.kv_heads for a in mixers)
         block += max(a.head_dim for a in mixers) * (2 * context * itemsize + 4 * 3 * max(min(context, KV_PIECE), new))
     if grouped:
         chunk = max(chunk, prompt_tiles.workspace(tokens * k, model.num_experts, model.expert_inner, itemsize))
     return tokens * per_token + max(block, chunk) + model.vocab * 8
+
+
+def delta_bytes(d: DeltaNet, tokens: int, itemsize: int) -> int:
+    """What a gated delta net takes for a block of a prompt: q, k and v as projected, side by side, with the past,
+    summed and activated; queries and keys once for each value head, and a product with them; z, the values read, their
+    norm and gate; and three states on their way."""
+    keys, values = d.value_heads * d.key_dim, d.value_heads * d.value_dim
+    row = channels(d) * (itemsize + 4 * 4) + 3 * 4 * keys + values * (itemsize + 5 * 4)
+    return tokens * row + 3 * recurrent_bytes(d)
 
 
 def scoring_bytes(model: Model, context: int) -> int:

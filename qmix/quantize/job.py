@@ -253,7 +253,7 @@ def _read_copies(source: Checkpoint) -> dict[str, bytes]:
     found = {}
     for name in (CONFIG, *source.extra_files):
         try:
-            found[name] = (source.path / name).read_bytes()
+            found[name] = (source.folder / name).read_bytes()
         except OSError as e:
             raise CheckpointError(f"{source.path / name}: {e.strerror}", "check its permissions") from None
     return found
@@ -267,8 +267,12 @@ def _origin(path: Path) -> tuple[str, str | None]:
     """(name, revision) of a checkpoint: of the hub where it lies in the hub's cache, else its folder's name.
 
     .../models--mistralai--Mixtral-8x7B-v0.1/snapshots/fc7a -> ("mistralai/Mixtral-8x7B-v0.1", "fc7a")
+    .../models--org--name/snapshots/fc7a/q4.gguf -> ("org/name:q4.gguf", "fc7a")
     """
     path = path.absolute()
+    if path.is_file() and path.parent.parent.name == "snapshots":
+        name, revision = _origin(path.parent)
+        return f"{name}:{path.name}", revision
     repo = path.parent.parent.name
     if path.parent.name == "snapshots" and repo.startswith("models--"):
         return repo.removeprefix("models--").replace("--", "/"), path.name

@@ -89,7 +89,7 @@ def all_work(source: Checkpoint, layout: StoreLayout) -> list[Work]:
     model = source.model
     item = TORCH_DTYPES[PLAIN_DTYPES[DTYPES[model.dtype]]].itemsize
     found = [Work(layout.dense[t.name], t.name, {"": layout.specs[t.name]}, {"": (source.published(t.name),)},
-                  math.prod(t.shape) * source.item_bytes(t.name)) for t in model.tensors()]
+                  source.nbytes_of(t.name, t.shape)) for t in model.tensors()]
     room = model.expert_numbers * item
     for key, region in layout.records.items():
         gate, up, down, *biases = (source.published(tensor.name) for tensor in model.expert_tensors(key))

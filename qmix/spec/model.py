@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,7 +17,8 @@ LAYERS = 4096  # more than any model has
 @dataclass(frozen=True, slots=True)
 class Model:
     """architecture: the registry's name for what read it. dtype: of the checkpoint's weights. embed_scale: what
-    embeddings are multiplied by. mtp: layers of a multi-token-prediction head that the checkpoint has."""
+    embeddings are multiplied by, before it is rounded to that dtype. mtp: layers of a multi-token-prediction head that
+    the checkpoint has."""
 
     architecture: str
     hidden: int
@@ -50,6 +53,12 @@ class Model:
         want(isinstance(other, Attention) and other.kv_source is None
              and (other.kv_heads, other.head_dim) == (mixer.kv_heads, mixer.head_dim), self, name, source,
              "a layer with keys and values of its own, in the same heads")
+
+    @property
+    def embed_factor(self) -> float:
+        """embed_scale as a number of the weights' dtype: so the model was trained, and so transformers runs it.
+        Example: sqrt(2816) = 53.07 is 53.0 in bfloat16."""
+        return rounded(self.embed_scale, self.dtype)
 
     @property
     def num_layers(self) -> int:
@@ -150,6 +159,19 @@ class Model:
         return tuple(found)
 
 
+def rounded(number: float, dtype: str) -> float:
+    """The nearest number of a dtype, of two that are as near the even one; infinite where it has none as large."""
+    if dtype == "float16":
+        try:
+            return float(struct.unpack("<e", struct.pack("<e", number))[0])
+        except OverflowError:
+            return math.copysign(math.inf, number)
+    bits = struct.unpack("<I", struct.pack("<f", number))[0]
+    if dtype == "bfloat16":
+        bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
+    return float(struct.unpack("<f", struct.pack("<I", bits))[0])
+
+
 def layer_of(name: str) -> int | None:
     """The layer of a tensor by its canonical name, None outside the layers."""
     parts = name.split(".")
@@ -203,9 +225,10 @@ def _delta(hidden: int, d: DeltaNet) -> Iterator[Tensor]:
     for name in ("b", "a"):  # few rows that decide what the state forgets: never quantized, as a router
         yield Tensor(f"delta.{name}", (d.value_heads, hidden), "router")
     yield Tensor("delta.conv", (2 * keys + values, d.conv), "other")
-    yield Tensor("delta.a_log", (d.value_heads,), "other")
+    yield Tensor("delta.a_log", (d.value_heads,), "recurrent")
     yield Tensor("delta.dt_bias", (d.value_heads,), "bias")
-    yield from _norm("delta.norm", d.norm, d.value_dim)
+    if d.norm.weight != "none":
+        yield Tensor("delta.norm", (d.value_dim,), "recurrent")
     yield Tensor("delta.o", (hidden, values), "linear")
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from qmix.spec.checks import numbers, one_of
+from qmix.spec.checks import numbers, one_of, want
 
 # What a dense tensor is, and so what may be done to it: "linear" and "head" may be quantized, all others never are.
-# "mlp" is a linear of a dense or shared MLP. "choice_bias" is fp32 whatever the dtype of the model: published
-# checkpoints have it so, since the bias tells experts apart whose scores bf16 would call equal.
-Role = Literal["embedding", "linear", "mlp", "head", "router", "choice_bias", "norm", "bias", "other"]
+# "mlp" is a linear of a dense or shared MLP. The roles of WIDE are fp32 in a store whatever the dtype of the model, as
+# in published checkpoints: "choice_bias", which tells experts apart whose scores bf16 would call equal; "recurrent",
+# what a delta net's state forgets by and what its output is normed with (Qwen3.5; Qwen3.6 has them in bf16).
+Role = Literal["embedding", "linear", "mlp", "head", "router", "choice_bias", "recurrent", "norm", "bias", "other"]
+WIDE: frozenset[Role] = frozenset(("choice_bias", "recurrent"))
 
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}  # of weights, and their short names
 
@@ -36,12 +38,19 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """RMSNorm: x / sqrt(mean(x^2) + eps), times its weight. weight: "plain", w; "one_plus", 1 + w (Gemma, Qwen3.5);
-    "none", there is none."""
+    """RMSNorm: x / sqrt(mean(x^2) + eps), times its weight. weight: "plain", w; "one_plus", 1 + w (Qwen3.5); "none",
+    there is none. factor: of the weight, where there is one."""
 
     eps: float
     weight: str = "plain"
+    factor: float = 1.0
 
     def __post_init__(self) -> None:
-        numbers(self, "eps")
+        numbers(self, "eps", "factor")
         one_of(self, "weight", "plain", "one_plus", "none")
+        want(self.weight != "none" or self.factor == 1, self, "factor", self.factor, "1 without a weight")
+
+    def multiplier(self, weight: Any) -> Any:
+        """What the norm multiplies by, of its weight as a checkpoint has it: a tensor in fp32."""
+        found = 1 + weight if self.weight == "one_plus" else weight
+        return found if self.factor == 1 else found * self.factor

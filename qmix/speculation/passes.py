@@ -45,7 +45,8 @@ class Session(Protocol):
         must follow, whatever stays: it says which drafts were right. Needed only where drafts are asked for."""
 
     def trim(self, length: int) -> None:
-        """Forget all positions from `length` on."""
+        """Forget all positions from `length` on. Where a recurrent state cannot go back there more are forgotten, as
+        `length` then says, but none before the last `verify`."""
 
 
 class Passes:

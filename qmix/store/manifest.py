@@ -21,9 +21,9 @@ tokens. See Calibrated.
 The place of a region follows from model and quantization. The manifest repeats it for readers that do not know qmix,
 and a store in which the two differ is refused.
 
-Version 3 is version 2 with records that qmix 0.2.0 could not compute: with biases, with another activation than SwiGLU,
-or in the format mxfp4. A bias lies behind the weights of its matrix, fp32, one number a row. All other stores are of
-version 2, so that qmix 0.2.0 reads them.
+Version 3 is version 2 with what qmix 0.2.0 could not compute: records with biases, with another activation than SwiGLU,
+or in the format mxfp4, and gated delta nets. A bias lies behind the weights of its matrix, fp32, one number a row. All
+other stores are of version 2, so that qmix 0.2.0 reads them.
 
 Version 1 has "dtype", of the checkpoint's weights, in place of model and alignment: its model is the Mixtral of the
 config.json beside it, and its dense tensors have the names of the checkpoint (version1.py).
@@ -44,7 +44,7 @@ from qmix.config import DTYPES, METHODS, ExpertKey, QuantConfig
 from qmix.errors import ConfigError, StoreError
 from qmix.modelfiles import TEMPLATE_NAME
 from qmix.sizes import RECORD_ALIGN, TENSOR_ALIGN
-from qmix.spec import Model
+from qmix.spec import DeltaNet, Model
 from qmix.spec.json import from_json, to_json
 from qmix.store.raw import digest
 
@@ -182,8 +182,9 @@ class Manifest:
 
 def version_of(model: Model, quant: QuantConfig) -> int:
     """The oldest format version that can say what the store of a model holds."""
-    expert = model.expert
-    return 3 if expert.bias or expert.activation.kind != "swiglu" or quant.experts == "mxfp4" else 2
+    expert, recurrent = model.expert, any(isinstance(layer.mixer, DeltaNet) for layer in model.layers)
+    new = recurrent or expert.bias or expert.activation.kind != "swiglu" or quant.experts == "mxfp4"
+    return 3 if new else 2
 
 
 def _calibrated_json(calibrated: Calibrated | None) -> dict[str, Any]:

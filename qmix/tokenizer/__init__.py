@@ -6,10 +6,10 @@
     for token_id in generated: print(decoder.push(token_id), end="")
 
 files.py reads what the folder says. hf.py and spm.py are the two kinds of vocabulary over vocabulary.py. stream.py
-decodes. parts.py says what an answer consists of; reasoning.py (tags), glm.py (tags, and calls) and harmony.py
-(channels) find it. The chat
-formats are mistral.py, mistral_v3.py, template.py (over sandbox.py and traced.py) and plain.py. No torch here;
-sentencepiece, tokenizers and jinja2 are imported when needed.
+decodes. parts.py says what an answer consists of; reasoning.py (tags), calls.py (tags, and calls between tags: glm.py,
+json_calls.py, xml_calls.py), gemma.py (a channel, and calls) and harmony.py (channels) find it. The chat formats are
+mistral.py, mistral_v3.py, template.py (over sandbox.py and traced.py) and plain.py. No torch here; sentencepiece,
+tokenizers and jinja2 are imported when needed.
 
 If tokenizer.json exists, its ids are the reference, and the model's own template is the chat format. Mixtral's own
 format is the one exception: if the template writes the same, conversations are encoded as Mistral does it, with
@@ -28,8 +28,10 @@ from qmix.config import EFFORTS
 from qmix.errors import ModelFileError, UsageError
 from qmix.tokenizer import harmony_template
 from qmix.tokenizer.files import TokenizerFiles, read_files
+from qmix.tokenizer.gemma import gemma_format, gemma_stops
 from qmix.tokenizer.glm import glm_format
 from qmix.tokenizer.harmony import harmony_format, harmony_stops
+from qmix.tokenizer.json_calls import json_format
 from qmix.tokenizer.message import ROLES, ChatFormat, Message, Prompt, Request, ToolCall
 from qmix.tokenizer.mistral import MistralV1Format, has_mistral_v1_pieces, may_be_mistral
 from qmix.tokenizer.mistral_v3 import MistralV3Format, has_mistral_v3_pieces
@@ -40,6 +42,7 @@ from qmix.tokenizer.sandbox import Template
 from qmix.tokenizer.stream import SILENT, Piece, StreamDecoder
 from qmix.tokenizer.template import TemplateFormat
 from qmix.tokenizer.vocabulary import Vocabulary
+from qmix.tokenizer.xml_calls import xml_format
 
 __all__ = ["ROLES", "AnswerParser", "Call", "Divided", "Message", "Part", "Prompt", "ReasoningSplitter",
            "Request", "StreamDecoder", "Tokenizer", "ToolCall", "divide", "load"]
@@ -70,7 +73,7 @@ class Tokenizer:
         self.thinking_switch = chat.thinking_switch
         self.takes_effort = chat.takes_effort
         self.verbatim = answers.verbatim
-        self.headers = {i: i == answers.content for i in answers.marks}
+        self.headers = {i: i in answers.content for i in answers.marks}
         self.takes_tools = chat.takes_tools
 
     def encode(self, text: str, bos: bool = True, limit: int | None = None) -> list[int]:
@@ -174,9 +177,11 @@ def load(folder: Path, vocab_size: int | None = None,
     files = read_files(folder)
     vocabulary, chat = _mistral(files, vocab_size, now, say) or (_vocabulary(files), None)
     eos = _end_ids(files, vocabulary, vocab_size)
-    harmony = harmony_format(vocabulary, files.templates or None)
+    harmony, gemma = harmony_format(vocabulary, files.templates or None), gemma_format(vocabulary, files.templates)
     if harmony is not None:
         eos += harmony_stops(vocabulary)
+    elif gemma is not None:
+        eos += gemma_stops(vocabulary)
     if chat is None:
         chat = _own_template(vocabulary, files, eos, now, say)
     if chat is None and harmony is not None:
@@ -185,7 +190,12 @@ def load(folder: Path, vocab_size: int | None = None,
     chat = chat or PlainFormat(vocabulary, eos)
     if chat.turn_end is not None:
         eos.append(chat.turn_end)
-    return Tokenizer(vocabulary, chat, eos, rows=vocab_size, answers=harmony or glm_format(files.templates) or THINK)
+    return Tokenizer(vocabulary, chat, eos, rows=vocab_size, answers=harmony or gemma or _tagged(files.templates))
+
+
+def _tagged(templates: str) -> AnswerFormat:
+    """The format of answers whose reasoning stands between tags, and their calls too where the templates have them."""
+    return glm_format(templates) or xml_format(templates) or json_format(templates) or THINK
 
 
 def _vocabulary(files: TokenizerFiles) -> Vocabulary:

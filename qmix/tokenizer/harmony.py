@@ -42,7 +42,7 @@ def harmony_format(vocabulary: Vocabulary, templates: str | None) -> AnswerForma
     if None in ids or (templates is not None and not (CHANNEL in templates and MESSAGE in templates)):
         return None
     marks = {i: text for i, text in ids.items() if i is not None}
-    return AnswerFormat(_parser, marks, vocabulary.markers[START], vocabulary.markers[MESSAGE], verbatim=False)
+    return AnswerFormat(_parser, marks, vocabulary.markers[START], (vocabulary.markers[MESSAGE],), verbatim=False)
 
 
 def harmony_stops(vocabulary: Vocabulary) -> list[int]:

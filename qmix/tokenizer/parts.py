@@ -3,9 +3,9 @@
     <think>hm</think>So.            reasoning "hm", answer "So."
     to=functions.weather {"x": 1}   call Call("weather", '{"x": 1}')
 
-A format of answers is one file with one parser (AnswerParser): reasoning.py for tags of reasoning, glm.py for those and
-tags of calls, harmony.py for channels. A parser gets the text of an answer in pieces, in whatever way it is cut, and
-gives Parts that are certain.
+A format of answers is one file with one parser (AnswerParser): reasoning.py for tags of reasoning, calls.py for those
+and tags of calls, harmony.py for channels, gemma.py for a channel and calls. A parser gets the text of an answer in
+pieces, in whatever way it is cut, and gives Parts that are certain.
 
 Where a format has control tokens inside an answer, the parser must not take text that spells one for the token itself.
 A marked text has MARK in front of each control token. MARK is a lone surrogate, which no UTF-8 decodes to, so no text
@@ -15,7 +15,7 @@ of a model holds one but where the decoder put it.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
@@ -74,7 +74,7 @@ class AnswerParser(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AnswerFormat:
-    """marks: the ids that are marked in an answer, with their text; content: the one of them that text follows, behind
+    """marks: the ids that are marked in an answer, with their text; content: those of them that text follows, behind
     the others stand headers. parser: of an answer to a prompt, where `opening`
     is the marked text from the prompt's last token in `begins` on, "" without one. verbatim: whether the model's own
     text is fit to be read, tags and all."""
@@ -82,7 +82,7 @@ class AnswerFormat:
     parser: Callable[[Prompt, str], AnswerParser]
     marks: Mapping[int, str] = field(default_factory=dict)
     begins: int | None = None
-    content: int | None = None
+    content: Collection[int] = ()
     verbatim: bool = True
 
 

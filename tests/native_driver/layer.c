@@ -170,6 +170,23 @@ static void check_bias(int32_t level) {
     report(level, "biases", worst);
 }
 
+static void check_scale(int32_t level) {
+    float y[T * H], before[T * H], weight[H], factor = 1.3f;
+    double worst = 0;
+    fill(before, T * H, 3), fill(weight, H, 2);
+    for (int kind = 0; kind < 3; kind++) { /* a number a column, one number, none */
+        memcpy(y, before, sizeof y);
+        qmix_scaling job = {y, kind == 2 ? NULL : weight, H, factor, kind == 1};
+        if (qmix_scale(&job, T))
+            worst = NAN;
+        for (int i = 0; i < T * H; i++) {
+            float weighted = kind == 2 ? before[i] : before[i] * weight[kind ? 0 : i % H];
+            compare(y[i], (double)weighted * factor, U * fabs((double)weighted * factor), &worst);
+        }
+    }
+    report(level, "scales", worst);
+}
+
 /* One call of several gives the bits of the calls. */
 static void check_sequence(int32_t level) {
     float x[T * H], weight[H], out[T * H], y[T * H], alone[T * H], sum[T * H];
@@ -199,5 +216,6 @@ void check_layer(int32_t level) {
         check_activation(level, "clamped SwiGLU", (qmix_activation){QMIX_SWIGLU_CLAMPED, 1.702f, 5}, type);
     }
     check_bias(level);
+    check_scale(level);
     check_sequence(level);
 }

@@ -45,6 +45,7 @@ static void check_level(int32_t level) {
     check_products(level);
     check_attention(level);
     check_layer(level);
+    check_delta(level);
 }
 
 static int32_t find_level(const char *name) {

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from qmix import hardware
-from qmix.checkpoint import check_runs, ignored_keys
+from qmix.checkpoint import Checkpoint, ignored_keys
 from qmix.config import ExpertKey, QuantConfig
 from qmix.engine import Placement
 from qmix.errors import CheckpointError, ConfigError, UsageError
 from qmix.forward.lower_device import not_on_device
+from qmix.gguf.header import is_gguf
 from qmix.hardware.gpu_memory import GpuMemory
 from qmix.models import published_experts, read_model
 from qmix.offload import router_stats
@@ -61,9 +62,9 @@ class Planned:
 
 def find_model(path: Path, quant: QuantConfig | Callable[[str], QuantConfig] | None, state: Path | None,
                say: Callable[[str], None]) -> Planned:
-    """The model at `path`: a store, a folder with a config.json, or a config.json. quant: how an unquantized one
-    would be quantized, or what makes that of the format that its experts get by default; None = as `qmix quantize` does
-    by default. UsageError for a store, which is quantized."""
+    """The model at `path`: a store, a GGUF file, a folder with a config.json, or a config.json. quant: how one that is
+    no store would be quantized, or what makes that of the format that its experts get by default; None = as `qmix
+    quantize` does by default. UsageError for a store, which is quantized."""
     if (path / MANIFEST).is_file():
         if quant is not None:
             raise UsageError(f"{path}: is quantized already", "drop --format, --group-size and --dense")
@@ -71,13 +72,30 @@ def find_model(path: Path, quant: QuantConfig | Callable[[str], QuantConfig] | N
             model = store.model
             stats = router_stats.load(state, store.identity, len(model.record_layers), model.num_experts, say)
             return Planned(path.resolve().name, model, store.quant, known_shares(stats))
+    model, published = _read_gguf(path) if is_gguf(path) else _read_config(path, say)
+    if published is not None and quant is None:
+        quant = QuantConfig(published, method="", group_size=0, block=0)
+    elif callable(quant):
+        quant = quant(published or "int4")
+    if published is not None and quant is not None and quant.experts != published:
+        say(f"note: the experts are published as {published}: --format {quant.experts} would quantize them again")
+    return Planned(path.resolve().name, model, quant or QuantConfig(), {})
+
+
+def _read_gguf(path: Path) -> tuple[Model, str | None]:
+    """The model of a GGUF file, and the format that its experts keep."""
+    with Checkpoint.open(path) as checkpoint:
+        return checkpoint.model, checkpoint.expert_format
+
+
+def _read_config(path: Path, say: Callable[[str], None]) -> tuple[Model, str | None]:
+    """The same, of a folder with a config.json, or of a config.json."""
     file = path / CONFIG if path.is_dir() else path
     try:
         raw = json.loads(file.read_bytes())
         if not isinstance(raw, dict):
             raise ValueError("not an object")
         model = read_model(raw)
-        check_runs(model)
         published = published_experts(raw)
     except ConfigError as e:
         raise CheckpointError(f"{file}: {e.message}", e.cure) from None
@@ -86,13 +104,7 @@ def find_model(path: Path, quant: QuantConfig | Callable[[str], QuantConfig] | N
                               "name a store, a checkpoint or a config.json") from None
     for note in ignored_keys(file, raw):
         say(f"note: {note}")
-    if published is not None and quant is None:
-        quant = QuantConfig(published, method="", group_size=0, block=0)
-    elif callable(quant):
-        quant = quant(published or "int4")
-    if published is not None and quant is not None and quant.experts != published:
-        say(f"note: the experts are published as {published}: --format {quant.experts} would quantize them again")
-    return Planned(path.resolve().name, model, quant or QuantConfig(), {})
+    return model, published
 
 
 def find_gpu(planned: Planned, machine: Machine, device: str, say: Callable[[str], None]) -> Machine:

@@ -85,7 +85,7 @@ def read_calibration(checkpoint: Checkpoint, file: Path, tokens: int | None) -> 
     if len(data) > MOST:
         render.say(f"{file}: only the first {format_bytes(MOST)} are read")
     text = decode(data[:MOST], f"--calibration {file}", cut=len(data) > MOST)
-    tokenizer = load(checkpoint.path, checkpoint.model.vocab)
+    tokenizer = load(checkpoint.folder, checkpoint.model.vocab)
     plain = tokenizer.encode(text, bos=False)
     head = tokenizer.encode("", bos=True)
     wanted = TOKENS if tokens is None else tokens

@@ -13,13 +13,15 @@ from qmix.commands.options import Threads, quant_config
 from qmix.commands.quantize.calibration import check_calibration, mixed_config, read_calibration, wanted_size
 from qmix.commands.quantize.published import Flags, choose_for_published
 from qmix.config import CALIBRATED, GROUPED_BITS
+from qmix.errors import ModelFileError
 
 if TYPE_CHECKING:
     from qmix.checkpoint import Checkpoint
 
 
 def quantize(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face checkpoint: folder or hub id.")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face checkpoint, folder or hub id; or a GGUF "
+                                          "file.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The store to write, a new folder.")],
     format: Annotated[str | None, typer.Option("--format", help="Experts: int8, int4 (default), int3, int2, mxfp4, "
                                                "nf4, fp4 or keep (unquantized). Experts that are MXFP4 already stay so "
@@ -88,11 +90,14 @@ def _check_tokenizer(checkpoint: Checkpoint) -> None:
     """Damaged tokenizer, template or generation files are an error now, not after hours of quantizing."""
     from qmix.tokenizer import load
 
-    if not any((checkpoint.path / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
+    if not any((checkpoint.folder / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
         render.say(f"warning: {checkpoint.path} holds neither tokenizer.model nor tokenizer.json: chat and "
                    "generate will refuse the store until the original model's is copied into it")
         return
-    load(checkpoint.path, checkpoint.model.vocab)
+    try:
+        load(checkpoint.folder, checkpoint.model.vocab)
+    except ModelFileError as e:  # of a GGUF file, the folder is one that nobody knows
+        raise ModelFileError(e.message.replace(str(checkpoint.folder), str(checkpoint.path)), e.cure) from None
 
 
 ONE_BY_ONE = 3  # tensors of a part of the checkpoint that are named, and not counted

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from qmix.kernels.router import RouterTensors
-from qmix.spec import Activation
+from qmix.spec import Activation, DeltaNet
 
 PRODUCT = struct.Struct("@7P7q9i2f4x")  # qmix_job: pointers, sizes, layout, what it does, activation
 ATTENTION = struct.Struct("@8P6q4iP2f")       # qmix_attention
@@ -23,7 +24,12 @@ ROPE_COS_SIN = struct.Struct("@4Pqf4x")       # qmix_angles
 COMBINE = struct.Struct("@3P2q")      # qmix_combine
 JOIN = struct.Struct("@3Pqi2fi")       # qmix_join
 BIAS = struct.Struct("@2Pqi4x")               # qmix_bias
+EXACT = struct.Struct("@3P2q2i")               # qmix_exact
+GATE = struct.Struct("@2Pq4i")                # qmix_gate
+CONV = struct.Struct("@9P5q3i4x")             # qmix_conv
+DELTA = struct.Struct("@10P4q")               # qmix_delta
 ADDITION = struct.Struct("@2Pq")      # qmix_addition
+SCALING = struct.Struct("@2Pqfi")     # qmix_scaling
 MATRIX = struct.Struct("@7q5i2f4x")   # qmix_matrix, two of which are a qmix_record
 EXPERTS = struct.Struct("@9P3qi4x")   # qmix_experts
 CALL = struct.Struct("@P2i")          # qmix_call
@@ -88,6 +94,38 @@ def join(activation: Activation, gate: Tensor, up: Tensor, out: Tensor) -> bytes
 def bias(y: Tensor, by: Tensor) -> bytes:
     """y [T, N], fp32 or bf16, plus bias [N] fp32, rounded once; both contiguous."""
     return BIAS.pack(y.data_ptr(), by.data_ptr(), y.shape[1], TYPES[y.dtype])
+
+
+def exact(x: Tensor, weight: Tensor, out: Tensor) -> bytes:
+    """x [T, H] fp32 or bf16 times the transpose of weight [N, H] as a router's: out [T, N] fp32; all contiguous."""
+    return EXACT.pack(x.data_ptr(), weight.data_ptr(), out.data_ptr(), weight.shape[1], weight.shape[0],
+                      TYPES[x.dtype], ROUTER_TYPES[weight.dtype])
+
+
+def gate(y: Tensor, by: Tensor, kind: str) -> bytes:
+    """y [T, N] *= kind(by), by [T, N] or [T, 1]; each fp32 or bf16, contiguous."""
+    return GATE.pack(y.data_ptr(), by.data_ptr(), y.shape[1], TYPES[y.dtype], TYPES[by.dtype], kind == "silu",
+                     by.shape[1] == 1)
+
+
+def conv(taps: Tensor, past: Tensor, after: Tensor, sources: Sequence[Tensor], out: Sequence[Tensor]) -> bytes:
+    """One token. taps [J, C]; past, after [J - 1, C], two tensors; three sources [1, n], fp32 or bf16, and what becomes
+    of them, fp32; all contiguous."""
+    return CONV.pack(*(x.data_ptr() for x in (past, after, taps, *sources, *out)), *(x.shape[1] for x in sources),
+                     taps.shape[1], taps.shape[0], *(TYPES[x.dtype] for x in sources))
+
+
+def delta(spec: DeltaNet, state: Tensor, after: Tensor, rows: Sequence[Tensor], out: Tensor) -> bytes:
+    """One token. state, after [value_heads, key_dim, value_dim], two tensors; rows: q, k, v, a, b, a_log, dt_bias; all
+    fp32, contiguous."""
+    return DELTA.pack(*(x.data_ptr() for x in (state, after, *rows, out)), spec.key_heads, spec.value_heads,
+                      spec.key_dim, spec.value_dim)
+
+
+def scale(y: Tensor, weight: Tensor | None, factor: float) -> bytes:
+    """y [T, H] *= weight, [H] or [1] or None for 1, then *= factor; all fp32, contiguous."""
+    one = weight is not None and len(weight) == 1
+    return SCALING.pack(y.data_ptr(), _address(weight), y.shape[1], factor, one)
 
 
 def _address(x: Tensor | None) -> int:

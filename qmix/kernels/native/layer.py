@@ -14,7 +14,7 @@ from torch import Tensor
 from qmix.kernels.native import jobs
 from qmix.kernels.native.loader import levels, library
 from qmix.kernels.router import RouterTensors
-from qmix.spec import Activation
+from qmix.spec import Activation, DeltaNet
 
 
 class LayerOps:
@@ -105,6 +105,38 @@ class LayerOps:
         out = torch.empty(gate.shape)
         _check(self._library.qmix_joins(self._number, jobs.join(activation, gate, up, out), len(gate)))
         return out
+
+
+    def exact(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [T, H] fp32 or bf16 times the transpose of weight [N, H] as a router's, summed in fp64: [T, N] fp32."""
+        x = _readable(x)
+        out = torch.empty(len(x), len(weight))
+        _check(self._library.qmix_exacts(self._number, jobs.exact(x, weight, out), len(x), self.threads))
+        return out
+
+    def gate(self, x: Tensor, by: Tensor, kind: str) -> Tensor:
+        """x [T, N] times kind(by), by [T, N] or [T, 1]; each fp32 or bf16 -> [T, N] of x's dtype."""
+        x, by = _readable(x).clone(), _readable(by)
+        _check(self._library.qmix_gates(self._number, jobs.gate(x, by, kind), len(x)))
+        return x
+
+    def conv(self, taps: Tensor, past: Tensor, *sources: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Of one token: taps [J, C], past [J - 1, C] fp32, three sources [1, n], fp32 or bf16 -> (what Conv writes,
+        the rows that stay)."""
+        sources = tuple(map(_readable, sources))
+        after, out = torch.empty_like(past), tuple(torch.empty(x.shape) for x in sources)
+        _check(self._library.qmix_convolution(self._number, jobs.conv(taps, past, after, sources, out)))
+        return out, after
+
+    def delta(self, spec: DeltaNet, a_log: Tensor, dt_bias: Tensor, state: Tensor, *rows: Tensor,
+              ) -> tuple[Tensor, Tensor]:
+        """Of one token: q, k, v, a, b [1, n] fp32 -> (what Delta writes, the state after it). `threads` threads share
+        the value heads. Each state is read from memory once and written once."""
+        rows = tuple(map(_plain, (*rows, a_log, dt_bias)))
+        after, out = torch.empty_like(state), torch.empty(1, spec.value_heads * spec.value_dim)
+        job = jobs.delta(spec, state, after, rows, out)
+        _check(self._library.qmix_delta_rule(self._number, job, self.threads))
+        return out, after
 
 
 def _plain(x: Tensor) -> Tensor:

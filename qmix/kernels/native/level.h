@@ -53,6 +53,9 @@ typedef struct {
     void (*combine)(const qmix_combine *job, int64_t token);
     void (*join)(const qmix_join *job, int64_t token, float *scratch); /* scratch [F] */
     void (*bias)(const qmix_bias *job, int64_t token);
+    void (*gate)(const qmix_gate *job, int64_t token);
+    void (*convolve)(const qmix_conv *job);
+    void (*delta)(const qmix_delta *job, int64_t head, float *scratch); /* scratch [2 K + V] */
     int64_t (*peak)(int32_t act, int64_t turns, const uint32_t *words, float *out); /* words [8], out [16] */
 } qmix_level;
 

@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include "native.h"
 
+#include <math.h>
 #include <stdlib.h>
 
 #include "level.h"
@@ -183,6 +184,58 @@ int32_t qmix_routes(int32_t level, const qmix_route *job, int32_t tokens, int32_
     return 0;
 }
 
+/* As a router's logits; the norm that norms nothing makes fp32 of x. */
+int32_t qmix_exacts(int32_t level, const qmix_exact *job, int32_t tokens, int32_t threads) {
+    int64_t size = job->size, numbers = tokens * size;
+    qmix_route as = {.norm = {.x = job->x, .rows = 1, .size = size, .clip = INFINITY, .x_type = job->x_type, .bare = 1},
+                     .router = job->weight, .experts = job->rows, .router_type = job->weight_type};
+    double *x = pool_scratch(0, (size_t)numbers * sizeof *x + (size_t)size * sizeof(float));
+    if (!x)
+        return -1;
+    float *scratch = (float *)(x + numbers);
+    for (int64_t token = 0; token < tokens; token++) {
+        levels[level]->norm(&as.norm, token, scratch);
+        for (int64_t i = 0; i < size; i++)
+            x[token * size + i] = scratch[i];
+    }
+    router_work w = {levels[level], &as, x, job->out, tokens};
+    pool_run(numbers * job->rows < SMALL ? 1 : threads, (job->rows + ROUTER_UNIT - 1) / ROUTER_UNIT, router_item, &w);
+    return 0;
+}
+
+int32_t qmix_gates(int32_t level, const qmix_gate *job, int32_t tokens) {
+    for (int32_t token = 0; token < tokens; token++)
+        levels[level]->gate(job, token);
+    return 0;
+}
+
+int32_t qmix_convolution(int32_t level, const qmix_conv *job) {
+    levels[level]->convolve(job);
+    return 0;
+}
+
+typedef struct {
+    const qmix_level *level;
+    const qmix_delta *job;
+    _Atomic int failed;
+} delta_work;
+
+static void delta_item(void *argument, int64_t head) {
+    delta_work *w = argument;
+    float *scratch = pool_scratch(0, (size_t)(2 * w->job->key_dim + w->job->value_dim) * sizeof *scratch);
+    if (scratch)
+        w->level->delta(w->job, head, scratch);
+    else
+        w->failed = 1;
+}
+
+int32_t qmix_delta_rule(int32_t level, const qmix_delta *job, int32_t threads) {
+    delta_work w = {.level = levels[level], .job = job};
+    int64_t size = job->value_heads * job->key_dim * job->value_dim;
+    pool_run(size < SMALL / 4 ? 1 : threads, job->value_heads, delta_item, &w);
+    return w.failed ? -1 : 0;
+}
+
 int32_t qmix_rotations(int32_t level, const qmix_rotate *job, int32_t tokens) {
     for (int32_t token = 0; token < tokens; token++)
         levels[level]->rotate(job, token);
@@ -220,6 +273,14 @@ int32_t qmix_add(const qmix_addition *job, int32_t tokens) {
     return 0;
 }
 
+int32_t qmix_scale(const qmix_scaling *job, int32_t tokens) {
+    for (int64_t i = 0; i < job->size * tokens; i++) {
+        float weighted = job->weight ? job->y[i] * job->weight[job->one ? 0 : i % job->size] : job->y[i];
+        job->y[i] = weighted * job->factor;
+    }
+    return 0;
+}
+
 static int32_t run_call(int32_t level, int32_t act, const qmix_call *call, int32_t threads) {
     switch (call->kind) {
     case QMIX_PRODUCTS:
@@ -244,6 +305,16 @@ static int32_t run_call(int32_t level, int32_t act, const qmix_call *call, int32
         return qmix_joins(level, call->job, call->count);
     case QMIX_BIASED:
         return qmix_biases(level, call->job, call->count);
+    case QMIX_EXACT:
+        return qmix_exacts(level, call->job, call->count, threads);
+    case QMIX_GATED:
+        return qmix_gates(level, call->job, call->count);
+    case QMIX_CONV:
+        return qmix_convolution(level, call->job);
+    case QMIX_DELTA:
+        return qmix_delta_rule(level, call->job, threads);
+    case QMIX_SCALED:
+        return qmix_scale(call->job, call->count);
     }
     return -1;
 }

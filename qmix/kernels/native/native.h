@@ -14,7 +14,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define QMIX_ABI 10
+#define QMIX_ABI 12
 
 enum { QMIX_FP32 = 0, QMIX_BF16 = 1, QMIX_FP16 = 2 }; /* types of numbers; fp16 of a router's weights alone */
 enum { QMIX_E2M1 = 5 }; /* mxfp4, in the place of a format's bits */
@@ -151,12 +151,63 @@ typedef struct {
     int32_t type;      /* of y */
 } qmix_bias;
 
+/* out = x weight^T, summed in fp64 and rounded: for the few rows that decide something. */
+typedef struct {
+    const void *x;      /* [T, H] of x_type */
+    const void *weight; /* [N, H] of weight_type, as a router's */
+    float *out;         /* [T, N] */
+    int64_t size, rows; /* H, N */
+    int32_t x_type, weight_type;
+} qmix_exact;
+
+/* y *= f(by), in fp32 and rounded to y's type; f: sigmoid, or silu */
+typedef struct {
+    void *y;             /* [T, N] */
+    const void *by;      /* [T, N], or [T, 1] where `one` */
+    int64_t size;        /* N */
+    int32_t type, by_type, silu, one;
+} qmix_gate;
+
+/* A token's short convolution, each channel with its own taps, over three sources side by side, then silu:
+ * out[c] = silu(sum_j weight[j, c] * x[j, c]), where x are J - 1 rows of `past` and the sources. J taps, C channels. */
+enum { QMIX_SOURCES = 3 };
+typedef struct {
+    const float *past;   /* [J - 1, C] */
+    float *after;        /* [J - 1, C], the last rows of x; not `past` */
+    const float *weight; /* [J, C] */
+    const void *sources[QMIX_SOURCES];
+    float *out[QMIX_SOURCES];
+    int64_t sizes[QMIX_SOURCES]; /* channels of each */
+    int64_t channels, taps;
+    int32_t types[QMIX_SOURCES];
+} qmix_conv;
+
+/* The gated delta rule on a token (qmix/kernels/ops.py's Delta). A key heads, B value heads, K and V their sizes. */
+typedef struct {
+    const float *state;  /* [B, K, V] */
+    float *after;        /* [B, K, V], not `state` */
+    const float *q, *k;  /* [A, K] */
+    const float *v;      /* [B, V] */
+    const float *a, *b, *a_log, *dt_bias; /* [B] */
+    float *out;          /* [B, V] */
+    int64_t key_heads, value_heads, key_dim, value_dim;
+} qmix_delta;
+
 /* y += x */
 typedef struct {
     const float *x; /* [T, H] */
     float *y;
     int64_t size;   /* H */
 } qmix_addition;
+
+/* y = y * weight * factor, in this order */
+typedef struct {
+    float *y;            /* [T, H] */
+    const float *weight; /* [H]; or one number, where `one`; or NULL for 1 */
+    int64_t size;        /* H */
+    float factor;
+    int32_t one;
+} qmix_scaling;
 
 /* A matrix in an expert's record: where its tensors lie, and what a product says of it (qmix_job). */
 typedef struct {
@@ -188,9 +239,10 @@ typedef struct {
     int32_t x_type;
 } qmix_experts;
 
-/* One call of those below: `count` jobs of a product, or tokens of the others (1 for attention). */
+/* One call of those below: `count` jobs of a product, or tokens of the others (1 for attention, convolution and delta
+ * rule). */
 enum { QMIX_PRODUCTS = 0, QMIX_ATTEND, QMIX_NORM, QMIX_ROUTE, QMIX_ROTATE, QMIX_ANGLES, QMIX_COMBINE, QMIX_ADD,
-       QMIX_EXPERTS, QMIX_JOIN, QMIX_BIASED };
+       QMIX_EXPERTS, QMIX_JOIN, QMIX_BIASED, QMIX_EXACT, QMIX_GATED, QMIX_CONV, QMIX_DELTA, QMIX_SCALED };
 typedef struct {
     const void *job;
     int32_t kind, count;
@@ -216,7 +268,12 @@ int32_t qmix_angles_of(int32_t level, const qmix_angles *job, int32_t tokens);
 int32_t qmix_combines(int32_t level, const qmix_combine *job, int32_t tokens);
 int32_t qmix_joins(int32_t level, const qmix_join *job, int32_t tokens);
 int32_t qmix_biases(int32_t level, const qmix_bias *job, int32_t tokens);
+int32_t qmix_exacts(int32_t level, const qmix_exact *job, int32_t tokens, int32_t threads);
+int32_t qmix_gates(int32_t level, const qmix_gate *job, int32_t tokens);
+int32_t qmix_convolution(int32_t level, const qmix_conv *job);
+int32_t qmix_delta_rule(int32_t level, const qmix_delta *job, int32_t threads); /* by value heads */
 int32_t qmix_add(const qmix_addition *job, int32_t tokens);
+int32_t qmix_scale(const qmix_scaling *job, int32_t tokens);
 
 /* By at most `threads` threads. 0, -1 where memory is lacking, or QMIX_MISSING. The bits of a token do not depend on the
  * others, nor on the threads. */

@@ -16,7 +16,9 @@ from torch import Tensor
 from qmix.kernels.native import jobs
 from qmix.kernels.native.loader import levels, library
 
-PRODUCTS, ATTEND, NORM, ROUTE, ROTATE, ROPE_COS_SIN, COMBINE, ADD, EXPERTS, JOIN, BIAS = range(11)  # native.h's kinds
+PRODUCTS, ATTEND, NORM, ROUTE, ROTATE, ROPE_COS_SIN, COMBINE, ADD, EXPERTS, JOIN, BIAS, EXACT, \
+    GATE, CONV, DELTA, SCALE = range(16)  # native.h's kinds
+_STATE = struct.Struct("@2P")      # what a qmix_conv and a qmix_delta begin with
 _ADDRESS = struct.Struct("@P")    # what an addition and a norm begin with: of what they read
 # Of a qmix_attention, behind three pointers: keys, values, their scales; behind five more: capacity, begin, end.
 _CACHE, _CACHE_AT = struct.Struct("@4P"), struct.calcsize("@3P")
@@ -59,6 +61,10 @@ class Sequence:
         at = self._offsets[call]
         _CACHE.pack_into(self._jobs, at + _CACHE_AT, *addresses)
         _RANGE.pack_into(self._jobs, at + _RANGE_AT, capacity, begin, end)
+
+    def patch_state(self, call: int, now: int, after: int) -> None:
+        """Where a convolution or a delta rule reads its state, and where it writes the next one."""
+        _STATE.pack_into(self._jobs, self._offsets[call], now, after)
 
     def run(self, begin: int = 0, end: int | None = None) -> int | None:
         """Calls [begin, end), all of them if not said otherwise. None; or the number of the first call whose experts

@@ -1,0 +1,199 @@
+"""A GGUF file, or several that are one model, as a checkpoint: opened, and every tensor accounted for.
+
+The numbers of its tensors have types of their own; the model has one dtype, that of most weights. Where these
+are quantized it is bfloat16, and what is read is rounded to it: by 2^-9 of a weight at most, where the coarsest step of
+Q8_0 is 2^-8 of a group's largest. Numbers that lose bits so without being quantized are named in a note.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import chain
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qmix import gguf
+from qmix.errors import CheckpointError, ConfigError
+from qmix.formats import TORCH_DTYPES
+from qmix.formats.ggml import READ
+from qmix.gguf.header import Header
+from qmix.gguf.model import gguf_config, gguf_layouts, gguf_skipped
+from qmix.gguf.split import check_pieces
+from qmix.gguf.tokenizer import tokenizer_files
+from qmix.models import Layout, Misfit, Source, choose_layout, read_model
+from qmix.shards import Location, Shard
+from qmix.spec import Model, Tensor
+
+DTYPES = {"F32": "float32", "F16": "float16"}  # of a model whose weights have that type; of any other, bfloat16
+PIECE = 2**22  # bytes that are looked at together
+MAX_TENSORS = 10**6  # of a model; keeps hostile metadata from costing memory
+OTHER_TYPE = f"qmix reads {', '.join(READ)}: fetch the model in one of these types"
+BELONG = "the file does not hold what its metadata says: fetch it again"
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What Checkpoint needs. folder: holds config.json, tokenizer and chat template, and goes when `opened` is
+    closed; dtype: in which tensors are read; carried: the format that all experts have and may keep, or None."""
+
+    raw_config: Mapping[str, Any]
+    model: Model
+    locations: Mapping[str, Location]
+    table: Mapping[str, Source]
+    skipped: tuple[str, ...]
+    notes: tuple[str, ...]
+    folder: Path
+    carried: str | None
+
+
+def open_gguf(path: Path, opened: ExitStack) -> Opened:
+    """CheckpointError names the file, and the key or tensor at fault."""
+    paths = gguf.pieces(path)
+    headers: list[Header] = []
+    locations: dict[str, Location] = {}
+    for piece in paths:
+        shard, header = _shard(piece)
+        opened.callback(shard.close)
+        headers.append(header)
+        locations |= {name: Location(shard, entry) for name, entry in header.file.entries.items()}
+    check_pieces(paths, headers)
+    raw, model = _read_model(paths[0], headers[0].metadata, locations)
+    layout, unused = _account(paths[0], model, locations)
+    kinds = Counter(locations[source.name].entry.dtype for source in layout.values())
+    used = {source.name: locations[source.name] for source in layout.values()}
+    folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="qmix-gguf-")))
+    for name, data in _files(paths[0], raw, headers[0].metadata).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(data)
+    carried = _carried(model, layout, used)
+    kinds.pop("MXFP4" if carried else "", None)  # what stays as it is, is said where that is decided
+    return Opened(raw, model, used, layout, unused, _notes(paths[0], model, layout, used, kinds), folder, carried)
+
+
+def _shard(path: Path) -> tuple[Shard, Header]:
+    found: list[Header] = []
+
+    def read(path: Path, fd: int) -> Any:
+        found.append(gguf.read_header(path, fd))
+        return found[0].file
+
+    return Shard(path, read), found[0]
+
+
+def _read_model(path: Path, metadata: Mapping[str, Any],
+                locations: Mapping[str, Location]) -> tuple[dict[str, Any], Model]:
+    """(config.json, the model), with the dtype of most weights."""
+    weights: Counter[str] = Counter()
+    for location in locations.values():
+        weights[location.entry.dtype] += prod(location.entry.shape)
+    dtype = DTYPES.get(weights.most_common(1)[0][0] if weights else "", "bfloat16")
+    try:
+        raw = gguf_config(metadata, {name: location.entry.shape for name, location in locations.items()})
+        model = replace(read_model({**raw, "dtype": dtype}), dtype=dtype)
+    except ConfigError as e:
+        raise CheckpointError(f"{path}: {e.message}", e.cure or BELONG) from None
+    count = sum(7 + 3 * model.experts_in(layer) for layer in range(model.num_layers))
+    if count > MAX_TENSORS:
+        raise CheckpointError(f"{path}: {model.num_layers} layers of up to {model.num_experts} experts: {count} "
+                              f"tensors, want at most {MAX_TENSORS}", BELONG)
+    return {**raw, "torch_dtype": dtype}, model
+
+
+def _files(path: Path, raw: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, bytes]:
+    """{name: bytes} of config.json, tokenizer and chat template."""
+    try:
+        return {"config.json": json.dumps(raw, indent=2).encode(), **tokenizer_files(metadata)}
+    except ConfigError as e:
+        raise CheckpointError(f"{path}: {e.message}", e.cure or BELONG) from None
+
+
+def _account(path: Path, model: Model, locations: Mapping[str, Location]) -> tuple[Layout, tuple[str, ...]]:
+    """(the layout, names skipped); CheckpointError for what is missing, left over, misshapen or of a type that is not
+    read."""
+    layout = choose_layout(gguf_layouts(model), locations)
+    wanted = dict.fromkeys(source.name for source in layout.values())
+    missing = [name for name in wanted if name not in locations]
+    if missing:
+        raise CheckpointError(f"{path}: {missing[0]}: missing ({len(missing)} of {len(wanted)} tensors are)", BELONG)
+    for tensor in _tensors(model):
+        _check_tensor(tensor, layout[tensor.name], locations)
+    skipped = gguf_skipped(model, locations)
+    left = [name for name in locations if name not in wanted and name not in skipped]
+    if left:
+        raise CheckpointError(f"{locations[left[0]].shard.file.path}: {left[0]}: not a tensor of this model "
+                              f"({len(left)} such tensors)", "qmix would compute the model without it: give the model "
+                              "as safetensors")
+    return layout, tuple(name for name in locations if name in skipped)
+
+
+def _tensors(model: Model) -> chain[Tensor]:
+    return chain(model.tensors(), (t for key in model.expert_keys for t in model.expert_tensors(key)))
+
+
+def _check_tensor(tensor: Tensor, source: Source, locations: Mapping[str, Location]) -> None:
+    location = locations[source.name]
+    where = f"{location.shard.file.path}: {source.name}"
+    try:
+        got = source.shape_out(location.entry.shape)
+    except Misfit as misfit:
+        raise CheckpointError(f"{where}: {misfit} by the metadata", BELONG) from None
+    if got != tensor.shape:
+        part = " for a part of it" if source.steps else ""
+        raise CheckpointError(f"{where}: got shape {list(got)}{part}, want {list(tensor.shape)} by the metadata",
+                              BELONG)
+    if location.entry.dtype not in READ:
+        raise CheckpointError(f"{where}: has type {location.entry.dtype}, which qmix does not read", OTHER_TYPE)
+
+
+def _carried(model: Model, layout: Layout, locations: Mapping[str, Location]) -> str | None:
+    """"mxfp4" where all matrices of experts are."""
+    kinds = {locations[layout[tensor.name].name].entry.dtype for key in model.expert_keys
+             for tensor in model.expert_tensors(key)[:3]}
+    return "mxfp4" if kinds == {"MXFP4"} else None
+
+
+def _notes(path: Path, model: Model, layout: Layout, locations: Mapping[str, Location],
+           kinds: Counter[str]) -> tuple[str, ...]:
+    """Lines on the types of the weights, and on numbers that lose bits when they are read."""
+    quantized = {kind: count for kind, count in kinds.items() if kind not in ("F32", "F16", "BF16")}
+    names = ", ".join(sorted(quantized))
+    found = [f"{path}: the weights are quantized already ({names}); they are read as {model.dtype}, and what is "
+             "quantized again adds to their error"] if quantized else []
+    inexact = _inexact(model, layout, locations)
+    if inexact:
+        more = f" and {len(inexact) - 1} more" if len(inexact) > 1 else ""
+        found.append(f"{path}: {inexact[0]}{more}: rounded to {model.dtype}, which most weights have")
+    return tuple(found)
+
+
+def _inexact(model: Model, layout: Layout, locations: Mapping[str, Location]) -> list[str]:
+    """Unquantized tensors whose numbers the model's dtype does not all have; those that stay fp32 are none."""
+    dtype, found = getattr(torch, model.dtype), []
+    stay = {layout[t.name].name for t in model.tensors() if t.role == "choice_bias"}
+    stay |= {layout[t.name].name for key in model.expert_keys for t in model.expert_tensors(key)[3:]}
+    for name, location in locations.items():
+        kind = location.entry.dtype
+        if name in stay or kind not in ("F32", "F16", "BF16") or dtype in (torch.float32, TORCH_DTYPES[kind]):
+            continue
+        if not _exact(location, dtype):
+            found.append(name)
+    return found
+
+
+def _exact(location: Location, dtype: torch.dtype) -> bool:
+    """Whether `dtype` has all numbers of a plain tensor; read piece by piece, up to the first that it lacks."""
+    entry = location.entry
+    for begin in range(0, entry.nbytes, PIECE):
+        raw = location.shard.read(entry, begin, min(PIECE, entry.nbytes - begin))
+        numbers = raw.view(TORCH_DTYPES[entry.dtype]).float()
+        if not torch.equal(numbers, numbers.to(dtype).float()):
+            return False
+    return True

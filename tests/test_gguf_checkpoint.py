@@ -1,0 +1,186 @@
+"""GGUF files as checkpoints: the store that comes of one is, byte for byte, that of the same weights in safetensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("gguf")
+
+import gguf
+import gguf_models as models
+import numpy as np
+from architectures import quantized, random_model
+from architectures import write as write_safetensors
+from helpers import UNQUANTIZED
+
+from qmix.checkpoint import Checkpoint
+from qmix.config import QuantConfig
+from qmix.errors import CheckpointError, Interrupted
+from qmix.quantize import quantize_checkpoint
+from qmix.store import Store
+
+TEXT, FLOAT = gguf.GGUFValueType.STRING, gguf.GGUFValueType.FLOAT32
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "Q8_0": torch.bfloat16}
+
+
+@cache
+def model_of(kind: str, dtype: torch.dtype) -> Any:
+    return random_model(models.CONFIGS[kind], dtype)
+
+
+def same_store(one: Path, two: Path) -> None:
+    with Store.open(one) as first, Store.open(two) as second:
+        assert first.model == second.model
+    names = sorted(path.name for path in one.glob("*.safetensors"))
+    assert names == sorted(path.name for path in two.glob("*.safetensors"))
+    for name in names:
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+
+
+def compare(tmp_path: Path, kind: str, type_name: str, **how: Any) -> Checkpoint:
+    dtype = DTYPES[type_name]
+    model = random_model(models.CONFIGS[kind], dtype) if type_name == "Q8_0" else model_of(kind, dtype)
+    path = models.write(tmp_path / "m.gguf", model, kind, lambda name: type_name, **how)
+    if type_name == "Q8_0":
+        models.reread(model, kind, type_name, dtype)
+    source = write_safetensors(model, models.CONFIGS[kind], tmp_path / "st", published=False)
+    same_store(quantized(path, tmp_path / "a", UNQUANTIZED), quantized(source, tmp_path / "b", UNQUANTIZED))
+    return Checkpoint.open(path)
+
+
+@pytest.mark.parametrize("kind, type_name", [
+    ("mixtral", "F32"), ("mixtral", "F16"), ("mixtral", "Q8_0"), ("mistral", "F16"), ("qwen3_moe", "Q8_0"),
+    ("olmoe", "BF16"), ("glm4_moe", "Q8_0"), ("gpt_oss", "Q8_0")])
+def test_the_store_is_that_of_the_same_weights(tmp_path: Path, kind: str, type_name: str) -> None:
+    with compare(tmp_path, kind, type_name) as checkpoint:
+        said = " ".join(checkpoint.notes)
+        assert ("quantized already (Q8_0)" in said) == (type_name == "Q8_0")
+        assert "rounded" not in said and not checkpoint.skipped
+
+
+@pytest.mark.parametrize("experts", ["single", "joined"])
+def test_experts_as_other_files_have_them(tmp_path: Path, experts: str) -> None:
+    compare(tmp_path, "mixtral", "F32", experts=experts).close()
+
+
+def test_a_model_in_several_files(tmp_path: Path) -> None:
+    model = model_of("mixtral", torch.float32)
+    whole = models.write(tmp_path / "m.gguf", model, "mixtral")
+    first = models.write_split(tmp_path / "split" / "m.gguf", model, "mixtral", most=9)
+    parts = sorted(first.parent.glob("*.gguf"))
+    assert len(parts) > 2
+    same_store(quantized(whole, tmp_path / "a", UNQUANTIZED), quantized(parts[1], tmp_path / "b", UNQUANTIZED))
+    parts[-1].unlink()
+    with pytest.raises(CheckpointError, match="missing"):
+        Checkpoint.open(first)
+
+
+def test_a_prediction_head_is_skipped(tmp_path: Path) -> None:
+    model, rows = model_of("glm4_moe", torch.bfloat16), torch.ones(64, 128)
+    layers = model.config.num_hidden_layers
+
+    def keys(writer: Any) -> None:
+        writer.add_key_value("glm4moe.block_count", layers + 1, gguf.GGUFValueType.UINT32)
+        writer.add_nextn_predict_layers(1)
+
+    head = {f"blk__{layers}__nextn__eh_proj__weight": rows, f"blk__{layers}__attn_norm__weight": rows[0]}
+    path = models.write(tmp_path / "m.gguf", model, "glm4_moe", keys=keys, **head)
+    with Checkpoint.open(path) as checkpoint:
+        assert checkpoint.model.num_layers == layers and checkpoint.model.mtp == 1
+        assert set(checkpoint.skipped) == {f"blk.{layers}.nextn.eh_proj.weight", f"blk.{layers}.attn_norm.weight"}
+
+
+def test_mxfp4_experts_stay_as_they_are(tmp_path: Path) -> None:
+    model = model_of("gpt_oss", torch.bfloat16)
+    path = models.write(tmp_path / "m.gguf", model, "gpt_oss", lambda name: "MXFP4" if "_exps" in name else "Q8_0")
+    want = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    with Checkpoint.open(path) as checkpoint:
+        assert checkpoint.expert_format == "mxfp4" and "(Q8_0)" in checkpoint.notes[0]
+        for key in checkpoint.model.expert_keys:
+            for blocks, parts in zip(checkpoint.expert_blocks(key), (("gate", "up"), ("down",)), strict=True):
+                found = [want[f"blk.{key.layer}.ffn_{part}_exps.weight"] for part in parts]
+                exact = np.concatenate([gguf.dequantize(t.data, t.tensor_type)[key.expert] for t in found])
+                assert torch.equal(blocks.numbers(torch.float32), torch.from_numpy(exact))
+    quant = QuantConfig(experts="mxfp4", dense="int8", method="", group_size=0, block=0)
+    with Store.open(quantized(path, tmp_path / "st", quant)) as store:
+        assert store.manifest.records and all(r.error["all"] == 0 for r in store.manifest.records.values())
+
+
+def test_norms_that_lose_bits_are_named(tmp_path: Path) -> None:
+    model = model_of("mixtral", torch.float32)
+    with Checkpoint.open(models.write(tmp_path / "m.gguf", model, "mixtral", lambda name: "Q8_0")) as checkpoint:
+        assert any("blk.0.attn_norm.weight and " in note and "rounded to bfloat16" in note for note in checkpoint.notes)
+
+
+def test_resumes(tmp_path: Path) -> None:
+    path = models.write(tmp_path / "m.gguf", model_of("mixtral", torch.float32), "mixtral", lambda name: "Q8_0")
+    quant, seen = QuantConfig(), []
+
+    def stop(done: int, total: int, label: str) -> None:
+        seen.append(label)
+        if len(seen) == 9:
+            raise KeyboardInterrupt
+
+    with Checkpoint.open(path) as checkpoint, pytest.raises(Interrupted):
+        quantize_checkpoint(checkpoint, tmp_path / "a", quant, progress=stop)
+    with Checkpoint.open(path) as checkpoint:
+        report = quantize_checkpoint(checkpoint, tmp_path / "a", quant)
+    assert report.resumed >= 8
+    same_store(tmp_path / "a", quantized(path, tmp_path / "b", quant))
+
+
+def changed(key: str, value: Any, kind: Any = gguf.GGUFValueType.UINT32) -> Callable[[Any], None]:
+    def keys(writer: Any) -> None:
+        for shard in writer.kv_data:
+            shard.pop(key, None)
+        if value is not None:
+            writer.add_key_value(key, value, kind)
+    return keys
+
+
+@pytest.mark.parametrize("how, said", [
+    ({"keys": changed("general.architecture", "gemma3", TEXT)}, "general.architecture: got 'gemma3'"),
+    ({"keys": changed("general.type", "adapter", TEXT)}, "general.type: got 'adapter'"),
+    ({"keys": changed("llama.embedding_length", None)}, "llama.embedding_length: missing"),
+    ({"keys": changed("llama.embedding_length", 65)}, "token_embd.weight: got shape [512, 64], want [512, 65]"),
+    ({"keys": changed("llama.block_count", 10**9)}, "llama.block_count: got 1000000000"),
+    ({"keys": changed("llama.block_count", 4)}, "blk.3.attn_norm.weight: missing"),
+    ({"keys": changed("llama.block_count", 2)}, "blk.2."),
+    ({"keys": changed("llama.expert_count", 0)}, "expert_used_count"),
+    ({"keys": changed("llama.expert_count", 4096)}, "blk.0.ffn_"),
+    ({"keys": changed("llama.expert_used_count", 5)}, "num_experts_per_tok: got 5"),
+    ({"keys": changed("llama.attention.layer_norm_rms_epsilon", float("nan"), FLOAT)},
+     "llama.attention.layer_norm_rms_epsilon: got nan"),
+    ({"keys": changed("llama.attention.head_count", "4", TEXT)}, "llama.attention.head_count: got"),
+    ({"keys": changed("llama.attn_logit_softcapping", 30.0, FLOAT)},
+     "llama.attn_logit_softcapping: got 30.0, a key that qmix does not know"),
+    ({"left_out": ("blk.1.ffn_norm.weight",)}, "blk.1.ffn_norm.weight: missing (1 of"),
+    ({"left_out": ("token_embd.weight",)}, "token_embd.weight: missing"),
+    ({"rope_freqs__weight": torch.ones(8)}, "rope_freqs.weight: not a tensor of this model (1 such"),
+])
+def test_refused_by_name(tmp_path: Path, how: dict[str, Any], said: str) -> None:
+    path = models.write(tmp_path / "m.gguf", model_of("mixtral", torch.float32), "mixtral", **how)
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(path)
+    assert said in caught.value.message and "m.gguf: " in caught.value.message and caught.value.exit_code == 4
+    assert "\n" not in caught.value.message and caught.value.cure
+
+
+def test_a_type_that_is_not_read_is_named(tmp_path: Path) -> None:
+    path = models.write(tmp_path / "m.gguf", model_of("mixtral", torch.float32), "mixtral",
+                        lambda name: "NVFP4" if "ffn_up" in name else "F32")
+    with pytest.raises(CheckpointError, match=r"blk\.0\.ffn_up_exps\.weight: has type NVFP4"):
+        Checkpoint.open(path)
+
+
+def test_a_folder_of_gguf_files_names_one(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match="1 GGUF file") as caught:
+        Checkpoint.open(tmp_path)
+    assert "m.gguf" in str(caught.value.cure)
