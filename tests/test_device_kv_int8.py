@@ -139,9 +139,10 @@ def test_where_a_cache_lies_is_told_by_all_its_parts(stores: dict[str, Path]) ->
     with Store.open(stores["int4"]) as store:
         cache, sixteen = (SessionCache(store.model, 9, torch.float32, kv) for kv in ("int8", "bf16"))
         layers = range(len(store.model.layers))
-        assert cache.identity == tuple(address for i in layers for address in cache.kv_layer(i).addresses)
-        assert len(set(cache.identity)) == 4 * len(layers)
-        assert len(set(sixteen.identity) - {0}) == 2 * len(layers)
+        addresses = [address for i in layers for address in cache.kv_layer(i).addresses]
+        assert cache.identity == (*addresses, cache.side.data_ptr())
+        assert len(set(cache.identity)) == 4 * len(layers) + 1
+        assert len(set(sixteen.identity) - {0}) == 2 * len(layers) + 1
 
 
 @pytest.mark.parametrize("window", [None, 7])

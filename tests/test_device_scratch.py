@@ -13,7 +13,7 @@ import pytest
 import torch
 from model_configs import ON_DEVICE, TINY
 from test_cuda import needs_triton
-from test_cuda_ops import NoKernels
+from test_cuda_rooms import NoKernels
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,7 +29,7 @@ from qmix.forward.lower_device import lower
 from qmix.forward.run_eager import Guesses
 from qmix.forward.steps import Turning
 from qmix.forward.weights import DenseWeights, assemble
-from qmix.kernels import cuda, cuda_ops, cuda_prompt, cuda_router
+from qmix.kernels import cuda, cuda_delta, cuda_ops, cuda_prompt, cuda_router
 from qmix.kernels.configs import Configs, Gemv
 from qmix.kernels.device_ops import ExpertSlots
 from qmix.kernels.device_scratch import Scratch, decoded_bytes, most_splits, split_of, splits_of
@@ -103,7 +103,7 @@ def weights_of(model: Model, quant: QuantConfig) -> DenseWeights:
 
 @pytest.fixture
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (cuda, cuda_ops, cuda_router):
+    for module in (cuda, cuda_delta, cuda_ops, cuda_router):
         monkeypatch.setattr(module, "device_code", lambda name: NoKernels())
     monkeypatch.setattr(cuda, "_check_weights", lambda tensor, spec: None)
     # All of meta's addresses are 0, but the code tells tensors apart by them.
@@ -139,7 +139,8 @@ def decode_all(model: Model, quant: QuantConfig, device: MetaDevice, ops: cuda_o
 def test_decoding_takes_what_is_counted(raw: Mapping[str, Any], quant: QuantConfig) -> None:
     model, context = read_model(raw), 200 if raw in TINY.values() else 8192
     ops = cuda_ops.TritonOps(Configs(), scratch_of(model, quant, context, Gemv()))
-    weights, cache = weights_of(model, quant), SessionCache(model, context, torch.bfloat16, device=META)
+    weights, cache = weights_of(model, quant), SessionCache(model, context, torch.bfloat16, device=META,
+                                                       placed=True)
     slabs = [ExpertSlots(torch.empty(3, layout.nbytes, dtype=torch.uint8, device=META), layout, ())
              for layout in record_layouts(model, quant)]
     with closing(MetaDevice()) as device, Allocations(META) as made:
