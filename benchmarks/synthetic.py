@@ -52,7 +52,7 @@ from qmix.quantize.fit import Wanted, mixed
 from qmix.quantize.mix import FORMATS
 from qmix.quantize.sensitivity import Sensitivity
 from qmix.sizes import MatrixSpec, format_bytes, parse_bytes
-from qmix.spec import Model
+from qmix.spec import WIDE, Model
 from qmix.spec import Tensor as Named
 from qmix.spec.model import layer_of
 from qmix.store import CONFIG, MANIFEST, DenseEntry, FileEntry, Manifest, RecordEntry, StoreLayout, StoreWriter
@@ -105,7 +105,8 @@ def dense_tensor(recipe: Recipe, tensor: Named, spec: MatrixSpec | None) -> dict
             for cluster, rows in enumerate(whole.split(CLUSTER)):
                 rows.copy_(torch.from_numpy(recipe.embedding(cluster)[:len(rows)]))
             return {"weight": whole}
-        return {"weight": torch.from_numpy(recipe.plain(tensor.name, tensor.shape)).bfloat16()}
+        plain = torch.from_numpy(recipe.plain(tensor.name, tensor.shape)).bfloat16()
+        return {"weight": plain.float() if tensor.role in WIDE else plain}
     kind = kind_of(tensor.name)
     if not kind.endswith("q"):
         return dense_matrix(recipe.stream(kind, layer), spec, recipe.spread(kind, layer))

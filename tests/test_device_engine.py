@@ -226,11 +226,11 @@ def test_measured_configurations_are_used_and_named_but_for_exact(stores: dict[s
     used: list[Configs | None] = []
     real = placing.choose_device_kernels
 
-    def choosing(*args: Any) -> Any:
-        used.append(args[6] if len(args) > 6 else None)
+    def choosing(*args: Any, **named: Any) -> Any:
+        used.append(named.get("configs"))
         if used[-1] == broken:
             raise QmixError("the GPU kernel for int4 gives wrong numbers here")
-        return real(*args)
+        return real(*args, **named)
 
     monkeypatch.setattr(placing, "choose_device_kernels", choosing)
 

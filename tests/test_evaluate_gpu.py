@@ -165,8 +165,8 @@ def test_where_auto_cannot_use_the_device_the_cpu_computes_both(stores: dict[str
 
 
 def test_a_device_that_is_too_small_is_said_with_the_numbers(stores: dict[str, Path], tmp_path: Path) -> None:
-    small = Gpu("a card", (300 * MIB, 0), True)
-    with pytest.raises(DoesNotFit, match=r"both models need .* of VRAM at least, have 300 MiB"):
+    small = Gpu("a card", (RESERVE, 0), True)
+    with pytest.raises(DoesNotFit, match=r"both models need .* of VRAM at least, have 256 MiB"):
         evaluated(request_of(stores, tmp_path, small), Loads())
     _, lines = evaluated(request_of(stores, tmp_path, replace(small, chosen=False)), Loads())
     assert any("not on a card: both models need" in line for line in lines)

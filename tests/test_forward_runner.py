@@ -22,18 +22,19 @@ from qmix.formats import Packed, pack, unpack
 from qmix.forward.kv_cache import SessionCache
 from qmix.forward.passes import Span
 from qmix.forward.program import layer_program, pieces
+from qmix.forward.recurrent import RecurrentLayer
 from qmix.forward.run_eager import Guesses
 from qmix.forward.runner import Runner
 from qmix.forward.steps import run_ops
 from qmix.forward.weights import PACKED, DenseWeights, assemble
 from qmix.kernels import native, ops
 from qmix.kernels.attention import choose_native_attentions
-from qmix.kernels.kv_size import kv_bytes
+from qmix.kernels.kv_size import kv_bytes, recurrent_bytes
 from qmix.kernels.table import select
 from qmix.kernels.torch_ops import PlainWeights
 from qmix.quantize.methods import quantize
 from qmix.sizes import MatrixSpec
-from qmix.spec import Attention, Expert, Layer, Mlp, Model, Moe, Norm, Norms, Rope, Router
+from qmix.spec import Attention, DeltaNet, Expert, Layer, Mlp, Model, Moe, Norm, Norms, Rope, Router
 
 KEPT = {"residual", "normed", "ids", "topk_weights"}
 SIZE = 16  # of a head: what the native kernels of attention take
@@ -210,9 +211,13 @@ def test_bytes_of_a_cache_are_known_beforehand(name: str, rings: bool, kv: str) 
         for dtype in (torch.bfloat16, torch.float32):
             cache = SessionCache(spec, capacity, dtype, kv, rings=rings)
             assert cache.nbytes == kv_bytes(spec, capacity, dtype.itemsize, kv, rings)
-            held = {t.data_ptr(): t.nbytes for layer in cache.layers if layer is not None
-                    for t in vars(layer).values() if isinstance(t, Tensor)}
-            assert sum(held.values()) == cache.nbytes
+            recurrent = [layer for layer in cache.layers if isinstance(layer, RecurrentLayer)]
+            others = [layer for layer in cache.layers if layer is not None and layer not in recurrent]
+            held = {t.data_ptr(): t.nbytes for layer in others for t in vars(layer).values() if isinstance(t, Tensor)}
+            assert sum(held.values()) == sum(layer.nbytes for layer in others)
+            nets = [layer.mixer for layer in spec.layers if isinstance(layer.mixer, DeltaNet)]
+            assert [layer.state.now.nbytes + layer.past.now.nbytes for layer in recurrent] == \
+                [recurrent_bytes(net) for net in nets]  # and room for earlier ones
             assert len(cache.addresses) == len(spec.layers)
 
 

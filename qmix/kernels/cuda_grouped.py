@@ -31,6 +31,9 @@ from qmix.kernels.prompt_tiles import SIZES, most_tiles, tile_of
 from qmix.sizes import MatrixSpec
 
 SORTED = 1024  # pairs that a program of `sort` looks at together
+# Of a thread, for the smallest tiles: four programs of four warps run at once. Left to itself, ptxas for sm_120 takes
+# 72 and spills.
+REGISTERS = 128
 PIECE = 1024  # numbers of a row that a program of `combine` has
 LEAST_BINS = 32  # of a histogram of Triton's
 LEAST = 16  # rows of a product of Triton's, at least
@@ -106,7 +109,8 @@ def _cut_of(spec: MatrixSpec, tiles: Tiles, config: Matmul) -> dict[str, int | b
     return {"GROUP": spec.group_size, "BLOCK": spec.block, "BITS": spec.code_bits, "E2M1": spec.format == "mxfp4",
             "BIASED": spec.bias, "TILE": tiles.size, "CHUNK": min(spec.group_size, 64),
             "RAGGED": spec.cols < spec.padded_cols, "num_stages": config.stages,
-            "num_warps": config.warps if tiles.size == config.tokens else 4, "enable_fp_fusion": True}
+            "num_warps": config.warps if tiles.size == config.tokens else 4, "enable_fp_fusion": True,
+            "maxnreg": REGISTERS if tiles.size == SIZES[0] else None}
 
 
 def _dot(x: Tensor) -> Any:
