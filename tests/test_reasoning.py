@@ -268,6 +268,9 @@ class Scripted:
     def length(self) -> int:
         return len(self.ids)
 
+    def reachable(self, length: int) -> int:
+        return length
+
     def trim(self, length: int) -> None:
         del self.ids[length:]
 
