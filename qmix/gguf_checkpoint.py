@@ -26,10 +26,12 @@ from qmix.formats import TORCH_DTYPES
 from qmix.formats.ggml import READ
 from qmix.gguf.header import Header
 from qmix.gguf.model import gguf_config, gguf_layouts, gguf_skipped
-from qmix.gguf.split import check_pieces
+from qmix.gguf.split import check_pieces, of_split
 from qmix.gguf.tokenizer import tokenizer_files
+from qmix.gguf.types import BY_NAME
 from qmix.models import Layout, Misfit, Source, choose_layout, read_model
 from qmix.shards import Location, Shard
+from qmix.sources import narrow
 from qmix.spec import Model, Tensor
 
 DTYPES = {"F32": "float32", "F16": "float16"}  # of a model whose weights have that type; of any other, bfloat16
@@ -62,7 +64,7 @@ def open_gguf(path: Path, opened: ExitStack) -> Opened:
     for piece in paths:
         shard, header = _shard(piece)
         opened.callback(shard.close)
-        headers.append(header)
+        headers.append(header if not headers else of_split(header))
         locations |= {name: Location(shard, entry) for name, entry in header.file.entries.items()}
     check_pieces(paths, headers)
     raw, model = _read_model(paths[0], headers[0].metadata, locations)
@@ -151,6 +153,13 @@ def _check_tensor(tensor: Tensor, source: Source, locations: Mapping[str, Locati
                               BELONG)
     if location.entry.dtype not in READ:
         raise CheckpointError(f"{where}: has type {location.entry.dtype}, which qmix does not read", OTHER_TYPE)
+    block = BY_NAME[location.entry.dtype].weights
+    first, shape, _ = narrow(location.entry.shape, source.steps)
+    end = first + prod(shape)
+    if first % block or end % block:
+        raise CheckpointError(f"{where}: has type {location.entry.dtype}, in blocks of {block} numbers, and numbers "
+                              f"{first} to {end}, which are a tensor of the model, begin or end within one",
+                              "fetch the model with this tensor in F32, as converters write biases and norms")
 
 
 def _carried(model: Model, layout: Layout, locations: Mapping[str, Location]) -> str | None:

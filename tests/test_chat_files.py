@@ -73,9 +73,12 @@ def without_calls(conversation: Conversation) -> Conversation:
 def test_calls_that_are_no_objects_stay_in_the_file_and_are_not_shown_again() -> None:
     calls = tuple(Call("f", text) for text in ("{}", "[]", "{", '{"a": NaN}', '{"a": "\\ud800"}', '{"b": "é"}'))
     exchange = Exchange("q", "a", (5,), None, calls)
+    for some in (calls, *((calls[0], call) for call in calls[1:5])):  # one that cannot be shown hides all
+        message = Exchange("q", "a", (5,), None, some).message
+        assert (message.tool_calls, message.ids) == ((), (5,))
+    exchange = Exchange("q", "a", (5,), None, (calls[0], calls[5]))
     assert exchange.tool_calls == (ToolCall("f", {}), ToolCall("f", {"b": "é"}))
     assert exchange.message.ids is None and exchange.message.content == "a"
-    assert Exchange("q", "a", (5,), None, calls[1:3]).message.ids == (5,)
 
 
 @pytest.mark.parametrize("calls", ['3', '[3]', '[{}]', '[{"name": "f"}]', '[{"name": "f", "arguments": {}}]',

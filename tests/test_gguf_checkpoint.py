@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,11 +20,19 @@ from architectures import quantized, random_model
 from architectures import write as write_safetensors
 from helpers import UNQUANTIZED
 
+from qmix import gguf_checkpoint
 from qmix.checkpoint import Checkpoint
 from qmix.config import QuantConfig
-from qmix.errors import CheckpointError, Interrupted
+from qmix.errors import CheckpointError, ConfigError, Interrupted
+from qmix.gguf import header as gguf_header
+from qmix.gguf.model import _ends
+from qmix.models import Keys, Source
+from qmix.models.gguf import rope_config
+from qmix.models.source import Index, Rows
 from qmix.quantize import quantize_checkpoint
+from qmix.shards import Location
 from qmix.store import Store
+from qmix.tensorfile import Entry
 
 TEXT, FLOAT = gguf.GGUFValueType.STRING, gguf.GGUFValueType.FLOAT32
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "Q8_0": torch.bfloat16}
@@ -79,6 +88,34 @@ def test_a_model_in_several_files(tmp_path: Path) -> None:
     parts[-1].unlink()
     with pytest.raises(CheckpointError, match="missing"):
         Checkpoint.open(first)
+
+
+def test_pieces_behind_the_first_keep_no_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = models.write_split(tmp_path / "split" / "m.gguf", model_of("mixtral", torch.float32), "mixtral", most=9)
+    kept: list[Any] = []
+    monkeypatch.setattr(gguf_checkpoint, "check_pieces", lambda paths, headers: kept.extend(headers))
+    monkeypatch.setattr(gguf_header, "_read_metadata", lambda reader, count, read=gguf_header._read_metadata: {
+        **read(reader, count), "a.vocabulary": ("x",) * 9})
+    Checkpoint.open(first).close()
+    assert "a.vocabulary" in kept[0].metadata and len(kept) > 2
+    assert all({*header.metadata} <= {"split.no", "split.count", "split.tensors.count"} for header in kept[1:])
+
+
+@pytest.mark.parametrize("shape, kind, whole", [((4, 96), "Q8_0", False), ((4, 96), "F32", True),
+                                                ((4, 128), "Q8_0", True), ((4, 128), "Q4_K", False)])
+def test_a_tensor_that_begins_within_a_block_is_refused(shape: tuple[int, int], kind: str, whole: bool) -> None:
+    """The upper half of an expert's biases, where gate and up are one tensor."""
+    shard = SimpleNamespace(file=SimpleNamespace(path=Path("m.gguf")))
+    location = Location(shard, Entry("up.bias", kind, shape, 0, 0))  # type: ignore[arg-type]
+    half = shape[1] // 2
+    wanted = SimpleNamespace(name="x", shape=(half,))
+    source = Source("up.bias", (Index(1, 4), Rows(half, 2 * half, 2 * half)))
+    if whole:
+        gguf_checkpoint._check_tensor(wanted, source, {"up.bias": location})  # type: ignore[arg-type]
+        return
+    with pytest.raises(CheckpointError, match=rf"^m\.gguf: up\.bias: has type {kind}, in blocks") as caught:
+        gguf_checkpoint._check_tensor(wanted, source, {"up.bias": location})  # type: ignore[arg-type]
+    assert "F32" in str(caught.value.cure)
 
 
 def test_a_prediction_head_is_skipped(tmp_path: Path) -> None:
@@ -153,13 +190,15 @@ def changed(key: str, value: Any, kind: Any = gguf.GGUFValueType.UINT32) -> Call
     ({"keys": changed("llama.block_count", 4)}, "blk.3.attn_norm.weight: missing"),
     ({"keys": changed("llama.block_count", 2)}, "blk.2."),
     ({"keys": changed("llama.expert_count", 0)}, "expert_used_count"),
-    ({"keys": changed("llama.expert_count", 4096)}, "blk.0.ffn_"),
+    ({"keys": changed("llama.expert_count", 4096)}, "llama.expert_count: got 4096, want 4, the experts of blk.0.ffn_"),
+    ({"keys": changed("llama.expert_count", 9), "experts": "single"}, "llama.expert_count: got 9, want 4, the experts"),
     ({"keys": changed("llama.expert_used_count", 5)}, "num_experts_per_tok: got 5"),
     ({"keys": changed("llama.attention.layer_norm_rms_epsilon", float("nan"), FLOAT)},
      "llama.attention.layer_norm_rms_epsilon: got nan"),
     ({"keys": changed("llama.attention.head_count", "4", TEXT)}, "llama.attention.head_count: got"),
     ({"keys": changed("llama.attn_logit_softcapping", 30.0, FLOAT)},
      "llama.attn_logit_softcapping: got 30.0, a key that qmix does not know"),
+    ({"keys": changed("tokenizer.ggml.eom_token_id", 512)}, "tokenizer.ggml.eom_token_id: got 512, want less than 512"),
     ({"left_out": ("blk.1.ffn_norm.weight",)}, "blk.1.ffn_norm.weight: missing (1 of"),
     ({"left_out": ("token_embd.weight",)}, "token_embd.weight: missing"),
     ({"rope_freqs__weight": torch.ones(8)}, "rope_freqs.weight: not a tensor of this model (1 such"),
@@ -170,6 +209,26 @@ def test_refused_by_name(tmp_path: Path, how: dict[str, Any], said: str) -> None
         Checkpoint.open(path)
     assert said in caught.value.message and "m.gguf: " in caught.value.message and caught.value.exit_code == 4
     assert "\n" not in caught.value.message and caught.value.cure
+
+
+def test_what_ends_an_answer() -> None:
+    """eos, eot and eom, and control tokens that end one whatever the file says."""
+    tokens = ("<s>", "</s>", "<|eot_id|>", "<|endoftext|>", "<|im_end|>", "<|user|>", "<|observation|>")
+    said = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": (3, 3, 3, 3, 1, 3, 3),
+            "tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.eos_token_id": 1, "tokenizer.ggml.eot_token_id": 5,
+            "tokenizer.ggml.eom_token_id": 6}
+    assert _ends(Keys(said), 7) == {"bos_token_id": 0, "eos_token_id": [1, 5, 6, 2, 3]}
+    for name in ("eos", "eot", "eom"):
+        with pytest.raises(ConfigError, match=rf"^tokenizer\.ggml\.{name}_token_id: got 7, want less than 7"):
+            _ends(Keys({**said, f"tokenizer.ggml.{name}_token_id": 7}), 9)
+
+
+@pytest.mark.parametrize("keys, kind", [
+    ({"rope.scaling.factor": 4.0}, "linear"), ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, "default"),
+    ({"rope.scale_linear": 4.0}, "linear"), ({}, "default")])
+def test_a_factor_without_a_type_is_linear(keys: dict[str, Any], kind: str) -> None:
+    found = rope_config(Keys(keys), 64)["rope_parameters"]
+    assert found["rope_type"] == kind and found.get("factor") == (4.0 if kind == "linear" else None)
 
 
 def test_a_type_that_is_not_read_is_named(tmp_path: Path) -> None:

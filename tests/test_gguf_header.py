@@ -17,7 +17,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from qmix.errors import CheckpointError
-from qmix.gguf import pieces
+from qmix.gguf import bounded, pieces
 from qmix.gguf.header import Header, is_gguf, open_header
 from qmix.gguf.split import check_pieces
 from qmix.tensorfile import Entry
@@ -142,6 +142,15 @@ def test_many_empty_texts_are_refused_at_once(tmp_path: Path) -> None:
     os.truncate(path, 10**8)
     with pytest.raises(CheckpointError, match=r"a\.key: an array of 10000000 values, want at most"):
         open_header(path)
+
+
+def test_all_arrays_of_a_file_have_a_limit_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = b"".join(files.parts())
+    monkeypatch.setattr(bounded, "MAX_ITEMS", 7)  # 3 texts, 2 numbers, 2 bools
+    header(tmp_path, raw)
+    monkeypatch.setattr(bounded, "MAX_ITEMS", 6)
+    with pytest.raises(CheckpointError, match=r"a\.bools: an array of 2 values, want at most 1, so that all arrays"):
+        header(tmp_path, raw)
 
 
 @hypothesis_settings(max_examples=300, deadline=None)

@@ -154,6 +154,7 @@ BPE: dict[str, Any] = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gp
     (SPM, {"model": "bert"}, "tokenizer.ggml.model: got 'bert'"),
     (SPM, {"scores": (0.0,)}, "tokenizer.ggml.scores: got 1"),
     (SPM, {"scores": (0.0, float("nan"))}, "tokenizer.ggml.scores: got"),
+    (SPM, {"scores": (0.0, -1e39)}, "tokenizer.ggml.scores: got -1e\\+39, want numbers that fp32 has"),
     (SPM, {"token_type": (2,)}, "tokenizer.ggml.token_type: got 1"),
     (SPM, {"token_type": (2, 9)}, r"tokenizer.ggml.token_type: got \[9\]"),
     (SPM, {"token_type": (1, 1)}, "tokenizer.ggml.token_type: got 0 unknown tokens"),

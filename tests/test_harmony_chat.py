@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tokenizer_qwen3 import qwen3
 from typer.testing import CliRunner
 
 from qmix.chat import savefile
+from qmix.chat.conversation import Conversation, adopted
 from qmix.chat.repl import Chat
 from qmix.chat.screen import Screen
 from qmix.cli import app
@@ -26,7 +28,7 @@ from qmix.commands import oneshot
 from qmix.config import SamplingParams
 from qmix.errors import UsageError
 from qmix.render import DIM, PLAIN
-from qmix.tokenizer import Tokenizer, load
+from qmix.tokenizer import Call, Tokenizer, load
 
 THOUGHT = f"{ANALYSIS}The fox.{NEXT}{FINAL}It is <so>.<|return|>"
 CALLED = f"{ANALYSIS}hm{NEXT}{COMMENTARY}I look.{NEXT}{CALLING}{{\"x\": 1}}<|call|>"
@@ -120,6 +122,26 @@ def test_a_tool_call_is_shown_and_said(tokenizer: Tokenizer, tmp_path: Path) -> 
     assert "the model calls a tool, weather, and waits for its result: this chat runs no tools" in err
     assert talk.chat.conversation.exchanges[0].answer == "I look."
     assert talk.say("Go on without.")[0] == "Sorry.\n"
+
+
+def test_a_call_that_the_template_refuses_is_not_shown_again(tmp_path: Path) -> None:
+    """As gpt-oss's own, which takes a text or thoughts beside a call, and not both."""
+    folder = harmony(tmp_path / "harmony")
+    path = folder / "chat_template.jinja"
+    mark = '{%- if "tool_calls" in message %}'
+    text = path.read_text()
+    assert text.count(mark) == 1
+    path.write_text(text.replace(mark, mark + "{%- if message.content and message.thinking %}{{- raise_exception("
+                                 "'Cannot pass both content and thinking') }}{%- endif %}"))
+    talk = Talking(tmp_path, Engine(load(folder), CALLED, f"{FINAL}Sorry.<|return|>", f"{CALLING}{{}}<|call|>"))
+    err = talk.say("Weather?")[1]
+    assert "the model calls a tool, weather" in err and "the chat template refuses such a call" in err
+    (exchange,) = talk.chat.conversation.exchanges
+    assert (exchange.answer, exchange.calls) == ("I look.", ()) and exchange.ids is not None
+    assert talk.say("Go on without.")[0] == "Sorry.\n"
+    assert "refuses" not in talk.say("Weather?")[1] and talk.chat.conversation.exchanges[2].calls
+    saved = Conversation("gpt-oss", None, (replace(exchange, calls=(Call("weather", "{}"),)),))
+    assert adopted(saved, "gpt-oss", talk.engine.tokenizer)[0].exchanges == (exchange,)
 
 
 def test_saved_and_continued(tokenizer: Tokenizer, tmp_path: Path) -> None:

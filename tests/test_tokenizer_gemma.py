@@ -129,6 +129,8 @@ IS_LYON = ("weather", {"place": "Lyon"})
     ('<|tool_call>call:f{a:<|"|>}, ~<tool_call|> ~<|"|> {<|"|>,b:-2.5e3,c:None,d:<|"|><|"|>,e:x y}<tool_call|>',
      [("call", 'tool call: f {"a": "}, <tool_call|> <|\\"|> {", "b": -2500.0, "c": null, "d": "", "e": "x y"}')],
      [("f", {"a": '}, <tool_call|> <|"|> {', "b": -2500, "c": None, "d": "", "e": "x y"})]),
+    ("<|tool_call>call:f{a:1e999,b:[-1e999]}<tool_call|>",
+     [("call", 'tool call: f {"a": "1e999", "b": ["-1e999"]}')], [("f", {"a": "1e999", "b": ["-1e999"]})]),
     ("<|channel>thought\n<channel|>b", [("answer", "b")], []),
     ("<|channel>thought<channel|>b", [("answer", "b")], []),
     ("<|channel>thoughts<channel|>b", [("reasoning", "thoughts"), ("answer", "b")], []),

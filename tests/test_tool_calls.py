@@ -58,7 +58,10 @@ def test_a_call_stands_behind_reasoning_and_answer(reader: Reader) -> None:
     # what is none
     ('{"name": "f"}', None), ('{"name": "", "arguments": {}}', None), ('{"name": "f", "arguments": [1]}', None),
     ('{"name": "f", "arguments": {}, "id": 3}', None), ("f", None), ('["name"]', None), ("", None), ("{", None),
-    ('{"name": "f", "arguments": {"a": NaN}}', None), ('{"name": "f", "arguments": {"a": "\\ud800"}}', None),
+    ('{"name": "f", "arguments": {"a": NaN}}', None), ('{"name": "f", "arguments": {"a": -1e999}}', None),
+    ('{"name": "f", "arguments": {"a": "' + 63 * "</tool_call>" + '"}}', ("f", '{"a": "' + 63 * "</tool_call>" + '"}')),
+    ('{"name": "f", "arguments": {"a": "' + 64 * "</tool_call>" + '"}}', None),
+    ('{"name": "f", "arguments": {"a": "\\ud800"}}', None),
     ('{"name": "f", "arguments": ' + 5000 * "[", None), ('{"name": "f", "arguments": {}} {}', None),
 ])
 def test_json(inner: str, call: Call | None) -> None:
@@ -73,6 +76,7 @@ def test_json(inner: str, call: Call | None) -> None:
         "f", '{"a": "</tool_call> <parameter="}')),
     ("<function=f>\n<parameter=a>\nTrue\n</parameter>\n<parameter=b>\nNone\n</parameter>\n</function>", (
         "f", '{"a": true, "b": null}')),
+    ("<function=f>\n<parameter=a>\n[-1e999]\n</parameter>\n</function>", ("f", '{"a": "[-1e999]"}')),
     # what is none
     ('{"name": "f", "arguments": {}}', None), ("<function=>\n</function>", None), ("<function=f\n></function>", None),
     ("<function=f>\nx</function>", None), ("<function=f>", None), ("<function=f></function>x", None),

@@ -13,8 +13,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from qmix.errors import UsageError
-from qmix.tokenizer import Call, Message, Tokenizer, ToolCall
+from qmix.errors import QmixError, UsageError
+from qmix.tokenizer import Call, Message, Request, Tokenizer, ToolCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +31,11 @@ class Exchange:
 
     @property
     def tool_calls(self) -> tuple[ToolCall, ...]:
-        """The calls that a template can show again: those whose arguments are a JSON object."""
-        return tuple(ToolCall(call.name, arguments) for call in self.calls
-                     if (arguments := _object(call.arguments)) is not None)
+        """The calls, as a template shows them again; none where the arguments of one are no JSON object: the model
+        would see that it called some of the tools that it called."""
+        found = [(call.name, _object(call.arguments)) for call in self.calls]
+        shown = tuple(ToolCall(name, arguments) for name, arguments in found if arguments is not None)
+        return shown if len(shown) == len(found) else ()
 
     @property
     def message(self) -> Message:
@@ -89,7 +91,8 @@ def _object(text: str) -> dict[str, object] | None:
 def adopted(conversation: Conversation, model: str, tokenizer: Tokenizer) -> tuple[Conversation, int]:
     """A saved conversation made this model's own, and how many answers will be encoded from their text:
     all of another model's, and those whose ids do not say their text (another vocabulary under the same
-    name). Calls stay only where the model is the same: another one's template may refuse calls without results."""
+    name). Calls stay only where the model is the same and its template takes them: some refuse calls without
+    results."""
     kept = []
     for exchange in conversation.exchanges:
         same = conversation.model == model and exchange.ids is not None and \
@@ -97,7 +100,25 @@ def adopted(conversation: Conversation, model: str, tokenizer: Tokenizer) -> tup
         calls = exchange.calls if conversation.model == model and tokenizer.takes_tools else ()
         kept.append(replace(exchange, ids=exchange.ids if same else None, calls=calls))
     lost = sum(e.ids is None for e in kept)
-    return replace(conversation, model=model, exchanges=tuple(kept)), lost
+    own = replace(conversation, model=model, exchanges=tuple(kept))
+    without = replace(own, exchanges=tuple(replace(e, calls=()) for e in kept))
+    return without if refuses_calls(own, without, tokenizer) else own, lost
+
+
+def refuses_calls(conversation: Conversation, without: Conversation, tokenizer: Tokenizer,
+                  request: Request | None = None) -> bool:
+    """Whether the chat format takes no further question after `conversation`, but takes one after the same without
+    some calls: those would be in the way of every question to come."""
+    return conversation != without and not _takes(conversation, tokenizer, request) and _takes(
+        without, tokenizer, request)
+
+
+def _takes(conversation: Conversation, tokenizer: Tokenizer, request: Request | None) -> bool:
+    try:
+        tokenizer.prompt(conversation.messages("-"), request=request)
+    except QmixError:
+        return False
+    return True
 
 
 def says(ids: Sequence[int], text: str, tokenizer: Tokenizer) -> bool:

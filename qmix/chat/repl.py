@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 from qmix.chat import commands, keyboard, parameters, statline
 from qmix.chat.answer import Answer, respond
-from qmix.chat.conversation import Conversation, Exchange, adopted
+from qmix.chat.conversation import Conversation, Exchange, adopted, refuses_calls
 from qmix.chat.prompt import Prompt, open_prompt
 from qmix.chat.savefile import Autosave
 from qmix.chat.screen import Screen
@@ -202,14 +202,19 @@ class Chat:
                 "the question is not in the conversation (Up brings it back)"
             self.screen.dim(f"{self._ending(answer)} before the answer began: {kept}")
             return
-        self.conversation = base.plus(Exchange(question, answer.text, answer.ids, answer.reasoning,
-                                                   answer.calls))
+        exchange = Exchange(question, answer.text, answer.ids, answer.reasoning, answer.calls)
+        without = base.plus(replace(exchange, calls=()))
+        refused = refuses_calls(base.plus(exchange), without, self.engine.tokenizer, self.request)
+        self.conversation = without if refused else base.plus(exchange)
         self.figures = statline.Figures(answer.timings, self.session.length, self.session.context, self.seed,
                                         self._ending(answer))
         self.autosave_now()
         if answer.calls:
             names = ", ".join(call.name for call in answer.calls)
             self.screen.dim(f"(the model calls a tool, {names}, and waits for its result: this chat runs no tools)")
+            if refused:
+                self.screen.dim("(the chat template refuses such a call before a question: the model is not shown it "
+                                "again)")
         elif not answer.text:
             self.screen.dim("(the model ended its answer at once)" if answer.reasoning is None else
                             "(thoughts, and no answer)")

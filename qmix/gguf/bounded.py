@@ -18,7 +18,7 @@ from qmix.tensorfile import DAMAGED
 
 WINDOW = 2**20
 MAX_HEADER = 256 * 2**20  # a vocabulary of 262,144 tokens with its merges takes 16 MB
-MAX_ITEMS = 4 * 2**20  # of an array; the largest real one has half a million
+MAX_ITEMS = 4 * 2**20  # of all arrays of a file, each of which costs some 60 bytes; real ones have 1.5 million
 # What a value's type is called, and how struct reads one; arrays and strings are read here.
 SCALARS = {0: ("uint8", "B"), 1: ("int8", "b"), 2: ("uint16", "H"), 3: ("int16", "h"), 4: ("uint32", "I"),
            5: ("int32", "i"), 6: ("float32", "f"), 7: ("bool", "B"), 10: ("uint64", "Q"), 11: ("int64", "q"),
@@ -36,6 +36,7 @@ class Reader:
         self._fd = fd
         self._window = b""
         self._begin = 0  # of the window
+        self._items = 0  # of the arrays read
 
     def fail(self, what: str, problem: str, cure: str = DAMAGED) -> NoReturn:
         raise CheckpointError(f"{self.path}: {what}: {problem}", cure)
@@ -89,9 +90,12 @@ class Reader:
             self.fail(key, "an array of arrays, which no model needs")
         item = self._item(kind, key)
         least = 8 if kind == STRING else struct.calcsize(SCALARS[kind][1])
-        if count > MAX_ITEMS or count * least > self.size - self.position:
+        room = MAX_ITEMS - self._items
+        if count > room or count * least > self.size - self.position:
             self.fail(key, f"an array of {count} values, with {self.size - self.position} bytes of the file left"
-                      if count <= MAX_ITEMS else f"an array of {count} values, want at most {MAX_ITEMS}")
+                      if count <= room else f"an array of {count} values, want at most {room}, so that all arrays of "
+                      f"the file have at most {MAX_ITEMS}")
+        self._items += count
         if kind in (STRING, BOOL):
             return tuple(item() for _ in range(count))
         return struct.unpack(f"<{count}{SCALARS[kind][1]}", self.take(count * least, key))

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, Protocol, cast
 
 from qmix.errors import ConfigError
+from qmix.gguf.vocabulary import CONTROL
 from qmix.models.gguf import EMBEDDING, WITH_EXPERTS, Shapes
 from qmix.models.keys import Keys
 from qmix.models.registry import ARCHITECTURES
@@ -19,6 +20,8 @@ from qmix.models.source import Layout
 from qmix.spec import Model
 
 UNIFORM = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")  # also written layer by layer
+# Control tokens that end an answer whatever a file says of them, as llama.cpp takes them.
+ENDS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>")
 # Keys that change nothing: labels, and what the tensors say too.
 HARMLESS = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "pooling_type")
 
@@ -59,7 +62,7 @@ def gguf_config(metadata: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
         keys.finish()
     except ConfigError as e:
         raise ConfigError(e.message, "qmix would compute the model otherwise than the file says") from None
-    return {**config, **_ends(general)}
+    return {**config, **_ends(general, shapes[EMBEDDING][0])}
 
 
 def gguf_layouts(model: Model) -> tuple[Layout, ...]:
@@ -90,9 +93,21 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _ends(general: Keys) -> dict[str, Any]:
-    """The ids that begin and end a text."""
+def _ends(general: Keys, rows: int) -> dict[str, Any]:
+    """The ids that begin and end a text. rows: of the embedding."""
     prefix = "tokenizer.ggml."
-    found = {key: general.token_ids(f"{prefix}{key}_token_id") for key in ("bos", "eos", "eot")}
-    return {"bos_token_id": next(iter(found["bos"]), None),
-            "eos_token_id": [*dict.fromkeys((*found["eos"], *found["eot"]))] or None}
+    tokens, kinds = (_tuple(general.get(f"{prefix}{key}", None)) for key in ("tokens", "token_type"))
+    count = min(rows, len(tokens)) if tokens else rows
+    found = {}
+    for name in ("bos", "eos", "eot", "eom"):
+        key = f"{prefix}{name}_token_id"
+        found[name] = general.token_ids(key)
+        general.want(all(i < count for i in found[name]), key, max(found[name], default=None),
+                     f"less than {count}, the tokens")
+    known = [i for i, (text, kind) in enumerate(zip(tokens, kinds, strict=False)) if kind == CONTROL and text in ENDS]
+    ends = (*found["eos"], *found["eot"], *found["eom"], *(i for i in known if i < count))
+    return {"bos_token_id": next(iter(found["bos"]), None), "eos_token_id": [*dict.fromkeys(ends)] or None}
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else ()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from qmix.errors import CheckpointError
@@ -30,6 +31,13 @@ def pieces(path: Path) -> list[Path]:
     if absent:
         raise CheckpointError(f"{absent[0]}: missing ({len(absent)} of {count} files)", REFETCH)
     return found
+
+
+def of_split(header: Header) -> Header:
+    """A header with no other metadata than `check_pieces` reads: many files must not cost the memory of as many
+    vocabularies."""
+    return replace(header, metadata={key: header.metadata[key] for key in (NUMBER, COUNT, TENSORS)
+                                     if key in header.metadata})
 
 
 def check_pieces(paths: Sequence[Path], headers: Sequence[Header]) -> None:

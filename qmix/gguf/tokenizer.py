@@ -30,6 +30,7 @@ from qmix.models import Keys
 PREFIX = "tokenizer.ggml."
 MODEL = f"{PREFIX}model"
 TEMPLATE = "tokenizer.chat_template"
+LARGEST = (2 - 2**-23) * 2.0**127  # number of fp32
 # Roles of tokens in tokenizer_config.json, and in GGUF's keys.
 ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
 
@@ -79,6 +80,8 @@ def _flag(keys: Keys, name: str) -> bool | None:
 def _scores(keys: Keys, vocabulary: Vocabulary) -> tuple[float, ...]:
     scores, count = keys.numbers(f"{PREFIX}scores"), len(vocabulary.texts)
     keys.want(len(scores) == count, f"{PREFIX}scores", len(scores), f"{count}, as many as tokens")
+    most = max(scores, key=abs, default=0.0)
+    keys.want(abs(most) <= LARGEST, f"{PREFIX}scores", most, "numbers that fp32 has")
     return scores
 
 

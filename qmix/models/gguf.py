@@ -6,6 +6,7 @@ E experts, F expert inner, H hidden.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,8 @@ NAMES = {  # behind "blk.N."
     "router.weight": "ffn_gate_inp.weight", "router.logit_bias": "ffn_gate_inp.bias",
     "router.choice_bias": "exp_probs_b.bias"}
 LATE_NORM = {**NAMES, "before_mlp": "post_attention_norm.weight"}  # what GLM and gpt-oss call the same norm
+FUSED = re.compile(r"blk\.\d+\.ffn_\w+_exps\.weight")  # all experts of a layer in one tensor
+SINGLE = re.compile(r"blk\.\d+\.ffn_\w+\.(\d+)\.weight")
 WITH_EXPERTS = " with experts"  # llama.cpp calls Mixtral llama
 
 
@@ -47,9 +50,13 @@ def base_config(keys: Keys, shapes: Shapes) -> dict[str, Any]:
             "tie_word_embeddings": HEAD not in shapes}
 
 
-def expert_counts(keys: Keys, experts: str) -> dict[str, int]:
-    """experts: config.json's name of their number."""
-    return {experts: keys.count("expert_count", most=MOST_EXPERTS),
+def expert_counts(keys: Keys, experts: str, shapes: Shapes) -> dict[str, int]:
+    """experts: config.json's name of their number. It must be that of the tensors: a layout has entries for each."""
+    count = keys.count("expert_count", most=MOST_EXPERTS)
+    fused = next((name for name in shapes if FUSED.fullmatch(name)), None)
+    there = shapes[fused][0] if fused else len({found[1] for name in shapes if (found := SINGLE.fullmatch(name))})
+    keys.want(count == there, "expert_count", count, f"{there}, the experts of {fused or 'blk.N.ffn_up.N.weight'}")
+    return {experts: count,
             "num_experts_per_tok": keys.count("expert_used_count", most=MOST_EXPERTS)}
 
 
@@ -59,7 +66,8 @@ def rope_config(keys: Keys, rotated: int, **further: Any) -> dict[str, Any]:
     keys.want(dim == rotated, "rope.dimension_count", dim, f"{rotated}")
     found: dict[str, Any] = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base", 10000.0, above=0)}
     old = keys.number("rope.scale_linear", None, above=0)
-    kind = keys.text("rope.scaling.type", "none", "linear", "yarn", default="linear" if old else "none")
+    kind = keys.text("rope.scaling.type", "none", "linear", "yarn",
+                     default="linear" if old or "rope.scaling.factor" in keys else "none")  # as llama.cpp has it
     for name in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor"):
         keys.fixed(f"rope.scaling.{name}", 1, *((-1,) if name == "yarn_ext_factor" else ()))
     if kind == "none":

@@ -96,7 +96,7 @@ def gguf_config(keys: Keys, shapes: Shapes) -> dict[str, Any]:
             "num_hidden_layers": found["num_hidden_layers"] - mtp, "num_nextn_predict_layers": mtp,
             "intermediate_size": keys.count("feed_forward_length"),
             "moe_intermediate_size": keys.count("expert_feed_forward_length"),
-            **expert_counts(keys, "n_routed_experts"), "n_shared_experts": keys.count("expert_shared_count", 1),
+            **expert_counts(keys, "n_routed_experts", shapes), "n_shared_experts": keys.count("expert_shared_count", 1),
             "first_k_dense_replace": keys.count("leading_dense_block_count", 1, least=0),
             "n_group": keys.count("expert_group_count", 1), "topk_group": keys.count("expert_group_used_count", 1),
             "norm_topk_prob": keys.boolean("expert_weights_norm", True),

@@ -94,7 +94,8 @@ def gguf_config(keys: Keys, shapes: Shapes) -> dict[str, Any]:
     found = base_config(keys, shapes)
     keys.harmless("feed_forward_length")
     return {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], **found,
-            "intermediate_size": keys.count("expert_feed_forward_length"), **expert_counts(keys, "num_local_experts"),
+            "intermediate_size": keys.count("expert_feed_forward_length"),
+            **expert_counts(keys, "num_local_experts", shapes),
             "sliding_window": keys.count("attention.sliding_window"), "attention_bias": has_biases(shapes),
             "layer_types": [(SLIDING, FULL)[i % 2] for i in range(found["num_hidden_layers"])],
             "swiglu_limit": 7.0, **rope_config(keys, found["head_dim"], truncate=False)}

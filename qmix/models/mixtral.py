@@ -56,7 +56,7 @@ def layouts(model: Model) -> tuple[Layout, ...]:
 def gguf_config(keys: Keys, shapes: Shapes) -> dict[str, Any]:
     found = base_config(keys, shapes)
     return {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], **found,
-            "intermediate_size": keys.count("feed_forward_length"), **expert_counts(keys, "num_local_experts"),
+            "intermediate_size": keys.count("feed_forward_length"), **expert_counts(keys, "num_local_experts", shapes),
             **rope_config(keys, found["head_dim"]), "sliding_window": keys.integer("attention.sliding_window", None)}
 
 

@@ -57,7 +57,7 @@ def layouts(model: Model) -> tuple[Layout, ...]:
 def gguf_config(keys: Keys, shapes: Shapes) -> dict[str, Any]:
     found = base_config(keys, shapes)
     return {"model_type": "olmoe", "architectures": ["OlmoeForCausalLM"], **found,
-            "intermediate_size": keys.count("feed_forward_length"), **expert_counts(keys, "num_experts"),
+            "intermediate_size": keys.count("feed_forward_length"), **expert_counts(keys, "num_experts", shapes),
             **rope_config(keys, found["head_dim"]), "norm_topk_prob": False,
             "clip_qkv": keys.number("attention.clamp_kqv", None, above=0)}
 

@@ -69,8 +69,8 @@ def gguf_config(keys: Keys, shapes: Shapes) -> dict[str, Any]:
     keys.fixed("expert_weights_norm", True)  # what llama.cpp computes; no published model has it otherwise
     return {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], **found,
             "intermediate_size": keys.count("feed_forward_length", inner), "moe_intermediate_size": inner,
-            **expert_counts(keys, "num_experts"), **rope_config(keys, found["head_dim"]), "norm_topk_prob": True,
-            "attention_bias": has_biases(shapes)}
+            **expert_counts(keys, "num_experts", shapes), **rope_config(keys, found["head_dim"]),
+            "norm_topk_prob": True, "attention_bias": has_biases(shapes)}
 
 
 def gguf_layouts(model: Model) -> tuple[Layout, ...]:

@@ -146,11 +146,11 @@ def _tail(text: str) -> int:
 
 
 def value_of(text: str) -> Any:
-    """A value as JSON, a text where it is none. NaN and Infinity, which Python takes for JSON, are texts, and so is
-    what spells half a character."""
+    """A value as JSON, a text where it is none. NaN and Infinity, which Python takes for JSON, are texts, and so are
+    1e999, which it takes for Infinity, and what spells half a character."""
     try:
         found = json.loads(text, parse_constant=_refuse)
-        json.dumps(found, ensure_ascii=False).encode()
+        json.dumps(found, ensure_ascii=False, allow_nan=False).encode()
         return found
     except (ValueError, RecursionError):
         return text

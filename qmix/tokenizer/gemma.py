@@ -208,10 +208,10 @@ class _Reading:
         arguments = self._value(0)
         if self._text[self._at:].strip() or not isinstance(arguments, dict):
             raise _NoCall
-        written = json.dumps(arguments, ensure_ascii=False)
         try:
+            written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
             written.encode()
-        except UnicodeEncodeError:  # half a character
+        except ValueError:  # no number of JSON, or half a character
             raise _NoCall from None
         return Call(name, written)
 
@@ -277,7 +277,9 @@ def _bare(text: str) -> Any:
     if text == "None":
         return None
     try:
-        return json.loads(text, parse_constant=_refuse)
+        found = json.loads(text, parse_constant=_refuse)
+        json.dumps(found, allow_nan=False)  # 1e999, which Python takes for Infinity
+        return found
     except (ValueError, RecursionError):
         return text
 

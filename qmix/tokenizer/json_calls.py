@@ -17,6 +17,7 @@ from typing import Any
 from qmix.tokenizer.calls import BEGIN, END, CallParser, NoCall, TextArguments
 from qmix.tokenizer.parts import AnswerFormat, Call
 
+MOST_TAGS = 64  # closing tags within a call: the text is read again at each
 MARKS = (BEGIN, END, '"name"', '"arguments"')
 
 
@@ -28,11 +29,13 @@ def json_format(templates: str) -> AnswerFormat | None:
 
 @dataclass(slots=True)
 class JsonCall:
-    """A CallReader. found: the call; searched: where the search for the closing tag goes on."""
+    """A CallReader. found: the call; searched: where the search for the closing tag goes on; tags: those that were
+    text."""
 
     at: int
     found: Call | None = None
     searched: int = 0
+    tags: int = 0
 
     def read(self, text: str) -> bool:
         start = self.at
@@ -45,6 +48,9 @@ class JsonCall:
             if (value := _parsed(text[start:end])) is not None:
                 self.found, self.at = _call(value), self.searched
                 return True
+            self.tags += 1
+            if self.tags == MOST_TAGS:
+                raise NoCall
         self.searched = max(self.searched, self.at, len(text) - len(END) + 1)
         return False
 
@@ -76,9 +82,10 @@ def _call(value: Any) -> Call:
     name, arguments = value["name"], value["arguments"]
     if not isinstance(name, str) or not name or not isinstance(arguments, dict | str):
         raise NoCall
-    call = Call(name, arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False))
     try:
+        call = Call(name, arguments if isinstance(arguments, str) else
+                    json.dumps(arguments, ensure_ascii=False, allow_nan=False))
         "".join(call).encode()
-    except UnicodeEncodeError:  # JSON that spells half a character
+    except ValueError:  # 1e999, which Python takes for Infinity; or JSON that spells half a character
         raise NoCall from None
     return call
