@@ -286,6 +286,40 @@ def test_drafts_of_a_recurrent_state_are_taken_back() -> None:
                                         Step("decode", cancel=cancel))
 
 
+class Sessions:
+    """Of recurrent states, each Op by Op and on a device, which have to agree to the bit."""
+
+    def __init__(self, device: StandIn, prompts: list[int]):
+        self.pair = Pair(SPECS["delta nets"], device, True, False, "bf16")
+        self.caches = [[one.new_cache(64) for _ in prompts] for one in (self.pair.eager, self.pair.runner)]
+        self.give([IDS[:count] for count in prompts], "prefill")
+
+    def give(self, tokens: list[list[int]], phase: str = "decode", first: int = 0) -> None:
+        """To the sessions from `first` on."""
+        mine, theirs = (caches[first:first + len(tokens)] for caches in self.caches)
+        step = Step(phase, tuple(i for i, part in enumerate(tokens) for _ in part))
+        given = torch.tensor([token for part in tokens for token in part])
+        positions = torch.cat([torch.arange(cache.length, cache.length + len(part))
+                               for cache, part in zip(theirs, tokens, strict=True)])
+        want = self.pair.eager.forward(given, mine, step, all_logits=True)
+        assert torch.equal(self.pair.runner.forward(given, positions, theirs, step, all_logits=True), want)
+
+    def trim(self, session: int, length: int) -> None:
+        for caches in self.caches:
+            caches[session].trim(length)
+
+
+def test_all_drafts_are_taken_back_and_then_others() -> None:
+    """The state before them is of the side that the next pass writes."""
+    with closing(StandIn()) as device:
+        sessions = Sessions(device, [9])
+        sessions.give([[5]])
+        for length, ids in ((10, [6, 7, 8]), (12, [6, 17, 18, 19]), (12, [1, 2])):
+            sessions.give([ids])
+            sessions.trim(0, length)
+        sessions.give([[4]])
+
+
 @pytest.mark.parametrize("name", ["long rope", "other heads", "qwen3_moe", "sinks", "a cap and a scale"])
 def test_int8_keys_and_values(name: str) -> None:
     """A prompt decodes keys to the compute dtype, a token of a device attends to its codes as the eager runner does."""

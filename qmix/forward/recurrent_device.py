@@ -31,6 +31,19 @@ class PlacedRecurrence(Recurrence):
             self.pair[side].copy_(self.now)
             self.now = self.pair[side]
 
+    def retrace(self, count: int) -> None:
+        super().retrace(count)
+        self._leave()
+
+    def set(self, now: Tensor) -> None:
+        super().set(now)
+        self._leave()
+
+    def _leave(self) -> None:
+        """The tensor may be of the side that the next pass writes, and has to outlast it."""
+        if self.now.untyped_storage().data_ptr() == self.pair.untyped_storage().data_ptr():
+            self.now = self.now.clone()
+
     def passed(self, side: int, compute: Advance, inputs: tuple[Tensor, ...]) -> None:
         """It wrote this side, of these inputs, which stay until the next pass."""
         self.now = self.pair[side]
