@@ -28,11 +28,13 @@ from qmix.forward.lower_device import not_on_device
 from qmix.forward.run_eager import Eager, Guesses, program_of
 from qmix.forward.run_graph import DeviceDecode
 from qmix.forward.runner import Runner
+from qmix.forward.snapshots import TAIL
 from qmix.forward.weights import PACKED, KernelWeights, assemble
 from qmix.kernels import ops, torch_ops
 from qmix.kernels.device_ops import TorchDeviceOps
 from qmix.kernels.kv_size import placed_bytes
 from qmix.kernels.layer import TORCH
+from qmix.kernels.op import FEW
 from qmix.kernels.table import KernelTable, select
 from qmix.kernels.torch_ops import PlainWeights
 from qmix.models import read_model
@@ -294,14 +296,18 @@ class Sessions:
         self.caches = [[one.new_cache(64) for _ in prompts] for one in (self.pair.eager, self.pair.runner)]
         self.give([IDS[:count] for count in prompts], "prefill")
 
-    def give(self, tokens: list[list[int]], phase: str = "decode", first: int = 0) -> None:
-        """To the sessions from `first` on."""
-        mine, theirs = (caches[first:first + len(tokens)] for caches in self.caches)
+    def give(self, tokens: list[list[int]], phase: str = "decode") -> None:
+        """More than FEW are given to the sessions Op by Op one after another, as many at a time as a device takes."""
+        mine, theirs = self.caches
         step = Step(phase, tuple(i for i, part in enumerate(tokens) for _ in part))
         given = torch.tensor([token for part in tokens for token in part])
         positions = torch.cat([torch.arange(cache.length, cache.length + len(part))
                                for cache, part in zip(theirs, tokens, strict=True)])
-        want = self.pair.eager.forward(given, mine, step, all_logits=True)
+        if phase == "decode" and len(given) > FEW:
+            want = torch.cat([self.pair.eager.forward(piece, [cache], Step(phase), all_logits=True) for cache, part in
+                              zip(mine, tokens, strict=True) for piece in torch.tensor(part).split(FEW)])
+        else:
+            want = self.pair.eager.forward(given, mine, step, all_logits=True)
         assert torch.equal(self.pair.runner.forward(given, positions, theirs, step, all_logits=True), want)
 
     def trim(self, session: int, length: int) -> None:
@@ -318,6 +324,53 @@ def test_all_drafts_are_taken_back_and_then_others() -> None:
             sessions.give([ids])
             sessions.trim(0, length)
         sessions.give([[4]])
+
+
+def test_more_than_few_tokens_of_recurrent_sessions() -> None:
+    """Those of one stay together, and its drafts can be taken back; of a session with many there is a snapshot."""
+    with closing(StandIn()) as device:
+        sessions = Sessions(device, [9, 4])
+        sessions.give([IDS[:5], IDS[5:11]])
+        sessions.trim(0, 11)
+        sessions.trim(1, 7)
+        sessions.give([[5], [6]])
+        sessions.give([IDS[:3], IDS[9:33]])
+        sessions.trim(0, 14)
+        mine, theirs = (caches[1] for caches in sessions.caches)
+        assert theirs.rewind(31) == 8 + 24 - TAIL
+        mine.trim(0)
+        for part, phase in ((IDS[:4], "prefill"), (IDS[5:8], "decode"), ([6], "decode"), (IDS[9:17], "decode")):
+            sessions.pair.eager.forward(torch.tensor(part), [mine], Step(phase))
+        sessions.give([[7, 8], [9]])
+
+
+def test_a_pass_that_fails_in_a_later_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or when all are through."""
+    with closing(StandIn()) as device:
+        sessions = Sessions(device, [9, 4])
+        theirs, runner = sessions.caches[1], sessions.pair.runner
+        decode = runner._decode
+        assert decode is not None
+        for count in (6, 24):
+            sessions.give([[5], [6]])
+            given = torch.tensor(IDS[:5 + count])
+            positions = torch.cat([torch.arange(cache.length, cache.length + more)
+                                   for cache, more in zip(theirs, (5, count), strict=True)])
+            for fails, error in (("end", ZeroDivisionError), ("decode", Interrupted)):
+                step = Step("decode", (0,) * 5 + (1,) * count)
+
+                def cancelled(*what: Any, step: Step = step) -> Tensor:
+                    found = decode(*what)
+                    step.cancel.set()
+                    return found
+
+                with monkeypatch.context() as patch, pytest.raises(error):
+                    if fails == "end":
+                        patch.setattr(theirs[1], "end", lambda: 1 / 0)
+                    else:
+                        patch.setattr(runner, "_decode", cancelled)
+                    runner.forward(given, positions, theirs, step)
+            sessions.give([[7, 8], [9]])
 
 
 @pytest.mark.parametrize("name", ["long rope", "other heads", "qwen3_moe", "sinks", "a cap and a scale"])
