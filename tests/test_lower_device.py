@@ -61,6 +61,7 @@ IDS = torch.randint(0, 96, (40,), generator=torch.Generator().manual_seed(2)).to
 NORM, BARE, PLUS = Norm(1e-5), Norm(1e-5, "none"), Norm(1e-5, "one_plus")
 PLAIN = Attention(4, 2, 8, Rope(1e4, 8))
 LONG = Rope(1e4, 8, LongRope(32, (1.0, 1.5, 2.0, 3.0), (2.0, 4.0, 8.0, 9.0), factor=4.0))
+NET = DeltaNet(2, 4, 8, 6, 3, NORM)
 MOE = Moe(Router(6, 2), Expert(16))
 LAYER = Layer(PLAIN, MOE, Norms(NORM, NORM))
 
@@ -106,8 +107,12 @@ SPECS: dict[str, Model] = {
     "a dense MLP beside": model_of(*[Layer(PLAIN, replace(MOE, routed=Branch(PLUS, NORM), beside=(
         Mlp(24, CLAMPED), Branch(NORM, PLUS)), shared=Mlp(8)), Norms(NORM, NORM, None, NORM))] * 2, Layer(
         PLAIN, Mlp(16, GEGLU), Norms(NORM, NORM))),
-    "delta nets": model_of(*[replace(LAYER, mixer=DeltaNet(2, 4, 8, 6, 3, NORM))] * 2, LAYER,
+    "delta nets": model_of(*[replace(LAYER, mixer=NET)] * 2, LAYER,
                            replace(LAYER, mixer=DeltaNet(2, 2, 8, 8, 4, NORM))),
+    "attention and a delta net between two experts": model_of(
+        *[Layer(net, mlp, Norms(NORM, NORM)) for mlp in (Mlp(24), MOE) for net in (PLAIN, NET)], LAYER),
+    "a delta net and attention between two experts": model_of(
+        *[Layer(net, mlp, Norms(NORM, NORM)) for mlp in (Mlp(24), MOE) for net in (NET, PLAIN)], LAYER),
     "capped logits": model_of(LAYER, LAYER, logit_softcap=2.0),
     "a router with an input of its own": model_of(*[replace(LAYER, mlp=replace(MOE, router=Router(
         6, 2, input="residual", input_norm=BARE, input_scale=True, input_factor=0.2)))] * 2),
