@@ -28,11 +28,13 @@ from qmix.forward.lower_device import not_on_device
 from qmix.forward.run_eager import Eager, Guesses, program_of
 from qmix.forward.run_graph import DeviceDecode
 from qmix.forward.runner import Runner
+from qmix.forward.snapshots import TAIL
 from qmix.forward.weights import PACKED, KernelWeights, assemble
 from qmix.kernels import ops, torch_ops
 from qmix.kernels.device_ops import TorchDeviceOps
 from qmix.kernels.kv_size import placed_bytes
 from qmix.kernels.layer import TORCH
+from qmix.kernels.op import FEW
 from qmix.kernels.table import KernelTable, select
 from qmix.kernels.torch_ops import PlainWeights
 from qmix.models import read_model
@@ -59,6 +61,7 @@ IDS = torch.randint(0, 96, (40,), generator=torch.Generator().manual_seed(2)).to
 NORM, BARE, PLUS = Norm(1e-5), Norm(1e-5, "none"), Norm(1e-5, "one_plus")
 PLAIN = Attention(4, 2, 8, Rope(1e4, 8))
 LONG = Rope(1e4, 8, LongRope(32, (1.0, 1.5, 2.0, 3.0), (2.0, 4.0, 8.0, 9.0), factor=4.0))
+NET = DeltaNet(2, 4, 8, 6, 3, NORM)
 MOE = Moe(Router(6, 2), Expert(16))
 LAYER = Layer(PLAIN, MOE, Norms(NORM, NORM))
 
@@ -104,8 +107,12 @@ SPECS: dict[str, Model] = {
     "a dense MLP beside": model_of(*[Layer(PLAIN, replace(MOE, routed=Branch(PLUS, NORM), beside=(
         Mlp(24, CLAMPED), Branch(NORM, PLUS)), shared=Mlp(8)), Norms(NORM, NORM, None, NORM))] * 2, Layer(
         PLAIN, Mlp(16, GEGLU), Norms(NORM, NORM))),
-    "delta nets": model_of(*[replace(LAYER, mixer=DeltaNet(2, 4, 8, 6, 3, NORM))] * 2, LAYER,
+    "delta nets": model_of(*[replace(LAYER, mixer=NET)] * 2, LAYER,
                            replace(LAYER, mixer=DeltaNet(2, 2, 8, 8, 4, NORM))),
+    "attention and a delta net between two experts": model_of(
+        *[Layer(net, mlp, Norms(NORM, NORM)) for mlp in (Mlp(24), MOE) for net in (PLAIN, NET)], LAYER),
+    "a delta net and attention between two experts": model_of(
+        *[Layer(net, mlp, Norms(NORM, NORM)) for mlp in (Mlp(24), MOE) for net in (NET, PLAIN)], LAYER),
     "capped logits": model_of(LAYER, LAYER, logit_softcap=2.0),
     "a router with an input of its own": model_of(*[replace(LAYER, mlp=replace(MOE, router=Router(
         6, 2, input="residual", input_norm=BARE, input_scale=True, input_factor=0.2)))] * 2),
@@ -284,6 +291,91 @@ def test_drafts_of_a_recurrent_state_are_taken_back() -> None:
                 with pytest.raises(Interrupted):
                     pair.runner.forward(torch.tensor([6]), torch.tensor([caches[1].length]), caches[1:],
                                         Step("decode", cancel=cancel))
+
+
+class Sessions:
+    """Of recurrent states, each Op by Op and on a device, which have to agree to the bit."""
+
+    def __init__(self, device: StandIn, prompts: list[int]):
+        self.pair = Pair(SPECS["delta nets"], device, True, False, "bf16")
+        self.caches = [[one.new_cache(64) for _ in prompts] for one in (self.pair.eager, self.pair.runner)]
+        self.give([IDS[:count] for count in prompts], "prefill")
+
+    def give(self, tokens: list[list[int]], phase: str = "decode") -> None:
+        """More than FEW are given to the sessions Op by Op one after another, as many at a time as a device takes."""
+        mine, theirs = self.caches
+        step = Step(phase, tuple(i for i, part in enumerate(tokens) for _ in part))
+        given = torch.tensor([token for part in tokens for token in part])
+        positions = torch.cat([torch.arange(cache.length, cache.length + len(part))
+                               for cache, part in zip(theirs, tokens, strict=True)])
+        if phase == "decode" and len(given) > FEW:
+            want = torch.cat([self.pair.eager.forward(piece, [cache], Step(phase), all_logits=True) for cache, part in
+                              zip(mine, tokens, strict=True) for piece in torch.tensor(part).split(FEW)])
+        else:
+            want = self.pair.eager.forward(given, mine, step, all_logits=True)
+        assert torch.equal(self.pair.runner.forward(given, positions, theirs, step, all_logits=True), want)
+
+    def trim(self, session: int, length: int) -> None:
+        for caches in self.caches:
+            caches[session].trim(length)
+
+
+def test_all_drafts_are_taken_back_and_then_others() -> None:
+    """The state before them is of the side that the next pass writes."""
+    with closing(StandIn()) as device:
+        sessions = Sessions(device, [9])
+        sessions.give([[5]])
+        for length, ids in ((10, [6, 7, 8]), (12, [6, 17, 18, 19]), (12, [1, 2])):
+            sessions.give([ids])
+            sessions.trim(0, length)
+        sessions.give([[4]])
+
+
+def test_more_than_few_tokens_of_recurrent_sessions() -> None:
+    """Those of one stay together, and its drafts can be taken back; of a session with many there is a snapshot."""
+    with closing(StandIn()) as device:
+        sessions = Sessions(device, [9, 4])
+        sessions.give([IDS[:5], IDS[5:11]])
+        sessions.trim(0, 11)
+        sessions.trim(1, 7)
+        sessions.give([[5], [6]])
+        sessions.give([IDS[:3], IDS[9:33]])
+        sessions.trim(0, 14)
+        mine, theirs = (caches[1] for caches in sessions.caches)
+        assert theirs.rewind(31) == 8 + 24 - TAIL
+        mine.trim(0)
+        for part, phase in ((IDS[:4], "prefill"), (IDS[5:8], "decode"), ([6], "decode"), (IDS[9:17], "decode")):
+            sessions.pair.eager.forward(torch.tensor(part), [mine], Step(phase))
+        sessions.give([[7, 8], [9]])
+
+
+def test_a_pass_that_fails_in_a_later_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or when all are through."""
+    with closing(StandIn()) as device:
+        sessions = Sessions(device, [9, 4])
+        theirs, runner = sessions.caches[1], sessions.pair.runner
+        decode = runner._decode
+        assert decode is not None
+        for count in (6, 24):
+            sessions.give([[5], [6]])
+            given = torch.tensor(IDS[:5 + count])
+            positions = torch.cat([torch.arange(cache.length, cache.length + more)
+                                   for cache, more in zip(theirs, (5, count), strict=True)])
+            for fails, error in (("end", ZeroDivisionError), ("decode", Interrupted)):
+                step = Step("decode", (0,) * 5 + (1,) * count)
+
+                def cancelled(*what: Any, step: Step = step) -> Tensor:
+                    found = decode(*what)
+                    step.cancel.set()
+                    return found
+
+                with monkeypatch.context() as patch, pytest.raises(error):
+                    if fails == "end":
+                        patch.setattr(theirs[1], "end", lambda: 1 / 0)
+                    else:
+                        patch.setattr(runner, "_decode", cancelled)
+                    runner.forward(given, positions, theirs, step)
+            sessions.give([[7, 8], [9]])
 
 
 @pytest.mark.parametrize("name", ["long rope", "other heads", "qwen3_moe", "sinks", "a cap and a scale"])

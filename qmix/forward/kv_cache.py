@@ -82,7 +82,7 @@ class SessionCache:
         self._states = [layer for layer in self.layers if isinstance(layer, WindowLayer | RecurrentLayer)]
         self._recurrent = [layer for layer in self.layers if isinstance(layer, RecurrentLayer)]
         self._kept = Snapshots()
-        self._marks: Sequence[int] = ()  # lengths within a pass of which snapshots will be kept
+        self.marks: Sequence[int] = ()  # lengths within a pass of which snapshots will be kept
         # A ring has no state of an earlier position of a pass.
         self._keeps = bool(self._recurrent) and len(self._recurrent) == len(self._states)
         self.side = torch.zeros(1, dtype=torch.int32, device=device)  # of placed layers: which one a pass reads
@@ -181,9 +181,9 @@ class SessionCache:
     def begin(self, count: int) -> Snapshot:
         """To be called before `count` tokens are appended: what `rollback` needs to take them back."""
         before = self._save(copy=count > FEW and self.length > 0)
-        self._marks = self._kept.prepare(before, count) if count > FEW and self._keeps else ()
+        self.marks = self._kept.prepare(before, count) if count > FEW and self._keeps else ()
         for layer in self._recurrent:
-            layer.begin(self.length, count, 1 < count <= FEW, self._marks)
+            layer.begin(self.length, count, 1 < count <= FEW, self.marks)
         return before
 
     def rollback(self, before: Snapshot) -> None:
@@ -192,7 +192,7 @@ class SessionCache:
 
     def end(self) -> None:
         """To be called when the tokens of `begin` have been appended."""
-        for mark in self._marks:
+        for mark in self.marks:
             self._kept.add(Snapshot(mark, len(self._cuts), [layer.marked(mark) for layer in self._recurrent]))
 
     def snapshot(self) -> Snapshot:
@@ -232,12 +232,12 @@ def unchanged_on_error(caches: Sequence[SessionCache], counts: Sequence[int]) ->
     before = [cache.begin(count) for cache, count in zip(caches, counts, strict=True)]
     try:
         yield
+        for cache in caches:
+            cache.end()
     except BaseException:
         for cache, saved in zip(caches, before, strict=True):
             cache.rollback(saved)
         raise
-    for cache in caches:
-        cache.end()
 
 
 def _source(model: Model, i: int) -> int:

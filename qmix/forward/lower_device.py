@@ -81,7 +81,7 @@ class _Lowering:
         self._piece = piece
         self._ops = piece.program
         self._given = piece.given  # None where a call has combined it, or its name means another
-        self._columns: set[tuple[str, ...]] = set()  # results of Linears that lie side by side
+        self._columns: list[tuple[str, ...]] = []  # results of Linears that lie side by side, none written again
         source = None if piece.experts is None else piece.experts.source
         writers = [at for at, op in enumerate(piece.program) if source in op.outputs]
         self._input = writers[-1] if writers else -1  # the Op that writes what the experts read
@@ -201,6 +201,8 @@ class _Lowering:
 
     def _linear(self, at: int) -> tuple[int, Bind]:
         group = list(takewhile(lambda op: not op.exact, same_source(self._ops[at:])))
+        written = {op.out for op in group} or set(self._ops[at].outputs)
+        self._columns = [names for names in self._columns if written.isdisjoint(names)]
         if not group:
             return 1, self._exact(at)
         first = group[0]
@@ -209,7 +211,7 @@ class _Lowering:
             return 2, lambda room: partial(room.ops.linear, room[first.source], room.weights.matrix(first.weight),
                                            room[added.buffer], True)
         outs = tuple(op.out for op in group)
-        self._columns.add(outs)
+        self._columns.append(outs)
 
         def bind(room: Room) -> Work:
             x = room[first.source]

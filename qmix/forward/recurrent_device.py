@@ -9,6 +9,8 @@ T tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,9 +33,24 @@ class PlacedRecurrence(Recurrence):
             self.pair[side].copy_(self.now)
             self.now = self.pair[side]
 
-    def passed(self, side: int, compute: Advance, inputs: tuple[Tensor, ...]) -> None:
-        """It wrote this side, of these inputs, which stay until the next pass."""
+    def retrace(self, count: int) -> None:
+        super().retrace(count)
+        self._leave()
+
+    def set(self, now: Tensor) -> None:
+        super().set(now)
+        self._leave()
+
+    def _leave(self) -> None:
+        """The tensor may be of the side that the next pass writes, and has to outlast it."""
+        if self.now.untyped_storage().data_ptr() == self.pair.untyped_storage().data_ptr():
+            self.now = self.now.clone()
+
+    def passed(self, side: int, end: int, compute: Advance, inputs: tuple[Tensor, ...]) -> None:
+        """It wrote this side, of these inputs, which stay until the next pass, and ended before position `end`."""
         self.now = self.pair[side]
+        if end in self._marks:
+            self.marked[end] = self.lend()
         if self._before is not None:
             self._done.append((compute, inputs))
 
@@ -56,11 +73,16 @@ class PlacedLayer(RecurrentLayer):
         self.mixed = torch.zeros(2, FEW, channels(delta), device=device)
         self.switches = torch.zeros(2, FEW, delta.value_heads, device=device)
         self.nbytes = reserved_bytes(delta, placed=True)
+        self._at = 0  # the position that the next pass begins at
 
     @property
     def addresses(self) -> tuple[int, int, int, int]:
         return (self.state.pair.data_ptr(), self.past.pair.data_ptr(), self.mixed.data_ptr(),
                 self.switches.data_ptr())
+
+    def begin(self, start: int, count: int, retraceable: bool, marks: Sequence[int]) -> None:
+        super().begin(start, count, retraceable, marks)
+        self._at = start
 
     def keep(self, x: Tensor, mixed: Tensor, a: Tensor, b: Tensor) -> None:
         """What a pass of several tokens computes its state of, for when some are taken back."""
@@ -73,5 +95,7 @@ class PlacedLayer(RecurrentLayer):
 
     def passed(self, side: int, tokens: int, conv: Advance, delta: Advance) -> None:
         """A pass of so many tokens wrote that side. conv, delta: what computes them again."""
-        self.past.passed(side, conv, (self.mixed[0, :tokens],))
-        self.state.passed(side, delta, (self.mixed[1, :tokens], self.switches[0, :tokens], self.switches[1, :tokens]))
+        self._at += tokens
+        self.past.passed(side, self._at, conv, (self.mixed[0, :tokens],))
+        self.state.passed(side, self._at, delta, (
+            self.mixed[1, :tokens], self.switches[0, :tokens], self.switches[1, :tokens]))

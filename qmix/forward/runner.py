@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import torch
@@ -124,17 +124,34 @@ class Runner:
 
     def _on_device(self, decode: DecodeFew, tokens: Tensor, positions: Tensor, caches: Sequence[SessionCache],
                    step: Step, counts: Sequence[int], all_logits: bool) -> Tensor:
-        """A decode pass, FEW tokens at a time."""
+        """A decode pass, up to FEW tokens at a time."""
         own = [cache for cache, count in zip(caches, counts, strict=True) for _ in range(count)]
         logits = torch.empty(len(tokens), self.model.vocab)
         with unchanged_on_error(caches, counts), torch.inference_mode():
-            for first in range(0, len(tokens), FEW):
-                part = slice(first, first + FEW)
+            for part in _chunks(caches, counts):
                 logits[part] = decode(tokens[part], positions[part], own[part],
                                       replace(step, sequence=step.sequence[part]))
         for cache, count in zip(caches, counts, strict=True):
             cache.length += count
         return logits if all_logits else logits[[end - 1 for end in accumulate(counts)]]
+
+
+def _chunks(caches: Sequence[SessionCache], counts: Sequence[int]) -> list[slice]:
+    """Tokens that a device decodes together. A session with a recurrent state has up to FEW in one chunk, since only
+    the last one can be taken back; of more none can, and the chunks end at the marks within."""
+    if not any(cache.recurrent for cache in caches):
+        return [slice(first, first + FEW) for first in range(0, sum(counts), FEW)]
+    found: list[slice] = []
+    first = 0
+    for cache, count in zip(caches, counts, strict=True):
+        marks = [mark - cache.length for mark in cache.marks]
+        for begin, end in pairwise(sorted({*range(0, count, FEW), *marks, count})):
+            if begin == 0 and found and first + end - found[-1].start <= FEW:
+                found[-1] = slice(found[-1].start, first + end)
+            else:
+                found.append(slice(first + begin, first + end))
+        first += count
+    return found
 
 
 def _check(positions: Tensor, caches: Sequence[SessionCache], counts: Sequence[int]) -> None:
