@@ -104,7 +104,7 @@ class TritonPromptExperts:
         return self._config or built_in(capability(device)).matmul
 
 
-def _cut_of(spec: MatrixSpec, tiles: Tiles, config: Matmul) -> dict[str, int | bool]:
+def _cut_of(spec: MatrixSpec, tiles: Tiles, config: Matmul) -> dict[str, int | None]:
     """What both products are told alike. Small tiles take four warps, as in cuda.many."""
     return {"GROUP": spec.group_size, "BLOCK": spec.block, "BITS": spec.code_bits, "E2M1": spec.format == "mxfp4",
             "BIASED": spec.bias, "TILE": tiles.size, "CHUNK": min(spec.group_size, 64),
