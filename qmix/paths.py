@@ -4,8 +4,8 @@
     demo                                 an alias: a store in qmix's data folder, see `qmix list`
     mistralai/Mixtral-8x7B-v0.1@main     a hub id, downloaded (or found in the hub's cache)
 
-A local path never contacts the hub. A folder in the current directory has priority over an alias of the same name if it
-holds a model; a folder without a model does not hide the alias. qmix says both.
+A local path never contacts the hub, nor does a name that ends in .gguf. A folder in the current directory has priority
+over an alias of the same name if it holds a model; a folder without a model does not hide the alias. qmix says both.
 """
 
 from __future__ import annotations
@@ -94,6 +94,8 @@ def resolve(text: str, say: Callable[[str], None], wanted: hub.Wanted = "either"
         return alias
     if alias is not None:
         return alias
+    if path.suffix.lower() == ".gguf":  # never a repository's name
+        raise UsageError(f"{text}: no such file", "check the path; of a model in several files any one is named")
     if HUB_ID.fullmatch(text):
         return hub.download(text, wanted, say)
     known = ", ".join(p.name for p in local_stores()) or "none yet"

@@ -22,6 +22,8 @@ from helpers import UNQUANTIZED
 
 from qmix import gguf_checkpoint
 from qmix.checkpoint import Checkpoint
+from qmix.commands.plan.report import find_model
+from qmix.commands.skipped import skipped_lines
 from qmix.config import QuantConfig
 from qmix.errors import CheckpointError, ConfigError, Interrupted
 from qmix.gguf import header as gguf_header
@@ -131,6 +133,12 @@ def test_a_prediction_head_is_skipped(tmp_path: Path) -> None:
     with Checkpoint.open(path) as checkpoint:
         assert checkpoint.model.num_layers == layers and checkpoint.model.mtp == 1
         assert set(checkpoint.skipped) == {f"blk.{layers}.nextn.eh_proj.weight", f"blk.{layers}.attn_norm.weight"}
+        many = SimpleNamespace(skipped=[f"blk.{layers}.{i}" for i in range(4)], model=checkpoint.model)
+        assert skipped_lines(many) == [  # type: ignore[arg-type]
+            f"blk.{layers}.* (4 tensors of a multi-token-prediction head, which qmix does not use)"]
+    said: list[str] = []
+    find_model(path, None, None, said.append)
+    assert f"skipped: blk.{layers}.attn_norm.weight (the model does not need it)" in said
 
 
 def test_mxfp4_experts_stay_as_they_are(tmp_path: Path) -> None:
@@ -152,7 +160,11 @@ def test_mxfp4_experts_stay_as_they_are(tmp_path: Path) -> None:
 def test_norms_that_lose_bits_are_named(tmp_path: Path) -> None:
     model = model_of("mixtral", torch.float32)
     with Checkpoint.open(models.write(tmp_path / "m.gguf", model, "mixtral", lambda name: "Q8_0")) as checkpoint:
-        assert any("blk.0.attn_norm.weight and " in note and "rounded to bfloat16" in note for note in checkpoint.notes)
+        notes = checkpoint.notes
+        assert any("blk.0.attn_norm.weight and " in note and "rounded to bfloat16" in note for note in notes)
+    said: list[str] = []
+    find_model(tmp_path / "m.gguf", None, None, said.append)
+    assert said == [f"note: {note}" for note in notes]
 
 
 def test_resumes(tmp_path: Path) -> None:

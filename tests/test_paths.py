@@ -38,12 +38,14 @@ def test_folder_then_alias_then_hub(hub: list[tuple], tmp_path: Path, monkeypatc
     assert "hub" in said[0]
 
 
-@pytest.mark.parametrize("name", ["nothing", "/no/such/folder", "./x/y/z", "a b/c"])
+@pytest.mark.parametrize("name", ["nothing", "org/missing.gguf", "/no/such/folder", "./x/y/z", "a b/c"])
 def test_what_is_nowhere_is_a_usage_error(name: str, hub: list[tuple]) -> None:
     with pytest.raises(UsageError) as error:
         paths.resolve(name, lambda line: None)
     assert name in error.value.message
     assert not hub
+    if name.endswith(".gguf"):
+        assert error.value.message == f"{name}: no such file"
 
 
 def test_hub_failure_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from qmix import hardware
 from qmix.checkpoint import Checkpoint, ignored_keys
+from qmix.commands.skipped import skipped_lines
 from qmix.config import ExpertKey, QuantConfig
 from qmix.engine import Placement
 from qmix.errors import CheckpointError, ConfigError, UsageError
@@ -72,7 +73,7 @@ def find_model(path: Path, quant: QuantConfig | Callable[[str], QuantConfig] | N
             model = store.model
             stats = router_stats.load(state, store.identity, len(model.record_layers), model.num_experts, say)
             return Planned(path.resolve().name, model, store.quant, known_shares(stats))
-    model, published = _read_gguf(path) if is_gguf(path) else _read_config(path, say)
+    model, published = _read_gguf(path, say) if is_gguf(path) else _read_config(path, say)
     if published is not None and quant is None:
         quant = QuantConfig(published, method="", group_size=0, block=0)
     elif callable(quant):
@@ -82,9 +83,14 @@ def find_model(path: Path, quant: QuantConfig | Callable[[str], QuantConfig] | N
     return Planned(path.resolve().name, model, quant or QuantConfig(), {})
 
 
-def _read_gguf(path: Path) -> tuple[Model, str | None]:
-    """The model of a GGUF file, and the format that its experts keep."""
+def _read_gguf(path: Path, say: Callable[[str], None]) -> tuple[Model, str | None]:
+    """The model of a GGUF file, and the format that its experts keep. What `qmix quantize` would say of the file is
+    said."""
     with Checkpoint.open(path) as checkpoint:
+        for line in skipped_lines(checkpoint):
+            say(f"skipped: {line}")
+        for note in checkpoint.notes:
+            say(f"note: {note}")
         return checkpoint.model, checkpoint.expert_format
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +11,7 @@ from qmix import paths, render
 from qmix.commands.options import Threads, quant_config
 from qmix.commands.quantize.calibration import check_calibration, mixed_config, read_calibration, wanted_size
 from qmix.commands.quantize.published import Flags, choose_for_published
+from qmix.commands.skipped import skipped_lines
 from qmix.config import CALIBRATED, GROUPED_BITS
 from qmix.errors import ModelFileError
 
@@ -63,7 +63,7 @@ def quantize(
     quant = quant_config(format or "int4", dense, method, group_size, block, double_quant)
     check_calibration(quant, wanted, calibration, calibration_tokens)
     with Checkpoint.open(paths.resolve(source, render.say, "checkpoint")) as checkpoint:
-        for line in _skipped(checkpoint):
+        for line in skipped_lines(checkpoint):
             render.say(f"skipped: {line}")
         for note in checkpoint.notes:
             render.say(f"note: {note}")
@@ -98,23 +98,3 @@ def _check_tokenizer(checkpoint: Checkpoint) -> None:
         load(checkpoint.folder, checkpoint.model.vocab)
     except ModelFileError as e:  # of a GGUF file, the folder is one that nobody knows
         raise ModelFileError(e.message.replace(str(checkpoint.folder), str(checkpoint.path)), e.cure) from None
-
-
-ONE_BY_ONE = 3  # tensors of a part of the checkpoint that are named, and not counted
-
-
-def _skipped(checkpoint: Checkpoint) -> list[str]:
-    """What the checkpoint has and the model does not need: each tensor or file, or where there are many of one part,
-    that part: a prediction head has hundreds."""
-    parts: dict[str, list[str]] = {}
-    for name in checkpoint.skipped:
-        found = re.match(r"model\.layers\.(\d+)\.", name) or re.match(r"model\.\w+\.|mtp\.", name)
-        parts.setdefault(found[0] if found else name, []).append(name)
-    lines = []
-    for part, names in parts.items():
-        layer = re.fullmatch(r"model\.layers\.(\d+)\.", part)
-        head = part == "mtp." or (layer is not None and int(layer[1]) >= checkpoint.model.num_layers)
-        lines += [f"{name} (the model does not need it)" for name in names] if len(names) <= ONE_BY_ONE else [
-            f"{part}* ({len(names)} tensors " + ("of a multi-token-prediction head, which qmix does not use)" if head
-                                                 else "that the model does not need)")]
-    return lines
