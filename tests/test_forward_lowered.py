@@ -4,6 +4,7 @@ it has Op by Op, and no piece of it is left to Op by Op."""
 from __future__ import annotations
 
 from functools import partial
+from math import prod
 from typing import Any
 
 import pytest
@@ -13,15 +14,18 @@ from test_forward_eager import NORM, random_weights
 from test_forward_runner import SIZE, decoded, packed
 from torch import Tensor
 
-from qmix.config import Step
+from qmix.config import QuantConfig, Step
+from qmix.forward import weights
 from qmix.forward.kv_cache import SessionCache
 from qmix.forward.recurrent import RecurrentLayer
 from qmix.forward.run_eager import Guesses
 from qmix.forward.runner import Runner
-from qmix.kernels import native
+from qmix.kernels import native, torch_ops
 from qmix.kernels.attention import choose_native_attentions
 from qmix.kernels.table import select
 from qmix.kernels.torch_ops import PlainWeights
+from qmix.offload.plan import resident_dense_bytes
+from qmix.sizes import dense_bytes
 from qmix.spec import (
     Activation,
     Attention,
@@ -87,11 +91,11 @@ MODELS = {"qwen3_5": qwen3_5, "glm": glm, "gpt_oss": gpt_oss, "others": others}
 
 
 def runner_of(spec: Model, kv: str, guesses: Guesses) -> Runner:
-    weights = random_weights(spec)
+    drawn = random_weights(spec)
     kernels = select({"int4", "bf16"}, [32], say=lambda line: None, activations="auto")
     attends = choose_native_attentions(spec, kv, lambda line: None)
-    experts = plain_experts(spec, PlainWeights(weights))
-    return Runner(spec, packed(spec, weights, "int4", torch.bfloat16), kernels,
+    experts = plain_experts(spec, PlainWeights(drawn))
+    return Runner(spec, packed(spec, drawn, "int4", torch.bfloat16), kernels,
                   lambda layer, x, *how: experts(layer, x.float(), *how), guesses,
                   partial(SessionCache, kv=kv, native=attends))
 
@@ -133,6 +137,24 @@ def test_layers_that_choose_different_numbers_are_named(monkeypatch: pytest.Monk
                        Guesses())
     decoded(runner, IDS[:6], 4)
     assert runner.single_tokens == "layers choose different numbers of experts (2, 3)"
+
+
+def test_taps_of_convolutions_are_made_once_in_fp32_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For prompts, drafts and native tokens together."""
+    monkeypatch.delenv("QMIX_NATIVE", raising=False)
+    made: list[Tensor] = []
+
+    def taps_of(weight: Tensor) -> Tensor:
+        made.append(torch_ops.taps_of(weight))
+        return made[-1]
+
+    monkeypatch.setattr(weights, "taps_of", taps_of)
+    spec, quant = qwen3_5(), QuantConfig()
+    runner = runner_of(spec, "int8", Guesses())
+    drafts_are_exact(runner, decoded(runner, IDS, PROMPT))
+    assert runner.single_tokens == "native" and len(made) == 3
+    stored = sum(4 * prod(t.shape) if t.role == "norm" else dense_bytes(spec, quant, t) for t in spec.tensors())
+    assert resident_dense_bytes(spec, quant) - stored == sum(taps.nbytes for taps in made) == 3 * 4 * 4 * 128
 
 
 def test_a_state_that_somebody_keeps_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ from qmix.kernels.native.sequence import (
 )
 from qmix.kernels.op import Op
 from qmix.kernels.router import RouterTensors
-from qmix.kernels.torch_ops import router_of, taps_of
+from qmix.kernels.torch_ops import router_of
 from qmix.spec import LongRope, Rope
 from qmix.spec import Tensor as Named
 
@@ -247,7 +247,7 @@ class Lowering:
         sources = [self._readable(name) for name in op.sources]
         if len(sources) != 3:
             raise Unsupported(f"Conv of {len(sources)} buffers")
-        taps, past = taps_of(op, self._weights), self._recurrent(op.layer).past.now
+        taps, past = self._weights.taps(op.weight), self._recurrent(op.layer).past.now
         out = [self._buffers.make(name, x.shape[1], torch.float32) for name, x in zip(op.sources, sources, strict=True)]
         self._kept += [taps, *sources]
         found.states.append((found.add(CONV, jobs.conv(taps, past, past, sources, out)), op.layer, False))

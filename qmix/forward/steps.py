@@ -171,7 +171,7 @@ class Steps:
         """What takes a state from token to token."""
         weights, layer = self._weights, self._layer
         if isinstance(op, ops.Conv):
-            return partial(layer.conv, torch_ops.taps_of(op, weights))
+            return partial(layer.conv, weights.taps(op.weight))
         return partial(torch_ops.delta, op, weights, layer=layer)
 
     def _own(self, op: Op) -> Callable[[tuple[Tensor, ...], Block], Any] | None:

@@ -24,6 +24,7 @@ from qmix.forward.program import model_program
 from qmix.kernels import ops
 from qmix.kernels.router import router_logits
 from qmix.kernels.table import KernelTable
+from qmix.kernels.torch_ops import taps_of
 from qmix.sizes import MatrixSpec
 from qmix.spec import DTYPES, Model
 from qmix.spec import Norm as NormSpec
@@ -140,6 +141,7 @@ class KernelWeights:
         self.dtype = dense.dtype
         self.kernels = kernels
         self._tensors = dense.tensors
+        self._taps: dict[str, Tensor] = {}
         self._rows = {t.name: t.shape[0] for t in dense.model.tensors()}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -167,6 +169,12 @@ class KernelWeights:
 
     def vector(self, weight: Named | None) -> Tensor | None:
         return None if weight is None else self._tensors[weight.name].float()
+
+    def taps(self, weight: Named) -> Tensor:
+        """Made once: prompts, decode passes and jobs of the native library share them."""
+        if weight.name not in self._taps:
+            self._taps[weight.name] = taps_of(self._tensors[weight.name])
+        return self._taps[weight.name]
 
 
 def _norms(model: Model) -> dict[str, NormSpec]:

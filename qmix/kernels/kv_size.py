@@ -1,4 +1,5 @@
-"""Bytes of a session's cache, to the last one, from the model alone: what a plan counts. No torch here."""
+"""Bytes of a session's cache, to the last one, and of convolutions, from the model alone: what a plan counts. No torch
+here."""
 
 from __future__ import annotations
 
@@ -49,6 +50,12 @@ def channels(delta: DeltaNet) -> int:
 def recurrent_bytes(delta: DeltaNet) -> int:
     """A state, and the last inputs of the convolution, fp32."""
     return (delta.value_heads * delta.key_dim * delta.value_dim + (delta.conv - 1) * channels(delta)) * WIDE
+
+
+def taps_bytes(model: Model) -> int:
+    """Of the convolutions of all delta nets, fp32."""
+    nets = [layer.mixer for layer in model.layers if isinstance(layer.mixer, DeltaNet)]
+    return sum(net.conv * channels(net) for net in nets) * WIDE
 
 
 def reserved_bytes(delta: DeltaNet, placed: bool = False) -> int:

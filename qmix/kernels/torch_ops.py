@@ -42,6 +42,8 @@ class Weights(Protocol):
 
     def vector(self, weight: Named | None) -> Tensor | None: ...
 
+    def taps(self, weight: Named) -> Tensor: ...
+
 
 @dataclass(frozen=True, slots=True)
 class PlainWeights:
@@ -51,7 +53,7 @@ class PlainWeights:
     dtype: torch.dtype = torch.float32
 
     def __getitem__(self, name: str) -> Tensor:
-        """One that is no matrix of a product: an embedding, taps, a_log."""
+        """One that is no matrix of a product: an embedding, a_log."""
         return self.tensors[name]
 
     def linears(self, x: Tensor, *names: str) -> list[Tensor]:
@@ -72,6 +74,10 @@ class PlainWeights:
     def vector(self, weight: Named | None) -> Tensor | None:
         """A bias, sinks or the like, fp32."""
         return None if weight is None else self.tensors[weight.name].float()
+
+    def taps(self, weight: Named) -> Tensor:
+        """Of a convolution, [J, C] fp32."""
+        return taps_of(self.tensors[weight.name])
 
 
 def plain_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -137,12 +143,12 @@ def gate(op: ops.Gate, w: Weights, buffer: Tensor, by: Tensor) -> Tensor:
 def conv(op: ops.Conv, w: Weights, past: Tensor, *sources: Tensor, layer: LayerOps = TORCH,
          ) -> tuple[tuple[Tensor, ...], Tensor]:
     """(what Conv writes, the rows that stay); past [J - 1, C]: those that stayed before."""
-    return layer.conv(taps_of(op, w), past, *sources)
+    return layer.conv(w.taps(op.weight), past, *sources)
 
 
-def taps_of(op: ops.Conv, w: Weights) -> Tensor:
-    """[J, C] fp32."""
-    return w[op.weight.name].float().T.contiguous()
+def taps_of(weight: Tensor) -> Tensor:
+    """[C, J], as a checkpoint has them, as [J, C] fp32."""
+    return weight.float().T.contiguous()
 
 
 def delta(op: ops.Delta, w: Weights, state: Tensor, *rows: Tensor, layer: LayerOps = TORCH) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from qmix.forward.program import embed_program, head_program, layer_program
 from qmix.kernels import ops
 from qmix.kernels.configs import Gemv
 from qmix.kernels.device_scratch import NUMBER, Scratch, decoded_bytes, device_matrices, head_matrix
+from qmix.kernels.kv_size import taps_bytes
 from qmix.kernels.op import FEW, Op
 from qmix.sizes import pass_tokens, record_layouts
 from qmix.spec import Model
@@ -61,7 +62,7 @@ def decode_bytes(model: Model, quant: QuantConfig) -> int:
     slots = (layers + 1) * experts  # SlotTable, and DeviceExperts' own row
     by_slot = all(layout.w13.code_bits and layout.w2.code_bits for layout in record_layouts(model, quant))
     alone = 0 if by_slot else FEW * (JOINED * model.expert_inner + 3 * hidden)  # TritonOps.expert
-    return NUMBER * (each + later + vectors + slots + alone) + shared_bytes(model)
+    return NUMBER * (each + later + vectors + slots + alone) + shared_bytes(model) + taps_bytes(model)
 
 
 def shared_bytes(model: Model) -> int:

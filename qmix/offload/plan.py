@@ -21,7 +21,7 @@ from qmix.config import DTYPES, QuantConfig
 from qmix.errors import DoesNotFit, UsageError
 from qmix.kernels import prompt_tiles
 from qmix.kernels.configs import Gemv
-from qmix.kernels.kv_size import channels, kv_bytes, placed_bytes, recurrent_bytes
+from qmix.kernels.kv_size import channels, kv_bytes, placed_bytes, recurrent_bytes, taps_bytes
 from qmix.offload.device_needs import scratch_bytes
 from qmix.sizes import (
     GIB,
@@ -253,8 +253,9 @@ def compute_bytes(model: Model, quant: QuantConfig) -> int:
 
 
 def resident_dense_bytes(model: Model, quant: QuantConfig) -> int:
-    """Dense weights as they lie in memory: norms in fp32, the rest as stored."""
-    return sum(4 * prod(t.shape) if t.role == "norm" else dense_bytes(model, quant, t) for t in model.tensors())
+    """Dense weights as they lie in memory: norms in fp32, the rest as stored, and convolutions in fp32 besides."""
+    stored = sum(4 * prod(t.shape) if t.role == "norm" else dense_bytes(model, quant, t) for t in model.tensors())
+    return stored + taps_bytes(model)
 
 
 def unread_bytes(model: Model, quant: QuantConfig) -> int:

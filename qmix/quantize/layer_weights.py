@@ -81,6 +81,9 @@ class LayerWeights:
     def vector(self, weight: Named | None) -> Tensor | None:
         return self.plain.vector(weight)
 
+    def taps(self, weight: Named) -> Tensor:
+        return self.plain.taps(weight)
+
 
 def _read(source: Source, wanted: Named) -> Tensor:
     tensor = source.dense(wanted.name)
