@@ -157,7 +157,7 @@ def test_auto_says_why_it_does_not_use_a_gpu(stores: dict[str, Path], monkeypatc
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("qmix.engine.machine.TINY", 0)
     real = placing.choose_device_kernels
-    for reason, wrong in (("wrong numbers here", lambda *how: broken()), ("of VRAM, has", real)):
+    for reason, wrong in (("wrong numbers here", lambda *how, **named: broken()), ("of VRAM, has", real)):
         monkeypatch.setattr(placing, "choose_device_kernels", wrong)
         monkeypatch.setattr("qmix.engine.machine.open_cuda", lambda index: StandIn(nbytes=2**20))
         said: list[str] = []
