@@ -1,13 +1,16 @@
 /* Weights straight from memory to registers, where one panel holds all tokens; products.h includes this. */
 
 #ifdef DIRECT
-/* Blocks of int4, int3, int2 or (kind) E2M1, of SUB vectors, straight from memory, for one panel: the codes never see the
- * cache twice. */
-ALWAYS void direct(const int count, const int act, const int kind, const int block, const qmix_job *job, int64_t row, panel_view x,
-                   float *y) {
+enum { FAR = 6144 }; /* bytes: what two cores ask of fast memory meanwhile */
+
+/* Blocks of int4, int3, int2 (kind 4, of `width` bits) or E2M1, of SUB vectors, straight from memory, for one panel: the
+ * codes never see the cache twice. With a width that the compiler knows, int3 and int2 take half the time: what their
+ * unpacking keeps in registers stays there. */
+ALWAYS void direct(const int count, const int act, const int kind, const int width, const int block, const qmix_job *job,
+                   int64_t row, panel_view x, float *y) {
     const int sub = block / L;
     int64_t columns = job->padded_cols, groups = columns / job->group;
-    const int bits = kind == QMIX_E2M1 ? kind : job->bits;
+    const int bits = kind == QMIX_E2M1 ? kind : width;
     const uint8_t *from = job->weight + row / block * columns * (block * qmix_code_bits(bits) / 8);
     for (int64_t g = 0; g < groups; g++) {
         vint sums[WIDTH][SUB];
@@ -25,9 +28,9 @@ ALWAYS void direct(const int count, const int act, const int kind, const int blo
             __builtin_prefetch((const char *)(params + qmix_params(bits, 2 * job->padded_rows)) + i);
         for (int64_t k = 0; k < job->group / 4; k++) {
             vint codes[VECTORS];
-            __builtin_prefetch(from + AHEAD, 0, 2); /* into the first cache it would cost a third of one core's rate */
+            __builtin_prefetch(from + FAR, 0, 2); /* into the first cache it would cost a third of one core's rate */
             if (block == 64)
-                __builtin_prefetch(from + AHEAD + 64, 0, 2);
+                __builtin_prefetch(from + FAR + 64, 0, 2);
             unpack_codes(bits, from, block, codes);
             from += block * qmix_code_bits(bits) / 2;
             if (act == QMIX_ACT_INT8) {
@@ -58,7 +61,7 @@ ALWAYS void direct(const int count, const int act, const int kind, const int blo
 }
 #endif
 
-#ifdef DIRECT_INT8
+#if defined(DIRECT_INT8) && !defined(OWN_INT8_ROWS)
 /* int8 rows for up to DIRECT_INT8 tokens with int8 activations: L rows at a time, each read from end to end; the tokens
  * meet 64 columns of them one after the other. Their panels are of one token each. */
 ALWAYS void rows_of_int8(const int64_t tokens, const qmix_job *job, int64_t row, const char *panels, float *y) {

@@ -46,9 +46,22 @@ static int64_t nanoseconds(void) {
     return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
+/* A thread takes a quarter of its share of what is left, then of the rest, at last single items. Neighbouring items are
+ * neighbouring memory: where two cores take alternate blocks of one stream, the processor's prefetching for one runs into
+ * what the other reads (on Zen 5 that costs 40 % of the rate). A core of a quarter of the others' speed still ends in time. */
 static void take_items(void) {
-    for (int64_t item; (item = atomic_fetch_add(&next, 1)) < item_count;)
-        task(argument, item);
+    for (;;) {
+        long long item = atomic_load(&next);
+        int64_t count;
+        do {
+            if (item >= item_count)
+                return;
+            count = (item_count - item) / (4 * (wanted + 1));
+            count = count < 1 ? 1 : count;
+        } while (!atomic_compare_exchange_weak(&next, &item, item + count));
+        for (int64_t i = 0; i < count; i++)
+            task(argument, item + i);
+    }
 }
 
 /* Until *what is no longer `old`, or SPIN_NS have passed: then 0. */

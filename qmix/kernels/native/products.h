@@ -14,7 +14,8 @@
  *   WORDS            bf16 activations: words (of 32 bits) that 4 columns take: 2 with bf16 dot products, else 4
  *   part_of, fdot    bf16 activations: word i of a lane's 4 weights less a middle (0: signed), and sum += its products
  *   DIRECT           int4 weights go from memory to registers where one panel holds all tokens (direct.h)
- *   DIRECT_INT8      int8 rows do so for this many tokens with int8 activations, by `dot_rows`
+ *   DIRECT_INT8      int8 rows do so for this many tokens with int8 activations, by `dot_rows` or (OWN_INT8_ROWS) by a loop
+ *                    of the level's own
  *   DIRECT_PAIRS     the grouped formats do so for a few tokens with int8 activations (pairs_direct.h, 256 bits only)
  *   PAIRS            the grouped formats are multiplied with int8 activations in pairs of columns (pairs.h, AVX2 only)
  *
@@ -75,6 +76,9 @@ enum { AHEAD = 1024, AHEAD_INT8 = 1024, FAR_AHEAD = 4096 }; /* bytes that weight
 #if defined(DIRECT) || defined(DIRECT_INT8)
 #include "direct.h"
 #endif
+#ifdef OWN_INT8_ROWS
+#include "x86_512_rows.h"
+#endif
 
 /* acc fp32 [tokens][block] += one block of rows times all tokens of panels [panel, last). */
 ALWAYS void block_rows(const int act, const int bits, const int block, const qmix_job *job, int64_t row,
@@ -113,7 +117,10 @@ ALWAYS void block_rows(const int act, const int bits, const int block, const qmi
 #ifdef DIRECT
     if (bits != 8 && job->tokens <= WIDTH) {
         panel_view x = view_panel(act, job, panels, job->tokens, 0);
-        WITH_COUNT(job->tokens, direct(count, act, bits, block, job, row, x, acc))
+        if (bits == 4 && act == QMIX_ACT_INT8)
+            WITH_COUNT(job->tokens, WITH_BITS(job->bits, direct(count, act, bits, width, block, job, row, x, acc)))
+        else
+            WITH_COUNT(job->tokens, direct(count, act, bits, job->bits, block, job, row, x, acc))
         return;
     }
 #endif

@@ -236,23 +236,8 @@ ALWAYS vint dot4_signed(vint sum, vint w, vint x) { /* |w| * (x with w's sign): 
 #endif
 
 #ifdef HAS_VNNI
-#define DIRECT_INT8 1 /* tokens */
-/* 64 columns of 16 rows times 64 int8 activations: lane i has the sum of row i, SIGNED_OFFSET too much in each term. */
-ALWAYS vint dot_rows(const int8_t *const *rows, int64_t column, const void *activations) {
-    vint x = _mm512_loadu_si512(activations), a[16], b[8];
-    UNROLL for (int i = 0; i < 16; i++)
-        a[i] = dot4(_mm512_setzero_si512(), signed_codes(_mm512_loadu_si512(rows[i] + column)), x);
-    UNROLL for (int i = 0; i < 8; i++) /* sums of two lanes, rows 2i and 2i + 1 in turn */
-        b[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]),
-                                _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]));
-    UNROLL for (int i = 0; i < 4; i++) /* of four lanes: 128 bits have rows 4i..4i + 3 */
-        a[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(b[2 * i], b[2 * i + 1]),
-                                _mm512_unpackhi_epi64(b[2 * i], b[2 * i + 1]));
-    UNROLL for (int i = 0; i < 2; i++)
-        b[i] = _mm512_add_epi32(_mm512_shuffle_i32x4(a[2 * i], a[2 * i + 1], 0x44),
-                                _mm512_shuffle_i32x4(a[2 * i], a[2 * i + 1], 0xee));
-    return _mm512_add_epi32(_mm512_shuffle_i32x4(b[0], b[1], 0x88), _mm512_shuffle_i32x4(b[0], b[1], 0xdd));
-}
+#define DIRECT_INT8 4 /* tokens */
+#define OWN_INT8_ROWS
 #endif
 
 #ifdef HAS_BF16
