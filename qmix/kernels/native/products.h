@@ -34,7 +34,7 @@
 #define JOIN_(a, b) a##_##b
 #define JOIN(a, b) JOIN_(a, b)
 #define VECTORS (64 / L) /* of a block of 64 rows */
-enum { AHEAD = 1024, AHEAD_INT8 = 1024, FAR_AHEAD = 4096 }; /* bytes that weights are prefetched ahead of their use */
+enum { AHEAD = 1024, AHEAD_INT8 = 1024, FAR_AHEAD = 8192 }; /* bytes that weights are prefetched ahead of their use */
 
 #include "activations.h"
 #include "gates.h"
