@@ -94,6 +94,7 @@ ALWAYS void finish_group(const int count, const int sub, const int act, const in
 ALWAYS void inner(const int count, const int sub, const int act, const int bits, int64_t groups, int64_t fours,
                   const vint *tile, panel_view x, const float *scale, const float *zero, float *y, int64_t y_stride) {
     for (int64_t g = 0; g < groups; g++) {
+        __asm__("" : "+r"(y)); /* or gcc keeps the address of each vector of y in memory */
         vint sums[WIDTH][SUB];
         vflt fsums[WIDTH][SUB];
         UNROLL for (int c = 0; c < count; c++)
@@ -133,9 +134,12 @@ ALWAYS void block_piece(const int act, const int bits, const int block, const qm
     int64_t bytes = token_bytes(act, job), group = job->group, first = qmix_panel(job->tokens, WIDTH, panel);
     if (bits != 8) {
         const int kind = bits == QMIX_E2M1 ? bits : job->bits;
-        int64_t width = block * qmix_code_bits(kind) / 8;
-        unpack_int4(qmix_middle(bits), kind, job->weight + (row / block * job->padded_cols + column) * width, block,
-                    words, columns, tile);
+        int64_t bytes_of_column = block * qmix_code_bits(kind) / 8;
+        const uint8_t *from = job->weight + (row / block * job->padded_cols + column) * bytes_of_column;
+        if (bits == QMIX_E2M1)
+            unpack_int4(qmix_middle(bits), bits, from, block, words, columns, tile);
+        else
+            WITH_BITS(kind, unpack_int4(qmix_middle(bits), width, from, block, words, columns, tile))
     } else
         unpack_int8((const int8_t *)job->weight + row * job->padded_cols + column, job->padded_cols,
                     job->padded_rows - row, words, columns, tile);
