@@ -19,6 +19,7 @@ from qmix.engine.parts import Parts, on_device, on_host
 from qmix.engine.placing import choose_device_and_plan
 from qmix.engine.threads import Threads, parallel_loop
 from qmix.errors import DoesNotFit
+from qmix.hardware.allocator import keep_freed_memory
 from qmix.kernels.kv_size import position_bytes
 from qmix.kernels.table import KernelTable
 from qmix.offload import router_stats
@@ -58,6 +59,7 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
         compute = Threads(threads, store.layout.record_bytes)
         compute.count(False)  # a wrong number is told before anything else is
         process.check_threads_work(compute.count(False), partial(parallel_loop, compute.count(False)))
+        keep_freed_memory()
         spec = store.model
         needs = needs_of(store, context, kv, scoring)
         tokenizer = load_tokenizer(store.path, spec.vocab)
