@@ -20,7 +20,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet -c constraints.txt $(PIP_ARGS)
 QMIX := $(VENV)/bin/qmix
 DEMO_STORE := build/demo
 
-.PHONY: demo test test-models test-levels lint clean
+.PHONY: demo test pytest test-models test-levels lint ruff mypy clean
 
 demo: $(VENV)/.qmix
 	$(QMIX) quantize qmix/demo/checkpoint $(DEMO_STORE) --force
@@ -28,7 +28,11 @@ demo: $(VENV)/.qmix
 	$(QMIX) generate $(DEMO_STORE) -p "What is a Mixture-of-Experts model?" --temp 0 -n 120
 	@echo "Talk to it: $(QMIX) chat $(DEMO_STORE)"
 
-test: $(VENV)/.qmix-dev lint
+# mypy has one core for itself or less, and the tests wait now and then: together they take less time.
+test: $(VENV)/.qmix-dev ruff
+	$(MAKE) --no-print-directory -j 2 mypy pytest
+
+pytest: $(VENV)/.qmix-dev
 	$(VENV)/bin/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 test-models: $(VENV)/.qmix-dev
@@ -37,8 +41,12 @@ test-models: $(VENV)/.qmix-dev
 test-levels: $(VENV)/.qmix-dev
 	$(VENV)/bin/python tests/levels.py $(WORKERS) $(PYTEST_ARGS)
 
-lint: $(VENV)/.qmix-dev
+lint: ruff mypy
+
+ruff: $(VENV)/.qmix-dev
 	$(VENV)/bin/ruff check .
+
+mypy: $(VENV)/.qmix-dev
 	$(VENV)/bin/mypy
 
 # The stamps make each install happen once, and again only when what to install changed.

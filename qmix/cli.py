@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -68,8 +69,8 @@ def _exit_code(argv: list[str] | None) -> int:
     """Run a command. What it raises is said here, and nowhere else."""
     try:
         failures.check_address_space(sys.argv[1:] if argv is None else argv)
-        command = typer.main.get_command(app)
-        command.main(argv, prog_name="qmix", default_map=_defaults(command), auto_envvar_prefix=settings.ENV_PREFIX)
+        command, kinds = parser()
+        command.main(argv, prog_name="qmix", default_map=_defaults(kinds), auto_envvar_prefix=settings.ENV_PREFIX)
     except SystemExit as left:
         if isinstance(left.__context__, BrokenPipeError):  # typer's way out when a reader left early
             return 0
@@ -92,16 +93,26 @@ def _exit_code(argv: list[str] | None) -> int:
     return 0
 
 
-def _defaults(command: Any) -> dict[str, dict[str, Any]]:
-    """What the environment's lists and qmix.toml say, for click; no QMIX_ variable and no key is ignored."""
-    kinds = {name: get_type_hints(COMMANDS[name]) for name in command.commands}
-    settings.check_environment(kinds)
-    defaults = settings.read_file(settings.config_file(), kinds)
-    for name, one in command.commands.items():
+Kinds = dict[str, dict[str, Any]]  # {command: {flag: type}}
+
+
+@cache
+def parser() -> tuple[Any, Kinds]:
+    """typer makes the parsers of all commands, which takes 20 ms: once, for programs that run several commands."""
+    kinds = {name: get_type_hints(command) for name, command in COMMANDS.items()}
+    command = typer.main.get_command(app)
+    for name, one in command.commands.items():  # type: ignore[attr-defined]
         for parameter in one.params:
             parameter.show_envvar = False  # the rule stands once, in the help of qmix itself
             if parameter.name in kinds[name] and settings.is_list(kinds[name][parameter.name]):
                 parameter.allow_from_autoenv = False  # click would split it at spaces
+    return command, kinds
+
+
+def _defaults(kinds: Kinds) -> dict[str, dict[str, Any]]:
+    """What the environment's lists and qmix.toml say, for click; no QMIX_ variable and no key is ignored."""
+    settings.check_environment(kinds)
+    defaults = settings.read_file(settings.config_file(), kinds)
     for name, lists in settings.environment_lists(kinds).items():
         defaults.setdefault(name, {}).update(lists)
     return defaults

@@ -47,9 +47,10 @@ def tiny_config(**overrides: Any) -> dict[str, Any]:
     return {k: v for k, v in {**TINY, **overrides}.items() if v is not ...}
 
 
-def tiny_tensors(model: Model, seed: int = 0,
-                 dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
-    """Random weights, scaled so that routing is uneven and the logits are far from flat."""
+def tiny_tensors(model: Model, seed: int = 0, dtype: torch.dtype = torch.bfloat16,
+                 alike: bool = False) -> dict[str, Tensor]:
+    """Random weights, scaled so that routing is uneven and the logits are far from flat. alike: all experts have the
+    weights of the first, for models so wide that drawing each takes seconds."""
     random = torch.Generator().manual_seed(seed)
 
     def draw(shape: tuple[int, ...], gain: float) -> Tensor:
@@ -60,9 +61,13 @@ def tiny_tensors(model: Model, seed: int = 0,
         unit = t.shape[-1] ** -0.5
         gain = {"embedding": 1.0, "linear": unit, "router": 2 * unit, "head": 3 * unit, "norm": 0.2}[t.role]
         tensors[t.name] = draw(t.shape, gain) + (1 if t.role == "norm" else 0)
+    first: dict[str, Tensor] = {}
     for key in model.expert_keys:
-        for name, shape in names.expert_tensors(model, key).values():
-            tensors[name] = draw(shape, 1.5 * shape[1] ** -0.5)
+        for matrix, (name, shape) in names.expert_tensors(model, key).items():
+            one = first.get(matrix)
+            tensors[name] = draw(shape, 1.5 * shape[1] ** -0.5) if one is None else one.clone()
+            if alike:
+                first.setdefault(matrix, tensors[name])
     return tensors
 
 
@@ -83,11 +88,11 @@ def write_checkpoint(path: Path, raw: dict[str, Any], tensors: dict[str, Tensor]
 
 
 def write_tiny_checkpoint(path: Path, seed: int = 0, dtype: torch.dtype = torch.bfloat16, shards: int = 1,
-                          **overrides: Any) -> Path:
-    """A tiny random Mixtral in Hugging Face layout (without a tokenizer). overrides: keys of config.json,
-    `...` to leave one out. Returns `path`."""
+                          alike: bool = False, **overrides: Any) -> Path:
+    """A tiny random Mixtral in Hugging Face layout (without a tokenizer). alike: as tiny_tensors has it; overrides:
+    keys of config.json, `...` to leave one out. Returns `path`."""
     raw = tiny_config(torch_dtype=str(dtype).removeprefix("torch."), **overrides)
-    return write_checkpoint(path, raw, tiny_tensors(read_model(raw), seed, dtype), shards)
+    return write_checkpoint(path, raw, tiny_tensors(read_model(raw), seed, dtype, alike), shards)
 
 
 def write_tiny_stores(folder: Path, formats: Mapping[str, QuantConfig], **overrides: Any) -> dict[str, Path]:

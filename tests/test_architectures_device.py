@@ -166,10 +166,13 @@ def refuses_devices(store: Path, reason: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 FEW_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+ONE_OF_EACH = {"num_hidden_layers": 2, "full_attention_interval": 2, **FEW_EXPERTS}
 SMALL = {"mistral": {"num_hidden_layers": 1}, "olmoe": {"num_hidden_layers": 1, **FEW_EXPERTS},
          "qwen3_moe": {"num_hidden_layers": 2, "mlp_only_layers": [0], **FEW_EXPERTS},
          "glm4_moe": {"num_hidden_layers": 2, "n_routed_experts": 4, "num_experts_per_tok": 2},
-         "gemma4": {"num_hidden_layers": 2, "num_experts": 4, "top_k_experts": 2}}
+         "gemma4": {"num_hidden_layers": 2, "num_experts": 4, "top_k_experts": 2},
+         "gpt_oss": {"num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+         "qwen3_next": ONE_OF_EACH, "qwen3_5_moe": ONE_OF_EACH}
 
 
 @pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed")

@@ -13,7 +13,7 @@ import json
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 from subprocess import PIPE
 from typing import Any
@@ -37,6 +37,7 @@ from qmix.bench.work import Workload
 from qmix.checkpoint import Checkpoint
 from qmix.engine import load
 from qmix.errors import UsageError
+from qmix.hardware.disk import DiskEffort
 from qmix.hardware.memory import reset_peak
 from qmix.kernels import native
 from qmix.offload.plan import Needs
@@ -63,12 +64,18 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of the machine is measured."""
     monkeypatch.setattr(roofline, "measure", lambda dtype, budget, say: replace(PEAKS, disk_gbps=None))
     monkeypatch.setattr(roofline, "with_disk", lambda peaks, folder, say: PEAKS)
+    monkeypatch.setattr(native.Native, "peak", lambda self, threads: 1e11)
 
 
 @pytest.fixture
-def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where torch has no fast bf16, one of SIDE takes seconds."""
-    monkeypatch.setattr(roofline, "measure_products", partial(roofline.measure_products, side=128))
+def measured_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine is measured, but for tenths of a second. Where torch has no fast bf16, a product of SIDE takes
+    seconds."""
+    products = partial(roofline.measure_products, side=128, seconds=0.1)
+    monkeypatch.setattr(roofline, "measure_products", products)
+    monkeypatch.setattr(roofline, "measure_ram", partial(roofline.measure_ram, repeats=2))
+    monkeypatch.setattr(roofline, "DiskEffort", lambda **how: DiskEffort(**{**how, "seconds": 0.1}))
+    monkeypatch.setattr(native.Native, "peak", partialmethod(native.Native.peak, seconds=0.1))
 
 
 @pytest.fixture
@@ -227,7 +234,7 @@ def test_a_row_takes_the_median_rate_and_the_sum_of_all_else() -> None:
     assert [short(value) for value in (1234.5, 99.97, 45.67, 0.01234, 0.0)] == ["1234", "100", "45.7", "0.0123", "0"]
 
 
-def test_a_resident_store_is_read_from_memory_alone(store: Path, small_products: None) -> None:
+def test_a_resident_store_is_read_from_memory_alone(store: Path, measured_briefly: None) -> None:
     """With the machine really measured, for which memory is used that the model does not need."""
     before = torch.ones(600 * 2**20, dtype=torch.uint8).nbytes
     high = hardware.peak_bytes()
@@ -246,7 +253,7 @@ def test_a_resident_store_is_read_from_memory_alone(store: Path, small_products:
         assert [row["slowest"], row["fastest"]] == pytest.approx([rates[0], rates[-1]], rel=1e-3)
 
 
-def test_a_paged_store_tells_what_came_from_the_disk(store: Path, small_products: None,
+def test_a_paged_store_tells_what_came_from_the_disk(store: Path, measured_briefly: None,
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     """With the disk really measured, too; all cases share one plan, though the process grows."""
     held = itertools.count(0, 32 * 1024)
@@ -377,7 +384,8 @@ def test_interrupted_it_keeps_the_cases_that_are_complete(store: Path, quick: No
 
 def test_ctrl_c_in_a_process_of_its_own(store: Path, warm_python: WarmPython) -> None:
     program = ("import sys; from functools import partial; from qmix.bench import roofline; from qmix.cli import main\n"
-               "roofline.measure_products = partial(roofline.measure_products, side=128)\n"  # as small_products
+               "roofline.measure_products = partial(roofline.measure_products, side=128)\n"  # as measured_briefly
+               "roofline.measure_ram = partial(roofline.measure_ram, repeats=2)\n"
                "main(sys.argv[1:])")
     args = ["bench", store, "-p", 8, "-n", 400, "-r", 100, "-t", 1]
     with warm_python.start("-c", program, *args, stdout=PIPE, stderr=PIPE) as process:

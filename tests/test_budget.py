@@ -28,9 +28,9 @@ CGROUP = Path("/sys/fs/cgroup/memory")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """200 MiB of experts in records of 3.4 MiB: a budget that is broken by a few of them shows."""
     folder = tmp_path_factory.mktemp("budget")
-    source = write_tiny_checkpoint(folder / "source", vocab_size=512, hidden_size=1024, intermediate_size=2048,
-                                   num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2,
-                                   num_local_experts=16, max_position_embeddings=4096)
+    source = write_tiny_checkpoint(folder / "source", alike=True, vocab_size=512, hidden_size=1024,
+                                   intermediate_size=2048, num_hidden_layers=4, num_attention_heads=8,
+                                   num_key_value_heads=2, num_local_experts=16, max_position_embeddings=4096)
     (source / "tokenizer.model").write_bytes(spm_model())
     with Checkpoint.open(source) as checkpoint:
         quantize_checkpoint(checkpoint, folder / "store", QuantConfig(method="rtn"), threads=1)

@@ -42,7 +42,8 @@ def test_the_program_starts_again_where_the_environment_differs(monkeypatch: pyt
     started: list[list[str]] = []
     monkeypatch.setattr(os, "execv", lambda program, arguments: started.append(arguments))
     monkeypatch.setenv("QMIX_NATIVE", "portable")
-    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")  # so that its absence is put back at the end
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY")
     instruction_levels.start_at(None)
     assert not started
     instruction_levels.start_at("avx2-vnni")

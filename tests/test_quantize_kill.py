@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -207,9 +208,10 @@ def test_killed_while_replacing(server: Server, source: str, whole: dict[str, by
                                 tmp_path: Path) -> None:
     """With --force there is a whole store at every moment: the old one, under its own name or beside it,
     or the new one."""
+    run(source, str(tmp_path / "another" / "out"), quant=UNQUANTIZED)
+
     def prepare(name: str) -> Path:
-        run(source, str(tmp_path / name / "out"), quant=UNQUANTIZED)
-        return tmp_path / name / "out"
+        return shutil.copytree(tmp_path / "another" / "out", tmp_path / name / "out")
 
     last = count(server, source, prepare("counted"), True)
     old = files(prepare("old"))

@@ -216,6 +216,7 @@ def serve(number: int, preload: list[str]) -> None:
         importlib.import_module(name)
     with contextlib.suppress(ImportError):
         importlib.import_module("typer._adapters")  # what typer imports with the first command
+    sys.modules["qmix.cli"].parser()
     # It reads its environment when it is imported, so each program imports it, but not all else that it needs.
     for name in [name for name in sys.modules if name.startswith("huggingface_hub")]:
         del sys.modules[name]

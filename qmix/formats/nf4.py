@@ -17,8 +17,10 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,7 @@ from qmix.errors import QmixError
 from qmix.formats.packed import Packed, gather, refuse_nonfinite, row_tiles
 from qmix.sizes import BNB_BLOCK, BNB_NESTED_BLOCK, MatrixSpec
 
+COMPILE = torch.compile
 IMPORTING = threading.Lock()  # what is hidden during the import is hidden from the whole process
 
 
@@ -46,20 +49,29 @@ def functional() -> ModuleType:
 def _import() -> None:
     if "bitsandbytes" not in sys.modules:
         logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-        level, known = logger.level, sys.modules.get("kernels")
+        level, known, compiler = logger.level, sys.modules.get("kernels"), torch.compile
         logger.setLevel(logging.ERROR)
         sys.modules["kernels"] = None  # type: ignore[assignment]
+        torch.compile = _compile_later  # type: ignore[assignment]
         try:
             import bitsandbytes  # noqa: F401
         except ImportError as e:
             raise QmixError(f"nf4 and fp4 need the package bitsandbytes, which cannot be imported: {e}",
                             "pip install bitsandbytes, or use --format int4") from None
         finally:
+            torch.compile = compiler
             logger.setLevel(level)
             if known is None:
                 del sys.modules["kernels"]
             else:
                 sys.modules["kernels"] = known
+
+
+def _compile_later(function: Callable[..., Any], **how: Any) -> Callable[..., Any]:
+    """torch.compile, once the function is called. bitsandbytes decorates functions with it that qmix never calls, and
+    to import torch's compiler for them takes a second."""
+    compiled = cache(lambda: COMPILE(function, **how))
+    return lambda *args, **kwargs: compiled()(*args, **kwargs)
 
 
 def pack(weight: Tensor, spec: MatrixSpec) -> Packed:
