@@ -18,10 +18,11 @@ tokenizer.model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from qmix import render
 from qmix.config import EFFORTS
@@ -85,6 +86,10 @@ class Tokenizer:
         head = vocabulary.head if bos else ()
         return self._with_rows([*head, *vocabulary.encode_text(text, vocabulary.fresh_at_start)])
 
+    def encode_more(self, text: str) -> list[int]:
+        """ids of plain text that goes on from other text."""
+        return self._with_rows(self._vocabulary.encode_text(text, False))
+
     def encode_chat(self, messages: Sequence[Message], limit: int | None = None,
                     request: Request | None = None) -> list[int]:
         """ids of a conversation, ending with the start of the next answer; never two BOS. limit: as of `encode`.
@@ -128,6 +133,15 @@ class Tokenizer:
             opening = "".join(map(self.decoder(marked=True).push, prompt.ids[at:]))
         return self._answers.parser(prompt, opening)
 
+    def call_grammar(self, tools: Sequence[Mapping[str, Any]], name: str | None, parallel: bool) -> str:
+        """The grammar of an answer that calls one of `tools`, or only the one of that name, and several where
+        `parallel`. UsageError where the model's format of answers has none."""
+        if self._answers.call_grammar is None:
+            raise UsageError("tool_choice: with this model's format of answers, no call can be forced",
+                             'leave the choice to the model ("auto")')
+        return self._answers.call_grammar([tool for tool in tools if name in (None, tool["function"]["name"])],
+                                          parallel)
+
     def _with_rows(self, ids: list[int]) -> list[int]:
         """ids, all of which the model has a row for; UsageError for a token that only the tokenizer knows."""
         if ids and max(ids) >= self._rows:
@@ -148,6 +162,15 @@ class Tokenizer:
         UTF-8 become U+FFFD."""
         decoder = self.decoder(continuing)
         return "".join(map(decoder.push, ids)) + decoder.finish()
+
+    def piece(self, token_id: int) -> Piece:
+        """What an id adds to a text; nothing for control tokens and padding rows."""
+        return self._piece(token_id)
+
+    @property
+    def rows(self) -> int:
+        """Ids that the model has: those of the vocabulary, and rows of padding."""
+        return self._rows
 
     def token(self, token_id: int) -> str:
         """The vocabulary's own spelling of an id, for tables and traces."""

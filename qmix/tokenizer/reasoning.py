@@ -29,6 +29,10 @@ class ReasoningSplitter:
         self._taken = 0  # characters that left `_held`
 
     @property
+    def answering(self) -> bool:
+        return not self.found or self.closed is not None
+
+    @property
     def thinking(self) -> Sequence[Span]:
         return [(0, self.closed)] if self.found else []
 
