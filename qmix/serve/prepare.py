@@ -34,6 +34,9 @@ class Preparation:
 
     def prepare(self, generation: Generation) -> Prepared:
         """PromptTooLong, or another UsageError that says what the model or its chat format does not take."""
+        rows = self.tokenizer.rows
+        if (wrong := next((i for i, _ in generation.params.logit_bias if i >= rows), None)) is not None:
+            raise UsageError(f"logit_bias: token id {wrong}: want 0 to {rows - 1}")
         grammar = self._grammar(generation)
         if generation.texts:
             return Prepared(generation, tuple(map(self._text, generation.texts)), True, grammar)

@@ -35,6 +35,7 @@ from qmix.tokenizer.harmony import harmony_format, harmony_stops
 from qmix.tokenizer.json_calls import json_format
 from qmix.tokenizer.message import ROLES, ChatFormat, Message, Prompt, Request, ToolCall
 from qmix.tokenizer.mistral import MistralV1Format, has_mistral_v1_pieces, may_be_mistral
+from qmix.tokenizer.mistral_calls import mistral_calls_format
 from qmix.tokenizer.mistral_v3 import MistralV3Format, has_mistral_v3_pieces
 from qmix.tokenizer.parts import MARK, AnswerFormat, AnswerParser, Call, Divided, Part, divide
 from qmix.tokenizer.plain import PlainFormat
@@ -213,7 +214,14 @@ def load(folder: Path, vocab_size: int | None = None,
     chat = chat or PlainFormat(vocabulary, eos)
     if chat.turn_end is not None:
         eos.append(chat.turn_end)
-    return Tokenizer(vocabulary, chat, eos, rows=vocab_size, answers=harmony or gemma or _tagged(files.templates))
+    return Tokenizer(vocabulary, chat, eos, rows=vocab_size, answers=harmony or gemma or _mistral_calls(
+        vocabulary, chat, files.templates) or _tagged(files.templates))
+
+
+def _mistral_calls(vocabulary: Vocabulary, chat: ChatFormat, templates: str) -> AnswerFormat | None:
+    """Mistral's calls as a list, and not the later ones, whose arguments stand behind [ARGS]."""
+    written = isinstance(chat, MistralV3Format) or ("[TOOL_CALLS]" in templates and "[ARGS]" not in templates)
+    return mistral_calls_format(vocabulary) if written else None
 
 
 def _tagged(templates: str) -> AnswerFormat:
