@@ -62,13 +62,14 @@ class ScriptedSession:
                 raise Interrupted("cancelled")
 
     def _next(self) -> torch.Tensor:
-        logits = torch.zeros(self._engine.tokenizer.rows)
+        logits = self._engine.floor.clone()
         logits[next(self._answer, self._engine.tokenizer.eos_ids[0])] = 1e4
         return logits
 
 
 class ScriptedEngine:
-    """script: the ids of the answer to the ids of a prompt. may_go: clear it, and passes wait."""
+    """script: the ids of the answer to the ids of a prompt. Where these are not allowed, any other id that is more than
+    white space comes. may_go: clear it, and passes wait."""
 
     exact = False
 
@@ -80,6 +81,7 @@ class ScriptedEngine:
         self.may_go.set()
         self.passes = 0
         self.sessions: list[ScriptedSession] = []
+        self.floor = torch.tensor([20.0 * bool(tokenizer.piece(i).data.strip()) for i in range(tokenizer.rows)])
 
     def __enter__(self) -> ScriptedEngine:
         return self

@@ -80,8 +80,7 @@ class Grammars:
         """The id that opens the reasoning, where one alone does."""
         if not self._tokenizer.thinking_switch or self._tokenizer.headers:
             return None
-        found = self._tokenizer.encode_more(OPEN)
-        return found[-1] if self._tokenizer.piece(found[-1]).data == OPEN.encode() else None
+        return self._tokenizer.marker(OPEN)
 
 
 _NAMES = {"object": "JSON format", "schema": "JSON schema", "grammar": "grammar", "regex": "regular expression"}

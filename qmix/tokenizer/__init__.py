@@ -164,6 +164,10 @@ class Tokenizer:
         decoder = self.decoder(continuing)
         return "".join(map(decoder.push, ids)) + decoder.finish()
 
+    def marker(self, text: str) -> int | None:
+        """The id of an added token such as "<think>", which text that spells it never becomes."""
+        return self._vocabulary.markers.get(text)
+
     def piece(self, token_id: int) -> Piece:
         """What an id adds to a text; nothing for control tokens and padding rows."""
         return self._piece(token_id)

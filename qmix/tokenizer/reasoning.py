@@ -30,7 +30,7 @@ class ReasoningSplitter:
 
     @property
     def answering(self) -> bool:
-        return not self.found or self.closed is not None
+        return self.closed is not None if self.found else self._began or not self._held.strip()
 
     @property
     def thinking(self) -> Sequence[Span]:
