@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Scope
 from qmix import __version__, render
 from qmix.config import SamplingParams
 from qmix.errors import QmixError
+from qmix.serve.anthropic.routes import router as anthropic_router
 from qmix.serve.body import BadRequest
 from qmix.serve.errors import Problem, body_of, problem_of
 from qmix.serve.guard import Guard, TooLarge
@@ -25,7 +26,8 @@ def make_app(service: Service, defaults: SamplingParams) -> ASGIApp:
     """defaults: the sampling of requests that leave it open."""
     app = FastAPI(title="qmix", version=__version__, docs_url=None, redoc_url=None)
     app.state.service, app.state.defaults = service, defaults
-    app.include_router(openai_router)
+    for router in (openai_router, anthropic_router):
+        app.include_router(router)
     app.add_api_route("/health", _health, methods=["GET"])
     app.add_api_route("/metrics", _metrics, methods=["GET"])
     app.add_api_route("/v1/stats", _stats, methods=["GET"])

@@ -40,15 +40,17 @@ class Preparation:
         grammar = self._grammar(generation)
         if generation.texts:
             return Prepared(generation, tuple(map(self._text, generation.texts)), True, grammar)
-        return Prepared(generation, (self.prompt(generation),), False, grammar)
+        return Prepared(generation, (self._fitting(self._prompt(generation, self.context)),), False, grammar)
 
-    def prompt(self, generation: Generation) -> Prompt:
-        """Of a conversation."""
+    def count(self, generation: Generation) -> int:
+        """Tokens of a conversation as a prompt, whether they fit or not."""
+        return len(self._prompt(generation, None).ids)
+
+    def _prompt(self, generation: Generation, limit: int | None) -> Prompt:
         messages = list(generation.messages)
         if not self._exact:
             messages = self._remembered.recall(messages)
-        return self._fitting(self.tokenizer.prompt(
-            messages, self.context, replace(generation.asked, tools=generation.tools)))
+        return self.tokenizer.prompt(messages, limit, replace(generation.asked, tools=generation.tools))
 
     def _text(self, text: Text) -> Prompt:
         if isinstance(text, str):

@@ -35,3 +35,9 @@ def body_schema(schema: type[BaseModel]) -> dict[str, Any]:
     """For a route that reads its body itself: what OpenAPI says of it."""
     return {"requestBody": {"required": True, "content": {"application/json": {
         "schema": schema.model_json_schema(ref_template="#/components/schemas/{model}")}}}}
+
+
+def left_out_header(names: tuple[str, ...]) -> dict[str, str]:
+    """Says that hosted tools were not shown to the model."""
+    said = ", ".join(name.encode("ascii", "replace").decode() for name in names if name.isprintable())
+    return {"x-qmix-left-out": said[:1000]} if said else {}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
+from contextlib import suppress
 from types import FrameType
 
 import uvicorn
@@ -108,7 +109,8 @@ class Server(uvicorn.Server):
         self._stops += 1
         self.should_exit = True
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._end_answers)
+            with suppress(RuntimeError):  # the loop is closed: there is nothing left to end
+                self._loop.call_soon_threadsafe(self._end_answers)
 
     def _end_answers(self) -> None:
         self.engine.stop()
