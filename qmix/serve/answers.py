@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import anyio
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from qmix.serve.engine_thread import NotReady
@@ -75,6 +75,25 @@ def stream(answer: Answer, events: AsyncIterator[ServerSentEvent], ping: float,
     """Server-sent events, with a comment, or `sent_ping`, every `ping` seconds."""
     return _Stream(answer, events, ping=ping, sep="\n", ping_message_factory=lambda: sent_ping or ServerSentEvent(
         comment="ping", sep="\n"), shutdown_event=anyio.Event(), shutdown_grace_period=FOR_EVER)
+
+
+class _Lines(StreamingResponse):
+    """As _Stream."""
+
+    def __init__(self, answer: Answer, content: AsyncIterator[str]):
+        super().__init__(content, media_type="application/x-ndjson")
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answer.close()
+
+
+def lines(answer: Answer, content: AsyncIterator[str]) -> Response:
+    """A JSON document a line."""
+    return _Lines(answer, content)
 
 
 async def openai_events(path: str, chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[ServerSentEvent]:

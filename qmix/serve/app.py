@@ -17,6 +17,9 @@ from qmix.serve.anthropic.routes import router as anthropic_router
 from qmix.serve.body import BadRequest
 from qmix.serve.errors import Problem, body_of, problem_of
 from qmix.serve.guard import Guard, TooLarge
+from qmix.serve.ollama.routes import router as ollama_router
+from qmix.serve.openai.responses_routes import router as responses_router
+from qmix.serve.openai.responses_store import ResponseStore
 from qmix.serve.openai.routes import router as openai_router
 from qmix.serve.routing import state_of
 from qmix.serve.service import Service
@@ -25,8 +28,8 @@ from qmix.serve.service import Service
 def make_app(service: Service, defaults: SamplingParams) -> ASGIApp:
     """defaults: the sampling of requests that leave it open."""
     app = FastAPI(title="qmix", version=__version__, docs_url=None, redoc_url=None)
-    app.state.service, app.state.defaults = service, defaults
-    for router in (openai_router, anthropic_router):
+    app.state.service, app.state.defaults, app.state.responses = service, defaults, ResponseStore()
+    for router in (openai_router, responses_router, anthropic_router, ollama_router):
         app.include_router(router)
     app.add_api_route("/health", _health, methods=["GET"])
     app.add_api_route("/metrics", _metrics, methods=["GET"])
