@@ -36,7 +36,8 @@ def test_an_answer_in_whole_and_in_letters(text: str, answer: str, calls: list[C
     assert read([text])[:2] == (answer, calls) == read(list(text))[:2]
 
 
-@given(st.lists(st.sampled_from(("a", " ", "\n", MARKED, ONE, TWO, ONE[:9], "[", "]", "{", "}")), max_size=6), st.data())
+@given(st.lists(st.sampled_from(("a", " ", "\n", MARKED, ONE, TWO, ONE[:9], "[", "]", "{", "}")), max_size=6),
+       st.data())
 @settings(max_examples=200, deadline=None)
 def test_where_a_stream_is_cut_makes_no_difference(words: list[str], data: st.DataObject) -> None:
     text = "".join(words)

@@ -153,7 +153,8 @@ def test_tool_choice(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize(("body", "status", "kind", "words"), [
-    ({"model": "claude-x"}, 404, "not_found_error", "claude-x"), ({"wibble": 1}, 400, "invalid_request_error", "wibble"),
+    ({"model": "claude-x"}, 404, "not_found_error", "claude-x"),
+    ({"wibble": 1}, 400, "invalid_request_error", "wibble"),
     ({"max_tokens": None}, 400, "invalid_request_error", "max_tokens"),
     ({"max_tokens": 0}, 400, "invalid_request_error", "max_tokens"),
     ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, 400, "invalid_request_error",

@@ -230,7 +230,8 @@ def test_until_the_model_is_there_all_is_503(engine: ScriptedEngine) -> None:
             health = httpx.get(running.url + "/health")
             assert (health.status_code, health.json()) == (503, {"status": "loading model"})
             got = httpx.post(running.url + CHAT, json=ASK)
-            assert got.status_code == 503 and "retry-after" in got.headers and "loaded" in got.json()["error"]["message"]
+            assert got.status_code == 503 and "retry-after" in got.headers
+            assert "loaded" in got.json()["error"]["message"]
             assert httpx.get(running.url + "/v1/models").status_code == 200
             assert "qmix_num_requests_running" in httpx.get(running.url + "/metrics").text
         finally:

@@ -11,17 +11,22 @@ from typing import Any, NamedTuple
 
 import openai
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from serving import Running, ScriptedEngine, says, serving, spelled
 from tokenizer_gemma import gemma
 from tokenizer_glm import glm
 from tokenizer_harmony import harmony
 from tokenizer_qwen3 import CODER, HYBRID, THINKING, qwen3
 
-from qmix.tokenizer import Tokenizer, load
+from qmix.serve.answering import Trimmer
+from qmix.tokenizer import Message, Prompt, Tokenizer, divide, load
+from qmix.tokenizer.parts import MARK
 
 ASK = [{"role": "user", "content": "How is the weather in Lyon and in Nice?"}]
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "The weather at a place.", "parameters": {
-    "type": "object", "properties": {"place": {"type": "string"}, "days": {"type": "integer"}}, "required": ["place"]}}},
+    "type": "object", "properties": {"place": {"type": "string"}, "days": {"type": "integer"}},
+    "required": ["place"]}}},
     {"type": "function", "function": {"name": "now"}}]
 
 
@@ -47,7 +52,8 @@ def _glm(place: str) -> str:
 FAMILIES = {
     "qwen3": Family(lambda path: qwen3(path, HYBRID),
                     f"<think>\nhm\n</think>\n\nI look.\n{_json('Lyon')}\n{_json('Nice')}"),
-    "thinking": Family(lambda path: qwen3(path, THINKING), f"hm\n</think>\n\nI look.\n{_json('Lyon')}\n{_json('Nice')}"),
+    "thinking": Family(lambda path: qwen3(path, THINKING),
+                       f"hm\n</think>\n\nI look.\n{_json('Lyon')}\n{_json('Nice')}"),
     "coder": Family(lambda path: qwen3(path, CODER), f"<think>hm</think>I look.\n{_xml('Lyon')}\n{_xml('Nice')}"),
     "glm": Family(glm, f"\n<think>hm</think>\nI look.\n{_glm('Lyon')}\n{_glm('Nice')}"),
     "gemma": Family(gemma, "<|channel>thought\nhm<channel|>I look.<|tool_call>call:weather{place:<|\"|>Lyon<|\"|>}"
@@ -91,7 +97,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_reasoning_answer_and_calls_come_apart(family: tuple[Tokenizer, str]) -> None:
     tokenizer, answer = family
     want = [["weather", '{"place": "Lyon"}'], ["weather", '{"place": "Nice"}']]
-    with scripted(tokenizer, answer) as (engine, client, _):
+    with scripted(tokenizer, answer) as (_, client, _running):
         whole = client.chat.completions.create(model="demo", messages=ASK, tools=TOOLS)
         message = whole.choices[0].message
         assert (message.content, message.reasoning_content) == ("I look.", "hm")
@@ -111,7 +117,8 @@ def test_harmonys_channels(tmp_path: Path) -> None:
         message = client.chat.completions.create(model="demo", messages=ASK, tools=TOOLS,
                                                  reasoning_effort="high").choices[0].message
         assert (message.content, message.reasoning_content) == ("I look.", "hm")
-        assert [[c.function.name, c.function.arguments] for c in message.tool_calls] == [["weather", '{"place": "Lyon"}']]
+        assert [[c.function.name, c.function.arguments] for c in message.tool_calls] == [
+            ["weather", '{"place": "Lyon"}']]
         texts, calls, reason = streamed(client, messages=ASK, tools=TOOLS)
         assert (texts["content"], len(calls), reason) == ("I look.", 1, "tool_calls")
         with pytest.raises(openai.BadRequestError, match="no call can be forced"):
@@ -141,7 +148,7 @@ def test_calls_and_results_go_back_to_the_model(tmp_path: Path) -> None:
 
 def test_no_tools_are_shown_with_tool_choice_none_and_thinking_is_switched(tmp_path: Path) -> None:
     tokenizer = load(qwen3(tmp_path))
-    with scripted(tokenizer, "So.") as (engine, client, _):
+    with scripted(tokenizer, "So.") as (_, client, _running):
         shown = [client.chat.completions.create(model="demo", messages=ASK, tools=TOOLS, **more).usage.prompt_tokens
                  for more in ({}, {"tool_choice": "none"}, {"tool_choice": "none", "reasoning_effort": "none"},
                               {"tool_choice": "none", "extra_body": {"chat_template_kwargs": {
@@ -182,3 +189,44 @@ def test_a_schema_holds_behind_the_reasoning(tmp_path: Path) -> None:
             "type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
         assert got.choices[0].message.reasoning_content == 'I think {"b": 1}.'
         assert json.loads(got.choices[0].message.content) == {"a": 7}
+
+
+def marked_text(tokenizer: Tokenizer, answer: str) -> str:
+    """As a generator gives it to a parser."""
+    decoder = tokenizer.decoder(marked=True)
+    return "".join(map(decoder.push, spelled(tokenizer, answer))) + decoder.finish()
+
+
+def shown(tokenizer: Tokenizer, prompt: Prompt, pieces: list[str]) -> tuple[str, str, list[Any]]:
+    """Reasoning, answer and calls of a stream that is cut into pieces."""
+    parser, trimmer, texts = tokenizer.answer_parser(prompt), Trimmer(), {"reasoning": "", "answer": ""}
+    for part in [part for piece in pieces for part in parser.push(piece)] + parser.finish():
+        if part.kind != "call":
+            texts[part.kind] += trimmer.push(part, parser.found)
+    return texts["reasoning"], texts["answer"], list(parser.calls)
+
+
+def test_every_cut_of_a_stream_gives_the_same_parts(family: tuple[Tokenizer, str]) -> None:
+    tokenizer, answer = family
+    prompt = tokenizer.prompt([Message("user", "x")])
+    text = marked_text(tokenizer, answer)
+    want = divide(text, None, tokenizer, prompt)
+    for at in range(len(text) + 1):
+        assert shown(tokenizer, prompt, [text[:at], text[at:]]) == (want.reasoning, want.answer, list(want.calls))
+    assert shown(tokenizer, prompt, list(text)) == (want.reasoning, want.answer, list(want.calls))
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_any_stream_in_any_pieces_gives_the_parts_of_the_whole(family: tuple[Tokenizer, str], data: st.DataObject
+                                                               ) -> None:
+    """Streams that are malformed in any way: parts of well-formed ones, in any order."""
+    tokenizer, answer = family
+    prompt = tokenizer.prompt([Message("user", "x")])
+    text = marked_text(tokenizer, answer)
+    span = st.tuples(st.integers(0, len(text)), st.integers(0, len(text))).map(lambda ends: text[min(ends):max(ends)])
+    mixed = "".join(data.draw(st.lists(st.one_of(span, st.sampled_from(("\n", " ", MARK, "<", "x"))), max_size=5)))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(mixed)), max_size=6)))
+    pieces = [mixed[a:b] for a, b in zip((0, *cuts), (*cuts, len(mixed)), strict=True)]
+    want = divide(mixed, None, tokenizer, prompt)
+    assert shown(tokenizer, prompt, pieces) == (want.reasoning or "", want.answer, list(want.calls))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from qmix.config import SamplingParams
@@ -45,3 +45,18 @@ class Generation:
     def tools(self) -> tuple[Mapping[str, Any], ...]:
         """Those that the model is shown."""
         return () if self.tool_choice == "none" else self.asked.tools
+
+
+def overridden(defaults: SamplingParams, **values: Any) -> SamplingParams:
+    """The server's sampling, with what a request says of it; None: nothing. A top_p of 0 is greedy, as in OpenAI's API;
+    a negative top_k is off. ConfigError names what is out of range."""
+    if values.get("top_p") == 0:
+        values |= {"top_p": None, "temperature": 0.0}
+    if values.get("top_k") is not None:
+        values["top_k"] = max(0, values["top_k"])
+    if values.get("seed") is not None:
+        values["seed"] %= 2**63
+    if values.get("stop") is not None:
+        stops = [values["stop"]] if isinstance(values["stop"], str) else values["stop"]
+        values["stop"] = tuple(stop for stop in stops if stop)
+    return replace(defaults, **{name: value for name, value in values.items() if value is not None})

@@ -2,8 +2,8 @@
 
     I look. [TOOL_CALLS] [{"name": "weather", "arguments": {"place": "Lyon"}}]
 
-gives the answer "I look." and Call("weather", '{"place": "Lyon"}'). [TOOL_CALLS] is a control token; behind it stands one
-JSON list, whose calls may have an id besides. A list that is not complete, or no list of calls, is shown as it is
+gives the answer "I look." and Call("weather", '{"place": "Lyon"}'). [TOOL_CALLS] is a control token; behind it stands
+one JSON list, whose calls may have an id besides. A list that is not complete, or no list of calls, is shown as it is
 spelled, with the answer.
 """
 

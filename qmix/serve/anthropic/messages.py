@@ -20,7 +20,7 @@ REASONS = {"length": "max_tokens", "calls": "tool_use"}
 BLOCKS: dict[str, dict[str, Any]] = {"answer": {"type": "text", "text": ""},
                                      "reasoning": {"type": "thinking", "thinking": "", "signature": ""}}
 DELTAS = {"answer": ("text_delta", "text"), "reasoning": ("thinking_delta", "thinking")}
-# A client sends a block of thinking back with its signature, which says that the server wrote it. Nothing is signed here.
+# A client sends a block of thinking back with its signature, which would say who wrote it. Nothing is signed here.
 SIGNATURE = "qmix"
 
 
@@ -81,10 +81,10 @@ class MessageAnswer:
                 for one in self._close(kind, index):
                     yield one
                 timings = event.timings
-                reason = REASONS.get(event.reason, "stop_sequence" if event.stop in self.stops else "end_turn")
+                stop = event.stop if event.stop in self.stops and event.reason not in REASONS else None
+                reason = REASONS.get(event.reason, "end_turn" if stop is None else "stop_sequence")
                 yield "message_delta", {
-                    "type": "message_delta",
-                    "delta": {"stop_reason": reason, "stop_sequence": event.stop if reason == "stop_sequence" else None},
+                    "type": "message_delta", "delta": {"stop_reason": reason, "stop_sequence": stop},
                     "usage": self._usage(timings.prompt_tokens, timings.cached_tokens, timings.generated_tokens)}
                 yield "message_stop", {"type": "message_stop"}
 
@@ -110,8 +110,9 @@ class MessageAnswer:
         """The end of the block that is open, if one is."""
         if kind is None:
             return []
-        signed = [self._delta(index, {"type": "signature_delta", "signature": SIGNATURE})] if kind == "reasoning" else []
-        return [*signed, self._stop(index)]
+        if kind == "answer":
+            return [self._stop(index)]
+        return [self._delta(index, {"type": "signature_delta", "signature": SIGNATURE}), self._stop(index)]
 
 
 def _arguments(call: Call) -> str:

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from qmix.config import SamplingParams
 from qmix.serve.anthropic.schema import AnthropicTool, CountRequest, MessagesRequest, OutputFormat
 from qmix.serve.body import BadRequest, check
 from qmix.serve.openai.translate import asked, named_tool
-from qmix.serve.request import Format, Generation
+from qmix.serve.request import Format, Generation, overridden
 from qmix.tokenizer import Message, Request, Tokenizer, ToolCall
 
 IGNORED = ("cache_control", "citations")  # keys of a block that change nothing
@@ -31,10 +30,8 @@ def generation_of(body: CountRequest, defaults: SamplingParams, tokenizer: Token
     choice, parallel = _choice(body, [tool["function"]["name"] for tool in tools])
     params = defaults
     if isinstance(body, MessagesRequest):
-        found = {"temperature": 0.0 if body.top_p == 0 else body.temperature, "top_p": body.top_p or None,
-                 "top_k": body.top_k, "max_tokens": body.max_tokens,
-                 "stop": tuple(stop for stop in body.stop_sequences if stop) if body.stop_sequences else None}
-        params = replace(defaults, **{name: value for name, value in found.items() if value is not None})
+        params = overridden(defaults, temperature=body.temperature, top_p=body.top_p, top_k=body.top_k,
+                            max_tokens=body.max_tokens, stop=body.stop_sequences)
     return Translated(Generation(
         messages=tuple(_messages(body)), params=params, asked=_asked(body, tuple(tools), tokenizer),
         format=_format(body), tool_choice=choice, parallel=parallel), left_out)

@@ -88,7 +88,7 @@ class Common(Schema):
 
 
 class OllamaChat(Common):
-    messages: Annotated[list[OllamaMessage], Field(max_length=10_000)] = []
+    messages: Annotated[list[OllamaMessage], Field(max_length=10_000)] | None = None
     tools: list[Tool] | None = None
 
 

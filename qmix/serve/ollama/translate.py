@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 
 from qmix.config import SamplingParams
 from qmix.serve.ollama.schema import Common, OllamaChat, OllamaGenerate, OllamaMessage, Options
 from qmix.serve.openai.translate import asked, tool_definition
-from qmix.serve.request import Format, Generation
+from qmix.serve.request import Format, Generation, overridden
 from qmix.tokenizer import Message, Request, Tokenizer, ToolCall
 
 
 def chat_generation(body: OllamaChat, defaults: SamplingParams, tokenizer: Tokenizer) -> Generation:
     tools = tuple(map(tool_definition, body.tools or ()))
-    return Generation(messages=tuple(messages_of(body.messages)), params=sampling(body.options, defaults),
+    return Generation(messages=tuple(messages_of(body.messages or ())), params=sampling(body.options, defaults),
                       asked=_asked(body, tools, tokenizer), format=_format(body))
 
 
@@ -31,16 +30,13 @@ def text_generation(body: OllamaGenerate, defaults: SamplingParams, tokenizer: T
 def sampling(options: Options | None, defaults: SamplingParams) -> SamplingParams:
     if options is None:
         return defaults
-    stops = [options.stop] if isinstance(options.stop, str) else options.stop
-    limit = options.num_predict
-    found = {"temperature": 0.0 if options.top_p == 0 else options.temperature, "top_p": options.top_p or None,
-             "top_k": None if options.top_k is None else max(0, options.top_k), "min_p": options.min_p,
-             "repeat_penalty": options.repeat_penalty, "presence_penalty": options.presence_penalty,
-             "frequency_penalty": options.frequency_penalty,
-             "seed": None if options.seed is None or options.seed < 0 else options.seed % 2**63,
-             "max_tokens": None if limit is None else limit if limit > 0 else -1,  # -1, -2: until the context is full
-             "stop": None if stops is None else tuple(stop for stop in stops if stop)}
-    return replace(defaults, **{name: value for name, value in found.items() if value is not None})
+    limit, seed = options.num_predict, options.seed
+    return overridden(
+        defaults, temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, min_p=options.min_p,
+        repeat_penalty=options.repeat_penalty, presence_penalty=options.presence_penalty,
+        frequency_penalty=options.frequency_penalty, seed=None if seed is None or seed < 0 else seed,
+        max_tokens=None if limit is None else limit if limit > 0 else -1,  # -1, -2: until the context is full
+        stop=options.stop)
 
 
 def messages_of(messages: Sequence[OllamaMessage]) -> list[Message]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from qmix.config import SamplingParams
 from qmix.serve.body import BadRequest
 from qmix.serve.openai.responses_schema import ResponsesRequest, TextFormat
 from qmix.serve.openai.translate import arguments_of, asked, named_tool, text_of
-from qmix.serve.request import Format, Generation
+from qmix.serve.request import Format, Generation, overridden
 from qmix.tokenizer import Message, Tokenizer, ToolCall
 
 INPUT = "input"  # the argument that stands for a custom tool's text
@@ -36,12 +36,10 @@ def responses_generation(body: ResponsesRequest, earlier: Sequence[Message], def
                          tokenizer: Tokenizer) -> Translated:
     """earlier: the conversation that previous_response_id stands for."""
     tools, custom, left_out = _tools(body.tools or ())
-    found = {"temperature": 0.0 if body.top_p == 0 else body.temperature, "top_p": body.top_p or None,
-             "max_tokens": body.max_output_tokens}
     messages = [*earlier, *input_messages(body.input, names_of(earlier))]
     return Translated(Generation(
         messages=tuple(_with_system(body.instructions, messages)),
-        params=replace(defaults, **{name: value for name, value in found.items() if value is not None}),
+        params=overridden(defaults, temperature=body.temperature, top_p=body.top_p, max_tokens=body.max_output_tokens),
         asked=asked(tuple(tools), body.reasoning.effort if body.reasoning else None, None, tokenizer),
         format=_format(body.text.format if body.text else None),
         tool_choice=_choice(body.tool_choice, [tool["function"]["name"] for tool in tools]),

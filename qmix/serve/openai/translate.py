@@ -19,7 +19,7 @@ from qmix.serve.openai.schema import (
     Tool,
     ToolCallMessage,
 )
-from qmix.serve.request import Format, Generation, Text
+from qmix.serve.request import Format, Generation, Text, overridden
 from qmix.tokenizer import Message, Request, Tokenizer, ToolCall
 
 TEXTS = ("text", "input_text", "output_text")  # parts of a message that are text
@@ -47,21 +47,15 @@ def completion_generation(body: CompletionRequest, defaults: SamplingParams) -> 
 
 
 def sampling(body: Sampling, defaults: SamplingParams, limit: int | None) -> SamplingParams:
-    """What the request leaves open is the server's default. A top_p of 0 is greedy, as OpenAI has it; top_k -1 is
-    off."""
-    stops = [body.stop] if isinstance(body.stop, str) else body.stop
-    penalty = body.repeat_penalty if body.repeat_penalty is not None else body.repetition_penalty
-    found: dict[str, Any] = {
-        "temperature": 0.0 if body.top_p == 0 else body.temperature, "top_p": body.top_p or None,
-        "top_k": max(0, body.top_k) if body.top_k is not None else None, "min_p": body.min_p,
-        "repeat_penalty": penalty, "frequency_penalty": body.frequency_penalty,
-        "presence_penalty": body.presence_penalty, "max_tokens": limit,
-        "seed": None if body.seed is None else body.seed % 2**63,
-        "stop": None if stops is None else tuple(stop for stop in stops if stop),
-        "logit_bias": None if body.logit_bias is None else _biases(body.logit_bias)}
+    """What the request leaves open is the server's default."""
     if limit == 0:
         raise BadRequest("max_tokens: got 0, want at least 1", "max_tokens")
-    return replace(defaults, **{name: value for name, value in found.items() if value is not None})
+    penalty = body.repeat_penalty if body.repeat_penalty is not None else body.repetition_penalty
+    return overridden(
+        defaults, temperature=body.temperature, top_p=body.top_p, top_k=body.top_k, min_p=body.min_p,
+        repeat_penalty=penalty, frequency_penalty=body.frequency_penalty, presence_penalty=body.presence_penalty,
+        max_tokens=limit, seed=body.seed, stop=body.stop,
+        logit_bias=None if body.logit_bias is None else _biases(body.logit_bias))
 
 
 def _biases(biases: Mapping[str, float]) -> dict[int, float]:
