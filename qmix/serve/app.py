@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import traceback
+from functools import partial
+from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -36,11 +39,25 @@ def make_app(service: Service, defaults: SamplingParams) -> ASGIApp:
     app.add_api_route("/v1/stats", _stats, methods=["GET"])
     for kind in (BadRequest, QmixError, HTTPException, Exception):
         app.add_exception_handler(kind, _failed)
+    app.openapi = partial(_openapi, app)  # type: ignore[method-assign]
     guarded: ASGIApp = Guard(app, service.options, lambda scope, *told: _refused(scope, Problem(*told)))
     if service.options.origins:
         guarded = CORSMiddleware(guarded, allow_origins=service.options.origins, allow_methods=["GET", "POST"],
                                  allow_headers=["*"])
     return guarded
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document; what the bodies' schemas refer to is moved where their references point."""
+    if app.openapi_schema is None:
+        found = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        shared = found.setdefault("components", {}).setdefault("schemas", {})
+        for route in found["paths"].values():
+            for operation in route.values():
+                for content in operation.get("requestBody", {}).get("content", {}).values():
+                    shared |= content["schema"].pop("$defs", {})
+        app.openapi_schema = found
+    return app.openapi_schema
 
 
 async def _health(request: Request) -> Response:
