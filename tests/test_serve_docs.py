@@ -33,8 +33,9 @@ def keys(*schemas: type[BaseModel]) -> set[str]:
 
 
 @pytest.mark.parametrize(("title", "schemas", "besides"), [
-    ("OpenAI chat completions", (openai.ChatRequest, openai.ChatMessage, openai.TemplateArguments, openai.StreamOptions),
-     {"name", "description", "strict", "cache_control"} | REFUSED),
+    ("OpenAI chat completions", (
+        openai.ChatRequest, openai.ChatMessage, openai.TemplateArguments, openai.StreamOptions), {
+            "name", "description", "strict", "cache_control"} | REFUSED),
     ("OpenAI responses", (responses.ResponsesRequest,), {
         "effort", "format", "summary", "generate_summary", "verbosity"} | WORDS),
     ("Anthropic messages and count_tokens", (anthropic.MessagesRequest, anthropic.AnthropicTool), {

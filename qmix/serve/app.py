@@ -10,12 +10,14 @@ from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Scope
 
 from qmix import __version__, render
 from qmix.config import SamplingParams
 from qmix.errors import QmixError
+from qmix.serve.answers import GONE
 from qmix.serve.anthropic.routes import router as anthropic_router
 from qmix.serve.body import BadRequest
 from qmix.serve.errors import Problem, body_of, problem_of
@@ -39,6 +41,7 @@ def make_app(service: Service, defaults: SamplingParams) -> ASGIApp:
     app.add_api_route("/v1/stats", _stats, methods=["GET"])
     for kind in (BadRequest, QmixError, HTTPException, Exception):
         app.add_exception_handler(kind, _failed)
+    app.add_exception_handler(ClientDisconnect, _left)
     app.openapi = partial(_openapi, app)  # type: ignore[method-assign]
     guarded: ASGIApp = Guard(app, service.options, lambda scope, *told: _refused(scope, Problem(*told)))
     if service.options.origins:
@@ -91,6 +94,11 @@ async def _failed(request: Request, error: Exception) -> Response:
     if problem.status == 500:
         render.say("".join(traceback.format_exception(error)).rstrip())
     return _refused(request.scope, problem)
+
+
+async def _left(request: Request, error: Exception) -> Response:
+    """The client left before its body was there: nobody reads this."""
+    return Response(status_code=GONE)
 
 
 def _refused(scope: Scope, problem: Problem) -> Response:
