@@ -139,7 +139,9 @@ def parse_grouped(name: str) -> tuple[str, int]:
 class SamplingParams:
     """How the next token is chosen. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and
     repeat_penalty 1 switch that step off; max_tokens -1 means until the context is full. stop also takes one plain
-    string, which is one stop string, and any list of strings. ConfigError names the field that is wrong."""
+    string, which is one stop string, and any list of strings. frequency_penalty and presence_penalty are subtracted
+    from the logits of ids that the answer has already, the first as often as it has them; logit_bias is added: pairs of
+    id and value, or a mapping. ConfigError names the field that is wrong."""
 
     temperature: float = 0.7
     top_p: float = 0.95
@@ -149,9 +151,12 @@ class SamplingParams:
     seed: int | None = None
     max_tokens: int = -1
     stop: tuple[str, ...] = ()
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "min_p", "repeat_penalty"):
+        for name in ("temperature", "top_p", "min_p", "repeat_penalty", "frequency_penalty", "presence_penalty"):
             value = getattr(self, name)
             _want(isinstance(value, Real) and not isinstance(value, bool), name, value, "a number")
         for name in ("top_k", "max_tokens"):
@@ -168,6 +173,26 @@ class SamplingParams:
         _want(self.seed is None or 0 <= self.seed < 2**63, "seed", self.seed, "0 to 2**63 - 1")
         _want(self.max_tokens >= -1 and self.max_tokens != 0, "max_tokens", self.max_tokens, "-1 or >= 1")
         _want(all(self.stop), "stop", self.stop, "non-empty strings")
+        for name in ("frequency_penalty", "presence_penalty"):
+            _want(-2 <= getattr(self, name) <= 2, name, getattr(self, name), "-2 to 2")
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
+
+
+def _biases(value: Any) -> tuple[tuple[int, float], ...]:
+    """SamplingParams.logit_bias as pairs, by id."""
+    pairs = value.items() if isinstance(value, Mapping) else value
+    _want(isinstance(pairs, Iterable) and not isinstance(pairs, str | bytes), "logit_bias", value,
+          "pairs of id and value")
+    found: dict[int, float] = {}
+    for pair in pairs:
+        _want(isinstance(pair, tuple) and len(pair) == 2, "logit_bias", pair, "pairs of id and value")
+        token_id, bias = pair
+        _want(isinstance(token_id, Integral) and not isinstance(token_id, bool) and int(token_id) >= 0, "logit_bias",
+              token_id, "a token id")
+        _want(isinstance(bias, Real) and not isinstance(bias, bool) and -100 <= float(bias) <= 100, "logit_bias", bias,
+              "-100 to 100")
+        found[int(token_id)] = float(bias)
+    return tuple(sorted(found.items()))
 
 
 class Cancel:

@@ -37,6 +37,10 @@ class ConfigError(UsageError):
     """A field of a config record is missing or out of range: `num_local_experts: got 0, want >= 1`."""
 
 
+class PromptTooLong(UsageError):
+    """A prompt has more tokens than the context holds."""
+
+
 class DoesNotFit(QmixError):
     """Memory or disk is too small for what was asked; the message carries the numbers."""
 

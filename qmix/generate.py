@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from qmix.config import Cancel, SamplingParams, strings
-from qmix.errors import Interrupted, UsageError
-from qmix.sampling import Sampler, check_logits, logprob
+from qmix.errors import Interrupted, PromptTooLong, UsageError
+from qmix.sampling import Constraint, Sampler, check_logits, likeliest, logprob
 from qmix.speculation import Pace, Passes, Session
 from qmix.tokenizer import StreamDecoder, Tokenizer
 
@@ -96,14 +96,15 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One step. id is None in a "cancelled" record, which samples nothing. logprob: see sampling.logprob,
-    where asked for."""
+    """One step. id is None in a "cancelled" record, which samples nothing. logprob: see sampling.logprob; likeliest:
+    see sampling.likeliest; where asked for."""
 
     id: int | None
     text: str
     finish_reason: FinishReason | None = None
     logprob: float | None = None
     summary: Summary | None = None
+    likeliest: tuple[tuple[int, float], ...] = ()
 
 
 class StopFinder:
@@ -193,22 +194,23 @@ class _Answer:
 
 def generate(session: Session, prompt_ids: Sequence[int], params: SamplingParams, tokenizer: Tokenizer,
              cancel: Cancel | None = None, *, stops: Sequence[str] = (), continuing: bool = False,
-             marked: bool = False, logprobs: bool = False, pace: Pace | None = None,
-             clock: Callable[[], float] = time.perf_counter) -> Iterator[Token]:
+             marked: bool = False, logprobs: bool = False, top_logprobs: int = 0, pace: Pace | None = None,
+             constraint: Constraint | None = None, clock: Callable[[], float] = time.perf_counter) -> Iterator[Token]:
     """Yield the Token records of one answer (see the module's prose).
 
     prompt_ids: the whole prompt, of which the first session.length ids are in the KV cache already (trim
     the session to the common prefix first; at least the last id is always run). stops: stop strings
     besides params.stop, such as tokenizer.turn_stops. continuing: the answer goes on from the prompt's text,
-    so its leading space is kept. marked: the texts are for tokenizer.answer_parser, not to be read. pace: allows
-    drafts, and keeps what is learnt of them from answer to answer;
-    the records are the same but for their times. clock: seconds, monotonic.
+    so its leading space is kept. marked: the texts are for tokenizer.answer_parser, not to be read. top_logprobs: how
+    many of the likeliest ids each record has. pace: allows drafts, and keeps what is learnt of them from answer to
+    answer; the records are the same but for their times. constraint: which ids the answer may consist of; its end is
+    the answer's. clock: seconds, monotonic.
 
     UsageError, at the first record, for an empty prompt and one that the context cannot hold.
     """
     cancel = Cancel() if cancel is None else cancel
     _check_prompt(session, prompt_ids)
-    sampler = Sampler(params, prompt_ids)
+    sampler = Sampler(params, prompt_ids, constraint)
     headers = tokenizer.headers if marked else {}
     in_header = not next((headers[i] for i in reversed(prompt_ids) if i in headers), True) if headers else False
     answer = _Answer(tokenizer.decoder(continuing, marked), StopFinder((*params.stop, *strings("stops", stops))),
@@ -219,7 +221,8 @@ def generate(session: Session, prompt_ids: Sequence[int], params: SamplingParams
     cached = session.length
     passes = Passes(session, prompt_ids, pace, tokenizer.eos_ids, clock)
 
-    def last(token_id: int | None, text: str, reason: FinishReason, value: float | None = None) -> Token:
+    def last(token_id: int | None, text: str, reason: FinishReason, value: float | None = None,
+             best: tuple[tuple[int, float], ...] = ()) -> Token:
         passes.discard_drafts()
         ids = tuple(answer.ids)
         ended = bool(ids) and ids[-1] in tokenizer.eos_ids
@@ -227,7 +230,7 @@ def generate(session: Session, prompt_ids: Sequence[int], params: SamplingParams
                           passes.decode_passes, passes.drafted, passes.accepted)
         full = reason == "length" and session.length >= session.context
         return Token(token_id, text, reason, value, Summary(
-            ids, answer.answer_ids(), ended, answer.stop, full, sampler.seed, timings))
+            ids, answer.answer_ids(), ended, answer.stop, full, sampler.seed, timings), best)
 
     try:
         while True:
@@ -244,12 +247,15 @@ def generate(session: Session, prompt_ids: Sequence[int], params: SamplingParams
             token_id = sampler.choose(logits)
             first = clock() - started if first is None else first
             value = logprob(check_logits(logits), token_id) if logprobs else None
+            best = likeliest(check_logits(logits), top_logprobs) if top_logprobs else ()
             text = answer.push(token_id)
             reason = _finish_reason(answer, token_id, len(prompt_ids), session, params, tokenizer)
+            if reason is None and constraint is not None and constraint.done:
+                reason = "stop"
             if reason is not None:
-                yield last(token_id, text + answer.finish(), reason, value)
+                yield last(token_id, text + answer.finish(), reason, value, best)
                 return
-            yield Token(token_id, text, logprob=value)
+            yield Token(token_id, text, logprob=value, likeliest=best)
     finally:
         passes.discard_drafts()
 
@@ -258,7 +264,7 @@ def _check_prompt(session: Session, prompt_ids: Sequence[int]) -> None:
     if not prompt_ids:
         raise UsageError("the prompt is empty", "give at least one token of text")
     if len(prompt_ids) > session.context:
-        raise UsageError(
+        raise PromptTooLong(
             f"the prompt has {len(prompt_ids)} tokens, the context holds {session.context}",
             f"shorten the prompt, or start with --ctx-size {len(prompt_ids) + 1} or more")
 

@@ -2,12 +2,13 @@
 
 The steps, in the order of Hugging Face transformers:
 
-    repetition penalty -> temperature -> top-k -> top-p -> min-p -> draw
+    repetition penalty -> frequency and presence penalty -> bias -> constraint
+    -> temperature -> top-k -> top-p -> min-p -> draw
 
 Temperature 0 is greedy: after the penalty the highest logit wins, the lowest id among equals, and no random number is
 used. Otherwise each token takes exactly one random number. So a seed gives the same tokens wherever the logits are the
-same, and a token's draw does not depend on how many candidates an earlier token had. Everything after the penalty is
-computed in float64.
+same, and a token's draw does not depend on how many candidates an earlier token had. Everything after the constraint is
+computed in float64. A Constraint says which ids may follow at all; the logits of the others become minus infinity.
 
 V vocabulary, C candidates that are left.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +30,20 @@ from qmix.errors import QmixError, UsageError
 COARSE = (1e-2, 1e-4, 0.0)
 
 
+class Constraint(Protocol):
+    """Which ids an answer may consist of, such as those that a grammar allows. One per answer."""
+
+    @property
+    def done(self) -> bool:
+        """Whether the answer is complete, so that nothing can follow but its end."""
+
+    def allowed(self) -> Tensor | None:
+        """bool [V or less] of the next id; ids beyond are not allowed. None where all are."""
+
+    def push(self, token_id: int) -> None:
+        """The answer goes on with `token_id`, which `allowed`."""
+
+
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Divide positive logits of seen ids by `penalty`, multiply negative ones (Keskar et al. 2019, CTRL,
     section 4.1, in the form that leaves the sign alone). logits [V] fp32, seen [S] int64 without
@@ -36,6 +52,17 @@ def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
         return logits
     chosen = logits[seen]
     return logits.scatter(0, seen, torch.where(chosen > 0, chosen / penalty, chosen * penalty))
+
+
+def constrain(logits: Tensor, allowed: Tensor) -> Tensor:
+    """Minus infinity where `allowed`, bool [V or less], is false or at its end. logits [V] fp32 -> [V] fp32."""
+    if not allowed.any():
+        raise UsageError("nothing can follow: the grammar and this model's vocabulary have no common continuation",
+                         "correct the grammar")
+    full = torch.zeros(logits.numel(), dtype=torch.bool)
+    count = min(logits.numel(), allowed.numel())
+    full[:count] = allowed[:count]
+    return logits.masked_fill(~full, -math.inf)
 
 
 def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
@@ -94,15 +121,18 @@ class Sampler:
 
     history: ids of the prompt, which the repetition penalty counts with those of the answer.
     seed: what to give as SamplingParams.seed to get the same answer again; chosen here where it was None,
-    small enough to be typed.
+    small enough to be typed. constraint: is told the ids that are chosen.
     """
 
-    def __init__(self, params: SamplingParams, history: Iterable[int] = ()):
+    def __init__(self, params: SamplingParams, history: Iterable[int] = (), constraint: Constraint | None = None):
         self.params = params
+        self._constraint = constraint
+        self._counts: dict[int, int] = {}  # of the answer's ids, where a penalty counts them
+        self._biased, self._biases = _pairs(params.logit_bias)
         self.seed = secrets.randbelow(2**32) if params.seed is None else params.seed
         self._generator = torch.Generator().manual_seed(self.seed)
         self._seen = dict.fromkeys(history if params.repeat_penalty != 1 else ())
-        self._highest = max(self._seen, default=-1)
+        self._highest = max((*self._seen, *self._biased.tolist()), default=-1)
 
     def choose(self, logits: Tensor) -> int:
         """The next id, for logits [V] of any float dtype and device; it counts as seen from here on."""
@@ -111,6 +141,13 @@ class Sampler:
         if self._highest >= logits.numel():
             raise UsageError(f"token id: got {self._highest}, the model's vocabulary has {logits.numel()}")
         logits = penalize(logits, torch.tensor(list(self._seen), dtype=torch.int64), params.repeat_penalty)
+        if self._counts:
+            ids, counts = _pairs(self._counts.items())
+            logits = logits.index_add(0, ids, -(params.frequency_penalty * counts + params.presence_penalty))
+        if self._biased.numel():
+            logits = logits.index_add(0, self._biased, self._biases)
+        if self._constraint is not None and (allowed := self._constraint.allowed()) is not None:
+            logits = constrain(logits, allowed)
         if params.temperature == 0:
             token_id = int(logits.argmax())
         else:
@@ -119,7 +156,18 @@ class Sampler:
             token_id = int(ids[draw(probs, uniform)])
         if params.repeat_penalty != 1:
             self._seen[token_id] = None
+        if params.frequency_penalty or params.presence_penalty:
+            self._counts[token_id] = self._counts.get(token_id, 0) + 1
+        if self._constraint is not None:
+            self._constraint.push(token_id)
         return token_id
+
+
+def _pairs(pairs: Iterable[tuple[int, float]]) -> tuple[Tensor, Tensor]:
+    """ids [N] int64 and their values [N] fp32."""
+    found = list(pairs)
+    return (torch.tensor([token_id for token_id, _ in found], dtype=torch.int64),
+            torch.tensor([value for _, value in found], dtype=torch.float32))
 
 
 def check_logits(logits: Tensor) -> Tensor:
@@ -140,3 +188,13 @@ def logprob(logits: Tensor, token_id: int) -> float:
     value = (logits[token_id] - torch.logsumexp(logits, 0)).item()
     assert not math.isnan(value)
     return value
+
+
+def likeliest(logits: Tensor, count: int) -> tuple[tuple[int, float], ...]:
+    """The `count` most probable ids with the natural logarithms of their probabilities, as of `logprob`; the most
+    probable first, the lower id first among equals. logits [V]."""
+    logits = logits.double()
+    total = torch.logsumexp(logits, 0)
+    ids = _largest(logits, min(count, logits.numel()))
+    ordered = ids[logits[ids].sort(descending=True, stable=True).indices]
+    return tuple((int(i), (logits[i] - total).item()) for i in ordered)

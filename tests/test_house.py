@@ -25,7 +25,7 @@ FLOORS = (
     {"quantize", "offload", "tokenizer", "sampling", "speculation"},
     {"generate"},
     {"engine"},
-    {"analysis", "bench", "chat", "demo", "evaluate"},
+    {"analysis", "bench", "chat", "demo", "evaluate", "serve"},
     {"commands"},
     {"cli"},
 )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qmix.config import SamplingParams
 from qmix.errors import QmixError, UsageError
-from qmix.sampling import Sampler, candidates, draw, logprob, penalize
+from qmix.sampling import Sampler, candidates, draw, likeliest, logprob, penalize
 
 PLAIN = SamplingParams(temperature=1.0, top_p=1.0)
 
@@ -232,3 +232,71 @@ def test_logprob_is_the_models_own() -> None:
     logits = torch.randn(50, generator=torch.Generator().manual_seed(4))
     expected = math.log(naive(logits.numpy(), PLAIN)[7])
     assert logprob(logits, 7) == pytest.approx(expected, rel=1e-9)
+
+
+@given(st.lists(st.floats(-20, 20), min_size=3, max_size=12), st.floats(-2, 2), st.floats(-2, 2),
+       st.dictionaries(st.integers(0, 2), st.floats(-100, 100)))
+@settings(max_examples=100, deadline=None)
+def test_frequency_presence_and_bias_as_openai_has_them(values: list[float], frequency: float, presence: float,
+                                                        bias: dict[int, float]) -> None:
+    """Greedy, so that each choice shows which of the naive logits is the highest. Only the answer's ids count."""
+    logits = torch.tensor(values)
+    sampler = Sampler(SamplingParams(temperature=0, frequency_penalty=frequency, presence_penalty=presence,
+                                     logit_bias=bias), history=[0, 1, 2])
+    counts = np.zeros(len(values))
+    for _ in range(6):
+        naive_logits = np.array(logits.tolist()) + np.array([bias.get(i, 0) for i in range(len(values))])
+        naive_logits -= counts * frequency + (counts > 0) * presence
+        chosen = sampler.choose(logits)
+        assert naive_logits[chosen] >= naive_logits.max() - 1e-4  # fp32 of numbers below 150
+        counts[chosen] += 1
+
+
+class Only:
+    """A constraint: these ids, and no more than `most` of them."""
+
+    def __init__(self, ids: list[int], size: int, most: int = 99):
+        self.pushed: list[int] = []
+        self._allowed = torch.zeros(size, dtype=torch.bool)
+        self._allowed[ids] = True
+        self._most = most
+
+    @property
+    def done(self) -> bool:
+        return len(self.pushed) == self._most
+
+    def allowed(self) -> torch.Tensor | None:
+        return None if len(self.pushed) == 1 else self._allowed
+
+    def push(self, token_id: int) -> None:
+        self.pushed.append(token_id)
+
+
+@pytest.mark.parametrize("temperature", [0, 2])
+@pytest.mark.parametrize("more", [{}, {"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.3}])
+def test_only_what_a_constraint_allows_is_chosen(temperature: float, more: dict[str, float]) -> None:
+    logits = torch.arange(10.0)
+    only = Only([1, 3], 8)
+    sampler = Sampler(params(temperature=temperature, seed=1, **more), constraint=only)
+    chosen = [sampler.choose(logits) for _ in range(20)]
+    assert chosen == only.pushed and {chosen[0], *chosen[2:]} <= {1, 3} and (temperature or chosen[1] == 9)
+
+
+def test_a_constraint_that_allows_nothing_is_an_error() -> None:
+    with pytest.raises(UsageError, match="nothing can follow"):
+        Sampler(PLAIN, constraint=Only([], 8)).choose(torch.zeros(8))
+
+
+def test_the_likeliest_ids() -> None:
+    logits = torch.tensor([1.0, 3.0, 3.0, 0.0, 2.0])
+    found = likeliest(logits, 3)
+    assert [i for i, _ in found] == [1, 2, 4]
+    assert [value for _, value in found] == pytest.approx([logprob(logits, i) for i in (1, 2, 4)], rel=1e-12)
+    assert len(likeliest(logits, 20)) == 5
+
+
+@pytest.mark.parametrize("wrong", [{"logit_bias": {-1: 0}}, {"logit_bias": {1: 101}}, {"logit_bias": "12"},
+                                   {"logit_bias": [(1, True)]}, {"frequency_penalty": 3}, {"presence_penalty": "1"}])
+def test_wrong_penalties_and_biases_are_named(wrong: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match=next(iter(wrong))):
+        params(**wrong)

@@ -18,10 +18,11 @@ tokenizer.model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from qmix import render
 from qmix.config import EFFORTS
@@ -34,6 +35,7 @@ from qmix.tokenizer.harmony import harmony_format, harmony_stops
 from qmix.tokenizer.json_calls import json_format
 from qmix.tokenizer.message import ROLES, ChatFormat, Message, Prompt, Request, ToolCall
 from qmix.tokenizer.mistral import MistralV1Format, has_mistral_v1_pieces, may_be_mistral
+from qmix.tokenizer.mistral_calls import mistral_calls_format
 from qmix.tokenizer.mistral_v3 import MistralV3Format, has_mistral_v3_pieces
 from qmix.tokenizer.parts import MARK, AnswerFormat, AnswerParser, Call, Divided, Part, divide
 from qmix.tokenizer.plain import PlainFormat
@@ -85,6 +87,10 @@ class Tokenizer:
         head = vocabulary.head if bos else ()
         return self._with_rows([*head, *vocabulary.encode_text(text, vocabulary.fresh_at_start)])
 
+    def encode_more(self, text: str) -> list[int]:
+        """ids of plain text that goes on from other text."""
+        return self._with_rows(self._vocabulary.encode_text(text, False))
+
     def encode_chat(self, messages: Sequence[Message], limit: int | None = None,
                     request: Request | None = None) -> list[int]:
         """ids of a conversation, ending with the start of the next answer; never two BOS. limit: as of `encode`.
@@ -128,6 +134,15 @@ class Tokenizer:
             opening = "".join(map(self.decoder(marked=True).push, prompt.ids[at:]))
         return self._answers.parser(prompt, opening)
 
+    def call_grammar(self, tools: Sequence[Mapping[str, Any]], name: str | None, parallel: bool) -> str:
+        """The grammar of an answer that calls one of `tools`, or only the one of that name, and several where
+        `parallel`. UsageError where the model's format of answers has none."""
+        if self._answers.call_grammar is None:
+            raise UsageError("tool_choice: with this model's format of answers, no call can be forced",
+                             'leave the choice to the model ("auto")')
+        return self._answers.call_grammar([tool for tool in tools if name in (None, tool["function"]["name"])],
+                                          parallel)
+
     def _with_rows(self, ids: list[int]) -> list[int]:
         """ids, all of which the model has a row for; UsageError for a token that only the tokenizer knows."""
         if ids and max(ids) >= self._rows:
@@ -148,6 +163,19 @@ class Tokenizer:
         UTF-8 become U+FFFD."""
         decoder = self.decoder(continuing)
         return "".join(map(decoder.push, ids)) + decoder.finish()
+
+    def marker(self, text: str) -> int | None:
+        """The id of an added token such as "<think>", which text that spells it never becomes."""
+        return self._vocabulary.markers.get(text)
+
+    def piece(self, token_id: int) -> Piece:
+        """What an id adds to a text; nothing for control tokens and padding rows."""
+        return self._piece(token_id)
+
+    @property
+    def rows(self) -> int:
+        """Ids that the model has: those of the vocabulary, and rows of padding."""
+        return self._rows
 
     def token(self, token_id: int) -> str:
         """The vocabulary's own spelling of an id, for tables and traces."""
@@ -190,7 +218,14 @@ def load(folder: Path, vocab_size: int | None = None,
     chat = chat or PlainFormat(vocabulary, eos)
     if chat.turn_end is not None:
         eos.append(chat.turn_end)
-    return Tokenizer(vocabulary, chat, eos, rows=vocab_size, answers=harmony or gemma or _tagged(files.templates))
+    return Tokenizer(vocabulary, chat, eos, rows=vocab_size, answers=harmony or gemma or _mistral_calls(
+        vocabulary, chat, files.templates) or _tagged(files.templates))
+
+
+def _mistral_calls(vocabulary: Vocabulary, chat: ChatFormat, templates: str) -> AnswerFormat | None:
+    """Mistral's calls as a list, and not the later ones, whose arguments stand behind [ARGS]."""
+    written = isinstance(chat, MistralV3Format) or ("[TOOL_CALLS]" in templates and "[ARGS]" not in templates)
+    return mistral_calls_format(vocabulary) if written else None
 
 
 def _tagged(templates: str) -> AnswerFormat:

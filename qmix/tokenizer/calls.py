@@ -56,6 +56,10 @@ class CallParser:
         return self._thoughts.found
 
     @property
+    def answering(self) -> bool:
+        return self._thoughts.answering and self._reading is None
+
+    @property
     def thinking(self) -> list[Span]:
         return list(self._thoughts.thinking)
 

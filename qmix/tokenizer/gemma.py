@@ -72,6 +72,10 @@ class GemmaParser:
             self._pending = ""
 
     @property
+    def answering(self) -> bool:
+        return self._inside is None
+
+    @property
     def answers(self) -> list[Span]:
         return self._answers if self._exact else []
 

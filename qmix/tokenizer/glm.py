@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from qmix.tokenizer.call_grammars import glm_grammar
 from qmix.tokenizer.calls import BEGIN, END, CallParser, NoCall, TextArguments, arguments_of
 from qmix.tokenizer.parts import AnswerFormat, Call
 
@@ -22,7 +23,7 @@ VALUE, VALUE_END = "<arg_value>", "</arg_value>"
 
 def glm_format(templates: str) -> AnswerFormat | None:
     """The format of answers, where the templates write calls in this form."""
-    return AnswerFormat(lambda prompt, opening: CallParser(prompt, GlmCall)) if all(
+    return AnswerFormat(lambda prompt, opening: CallParser(prompt, GlmCall), call_grammar=glm_grammar) if all(
         tag in templates for tag in (BEGIN, KEY, VALUE)) else None
 
 

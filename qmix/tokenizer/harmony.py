@@ -147,6 +147,10 @@ class HarmonyParser:
             self._header = _Header(0)
 
     @property
+    def answering(self) -> bool:
+        return self._content is not None and self._content.kind == "answer"
+
+    @property
     def answers(self) -> list[Span]:
         last = self._content
         open_ones: list[Span] = [(last.content, None)] if last is not None and last.kind == "answer" and last.texts \

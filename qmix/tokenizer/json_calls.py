@@ -14,6 +14,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from qmix.tokenizer.call_grammars import json_grammar
 from qmix.tokenizer.calls import BEGIN, END, CallParser, NoCall, TextArguments
 from qmix.tokenizer.parts import AnswerFormat, Call
 
@@ -23,7 +24,7 @@ MARKS = (BEGIN, END, '"name"', '"arguments"')
 
 def json_format(templates: str) -> AnswerFormat | None:
     """The format of answers, where the templates write calls in this form."""
-    return AnswerFormat(lambda prompt, opening: CallParser(prompt, JsonCall)) if all(
+    return AnswerFormat(lambda prompt, opening: CallParser(prompt, JsonCall), call_grammar=json_grammar) if all(
         mark in templates for mark in MARKS) else None
 
 

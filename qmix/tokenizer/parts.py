@@ -18,7 +18,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from qmix.tokenizer.message import Prompt
 
@@ -54,6 +54,10 @@ class AnswerParser(Protocol):
         """Whether there is reasoning."""
 
     @property
+    def answering(self) -> bool:
+        """Whether the text that comes next is the answer's, if it begins nothing else."""
+
+    @property
     def calls(self) -> Sequence[Call]:
         """Calls that are complete."""
 
@@ -77,13 +81,15 @@ class AnswerFormat:
     """marks: the ids that are marked in an answer, with their text; content: those of them that text follows, behind
     the others stand headers. parser: of an answer to a prompt, where `opening`
     is the marked text from the prompt's last token in `begins` on, "" without one. verbatim: whether the model's own
-    text is fit to be read, tags and all."""
+    text is fit to be read, tags and all. call_grammar: of what an answer consists of that calls one of these tools, or
+    several where the flag says so, in llguidance's dialect of Lark; None where this format has none."""
 
     parser: Callable[[Prompt, str], AnswerParser]
     marks: Mapping[int, str] = field(default_factory=dict)
     begins: int | None = None
     content: Collection[int] = ()
     verbatim: bool = True
+    call_grammar: Callable[[Sequence[Mapping[str, Any]], bool], str] | None = None
 
 
 class Divided(NamedTuple):

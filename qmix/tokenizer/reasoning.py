@@ -29,6 +29,10 @@ class ReasoningSplitter:
         self._taken = 0  # characters that left `_held`
 
     @property
+    def answering(self) -> bool:
+        return self.closed is not None if self.found else self._began or not self._held.strip()
+
+    @property
     def thinking(self) -> Sequence[Span]:
         return [(0, self.closed)] if self.found else []
 

@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from qmix.errors import ModelFileError, UsageError
+from qmix.errors import ModelFileError, PromptTooLong, UsageError
 from qmix.tokenizer.files import TokenizerFiles
 from qmix.tokenizer.stream import Piece
 
@@ -114,8 +114,8 @@ class Vocabulary(ABC):
             return
         least = -(-sum(len(UNPRINTED.sub("", text)) for text in parts) // self._longest)
         if least > limit:
-            raise UsageError(f"the prompt has at least {least} tokens, the context holds {limit}",
-                             "shorten it, or start with a larger --ctx-size")
+            raise PromptTooLong(f"the prompt has at least {least} tokens, the context holds {limit}",
+                                "shorten it, or start with a larger --ctx-size")
 
     @cached_property
     def _longest(self) -> int:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from qmix.tokenizer.call_grammars import xml_grammar
 from qmix.tokenizer.calls import BEGIN, END, CallParser, NoCall, TextArguments, arguments_of
 from qmix.tokenizer.parts import AnswerFormat, Call
 
@@ -28,7 +29,7 @@ WORDS = {"True": "true", "False": "false", "None": "null"}
 
 def xml_format(templates: str) -> AnswerFormat | None:
     """The format of answers, where the templates write calls in this form."""
-    return AnswerFormat(lambda prompt, opening: CallParser(prompt, XmlCall)) if all(
+    return AnswerFormat(lambda prompt, opening: CallParser(prompt, XmlCall), call_grammar=xml_grammar) if all(
         tag in templates for tag in (BEGIN, FUNCTION, PARAMETER)) else None
 
 

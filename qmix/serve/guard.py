@@ -1,0 +1,108 @@
+"""What every request must pass before a route sees it. Plain ASGI, so that streams are not buffered.
+
+    Host     one that this server goes by: a page whose name was made to point at 127.0.0.1 (DNS rebinding) has another
+    Origin   none, the server's own, or one that --cors names: other pages may not even ask
+    key      Authorization: Bearer, or x-api-key, compared in constant time; /health needs none
+    body     not longer than allowed, whatever Content-Length says
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from qmix.serve.service import ServerOptions
+
+OPEN_PATHS = ("/health", "/ping")
+Refusal = Callable[[Scope, int, str, str], Response]  # path, status, code, message -> a body in the API's own form
+
+
+class TooLarge(Exception):
+    """The body is longer than allowed."""
+
+
+class Guard:
+    """refuse: makes the answer to a request that does not pass."""
+
+    def __init__(self, app: ASGIApp, options: ServerOptions, refuse: Refusal):
+        self._app = app
+        self._options = options
+        self._refuse = refuse
+        self._keys = [key.encode() for key in options.keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        refusal = self._check(scope, headers)
+        if refusal is not None:
+            await self._refuse(scope, *refusal)(scope, receive, send)
+            return
+        began = False
+
+        async def sending(message: Message) -> None:
+            nonlocal began
+            began = began or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self._app(scope, _bounded(receive, self._options.largest), sending)
+        except TooLarge:
+            if began:
+                raise
+            await self._refuse(scope, *self._too_large())(scope, receive, send)
+
+    def _check(self, scope: Scope, headers: Headers) -> tuple[int, str, str] | None:
+        host = headers.get("host", "")
+        if self._options.hosts and _host_name(host) not in self._options.hosts:
+            return 403, "host_not_allowed", f"the Host header is {host!r:.100}, which this server does not go by"
+        origin = headers.get("origin")
+        if origin is not None and origin not in self._options.origins and urlsplit(origin).netloc != host:
+            return 403, "origin_not_allowed", f"pages of {origin!r:.100} may not use this server; --cors allows them"
+        wanted = self._keys and scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS"
+        if wanted and not self._has_key(headers):
+            return 401, "invalid_api_key", "no valid API key was given: send Authorization: Bearer KEY, or x-api-key"
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length) > self._options.largest:
+            return self._too_large()
+        return None
+
+    def _too_large(self) -> tuple[int, str, str]:
+        return 413, "request_too_large", f"the body has more than {self._options.largest} bytes"
+
+    def _has_key(self, headers: Headers) -> bool:
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        given = [bearer.strip()] if scheme.lower() == "bearer" else []
+        given += [value for value in (headers.get("x-api-key"),) if value is not None]
+        # All of them are compared, so that the time says nothing of which one fits.
+        found = [hmac.compare_digest(key, value.encode()) for key in self._keys for value in given]
+        return any(found)
+
+
+def _host_name(host: str) -> str:
+    """Without the port: "[::1]:8080" -> "::1", "Localhost:1" -> "localhost"."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0].lower()
+    return host.rpartition(":")[0].lower() if ":" in host else host.lower()
+
+
+def _bounded(receive: Receive, largest: int) -> Receive:
+    """`receive` that raises TooLarge as soon as the body is longer than `largest`."""
+    taken = 0
+
+    async def bounded() -> Message:
+        nonlocal taken
+        message: dict[str, Any] = dict(await receive())
+        taken += len(message.get("body", b"")) if message["type"] == "http.request" else 0
+        if taken > largest:
+            raise TooLarge
+        return message
+
+    return bounded

@@ -1,0 +1,55 @@
+"""The pieces that OpenAI's answers consist of: usage, log probabilities, why an answer ended."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from qmix.serve.events import Ended, Piece, TokenLog
+from qmix.tokenizer import Call
+
+REASONS = {"stop": "stop", "length": "length", "calls": "tool_calls", "cancelled": "stop"}
+
+
+def new_id(prefix: str) -> str:
+    return prefix + secrets.token_hex(12)
+
+
+def usage(ended: Sequence[Ended], choices: int = 1) -> dict[str, Any]:
+    """Of all choices together. A prompt with several choices counts once."""
+    prompt = sum(one.timings.prompt_tokens for one in ended if one.choice % choices == 0)
+    cached = sum(one.timings.cached_tokens for one in ended if one.choice % choices == 0)
+    generated = sum(one.timings.generated_tokens for one in ended)
+    thinking = sum(one.timings.thinking_tokens for one in ended)
+    return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated,
+            "prompt_tokens_details": {"cached_tokens": cached},
+            "completion_tokens_details": {"reasoning_tokens": thinking}}
+
+
+def tool_call(call: Call) -> dict[str, Any]:
+    """A call as an answer has it."""
+    return {"id": new_id("call_"), "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def chat_logprobs(logs: Iterable[TokenLog]) -> dict[str, Any]:
+    return {"content": [{**_token(log.data, log.logprob),
+                         "top_logprobs": [_token(data, value) for data, value in log.likeliest]} for log in logs],
+            "refusal": None}
+
+
+def _token(data: bytes, value: float) -> dict[str, Any]:
+    return {"token": data.decode("utf-8", "replace"), "logprob": value, "bytes": list(data)}
+
+
+def completion_logprobs(pieces: Sequence[Piece], offset: int = 0) -> dict[str, Any]:
+    """offset: characters of the answer before these."""
+    found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    for log in (log for piece in pieces for log in piece.logs):
+        text = log.data.decode("utf-8", "replace")
+        found["tokens"].append(text)
+        found["token_logprobs"].append(log.logprob)
+        found["top_logprobs"].append({data.decode("utf-8", "replace"): value for data, value in log.likeliest})
+        found["text_offset"].append(offset)
+        offset += len(text)
+    return found

@@ -1,0 +1,54 @@
+"""The KV caches that requests find again: each request takes the one whose ids share the longest prefix with its own.
+
+Agents and chats resend the whole conversation; only what follows the common prefix is read. There are as many sessions
+as the budget has room for, `most` at the most. A request that shares little with any of them (an agent's small question
+between two long ones) takes the one that was used longest ago, so that the long conversation's cache stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from qmix.errors import DoesNotFit
+from qmix.generate import common_prefix
+
+if TYPE_CHECKING:
+    from qmix.engine import Engine, Session
+
+
+class Sessions:
+    """Of one engine, for the engine thread alone."""
+
+    def __init__(self, engine: Engine, most: int):
+        self._engine = engine
+        self._most = most
+        self._kept: list[Session] = [engine.session()]  # the one used last stands at the end
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def take(self, ids: Sequence[int]) -> Session:
+        """A session that holds nothing but a prefix of `ids`, none of it where the engine is exact."""
+        shared = [0 if self._engine.exact else common_prefix(ids, session.ids) for session in self._kept]
+        best = max(range(len(shared)), key=shared.__getitem__)
+        session = self._kept[best]
+        if 2 * shared[best] < min(len(ids), session.length):  # it would lose more than it gives
+            session = self._another() or next((s for s in self._kept if not s.length), self._kept[0])
+        keep = 0 if self._engine.exact else common_prefix(ids, session.ids)
+        if session.length > keep:
+            session.trim(keep)
+        self._kept.remove(session)
+        self._kept.append(session)
+        return session
+
+    def _another(self) -> Session | None:
+        """One more, where there may be one."""
+        if self._engine.exact or len(self._kept) >= self._most or any(not session.length for session in self._kept):
+            return None
+        try:
+            self._kept.append(self._engine.session())
+        except DoesNotFit:
+            self._most = len(self._kept)
+            return None
+        return self._kept[-1]
