@@ -20,7 +20,7 @@ from qmix.device import Device
 from qmix.errors import StoreError
 from qmix.formats import Packed
 from qmix.formats.packed import stacked
-from qmix.forward.program import model_program
+from qmix.forward.program import model_program, mtp_head_program, mtp_program
 from qmix.kernels import ops
 from qmix.kernels.router import router_logits
 from qmix.kernels.table import KernelTable
@@ -179,7 +179,10 @@ class KernelWeights:
 
 def _norms(model: Model) -> dict[str, NormSpec]:
     """The norm that each weight of one belongs to."""
-    return {op.weight.name: op.norm for op in model_program(model)
+    program = model_program(model)
+    if model.mtp_head is not None:
+        program += mtp_program(model) + mtp_head_program(model)
+    return {op.weight.name: op.norm for op in program
             if isinstance(op, ops.Norm | ops.HeadNorm) and op.weight is not None and op.norm is not None}
 
 
