@@ -74,14 +74,16 @@ class Checkpoint:
     as the files have it whatever config.json says.
     raw_config: config.json as it stands. nbytes: bytes of all used weights. expert_format: "mxfp4" where experts are
     quantized already; they are read as numbers of `dtype`, exactly, or as `expert_blocks`. Else None.
+    has_mtp_head: whether the files have a multi-token-prediction head that qmix knows, the model's or left out.
     skipped: names of tensors and weight files that the model does not need. notes: lines on what the folder says
     and qmix does not follow.
     """
 
     def __init__(self, path: Path, raw_config: Mapping[str, Any], model: Model, locations: Mapping[str, Location],
                  table: Mapping[str, Source], skipped: tuple[str, ...], notes: tuple[str, ...], opened: ExitStack,
-                 decoded: Opened | None = None):
+                 decoded: Opened | None = None, has_mtp_head: bool = False):
         self.path = path
+        self.has_mtp_head = has_mtp_head
         self.folder = path if decoded is None else decoded.folder
         self.raw_config = raw_config
         self.model = model
@@ -118,7 +120,8 @@ class Checkpoint:
             if published_experts(raw) and not any(source.scales for source in table.values()):
                 notes.append(f"{path / 'config.json'}: quantization_config: says that the experts are MXFP4, but the "
                              f"files have them in {model.dtype}: read so")
-            return cls(path, raw, model, used, table, (*skipped, *unused), tuple(notes), opened.pop_all())
+            return cls(path, raw, model, used, table, (*skipped, *unused), tuple(notes), opened.pop_all(),
+                       has_mtp_head=with_mtp_head_of(model, locations).mtp_head is not None)
 
     @classmethod
     def _open_gguf(cls, path: Path, opened: ExitStack) -> Checkpoint:

@@ -35,7 +35,8 @@ def mtp_layouts(model: Model) -> tuple[Layout, ...]:
     at, dense = f"layers.{model.num_layers}.", dict(_dense(model))
     expert = model.layer(model.num_layers).mlp
     assert isinstance(expert, Moe)
-    alone, fused = {}, {}
+    alone: dict[str, Source] = {}
+    fused: dict[str, Source] = {}
     for e in range(expert.router.experts):
         prefix, index = f"{at}experts.{e}.", Index(e, expert.router.experts)
         alone |= {f"{prefix}{part}": Source(LAYER + name.format(e))
