@@ -245,6 +245,7 @@ def kv_owners(model: Model) -> tuple[Attention, ...]:
                  if isinstance(layer.mixer, Attention) and layer.mixer.kv_source is None)
 
 
+MTP_VOCAB = 65536  # ids that such a head guesses, the first ones: merged first, they are those that occur most
 MTP_PENDING = 512  # hidden states that wait for a multi-token-prediction head, of a session
 
 

@@ -14,7 +14,9 @@ from model_configs import ids as name_of
 from mtp_models import Reference, write_with_head
 from torch import Tensor
 
+from qmix.config import QuantConfig
 from qmix.engine import load
+from qmix.forward import program, weights
 from qmix.forward.run_eager import Eager
 
 CONTEXT = 160
@@ -69,3 +71,26 @@ def test_guesses_are_those_of_the_reference(raw: Mapping[str, Any], fused: bool,
         compare(4)
         session.prefill(IDS[36:50])
         compare(1)
+
+
+@pytest.mark.parametrize("quant", [UNQUANTIZED, QuantConfig(), QuantConfig(dense="int4")], ids=["keep", "int8", "int4"])
+def test_only_the_first_ids_of_a_large_vocabulary_are_guessed(quant: QuantConfig, tmp_path: Path, logits: list[Tensor],
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same logits for fewer ids, without memory of their own; in int4 the rows of a head do not lie apart."""
+    _, source = write_with_head(HEADED[0], tmp_path / "source", dtype=torch.bfloat16)
+    store, found = quantized(source, tmp_path / "store", quant), []
+    for ids in (VOCAB, 128):
+        for module in (program, weights):
+            monkeypatch.setattr(module, "MTP_VOCAB", ids)
+        with load(store, threads=1, context=CONTEXT, mtp=True) as engine:
+            assert engine.pace(7) is not None
+            session = engine.session()
+            session.prefill(IDS[:20])
+            del logits[:]
+            found.append((session.draft(IDS[20], 1)[0], logits[0]))
+            held = engine._model._weights.dense.matrices
+            assert {t.data_ptr() for t in held["mtp.head"].tensors.values()} == {
+                t.data_ptr() for t in held["head"].tensors.values()}
+    (_, whole), (guess, some) = found
+    count = VOCAB if quant.dense == "int4" else 128
+    assert torch.equal(some, whole[:count]) and guess == int(whole[:count].argmax())

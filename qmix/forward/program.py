@@ -43,9 +43,12 @@ from qmix.kernels.ops import (
     Scale,
     Take,
 )
+from qmix.sizes import MTP_VOCAB
 from qmix.spec import Attention, DeltaNet, Model, Moe, Tensor
 from qmix.spec import Mlp as MlpSpec
 from qmix.spec import Norm as NormSpec
+
+MTP_ROWS = "mtp.head"
 
 
 def model_program(model: Model) -> tuple[Op, ...]:
@@ -69,11 +72,13 @@ def mtp_program(model: Model) -> tuple[Op, ...]:
 
 
 def mtp_head_program(model: Model) -> tuple[Op, ...]:
-    """The head's "residual" to "final", its hidden state for another step, and "logits"."""
+    """The head's "residual" to "final", its hidden state for another step, and "logits", of the first MTP_VOCAB ids:
+    of "mtp.head", which is the first rows of the model's head, or all of them."""
     head, tensors = model.mtp_head, _tensors(model)
     assert head is not None
+    rows = Tensor(MTP_ROWS, (min(MTP_VOCAB, model.vocab), model.hidden), "head")
     return (Norm("residual", None, "final", head.final_norm, model.hidden, tensors.get("mtp.final_norm")),
-            Head("final", "logits", tensors["embedding" if model.tied else "head"], model.logit_softcap))
+            Head("final", "logits", rows, model.logit_softcap))
 
 
 def embed_program(model: Model) -> Op:

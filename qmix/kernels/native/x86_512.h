@@ -236,7 +236,7 @@ ALWAYS vint dot4_signed(vint sum, vint w, vint x) { /* |w| * (x with w's sign): 
 #endif
 
 #ifdef HAS_VNNI
-#define DIRECT_INT8 1 /* tokens */
+#define DIRECT_INT8 8 /* tokens */
 /* 64 columns of 16 rows times 64 int8 activations: lane i has the sum of row i, SIGNED_OFFSET too much in each term. */
 ALWAYS vint dot_rows(const int8_t *const *rows, int64_t column, const void *activations) {
     vint x = _mm512_loadu_si512(activations), a[16], b[8];
