@@ -9,7 +9,8 @@ alike; medians are printed. A head whose ids are right with probability p each w
 
     1 + p + p^2 + ... + p^d  >  (check + draft) / single
 
-Shallow models are scaled: `--whole N` adds up what N layers take, from what the store's layers and its head take.
+Shallow models are scaled: `--whole N` says what N layers would take, from what the store's layers and its output head
+take, which is measured by itself.
 """
 
 from __future__ import annotations
@@ -79,7 +80,9 @@ def main() -> None:
                 drafts = timed(found, f"draft {ids}", lambda n=ids, t=first: session.draft(t, n))
                 timed(found, f"check {ids}", lambda d=drafts, t=first: session.verify([t, *d]))
                 session.trim(session.length - len(drafts))
-        layers, dense = engine.model.num_layers, 0.0
+            for rows in {1, *(1 + ids for ids in args.ids)}:
+                timed(found, f"head {rows}", lambda n=rows: engine._model.logits(torch.ones(n, engine.model.hidden)))
+        layers = engine.model.num_layers
         head = [t for t in engine.model.trunk.tensors() if t.role == "head"]
         print(f"{args.store.name}: {layers} layers, vocabulary {vocab}, {engine.threads} threads, head of "
               f"{sum(engine.store.layout.dense[t.name].nbytes for t in head) / 1e6:.0f} MB; medians of {args.tokens}")
@@ -91,15 +94,16 @@ def main() -> None:
                 print(f"  {ids} ids: draft {1e3 * draft:.2f} ms ({draft / single:.2f} of a token), check "
                       f"{1e3 * check:.2f} ms ({check / single:.2f}){need(ids, (draft + check) / single)}")
             if args.whole:
-                # The output head is in both; the rest of a pass grows with the layers.
-                dense = median(found, "draft 2", which) - median(found, "draft 1", which) if 2 in args.ids else 0.0
-                scale = args.whole / layers
-                whole = (single - dense) * scale + dense
-                print(f"  {args.whole} layers, with {1e3 * dense:.2f} ms of output head and one layer a guess: a token "
-                      f"{1e3 * whole:.1f} ms")
+                def scaled(what: str, rows: int, which: int = which) -> float:
+                    """The layers grow in number, the output head does not."""
+                    head = median(found, f"head {rows}", which)
+                    return (median(found, what, which) - head) * args.whole / layers + head
+
+                whole = scaled("single", 1)
+                print(f"  {args.whole} layers, by these figures: a token {1e3 * whole:.1f} ms, of which output head "
+                      f"{1e3 * median(found, 'head 1', which):.1f} ms")
                 for ids in args.ids:
-                    draft, check = median(found, f"draft {ids}", which), median(found, f"check {ids}", which)
-                    check = (check - dense) * scale + dense
+                    draft, check = median(found, f"draft {ids}", which), scaled(f"check {ids}", 1 + ids)
                     print(f"    {ids} ids: draft {draft / whole:.2f} of a token, check {check / whole:.2f}"
                           f"{need(ids, (draft + check) / whole)}")
 
