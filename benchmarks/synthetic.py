@@ -6,6 +6,7 @@ the original: a qmix store, and the same model for llama.cpp.
     python benchmarks/synthetic.py OUT --model qwen3 --layers 24       # 9.6 GB, many small experts; all 48: 18.2
     python benchmarks/synthetic.py OUT --model gpt-oss --layers 12     # 7.1 GB, MXFP4 experts; all 24: 12.6
     python benchmarks/synthetic.py OUT --model qwen35 --layers 20      # 11.3 GB, most layers delta nets; all 40: 21.1
+    python benchmarks/synthetic.py OUT --model qwen35-mtp --layers 20  # the same, and its prediction head
     python benchmarks/synthetic.py OUT --fit 22G                       # int4, int3 and int2 mixed
     python benchmarks/synthetic.py OUT --check [-f TEXT]               # how an existing store routes
 
@@ -256,6 +257,8 @@ def main() -> None:
         return
     if args.only_gguf and not args.gguf:
         parser.error("--only-gguf wants --gguf FILE")
+    if args.model == "qwen35-mtp" and (args.gguf or args.fit):
+        parser.error("--model qwen35-mtp: is for a store of one format")
     if args.fit and (kind := RECIPES[args.model].expert_format) != "int4":
         parser.error(f"--fit: {args.model}'s experts are {kind}, want a model whose experts are int4")
     try:

@@ -255,5 +255,13 @@ def _first_of_each(rows: Values, groups: int) -> Values:
     return rows.reshape(groups, len(rows) // groups, *rows.shape[1:]).swapaxes(0, 1).reshape(rows.shape)
 
 
+@dataclass(frozen=True, slots=True)
+class Qwen35MtpRecipe(Qwen35Recipe):
+    """The same with its multi-token-prediction head, which guesses noise: for what a guess costs."""
+
+    def raw_config(self) -> dict[str, object]:
+        return {**super(Qwen35MtpRecipe, self).raw_config(), "mtp_num_hidden_layers": 1}
+
+
 RECIPES: dict[str, type[Recipe]] = {"mixtral": Recipe, "qwen3": Qwen3Recipe, "gpt-oss": GptOssRecipe,
-                                  "qwen35": Qwen35Recipe}
+                                  "qwen35": Qwen35Recipe, "qwen35-mtp": Qwen35MtpRecipe}

@@ -37,10 +37,12 @@ from qmix.models import (
     Source,
     choose_layout,
     layouts,
+    mtp_layouts,
     mxfp4_layout,
     published_experts,
     read_model,
     skipped,
+    with_mtp_head_of,
 )
 from qmix.models.source import Index
 from qmix.shards import INDEX, REFETCH, SINGLE, Location, equal, locate, read_json
@@ -72,14 +74,16 @@ class Checkpoint:
     as the files have it whatever config.json says.
     raw_config: config.json as it stands. nbytes: bytes of all used weights. expert_format: "mxfp4" where experts are
     quantized already; they are read as numbers of `dtype`, exactly, or as `expert_blocks`. Else None.
+    has_mtp_head: whether the files have a multi-token-prediction head that qmix knows, the model's or left out.
     skipped: names of tensors and weight files that the model does not need. notes: lines on what the folder says
     and qmix does not follow.
     """
 
     def __init__(self, path: Path, raw_config: Mapping[str, Any], model: Model, locations: Mapping[str, Location],
                  table: Mapping[str, Source], skipped: tuple[str, ...], notes: tuple[str, ...], opened: ExitStack,
-                 decoded: Opened | None = None):
+                 decoded: Opened | None = None, has_mtp_head: bool = False):
         self.path = path
+        self.has_mtp_head = has_mtp_head
         self.folder = path if decoded is None else decoded.folder
         self.raw_config = raw_config
         self.model = model
@@ -95,8 +99,9 @@ class Checkpoint:
         self._widened = {tensor.name for tensor in model.tensors() if tensor.role in WIDE}
 
     @classmethod
-    def open(cls, path: Path | str) -> Checkpoint:
-        """Open and account for every tensor; CheckpointError names file, tensor or key, and the cure."""
+    def open(cls, path: Path | str, mtp: bool = True) -> Checkpoint:
+        """Open and account for every tensor; CheckpointError names file, tensor or key, and the cure. mtp: with the
+        multi-token-prediction head, where there is one that qmix knows; without, its tensors are among the skipped."""
         path = Path(path)
         with ExitStack() as opened:
             if is_gguf(path):
@@ -109,13 +114,14 @@ class Checkpoint:
                 locations, unused, notes = locate(path, opened)
             except OSError as e:
                 raise CheckpointError(f"{path}: {e.strerror}", "check the path and its permissions") from None
-            model = _read_config(path / "config.json", raw, locations)
+            model = _read_config(path / "config.json", raw, locations, mtp)
             used, table, skipped = _account(path, model, locations)
             notes += ignored_keys(path / "config.json", raw)
             if published_experts(raw) and not any(source.scales for source in table.values()):
                 notes.append(f"{path / 'config.json'}: quantization_config: says that the experts are MXFP4, but the "
                              f"files have them in {model.dtype}: read so")
-            return cls(path, raw, model, used, table, (*skipped, *unused), tuple(notes), opened.pop_all())
+            return cls(path, raw, model, used, table, (*skipped, *unused), tuple(notes), opened.pop_all(),
+                       has_mtp_head=with_mtp_head_of(model, locations).mtp_head is not None)
 
     @classmethod
     def _open_gguf(cls, path: Path, opened: ExitStack) -> Checkpoint:
@@ -306,10 +312,11 @@ def ignored_keys(path: Path, raw: Mapping[str, Any]) -> list[str]:
     return [f"{path}: {line}" for line in found]
 
 
-def _read_config(path: Path, raw: Mapping[str, Any], locations: Mapping[str, Location]) -> Model:
-    """The model of config.json, with the dtype that most tensors have."""
+def _read_config(path: Path, raw: Mapping[str, Any], locations: Mapping[str, Location], mtp: bool) -> Model:
+    """The model of config.json, with the dtype that most tensors have, and the prediction head that they have."""
     try:
         model = read_model({**raw, "dtype": "bfloat16"})
+        model = with_mtp_head_of(model, locations) if mtp else model.trunk
         unused = skipped(model, locations)
         found = Counter(p.entry.dtype for name, p in locations.items()
                         if name not in unused and p.entry.dtype != BYTES)
@@ -327,6 +334,8 @@ def _account(path: Path, model: Model, locations: Mapping[str, Location]
     packed = mxfp4_layout(model)
     known = layouts(model) + (() if packed is None else (packed,))
     layout = choose_layout(known, locations)
+    if heads := mtp_layouts(model):
+        layout = {**layout, **choose_layout(heads, locations)}
     wanted = dict.fromkeys(name for source in layout.values() for name in source.names)
     _check_no_low_bits(wanted, locations)
     missing = [name for name in wanted if name not in locations]
@@ -350,7 +359,7 @@ def _account(path: Path, model: Model, locations: Mapping[str, Location]
 
 
 def _check_count(path: Path, model: Model) -> None:
-    count = sum(7 + 3 * model.experts_in(layer) for layer in range(model.num_layers))
+    count = 7 * model.num_layers + sum(3 * model.experts_in(layer) for layer in model.paged_layers)
     if count > MAX_TENSORS:
         raise CheckpointError(
             f"{path / 'config.json'}: {model.num_layers} layers of up to {model.num_experts} experts: {count} tensors, "

@@ -121,8 +121,10 @@ class QuantConfig:
         return KIND_LETTERS.index(self.mix[key.layer][key.expert]) if self.mix else 0
 
     def check_model(self, model: Model) -> None:
-        """ConfigError unless `mix` has a letter for each expert of that model."""
+        """ConfigError unless `mix` has a letter for each expert of that model, which has no multi-token-prediction
+        head: nothing measures what its experts are worth."""
         if self.experts == "mixed":
+            _want(model.mtp_head is None, "mix", "a model with a multi-token-prediction head", "one without")
             got, want = [len(line) for line in self.mix], [model.experts_in(i) for i in range(model.num_layers)]
             _want(got == want, "mix", f"{len(got)} lines of {sorted(set(got))[:8]} letters",
                   f"{len(want)} of {sorted(set(want))[:8]}")
@@ -218,10 +220,12 @@ class Step:
     """One forward pass as the experts see it.
 
     sequence: for each of the T tokens, the number of the session it belongs to. drafts: how many of the last
-    ones are guesses that may turn out wrong.
+    ones are guesses that may turn out wrong. again: the last layer's router has spoken already for these tokens, and
+    been counted: other rows of it are wanted.
     """
 
     phase: Literal["prefill", "decode"]
     sequence: tuple[int, ...] = ()
     cancel: Cancel = field(default_factory=Cancel)
     drafts: int = 0
+    again: bool = False

@@ -245,6 +245,10 @@ def kv_owners(model: Model) -> tuple[Attention, ...]:
                  if isinstance(layer.mixer, Attention) and layer.mixer.kv_source is None)
 
 
+MTP_VOCAB = 65536  # ids that such a head guesses, the first ones: merged first, they are those that occur most
+MTP_PENDING = 512  # hidden states that wait for a multi-token-prediction head, of a session
+
+
 def pass_tokens(model: Model) -> int:
     """Tokens of a prompt that go through the layers together: as many as keep the rows that a layer's experts give
     within PASS_BYTES, a power of two, at most PASS_TOKENS. 8192 for Mixtral (K 2, H 4096), 4096 for Qwen3-30B-A3B

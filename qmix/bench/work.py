@@ -40,7 +40,7 @@ class Workload:
 
     @classmethod
     def of(cls, model: Model, quant: QuantConfig, needs: Needs) -> Workload:
-        tensors = model.tensors()
+        tensors = model.trunk.tensors()
         embedding = next(t for t in tensors if t.role == "embedding")
         item_bytes = compute_bytes(model, quant)
         kv = tuple((a, position_bytes(a, item_bytes, needs.kv_cache)) for a in kv_owners(model))

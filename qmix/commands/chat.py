@@ -69,7 +69,7 @@ def chat(
     params = sampling(temp, top_p, top_k, min_p, repeat_penalty, seed, max_tokens, stop)
     effort = reasoning_effort(reasoning)
     how = Loading(ctx_size, threads, ram, margin, cache_policy, prefetch, no_prefetch, verify, activations, kv_cache,
-                  trace, device, vram, pin, exact)
+                  trace, device, vram, pin, exact, mtp=draft > 0)
     run_chat(model_folder(model), model or "", params, system, resume, stats, how, draft, think,
              effort)
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """How a model is brought up: threads and context, budget, paging, KV cache, device."""
+    """How a model is brought up: threads and context, budget, paging, KV cache, device; mtp: with its
+    multi-token-prediction head, where the store has one."""
 
     ctx_size: int = 0
     threads: int | None = None
@@ -34,6 +35,7 @@ class Loading:
     vram: str = "auto"
     pin: str = "auto"
     exact: bool = False
+    mtp: bool = False
 
 
 def load_engine(folder: Path, how: Loading, keep_statistics: bool = True,
@@ -56,7 +58,7 @@ def load_engine(folder: Path, how: Loading, keep_statistics: bool = True,
                     prefetch="off" if how.no_prefetch else how.prefetch, verify=how.verify,
                     activations=how.activations, kv=how.kv_cache, trace=how.trace if recorder is None else recorder,
                     state=state, speeds=known_speeds(paths.if_any(paths.hardware_file), render.say),
-                    base=base, scoring=scoring, say=say, progress=progress,
+                    base=base, scoring=scoring, mtp=how.mtp, say=say, progress=progress,
                     placement=Placement(how.device, size_or_auto("--vram", how.vram), size_or_auto("--pin", how.pin),
                                         how.exact, vram_base, paths.if_any(paths.kernels_file),
                                         paths.if_any(paths.gpu_memory_file)))

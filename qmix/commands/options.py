@@ -28,7 +28,9 @@ Penalty = Annotated[float, typer.Option("--repeat-penalty", help="Above 1: token
 Seed = Annotated[int | None, typer.Option("--seed", help="Same seed, same text; random and reported by default.",
                                           show_default=False)]
 Draft = Annotated[int, typer.Option("--draft", min=0, max=7, help="Tokens guessed at a time from what the text "
-                                    "repeats, while that is measured to pay; 0 = never. The answer is the same.")]
+                                    "repeats, or by the model's multi-token-prediction head where the store has one, "
+                                    "while that is measured to pay; 0 = never, and no head is loaded. The answer is "
+                                    "the same.")]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="End the answer before this text; may be repeated.",
                                                 show_default=False)]
 Think = Annotated[bool | None, typer.Option("--think/--no-think", help="Whether the model thinks before it answers; an "

@@ -13,8 +13,10 @@ LAYER = re.compile(r"(?:model\.layers|blk)\.(\d+)\.")
 PART = re.compile(r"model\.\w+\.|mtp\.")
 
 
-def skipped_lines(checkpoint: Checkpoint) -> list[str]:
-    """Each tensor or file, or where there are many of one part, that part: a prediction head has hundreds."""
+def skipped_lines(checkpoint: Checkpoint, asked: bool = False) -> list[str]:
+    """Each tensor or file, or where there are many of one part, that part: a prediction head has hundreds. asked: such
+    a head is to be left out."""
+    verb = "is left out" if asked and checkpoint.has_mtp_head else "qmix does not use"
     parts: dict[str, list[str]] = {}
     for name in checkpoint.skipped:
         found = LAYER.match(name) or PART.match(name)
@@ -24,6 +26,6 @@ def skipped_lines(checkpoint: Checkpoint) -> list[str]:
         layer = LAYER.fullmatch(part)
         head = part == "mtp." or (layer is not None and int(layer[1]) >= checkpoint.model.num_layers)
         lines += [f"{name} (the model does not need it)" for name in names] if len(names) <= ONE_BY_ONE else [
-            f"{part}* ({len(names)} tensors " + ("of a multi-token-prediction head, which qmix does not use)" if head
+            f"{part}* ({len(names)} tensors " + (f"of a multi-token-prediction head, which {verb})" if head
                                                  else "that the model does not need)")]
     return lines

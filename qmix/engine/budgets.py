@@ -10,6 +10,11 @@ from qmix.spec import Model
 from qmix.store import Store
 
 
+def needs_without_head(store: Store, needs: Needs) -> Needs:
+    """`needs` once the store's multi-token-prediction head is left out."""
+    return Needs.of(store.model.trunk, store.quant, needs.context, needs.kv_cache, needs.scoring)
+
+
 def needs_of(store: Store, context: int = 0, kv: str = "bf16", scoring: bool = False) -> Needs:
     """What `load` with these arguments plans for."""
     return Needs.of(store.model, store.quant, _context(store.model, context), kv, scoring)

@@ -23,6 +23,7 @@ from qmix.engine.session import Session
 from qmix.errors import DoesNotFit, QmixError, UsageError
 from qmix.forward.kv_cache import SessionCache
 from qmix.forward.passes import BLOCK
+from qmix.forward.run_eager import Collect
 from qmix.forward.runner import Runner
 from qmix.generate import Token, generate
 from qmix.kernels.device_table import does_not_run
@@ -33,7 +34,7 @@ from qmix.offload.plan import Plan
 from qmix.offload.setup import Offload
 from qmix.sizes import format_bytes
 from qmix.spec import Model
-from qmix.speculation import LONGEST, Pace
+from qmix.speculation import LONGEST, MtpPace, Pace
 from qmix.store import Store
 from qmix.tokenizer import Message, Tokenizer
 
@@ -65,6 +66,7 @@ class Engine:
         self._sessions = 0
         self._say, self._said = say, ""
         self._paces: dict[int, Pace] = {}
+        self._mtp: MtpPace | None = None  # of the pace that was asked for last
 
     @property
     def model(self) -> Model:
@@ -104,9 +106,10 @@ class Engine:
                              f"budget has {format_bytes(max(0, tier.kv + spare - used))} left for it",
                              "release a session first, or load with a larger budget or a smaller context")
         self._sessions += 1
-        cache = self._model.new_cache(self.plan.context)
-        self._caches.add(cache)
-        return Session(self, self._sessions - 1, cache)
+        cache, head = self._model.new_cache(self.plan.context), self._model.mtp
+        state = None if head is None else head.new_state(self.plan.context)
+        self._caches.update([cache] if state is None else [cache, state.cache])
+        return Session(self, self._sessions - 1, cache, state)
 
     def step(self, sessions: Sequence[Session], tokens: Sequence[Sequence[int]], phase: str,
              cancel: Cancel | None = None, drafts: int = 0) -> Tensor:
@@ -116,7 +119,43 @@ class Engine:
         UsageError where a session would outgrow its context; on any error every session is unchanged.
         """
         return self._advance(sessions, tokens, phase, cancel, drafts, lambda flat, positions, step: self._model.forward(
-            flat, positions, [s.cache for s in sessions], step, drafts > 0))
+            flat, positions, [s.cache for s in sessions], step, drafts > 0, self._collector(sessions, tokens, step)))
+
+    def _collector(self, sessions: Sequence[Session], tokens: Sequence[Sequence[int]], step: Step) -> Collect | None:
+        """What takes a pass's hidden states for the multi-token-prediction head, as long as that drafts: of a session
+        by itself. A prompt is read by the head at once, decoded tokens when it drafts next."""
+        head, session = self._model.mtp, sessions[0]
+        state = session.mtp
+        if head is None or state is None or self._mtp is None or not self._mtp.on or len(sessions) > 1:
+            return None
+        ids, before, decodes = [*session.ids, *tokens[0]], session.length, step.phase == "decode"
+
+        def collect(first: int, residual: Tensor) -> None:
+            state.add(before + first, self._model.hidden(residual), decodes)
+            following = ids[state.first + 1:before + first + len(residual) + 1]
+            if following and not decodes:
+                head.fill(state, following, step)
+
+        return collect
+
+    def draft(self, session: Session, token: int, count: int, cancel: Cancel | None = None) -> list[int]:
+        """See Session.draft."""
+        self._check_usable()
+        head, state = self._model.mtp, session.mtp
+        count = min(count, session.context - session.length - 1)
+        if head is None or state is None or count < 1 or state.end != session.length or not session.length:
+            return []
+        step = Step("decode", (session.number,), Cancel() if cancel is None else cancel)
+        with self._lock, self._entered():
+            torch.set_num_threads(self._decode_threads)
+            start = time.perf_counter()
+            try:
+                return head.draft(state, [*session.ids[state.first + 1:], token], count, step)
+            except BaseException:
+                state.trim(session.length)
+                raise
+            finally:
+                self._offload.end_draft(time.perf_counter() - start)
 
     def read(self, session: Session, ids: Sequence[int], skip: int, cancel: Cancel | None = None) -> Iterator[Tensor]:
         """See Session.read."""
@@ -167,6 +206,8 @@ class Engine:
             except BaseException as e:
                 for session in sessions:
                     session.cache.trim(session.length)
+                    if session.mtp is not None:
+                        session.mtp.trim(session.length)
                 if isinstance(e, torch.OutOfMemoryError):
                     raise DoesNotFit("the GPU's memory ran out in the middle of a pass: another program took it, or "
                                      "qmix planned too tightly", "name a smaller --vram, or close other programs that "
@@ -221,7 +262,9 @@ class Engine:
         """For generate: drafts of up to `longest` ids, as far as they pay; the same one each time, since it learns.
         None, and a line, where they cannot be exact here, or would not be what a trace is to show."""
         if not longest or longest in self._paces:
-            return self._paces.get(longest)
+            found = self._paces.get(longest)
+            self._mtp = None if found is None else found.mtp
+            return found
         if self._offload.experts.traces:
             say("no drafts while a trace is recorded: it shows one token a pass")
             return None
@@ -229,7 +272,10 @@ class Engine:
         if not self._model.on_device and (bound := bound_formats(self._kernels)):
             say(f"no drafts: here a row of {' and '.join(bound)} depends on those beside it, so the text might differ")
             return None
-        return self._paces.setdefault(longest, Pace(longest, self.model.top_k / self.model.num_experts))
+        pace = self._paces[longest] = Pace(longest, self.model.top_k / self.model.num_experts)
+        if self._model.mtp is not None:
+            self._mtp = pace.mtp = MtpPace(pace, say)
+        return pace
 
     def generate(self, prompt: str | Sequence[Message], params: SamplingParams | None = None,
                  cancel: Cancel | None = None, draft: int = LONGEST) -> Iterator[Token]:

@@ -38,7 +38,7 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
          margin: int | None = None, policy: str = "auto", prefetch: str = "auto", verify: str = "first",
          activations: str = "auto", kv: str = "bf16", trace: Path | Recorder | None = None,
          state: Path | None = None, speeds: Speeds | None = None, base: int | None = None, scoring: bool = False,
-         placement: Placement | None = None, say: Callable[[str], None] = lambda line: None,
+         placement: Placement | None = None, mtp: bool = False, say: Callable[[str], None] = lambda line: None,
          progress: Progress | None = None) -> Engine:
     """Open a store and bring it into memory, within a budget.
 
@@ -49,30 +49,31 @@ def load(folder: str | Path, *, threads: int | None = None, context: int = 0, ra
     every routing decision; state: the folder that keeps router statistics, None = nowhere; speeds: this machine's, for
     a forecast; base: bytes that the process counts as taken already, None = what it holds now; scoring: with room for
     what Session.read needs; placement: on which device, and how much of it; say: told every choice a user should know
-    of, a line each. placement None: on the CPU. With placement.exact no expert that belongs on the device is computed
-    by the CPU, and the configurations in placement.tuned are ignored.
+    of, a line each. mtp: with the multi-token-prediction head, where the store has one, for drafts; it is left out, and
+    a line says so, where it does not fit or a device computes. placement None: on the CPU. With placement.exact no
+    expert that belongs on the device is computed by the CPU, and the configurations in placement.tuned are ignored.
     Raises DoesNotFit or UsageError before anything large is loaded, StoreError where the store is damaged.
     """
     options = OffloadOptions(policy, prefetch, verify)
     with ExitStack() as opened:
-        store = opened.enter_context(Store.open(Path(folder)))
+        store = opened.enter_context(Store.open(Path(folder), mtp))
         compute = Threads(threads, store.layout.record_bytes)
         compute.count(False)  # a wrong number is told before anything else is
         process.check_threads_work(compute.count(False), partial(parallel_loop, compute.count(False)))
         keep_freed_memory()
-        spec = store.model
         needs = needs_of(store, context, kv, scoring)
-        tokenizer = load_tokenizer(store.path, spec.vocab)
+        tokenizer = load_tokenizer(store.path, store.model.vocab)
 
         def on_cpu(beside: bool) -> KernelTable:
             torch.set_num_threads(compute.count(beside))
-            return select_kernels(spec, store.quant, say, activations)
+            return select_kernels(store.model, store.quant, say, activations)
 
         try:
             plan, device, there, host = choose_device_and_plan(store, needs, placement, on_cpu,
                                                                partial(budget, ram, margin, base), say, opened)
         except DoesNotFit as error:
             raise DoesNotFit(error.message, mapping_limits() or error.cure) from None
+        spec = store.model
         stats = router_stats.load(state, store.identity, len(spec.record_layers), spec.num_experts, say)
         writer = opened.enter_context(_trace_writer(trace, store)) if isinstance(trace, Path) else trace
         for line in plan.lines():

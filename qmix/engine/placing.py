@@ -12,9 +12,10 @@ from functools import partial
 
 from qmix.device import Device
 from qmix.engine import vram
+from qmix.engine.budgets import needs_without_head
 from qmix.engine.kernels import stored_formats
 from qmix.engine.machine import Placement
-from qmix.errors import QmixError, UsageError
+from qmix.errors import DoesNotFit, QmixError, UsageError
 from qmix.forward.lower_device import not_on_device
 from qmix.forward.weights import compute_dtype
 from qmix.kernels import tuned
@@ -42,7 +43,11 @@ def choose_device_and_plan(store: Store, needs: Needs, placement: Placement | No
         device = None
     if device is None or placement is None:
         host = on_cpu(False)
-        return make_plan(needs, *ram()), None, None, host
+        return _plan_host(store, needs, ram, say), None, None, host
+    if store.model.mtp_head is not None:
+        say(f"the multi-token-prediction head is left out: {device.name} does not compute it yet")
+        needs = needs_without_head(store, needs)
+        store.leave_out_mtp_head()
     try:
         host = on_cpu(not placement.exact)
         kernels = _kernels(store, device, host, needs.context, placement, say)
@@ -62,6 +67,26 @@ def choose_device_and_plan(store: Store, needs: Needs, placement: Placement | No
         raise
     opened.callback(device.close)
     return found, device, kernels, host
+
+
+def _plan_host(store: Store, needs: Needs, ram: Callable[[], tuple[int, int]], say: Callable[[str], None]) -> Plan:
+    """For the CPU alone; without the multi-token-prediction head where that would not fit, or the experts would then
+    all be in memory."""
+    if store.model.mtp_head is None:
+        return make_plan(needs, *ram())
+    budget, without = ram(), needs_without_head(store, needs)
+    try:
+        found, reason = make_plan(needs, *budget), "without it all experts are in memory"
+    except DoesNotFit:
+        found, reason = None, "there is no room for it"
+    if found is not None and found.resident:
+        return found
+    other = make_plan(without, *budget)
+    if found is not None and not other.resident:
+        return found
+    say(f"the multi-token-prediction head is left out: {reason}")
+    store.leave_out_mtp_head()
+    return other
 
 
 def _kernels(store: Store, device: Device, host: KernelTable, context: int, placement: Placement,

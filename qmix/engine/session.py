@@ -9,18 +9,21 @@ from torch import Tensor
 
 from qmix.config import Cancel
 from qmix.forward.kv_cache import SessionCache
+from qmix.forward.mtp import MtpState
 
 if TYPE_CHECKING:
     from qmix.engine.engine import Engine
 
 
 class Session:
-    """One conversation's positions: its KV cache and the ids whose keys and values are in it."""
+    """One conversation's positions: its KV cache and the ids whose keys and values are in it. mtp: what the model's
+    multi-token-prediction head knows of it, where the engine has one."""
 
-    def __init__(self, engine: Engine, number: int, cache: SessionCache):
+    def __init__(self, engine: Engine, number: int, cache: SessionCache, mtp: MtpState | None = None):
         self._engine = engine
         self.number = number
         self.cache = cache
+        self.mtp = mtp
         self.ids: list[int] = []
         self._drafts = 0  # of the last ids, verified, before `discard_drafts`
 
@@ -55,6 +58,12 @@ class Session:
         self._drafts = len(ids) - 1
         return logits
 
+    def draft(self, token: int, count: int, cancel: Cancel | None = None) -> list[int]:
+        """What the model's multi-token-prediction head guesses for the tokens after `token`, the next to be appended:
+        `count` of them, as many as the context has room for; or none, where the engine has no head or the head has
+        not seen the session's last token."""
+        return self._engine.draft(self, token, count, cancel)
+
     @property
     def warm(self) -> bool:
         """See Engine.warm."""
@@ -67,6 +76,8 @@ class Session:
         if drafts:
             self._engine.discard_drafts(min(drafts, self.length - length))
         del self.ids[self._engine.rewind(self.cache, length):]
+        if self.mtp is not None:
+            self.mtp.trim(self.length)
 
     def reachable(self, length: int) -> int:
         """What `trim(length)` leaves: less than `length` where the model has recurrent states, of which only some

@@ -122,7 +122,7 @@ class Original:
             raise UsageError(f"{path}: a GGUF file, which transformers does not compute as it is",
                              "compare with the original checkpoint, as safetensors")
         with ExitStack() as opened:
-            checkpoint = opened.enter_context(Checkpoint.open(path))
+            checkpoint = opened.enter_context(Checkpoint.open(path, mtp=False))
             found = cls(checkpoint, _skeleton(path, checkpoint.model), say)
             opened.pop_all()
             return found

@@ -34,6 +34,7 @@ from qmix.kernels.ops import (
     Guess,
     Head,
     HeadNorm,
+    Join,
     Linear,
     Mlp,
     Norm,
@@ -42,15 +43,42 @@ from qmix.kernels.ops import (
     Scale,
     Take,
 )
+from qmix.sizes import MTP_VOCAB
 from qmix.spec import Attention, DeltaNet, Model, Moe, Tensor
 from qmix.spec import Mlp as MlpSpec
 from qmix.spec import Norm as NormSpec
+
+MTP_ROWS = "mtp.head"
 
 
 def model_program(model: Model) -> tuple[Op, ...]:
     """The whole pass."""
     return (embed_program(model), *(op for i in range(len(model.layers)) for op in layer_program(model, i)),
             *head_program(model))
+
+
+def mtp_program(model: Model) -> tuple[Op, ...]:
+    """The multi-token-prediction head up to its residual, a pass of its own: "tokens", each the one that follows the
+    token of a row of "hidden" [T, H] fp32 (the model's, behind its final norm), to "residual". Its attention has a
+    cache of its own, in which it is layer 0."""
+    head, tensors = model.mtp_head, _tensors(model)
+    assert head is not None
+    first = (Embed("tokens", "next", tensors["embedding"], model.embed_factor),
+             Norm("next", "embedded", None, head.embedding_norm, model.hidden, tensors.get("mtp.embedding_norm")),
+             Norm("hidden", "normed", None, head.hidden_norm, model.hidden, tensors.get("mtp.hidden_norm")),
+             Join("embedded", "normed", "residual", tensors["mtp.fc"]))
+    return (*first, *(replace(op, layer=0) if isinstance(op, Attend) else op
+                      for op in layer_program(model, len(model.layers))))
+
+
+def mtp_head_program(model: Model) -> tuple[Op, ...]:
+    """The head's "residual" to "final", its hidden state for another step, and "logits", of the first MTP_VOCAB ids:
+    of "mtp.head", which is the first rows of the model's head, or all of them."""
+    head, tensors = model.mtp_head, _tensors(model)
+    assert head is not None
+    rows = Tensor(MTP_ROWS, (min(MTP_VOCAB, model.vocab), model.hidden), "head")
+    return (Norm("residual", None, "final", head.final_norm, model.hidden, tensors.get("mtp.final_norm")),
+            Head("final", "logits", rows, model.logit_softcap))
 
 
 def embed_program(model: Model) -> Op:
@@ -66,8 +94,8 @@ def head_program(model: Model) -> tuple[Op, ...]:
 
 
 def layer_program(model: Model, i: int, depth: int = 0, count: int = 0) -> tuple[Op, ...]:
-    """Of layer i: "residual" to "residual". depth, count: for how many following layers with experts how many experts
-    are guessed."""
+    """Of layer i, or of the multi-token-prediction head's: "residual" to "residual". depth, count: for how many
+    following layers with experts how many experts are guessed."""
     layer = _Layer(model, i)
     layer.mixer()
     first = tuple(layer.ops)
@@ -140,7 +168,7 @@ class _Layer:
     def __init__(self, model: Model, i: int):
         prefix = f"layers.{i}."
         self.i, self.hidden = i, model.hidden
-        self.layer = model.layers[i]
+        self.layer = model.layer(i)
         self.dense_model = not model.moe_layers
         self.tensors = {tensor.name.removeprefix(prefix): tensor for tensor in model.layer_tensors(i)}
         self.ops: list[Op] = []

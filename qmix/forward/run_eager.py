@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -42,6 +43,11 @@ ExpertsBy = Callable[[int, Tensor, Tensor, Tensor, Step, Tensor | None, Tensor |
 MakeCache = Callable[[Model, int, torch.dtype], SessionCache]  # (model, capacity, compute dtype)
 Take = Callable[[int, Tensor], None]  # (which of the wanted rows comes first, residual [n, H])
 Buffers = Mapping[str, Tensor]
+Collect = Callable[[int, Tensor], None]  # (first token of a pass, residual [t, H] fp32 of all of its tokens)
+Programs = tuple[Sequence[Op], Sequence[Op]]  # up to the residual behind the last layer; from it to the logits
+
+
+NOTHING: Buffers = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +78,12 @@ class Eager:
 
     layer: what computes norms, routers and the rotation in decode passes. observe: sees every Op before it runs; then
     torch computes all of them, also in decode passes. device: where weights, caches and all tensors of a pass are.
+    programs: in place of the model's own.
     """
 
     def __init__(self, model: Model, weights: Weights, experts: ExpertsBy, layer: LayerOps = TORCH,
                  guesses: Guesses = NO_GUESSES, caches: MakeCache = SessionCache, device: torch.device | None = None,
-                 observe: Observe | None = None):
+                 observe: Observe | None = None, programs: Programs | None = None):
         self.model = model
         self.guesses = guesses
         self._weights = weights
@@ -91,18 +98,23 @@ class Eager:
         self._heads = {}
         for phase, steps in self.by_phase.items():
             guessed = guesses if phase == "decode" or guesses.prompts else NO_GUESSES
-            self.pieces[phase] = _pieces(steps, program_of(model, guessed), {"residual"})
-            self._heads[phase] = steps.steps(head_program(model), {"logits"})
+            layers, head = programs or (program_of(model, guessed), head_program(model))
+            self.pieces[phase] = _pieces(steps, layers, {"residual"})
+            self._heads[phase] = steps.steps(head, {"final", "logits"})
+        self._final = self._heads["prefill"][0]
 
     def new_cache(self, capacity: int) -> SessionCache:
         """An empty cache for one session, with room for `capacity` positions."""
         return self._make_cache(self.model, capacity, self._weights.dtype)
 
-    def forward(self, tokens: Tensor, caches: Sequence[SessionCache], step: Step, all_logits: bool = False) -> Tensor:
+    def forward(self, tokens: Tensor, caches: Sequence[SessionCache], step: Step, all_logits: bool = False,
+                collect: Collect | None = None) -> Tensor:
         """Append tokens to P sessions; fp32 logits [P, V] after each one's last token, or all [T, V].
 
         tokens: int64 [T], the sessions' new tokens one after another. step.sequence tells the sessions apart, in the
-        order of `caches`, and may be empty for one. Example: caches of length 7 and 0, sequence (4, 9, 9).
+        order of `caches`, and may be empty for one. Example: caches of length 7 and 0, sequence (4, 9, 9). collect:
+        gets the residuals behind the last layer of all tokens, a pass at a time, of which a prompt else has those of
+        the last ones alone; the logits are the same.
 
         UsageError when a cache is full; Interrupted when step.cancel is set. On any error the caches are as they were.
         """
@@ -116,67 +128,103 @@ class Eager:
             for rows, part in zip(residual.split(BLOCK), out.split(BLOCK), strict=True):
                 part.copy_(self.head(rows, step.phase))
 
-        self._run(tokens, caches, step, counts, wanted, head)
+        self._run(tokens, caches, step, counts, wanted, head, collect)
         return logits
 
-    def read(self, tokens: Tensor, cache: SessionCache, step: Step, skip: int) -> Tensor:
+    def read(self, tokens: Tensor, cache: SessionCache, step: Step, skip: int, given: Buffers = NOTHING) -> Tensor:
         """Append tokens [T] to one session; the residual stream [T - skip, H] fp32 after the last layer of all but the
         first `skip`, of which `head` makes logits, a piece at a time: all at once they may be larger than the model.
-        Errors as of forward."""
+        given: other buffers that the program begins with, [T, ...] each. Errors as of forward."""
         kept = torch.empty(len(tokens) - skip, self.model.hidden, device=self._device)
 
         def keep(first: int, residual: Tensor) -> None:
             kept[first:first + len(residual)] = residual
 
-        self._run(tokens, [cache], step, [len(tokens)], range(skip, len(tokens)), keep)
+        self._run(tokens, [cache], step, [len(tokens)], range(skip, len(tokens)), keep, given=given)
         return kept
 
     def head(self, residual: Tensor, phase: str = "prefill") -> Tensor:
         """Logits [n, V] of at most BLOCK rows of `read`, the bits that forward gives where the rows are cut as it cuts
         them."""
+        return self.head_buffers(residual, phase)["logits"]
+
+    def final(self, residual: Tensor) -> Tensor:
+        """What the final norm gives of any rows: [n, H] fp32, by torch."""
+        with torch.inference_mode():
+            buffers = {"residual": residual}
+            self._final(buffers, Block(0, len(residual)))
+            return buffers["final"]
+
+    def head_buffers(self, residual: Tensor, phase: str) -> dict[str, Tensor]:
+        """The same, and "final" [n, H] fp32, of which they are made."""
         with torch.inference_mode():
             buffers = {"residual": residual}
             for step in self._heads[phase]:
                 step(buffers, Block(0, len(residual)))
-            return buffers["logits"]
+            return buffers
 
     def _run(self, tokens: Tensor, caches: Sequence[SessionCache], step: Step, counts: Sequence[int],
-             wanted: Sequence[int], take: Take) -> None:
-        """All tokens through all layers, a pass at a time; `take` gets the residuals of the wanted rows."""
+             wanted: Sequence[int], take: Take, collect: Collect | None = None, given: Buffers = NOTHING) -> None:
+        """All tokens through all layers, a pass at a time; `take` gets the residuals of the wanted rows, `collect` of
+        all."""
         done = 0
         with unchanged_on_error(caches, counts), torch.inference_mode():
             for spans in split_passes(counts, caches, step, self._most):
                 first, end = spans[0].begin, spans[-1].end
                 rows = [row - first for row in wanted if first <= row < end]
-                residual = self._pass(tokens[first:end].to(self._device), spans,
-                                      replace(step, sequence=step.sequence[first:end]), rows)
+                buffers = {"tokens": tokens[first:end].to(self._device),
+                           **{name: buffer[first:end] for name, buffer in given.items()}}
+                residual, others = self._pass(buffers, spans, replace(step, sequence=step.sequence[first:end]), rows,
+                                              collect is not None)
                 if rows:
                     take(done, residual)
                 done += len(rows)
+                if collect is not None:
+                    collect(first, residual if others is None else others)
 
-    def _pass(self, tokens: Tensor, spans: Sequence[Span], step: Step, wanted: Sequence[int]) -> Tensor:
-        """The tokens of `spans` through all layers: residuals of the `wanted` rows."""
-        blocks, rows = blocks_of(spans), None
-        if len(wanted) < len(tokens):
+    def _pass(self, buffers: dict[str, Tensor], spans: Sequence[Span], step: Step, wanted: Sequence[int],
+              everything: bool = False) -> tuple[Tensor, Tensor | None]:
+        """The tokens of `spans` through all layers: residuals of the `wanted` rows. everything: and of all rows, None
+        where all are wanted; then the other rows go through the end of the last layer by themselves, so that the wanted
+        ones have the bits that they have without."""
+        tokens, blocks, rows = len(buffers["tokens"]), blocks_of(spans), None
+        if len(wanted) < tokens:
             rows = torch.tensor(wanted, dtype=torch.int64, device=self._device)
-        buffers = {"tokens": tokens}
-        for piece in self.pieces[step.phase]:
+        pieces = self.pieces[step.phase]
+        end = next((i for i, piece in enumerate(pieces) if isinstance(op := piece.ops[0], ops.Take) or (
+            isinstance(op, ops.Experts) and op.last)), len(pieces))
+        buffers = self._go(pieces[:end], blocks, buffers, step, None)
+        others = None
+        if everything and rows is not None:
+            rest = torch.tensor(sorted({*range(tokens)} - {*wanted}), dtype=torch.int64, device=self._device)
+            begun = dict(buffers)
+        residual = self._go(pieces[end:], blocks, buffers, step, rows)["residual"]
+        if everything and rows is not None:
+            others = torch.empty(tokens, self.model.hidden, device=self._device)
+            others[rows] = residual
+            if len(rest):
+                others[rest] = self._go(pieces[end:], blocks, begun, replace(step, again=True), rest)["residual"]
+        for span in spans:
+            span.cache.length = span.start + span.tokens
+        return residual, others
+
+    def _go(self, pieces: Sequence[Piece], blocks: Sequence[Block], buffers: dict[str, Tensor], step: Step,
+            rows: Tensor | None) -> dict[str, Tensor]:
+        """Pieces of the program, one after another; rows: the wanted ones, None for all."""
+        for piece in pieces:
             op = piece.ops[0]
             if isinstance(op, ops.Experts):
                 found = self.meet_experts(piece.ops, buffers, step, rows if op.last else None)
                 buffers[piece.ops[-1].outputs[0]] = found
             elif isinstance(op, ops.Take):
+                count = len(buffers[op.buffers[0]]) if rows is None else len(rows)
                 if rows is not None:
                     buffers |= {name: buffers[name][rows] for name in op.buffers}
-                    blocks = blocks_of_rows(len(rows))
-                else:
-                    blocks = blocks_of_rows(len(tokens))
+                blocks = blocks_of_rows(count)
             else:
                 self._by_block(piece, blocks, buffers, step)
             buffers = {name: buffer for name, buffer in buffers.items() if name in piece.after}
-        for span in spans:
-            span.cache.length = span.start + span.tokens
-        return buffers["residual"]
+        return buffers
 
     def meet_experts(self, piece: Sequence[Op], buffers: Buffers, step: Step, wanted: Tensor | None) -> Tensor:
         """An Experts and its Combine: [n, H] fp32."""

@@ -21,8 +21,9 @@ from qmix.config import Step
 from qmix.device import Device
 from qmix.forward.joined import Resident
 from qmix.forward.kv_cache import SessionCache, unchanged_on_error
+from qmix.forward.mtp import Mtp
 from qmix.forward.passes import counts_of
-from qmix.forward.run_eager import NO_GUESSES, Eager, ExpertsBy, Guesses, MakeCache
+from qmix.forward.run_eager import NO_GUESSES, Collect, Eager, ExpertsBy, Guesses, MakeCache
 from qmix.forward.run_native import NativeToken, unsupported
 from qmix.forward.weights import DenseWeights, KernelWeights
 from qmix.kernels.op import FEW
@@ -48,7 +49,7 @@ class Runner:
     guesses: how many experts of how many following layers with experts are guessed while decoding; none where nobody
     fetches. caches: makes the KV caches. device: where weights, caches and all tensors of a pass are; None for host
     memory. decode: what takes up to FEW tokens through the layers while decoding. resident: the experts as calls of the
-    native library, where all of them are in memory.
+    native library, where all of them are in memory. mtp: the multi-token-prediction head, where the model has one.
     """
 
     def __init__(self, model: Model, weights: DenseWeights, kernels: KernelTable, experts: ExpertsBy,
@@ -61,6 +62,10 @@ class Runner:
         self._weights = KernelWeights(weights, kernels)
         self._eager = Eager(model, self._weights, experts, kernels.layer, guesses, caches,
                             None if device is None else device.torch_device)
+        self.mtp: Mtp | None = None
+        if model.mtp_head is not None:
+            assert device is None, "a device computes no multi-token-prediction head"
+            self.mtp = Mtp(model, self._weights, experts, kernels.layer, caches)
         self._native: NativeToken | None = None
         self._reason: str | None = None if device is None else "it is computed on a device"
         self._asked = device is not None  # whether `_reason` says if there can be one; the first cache shows it
@@ -80,12 +85,13 @@ class Runner:
         return self._eager.new_cache(capacity)
 
     def forward(self, tokens: Tensor, positions: Tensor, caches: Sequence[SessionCache], step: Step,
-                all_logits: bool = False) -> Tensor:
+                all_logits: bool = False, collect: Collect | None = None) -> Tensor:
         """Append tokens to P sessions; fp32 logits [P, V] after each one's last token, or all [T, V].
 
         tokens, positions: int64 [T], the sessions' new tokens one after another; a session's positions go on where its
         cache ends. step.sequence tells the sessions apart, in the order of `caches`, and may be empty for one. Example:
-        caches of length 7 and 0, sequence (4, 9, 9), positions (7, 0, 1).
+        caches of length 7 and 0, sequence (4, 9, 9), positions (7, 0, 1). collect: see Eager.forward; of all that is
+        computed on the host, it gets what `hidden` takes.
 
         UsageError when a cache is full; Interrupted when step.cancel is set. On any error the caches are as they were.
         """
@@ -95,8 +101,15 @@ class Runner:
             if self._decode is not None:
                 return self._on_device(self._decode, tokens, positions, caches, step, counts, all_logits)
             if len(tokens) == 1 and (native := self._native_for(caches[0])) is not None:
-                return native.logits(int(tokens), caches[0], step)
-        return self._eager.forward(tokens, caches, step, all_logits)
+                found = native.logits(int(tokens), caches[0], step)
+                if collect is not None:
+                    collect(0, native.residual.clone())
+                return found
+        return self._eager.forward(tokens, caches, step, all_logits, collect)
+
+    def hidden(self, residual: Tensor) -> Tensor:
+        """Of any rows of the residual stream behind the last layer, [n, H] fp32: behind the final norm."""
+        return self._eager.final(residual)
 
     def read(self, tokens: Tensor, positions: Tensor, cache: SessionCache, step: Step, skip: int) -> Tensor:
         """Append tokens [T] to one session; the residual stream [T - skip, H] fp32 after the last layer of all but the

@@ -40,7 +40,7 @@ class Observe(Protocol):
 
 
 STATELESS: Mapping[type[Op], Callable[..., Any]] = {
-    ops.Embed: torch_ops.embed, ops.Norm: torch_ops.norm, ops.Linear: torch_ops.linear,
+    ops.Embed: torch_ops.embed, ops.Norm: torch_ops.norm, ops.Linear: torch_ops.linear, ops.Join: torch_ops.join,
     ops.HeadNorm: torch_ops.head_norm, ops.Gate: torch_ops.gate, ops.Route: torch_ops.route, ops.Mlp: torch_ops.mlp,
     ops.Add: torch_ops.add, ops.Scale: torch_ops.scale, ops.Head: torch_ops.head, ops.Guess: torch_ops.guess,
 }

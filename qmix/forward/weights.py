@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -20,12 +20,12 @@ from qmix.device import Device
 from qmix.errors import StoreError
 from qmix.formats import Packed
 from qmix.formats.packed import stacked
-from qmix.forward.program import model_program
+from qmix.forward.program import MTP_ROWS, model_program, mtp_head_program, mtp_program
 from qmix.kernels import ops
 from qmix.kernels.router import router_logits
 from qmix.kernels.table import KernelTable
 from qmix.kernels.torch_ops import taps_of
-from qmix.sizes import MatrixSpec
+from qmix.sizes import MTP_VOCAB, MatrixSpec
 from qmix.spec import DTYPES, Model
 from qmix.spec import Norm as NormSpec
 from qmix.spec import Tensor as Named
@@ -96,6 +96,8 @@ def assemble(model: Model, dtype: torch.dtype, read: Read, device: torch.device 
             tensors[want.name] = got
     if model.tied:
         matrices["embedding"] = _tied_head(tensors["embedding"])
+    if model.mtp_head is not None:
+        matrices[MTP_ROWS] = _first_rows(matrices["embedding" if model.tied else "head"], MTP_VOCAB)
     stacks = {} if device is None else _stack(model, matrices, device)
     if device is not None:
         tensors |= _side_by_side({name: tensors[name] for name in _router_weights(model)}, device)
@@ -179,7 +181,10 @@ class KernelWeights:
 
 def _norms(model: Model) -> dict[str, NormSpec]:
     """The norm that each weight of one belongs to."""
-    return {op.weight.name: op.norm for op in model_program(model)
+    program = model_program(model)
+    if model.mtp_head is not None:
+        program += mtp_program(model) + mtp_head_program(model)
+    return {op.weight.name: op.norm for op in program
             if isinstance(op, ops.Norm | ops.HeadNorm) and op.weight is not None and op.norm is not None}
 
 
@@ -198,6 +203,15 @@ def _tied_head(embedding: Tensor) -> Packed:
     """The embedding [V, H] as the head's matrix, sharing its memory."""
     kind = DTYPES[str(embedding.dtype).removeprefix("torch.")]
     return Packed.of(MatrixSpec(kind, *embedding.shape), {"weight": embedding}, "tied head")
+
+
+def _first_rows(whole: Packed, rows: int) -> Packed:
+    """Of a matrix its first rows, sharing its memory; all of one in which they do not lie together (int4)."""
+    spec = whole.spec
+    if spec.rows <= rows or spec.format not in ("int8", "bf16", "fp16", "fp32"):
+        return whole
+    return Packed.of(replace(spec, rows=rows), {name: tensor[:rows] for name, tensor in whole.tensors.items()},
+                     "the first rows of the head")
 
 
 def _shape(got: Packed | Tensor) -> str:

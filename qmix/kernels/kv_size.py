@@ -12,10 +12,15 @@ SLACK = FEW - 1  # positions that a ring keeps beside its window: as many drafts
 
 
 def kv_bytes(model: Model, capacity: int, item_bytes: int = 2, kv: str = "bf16", rings: bool = False) -> int:
-    """forward.kv_cache.SessionCache.nbytes. item_bytes: of the compute dtype, which `kv` "bf16" stands for; with "int8"
-    a number takes a byte, and each head's key and value of a position an fp32 scale."""
+    """forward.kv_cache.SessionCache.nbytes, with that of a multi-token-prediction head. item_bytes: of the compute
+    dtype, which `kv` "bf16" stands for; with "int8" a number takes a byte, and each head's key and value of a position
+    an fp32 scale."""
     assert kv in KV_FORMATS, kv
     total = 0
+    if model.mtp_head is not None:
+        mixer = model.mtp_head.layer.mixer
+        assert isinstance(mixer, Attention) and not rings
+        total += capacity * position_bytes(mixer, item_bytes, kv)
     for i, layer in enumerate(model.layers):
         mixer = layer.mixer
         if isinstance(mixer, DeltaNet):

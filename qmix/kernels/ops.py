@@ -86,6 +86,24 @@ class Linear(Op):
 
 
 @dataclass(frozen=True, slots=True)
+class Join(Op):
+    """out [T, N] fp32 = [first; second] weight^T; first, second [T, M / 2], compute; weight [N, M]. The product is as
+    of Linear."""
+
+    READS = ("first", "second")
+    WRITES = ("out",)
+    WEIGHTS = ("weight",)
+
+    first: str
+    second: str
+    out: str
+    weight: Tensor
+
+    def scratch(self, tokens: int) -> int:
+        return tokens * sum(self.weight.shape) * WIDE
+
+
+@dataclass(frozen=True, slots=True)
 class HeadNorm(Op):
     """buffer [T, n * size] becomes fp32: each `size` neighbours normed as by Norm (one head, or all of them at once),
     then clamped to [-clip, clip]; norm None: only clamped."""

@@ -113,6 +113,10 @@ def biased(out: Tensor, bias: Tensor | None) -> Tensor:
     return out if bias is None else (out.float() + bias).to(out.dtype)
 
 
+def join(op: ops.Join, w: Weights, first: Tensor, second: Tensor) -> Tensor:
+    return w.linears(torch.cat((first, second), 1), op.weight.name)[0].float()
+
+
 def head_norm(op: ops.HeadNorm, w: Weights, buffer: Tensor) -> Tensor:
     x = buffer.float()
     if op.norm is not None:

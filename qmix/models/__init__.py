@@ -6,12 +6,14 @@ from qmix.models.registry import (
     ARCHITECTURES,
     choose_layout,
     layouts,
+    mtp_layouts,
     mxfp4_layout,
     published_experts,
     read_model,
     skipped,
+    with_mtp_head_of,
 )
 from qmix.models.source import Layout, Misfit, Source, Step
 
 __all__ = ["ARCHITECTURES", "Keys", "Layout", "Misfit", "Source", "Step", "choose_layout", "layouts",
-           "mxfp4_layout", "published_experts", "read_model", "skipped"]
+           "mtp_layouts", "mxfp4_layout", "published_experts", "read_model", "skipped", "with_mtp_head_of"]

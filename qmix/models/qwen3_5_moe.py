@@ -22,13 +22,15 @@ from qmix.models.gated_delta import (
     read_moe,
 )
 from qmix.models.keys import MOST_LAYERS, Keys
+from qmix.models.mtp import mtp_head as mtp_head
+from qmix.models.mtp import mtp_layouts as mtp_layouts
 from qmix.models.parts import dense_layout, expert_layout, fused_layout, read_dtype, read_silu, read_text, read_tied
 from qmix.models.rope import read_rotary_dim, read_scaling
 from qmix.models.source import Layout, Rows, Source, Squeeze
 from qmix.spec import DeltaNet, Layer, Mixer, Model, Norm, Norms, Rope
 
 MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
-SKIPPED = re.compile(r"(model\.visual|mtp)\..+")
+SKIPPED = re.compile(r"(model\.visual|mtp)\..+")  # mtp: a head that qmix has no description of
 
 
 def read(keys: Keys) -> Model:

@@ -20,13 +20,15 @@ from qmix.models.gated_delta import (
     read_moe,
 )
 from qmix.models.keys import MOST_LAYERS, Keys
+from qmix.models.mtp import mtp_head as mtp_head
+from qmix.models.mtp import mtp_layouts as mtp_layouts
 from qmix.models.parts import dense_layout, expert_layout, fused_layout, read_dtype, read_silu, read_sparse_layers
 from qmix.models.rope import read_rope
 from qmix.models.source import Layout, PerHead, Rows, Source, Squeeze
 from qmix.spec import DeltaNet, Layer, Mixer, Mlp, Model, Norm, Norms
 
 MODEL_TYPES = ("qwen3_next",)
-SKIPPED = re.compile(r"mtp\..+")
+SKIPPED = re.compile(r"mtp\..+")  # a head that qmix has no description of
 
 
 def read(keys: Keys) -> Model:
@@ -42,7 +44,8 @@ def read(keys: Keys) -> Model:
                    for i, kind in enumerate(read_kinds(keys, count)))
     return Model("qwen3_next", keys.count("hidden_size", 2048), keys.count("vocab_size", 151936), positions, layers,
                  norm, read_dtype(keys), keys.boolean("tie_word_embeddings", False),
-                 keys.integer("bos_token_id", None), keys.token_ids("eos_token_id"))
+                 keys.integer("bos_token_id", None), keys.token_ids("eos_token_id"),
+                 mtp=keys.count("num_nextn_predict_layers", 0, most=64, least=0))  # published files do not say
 
 
 def layouts(model: Model) -> tuple[Layout, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -12,6 +13,7 @@ from typing import Any, Protocol, cast
 
 from qmix.errors import ConfigError
 from qmix.models.keys import Keys
+from qmix.models.mtp import PREFIX, has_mtp_head
 from qmix.models.source import Layout
 from qmix.spec import Model
 
@@ -39,7 +41,8 @@ class Architecture(Protocol):
     def layouts(self, model: Model) -> tuple[Layout, ...]:
         """The layouts in which checkpoints of the model occur, the published one first: each has a source for every
         tensor of `model.tensors()` and of its experts. A file may also have `mxfp4_layout`, for checkpoints whose
-        experts are quantized already."""
+        experts are quantized already, and `mtp_head` and `mtp_layouts` (mtp.py), where it has a
+        multi-token-prediction head: `layouts` are then without it."""
 
 
 def _find() -> dict[str, Architecture]:
@@ -54,8 +57,9 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(_find())
 
 
 def read_model(raw: Mapping[str, Any], strict: bool = True) -> Model:
-    """The model that a config.json describes. ConfigError names the key at fault; where strict, also one that no reader
-    knows. A store is read without: its weights were taken in when it was written."""
+    """The model that a config.json describes, with its multi-token-prediction head where that has one layer.
+    ConfigError names the key at fault; where strict, also one that no reader knows. A store is read without: its
+    weights were taken in when it was written."""
     kind = raw.get("model_type")
     architecture = ARCHITECTURES.get(kind) if isinstance(kind, str) else None
     if architecture is None:
@@ -65,12 +69,31 @@ def read_model(raw: Mapping[str, Any], strict: bool = True) -> Model:
     model = architecture.read(keys)
     if strict:
         keys.finish()
-    return model
+    return _with_head(model) if model.mtp == 1 else model
+
+
+def _with_head(model: Model) -> Model:
+    make = getattr(ARCHITECTURES[model.architecture], "mtp_head", None)
+    return model if make is None else replace(model, mtp_head=make(model))
+
+
+def with_mtp_head_of(model: Model, there: Collection[str]) -> Model:
+    """The model of a checkpoint with tensors of the names `there`: with a multi-token-prediction head where these have
+    one that qmix knows, whatever config.json says, and without where they have none."""
+    found = _with_head(model)
+    return found if found.mtp_head is not None and has_mtp_head(found, there) else model.trunk
 
 
 def layouts(model: Model) -> tuple[Layout, ...]:
-    """Those of the model's architecture, the published one first."""
-    return ARCHITECTURES[model.architecture].layouts(model)
+    """Those of the model's architecture, the published one first, without a multi-token-prediction head."""
+    return ARCHITECTURES[model.architecture].layouts(model.trunk)
+
+
+def mtp_layouts(model: Model) -> tuple[Layout, ...]:
+    """Those of its multi-token-prediction head; none without."""
+    if model.mtp_head is None:
+        return ()
+    return cast("tuple[Layout, ...]", ARCHITECTURES[model.architecture].mtp_layouts(model))  # type: ignore[attr-defined]
 
 
 def mxfp4_layout(model: Model) -> Layout | None:
@@ -99,6 +122,8 @@ def skipped(model: Model, there: Collection[str]) -> set[str]:
     head that lies behind the last layer as more of them. Such a layer has a projection that no other has (eh_proj);
     without that it is a layer that config.json does not count."""
     pattern = ARCHITECTURES[model.architecture].SKIPPED
+    if model.mtp_head is not None:
+        there = [name for name in there if not name.startswith(PREFIX)]
     behind = [f"model.layers.{len(model.layers) + i}." for i in range(model.mtp)]
     names = set(there)
     heads = tuple(prefix for prefix in behind if f"{prefix}eh_proj.weight" in names)

@@ -8,6 +8,9 @@ Prefill needs nearly every expert of a layer, once a pass. At most WINDOW of the
 of the next layer, so that the disk works while attention is computed. Decode requests all records that a token lacks at
 once, and then the guesses of the prefetcher.
 
+The records of a multi-token-prediction head are one more layer, behind those that a pass goes through. They live in
+the same slots; which of them it chose is no part of the router statistics, and nothing is guessed for it.
+
 T tokens, K experts per token, H hidden, E experts, A guesses per layer, D layers looked ahead.
 """
 
@@ -64,7 +67,7 @@ class PagedExperts:
         self._top_k = model.top_k
         self._experts = model.num_experts
         self._layers = len(model.record_layers)
-        self._rank = {layer: rank for rank, layer in enumerate(model.record_layers)}
+        self._rank = {layer: rank for rank, layer in enumerate(model.paged_layers)}
         self._tier = tier
         self._caches = [tier.cache]  # whose histories are kept
         self._views = views
@@ -117,7 +120,10 @@ class PagedExperts:
         Interrupted when step.cancel is set between two experts or while one is waited for; StoreError where a
         record cannot be read. Either leaves everything ready for another pass."""
         layer = self._rank[layer]
-        if ids.is_cpu:
+        counts = layer < self._layers and not step.again
+        if not counts:
+            ids = ids.cpu()
+        elif ids.is_cpu:
             self._watch.layer(layer, step, ids, weights, ahead)
         else:
             ids = ids.cpu()  # from here on
@@ -134,8 +140,11 @@ class PagedExperts:
             rows = self._all_rows(layer, x, groups_of(ids, self._experts, x.device), step)
         else:
             groups = groups_of(ids, self._experts, x.device)
-            self._end_layer(layer, step, ids.reshape(-1).tolist() if decode else (),
-                         weights.reshape(-1).tolist() if decode else (), groups, routed)
+            if counts:
+                self._end_layer(layer, step, ids.reshape(-1).tolist() if decode else (),
+                                weights.reshape(-1).tolist() if decode else (), groups, routed)
+            elif decode:
+                self._tier.cache.use(*(ExpertKey(layer, expert) for expert in groups))
             guesses = None if ahead is None else ahead.tolist()
             joins = decode and few and self._joins and self._resident is not None
             if joins and all(self._tier.ready(ExpertKey(layer, expert)) for expert in groups):
@@ -341,7 +350,7 @@ class PagedExperts:
 
     def _look_ahead(self, layer: int, chosen: Sequence[int], step: Step, ahead: Guesses | None) -> None:
         """Once all that this layer lacks is on its way: what will the next ones want?"""
-        if self._prefetcher.off or layer + 1 == self._layers:
+        if self._prefetcher.off or layer + 1 >= self._layers or step.again:
             return
         if self._experts == 1:  # nothing to guess: every token wants the record of every layer
             self._lookahead.expect([ExpertKey(at, 0) for at in range(layer + 1, layer + 1 + self.depth)

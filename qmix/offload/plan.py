@@ -28,6 +28,7 @@ from qmix.sizes import (
     KV_FORMATS,
     KV_PIECE,
     MIB,
+    MTP_PENDING,
     dense_bytes,
     format_bytes,
     kv_owners,
@@ -55,10 +56,11 @@ class Needs:
     """Bytes that a model takes wherever it runs; records: how many of `record` bytes each, or in a mixed store on
     average, where kinds has (records, bytes of one) for each kind; kv_cache: how keys and values are kept, one of
     sizes.KV_FORMATS; decoded: what an int8 cache takes of a GPU besides, whose prompts decode all heads at once;
-    embedding: bytes of `dense` of which a token reads one row; tiles: what a GPU takes besides for the experts of a
-    prompt, which it computes many at a time; placed: what recurrent states take there besides; scratch: what decoded
-    weights, partial sums and the buffers of decoding take there (device_needs.py), with the kernels cut as is built
-    in."""
+    embedding: bytes of `dense` of which a token reads one row, or, of a multi-token-prediction head, nothing; tiles:
+    what a GPU takes besides for the experts of a prompt, which it computes many at a time; placed: what recurrent
+    states take there besides; scratch: what decoded weights, partial sums and the buffers of decoding take there
+    (device_needs.py), with the kernels cut as is built in. mtp: of the records, those of such a head, which is none of
+    the `layers`."""
 
     context: int
     dense: int
@@ -76,6 +78,7 @@ class Needs:
     tiles: int = 0
     placed: int = 0
     scratch: int = 0
+    mtp: int = 0
 
     @classmethod
     def of(cls, model: Model, quant: QuantConfig, context: int, kv: str = "bf16",
@@ -95,7 +98,8 @@ class Needs:
                    kinds if len(kinds) > 1 else (), scoring,
                    2 * context * widest_kv(model) * itemsize if kv == "int8" else 0, unread_bytes(model, quant),
                    workspace_bytes(model, context, itemsize, kv, True) - workspace_bytes(model, context, itemsize, kv),
-                   placed_bytes(model), scratch_bytes(model, quant, context, itemsize, scoring))
+                   placed_bytes(model), scratch_bytes(model, quant, context, itemsize, scoring),
+                   len(keys) - len(model.trunk.expert_keys))
 
     @property
     def on_device(self) -> Needs:
@@ -226,9 +230,10 @@ class Plan:
         if self.resident:
             whole = ", all of them in RAM" if self.inclusive else ""
             return [*found, f"experts: all {needs.records} resident{whole}"]
-        per_layer = self.slots / needs.layers
+        layers = needs.layers + (needs.mtp > 0)
+        per_layer = self.slots / layers
         found.append(f"experts: {self.slots} of {needs.records} in memory ({100 * self.slots // needs.records} %, "
-                     f"{per_layer:.1f} of {needs.records // needs.layers} a layer), "
+                     f"{per_layer:.1f} of {needs.records // layers} a layer), "
                      f"{format_bytes(self.on_disk)} read from disk as needed")
         if per_layer < 2 * needs.top_k:
             found.append(f"warning: fewer than {2 * needs.top_k} slots a layer: most tokens will wait for the disk; "
@@ -259,9 +264,11 @@ def resident_dense_bytes(model: Model, quant: QuantConfig) -> int:
 
 
 def unread_bytes(model: Model, quant: QuantConfig) -> int:
-    """Of the embedding, of which a token reads one row; none where it is the head too."""
+    """Of the embedding, of which a token reads one row, none where it is the head too; and of a multi-token-prediction
+    head."""
     embedding = next(t for t in model.tensors() if t.role == "embedding")
-    return 0 if model.tied else dense_bytes(model, quant, embedding)
+    head = resident_dense_bytes(model, quant) - resident_dense_bytes(model.trunk, quant)
+    return head + (0 if model.tied else dense_bytes(model, quant, embedding))
 
 
 def widest_kv(model: Model) -> int:
@@ -304,6 +311,9 @@ def workspace_bytes(model: Model, context: int, itemsize: int, kv: str = "bf16",
         block += max(a.head_dim for a in mixers) * (2 * context * itemsize + 4 * 3 * max(min(context, KV_PIECE), new))
     if grouped:
         chunk = max(chunk, prompt_tiles.workspace(tokens * k, model.num_experts, model.expert_inner, itemsize))
+    if model.mtp_head is not None:  # hidden states of a pass, before and behind the last norm, and those that wait
+        per_token += 3 * 4 * hidden
+        block += 4 * (3 * hidden * min(tokens, ATTENTION_BLOCK) + hidden * MTP_PENDING)
     return tokens * per_token + max(block, chunk) + model.vocab * 8
 
 

@@ -32,7 +32,7 @@ class ResidentExperts:
         numbers = {specs: number for number, specs in enumerate(dict.fromkeys(kinds))}
         self._kind_of_slot = [numbers[specs] for specs in kinds]
         firsts = [kinds.index(specs) for specs in numbers]
-        self._table = ExpertTable(len(model.record_layers), model.num_experts,
+        self._table = ExpertTable(len(model.paged_layers), model.num_experts,
                                   [(tier.slots[slot], *views[slot]) for slot in firsts])
         pairs = FEW * model.top_k
         self._between = torch.empty(pairs, self._table.inner)

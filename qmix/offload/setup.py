@@ -80,6 +80,11 @@ class Offload:
         figures.tokens += tokens
         figures.add(before, self._mark, seconds)
 
+    def end_draft(self, seconds: float) -> None:
+        """A draft of the multi-token-prediction head is over, which is no pass: its time and reading are decoding's."""
+        self.end_pass("decode", 0, seconds)
+        self.experts.figures["decode"].passes -= 1
+
     def discard_drafts(self, rejected: int) -> None:
         """Of the drafts of the last pass, the last `rejected` were wrong."""
         self.experts.discard_drafts(rejected)
@@ -135,17 +140,17 @@ class Choices:
             say("--cache-policy lru: in a mixed store layers have no share of their own, so with few slots it evicts "
                 "the records that are needed next; lfu does not")
         return cls(policy, prior, mode,
-                   *reach(fast.slots, len(model.record_layers), model.top_k, plan.needs.record))
+                   *reach(fast.slots, len(model.paged_layers), model.top_k, plan.needs.record))
 
     def cache(self, model: Model, tier: TierPlan, kind_of: Callable[[ExpertKey], int]) -> Cache:
         """For a tier. Only plain LRU throws out the layers that come next (docs/cache-policy.md)."""
-        return Cache([count for count, _ in tier.kinds], len(model.record_layers), make_policy(self.policy, self.prior),
+        return Cache([count for count, _ in tier.kinds], len(model.paged_layers), make_policy(self.policy, self.prior),
                      quotas=self.policy == "lru" and len(tier.kinds) == 1 and _tight(model, tier),
                      probation=max(1, min(2 * model.top_k, tier.slots // 8)), kind_of=kind_of)
 
 
 def _tight(model: Model, tier: TierPlan) -> bool:
-    return tier.slots < 2 * model.top_k * len(model.record_layers)
+    return tier.slots < 2 * model.top_k * len(model.paged_layers)
 
 
 def open_offload(store: Store, kernels: KernelTable, plan: Plan, options: OffloadOptions, stats: RouterStats,
@@ -165,7 +170,7 @@ def open_offload(store: Store, kernels: KernelTable, plan: Plan, options: Offloa
         experts = PagedExperts(model, kernels, tier, views, halves, prefetcher,
                                RoutingWatch(layers, model.num_experts, stats, trace, say), choices.depth,
                                choices.window)
-        order = warm_order(layers, model.num_experts, [count for count, _ in plan.ram.kinds],
+        order = warm_order(len(model.paged_layers), model.num_experts, [count for count, _ in plan.ram.kinds],
                            choices.prior, kind_of)
         if plan.resident:
             try:

@@ -9,7 +9,8 @@ and two records, whatever the model's size. After an error or Ctrl-C, reader and
 error is raised in the caller.
 
 With a calibration, the text passes through every expert before that expert is quantized. It also passes through experts
-that are finished already, since the next layer's inputs depend on them. budget.py says how much memory that takes.
+that are finished already, since the next layer's inputs depend on them. budget.py says how much memory that takes. A
+multi-token-prediction head comes last and gets no inputs.
 
 F expert inner, H hidden.
 """
@@ -41,7 +42,7 @@ from qmix.quantize.journal import Finished, Journal
 from qmix.quantize.methods import Error, error, quantize_measured
 from qmix.sizes import PLAIN_DTYPES, MatrixSpec
 from qmix.spec import Model
-from qmix.spec.model import layer_of
+from qmix.spec.model import layer_of, of_mtp_head
 from qmix.store import Calibrated, Region, StoreLayout, StoreWriter
 
 Weight = Tensor | Blocks  # numbers, or, of an expert that is carried, its codes and scales
@@ -107,11 +108,13 @@ def route(work: Sequence[Work], finished: Collection[str], model: Model) -> list
     """What is left of `work`, in the order of a calibration: layer by layer, with those `finished` experts, by name,
     that the text must pass through to reach one that is not."""
     stage = stages(model)
-    todo = [item for item in sorted(work, key=lambda item: stage(item.source))
+    heads = [item for item in work if of_mtp_head(model, item.source)]
+    todo = [item for item in sorted((item for item in work if not of_mtp_head(model, item.source)),
+                                    key=lambda item: stage(item.source))
             if isinstance(item.source, ExpertKey) or item.region.name not in finished]
     while todo and todo[-1].region.name in finished:
         todo.pop()
-    return todo
+    return [*todo, *(item for item in heads if item.region.name not in finished)]
 
 
 def run(source: Checkpoint, quant: QuantConfig, work: Sequence[Work], writer: StoreWriter, journal: Journal,
@@ -129,7 +132,8 @@ def run(source: Checkpoint, quant: QuantConfig, work: Sequence[Work], writer: St
         for item, weights in stream:
             todo = item.region.name not in before
             inputs: Mapping[str, Inputs] = {}
-            if guide is not None and (item.grouped or isinstance(item.source, ExpertKey)):
+            reads = not of_mtp_head(source.model, item.source)
+            if guide is not None and reads and (item.grouped or isinstance(item.source, ExpertKey)):
                 dtype = getattr(torch, source.model.dtype)
                 numbers = {matrix: weight.numbers(dtype) if isinstance(weight, Blocks) else weight
                            for matrix, weight in weights.items()}
@@ -150,7 +154,8 @@ def run(source: Checkpoint, quant: QuantConfig, work: Sequence[Work], writer: St
 
 
 def _guide(source: Checkpoint, calibration: Calibration, work: Sequence[Work], pool: Executor) -> Guide:
-    layers = {layer for item in work if isinstance(item.source, str) and item.grouped
+    layers = {layer for item in work
+              if isinstance(item.source, str) and item.grouped and not of_mtp_head(source.model, item.source)
               and (layer := layer_of(item.source)) is not None}
     return Guide(source, calibration, layers, pool)
 

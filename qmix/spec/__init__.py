@@ -11,6 +11,7 @@ from qmix.spec.layers import (
     Mixer,
     Mlp,
     Moe,
+    MtpHead,
     Norms,
     Router,
 )
@@ -19,5 +20,5 @@ from qmix.spec.rope import Linear, Llama3, LongRope, Proportional, Rope, Yarn
 from qmix.spec.tensors import DTYPES, WIDE, ExpertKey, Norm, Role, Tensor
 
 __all__ = ["DTYPES", "WIDE", "Activation", "Attention", "Branch", "DeltaNet", "Expert", "ExpertKey", "Layer", "Linear",
-           "Llama3", "LongRope", "Mixer", "Mlp", "Model", "Moe", "Norm", "Norms", "Proportional", "Role", "Rope",
-           "Router", "Tensor", "Yarn"]
+           "Llama3", "LongRope", "Mixer", "Mlp", "Model", "Moe", "MtpHead", "Norm", "Norms", "Proportional", "Role",
+           "Rope", "Router", "Tensor", "Yarn"]

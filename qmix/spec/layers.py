@@ -222,3 +222,24 @@ class Layer:
     mlp: Moe | Mlp
     norms: Norms
     output_scale: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MtpHead:
+    """A multi-token-prediction head (DeepSeek-AI 2024, arXiv 2412.19437, section 2.2): of a token's final hidden state
+    and of the token that follows it predicts the token after that.
+
+    residual = fc [embedding_norm(embedding of the next token); hidden_norm(hidden)], fc [hidden, 2 hidden]; then
+    `layer`; then `final_norm`, which gives the logits, by the model's own head, and the hidden state for another step.
+    hidden: what the model's final norm gives.
+    """
+
+    layer: Layer
+    embedding_norm: Norm
+    hidden_norm: Norm
+    final_norm: Norm
+
+    def __post_init__(self) -> None:
+        want(isinstance(self.layer.mixer, Attention) and self.layer.mixer.kv_source is None, self, "layer.mixer",
+             type(self.layer.mixer).__name__, "attention with keys and values of its own")
+        want(isinstance(self.layer.mlp, Moe), self, "layer.mlp", type(self.layer.mlp).__name__, "experts")

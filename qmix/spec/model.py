@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qmix.spec.checks import counts, numbers, one_of, want
-from qmix.spec.layers import Attention, DeltaNet, Expert, Layer, Moe
+from qmix.spec.layers import Attention, DeltaNet, Expert, Layer, Moe, MtpHead
 from qmix.spec.tensors import DTYPES, ExpertKey, Norm, Role, Tensor
 
 LAYERS = 4096  # more than any model has
@@ -18,7 +18,8 @@ LAYERS = 4096  # more than any model has
 class Model:
     """architecture: the registry's name for what read it. dtype: of the checkpoint's weights. embed_scale: what
     embeddings are multiplied by, before it is rounded to that dtype. mtp: layers of a multi-token-prediction head that
-    the checkpoint has."""
+    the checkpoint has, by its config.json. mtp_head: that head, where qmix has it: its layer is numbered behind the
+    last one, and is none of `layers`, but its tensors and records are the model's."""
 
     architecture: str
     hidden: int
@@ -33,6 +34,7 @@ class Model:
     embed_scale: float = 1.0
     logit_softcap: float | None = None
     mtp: int = 0
+    mtp_head: MtpHead | None = None
 
     def __post_init__(self) -> None:
         counts(self, "hidden", "vocab", "max_positions")
@@ -65,10 +67,21 @@ class Model:
         return len(self.layers)
 
     @property
+    def trunk(self) -> Model:
+        """The model without its multi-token-prediction head."""
+        return self if self.mtp_head is None else replace(self, mtp_head=None)
+
+    def layer(self, i: int) -> Layer:
+        """Layer i; the one behind the last is that of the multi-token-prediction head."""
+        if self.mtp_head is not None and i == len(self.layers):
+            return self.mtp_head.layer
+        return self.layers[i]
+
+    @property
     def num_experts(self) -> int:
         """Records of each layer that has any: experts, or 1, its MLP, in a model without experts. ConfigError where
         layers differ."""
-        found = set(map(self.experts_in, self.record_layers))
+        found = set(map(self.experts_in, self.paged_layers))
         want(len(found) == 1, self, "layers", sorted(found), "the same number of experts in all layers that have any")
         return found.pop()
 
@@ -79,7 +92,7 @@ class Model:
 
     def experts_in(self, layer: int) -> int:
         """Records of a layer: 0 for a dense one among layers with experts."""
-        mlp = self.layers[layer].mlp
+        mlp = self.layer(layer).mlp
         return mlp.router.experts if isinstance(mlp, Moe) else 0 if self.moe_layers else 1
 
     @property
@@ -88,17 +101,22 @@ class Model:
         return self.moe_layers or tuple(range(len(self.layers)))
 
     @property
+    def paged_layers(self) -> tuple[int, ...]:
+        """`record_layers`, and behind them that of the multi-token-prediction head."""
+        return self.record_layers if self.mtp_head is None else (*self.record_layers, len(self.layers))
+
+    @property
     def expert_inner(self) -> int:
         """Inner size of the records, which is the same in all; ConfigError where it is not."""
-        found = {layer.mlp.expert.inner if isinstance(layer.mlp, Moe) else layer.mlp.inner
-                 for i, layer in enumerate(self.layers) if self.experts_in(i)}
+        mlps = [self.layer(i).mlp for i in self.paged_layers]
+        found = {mlp.expert.inner if isinstance(mlp, Moe) else mlp.inner for mlp in mlps}
         want(len(found) == 1, self, "layers", sorted(found), "experts of one inner size")
         return found.pop()
 
     @property
     def expert(self) -> Expert:
         """What all records are: one layout holds them. ConfigError where they differ."""
-        inner, mlps = self.expert_inner, [self.layers[i].mlp for i in self.record_layers]
+        inner, mlps = self.expert_inner, [self.layer(i).mlp for i in self.paged_layers]
         found = {mlp.expert if isinstance(mlp, Moe) else Expert(mlp.inner, mlp.activation) for mlp in mlps}
         want(len(found) == 1, self, "layers", sorted(map(repr, found)), "experts with one activation and alike biases")
         assert all(expert.inner == inner for expert in found)
@@ -127,13 +145,14 @@ class Model:
 
     @property
     def expert_keys(self) -> tuple[ExpertKey, ...]:
-        """Every record, in the order of the store: the experts; of a model without any the MLP of each layer, as
-        (layer, 0)."""
-        return tuple(ExpertKey(i, e) for i in range(len(self.layers)) for e in range(self.experts_in(i)))
+        """Every record, in the order of the store: the experts, those of the multi-token-prediction head last; of a
+        model without any the MLP of each layer, as (layer, 0)."""
+        return tuple(ExpertKey(i, e) for i in self.paged_layers for e in range(self.experts_in(i)))
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Every dense tensor, in the order of use. Experts are not among them (`expert_tensors`); nor, in a model
-        without experts, are the MLPs, which are records. Without tied embeddings the head comes last."""
+        without experts, are the MLPs, which are records. Without tied embeddings the head comes last, but for a
+        multi-token-prediction head."""
         found = [Tensor("embedding", (self.vocab, self.hidden), "embedding")]
         for i in range(len(self.layers)):
             found += self.layer_tensors(i)
@@ -141,16 +160,25 @@ class Model:
             found.append(Tensor("final_norm", (self.hidden,), "norm"))
         if not self.tied:
             found.append(Tensor("head", (self.vocab, self.hidden), "head"))
-        return tuple(found)
+        return (*found, *self.mtp_tensors())
+
+    def mtp_tensors(self) -> tuple[Tensor, ...]:
+        """Those of `tensors` that are the multi-token-prediction head's."""
+        head, hidden = self.mtp_head, self.hidden
+        if head is None:
+            return ()
+        return (*_norm("mtp.embedding_norm", head.embedding_norm, hidden),
+                *_norm("mtp.hidden_norm", head.hidden_norm, hidden), Tensor("mtp.fc", (hidden, 2 * hidden), "linear"),
+                *self.layer_tensors(len(self.layers)), *_norm("mtp.final_norm", head.final_norm, hidden))
 
     def layer_tensors(self, i: int) -> tuple[Tensor, ...]:
         """Those of `tensors` that are layer i's."""
-        found = _layer(self.hidden, self.layers[i], not self.moe_layers)
+        found = _layer(self.hidden, self.layer(i), not self.moe_layers)
         return tuple(Tensor(f"layers.{i}.{t.name}", t.shape, t.role) for t in found)
 
     def expert_tensors(self, key: ExpertKey) -> tuple[Tensor, ...]:
         """Those of one record: gate and up [inner, hidden], down [hidden, inner], and their biases."""
-        mlp, prefix = self.layers[key.layer].mlp, f"layers.{key.layer}.experts.{key.expert}."
+        mlp, prefix = self.layer(key.layer).mlp, f"layers.{key.layer}.experts.{key.expert}."
         expert = mlp.expert if isinstance(mlp, Moe) else mlp
         found = [Tensor(prefix + t.name, t.shape, "mlp") for t in _mlp("", self.hidden, expert.inner)]
         if isinstance(mlp, Moe) and mlp.expert.bias:
@@ -170,6 +198,12 @@ def rounded(number: float, dtype: str) -> float:
     if dtype == "bfloat16":
         bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
     return float(struct.unpack("<f", struct.pack("<I", bits))[0])
+
+
+def of_mtp_head(model: Model, key: ExpertKey | str) -> bool:
+    """Whether a record, or a dense tensor by its name, is of the multi-token-prediction head."""
+    layer = key.layer if isinstance(key, ExpertKey) else layer_of(key)
+    return key.startswith("mtp.") if isinstance(key, str) and layer is None else layer == len(model.layers)
 
 
 def layer_of(name: str) -> int | None:

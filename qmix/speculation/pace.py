@@ -19,6 +19,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qmix.speculation.mtp import MtpPace
 
 LONGEST = 7  # ids in a draft: with the one before them 8 tokens, what the decode kernels are made for
 PAYS = 1.05  # tokens per second with a draft over those without, from which it is tried
@@ -29,7 +33,7 @@ MATCHES = (2, 3, 5, 9, 16)  # match lengths from which a chance is kept apart
 
 
 @dataclass(slots=True)
-class _Estimate:
+class Estimate:
     """A mean that forgets slowly: of the last `memory`, opened as though `seen` had been `value`."""
 
     value: float
@@ -44,7 +48,8 @@ class _Estimate:
 class Pace:
     """What is known of drafts on this machine with this model; lives as long as the model is loaded.
 
-    longest: ids in a draft, 0 to 7. share: experts per token over experts, K / E.
+    longest: ids in a draft, 0 to 7. share: experts per token over experts, K / E. mtp: the same of the model's
+    multi-token-prediction head, where that drafts too.
     """
 
     def __init__(self, longest: int = LONGEST, share: float = 0.25):
@@ -53,12 +58,22 @@ class Pace:
         self.longest = longest
         # Different experts that t tokens read under even routing, over those of one.
         self._experts = [(1 - (1 - share) ** t) / share for t in range(LONGEST + 2)]
-        self._scale = _Estimate(1.0, 1, 8)
-        self._ratios: dict[int, _Estimate] = {}
-        self._single = _Estimate(0.0, 0, 32)
-        self._chances = [_Estimate(0.4, 4, 64) for _ in MATCHES]
+        self._scale = Estimate(1.0, 1, 8)
+        self._ratios: dict[int, Estimate] = {}
+        self._single = Estimate(0.0, 0, 32)
+        self._chances = [Estimate(0.4, 4, 64) for _ in MATCHES]
         self._wait = PROBE[0]
         self._since = 0  # tokens since the last pass with a draft
+        self.mtp: MtpPace | None = None
+
+    @property
+    def single(self) -> float:
+        """Seconds that a pass of one token takes; 0 before the first."""
+        return self._single.value
+
+    def gain(self, match: int, ids: int) -> float:
+        """Tokens per second with a draft of so many ids after a match of `match` over those without."""
+        return self._emitted(match, ids)[ids] / self.ratio(1 + ids)
 
     def took(self, tokens: int, seconds: float) -> None:
         """A decode pass of `tokens` tokens took so long."""
@@ -69,7 +84,7 @@ class Pace:
         self._since = 0
         if self._single.value > 0:
             ratio = max(1.0, seconds / self._single.value)
-            self._ratios.setdefault(tokens, _Estimate(self.ratio(tokens), 1, 16)).note(ratio)
+            self._ratios.setdefault(tokens, Estimate(self.ratio(tokens), 1, 16)).note(ratio)
             if share := self._experts[tokens] - 1:
                 self._scale.note((ratio - 1) / share)
 

@@ -44,13 +44,18 @@ class Session(Protocol):
         """Append an id and drafts for those after it; logits [T, V] after each, the bits those of decode. `trim`
         must follow, whatever stays: it says which drafts were right. Needed only where drafts are asked for."""
 
+    def draft(self, token_id: int, count: int, cancel: Cancel) -> Sequence[int]:
+        """What the model's multi-token-prediction head guesses for the ids after `token_id`, which is the next to be
+        appended: `count` of them, or none where it has not seen what came before. Needed only where it is asked."""
+
     def trim(self, length: int) -> None:
         """Forget all positions from `length` on. Where a recurrent state cannot go back there more are forgotten, as
         `length` then says, but none before the last `verify`."""
 
 
 class Passes:
-    """Runs `session` after prompt_ids, with drafts where `pace` says that they pay; None for no drafts.
+    """Runs `session` after prompt_ids, with drafts where `pace` says that they pay; None for no drafts. Of
+    drafts from the text and from the model's multi-token-prediction head the one with the larger gain is tried.
 
     ends: ids that end an answer, after which no draft goes on. clock: seconds.
     seconds, decode_passes, drafted and accepted add up what was done; a draft that another one cut short, or whose
@@ -61,11 +66,15 @@ class Passes:
                  clock: Callable[[], float]):
         self._session = session
         self._pace = pace if pace is not None and pace.longest else None
+        self._mtp = self._pace.mtp if self._pace is not None else None
+        if self._mtp is not None:
+            self._mtp.begin()
         self._lookup = Lookup(prompt_ids if self._pace else ())
         self._ends = ends
         self._clock = clock
         self._rows: Tensor | None = None  # of the last pass, while its drafts are right
         self._tried: tuple[int, ...] = ()  # its drafts
+        self._by_head = False  # whether the multi-token-prediction head made them
         self._used = 0  # its rows that were handed out
         self._draft: Draft | None = None  # tried or not, compared with what comes
         self._right = 0  # ids of it that have come
@@ -89,8 +98,13 @@ class Passes:
         the next one, -1 for no limit. When it raises, the KV cache is as after the last call."""
         if self._pace is not None:
             self._compare(token_id)
+        if self._mtp is not None:
+            self._mtp.token()
         if self._rows is not None:
-            if self._tried[self._used - 1] == token_id:
+            right = self._tried[self._used - 1] == token_id
+            if self._mtp is not None and self._by_head:
+                self._mtp.judge(self._used - 1, right)
+            if right:
                 self.accepted += 1
                 self._used += 1
                 row = self._rows[self._used - 1]
@@ -107,7 +121,8 @@ class Passes:
             self._session.trim(self._session.length - (1 + len(self._tried) - self._used))
 
     def _run(self, token_id: int, most: int, cancel: Cancel) -> Tensor:
-        session, drafts = self._session, self._choose(most)
+        session = self._session
+        drafts = self._choose(token_id, most, cancel)
         before, start = session.length, self._clock()
         try:
             found = session.verify((token_id, *drafts), cancel) if drafts else session.decode(token_id, cancel)
@@ -126,16 +141,36 @@ class Passes:
         self._rows, self._tried, self._used = found, drafts, 1
         return found[0]
 
-    def _choose(self, most: int) -> tuple[int, ...]:
-        """The drafts for the ids after the one that is to be run; () where none is worth it."""
-        draft, pace = self._draft, self._pace
+    def _choose(self, token_id: int, most: int, cancel: Cancel) -> tuple[int, ...]:
+        """The drafts for the ids after token_id, which is to be run; () where none is worth it."""
+        draft, pace, mtp = self._draft, self._pace, self._mtp
         room = self._session.context - self._session.length - 1
         room = room if most < 0 else min(room, most)
-        if draft is None or pace is None or room < 1:
+        self._by_head = False
+        if pace is None or room < 1:
             return ()
-        left = draft.ids[self._right:]
-        end = next((i + 1 for i, token_id in enumerate(left) if token_id in self._ends), len(left))
-        return left[:pace.length(draft.match + self._right, min(room, end))]
+        found, match = tuple[int, ...](), 0
+        if draft is not None:
+            match, left = draft.match + self._right, self._cut(draft.ids[self._right:])
+            found = left[:pace.length(match, min(room, len(left)))]
+        count = 0 if mtp is None else mtp.length(room)
+        if mtp is None or not count or (found and pace.gain(match, len(found)) >= mtp.gain(count)):
+            return found
+        start = self._clock()
+        try:
+            guessed = tuple(self._session.draft(token_id, count, cancel))
+        finally:
+            seconds = self._clock() - start
+            self.decode_seconds += seconds
+        if not guessed:
+            return found
+        mtp.took(len(guessed), seconds)
+        self._by_head = True
+        return self._cut(guessed)
+
+    def _cut(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Up to the first one that ends the answer."""
+        return ids[:next((i + 1 for i, token_id in enumerate(ids) if token_id in self._ends), len(ids))]
 
     def _compare(self, token_id: int) -> None:
         """Judge the draft by what came, and find another where it is at its end."""

@@ -88,10 +88,8 @@ class StoreLayout:
         dense = dict(zip(specs, regions, strict=True))
         files = {DENSE_FILE: dense_file}
         records: dict[ExpertKey, Region] = {}
-        for layer in range(model.num_layers):
+        for layer in model.paged_layers:
             keys = [ExpertKey(layer, e) for e in range(model.experts_in(layer))]
-            if not keys:
-                continue
             drafts = [_record_draft(key, kinds[kind_of[key]]) for key in keys]
             file, regions = _lay_out(expert_file(model, layer), drafts)
             files[file.name] = file

@@ -47,16 +47,17 @@ class Store:
         self.quant = manifest.quant
         self.manifest = manifest
         self.layout = layout
-        self._record_layers = model.record_layers  # put together at every look
+        self._paged_layers = model.paged_layers  # put together at every look
         self._fds = fds
         self._opened = opened
         self._sums = {name: entry.xxh3 for name, entry in manifest.dense.items()}
         self._sums.update((record_name(key), entry.xxh3) for key, entry in manifest.records.items())
 
     @classmethod
-    def open(cls, path: Path | str) -> Store:
+    def open(cls, path: Path | str, mtp: bool = True) -> Store:
         """Open and check; StoreError names file and key. UsageError, with the command that quantizes
-        it, for an unquantized checkpoint."""
+        it, for an unquantized checkpoint. mtp: `model` has the multi-token-prediction head that the store has; without,
+        the head is checked and verified like all else, but nothing is planned or read for it."""
         path = Path(path)
         try:
             _check_folder(path)
@@ -81,7 +82,15 @@ class Store:
                     fds[file.name] = os.open(path / file.name, os.O_RDONLY | os.O_CLOEXEC)
                 except OSError as e:
                     raise StoreError(f"{path / file.name}: {e.strerror}", "check its permissions") from None
-            return cls(path, model, manifest, layout, fds, opened.pop_all())
+            store = cls(path, model, manifest, layout, fds, opened.pop_all())
+            if not mtp:
+                store.leave_out_mtp_head()
+            return store
+
+    def leave_out_mtp_head(self) -> None:
+        """From here on `model` is without its multi-token-prediction head, and records are counted so."""
+        self.model = self.model.trunk
+        self._paged_layers = self.model.paged_layers
 
     def dense(self, name: str, verify: bool = True) -> Packed | Tensor:
         """A dense tensor by its canonical name, in fresh memory: Packed for linear layers and head, else a
@@ -103,14 +112,14 @@ class Store:
         """The expert files, opened once more for reads past the page cache; the caller closes them. Keys count the
         layers that have records, as all of offload does: see `kind_of`."""
         ranked = {ExpertKey(rank, expert): ExpertKey(layer, expert)
-                  for rank, layer in enumerate(self.model.record_layers) for expert in range(self.model.num_experts)}
+                  for rank, layer in enumerate(self._paged_layers) for expert in range(self.model.num_experts)}
         regions = {key: self.layout.records[stored] for key, stored in ranked.items()}
         sums = {key: self._sums[record_name(stored)] for key, stored in ranked.items()}
         return RecordFiles(self.path, regions, sums, verify, say)
 
     def kind_of(self, key: ExpertKey) -> int:
         """The kind of a record; key.layer: which one of the layers that have records."""
-        return self.layout.kind_of[ExpertKey(self._record_layers[key.layer], key.expert)]
+        return self.layout.kind_of[ExpertKey(self._paged_layers[key.layer], key.expert)]
 
     @property
     def identity(self) -> str:
@@ -224,7 +233,7 @@ def _read_model(path: Path, manifest: Manifest) -> Model:
         model, where = _read_config(path, manifest), path / CONFIG
     elif CONFIG in manifest.files:
         _check_copied(path, manifest, CONFIG)
-    count = sum(map(model.experts_in, range(model.num_layers)))  # compared before anything of that size is made
+    count = sum(map(model.experts_in, model.paged_layers))  # compared before anything of that size is made
     if count != len(manifest.records):
         raise StoreError(f"{path / MANIFEST}: records: got {len(manifest.records)}, want {count}: the model of "
                          f"{where.name} has {model.num_layers} layers of up to {model.num_experts} experts", DAMAGED)

@@ -89,7 +89,7 @@ def describe(store: Store) -> dict[str, Any]:
     model, manifest = store.model, store.manifest
     dense = sum(prod(t.shape) for t in model.tensors())
     per_expert, keys = expert_weights(model), len(model.expert_keys)
-    active = dense + model.chosen * per_expert
+    active = sum(prod(t.shape) for t in model.trunk.tensors()) + model.chosen * per_expert
     layout = store.layout
     manifest_bytes = (store.path / MANIFEST).stat().st_size
     nbytes = layout.nbytes + sum(f.nbytes for f in manifest.files.values()) + manifest_bytes
@@ -99,7 +99,7 @@ def describe(store: Store) -> dict[str, Any]:
         "store": store.path.resolve().name, "format_version": manifest.version,
         "source": manifest.source + revision, "fingerprint": manifest.fingerprint,
         "architecture": model.architecture, "parameters": dense + keys * per_expert, "active_parameters": active,
-        "layers": model.num_layers, "experts": model.num_experts,
+        "layers": model.num_layers, **({"mtp_layers": 1} if model.mtp_head else {}), "experts": model.num_experts,
         "experts_per_token": model.top_k, "hidden_size": model.hidden,
         "intermediate_size": model.expert_inner, "vocab_size": model.vocab,
         "max_positions": model.max_positions, "dtype": model.dtype, "bytes": nbytes,

@@ -150,7 +150,11 @@ def describe(planned: Planned, context: int, machine: Machine, known: Speeds | N
     if context > planned.model.max_positions:
         raise UsageError(f"--ctx-size {context}: the model was trained for {planned.model.max_positions} positions",
                          f"choose at most {planned.model.max_positions}")
-    needs = Needs.of(planned.model, planned.quant, choose_context(planned.model, context), kv)
+    model = planned.model
+    if model.mtp_head is not None and machine.vram is not None:
+        say("without the multi-token-prediction head, which a GPU does not compute yet")
+        model = model.trunk
+    needs = Needs.of(model, planned.quant, choose_context(model, context), kv)
     taken, beside = _beside(machine, say)
     found = make_plan(needs, _ram(machine), PROGRAM, machine.vram, taken, machine.pin, beside)
     speeds, assumed = _speeds(machine, known)
@@ -159,7 +163,8 @@ def describe(planned: Planned, context: int, machine: Machine, known: Speeds | N
     guess = forecast(found, speeds, planned.shares)
     return {
         "model": planned.name, "context": needs.context, "kv_cache": needs.kv_cache,
-        "records": needs.records, "record_bytes": needs.record, "in_memory": found.slots,
+        "records": needs.records, **({"mtp_records": needs.mtp} if needs.mtp else {}),
+        "record_bytes": needs.record, "in_memory": found.slots,
         "on_disk_bytes": found.on_disk,
         "memory": _rows(found),
         "hit_rate": round(guess.hit, 4), "hit_rate_from": "router statistics" if planned.shares else

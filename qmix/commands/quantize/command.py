@@ -40,6 +40,8 @@ def quantize(
                                                    show_default=False)] = None,
     block: Annotated[str | None, typer.Option("--block", help="The same: rows per block, 64, 32 or auto (default: the "
                                               "fastest on this CPU).", show_default=False)] = None,
+    mtp: Annotated[bool, typer.Option("--mtp/--no-mtp", help="Whether to keep the multi-token-prediction head that a "
+                                      "checkpoint may have, for drafts; a mix (--fit, --bpw) has none.")] = True,
     double_quant: Annotated[bool, typer.Option("--double-quant", help="nf4, fp4: quantize the scales too.")] = False,
     calibration: Annotated[Path | None, typer.Option(
         "--calibration", help="gptq, --fit, --bpw: a text file; the model reads it to learn what each expert is given.",
@@ -62,8 +64,9 @@ def quantize(
         method = "gptq"
     quant = quant_config(format or "int4", dense, method, group_size, block, double_quant)
     check_calibration(quant, wanted, calibration, calibration_tokens)
-    with Checkpoint.open(paths.resolve(source, render.say, "checkpoint")) as checkpoint:
-        for line in skipped_lines(checkpoint):
+    head = mtp and wanted is None  # no text says what the experts of a head are worth
+    with Checkpoint.open(paths.resolve(source, render.say, "checkpoint"), head) as checkpoint:
+        for line in skipped_lines(checkpoint, asked=not head):
             render.say(f"skipped: {line}")
         for note in checkpoint.notes:
             render.say(f"note: {note}")

@@ -236,7 +236,7 @@ ALWAYS vint dot4_signed(vint sum, vint w, vint x) { /* |w| * (x with w's sign): 
 #endif
 
 #ifdef HAS_VNNI
-#define DIRECT_INT8 4 /* tokens */
+#define DIRECT_INT8 8 /* tokens */
 #define OWN_INT8_ROWS
 #endif
 

@@ -67,6 +67,7 @@ APART void few_by_int8(const qmix_job *job, int64_t row, const char *panels, flo
     switch (job->tokens) {
     case 2: rows_of_int8(2, job, row, panels, y); break;
     case 3: rows_of_int8(3, job, row, panels, y); break;
-    default: rows_of_int8(4, job, row, panels, y);
+    case 4: rows_of_int8(4, job, row, panels, y); break;
+    default: rows_of_int8((int)job->tokens, job, row, panels, y); /* 5 to 8 */
     }
 }

@@ -1,0 +1,130 @@
+"""When a multi-token-prediction head drafts: by the clock, and it is off by itself where it loses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from test_speculation import EOS, PROMPT, VOCAB, ToySession
+from tokenizer_files import demo_folder
+
+from qmix.config import Cancel, SamplingParams
+from qmix.generate import Summary, generate
+from qmix.speculation import MtpPace, Pace
+from qmix.speculation import passes as passes_module
+from qmix.speculation.mtp import OPENING, REST
+from qmix.tokenizer import Tokenizer, load
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return load(demo_folder(tmp_path_factory.mktemp("demo")))
+
+
+class Headed(ToySession):
+    """A clock on which a pass takes 1 and `check` for each further token, and a head `cost` for each id, of which every
+    `wrong`-th is wrong."""
+
+    def __init__(self, check: float, cost: float, wrong: int = 0):
+        super().__init__(context=4000)
+        self.now, self.check, self.cost, self.wrong = 0.0, check, cost, wrong
+        self.asked: list[int] = []
+        self._guessed = 0
+
+    def _logits(self, length: int) -> torch.Tensor:
+        logits = torch.zeros(VOCAB)
+        logits[300 + (7 * length * length + length // 3) % 101] = 9.0
+        return logits
+
+    def _run(self, ids: Sequence[int], cancel: Cancel) -> torch.Tensor:
+        self.now += 1 + self.check * (len(ids) - 1)
+        return super()._run(ids, cancel)
+
+    def draft(self, token_id: int, count: int, cancel: Cancel) -> list[int]:
+        self.asked.append(count)
+        self.now += self.cost * count
+        found = []
+        for n in range(count):
+            self._guessed += 1
+            right = not self.wrong or self._guessed % self.wrong
+            found.append(int(self._logits(self.length + 2 + n - 1).argmax()) if right else 299)
+        return found
+
+
+def answer(tokenizer: Tokenizer, session: Headed, pace: Pace | None, tokens: int = 300) -> Summary:
+    params = SamplingParams(0.0, max_tokens=tokens)
+    *_, last = generate(session, PROMPT, params, tokenizer, pace=pace, clock=lambda: session.now)
+    assert last.summary is not None
+    return last.summary
+
+
+def paced(say: list[str]) -> Pace:
+    pace = Pace(share=0.25)
+    pace.mtp = MtpPace(pace, say.append)
+    return pace
+
+
+@pytest.fixture(autouse=True)
+def no_other_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes_module.Lookup, "draft", lambda self, longest: None)
+
+
+def test_a_head_that_is_right_and_cheap_drafts_as_far_as_it_pays(tokenizer: Tokenizer) -> None:
+    said: list[str] = []
+    pace, session = paced(said), Headed(0.1, 0.05)
+    alone, summary = answer(tokenizer, Headed(0.1, 0.05), None), answer(tokenizer, session, pace)
+    assert summary.ids == alone.ids and said == [] and max(session.asked) == 7
+    assert summary.timings.decode_seconds < 0.4 * alone.timings.decode_seconds
+    assert pace.mtp is not None and pace.mtp.drafted == summary.timings.drafted
+    assert pace.mtp.accepted == summary.timings.accepted > 0.9 * summary.timings.drafted
+
+
+@pytest.mark.parametrize(("check", "cost", "wrong"), [(0.9, 0.3, 0), (0.1, 0.1, 1), (0.6, 0.25, 2)],
+                         ids=["dear", "wrong", "wrong at times"])
+def test_one_that_loses_is_off_and_says_so_once(tokenizer: Tokenizer, check: float, cost: float, wrong: int) -> None:
+    said: list[str] = []
+    pace, session = paced(said), Headed(check, cost, wrong)
+    alone, summary = answer(tokenizer, Headed(check, cost), None), answer(tokenizer, session, pace)
+    assert summary.ids == alone.ids and len(session.asked) == OPENING
+    assert len(said) == 1 and said[0].startswith("the multi-token-prediction head does not pay here and is off: its ")
+    assert summary.timings.decode_seconds < 1.1 * alone.timings.decode_seconds
+    assert pace.mtp is not None and not pace.mtp.on
+    answer(tokenizer, Headed(check, cost, wrong), pace)
+    assert len(said) == 1
+
+
+def test_after_a_rest_it_is_measured_once_more(tokenizer: Tokenizer) -> None:
+    said: list[str] = []
+    pace = paced(said)
+    answer(tokenizer, Headed(0.9, 0.3), pace)
+    done = 300
+    while pace.mtp is not None and not pace.mtp.on and done < 3 * REST[0]:
+        session = Headed(0.1, 0.05)
+        answer(tokenizer, session, pace)
+        done += 300
+    assert REST[0] <= done <= REST[0] + 900 and session.asked and max(session.asked) > 2
+
+
+def test_at_the_end_of_a_context_nothing_is_decided(tokenizer: Tokenizer) -> None:
+    pace = paced([])
+    for _ in range(40):
+        answer(tokenizer, Headed(0.1, 0.05), pace, tokens=4)
+    assert pace.mtp is not None and pace.mtp.on
+
+
+def test_the_better_of_two_kinds_of_drafts_is_tried(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a text that goes round in a circle: what is found in it costs nothing."""
+    monkeypatch.undo()
+
+    class Circle(Headed):
+        def _logits(self, length: int) -> torch.Tensor:
+            logits = torch.zeros(VOCAB)
+            logits[300 + length % 11] = 9.0
+            return logits
+
+    session: Any = Circle(0.1, 0.4)
+    summary = answer(tokenizer, session, paced([]), 400)
+    assert summary.timings.passes_saved > 250 and EOS not in summary.ids
+    assert OPENING / 2 <= len(session.asked) <= 2 * OPENING
