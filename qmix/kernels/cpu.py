@@ -85,8 +85,10 @@ def plain_linear(x: Tensor, m: Packed) -> Tensor:
 
 def decoded_linear(x: Tensor, m: Packed, tiles: Tiles | None = None) -> Tensor:
     """x [T, cols] -> [T, rows], without gaps: for a format without a product of its own, which `tiles` decodes, by
-    default that of mxfp4 and of ggml's formats."""
-    tiles = tiles or (mxfp4.tiles if m.spec.format == "mxfp4" else carried.tiles)
+    default that of mxfp4 and of ggml's formats, whose numbers bf16 does not have: products with these are in fp32."""
+    if tiles is None and m.spec.format != "mxfp4":
+        return decoded_linear(x.float(), m, carried.tiles).to(x.dtype)
+    tiles = tiles or mxfp4.tiles
     y = torch.empty(len(x), m.spec.rows, dtype=x.dtype)
     for start, tile in tiles(m, x.dtype):
         y[:, start:start + len(tile)] = few_rows(x, tile) if len(x) <= FEW else F.linear(x, tile)
