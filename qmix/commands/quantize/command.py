@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,11 +11,10 @@ import typer
 from qmix import paths, render
 from qmix.commands.options import Threads, quant_config
 from qmix.commands.quantize.calibration import check_calibration, mixed_config, read_calibration, wanted_size
-from qmix.commands.quantize.carried import carry_all, quantized_types
 from qmix.commands.quantize.published import Flags, choose_for_published
 from qmix.commands.skipped import skipped_lines
-from qmix.config import CALIBRATED, GROUPED_BITS
-from qmix.errors import ModelFileError
+from qmix.config import CALIBRATED, GROUPED_BITS, QuantConfig
+from qmix.errors import ModelFileError, UsageError
 
 if TYPE_CHECKING:
     from qmix.checkpoint import Checkpoint
@@ -60,6 +60,7 @@ def quantize(
     """Convert a checkpoint into a store of quantized experts; run it again after a break and it resumes."""
     from qmix.checkpoint import Checkpoint
     from qmix.quantize import quantize_checkpoint
+    from qmix.quantize.carried import quantized_types
     from qmix.quantize.job import check_out
 
     format, auto = (None, True) if format == "auto" else (format, False)
@@ -79,7 +80,8 @@ def quantize(
             calibration = calibration if wanted is not None or quant.method in CALIBRATED else None
         elif quantized := quantized_types(checkpoint):
             if format is None and wanted is None and calibration is None:
-                quant = carry_all(checkpoint, quant, dense, {"--method": method, "--group-size": group_size, "--block": block})
+                flags = {"--method": method, "--group-size": group_size, "--block": block}
+                quant = _carry_all(checkpoint, quant, dense, flags)
             else:
                 render.say(f"note: {checkpoint.path}: the weights are quantized already ({', '.join(quantized)}); they "
                            f"are read as {checkpoint.model.dtype}, and what is quantized again adds to their error "
@@ -97,6 +99,21 @@ def quantize(
                                          dry_run=dry_run, progress=progress)
     for line in report.lines():
         render.say(line)
+
+
+def _carry_all(checkpoint: Checkpoint, quant: QuantConfig, dense: str | None,
+               flags: Mapping[str, object]) -> QuantConfig:
+    """--format auto, said. flags: those of int4, None where they were not given; UsageError where it has no use for
+    them."""
+    from qmix.quantize import carried
+
+    found = carried.carry_all(checkpoint, quant, dense)
+    if not found.grouped and (given := [flag for flag, value in flags.items() if value is not None]):
+        raise UsageError(f"{given[0]}: there are no codes to choose: all experts stay as the file has them",
+                         f"drop {given[0]}, or choose --format int4")
+    for line in carried.lines(checkpoint, found):
+        render.say(line)
+    return found
 
 
 def _check_tokenizer(checkpoint: Checkpoint) -> None:

@@ -4,17 +4,13 @@ quantized again with at least a bit more than it has, which is said."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
-from qmix import render
+from qmix.checkpoint import Checkpoint
 from qmix.config import CARRIED_NAMES, GROUPED_BITS, KIND_LETTERS, QuantConfig
 from qmix.errors import UsageError
 from qmix.gguf.types import BY_NAME
 from qmix.spec import ExpertKey
-
-if TYPE_CHECKING:
-    from qmix.checkpoint import Checkpoint
 
 UNQUANTIZED = ("F32", "F16", "BF16")
 PACKED = ("linear", "mlp", "head")  # roles of the tensors that a store packs
@@ -26,10 +22,10 @@ def quantized_types(checkpoint: Checkpoint) -> list[str]:
     return sorted({*checkpoint.types.values()}.difference(UNQUANTIZED))
 
 
-def carry_all(checkpoint: Checkpoint, quant: QuantConfig, dense: str | None, grouped: Mapping[str, object]) -> QuantConfig:
-    """A mix in which every matrix has the format that the file has it in, where a store has that format; says what is
-    carried and what is not. quant: int4, with what the flags say of it; dense: what --dense said; grouped: what the flags
-    of int4 said, None where they were not given. UsageError where there is no use for these."""
+def carry_all(checkpoint: Checkpoint, quant: QuantConfig, dense: str | None) -> QuantConfig:
+    """A mix in which every matrix has the format that the file has it in, where a store has that format. quant: int4, with
+    the method, groups and blocks of what is quantized again; dense: the format of dense matrices, None to keep what can be
+    kept, the others as `quant` says. UsageError where there are too many kinds of experts."""
     model = checkpoint.model
     pairs = {key: _formats(checkpoint, quant, key) for key in model.expert_keys}
     kinds = tuple(sorted(set(pairs.values())))
@@ -40,14 +36,9 @@ def carry_all(checkpoint: Checkpoint, quant: QuantConfig, dense: str | None, gro
                   for layer in range(model.num_layers))
     kept = () if dense is not None else tuple(
         (t.name, kind) for t in model.tensors() if t.role in PACKED and (kind := checkpoint.carriable(t.name)) is not None)
-    found = QuantConfig("mixed", quant.dense, quant.method, quant.group_size, quant.block, kinds=kinds, mix=lines,
-                        dense_formats=kept) if quant.dense in GROUPED_BITS or not _carried_only(kinds) else \
-        QuantConfig("mixed", quant.dense, "", 0, 0, kinds=kinds, mix=lines, dense_formats=kept)
-    if not found.grouped and (given := [flag for flag, value in grouped.items() if value is not None]):
-        raise UsageError(f"{given[0]}: there are no codes to choose: all experts stay as the file has them",
-                         f"drop {given[0]}, or choose --format int4")
-    _say(checkpoint, pairs, dict(kept))
-    return found
+    grouped = quant.dense in GROUPED_BITS or not _carried_only(kinds)
+    how = (quant.method, quant.group_size, quant.block) if grouped else ("", 0, 0)
+    return QuantConfig("mixed", dense or quant.dense, *how, kinds=kinds, mix=lines, dense_formats=kept)
 
 
 def _carried_only(kinds: Iterable[Pair]) -> bool:
@@ -68,9 +59,12 @@ def _format(checkpoint: Checkpoint, quant: QuantConfig, *names: str) -> str:
     return f"int4g{quant.group_size}" if 4 + 32 / quant.group_size >= bits + 1 else "q8_0"
 
 
-def _say(checkpoint: Checkpoint, pairs: dict[ExpertKey, Pair], dense: dict[str, str]) -> None:
-    model, carried, again = checkpoint.model, Counter[str](), Counter[tuple[str, str]]()
-    for key, (w13, w2) in pairs.items():
+def lines(checkpoint: Checkpoint, quant: QuantConfig) -> list[str]:
+    """What a user should know of `carry_all`'s answer: what is carried, and what is not."""
+    model, dense, found = checkpoint.model, quant.dense_kinds, list[str]()
+    carried, again = Counter[str](), Counter[tuple[str, str]]()
+    for key in model.expert_keys:
+        w13, w2 = quant.kinds[quant.kind_of(key)]
         gate, up, down = (t.name for t in model.expert_tensors(key)[:3])
         for kind, names in ((w13, (gate, up)), (w2, (down,))):
             if checkpoint.carriable(*names) == kind:
@@ -78,22 +72,23 @@ def _say(checkpoint: Checkpoint, pairs: dict[ExpertKey, Pair], dense: dict[str, 
             else:
                 again[" and ".join(dict.fromkeys(checkpoint.types[name] for name in names)), kind] += 1
     if carried:
-        render.say(f"experts: kept bit for bit: {_counted(carried.items())} matrices")
+        found.append(f"experts: kept bit for bit: {_counted(carried.items())} matrices")
     for (types, kind), count in sorted(again.items()):
         several = ", gate and up of different types" if " and " in types else ""
-        render.say(f"experts: {count} matrices in {types}{several} are quantized again as {kind}, which adds to their error: "
+        found.append(f"experts: {count} matrices in {types}{several} are quantized again as {kind}, which adds to their error: "
                    "the table below has it")
     if dense:
-        render.say(f"attention, head and other matrices: kept bit for bit: {_counted(Counter(dense.values()).items())}")
+        found.append(f"attention, head and other matrices: kept bit for bit: {_counted(Counter(dense.values()).items())}")
     others = Counter(checkpoint.types[t.name] for t in model.tensors()
                      if t.role in PACKED and t.name not in dense)
     if others:
-        render.say(f"attention, head and other matrices: {_counted(others.items())} are quantized again as --dense says")
+        found.append(f"attention, head and other matrices: {_counted(others.items())} are quantized again as --dense says")
     plain = Counter(checkpoint.types[t.name] for t in model.tensors()
                     if t.role not in PACKED and checkpoint.types[t.name] not in UNQUANTIZED)
     if plain:
-        render.say(f"embedding and the like: {_counted(plain.items())} are decoded to {model.dtype}, which rounds them by "
+        found.append(f"embedding and the like: {_counted(plain.items())} are decoded to {model.dtype}, which rounds them by "
                    "2^-9 of each number at most")
+    return found
 
 
 def _counted(items: Iterable[tuple[str, int]]) -> str:
