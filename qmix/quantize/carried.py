@@ -74,7 +74,7 @@ def lines(checkpoint: Checkpoint, quant: QuantConfig) -> list[str]:
     if carried:
         found.append(f"experts: kept bit for bit: {_counted(carried.items())} matrices")
     for (types, kind), count in sorted(again.items()):
-        several = ", gate and up of different types" if " and " in types else ""
+        several = ", gate and up of different types," if " and " in types else ""
         found.append(f"experts: {count} matrices in {types}{several} are quantized again as {kind}, which adds to their error: "
                    "the table below has it")
     if dense:
