@@ -190,7 +190,8 @@ class Checkpoint:
     @property
     def _expert_part(self) -> int:
         """Bytes of a third of an expert, in the model's dtype."""
-        return self.model.hidden * self.model.expert_inner * getattr(torch, self.model.dtype).itemsize
+        dtype: torch.dtype = getattr(torch, self.model.dtype)
+        return self.model.hidden * self.model.expert_inner * dtype.itemsize
 
     def expert_blocks(self, key: ExpertKey) -> tuple[Blocks, Blocks]:
         """w13 and w2 of an expert in MXFP4, codes and scales as the checkpoint has them."""

@@ -79,8 +79,8 @@ class QuantConfig:
             _want(len(kind) == 2, "kinds", kind, "the formats of w13 and w2")
             for name in kind:
                 parse_kind(name)
-        for name, kind in self.dense_formats:
-            _want(kind in CARRIED_NAMES, "dense_formats", (name, kind), " or ".join(CARRIED_NAMES))
+        for pair in self.dense_formats:
+            _want(pair[1] in CARRIED_NAMES, "dense_formats", pair, " or ".join(CARRIED_NAMES))
         _want(len(dict(self.dense_formats)) == len(self.dense_formats), "dense_formats", self.dense_formats,
               "each tensor once")
         if self.grouped or (self.experts == "mixed" and not self.kinds):

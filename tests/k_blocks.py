@@ -40,7 +40,8 @@ def _with_minima(blocks: np.ndarray, most: int) -> np.ndarray:
     s, m = (_rounded(x, y[:, None] + 0 * x, 0, 63).astype(np.uint8) for x, y in ((scale, d), (minimum, dmin)))
     q = _rounded(groups + (dmin[:, None] * m)[..., None], (d[:, None] * s)[..., None] + 0 * groups, 0, most)
     q = q.reshape(-1, 256).astype(np.uint8)
-    six = np.concatenate((s[:, :4] | s[:, 4:] >> 4 << 6, m[:, :4] | m[:, 4:] >> 4 << 6, s[:, 4:] & 15 | m[:, 4:] << 4), 1)
+    both = s[:, 4:] & 15 | m[:, 4:] << 4
+    six = np.concatenate((s[:, :4] | s[:, 4:] >> 4 << 6, m[:, :4] | m[:, 4:] >> 4 << 6, both), 1)
     upper = [_runs(q >> 4, 32, 1)] if most > 15 else []
     return np.concatenate((_half(d), _half(dmin), six, *upper, _runs(q & 15, 32, 4)), 1)
 

@@ -14,10 +14,9 @@ from qmix.kernels.table import random_matrix, select
 from qmix.sizes import CARRIED, MatrixSpec, with_layout
 
 
-def carried_matrix(kind: str, rows: int, cols: int, parts: int = 1, seed: int = 0, extreme: int | None = None) -> Packed:
-    """Random bytes with scales of about 1, minima smaller or larger than the numbers that they are taken off. extreme: a
-    byte that every code and small scale has."""
-    layout, random = CARRIED[kind], torch.Generator().manual_seed(rows + cols + seed)
+def carried_matrix(kind: str, rows: int, cols: int, parts: int = 1, extreme: int | None = None) -> Packed:
+    """Random bytes with scales of about 1. extreme: a byte that every code and small scale has."""
+    layout, random = CARRIED[kind], torch.Generator().manual_seed(rows + cols)
     nbytes = layout.columns * layout.bits // 8 + layout.params
     raw = torch.randint(0, 256, (rows, cols // layout.columns, nbytes), dtype=torch.uint8, generator=random)
     if extreme is not None:

@@ -1,5 +1,5 @@
-"""q8_0, q4_k, q6_k and their kin: the formats of ggml that GGUF files have most, carried bit for bit. Numbers are as ggml
-defines them (qmix/formats/ggml has its blocks); the bytes lie as qmix's kernels read them.
+"""q8_0, q4_k, q6_k and their kin: the formats of ggml that GGUF files have most, carried bit for bit. Numbers are as
+ggml defines them (qmix/formats/ggml has its blocks); the bytes lie as qmix's kernels read them.
 
 Formulas  q8_0   w = d q, q int8
           q4_0   w = d (q - 8), q 0..15               q5_0   w = d (q - 16), q 0..31
@@ -10,12 +10,12 @@ Formulas  q8_0   w = d q, q int8
           dmin are fp16; s and m of q4_k and q5_k have 6 bits, s of q6_k is int8. One s and m for a group of 32 columns,
           of q6_k 16; one d and dmin for 256 columns, d and m of the others for 32
 qweight   uint8 [N/64, K/8, 64 * bits]: for each block of 64 output rows, eight columns at a time; of these first the
-          columns j = 0..3, then 4..7. Four columns of a row are neighbours, so that 32 bits are what a dot product of
-          bytes takes at once. For each such half, r a row of the block:
+          columns j = 0..3, then 4..7. Four columns of a row are neighbours, as dot products of bytes take them, so that
+          kernels load and mask and move nothing. For each such half, r a row of the block:
           q8_0   byte 4 r + j                         the code
           others byte 4 (r mod 32) + j                its lower four bits: in the low nibble for r < 32
           q6_k   128 + byte 4 (r mod 16) + j          its upper two bits, at 2 (r div 16)
-          and of q5_* behind both halves, byte 4 (r mod 16) + j: its upper bit, at r div 16, in the second half 4 further
+          and of q5_* behind both halves, byte 4 (r mod 16) + j: its upper bit, at r div 16, of the second half 4 on
 scales    uint8 [N/64, K/256, 64 * 16] of q4_k and q5_k: fp16 d of 64 rows, fp16 dmin of 64 rows, then for each of
           8 groups the lower four bits of s (low nibble) and of m of each row, then for each two groups a byte a row: in
           its low nibble the upper bits of s, then of m, of the first group, in its high nibble those of the second
@@ -59,7 +59,7 @@ class Blocks:
 
     def numbers(self, dtype: torch.dtype) -> Tensor:
         """[rows, cols], decoded as ggml does it."""
-        rows, blocks, nbytes = self.raw.shape
+        rows, blocks, _ = self.raw.shape
         out = torch.empty(rows, blocks * CARRIED[self.kind].columns, dtype=dtype)
         ggml.decode_into(self.kind.upper(), self.raw.reshape(-1), out.view(-1))
         return out
@@ -200,7 +200,6 @@ def _scales(kind: str, raw: Tensor) -> Tensor:
 
 def _numbers(kind: str, codes: Tensor, scales: Tensor) -> Tensor:
     """fp32 [64 B, K] of codes uint8 [64 B, K] and scales uint8 [B, count, 64 * each], in ggml's order of roundings."""
-    blocks, count, _ = scales.shape
     layout, rows = CARRIED[kind], len(codes)
 
     def numbers_of(part: Tensor, groups: int = 1) -> Tensor:

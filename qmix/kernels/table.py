@@ -137,9 +137,8 @@ def _choose_native(formats: set[str], blocks: list[int], activations: str,
     packed = formats & set(native.FORMATS)
     if not packed:
         if activations == "int8":
-            raise UsageError("--activations int8: this store has no matrices in int8, int4, int3, int2, mxfp4 or ggml's "
-                             "formats",
-                             "leave it out")
+            raise UsageError("--activations int8: this store has no matrices in int8, int4, int3, int2, mxfp4 or in "
+                             "formats of ggml's", "leave it out")
         return None
     samples = [_random_grouped(name, block) for name in packed & GROUPED_BITS.keys() for block in blocks]
     samples += [_random_int8()] if "int8" in packed else []

@@ -1,5 +1,5 @@
-"""--format auto: what a quantized GGUF file has in a format that stores have too stays as it is, bit for bit. The rest is
-quantized again with at least a bit more than it has, which is said."""
+"""--format auto: what a quantized GGUF file has in a format that stores have too stays as it is, bit for bit. The rest
+is quantized again with at least a bit more than it has, which is said."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def quantized_types(checkpoint: Checkpoint) -> list[str]:
 
 
 def carry_all(checkpoint: Checkpoint, quant: QuantConfig, dense: str | None) -> QuantConfig:
-    """A mix in which every matrix has the format that the file has it in, where a store has that format. quant: int4, with
-    the method, groups and blocks of what is quantized again; dense: the format of dense matrices, None to keep what can be
-    kept, the others as `quant` says. UsageError where there are too many kinds of experts."""
+    """A mix in which every matrix has the format that the file has it in, where a store has that format. quant: int4,
+    with the method, groups and blocks of what is quantized again; dense: the format of dense matrices, None to keep
+    what can be kept, the others as `quant` says. UsageError where there are too many kinds of experts."""
     model = checkpoint.model
     pairs = {key: _formats(checkpoint, quant, key) for key in model.expert_keys}
     kinds = tuple(sorted(set(pairs.values())))
@@ -35,7 +35,8 @@ def carry_all(checkpoint: Checkpoint, quant: QuantConfig, dense: str | None) -> 
     lines = tuple("".join(KIND_LETTERS[kinds.index(pairs[ExpertKey(layer, e)])] for e in range(model.experts_in(layer)))
                   for layer in range(model.num_layers))
     kept = () if dense is not None else tuple(
-        (t.name, kind) for t in model.tensors() if t.role in PACKED and (kind := checkpoint.carriable(t.name)) is not None)
+        (t.name, kind) for t in model.tensors()
+        if t.role in PACKED and (kind := checkpoint.carriable(t.name)) is not None)
     grouped = quant.dense in GROUPED_BITS or not _carried_only(kinds)
     how = (quant.method, quant.group_size, quant.block) if grouped else ("", 0, 0)
     return QuantConfig("mixed", dense or quant.dense, *how, kinds=kinds, mix=lines, dense_formats=kept)
@@ -75,19 +76,21 @@ def lines(checkpoint: Checkpoint, quant: QuantConfig) -> list[str]:
         found.append(f"experts: kept bit for bit: {_counted(carried.items())} matrices")
     for (types, kind), count in sorted(again.items()):
         several = ", gate and up of different types," if " and " in types else ""
-        found.append(f"experts: {count} matrices in {types}{several} are quantized again as {kind}, which adds to their error: "
-                   "the table below has it")
+        found.append(f"experts: {count} matrices in {types}{several} are quantized again as {kind}, which adds to "
+                     "their error: the table below has it")
     if dense:
-        found.append(f"attention, head and other matrices: kept bit for bit: {_counted(Counter(dense.values()).items())}")
+        counts = Counter(dense.values())
+        found.append(f"attention, head and other matrices: kept bit for bit: {_counted(counts.items())}")
     others = Counter(checkpoint.types[t.name] for t in model.tensors()
                      if t.role in PACKED and t.name not in dense)
     if others:
-        found.append(f"attention, head and other matrices: {_counted(others.items())} are quantized again as --dense says")
+        found.append(f"attention, head and other matrices: {_counted(others.items())} are quantized again as --dense "
+                     "says")
     plain = Counter(checkpoint.types[t.name] for t in model.tensors()
                     if t.role not in PACKED and checkpoint.types[t.name] not in UNQUANTIZED)
     if plain:
-        found.append(f"embedding and the like: {_counted(plain.items())} are decoded to {model.dtype}, which rounds them by "
-                   "2^-9 of each number at most")
+        found.append(f"embedding and the like: {_counted(plain.items())} are decoded to {model.dtype}, which rounds "
+                     "them by 2^-9 of each number at most")
     return found
 
 

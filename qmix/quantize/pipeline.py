@@ -30,9 +30,8 @@ from qmix import formats
 from qmix.checkpoint import Checkpoint
 from qmix.config import CALIBRATED, DTYPES, ExpertKey, QuantConfig
 from qmix.errors import CheckpointError, QmixError
-from qmix.formats import TORCH_DTYPES
+from qmix.formats import TORCH_DTYPES, mxfp4
 from qmix.formats import carried as carried_format
-from qmix.formats import mxfp4
 from qmix.hardware.memory import anonymous_memory
 from qmix.quantize.calibrated import FALLBACK, choose_calibrated
 from qmix.quantize.calibration import Calibration
@@ -232,7 +231,8 @@ def _quantize(source: Checkpoint, work: Work, weights: dict[str, Weight], quant:
             assert spec is not None
             packed = formats.carry(weight, spec.without_bias)
             # Weights count only in the error of an expert of which another matrix has one.
-            counted = 0.0 if work.carried >= work.specs.keys() else float(formats.unpack(packed).double().square().sum())
+            whole = work.carried >= work.specs.keys()
+            counted = 0.0 if whole else formats.unpack(packed).double().square().sum().item()
             return packed.tensors, Error(0.0, counted), None
         if spec is None or spec.format in PLAIN_DTYPES:  # packing looks at every weight, copying does not
             _check_finite(source, work.parts[matrix], weight)

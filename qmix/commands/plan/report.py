@@ -89,8 +89,8 @@ def find_model(path: Path, quant: QuantConfig | Callable[[str], QuantConfig] | N
 
 
 def _read_gguf(path: Path, default: bool, say: Callable[[str], None]) -> tuple[Model, str | None, QuantConfig | None]:
-    """The model of a GGUF file, the format that all its experts keep, and, of other quantized files, how it is quantized
-    by `default`. What `qmix quantize` would say of the file is said."""
+    """The model of a GGUF file, the format that all its experts keep, and, of other quantized files, how it is
+    quantized by `default`. What `qmix quantize` would say of the file is said."""
     with Checkpoint.open(path) as checkpoint:
         for line in skipped_lines(checkpoint):
             say(f"skipped: {line}")

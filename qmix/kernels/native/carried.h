@@ -22,6 +22,7 @@ ALWAYS vint load_codes(const uint8_t *from) {
     memcpy(&x, from, sizeof x);
     return x;
 }
+ALWAYS vint moved(vint x, const int left) { return left > 0 ? x << left : left < 0 ? x >> -left : x; }
 ALWAYS vint every_byte(int x) { return set_i((int32_t)(0x01010101u * (uint32_t)x)); }
 
 /* Vector v of the codes of four columns: rows v * L.. of a block. from: the eight columns, of which these are the first
@@ -37,13 +38,17 @@ ALWAYS vint carried_codes(const int kind, const uint8_t *from, const int second,
         return codes;
     vint upper = load_codes((bits == 6 ? low + 128 : from + 256) + at % 64);
     const int quarter = at / 64;
-    upper = bits == 6 ? (upper >> 2 * quarter) & every_byte(3) : (upper >> (quarter + 4 * second)) & every_byte(1);
-    return codes | upper << 4;
+    return codes | (bits == 6 ? moved(upper, 4 - 2 * quarter) & every_byte(48)
+                              : moved(upper, 4 - quarter - 4 * second) & every_byte(16));
 }
 
-ALWAYS void scale_of_bytes(const int8_t *bytes, const uint16_t *d, const float sign, float *out) {
-    UNROLL for (int v = 0; v < VECTORS; v++)
-        store_f(out + v * L, mul_f(mul_f(set_f(sign), load_f16(d + v * L)), load_i8(bytes + v * L)));
+/* d times the bytes of `groups` groups: fp32 [groups][64] of int8 [groups][64]. */
+ALWAYS void scale_of_bytes(const int groups, const int8_t *bytes, const uint16_t *d, const float sign, float *out) {
+    UNROLL for (int v = 0; v < VECTORS; v++) {
+        const vflt whole = mul_f(set_f(sign), load_f16(d + v * L));
+        UNROLL for (int g = 0; g < groups; g++)
+            store_f(out + 64 * g + v * L, mul_f(whole, load_i8(bytes + 64 * g + v * L)));
+    }
 }
 
 /* Scales and minima of 6 bits, of two groups: lower four bits in a byte for each, upper two together. */
@@ -60,17 +65,15 @@ ALWAYS void six_bits(const uint8_t *low, const uint8_t *high, const int shift, i
 /* Scale and zero of 64 rows in `columns` columns, 256 but for the last ones: fp32 [groups][64]. */
 ALWAYS void read_carried(const int kind, const uint8_t *from, int64_t columns, float *scale, float *zero) {
     const uint16_t *d = (const uint16_t *)from;
-    if (kind == QMIX_Q6_K) {
-        ONCE for (int g = 0; g < 16; g++)
-            scale_of_bytes((const int8_t *)from + 128 + 64 * g, d, 1, scale + 64 * g);
-    } else if (kind == QMIX_Q4_K || kind == QMIX_Q5_K) {
+    if (kind == QMIX_Q6_K)
+        scale_of_bytes(16, (const int8_t *)from + 128, d, 1, scale);
+    else if (kind == QMIX_Q4_K || kind == QMIX_Q5_K) {
+        int8_t s[8 * 64], m[8 * 64];
         ONCE for (int g = 0; g < 8; g += 2)
-            UNROLL for (int i = 0; i < 2; i++) {
-                int8_t s[64], m[64];
-                six_bits(from + 256 + 64 * (g + i), from + 768 + 32 * g, 4 * i, s, m);
-                scale_of_bytes(s, d, 1, scale + 64 * (g + i));
-                scale_of_bytes(m, d + 64, -1, zero + 64 * (g + i));
-            }
+            UNROLL for (int i = 0; i < 2; i++)
+                six_bits(from + 256 + 64 * (g + i), from + 768 + 32 * g, 4 * i, s + 64 * (g + i), m + 64 * (g + i));
+        scale_of_bytes(8, s, d, 1, scale);
+        scale_of_bytes(8, m, d + 64, -1, zero);
     } else {
         const int step = has_zero(kind) ? 128 : 64;
         ONCE for (int64_t g = 0; g < columns / 32; g++)
@@ -86,6 +89,20 @@ ALWAYS vint dot_carried(const int kind, vint sum, vint codes, vint word) {
     return kind == QMIX_Q8_0 ? dot4_signed(sum, signed_codes(codes), word) : dot4(sum, codes, word);
 }
 
+/* How many dots may be summed in 16 bits where these are faster, two products in each: codes are up to 15, 31 and 63, and
+ * activations up to 127; 0 where there is no such way. */
+#ifdef PAIRS
+ALWAYS int short_dots(const int kind) {
+    const int bits = qmix_code_bits(kind);
+    return bits == 4 ? 8 : bits == 5 ? 4 : bits == 6 ? 2 : 0;
+}
+#else
+ALWAYS int short_dots(const int kind) { return (void)kind, 0; }
+ALWAYS vint pairs_of(vint codes, vint word) { return (void)word, codes; }
+ALWAYS vint add_pairs(vint sum, vint codes, vint word) { return (void)codes, (void)word, sum; }
+ALWAYS vint sum_pairs(vint x) { return x; }
+#endif
+
 /* `groups` groups straight from memory, for `count` tokens with int8 activations; y [count][64]. */
 ALWAYS void carried_direct(const int count, const int kind, int64_t groups, const uint8_t *from, panel_view *x,
                            const float *scale, const float *zero, float *y) {
@@ -93,7 +110,8 @@ ALWAYS void carried_direct(const int count, const int kind, int64_t groups, cons
     const int step = 8 * qmix_code_bits(kind) * 8, eights = kind == QMIX_Q6_K ? 2 : 4; /* bytes of, and in a group */
     ONCE for (int64_t g = 0; g < groups; g++) {
         UNROLL for (int first = 0; first < VECTORS; first += vectors) {
-            vint sums[CARRIED_DIRECT][4];
+            const int many = short_dots(kind);
+            vint sums[CARRIED_DIRECT][4], parts[CARRIED_DIRECT][4];
             const uint32_t *words = x->words;
             UNROLL for (int c = 0; c < count; c++)
                 UNROLL for (int v = 0; v < vectors; v++)
@@ -108,8 +126,16 @@ ALWAYS void carried_direct(const int count, const int kind, int64_t groups, cons
                         codes[v] = carried_codes(kind, from + k * step, second, first + v);
                     UNROLL for (int c = 0; c < count; c++) {
                         vint word = set_i((int32_t)words[c]);
-                        UNROLL for (int v = 0; v < vectors; v++)
-                            sums[c][v] = dot_carried(kind, sums[c][v], codes[v], word);
+                        UNROLL for (int v = 0; v < vectors; v++) {
+                            if (!many) {
+                                sums[c][v] = dot_carried(kind, sums[c][v], codes[v], word);
+                                continue;
+                            }
+                            const int at = many ? (2 * k + second) % many : 0;
+                            parts[c][v] = at ? add_pairs(parts[c][v], codes[v], word) : pairs_of(codes[v], word);
+                            if (at == many - 1)
+                                sums[c][v] = add_i(sums[c][v], sum_pairs(parts[c][v]));
+                        }
                     }
                     words += count;
                 }

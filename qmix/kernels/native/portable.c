@@ -15,6 +15,7 @@ typedef float vflt __attribute__((vector_size(16)));
 static int supported(void) { return 1; }
 
 ALWAYS vint set_i(int32_t x) { return (vint){x, x, x, x}; }
+ALWAYS vint add_i(vint a, vint b) { return a + b; }
 ALWAYS vflt set_f(float x) { return (vflt){x, x, x, x}; }
 ALWAYS vflt load_f(const float *p) {
     vflt x;
