@@ -328,6 +328,23 @@ def test_a_scale_that_is_no_number_is_refused(kind: str, tmp_path: Path) -> None
         ran.stderr.split()), ran.stderr
 
 
+def test_experts_in_mxfp4_beside_matrices_in_q8_0(tmp_path: Path) -> None:
+    """As gpt-oss's GGUF files are published: nothing is quantized again."""
+    path = write(tmp_path / "m.gguf", "gpt_oss", lambda name: "MXFP4" if "_exps" in name else "Q8_0")
+    ran = qmix("quantize", path, tmp_path / "store", "--threads", 1)
+    said = " ".join(ran.stderr.split())
+    assert ran.returncode == 0 and "kept bit for bit: 9 q8_0" in said and "again" not in said, said
+    with Store.open(tmp_path / "store") as store:
+        assert store.quant.experts == "mxfp4" and store.verify(deep=True) == []
+        assert {d.format for d in store.manifest.dense.values()} == {"q8_0", "plain"}
+        assert all(not d.error for d in store.manifest.dense.values())
+    with load(tmp_path / "store", threads=1, context=64) as engine:
+        resident = logits(engine)
+    with paged(tmp_path / "store") as engine:
+        assert torch.equal(logits(engine), resident)
+    assert "kept bit for bit: 9 q8_0" in " ".join(qmix("plan", path, "--ram", "4G").stderr.split())
+
+
 def test_a_config_says_what_is_wrong() -> None:
     with pytest.raises(ConfigError, match="q4_x"):
         QuantConfig("mixed", kinds=(("q4_x", "q4_k"),), mix=("0",), method="", group_size=0, block=0)

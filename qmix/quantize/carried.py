@@ -34,12 +34,16 @@ def carry_all(checkpoint: Checkpoint, quant: QuantConfig, dense: str | None) -> 
                          f"{len(KIND_LETTERS)}", "choose --format int4")
     lines = tuple("".join(KIND_LETTERS[kinds.index(pairs[ExpertKey(layer, e)])] for e in range(model.experts_in(layer)))
                   for layer in range(model.num_layers))
-    kept = () if dense is not None else tuple(
-        (t.name, kind) for t in model.tensors()
-        if t.role in PACKED and (kind := checkpoint.carriable(t.name)) is not None)
+    kept = () if dense is not None else dense_formats(checkpoint)
     grouped = quant.dense in GROUPED_BITS or not _carried_only(kinds)
     how = (quant.method, quant.group_size, quant.block) if grouped else ("", 0, 0)
     return QuantConfig("mixed", dense or quant.dense, *how, kinds=kinds, mix=lines, dense_formats=kept)
+
+
+def dense_formats(checkpoint: Checkpoint) -> tuple[Pair, ...]:
+    """QuantConfig.dense_formats with all dense matrices that can stay as they are."""
+    return tuple((t.name, kind) for t in checkpoint.model.tensors()
+                 if t.role in PACKED and (kind := checkpoint.carriable(t.name)) is not None)
 
 
 def _carried_only(kinds: Iterable[Pair]) -> bool:
@@ -62,7 +66,7 @@ def _format(checkpoint: Checkpoint, quant: QuantConfig, *names: str) -> str:
 
 def lines(checkpoint: Checkpoint, quant: QuantConfig) -> list[str]:
     """What a user should know of `carry_all`'s answer: what is carried, and what is not."""
-    model, dense, found = checkpoint.model, quant.dense_kinds, list[str]()
+    model, found = checkpoint.model, list[str]()
     carried, again = Counter[str](), Counter[tuple[str, str]]()
     for key in model.expert_keys:
         w13, w2 = quant.kinds[quant.kind_of(key)]
@@ -78,6 +82,12 @@ def lines(checkpoint: Checkpoint, quant: QuantConfig) -> list[str]:
         several = ", gate and up of different types," if " and " in types else ""
         found.append(f"experts: {count} matrices in {types}{several} are quantized again as {kind}, which adds to "
                      "their error: the table below has it")
+    return found + dense_lines(checkpoint, quant)
+
+
+def dense_lines(checkpoint: Checkpoint, quant: QuantConfig) -> list[str]:
+    """The same of what is no expert."""
+    model, dense, found = checkpoint.model, quant.dense_kinds, list[str]()
     if dense:
         counts = Counter(dense.values())
         found.append(f"attention, head and other matrices: kept bit for bit: {_counted(counts.items())}")

@@ -26,7 +26,7 @@ from qmix.offload import router_stats
 from qmix.offload.forecast import Speeds, forecast, known_shares
 from qmix.offload.plan import CUDA_CONTEXT, PROGRAM, UNMEASURED, Needs, Plan, choose_context, margin_of
 from qmix.offload.plan import plan as make_plan
-from qmix.quantize.carried import carry_all, lines, quantized_types
+from qmix.quantize.carried import carry_all, dense_formats, dense_lines, lines, quantized_types
 from qmix.sizes import format_bytes, record_layouts
 from qmix.spec import Model
 from qmix.store import CONFIG, MANIFEST, Store
@@ -96,8 +96,13 @@ def _read_gguf(path: Path, default: bool, say: Callable[[str], None]) -> tuple[M
             say(f"skipped: {line}")
         for note in checkpoint.notes:
             say(f"note: {note}")
-        if not default or checkpoint.expert_format is not None or not quantized_types(checkpoint):
+        if not default or not quantized_types(checkpoint):
             return checkpoint.model, checkpoint.expert_format, None
+        if (kind := checkpoint.expert_format) is not None:
+            quant = QuantConfig(kind, method="", group_size=0, block=0, dense_formats=dense_formats(checkpoint))
+            for line in dense_lines(checkpoint, quant):
+                say(line)
+            return checkpoint.model, kind, quant
         quant = carry_all(checkpoint, QuantConfig(), None)
         for line in lines(checkpoint, quant):
             say(line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -60,7 +61,7 @@ def quantize(
     """Convert a checkpoint into a store of quantized experts; run it again after a break and it resumes."""
     from qmix.checkpoint import Checkpoint
     from qmix.quantize import quantize_checkpoint
-    from qmix.quantize.carried import quantized_types
+    from qmix.quantize.carried import dense_formats, dense_lines, quantized_types
     from qmix.quantize.job import check_out
 
     format, auto = (None, True) if format == "auto" else (format, False)
@@ -78,6 +79,10 @@ def quantize(
             asked = Flags(format, dense or "int8", method, group_size, block, calibration)
             quant, wanted = choose_for_published(checkpoint, quant, wanted, asked)
             calibration = calibration if wanted is not None or quant.method in CALIBRATED else None
+            if quant.experts == checkpoint.expert_format and dense is None and checkpoint.types:
+                quant = replace(quant, dense_formats=dense_formats(checkpoint))
+                for line in dense_lines(checkpoint, quant):
+                    render.say(line)
         elif quantized := quantized_types(checkpoint):
             if format is None and wanted is None and calibration is None:
                 flags = {"--method": method, "--group-size": group_size, "--block": block}
