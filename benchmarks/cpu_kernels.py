@@ -27,22 +27,26 @@ from peers_report import table
 from qmix.formats.packed import TORCH_DTYPES, Packed
 from qmix.hardware.cores import cpu_model
 from qmix.kernels.native import Native, Product
-from qmix.sizes import MX_GROUP, MatrixSpec
+from qmix.sizes import CARRIED, MX_GROUP, MatrixSpec, with_layout
 
-FORMATS = ("int4/64", "int4/32", "mxfp4/64", "int3/64", "int3/32", "int2/64", "int2/32", "int8")
+FORMATS = ("int4/64", "int4/32", "mxfp4/64", "int3/64", "int3/32", "int2/64", "int2/32", "int8",
+           *(f"{name}/64" for name in CARRIED))
 
 
 def random_matrices(name: str, rows: int, cols: int, nbytes: int) -> list[Packed]:
     """Matrices of random codes, at least two, together of `nbytes` or more."""
     kind, _, block = name.partition("/")
     group = MX_GROUP if kind == "mxfp4" else 64 if block else 0
-    spec = MatrixSpec(kind, rows, cols, group_size=group, block=int(block or 0))
+    spec = MatrixSpec(rows=rows, cols=cols, **with_layout(kind)) if kind in CARRIED else \
+        MatrixSpec(kind, rows, cols, group_size=group, block=int(block or 0))
     random, found = torch.Generator().manual_seed(0), []
     while len(found) < 2 or sum(m.spec.nbytes for m in found) < nbytes:
         tensors = {}
         for part in spec.tensors:
             if part.dtype == "BF16":
                 tensors[part.name] = torch.randn(part.shape, generator=random).bfloat16()
+            elif part.name == "scales":  # of ggml's formats: all numbers finite and small
+                tensors[part.name] = torch.randint(20, 40, part.shape, dtype=torch.uint8, generator=random)
             elif kind == "mxfp4" and part.name == "scale":
                 tensors[part.name] = torch.randint(120, 128, part.shape, dtype=torch.uint8, generator=random)
             else:
@@ -116,7 +120,7 @@ def main() -> None:
                 rows += [row([name, str(threads), str(tokens)], library, found, peak, next(iter(kernels)))
                          for library in kernels]
     print(f"{cpu_model(Path('/'))}; level {level}, {args.activations} activations, {args.rows} x {args.cols}, "
-          "group 64 (mxfp4: 32)\n")
+          "group 64 (mxfp4 and ggml's: their own)\n")
     print(table(["format", "threads", "tokens", "library", "GB/s", "best", "read GB/s", "% of the read rate",
                  "G weights/s", "% of bare dots", "times the first"], rows))
     if args.json:

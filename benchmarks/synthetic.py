@@ -45,7 +45,7 @@ from synthetic_recipe import (
 )
 from torch import Tensor
 
-from qmix.config import GROUPED_BITS, ExpertKey, QuantConfig, parse_grouped
+from qmix.config import GROUPED_BITS, ExpertKey, QuantConfig, parse_kind
 from qmix.errors import QmixError
 from qmix.kernels.table import native_block
 from qmix.models import read_model
@@ -154,7 +154,7 @@ def random_sensitivity(recipe: Recipe, model: Model) -> Sensitivity:
     factors = {key: float(np.exp(recipe.stream("damage", *key).standard_normal())) for key in model.expert_keys}
 
     def damage(name: str) -> float:
-        kind, group = parse_grouped(name)
+        kind, group = parse_kind(name)
         return float(4.0**-(GROUPED_BITS[kind] + 32 / group))
 
     rows = {name: damage(name) for name in FORMATS}

@@ -28,6 +28,7 @@ from torch import Tensor
 from qmix import modelfiles, sources
 from qmix.config import ExpertKey
 from qmix.errors import CheckpointError, ConfigError
+from qmix.formats.carried import Blocks as CarriedBlocks
 from qmix.formats.mxfp4 import LARGEST, Blocks
 from qmix.gguf.header import is_gguf
 from qmix.gguf_checkpoint import Opened, open_gguf
@@ -46,7 +47,7 @@ from qmix.models import (
 )
 from qmix.models.source import Index
 from qmix.shards import INDEX, REFETCH, SINGLE, Location, equal, locate, read_json
-from qmix.sizes import MX_GROUP
+from qmix.sizes import CARRIED, MX_GROUP
 from qmix.spec import WIDE, Model
 
 STORE_MANIFEST = "qmix.json"
@@ -73,7 +74,8 @@ class Checkpoint:
     path: the folder, or the GGUF file; folder: where config.json and the tokenizer are. model: what it holds, `dtype`
     as the files have it whatever config.json says.
     raw_config: config.json as it stands. nbytes: bytes of all used weights. expert_format: "mxfp4" where experts are
-    quantized already; they are read as numbers of `dtype`, exactly, or as `expert_blocks`. Else None.
+    quantized already; they are read as numbers of `dtype`, exactly, or as `expert_blocks`. Else None. types: of a GGUF
+    file's tensors, by the model's names; empty of other checkpoints.
     has_mtp_head: whether the files have a multi-token-prediction head that qmix knows, the model's or left out.
     skipped: names of tensors and weight files that the model does not need. notes: lines on what the folder says
     and qmix does not follow.
@@ -92,6 +94,7 @@ class Checkpoint:
         self.nbytes = sum(location.entry.nbytes for location in locations.values())
         self.expert_format = decoded.carried if decoded is not None else \
             "mxfp4" if any(source.scales for source in table.values()) else None
+        self.types: Mapping[str, str] = {} if decoded is None else decoded.types
         self._decoded = None if decoded is None else getattr(torch, model.dtype)
         self._locations = locations
         self._table = table
@@ -155,13 +158,46 @@ class Checkpoint:
         w1, w3, w2 = (self._tensor(tensor.name) for tensor in self.model.expert_tensors(key)[:3])
         return w1, w2, w3
 
+    def carriable(self, *names: str) -> str | None:
+        """The format of a store that all these tensors of the model have in the file, row by row, so that `blocks`
+        reads them; else None."""
+        kinds = {self.types.get(name, "").lower() for name in names}
+        whole = all(sources.keeps_rows(self._table[name]) for name in names)
+        return next(iter(kinds)) if whole and len(kinds) == 1 and kinds <= CARRIED.keys() else None
+
+    def blocks(self, *names: str) -> CarriedBlocks:
+        """`carriable` matrices of the model, one below the other, as the file has them. CheckpointError for a scale
+        that no weight has."""
+        found = []
+        for name in names:
+            location = self._locations[self._table[name].name]
+            found.append(sources.read_carried(location, self._table[name]))
+            if found[-1].nonfinite():
+                raise CheckpointError(f"{location.shard.file.path}: {location.entry.name}: holds a scale that is not a "
+                                      "number: no working model has such a weight", REFETCH)
+        return CarriedBlocks(found[0].kind, torch.cat([blocks.raw for blocks in found]))
+
     def stacked_expert(self, key: ExpertKey, buffer: Tensor) -> tuple[Tensor, Tensor]:
         """An expert as a record has it: w13 [2F, H], the gate above w3, and w2 [H, F], in the file's dtype; read
         into `buffer`, uint8 of an expert's bytes, and views into it."""
-        part = self.model.hidden * self.model.expert_inner * getattr(torch, self.model.dtype).itemsize
-        w1, _, w2 = (self._tensor(tensor.name, buffer[i * part:(i + 1) * part])
-                     for i, tensor in enumerate(self.model.expert_tensors(key)[:3]))
-        return buffer[:2 * part].view(w1.dtype).view(2 * w1.shape[0], w1.shape[1]), w2
+        return self.stacked_w13(key, buffer), self.w2(key, buffer)
+
+    def stacked_w13(self, key: ExpertKey, buffer: Tensor) -> Tensor:
+        """The first matrix of `stacked_expert`."""
+        part = self._expert_part
+        w1, _ = (self._tensor(tensor.name, buffer[i * part:(i + 1) * part])
+                 for i, tensor in enumerate(self.model.expert_tensors(key)[:2]))
+        return buffer[:2 * part].view(w1.dtype).view(2 * w1.shape[0], w1.shape[1])
+
+    def w2(self, key: ExpertKey, buffer: Tensor) -> Tensor:
+        """The second one, behind the first in `buffer`."""
+        return self._tensor(self.model.expert_tensors(key)[2].name, buffer[2 * self._expert_part:3 * self._expert_part])
+
+    @property
+    def _expert_part(self) -> int:
+        """Bytes of a third of an expert, in the model's dtype."""
+        dtype: torch.dtype = getattr(torch, self.model.dtype)
+        return self.model.hidden * self.model.expert_inner * dtype.itemsize
 
     def expert_blocks(self, key: ExpertKey) -> tuple[Blocks, Blocks]:
         """w13 and w2 of an expert in MXFP4, codes and scales as the checkpoint has them."""

@@ -19,8 +19,9 @@ from qmix.spec import ExpertKey as ExpertKey
 from qmix.spec import Model
 
 GROUPED_BITS = MappingProxyType({"int4": 4, "int3": 3, "int2": 2})  # formats with scale and zero per group of columns
-EXPERT_FORMATS = ("int8", "int4", "int3", "int2", "nf4", "fp4", "mxfp4", "keep", "mixed")
-DENSE_FORMATS = ("int8", "int4", "bf16", "keep")
+CARRIED_NAMES = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")  # ggml's, which GGUF files have
+EXPERT_FORMATS = ("int8", "int4", "int3", "int2", "nf4", "fp4", "mxfp4", "q8_0", "keep", "mixed")
+DENSE_FORMATS = ("int8", "int4", "q8_0", "bf16", "keep")
 METHODS = ("rtn", "hqq", "gptq")
 CALIBRATED = ("gptq",)  # those that want a text
 GROUP_SIZES = (32, 64, 128)
@@ -55,7 +56,10 @@ class QuantConfig:
 
     In a mixed store a record is of one of `kinds`: the formats of its w13 and its w2, as ("int3g64", "int4g32"). mix
     has a line for each layer, with a letter for each of its experts: the number of its kind. group_size then counts
-    for a dense int4 only. Both are empty for other stores.
+    for a dense int4 only. Both are empty for other stores. A kind may also name formats of ggml's, as ("q4_k", "q6_k").
+
+    dense_formats: (tensor, format of ggml's) of the dense matrices that a GGUF file has in one and that stay in it;
+    `dense` is that of the others.
     """
 
     experts: str = "int4"
@@ -66,11 +70,20 @@ class QuantConfig:
     double_quant: bool = False
     kinds: tuple[tuple[str, str], ...] = ()
     mix: tuple[str, ...] = ()
+    dense_formats: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         _want(self.experts in EXPERT_FORMATS, "format", self.experts, " or ".join(EXPERT_FORMATS))
         _want(self.dense in DENSE_FORMATS, "dense", self.dense, " or ".join(DENSE_FORMATS))
-        if self.experts == "mixed" or self.grouped:
+        for kind in self.kinds if self.experts == "mixed" else ():
+            _want(len(kind) == 2, "kinds", kind, "the formats of w13 and w2")
+            for name in kind:
+                parse_kind(name)
+        for pair in self.dense_formats:
+            _want(pair[1] in CARRIED_NAMES, "dense_formats", pair, " or ".join(CARRIED_NAMES))
+        _want(len(dict(self.dense_formats)) == len(self.dense_formats), "dense_formats", self.dense_formats,
+              "each tensor once")
+        if self.grouped or (self.experts == "mixed" and not self.kinds):
             _want(self.method in METHODS, "method", self.method, " or ".join(METHODS))
             _want(self.group_size in GROUP_SIZES, "group_size", self.group_size, "32, 64 or 128")
             _want(self.block in BLOCKS, "block", self.block, "64 or 32")
@@ -85,10 +98,6 @@ class QuantConfig:
             return
         _want(1 <= len(self.kinds) <= len(KIND_LETTERS) and len(set(self.kinds)) == len(self.kinds), "kinds",
               self.kinds, f"1 to {len(KIND_LETTERS)} different ones")
-        for kind in self.kinds:
-            _want(len(kind) == 2, "kinds", kind, "the formats of w13 and w2")
-            for name in kind:
-                parse_grouped(name)
         letters = KIND_LETTERS[:len(self.kinds)]
         _want(not isinstance(self.mix, str), "mix", self.mix, "a line for each layer")
         for line in self.mix:
@@ -97,19 +106,32 @@ class QuantConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; what only mixed stores have is left out of the others, as it was before there were any."""
-        found = asdict(self) | {"kinds": [list(kind) for kind in self.kinds], "mix": list(self.mix)}
-        return found if self.experts == "mixed" else {k: v for k, v in found.items() if k not in ("kinds", "mix")}
+        found = asdict(self) | {"kinds": [list(kind) for kind in self.kinds], "mix": list(self.mix),
+                                "dense_formats": [list(pair) for pair in self.dense_formats]}
+        left_out = ((() if self.experts == "mixed" else ("kinds", "mix"))
+                    + (() if self.dense_formats else ("dense_formats",)))
+        return {k: v for k, v in found.items() if k not in left_out}
 
     @property
     def grouped(self) -> set[str]:
         """The grouped formats that are used."""
-        mixed = {parse_grouped(name)[0] for kind in self.kinds for name in kind}
-        return mixed | {self.experts, self.dense} & GROUPED_BITS.keys()
+        mixed = {parse_kind(name)[0] for kind in self.kinds for name in kind}
+        return (mixed | {self.experts, self.dense}) & GROUPED_BITS.keys()
 
     @property
     def expert_formats(self) -> set[str]:
         """Those of the experts' matrices, "keep" as it stands."""
-        return {parse_grouped(name)[0] for kind in self.kinds for name in kind} or {self.experts}
+        return {parse_kind(name)[0] for kind in self.kinds for name in kind} or {self.experts}
+
+    @property
+    def dense_kinds(self) -> dict[str, str]:
+        """`dense_formats` by name."""
+        return dict(self.dense_formats)
+
+    @property
+    def formats(self) -> set[str]:
+        """All that matrices may have, "keep" as it stands."""
+        return self.expert_formats | {self.dense} | {kind for _, kind in self.dense_formats}
 
     @property
     def unrounded(self) -> bool:
@@ -130,10 +152,13 @@ class QuantConfig:
                   f"{len(want)} of {sorted(set(want))[:8]}")
 
 
-def parse_grouped(name: str) -> tuple[str, int]:
-    """A grouped format with its group size: "int3g64" -> ("int3", 64). ConfigError for any other text."""
+def parse_kind(name: str) -> tuple[str, int]:
+    """A grouped format with its group size, "int3g64" -> ("int3", 64), or one of ggml's, "q4_k" -> ("q4_k", 0).
+    ConfigError for any other text."""
+    if isinstance(name, str) and name in CARRIED_NAMES:
+        return name, 0
     kind, _, group = name.partition("g") if isinstance(name, str) else ("", "", "")
-    _want(kind in GROUPED_BITS and group in map(str, GROUP_SIZES), "kinds", name, "a format as int3g64")
+    _want(kind in GROUPED_BITS and group in map(str, GROUP_SIZES), "kinds", name, "a format as int3g64 or q4_k")
     return kind, int(group)
 
 

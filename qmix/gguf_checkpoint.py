@@ -44,7 +44,8 @@ BELONG = "the file does not hold what its metadata says: fetch it again"
 @dataclass(frozen=True, slots=True)
 class Opened:
     """What Checkpoint needs. folder: holds config.json, tokenizer and chat template, and goes when `opened` is
-    closed; dtype: in which tensors are read; carried: the format that all experts have and may keep, or None."""
+    closed; carried: the format that all experts have and may keep, or None; types: of all matrices and tensors, by the
+    model's names."""
 
     raw_config: Mapping[str, Any]
     model: Model
@@ -54,6 +55,7 @@ class Opened:
     notes: tuple[str, ...]
     folder: Path
     carried: str | None
+    types: Mapping[str, str]
 
 
 def open_gguf(path: Path, opened: ExitStack) -> Opened:
@@ -69,15 +71,14 @@ def open_gguf(path: Path, opened: ExitStack) -> Opened:
     check_pieces(paths, headers)
     raw, model = _read_model(paths[0], headers[0].metadata, locations)
     layout, unused = _account(paths[0], model, locations)
-    kinds = Counter(locations[source.name].entry.dtype for source in layout.values())
     used = {source.name: locations[source.name] for source in layout.values()}
     folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="qmix-gguf-")))
     for name, data in _files(paths[0], raw, headers[0].metadata).items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(data)
-    carried = _carried(model, layout, used)
-    kinds.pop("MXFP4" if carried else "", None)  # what stays as it is, is said where that is decided
-    return Opened(raw, model, used, layout, unused, _notes(paths[0], model, layout, used, kinds), folder, carried)
+    types = {name: used[source.name].entry.dtype for name, source in layout.items()}
+    return Opened(raw, model, used, layout, unused, _notes(paths[0], model, layout, used), folder,
+                  _carried(model, layout, used), types)
 
 
 def _shard(path: Path) -> tuple[Shard, Header]:
@@ -169,18 +170,11 @@ def _carried(model: Model, layout: Layout, locations: Mapping[str, Location]) ->
     return "mxfp4" if kinds == {"MXFP4"} else None
 
 
-def _notes(path: Path, model: Model, layout: Layout, locations: Mapping[str, Location],
-           kinds: Counter[str]) -> tuple[str, ...]:
-    """Lines on the types of the weights, and on numbers that lose bits when they are read."""
-    quantized = {kind: count for kind, count in kinds.items() if kind not in ("F32", "F16", "BF16")}
-    names = ", ".join(sorted(quantized))
-    found = [f"{path}: the weights are quantized already ({names}); they are read as {model.dtype}, and what is "
-             "quantized again adds to their error"] if quantized else []
+def _notes(path: Path, model: Model, layout: Layout, locations: Mapping[str, Location]) -> tuple[str, ...]:
+    """A line on numbers that lose bits when they are read, where there are any."""
     inexact = _inexact(model, layout, locations)
-    if inexact:
-        more = f" and {len(inexact) - 1} more" if len(inexact) > 1 else ""
-        found.append(f"{path}: {inexact[0]}{more}: rounded to {model.dtype}, which most weights have")
-    return tuple(found)
+    more = f" and {len(inexact) - 1} more" if len(inexact) > 1 else ""
+    return tuple([f"{path}: {inexact[0]}{more}: rounded to {model.dtype}, which most weights have"] if inexact else ())
 
 
 def _inexact(model: Model, layout: Layout, locations: Mapping[str, Location]) -> list[str]:

@@ -12,8 +12,10 @@ import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import prod
+from types import MappingProxyType
+from typing import Any
 
-from qmix.config import DTYPES, GROUPED_BITS, QuantConfig, parse_grouped
+from qmix.config import CARRIED_NAMES, DTYPES, GROUPED_BITS, QuantConfig, parse_kind
 from qmix.errors import UsageError
 from qmix.spec import WIDE, Activation, Attention, Model, Tensor
 from qmix.tensorfile import ITEM_BYTES
@@ -27,6 +29,7 @@ RECORD_ALIGN = 4096  # what O_DIRECT needs of offset, length and address
 PLAIN_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 PASS_TOKENS = 8192
 PASS_BYTES = 256 * MIB  # of the rows [T, K, H] fp32
+CARRIED_BLOCK = 64  # rows of a block of ggml's formats
 MX_GROUP = 32  # columns that share a scale in mxfp4
 MX_BLOCK = 64  # rows of a block of mxfp4: no kernel wants another
 BNB_BLOCK = 64  # bitsandbytes block size of nf4 and fp4, along the input dimension
@@ -38,6 +41,26 @@ TILE_BYTES = 4 * MIB  # the most that a decoded tile may take, or one block of r
 
 SIZE = re.compile(r"([0-9]{1,20})(\.[0-9]{1,20})? ?(?:([KMGT])(?:iB)?|B)?", re.IGNORECASE | re.ASCII)
 MAX_SIZE = 2**60  # bytes; more is a slip of the finger
+
+
+@dataclass(frozen=True, slots=True)
+class CarriedLayout:
+    """A format of ggml's (qmix/formats/carried.py). bits: of a code; group: columns that share a scale; columns: of a
+    block of ggml's; params: bytes of parameters for a row of these; middle: what is taken off a code."""
+
+    bits: int
+    group: int
+    columns: int
+    params: int
+    middle: int = 0
+
+
+CARRIED = MappingProxyType({
+    "q8_0": CarriedLayout(8, 32, 32, 2), "q4_0": CarriedLayout(4, 32, 32, 2, 8), "q4_1": CarriedLayout(4, 32, 32, 4),
+    "q5_0": CarriedLayout(5, 32, 32, 2, 16), "q5_1": CarriedLayout(5, 32, 32, 4),
+    "q4_k": CarriedLayout(4, 32, 256, 16), "q5_k": CarriedLayout(5, 32, 256, 16),
+    "q6_k": CarriedLayout(6, 16, 256, 18, 32)})
+assert tuple(CARRIED) == CARRIED_NAMES
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -61,11 +84,11 @@ class TensorSpec:
 @dataclass(frozen=True, slots=True)
 class MatrixSpec:
     """A [rows, cols] matrix in a format: "int4" | "int3" | "int2" | "mxfp4" | "nf4" | "fp4" | "int8" | "bf16" |
-    "fp16" | "fp32".
+    "fp16" | "fp32", or one of CARRIED.
 
     rows and cols are logical. The rows come in `parts` equal pieces (gate and up are two), each padded
     alone: the grouped formats, int4, int3 and int2, and mxfp4 pad rows to `block` and columns to `group_size`, which
-    are 0 for the others; int8, nf4 and fp4 pad columns to 64.
+    are 0 for others; those of CARRIED have both, and pad columns to ggml's blocks; int8, nf4 and fp4 pad them to 64.
     bias: it has one, fp32 [rows], never quantized: products add it to their fp32 sums, and every checkpoint dtype is
     exact in fp32, for 0.3 % of a 4-bit record of gpt-oss. activation: what joins the two parts of an expert's w13.
     Example: int4, rows 2 x 80, block 64, parts 2 -> padded_rows 256; row 80 of the matrix is row 128.
@@ -88,7 +111,7 @@ class MatrixSpec:
 
     @property
     def code_bits(self) -> int:
-        """Of a code of a format in blocks of rows, which are the grouped ones and mxfp4; 0 for the others."""
+        """Of a code of the grouped formats and mxfp4, whose codes lie alike; 0 for the others."""
         return 4 if self.format == "mxfp4" else self.bits
 
     @property
@@ -99,6 +122,8 @@ class MatrixSpec:
 
     @property
     def padded_cols(self) -> int:
+        if self.format in CARRIED:
+            return round_up(self.cols, CARRIED[self.format].columns)
         if self.group_size:
             return round_up(self.cols, self.group_size)
         return round_up(self.cols, 64) if self.format in ("int8", "nf4", "fp4") else self.cols
@@ -116,6 +141,10 @@ class MatrixSpec:
         if self.format == "mxfp4":
             return (TensorSpec("qweight", "U8", (n // self.block, k, self.block // 2)),
                     TensorSpec("scale", "U8", (k // self.group_size, n)))
+        if self.format in CARRIED:
+            carried = CARRIED[self.format]
+            return (TensorSpec("qweight", "U8", (n // self.block, k // 8, self.block * carried.bits)),
+                    TensorSpec("scales", "U8", (n // self.block, k // carried.columns, self.block * carried.params)))
         if self.format == "int8":
             return TensorSpec("qweight", "I8", (n, k)), TensorSpec("scale", "BF16", (n,))
         if self.format in ("nf4", "fp4"):
@@ -189,11 +218,23 @@ def record_layouts(model: Model, quant: QuantConfig) -> tuple[RecordLayout, ...]
         return (record_layout(model, quant),)
 
     def layout(w13: str, w2: str) -> RecordLayout:
-        formats = [dict(zip(("format", "group_size"), parse_grouped(name), strict=True)) for name in (w13, w2)]
-        return RecordLayout(*(replace(spec, block=quant.block, **found)  # type: ignore[arg-type]
-                              for spec, found in zip(_matrices(model), formats, strict=True)))
+        return RecordLayout(*(replace(spec, **_of_kind(name, quant))
+                              for spec, name in zip(_matrices(model), (w13, w2), strict=True)))
 
     return tuple(layout(*kind) for kind in quant.kinds)
+
+
+def _of_kind(name: str, quant: QuantConfig) -> dict[str, Any]:
+    """What a MatrixSpec has of a kind's format: "int3g64" or "q4_k"."""
+    kind, group = parse_kind(name)
+    return with_layout(kind) if kind in CARRIED else {"format": kind, "group_size": group, "block": quant.block}
+
+
+def with_layout(kind: str) -> dict[str, Any]:
+    """What a MatrixSpec of a format has beside its shape where nothing is to be chosen."""
+    if kind in CARRIED:
+        return {"format": kind, "group_size": CARRIED[kind].group, "block": CARRIED_BLOCK}
+    return {"format": kind} | ({"group_size": MX_GROUP, "block": MX_BLOCK} if kind == "mxfp4" else {})
 
 
 def _matrices(model: Model) -> tuple[MatrixSpec, MatrixSpec]:
@@ -209,10 +250,9 @@ def record_layout(model: Model, quant: QuantConfig) -> RecordLayout:
     Mixtral 8x7B at int4 g64: 99,090,432 bytes.
     """
     kind = DTYPES[model.dtype] if quant.experts == "keep" else quant.experts
-    extra = {"group_size": quant.group_size, "block": quant.block} if kind in GROUPED_BITS else \
-        {"group_size": MX_GROUP, "block": MX_BLOCK} if kind == "mxfp4" else {}
-    w13, w2 = (replace(spec, format=kind, double_quant=quant.double_quant, **extra)  # type: ignore[arg-type]
-               for spec in _matrices(model))
+    extra = {"format": kind, "group_size": quant.group_size, "block": quant.block} if kind in GROUPED_BITS else \
+        with_layout(kind)
+    w13, w2 = (replace(spec, double_quant=quant.double_quant, **extra) for spec in _matrices(model))
     return RecordLayout(w13, w2)
 
 
@@ -227,10 +267,10 @@ def dense_spec(model: Model, quant: QuantConfig, tensor: Tensor) -> MatrixSpec |
     if tensor.role not in ("linear", "mlp", "head"):
         return None
     rows, cols = tensor.shape
-    kind = DTYPES[model.dtype] if quant.dense == "keep" else quant.dense
+    kind = quant.dense_kinds.get(tensor.name, DTYPES[model.dtype] if quant.dense == "keep" else quant.dense)
     if kind == "int4":
         return MatrixSpec(kind, rows, cols, group_size=quant.group_size, block=quant.block)
-    return MatrixSpec(kind, rows, cols)
+    return MatrixSpec(rows=rows, cols=cols, **with_layout(kind))
 
 
 def dense_bytes(model: Model, quant: QuantConfig, tensor: Tensor) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qmix.formats import TORCH_DTYPES, ggml
+from qmix.formats.carried import Blocks as CarriedBlocks
 from qmix.formats.ggml.tables import mxfp4_blocks
 from qmix.formats.mxfp4 import Blocks
 from qmix.gguf.types import BY_NAME
@@ -67,6 +68,20 @@ def read_mxfp4(location: Location, source: Source) -> Blocks:
     raw = location.shard.read(location.entry, first // kind.weights * kind.nbytes,
                               prod(shape) // kind.weights * kind.nbytes)
     return mxfp4_blocks(raw.view(shape[0], -1, kind.nbytes))
+
+
+def keeps_rows(source: Source) -> bool:
+    """Whether the model's tensor has whole rows of the file's: then so have blocks along these."""
+    return all(isinstance(step, Index | Rows | Strided | Pairs | PerHead) for step in source.steps)
+
+
+def read_carried(location: Location, source: Source) -> CarriedBlocks:
+    """A matrix of a GGUF file in a type that a store has too, its blocks as they are. `keeps_rows`."""
+    kind = BY_NAME[location.entry.dtype]
+    first, shape, rest = narrow(location.entry.shape, source.steps)
+    raw = location.shard.read(location.entry, first // kind.weights * kind.nbytes,
+                              prod(shape) // kind.weights * kind.nbytes)
+    return CarriedBlocks(kind.name.lower(), apply(raw.view(shape[0], -1, kind.nbytes), rest).contiguous())
 
 
 def read_blocks(codes: Location, scales: Location, sources: Sequence[Source]) -> list[Blocks]:

@@ -48,6 +48,17 @@ def int8_keys_and_values(layers: int, head_dim: int) -> float:
     return math.sqrt(2 * layers) * step / math.sqrt(12)
 
 
+def int8_activations(layers: int, group: int) -> float:
+    """Of the logits with activations of 255 steps within each `group` of columns, from those that are not rounded.
+
+    A step is the largest number of a group over 127; of normal numbers that is about sqrt(2 ln group) of their standard
+    deviation. Rounding to a step errs by step / sqrt(12) in the mean square. Four inputs of a layer's products are
+    rounded so, those of q, k and v, of o, of gate and up, and of down, and the head's.
+    """
+    step = math.sqrt(2 * math.log(group)) / 127
+    return math.sqrt(4 * layers + 1) * step / math.sqrt(12)
+
+
 def fp32_model(config: Model) -> float:
     """Of the logits of two computations in fp32, at worst: in each layer one sum of the most terms that there are, all
     of whose roundings point the same way (Higham 2002, section 3.1: n terms err by n * u)."""

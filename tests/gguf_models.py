@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import k_blocks
 import numpy as np
 import torch
 from architectures import FIRST
@@ -80,11 +81,11 @@ def is_matrix(name: str, tensor: Tensor) -> bool:
 
 
 def encoded(name: str, tensor: Tensor, type_of: Callable[[str], str]) -> tuple[np.ndarray, Any]:
-    """The bytes of a tensor, and their type; zeros where the package has no quantizer."""
+    """The bytes of a tensor, and their type; zeros of NVFP4."""
     kind = gguf.GGMLQuantizationType[type_of(name) if is_matrix(name, tensor) else "F32"]
     if kind == gguf.GGMLQuantizationType.NVFP4:
         return np.zeros(gguf.quant_shape_to_byte_shape(tensor.shape, kind), np.uint8), kind
-    return gguf.quantize(tensor.detach().float().contiguous().numpy(), kind), kind
+    return k_blocks.quantize(tensor.detach().float().contiguous().numpy(), kind.name), kind
 
 
 def write(path: Path, model: Any, kind: str, type_of: Callable[[str], str] = lambda name: "F32", experts: str = "fused",

@@ -33,9 +33,58 @@ def decode(m: Packed) -> np.ndarray:
         return decode_bnb(m)
     if name == "mxfp4":
         return decode_mxfp4(m)
+    if name in GGML:
+        return decode_ggml(m)
     if name == "int8":
         return (numbers(m["qweight"]) * numbers(m["scale"])[:, None])[:, :m.spec.cols]
     return numbers(m["weight"])
+
+
+# bits of a code, columns of a group and of a block, and what is taken off a code.
+GGML = {"q8_0": (8, 32, 32, 0), "q4_0": (4, 32, 32, 8), "q4_1": (4, 32, 32, 0), "q5_0": (5, 32, 32, 16),
+        "q5_1": (5, 32, 32, 0), "q4_k": (4, 32, 256, 0), "q5_k": (5, 32, 256, 0), "q6_k": (6, 16, 256, 32)}
+
+
+def decode_ggml(m: Packed) -> np.ndarray:
+    """By the formulas of formats/carried.py, addressing the bits of each row; not rounded."""
+    spec, codes = m.spec, m["qweight"].numpy().astype(int)
+    bits, group, columns, middle = GGML[spec.format]
+    scales = m["scales"].numpy()
+    part_rows = spec.rows // spec.parts
+    part_padded = -(-part_rows // 64) * 64
+    whole = np.empty((spec.rows, spec.cols))
+    for r in range(spec.rows):
+        block, row = divmod(r // part_rows * part_padded + r % part_rows, 64)
+        q = np.empty((codes.shape[1], 8))
+        for column in range(8):
+            half, j = divmod(column, 4)
+            base = {8: 256, 6: 192}.get(bits, 128) * half
+            code = codes[block, :, base + 4 * (row % 32) + j] >> (4 if row >= 32 else 0) & 15
+            if bits == 8:
+                raw = codes[block, :, base + 4 * row + j]
+                code = np.where(raw > 127, raw - 256, raw)
+            elif bits == 6:
+                code = code + 16 * (codes[block, :, base + 128 + 4 * (row % 16) + j] >> 2 * (row // 16) & 3)
+            elif bits == 5:
+                code = code + 16 * (codes[block, :, 256 + 4 * (row % 16) + j] >> row // 16 + 4 * half & 1)
+            q[:, column] = code - middle
+        q = q.reshape(-1)[:spec.cols]
+        scale, minimum = np.empty(spec.cols // group), np.zeros(spec.cols // group)
+        for g in range(len(scale)):
+            of = scales[block, g * group // columns]
+            inside = g % (columns // group)
+            halves = of[:256].copy().view(np.float16).astype(np.float64)
+            scale[g] = halves[row]
+            if spec.format in ("q4_1", "q5_1"):
+                minimum[g] = halves[64 + row]
+            elif spec.format == "q6_k":
+                scale[g] *= of[128 + 64 * inside + row].astype(np.int8)
+            elif columns == 256:
+                low, upper = of[256 + 64 * inside + row], of[768 + 64 * (inside // 2) + row] >> 4 * (inside % 2)
+                scale[g] *= low % 16 + 16 * (upper % 4)
+                minimum[g] = -halves[64 + row] * float(low // 16 + 16 * (upper // 4 % 4))
+        whole[r] = q * np.repeat(scale, group) + np.repeat(minimum, group)
+    return whole
 
 
 # OCP Microscaling Formats v1.0, table 5: E2M1 by its bits.

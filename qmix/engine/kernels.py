@@ -19,7 +19,7 @@ def select_kernels(model: Model, quant: QuantConfig, say: Callable[[str], None],
 def stored_formats(model: Model, quant: QuantConfig) -> tuple[set[str], set[int]]:
     """(formats of a store's matrices, blocks of the grouped ones)."""
     plain = DTYPES[model.dtype]
-    formats = {plain if f == "keep" else f for f in (*quant.expert_formats, quant.dense)} | {plain}
+    formats = {plain if f == "keep" else f for f in quant.formats} | {plain}
     return formats, {quant.block} if quant.grouped else set()
 
 
@@ -28,5 +28,5 @@ def native_throughout(store: Store, kernels: KernelTable) -> bool:
     second one, after an operation of microseconds, spins for milliseconds on the core that the native one needs (19
     tok/s instead of 26 with two cores)."""
     quant, native = store.quant, kernels.native
-    return native is not None and {*quant.expert_formats, quant.dense} <= set(native.formats) and \
+    return native is not None and quant.formats <= set(native.formats) and \
         not store.model.tied

@@ -11,19 +11,19 @@ from types import ModuleType
 
 from torch import Tensor
 
-from qmix.config import GROUPED_BITS
+from qmix.config import CARRIED_NAMES, GROUPED_BITS
 from qmix.errors import UsageError
-from qmix.formats import grouped, int8, mxfp4, nf4, plain
+from qmix.formats import carried, grouped, int8, mxfp4, nf4, plain
 from qmix.formats.packed import TORCH_DTYPES, Packed, gather, memory, pad, view
 from qmix.sizes import PLAIN_DTYPES, MatrixSpec
 
-__all__ = ["TORCH_DTYPES", "Packed", "memory", "module", "pack", "pad", "tiles", "unpack", "view"]
+__all__ = ["TORCH_DTYPES", "Packed", "carry", "memory", "module", "pack", "pad", "tiles", "unpack", "view"]
 
 
 def module(name: str) -> ModuleType:
     """The module of a format; UsageError names an unknown one."""
     found = {**dict.fromkeys(GROUPED_BITS, grouped), "nf4": nf4, "fp4": nf4, "int8": int8, "mxfp4": mxfp4,
-             **dict.fromkeys(PLAIN_DTYPES, plain)}
+             **dict.fromkeys(CARRIED_NAMES, carried), **dict.fromkeys(PLAIN_DTYPES, plain)}
     if name not in found:
         raise UsageError(f"format: got {name!r}, want " + " or ".join(found))
     return found[name]
@@ -34,6 +34,11 @@ def pack(weight: Tensor, spec: MatrixSpec) -> Packed:
     if spec.bits:
         raise UsageError(f"{spec.format} needs a method to choose its codes", "use quantize.methods.quantize")
     return module(spec.format).pack(weight, spec)
+
+
+def carry(blocks: mxfp4.Blocks | carried.Blocks, spec: MatrixSpec) -> Packed:
+    """A matrix that a checkpoint has in a format of a store, in qmix's layout, bit for bit."""
+    return mxfp4.carry(blocks, spec) if isinstance(blocks, mxfp4.Blocks) else carried.carry(blocks, spec)
 
 
 def tiles(packed: Packed) -> Iterator[tuple[int, Tensor]]:

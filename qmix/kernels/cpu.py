@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qmix.formats import grouped, mxfp4, plain
+from qmix.formats import carried, grouped, mxfp4, plain
 from qmix.formats.narrow import widen
 from qmix.formats.packed import TILE_BYTES, Packed, row_tiles
 from qmix.kernels.op import FEW as FEW  # rows that are kept apart
@@ -83,8 +83,12 @@ def plain_linear(x: Tensor, m: Packed) -> Tensor:
     return y.to(x.dtype)
 
 
-def decoded_linear(x: Tensor, m: Packed, tiles: Tiles = mxfp4.tiles) -> Tensor:
-    """x [T, cols] -> [T, rows], without gaps: for a format without a product of its own, which `tiles` decodes."""
+def decoded_linear(x: Tensor, m: Packed, tiles: Tiles | None = None) -> Tensor:
+    """x [T, cols] -> [T, rows], without gaps: for a format without a product of its own, which `tiles` decodes, by
+    default that of mxfp4 and of ggml's formats, whose numbers bf16 does not have: products with these are in fp32."""
+    if tiles is None and m.spec.format != "mxfp4":
+        return decoded_linear(x.float(), m, carried.tiles).to(x.dtype)
+    tiles = tiles or mxfp4.tiles
     y = torch.empty(len(x), m.spec.rows, dtype=x.dtype)
     for start, tile in tiles(m, x.dtype):
         y[:, start:start + len(tile)] = few_rows(x, tile) if len(x) <= FEW else F.linear(x, tile)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qmix.config import GROUPED_BITS
-from qmix.errors import QmixError
+from qmix.errors import QmixError, UsageError
 from qmix.formats import module, nf4
 from qmix.formats.packed import Packed, view
 from qmix.kernels import reference
@@ -32,7 +32,7 @@ from qmix.kernels.device_ops import DeviceOps, ExpertSlots, TorchDeviceOps
 from qmix.kernels.device_scratch import Scratch
 from qmix.kernels.prompt_experts import PromptExperts, TorchPromptExperts
 from qmix.kernels.table import KernelTable, random_expert, random_matrix
-from qmix.sizes import MX_BLOCK, RecordLayout
+from qmix.sizes import CARRIED, MX_BLOCK, RecordLayout
 
 Attend = Callable[[Tensor, Tensor, Tensor, int | None, Softmax], Tensor]
 PROMPTS = {"int8": "Triton, decoded for prompts", "nf4": "bitsandbytes, decoded", "fp4": "bitsandbytes, decoded"}
@@ -68,6 +68,9 @@ def choose_device_kernels(device: torch.device, half: torch.dtype, formats: Iter
         configs, scratch_of(configs.gemv) if scratch_of else None)
     experts = cuda_grouped.TritonPromptExperts(configs.matmul)
     wanted = {(module(name), name)[1] for name in formats}
+    if lacking := sorted(wanted & CARRIED.keys()):
+        raise UsageError(f"this store has matrices in {', '.join(lacking)}, for which there are no GPU kernels yet",
+                         "drop --device and --vram: the CPU computes it; or quantize with --format int4")
     if wanted & {"nf4", "fp4"}:
         nf4.functional()
     blocks = set(blocks)

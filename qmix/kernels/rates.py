@@ -14,9 +14,10 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
+from qmix.config import GROUPED_BITS
 from qmix.formats.packed import TORCH_DTYPES, Packed
 from qmix.kernels.table import KernelTable
-from qmix.sizes import MX_GROUP, MatrixSpec
+from qmix.sizes import CARRIED, MatrixSpec, with_layout
 
 ROWS, COLS, GROUP = 1024, 4096, 64  # of each matrix
 TOKENS = 128  # of a prompt
@@ -56,11 +57,12 @@ def measure(table: KernelTable, name: str, block: int, buffer: Tensor, seconds: 
 
 def matrices_in(name: str, block: int, buffer: Tensor) -> list[Packed]:
     """As many as `buffer` has bytes for, at least one; they share their scales."""
-    group = MX_GROUP if name == "mxfp4" else GROUP if block else 0
-    spec = MatrixSpec(name, ROWS, COLS, group_size=group, block=block)
+    spec = MatrixSpec(name, ROWS, COLS, group_size=GROUP, block=block) if name in GROUPED_BITS else \
+        MatrixSpec(rows=ROWS, cols=COLS, **with_layout(name))
     codes, scales = spec.tensors
     random = torch.Generator().manual_seed(0)
-    shared = torch.randint(120, 128, scales.shape, dtype=torch.uint8, generator=random) if name == "mxfp4" else \
+    shared = torch.randint(20, 40, scales.shape, dtype=torch.uint8, generator=random) if name in CARRIED else \
+        torch.randint(120, 128, scales.shape, dtype=torch.uint8, generator=random) if name == "mxfp4" else \
         torch.randn(scales.shape, generator=random).bfloat16()
     pieces = buffer[:buffer.numel() // codes.nbytes * codes.nbytes].view(TORCH_DTYPES[codes.dtype])
     return [Packed.of(spec, {codes.name: piece.view(codes.shape), scales.name: shared})

@@ -12,8 +12,8 @@ from qmix.config import GROUPED_BITS
 from qmix.formats import grouped, int8, mxfp4
 from qmix.formats.packed import Packed
 from qmix.kernels.cpu import FEW
-from qmix.kernels.table import KernelTable
-from qmix.sizes import MX_BLOCK, MX_GROUP, MatrixSpec
+from qmix.kernels.table import PUBLISHED, KernelTable, random_matrix
+from qmix.sizes import CARRIED, MX_BLOCK, MX_GROUP, MatrixSpec
 
 ROWS, COLS = 384, 1024
 
@@ -22,10 +22,10 @@ def bound_formats(table: KernelTable) -> list[str]:
     """The formats of `table` whose rows depend on their company, for 2 to 8 rows of bf16 and fp32."""
     found = []
     for (name, block), kernel in table.kernels.items():
-        if name not in (*GROUPED_BITS, "int8", "mxfp4") or name in found:
+        if name not in (*GROUPED_BITS, "int8", *PUBLISHED) or name in found:
             continue
         m = _random(name, block)
-        x = torch.randn(FEW, COLS, generator=torch.Generator().manual_seed(2))
+        x = torch.randn(FEW, m.spec.cols, generator=torch.Generator().manual_seed(2))
         for rows in (x, x.bfloat16()):
             alone = torch.cat([kernel(row.clone(), m) for row in rows.split(1)])
             if not all(torch.equal(kernel(rows[:count].clone(), m), alone[:count]) for count in range(2, FEW + 1)):
@@ -36,6 +36,8 @@ def bound_formats(table: KernelTable) -> list[str]:
 
 def _random(name: str, block: int) -> Packed:
     random = torch.Generator().manual_seed(3)
+    if name in CARRIED:
+        return random_matrix(name, block)
     if name == "int8":
         return int8.pack(torch.randn(ROWS, COLS, generator=random), MatrixSpec("int8", ROWS, COLS))
     if name == "mxfp4":

@@ -18,19 +18,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qmix import settings
-from qmix.config import BLOCKS, GROUPED_BITS
+from qmix.config import BLOCKS, CARRIED_NAMES, GROUPED_BITS
 from qmix.errors import UsageError
-from qmix.formats import grouped, int8, module, mxfp4, nf4
+from qmix.formats import carried, grouped, int8, module, mxfp4, nf4
 from qmix.formats.packed import Packed, view
 from qmix.kernels import bnb, cpu, native, reference
 from qmix.kernels.cpu import Kernel
 from qmix.kernels.layer import TORCH, LayerOps, choose_layer_ops
 from qmix.kernels.torch_ops import activate
-from qmix.sizes import MX_BLOCK, MX_GROUP, MatrixSpec, RecordLayout
+from qmix.sizes import CARRIED, CARRIED_BLOCK, MX_BLOCK, MX_GROUP, MatrixSpec, RecordLayout, with_layout
 
 ACTIVATIONS = ("auto", "bf16", "int8")
 INT4_OP = "torch _weight_int4pack_mm_for_cpu"
 INT8_OP = "torch _weight_int8pack_mm"
+PUBLISHED = ("mxfp4", *CARRIED_NAMES)  # formats that checkpoints have
+assert MX_BLOCK == CARRIED_BLOCK
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +117,11 @@ def select(formats: Iterable[str], blocks: Iterable[int] = BLOCKS, device: str =
             kernels[name, 0], names[name] = _one(own), own.name
         elif name == "int8":
             kernels[name, 0], names[name] = _choose_int8(say)
-        elif name == "mxfp4" and own is not None:
+        elif name in PUBLISHED and own is not None:
             kernels[name, MX_BLOCK], names[name] = _one(own), own.name
-        elif name == "mxfp4":
+        elif name in PUBLISHED:
             kernels[name, MX_BLOCK], names[name] = cpu.decoded_linear, "decoded by tiles, torch linear"
-            say("mxfp4 without native kernels decodes every weight for every token: expect a fraction of its speed")
+            say(f"{name} without native kernels decodes every weight for every token: expect a fraction of its speed")
         elif name in ("nf4", "fp4"):
             nf4.functional()  # now, where it may be missing and takes a second, and not in the first answer
             kernels[name, 0], names[name] = bnb.linear, "bitsandbytes dequantization by tiles, torch linear"
@@ -135,12 +137,13 @@ def _choose_native(formats: set[str], blocks: list[int], activations: str,
     packed = formats & set(native.FORMATS)
     if not packed:
         if activations == "int8":
-            raise UsageError("--activations int8: this store has no matrices in int8, int4, int3, int2 or mxfp4",
-                             "leave it out")
+            raise UsageError("--activations int8: this store has no matrices in int8, int4, int3, int2, mxfp4 or in "
+                             "formats of ggml's", "leave it out")
         return None
     samples = [_random_grouped(name, block) for name in packed & GROUPED_BITS.keys() for block in blocks]
     samples += [_random_int8()] if "int8" in packed else []
     samples += [_random_mxfp4()] if "mxfp4" in packed else []
+    samples += [_random_carried(name) for name in sorted(packed & CARRIED.keys())]
     for level in native.wanted_levels():
         own = native.Native(level, "int8" if activations == "auto" else activations)
         if all(_agrees(_one(own), m, own.activations) for m in samples):
@@ -208,7 +211,9 @@ def _agrees(kernel: Kernel, m: Packed, activations: str = "bf16") -> bool:
 
 
 def random_matrix(name: str, block: int) -> Packed:
-    """A small one to try a kernel on: in a grouped format and that block, int8 or mxfp4."""
+    """A small one to try a kernel on: in a grouped format and that block, int8, mxfp4 or one of ggml's."""
+    if name in CARRIED:
+        return _random_carried(name)
     return _random_int8() if name == "int8" else _random_mxfp4() if name == "mxfp4" else _random_grouped(name, block)
 
 
@@ -240,6 +245,16 @@ def _random_mxfp4(spec: MatrixSpec | None = None) -> Packed:
     codes = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=random)
     scales = torch.randint(124, 130, shape, dtype=torch.uint8, generator=random)
     return mxfp4.carry(mxfp4.Blocks(codes, scales), spec)
+
+
+def _random_carried(name: str) -> Packed:
+    """Random bytes, with scales of about 1."""
+    layout, random = CARRIED[name], torch.Generator().manual_seed(6)
+    nbytes = layout.columns * layout.bits // 8 + layout.params
+    raw = torch.randint(0, 256, (192, 512 // layout.columns, nbytes), dtype=torch.uint8, generator=random)
+    for at in carried.HALVES[name]:
+        raw[..., at + 1] = raw[..., at + 1] & 3 | 0x38  # fp16 from 0.5 to 2
+    return carried.carry(carried.Blocks(name, raw), MatrixSpec(rows=192, cols=512, **with_layout(name)))
 
 
 def _random_int8() -> Packed:

@@ -31,8 +31,8 @@ from qmix import formats
 from qmix.checkpoint import Checkpoint
 from qmix.config import CALIBRATED, DTYPES, ExpertKey, QuantConfig
 from qmix.errors import CheckpointError, QmixError
-from qmix.formats import TORCH_DTYPES
-from qmix.formats.mxfp4 import Blocks, carry
+from qmix.formats import TORCH_DTYPES, mxfp4
+from qmix.formats import carried as carried_format
 from qmix.hardware.memory import anonymous_memory
 from qmix.quantize.calibrated import FALLBACK, choose_calibrated
 from qmix.quantize.calibration import Calibration
@@ -40,12 +40,14 @@ from qmix.quantize.guide import Guide, stages
 from qmix.quantize.inputs import Inputs
 from qmix.quantize.journal import Finished, Journal
 from qmix.quantize.methods import Error, error, quantize_measured
-from qmix.sizes import PLAIN_DTYPES, MatrixSpec
+from qmix.sizes import CARRIED, PLAIN_DTYPES, MatrixSpec
 from qmix.spec import Model
 from qmix.spec.model import layer_of, of_mtp_head
 from qmix.store import Calibrated, Region, StoreLayout, StoreWriter
 
-Weight = Tensor | Blocks  # numbers, or, of an expert that is carried, its codes and scales
+Blocks = mxfp4.Blocks | carried_format.Blocks
+Weight = Tensor | Blocks  # numbers, or, of a matrix that is carried, its codes and scales
+BOTH = frozenset({"w13", "w2"})  # matrices of an expert
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,8 @@ class Work:
 
     source: an expert, or a dense tensor's name; specs: how each of its matrices is packed, None where it
     stays plain; parts: the checkpoint's names of what each matrix, and its bias, is stacked from; nbytes: of the
-    source; room: bytes of an expert's numbers; carried: the expert is in the store's format already and stays as it is.
+    source; room: bytes of an expert's numbers; carried: those of the matrices that have the store's format already and
+    stay as they are.
     """
 
     region: Region
@@ -63,7 +66,7 @@ class Work:
     parts: Mapping[str, tuple[str, ...]]
     nbytes: int
     room: int = 0
-    carried: bool = False
+    carried: frozenset[str] = frozenset()
 
     @property
     def grouped(self) -> bool:
@@ -90,7 +93,8 @@ def all_work(source: Checkpoint, layout: StoreLayout) -> list[Work]:
     model = source.model
     item = TORCH_DTYPES[PLAIN_DTYPES[DTYPES[model.dtype]]].itemsize
     found = [Work(layout.dense[t.name], t.name, {"": layout.specs[t.name]}, {"": (source.published(t.name),)},
-                  source.nbytes_of(t.name, t.shape)) for t in model.tensors()]
+                  source.nbytes_of(t.name, t.shape), carried=_carried(source, {"": (layout.specs[t.name], (t.name,))}))
+             for t in model.tensors()]
     room = model.expert_numbers * item
     for key, region in layout.records.items():
         gate, up, down, *biases = (source.published(tensor.name) for tensor in model.expert_tensors(key))
@@ -98,10 +102,20 @@ def all_work(source: Checkpoint, layout: StoreLayout) -> list[Work]:
         if biases:
             parts |= {"w13.bias": tuple(biases[:2]), "w2.bias": tuple(biases[2:])}
         record = layout.record(key)
-        carried = source.expert_format is not None and {record.w13.format, record.w2.format} == {source.expert_format}
+        if source.expert_format is not None and {record.w13.format, record.w2.format} == {source.expert_format}:
+            carried = BOTH
+        else:
+            w1, w3, w2 = (tensor.name for tensor in model.expert_tensors(key)[:3])
+            carried = _carried(source, {"w13": (record.w13, (w1, w3)), "w2": (record.w2, (w2,))})
         found.append(Work(region, key, {"w13": record.w13, "w2": record.w2}, parts, source.expert_nbytes(key), room,
                           carried))
     return found
+
+
+def _carried(source: Checkpoint, matrices: Mapping[str, tuple[MatrixSpec | None, tuple[str, ...]]]) -> frozenset[str]:
+    """Those of {matrix: (how it is stored, the tensors that it is stacked from)} that the file has in that format."""
+    return frozenset(matrix for matrix, (spec, names) in matrices.items()
+                     if spec is not None and spec.format in CARRIED and source.carriable(*names) == spec.format)
 
 
 def route(work: Sequence[Work], finished: Collection[str], model: Model) -> list[Work]:
@@ -135,7 +149,7 @@ def run(source: Checkpoint, quant: QuantConfig, work: Sequence[Work], writer: St
             reads = not of_mtp_head(source.model, item.source)
             if guide is not None and reads and (item.grouped or isinstance(item.source, ExpertKey)):
                 dtype = getattr(torch, source.model.dtype)
-                numbers = {matrix: weight.numbers(dtype) if isinstance(weight, Blocks) else weight
+                numbers = {matrix: weight if isinstance(weight, Tensor) else weight.numbers(dtype)
                            for matrix, weight in weights.items()}
                 for matrix, weight in numbers.items():  # or the text would carry its inf or NaN everywhere
                     _check_finite(source, item.parts[matrix], weight)
@@ -164,7 +178,7 @@ def _read_ahead(source: Checkpoint, work: Sequence[Work],
                 slots: int) -> Generator[tuple[Work, dict[str, Weight]], None, None]:
     """Each item with its weights; while the caller has one, the next is read. An expert's weights lie in one of
     `slots` buffers, which take turns: they are good until the caller has asked for `slots` - 1 more."""
-    largest = max((0 if item.carried else item.room for item in work), default=0)
+    largest = max((0 if item.carried == BOTH else item.room for item in work), default=0)
     buffers = cycle([_buffer(largest) for _ in range(slots)])
     with ThreadPoolExecutor(1, "qmix-read") as reader:
         last: tuple[Work, Future[dict[str, Weight]]] | None = None
@@ -189,10 +203,18 @@ def _load(source: Checkpoint, work: Work, buffer: Tensor | None) -> dict[str, We
     {"w13.bias": [2F], "w2.bias": [H]}, where it has any; or {"": tensor} of a dense tensor."""
     if buffer is None:
         assert isinstance(work.source, str)
-        return {"": source.dense(work.source)}
-    assert isinstance(work.source, ExpertKey)
-    w13, w2 = source.expert_blocks(work.source) if work.carried else source.stacked_expert(work.source, buffer)
-    biases = source.expert_biases(work.source)
+        return {"": source.blocks(work.source) if work.carried else source.dense(work.source)}
+    key = work.source
+    assert isinstance(key, ExpertKey)
+    w13: Weight
+    w2: Weight
+    if work.carried and source.expert_format is not None:
+        w13, w2 = source.expert_blocks(key)
+    else:
+        gate, up, down = (tensor.name for tensor in source.model.expert_tensors(key)[:3])
+        w13 = source.blocks(gate, up) if "w13" in work.carried else source.stacked_w13(key, buffer)
+        w2 = source.blocks(down) if "w2" in work.carried else source.w2(key, buffer)
+    biases = source.expert_biases(key)
     return {"w13": w13, "w2": w2} | ({} if biases is None else {"w13.bias": biases[0], "w2.bias": biases[1]})
 
 
@@ -210,9 +232,13 @@ def _quantize(source: Checkpoint, work: Work, weights: dict[str, Weight], quant:
 
     def pack_one(matrix: str) -> tuple[Mapping[str, Tensor], Error | None, float | None]:
         spec, weight = work.specs[matrix], weights.pop(matrix)
-        if isinstance(weight, Blocks):
+        if not isinstance(weight, Tensor):
             assert spec is not None
-            return carry(weight, spec.without_bias).tensors, Error(0.0, 0.0), None
+            packed = formats.carry(weight, spec.without_bias)
+            # Weights count only in the error of an expert of which another matrix has one.
+            whole = work.carried >= work.specs.keys()
+            counted = 0.0 if whole else formats.unpack(packed).double().square().sum().item()
+            return packed.tensors, Error(0.0, counted), None
         if spec is None or spec.format in PLAIN_DTYPES:  # packing looks at every weight, copying does not
             _check_finite(source, work.parts[matrix], weight)
         try:

@@ -22,8 +22,9 @@ The place of a region follows from model and quantization. The manifest repeats 
 and a store in which the two differ is refused.
 
 Version 3 is version 2 with what qmix 0.2.0 could not compute: records with biases, with another activation than SwiGLU,
-or in the format mxfp4, and gated delta nets. A bias lies behind the weights of its matrix, fp32, one number a row. All
-other stores are of version 2, so that qmix 0.2.0 reads them.
+in the format mxfp4 or one of ggml's, dense matrices in these (quantization.dense_formats), and gated delta nets. A bias
+lies behind the weights of its matrix, fp32, one number a row. All other stores are of version 2, so that qmix 0.2.0
+reads them.
 
 Version 1 has "dtype", of the checkpoint's weights, in place of model and alignment: its model is the Mixtral of the
 config.json beside it, and its dense tensors have the names of the checkpoint (version1.py).
@@ -40,7 +41,7 @@ from pathlib import Path
 from typing import Any
 
 from qmix import __version__
-from qmix.config import DTYPES, METHODS, ExpertKey, QuantConfig
+from qmix.config import CARRIED_NAMES, DTYPES, METHODS, ExpertKey, QuantConfig
 from qmix.errors import ConfigError, StoreError
 from qmix.modelfiles import TEMPLATE_NAME
 from qmix.sizes import RECORD_ALIGN, TENSOR_ALIGN
@@ -54,6 +55,7 @@ ALIGNMENT = {"tensor": TENSOR_ALIGN, "record": RECORD_ALIGN}
 MAX_BYTES = 256 * 2**20  # of qmix.json; Mixtral's has 0.1 MB
 DAMAGED = "the store is damaged: copy it again, or quantize again"
 MATRICES = ("w13", "w2", "all")
+NEW_FORMATS = ("mxfp4", *CARRIED_NAMES)  # of version 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +185,7 @@ class Manifest:
 def version_of(model: Model, quant: QuantConfig) -> int:
     """The oldest format version that can say what the store of a model holds."""
     expert, recurrent = model.expert, any(isinstance(layer.mixer, DeltaNet) for layer in model.layers)
-    new = recurrent or expert.bias or expert.activation.kind != "swiglu" or quant.experts == "mxfp4"
+    new = recurrent or expert.bias or expert.activation.kind != "swiglu" or not quant.formats.isdisjoint(NEW_FORMATS)
     return 3 if new else 2
 
 
@@ -244,6 +246,11 @@ def _quant(raw: _Object) -> QuantConfig:
     values: dict[str, Any] = {f.name: kinds[str(f.type)](f.name) for f in fields(QuantConfig) if f.type in kinds}
     if values["experts"] == "mixed":
         values |= {"kinds": tuple(tuple(pair) for pair in raw.lists("kinds")), "mix": tuple(raw.texts("mix"))}
+    if raw.has("dense_formats"):
+        pairs = raw.lists("dense_formats")
+        if not all(len(pair) == 2 for pair in pairs):
+            raise raw.wrong("dense_formats", "pairs of a tensor and its format")
+        values["dense_formats"] = tuple((name, kind) for name, kind in pairs)
     try:
         return QuantConfig(**values)
     except ConfigError as e:

@@ -51,7 +51,7 @@ def classes(model: Model, quant: QuantConfig, layout: StoreLayout,
                           *_mean_max(expert_errors))]
     matrices = "attention, MLPs and head" if any(t.role == "mlp" for t in model.tensors()) else "attention and head"
     for name, kind, plain, errors in (
-            (matrices, describe_format(model, quant, quant.dense), False, dense_errors),
+            (matrices, dense_formats(model, quant, layout), False, dense_errors),
             ("embedding, routers, norms", DTYPES[model.dtype], True, [])):
         tensors = [t for t in model.tensors() if (layout.specs[t.name] is None) == plain]
         found.append(ClassSummary(name, kind, sum(prod(t.shape) for t in tensors),
@@ -64,13 +64,23 @@ def describe_format(model: Model, quant: QuantConfig, kind: str) -> str:
     if kind == "mixed":
         counts = Counter(name for key in model.expert_keys for name in quant.kinds[quant.kind_of(key)])
         whole = 2 * len(model.expert_keys)
-        return f"mixed {quant.method}, block {quant.block}: " + ", ".join(
+        grouped = GROUPED_BITS.keys() & quant.expert_formats
+        how = f"mixed {quant.method}, block {quant.block}: " if grouped else ""
+        return how + ", ".join(
             f"{100 * n / whole:.0f} % {name}" for name, n in sorted(counts.items(), reverse=True))
     if kind in GROUPED_BITS:
         return f"{kind} g{quant.group_size} {quant.method}, block {quant.block}"
     if kind == "keep":
         return f"keep ({DTYPES[model.dtype]})"
     return f"{kind} double quantization" if quant.double_quant and kind in ("nf4", "fp4") else kind
+
+
+def dense_formats(model: Model, quant: QuantConfig, layout: StoreLayout) -> str:
+    """As `describe_format`; where matrices stay in ggml's formats, how many are in each: "8 q4_k, 1 q6_k, 2 int8"."""
+    if not quant.dense_formats:
+        return describe_format(model, quant, quant.dense)
+    counts = Counter(spec.format for spec in layout.specs.values() if spec is not None)
+    return ", ".join(f"{n} {name}" for name, n in sorted(counts.items()))
 
 
 def expert_weights(model: Model) -> int:

@@ -26,6 +26,7 @@ from qmix.offload import router_stats
 from qmix.offload.forecast import Speeds, forecast, known_shares
 from qmix.offload.plan import CUDA_CONTEXT, PROGRAM, UNMEASURED, Needs, Plan, choose_context, margin_of
 from qmix.offload.plan import plan as make_plan
+from qmix.quantize.carried import carry_all, dense_formats, dense_lines, lines, quantized_types
 from qmix.sizes import format_bytes, record_layouts
 from qmix.spec import Model
 from qmix.store import CONFIG, MANIFEST, Store
@@ -73,7 +74,11 @@ def find_model(path: Path, quant: QuantConfig | Callable[[str], QuantConfig] | N
             model = store.model
             stats = router_stats.load(state, store.identity, len(model.record_layers), model.num_experts, say)
             return Planned(path.resolve().name, model, store.quant, known_shares(stats))
-    model, published = _read_gguf(path, say) if is_gguf(path) else _read_config(path, say)
+    if is_gguf(path):
+        model, published, carried = _read_gguf(path, quant is None, say)
+        quant = carried or quant
+    else:
+        model, published = _read_config(path, say)
     if published is not None and quant is None:
         quant = QuantConfig(published, method="", group_size=0, block=0)
     elif callable(quant):
@@ -83,15 +88,25 @@ def find_model(path: Path, quant: QuantConfig | Callable[[str], QuantConfig] | N
     return Planned(path.resolve().name, model, quant or QuantConfig(), {})
 
 
-def _read_gguf(path: Path, say: Callable[[str], None]) -> tuple[Model, str | None]:
-    """The model of a GGUF file, and the format that its experts keep. What `qmix quantize` would say of the file is
-    said."""
+def _read_gguf(path: Path, default: bool, say: Callable[[str], None]) -> tuple[Model, str | None, QuantConfig | None]:
+    """The model of a GGUF file, the format that all its experts keep, and, of other quantized files, how it is
+    quantized by `default`. What `qmix quantize` would say of the file is said."""
     with Checkpoint.open(path) as checkpoint:
         for line in skipped_lines(checkpoint):
             say(f"skipped: {line}")
         for note in checkpoint.notes:
             say(f"note: {note}")
-        return checkpoint.model, checkpoint.expert_format
+        if not default or not quantized_types(checkpoint):
+            return checkpoint.model, checkpoint.expert_format, None
+        if (kind := checkpoint.expert_format) is not None:
+            quant = QuantConfig(kind, method="", group_size=0, block=0, dense_formats=dense_formats(checkpoint))
+            for line in dense_lines(checkpoint, quant):
+                say(line)
+            return checkpoint.model, kind, quant
+        quant = carry_all(checkpoint, QuantConfig(), None)
+        for line in lines(checkpoint, quant):
+            say(line)
+        return checkpoint.model, None, quant
 
 
 def _read_config(path: Path, say: Callable[[str], None]) -> tuple[Model, str | None]:

@@ -27,7 +27,7 @@ ALWAYS uint16_t to_bf16(float value) { /* to the nearest, ties to even; NaN stay
 }
 
 #ifdef PAIRS
-#define IN_PAIRS(act, job) ((act) == QMIX_ACT_INT8 && (job)->bits != 8)
+#define IN_PAIRS(act, job) ((act) == QMIX_ACT_INT8 && (job)->bits != 8 && !qmix_carried((job)->bits))
 #define PART(bits) ((bits) == QMIX_E2M1 ? 16 : 32) /* columns whose sum fits 16 bits */
 #else
 #define PART(bits) 32
@@ -87,7 +87,8 @@ static void pack_int8(const qmix_job *job, int64_t first, int64_t count, char *p
             int32_t total;
             read_group(job, first + c, g * group, x);
             float width = quantize_group(x, (int)group, codes, &total);
-            start[g * count + c] = -total * (job->bits == 8 ? SIGNED_OFFSET : qmix_middle(job->bits));
+            const int bytes = job->bits == 8 || job->bits == QMIX_Q8_0;
+            start[g * count + c] = -total * (bytes ? SIGNED_OFFSET : qmix_middle(job->bits));
             step[g * count + c] = job->bits == QMIX_E2M1 ? width / 2 : width;
             sum[g * count + c] = width * (float)total;
             for (int64_t k = 0; k < group / 4; k++)

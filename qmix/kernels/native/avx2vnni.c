@@ -10,10 +10,10 @@ static int has_avx_vnni(void) { /* CPUID 7.1, EAX bit 4 */
 }
 
 static int supported(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_avx_vnni();
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") && has_avx_vnni();
 }
 
-TARGET("avx2,fma,avxvnni")
+TARGET("avx2,fma,f16c,avxvnni")
 #define HAS_VNNI
 #define LEVEL avx2vnni
 #define NAME "avx2-vnni"

@@ -64,12 +64,31 @@ extern const qmix_level qmix_avx512bf16, qmix_avx512vnni, qmix_avx512, qmix_avx2
 
 enum { TOKEN_BLOCK = 256, SCRATCH = 32768 + 2 * 64 * 8 * 4 + 2 * 64 * TOKEN_BLOCK * 4 };
 
+/* Whether it is one of ggml's formats (carried.h). */
+static inline int qmix_carried(int bits) { return bits >= QMIX_Q8_0; }
+
 /* Bits of a code in memory. */
-static inline int qmix_code_bits(int bits) { return bits == QMIX_E2M1 ? 4 : bits; }
+static inline int qmix_code_bits(int bits) {
+    switch (bits) {
+    case QMIX_Q8_0:
+        return 8;
+    case QMIX_Q6_K:
+        return 6;
+    case QMIX_Q5_0: case QMIX_Q5_1: case QMIX_Q5_K:
+        return 5;
+    case QMIX_E2M1: case QMIX_Q4_0: case QMIX_Q4_1: case QMIX_Q4_K:
+        return 4;
+    }
+    return bits;
+}
 
 /* What stored codes are above the numbers that they stand for, once they are unpacked: with E2M1, bytes of 12 more than
  * twice the number, which is whole. Halves are undone in the activations. */
-static inline int qmix_middle(int bits) { return bits == QMIX_E2M1 ? 12 : bits == 8 ? 0 : 8; }
+static inline int qmix_middle(int bits) {
+    if (qmix_carried(bits))
+        return bits == QMIX_Q6_K ? 32 : bits == QMIX_Q5_0 ? 16 : bits == QMIX_Q4_0 ? 8 : 0;
+    return bits == QMIX_E2M1 ? 12 : bits == 8 ? 0 : 8;
+}
 
 /* Where parameters lie: 16-bit numbers before those of row `row`, of rows counted through all groups. */
 static inline int64_t qmix_params(int bits, int64_t row) { return bits == QMIX_E2M1 ? row / 2 : row * 2; }

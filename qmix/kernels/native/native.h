@@ -5,6 +5,7 @@
  *   int4   w = (q - 8) * scale + zero, blocks of 32 or 64 rows, groups of 32, 64 or 128 columns
  *   int8   w = q * scale, one scale a row
  *   mxfp4  w = e2m1[q] * 2^(s - 127), blocks of 64 rows, groups of 32 columns (qmix/formats/mxfp4.py)
+ *   q8_0, q4_k and so on: ggml's, blocks of 64 rows, groups of 32 columns, of q6_k 16 (qmix/formats/carried.py)
  *
  * T tokens, N padded rows (outputs), K padded columns (inputs), B rows per block, g columns per group.
  */
@@ -14,10 +15,11 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define QMIX_ABI 12
+#define QMIX_ABI 13
 
 enum { QMIX_FP32 = 0, QMIX_BF16 = 1, QMIX_FP16 = 2 }; /* types of numbers; fp16 of a router's weights alone */
 enum { QMIX_E2M1 = 5 }; /* mxfp4, in the place of a format's bits */
+enum { QMIX_Q8_0 = 16, QMIX_Q4_0, QMIX_Q4_1, QMIX_Q5_0, QMIX_Q5_1, QMIX_Q4_K, QMIX_Q5_K, QMIX_Q6_K }; /* the same */
 enum { QMIX_ACT_INT8 = 0, QMIX_ACT_BF16 = 1 };  /* what the products see of the activations */
 
 /* What joins gate g and up u (qmix/spec/layers.py's Activation): silu(g) * u; gelu by tanh of g, times u; or with g
@@ -31,8 +33,10 @@ typedef struct {
 /* One product y[y_rows] = x[x_rows] W^T + bias; with `gated`, W = [Wgate; Wup], y = activation(x Wgate^T + bias of gate,
  * x Wup^T + bias of up). Strides are in elements. */
 typedef struct {
-    const uint8_t *weight;  /* int4, int3, int2: [N/B, K, bits * B/8]; int8: [N, K]; mxfp4: as int4 */
-    const uint16_t *params; /* bf16 [K/g, N, 2], scale and zero; int8: bf16 [N]; mxfp4: bytes [K/g, N] */
+    const uint8_t *weight;  /* int4, int3, int2: [N/B, K, bits * B/8]; int8: [N, K]; mxfp4: as int4; q8_0 and so on:
+                             * [N/64, K/8, 64 * bits] */
+    const uint16_t *params; /* bf16 [K/g, N, 2], scale and zero; int8: bf16 [N]; mxfp4: bytes [K/g, N]; q8_0 and so on:
+                             * bytes [N/64, K/columns, 64 * each] */
     const float *bias;      /* [parts * rows], or NULL */
     const void *x;          /* [*, x_stride], of which `cols` columns count */
     const int64_t *x_rows;  /* [T] rows of x, or NULL for 0..T-1 */
@@ -44,7 +48,7 @@ typedef struct {
     int64_t padded_cols;    /* K */
     int64_t rows;           /* rows wanted of each part; its padding is dropped */
     int64_t cols;           /* columns of x; the padded ones count as 0 */
-    int32_t bits;           /* 4, 3, 2, 8 or QMIX_E2M1 */
+    int32_t bits;           /* 4, 3, 2, 8, QMIX_E2M1, QMIX_Q8_0 and so on */
     int32_t block;          /* B; 64 for int8 */
     int32_t group;          /* g; 64 for int8 */
     int32_t parts;          /* W's parts, each padded to N / parts rows */

@@ -27,6 +27,8 @@ ALWAYS vflt load_i8(const int8_t *p) {
 }
 ALWAYS vflt load_bf16(const uint16_t *p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
 
+ALWAYS vflt load_f16(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+
 /* Lane i has the sum of the lanes of rows[i]. */
 ALWAYS vflt row_sums(const vflt *rows) {
     return vpaddq_f32(vpaddq_f32(rows[0], rows[1]), vpaddq_f32(rows[2], rows[3]));

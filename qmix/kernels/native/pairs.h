@@ -13,6 +13,10 @@ ALWAYS vint add_pairs(vint sum, vint codes, vint word) {
     return in_place(_mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, word)));
 }
 
+/* The first of such sums; and what is in the two halves of a lane together. */
+ALWAYS vint pairs_of(vint codes, vint word) { return _mm256_maddubs_epi16(codes, word); }
+ALWAYS vint sum_pairs(vint sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
+
 /* The lower or upper rows of two vectors of sums, added in 32-bit lanes. */
 ALWAYS vint widened(vint first, vint second, const int upper) {
     vint both = upper ? _mm256_unpackhi_epi16(first, second) : _mm256_unpacklo_epi16(first, second);

@@ -15,6 +15,7 @@ typedef float vflt __attribute__((vector_size(16)));
 static int supported(void) { return 1; }
 
 ALWAYS vint set_i(int32_t x) { return (vint){x, x, x, x}; }
+ALWAYS vint add_i(vint a, vint b) { return a + b; }
 ALWAYS vflt set_f(float x) { return (vflt){x, x, x, x}; }
 ALWAYS vflt load_f(const float *p) {
     vflt x;
@@ -50,6 +51,16 @@ ALWAYS void split_params(const uint16_t *params, float *scale, float *zero) {
         memcpy(scale + i, &s, 4);
         memcpy(zero + i, &z, 4);
     }
+}
+
+ALWAYS vflt load_f16(const uint16_t *p) {
+    vflt x;
+    for (int i = 0; i < L; i++) {
+        uint32_t bits = (uint32_t)(p[i] & 0x7fff) << 13; /* fp32 has the same number times 2^-112, also of a subnormal one */
+        memcpy((float *)&x + i, &bits, 4);
+        x[i] *= p[i] & 0x8000 ? -0x1p112f : 0x1p112f;
+    }
+    return x;
 }
 
 ALWAYS vflt load_e8m0(const uint8_t *p) {

@@ -8,7 +8,8 @@
  *                    (uint8 each): a code of fewer bits plus what keeps its distance from the middle; of E2M1, what
  *                    E2M1_CODES has for each code
  *   load_e8m0        L scales of mxfp4, powers of two, as fp32
- *   dot4             sum += 4 products of codes 0..24 with int8 activations, per lane
+ *   load_f16         L fp16 as fp32
+ *   dot4             sum += 4 products of codes 0..63 with int8 activations, per lane
  *   dot4_signed      the same with int8 weights, stored in the tile as `signed_codes` makes them, which leaves
  *                    SIGNED_OFFSET too much in each
  *   WORDS            bf16 activations: words (of 32 bits) that 4 columns take: 2 with bf16 dot products, else 4
@@ -79,11 +80,16 @@ enum { AHEAD = 1024, AHEAD_INT8 = 1024, FAR_AHEAD = 8192 }; /* bytes that weight
 #ifdef OWN_INT8_ROWS
 #include "x86_512_rows.h"
 #endif
+#include "carried.h"
 
 /* acc fp32 [tokens][block] += one block of rows times all tokens of panels [panel, last). */
 ALWAYS void block_rows(const int act, const int bits, const int block, const qmix_job *job, int64_t row,
                        const char *panels, int64_t panel, int64_t last, char *scratch, float *acc) {
     int64_t group = job->group, words = act == QMIX_ACT_INT8 ? 1 : WORDS;
+    if (qmix_carried(bits)) {
+        rows_of_carried[job->bits - QMIX_Q8_0](act, job, row, panels, panel, last, scratch, acc);
+        return;
+    }
 #ifdef DIRECT_PAIRS
     if (bits != 8 && act == QMIX_ACT_INT8 && job->tokens <= DIRECT_TOKENS(block)) {
         rows_directly(job, row, panels, acc);
@@ -167,6 +173,8 @@ static void unit_rows(int32_t act, const qmix_job *job, int64_t unit, const char
             unit_of(QMIX_ACT_INT8, QMIX_E2M1, 64, job, unit, panels, scratch);
         else
             unit_of(QMIX_ACT_BF16, QMIX_E2M1, 64, job, unit, panels, scratch);
+    } else if (qmix_carried(job->bits)) {
+        unit_of(act, QMIX_Q8_0, 64, job, unit, panels, scratch); /* any of them */
     } else if (job->block == 64) {
         if (act == QMIX_ACT_INT8)
             unit_of(QMIX_ACT_INT8, 4, 64, job, unit, panels, scratch);

@@ -14,14 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qmix.config import GROUPED_BITS
+from qmix.config import CARRIED_NAMES, GROUPED_BITS
 from qmix.formats.packed import Packed
 from qmix.kernels.native import jobs
 from qmix.kernels.native.loader import levels, library
 
 ACTIVATIONS = {"int8": 0, "bf16": 1}  # native.h's QMIX_ACT_*
-FORMATS = (*GROUPED_BITS, "int8", "mxfp4")
+FORMATS = (*GROUPED_BITS, "int8", "mxfp4", *CARRIED_NAMES)
 E2M1 = 5  # native.h's QMIX_E2M1, in the place of bits
+CARRIED_KINDS = {name: 16 + i for i, name in enumerate(CARRIED_NAMES)}  # native.h's QMIX_Q8_0 and so on
 DENSE_GROUP = 64  # columns that share a step where the weights have no groups
 
 
@@ -59,7 +60,7 @@ class Native:
         self.activations = activations
         self.threads = torch.get_num_threads()
         # torch's int8 product is the faster one where activations stay bf16.
-        self.formats = FORMATS if activations == "int8" else (*GROUPED_BITS, "mxfp4")
+        self.formats = FORMATS if activations == "int8" else tuple(name for name in FORMATS if name != "int8")
         self.name = f"native {level}, {activations} activations"
 
     def run(self, products: Sequence[Product]) -> None:
@@ -142,6 +143,8 @@ def layout_of(w: Packed) -> Layout:
     sizes = spec.padded_rows, spec.padded_cols, spec.rows // spec.parts, spec.cols
     if spec.bits:
         params, layout = tensors["qparams"], (spec.bits, spec.block, spec.group_size, spec.parts)
+    elif spec.format in CARRIED_KINDS:
+        params, layout = tensors["scales"], (CARRIED_KINDS[spec.format], spec.block, spec.group_size, spec.parts)
     elif spec.format == "mxfp4":
         params, layout = tensors["scale"], (E2M1, spec.block, spec.group_size, spec.parts)
     else:

@@ -30,6 +30,8 @@ ALWAYS vflt load_bf16(const uint16_t *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
 }
 
+ALWAYS vflt load_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+
 #define EVEN_ODD
 /* 16 numbers: those at even places, those at odd ones. */
 ALWAYS void load_even_odd(const uint16_t *p, vflt *two) {

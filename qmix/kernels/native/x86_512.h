@@ -27,6 +27,8 @@ ALWAYS vflt load_bf16(const uint16_t *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
 }
 
+ALWAYS vflt load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+
 #define EVEN_ODD
 /* 32 numbers: those at even places, those at odd ones. */
 ALWAYS void load_even_odd(const uint16_t *p, vflt *two) {
