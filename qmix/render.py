@@ -72,7 +72,7 @@ def clean(text: str) -> str:
 
 def fail(error: QmixError) -> None:
     """`error: what was wrong`, then the cure, indented."""
-    say(f"error: {error}")
+    say(clean(f"error: {error}"))
 
 
 @contextmanager

@@ -7,7 +7,6 @@ mapped.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -18,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qmix.bounded import parse_json, read_file
 from qmix.errors import CheckpointError
 from qmix.formats import memory
 from qmix.tensorfile import Entry, TensorFile, read_exact, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MAX_JSON = 256 * 2**20  # bytes of an index; of a model of a million tensors it has half of that
 REFETCH = "the checkpoint is incomplete or damaged: fetch it again"
 
 
@@ -85,7 +86,7 @@ class Location:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        raw = json.loads(path.read_bytes())
+        raw = parse_json(read_file(path, MAX_JSON, CheckpointError, REFETCH))
     except OSError as e:
         raise CheckpointError(f"{path}: {e.strerror}", REFETCH) from None
     except (ValueError, RecursionError) as e:

@@ -19,6 +19,7 @@ from math import prod
 from pathlib import Path
 from types import MappingProxyType
 
+from qmix.bounded import parse_unique
 from qmix.errors import ModelFileError
 
 ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2,
@@ -31,6 +32,10 @@ DAMAGED = "the file is damaged or still downloading: fetch or write it again"
 UNKNOWN_DTYPE = ("qmix reads BF16, F16 and F32 weights: give the original, unquantized checkpoint; if the file should "
                  "hold these, it is damaged: fetch it again")
 MAX_HEADER = 100 * 2**20  # the safetensors library's own limit
+MAX_NAME = 1024  # bytes of a tensor's name
+MAX_DIMENSIONS = 16
+MAX_NUMBER = 2**63
+SHOWN = 100  # characters of a name that is wrong
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +68,11 @@ def read_header(path: Path, error: type[ModelFileError] = ModelFileError) -> Ten
             if not 2 <= length <= min(MAX_HEADER, size - 8):
                 raise error(f"{path}: not a safetensors file (header of {length} bytes, file of {size})",
                             DAMAGED)
-            raw = json.loads(file.read(length))
+            raw = parse_unique(file.read(length))
     except OSError as e:
         raise error(f"{path}: {e.strerror or e}", "check the path and its permissions") from None
-    except (ValueError, RecursionError):  # ValueError also from an absurdly long number
-        raise error(f"{path}: the safetensors header is not JSON", DAMAGED) from None
+    except (ValueError, RecursionError) as e:  # ValueError also from an absurdly long number
+        raise error(f"{path}: the safetensors header is not JSON ({str(e).splitlines()[0]:.100})", DAMAGED) from None
     if not isinstance(raw, dict):
         raise error(f"{path}: the safetensors header is not an object", DAMAGED)
     metadata = raw.pop("__metadata__", {}) or {}
@@ -88,14 +93,17 @@ def _entry(path: Path, name: str, raw: object, start: int, error: type[ModelFile
     try:
         dtype, shape, (begin, end) = raw["dtype"], tuple(raw["shape"]), raw["data_offsets"]  # type: ignore[index]
         known = DTYPE_BITS.get(dtype) is not None
+        # Compared before they are multiplied: a product of a million numbers takes hours.
+        sane = all(type(n) is int and 0 <= n < MAX_NUMBER for n in (*shape[:MAX_DIMENSIONS], begin, end))
+        if len(name.encode()) > MAX_NAME or len(shape) > MAX_DIMENSIONS or not sane:
+            raise ValueError
         nbytes = -(-prod(shape) * DTYPE_BITS.get(dtype, 0) // 8)
-        sane = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
     except (KeyError, TypeError, ValueError):
-        raise error(f"{path}: {name}: malformed header entry {raw!r:.200}", DAMAGED) from None
-    if sane and not known and isinstance(dtype, str):
+        raise error(f"{path}: {name:.{SHOWN}}: malformed header entry {raw!r:.200}", DAMAGED) from None
+    if not known and isinstance(dtype, str):
         raise error(f"{path}: {name}: dtype {dtype!r:.40} is not supported (this version of qmix does not know it)",
                     UNKNOWN_DTYPE)
-    if not sane or end - begin != nbytes:
+    if end - begin != nbytes:
         raise error(f"{path}: {name}: {dtype} {list(shape)} takes {nbytes} bytes, the header gives it "
                     f"[{begin}, {end})", DAMAGED)
     return Entry(name, dtype, shape, start + begin, nbytes)

@@ -93,6 +93,77 @@ def test_hostile_templates_end_in_an_error_that_names_the_file(source: str, mess
     assert "chat_template.jinja" in caught.value.message
 
 
+BIG = "{% set x = 'ab' * 2000000 %}"
+ROWS = "{% set ns = namespace(x=[]) %}{% for i in range(3000) %}"
+GREEDY = [  # each would take gigabytes, or hours
+    "{{ 'x'.center(10**10) }}", "{{ 'x'.ljust(9999999999) }}", "{{ 'x'.rjust(9999999999) }}",
+    "{{ 'x'.zfill(9999999999) }}", "{{ '\t'.expandtabs(9999999999) }}", "{{ 'x' | center(9999999999) }}",
+    "{{ 'a\nb' | indent(9999999999) }}", "{{ 'a' | indent(9999999999, first=true) }}",
+    BIG + "{{ x.replace('a', x) }}", BIG + "{{ x | replace('a', x) }}", BIG + "{{ x.replace('', x) }}",
+    BIG + "{{ x.join(range(9999) | map('string')) }}", BIG + "{{ range(9999) | join(x) }}",
+    BIG + "{{ x ~ x ~ x ~ x ~ x ~ x ~ x ~ x ~ x ~ x ~ x ~ x ~ x ~ x ~ x ~ x ~ x ~ x }}",
+    BIG + "{{ '{0}{0}'.format([x, x, x, x] * 99) }}", BIG + "{{ ('{0}' * 9999).format(x) }}",
+    BIG + "{{ ('%(a)s' * 9999) % {'a': x} }}", BIG + "{{ ('%s' * 99) | format(*([x] * 99)) }}",
+    BIG + "{{ x.translate({97: x}) }}", BIG + "{{ [x] * 9999 }}", BIG + "{{ ([x] * 9999) | string }}",
+    BIG + "{{ ([x] * 9999) | tojson }}", BIG + "{{ ([x] * 9999) | join }}", BIG + "{{ {1: [x] * 9999} ~ '' }}",
+    "{{ '{:>9999999999}'.format(1) }}", "{{ '{:{}}'.format(1, 9999999999) }}", "{{ '%*d' | format(9999999999, 1) }}",
+    "{{ '{0:{a}}'.format_map({'0': 1, 'a': '9999999999'}) }}", "{{ '%.9999999999f' % 1 }}",
+    "{{ ('%9999d' * 9999) % ((1,) * 9999) }}",
+    "{{ [1, [2]] | tojson(indent=9999999999) }}", "{{ {'a': 1} | tojson(separators=('x' * 999999, 'y')) }}",
+    "{{ 'a'.encode() * 9999999999 }}", "{{ (1).to_bytes(9999999999, 'big') }}",
+    "{{ [1] | batch(9999999999, 'x') | list }}", "{{ [1] | slice(9999999999) | list }}",
+    "{{ 1.5 | round(999999999, 'ceil') }}", "{{ 'x' * 4194304 * 2 }}", "{{ ('a ' * 2000000).split() | length }}",
+    "{{ [[0] * 99999] * 9999 | sum(start=[]) }}", "{{ messages[0].content | wordwrap(1, wrapstring='x' * 9999999) }}",
+    "{% set ns = namespace(x=3) %}{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}{% endfor %}{{ ns.x }}",
+    "{% set ns = namespace(x=[0]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
+    "{% set ns = namespace(x=[0]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}"
+    "{{ ns.x | tojson }}",
+    "{% set ns = namespace(x=[0]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}"
+    "{{ ns.x == ns.x | list }}{{ ns.x in [1] }}",
+    "{% set ns = namespace(x=()) %}{% for i in range(99999) %}{% set ns.x = (ns.x,) %}{% endfor %}{{ {ns.x: 1} }}",
+    BIG + ROWS + "{% set ns.x = ns.x + [x ~ i] %}{% endfor %}",
+    BIG + ROWS + "{% set ns.x = [ns.x, x[1:]] %}{% endfor %}",
+    BIG + ROWS + "{% set ns.x = [ns.x, x | upper] %}{% endfor %}",
+    BIG + ROWS + "{% set ns.x = [ns.x, x.title()] %}{% endfor %}",
+    BIG + ROWS + "{% set y %}{{ x }}{% endset %}{% set ns.x = [ns.x, y] %}{% endfor %}",
+    BIG + ROWS + "{% set y = x | e %}{% set ns.x = [ns.x, y] %}{% endfor %}",
+    BIG + "{% macro m() %}{{ x }}{{ x }}{{ x }}{% endmacro %}" + ROWS + "{% set ns.x = [ns.x, m()] %}{% endfor %}",
+    BIG + ROWS + "{% set ns.x = [ns.x, range(99999) | list] %}{% endfor %}",
+    BIG + "{% for i in range(99999) %}{% if x.find('aa') > 0 %}{% endif %}{% endfor %}",
+    BIG + "{% for i in range(99999) %}{% if 'aa' in x %}{% endif %}{% endfor %}",
+    BIG + "{% for i in range(99999) %}{% if x == x ~ '' %}{% endif %}{% endfor %}",
+    BIG + "{{ range(99999) | map('string') | select('in', x) | list }}",
+    BIG + "{{ [x] * 99999 == [x ~ ''] * 99999 }}", BIG + "{{ ([x] * 99999).count(x ~ '') }}",
+    BIG + "{{ range(99999) | map('replace', '0', x) | join }}", BIG + "{{ x | striptags }}", BIG + "{{ x | urlize }}",
+    "{{ raise_exception('x' * 4194304 ~ 'y') }}",
+]
+
+
+@pytest.mark.parametrize("source", GREEDY)
+def test_no_template_takes_much_memory_or_time(source: str) -> None:
+    """Each is refused, and before it took what it asks for: see tests/fuzz for the same under the system's limits."""
+    with pytest.raises((ModelFileError, UsageError)) as caught:
+        template(source).render([{"role": "user", "content": "x" * 99999}], {}, prompt=True)
+    assert len(caught.value.message) < 5000
+
+
+@pytest.mark.parametrize("source", [
+    "{{ 'x'.center(9) }}{{ 'a\tb'.expandtabs(4) }}{{ 'b' | center(5) }}{{ 'a\nb' | indent(2, first=true) }}",
+    "{{ '%5d|%-3s|%%' % (3, 'a') }}{{ '%s and %s' | format('a', 'b') }}{{ '{:>5}{a}'.format(1, a='z') }}",
+    "{{ '{:{}}'.format('x', 5) }}{{ 'a,b'.split(',') }}{{ 'aXb'.replace('X', 'yy') }}{{ 'ab'.translate({97: 'zz'}) }}",
+    "{{ [3, 1, 2] | sort }}{{ [1, 1] | unique | list }}{{ [1, 2, 3] | batch(2, 0) | list }}{{ [1, 2] | sum }}",
+    "{{ messages | map(attribute='role') | join(', ') }}{{ {'a': (1, 2)} }}{{ {('a', 1): 2}[('a', 1)] }}",
+    "{{ 7 // 2 }}{{ 7 % 4 }}{{ 2 ** 10 }}{{ 1 - 2 }}{{ 3 / 2 }}{{ 1 < 2 < 3 }}{{ 'a' not in 'b' }}{{ 2.5 | round(1) }}",
+    "{{ messages[0].content[1:3] }}{{ 'abc'[::-1] }}{{ (1, 2)[0] }}{% for a, b in [(1, 2)] %}{{ a + b }}{% endfor %}",
+    "{% set a, b = 1, 2 %}{{ [a, b] }}{{ messages[0] | tojson(indent=4) }}{{ 'a b' | title }}{{ 'x y' | wordcount }}",
+])
+def test_what_is_charged_is_not_changed(source: str) -> None:
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    messages = [{"role": "user", "content": "a <b> c"}]
+    (expected,), _ = utils.render_jinja_template([messages], chat_template=source)
+    assert template(source).render(messages, {}, prompt=False) == expected
+
+
 def test_a_template_too_long_or_broken_is_refused_at_load() -> None:
     with pytest.raises(ModelFileError, match="characters, want at most"):
         template("x" * (2**20 + 1))

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from qmix import hardware, modelfiles
+from qmix.bounded import read_file
 from qmix.checkpoint import Checkpoint
 from qmix.config import CALIBRATED, ExpertKey, QuantConfig
 from qmix.errors import CheckpointError, DoesNotFit, Interrupted, QmixError, StoreError, UsageError
@@ -30,6 +31,7 @@ from qmix.quantize.pipeline import Work, all_work, route, run
 from qmix.quantize.report import Report
 from qmix.quantize.target import Target, cannot_write, resolve, sync_folder, written_bytes
 from qmix.render import Progress
+from qmix.shards import MAX_JSON
 from qmix.sizes import format_bytes
 from qmix.store import (
     CONFIG,
@@ -253,7 +255,7 @@ def _read_copies(source: Checkpoint) -> dict[str, bytes]:
     found = {}
     for name in (CONFIG, *source.extra_files):
         try:
-            found[name] = (source.folder / name).read_bytes()
+            found[name] = read_file(source.folder / name, MAX_JSON, CheckpointError)
         except OSError as e:
             raise CheckpointError(f"{source.path / name}: {e.strerror}", "check its permissions") from None
     return found

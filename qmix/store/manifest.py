@@ -41,6 +41,7 @@ from pathlib import Path
 from typing import Any
 
 from qmix import __version__
+from qmix.bounded import parse_json, read_file
 from qmix.config import CARRIED_NAMES, DTYPES, METHODS, ExpertKey, QuantConfig
 from qmix.errors import ConfigError, StoreError
 from qmix.modelfiles import TEMPLATE_NAME
@@ -201,18 +202,14 @@ def _lines(value: Any) -> str:
 
 def _load(path: Path) -> bytes:
     try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
+        return read_file(path, MAX_BYTES, StoreError, DAMAGED)
     except OSError as e:
         raise StoreError(f"{path}: {e.strerror}", "check its permissions") from None
-    if len(data) > MAX_BYTES:
-        raise StoreError(f"{path}: larger than {MAX_BYTES} bytes", DAMAGED)
-    return data
 
 
 def _parsed(path: Path, data: bytes) -> Any:
     try:
-        return json.loads(data)
+        return parse_json(data)
     except (ValueError, RecursionError) as e:
         raise StoreError(f"{path}: not JSON ({str(e).splitlines()[0]:.100})", DAMAGED) from None
 

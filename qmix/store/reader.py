@@ -7,7 +7,6 @@ of the caller's, then its checksum: no copies, no mapping. Reads may run in seve
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from qmix.bounded import parse_json, read_file
 from qmix.config import ExpertKey
 from qmix.errors import ConfigError, StoreError, UsageError
 from qmix.formats import Packed, memory, view
@@ -246,7 +246,7 @@ def _read_config(path: Path, manifest: Manifest) -> Model:
         raise StoreError(f"{path / MANIFEST}: files: {CONFIG} is not among them", DAMAGED)
     data = _check_copied(path, manifest, CONFIG)
     try:
-        return version1.read_config(json.loads(data), manifest)
+        return version1.read_config(parse_json(data), manifest)
     except (ValueError, TypeError, RecursionError):
         raise StoreError(f"{path / CONFIG}: not a JSON object", DAMAGED) from None
     except ConfigError as e:
@@ -259,10 +259,11 @@ def _check_copied(path: Path, manifest: Manifest, name: str) -> bytes:
     if not file.is_file():
         raise StoreError(f"{file}: {'not a file' if file.exists() else 'missing'}", DAMAGED)
     try:
-        data = file.read_bytes()
+        changed = file.stat().st_size != entry.nbytes  # compared before a byte is read
+        data = b"" if changed else read_file(file, entry.nbytes, StoreError, DAMAGED)
     except OSError as e:
         raise StoreError(f"{file}: {e.strerror}", "check its permissions") from None
-    if len(data) != entry.nbytes or raw.digest(data) != entry.xxh3:
+    if changed or raw.digest(data) != entry.xxh3:
         raise StoreError(f"{file}: not as it was written", "put the original back, or quantize again")
     return data
 

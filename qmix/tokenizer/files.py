@@ -12,12 +12,12 @@ The folder is a checkpoint or a qmix store. Errors are ModelFileError naming the
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qmix.bounded import MAX_TEXT, parse_json, read_file
 from qmix.errors import ModelFileError
 from qmix.modelfiles import (
     ADDED_TOKENS,
@@ -30,7 +30,7 @@ from qmix.modelfiles import (
     TOKENIZER_CONFIG,
     TOKENIZER_JSON,
 )
-from qmix.textfile import read_text
+from qmix.textfile import decode
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 NEOX = ("gpt_neox", "olmo", "olmoe")  # kinds of models whose tokenizers are of GPT-NeoX's class
@@ -131,9 +131,7 @@ def _is_neox(config: Mapping[str, Any], model: Mapping[str, Any]) -> bool:
 def _json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, {} where there is no such file."""
     try:
-        if path.stat().st_size > MAX_JSON:
-            raise ModelFileError(f"{path}: {path.stat().st_size} bytes, want at most {MAX_JSON}", FETCH)
-        value = json.loads(path.read_bytes())  # of bytes: a byte order mark is skipped
+        value = parse_json(read_file(path, MAX_JSON))  # of bytes: a byte order mark is skipped
     except FileNotFoundError:
         return {}
     except OSError as e:
@@ -205,7 +203,10 @@ def _templates(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, Pat
 
 
 def _read(path: Path) -> str:
-    return read_text(path, error=ModelFileError, cure="check the path and its permissions")
+    try:
+        return decode(read_file(path, MAX_TEXT), str(path), ModelFileError)
+    except OSError as e:
+        raise ModelFileError(f"{path}: {e.strerror or e}", "check the path and its permissions") from None
 
 
 def _choices(path: Path, value: object) -> dict[str, Any]:

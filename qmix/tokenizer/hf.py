@@ -14,9 +14,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from qmix.bounded import parse_json, read_file
 from qmix.errors import ModelFileError
 from qmix.textfile import without_mark
-from qmix.tokenizer.files import FETCH, LFS, TokenizerFiles
+from qmix.tokenizer.files import FETCH, LFS, MAX_JSON, TokenizerFiles
 from qmix.tokenizer.message import CLOSE, OPEN
 from qmix.tokenizer.spm import ANCHOR, SPACE
 from qmix.tokenizer.stream import SILENT, Piece, StreamDecoder
@@ -209,10 +210,10 @@ def _load(path: Path, files: TokenizerFiles) -> tuple[Any, list[dict[str, Any]]]
     from tokenizers import Tokenizer
 
     try:
-        text = without_mark(path.read_bytes().decode("utf-8"))
+        text = without_mark(read_file(path, MAX_JSON).decode("utf-8"))
         if text.startswith("version https://git-lfs"):
             raise ModelFileError(f"{path}: a Git LFS pointer, not the file itself", LFS)
-        raw = json.loads(text)
+        raw = parse_json(text.encode())
         if files.neox and raw["model"].get("type") == "BPE":
             raw = _of_neox(raw, files)
             text = json.dumps(raw)

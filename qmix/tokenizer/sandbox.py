@@ -2,7 +2,8 @@
 
 A template gets what transformers gives it (raise_exception, strftime_now, tojson, loop controls, the {% generation %}
 mark), but no files, imports or attributes of Python objects. It sees plain dicts and strings only. Its source, its
-steps, its products and its output are bounded.
+steps, its work, the values that it makes and its output are bounded: see allowance.py. All operators, calls, filters,
+tests, comparisons, slices and lists of a template are charged there.
 
 The result says for each character whether the template wrote it or which message it came from: see traced.py. All ways
 in which a template makes a text out of others are followed here: output, `~`, operators, filters, methods of literals,
@@ -12,9 +13,8 @@ macros and blocks.
 from __future__ import annotations
 
 import json
-import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import wraps
@@ -23,13 +23,23 @@ from types import BuiltinMethodType, FrameType, FunctionType
 from typing import Any
 
 from qmix.errors import ModelFileError, QmixError, UsageError
+from qmix.tokenizer.allowance import (
+    COMPARING,
+    MAX_OUTPUT,
+    TooMuch,
+    allowance,
+    check_filter,
+    check_length,
+    check_method,
+    check_operation,
+    granted,
+    weigh,
+)
 from qmix.tokenizer.message import CLOSE
 from qmix.tokenizer.traced import Traced, as_text, concat, followed, interleave, plain, sources_of
 
 MAX_SOURCE = 2**20  # characters of a template
-MAX_STEPS = 2_000_000  # lines of compiled template that one rendering may run: about a second
-MAX_VALUE = 2**22  # length of a product or power made inside a template
-MAX_OUTPUT = 2**26  # characters of a rendered conversation
+MAX_WORDS = 2000  # characters of what a template says when it refuses a conversation
 # Filters that hand on what they are given, or parts of it, and make no text.
 CHOOSING = frozenset({
     "attr", "batch", "d", "default", "dictsort", "first", "groupby", "items", "last", "list", "map", "max", "min",
@@ -45,10 +55,6 @@ class _Refused(Exception):
     """The template called raise_exception."""
 
 
-class _TooMuch(Exception):
-    """A bound was reached."""
-
-
 class Template:
     """A compiled chat template; file is where it came from, now the clock of strftime_now."""
 
@@ -61,11 +67,14 @@ class Template:
 
         try:
             environment = _environment(now)
-            tree = environment.parse(source)
-            self._compiled = environment.from_string(tree)
-        except (jinja2.TemplateError, RecursionError, SyntaxError, ValueError) as e:
+            with granted():  # jinja2 computes what is constant
+                tree = environment.parse(source)
+                self._compiled = environment.from_string(tree)
+        except (jinja2.TemplateError, TooMuch, MemoryError, OverflowError, RecursionError, SyntaxError,
+                ValueError) as e:
             line = f" line {e.lineno}" if isinstance(e, jinja2.TemplateSyntaxError) else ""
-            raise ModelFileError(f"{file}: the chat template{line} is broken: {e}", CURE) from None
+            raise ModelFileError(f"{file}: the chat template{line} is broken: {str(e) or type(e).__name__:.300}",
+                                 CURE) from None
         self._names, self._keys = _reads(tree)
         self.parses_reasoning = CLOSE in source
 
@@ -88,23 +97,23 @@ class Template:
         context = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": prompt,
                    **named, **switches}
         try:
-            with _bounded(MAX_STEPS):
+            with _counted():
                 parts, length = [], 0
                 for part in self._compiled.generate(context):
                     parts.append(part)
                     length += len(part)
                     if length > MAX_OUTPUT:
-                        raise _TooMuch(f"wrote more than {MAX_OUTPUT} characters")
+                        raise TooMuch(f"wrote more than {MAX_OUTPUT} characters")
         except _Refused as e:
             raise UsageError(f"the model's chat template refuses this conversation: {e}",
                              "most templates want user and assistant to alternate") from None
-        except _TooMuch as e:
+        except TooMuch as e:
             raise ModelFileError(f"{self._file}: the chat template {e}", CURE) from None
         except QmixError:
             raise
         except Exception as e:  # a template can fail in as many ways as a program
-            raise ModelFileError(f"{self._file}: the chat template fails: {type(e).__name__}: {e}",
-                                 CURE) from None
+            raise ModelFileError(f"{self._file}: the chat template fails: {type(e).__name__}: "
+                                 f"{e!s:.300}", CURE) from None
         return Traced("".join(parts), "".join(map(sources_of, parts)))
 
 
@@ -131,27 +140,83 @@ def _environment(now: Callable[[], datetime]) -> Any:
                 self.write(", ")
             self.write("))")
 
+        def visit_Compare(self, node: Any, frame: Any) -> None:
+            self.write("(environment.look(")
+            self.visit(node.expr, frame)
+            self.write(")")
+            for op in node.ops:
+                self.visit(op, frame)
+            self.write(")")
+
+        def visit_Operand(self, node: Any, frame: Any) -> None:
+            self.write(f" {compiler.operators[node.op]} environment.look(")
+            self.visit(node.expr, frame)
+            self.write(")")
+
+        def visit_Getitem(self, node: Any, frame: Any) -> None:
+            if not isinstance(node.arg, nodes.Slice):
+                return super().visit_Getitem(node, frame)
+            self.write("environment.make(")
+            super().visit_Getitem(node, frame)
+            return self.write(")")
+
+        def visit_List(self, node: Any, frame: Any) -> None:
+            self.write("environment.make(")
+            super().visit_List(node, frame)
+            self.write(")")
+
+        def visit_Tuple(self, node: Any, frame: Any) -> None:
+            self.write("environment.make(" if node.ctx == "load" else "(")
+            super().visit_Tuple(node, frame)
+            self.write(")")
+
+        def visit_Dict(self, node: Any, frame: Any) -> None:
+            self.write("environment.make({")
+            for item in node.items:
+                self.write("environment.look(")
+                self.visit(item.key, frame)
+                self.write("): ")
+                self.visit(item.value, frame)
+                self.write(", ")
+            self.write("})")
+
     class Environment(sandbox.ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset({"+", "*", "**", "%"})
+        intercepted_binops = frozenset({"+", "-", "*", "/", "//", "**", "%"})
         code_generator_class = Code
-        concat = staticmethod(concat)
+        concat = staticmethod(_concat)
+
+        def getitem(self, obj: Any, argument: Any) -> Any:
+            return super().getitem(obj, self.look(argument) if isinstance(argument, tuple) else argument)
+
+        def look(self, value: Any) -> Any:
+            """Of a comparison or a key."""
+            allowance().look(value)
+            return value
+
+        def make(self, value: Any) -> Any:
+            """Of a slice or a list."""
+            return allowance().make(value)
 
         def concat_values(self, values: tuple[Any, ...]) -> str:
-            return concat(map(as_text, values))
+            return _concat(map(_written, values))
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            _check_operation(operator, left, right)
+            check_operation(operator, left, right)
             if operator == "%" and isinstance(left, str):
-                return followed(lambda form, values: plain(form) % values, (left, right), {})
-            return super().call_binop(context, operator, left, right)
+                return self.make(followed(lambda form, values: plain(form) % values, (left, right), {}))
+            return self.make(super().call_binop(context, operator, left, right))
 
         def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+            owner = getattr(__obj, "__self__", None)
+            if isinstance(owner, str | bytes | int | list | tuple | dict):
+                allowance().look(owner, args)
+            check_method(__obj, args, kwargs)
             if _makes_text(__obj) and __self.is_safe_callable(__obj):
                 kwargs = {k: v for k, v in kwargs.items() if k not in ("_loop_vars", "_block_vars")}  # jinja2's own
                 if getattr(__obj, "__name__", "") == "join" and len(args) == 1 and not kwargs:
-                    return interleave(__obj.__self__, list(args[0]))
-                return followed(__obj, args, kwargs, exact=True)
-            return super().call(__context, __obj, *args, **kwargs)
+                    return __self.make(_interleave(__obj.__self__, args[0]))
+                return __self.make(followed(__obj, args, kwargs, exact=True))
+            return __self.make(super().call(__context, __obj, *args, **kwargs))
 
     class Generation(ext.Extension):
         """{% generation %}...{% endgeneration %} marks answers for training; here it only shows them."""
@@ -164,7 +229,7 @@ def _environment(now: Callable[[], datetime]) -> Any:
             return nodes.Scope(body).set_lineno(line)
 
     def raise_exception(message: object) -> None:
-        raise _Refused(str(message))
+        raise _Refused(f"{_written(message):.{MAX_WORDS}}")
 
     class Namespace(utils.Namespace):
         """Without names that could shadow Python's own protocols."""
@@ -185,30 +250,78 @@ def _environment(now: Callable[[], datetime]) -> Any:
 
     def join(environment: Any, value: Any, d: Any = "", attribute: Any = None) -> str:
         items = value if attribute is None else map(filters.make_attrgetter(environment, attribute), value)
-        return interleave(as_text(d), list(map(as_text, items)))
+        return _interleave(as_text(d), map(_written, items))
 
     def strftime_now(form: str) -> str:
+        check_length(len(form), MAX_WORDS)
         text = now().strftime(plain(form))
         return Traced(text) if isinstance(form, Traced) else text
 
     environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols, Generation],
-                              finalize=as_text)
+                              finalize=_written)
     environment.filters["tojson"] = tojson
-    for name, function in environment.filters.items():
-        if name not in CHOOSING:
-            environment.filters[name] = _following(function, exact=name in EXACT)
     environment.filters["join"] = utils.pass_environment(join)
+    for name, function in environment.filters.items():
+        environment.filters[name] = _charged(name, function)
+    for name, function in environment.tests.items():
+        environment.tests[name] = _charged_test(function)
     environment.globals.pop("lipsum")
     environment.globals["namespace"] = Namespace
-    environment.globals["dict"] = lambda *args, **kwargs: dict(*args, **kwargs)
+    environment.globals["dict"] = lambda *args, **kwargs: dict(*environment.look(args), **kwargs)
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = strftime_now
     return environment
 
 
-def _following(function: Callable[..., Any], exact: bool) -> Callable[..., Any]:
-    """A filter whose text is traced; jinja2's marks of what it is to be passed stay."""
-    return wraps(function)(lambda *args, **kwargs: followed(function, args, kwargs, exact=exact))
+def _charged(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter whose call is charged, and whose text is traced; jinja2's marks of what it is to be passed stay."""
+    skip = 1 if hasattr(function, "jinja_pass_arg") else 0
+    times = 32 if name in COMPARING else 1
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        left = allowance()
+        left.look(*args[skip:], *kwargs.values(), times=times)
+        check_filter(name, function, args, kwargs)
+        if name in CHOOSING or name == "join":
+            return left.make(function(*args, **kwargs))
+        check_length(weigh(args[skip:skip + 1]), MAX_OUTPUT)  # it may write what it is given
+        return left.make(followed(function, args, kwargs, exact=name in EXACT))
+
+    return call
+
+
+def _charged_test(function: Callable[..., Any]) -> Callable[..., Any]:
+    skip = 1 if hasattr(function, "jinja_pass_arg") else 0
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        allowance().look(*args[skip:], *kwargs.values())
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _written(value: Any) -> str:
+    """As `as_text`, charged."""
+    if isinstance(value, str):
+        return value
+    check_length(weigh(value), MAX_OUTPUT)
+    text: str = allowance().make(as_text(value))
+    return text
+
+
+def _concat(parts: Iterable[str]) -> str:
+    parts = list(parts)
+    check_length(sum(map(len, parts)), MAX_OUTPUT)
+    text: str = allowance().make(concat(parts))
+    return text
+
+
+def _interleave(between: str, items: Iterable[str]) -> Traced:
+    parts = list(items)
+    check_length(sum(len(part) + len(between) for part in parts if isinstance(part, str)), MAX_OUTPUT)
+    return interleave(between, parts)
 
 
 def _makes_text(method: Any) -> bool:
@@ -225,41 +338,22 @@ def _check_name(name: object) -> None:
         raise ValueError(f"a namespace holds no {name!r}")
 
 
-def _check_operation(operator: str, left: Any, right: Any) -> None:
-    """Refuse the single operations that could fill the memory. Best effort: a template from a stranger
-    can still waste memory in small steps, but it cannot reach anything outside itself."""
-    sizes = [len(x) if isinstance(x, (str, list, tuple)) else None for x in (left, right)]
-    if operator == "+" and None not in sizes and sum(sizes) > MAX_VALUE:  # type: ignore[arg-type]
-        raise _TooMuch(f"made a value longer than {MAX_VALUE}")
-    if operator == "*" and sizes != [None, None]:
-        times = next((x for x in (left, right) if isinstance(x, int)), 0)
-        if max(n for n in sizes if n is not None) * times > MAX_VALUE:
-            raise _TooMuch(f"made a value longer than {MAX_VALUE}")
-    if operator == "**" and not all(isinstance(x, (int, float)) and abs(x) <= 2**16 for x in (left, right)):
-        raise _TooMuch("raised a number to a large power")
-    if operator == "%" and isinstance(left, str) and re.search(r"\d{5}|\*", left):
-        raise _TooMuch("formatted text to a great width")
-
-
 @contextmanager
-def _bounded(steps: int) -> Iterator[None]:
-    """Count the lines that compiled templates run and stop at `steps`. Counting, unlike a deadline,
-    gives the same answer on every machine."""
-    left = steps
+def _counted() -> Iterator[None]:
+    """An allowance, of which each line that compiled templates run takes a step. Counting, unlike a deadline, gives the
+    same answer on every machine."""
+    with granted() as left:
 
-    def line(frame: FrameType, event: str, arg: Any) -> Any:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise _TooMuch(f"ran more than {steps} steps")
-        return line
+        def line(frame: FrameType, event: str, arg: Any) -> Any:
+            left.step()
+            return line
 
-    def call(frame: FrameType, event: str, arg: Any) -> Any:
-        return line if frame.f_code.co_filename == "<template>" else None
+        def call(frame: FrameType, event: str, arg: Any) -> Any:
+            return line if frame.f_code.co_filename == "<template>" else None
 
-    before = sys.gettrace()
-    sys.settrace(call)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
+        before = sys.gettrace()
+        sys.settrace(call)
+        try:
+            yield
+        finally:
+            sys.settrace(before)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from qmix.bounded import read_file
 from qmix.errors import ModelFileError
-from qmix.tokenizer.files import FETCH, LFS, TokenizerFiles
+from qmix.tokenizer.files import FETCH, LFS, MAX_JSON, TokenizerFiles
 from qmix.tokenizer.stream import SILENT, Piece
 from qmix.tokenizer.vocabulary import Vocabulary, looks_like_marker, with_added
 
@@ -88,7 +89,7 @@ def _load(path: Path) -> Any:
     import sentencepiece
 
     try:
-        data = path.read_bytes()
+        data = read_file(path, MAX_JSON)
     except OSError as e:
         raise ModelFileError(f"{path}: {e.strerror or e}", "check the path and its permissions") from None
     if data.startswith(b"version https://git-lfs"):

@@ -6,13 +6,13 @@ bandwidths. Nothing is loaded.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qmix import hardware
+from qmix.bounded import MAX_TEXT, parse_json, read_file
 from qmix.checkpoint import Checkpoint, ignored_keys
 from qmix.commands.skipped import skipped_lines
 from qmix.config import ExpertKey, QuantConfig
@@ -113,7 +113,7 @@ def _read_config(path: Path, say: Callable[[str], None]) -> tuple[Model, str | N
     """The same, of a folder with a config.json, or of a config.json."""
     file = path / CONFIG if path.is_dir() else path
     try:
-        raw = json.loads(file.read_bytes())
+        raw = parse_json(read_file(file, MAX_TEXT, CheckpointError, "name a store, a checkpoint or a config.json"))
         if not isinstance(raw, dict):
             raise ValueError("not an object")
         model = read_model(raw)
