@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from test_native import int4_matrix, int8_matrix, mxfp4_matrix, operand, relative, want
+from test_native_carried import carried_matrix
 
 from qmix.formats.packed import Packed
 from qmix.kernels import native
 from qmix.kernels.native import Native, loader
+from qmix.sizes import CARRIED
 
 SOURCES = Path(native.__file__).parent
 COMPILER = shutil.which("cc")
@@ -27,7 +29,7 @@ static int never(void) { return 0; }
 #define OTHER(name) const qmix_level qmix_##name = {#name, never};
 OTHER(avx512bf16) OTHER(avx512vnni) OTHER(avx512) OTHER(avx2) OTHER(portable)
 
-TARGET("avx2,fma")
+TARGET("avx2,fma,f16c")
 static inline __m256i emulated(__m256i sum, __m256i w, __m256i x) {
     int32_t sums[8];
     uint8_t unsigned_bytes[32];
@@ -77,7 +79,7 @@ def emulated(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> dict[str,
 MATRICES = [*(int4_matrix(130, 320, group, block, name=name) for name in ("int4", "int3", "int2")
               for block in (64, 32) for group in (32, 64)),
             int4_matrix(100, 640, 128, 64), int8_matrix(100, 320), int8_matrix(33, 64),
-            mxfp4_matrix(130, 320), mxfp4_matrix(140, 64, 2)]
+            mxfp4_matrix(130, 320), mxfp4_matrix(140, 64, 2), *(carried_matrix(kind, 130, 512) for kind in CARRIED)]
 
 
 @pytest.mark.parametrize("m", MATRICES, ids=lambda m: f"{m.spec.format}-{m.spec.block}-{m.spec.group_size}")

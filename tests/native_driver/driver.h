@@ -57,6 +57,7 @@ static inline float quantize(const float *x, int64_t count, int8_t *codes) {
 }
 
 void check_products(int32_t level);
+void check_carried(int32_t level);
 void check_attention(int32_t level);
 void check_layer(int32_t level);
 void check_delta(int32_t level);

@@ -43,6 +43,7 @@ void fill(float *x, int64_t count, double size) {
 
 static void check_level(int32_t level) {
     check_products(level);
+    check_carried(level);
     check_attention(level);
     check_layer(level);
     check_delta(level);
