@@ -216,6 +216,31 @@ def test_many_at_once_are_all_answered(engine: ScriptedEngine) -> None:
             running.url + "/metrics").text
 
 
+def test_metrics_are_named_as_vllms(running: Running) -> None:
+    for stream in (False, True):
+        httpx.post(running.url + CHAT, json={**ASK, "stream": stream})
+    httpx.post(running.url + CHAT, json={**ASK, "max_tokens": 1})
+    running.idle()
+    lines = httpx.get(running.url + "/metrics").text.splitlines()
+    found = dict(line.rsplit(" ", 1) for line in lines if line[0] != "#")
+    model = '{model_name="demo"}'
+    for name, value in (("num_requests_running", 0), ("num_requests_waiting", 0),
+                        ("time_to_first_token_seconds_count", 3), ("e2e_request_latency_seconds_count", 3)):
+        assert float(found[f"qmix_{name}{model}"]) == value
+    prompt, generated = (float(found[f"qmix_{name}_total{model}"]) for name in ("prompt_tokens", "generation_tokens"))
+    cached = float(found[f"qmix_prompt_tokens_cached_total{model}"])
+    assert cached == 2 * (prompt / 3 - 1) and generated == 2 * found_tokens(running) + 1
+    assert float(found['qmix_request_success_total{finished_reason="length",model_name="demo"}']) == 1
+    assert 'qmix_expert_requests_total{model_name="demo",phase="decode",tier="disk"}' in found
+    running.idle()
+    stats = httpx.get(running.url + "/v1/stats").json()
+    assert (stats["model"], stats["state"], stats["running"], stats["waiting"]) == ("demo", "ready", 0, 0)
+
+
+def found_tokens(running: Running) -> int:
+    return httpx.post(running.url + CHAT, json=ASK).json()["usage"]["completion_tokens"]
+
+
 # ---- loading and ending
 
 def test_until_the_model_is_there_all_is_503(engine: ScriptedEngine) -> None:

@@ -13,22 +13,24 @@ arguments as the model wrote them. Errors name the file and the field.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from qmix.chat.conversation import Conversation, Exchange
+from qmix.chat.parameters import FIELDS
 from qmix.config import SamplingParams
 from qmix.errors import QmixError
 from qmix.tokenizer import Call
 
 FORMAT, VERSION = "qmix-conversation", 1
+KEPT = tuple(field for field, _ in FIELDS.values())  # of SamplingParams: what a chat can set
 
 
 def written(conversation: Conversation, params: SamplingParams) -> str:
     """The document of a conversation."""
     document = {"format": FORMAT, "version": VERSION, "model": conversation.model,
-                "system": conversation.system, "parameters": asdict(params),
+                "system": conversation.system, "parameters": {name: getattr(params, name) for name in KEPT},
                 "messages": _messages(conversation)}
     return json.dumps(document, ensure_ascii=False, indent=1) + "\n"
 
@@ -100,7 +102,7 @@ def _text(path: Path, value: Any, field: str) -> str:
 
 def _params(path: Path, raw: Any) -> SamplingParams:
     kinds: dict[str, tuple[type, ...]] = {f.name: (int, float) if "float" in str(f.type) else (int,)
-                                          for f in fields(SamplingParams)}
+                                          for f in fields(SamplingParams) if f.name in KEPT}
     kinds |= {"seed": (int, type(None)), "stop": (list,)}
     if not isinstance(raw, dict):
         raise foreign(path, "parameters: want an object")

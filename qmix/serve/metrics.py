@@ -46,7 +46,7 @@ class Metrics:
 
     def watch(self, arrived: float, clock: Callable[[], float]) -> Callable[[Event], None]:
         """Takes the events of one request that came at `arrived`."""
-        last = arrived
+        last: float | None = None  # when text came, if the answer has any yet
 
         def see(event: Event) -> None:
             nonlocal last
@@ -55,10 +55,12 @@ class Metrics:
                 self.cached_tokens.inc(event.cached_tokens)
                 if event.choice == 0:
                     self.first_token.observe(clock() - arrived)
-                last = clock()
+                last = None
             elif isinstance(event, Piece):
-                self.between.observe(clock() - last)
-                last = clock()
+                now = clock()
+                if last is not None:
+                    self.between.observe(now - last)
+                last = now
             elif isinstance(event, Ended):
                 self.generated_tokens.inc(event.timings.generated_tokens)
                 self._success.labels(self._model, {"calls": "stop", "cancelled": "abort"}.get(
@@ -112,7 +114,7 @@ class _Engine:
         prefetch = CounterMetricFamily("qmix_prefetch", "Experts that were read ahead, by what became of them.",
                                        labels=["model_name", "result"])
         for name, value in offload["prefetcher"].items():
-            if isinstance(value, int) and not isinstance(value, bool):
+            if isinstance(value, int) and not name.endswith("bytes"):
                 prefetch.add_metric([self._model, name], value)
         yield prefetch
 
