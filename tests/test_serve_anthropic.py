@@ -192,7 +192,7 @@ def test_a_wrong_key_and_a_stream_that_is_cut(tokenizer: Tokenizer) -> None:
 
 
 def test_what_claude_code_sends(served: Running, tmp_path: Path) -> None:
-    """The keys of its requests, as its documentation and open clients name them."""
+    """The keys of an agent's requests, as the API documents them; not recorded from Claude Code itself."""
     body = {"model": "demo", "max_tokens": 32000, "stream": True, "temperature": 1,
             "system": [{"type": "text", "text": "You are an agent.", "cache_control": {"type": "ephemeral"}}],
             "messages": [{"role": "user", "content": [

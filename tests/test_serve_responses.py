@@ -124,7 +124,7 @@ def test_limits_and_formats(client: openai.OpenAI, engine: ScriptedEngine) -> No
 
 
 def test_what_codex_sends(running: Running, engine: ScriptedEngine) -> None:
-    """The keys and items of its requests, as its open source has them."""
+    """The keys of its requests, as the request structs of its open source have them; not recorded from a run."""
     seen = listens(engine, "Done.")
     body = {"model": "demo", "instructions": "You are a coding agent.", "stream": True, "store": False,
             "tools": [*TOOLS, {"type": "local_shell"}], "tool_choice": "auto", "parallel_tool_calls": False,
