@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     if HAVE_TRITON:
         quicken()
+
+# Tests start a hundred processes, and each would compile all of qmix anew where Python writes no bytecode.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # Collecting the tests makes millions of objects that stay. The garbage collector would look through them again and
 # again: a third of the time that collecting takes, and later with every test that makes many objects.
