@@ -30,7 +30,7 @@ def read(pieces: Sequence[str]) -> tuple[str, list[Call], MistralParser]:
     # what is none
     (f"{MARKED}{ONE[:-1]}", f"[TOOL_CALLS]{ONE[:-1]}", []), (f"a{MARKED}[1]", "a[TOOL_CALLS][1]", []),
     (f'{MARKED}[{{"name": "", "arguments": {{}}}}]', '[TOOL_CALLS][{"name": "", "arguments": {}}]', []),
-    (f"{MARKED}{5000 * '['}]", f"[TOOL_CALLS]{5000 * '['}]", []),
+    (f"{MARKED}{5000 * '['}]", f"[TOOL_CALLS]{5000 * '['}]", []), (f"{MARKED}{ONE}a", "[TOOL_CALLS]a", [LYON]),
 ])
 def test_an_answer_in_whole_and_in_letters(text: str, answer: str, calls: list[Call]) -> None:
     assert read([text])[:2] == (answer, calls) == read(list(text))[:2]

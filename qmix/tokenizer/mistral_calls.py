@@ -20,6 +20,7 @@ from qmix.tokenizer.vocabulary import Vocabulary
 
 BEGIN = "[TOOL_CALLS]"
 MARKED = MARK + BEGIN
+DECODER = json.JSONDecoder(strict=False)
 
 
 def mistral_calls_format(vocabulary: Vocabulary) -> AnswerFormat | None:
@@ -64,7 +65,8 @@ class MistralParser:
             if at < 0:
                 return parts
             self._calling, self._held = True, self._held.lstrip()[len(MARKED):]
-        if not self.calls and self._held.rstrip().endswith("]"):
+            text = self._held
+        if not self.calls and "]" in text:
             parts += self._read()
         return parts
 
@@ -84,12 +86,14 @@ class MistralParser:
 
     def _read(self) -> list[Part]:
         """The calls, if their list is complete."""
+        held = self._held.lstrip()
         try:
-            calls = [_call(value) for value in json.loads(self._held, strict=False)]
+            values, end = DECODER.raw_decode(held)
+            calls = [_call(value) for value in values]
         except (ValueError, TypeError, KeyError, RecursionError):
             return []
         self.calls += calls
-        self._held = ""
+        self._held = held[end:]
         return [Part(f"{CALL}{call.name} {call.arguments}", "call") for call in calls]
 
 
