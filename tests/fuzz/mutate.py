@@ -56,7 +56,8 @@ def mutate_json(value: Any, dice: random.Random) -> Any:
         if kind == 0:
             del owner[key]
         elif kind == 1 and isinstance(owner, dict):
-            owner[dice.choice(TEXTS) if dice.random() < 0.5 else dice.choice(list(owner))] = owner.pop(key)
+            other = dice.choice(TEXTS) if dice.random() < 0.5 else dice.choice(list(owner))
+            owner[other] = owner.pop(key)
         elif kind == 2:
             owner[key] = copy.deepcopy(dice.choice([o[k] for o, k in places]))
         elif kind == 3:
