@@ -9,12 +9,12 @@ import random
 import resource
 import signal
 import struct
-import sys
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from qmix.errors import QmixError
 
@@ -24,7 +24,8 @@ CODES = {2, 3, 4}
 SHOWN = 6000  # characters of a message: a path, a key, and what was there
 
 
-def run(name: str, count: int, once: Callable[[random.Random], object], seed: int = 0, seconds: float = 0) -> Counter[str]:
+def run(name: str, count: int, once: Callable[[random.Random], object], seed: int = 0,
+        seconds: float = 0) -> Counter[str]:
     """once(dice) for seeds from `seed` on: `count` of them, or as many as `seconds` allow. What it raises must be a
     QmixError with a documented exit code. How often each outcome came."""
     shared = mmap.mmap(-1, 4096)
@@ -48,7 +49,7 @@ def run(name: str, count: int, once: Callable[[random.Random], object], seed: in
 
 
 def _child(name: str, count: int, once: Callable[[random.Random], object], seed: int, seconds: float,
-           shared: mmap.mmap, out: object) -> int:
+           shared: mmap.mmap, out: IO[str]) -> int:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     most = pages * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
@@ -65,14 +66,13 @@ def _child(name: str, count: int, once: Callable[[random.Random], object], seed:
         except QmixError as error:
             found[f"exit-{error.exit_code}"] += 1
             if error.exit_code not in CODES or "\n" in error.message or len(error.message) > SHOWN:
-                print(f"{type(error).__name__} {error.exit_code}: {error.message[:2000]!r}", file=out)  # type: ignore[call-overload]
+                print(f"{type(error).__name__} {error.exit_code}: {error.message[:2000]!r}", file=out)
                 return 1
         except BaseException:
-            print(traceback.format_exc()[-6000:], file=out)  # type: ignore[call-overload]
+            print(traceback.format_exc()[-6000:], file=out)
             return 1
     for key, value in found.items():
-        print(key, value, file=out)  # type: ignore[call-overload]
-    sys.stdout.flush()
+        print(key, value, file=out)
     return 0
 
 
