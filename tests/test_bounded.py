@@ -9,12 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import write_tiny_checkpoint
+from odd_stores import QUANTS, quantize
 from tokenizer_files import demo_folder
 
 from qmix.bounded import MAX_ITEMS, MAX_TEXT, parse_json, parse_unique, read_file
 from qmix.checkpoint import INDEX, SINGLE, Checkpoint
-from qmix.errors import CheckpointError, ConfigError, ModelFileError, StoreError
+from qmix.config import ExpertKey
+from qmix.errors import CheckpointError, ConfigError, ModelFileError, StoreError, UsageError
 from qmix.store import Store
 from qmix.tokenizer import load
 
@@ -124,3 +127,26 @@ def test_truncated_at_every_boundary(place: str, tmp_path: Path) -> None:
 def test_messages_about_files_are_one_line() -> None:
     assert ConfigError("a\nb\r\nc", "cure").message == "a\u240ab\u240ac"
     assert len(StoreError("x" * 10**6).message) < 5000
+
+
+def test_records_that_were_swapped(tmp_path: Path) -> None:
+    """Two experts of one layer have records of one size: only their checksums tell which is which."""
+    source = write_tiny_checkpoint(tmp_path / "tiny")
+    path = quantize(source, tmp_path / "store", QUANTS["int4"])
+    with Store.open(path) as store:
+        one, two = (store.layout.records[ExpertKey(0, expert)] for expert in (0, 1))
+    raw = bytearray((path / one.file).read_bytes())
+    first, second = (slice(region.offset, region.offset + region.nbytes) for region in (one, two))
+    raw[first], raw[second] = raw[second], raw[first]
+    (path / one.file).write_bytes(raw)
+    with Store.open(path) as store, pytest.raises(StoreError, match=r"layers\.0\.experts\.0"):
+        store.read_record(ExpertKey(0, 0), torch.empty(one.nbytes, dtype=torch.uint8))
+
+
+def test_out_inside_the_checkpoint(tmp_path: Path) -> None:
+    source = write_tiny_checkpoint(tmp_path / "tiny")
+    (tmp_path / "link").symlink_to(source)
+    for out in (source, source / "out", tmp_path / "link" / "out"):
+        with pytest.raises(UsageError, match="lies inside the checkpoint"):
+            quantize(source, out, QUANTS["int4"])
+    assert {path.name for path in source.iterdir()} == {"config.json", SINGLE}
