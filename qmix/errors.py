@@ -8,6 +8,15 @@ else in qmix turns an error into an exit. The codes are part of the command line
 
 from __future__ import annotations
 
+LONGEST = 4000  # characters of a message about a file: a path, a key, and what is wrong there
+
+
+def one_line(message: str) -> str:
+    """A message that quotes what a stranger's file says: names in it may hold line ends, and be long."""
+    if len(message) > LONGEST:
+        message = f"{message[:LONGEST]} ..."
+    return "\u240a".join(message.splitlines())
+
 
 class QmixError(Exception):
     """Something went wrong that the user can understand: what, where, and the cure.
@@ -36,6 +45,9 @@ class UsageError(QmixError):
 class ConfigError(UsageError):
     """A field of a config record is missing or out of range: `num_local_experts: got 0, want >= 1`."""
 
+    def __init__(self, message: str, cure: str | None = None):
+        super().__init__(one_line(message), cure)
+
 
 class PromptTooLong(UsageError):
     """A prompt has more tokens than the context holds."""
@@ -51,6 +63,9 @@ class ModelFileError(QmixError):
     """A file of a checkpoint or store is missing, truncated or corrupt; the message names it."""
 
     exit_code = 4
+
+    def __init__(self, message: str, cure: str | None = None):
+        super().__init__(one_line(message), cure)
 
 
 class CheckpointError(ModelFileError):

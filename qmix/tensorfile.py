@@ -34,7 +34,7 @@ UNKNOWN_DTYPE = ("qmix reads BF16, F16 and F32 weights: give the original, unqua
 MAX_HEADER = 100 * 2**20  # the safetensors library's own limit
 MAX_NAME = 1024  # bytes of a tensor's name
 MAX_DIMENSIONS = 16
-MAX_NUMBER = 2**63
+MAX_NUMBER = 2**100  # far above any file, and short when it is shown
 SHOWN = 100  # characters of a name that is wrong
 
 

@@ -30,6 +30,14 @@ sys.dont_write_bytecode = False
 gc.disable()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Of tests/fuzz."""
+    parser.addoption("--fuzz-seconds", type=float, default=float(os.environ.get("QMIX_FUZZ_SECONDS", "0")),
+                     help="seconds for which each test of tests/fuzz tries further mutations")
+    parser.addoption("--fuzz-seed", type=int, default=int(os.environ.get("QMIX_FUZZ_SEED", "0")),
+                     help="the seed of its first mutation")
+
+
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()

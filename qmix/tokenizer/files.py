@@ -147,9 +147,14 @@ def _text(path: Path, key: str, value: object) -> str | None:
     """The text of a token given as a string or as {"content": ...}; None or "" mean that there is none."""
     if isinstance(value, dict):
         value = value.get("content")
-    if value is None or isinstance(value, str):
+    if value is None or (isinstance(value, str) and is_text(value)):
         return value or None
     raise ModelFileError(f"{path}: {key}: got {value!r:.80}, want a token's text", FETCH)
+
+
+def is_text(text: str) -> bool:
+    """Whether it is text, and not half of a character beyond U+FFFF, as JSON can spell it."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _added(path: Path, table: object, old: Mapping[str, Any]) -> dict[str, Added]:
@@ -168,7 +173,9 @@ def _added(path: Path, table: object, old: Mapping[str, Any]) -> dict[str, Added
         raise ModelFileError(f"{path}: the table of added tokens is malformed", FETCH) from None
     for text, token in found.items():
         if token.id < 0 or not isinstance(text, str):
-            raise ModelFileError(f"{path}: added token {text!r}: got id {token.id}, want >= 0", FETCH)
+            raise ModelFileError(f"{path}: added token {text!r:.80}: got id {token.id!s:.40}, want >= 0", FETCH)
+        if not is_text(text):
+            raise ModelFileError(f"{path}: added token {text!r:.80}: not Unicode text", FETCH)
     return found
 
 

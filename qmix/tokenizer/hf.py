@@ -37,6 +37,7 @@ def _visible_bytes() -> dict[str, int]:
 
 class JsonVocabulary(Vocabulary):
     def __init__(self, path: Path, files: TokenizerFiles):
+        self._path = path
         self._tokenizer, steps = _load(path, files)
         kinds = {str(step.get("type")) for step in steps}
         _add(path, self._tokenizer, files)
@@ -125,7 +126,10 @@ class JsonVocabulary(Vocabulary):
         raw = json.loads(self._tokenizer.to_str())
         for token in raw["added_tokens"]:
             token["special"] = token["special"] or token["id"] in self._marker_ids
-        found = Tokenizer.from_str(json.dumps(raw))
+        try:
+            found = Tokenizer.from_str(json.dumps(raw))
+        except Exception as e:  # the library raises bare Exception, here for a merge of a token that is not there
+            raise ModelFileError(f"{self._path}: not a tokenizer.json ({e!s:.100})", FETCH) from None
         found.encode_special_tokens = True
         return found
 

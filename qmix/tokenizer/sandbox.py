@@ -22,7 +22,7 @@ from pathlib import Path
 from types import BuiltinMethodType, FrameType, FunctionType
 from typing import Any
 
-from qmix.errors import ModelFileError, QmixError, UsageError
+from qmix.errors import ModelFileError, QmixError, UsageError, one_line
 from qmix.tokenizer.allowance import (
     COMPARING,
     MAX_OUTPUT,
@@ -100,6 +100,7 @@ class Template:
             with _counted():
                 parts, length = [], 0
                 for part in self._compiled.generate(context):
+                    part = _written(part)  # a filter block yields what its filter gives
                     parts.append(part)
                     length += len(part)
                     if length > MAX_OUTPUT:
@@ -229,7 +230,7 @@ def _environment(now: Callable[[], datetime]) -> Any:
             return nodes.Scope(body).set_lineno(line)
 
     def raise_exception(message: object) -> None:
-        raise _Refused(f"{_written(message):.{MAX_WORDS}}")
+        raise _Refused(one_line(f"{_written(message):.{MAX_WORDS}}"))
 
     class Namespace(utils.Namespace):
         """Without names that could shadow Python's own protocols."""
@@ -263,8 +264,9 @@ def _environment(now: Callable[[], datetime]) -> Any:
     environment.filters["join"] = utils.pass_environment(join)
     for name, function in environment.filters.items():
         environment.filters[name] = _charged(name, function)
-    for name, function in environment.tests.items():
-        environment.tests[name] = _charged_test(function)
+    tests: dict[str, Any] = environment.tests
+    for name, test in tests.items():
+        tests[name] = _charged_test(test)
     environment.globals.pop("lipsum")
     environment.globals["namespace"] = Namespace
     environment.globals["dict"] = lambda *args, **kwargs: dict(*environment.look(args), **kwargs)

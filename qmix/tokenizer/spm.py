@@ -19,7 +19,10 @@ ANCHOR = "\U0010FFFB"
 class SentencePieceVocabulary(Vocabulary):
     def __init__(self, path: Path, files: TokenizerFiles):
         self._model = model = _load(path)
-        self._pieces: list[str] = model.id_to_piece(list(range(model.get_piece_size())))
+        try:
+            self._pieces: list[str] = model.id_to_piece(list(range(model.get_piece_size())))
+        except UnicodeDecodeError as e:
+            raise ModelFileError(f"{path}: a piece is not UTF-8 ({e.reason})", FETCH) from None
         silent = {i for i in range(len(self._pieces)) if model.IsControl(i)}
         markers = {self._pieces[i]: i for i in silent}
         for i, text in enumerate(self._pieces):

@@ -10,7 +10,8 @@ from typing import Any
 
 NUMBERS = (0, 1, -1, 2, 7, 255, 2**15, 2**31, 2**32 - 1, 2**53, 2**63 - 1, 2**63, 2**64 - 1, 2**64, -2**63, 10**9,
            10**30, 10**400, 0.5, -0.0, 1e308, float("inf"), float("-inf"), float("nan"))
-TEXTS = ("", "x", "\0", "\x1b[2J", "../../x", "/etc/passwd", "a\nb", "\ud800", "é" * 9, "9" * 50, "x" * 5000, "true", "nan")
+TEXTS = ("", "x", "\0", "\x1b[2J", "../../x", "/etc/passwd", "a\nb", "\ud800", "é" * 9, "9" * 50, "x" * 5000, "true",
+         "nan")
 CONTAINERS = ([], {}, [[]], [None], {"": None}, [0] * 300, [[[[[[]]]]]], {"a": {"a": {"a": 1}}})
 VALUES = (None, True, False, *NUMBERS, *TEXTS, *CONTAINERS)
 BOUNDARIES = ("B", "<H", "<I", "<Q")
@@ -56,7 +57,8 @@ def mutate_json(value: Any, dice: random.Random) -> Any:
         if kind == 0:
             del owner[key]
         elif kind == 1 and isinstance(owner, dict):
-            owner[dice.choice(TEXTS) if dice.random() < 0.5 else dice.choice(list(owner))] = owner.pop(key)
+            other = dice.choice(TEXTS) if dice.random() < 0.5 else dice.choice(list(owner))
+            owner[other] = owner.pop(key)
         elif kind == 2:
             owner[key] = copy.deepcopy(dice.choice([o[k] for o, k in places]))
         elif kind == 3:
@@ -107,17 +109,23 @@ def mutate_safetensors(raw: bytes, dice: random.Random) -> bytes:
 
 # --- chat templates ---
 
-ATOMS = ("messages", "messages[0].content", "'ab'", "x", "ns.x", "ns", "9", "9999999999", "2 ** 60", "0.5", "none", "true",
-         "[1, [2]]", "{'a': [1]}", "(1, 2)", "range(9999)", "'%9s{0:>9}'", "bos_token", "namespace", "loop", "tools", "''",
+ATOMS = ("messages", "messages[0].content", "'ab'", "x", "ns.x", "ns", "9", "9999999999", "2 ** 60", "0.5", "none",
+         "true",
+         "[1, [2]]", "{'a': [1]}", "(1, 2)", "range(9999)", "'%9s{0:>9}'", "bos_token", "namespace", "loop", "tools",
+         "''",
          "'\\t\\n' * 999", "dict(a=1)", "raise_exception", "self", "cycler(1, 2)", "joiner('x')", "messages.__class__")
 FILTERS = ("abs", "attr", "batch", "capitalize", "center", "default", "dictsort", "escape", "filesizeformat", "first",
-           "float", "format", "groupby", "indent", "int", "items", "join", "last", "length", "list", "lower", "map", "max",
+           "float", "format", "groupby", "indent", "int", "items", "join", "last", "length", "list", "lower", "map",
+           "max",
            "min", "pprint", "reject", "replace", "reverse", "round", "safe", "select", "selectattr", "slice", "sort",
-           "string", "striptags", "sum", "title", "tojson", "trim", "truncate", "unique", "upper", "urlencode", "urlize",
+           "string", "striptags", "sum", "title", "tojson", "trim", "truncate", "unique", "upper", "urlencode",
+           "urlize",
            "wordcount", "wordwrap", "xmlattr")
-METHODS = ("center", "count", "encode", "endswith", "expandtabs", "find", "format", "format_map", "get", "index", "items",
+METHODS = ("center", "count", "encode", "endswith", "expandtabs", "find", "format", "format_map", "get", "index",
+           "items",
            "join", "keys", "ljust", "lower", "lstrip", "maketrans", "partition", "replace", "rjust", "rsplit", "split",
-           "splitlines", "strip", "swapcase", "title", "translate", "update", "upper", "values", "zfill", "append", "pop",
+           "splitlines", "strip", "swapcase", "title", "translate", "update", "upper", "values", "zfill", "append",
+           "pop",
            "to_bytes", "bit_length", "hex", "copy", "next", "reset", "__class__", "casefold", "removeprefix")
 OPERATORS = ("+", "-", "*", "/", "//", "%", "**", "~", "==", "<", "in", "not in", "and", "or", "if x else")
 
@@ -142,7 +150,8 @@ def expression(dice: random.Random, depth: int = 0) -> str:
 
 def template(dice: random.Random) -> str:
     """A program in the templates' language that a stranger might have written."""
-    parts = ["{% set x = ", dice.choice(("'ab'", "'a' * 4000000", "messages[0].content * 20", "[0] * 99999", "3 ** 50")),
+    parts = ["{% set x = ", dice.choice(("'ab'", "'a' * 4000000", "messages[0].content * 20", "[0] * 99999",
+    "3 ** 50")),
              " %}{% set ns = namespace(x=x) %}"]
     for _ in range(dice.randrange(1, 5)):
         one = expression(dice)
@@ -151,7 +160,8 @@ def template(dice: random.Random) -> str:
             f"{{% for m in {one} %}}{{% set ns.x = {expression(dice)} %}}{{{{ m }}}}{{% endfor %}}",
             f"{{% for i in range(9999) %}}{{% set ns.x = [ns.x, {expression(dice, 2)}] %}}{{% endfor %}}",
             f"{{% macro f(a) %}}{{{{ {one} }}}}{{{{ a }}}}{{% endmacro %}}{{{{ f({expression(dice, 3)}) }}}}",
-            f"{{% set y %}}{{{{ {one} }}}}{{% endset %}}{{{{ y ~ y }}}}", f"{{% if {one} %}}a{{% else %}}b{{% endif %}}",
+            f"{{% set y %}}{{{{ {one} }}}}{{% endset %}}{{{{ y ~ y }}}}",
+            f"{{% if {one} %}}a{{% else %}}b{{% endif %}}",
             f"{{% filter {dice.choice(FILTERS)} %}}{{{{ {one} }}}}{{% endfilter %}}")))
     source = "".join(parts)
     return mutate_bytes(source.encode(), dice).decode("utf-8", "replace") if dice.random() < 0.1 else source
