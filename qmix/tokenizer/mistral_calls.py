@@ -89,11 +89,12 @@ class MistralParser:
         held = self._held.lstrip()
         try:
             values, end = DECODER.raw_decode(held)
-            calls = [_call(value) for value in values]
+            calls = [_call(value) for value in values] if isinstance(values, list) else []
         except (ValueError, TypeError, KeyError, RecursionError):
             return []
-        self.calls += calls
-        self._held = held[end:]
+        if calls:
+            self.calls += calls
+            self._held = held[end:]
         return [Part(f"{CALL}{call.name} {call.arguments}", "call") for call in calls]
 
 
