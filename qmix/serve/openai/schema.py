@@ -12,6 +12,7 @@ Positive = Annotated[int, Field(ge=1)]
 Tokens = Annotated[int, Field(ge=-1)] | None  # -1: until the context is full
 Choices = Annotated[int, Field(ge=1, le=128)] | None
 Number = Annotated[float, Field(allow_inf_nan=False)]
+Penalty = Annotated[Number, Field(ge=0.01, le=100)]  # a smaller one would make logits infinite
 
 
 class StreamOptions(Schema):
@@ -29,8 +30,8 @@ class Sampling(Schema):
     top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
-    repeat_penalty: Annotated[Number, Field(gt=0, le=100)] | None = None
-    repetition_penalty: Annotated[Number, Field(gt=0, le=100)] | None = None
+    repeat_penalty: Penalty | None = None
+    repetition_penalty: Penalty | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None = None
