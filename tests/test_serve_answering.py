@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tokenizer_files import demo_folder
 from tokenizer_harmony import harmony
 
 from qmix.serve.answering import Answering, Asked
+from qmix.serve.arguments import arguments_object
 from qmix.serve.engine_thread import EngineThread, Job, NotReady, Options
 from qmix.serve.events import Called, Ended, Event, Failed, Finished
 from qmix.serve.request import Generation
@@ -106,3 +108,37 @@ def test_a_job_that_is_cancelled_between_two_choices_fails(demo: Tokenizer) -> N
         pass
     engine.stop()
     assert engine.join(30) and isinstance(events[-1], Failed) and isinstance(events[-1].error, NotReady)
+
+
+@pytest.mark.parametrize("arguments", ['{"a": "\\ud800"}', '{"a": 1e999}', '{"a": NaN}', "[1]", "{",
+                                       '{"a":' * 99 + "1" + "}" * 99])
+def test_arguments_that_no_client_can_read_stand_under_one_key(arguments: str, tmp_path: Path) -> None:
+    assert arguments_object(arguments) == {"arguments": arguments}
+    tokenizer = load(FAMILIES["qwen3"].folder(tmp_path))
+    call = "<tool_call>\n" + json.dumps({"name": "f", "arguments": arguments}) + "\n</tool_call>"
+    function = {"name": "f", "parameters": {"type": "object"}}
+    with serving(lambda: ScriptedEngine(tokenizer, says(tokenizer, call))) as running:
+        for stream in (False, True):
+            got = httpx.post(running.url + "/v1/messages", json={
+                **ASK, "model": "demo", "max_tokens": 9999, "stream": stream,
+                "tools": [{"name": "f", "input_schema": {"type": "object"}}]})
+            assert got.status_code == 200 and "error" not in got.text and "tool_use" in got.text
+            got = httpx.post(running.url + "/api/chat", json={
+                **ASK, "model": "demo", "stream": stream, "tools": [{"type": "function", "function": function}]})
+            assert got.status_code == 200 and "error" not in got.text
+            calls = json.loads(got.text.splitlines()[0])["message"]["tool_calls"]
+            assert calls[0]["function"]["arguments"] == {"arguments": arguments}
+            got = httpx.post(running.url + "/v1/responses", json={
+                "input": "Hi", "stream": stream, "tools": [{"type": "custom", "name": "f"}]})
+            assert got.status_code == 200 and "failed" not in got.text and "custom_tool_call" in got.text
+        back = [*ASK["messages"], {"role": "assistant", "tool_calls": [
+            {"id": "1", "function": {"name": "f", "arguments": arguments}}]}, {"role": "tool", "content": "r"}]
+        assert httpx.post(running.url + CHAT, json={"messages": back}).status_code == 200
+
+
+def test_a_line_is_a_line_for_every_client(demo: Tokenizer) -> None:
+    """httpx, and so ollama's client, takes U+2028 and others for the end of one."""
+    text = "a\u2028b\u2029c\x85d\u00e9"
+    with serving(lambda: ScriptedEngine(demo, says(demo, text))) as running:
+        got = httpx.post(running.url + "/api/chat", json={**ASK, "model": "demo"})
+        assert "".join(json.loads(line)["message"]["content"] for line in got.text.splitlines()) == text

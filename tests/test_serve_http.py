@@ -66,7 +66,8 @@ def text_of(stream: str) -> str:
     (b"", 400, "invalid_json"), (b"{", 400, "invalid_json"), (b"[]", 400, "invalid_type"), (b"3", 400, "invalid_type"),
     (b"\xff", 400, "invalid_json"), (b'{"messages": ' + b"[" * 50_000, 400, "invalid_json"),
     (b'{"messages": ' + b"[" * 100 + b"]" * 100 + b"}", 400, "invalid_json"),
-    (b'{"temperature": NaN}', 400, "invalid_json"), (b'{"a": "\\ud800"}', 400, "invalid_json"),
+    (b'{"temperature": NaN}', 400, "invalid_json"),
+    (b'{"metadata": {"a": 1e999}}', 400, "invalid_json"), (b'{"a": "\\ud800"}', 400, "invalid_json"),
     (b'{"messages": "x"}', 400, "invalid_value"), (b'{"messages": [3]}', 400, "invalid_value"),
     (b'{"messages": [{"role": "user", "content": {}}]}', 400, "invalid_value"),
     (b" " * 100_001, 413, "request_too_large"),
@@ -271,6 +272,21 @@ def test_until_the_model_is_there_all_is_503(engine: ScriptedEngine) -> None:
             loaded.set()
         running.until(lambda: httpx.get(running.url + "/health").status_code == 200)
         assert httpx.post(running.url + CHAT, json=ASK).status_code == 200
+
+
+def test_a_stop_while_the_model_is_loaded_does_not_wait_for_it(engine: ScriptedEngine) -> None:
+    loaded = threading.Event()
+
+    def slowly() -> ScriptedEngine:
+        loaded.wait()
+        return engine
+
+    with serving(slowly, ready=False) as running:
+        try:
+            running.stop()
+            assert not running.errors and not loaded.is_set()
+        finally:
+            loaded.set()
 
 
 def test_a_model_that_does_not_load_ends_the_server() -> None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qmix import render
 from qmix.config import Cancel
-from qmix.errors import QmixError
+from qmix.errors import QmixError, UsageError
 from qmix.serve.answering import Answering, Asked
 from qmix.serve.events import Event, Failed, Finished
 from qmix.serve.fair_queue import FairQueue, Full
@@ -165,6 +165,8 @@ class EngineThread:
                 job.emit(Finished())
                 faults = 0
             except QmixError as e:
+                if not isinstance(e, UsageError | NotReady):
+                    render.say(f"a request failed: {e}")
                 job.emit(Failed(e))
                 faults = 0
             except BaseException as e:

@@ -64,7 +64,7 @@ class Guard:
         if self._options.hosts and _host_name(host) not in self._options.hosts:
             return 403, "host_not_allowed", f"the Host header is {host!r:.100}, which this server does not go by"
         origin = headers.get("origin")
-        if origin is not None and origin not in self._options.origins and urlsplit(origin).netloc != host:
+        if origin is not None and not {origin, "*"} & {*self._options.origins} and _netloc(origin) != host:
             return 403, "origin_not_allowed", f"pages of {origin!r:.100} may not use this server; --cors allows them"
         wanted = self._keys and scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS"
         if wanted and not self._has_key(headers):
@@ -82,8 +82,16 @@ class Guard:
         given = [bearer.strip()] if scheme.lower() == "bearer" else []
         given += [value for value in (headers.get("x-api-key"),) if value is not None]
         # All of them are compared, so that the time says nothing of which one fits.
-        found = [hmac.compare_digest(key, value.encode()) for key in self._keys for value in given]
+        found = [hmac.compare_digest(key, value.encode("latin-1")) for key in self._keys for value in given]
         return any(found)
+
+
+def _netloc(origin: str) -> str | None:
+    """None for what is no address."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
 
 
 def _host_name(host: str) -> str:

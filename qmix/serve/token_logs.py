@@ -1,5 +1,5 @@
-"""Which sampled tokens say an answer's text: those of its reasoning, of headers and marks, and of a stop string are left
-out of its log probabilities."""
+"""Which sampled tokens say an answer's text: those of its reasoning, of headers and marks, and of a stop string are
+left out of its log probabilities."""
 
 from __future__ import annotations
 

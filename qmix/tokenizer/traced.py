@@ -16,6 +16,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, SupportsIndex
 
+from qmix.errors import PromptTooLong
+
 TEMPLATE, UNKNOWN = "\0", "\1"
 FIRST = 2  # the source of message 0
 PROBE = 0xF0000  # private use, plane 15: stands for a character of a source while an operation is probed
@@ -23,7 +25,9 @@ PROBES = range(PROBE, PROBE + 0xFFFE)
 
 
 def source(message: int) -> str:
-    """The source that stands for message number `message`."""
+    """The source that stands for message number `message`; PromptTooLong where there are more than sources."""
+    if message >= PROBES[-1] - PROBE - FIRST:
+        raise PromptTooLong(f"a conversation of more than {message} messages", "leave the oldest ones out")
     return chr(FIRST + message)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from qmix.serve.body import Schema
-from qmix.serve.openai.schema import Number
+from qmix.serve.openai.schema import Number, Stops
 
 
 class AnthropicMessage(Schema):
@@ -85,7 +85,7 @@ class CountRequest(Schema):
 class MessagesRequest(CountRequest):
     max_tokens: Annotated[int, Field(ge=1)]
     stream: bool | None = None
-    stop_sequences: list[str] | None = None
+    stop_sequences: Stops | None = None
     temperature: Annotated[Number, Field(ge=0, le=1)] | None = None
     top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from qmix.serve.body import Schema
-from qmix.serve.openai.schema import Number, Penalty, Tool
+from qmix.serve.openai.schema import Number, Penalty, Stop, Stops, Tool
 
 
 class Options(Schema):
@@ -22,7 +22,7 @@ class Options(Schema):
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: Stop | Stops | None = None
 
     num_ctx: Any = None
     num_keep: Any = None

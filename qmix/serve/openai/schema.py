@@ -8,11 +8,14 @@ from pydantic import Field
 
 from qmix.serve.body import Schema
 
+MOST_CHOICES = 64  # answers of one request: the next one waits for all of them
 Positive = Annotated[int, Field(ge=1)]
 Tokens = Annotated[int, Field(ge=-1)] | None  # -1: until the context is full
-Choices = Annotated[int, Field(ge=1, le=128)] | None
+Choices = Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Penalty = Annotated[Number, Field(ge=0.01, le=100)]  # a smaller one would make logits infinite
+Stop = Annotated[str, Field(max_length=1000)]  # each token is searched for all of them
+Stops = Annotated[list[Stop], Field(max_length=32)]
 
 
 class StreamOptions(Schema):
@@ -36,7 +39,7 @@ class Sampling(Schema):
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: Stop | Stops | None = None
     n: Choices = None
 
 
