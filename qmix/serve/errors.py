@@ -10,7 +10,7 @@ from qmix.serve.body import BadRequest
 from qmix.serve.engine_thread import Busy, NotReady
 
 FAULT = "a fault in qmix; the server's output has the details"  # paths and the like are nobody else's business
-TOO_LONG = re.compile(r"the prompt has (\d+) tokens, the context holds (\d+)")
+TOO_LONG = re.compile(r"the prompt has (?:at least )?(\d+) tokens, the context holds (\d+)")
 RETRY_AFTER = 2  # seconds, where the server is busy or not ready
 ANTHROPIC = "/v1/messages"
 OLLAMA = "/api/"
@@ -52,7 +52,9 @@ def _line(error: QmixError) -> str:
 def body_of(path: str, problem: Problem) -> dict[str, Any]:
     """In the form of the API that `path` belongs to."""
     if path.startswith(ANTHROPIC):
-        message = TOO_LONG.sub(r"prompt is too long: \1 tokens > \2 maximum", problem.message)  # as clients look for it
+        message = problem.message
+        if problem.code == "context_length_exceeded":  # clients look for just these words
+            message = "prompt is too long: " + TOO_LONG.sub(r"\1 tokens > \2 maximum", message)
         return {"type": "error", "error": {"type": _anthropic_type(problem.status), "message": message}}
     if path.startswith(OLLAMA):
         return {"error": problem.message}

@@ -13,6 +13,7 @@ that cannot be followed gives UNKNOWN, never TEMPLATE: what is not known to be t
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, SupportsIndex
 
@@ -26,7 +27,7 @@ PROBES = range(PROBE, PROBE + 0xFFFE)
 
 def source(message: int) -> str:
     """The source that stands for message number `message`; PromptTooLong where there are more than sources."""
-    if message >= PROBES[-1] - PROBE - FIRST:
+    if message > sys.maxunicode - FIRST:
         raise PromptTooLong(f"a conversation of more than {message} messages", "leave the oldest ones out")
     return chr(FIRST + message)
 

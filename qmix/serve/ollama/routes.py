@@ -23,18 +23,18 @@ from qmix.serve.service import Service
 router = APIRouter()
 
 
-@router.get("/")
+@router.api_route("/", methods=["GET", "HEAD"])
 async def root() -> Response:
     """Clients look here whether there is a server."""
     return PlainTextResponse("qmix is running")
 
 
-@router.get("/api/version")
+@router.api_route("/api/version", methods=["GET", "HEAD"])
 async def version() -> Response:
     return JSONResponse({"version": __version__})
 
 
-@router.get("/api/tags")
+@router.api_route("/api/tags", methods=["GET", "HEAD"])
 async def tags(request: Request) -> Response:
     """The served model, under each of its names."""
     service, _ = state_of(request)

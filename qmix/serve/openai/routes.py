@@ -46,7 +46,7 @@ async def completions(request: Request) -> Response:
                   service.options.ping)
 
 
-@router.get("/v1/models")
+@router.api_route("/v1/models", methods=["GET", "HEAD"])
 async def models(request: Request) -> Response:
     """The served model, under each of its names."""
     service, _ = state_of(request)

@@ -14,6 +14,7 @@ Tokens = Annotated[int, Field(ge=-1)] | None  # -1: until the context is full
 Choices = Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Penalty = Annotated[Number, Field(ge=0.01, le=100)]  # a smaller one would make logits infinite
+Blocks = Annotated[list[dict[str, Any]], Field(max_length=10_000)]
 Stop = Annotated[str, Field(max_length=1000)]  # each token is searched for all of them
 Stops = Annotated[list[Stop], Field(max_length=32)]
 
@@ -73,7 +74,7 @@ class ChatMessage(Schema):
     function_call and cache_control: accepted without effect where they are null, name and cache_control always."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[dict[str, Any]] | None = None
+    content: str | Blocks | None = None
     name: str | None = None
     tool_calls: list[ToolCallMessage] | None = None
     tool_call_id: str | None = None

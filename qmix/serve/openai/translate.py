@@ -45,7 +45,7 @@ def chat_generation(body: ChatRequest, defaults: SamplingParams, tokenizer: Toke
 def completion_generation(body: CompletionRequest, defaults: SamplingParams) -> Generation:
     texts = _texts(body.prompt)
     if len(texts) * (body.n or 1) > MOST_CHOICES:
-        raise BadRequest(f"prompt: got {len(texts)} with n {body.n or 1}, want at most {MOST_CHOICES} answers", "prompt")
+        raise BadRequest(f"prompt: got {len(texts)} with n {body.n}, want at most {MOST_CHOICES} answers", "prompt")
     return Generation(texts=texts, params=sampling(body, defaults, body.max_tokens),
                       choices=body.n or 1, top_logprobs=body.logprobs,
                       format=format_of(body.response_format, body.grammar))
