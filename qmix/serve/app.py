@@ -36,7 +36,8 @@ def make_app(service: Service, defaults: SamplingParams) -> ASGIApp:
     app.state.service, app.state.defaults, app.state.responses = service, defaults, ResponseStore()
     for router in (openai_router, responses_router, anthropic_router, ollama_router):
         app.include_router(router)
-    app.add_api_route("/health", _health, methods=["GET", "HEAD"])
+    app.add_api_route("/health", _health, methods=["GET"])
+    app.add_api_route("/health", _health, methods=["HEAD"], include_in_schema=False)
     app.add_api_route("/metrics", _metrics, methods=["GET"])
     app.add_api_route("/v1/stats", _stats, methods=["GET"])
     for kind in (BadRequest, QmixError, HTTPException, Exception):

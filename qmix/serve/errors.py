@@ -54,7 +54,7 @@ def body_of(path: str, problem: Problem) -> dict[str, Any]:
     if path.startswith(ANTHROPIC):
         message = problem.message
         if problem.code == "context_length_exceeded":  # clients look for just these words
-            message = "prompt is too long: " + TOO_LONG.sub(r"\1 tokens > \2 maximum", message)
+            message = "prompt is too long: " + TOO_LONG.sub(r"\1 tokens > \2 maximum, the context", message)
         return {"type": "error", "error": {"type": _anthropic_type(problem.status), "message": message}}
     if path.startswith(OLLAMA):
         return {"error": problem.message}

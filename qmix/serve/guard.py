@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qmix.serve.service import ServerOptions
 
-OPEN_PATHS = ("/health", "/ping")
+OPEN_PATHS = ("/health",)
 BODIES = 8  # of the largest size that may be in memory together
 SLOWEST = 60.0  # seconds between two pieces of a body
 Refusal = Callable[[Scope, int, str, str], Response]  # path, status, code, message -> a body in the API's own form

@@ -263,8 +263,9 @@ def _environment(now: Callable[[], datetime]) -> Any:
     environment.filters["join"] = utils.pass_environment(join)
     for name, function in environment.filters.items():
         environment.filters[name] = _charged(name, function)
-    for name, function in environment.tests.items():
-        environment.tests[name] = _charged_test(function)
+    tests: dict[str, Any] = dict(environment.tests)
+    for name, test in tests.items():
+        environment.tests[name] = _charged_test(test)
     environment.globals.pop("lipsum")
     environment.globals["namespace"] = Namespace
     environment.globals["dict"] = lambda *args, **kwargs: dict(*environment.look(args), **kwargs)

@@ -23,18 +23,21 @@ from qmix.serve.service import Service
 router = APIRouter()
 
 
-@router.api_route("/", methods=["GET", "HEAD"])
+@router.head("/", include_in_schema=False)
+@router.get("/")
 async def root() -> Response:
     """Clients look here whether there is a server."""
     return PlainTextResponse("qmix is running")
 
 
-@router.api_route("/api/version", methods=["GET", "HEAD"])
+@router.head("/api/version", include_in_schema=False)
+@router.get("/api/version")
 async def version() -> Response:
     return JSONResponse({"version": __version__})
 
 
-@router.api_route("/api/tags", methods=["GET", "HEAD"])
+@router.head("/api/tags", include_in_schema=False)
+@router.get("/api/tags")
 async def tags(request: Request) -> Response:
     """The served model, under each of its names."""
     service, _ = state_of(request)

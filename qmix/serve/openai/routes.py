@@ -46,7 +46,8 @@ async def completions(request: Request) -> Response:
                   service.options.ping)
 
 
-@router.api_route("/v1/models", methods=["GET", "HEAD"])
+@router.head("/v1/models", include_in_schema=False)
+@router.get("/v1/models")
 async def models(request: Request) -> Response:
     """The served model, under each of its names."""
     service, _ = state_of(request)
