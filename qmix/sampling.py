@@ -47,11 +47,14 @@ class Constraint(Protocol):
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Divide positive logits of seen ids by `penalty`, multiply negative ones (Keskar et al. 2019, CTRL,
     section 4.1, in the form that leaves the sign alone). logits [V] fp32, seen [S] int64 without
-    repeats -> [V] fp32."""
+    repeats -> [V] fp32. UsageError where the penalty is so small that a logit becomes infinite."""
     if penalty == 1 or seen.numel() == 0:
         return logits
     chosen = logits[seen]
-    return logits.scatter(0, seen, torch.where(chosen > 0, chosen / penalty, chosen * penalty))
+    changed = torch.where(chosen > 0, chosen / penalty, chosen * penalty)
+    if not torch.isfinite(changed).all():
+        raise UsageError(f"repeat_penalty: got {penalty}, which makes a logit infinite", "give one nearer to 1")
+    return logits.scatter(0, seen, changed)
 
 
 def constrain(logits: Tensor, allowed: Tensor) -> Tensor:

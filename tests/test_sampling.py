@@ -119,6 +119,12 @@ def test_the_penalty_is_that_of_ctrl(values: list[float], seen: set[int], penalt
     assert logits.tolist() == torch.tensor(values).tolist()  # the argument is left alone
 
 
+@pytest.mark.parametrize("penalty", [1e-300, 1e-40])
+def test_a_penalty_that_makes_a_logit_infinite_is_refused(penalty: float) -> None:
+    with pytest.raises(UsageError, match="repeat_penalty"):
+        Sampler(params(temperature=1.0, repeat_penalty=penalty), history=[0]).choose(torch.tensor([3.0, 2.0]))
+
+
 def test_the_penalty_counts_prompt_and_answer_once_each() -> None:
     logits = torch.tensor([3.0, 2.9, 2.8, -1.0])
     sampler = Sampler(params(temperature=0, repeat_penalty=1.1), history=[0, 0, 0])

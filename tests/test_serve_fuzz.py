@@ -22,7 +22,9 @@ CHAT: dict[str, Any] = {
             {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
         {"role": "tool", "tool_call_id": "1", "content": "r"}],
     "max_tokens": 2, "n": 1, "stop": ["z"], "tools": [TOOL], "tool_choice": "auto", "logit_bias": {"1": 1},
-    "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}, "stream": False}
+    "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}, "stream": False,
+    "temperature": 1.0, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "repeat_penalty": 1.1, "repetition_penalty": 1.1,
+    "frequency_penalty": 0.5, "presence_penalty": 0.5, "seed": 1, "top_logprobs": 2, "logprobs": True}
 MESSAGES: dict[str, Any] = {
     "model": "demo", "max_tokens": 2, "system": [{"type": "text", "text": "s"}], "messages": [
         {"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {}}]},
@@ -30,7 +32,8 @@ MESSAGES: dict[str, Any] = {
                                           {"type": "tool_use", "id": "1", "name": "f", "input": {}}]},
         {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1", "content": "r", "is_error": False}]}],
     "tools": [{"name": "f", "description": "d", "input_schema": {"type": "object"}}], "tool_choice": {"type": "auto"},
-    "thinking": {"type": "enabled", "budget_tokens": 1}}
+    "thinking": {"type": "enabled", "budget_tokens": 1}, "temperature": 1.0, "top_p": 0.9, "top_k": 5,
+    "stop_sequences": ["z"]}
 RESPONSES: dict[str, Any] = {
     "model": "demo", "max_output_tokens": 2, "instructions": "s", "input": [
         {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "x"}]},
@@ -41,18 +44,21 @@ RESPONSES: dict[str, Any] = {
         {"type": "custom_tool_call_output", "call_id": "2", "output": [{"type": "input_text", "text": "r"}]}],
     "tools": [{"type": "function", "name": "f", "parameters": {"type": "object"}}, {"type": "custom", "name": "g"}],
     "tool_choice": {"type": "function", "name": "f"}, "text": {"format": {"type": "text"}},
-    "reasoning": {"effort": "low"}}
+    "reasoning": {"effort": "low"}, "temperature": 1.0, "top_p": 0.9}
 OLLAMA: dict[str, Any] = {
-    "model": "demo", "stream": False, "think": True, "format": {"type": "object"}, "options": {"num_predict": 2},
+    "model": "demo", "stream": False, "think": True, "format": {"type": "object"}, "options": {
+        "num_predict": 2, "temperature": 1.0, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "repeat_penalty": 1.1,
+        "presence_penalty": 0.5, "frequency_penalty": 0.5, "seed": 1, "stop": ["z"]},
     "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [
         {"function": {"name": "f", "arguments": {}}}]}, {"role": "tool", "tool_name": "f", "content": "r"}],
     "tools": [TOOL]}
 BODIES = {"/v1/chat/completions": CHAT, "/v1/messages": MESSAGES, "/v1/messages/count_tokens": {
-    key: value for key, value in MESSAGES.items() if key != "max_tokens"}, "/v1/responses": RESPONSES,
+    key: value for key, value in MESSAGES.items()
+    if key not in ("max_tokens", "temperature", "top_p", "top_k", "stop_sequences")}, "/v1/responses": RESPONSES,
     "/api/chat": OLLAMA, "/v1/completions": {"model": "demo", "prompt": "x", "max_tokens": 2, "logprobs": 1},
     "/api/generate": {"model": "demo", "prompt": "x", "stream": False, "options": {"num_predict": 2}}}
 JSON = st.recursive(st.none() | st.booleans() | st.integers(-2**70, 2**70) | st.floats(
-    allow_nan=False, allow_infinity=False) | st.text(max_size=4) | st.sampled_from(
+    allow_nan=False, allow_infinity=False) | st.floats(0, 100) | st.text(max_size=4) | st.sampled_from(
         ("auto", "required", "text", "function", "demo", "user", "assistant", "tool", "low")),
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(
         st.sampled_from(("type", "text", "name", "role", "content", "function", "format", "schema", "id")), inner,

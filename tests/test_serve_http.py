@@ -66,7 +66,8 @@ def text_of(stream: str) -> str:
     (b"", 400, "invalid_json"), (b"{", 400, "invalid_json"), (b"[]", 400, "invalid_type"), (b"3", 400, "invalid_type"),
     (b"\xff", 400, "invalid_json"), (b'{"messages": ' + b"[" * 50_000, 400, "invalid_json"),
     (b'{"messages": ' + b"[" * 100 + b"]" * 100 + b"}", 400, "invalid_json"),
-    (b'{"temperature": NaN}', 400, "invalid_json"), (b'{"a": "\\ud800"}', 400, "invalid_json"),
+    (b'{"temperature": NaN}', 400, "invalid_json"),
+    (b'{"metadata": {"a": 1e999}}', 400, "invalid_json"), (b'{"a": "\\ud800"}', 400, "invalid_json"),
     (b'{"messages": "x"}', 400, "invalid_value"), (b'{"messages": [3]}', 400, "invalid_value"),
     (b'{"messages": [{"role": "user", "content": {}}]}', 400, "invalid_value"),
     (b" " * 100_001, 413, "request_too_large"),
@@ -241,6 +242,14 @@ def found_tokens(running: Running) -> int:
     return httpx.post(running.url + CHAT, json=ASK).json()["usage"]["completion_tokens"]
 
 
+@pytest.mark.parametrize("penalty", [1e-300, 1e-40, 0.001])
+def test_a_penalty_that_makes_logits_infinite_is_refused(running: Running, penalty: float) -> None:
+    body = {**ASK, "repeat_penalty": penalty, "temperature": 1}
+    assert httpx.post(running.url + CHAT, json=body).status_code == 400
+    body = {"model": "demo", "prompt": "x", "options": {"repeat_penalty": penalty}}
+    assert httpx.post(running.url + "/api/generate", json=body).status_code == 400
+
+
 # ---- loading and ending
 
 def test_until_the_model_is_there_all_is_503(engine: ScriptedEngine) -> None:
@@ -265,6 +274,21 @@ def test_until_the_model_is_there_all_is_503(engine: ScriptedEngine) -> None:
         assert httpx.post(running.url + CHAT, json=ASK).status_code == 200
 
 
+def test_a_stop_while_the_model_is_loaded_does_not_wait_for_it(engine: ScriptedEngine) -> None:
+    loaded = threading.Event()
+
+    def slowly() -> ScriptedEngine:
+        loaded.wait()
+        return engine
+
+    with serving(slowly, ready=False) as running:
+        try:
+            running.stop()
+            assert not running.errors and not loaded.is_set()
+        finally:
+            loaded.set()
+
+
 def test_a_model_that_does_not_load_ends_the_server() -> None:
     def broken() -> ScriptedEngine:
         raise DoesNotFit("too large")
@@ -274,15 +298,22 @@ def test_a_model_that_does_not_load_ends_the_server() -> None:
         assert isinstance(running.errors[0], DoesNotFit)
 
 
-def test_a_fault_in_the_engine_is_told_and_ends_the_server(engine: ScriptedEngine) -> None:
-    def fault(ids: Any) -> list[int]:
-        raise ZeroDivisionError
+def test_a_fault_in_the_engine_fails_one_request_and_several_end_the_server(
+        engine: ScriptedEngine, capsys: pytest.CaptureFixture[str]) -> None:
+    good, left = engine.script, [True, True, False, True, True, True]
 
-    engine.script = fault
+    def script(ids: Any) -> Any:
+        if left.pop(0):
+            raise ZeroDivisionError("/an/inner/path")
+        return good(ids)
+
+    engine.script = script
     with serving(lambda: engine) as running:
-        got = httpx.post(running.url + CHAT, json=ASK)
-        assert got.status_code == 500 and "ZeroDivisionError" in got.json()["error"]["message"]
+        for status in (500, 500, 200, 500, 500, 500):
+            got = httpx.post(running.url + CHAT, json=ASK)
+            assert got.status_code == status and "/an/inner/path" not in got.text
         running.until(lambda: bool(running.errors))
+        assert "ZeroDivisionError: /an/inner/path" in capsys.readouterr().err
         assert isinstance(running.errors[0], ZeroDivisionError)
 
 

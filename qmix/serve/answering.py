@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -10,8 +10,10 @@ from qmix.config import Cancel, SamplingParams
 from qmix.generate import Token, generate
 from qmix.serve.events import Began, Called, Ended, Event, Piece, TokenLog
 from qmix.serve.grammar import GrammarConstraint
+from qmix.serve.token_logs import TokenLogs
 from qmix.tokenizer import AnswerParser, Part, Prompt, Tokenizer, divide
 from qmix.tokenizer.message import without_end
+from qmix.tokenizer.parts import Span
 
 if TYPE_CHECKING:
     from qmix.engine import Session
@@ -79,7 +81,9 @@ class Answering:
     asked: Asked
     remembered: tuple[str, tuple[int, ...]] | None = None
     _trimmer: Trimmer = field(default_factory=Trimmer)
-    _logs: list[TokenLog] = field(default_factory=list)  # of tokens whose text is not certain yet
+    _logs: TokenLogs | None = None  # where log probabilities are asked for
+    _said: int = 0  # characters of the marked text so far
+    _blank: int = 0  # of them, line breaks in front of the answer
     _calls: int = 0
 
     def answer(self, session: Session, cancel: Cancel, pace: Pace | None,
@@ -90,7 +94,11 @@ class Answering:
         broken = _Broken(cancel)
         if asked.constraint is not None and (parser is None or parser.answering):
             asked.constraint.begin()
-        cached = min(session.length, len(asked.prompt.ids) - 1)
+        if asked.top_logprobs is not None:
+            self._logs = TokenLogs(tokenizer, tokenizer.decoder(asked.raw, not asked.raw))
+        if session.length >= len(asked.prompt.ids):
+            session.trim(len(asked.prompt.ids) - 1)  # as generate does; a recurrent model may go back further
+        cached = session.length
         texts: list[str] = []
         last: Token | None = None
         for last in generate(session, asked.prompt.ids, asked.params, tokenizer, broken,
@@ -101,8 +109,10 @@ class Answering:
             if not texts:
                 yield Began(asked.choice, len(asked.prompt.ids), cached)
             texts.append(last.text)
-            self._log(last)
-            yield from self._said(last.text, parser)
+            self._said += len(last.text)
+            if self._logs is not None:
+                self._logs.push(last)
+            yield from self._told(last.text, parser)
             if asked.one_call and self._calls:
                 broken.set()  # the next record is the last, and costs no pass
         assert last is not None and last.summary is not None and last.finish_reason is not None
@@ -110,37 +120,49 @@ class Answering:
         timings = summary.timings
         if parser is not None:
             yield from self._parts(parser.finish(), parser)
-            parts = divide("".join(texts), without_end(summary.ids, tokenizer.eos_ids), tokenizer, asked.prompt)
+            text = "".join(texts)
+            parts = divide(text, without_end(summary.ids, tokenizer.eos_ids), tokenizer, asked.prompt)
             timings = replace(timings, thinking_tokens=parts.thinking_tokens)
+            if summary.stop is not None:  # the ids of the stop string are not the answer's
+                said = summary.answer_ids
+                parts = divide(text, None if said is None else without_end(said, tokenizer.eos_ids), tokenizer,
+                               asked.prompt)
             if parts.ids and not parts.calls:
                 self.remembered = (parts.answer, parts.ids)
         called = self._calls and last.finish_reason != "length" and not cancel
         yield Ended(asked.choice, "calls" if called else last.finish_reason, timings, summary.seed, summary.stop)
 
-    def _log(self, token: Token) -> None:
-        if token.logprob is None or token.id is None or token.id in self.tokenizer.eos_ids:
-            return
-        self._logs.append(TokenLog(self.tokenizer.piece(token.id).data, token.logprob, tuple(
-            (self.tokenizer.piece(token_id).data, value) for token_id, value in token.likeliest)))
-
-    def _said(self, text: str, parser: AnswerParser | None) -> Iterator[Event]:
+    def _told(self, text: str, parser: AnswerParser | None) -> Iterator[Event]:
         if parser is not None:
             yield from self._parts(parser.push(text), parser)
             if self.asked.constraint is not None and parser.answering:
                 self.asked.constraint.begin()
-        elif text or self._logs:
-            yield self._piece("answer", text)
+            return
+        piece = self._piece("answer", text, [(0, None)])
+        if text or piece.logs:
+            yield piece
 
     def _parts(self, parts: list[Part], parser: AnswerParser) -> Iterator[Event]:
         for part in parts:
-            if part.kind != "call" and (text := self._trimmer.push(part, parser.found)):
-                yield self._piece(part.kind, text)
-        for call in parser.calls[self._calls:]:
-            self._logs.clear()
+            if part.kind == "call":
+                continue
+            text = self._trimmer.push(part, parser.found)
+            if part.kind == "answer":
+                self._blank += len(part.text) - len(text)
+            if text:
+                yield self._piece(part.kind, text, [] if part.kind == "reasoning" else parser.answers)
+        calls = parser.calls[:1] if self.asked.one_call else parser.calls
+        for call in calls[self._calls:]:
+            if self._logs is not None:
+                self._logs.clear()
             yield Called(self.asked.choice, self._calls, call)
             self._calls += 1
 
-    def _piece(self, kind: Kind, text: str) -> Piece:
-        """With the logs of the tokens since the last one; the reasoning has none."""
-        logs, self._logs = tuple(self._logs), []
-        return Piece(self.asked.choice, kind, text, logs if kind == "answer" else ())
+    def _piece(self, kind: Kind, text: str, spans: Sequence[Span]) -> Piece:
+        """With the logs of the tokens since the last one that say something of the answer, which stands in `spans`; the
+        reasoning has none."""
+        logs: tuple[TokenLog, ...] = ()
+        if self._logs is not None and kind == "answer":
+            first = [(begin + self._blank, end) for begin, end in spans[:1]]
+            logs = self._logs.take([*first, *spans[1:]], self._said)
+        return Piece(self.asked.choice, kind, text, logs)

@@ -107,4 +107,5 @@ async def openai_events(path: str, chunks: AsyncIterator[dict[str, Any]]) -> Asy
 
 
 def dumps(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    """One line for any client: in ASCII, since some of them take U+2028 and the like for the end of a line."""
+    return json.dumps(value, separators=(",", ":"))

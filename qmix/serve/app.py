@@ -21,7 +21,7 @@ from qmix.serve.answers import GONE
 from qmix.serve.anthropic.routes import router as anthropic_router
 from qmix.serve.body import BadRequest
 from qmix.serve.errors import Problem, body_of, problem_of
-from qmix.serve.guard import Guard, TooLarge
+from qmix.serve.guard import BodyRefused, Guard
 from qmix.serve.ollama.routes import router as ollama_router
 from qmix.serve.openai.responses_routes import router as responses_router
 from qmix.serve.openai.responses_store import ResponseStore
@@ -37,6 +37,7 @@ def make_app(service: Service, defaults: SamplingParams) -> ASGIApp:
     for router in (openai_router, responses_router, anthropic_router, ollama_router):
         app.include_router(router)
     app.add_api_route("/health", _health, methods=["GET"])
+    app.add_api_route("/health", _health, methods=["HEAD"], include_in_schema=False)
     app.add_api_route("/metrics", _metrics, methods=["GET"])
     app.add_api_route("/v1/stats", _stats, methods=["GET"])
     for kind in (BadRequest, QmixError, HTTPException, Exception):
@@ -85,7 +86,7 @@ async def _stats(request: Request) -> Response:
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    if isinstance(error, TooLarge):
+    if isinstance(error, BodyRefused):
         raise error  # the guard's business
     if isinstance(error, HTTPException):
         problem = Problem(error.status_code, None, f"{request.method} {request.url.path}: {error.detail}")

@@ -33,15 +33,17 @@ class BadRequest(Exception):
 async def read(request: Request, schema: type[Model]) -> Model:
     """The body as that schema; BadRequest for what is none."""
     try:
-        value = json.loads(await request.body(), parse_constant=_refuse)
+        value = json.loads(await request.body(), parse_constant=refuse_constant)
     except (ValueError, RecursionError) as e:
         raise BadRequest(f"the body is not JSON: {e!s:.200}", code="invalid_json") from None
-    if _depth(value) > DEEPEST:
+    if depth(value) > DEEPEST:
         raise BadRequest(f"the body has more than {DEEPEST} levels", code="invalid_json")
     try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except ValueError:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:
         raise BadRequest("the body has half a character (a lone surrogate)", code="invalid_json") from None
+    except ValueError:
+        raise BadRequest("the body has a number that is too large", code="invalid_json") from None
     return check(value, schema)
 
 
@@ -71,11 +73,12 @@ def _place(parts: Iterable[int | str]) -> str:
         "-", "").isalnum() and part not in ("str", "int", "float", "bool")))
 
 
-def _refuse(word: str) -> Any:
+def refuse_constant(word: str) -> Any:
+    """For json.loads: ValueError for NaN and Infinity."""
     raise ValueError(f"{word} is no JSON")
 
 
-def _depth(value: Any) -> int:
+def depth(value: Any) -> int:
     """Levels of a value, counted without recursion: [[1]] -> 2."""
     deepest, level = 0, [value]
     while level:

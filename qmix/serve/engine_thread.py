@@ -5,7 +5,7 @@
     ready      stop()                         takes jobs, Busy where too many wait
     stopping   the job in hand has ended      NotReady
     stopped                                   NotReady
-    failed     (the model could not be loaded, or the thread met a fault)   NotReady
+    failed     (the model could not be loaded, or the thread met faults one after the other)   NotReady
 
 The engine belongs to this thread alone; others read `preparation` and `figures`, which are replaced whole.
 """
@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from qmix import render
 from qmix.config import Cancel
-from qmix.errors import QmixError
+from qmix.errors import QmixError, UsageError
 from qmix.serve.answering import Answering, Asked
 from qmix.serve.events import Event, Failed, Finished
 from qmix.serve.fair_queue import FairQueue, Full
@@ -32,11 +34,16 @@ if TYPE_CHECKING:
     from qmix.engine import Engine
 
 State = Literal["loading", "ready", "stopping", "stopped", "failed"]
+FAULTS = 3  # one after the other, after which the thread ends: the engine is of no use any more
 FIGURES_EVERY = 1.0  # seconds between two looks at the engine's figures
 
 
 class NotReady(QmixError):
     """The model is not loaded yet, or the server stops."""
+
+
+class Fault(QmixError):
+    """Something in qmix is wrong; what it is stands in the server's output."""
 
 
 class Busy(QmixError):
@@ -147,6 +154,8 @@ class EngineThread:
             self._said("failed")
 
     def _serve(self, engine: Engine, sessions: Sessions) -> None:
+        """A fault fails the job in hand and its session, and no other one, until FAULTS come one after the other."""
+        faults = 0
         while (job := self._queue.get()) is not None:
             if job.cancel:
                 continue
@@ -154,11 +163,19 @@ class EngineThread:
             try:
                 self._answer(engine, sessions, job)
                 job.emit(Finished())
+                faults = 0
             except QmixError as e:
+                if not isinstance(e, UsageError | NotReady):
+                    render.say(f"a request failed: {e}")
                 job.emit(Failed(e))
+                faults = 0
             except BaseException as e:
-                job.emit(Failed(QmixError(f"a fault in qmix: {type(e).__name__}: {e!s:.200}")))
-                raise
+                job.emit(Failed(Fault("a fault in qmix; the server's output has the details")))
+                faults += 1
+                if not isinstance(e, Exception) or isinstance(e, MemoryError) or faults == FAULTS:
+                    raise
+                render.say("".join(traceback.format_exception(e)).rstrip())
+                sessions.forget_last()
             finally:
                 self.running = None
                 self._look(engine, now=True)
@@ -167,7 +184,8 @@ class EngineThread:
         """All choices of all prompts of a job, one after the other."""
         prepared, generation = job.prepared, job.prepared.generation
         pace = engine.pace(self.options.draft)
-        for choice in range(len(prepared.prompts) * generation.choices):
+        choices = len(prepared.prompts) * generation.choices
+        for choice in range(choices):
             prompt = prepared.prompts[choice // generation.choices]
             params, nth = generation.params, choice % generation.choices
             if params.seed is not None and nth:
@@ -182,6 +200,8 @@ class EngineThread:
             if answering.remembered is not None:
                 self.remembered.add(*answering.remembered)
             if job.cancel:
+                if choice + 1 < choices:  # an answer of fewer choices than asked for is no whole one
+                    raise NotReady("the server stops", "the answer is not complete")
                 return
 
     def _look(self, engine: Engine, now: bool = False) -> None:

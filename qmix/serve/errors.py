@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 from qmix.errors import PromptTooLong, QmixError, UsageError
 from qmix.serve.body import BadRequest
 from qmix.serve.engine_thread import Busy, NotReady
 
+FAULT = "a fault in qmix; the server's output has the details"  # paths and the like are nobody else's business
+TOO_LONG = re.compile(r"the prompt has (?:at least )?(\d+) tokens, the context holds (\d+)")
 RETRY_AFTER = 2  # seconds, where the server is busy or not ready
 ANTHROPIC = "/v1/messages"
 OLLAMA = "/api/"
@@ -31,22 +34,28 @@ def problem_of(error: Exception) -> Problem:
     if isinstance(error, BadRequest):
         return Problem(error.status, error.code, error.message, error.param)
     if isinstance(error, Busy):
-        return Problem(429, "queue_full", str(error))
+        return Problem(429, "queue_full", _line(error))
     if isinstance(error, NotReady):
-        return Problem(503, "not_ready", str(error))
+        return Problem(503, "not_ready", _line(error))
     if isinstance(error, PromptTooLong):
-        return Problem(400, "context_length_exceeded", str(error), "messages")
+        return Problem(400, "context_length_exceeded", _line(error), "messages")
     if isinstance(error, UsageError):
-        return Problem(400, "invalid_request", str(error))
-    if isinstance(error, QmixError):
-        return Problem(500, "server_error", str(error))
-    return Problem(500, "server_error", "a fault in qmix; the server's output has the details")
+        return Problem(400, "invalid_request", _line(error))
+    return Problem(500, "server_error", FAULT)
+
+
+def _line(error: QmixError) -> str:
+    """What is wrong and the cure, in one line."""
+    return f"{error.message}; {error.cure}" if error.cure else error.message
 
 
 def body_of(path: str, problem: Problem) -> dict[str, Any]:
     """In the form of the API that `path` belongs to."""
     if path.startswith(ANTHROPIC):
-        return {"type": "error", "error": {"type": _anthropic_type(problem.status), "message": problem.message}}
+        message = problem.message
+        if problem.code == "context_length_exceeded":  # clients look for just these words
+            message = "prompt is too long: " + TOO_LONG.sub(r"\1 tokens > \2 maximum, the context", message)
+        return {"type": "error", "error": {"type": _anthropic_type(problem.status), "message": message}}
     if path.startswith(OLLAMA):
         return {"error": problem.message}
     return {"error": {"message": problem.message, "type": _openai_type(problem.status), "param": problem.param,

@@ -20,11 +20,13 @@ Reason = Literal["stop", "length", "calls", "cancelled"]
 
 @dataclass(frozen=True, slots=True)
 class TokenLog:
-    """A sampled token: its text's bytes, its natural log probability, and the likeliest ones in its place."""
+    """A sampled token: its text's bytes, its natural log probability, and the likeliest ones in its place. at: where it
+    begins in the answer's text, characters, its marks included."""
 
     data: bytes
     logprob: float
     likeliest: tuple[tuple[bytes, float], ...] = ()
+    at: int = 0
 
 
 @dataclass(frozen=True, slots=True)

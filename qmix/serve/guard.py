@@ -3,11 +3,12 @@
     Host     one that this server goes by: a page whose name was made to point at 127.0.0.1 (DNS rebinding) has another
     Origin   none, the server's own, or one that --cors names: other pages may not even ask
     key      Authorization: Bearer, or x-api-key, compared in constant time; /health needs none
-    body     not longer than allowed, whatever Content-Length says
+    body     not longer than allowed, whatever Content-Length says, not slower, and not too many at a time
 """
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from collections.abc import Callable
 from typing import Any
@@ -19,12 +20,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qmix.serve.service import ServerOptions
 
-OPEN_PATHS = ("/health", "/ping")
+OPEN_PATHS = ("/health",)
+BODIES = 8  # of the largest size that may be in memory together
+SLOWEST = 60.0  # seconds between two pieces of a body
 Refusal = Callable[[Scope, int, str, str], Response]  # path, status, code, message -> a body in the API's own form
 
 
-class TooLarge(Exception):
-    """The body is longer than allowed."""
+class BodyRefused(Exception):
+    """A body is too long, too slow, or one too many. problem: status, code, message."""
+
+    def __init__(self, *problem: Any):
+        super().__init__(*problem)
+        self.problem = problem
 
 
 class Guard:
@@ -34,6 +41,7 @@ class Guard:
         self._app = app
         self._options = options
         self._refuse = refuse
+        self._in_flight = 0  # bytes of the bodies of all requests that are not answered yet
         self._keys = [key.encode() for key in options.keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -46,6 +54,7 @@ class Guard:
             await self._refuse(scope, *refusal)(scope, receive, send)
             return
         began = False
+        taken: list[int] = []  # bytes of each piece of the body
 
         async def sending(message: Message) -> None:
             nonlocal began
@@ -53,18 +62,20 @@ class Guard:
             await send(message)
 
         try:
-            await self._app(scope, _bounded(receive, self._options.largest), sending)
-        except TooLarge:
+            await self._app(scope, self._bounded(receive, taken), sending)
+        except BodyRefused as e:
             if began:
                 raise
-            await self._refuse(scope, *self._too_large())(scope, receive, send)
+            await self._refuse(scope, *e.problem)(scope, receive, send)
+        finally:
+            self._in_flight -= sum(taken)
 
     def _check(self, scope: Scope, headers: Headers) -> tuple[int, str, str] | None:
         host = headers.get("host", "")
         if self._options.hosts and _host_name(host) not in self._options.hosts:
             return 403, "host_not_allowed", f"the Host header is {host!r:.100}, which this server does not go by"
         origin = headers.get("origin")
-        if origin is not None and origin not in self._options.origins and urlsplit(origin).netloc != host:
+        if origin is not None and not {origin, "*"} & {*self._options.origins} and _netloc(origin) != host:
             return 403, "origin_not_allowed", f"pages of {origin!r:.100} may not use this server; --cors allows them"
         wanted = self._keys and scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS"
         if wanted and not self._has_key(headers):
@@ -77,13 +88,44 @@ class Guard:
     def _too_large(self) -> tuple[int, str, str]:
         return 413, "request_too_large", f"the body has more than {self._options.largest} bytes"
 
+    def _bounded(self, receive: Receive, taken: list[int]) -> Receive:
+        """`receive` that raises BodyRefused."""
+        complete = False
+
+        async def bounded() -> Message:
+            nonlocal complete
+            try:
+                async with asyncio.timeout(None if complete else SLOWEST):
+                    message = await receive()
+            except TimeoutError:
+                raise BodyRefused(408, "request_timeout", f"no piece of the body came for {SLOWEST:g} s") from None
+            if message["type"] == "http.request":
+                complete = not message.get("more_body", False)
+                taken.append(len(message.get("body", b"")))
+                self._in_flight += taken[-1]
+                if sum(taken) > self._options.largest:
+                    raise BodyRefused(*self._too_large())
+                if self._in_flight > BODIES * self._options.largest:
+                    raise BodyRefused(503, "server_busy", "the bodies of too many requests are in memory")
+            return message
+
+        return bounded
+
     def _has_key(self, headers: Headers) -> bool:
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         given = [bearer.strip()] if scheme.lower() == "bearer" else []
         given += [value for value in (headers.get("x-api-key"),) if value is not None]
         # All of them are compared, so that the time says nothing of which one fits.
-        found = [hmac.compare_digest(key, value.encode()) for key in self._keys for value in given]
+        found = [hmac.compare_digest(key, value.encode("latin-1")) for key in self._keys for value in given]
         return any(found)
+
+
+def _netloc(origin: str) -> str | None:
+    """None for what is no address."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
 
 
 def _host_name(host: str) -> str:
@@ -91,18 +133,3 @@ def _host_name(host: str) -> str:
     if host.startswith("["):
         return host[1:].partition("]")[0].lower()
     return host.rpartition(":")[0].lower() if ":" in host else host.lower()
-
-
-def _bounded(receive: Receive, largest: int) -> Receive:
-    """`receive` that raises TooLarge as soon as the body is longer than `largest`."""
-    taken = 0
-
-    async def bounded() -> Message:
-        nonlocal taken
-        message: dict[str, Any] = dict(await receive())
-        taken += len(message.get("body", b"")) if message["type"] == "http.request" else 0
-        if taken > largest:
-            raise TooLarge
-        return message
-
-    return bounded

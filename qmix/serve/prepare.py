@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from qmix.errors import PromptTooLong, UsageError
+from qmix.errors import ModelFileError, PromptTooLong, UsageError
 from qmix.serve.grammar import Grammar, Grammars
 from qmix.serve.remembered import Remembered
 from qmix.serve.request import Format, Generation, Text
@@ -50,7 +50,14 @@ class Preparation:
         messages = list(generation.messages)
         if not self._exact:
             messages = self._remembered.recall(messages)
-        return self.tokenizer.prompt(messages, limit, replace(generation.asked, tools=generation.tools))
+        try:
+            return self.tokenizer.prompt(messages, limit, replace(generation.asked, tools=generation.tools))
+        except ModelFileError:
+            if not generation.tools and not any(message.tool_calls for message in messages):
+                raise
+            # Templates walk through schemas and arguments, and few are ready for any JSON there.
+            raise UsageError("tools: the model's chat template cannot show these tools or calls",
+                             "give plain JSON schemas: properties an object of objects, required a list") from None
 
     def _text(self, text: Text) -> Prompt:
         if isinstance(text, str):

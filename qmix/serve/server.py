@@ -86,7 +86,8 @@ class Server(uvicorn.Server):
             self.engine.stop()
             if (running := self.engine.running) is not None:
                 running.cancel.set()
-            self.engine.join()
+            if self.engine.preparation is not None or self.engine.state == "failed":
+                self.engine.join()  # else it is loading, which nothing ends before its time; the process need not wait
             bound.close()
         if self.engine.error is not None:
             raise self.engine.error

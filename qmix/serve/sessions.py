@@ -42,6 +42,10 @@ class Sessions:
         self._kept.append(session)
         return session
 
+    def forget_last(self) -> None:
+        """Nothing that the session taken last holds is found again."""
+        self._kept[-1].trim(0)
+
     def _another(self) -> Session | None:
         """One more, where there may be one."""
         if self._engine.exact or len(self._kept) >= self._most or any(not session.length for session in self._kept):

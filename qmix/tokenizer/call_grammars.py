@@ -70,15 +70,18 @@ def _json_call(tool: Mapping[str, Any]) -> str:
 def _arguments(tool: Mapping[str, Any], argument: Any) -> str:
     """Those that are required, the others where the model gives them, all in the schema's order."""
     parameters = _parameters(tool)
-    required = parameters.get("required", [])
+    required, properties = parameters.get("required"), parameters.get("properties")
+    required = required if isinstance(required, list) else []
+    schemas = {name: schema if isinstance(schema, Mapping) else {}  # true: any JSON
+               for name, schema in properties.items()} if isinstance(properties, Mapping) else {}
     return " ".join(argument(name, schema) if name in required else f"({argument(name, schema)})?"
-                    for name, schema in parameters.get("properties", {}).items())
+                    for name, schema in schemas.items())
 
 
 def _value(schema: Mapping[str, Any]) -> str:
     """JSON of an argument's schema; a text that is one of a few stands without quotes."""
     choices = schema.get("enum")
-    if choices and all(isinstance(choice, str) and choice for choice in choices):
+    if isinstance(choices, list) and choices and all(isinstance(choice, str) and choice for choice in choices):
         return "(" + " | ".join(map(_text, choices)) + ")"
     return f"%json {json.dumps(schema)}"
 

@@ -13,8 +13,11 @@ that cannot be followed gives UNKNOWN, never TEMPLATE: what is not known to be t
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, SupportsIndex
+
+from qmix.errors import PromptTooLong
 
 TEMPLATE, UNKNOWN = "\0", "\1"
 FIRST = 2  # the source of message 0
@@ -23,7 +26,9 @@ PROBES = range(PROBE, PROBE + 0xFFFE)
 
 
 def source(message: int) -> str:
-    """The source that stands for message number `message`."""
+    """The source that stands for message number `message`; PromptTooLong where there are more than sources."""
+    if message > sys.maxunicode - FIRST:
+        raise PromptTooLong(f"a conversation of more than {message} messages", "leave the oldest ones out")
     return chr(FIRST + message)
 
 

@@ -12,9 +12,9 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from qmix.serve.arguments import arguments_object
 from qmix.serve.events import Began, Called, Ended, Event, Piece
 from qmix.serve.openai.chunks import new_id
-from qmix.tokenizer import Call
 
 REASONS = {"length": "max_tokens", "calls": "tool_use"}
 BLOCKS: dict[str, dict[str, Any]] = {"answer": {"type": "text", "text": ""},
@@ -75,7 +75,8 @@ class MessageAnswer:
                 kind, index = None, index + 1
                 yield self._open(index, {"type": "tool_use", "id": new_id("toolu_"), "name": event.call.name,
                                          "input": {}})
-                yield self._delta(index, {"type": "input_json_delta", "partial_json": _arguments(event.call)})
+                yield self._delta(index, {"type": "input_json_delta", "partial_json": json.dumps(
+                    arguments_object(event.call.arguments), ensure_ascii=False)})
                 yield self._stop(index)
             elif isinstance(event, Ended):
                 for one in self._close(kind, index):
@@ -113,13 +114,3 @@ class MessageAnswer:
         if kind == "answer":
             return [self._stop(index)]
         return [self._delta(index, {"type": "signature_delta", "signature": SIGNATURE}), self._stop(index)]
-
-
-def _arguments(call: Call) -> str:
-    """A call's arguments as a JSON object; what a model wrote that is none stands under one key, so that the client
-    can read it."""
-    try:
-        found = json.loads(call.arguments or "{}")
-    except (ValueError, RecursionError):
-        found = None
-    return json.dumps(found if isinstance(found, dict) else {"arguments": call.arguments}, ensure_ascii=False)

@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from qmix.serve.body import Schema
-from qmix.serve.openai.schema import Number
+from qmix.serve.openai.schema import Blocks, Number, Stops
 
 
 class AnthropicMessage(Schema):
     role: Literal["user", "assistant", "system"]
-    content: str | list[dict[str, Any]]
+    content: str | Blocks
 
 
 class AnthropicTool(Schema):
@@ -64,7 +64,7 @@ class CountRequest(Schema):
 
     model: str
     messages: Annotated[list[AnthropicMessage], Field(min_length=1, max_length=10_000)]
-    system: str | list[dict[str, Any]] | None = None
+    system: str | Blocks | None = None
     tools: Annotated[list[dict[str, Any]], Field(max_length=1024)] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
@@ -85,7 +85,7 @@ class CountRequest(Schema):
 class MessagesRequest(CountRequest):
     max_tokens: Annotated[int, Field(ge=1)]
     stream: bool | None = None
-    stop_sequences: list[str] | None = None
+    stop_sequences: Stops | None = None
     temperature: Annotated[Number, Field(ge=0, le=1)] | None = None
     top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None

@@ -106,7 +106,7 @@ def _question(blocks: Sequence[Mapping[str, Any]], where: str, names: Mapping[st
         if kind == "tool_result":
             _only(block, ("tool_use_id", "content", "is_error"), f"{where}.{n}")
             call = _string(block, "tool_use_id", f"{where}.{n}")
-            text = _text(block.get("content") or "", f"{where}.{n}.content")
+            text = _text(_without_images(block.get("content") or ""), f"{where}.{n}.content")
             if block.get("is_error"):
                 text = f"Error: {text}"
             yield Message("tool", text, tool_call_id=call, name=names.get(call))
@@ -116,6 +116,13 @@ def _question(blocks: Sequence[Mapping[str, Any]], where: str, names: Mapping[st
             raise _no_text(kind, f"{where}.{n}")
     if texts:
         yield Message("user", "\n".join(texts))
+
+
+def _without_images(content: Any) -> Any:
+    """A tool that gives a picture is not the user's choice: its conversation goes on with a note in its place."""
+    return content if not isinstance(content, list) else [
+        {"type": "text", "text": "[image left out]"} if isinstance(block, Mapping) and block.get("type") == "image"
+        else block for block in content]
 
 
 def _answer(blocks: Sequence[Mapping[str, Any]], where: str, names: dict[str, str]) -> Message:

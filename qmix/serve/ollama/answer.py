@@ -3,12 +3,12 @@ alone."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from qmix.serve.arguments import arguments_object
 from qmix.serve.events import Called, Ended, Event, Piece
 from qmix.tokenizer import Call
 
@@ -50,7 +50,7 @@ class OllamaAnswer:
         thought = {"thinking": thinking} if thinking else {}
         if not self.chat:
             return {**head, "response": text, **thought}
-        called = {"tool_calls": [{"function": {"name": call.name, "arguments": _arguments(call)}}
+        called = {"tool_calls": [{"function": {"name": call.name, "arguments": arguments_object(call.arguments)}}
                                  for call in calls]} if calls else {}
         return {**head, "message": {"role": "assistant", "content": text, **thought, **called}}
 
@@ -62,12 +62,3 @@ def _figures(ended: Ended) -> dict[str, Any]:
             "total_duration": prompt + answer, "load_duration": 0,
             "prompt_eval_count": timings.prompt_tokens, "prompt_eval_duration": prompt,
             "eval_count": timings.generated_tokens, "eval_duration": answer}
-
-
-def _arguments(call: Call) -> dict[str, Any]:
-    """A call's arguments; what a model wrote that is no object stands under one key."""
-    try:
-        found = json.loads(call.arguments or "{}")
-    except (ValueError, RecursionError):
-        found = None
-    return found if isinstance(found, dict) else {"arguments": call.arguments}

@@ -23,17 +23,20 @@ from qmix.serve.service import Service
 router = APIRouter()
 
 
+@router.head("/", include_in_schema=False)
 @router.get("/")
 async def root() -> Response:
     """Clients look here whether there is a server."""
     return PlainTextResponse("qmix is running")
 
 
+@router.head("/api/version", include_in_schema=False)
 @router.get("/api/version")
 async def version() -> Response:
     return JSONResponse({"version": __version__})
 
 
+@router.head("/api/tags", include_in_schema=False)
 @router.get("/api/tags")
 async def tags(request: Request) -> Response:
     """The served model, under each of its names."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from qmix.serve.body import Schema
-from qmix.serve.openai.schema import Number, Tool
+from qmix.serve.openai.schema import Number, Penalty, Stop, Stops, Tool
 
 
 class Options(Schema):
@@ -18,11 +18,11 @@ class Options(Schema):
     top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
-    repeat_penalty: Annotated[Number, Field(gt=0, le=100)] | None = None
+    repeat_penalty: Penalty | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: Stop | Stops | None = None
 
     num_ctx: Any = None
     num_keep: Any = None

@@ -42,14 +42,11 @@ def _token(data: bytes, value: float) -> dict[str, Any]:
     return {"token": data.decode("utf-8", "replace"), "logprob": value, "bytes": list(data)}
 
 
-def completion_logprobs(pieces: Sequence[Piece], offset: int = 0) -> dict[str, Any]:
-    """offset: characters of the answer before these."""
+def completion_logprobs(pieces: Sequence[Piece]) -> dict[str, Any]:
     found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for log in (log for piece in pieces for log in piece.logs):
-        text = log.data.decode("utf-8", "replace")
-        found["tokens"].append(text)
+        found["tokens"].append(log.data.decode("utf-8", "replace"))
         found["token_logprobs"].append(log.logprob)
         found["top_logprobs"].append({data.decode("utf-8", "replace"): value for data, value in log.likeliest})
-        found["text_offset"].append(offset)
-        offset += len(text)
+        found["text_offset"].append(log.at)
     return found

@@ -32,24 +32,22 @@ class CompletionAnswer:
             elif isinstance(event, Ended):
                 ended.append(event)
         return {**self._head(), "choices": [
-            self._choice(one.choice, "".join(piece.text for piece in pieces[one.choice]), pieces[one.choice], 0, one)
+            self._choice(one.choice, "".join(piece.text for piece in pieces[one.choice]), pieces[one.choice], one)
             for one in ended], "usage": usage(ended, self.generation.choices)}
 
     async def chunks(self, events: AsyncIterator[Event]) -> AsyncIterator[dict[str, Any]]:
         ended: list[Ended] = []
-        said: defaultdict[int, int] = defaultdict(int)
         async for event in events:
             if isinstance(event, Piece):
-                yield self._chunk(self._choice(event.choice, event.text, [event], said[event.choice], None))
-                said[event.choice] += len(event.text)
+                yield self._chunk(self._choice(event.choice, event.text, [event], None))
             elif isinstance(event, Ended):
                 ended.append(event)
-                yield self._chunk(self._choice(event.choice, "", [], said[event.choice], event))
+                yield self._chunk(self._choice(event.choice, "", [], event))
         if self.with_usage:
             yield {**self._head(), "choices": [], "usage": usage(ended, self.generation.choices)}
 
-    def _choice(self, index: int, text: str, pieces: list[Piece], offset: int, ended: Ended | None) -> dict[str, Any]:
-        logs = None if self.generation.top_logprobs is None else completion_logprobs(pieces, offset)
+    def _choice(self, index: int, text: str, pieces: list[Piece], ended: Ended | None) -> dict[str, Any]:
+        logs = None if self.generation.top_logprobs is None else completion_logprobs(pieces)
         return {"index": index, "text": text, "logprobs": logs,
                 "finish_reason": None if ended is None else REASONS[ended.reason]}
 

@@ -8,12 +8,12 @@ Items are runs of reasoning or text, and calls. Each event has a number of its o
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from qmix.serve.arguments import arguments_object
 from qmix.serve.errors import Problem
 from qmix.serve.events import Called, Ended, Event, Piece
 from qmix.serve.openai.chunks import new_id, usage
@@ -161,20 +161,11 @@ def _usage(ended: Ended) -> dict[str, Any]:
 
 def _input(call: Call) -> str:
     """The text that a custom tool is called with; all that the model wrote, where it kept to no form."""
-    try:
-        found = json.loads(call.arguments)
-    except (ValueError, RecursionError):
-        return call.arguments
-    text = found.get(INPUT) if isinstance(found, dict) else None
+    text = arguments_object(call.arguments).get(INPUT)
     return text if isinstance(text, str) else call.arguments
 
 
 def _shown(item: dict[str, Any]) -> ToolCall:
     if item["type"] == "custom_tool_call":
         return ToolCall(item["name"], {INPUT: item[INPUT]}, item["call_id"])
-    try:
-        found = json.loads(item["arguments"])
-    except (ValueError, RecursionError):
-        found = None
-    return ToolCall(item["name"], found if isinstance(found, dict) else {"arguments": item["arguments"]},
-                    item["call_id"])
+    return ToolCall(item["name"], arguments_object(item["arguments"]), item["call_id"])

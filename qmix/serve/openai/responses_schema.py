@@ -40,7 +40,7 @@ class ResponsesRequest(Schema):
     """The second half is accepted without effect, but for what null, false or 0 say."""
 
     model: str | None = None
-    input: str | list[dict[str, Any]]
+    input: str | Annotated[list[dict[str, Any]], Field(max_length=10_000)]
     instructions: str | None = None
     previous_response_id: str | None = None
     stream: bool | None = None

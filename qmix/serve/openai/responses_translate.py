@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from qmix.config import SamplingParams
+from qmix.serve.arguments import arguments_object
 from qmix.serve.body import BadRequest
 from qmix.serve.openai.responses_schema import ResponsesRequest, TextFormat
-from qmix.serve.openai.translate import arguments_of, asked, named_tool, text_of
+from qmix.serve.openai.translate import asked, named_tool, text_of
 from qmix.serve.request import Format, Generation, overridden
 from qmix.tokenizer import Message, Tokenizer, ToolCall
 
@@ -136,7 +137,7 @@ def _call(item: Mapping[str, Any], kind: str, where: str) -> ToolCall:
     name, call_id = _string(item, "name", where), _string(item, "call_id", where)
     if kind == "custom_tool_call":
         return ToolCall(name, {INPUT: _string(item, "input", where)}, call_id)
-    return ToolCall(name, arguments_of(_string(item, "arguments", where), where), call_id)
+    return ToolCall(name, arguments_object(_string(item, "arguments", where)), call_id)
 
 
 def _output(value: Any, where: str) -> str:

@@ -46,6 +46,7 @@ async def completions(request: Request) -> Response:
                   service.options.ping)
 
 
+@router.head("/v1/models", include_in_schema=False)
 @router.get("/v1/models")
 async def models(request: Request) -> Response:
     """The served model, under each of its names."""

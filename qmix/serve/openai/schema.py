@@ -8,10 +8,15 @@ from pydantic import Field
 
 from qmix.serve.body import Schema
 
+MOST_CHOICES = 64  # answers of one request: the next one waits for all of them
 Positive = Annotated[int, Field(ge=1)]
 Tokens = Annotated[int, Field(ge=-1)] | None  # -1: until the context is full
-Choices = Annotated[int, Field(ge=1, le=128)] | None
+Choices = Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None
 Number = Annotated[float, Field(allow_inf_nan=False)]
+Penalty = Annotated[Number, Field(ge=0.01, le=100)]  # a smaller one would make logits infinite
+Blocks = Annotated[list[dict[str, Any]], Field(max_length=10_000)]
+Stop = Annotated[str, Field(max_length=1000)]  # each token is searched for all of them
+Stops = Annotated[list[Stop], Field(max_length=32)]
 
 
 class StreamOptions(Schema):
@@ -29,13 +34,13 @@ class Sampling(Schema):
     top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
-    repeat_penalty: Annotated[Number, Field(gt=0, le=100)] | None = None
-    repetition_penalty: Annotated[Number, Field(gt=0, le=100)] | None = None
+    repeat_penalty: Penalty | None = None
+    repetition_penalty: Penalty | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: Stop | Stops | None = None
     n: Choices = None
 
 
@@ -69,7 +74,7 @@ class ChatMessage(Schema):
     function_call and cache_control: accepted without effect where they are null, name and cache_control always."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[dict[str, Any]] | None = None
+    content: str | Blocks | None = None
     name: str | None = None
     tool_calls: list[ToolCallMessage] | None = None
     tool_call_id: str | None = None

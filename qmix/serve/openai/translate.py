@@ -8,8 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from qmix.config import EFFORTS, SamplingParams
+from qmix.serve.arguments import arguments_object
 from qmix.serve.body import BadRequest
 from qmix.serve.openai.schema import (
+    MOST_CHOICES,
     ChatMessage,
     ChatRequest,
     CompletionRequest,
@@ -41,7 +43,10 @@ def chat_generation(body: ChatRequest, defaults: SamplingParams, tokenizer: Toke
 
 
 def completion_generation(body: CompletionRequest, defaults: SamplingParams) -> Generation:
-    return Generation(texts=_texts(body.prompt), params=sampling(body, defaults, body.max_tokens),
+    texts = _texts(body.prompt)
+    if len(texts) * (body.n or 1) > MOST_CHOICES:
+        raise BadRequest(f"prompt: got {len(texts)} with n {body.n}, want at most {MOST_CHOICES} answers", "prompt")
+    return Generation(texts=texts, params=sampling(body, defaults, body.max_tokens),
                       choices=body.n or 1, top_logprobs=body.logprobs,
                       format=format_of(body.response_format, body.grammar))
 
@@ -59,7 +64,7 @@ def sampling(body: Sampling, defaults: SamplingParams, limit: int | None) -> Sam
 
 
 def _biases(biases: Mapping[str, float]) -> dict[int, float]:
-    wrong = next((key for key in biases if not key.isdecimal()), None)
+    wrong = next((key for key in biases if not (key.isascii() and key.isdecimal() and len(key) < 10)), None)
     if wrong is not None:
         raise BadRequest(f"logit_bias: got {wrong!r:.80}, want token ids", "logit_bias")
     return {int(key): value for key, value in biases.items()}
@@ -68,8 +73,8 @@ def _biases(biases: Mapping[str, float]) -> dict[int, float]:
 def _texts(prompt: str | list[str] | list[int] | list[list[int]]) -> tuple[Text, ...]:
     if isinstance(prompt, str):
         return (prompt,)
-    if not prompt or (len(prompt) > 128 and not isinstance(prompt[0], int)):
-        raise BadRequest(f"prompt: got {len(prompt)} of them, want 1 to 128", "prompt")
+    if not prompt or (len(prompt) > MOST_CHOICES and not isinstance(prompt[0], int)):
+        raise BadRequest(f"prompt: got {len(prompt)} of them, want 1 to {MOST_CHOICES}", "prompt")
     if isinstance(prompt[0], int):
         return (tuple(prompt),)
     return tuple(text if isinstance(text, str) else tuple(text) for text in prompt)
@@ -91,7 +96,7 @@ def messages_of(messages: Sequence[ChatMessage]) -> list[Message]:
             call = message.tool_call_id
             found.append(Message("tool", text, tool_call_id=call, name=names.get(call or "")))
         elif message.role == "assistant":
-            calls = tuple(tool_call(call, f"{where}.tool_calls.{i}") for i, call in enumerate(message.tool_calls or ()))
+            calls = tuple(map(tool_call, message.tool_calls or ()))
             names |= {call.id: call.name for call in calls if call.id}
             reasoning = message.reasoning_content or message.reasoning
             found.append(Message("assistant", text, reasoning=reasoning or None, tool_calls=calls))
@@ -114,18 +119,8 @@ def text_of(content: str | list[dict[str, Any]] | None, where: str) -> str:
     return "\n".join(texts)
 
 
-def tool_call(call: ToolCallMessage, where: str) -> ToolCall:
-    return ToolCall(call.function.name, arguments_of(call.function.arguments, where), call.id)
-
-
-def arguments_of(text: str, where: str) -> dict[str, Any]:
-    """A call's arguments, which a client sends back as it got them: what is no object (a model may write anything) is
-    shown to the model under one key."""
-    try:
-        found = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        found = None
-    return found if isinstance(found, dict) else {"arguments": text}
+def tool_call(call: ToolCallMessage) -> ToolCall:
+    return ToolCall(call.function.name, arguments_object(call.function.arguments), call.id)
 
 
 def tool_definition(tool: Tool) -> dict[str, Any]:
