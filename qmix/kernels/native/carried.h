@@ -6,6 +6,11 @@
  * group, as everywhere.
  */
 
+#ifdef COMPACT
+#define OVER_VECTORS ONCE
+#else
+#define OVER_VECTORS UNROLL
+#endif
 enum { CARRIED_SPAN = 256, CARRIED_GROUPS = 16, CARRIED_DIRECT = 4 }; /* columns; groups of them; tokens */
 
 ALWAYS int has_zero(const int kind) {
@@ -44,7 +49,7 @@ ALWAYS vint carried_codes(const int kind, const uint8_t *from, const int second,
 
 /* d times the bytes of `groups` groups: fp32 [groups][64] of int8 [groups][64]. */
 ALWAYS void scale_of_bytes(const int groups, const int8_t *bytes, const uint16_t *d, const float sign, float *out) {
-    UNROLL for (int v = 0; v < VECTORS; v++) {
+    OVER_VECTORS for (int v = 0; v < VECTORS; v++) {
         const vflt whole = mul_f(set_f(sign), load_f16(d + v * L));
         UNROLL for (int g = 0; g < groups; g++)
             store_f(out + 64 * g + v * L, mul_f(whole, load_i8(bytes + 64 * g + v * L)));
@@ -109,7 +114,7 @@ ALWAYS void carried_direct(const int count, const int kind, int64_t groups, cons
     const int vectors = VECTORS < 4 || (L == 8 && count > 2) ? (VECTORS < 2 ? VECTORS : 2) : 4;
     const int step = 8 * qmix_code_bits(kind) * 8, eights = kind == QMIX_Q6_K ? 2 : 4; /* bytes of, and in a group */
     ONCE for (int64_t g = 0; g < groups; g++) {
-        UNROLL for (int first = 0; first < VECTORS; first += vectors) {
+        OVER_VECTORS for (int first = 0; first < VECTORS; first += vectors) {
             const int many = short_dots(kind);
             vint sums[CARRIED_DIRECT][4], parts[CARRIED_DIRECT][4];
             const uint32_t *words = x->words;
@@ -158,7 +163,7 @@ ALWAYS void tile_of_carried(const int act, const int kind, const uint8_t *from, 
     ONCE for (int64_t k = 0; k < columns / 8; k++, from += step) {
         prefetch_codes(from, step);
         UNROLL for (int second = 0; second < 2; second++)
-            UNROLL for (int v = 0; v < VECTORS; v++) {
+            OVER_VECTORS for (int v = 0; v < VECTORS; v++) {
                 vint codes = carried_codes(kind, from, second, v);
                 vint *to = tile + ((v / SUB * (columns / 4) + 2 * k + second) * words) * SUB + v % SUB;
                 if (words == 1) {
