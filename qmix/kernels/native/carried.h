@@ -8,10 +8,12 @@
 
 #ifdef COMPACT
 #define OVER_VECTORS ONCE
+#define CARRIED_DIRECT 1 /* tokens */
 #else
 #define OVER_VECTORS UNROLL
+#define CARRIED_DIRECT 4
 #endif
-enum { CARRIED_SPAN = 256, CARRIED_GROUPS = 16, CARRIED_DIRECT = 4 }; /* columns; groups of them; tokens */
+enum { CARRIED_SPAN = 256, CARRIED_GROUPS = 16 }; /* columns; groups of them */
 
 ALWAYS int has_zero(const int kind) {
     return kind == QMIX_Q4_1 || kind == QMIX_Q5_1 || kind == QMIX_Q4_K || kind == QMIX_Q5_K;
@@ -235,9 +237,11 @@ ALWAYS void rows_carried(const int act, const int kind, const qmix_job *job, int
         if (act == QMIX_ACT_INT8 && job->tokens <= CARRIED_DIRECT && job->tokens <= WIDTH)
             switch (job->tokens) {
             case 1: carried_direct(1, kind, columns / group, from, &x, scale, zero, acc); break;
+#if CARRIED_DIRECT > 1
             case 2: carried_direct(2, kind, columns / group, from, &x, scale, zero, acc); break;
             case 3: carried_direct(3, kind, columns / group, from, &x, scale, zero, acc); break;
             default: carried_direct(4, kind, columns / group, from, &x, scale, zero, acc);
+#endif
             }
         else
             carried_tiles(act, kind, job, from, column, columns, panels, panel, last, (vint *)scratch, scale, zero, acc);
