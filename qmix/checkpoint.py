@@ -175,7 +175,7 @@ class Checkpoint:
             if found[-1].nonfinite():
                 raise CheckpointError(f"{location.shard.file.path}: {location.entry.name}: holds a scale that is not a "
                                       "number: no working model has such a weight", REFETCH)
-        return CarriedBlocks(found[0].kind, torch.cat([blocks.raw for blocks in found]))
+        return CarriedBlocks(found[0].kind, found[0].raw if len(found) == 1 else torch.cat([b.raw for b in found]))
 
     def stacked_expert(self, key: ExpertKey, buffer: Tensor) -> tuple[Tensor, Tensor]:
         """An expert as a record has it: w13 [2F, H], the gate above w3, and w2 [H, F], in the file's dtype; read

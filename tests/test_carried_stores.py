@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +28,8 @@ from tokenizer_files import spm_model
 from torch import Tensor
 
 from qmix.checkpoint import Checkpoint
+from qmix.commands.plan.report import Machine, find_gpu, find_model
+from qmix.commands.quantization import Flags
 from qmix.config import QuantConfig
 from qmix.device import StandIn
 from qmix.engine import Placement, load
@@ -299,15 +302,96 @@ def test_flags_decide(files: Files, tmp_path: Path) -> None:
     assert again.returncode == 0 and "are quantized already" in " ".join(again.stderr.split())
 
 
-def test_plan_knows_what_will_be_carried(files: Files) -> None:
-    planned = qmix("plan", files.gguf, "--ram", "4G")
-    assert planned.returncode == 0 and "kept bit for bit" in planned.stderr, planned.stderr
+def test_auto_refuses_a_text(files: Files, tmp_path: Path) -> None:
+    """A text would choose codes, and there are none to choose; without --format auto it has all quantized again."""
+    (tmp_path / "text").write_text("the fox " * 50)
+    for how in (("--calibration", tmp_path / "text"), ("--method", "gptq", "--calibration", tmp_path / "text")):
+        refused = qmix("quantize", files.gguf, tmp_path / "b", "--format", "auto", *how)
+        assert refused.returncode == 2 and "--format auto: keeps the codes that the file has" in refused.stderr
+        assert "--calibration" in refused.stderr and "--format int4" in refused.stderr
+    assert Flags(calibration=tmp_path / "text", method="gptq").config().experts == "int4"
+
+
+@pytest.mark.parametrize("flags", [
+    Flags(), Flags("auto"), Flags(dense="int8"), Flags(dense="q8_0"), Flags("int4"), Flags("mxfp4"), Flags("q8_0"),
+    Flags("auto", "int4", group_size=32), Flags(dense="keep"), Flags(group_size=32)])
+def test_plan_decides_as_quantize(files: Files, flags: Flags, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The same config and the same lines, or the same error."""
+    given = {"--format": flags.format, "--dense": flags.dense, "--group-size": flags.group_size}
+    args = [part for flag, value in given.items() if value is not None for part in (flag, value)]
+    made = qmix("quantize", files.gguf, tmp_path / "out", *args, "--dry-run")
+    planned = qmix("plan", files.gguf, *args, "--ram", "4G", "--device", "cpu", "--json")
+    assert planned.returncode == made.returncode, planned.stderr + made.stderr
+    if made.returncode:
+        assert planned.stderr == made.stderr
+        return
+
+    def decided(said: str) -> list[str]:
+        return [line for line in said.splitlines() if line.startswith(("experts: ", "attention, ", "note: "))]
+
+    assert decided(planned.stderr) == decided(made.stderr)
+    seen: list[QuantConfig] = []
+    monkeypatch.setattr("qmix.quantize.quantize_checkpoint",
+                        lambda checkpoint, out, quant, **how: seen.append(quant) or SimpleNamespace(lines=list))
+    assert qmix("quantize", files.gguf, tmp_path / "out", *args).returncode == 0
+    assert seen == [find_model(files.gguf, flags, None, lambda line: None).quant]
+
+
+def test_plan_plans_for_no_gpu_that_lacks_the_kernels(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither one that is described, nor one of this machine, as the engine; a device that the CPU stands in for has
+    them."""
+    lacking = "there are matrices in q"
+    refused = qmix("plan", files.store, "--vram", "24G", "--ram", "4G")
+    assert refused.returncode == 2 and lacking in refused.stderr and "no GPU kernels yet" in refused.stderr
+    monkeypatch.setattr("qmix.engine.machine.TINY", 0)
+    for triton in (True, False):
+        monkeypatch.setattr("qmix.engine.machine._any", lambda say, triton=triton: StandIn(triton=triton))
+        said: list[str] = []
+        machine = find_gpu(find_model(files.store, None, None, said.append), Machine(ram=2**32), "auto", said.append)
+        assert (machine.vram is None) == triton == any(lacking in line and "for the CPU" in line for line in said)
+        said.clear()
+        with load(files.store, threads=1, context=64, placement=Placement("auto"), say=said.append) as engine:
+            assert (engine.device is None) == triton
+        assert any(lacking in line and "the CPU computes" in line for line in said) == triton
+    monkeypatch.setattr("qmix.engine.machine._any", lambda say: StandIn(triton=True))
+    with pytest.raises(UsageError, match=lacking):
+        load(files.store, threads=1, context=64, placement=Placement(StandIn(triton=True)))
+
+
+def test_unquantized_experts_in_a_quantized_file(tmp_path: Path) -> None:
+    """q8_0 is the most that they get, and the line says so; --format q8_0 says what it keeps."""
+    types = {"ffn_gate": "Q8_0", "ffn_up": "Q6_K", "ffn_down": "F32"}
+
+    def type_of(name: str) -> str:
+        return next((kind for part, kind in types.items() if part in name), "Q8_0" if "attn_q" in name else "F32")
+
+    path = write(tmp_path / "m.gguf", "mixtral", type_of)
+    said = " ".join(qmix("quantize", path, tmp_path / "out", "--dry-run").stderr.split())
+    assert "matrices in F32 are quantized as q8_0, the most that a mix has" in said
+    assert "in Q8_0 and Q6_K, gate and up of different types, are quantized again as q8_0, the most that" in said
+    assert "F32 are stored as --dense says" in said
+    for dense, kept in (("q8_0", "3 of 15 matrices are in the format asked for and stay so"),
+                        ("int8", "(Q6_K, Q8_0); they are read as")):
+        said = " ".join(qmix("quantize", path, tmp_path / "out", "--format", "q8_0", "--dense", dense,
+                             "--dry-run").stderr.split())
+        assert kept in said and "adds to their error" in said
+
+
+def test_a_half_carried_expert_is_summed_by_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its carried half is never decoded whole."""
+    path = write(tmp_path / "m.gguf", "mixtral", mixture)
+    monkeypatch.setattr("qmix.formats.unpack", None)  # calling it would fail
+    with Checkpoint.open(path) as checkpoint:
+        quantize_checkpoint(checkpoint, tmp_path / "out", carry_all(checkpoint, QuantConfig(method="rtn"), None))
 
 
 def test_q8_0_from_unquantized_weights(tmp_path: Path) -> None:
-    """--format q8_0 carries Q8_0 and quantizes what is not quantized."""
+    """--format q8_0 carries Q8_0, says so, and quantizes what is not quantized."""
     path = write(tmp_path / "m.gguf", "mixtral", lambda name: "Q8_0" if "_exps" in name else "F32")
-    assert qmix("quantize", path, tmp_path / "a", "--format", "q8_0", "--dense", "q8_0").returncode == 0
+    made = qmix("quantize", path, tmp_path / "a", "--format", "q8_0", "--dense", "q8_0")
+    assert made.returncode == 0
+    said = " ".join(made.stderr.split())
+    assert "matrices are in the format asked for and stay as they are" in said and "adds to" not in said
     with Store.open(tmp_path / "a") as store:
         assert store.quant.experts == "q8_0" and all(r.error["all"] == 0 for r in store.manifest.records.values())
         assert all(0 < d.error < 0.01 for d in store.manifest.dense.values() if d.error is not None)

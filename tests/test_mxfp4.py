@@ -21,6 +21,7 @@ from test_cli import qmix
 
 from qmix.checkpoint import Checkpoint
 from qmix.commands.plan.report import find_model
+from qmix.commands.quantization import Flags
 from qmix.config import ExpertKey, QuantConfig
 from qmix.engine import load
 from qmix.errors import CheckpointError
@@ -185,12 +186,13 @@ def test_a_plan_from_a_config_alone(tmp_path: Path) -> None:
     file.write_text(json.dumps(raw))
     said: list[str] = []
     planned = find_model(file, None, None, said.append)
-    assert planned.quant == QuantConfig("mxfp4", "int8", "", 0, 0) and not said
+    assert planned.quant == QuantConfig("mxfp4", "int8", "", 0, 0)
+    assert said == ["experts: mxfp4 as published, kept bit for bit"]
     layout = record_layout(planned.model, planned.quant)
     weights = 3 * 2880 * 2880
     assert layout.payload == weights * 17 // 32 + 4 * 3 * 2880  # no padding: 2880 is 45 blocks of 64
-    assert find_model(file, QuantConfig(), None, said.append).quant.experts == "int4"
-    assert len(said) == 1 and "--format int4 would quantize them again" in said[0]
+    assert find_model(file, Flags("int4"), None, said.append).quant.experts == "int4"
+    assert len(said) == 2 and "--format int4 quantizes them a second time" in said[1]
     found = json.loads(good("plan", file, "--ram", "16G", "--device", "cpu", "--dense", "int4", "--json").stdout)
     assert found["record_bytes"] == layout.nbytes and found["in_memory"] == found["records"] == 24 * 32
 

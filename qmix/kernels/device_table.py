@@ -68,9 +68,8 @@ def choose_device_kernels(device: torch.device, half: torch.dtype, formats: Iter
         configs, scratch_of(configs.gemv) if scratch_of else None)
     experts = cuda_grouped.TritonPromptExperts(configs.matmul)
     wanted = {(module(name), name)[1] for name in formats}
-    if lacking := sorted(wanted & CARRIED.keys()):
-        raise UsageError(f"this store has matrices in {', '.join(lacking)}, for which there are no GPU kernels yet",
-                         "drop --device and --vram: the CPU computes it; or quantize with --format int4")
+    if lacking := lacking_kernels(wanted, triton):
+        raise UsageError(lacking, "drop --device and --vram: the CPU computes it; or quantize with --format int4")
     if wanted & {"nf4", "fp4"}:
         nf4.functional()
     blocks = set(blocks)
@@ -90,6 +89,13 @@ def choose_device_kernels(device: torch.device, half: torch.dtype, formats: Iter
     return DeviceKernels(KernelTable(MappingProxyType(table), MappingProxyType(names)),
                          cuda_prompt.choose_prompt_attention(capability(device), configs.attention), ops, host, experts,
                          configs)
+
+
+def lacking_kernels(formats: Iterable[str], triton: bool) -> str:
+    """Which of these formats a device does not compute; "" where it computes all. triton: as of
+    choose_device_kernels."""
+    lacking = sorted(set(formats) & CARRIED.keys()) if triton else []
+    return f"there are matrices in {', '.join(lacking)}, for which there are no GPU kernels yet" if lacking else ""
 
 
 def does_not_run(what: str, error: Exception) -> QmixError:

@@ -1,5 +1,6 @@
 """--format auto: what a quantized GGUF file has in a format that stores have too stays as it is, bit for bit. The rest
-is quantized again with at least a bit more than it has, which is said."""
+is quantized again, as int4 or q8_0: with at least a bit more than it has, or as q8_0 where no format has that. It is
+said."""
 
 from __future__ import annotations
 
@@ -56,7 +57,8 @@ def _formats(checkpoint: Checkpoint, quant: QuantConfig, key: ExpertKey) -> Pair
 
 
 def _format(checkpoint: Checkpoint, quant: QuantConfig, *names: str) -> str:
-    """Of a matrix that is stacked from these tensors: the file's, or int4 or q8_0 where these have a bit more."""
+    """Of a matrix that is stacked from these tensors: the file's; or int4 where it has a bit a weight more; or q8_0,
+    whose 8.5 bits are no more than Q8_0 has, stacked with another type, and less than unquantized weights have."""
     if (kind := checkpoint.carriable(*names)) is not None:
         return kind
     types = [BY_NAME[checkpoint.types[name]] for name in names]
@@ -64,10 +66,28 @@ def _format(checkpoint: Checkpoint, quant: QuantConfig, *names: str) -> str:
     return f"int4g{quant.group_size}" if 4 + 32 / quant.group_size >= bits + 1 else "q8_0"
 
 
+def again_line(checkpoint: Checkpoint, quant: QuantConfig) -> str:
+    """What a user should know who has all experts in one format, or a mix of int4 and fewer bits, made of a quantized
+    file: what is in the format asked for stays as it is, the rest is quantized a second time."""
+    model = checkpoint.model
+    asked = [(names, quant.experts) for key in model.expert_keys
+             for gate, up, down in [[t.name for t in model.expert_tensors(key)[:3]]] for names in ((gate, up), (down,))]
+    asked += [((t.name,), quant.dense) for t in model.tensors() if t.role in PACKED]
+    quantized = [(names, kind) for names, kind in asked if {checkpoint.types[n] for n in names} - {*UNQUANTIZED}]
+    kept = sum(checkpoint.carriable(*names) == kind for names, kind in quantized)
+    start = f"note: {checkpoint.path}: the weights are quantized already ({', '.join(quantized_types(checkpoint))}); "
+    if kept and kept == len(quantized):
+        return start + f"all {kept} matrices are in the format asked for and stay as they are, bit for bit"
+    stay = f"{kept} of {len(quantized)} matrices are in the format asked for and stay so, bit for bit; the others" \
+        if kept else "they"
+    return start + (f"{stay} are read as {model.dtype}, and what is quantized again adds to their error (--format auto "
+                    "keeps all that can stay as it is)")
+
+
 def lines(checkpoint: Checkpoint, quant: QuantConfig) -> list[str]:
     """What a user should know of `carry_all`'s answer: what is carried, and what is not."""
     model, found = checkpoint.model, list[str]()
-    carried, again = Counter[str](), Counter[tuple[str, str]]()
+    carried, again = Counter[str](), Counter[tuple[tuple[str, ...], str]]()
     for key in model.expert_keys:
         w13, w2 = quant.kinds[quant.kind_of(key)]
         gate, up, down = (t.name for t in model.expert_tensors(key)[:3])
@@ -75,13 +95,15 @@ def lines(checkpoint: Checkpoint, quant: QuantConfig) -> list[str]:
             if checkpoint.carriable(*names) == kind:
                 carried[kind] += 1
             else:
-                again[" and ".join(dict.fromkeys(checkpoint.types[name] for name in names)), kind] += 1
+                again[tuple(dict.fromkeys(checkpoint.types[name] for name in names)), kind] += 1
     if carried:
         found.append(f"experts: kept bit for bit: {_counted(carried.items())} matrices")
     for (types, kind), count in sorted(again.items()):
-        several = ", gate and up of different types," if " and " in types else ""
-        found.append(f"experts: {count} matrices in {types}{several} are quantized again as {kind}, which adds to "
-                     "their error: the table below has it")
+        several = ", gate and up of different types," if len(types) > 1 else ""
+        how = "quantized" if set(types) <= {*UNQUANTIZED} else "quantized again"
+        most = ", the most that a mix has" if {*types} & {"Q8_0", *UNQUANTIZED} else ""
+        found.append(f"experts: {count} matrices in {' and '.join(types)}{several} are {how} as {kind}{most}, which "
+                     "adds to their error: the table below has it")
     return found + dense_lines(checkpoint, quant)
 
 
@@ -91,11 +113,17 @@ def dense_lines(checkpoint: Checkpoint, quant: QuantConfig) -> list[str]:
     if dense:
         counts = Counter(dense.values())
         found.append(f"attention, head and other matrices: kept bit for bit: {_counted(counts.items())}")
+    same = [t.name for t in model.tensors()  # by --dense q8_0
+            if t.role in PACKED and t.name not in dense and checkpoint.carriable(t.name) == quant.dense]
+    if same:
+        found.append(f"attention, head and other matrices: kept bit for bit: {len(same)} {quant.dense}")
     others = Counter(checkpoint.types[t.name] for t in model.tensors()
-                     if t.role in PACKED and t.name not in dense)
-    if others:
-        found.append(f"attention, head and other matrices: {_counted(others.items())} are quantized again as --dense "
-                     "says")
+                     if t.role in PACKED and t.name not in dense and t.name not in same)
+    again = "decoded," if quant.dense in ("keep", "bf16") else "quantized again"
+    for how, types in (("stored", others.keys() & {*UNQUANTIZED}), (again, others.keys() - {*UNQUANTIZED})):
+        if types:
+            found.append(f"attention, head and other matrices: {_counted((t, others[t]) for t in types)} are {how} "
+                         "as --dense says")
     plain = Counter(checkpoint.types[t.name] for t in model.tensors()
                     if t.role not in PACKED and checkpoint.types[t.name] not in UNQUANTIZED)
     if plain:

@@ -237,7 +237,8 @@ def _quantize(source: Checkpoint, work: Work, weights: dict[str, Weight], quant:
             packed = formats.carry(weight, spec.without_bias)
             # Weights count only in the error of an expert of which another matrix has one.
             whole = work.carried >= work.specs.keys()
-            counted = 0.0 if whole else formats.unpack(packed).double().square().sum().item()
+            counted = 0.0 if whole else sum(tile.square().sum(dtype=torch.float64).item()
+                                            for _, tile in formats.tiles(packed))
             return packed.tensors, Error(0.0, counted), None
         if spec is None or spec.format in PLAIN_DTYPES:  # packing looks at every weight, copying does not
             _check_finite(source, work.parts[matrix], weight)

@@ -18,10 +18,9 @@ from qmix.commands.options import (
     Ram,
     margin_bytes,
     model_folder,
-    quant_config,
     size_or_auto,
 )
-from qmix.config import QuantConfig
+from qmix.commands.quantization import Flags
 
 
 def plan(
@@ -39,7 +38,7 @@ def plan(
     vram_speed: Annotated[float | None, typer.Option("--vram-speed", min=0.001, max=1e5, show_default=False,
                                                      help="GPU memory bandwidth, GB/s.")] = None,
     format: Annotated[str | None, typer.Option("--format", show_default=False,
-                                               help="For an unquantized model: how it would be quantized.")] = None,
+                                               help="For a model that is no store: as of qmix quantize.")] = None,
     dense: Annotated[str | None, typer.Option("--dense", show_default=False, help="The same for attention.")] = None,
     group_size: Annotated[int | None, typer.Option("--group-size", show_default=False, help="The same.")] = None,
     kv_cache: KvCache = "bf16", json: Json = False,
@@ -47,12 +46,9 @@ def plan(
     """Print where every byte of a model would go and how fast it should run; exit 3 if it cannot fit."""
     from qmix.commands.plan import report as planning
 
-    def quant(default: str) -> QuantConfig:
-        return quant_config(format or default, dense or "int8", None, group_size, None, False)
-
-    asked = bool(format or dense or group_size)
+    flags = Flags(format, dense, group_size=group_size)
     path = paths.resolve(model, render.say, "config") if model else model_folder(model)
-    found = planning.find_model(path, quant if asked else None, paths.if_any(paths.routing_folder), render.say)
+    found = planning.find_model(path, flags, paths.if_any(paths.routing_folder), render.say)
     machine = planning.Machine(size_or_auto("--ram", ram), margin_bytes(margin),
                                size_or_auto("--vram", vram), ram_speed, vram_speed, pcie, disk,
                                gpu=planning.known_gpu(paths.if_any(paths.gpu_memory_file), render.say))

@@ -14,19 +14,21 @@ from typing import Any
 from qmix import hardware
 from qmix.bounded import MAX_TEXT, parse_json, read_file
 from qmix.checkpoint import Checkpoint, ignored_keys
+from qmix.commands.quantization import Described, Flags, choose
 from qmix.commands.skipped import skipped_lines
 from qmix.config import ExpertKey, QuantConfig
 from qmix.engine import Placement
+from qmix.engine.kernels import stored_formats
 from qmix.errors import CheckpointError, ConfigError, UsageError
 from qmix.forward.lower_device import not_on_device
 from qmix.gguf.header import is_gguf
 from qmix.hardware.gpu_memory import GpuMemory
+from qmix.kernels.device_table import lacking_kernels
 from qmix.models import published_experts, read_model
 from qmix.offload import router_stats
 from qmix.offload.forecast import Speeds, forecast, known_shares
 from qmix.offload.plan import CUDA_CONTEXT, PROGRAM, UNMEASURED, Needs, Plan, choose_context, margin_of
 from qmix.offload.plan import plan as make_plan
-from qmix.quantize.carried import carry_all, dense_formats, dense_lines, lines, quantized_types
 from qmix.sizes import format_bytes, record_layouts
 from qmix.spec import Model
 from qmix.store import CONFIG, MANIFEST, Store
@@ -62,54 +64,33 @@ class Planned:
     shares: Mapping[ExpertKey, float]
 
 
-def find_model(path: Path, quant: QuantConfig | Callable[[str], QuantConfig] | None, state: Path | None,
-               say: Callable[[str], None]) -> Planned:
-    """The model at `path`: a store, a GGUF file, a folder with a config.json, or a config.json. quant: how one that is
-    no store would be quantized, or what makes that of the format that its experts get by default; None = as `qmix
-    quantize` does by default. UsageError for a store, which is quantized."""
+def find_model(path: Path, flags: Flags | None, state: Path | None, say: Callable[[str], None]) -> Planned:
+    """The model at `path`: a store, a GGUF file, a folder with a config.json, or a config.json. flags: how `qmix
+    quantize` would be called for one that is no store, which decides and is said as there; None = without any.
+    UsageError for a store, which is quantized."""
+    flags = flags or Flags()
     if (path / MANIFEST).is_file():
-        if quant is not None:
+        if flags != Flags():
             raise UsageError(f"{path}: is quantized already", "drop --format, --group-size and --dense")
         with Store.open(path) as store:
             model = store.model
             stats = router_stats.load(state, store.identity, len(model.record_layers), model.num_experts, say)
             return Planned(path.resolve().name, model, store.quant, known_shares(stats))
-    if is_gguf(path):
-        model, published, carried = _read_gguf(path, quant is None, say)
-        quant = carried or quant
-    else:
-        model, published = _read_config(path, say)
-    if published is not None and quant is None:
-        quant = QuantConfig(published, method="", group_size=0, block=0)
-    elif callable(quant):
-        quant = quant(published or "int4")
-    if published is not None and quant is not None and quant.experts != published:
-        say(f"note: the experts are published as {published}: --format {quant.experts} would quantize them again")
-    return Planned(path.resolve().name, model, quant or QuantConfig(), {})
+    model, quant = _read_gguf(path, flags, say) if is_gguf(path) else _read_config(path, flags, say)
+    return Planned(path.resolve().name, model, quant, {})
 
 
-def _read_gguf(path: Path, default: bool, say: Callable[[str], None]) -> tuple[Model, str | None, QuantConfig | None]:
-    """The model of a GGUF file, the format that all its experts keep, and, of other quantized files, how it is
-    quantized by `default`. What `qmix quantize` would say of the file is said."""
+def _read_gguf(path: Path, flags: Flags, say: Callable[[str], None]) -> tuple[Model, QuantConfig]:
+    """The model of a GGUF file and how it is quantized. What `qmix quantize` would say of the file is said."""
     with Checkpoint.open(path) as checkpoint:
         for line in skipped_lines(checkpoint):
             say(f"skipped: {line}")
         for note in checkpoint.notes:
             say(f"note: {note}")
-        if not default or not quantized_types(checkpoint):
-            return checkpoint.model, checkpoint.expert_format, None
-        if (kind := checkpoint.expert_format) is not None:
-            quant = QuantConfig(kind, method="", group_size=0, block=0, dense_formats=dense_formats(checkpoint))
-            for line in dense_lines(checkpoint, quant):
-                say(line)
-            return checkpoint.model, kind, quant
-        quant = carry_all(checkpoint, QuantConfig(), None)
-        for line in lines(checkpoint, quant):
-            say(line)
-        return checkpoint.model, None, quant
+        return checkpoint.model, choose(checkpoint, flags, None, say)[0]
 
 
-def _read_config(path: Path, say: Callable[[str], None]) -> tuple[Model, str | None]:
+def _read_config(path: Path, flags: Flags, say: Callable[[str], None]) -> tuple[Model, QuantConfig]:
     """The same, of a folder with a config.json, or of a config.json."""
     file = path / CONFIG if path.is_dir() else path
     try:
@@ -125,24 +106,27 @@ def _read_config(path: Path, say: Callable[[str], None]) -> tuple[Model, str | N
                               "name a store, a checkpoint or a config.json") from None
     for note in ignored_keys(file, raw):
         say(f"note: {note}")
-    return model, published
+    return model, choose(Described(model, published), flags, None, say)[0]
 
 
 def find_gpu(planned: Planned, machine: Machine, device: str, say: Callable[[str], None]) -> Machine:
     """`machine` with the memory that the engine would take of this machine's GPU, said; as it is where its GPU is
     described, or none is to be used here. device: as of `--device`. Raises what the engine would."""
-    lacking = not_on_device(planned.model)
+    def lacking_on(triton: bool) -> str:
+        formats, _ = stored_formats(planned.model, planned.quant)
+        return not_on_device(planned.model) or lacking_kernels(formats, triton)
+
     if machine.vram is not None:
         if device != "auto":
             raise UsageError(f"--device {device}: --vram describes a GPU", "drop one of the two")
-        if lacking:
+        if lacking := lacking_on(triton=True):
             raise UsageError(f"--vram {format_bytes(machine.vram)}: {lacking}", "plan without a GPU")
         return machine
     placement = Placement(device)
     found = placement.open(max(layout.nbytes for layout in record_layouts(planned.model, planned.quant)), say)
     if found is None:
         return machine
-    if lacking:
+    if lacking := lacking_on(found.triton):
         found.close()
         if device != "auto":
             raise UsageError(f"--device {device}: {lacking}", "plan without a GPU")

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qmix import paths, render
-from qmix.commands.options import Threads, quant_config
+from qmix.commands.options import Threads
+from qmix.commands.quantization import Flags, choose
 from qmix.commands.quantize.calibration import check_calibration, mixed_config, read_calibration, wanted_size
-from qmix.commands.quantize.published import Flags, choose_for_published
 from qmix.commands.skipped import skipped_lines
-from qmix.config import CALIBRATED, GROUPED_BITS, QuantConfig
-from qmix.errors import ModelFileError, UsageError
+from qmix.config import CALIBRATED, GROUPED_BITS
+from qmix.errors import ModelFileError
 
 if TYPE_CHECKING:
     from qmix.checkpoint import Checkpoint
@@ -63,37 +61,21 @@ def quantize(
     """Convert a checkpoint into a store of quantized experts; run it again after a break and it resumes."""
     from qmix.checkpoint import Checkpoint
     from qmix.quantize import quantize_checkpoint
-    from qmix.quantize.carried import dense_formats, dense_lines, quantized_types
     from qmix.quantize.job import check_out
 
-    format, auto = (None, True) if format == "auto" else (format, False)
-    wanted = wanted_size(fit, bpw, "auto" if auto else format, group_size, dense or "int8")
+    wanted = wanted_size(fit, bpw, format, group_size, dense or "int8")
     if method is None and calibration is not None and (format or "int4") in GROUPED_BITS:
         method = "gptq"
-    quant = quant_config(format or "int4", dense or "int8", method, group_size, block, double_quant)
-    check_calibration(quant, wanted, calibration, calibration_tokens)
+    flags = Flags(format, dense, method, group_size, block, double_quant, calibration)
+    check_calibration(flags.config(), wanted, calibration, calibration_tokens)
     head = mtp and wanted is None  # no text says what the experts of a head are worth
     with Checkpoint.open(paths.resolve(source, render.say, "checkpoint"), head) as checkpoint:
         for line in skipped_lines(checkpoint, asked=not head):
             render.say(f"skipped: {line}")
         for note in checkpoint.notes:
             render.say(f"note: {note}")
-        if checkpoint.expert_format is not None:
-            asked = Flags(format, dense or "int8", method, group_size, block, calibration)
-            quant, wanted = choose_for_published(checkpoint, quant, wanted, asked)
-            calibration = calibration if wanted is not None or quant.method in CALIBRATED else None
-            if quant.experts == checkpoint.expert_format and dense is None and checkpoint.types:
-                quant = replace(quant, dense_formats=dense_formats(checkpoint))
-                for line in dense_lines(checkpoint, quant):
-                    render.say(line)
-        elif quantized := quantized_types(checkpoint):
-            if format is None and wanted is None and calibration is None:
-                flags = {"--method": method, "--group-size": group_size, "--block": block}
-                quant = _carry_all(checkpoint, quant, dense, flags)
-            else:
-                render.say(f"note: {checkpoint.path}: the weights are quantized already ({', '.join(quantized)}); they "
-                           f"are read as {checkpoint.model.dtype}, and what is quantized again adds to their error "
-                           "(--format auto keeps all that can stay as it is)")
+        quant, wanted = choose(checkpoint, flags, wanted, render.say)
+        calibration = calibration if wanted is not None or quant.method in CALIBRATED else None
         _check_tokenizer(checkpoint)
         text = None if calibration is None else read_calibration(checkpoint, calibration, calibration_tokens)
         if wanted is not None:
@@ -107,21 +89,6 @@ def quantize(
                                          dry_run=dry_run, progress=progress)
     for line in report.lines():
         render.say(line)
-
-
-def _carry_all(checkpoint: Checkpoint, quant: QuantConfig, dense: str | None,
-               flags: Mapping[str, object]) -> QuantConfig:
-    """--format auto, said. flags: those of int4, None where they were not given; UsageError where it has no use for
-    them."""
-    from qmix.quantize import carried
-
-    found = carried.carry_all(checkpoint, quant, dense)
-    if not found.grouped and (given := [flag for flag, value in flags.items() if value is not None]):
-        raise UsageError(f"{given[0]}: there are no codes to choose: all experts stay as the file has them",
-                         f"drop {given[0]}, or choose --format int4")
-    for line in carried.lines(checkpoint, found):
-        render.say(line)
-    return found
 
 
 def _check_tokenizer(checkpoint: Checkpoint) -> None:

@@ -6,7 +6,14 @@
  * group, as everywhere.
  */
 
-enum { CARRIED_SPAN = 256, CARRIED_GROUPS = 16, CARRIED_DIRECT = 4 }; /* columns; groups of them; tokens */
+#ifdef COMPACT
+#define OVER_VECTORS ONCE
+#define CARRIED_DIRECT 1 /* tokens */
+#else
+#define OVER_VECTORS UNROLL
+#define CARRIED_DIRECT 4
+#endif
+enum { CARRIED_SPAN = 256, CARRIED_GROUPS = 16 }; /* columns; groups of them */
 
 ALWAYS int has_zero(const int kind) {
     return kind == QMIX_Q4_1 || kind == QMIX_Q5_1 || kind == QMIX_Q4_K || kind == QMIX_Q5_K;
@@ -44,7 +51,7 @@ ALWAYS vint carried_codes(const int kind, const uint8_t *from, const int second,
 
 /* d times the bytes of `groups` groups: fp32 [groups][64] of int8 [groups][64]. */
 ALWAYS void scale_of_bytes(const int groups, const int8_t *bytes, const uint16_t *d, const float sign, float *out) {
-    UNROLL for (int v = 0; v < VECTORS; v++) {
+    OVER_VECTORS for (int v = 0; v < VECTORS; v++) {
         const vflt whole = mul_f(set_f(sign), load_f16(d + v * L));
         UNROLL for (int g = 0; g < groups; g++)
             store_f(out + 64 * g + v * L, mul_f(whole, load_i8(bytes + 64 * g + v * L)));
@@ -109,7 +116,7 @@ ALWAYS void carried_direct(const int count, const int kind, int64_t groups, cons
     const int vectors = VECTORS < 4 || (L == 8 && count > 2) ? (VECTORS < 2 ? VECTORS : 2) : 4;
     const int step = 8 * qmix_code_bits(kind) * 8, eights = kind == QMIX_Q6_K ? 2 : 4; /* bytes of, and in a group */
     ONCE for (int64_t g = 0; g < groups; g++) {
-        UNROLL for (int first = 0; first < VECTORS; first += vectors) {
+        OVER_VECTORS for (int first = 0; first < VECTORS; first += vectors) {
             const int many = short_dots(kind);
             vint sums[CARRIED_DIRECT][4], parts[CARRIED_DIRECT][4];
             const uint32_t *words = x->words;
@@ -158,7 +165,7 @@ ALWAYS void tile_of_carried(const int act, const int kind, const uint8_t *from, 
     ONCE for (int64_t k = 0; k < columns / 8; k++, from += step) {
         prefetch_codes(from, step);
         UNROLL for (int second = 0; second < 2; second++)
-            UNROLL for (int v = 0; v < VECTORS; v++) {
+            OVER_VECTORS for (int v = 0; v < VECTORS; v++) {
                 vint codes = carried_codes(kind, from, second, v);
                 vint *to = tile + ((v / SUB * (columns / 4) + 2 * k + second) * words) * SUB + v % SUB;
                 if (words == 1) {
@@ -230,9 +237,11 @@ ALWAYS void rows_carried(const int act, const int kind, const qmix_job *job, int
         if (act == QMIX_ACT_INT8 && job->tokens <= CARRIED_DIRECT && job->tokens <= WIDTH)
             switch (job->tokens) {
             case 1: carried_direct(1, kind, columns / group, from, &x, scale, zero, acc); break;
+#if CARRIED_DIRECT > 1
             case 2: carried_direct(2, kind, columns / group, from, &x, scale, zero, acc); break;
             case 3: carried_direct(3, kind, columns / group, from, &x, scale, zero, acc); break;
             default: carried_direct(4, kind, columns / group, from, &x, scale, zero, acc);
+#endif
             }
         else
             carried_tiles(act, kind, job, from, column, columns, panels, panel, last, (vint *)scratch, scale, zero, acc);

@@ -11,6 +11,7 @@ typedef float vflt __attribute__((vector_size(16)));
 #define L 4
 #define SUB 2
 #define WIDTH 4
+#define COMPACT
 
 static int supported(void) { return 1; }
 

@@ -18,6 +18,9 @@
  *   DIRECT_INT8      int8 rows do so for this many tokens with int8 activations, by `dot_rows` or (OWN_INT8_ROWS) by a loop
  *                    of the level's own
  *   DIRECT_PAIRS     the grouped formats do so for a few tokens with int8 activations (pairs_direct.h, 256 bits only)
+ *   COMPACT          loops over the 16 vectors of a block of ggml's formats stay loops, and only one token meets them
+ *                    straight from memory: unrolled, they would be half of the library and of the time to build it, and
+ *                    slower
  *   PAIRS            the grouped formats are multiplied with int8 activations in pairs of columns (pairs.h, AVX2 only)
  *
  * A block of B rows is unpacked into a tile that fits the first cache, some columns at a time, and meets all panels of
