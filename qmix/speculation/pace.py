@@ -77,6 +77,8 @@ class Pace:
 
     def took(self, tokens: int, seconds: float) -> None:
         """A decode pass of `tokens` tokens took so long."""
+        if self.mtp is not None:
+            self.mtp.passed(tokens, seconds)
         if tokens == 1:
             self._single.note(seconds)
             self._since += 1

@@ -147,7 +147,7 @@ class Passes:
         room = self._session.context - self._session.length - 1
         room = room if most < 0 else min(room, most)
         self._by_head = False
-        if pace is None or room < 1:
+        if pace is None or room < 1 or (mtp is not None and mtp.single_due):
             return ()
         found, match = tuple[int, ...](), 0
         if draft is not None:
