@@ -11,16 +11,19 @@ import pytest
 import torch
 from architectures import FIRST, quantized
 from helpers import UNQUANTIZED
+from model_configs import with_keys
 from mtp_models import add_tensors, write_with_head
 from safetensors.torch import load_file, save_file
 from test_mtp import CONTEXT, IDS
 
 from qmix import hardware
+from qmix.commands.plan.report import Machine, describe, find_model
 from qmix.config import Cancel, ExpertKey, QuantConfig, SamplingParams
-from qmix.engine import Engine, Session, load, placing
+from qmix.device import StandIn
+from qmix.engine import Engine, Placement, Session, load, placing
 from qmix.errors import DoesNotFit, Interrupted
 from qmix.generate import common_prefix, generate
-from qmix.offload.plan import RESERVE, Needs
+from qmix.offload.plan import PROGRAM, RESERVE, Needs
 from qmix.speculation import MtpPace, Pace
 from qmix.speculation import passes as passes_module
 from qmix.store import Store
@@ -96,10 +99,13 @@ def paged(store: Path, slots: int, monkeypatch: pytest.MonkeyPatch, lengths: Seq
     monkeypatch.setattr(placing, "needs_without_head", lambda store, needs: needs)
     with Store.open(store) as opened:
         needs = Needs.of(opened.model, opened.quant, CONTEXT)
-    fixed = RESERVE + needs.dense + needs.kv + needs.workspace
-    engine = loaded(store, lengths, ram=fixed + slots * needs.record, **how)
+    engine = loaded(store, lengths, ram=fixed(needs) + slots * needs.record, **how)
     assert engine.plan.slots == slots and not engine.plan.resident
     return engine
+
+
+def fixed(needs: Needs) -> int:
+    return RESERVE + needs.dense + needs.kv + needs.workspace
 
 
 def talk(engine: Engine, seed: int = 0) -> Iterator[Any]:
@@ -232,9 +238,6 @@ def test_the_plan_counts_the_head_and_leaves_it_out_where_it_does_not_pay(stores
         held = sum(t.nbytes for t in weights.tensors.values()) + sum(parts.values())
         assert held <= whole.dense and held > trunk.dense
 
-    def fixed(needs: Needs) -> int:
-        return RESERVE + needs.dense + needs.kv + needs.workspace
-
     said: list[str] = []
     ram = fixed(whole) + whole.records * whole.record - 1
     with load(store, threads=1, context=CONTEXT, ram=ram, mtp=True, say=said.append) as engine:
@@ -261,3 +264,51 @@ def test_sessions_that_decode_together_go_without(stores: dict[tuple[str, str], 
         for one in pair:
             one.decode(8)
         assert all(len(one.draft(7, 2)) == 2 for one in pair)
+
+
+def test_a_plan_with_a_head_and_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model whose experts are most of it: the head stays where the others are paged too; `qmix plan` says what
+    `load` does, in every case."""
+    raw = with_keys(FIRST["qwen3_5_moe"], {"num_experts": 32, "moe_intermediate_size": 128})
+    _, source = write_with_head(raw, tmp_path / "source", True, torch.bfloat16)
+    store = quantized(source, tmp_path / "store", QuantConfig())
+    with Store.open(store) as opened:
+        needs, trunk = (Needs.of(model, opened.quant, CONTEXT) for model in (opened.model, opened.model.trunk))
+    with load(store, threads=1, context=CONTEXT) as engine:
+        want = [one.ids for one in talk(engine)]
+    kept = []
+    for ram in (fixed(trunk) + trunk.least_bytes, fixed(trunk) + trunk.expert_bytes // 2,
+                fixed(trunk) + trunk.expert_bytes, fixed(needs) + needs.expert_bytes):
+        said: list[str] = []
+        with load(store, threads=1, context=CONTEXT, ram=ram, base=0, mtp=True, say=said.append) as engine:
+            pace = engine.pace(7)
+            assert pace is not None
+            if pace.mtp is not None:
+                engine._mtp = pace.mtp = Always(pace, (1, 3))
+            got = list(talk(engine))
+            plan, slots = engine.plan, engine.plan.slots
+        assert [one.ids for one in got] == want
+        kept.append((plan.needs.mtp > 0, plan.resident, sum(one.timings.drafted for one in got) > 0))
+        told: list[str] = []
+        planned = describe(find_model(store, None, None, told.append), CONTEXT, Machine(ram=ram + PROGRAM), None,
+                           told.append)
+        assert planned["in_memory"] == slots and planned.get("mtp_records", 0) == plan.needs.mtp
+        assert planned["plan"][-1:] == plan.lines()[-1:]
+        assert [line for line in told if "prediction head" in line] == [
+            line for line in said if "prediction head" in line]
+    assert kept == [(False, False, False), (True, False, True), (False, True, False), (True, True, True)]
+
+
+@pytest.mark.parametrize("nbytes", [2**20, 2**34])
+def test_a_gpu_costs_the_head_only_where_it_is_used(stores: dict[tuple[str, str], Path], nbytes: int,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where --device auto falls back to the CPU, that computes it."""
+    monkeypatch.setattr("qmix.engine.machine._any", lambda say: StandIn(nbytes=nbytes))
+    monkeypatch.setattr("qmix.engine.machine.TINY", 0)
+    said: list[str] = []
+    with load(stores["qwen3_next", "int4"], threads=1, context=CONTEXT, placement=Placement("auto"), mtp=True,
+              say=said.append) as engine:
+        assert (engine.device is None) == (nbytes == 2**20) == (engine.session().mtp is not None)
+        assert len(engine.session().prefill(IDS[:20])) > 0
+    assert sum("head is left out" in line for line in said) == (engine.device is not None)
+    assert any(line.startswith("not on ") for line in said) == (engine.device is None)
