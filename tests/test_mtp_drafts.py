@@ -3,6 +3,7 @@ sampled, in several formats, over two turns; right where the head is right; and 
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_mtp import CONTEXT, IDS
 
 from qmix import hardware
+from qmix.commands import oneshot
 from qmix.commands.plan.report import Machine, describe, find_model
 from qmix.config import Cancel, ExpertKey, QuantConfig, SamplingParams
 from qmix.device import StandIn
@@ -189,32 +191,44 @@ def test_what_is_cut_back_and_run_again_leaves_only_gaps(stores: dict[tuple[str,
         assert session.draft(7, 3) == []  # no room behind the next token
 
 
-@pytest.mark.parametrize("left", [0, 1, 3, 6])
-def test_cancelled_while_the_head_works(stores: dict[tuple[str, str], Path], left: int,
-                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cancelled_while_the_head_works(stores: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every moment that looks whether it is: the session is as it was, and goes on as one that nobody cancelled."""
     class Later(Cancel):
+        def __init__(self, left: int):
+            super().__init__()
+            self.left = left
+
         def __bool__(self) -> bool:
-            self.left = getattr(self, "left", left) - 1
+            self.left -= 1
             return self.left < 0
 
+    works: list[Callable[[Session, Cancel], Any]] = [lambda s, cancel: s.draft(IDS[40], 3, cancel),
+                                                     lambda s, cancel: s.prefill(IDS[40:60], cancel)]
     with loaded(stores["qwen3_5_moe", "int4"], (3,)) as engine, \
             paged(stores["qwen3_5_moe", "int4"], 9, monkeypatch, (3,)) as other:
+        alone = engine.session()
+        alone.prefill(IDS[:40])
+        want = alone.decode(IDS[40])
         for one in (engine, other):
-            session, alone = one.session(), engine.session()
-            session.prefill(IDS[:40])
-            alone.prefill(IDS[:40])
-            works: list[Callable[[Session], Any]] = [lambda s: s.draft(IDS[40], 3, Later()),
-                                                     lambda s: s.prefill(IDS[40:60], Later())]
+            session = one.session()
             for work in works:
-                try:
-                    work(session)
-                except Interrupted:
-                    assert session.length == 40
-                else:
-                    session.trim(session.reachable(40))
-            assert session.mtp is not None and all(p < session.length for p in session.mtp.positions)
-            if session.length == 40:
-                assert torch.equal(session.decode(IDS[40]), alone.decode(IDS[40]))
+                looks = Later(10**6)
+                session.trim(0)
+                session.prefill(IDS[:40])
+                work(session, looks)
+                count = 10**6 - looks.left
+                assert count > 4
+                for left in sorted({*range(0, count, max(1, count // 8)), count - 1}):
+                    session.trim(0)
+                    session.prefill(IDS[:40])
+                    with pytest.raises(Interrupted):
+                        work(session, Later(left))
+                        print("not", one is other, work is works[0], left, count)
+                    assert session.length == 40 and session.mtp is not None
+                    assert all(p < 40 for p in session.mtp.positions) and session.mtp.end in (0, 40)
+                    assert session.mtp.cache.length == len(session.mtp.positions)
+                    assert torch.equal(session.decode(IDS[40]), want)
+                    assert len(session.draft(IDS[41], 2)) == 2
 
 
 def test_the_plan_counts_the_head_and_leaves_it_out_where_it_does_not_pay(stores: dict[tuple[str, str], Path],
@@ -312,3 +326,43 @@ def test_a_gpu_costs_the_head_only_where_it_is_used(stores: dict[tuple[str, str]
         assert len(engine.session().prefill(IDS[:20])) > 0
     assert sum("head is left out" in line for line in said) == (engine.device is not None)
     assert any(line.startswith("not on ") for line in said) == (engine.device is None)
+
+
+def test_reading_late_and_guessing_are_apart(stores: dict[tuple[str, str], Path]) -> None:
+    """`catch_up` leaves what a draft takes along, and changes no guess; what prompts cost is counted."""
+    with loaded(stores["qwen3_5_moe", "keep"], (3,)) as engine:
+        one, other = engine.session(), engine.session()
+        assert one.catch_up() is None and one.draft(5, 3) == []
+        guessed = []
+        for session in (one, other):
+            before = engine._mtp._spent if engine._mtp is not None else -1.0
+            session.prefill(IDS[:20])
+            assert engine._mtp is not None and engine._mtp._spent > before
+            before = engine._mtp._spent
+            for token in IDS[20:33]:
+                session.decode(token)
+            assert engine._mtp._spent == before and session.mtp is not None
+            waiting = len(session.mtp)
+            if session is one:
+                session.catch_up()
+                assert waiting > 8 and len(session.mtp) == 1
+            guessed.append(session.draft(IDS[33], 3))
+        assert guessed[0] == guessed[1] and len(guessed[0]) == 3
+
+
+def test_the_line_comes_behind_the_answer(stores: dict[tuple[str, str], Path]) -> None:
+    written: list[str] = []
+
+    class Out(io.StringIO):
+        def write(self, text: str) -> int:
+            written.append(text)
+            return len(text)
+
+    with loaded(stores["qwen3_5_moe", "int4"], (2,)) as engine:
+        pace = engine.pace(7)
+        assert pace is not None
+        pace.mtp = MtpPace(pace, lambda line: written.append(f"say {line}"))
+        pace.mtp._switch_off("it loses")
+        code = oneshot.run(engine, "a b c", SamplingParams(0.0, max_tokens=9), raw=True, draft=7, stdout=Out())
+    (at,) = (i for i, text in enumerate(written) if text.startswith("say "))
+    assert code == 0 and at > 2 and written[at - 1].endswith("\n") and not "".join(written[at + 1:]).strip()

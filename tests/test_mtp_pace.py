@@ -14,7 +14,7 @@ from qmix.config import Cancel, SamplingParams
 from qmix.generate import Summary, generate
 from qmix.speculation import MtpPace, Pace
 from qmix.speculation import passes as passes_module
-from qmix.speculation.mtp import OPENING, REST, SINGLES, SPACING
+from qmix.speculation.mtp import ANSWERS, OPENING, REST, SINGLES, SPACING
 from qmix.tokenizer import Tokenizer, load
 
 
@@ -31,6 +31,8 @@ class Headed(ToySession):
         super().__init__(context=4000)
         self.now, self.check, self.cost, self.wrong = 0.0, check, cost, wrong
         self.asked: list[int] = []
+        self.unread, self.reading = 0.0, 0.0  # what the head takes to catch up, and for a prompt
+        self.reads: MtpPace | None = None
         self._guessed = 0
 
     def _logits(self, length: int) -> torch.Tensor:
@@ -41,6 +43,16 @@ class Headed(ToySession):
     def _run(self, ids: Sequence[int], cancel: Cancel) -> torch.Tensor:
         self.now += 1 + self.check * (len(ids) - 1)
         return super()._run(ids, cancel)
+
+    def catch_up(self, cancel: Cancel) -> None:
+        self.now += self.unread
+
+    def prefill(self, ids: Sequence[int], cancel: Cancel) -> torch.Tensor:
+        found = super().prefill(ids, cancel)
+        if self.reads is not None and self.reads.on:
+            self.now += self.reading
+            self.reads.spend(self.reading)
+        return found
 
     def draft(self, token_id: int, count: int, cancel: Cancel) -> list[int]:
         self.asked.append(count)
@@ -88,10 +100,14 @@ def test_one_that_loses_is_off_and_says_so_once(tokenizer: Tokenizer, check: flo
     pace, session = paced(said), Headed(check, cost, wrong)
     alone, summary = answer(tokenizer, Headed(check, cost), None), answer(tokenizer, session, pace)
     assert summary.ids == alone.ids and len(session.asked) == OPENING
+    assert said == [], "not while the answer is shown"
+    for _ in range(2):
+        pace.report()
     assert len(said) == 1 and said[0].startswith("the multi-token-prediction head does not pay here and is off: its ")
     assert summary.timings.decode_seconds < 1.1 * alone.timings.decode_seconds
     assert pace.mtp is not None and not pace.mtp.on
     answer(tokenizer, Headed(check, cost, wrong), pace)
+    pace.report()
     assert len(said) == 1
 
 
@@ -189,3 +205,29 @@ def test_drafts_of_one_id_at_most_are_switched_off_too(tokenizer: Tokenizer, che
     pace.mtp = MtpPace(pace)
     answer(tokenizer, session, pace)
     assert pace.mtp.on == on and max(session.asked) == 1
+
+
+def test_what_is_read_late_is_no_price_of_guesses(tokenizer: Tokenizer) -> None:
+    pace, session = paced([]), Headed(0.1, 0.05)
+    session.unread = 0.4
+    summary = answer(tokenizer, session, pace)
+    assert pace.mtp is not None and pace.mtp.on and pace.mtp.cost(1) == pytest.approx(0.05)
+    checked = sum(1 + 0.1 * count + 0.05 * count for count in session.asked)
+    singles = summary.timings.decode_passes - len(session.asked)
+    assert summary.timings.decode_seconds == pytest.approx(checked + singles + 0.4 * len(session.asked))
+
+
+@pytest.mark.parametrize(("reading", "on"), [(2000.0, False), (1.0, True)])
+def test_prompts_that_take_more_than_drafts_save(tokenizer: Tokenizer, reading: float, on: bool) -> None:
+    said: list[str] = []
+    pace = paced(said)
+    for _ in range(ANSWERS + 1):
+        assert pace.mtp is not None and pace.mtp.on
+        session = Headed(0.1, 0.05)
+        session.reads, session.reading = pace.mtp, reading
+        answer(tokenizer, session, pace)
+    assert pace.mtp is not None
+    asked = len(session.asked)
+    pace.report()
+    assert pace.mtp.on == on and (asked > 0) == on
+    assert [line.split(": ")[1].split(" it took")[0] for line in said] == ([] if on else ["over the last answers"])

@@ -13,6 +13,9 @@ thousand tokens it is measured once more, from the beginning of an answer on.
 With the head on, every pass might have drafts, and nobody would know any longer what a pass without takes. So some
 passes go without, to measure that: after every few drafts at first, then after every SPACING. The very first one is
 slower than the others, and is forgotten with the second.
+
+The head also reads prompts, and what was decoded without it, which no draft can avoid any more. Where that took more over
+the last answers than the drafts saved, it is off too.
 """
 
 from __future__ import annotations
@@ -26,15 +29,17 @@ OPENING_IDS = 2  # ids in such a draft
 OPENING_SPACING = 3  # drafts among these between two passes without any
 SPACING = 32  # and later
 SINGLES = 8  # such passes that are remembered
+ANSWERS = 4  # after which that is asked: the first prompt of a conversation is the longest
+KEPT = 0.75  # of what was saved and spent: what counts of it in the next answer
 REST = (4096, 65536)  # tokens for which the head is off, at first and at last
 
 
 class MtpPace:
-    """pace: what passes take; say: gets a line when the head is switched off for the first time."""
+    """pace: what passes take; say: gets a line, by `report`, when the head was switched off for the first time."""
 
     def __init__(self, pace: Pace, say: Callable[[str], None] = lambda line: None):
         self._pace = pace
-        self._say: Callable[[str], None] | None = say
+        self._say, self._told = say, False
         self._chances = [Estimate(0.6, 2, 64) for _ in range(LONGEST)]
         self._singles = 0
         self._single = Estimate(0.0, 0, SINGLES)  # seconds, as all of these
@@ -43,15 +48,25 @@ class MtpPace:
         self._tried = 0  # drafts since the head was switched on
         self._since = 0  # drafts since the last pass without
         self._rest, self._left = REST[0], 0
+        self._answers = 0  # begun since the head was switched on
+        self._saved = self._spent = 0.0  # seconds, in the last ones
+        self._line = ""  # that is to be said
         self.on = True
         self.drafted = self.accepted = 0
 
     def begin(self) -> None:
         """An answer begins."""
-        if not self.on and self._left <= 0:
-            self.on, self._tried = True, 0
+        saved = max(0.0, self._saved)
+        if self.on and self._tried > OPENING and self._answers >= ANSWERS and self._spent > saved:
+            self._switch_off(f"over the last answers it took {self._spent:.1f} s to read prompts, and its drafts saved "
+                             f"{saved:.1f} s")
+        elif not self.on and self._left <= 0:
+            self.on, self._tried, self._answers = True, 0, 0
             self._checks.clear()  # they are old
             self._first, self._further = Estimate(0.0, 0, 16), Estimate(0.0, 0, 16)
+            self._saved = self._spent = 0.0
+        self._answers += 1
+        self._saved, self._spent = KEPT * self._saved, KEPT * self._spent
 
     def token(self) -> None:
         """A token was chosen."""
@@ -82,6 +97,12 @@ class MtpPace:
             self._first.note(seconds / ids)
         if ids > 1:
             self._further.note(max(0.0, seconds - self._first.value) / (ids - 1))
+        if self._tried > OPENING:
+            self._saved += (self.gain(ids) - 1) * (self.check(1 + ids) + self.cost(ids))
+
+    def spend(self, seconds: float) -> None:
+        """The head took so long to read tokens, none of them a guess."""
+        self._spent += seconds
 
     @property
     def single_due(self) -> bool:
@@ -119,11 +140,19 @@ class MtpPace:
             return best
         if most < min(OPENING_IDS, self._pace.longest):  # at the end of an answer or of the context: it tells nothing
             return 0
-        self.on, self._left, self._rest = False, self._rest, min(REST[1], 2 * self._rest)
-        if self._say is not None:
-            self._say(f"the multi-token-prediction head does not pay here and is off: {self.text()}")
-            self._say = None
+        self._switch_off(self.text())
         return 0
+
+    def _switch_off(self, why: str) -> None:
+        self.on, self._left, self._rest = False, self._rest, min(REST[1], 2 * self._rest)
+        if not self._told:
+            self._told, self._line = True, f"the multi-token-prediction head does not pay here and is off: {why}"
+
+    def report(self) -> None:
+        """Say what there is to say. Asked once an answer has been shown: a line would fall into its middle."""
+        if self._line:
+            self._say(self._line)
+            self._line = ""
 
     def text(self) -> str:
         """ "its first id is right 61 % of the time, and costs 0.24 of a token to draft and 0.70 to check"."""

@@ -94,6 +94,11 @@ class Pace:
         """An id that was drafted after `match` equal ones was right or wrong, tried or not."""
         self._chances[_bucket(match)].note(right)
 
+    def report(self) -> None:
+        """An answer was shown: say what there is to say of drafts."""
+        if self.mtp is not None:
+            self.mtp.report()
+
     def ratio(self, tokens: int) -> float:
         """What a pass of so many tokens takes, over one of a single token."""
         known = self._ratios.get(tokens)
