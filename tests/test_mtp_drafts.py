@@ -218,12 +218,13 @@ def test_cancelled_while_the_head_works(stores: dict[tuple[str, str], Path], mon
                 work(session, looks)
                 count = 10**6 - looks.left
                 assert count > 4
-                for left in sorted({*range(0, count, max(1, count // 8)), count - 1}):
+                # A paged engine looks while it waits for a record too, which is not as often each time.
+                last = count if one is engine else count // 2
+                for left in sorted({*range(0, last, max(1, last // 8)), last - 1}):
                     session.trim(0)
                     session.prefill(IDS[:40])
                     with pytest.raises(Interrupted):
                         work(session, Later(left))
-                        print("not", one is other, work is works[0], left, count)
                     assert session.length == 40 and session.mtp is not None
                     assert all(p < 40 for p in session.mtp.positions) and session.mtp.end in (0, 40)
                     assert session.mtp.cache.length == len(session.mtp.positions)

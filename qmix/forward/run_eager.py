@@ -176,8 +176,8 @@ class Eager:
                 rows = [row - first for row in wanted if first <= row < end]
                 buffers = {"tokens": tokens[first:end].to(self._device),
                            **{name: buffer[first:end] for name, buffer in given.items()}}
-                residual, others, seconds = self._pass(buffers, spans, replace(step, sequence=step.sequence[first:end]), rows,
-                                                       collect is not None)
+                residual, others, seconds = self._pass(
+                    buffers, spans, replace(step, sequence=step.sequence[first:end]), rows, collect is not None)
                 if rows:
                     take(done, residual)
                 done += len(rows)

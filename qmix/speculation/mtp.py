@@ -14,8 +14,8 @@ With the head on, every pass might have drafts, and nobody would know any longer
 passes go without, to measure that: after every few drafts at first, then after every SPACING. The very first one is
 slower than the others, and is forgotten with the second.
 
-The head also reads prompts, and what was decoded without it, which no draft can avoid any more. Where that took more over
-the last answers than the drafts saved, it is off too.
+The head also reads prompts, and what was decoded without it, which no draft can avoid any more. Where that took more
+over the last answers than the drafts saved, it is off too.
 """
 
 from __future__ import annotations
