@@ -64,6 +64,7 @@ FOLDER = "give the folder that holds config.json and model*.safetensors"
 ORIGINAL = "give the original bf16, fp16 or fp32 checkpoint"
 MXFP4 = ("qmix takes MXFP4 in the experts of gpt_oss alone: have transformers decode the weights "
          "(Mxfp4Config(dequantize=True), then save_pretrained), and give what it saved")
+NO_MTP = "the multi-token-prediction head is not whole: leave it out (--no-mtp), or fetch the checkpoint again"
 WRONG_CONFIG = "config.json and the weights do not belong together: fetch both again, or correct config.json"
 
 
@@ -370,8 +371,11 @@ def _account(path: Path, model: Model, locations: Mapping[str, Location]
     packed = mxfp4_layout(model)
     known = layouts(model) + (() if packed is None else (packed,))
     layout = choose_layout(known, locations)
-    if heads := mtp_layouts(model):
-        layout = {**layout, **choose_layout(heads, locations)}
+    heads = set[str]()
+    if known := mtp_layouts(model):
+        head = choose_layout(known, locations)
+        heads = {name for source in head.values() for name in source.names}
+        layout = {**layout, **head}
     wanted = dict.fromkeys(name for source in layout.values() for name in source.names)
     _check_no_low_bits(wanted, locations)
     missing = [name for name in wanted if name not in locations]
@@ -379,6 +383,7 @@ def _account(path: Path, model: Model, locations: Mapping[str, Location]
         both = f"{path / SINGLE} is read and {INDEX} ignored: remove the one that does not belong to the model"
         tied = "if the model ties its embeddings, config.json must say tie_word_embeddings: true"
         raise CheckpointError(f"{path}: {missing[0]}: missing ({len(missing)} of {len(wanted)} tensors are)",
+                              NO_MTP if all(name in heads for name in missing) else
                               tied if missing == [HEAD] else
                               both if (path / SINGLE).is_file() and (path / INDEX).exists() else WRONG_CONFIG)
     _check_tensors(model, layout, locations)

@@ -100,7 +100,7 @@ def _read_model(path: Path, metadata: Mapping[str, Any],
     dtype = DTYPES.get(weights.most_common(1)[0][0] if weights else "", "bfloat16")
     try:
         raw = gguf_config(metadata, {name: location.entry.shape for name, location in locations.items()})
-        model = replace(read_model({**raw, "dtype": dtype}), dtype=dtype)
+        model = replace(read_model({**raw, "dtype": dtype}).trunk, dtype=dtype)  # heads are skipped
     except ConfigError as e:
         raise CheckpointError(f"{path}: {e.message}", e.cure or BELONG) from None
     count = sum(7 + 3 * model.experts_in(layer) for layer in range(model.num_layers))

@@ -28,8 +28,9 @@ from qmix.config import QuantConfig
 from qmix.errors import CheckpointError, ConfigError, Interrupted
 from qmix.gguf import header as gguf_header
 from qmix.gguf.model import _ends
-from qmix.models import Keys, Source
+from qmix.models import Keys, Source, glm4_moe
 from qmix.models.gguf import rope_config
+from qmix.models.mtp import mtp_head
 from qmix.models.source import Index, Rows
 from qmix.quantize import quantize_checkpoint
 from qmix.quantize.carried import quantized_types
@@ -120,7 +121,9 @@ def test_a_tensor_that_begins_within_a_block_is_refused(shape: tuple[int, int], 
     assert "F32" in str(caught.value.cure)
 
 
-def test_a_prediction_head_is_skipped(tmp_path: Path) -> None:
+def test_a_prediction_head_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also that of an architecture of which qmix has the head: GGUF files have other names for it."""
+    monkeypatch.setattr(glm4_moe, "mtp_head", mtp_head, raising=False)
     model, rows = model_of("glm4_moe", torch.bfloat16), torch.ones(64, 128)
     layers = model.config.num_hidden_layers
 
@@ -132,6 +135,7 @@ def test_a_prediction_head_is_skipped(tmp_path: Path) -> None:
     path = models.write(tmp_path / "m.gguf", model, "glm4_moe", keys=keys, **head)
     with Checkpoint.open(path) as checkpoint:
         assert checkpoint.model.num_layers == layers and checkpoint.model.mtp == 1
+        assert checkpoint.model.mtp_head is None and not checkpoint.has_mtp_head
         assert set(checkpoint.skipped) == {f"blk.{layers}.nextn.eh_proj.weight", f"blk.{layers}.attn_norm.weight"}
         many = SimpleNamespace(skipped=[f"blk.{layers}.{i}" for i in range(4)], model=checkpoint.model)
         assert skipped_lines(many) == [  # type: ignore[arg-type]

@@ -73,7 +73,8 @@ def test_guesses_are_those_of_the_reference(raw: Mapping[str, Any], fused: bool,
         compare(1)
 
 
-@pytest.mark.parametrize("quant", [UNQUANTIZED, QuantConfig(), QuantConfig(dense="int4")], ids=["keep", "int8", "int4"])
+@pytest.mark.parametrize("quant", [UNQUANTIZED, QuantConfig(), QuantConfig(dense="q8_0"),
+                                   QuantConfig(dense="int4")], ids=["keep", "int8", "q8_0", "int4"])
 def test_only_the_first_ids_of_a_large_vocabulary_are_guessed(quant: QuantConfig, tmp_path: Path, logits: list[Tensor],
                                                               monkeypatch: pytest.MonkeyPatch) -> None:
     """The same logits for fewer ids, without memory of their own; in int4 the rows of a head do not lie apart."""

@@ -3,6 +3,7 @@ sampled, in several formats, over two turns; right where the head is right; and 
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,20 @@ import pytest
 import torch
 from architectures import FIRST, quantized
 from helpers import UNQUANTIZED
+from model_configs import with_keys
 from mtp_models import add_tensors, write_with_head
 from safetensors.torch import load_file, save_file
 from test_mtp import CONTEXT, IDS
 
 from qmix import hardware
+from qmix.commands import oneshot
+from qmix.commands.plan.report import Machine, describe, find_model
 from qmix.config import Cancel, ExpertKey, QuantConfig, SamplingParams
-from qmix.engine import Engine, Session, load, placing
+from qmix.device import StandIn
+from qmix.engine import Engine, Placement, Session, load, placing
 from qmix.errors import DoesNotFit, Interrupted
 from qmix.generate import common_prefix, generate
-from qmix.offload.plan import RESERVE, Needs
+from qmix.offload.plan import PROGRAM, RESERVE, Needs
 from qmix.speculation import MtpPace, Pace
 from qmix.speculation import passes as passes_module
 from qmix.store import Store
@@ -96,10 +101,13 @@ def paged(store: Path, slots: int, monkeypatch: pytest.MonkeyPatch, lengths: Seq
     monkeypatch.setattr(placing, "needs_without_head", lambda store, needs: needs)
     with Store.open(store) as opened:
         needs = Needs.of(opened.model, opened.quant, CONTEXT)
-    fixed = RESERVE + needs.dense + needs.kv + needs.workspace
-    engine = loaded(store, lengths, ram=fixed + slots * needs.record, **how)
+    engine = loaded(store, lengths, ram=fixed(needs) + slots * needs.record, **how)
     assert engine.plan.slots == slots and not engine.plan.resident
     return engine
+
+
+def fixed(needs: Needs) -> int:
+    return RESERVE + needs.dense + needs.kv + needs.workspace
 
 
 def talk(engine: Engine, seed: int = 0) -> Iterator[Any]:
@@ -183,32 +191,45 @@ def test_what_is_cut_back_and_run_again_leaves_only_gaps(stores: dict[tuple[str,
         assert session.draft(7, 3) == []  # no room behind the next token
 
 
-@pytest.mark.parametrize("left", [0, 1, 3, 6])
-def test_cancelled_while_the_head_works(stores: dict[tuple[str, str], Path], left: int,
-                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cancelled_while_the_head_works(stores: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every moment that looks whether it is: the session is as it was, and goes on as one that nobody cancelled."""
     class Later(Cancel):
+        def __init__(self, left: int):
+            super().__init__()
+            self.left = left
+
         def __bool__(self) -> bool:
-            self.left = getattr(self, "left", left) - 1
+            self.left -= 1
             return self.left < 0
 
+    works: list[Callable[[Session, Cancel], Any]] = [lambda s, cancel: s.draft(IDS[40], 3, cancel),
+                                                     lambda s, cancel: s.prefill(IDS[40:60], cancel)]
     with loaded(stores["qwen3_5_moe", "int4"], (3,)) as engine, \
             paged(stores["qwen3_5_moe", "int4"], 9, monkeypatch, (3,)) as other:
+        alone = engine.session()
+        alone.prefill(IDS[:40])
+        want = alone.decode(IDS[40])
         for one in (engine, other):
-            session, alone = one.session(), engine.session()
-            session.prefill(IDS[:40])
-            alone.prefill(IDS[:40])
-            works: list[Callable[[Session], Any]] = [lambda s: s.draft(IDS[40], 3, Later()),
-                                                     lambda s: s.prefill(IDS[40:60], Later())]
+            session = one.session()
             for work in works:
-                try:
-                    work(session)
-                except Interrupted:
-                    assert session.length == 40
-                else:
-                    session.trim(session.reachable(40))
-            assert session.mtp is not None and all(p < session.length for p in session.mtp.positions)
-            if session.length == 40:
-                assert torch.equal(session.decode(IDS[40]), alone.decode(IDS[40]))
+                looks = Later(10**6)
+                session.trim(0)
+                session.prefill(IDS[:40])
+                work(session, looks)
+                count = 10**6 - looks.left
+                assert count > 4
+                # A paged engine looks while it waits for a record too, which is not as often each time.
+                last = count if one is engine else count // 2
+                for left in sorted({*range(0, last, max(1, last // 8)), last - 1}):
+                    session.trim(0)
+                    session.prefill(IDS[:40])
+                    with pytest.raises(Interrupted):
+                        work(session, Later(left))
+                    assert session.length == 40 and session.mtp is not None
+                    assert all(p < 40 for p in session.mtp.positions) and session.mtp.end in (0, 40)
+                    assert session.mtp.cache.length == len(session.mtp.positions)
+                    assert torch.equal(session.decode(IDS[40]), want)
+                    assert len(session.draft(IDS[41], 2)) == 2
 
 
 def test_the_plan_counts_the_head_and_leaves_it_out_where_it_does_not_pay(stores: dict[tuple[str, str], Path],
@@ -231,9 +252,6 @@ def test_the_plan_counts_the_head_and_leaves_it_out_where_it_does_not_pay(stores
         parts = {t.data_ptr(): t.nbytes for m in weights.matrices.values() for t in m.tensors.values()}  # once each
         held = sum(t.nbytes for t in weights.tensors.values()) + sum(parts.values())
         assert held <= whole.dense and held > trunk.dense
-
-    def fixed(needs: Needs) -> int:
-        return RESERVE + needs.dense + needs.kv + needs.workspace
 
     said: list[str] = []
     ram = fixed(whole) + whole.records * whole.record - 1
@@ -261,3 +279,91 @@ def test_sessions_that_decode_together_go_without(stores: dict[tuple[str, str], 
         for one in pair:
             one.decode(8)
         assert all(len(one.draft(7, 2)) == 2 for one in pair)
+
+
+def test_a_plan_with_a_head_and_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model whose experts are most of it: the head stays where the others are paged too; `qmix plan` says what
+    `load` does, in every case."""
+    raw = with_keys(FIRST["qwen3_5_moe"], {"num_experts": 32, "moe_intermediate_size": 128})
+    _, source = write_with_head(raw, tmp_path / "source", True, torch.bfloat16)
+    store = quantized(source, tmp_path / "store", QuantConfig())
+    with Store.open(store) as opened:
+        needs, trunk = (Needs.of(model, opened.quant, CONTEXT) for model in (opened.model, opened.model.trunk))
+    with load(store, threads=1, context=CONTEXT) as engine:
+        want = [one.ids for one in talk(engine)]
+    kept = []
+    for ram in (fixed(trunk) + trunk.least_bytes, fixed(trunk) + trunk.expert_bytes // 2,
+                fixed(trunk) + trunk.expert_bytes, fixed(needs) + needs.expert_bytes):
+        said: list[str] = []
+        with load(store, threads=1, context=CONTEXT, ram=ram, base=0, mtp=True, say=said.append) as engine:
+            pace = engine.pace(7)
+            assert pace is not None
+            if pace.mtp is not None:
+                engine._mtp = pace.mtp = Always(pace, (1, 3))
+            got = list(talk(engine))
+            plan, slots = engine.plan, engine.plan.slots
+        assert [one.ids for one in got] == want
+        kept.append((plan.needs.mtp > 0, plan.resident, sum(one.timings.drafted for one in got) > 0))
+        told: list[str] = []
+        planned = describe(find_model(store, None, None, told.append), CONTEXT, Machine(ram=ram + PROGRAM), None,
+                           told.append)
+        assert planned["in_memory"] == slots and planned.get("mtp_records", 0) == plan.needs.mtp
+        assert planned["plan"][-1:] == plan.lines()[-1:]
+        assert [line for line in told if "prediction head" in line] == [
+            line for line in said if "prediction head" in line]
+    assert kept == [(False, False, False), (True, False, True), (False, True, False), (True, True, True)]
+
+
+@pytest.mark.parametrize("nbytes", [2**20, 2**34])
+def test_a_gpu_costs_the_head_only_where_it_is_used(stores: dict[tuple[str, str], Path], nbytes: int,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where --device auto falls back to the CPU, that computes it."""
+    monkeypatch.setattr("qmix.engine.machine._any", lambda say: StandIn(nbytes=nbytes))
+    monkeypatch.setattr("qmix.engine.machine.TINY", 0)
+    said: list[str] = []
+    with load(stores["qwen3_next", "int4"], threads=1, context=CONTEXT, placement=Placement("auto"), mtp=True,
+              say=said.append) as engine:
+        assert (engine.device is None) == (nbytes == 2**20) == (engine.session().mtp is not None)
+        assert len(engine.session().prefill(IDS[:20])) > 0
+    assert sum("head is left out" in line for line in said) == (engine.device is not None)
+    assert any(line.startswith("not on ") for line in said) == (engine.device is None)
+
+
+def test_reading_late_and_guessing_are_apart(stores: dict[tuple[str, str], Path]) -> None:
+    """`catch_up` leaves what a draft takes along, and changes no guess; what prompts cost is counted."""
+    with loaded(stores["qwen3_5_moe", "keep"], (3,)) as engine:
+        one, other = engine.session(), engine.session()
+        assert one.catch_up() is None and one.draft(5, 3) == []
+        guessed = []
+        for session in (one, other):
+            before = engine._mtp._spent if engine._mtp is not None else -1.0
+            session.prefill(IDS[:20])
+            assert engine._mtp is not None and engine._mtp._spent > before
+            before = engine._mtp._spent
+            for token in IDS[20:33]:
+                session.decode(token)
+            assert engine._mtp._spent == before and session.mtp is not None
+            waiting = len(session.mtp)
+            if session is one:
+                session.catch_up()
+                assert waiting > 8 and len(session.mtp) == 1
+            guessed.append(session.draft(IDS[33], 3))
+        assert guessed[0] == guessed[1] and len(guessed[0]) == 3
+
+
+def test_the_line_comes_behind_the_answer(stores: dict[tuple[str, str], Path]) -> None:
+    written: list[str] = []
+
+    class Out(io.StringIO):
+        def write(self, text: str) -> int:
+            written.append(text)
+            return len(text)
+
+    with loaded(stores["qwen3_5_moe", "int4"], (2,)) as engine:
+        pace = engine.pace(7)
+        assert pace is not None
+        pace.mtp = MtpPace(pace, lambda line: written.append(f"say {line}"))
+        pace.mtp._switch_off("it loses")
+        code = oneshot.run(engine, "a b c", SamplingParams(0.0, max_tokens=9), raw=True, draft=7, stdout=Out())
+    (at,) = (i for i, text in enumerate(written) if text.startswith("say "))
+    assert code == 0 and at > 2 and written[at - 1].endswith("\n") and not "".join(written[at + 1:]).strip()

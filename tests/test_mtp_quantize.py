@@ -150,8 +150,11 @@ def test_heads_that_qmix_does_not_know_are_skipped_and_named(tmp_path: Path) -> 
     tensors = load_file(file)
     del tensors["mtp.embed_tokens.weight"], tensors["mtp.layers.0.self_attn.k_proj.weight"]
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"mtp\.layers\.0\.self_attn\.k_proj\.weight: missing"):
+    with pytest.raises(CheckpointError, match=r"mtp\.layers\.0\.self_attn\.k_proj\.weight: missing") as error:
         Checkpoint.open(source)
+    assert "--no-mtp" in str(error.value.cure)
+    done = qmix("quantize", source, tmp_path / "out", "--method", "rtn", "--no-mtp")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("kind", ["qwen3_next", "qwen3_5_moe"])

@@ -187,6 +187,8 @@ class Chat:
         answer = respond(self.session, self.engine.tokenizer, prompt, replace(self.params, seed=self.seed),
                          self.cancel, self._show, self._clock, self.pace, self.engine.exact)
         self.screen.end_answer()
+        if self.pace is not None:
+            self.pace.report()
         self._keep(question, base, answer)
 
     def _show(self, part: Part) -> None:

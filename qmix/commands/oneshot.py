@@ -73,6 +73,8 @@ def run(engine: Engine, prompt: str, params: SamplingParams, *, system: str | No
         writer.end()
     else:
         print(json_text(_document(parts, reason, summary, engine.stats())), file=out)
+    if pace is not None:
+        pace.report()
     _report(summary, reason, params, engine.stats()["experts"], parts.calls)
     return 130 if reason == "cancelled" else 0
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -22,6 +22,7 @@ from qmix.engine.kernels import native_throughout
 from qmix.engine.session import Session
 from qmix.errors import DoesNotFit, QmixError, UsageError
 from qmix.forward.kv_cache import SessionCache
+from qmix.forward.mtp import Mtp, MtpState
 from qmix.forward.passes import BLOCK
 from qmix.forward.run_eager import Collect
 from qmix.forward.runner import Runner
@@ -38,6 +39,7 @@ from qmix.speculation import LONGEST, MtpPace, Pace
 from qmix.store import Store
 from qmix.tokenizer import Message, Tokenizer
 
+T = TypeVar("T")
 WARMED = (1, 2, 4, 8)  # tokens of a pass, of each of which the kernels are other ones
 
 
@@ -124,33 +126,51 @@ class Engine:
     def _collector(self, sessions: Sequence[Session], tokens: Sequence[Sequence[int]], step: Step) -> Collect | None:
         """What takes a pass's hidden states for the multi-token-prediction head, as long as that drafts: of a session
         by itself. A prompt is read by the head at once, decoded tokens when it drafts next."""
-        head, session = self._model.mtp, sessions[0]
-        state = session.mtp
-        if head is None or state is None or self._mtp is None or not self._mtp.on or len(sessions) > 1:
+        head, session, pace = self._model.mtp, sessions[0], self._mtp
+        state, before = session.mtp, session.length
+        if head is None or state is None or pace is None or not pace.on or len(sessions) > 1:
             return None
-        ids, before, decodes = [*session.ids, *tokens[0]], session.length, step.phase == "decode"
 
-        def collect(first: int, residual: Tensor) -> None:
-            state.add(before + first, self._model.hidden(residual), decodes)
-            following = ids[state.first + 1:before + first + len(residual) + 1]
-            if following and not decodes:
+        def keep(first: int, residual: Tensor, seconds: float) -> None:
+            state.add(before + first, self._model.hidden(residual), True)
+
+        if step.phase == "decode":
+            return keep
+        ids = [*session.ids, *tokens[0]]
+
+        def read(first: int, residual: Tensor, seconds: float) -> None:
+            start = time.perf_counter()
+            state.add(before + first, self._model.hidden(residual), False)
+            if following := ids[state.first + 1:before + first + len(residual) + 1]:
                 head.fill(state, following, step)
+            pace.spend(seconds + time.perf_counter() - start)
 
-        return collect
+        return read
 
     def draft(self, session: Session, token: int, count: int, cancel: Cancel | None = None) -> list[int]:
         """See Session.draft."""
+        count = min(count, session.context - session.length - 1)
+        return [] if count < 1 else self._ask_head(session, cancel, [], lambda head, state, following, step: head.draft(
+            state, [*following, token], count, step))
+
+    def catch_up(self, session: Session, cancel: Cancel | None = None) -> None:
+        """See Session.catch_up."""
+        self._ask_head(session, cancel, None, Mtp.catch_up)
+
+    def _ask_head(self, session: Session, cancel: Cancel | None, otherwise: T,
+                  work: Callable[[Mtp, MtpState, Sequence[int], Step], T]) -> T:
+        """What `work` gives for the tokens after all hidden states that wait but the last; `otherwise` where the
+        head has not seen the session's last token, or there is none."""
         self._check_usable()
         head, state = self._model.mtp, session.mtp
-        count = min(count, session.context - session.length - 1)
-        if head is None or state is None or count < 1 or state.end != session.length or not session.length:
-            return []
+        if head is None or state is None or state.end != session.length or not session.length:
+            return otherwise
         step = Step("decode", (session.number,), Cancel() if cancel is None else cancel)
         with self._lock, self._entered():
             torch.set_num_threads(self._decode_threads)
             start = time.perf_counter()
             try:
-                return head.draft(state, [*session.ids[state.first + 1:], token], count, step)
+                return work(head, state, session.ids[state.first + 1:], step)
             except BaseException:
                 state.trim(session.length)
                 raise

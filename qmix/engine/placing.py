@@ -15,13 +15,14 @@ from qmix.engine import vram
 from qmix.engine.budgets import needs_without_head
 from qmix.engine.kernels import stored_formats
 from qmix.engine.machine import Placement
-from qmix.errors import DoesNotFit, QmixError, UsageError
+from qmix.errors import QmixError, UsageError
 from qmix.forward.lower_device import not_on_device
 from qmix.forward.weights import compute_dtype
 from qmix.kernels import tuned
 from qmix.kernels.device_table import DeviceKernels, choose_device_kernels, lacking_kernels
 from qmix.kernels.table import KernelTable
 from qmix.offload.device_needs import scratch_of
+from qmix.offload.head import plan_with_head
 from qmix.offload.plan import UNMEASURED, Needs, Plan
 from qmix.offload.plan import plan as make_plan
 from qmix.store import Store
@@ -46,16 +47,12 @@ def choose_device_and_plan(store: Store, needs: Needs, placement: Placement | No
     if device is None or placement is None:
         host = on_cpu(False)
         return _plan_host(store, needs, ram, say), None, None, host
-    if store.model.mtp_head is not None:
-        say(f"the multi-token-prediction head is left out: {device.name} does not compute it yet")
-        needs = needs_without_head(store, needs)
-        store.leave_out_mtp_head()
     try:
         host = on_cpu(not placement.exact)
         kernels = _kernels(store, device, host, needs.context, placement, say)
-        needs = needs.with_kernels(store.model, store.quant, kernels.configs.gemv)
+        trunk = needs_without_head(store, needs).with_kernels(store.model.trunk, store.quant, kernels.configs.gemv)
         measured = vram.known(placement, device, say)
-        found = make_plan(needs, *ram(), *placement.vram_budget(device), placement.pin_budget(),
+        found = make_plan(trunk, *ram(), *placement.vram_budget(device), placement.pin_budget(),
                           measured.beside if measured else UNMEASURED if device.torch_device.type == "cuda" else None)
     except QmixError as e:
         device.close()
@@ -63,40 +60,35 @@ def choose_device_and_plan(store: Store, needs: Needs, placement: Placement | No
             raise
         say(f"not on {device.name}: {e.message}; the CPU computes")
         host = on_cpu(False)
-        return make_plan(needs, *ram()), None, None, host
+        return _plan_host(store, needs, ram, say), None, None, host
     except BaseException:
         device.close()
         raise
     opened.callback(device.close)
+    if store.model.mtp_head is not None:  # kept until here: the CPU, had it come to that, computes it
+        say(f"the multi-token-prediction head is left out: {device.name} does not compute it yet")
+        store.leave_out_mtp_head()
     return found, device, kernels, host
 
 
 def _plan_host(store: Store, needs: Needs, ram: Callable[[], tuple[int, int]], say: Callable[[str], None]) -> Plan:
-    """For the CPU alone; without the multi-token-prediction head where that would not fit, or the experts would then
-    all be in memory."""
+    """For the CPU alone; without the multi-token-prediction head where plan_with_head says so."""
     if store.model.mtp_head is None:
         return make_plan(needs, *ram())
-    budget, without = ram(), needs_without_head(store, needs)
-    try:
-        found, reason = make_plan(needs, *budget), "without it all experts are in memory"
-    except DoesNotFit:
-        found, reason = None, "there is no room for it"
-    if found is not None and found.resident:
-        return found
-    other = make_plan(without, *budget)
-    if found is not None and not other.resident:
-        return found
-    say(f"the multi-token-prediction head is left out: {reason}")
-    store.leave_out_mtp_head()
-    return other
+    found, left_out = plan_with_head(needs, needs_without_head(store, needs), *ram())
+    if left_out:
+        say(left_out)
+        store.leave_out_mtp_head()
+    return found
 
 
 def _kernels(store: Store, device: Device, host: KernelTable, context: int, placement: Placement,
              say: Callable[[str], None]) -> DeviceKernels:
     """Cut as was measured on this card, unless the bits are to depend on no measurement."""
-    dtype = compute_dtype(store.model, store.quant, device.half)
-    choose = partial(choose_device_kernels, device.torch_device, dtype, *stored_formats(store.model, store.quant), host,
-                     device.triton, scratch_of=partial(scratch_of, store.model, store.quant, context))
+    model = store.model.trunk
+    dtype = compute_dtype(model, store.quant, device.half)
+    choose = partial(choose_device_kernels, device.torch_device, dtype, *stored_formats(model, store.quant), host,
+                     device.triton, scratch_of=partial(scratch_of, model, store.quant, context))
     file = placement.tuned
     if placement.exact or file is None or not device.triton:
         return choose()

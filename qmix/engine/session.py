@@ -64,6 +64,11 @@ class Session:
         not seen the session's last token."""
         return self._engine.draft(self, token, count, cancel)
 
+    def catch_up(self, cancel: Cancel | None = None) -> None:
+        """Let the model's multi-token-prediction head read what it has not read yet of the session's tokens, where that
+        is more than a few: `draft` would do it first."""
+        self._engine.catch_up(self, cancel)
+
     @property
     def warm(self) -> bool:
         """See Engine.warm."""

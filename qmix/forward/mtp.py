@@ -54,6 +54,10 @@ class MtpState:
         self.first = 0
         self.pending: Tensor | None = None
 
+    def __len__(self) -> int:
+        """Hidden states that wait."""
+        return 0 if self.pending is None else len(self.pending)
+
     @property
     def end(self) -> int:
         """The position behind the last hidden state that waits; 0 where none does."""
@@ -107,12 +111,17 @@ class Mtp:
                         len(following), {"hidden": hidden})
         state.positions += range(first, first + len(following))
 
+    def catch_up(self, state: MtpState, following: Sequence[int], step: Step) -> None:
+        """Make entries of all hidden states that wait but the last, where these are more than a draft takes along;
+        following: of each the token after it."""
+        if len(state) > FEW:
+            self.fill(state, following, step)
+
     def draft(self, state: MtpState, following: Sequence[int], count: int, step: Step) -> list[int]:
         """`count` guesses for what comes after `following`, one token after each hidden state that waits. Those stay
         as entries, the guesses do not. On an error the state is as it was, but for hidden states that waited."""
-        if len(following) > FEW:
-            self.fill(state, following[:-1], step)
-            following = following[-1:]
+        self.catch_up(state, following[:-1], step)
+        following = following[-len(state):]
         first, hidden = state.take(len(following))
         kept = state.cache.length
         step = replace(step, phase="decode", drafts=0)

@@ -14,6 +14,7 @@ T tokens of a pass, P sessions, H hidden, K chosen per token, A guessed for each
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -43,7 +44,8 @@ ExpertsBy = Callable[[int, Tensor, Tensor, Tensor, Step, Tensor | None, Tensor |
 MakeCache = Callable[[Model, int, torch.dtype], SessionCache]  # (model, capacity, compute dtype)
 Take = Callable[[int, Tensor], None]  # (which of the wanted rows comes first, residual [n, H])
 Buffers = Mapping[str, Tensor]
-Collect = Callable[[int, Tensor], None]  # (first token of a pass, residual [t, H] fp32 of all of its tokens)
+# (first token of a pass, residual [t, H] fp32 of all of its tokens, seconds that those took which nobody else wanted)
+Collect = Callable[[int, Tensor, float], None]
 Programs = tuple[Sequence[Op], Sequence[Op]]  # up to the residual behind the last layer; from it to the logits
 
 
@@ -174,19 +176,19 @@ class Eager:
                 rows = [row - first for row in wanted if first <= row < end]
                 buffers = {"tokens": tokens[first:end].to(self._device),
                            **{name: buffer[first:end] for name, buffer in given.items()}}
-                residual, others = self._pass(buffers, spans, replace(step, sequence=step.sequence[first:end]), rows,
-                                              collect is not None)
+                residual, others, seconds = self._pass(
+                    buffers, spans, replace(step, sequence=step.sequence[first:end]), rows, collect is not None)
                 if rows:
                     take(done, residual)
                 done += len(rows)
                 if collect is not None:
-                    collect(first, residual if others is None else others)
+                    collect(first, residual if others is None else others, seconds)
 
     def _pass(self, buffers: dict[str, Tensor], spans: Sequence[Span], step: Step, wanted: Sequence[int],
-              everything: bool = False) -> tuple[Tensor, Tensor | None]:
+              everything: bool = False) -> tuple[Tensor, Tensor | None, float]:
         """The tokens of `spans` through all layers: residuals of the `wanted` rows. everything: and of all rows, None
         where all are wanted; then the other rows go through the end of the last layer by themselves, so that the wanted
-        ones have the bits that they have without."""
+        ones have the bits that they have without; and the seconds that this took."""
         tokens, blocks, rows = len(buffers["tokens"]), blocks_of(spans), None
         if len(wanted) < tokens:
             rows = torch.tensor(wanted, dtype=torch.int64, device=self._device)
@@ -194,19 +196,21 @@ class Eager:
         end = next((i for i, piece in enumerate(pieces) if isinstance(op := piece.ops[0], ops.Take) or (
             isinstance(op, ops.Experts) and op.last)), len(pieces))
         buffers = self._go(pieces[:end], blocks, buffers, step, None)
-        others = None
+        others, seconds = None, 0.0
         if everything and rows is not None:
             rest = torch.tensor(sorted({*range(tokens)} - {*wanted}), dtype=torch.int64, device=self._device)
             begun = dict(buffers)
         residual = self._go(pieces[end:], blocks, buffers, step, rows)["residual"]
         if everything and rows is not None:
+            start = time.perf_counter()
             others = torch.empty(tokens, self.model.hidden, device=self._device)
             others[rows] = residual
             if len(rest):
                 others[rest] = self._go(pieces[end:], blocks, begun, replace(step, again=True), rest)["residual"]
+            seconds = time.perf_counter() - start
         for span in spans:
             span.cache.length = span.start + span.tokens
-        return residual, others
+        return residual, others, seconds
 
     def _go(self, pieces: Sequence[Piece], blocks: Sequence[Block], buffers: dict[str, Tensor], step: Step,
             rows: Tensor | None) -> dict[str, Tensor]:

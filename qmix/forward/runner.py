@@ -103,7 +103,7 @@ class Runner:
             if len(tokens) == 1 and (native := self._native_for(caches[0])) is not None:
                 found = native.logits(int(tokens), caches[0], step)
                 if collect is not None:
-                    collect(0, native.residual.clone())
+                    collect(0, native.residual.clone(), 0.0)
                 return found
         return self._eager.forward(tokens, caches, step, all_logits, collect)
 

@@ -25,7 +25,7 @@ from qmix.kernels import ops
 from qmix.kernels.router import router_logits
 from qmix.kernels.table import KernelTable
 from qmix.kernels.torch_ops import taps_of
-from qmix.sizes import MTP_VOCAB, MatrixSpec
+from qmix.sizes import CARRIED, MTP_VOCAB, MatrixSpec
 from qmix.spec import DTYPES, Model
 from qmix.spec import Norm as NormSpec
 from qmix.spec import Tensor as Named
@@ -206,12 +206,13 @@ def _tied_head(embedding: Tensor) -> Packed:
 
 
 def _first_rows(whole: Packed, rows: int) -> Packed:
-    """Of a matrix its first rows, sharing its memory; all of one in which they do not lie together (int4)."""
+    """Of a matrix its first rows, sharing its memory; all of one in which they do not lie together (int4). rows: of
+    the carried formats, which have blocks of rows, as many as some blocks have."""
     spec = whole.spec
-    if spec.rows <= rows or spec.format not in ("int8", "bf16", "fp16", "fp32"):
+    if spec.rows <= rows or spec.format not in ("int8", "bf16", "fp16", "fp32", *CARRIED):
         return whole
-    return Packed.of(replace(spec, rows=rows), {name: tensor[:rows] for name, tensor in whole.tensors.items()},
-                     "the first rows of the head")
+    first = replace(spec, rows=rows)
+    return Packed.of(first, {t.name: whole[t.name][:t.shape[0]] for t in first.tensors}, "the first rows of the head")
 
 
 def _shape(got: Packed | Tensor) -> str:

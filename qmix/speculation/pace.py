@@ -77,6 +77,8 @@ class Pace:
 
     def took(self, tokens: int, seconds: float) -> None:
         """A decode pass of `tokens` tokens took so long."""
+        if self.mtp is not None:
+            self.mtp.passed(tokens, seconds)
         if tokens == 1:
             self._single.note(seconds)
             self._since += 1
@@ -91,6 +93,11 @@ class Pace:
     def judge(self, match: int, right: bool) -> None:
         """An id that was drafted after `match` equal ones was right or wrong, tried or not."""
         self._chances[_bucket(match)].note(right)
+
+    def report(self) -> None:
+        """An answer was shown: say what there is to say of drafts."""
+        if self.mtp is not None:
+            self.mtp.report()
 
     def ratio(self, tokens: int) -> float:
         """What a pass of so many tokens takes, over one of a single token."""

@@ -48,6 +48,10 @@ class Session(Protocol):
         """What the model's multi-token-prediction head guesses for the ids after `token_id`, which is the next to be
         appended: `count` of them, or none where it has not seen what came before. Needed only where it is asked."""
 
+    def catch_up(self, cancel: Cancel) -> None:
+        """Let the head read what it has not read yet, so that the next `draft` takes the time of its guesses alone.
+        Needed only where it is asked."""
+
     def trim(self, length: int) -> None:
         """Forget all positions from `length` on. Where a recurrent state cannot go back there more are forgotten, as
         `length` then says, but none before the last `verify`."""
@@ -147,7 +151,7 @@ class Passes:
         room = self._session.context - self._session.length - 1
         room = room if most < 0 else min(room, most)
         self._by_head = False
-        if pace is None or room < 1:
+        if pace is None or room < 1 or (mtp is not None and mtp.single_due):
             return ()
         found, match = tuple[int, ...](), 0
         if draft is not None:
@@ -156,15 +160,18 @@ class Passes:
         count = 0 if mtp is None else mtp.length(room)
         if mtp is None or not count or (found and pace.gain(match, len(found)) >= mtp.gain(count)):
             return found
-        start = self._clock()
+        start = ready = self._clock()
         try:
+            self._session.catch_up(cancel)
+            ready = self._clock()
             guessed = tuple(self._session.draft(token_id, count, cancel))
         finally:
-            seconds = self._clock() - start
-            self.decode_seconds += seconds
+            done = self._clock()
+            self.decode_seconds += done - start
+        mtp.spend(ready - start)
         if not guessed:
             return found
-        mtp.took(len(guessed), seconds)
+        mtp.took(len(guessed), done - ready)
         self._by_head = True
         return self._cut(guessed)
 

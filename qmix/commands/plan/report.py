@@ -27,6 +27,7 @@ from qmix.kernels.device_table import lacking_kernels
 from qmix.models import published_experts, read_model
 from qmix.offload import router_stats
 from qmix.offload.forecast import Speeds, forecast, known_shares
+from qmix.offload.head import plan_with_head
 from qmix.offload.plan import CUDA_CONTEXT, PROGRAM, UNMEASURED, Needs, Plan, choose_context, margin_of
 from qmix.offload.plan import plan as make_plan
 from qmix.sizes import format_bytes, record_layouts
@@ -155,7 +156,14 @@ def describe(planned: Planned, context: int, machine: Machine, known: Speeds | N
         model = model.trunk
     needs = Needs.of(model, planned.quant, choose_context(model, context), kv)
     taken, beside = _beside(machine, say)
-    found = make_plan(needs, _ram(machine), PROGRAM, machine.vram, taken, machine.pin, beside)
+    if model.mtp_head is not None:
+        found, left_out = plan_with_head(needs, Needs.of(model.trunk, planned.quant, needs.context, kv), _ram(machine),
+                                         PROGRAM)
+        if left_out:
+            say(left_out)
+    else:
+        found = make_plan(needs, _ram(machine), PROGRAM, machine.vram, taken, machine.pin, beside)
+    needs = found.needs
     speeds, assumed = _speeds(machine, known)
     if assumed:
         say(f"assumed, neither measured nor given: {', '.join(assumed)} (qmix doctor --bandwidth measures)")
