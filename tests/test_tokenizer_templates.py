@@ -109,6 +109,8 @@ GREEDY = [  # each would take gigabytes, or hours
     "{{ '{:>9999999999}'.format(1) }}", "{{ '{:{}}'.format(1, 9999999999) }}", "{{ '%*d' | format(9999999999, 1) }}",
     "{{ '{0:{a}}'.format_map({'0': 1, 'a': '9999999999'}) }}", "{{ '%.9999999999f' % 1 }}",
     "{{ ('%9999d' * 9999) % ((1,) * 9999) }}",
+    "{{ '%00000000030000000d' % 1 }}", "{{ '{:00000000030000000d}'.format(1) }}",
+    "{% set s = 'a' * 4000000 %}{{ s.rfind('ab' ~ s[2000000:]) }}",
     "{{ [1, [2]] | tojson(indent=9999999999) }}", "{{ {'a': 1} | tojson(separators=('x' * 999999, 'y')) }}",
     "{{ 'a'.encode() * 9999999999 }}", "{{ (1).to_bytes(9999999999, 'big') }}",
     "{{ [1] | batch(9999999999, 'x') | list }}", "{{ [1] | slice(9999999999) | list }}",
@@ -137,6 +139,17 @@ GREEDY = [  # each would take gigabytes, or hours
     BIG + "{{ range(99999) | map('replace', '0', x) | join }}", BIG + "{{ x | striptags }}", BIG + "{{ x | urlize }}",
     "{{ raise_exception('x' * 4194304 ~ 'y') }}",
 ]
+
+
+@pytest.mark.parametrize("source", [
+    "{% for m in messages %}{{ (messages | length - 1) - loop.index0 }}{{ messages | last is mapping }}{{ m.get('role') }}"
+    "{{ m.items() | list | count }}{{ messages is defined }}{{ (messages | first).content[:1] }}{% endfor %}",
+    "{% set rest = messages[1:] %}{% for m in rest %}{{ loop.index0 == messages | length - 2 }}{{ m.content }}{% endfor %}",
+])
+def test_a_long_conversation_is_no_great_work(source: str) -> None:
+    """What looks at a list alone costs the list and not all texts in it: published templates do so for each message."""
+    messages = [{"role": "user" if i % 2 == 0 else "assistant", "content": "a word " * 300} for i in range(2000)]
+    assert template(source).render(messages, {}, True)
 
 
 @pytest.mark.parametrize("source", GREEDY)

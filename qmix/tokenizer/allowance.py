@@ -21,8 +21,8 @@ from typing import Any
 
 from qmix.tokenizer.traced import Traced, plain
 
-MAX_STEPS = 2_000_000  # about a second
-MAX_WORK = 2**30  # about a second, whatever the operations
+MAX_STEPS = 2_000_000  # 5 to 20 seconds
+MAX_WORK = 2**30  # a few seconds, whatever the operations
 MAX_MADE = 2**28
 MAX_VALUE = 2**22
 MAX_OUTPUT = 2**26  # characters of a rendered conversation, and of a list or object that is written out
@@ -36,7 +36,14 @@ PIECE = 160  # bytes of a piece of a text that is followed
 SLOW = frozenset({"pprint", "striptags", "title", "urlize", "wordcount", "wordwrap", "xmlattr"})
 LISTING = frozenset({"batch", "groupby", "join", "list", "map", "reject", "select", "slice", "sort", "unique"})
 COMPARING = frozenset({"dictsort", "groupby", "max", "min", "sort", "unique"})
+# What looks at a list or an object without looking at what is in its items.
+FLAT_FILTERS = frozenset({"batch", "count", "d", "default", "first", "items", "last", "length", "list", "map", "reject",
+                          "rejectattr", "select", "selectattr", "slice"})
+FLAT_TESTS = frozenset({"boolean", "callable", "defined", "false", "float", "integer", "iterable", "mapping", "none",
+                        "number", "sameas", "sequence", "string", "true", "undefined"})
+FLAT_METHODS = frozenset({"get", "items", "keys", "values"})
 BYTES = frozenset({"encode", "to_bytes", "from_bytes", "fromhex"})
+BACKWARD = frozenset({"rfind", "rindex", "rpartition", "rsplit"})
 PADDING = frozenset({"center", "ljust", "rjust", "zfill"})
 
 
@@ -57,9 +64,16 @@ class Allowance:
 
     def look(self, *values: Any, times: int = 1) -> None:
         """Charge an operation on values."""
-        self.work -= CALL + times * sum(map(weigh, values))
+        self.charge(CALL + times * sum(map(weigh, values)))
+
+    def charge(self, work: int) -> None:
+        self.work -= work
         if self.work < 0:
             raise TooMuch("took too much work")
+
+    def glance(self, *values: Any) -> None:
+        """Charge an operation that looks at values, or at the items of a list, but not into these."""
+        self.charge(CALL + sum(8 * len(v) for v in values if isinstance(v, str | list | tuple | dict)))
 
     def make(self, value: Any) -> Any:
         """Charge a value that an operation made, and give it back."""
@@ -91,14 +105,16 @@ def granted() -> Iterator[Allowance]:
         _current.reset(token)
 
 
-def weigh(value: Any) -> int:
-    """About the characters that str(value) has. A list that holds another many times over is counted as it is written.
-    TooMuch where these are more than MAX_OUTPUT, or lists are nested so deeply that Python's own code might fail."""
+def weigh(value: Any, indent: int = 0) -> int:
+    """About the characters that str(value) has, or JSON with that many characters of indent for each level. A list that
+    holds another many times over is counted as it is written. TooMuch where these are more than MAX_OUTPUT, or lists
+    are nested so deeply that Python's own code might fail."""
     if isinstance(value, str):
         return len(value)
     total, level, nodes = 0, [value], 0
-    for _ in range(MAX_DEPTH):
+    for depth in range(MAX_DEPTH):
         inner: list[Any] = []
+        total += depth * indent * len(level)
         for item in level:
             if isinstance(item, str):
                 total += len(item) + 4
@@ -154,6 +170,8 @@ def check_method(method: Callable[..., Any], args: Sequence[Any], kwargs: Mappin
     if not isinstance(owner, str):
         return
     text, values = plain(owner), [*args, *kwargs.values()]
+    if name in BACKWARD:  # Python searches backward in the product of both lengths
+        allowance().charge(len(text) * max((len(v) for v in values if isinstance(v, str)), default=0) // 4)
     if name in PADDING:
         check_length(max((v for v in values if isinstance(v, int)), default=0))
     elif name == "expandtabs":
@@ -211,8 +229,9 @@ def _check_arguments(name: str, text: str, values: Mapping[str, Any]) -> None:
         check_length(len(text) * (1 + _size(values["wrapstring"])))
     elif name == "tojson":
         steps = (_size(values["indent"]), *map(len, values["separators"] or ()))
-        if max(steps) > 64:
+        if max(steps) > 16:
             raise TooMuch("wrote JSON with a great indent")
+        check_length(weigh(values["value"], steps[0]), MAX_OUTPUT)
     elif name == "sum":
         if not isinstance(values["start"], int | float):
             raise TooMuch("used the filter sum on what is no number")
@@ -246,13 +265,18 @@ def _check_format(form: str, values: Sequence[Any]) -> None:
     items = [v for value in values for v in (value.values() if isinstance(value, Mapping) else (value,))]
     nested = re.search(r"\{[^{}]*\{", form) is not None
     widths = [v for v in items if isinstance(v, int)] + [len(v) for v in items if isinstance(v, str)] if nested else []
-    digits = sum(int(v[:9]) for v in items if isinstance(v, str) and v.isdigit()) if nested else 0
+    digits = sum(_whole(v) for v in items if isinstance(v, str) and v.isdecimal()) if nested else 0
     _check_fields(form, form.count("{"), [*items, *values], max([0, digits, *widths]))
+
+
+def _whole(digits: str) -> int:
+    """Their number, or a large one where they are many."""
+    return int(digits) if len(digits) < 10 else int(digits.lstrip("0")[:9] or 0)
 
 
 def _check_fields(form: str, fields: int, values: Sequence[Any], width: int) -> None:
     """Refuse a text with that many fields, each as long as the longest value, the widths in the form and `width`."""
-    widths = sum(int(digits[:9]) for digits in re.findall(r"\d+", plain(form)))
+    widths = sum(_whole(digits) for digits in re.findall(r"\d+", plain(form)))
     if widths + fields * width > MAX_VALUE:
         raise TooMuch("formatted text to a great width")
     check_length(len(form) + fields * max(map(weigh, values), default=0), MAX_OUTPUT)

@@ -25,6 +25,9 @@ from typing import Any
 from qmix.errors import ModelFileError, QmixError, UsageError, one_line
 from qmix.tokenizer.allowance import (
     COMPARING,
+    FLAT_FILTERS,
+    FLAT_METHODS,
+    FLAT_TESTS,
     MAX_OUTPUT,
     TooMuch,
     allowance,
@@ -209,7 +212,10 @@ def _environment(now: Callable[[], datetime]) -> Any:
 
         def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
             owner = getattr(__obj, "__self__", None)
-            if isinstance(owner, str | bytes | int | list | tuple | dict):
+            if isinstance(owner, dict) and getattr(__obj, "__name__", "") in FLAT_METHODS:
+                allowance().glance(*args[1:])
+                allowance().look(*args[:1])  # a key is hashed as a whole
+            elif isinstance(owner, str | bytes | int | list | tuple | dict):
                 allowance().look(owner, args)
             check_method(__obj, args, kwargs)
             if _makes_text(__obj) and __self.is_safe_callable(__obj):
@@ -266,7 +272,7 @@ def _environment(now: Callable[[], datetime]) -> Any:
         environment.filters[name] = _charged(name, function)
     tests: dict[str, Any] = environment.tests
     for name, test in tests.items():
-        tests[name] = _charged_test(test)
+        tests[name] = _charged_test(name, test)
     environment.globals.pop("lipsum")
     environment.globals["namespace"] = Namespace
     environment.globals["dict"] = lambda *args, **kwargs: dict(*environment.look(args), **kwargs)
@@ -283,9 +289,12 @@ def _charged(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         left = allowance()
-        left.look(*args[skip:], *kwargs.values(), times=times)
+        if name in FLAT_FILTERS:
+            left.glance(*args[skip:], *kwargs.values())
+        else:
+            left.look(*args[skip:], *kwargs.values(), times=times)
         check_filter(name, function, args, kwargs)
-        if name in CHOOSING or name == "join":
+        if name in CHOOSING or name in FLAT_FILTERS or name == "join":
             return left.make(function(*args, **kwargs))
         check_length(weigh(args[skip:skip + 1]), MAX_OUTPUT)  # it may write what it is given
         return left.make(followed(function, args, kwargs, exact=name in EXACT))
@@ -293,12 +302,13 @@ def _charged(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _charged_test(function: Callable[..., Any]) -> Callable[..., Any]:
+def _charged_test(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     skip = 1 if hasattr(function, "jinja_pass_arg") else 0
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        allowance().look(*args[skip:], *kwargs.values())
+        charge = allowance().glance if name in FLAT_TESTS else allowance().look
+        charge(*args[skip:], *kwargs.values())
         return function(*args, **kwargs)
 
     return call
