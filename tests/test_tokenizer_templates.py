@@ -142,9 +142,10 @@ GREEDY = [  # each would take gigabytes, or hours
 
 
 @pytest.mark.parametrize("source", [
-    "{% for m in messages %}{{ (messages | length - 1) - loop.index0 }}{{ messages | last is mapping }}{{ m.get('role') }}"
-    "{{ m.items() | list | count }}{{ messages is defined }}{{ (messages | first).content[:1] }}{% endfor %}",
-    "{% set rest = messages[1:] %}{% for m in rest %}{{ loop.index0 == messages | length - 2 }}{{ m.content }}{% endfor %}",
+    "{% for m in messages %}{{ (messages | length - 1) - loop.index0 }}{{ messages | last is mapping }}"
+    "{{ m.get('role') }}{{ m.items() | list | count }}{{ messages is defined }}{{ (messages | first).content[:1] }}{% endfor %}",
+    "{% set rest = messages[1:] %}{% for m in rest %}{{ loop.index0 == messages | length - 2 }}{{ m.content }}"
+    "{% endfor %}",
 ])
 def test_a_long_conversation_is_no_great_work(source: str) -> None:
     """What looks at a list alone costs the list and not all texts in it: published templates do so for each message."""
