@@ -217,6 +217,18 @@ def test_what_is_read_late_is_no_price_of_guesses(tokenizer: Tokenizer) -> None:
     assert summary.timings.decode_seconds == pytest.approx(checked + singles + 0.4 * len(session.asked))
 
 
+def test_prompts_whose_answers_have_no_drafts_switch_it_off(tokenizer: Tokenizer) -> None:
+    """Answers of one token, as of a classifier: nothing is drafted, so nothing is ever saved."""
+    pace = paced([])
+    assert pace.mtp is not None
+    for _ in range(ANSWERS + 1):
+        assert pace.mtp.on
+        session = Headed(0.1, 0.05)
+        session.reads, session.reading = pace.mtp, 5.0
+        answer(tokenizer, session, pace, tokens=1)
+    assert not pace.mtp.on and pace.mtp.drafted == 0
+
+
 @pytest.mark.parametrize(("reading", "on"), [(2000.0, False), (1.0, True)])
 def test_prompts_that_take_more_than_drafts_save(tokenizer: Tokenizer, reading: float, on: bool) -> None:
     said: list[str] = []

@@ -317,6 +317,34 @@ def test_a_fault_in_the_engine_fails_one_request_and_several_end_the_server(
         assert isinstance(running.errors[0], ZeroDivisionError)
 
 
+def test_a_fault_forgets_the_session_taken_and_no_other(engine: ScriptedEngine) -> None:
+    """Another client's conversation is found again after a fault before or while a session is taken."""
+    with serving(lambda: engine) as running:
+        assert httpx.post(running.url + CHAT, json=ASK).status_code == 200
+        running.idle()
+        (session,) = engine.sessions
+        held = list(session.ids)
+        assert held
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "pace", lambda longest: 1 // 0)
+            assert httpx.post(running.url + CHAT, json=ASK).status_code == 500
+            running.idle()
+        assert session.ids == held
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "session", lambda: 1 // 0)
+            other = {"messages": [{"role": "user", "content": "\u00e9" * 50}]}
+            assert httpx.post(running.url + CHAT, json=other).status_code == 500
+            running.idle()
+        assert session.ids == held
+        assert httpx.post(running.url + CHAT, json=ASK).status_code == 200
+        running.idle()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "script", lambda ids: 1 // 0)
+            assert httpx.post(running.url + CHAT, json=ASK).status_code == 500
+            running.idle()
+        assert session.ids == []
+
+
 def test_stopping_lets_the_answer_in_hand_end_and_the_others_fail(running: Running, engine: ScriptedEngine) -> None:
     engine.may_go.clear()
     one = raw(running.url, {**ASK, "stream": True})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from serving import Running, ScriptedEngine, says, serving
 from tokenizer_qwen3 import CODER, qwen3
 
 from qmix.serve import guard
-from qmix.tokenizer import load
+from qmix.tokenizer import allowance, load
 from qmix.tokenizer.call_grammars import glm_grammar, xml_grammar
 
 ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -51,6 +52,31 @@ def test_a_prompt_too_long_is_told_in_one_line(running: Running) -> None:
     assert "\n" not in message
     got = httpx.post(running.url + CHAT, json={"messages": long["messages"]})
     assert got.json()["error"]["code"] == "context_length_exceeded" and "\n" not in got.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("tools", [False, True])
+def test_a_conversation_that_is_too_much_for_the_template_is_too_long(
+        running: Running, monkeypatch: pytest.MonkeyPatch, tools: bool) -> None:
+    """The template is rendered before the prompt can be counted, and its work is bounded. A client must shorten."""
+    monkeypatch.setattr(allowance, "MAX_STEPS", 40)
+    asked: dict[str, Any] = {"tools": [{"name": "f", "input_schema": {"type": "object"}}]} if tools else {}
+    turns = [*ASK["messages"], {"role": "assistant", "content": "So"}] * 20
+    for text, words in (("a word " * 200, " tokens > 512 maximum"), ("Hi", "ran more than 40 steps")):
+        body = {**MESSAGES, **asked, "messages": [*turns[:-2], {"role": "user", "content": text * 30}]}
+        got = httpx.post(running.url + "/v1/messages", json=body)
+        message = got.json()["error"]["message"]
+        assert got.status_code == 400 and message.startswith("prompt is too long: ") and words in message, got.text
+    if tools:
+        body["tools"] = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    for path in (CHAT, "/v1/responses", "/api/chat"):
+        key = "input" if path == "/v1/responses" else "messages"
+        flat = body["tools"] if tools else []
+        if tools and key == "input":
+            flat = [{"type": "function", "name": "f", "parameters": {}}]
+        got = httpx.post(running.url + path, json={"model": "demo", key: body["messages"], "tools": flat})
+        error = got.json()["error"]
+        assert got.status_code == 400 and "too long for the model's chat template" in str(error), got.text
+        assert path == "/api/chat" or error["code"] == "context_length_exceeded"
 
 
 @pytest.mark.parametrize("parameters", [
@@ -94,6 +120,36 @@ def test_bodies_in_memory_are_bounded_and_none_may_be_slow(running: Running, mon
     with socket.create_connection((host, int(port))) as slow:
         slow.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: {host}\r\nContent-Length: 9\r\n\r\n{{".encode())
         assert b" 408 " in slow.recv(65536).splitlines()[0]
+
+
+def test_a_body_that_drips_has_an_end_too() -> None:
+    """Of a body that never ends a piece is there at once, each time; the clock is the loop's own."""
+
+    async def drip() -> dict[str, Any]:
+        loop.now += 50.0
+        await asyncio.sleep(0)
+        return {"type": "http.request", "body": b"x", "more_body": True}
+
+    class Loop(asyncio.SelectorEventLoop):
+        now = 0.0
+
+        def time(self) -> float:
+            return self.now
+
+    async def read() -> int:
+        body = guard._Body()
+        receive = guarded._bounded(drip, body)  # type: ignore[arg-type]
+        with pytest.raises(guard.BodyRefused, match="the body took more than 600 s"):
+            while True:
+                await receive()
+        return body.taken
+
+    guarded = guard.Guard(None, guard.ServerOptions(("m",)), None)  # type: ignore[arg-type]
+    loop = Loop()
+    try:
+        assert 10 <= loop.run_until_complete(read()) <= 12
+    finally:
+        loop.close()
 
 
 def test_a_picture_that_a_tool_gives_is_left_out(running: Running) -> None:

@@ -12,10 +12,10 @@ import sentencepiece
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizer_files import byte_level_json, demo_folder, spelled_json, spm_model, write_folder
+from tokenizer_files import CHATML, byte_level_json, demo_folder, spelled_json, spm_model, write_folder
 
 from qmix.errors import ModelFileError, UsageError
-from qmix.tokenizer import Tokenizer, load
+from qmix.tokenizer import Message, Tokenizer, load
 from qmix.tokenizer.stream import Piece, StreamDecoder
 
 REPLACEMENT = "\ufffd"
@@ -316,6 +316,24 @@ def test_an_unknown_decoder_is_refused(tmp_path: Path) -> None:
     raw["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": True}
     with pytest.raises(ModelFileError, match="decoder: got WordPiece, want ByteLevel"):
         load(write_folder(tmp_path, json_text=json.dumps(raw)))
+
+
+def test_a_regex_that_the_library_gives_up_is_a_clear_error(tmp_path: Path) -> None:
+    """It panics, which is no Exception in Python: when a text comes, or on qmix's own probe at load."""
+    raw = json.loads(byte_level_json())
+
+    def split(regex: str) -> str:
+        step = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+        steps = {"type": "Sequence", "pretokenizers": [step, raw["pre_tokenizer"]]}
+        return json.dumps({**raw, "pre_tokenizer": steps})
+
+    tokenizer = load(write_folder(tmp_path / "a", json_text=split("(x+x+)+y"), chat_template=CHATML))
+    assert tokenizer.decode(tokenizer.encode("the fox")) == "the fox"
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_chat([Message("user", text)])):
+        with pytest.raises(UsageError, match=r"tokenizer.json: the tokenizers library fails on this text \(Onig: "):
+            encode("x" * 60)
+    with pytest.raises(ModelFileError, match=r"tokenizer.json: the tokenizers library fails on this file \(Onig: "):
+        load(write_folder(tmp_path / "b", json_text=split(r"([^~]+[^~]+)+\d\d\d")))
 
 
 def test_end_ids_come_from_every_file_that_knows_one(tmp_path: Path) -> None:

@@ -175,8 +175,9 @@ class EngineThread:
                 if not isinstance(e, Exception) or isinstance(e, MemoryError) or faults == FAULTS:
                     raise
                 render.say("".join(traceback.format_exception(e)).rstrip())
-                sessions.forget_last()
+                sessions.forget_taken()
             finally:
+                sessions.release()
                 self.running = None
                 self._look(engine, now=True)
 

@@ -23,6 +23,7 @@ from qmix.serve.service import ServerOptions
 OPEN_PATHS = ("/health",)
 BODIES = 8  # of the largest size that may be in memory together
 SLOWEST = 60.0  # seconds between two pieces of a body
+LONGEST = 600.0  # seconds for all of a body
 Refusal = Callable[[Scope, int, str, str], Response]  # path, status, code, message -> a body in the API's own form
 
 
@@ -32,6 +33,12 @@ class BodyRefused(Exception):
     def __init__(self, *problem: Any):
         super().__init__(*problem)
         self.problem = problem
+
+
+class _Body:
+    """taken: bytes of it that have come."""
+
+    taken = 0
 
 
 class Guard:
@@ -54,7 +61,7 @@ class Guard:
             await self._refuse(scope, *refusal)(scope, receive, send)
             return
         began = False
-        taken: list[int] = []  # bytes of each piece of the body
+        body = _Body()
 
         async def sending(message: Message) -> None:
             nonlocal began
@@ -62,13 +69,13 @@ class Guard:
             await send(message)
 
         try:
-            await self._app(scope, self._bounded(receive, taken), sending)
+            await self._app(scope, self._bounded(receive, body), sending)
         except BodyRefused as e:
             if began:
                 raise
             await self._refuse(scope, *e.problem)(scope, receive, send)
         finally:
-            self._in_flight -= sum(taken)
+            self._in_flight -= body.taken
 
     def _check(self, scope: Scope, headers: Headers) -> tuple[int, str, str] | None:
         host = headers.get("host", "")
@@ -88,22 +95,26 @@ class Guard:
     def _too_large(self) -> tuple[int, str, str]:
         return 413, "request_too_large", f"the body has more than {self._options.largest} bytes"
 
-    def _bounded(self, receive: Receive, taken: list[int]) -> Receive:
+    def _bounded(self, receive: Receive, body: _Body) -> Receive:
         """`receive` that raises BodyRefused."""
         complete = False
+        clock = asyncio.get_running_loop().time
+        end = clock() + LONGEST
 
         async def bounded() -> Message:
             nonlocal complete
             try:
-                async with asyncio.timeout(None if complete else SLOWEST):
+                async with asyncio.timeout_at(None if complete else min(end, clock() + SLOWEST)):
                     message = await receive()
             except TimeoutError:
-                raise BodyRefused(408, "request_timeout", f"no piece of the body came for {SLOWEST:g} s") from None
+                raise BodyRefused(408, "request_timeout", f"the body took more than {LONGEST:g} s" if clock() >= end
+                                  else f"no piece of the body came for {SLOWEST:g} s") from None
             if message["type"] == "http.request":
                 complete = not message.get("more_body", False)
-                taken.append(len(message.get("body", b"")))
-                self._in_flight += taken[-1]
-                if sum(taken) > self._options.largest:
+                length = len(message.get("body", b""))
+                body.taken += length
+                self._in_flight += length
+                if body.taken > self._options.largest:
                     raise BodyRefused(*self._too_large())
                 if self._in_flight > BODIES * self._options.largest:
                     raise BodyRefused(503, "server_busy", "the bodies of too many requests are in memory")

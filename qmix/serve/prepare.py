@@ -3,13 +3,15 @@ prompts are encoded, and the grammar is compiled."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from qmix.errors import ModelFileError, PromptTooLong, UsageError
 from qmix.serve.grammar import Grammar, Grammars
 from qmix.serve.remembered import Remembered
 from qmix.serve.request import Format, Generation, Text
-from qmix.tokenizer import Prompt, Tokenizer
+from qmix.tokenizer import Message, Prompt, Tokenizer
+from qmix.tokenizer.allowance import TooMuch
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +54,24 @@ class Preparation:
             messages = self._remembered.recall(messages)
         try:
             return self.tokenizer.prompt(messages, limit, replace(generation.asked, tools=generation.tools))
-        except ModelFileError:
+        except ModelFileError as e:
+            if isinstance(e.__context__, TooMuch):
+                raise self._too_much(messages, e.__context__, limit) from None
             if not generation.tools and not any(message.tool_calls for message in messages):
                 raise
             # Templates walk through schemas and arguments, and few are ready for any JSON there.
             raise UsageError("tools: the model's chat template cannot show these tools or calls",
                              "give plain JSON schemas: properties an object of objects, required a list") from None
+
+    def _too_much(self, messages: Sequence[Message], why: TooMuch, limit: int | None) -> PromptTooLong:
+        """What a client must shorten, although nobody knows how many tokens it has: the template did not come to an
+        end. Where the messages alone have more than the context holds, the numbers say so."""
+        try:
+            self.tokenizer.check_length([message.content for message in messages], limit)
+        except PromptTooLong as e:
+            return e
+        return PromptTooLong(f"the conversation is too long for the model's chat template, which {why}",
+                             "shorten it, or leave out tools")
 
     def _text(self, text: Text) -> Prompt:
         if isinstance(text, str):

@@ -24,17 +24,20 @@ class Sessions:
         self._engine = engine
         self._most = most
         self._kept: list[Session] = [engine.session()]  # the one used last stands at the end
+        self._taken: Session | None = None
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def take(self, ids: Sequence[int]) -> Session:
         """A session that holds nothing but a prefix of `ids`, none of it where the engine is exact."""
+        self._taken = None
         shared = [0 if self._engine.exact else common_prefix(ids, session.ids) for session in self._kept]
         best = max(range(len(shared)), key=shared.__getitem__)
         session = self._kept[best]
         if 2 * shared[best] < min(len(ids), session.length):  # it would lose more than it gives
             session = self._another() or next((s for s in self._kept if not s.length), self._kept[0])
+        self._taken = session
         keep = 0 if self._engine.exact else common_prefix(ids, session.ids)
         if session.length > keep:
             session.trim(keep)
@@ -42,9 +45,14 @@ class Sessions:
         self._kept.append(session)
         return session
 
-    def forget_last(self) -> None:
-        """Nothing that the session taken last holds is found again."""
-        self._kept[-1].trim(0)
+    def release(self) -> None:
+        """The session taken is in nobody's hands any more."""
+        self._taken = None
+
+    def forget_taken(self) -> None:
+        """Nothing is found again of what the session taken holds; where none is, nothing is forgotten."""
+        if self._taken is not None:
+            self._taken.trim(0)
 
     def _another(self) -> Session | None:
         """One more, where there may be one."""

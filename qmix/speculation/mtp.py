@@ -57,7 +57,7 @@ class MtpPace:
     def begin(self) -> None:
         """An answer begins."""
         saved = max(0.0, self._saved)
-        if self.on and self._tried > OPENING and self._answers >= ANSWERS and self._spent > saved:
+        if self.on and self._answers >= ANSWERS and self._spent > saved:
             self._switch_off(f"over the last answers it took {self._spent:.1f} s to read prompts, and its drafts saved "
                              f"{saved:.1f} s")
         elif not self.on and self._left <= 0:

@@ -83,9 +83,13 @@ class Tokenizer:
         front, where the model's own tokenizer puts one there. limit: UsageError, at once, for a text that surely has
         more ids; one that has may still come back."""
         vocabulary = self._vocabulary
-        vocabulary.check_length([text], limit)
+        self.check_length([text], limit)
         head = vocabulary.head if bos else ()
         return self._with_rows([*head, *vocabulary.encode_text(text, vocabulary.fresh_at_start)])
+
+    def check_length(self, texts: Iterable[str], limit: int | None) -> None:
+        """PromptTooLong where a prompt with all of these texts surely has more ids than `limit`."""
+        self._vocabulary.check_length(texts, limit)
 
     def encode_more(self, text: str) -> list[int]:
         """ids of plain text that goes on from other text."""

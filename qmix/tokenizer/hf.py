@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from qmix.bounded import parse_json, read_file
-from qmix.errors import ModelFileError
+from qmix.errors import ModelFileError, QmixError, UsageError, one_line
 from qmix.textfile import without_mark
 from qmix.tokenizer.files import FETCH, LFS, MAX_JSON, TokenizerFiles
 from qmix.tokenizer.message import CLOSE, OPEN
@@ -38,6 +39,10 @@ def _visible_bytes() -> dict[str, int]:
 class JsonVocabulary(Vocabulary):
     def __init__(self, path: Path, files: TokenizerFiles):
         self._path = path
+        with _panics_are(ModelFileError, f"{path}: the tokenizers library fails on this file", FETCH):
+            self._open(path, files)
+
+    def _open(self, path: Path, files: TokenizerFiles) -> None:
         self._tokenizer, steps = _load(path, files)
         kinds = {str(step.get("type")) for step in steps}
         _add(path, self._tokenizer, files)
@@ -83,7 +88,7 @@ class JsonVocabulary(Vocabulary):
         texts between the template's own markers are encoded each alone."""
         check_text(part.text)
         shift = 0 if start is None else len(ANCHOR)
-        encoding = self._tokenizer.encode(ANCHOR * bool(shift) + part.text, add_special_tokens=False)
+        encoding = self._read(self._tokenizer, ANCHOR * bool(shift) + part.text)
         ids: list[int] = encoding.ids
         skipped = len(self._anchor) if shift else 0
         if ids[:skipped] == self._anchor[:skipped] and (
@@ -107,9 +112,9 @@ class JsonVocabulary(Vocabulary):
         """ids of text without its markers. What continues a text is encoded behind an anchor, which keeps the
         tokenizer from writing a leading space."""
         shift = 0 if start else len(ANCHOR)
-        encoding = self._tokenizer.encode(ANCHOR * (not start) + text, add_special_tokens=False)
+        encoding = self._read(self._tokenizer, ANCHOR * (not start) + text)
         if self.marker_ids(encoding.ids) or self._reads_unknown(text, encoding.ids):
-            encoding = self._markerless.encode(ANCHOR * (not start) + text, add_special_tokens=False)
+            encoding = self._read(self._markerless, ANCHOR * (not start) + text)
         ids: list[int] = encoding.ids
         n = len(self._anchor) if shift else 0
         if ids[:n] != self._anchor[:n]:
@@ -117,6 +122,13 @@ class JsonVocabulary(Vocabulary):
         # An anchor that is unknown is one with unknown characters behind it.
         fused = n > 0 and encoding.offsets[n - 1][1] > shift
         return ids[n - fused:]
+
+    def _read(self, tokenizer: Any, text: str) -> Any:
+        """The library's encoding of text. UsageError where it gives up, as on a regex of the file that tries for too
+        long: other texts may do."""
+        with _panics_are(UsageError, f"{self._path.name}: the tokenizers library fails on this text",
+                         "write it differently, or use another tokenizer file"):
+            return tokenizer.encode(text, add_special_tokens=False)
 
     @cached_property
     def _markerless(self) -> Any:
@@ -137,7 +149,7 @@ class JsonVocabulary(Vocabulary):
     def fresh_after_marker(self) -> bool:  # type: ignore[override]
         text = PROBE.split()[0]
         for marker, i in self.markers.items():
-            ids = self._tokenizer.encode(marker + text, add_special_tokens=False).ids
+            ids = self._read(self._tokenizer, marker + text).ids
             if ids[:1] == [i]:
                 return bool(ids[1:] == self._encode(text, True))
         return True
@@ -152,6 +164,17 @@ class JsonVocabulary(Vocabulary):
             raise ModelFileError(
                 f"{path}: decodes a probe text to {theirs!r}, qmix's reading of its decoder gives {ours!r}",
                 "use the model's tokenizer.model instead, or report this tokenizer")
+
+
+@contextmanager
+def _panics_are(kind: type[QmixError], message: str, cure: str) -> Iterator[None]:
+    """An error of that kind for a panic of the library, which is no Exception, and whose class nobody can import."""
+    try:
+        yield
+    except BaseException as e:
+        if type(e).__name__ != "PanicException":
+            raise
+        raise kind(f"{message} ({one_line(str(e)):.100})", cure) from None
 
 
 def _head(tokenizer: Any) -> tuple[int, ...]:
