@@ -143,7 +143,8 @@ GREEDY = [  # each would take gigabytes, or hours
 
 @pytest.mark.parametrize("source", [
     "{% for m in messages %}{{ (messages | length - 1) - loop.index0 }}{{ messages | last is mapping }}"
-    "{{ m.get('role') }}{{ m.items() | list | count }}{{ messages is defined }}{{ (messages | first).content[:1] }}{% endfor %}",
+    "{{ m.get('role') }}{{ m.items() | list | count }}{{ messages is defined }}{{ (messages | first).content[:1] }}"
+    "{% endfor %}",
     "{% set rest = messages[1:] %}{% for m in rest %}{{ loop.index0 == messages | length - 2 }}{{ m.content }}"
     "{% endfor %}",
 ])
