@@ -25,7 +25,7 @@ from torch import Tensor
 from qmix.demo import demo_store
 from qmix.engine import load
 from qmix.engine.machine import Placement
-from qmix.offload.plan import Needs
+from qmix.offload.needs import Needs
 from qmix.store import Store
 
 TYPICAL, STRAY, STRAYS = 0.02, 0.1, 0.1

@@ -18,7 +18,8 @@ from qmix.device import Device, StandIn
 from qmix.device.cuda import open_cuda
 from qmix.device.device import Event
 from qmix.errors import DoesNotFit
-from qmix.offload.plan import RESERVE, UNMEASURED, Needs, plan
+from qmix.offload.needs import Needs
+from qmix.offload.plan import RESERVE, UNMEASURED, plan
 from qmix.sizes import GIB, format_bytes
 from qmix.spec import Model
 

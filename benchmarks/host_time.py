@@ -22,7 +22,8 @@ from qmix.device import StandIn
 from qmix.engine import Placement, load
 from qmix.offload.cache import Cache, make_policy
 from qmix.offload.device_experts import DeviceExperts
-from qmix.offload.plan import RESERVE, Needs
+from qmix.offload.needs import Needs
+from qmix.offload.plan import RESERVE
 from qmix.store import Store
 
 # (layers, experts, chosen, slots, tokens)

@@ -20,7 +20,7 @@ from qmix.config import QuantConfig
 from qmix.errors import DoesNotFit
 from qmix.forward.lower_device import not_on_device
 from qmix.models import published_experts, read_model
-from qmix.offload.plan import Needs
+from qmix.offload.needs import Needs
 from qmix.sizes import format_bytes
 
 PCS = {pc.name: pc for pc in expect.PCS if pc.name in (

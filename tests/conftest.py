@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from fast_interpreter import HAVE_TRITON, quicken
+from hypothesis import settings
 from warm_python import WarmPython
 
 # Before anything imports Triton: without a GPU its kernels are run by its interpreter.
@@ -28,6 +29,10 @@ sys.dont_write_bytecode = False
 # Collecting the tests makes millions of objects that stay. The garbage collector would look through them again and
 # again: a third of the time that collecting takes, and later with every test that makes many objects.
 gc.disable()
+
+# A process may be paused for minutes, and no test asserts a time.
+settings.register_profile("qmix", deadline=None)
+settings.load_profile("qmix")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -18,7 +18,8 @@ from qmix import hardware
 from qmix.config import QuantConfig
 from qmix.device import StandIn
 from qmix.engine import Engine, Placement, load
-from qmix.offload.plan import RESERVE, STAGING, Needs
+from qmix.offload.needs import Needs
+from qmix.offload.plan import RESERVE, STAGING
 from qmix.store import Store
 
 CONTEXT = 120

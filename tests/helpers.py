@@ -24,7 +24,8 @@ from qmix.forward.weights import DenseWeights, assemble, compute_dtype, load_den
 from qmix.kernels.table import KernelTable, select
 from qmix.models import read_model
 from qmix.offload.experts import PagedExperts
-from qmix.offload.plan import Needs, plan
+from qmix.offload.needs import Needs
+from qmix.offload.plan import plan
 from qmix.offload.router_stats import RouterStats
 from qmix.offload.setup import Offload, OffloadOptions, open_offload
 from qmix.quantize import quantize_checkpoint

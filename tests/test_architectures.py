@@ -32,8 +32,9 @@ from qmix.errors import CheckpointError
 from qmix.kernels import native
 from qmix.kernels.kv_size import kv_bytes
 from qmix.models import choose_layout, layouts
+from qmix.offload.needs import Needs
 from qmix.offload.one_token import OneToken
-from qmix.offload.plan import RESERVE, Needs
+from qmix.offload.plan import RESERVE
 from qmix.offload.router_stats import RouterStats
 from qmix.offload.trace import read_trace
 from qmix.spec import Model

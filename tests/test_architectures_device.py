@@ -26,7 +26,7 @@ from qmix.engine import Engine, Placement, load
 from qmix.errors import DoesNotFit, UsageError
 from qmix.forward.lower_device import not_on_device
 from qmix.models import read_model
-from qmix.offload.plan import Needs
+from qmix.offload.needs import Needs
 from qmix.store import Store
 
 IDS = torch.randint(3, 500, (60,), generator=torch.Generator().manual_seed(1)).tolist()

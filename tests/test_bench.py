@@ -40,7 +40,7 @@ from qmix.errors import UsageError
 from qmix.hardware.disk import DiskEffort
 from qmix.hardware.memory import reset_peak
 from qmix.kernels import native
-from qmix.offload.plan import Needs
+from qmix.offload.needs import Needs
 from qmix.store import Store
 
 PEAKS = Peaks(ram_gbps=10.0, gflops=100.0, products="bfloat16", disk_gbps=2.0)

@@ -37,7 +37,8 @@ from qmix.device import StandIn
 from qmix.engine import Engine
 from qmix.offload import device_setup
 from qmix.offload.device_experts import DeviceExperts
-from qmix.offload.plan import RESERVE, Needs
+from qmix.offload.needs import Needs
+from qmix.offload.plan import RESERVE
 from qmix.offload.split import Split
 from qmix.quantize import quantize_checkpoint
 from qmix.sizes import MIB

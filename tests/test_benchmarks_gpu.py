@@ -38,7 +38,8 @@ from qmix.demo import CHECKPOINT  # noqa: E402
 from qmix.engine import load  # noqa: E402
 from qmix.formats.packed import Packed  # noqa: E402
 from qmix.models import read_model  # noqa: E402
-from qmix.offload.plan import UNMEASURED, Needs, plan  # noqa: E402
+from qmix.offload.needs import Needs  # noqa: E402
+from qmix.offload.plan import UNMEASURED, plan  # noqa: E402
 from qmix.sizes import MatrixSpec  # noqa: E402
 from qmix.store import Store  # noqa: E402
 

@@ -25,7 +25,7 @@ from qmix.engine import Engine, Placement, load, placing
 from qmix.errors import QmixError
 from qmix.kernels.device_ops import TorchDeviceOps
 from qmix.offload import device_setup
-from qmix.offload.plan import Needs
+from qmix.offload.needs import Needs
 from qmix.offload.split import Split
 from qmix.store import RecordFiles, Store
 

@@ -19,7 +19,8 @@ from qmix.engine import Placement, load
 from qmix.forward.kv_cache import SessionCache
 from qmix.forward.kv_layers import Int8Layer, Query
 from qmix.kernels.attend import softmax_attention
-from qmix.offload.plan import Needs, plan
+from qmix.offload.needs import Needs
+from qmix.offload.plan import plan
 from qmix.store import Store
 
 FORMATS = {"int4": QuantConfig(), "keep": UNQUANTIZED}

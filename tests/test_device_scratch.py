@@ -40,7 +40,7 @@ from qmix.kernels.tuning import candidates
 from qmix.models import read_model
 from qmix.offload.device_needs import FARTHEST, decode_bytes, scratch_of
 from qmix.offload.host_rows import _Made
-from qmix.offload.plan import Needs
+from qmix.offload.needs import Needs
 from qmix.sizes import MIB, PLAIN_DTYPES, MatrixSpec, dense_spec, plain_format, record_layouts
 from qmix.spec import Model
 from qmix.spec import Tensor as Named

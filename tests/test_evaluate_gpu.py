@@ -32,7 +32,8 @@ from qmix.evaluate.memory import (
     tensors_beside,
     tensors_to_come,
 )
-from qmix.offload.plan import RESERVE, STAGING, Needs, plan
+from qmix.offload.needs import Needs
+from qmix.offload.plan import RESERVE, STAGING, plan
 from qmix.sizes import GIB, MIB
 
 UNQUANTIZED = QuantConfig(experts="keep", dense="keep", method="", group_size=0, block=0)

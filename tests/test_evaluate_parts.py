@@ -21,7 +21,9 @@ from qmix.evaluate.memory import share, taken
 from qmix.evaluate.score import Scores, continuations, score
 from qmix.evaluate.tally import EDGES, Tally
 from qmix.evaluate.windows import Window, split_windows
-from qmix.offload.plan import RESERVE, SCORED_PIECE, Needs, plan
+from qmix.offload.needs import Needs
+from qmix.offload.plan import RESERVE, plan
+from qmix.offload.workspace import SCORED_PIECE
 
 MIB = 2**20
 

@@ -24,7 +24,7 @@ from qmix.kernels import native, torch_ops
 from qmix.kernels.attention import choose_native_attentions
 from qmix.kernels.table import select
 from qmix.kernels.torch_ops import PlainWeights
-from qmix.offload.plan import resident_dense_bytes
+from qmix.offload.needs import resident_dense_bytes
 from qmix.sizes import dense_bytes
 from qmix.spec import (
     Activation,

@@ -27,7 +27,7 @@ from qmix.evaluate.reference import Original
 from qmix.forward.lower_device import not_on_device
 from qmix.models import read_model
 from qmix.models.glm4_moe import TINY, VARIANTS
-from qmix.offload.plan import Needs
+from qmix.offload.needs import Needs
 from qmix.quantize import quantize_checkpoint
 from qmix.spec import Moe
 from qmix.store import Store

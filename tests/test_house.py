@@ -76,7 +76,7 @@ HEAVY = {"torch", "bitsandbytes", "transformers", "accelerate", "safetensors", "
     "import qmix",
     "from qmix.cli import main\ntry: main()\nexcept SystemExit: pass",
     "import qmix.forward.program, qmix.kernels.ops, qmix.spec",
-    "import qmix.offload.plan, qmix.kernels.kv_size",
+    "import qmix.offload.plan, qmix.offload.needs, qmix.kernels.kv_size",
     "import qmix.sizes, qmix.config, qmix.tensorfile, qmix.settings, qmix.paths, qmix.json_cache, qmix.render",
 ])
 def test_help_and_floor_zero_import_nothing_heavy(code: str) -> None:

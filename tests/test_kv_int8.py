@@ -34,7 +34,8 @@ from qmix.kernels.attention import agrees, choose_native_attention
 from qmix.kernels.kv_codes import quantize
 from qmix.kernels.kv_size import kv_bytes
 from qmix.kernels.table import select
-from qmix.offload.plan import Needs, workspace_bytes
+from qmix.offload.needs import Needs
+from qmix.offload.workspace import workspace_bytes
 from qmix.quantize import quantize_checkpoint
 from qmix.spec import Attention, Model
 

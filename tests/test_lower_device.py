@@ -38,7 +38,7 @@ from qmix.kernels.op import FEW
 from qmix.kernels.table import KernelTable, select
 from qmix.kernels.torch_ops import PlainWeights
 from qmix.models import read_model
-from qmix.offload.plan import Needs
+from qmix.offload.needs import Needs
 from qmix.sizes import MatrixSpec
 from qmix.spec import (
     Activation,

@@ -25,7 +25,8 @@ from qmix.device import StandIn
 from qmix.engine import Engine, Placement, load
 from qmix.errors import ConfigError, DoesNotFit, Interrupted, StoreError, UsageError
 from qmix.offload.cache import Cache, make_policy, warm_order
-from qmix.offload.plan import RESERVE, STAGING, Needs, plan
+from qmix.offload.needs import Needs
+from qmix.offload.plan import RESERVE, STAGING, plan
 from qmix.quantize import quantize_checkpoint
 from qmix.quantize.methods import quantize
 from qmix.sizes import GIB, MIB

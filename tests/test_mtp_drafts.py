@@ -25,7 +25,8 @@ from qmix.device import StandIn
 from qmix.engine import Engine, Placement, Session, load, placing
 from qmix.errors import DoesNotFit, Interrupted
 from qmix.generate import common_prefix, generate
-from qmix.offload.plan import PROGRAM, RESERVE, Needs
+from qmix.offload.needs import Needs
+from qmix.offload.plan import PROGRAM, RESERVE
 from qmix.speculation import MtpPace, Pace
 from qmix.speculation import passes as passes_module
 from qmix.store import Store

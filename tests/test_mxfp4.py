@@ -25,7 +25,8 @@ from qmix.commands.quantization import Flags
 from qmix.config import ExpertKey, QuantConfig
 from qmix.engine import load
 from qmix.errors import CheckpointError
-from qmix.evaluate.reference import Original, Weights
+from qmix.evaluate.reference import Original
+from qmix.evaluate.reference_weights import Weights
 from qmix.formats import Packed, unpack
 from qmix.models import mxfp4_layout, published_experts, read_model
 from qmix.sizes import record_layout

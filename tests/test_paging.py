@@ -20,7 +20,8 @@ from qmix.checkpoint import Checkpoint
 from qmix.config import Cancel, ExpertKey, QuantConfig
 from qmix.engine import Engine, load
 from qmix.errors import DoesNotFit, Interrupted, StoreError, UsageError
-from qmix.offload.plan import RESERVE, Needs
+from qmix.offload.needs import Needs
+from qmix.offload.plan import RESERVE
 from qmix.quantize import quantize_checkpoint
 from qmix.store import RecordFiles, Store
 

@@ -15,15 +15,8 @@ from qmix.config import ExpertKey, QuantConfig
 from qmix.errors import DoesNotFit
 from qmix.kernels.kv_size import kv_bytes
 from qmix.offload.forecast import Forecast, Speeds, divided, forecast, known_shares
-from qmix.offload.plan import (
-    CUDA_CONTEXT,
-    RESERVE,
-    STAGING,
-    Needs,
-    choose_context,
-    plan,
-    resident_dense_bytes,
-)
+from qmix.offload.needs import Needs, choose_context, resident_dense_bytes
+from qmix.offload.plan import CUDA_CONTEXT, RESERVE, STAGING, plan
 from qmix.offload.router_stats import RouterStats
 from qmix.offload.split import Split
 from qmix.sizes import GIB, MIB, dense_bytes, format_bytes, record_layout

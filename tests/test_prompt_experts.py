@@ -27,7 +27,7 @@ from qmix.kernels.prompt_tiles import INNER_BYTES, SIZES, most_tiles, tile_of, t
 from qmix.kernels.table import KernelTable, random_expert
 from qmix.kernels.trials import MIXTRAL_8X7B
 from qmix.models import read_model
-from qmix.offload.plan import Needs
+from qmix.offload.needs import Needs
 from qmix.sizes import SWIGLU, MatrixSpec, RecordLayout, pass_tokens
 from qmix.spec import Activation
 

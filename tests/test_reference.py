@@ -26,7 +26,9 @@ from qmix.demo import CHECKPOINT
 from qmix.engine import load
 from qmix.errors import DoesNotFit, Interrupted, QmixError, UsageError
 from qmix.evaluate import reference
-from qmix.evaluate.reference import Original, Weights, workspace
+from qmix.evaluate.reference import Original
+from qmix.evaluate.reference_memory import largest_part, workspace
+from qmix.evaluate.reference_weights import Weights
 from qmix.evaluate.windows import split_windows
 
 MIB = 2**20
@@ -88,7 +90,7 @@ def test_between_gpu_ram_and_disk_no_bit_changes(tmp_path: Path, tied: bool) -> 
     want = their_logits(theirs(path, torch.float32), ids)
     device = torch.device("cpu")
     with Original.open(path, lambda line: None) as original:
-        layer, nbytes = reference._largest(original.model), original.weight_bytes
+        layer, nbytes = largest_part(original.model), original.weight_bytes
     for vram, ram, held in ((nbytes, 0, {0}), (layer, layer, {0, "cpu", "disk"}), (0, nbytes, {"cpu"}),
                             (0, 0, {"disk"}), (layer, 0, {0, "disk"})):
         with Original.open(path, said.append) as original:
@@ -276,14 +278,14 @@ def test_checkpoints_that_cannot_be_a_reference(int4: Path, text: Path, tmp_path
 
 
 def test_another_layout_of_transformers_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = reference._skeleton
+    honest = reference.skeleton
 
     def renamed(*args: Any) -> Any:
         model = honest(*args)
         model.model.layers[0].mlp.experts.renamed = model.model.layers[0].mlp.experts.down_proj
         return model
 
-    monkeypatch.setattr(reference, "_skeleton", renamed)
+    monkeypatch.setattr(reference, "skeleton", renamed)
     with pytest.raises(QmixError, match=r"layers\.0\.mlp\.experts\.renamed"):
         Original.open(CHECKPOINT, lambda line: None)
 

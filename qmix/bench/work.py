@@ -19,7 +19,7 @@ from math import prod
 from qmix.bench.cases import Case
 from qmix.config import QuantConfig
 from qmix.kernels.kv_size import position_bytes
-from qmix.offload.plan import Needs, compute_bytes
+from qmix.offload.needs import Needs, compute_bytes
 from qmix.sizes import kv_owners, pass_tokens
 from qmix.spec import Attention, Model
 

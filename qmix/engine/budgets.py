@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from qmix import hardware, process
 from qmix.errors import DoesNotFit, UsageError
-from qmix.offload.plan import Needs, choose_context, margin_of
+from qmix.offload.needs import Needs, choose_context
+from qmix.offload.plan import margin_of
 from qmix.sizes import format_bytes
 from qmix.spec import Model
 from qmix.store import Store

@@ -18,13 +18,15 @@ from qmix import hardware, process
 from qmix.config import Cancel, SamplingParams, Step
 from qmix.device import Device
 from qmix.device.device import failure
+from qmix.engine.figures import tier_shares
 from qmix.engine.kernels import native_throughout
+from qmix.engine.mtp_states import collector
+from qmix.engine.prompt import conversation
 from qmix.engine.session import Session
 from qmix.errors import DoesNotFit, QmixError, UsageError
 from qmix.forward.kv_cache import SessionCache
 from qmix.forward.mtp import Mtp, MtpState
 from qmix.forward.passes import BLOCK
-from qmix.forward.run_eager import Collect
 from qmix.forward.runner import Runner
 from qmix.generate import Token, generate
 from qmix.kernels.device_table import does_not_run
@@ -121,31 +123,8 @@ class Engine:
         UsageError where a session would outgrow its context; on any error every session is unchanged.
         """
         return self._advance(sessions, tokens, phase, cancel, drafts, lambda flat, positions, step: self._model.forward(
-            flat, positions, [s.cache for s in sessions], step, drafts > 0, self._collector(sessions, tokens, step)))
-
-    def _collector(self, sessions: Sequence[Session], tokens: Sequence[Sequence[int]], step: Step) -> Collect | None:
-        """What takes a pass's hidden states for the multi-token-prediction head, as long as that drafts: of a session
-        by itself. A prompt is read by the head at once, decoded tokens when it drafts next."""
-        head, session, pace = self._model.mtp, sessions[0], self._mtp
-        state, before = session.mtp, session.length
-        if head is None or state is None or pace is None or not pace.on or len(sessions) > 1:
-            return None
-
-        def keep(first: int, residual: Tensor, seconds: float) -> None:
-            state.add(before + first, self._model.hidden(residual), True)
-
-        if step.phase == "decode":
-            return keep
-        ids = [*session.ids, *tokens[0]]
-
-        def read(first: int, residual: Tensor, seconds: float) -> None:
-            start = time.perf_counter()
-            state.add(before + first, self._model.hidden(residual), False)
-            if following := ids[state.first + 1:before + first + len(residual) + 1]:
-                head.fill(state, following, step)
-            pace.spend(seconds + time.perf_counter() - start)
-
-        return read
+            flat, positions, [s.cache for s in sessions], step, drafts > 0,
+            collector(self._model, self._mtp, sessions, tokens, step)))
 
     def draft(self, session: Session, token: int, count: int, cancel: Cancel | None = None) -> list[int]:
         """See Session.draft."""
@@ -305,7 +284,7 @@ class Engine:
         tokenizer, raw = self.tokenizer, isinstance(prompt, str)
         limit = self.plan.context
         ids = tokenizer.encode(prompt, limit=limit) if isinstance(prompt, str) else \
-            tokenizer.encode_chat(_messages(prompt), limit)
+            tokenizer.encode_chat(conversation(prompt), limit)
         return generate(self.session(), ids, params or SamplingParams(), tokenizer, cancel,
                         stops=() if raw else tokenizer.turn_stops, continuing=raw, pace=self.pace(draft))
 
@@ -315,25 +294,12 @@ class Engine:
         of offload.setup.Offload.report."""
         report = self._offload.report()
         both = report["decode"] if report["decode"]["chosen"] else report["prefill"]
-        tiers = self._tiers(both)
+        tiers = tier_shares(self.plan, both)
         memory = {"budget": self.plan.ram.budget, "peak": hardware.peak_bytes()}
         if self.device is not None:
             memory |= {"vram_budget": self.plan.tiers[0].budget, "vram_taken": self.device.taken(),
                        "vram_beside": self.device.beside()}
         return {"experts": tiers, "memory": memory, "offload": report}
-
-    def _tiers(self, figures: Mapping[str, Any]) -> dict[str, float]:
-        """Percent of the chosen experts by where they were; nothing chosen yet counts as all in the fastest."""
-        fast = len(self.plan.tiers) > 1 and self.plan.tiers[0].slots < self.plan.needs.records
-        chosen = figures["chosen"] or 1
-        first = 100.0 * (figures["hits"] - figures["prefetched"]) / chosen if figures["chosen"] else 100.0
-        if len(self.plan.tiers) == 1:
-            return {"ram": 100.0} if self.plan.resident else {"ram": first, "disk": 100.0 - first}
-        if not fast:
-            return {"vram": 100.0}
-        second = min(100.0 - first, 100.0 * figures["below"] / chosen)
-        rest = {} if self.plan.resident else {"disk": 100.0 - first - second}
-        return {"vram": first, "ram": 100.0 - first if self.plan.resident else second, **rest}
 
     def reset_stats(self) -> None:
         """Start the figures anew."""
@@ -370,14 +336,3 @@ class Engine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
         self.close()
-
-
-def _messages(prompt: Sequence[Message]) -> list[Message]:
-    """A conversation given to Engine.generate; UsageError for anything else."""
-    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
-        raise UsageError(f"prompt: got {type(prompt).__name__}, want a text or a list of Message records")
-    for n, message in enumerate(prompt):
-        if not isinstance(message, Message):
-            raise UsageError(f"prompt[{n}]: got {type(message).__name__}, want a Message record",
-                             'as qmix.tokenizer.Message("user", "Hi"); a text to continue is one plain string')
-    return list(prompt)

@@ -24,7 +24,7 @@ from qmix.kernels.kv_size import position_bytes
 from qmix.kernels.table import KernelTable
 from qmix.offload import router_stats
 from qmix.offload.forecast import Speeds, forecast, known_shares
-from qmix.offload.plan import compute_bytes
+from qmix.offload.needs import compute_bytes
 from qmix.offload.setup import OffloadOptions
 from qmix.offload.trace import TraceHeader, TraceWriter
 from qmix.offload.watch import Recorder

@@ -23,7 +23,8 @@ from qmix.kernels.device_table import DeviceKernels, choose_device_kernels, lack
 from qmix.kernels.table import KernelTable
 from qmix.offload.device_needs import scratch_of
 from qmix.offload.head import plan_with_head
-from qmix.offload.plan import UNMEASURED, Needs, Plan
+from qmix.offload.needs import Needs
+from qmix.offload.plan import UNMEASURED, Plan
 from qmix.offload.plan import plan as make_plan
 from qmix.store import Store
 

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qmix.errors import DoesNotFit
-from qmix.offload.plan import RESERVE, STAGING, Needs, Plan, TierPlan
+from qmix.offload.needs import Needs
+from qmix.offload.plan import RESERVE, STAGING, Plan, TierPlan
 from qmix.offload.plan import plan as make_plan
 from qmix.sizes import format_bytes
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from qmix.errors import QmixError
-from qmix.offload.plan import SCORED_ROWS
+from qmix.offload.workspace import SCORED_ROWS
 
 
 @dataclass(frozen=True, slots=True)

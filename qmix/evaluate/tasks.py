@@ -31,7 +31,7 @@ from qmix.engine import Engine, Session
 from qmix.errors import QmixError, UsageError
 from qmix.evaluate.score import continuations
 from qmix.generate import generate
-from qmix.offload.plan import choose_context
+from qmix.offload.needs import choose_context
 from qmix.store import Store
 from qmix.tokenizer import Tokenizer
 from qmix.tokenizer import load as load_tokenizer

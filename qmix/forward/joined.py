@@ -14,8 +14,8 @@ from torch import Tensor
 
 from qmix.config import Step
 from qmix.errors import Interrupted
+from qmix.forward.calls import Calls, patch_states
 from qmix.forward.kv_cache import SessionCache
-from qmix.forward.lower import Calls, patch_states
 from qmix.kernels.native import Native
 from qmix.kernels.native import Sequence as NativeSequence
 from qmix.kernels.native.sequence import EXPERTS

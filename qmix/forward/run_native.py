@@ -17,10 +17,11 @@ from torch import Tensor
 
 from qmix.config import Step
 from qmix.errors import Interrupted
+from qmix.forward.calls import Buffers, Calls, Unsupported, patch_states
 from qmix.forward.joined import Joined, Resident
 from qmix.forward.kv_cache import SessionCache, unchanged_on_error
 from qmix.forward.kv_layers import FullLayer
-from qmix.forward.lower import Buffers, Calls, Lowering, Unsupported, patch_states
+from qmix.forward.lower import Lowering
 from qmix.forward.passes import Block, Span
 from qmix.forward.program import head_program
 from qmix.forward.run_eager import Eager, Piece

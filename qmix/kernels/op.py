@@ -1,4 +1,4 @@
-"""What every operation of a forward pass answers; ops.py has the operations.
+"""What every operation of a forward pass answers; ops/ has the operations.
 
 `inputs` and `outputs`, buffers by name (an output that is also an input is overwritten); `weights`, tensors of the
 model; `scratch`, bytes of the buffers that it adds; `bytes_read`, what it reads of weights and caches, which is what

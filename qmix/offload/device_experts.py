@@ -17,7 +17,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -29,36 +28,19 @@ from qmix.config import ExpertKey, Step
 from qmix.device import Device, Repeated, Routed
 from qmix.device.device import Work
 from qmix.errors import Interrupted
-from qmix.formats import Packed
 from qmix.kernels.device_ops import DeviceOps, ExpertSlots
 from qmix.kernels.prompt_experts import tiles_by_expert
-from qmix.kernels.table import KernelTable
-from qmix.offload.copies import Copies
+from qmix.offload.below import TRIP, Below, Promotion, divide
 from qmix.offload.device_prompts import Choices, DevicePrompts, RoutedPrompt
-from qmix.offload.experts import Guesses, PagedExperts
+from qmix.offload.experts import PagedExperts
 from qmix.offload.host_rows import HostRows
+from qmix.offload.lookahead import Guesses
 from qmix.offload.slot_table import NOWHERE, SlotTable
-from qmix.offload.split import Split
 from qmix.offload.tiers import Tier
 from qmix.sizes import MIB, pass_tokens
 from qmix.spec import Model
 
-RISING = 1  # records that come up because they are worth it, though the CPU has computed them
-TRIP = 0.3e-3  # seconds of the host's own work for a record that comes up, as an H200's host had them
-SHARE = 0.1  # of the host's time, that small records may take which come up because they are worth it
 JOINED = 32 * MIB  # bytes of a record up to which the CPU computes all that are there at once
-
-
-@dataclass(frozen=True, slots=True)
-class Below:
-    """The tier below, in host memory: what comes from it, and what the CPU computes of it. views: (w13, w2) of each of
-    its slots; kernels: the CPU's; split: what is computed there, None for nothing."""
-
-    tier: Tier
-    copies: Copies
-    views: Sequence[tuple[Packed, Packed]]
-    kernels: KernelTable
-    split: Split | None
 
 
 class DeviceExperts(PagedExperts):
@@ -84,9 +66,8 @@ class DeviceExperts(PagedExperts):
         self._host = HostRows(device, below.kernels, below.views, model.top_k)
         self._sizes = [one.record.nbytes for one in slots]  # by kind
         self._small = self._host.joins and max(self._sizes) <= JOINED
+        self._promotion = Promotion(self._tier, self._small, self._clock)
         self._all_below = len(below.tier.slots) >= self._layers * self._experts
-        self._rising: list[ExpertKey] = []
-        self._rises_at = 0.0  # on the clock: when the next one may
         self._guessing = bool(model.moe_layers)  # without routers nothing is guessed: what comes next is certain
         self._copied = 0, 0.0  # bytes and seconds of the bus so far
         self._found: dict[int, dict[int, int]] = {}  # by layer: the slots of its experts that begin's work found
@@ -223,7 +204,7 @@ class DeviceExperts(PagedExperts):
                routed: Routed, step: Step) -> None:
         """The rows of `missing`: some copied up and computed by the device, some computed by the CPU, at once."""
         tier = self._tier
-        copied, computed = self._divide(missing)
+        copied, computed = divide(missing, self._tier, self._below, self._nbytes)
         self._host.begin()
         for key in copied:
             tier.pin(key)
@@ -253,24 +234,6 @@ class DeviceExperts(PagedExperts):
         finally:
             tier.unpin(copied)
         self._measure()
-
-    def _divide(self, missing: Sequence[ExpertKey]) -> tuple[list[ExpertKey], list[ExpertKey]]:
-        """(to be copied, to be computed by the CPU). What is on its way up while the disk still reads it is waited for:
-        the CPU could not begin before it is here either."""
-        split, below = self._below.split, self._below.tier
-        if split is None or not missing:
-            return list(missing), []
-        waited = [key for key in missing if key in self._tier and not below.ready(key)]
-        coming = sorted((key for key in missing if key in self._tier and key not in waited), key=self._left)
-        free = sorted((key for key in missing if key not in self._tier), key=self._tier.cache.score, reverse=True)
-        order = coming + free
-        count = split.on_host([(self._left(key), self._nbytes(key)) for key in order], sum(map(self._left, waited)))
-        return waited + order[:len(order) - count], order[len(order) - count:]
-
-    def _left(self, key: ExpertKey) -> int:
-        """Bytes of it that have still to be copied up."""
-        load = self._tier.load_of(key)
-        return 0 if self._tier.ready(key) else self._nbytes(key) - (load.arrived if load is not None else 0)
 
     def _on_device(self, key: ExpertKey, routed: Routed) -> None:
         """A record has come up: have its rows made."""
@@ -328,7 +291,7 @@ class DeviceExperts(PagedExperts):
             self.figures[step.phase].host_seconds += seconds
         finally:
             below.unpin(ours)
-        self._raise(keys)
+        self._promotion.consider(keys)
 
     def _wait_up(self, key: ExpertKey, routed: Routed, step: Step) -> None:
         self._tier.pin(key)
@@ -340,16 +303,6 @@ class DeviceExperts(PagedExperts):
             self._on_device(key, routed)
         finally:
             self._tier.unpin([key])
-
-    def _raise(self, keys: Sequence[ExpertKey]) -> None:
-        """The CPU has computed them; the best goes up beside other work where it is worth more than what is there."""
-        self._rising = [k for k in self._rising if k in self._tier and not self._tier.ready(k)]
-        if len(self._rising) >= RISING or (self._small and self._clock() < self._rises_at):
-            return
-        best = max(keys, key=self._tier.cache.score)
-        if best not in self._tier and self._tier.want(best, "warm"):
-            self._rising.append(best)
-            self._rises_at = self._clock() + TRIP / SHARE
 
     def _look_ahead(self, layer: int, chosen: Sequence[int], step: Step, ahead: Guesses | None) -> None:
         """A guess is worth its host's work where it saves more: not where all records are in RAM, and each comes up or

@@ -26,9 +26,10 @@ from qmix.formats.packed import Packed
 from qmix.kernels.device_ops import ExpertSlots
 from qmix.kernels.device_table import DeviceKernels
 from qmix.kernels.table import KernelTable
+from qmix.offload.below import Below
 from qmix.offload.cache import warm_order
 from qmix.offload.copies import LARGE, Copies
-from qmix.offload.device_experts import Below, DeviceExperts
+from qmix.offload.device_experts import DeviceExperts
 from qmix.offload.device_prompts import DevicePrompts
 from qmix.offload.figures import Meter
 from qmix.offload.plan import Plan, TierPlan

@@ -20,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,23 +29,23 @@ from qmix.config import ExpertKey, Step
 from qmix.errors import Interrupted
 from qmix.formats import Packed
 from qmix.kernels.layer import TORCH
-from qmix.kernels.native import LayerOps, Native, Product
+from qmix.kernels.native import LayerOps, Native
 from qmix.kernels.op import FEW
 from qmix.kernels.table import KernelTable
 from qmix.offload.figures import PhaseFigures
-from qmix.offload.groups import Group, Piece, groups_of, pieces_of
-from qmix.offload.lookahead import Lookahead
+from qmix.offload.groups import Group, groups_of, pieces_of
+from qmix.offload.lookahead import Guesses, Lookahead, merged
 from qmix.offload.one_token import OneToken
-from qmix.offload.plan import EXPERT_CHUNK
 from qmix.offload.prefetch import Prefetcher
+from qmix.offload.products import ExpertProducts
 from qmix.offload.reads import CHUNK
 from qmix.offload.resident import ResidentExperts
 from qmix.offload.tiers import Tier
 from qmix.offload.watch import RoutingWatch
+from qmix.offload.workspace import EXPERT_CHUNK
 from qmix.spec import Model
 
 WINDOW = 2  # records on their way at a time in prefill: one is read while the other is computed
-Guesses = list[list[list[int]]]  # [T][D][A]: of each token, by distance, the experts guessed, best ranks first
 CROWD = 4  # tokens per expert from which a prefill is sure to want every expert of the next layer
 
 
@@ -72,6 +72,7 @@ class PagedExperts:
         self._caches = [tier.cache]  # whose histories are kept
         self._views = views
         self._halves = halves
+        self._products = ExpertProducts(kernels, self._native, tier, views)
         self._prefetcher = prefetcher
         self._watch = watch
         self._clock = clock
@@ -191,7 +192,7 @@ class PagedExperts:
         if self._native is not None:
             for pieces in pieces_of(groups, EXPERT_CHUNK):
                 _check(step)
-                self._compute_pieces(self._native, layer, x, pieces, rows)
+                self._products.several(layer, x, pieces, rows)
         else:
             for expert in groups:
                 self._compute(ExpertKey(layer, expert), x, groups[expert], rows, step)
@@ -215,50 +216,16 @@ class PagedExperts:
             if len(some) == 1:
                 self._compute(some[0], x, groups[some[0].expert], rows, step)
             else:
-                assert self._native is not None
                 _check(step)
                 chosen = {key.expert: groups[key.expert] for key in some}
                 for pieces in pieces_of(chosen, EXPERT_CHUNK):
-                    self._compute_pieces(self._native, some[0].layer, x, pieces, rows)
+                    self._products.several(some[0].layer, x, pieces, rows)
         return rows
 
     def _compute(self, key: ExpertKey, x: Tensor, group: Group, rows: Tensor, step: Step) -> None:
         """One expert for its tokens, into its rows. w13 must have arrived; w2 is waited for."""
         _check(step)
-        w13, w2 = self._views[self._tier.slot(key)]
-        if self._native is not None:
-            self._compute_native(self._native, key, x, group, rows, step)
-            return
-        flat = rows.view(-1, rows.shape[2])
-        for tokens, places in group.chunks():
-            hidden = self._kernels.gated(x if tokens is None else x[tokens], w13)
-            self._await_all(key, step)
-            flat[places] = self._kernels.linear(hidden, w2).float()
-
-    def _compute_native(self, native: Native, key: ExpertKey, x: Tensor, group: Group, rows: Tensor,
-                        step: Step) -> None:
-        """The same by the native kernels, which pick the tokens' rows and put the results in their places."""
-        w13, w2 = self._views[self._tier.slot(key)]
-        run, flat, hidden = native.run, rows.view(-1, rows.shape[2]), w13.spec.rows // 2
-        for tokens, places in group.chunks():
-            count = len(x) if tokens is None else len(tokens)
-            between = torch.empty(count, hidden)
-            run([Product(x, w13, between, x_rows=tokens, gated=True)])
-            self._await_all(key, step)
-            run([Product(between, w2, flat, y_rows=places)])
-
-    def _compute_pieces(self, native: Native, layer: int, x: Tensor, pieces: Sequence[Piece], rows: Tensor) -> None:
-        """Experts that are here, each for its tokens, at once: one call for each half. Where they are small the threads
-        would else wait for each other as long as they compute."""
-        flat = rows.view(-1, rows.shape[2])
-        first, second = [], []
-        for expert, tokens, places in pieces:
-            w13, w2 = self._views[self._tier.slot(ExpertKey(layer, expert))]
-            between = torch.empty(len(places), w13.spec.rows // 2)
-            first.append(Product(x, w13, between, x_rows=tokens, gated=True))
-            second.append(Product(between, w2, flat, y_rows=places))
-        native.run(first)
-        native.run(second)
+        self._products.one(key, x, group, rows, partial(self._await_all, key, step))
 
     def _end_layer(self, layer: int, step: Step, ids: Sequence[int], weights: Sequence[float], groups: Collection[int],
                    routed: int) -> None:
@@ -356,7 +323,7 @@ class PagedExperts:
             self._lookahead.expect([ExpertKey(at, 0) for at in range(layer + 1, layer + 1 + self.depth)
                                     if at < self._layers], account=step.phase == "decode")
         elif step.phase == "decode":
-            guesses = self._prefetcher.guess(layer, chosen, _merge(ahead))
+            guesses = self._prefetcher.guess(layer, chosen, merged(ahead))
             self._lookahead.expect([guess.key for guess in guesses])
         elif len(step.sequence) * self._top_k >= CROWD * self._experts and layer + 2 < self._layers:
             # Of the last layer mostly the last token's experts are wanted: K, not all.
@@ -378,15 +345,6 @@ class PagedExperts:
             self._tier.wait(key, nbytes, step.cancel)
         finally:
             self.figures[step.phase].stalled_seconds += self._clock() - start
-
-
-def _merge(ahead: Guesses | None) -> list[list[int]]:
-    """[T][D][A] -> for each distance the experts of all tokens, best ranks first, each once."""
-    if ahead is None:
-        return []
-    if len(ahead) == 1:
-        return ahead[0]
-    return [list(dict.fromkeys(chain.from_iterable(zip(*tokens, strict=True)))) for tokens in zip(*ahead, strict=True)]
 
 
 def _check(step: Step) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qmix.offload.plan import EXPERT_CHUNK
+from qmix.offload.workspace import EXPERT_CHUNK
 
 Piece = tuple[int, Tensor | None, Tensor]  # an expert, tokens of its own (None: the only one), their places
 

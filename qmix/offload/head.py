@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from qmix.errors import DoesNotFit
-from qmix.offload.plan import Needs, Plan, plan
+from qmix.offload.needs import Needs
+from qmix.offload.plan import Plan, plan
 
 
 def plan_with_head(whole: Needs, trunk: Needs, ram: int, base: int) -> tuple[Plan, str]:

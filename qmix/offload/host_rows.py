@@ -17,9 +17,10 @@ from torch import Tensor
 
 from qmix.device import Device, Repeated, Routed
 from qmix.formats import Packed
-from qmix.kernels.native import Native, Product
+from qmix.kernels.native import Native
 from qmix.kernels.table import KernelTable
 from qmix.offload.one_token import OneToken
+from qmix.offload.products import run_together
 
 
 class _Made:
@@ -99,16 +100,11 @@ class HostRows:
         made.one.down(pairs)
 
     def _few_tokens(self, native: Native, routed: Routed, made: _Made, chosen: Sequence[tuple[int, int]]) -> None:
-        flat = made.rows.view(-1, made.rows.shape[2])
-        first, second = [], []
+        some = []
         for expert, slot in chosen:
-            w13, w2 = self._views[slot]
             tokens, ranks = (routed.host_ids == expert).nonzero(as_tuple=True)
-            between = torch.empty(len(tokens), w13.spec.rows // 2)
-            first.append(Product(routed.host_x, w13, between, x_rows=tokens, gated=True))
-            second.append(Product(between, w2, flat, y_rows=tokens * self._top_k + ranks))
-        native.run(first)
-        native.run(second)
+            some.append((self._views[slot], tokens, tokens * self._top_k + ranks))
+        run_together(native, routed.host_x, some, made.rows)
 
 
 def _parts(whole: Tensor, count: int, shape: torch.Size) -> tuple[Tensor, Tensor]:

@@ -8,10 +8,13 @@ choice withdraws the wrong ones.
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
+from itertools import chain
 
 from qmix.config import ExpertKey
 from qmix.offload.prefetch import Prefetcher
 from qmix.offload.tiers import Tier
+
+Guesses = list[list[list[int]]]  # [T][D][A]: of each token, by distance, the experts guessed, best ranks first
 
 
 class Lookahead:
@@ -70,3 +73,12 @@ class Lookahead:
             figures = self._prefetcher.figures[key.layer]
             figures.cancelled += key not in self._tier
             figures.wasted_bytes += taken if key not in self._tier else len(self._tier.bytes_of(key))
+
+
+def merged(ahead: Guesses | None) -> list[list[int]]:
+    """[T][D][A] -> for each distance the experts of all tokens, best ranks first, each once."""
+    if ahead is None:
+        return []
+    if len(ahead) == 1:
+        return ahead[0]
+    return [list(dict.fromkeys(chain.from_iterable(zip(*tokens, strict=True)))) for tokens in zip(*ahead, strict=True)]

@@ -12,129 +12,19 @@ no slot in RAM, and a record that leaves VRAM is copied down.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from math import prod
+from dataclasses import dataclass
 
-from qmix.config import DTYPES, QuantConfig
-from qmix.errors import DoesNotFit, UsageError
-from qmix.kernels import prompt_tiles
-from qmix.kernels.configs import Gemv
-from qmix.kernels.kv_size import channels, kv_bytes, placed_bytes, recurrent_bytes, taps_bytes
-from qmix.offload.device_needs import scratch_bytes
-from qmix.sizes import (
-    GIB,
-    KV_FORMATS,
-    KV_PIECE,
-    MIB,
-    MTP_PENDING,
-    dense_bytes,
-    format_bytes,
-    kv_owners,
-    pass_tokens,
-    record_layouts,
-)
-from qmix.spec import Attention, DeltaNet, Mlp, Model, Moe
+from qmix.errors import DoesNotFit
+from qmix.offload.needs import Needs
+from qmix.sizes import GIB, MIB, format_bytes
 
-DEFAULT_CONTEXT = 8192
-ATTENTION_BLOCK = 512  # query positions of one attention call
-SCORED_PIECE = 512  # rows of logits that are made together where every token's are read
-SCORED_ROWS = 16  # of them, how many are looked at in fp64 at a time
-SCORED_COPIES = 6  # of those rows: log-probabilities, probabilities, products, of two models
-EXPERT_CHUNK = 512  # tokens that one expert computes at a time
 MARGIN = GIB  # what `auto` leaves to other programs
 UNMEASURED = 384 * MIB  # of a GPU's memory, for code, graphs and libraries, until measured: an H200 had 306 MiB there
 RESERVE = 256 * MIB  # kept free within the budget, or 2 % of it where that is more
 PROGRAM = 260 * MIB  # interpreter and libraries, where they are not there to be measured
 CUDA_CONTEXT = 600 * MIB  # what a CUDA context with its libraries takes, before it is measured
 STAGING = 2  # RAM slots through which records pass on their way from the disk to VRAM
-
-
-@dataclass(frozen=True, slots=True)
-class Needs:
-    """Bytes that a model takes wherever it runs; records: how many of `record` bytes each, or in a mixed store on
-    average, where kinds has (records, bytes of one) for each kind; kv_cache: how keys and values are kept, one of
-    sizes.KV_FORMATS; decoded: what an int8 cache takes of a GPU besides, whose prompts decode all heads at once;
-    embedding: bytes of `dense` of which a token reads one row, or, of a multi-token-prediction head, nothing; tiles:
-    what a GPU takes besides for the experts of a prompt, which it computes many at a time; placed: what recurrent
-    states take there besides; scratch: what decoded weights, partial sums and the buffers of decoding take there
-    (device_needs.py), with the kernels cut as is built in. mtp: of the records, those of such a head, which is none of
-    the `layers`."""
-
-    context: int
-    dense: int
-    kv: int
-    workspace: int
-    record: int
-    records: int
-    layers: int
-    top_k: int
-    kv_cache: str = "bf16"
-    kinds: tuple[tuple[int, int], ...] = ()
-    scoring: bool = False
-    decoded: int = 0
-    embedding: int = 0
-    tiles: int = 0
-    placed: int = 0
-    scratch: int = 0
-    mtp: int = 0
-
-    @classmethod
-    def of(cls, model: Model, quant: QuantConfig, context: int, kv: str = "bf16",
-           scoring: bool = False) -> Needs:
-        """scoring: the workspace also holds what reading logits after every token takes. UsageError for a `kv` that
-        there is not."""
-        if kv not in KV_FORMATS:
-            raise UsageError(f"--kv-cache {kv}: want " + " or ".join(KV_FORMATS))
-        itemsize = compute_bytes(model, quant)
-        keys, layouts = model.expert_keys, record_layouts(model, quant)
-        counts = Counter(map(quant.kind_of, keys))
-        kinds = tuple((counts[i], layout.nbytes) for i, layout in enumerate(layouts))
-        mean = -(-sum(count * nbytes for count, nbytes in kinds) // len(keys))
-        workspace = workspace_bytes(model, context, itemsize, kv) + (scoring_bytes(model, context) if scoring else 0)
-        return cls(context, resident_dense_bytes(model, quant), kv_bytes(model, context, itemsize, kv),
-                   workspace, mean, len(keys), len(model.record_layers), model.top_k, kv,
-                   kinds if len(kinds) > 1 else (), scoring,
-                   2 * context * widest_kv(model) * itemsize if kv == "int8" else 0, unread_bytes(model, quant),
-                   workspace_bytes(model, context, itemsize, kv, True) - workspace_bytes(model, context, itemsize, kv),
-                   placed_bytes(model), scratch_bytes(model, quant, context, itemsize, scoring),
-                   len(keys) - len(model.trunk.expert_keys))
-
-    @property
-    def on_device(self) -> Needs:
-        """What a GPU has to hold: also tiles and scratch, the heads of an int8 cache that prompts decode, and places
-        of recurrent states."""
-        workspace = self.workspace + self.scratch + self.decoded + self.tiles
-        return replace(self, kv=self.kv + self.placed, workspace=workspace)
-
-    def with_kernels(self, model: Model, quant: QuantConfig, gemv: Gemv) -> Needs:
-        """Where the kernels of few tokens are cut otherwise than is built in."""
-        return replace(self, scratch=scratch_bytes(model, quant, self.context, compute_bytes(model, quant),
-                                                    self.scoring, gemv))
-
-    @property
-    def by_kind(self) -> tuple[tuple[int, int], ...]:
-        """(records, bytes of one) of each kind."""
-        return self.kinds or ((self.records, self.record),)
-
-    @property
-    def least(self) -> tuple[int, ...]:
-        """Slots of each kind: what one layer of a token uses, and as much again on its way for the next."""
-        return tuple(min(count, 2 * self.top_k) for count, _ in self.by_kind)
-
-    @property
-    def least_bytes(self) -> int:
-        return sum(count * nbytes for count, (_, nbytes) in zip(self.least, self.by_kind, strict=True))
-
-    @property
-    def expert_bytes(self) -> int:
-        """Of all records."""
-        return sum(count * nbytes for count, nbytes in self.by_kind)
-
-    @property
-    def least_slots(self) -> int:
-        return sum(self.least)
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,93 +135,6 @@ def margin_of(available: int, asked: int | None) -> int:
     """Bytes of the `available` ones that stay free for other programs: as asked, or MARGIN, but no more than an
     eighth."""
     return min(MARGIN, available // 8) if asked is None else asked
-
-
-def choose_context(model: Model, asked: int) -> int:
-    """0 asks for the default: min(model, 8192)."""
-    return min(model.max_positions, DEFAULT_CONTEXT) if asked == 0 else asked
-
-
-def compute_bytes(model: Model, quant: QuantConfig) -> int:
-    """Of a number of the compute dtype (forward.weights.compute_dtype): of activations, keys and values."""
-    return 4 if quant.unrounded and DTYPES[model.dtype] != "bf16" else 2
-
-
-def resident_dense_bytes(model: Model, quant: QuantConfig) -> int:
-    """Dense weights as they lie in memory: norms in fp32, the rest as stored, and convolutions in fp32 besides."""
-    stored = sum(4 * prod(t.shape) if t.role == "norm" else dense_bytes(model, quant, t) for t in model.tensors())
-    return stored + taps_bytes(model)
-
-
-def unread_bytes(model: Model, quant: QuantConfig) -> int:
-    """Of the embedding, of which a token reads one row, none where it is the head too; and of a multi-token-prediction
-    head."""
-    embedding = next(t for t in model.tensors() if t.role == "embedding")
-    head = resident_dense_bytes(model, quant) - resident_dense_bytes(model.trunk, quant)
-    return head + (0 if model.tied else dense_bytes(model, quant, embedding))
-
-
-def widest_kv(model: Model) -> int:
-    """Numbers of the keys of a position in the layer that has most."""
-    return max((a.kv_heads * a.head_dim for a in kv_owners(model)), default=0)
-
-
-def dense_mlps(model: Model) -> list[Mlp]:
-    """The MLPs that are not records."""
-    found: list[Mlp] = []
-    for i, layer in enumerate(model.layers):
-        if isinstance(layer.mlp, Moe):
-            found += [mlp for mlp in (layer.mlp.shared, layer.mlp.beside and layer.mlp.beside[0]) if mlp is not None]
-        elif not model.experts_in(i):
-            found.append(layer.mlp)
-    return found
-
-
-def workspace_bytes(model: Model, context: int, itemsize: int, kv: str = "bf16", grouped: bool = False) -> int:
-    """What one prefill pass holds at its widest: per token the fp32 residual, the normed states, the [K, H]
-    fp32 rows of expert outputs with their sum and one addend; for a chunk of tokens one expert's operand, inner
-    activations and result, or for a block queries, keys and values in fp32 and in the compute dtype, the
-    attention mask and the scores of its heads; two rows of logits. With an int8 KV cache also the keys and values
-    of one head in the compute dtype, and in fp32 a piece of them or the new ones three times over.
-
-    The native kernels have fp32 inner activations and packed ones, at most 4 bytes a number, instead of torch's
-    four inner tensors of a chunk. grouped: a GPU computes many experts at a time instead, see prompt_tiles."""
-    tokens = min(context, pass_tokens(model))
-    hidden, k = model.hidden, model.top_k
-    inner = max(model.expert_inner, *(mlp.inner for mlp in dense_mlps(model)), 0)
-    mixers = [layer.mixer for layer in model.layers if isinstance(layer.mixer, Attention)]
-    heads = max((a.heads * (1 + a.output_gate) + 2 * a.kv_heads) * a.head_dim for a in mixers)
-    per_token = (4 + itemsize) * hidden + (k + 2) * hidden * 4
-    block = min(tokens, ATTENTION_BLOCK) * (heads * (4 + itemsize) + context * (1 + itemsize) + hidden * itemsize)
-    chunk = min(tokens, EXPERT_CHUNK) * (4 * inner * itemsize + hidden * (2 * itemsize + 4))
-    for delta in {layer.mixer for layer in model.layers if isinstance(layer.mixer, DeltaNet)}:
-        block = max(block, delta_bytes(delta, min(tokens, ATTENTION_BLOCK), itemsize))
-    if kv == "int8":
-        new = min(tokens, ATTENTION_BLOCK) * max(a.kv_heads for a in mixers)
-        block += max(a.head_dim for a in mixers) * (2 * context * itemsize + 4 * 3 * max(min(context, KV_PIECE), new))
-    if grouped:
-        chunk = max(chunk, prompt_tiles.workspace(tokens * k, model.num_experts, model.expert_inner, itemsize))
-    if model.mtp_head is not None:  # hidden states of a pass, before and behind the last norm, and those that wait
-        per_token += 3 * 4 * hidden
-        block += 4 * (3 * hidden * min(tokens, ATTENTION_BLOCK) + hidden * MTP_PENDING)
-    return tokens * per_token + max(block, chunk) + model.vocab * 8
-
-
-def delta_bytes(d: DeltaNet, tokens: int, itemsize: int) -> int:
-    """What a gated delta net takes for a block of a prompt: q, k and v as projected, side by side, with the past,
-    summed and activated; queries and keys once for each value head, and a product with them; z, the values read, their
-    norm and gate; and three states on their way."""
-    keys, values = d.value_heads * d.key_dim, d.value_heads * d.value_dim
-    row = channels(d) * (itemsize + 4 * 4) + 3 * 4 * keys + values * (itemsize + 5 * 4)
-    return tokens * row + 3 * recurrent_bytes(d)
-
-
-def scoring_bytes(model: Model, context: int) -> int:
-    """What logits after every token of a context take: the residuals of all, and of one piece the normed rows and the
-    logits, as the head gives them and in fp32. Whoever scores them has a few rows in fp64 besides."""
-    rows = min(context, SCORED_PIECE)
-    looked_at = SCORED_ROWS * SCORED_COPIES * 8
-    return (context * 4 + rows * 8) * model.hidden + (rows * 8 + looked_at) * model.vocab
 
 
 def plan(needs: Needs, ram: int, base: int, vram: int | None = None, vram_base: int = CUDA_CONTEXT,

@@ -36,7 +36,6 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +43,16 @@ from qmix import __version__
 from qmix.bounded import parse_json, read_file
 from qmix.config import CARRIED_NAMES, DTYPES, METHODS, ExpertKey, QuantConfig
 from qmix.errors import ConfigError, StoreError
-from qmix.modelfiles import TEMPLATE_NAME
 from qmix.sizes import RECORD_ALIGN, TENSOR_ALIGN
 from qmix.spec import DeltaNet, Model
 from qmix.spec.json import from_json, to_json
+from qmix.store.json_object import DAMAGED, JsonObject
 from qmix.store.raw import digest
 
 FORMAT_VERSION = 3
 NEEDS_QMIX = {2: "0.2.0", 3: "0.3.0"}  # the first qmix that reads a version
 ALIGNMENT = {"tensor": TENSOR_ALIGN, "record": RECORD_ALIGN}
 MAX_BYTES = 256 * 2**20  # of qmix.json; Mixtral's has 0.1 MB
-DAMAGED = "the store is damaged: copy it again, or quantize again"
 MATRICES = ("w13", "w2", "all")
 NEW_FORMATS = ("mxfp4", *CARRIED_NAMES)  # of version 3
 
@@ -161,7 +159,7 @@ class Manifest:
     def read(cls, path: Path) -> Manifest:
         """Read and check a qmix.json; StoreError names the key at fault."""
         data = _load(path)
-        raw = _Object(path, "", _parsed(path, data))
+        raw = JsonObject(path, "", _parsed(path, data))
         version = _check_version(raw)
         source = raw.object("source")
         model = _model(raw) if version > 1 else None
@@ -214,7 +212,7 @@ def _parsed(path: Path, data: bytes) -> Any:
         raise StoreError(f"{path}: not JSON ({str(e).splitlines()[0]:.100})", DAMAGED) from None
 
 
-def _model(raw: _Object) -> Model:
+def _model(raw: JsonObject) -> Model:
     if raw.value("alignment") != ALIGNMENT:
         raise raw.wrong("alignment", str(ALIGNMENT))
     try:
@@ -223,7 +221,7 @@ def _model(raw: _Object) -> Model:
         raise StoreError(f"{raw.path}: {e.message}", e.cure or DAMAGED) from None
 
 
-def _check_version(raw: _Object) -> int:
+def _check_version(raw: JsonObject) -> int:
     """The version, if this qmix reads it."""
     version = raw.count("format_version")
     if version > FORMAT_VERSION:
@@ -238,7 +236,7 @@ def _check_version(raw: _Object) -> int:
     return version
 
 
-def _quant(raw: _Object) -> QuantConfig:
+def _quant(raw: JsonObject) -> QuantConfig:
     kinds = {"str": raw.text, "int": raw.count, "bool": raw.flag}
     values: dict[str, Any] = {f.name: kinds[str(f.type)](f.name) for f in fields(QuantConfig) if f.type in kinds}
     if values["experts"] == "mixed":
@@ -254,20 +252,20 @@ def _quant(raw: _Object) -> QuantConfig:
         raise StoreError(f"{raw.path}: quantization.{e.message}", DAMAGED) from None
 
 
-def _record(raw: _Object) -> RecordEntry:
+def _record(raw: JsonObject) -> RecordEntry:
     error = raw.object("error")
     key = ExpertKey(raw.count("layer"), raw.count("expert"))
     return RecordEntry(key, raw.name("file"), raw.count("offset"), raw.count("bytes"), raw.xxh3(),
                        {name: error.number(name) for name in MATRICES}, _calibrated(raw, MATRICES[:2]))
 
 
-def _dense(raw: _Object) -> DenseEntry:
+def _dense(raw: JsonObject) -> DenseEntry:
     error = None if raw.value("error") is None else raw.number("error")
     return DenseEntry(raw.text("name"), raw.text("format"), raw.name("file"), raw.count("offset"),
                       raw.count("bytes"), raw.xxh3(), error, _calibrated(raw, MATRICES[2:]))
 
 
-def _calibrated(raw: _Object, matrices: tuple[str, ...]) -> Calibrated | None:
+def _calibrated(raw: JsonObject, matrices: tuple[str, ...]) -> Calibrated | None:
     if not raw.has("calibrated"):
         return None
     value = raw.object("calibrated")
@@ -278,94 +276,9 @@ def _calibrated(raw: _Object, matrices: tuple[str, ...]) -> Calibrated | None:
                       {name: error.number(name) for name in matrices if error.has(name)})
 
 
-def _calibration(raw: _Object) -> CalibrationEntry:
+def _calibration(raw: JsonObject) -> CalibrationEntry:
     return CalibrationEntry(raw.count("tokens"), raw.count("length"), raw.text("digest"))
 
 
-def _file(raw: _Object) -> FileEntry:
+def _file(raw: JsonObject) -> FileEntry:
     return FileEntry(raw.name("name"), raw.count("bytes"), raw.xxh3())
-
-
-class _Object:
-    """A JSON object with typed reads; every error names file, key, what was there and what should be."""
-
-    def __init__(self, path: Path, where: str, value: Any):
-        self.path = path
-        self._where = where
-        if not isinstance(value, dict):
-            key = where.removesuffix(".") or "the whole"
-            raise StoreError(f"{path}: {key}: got {value!r:.80}, want an object", DAMAGED)
-        self._value = value
-
-    def has(self, key: str) -> bool:
-        return key in self._value
-
-    def value(self, key: str) -> Any:
-        if key not in self._value:
-            raise StoreError(f"{self.path}: {self._where}{key}: missing", DAMAGED)
-        return self._value[key]
-
-    def wrong(self, key: str, want: str) -> StoreError:
-        got = f"{self.value(key)!r:.80}"
-        return StoreError(f"{self.path}: {self._where}{key}: got {got}, want {want}", DAMAGED)
-
-    def text(self, key: str, optional: bool = False) -> Any:
-        """A string, or None where `optional`."""
-        value = self.value(key)
-        if not isinstance(value, str) and not (optional and value is None):
-            raise self.wrong(key, "a string")
-        return value
-
-    def texts(self, key: str) -> list[str]:
-        value = self.value(key)
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self.wrong(key, "a list of texts")
-        return value
-
-    def lists(self, key: str) -> list[list[str]]:
-        value = self.value(key)
-        if not isinstance(value, list) or not all(
-                isinstance(item, list) and all(isinstance(text, str) for text in item) for item in value):
-            raise self.wrong(key, "a list of lists of texts")
-        return value
-
-    def name(self, key: str) -> str:
-        """The name of a file inside the store: never a path, but for a chat template in its folder."""
-        value = self.text(key)
-        plain = re.fullmatch(r"[A-Za-z0-9_-][\w.-]{0,254}", value, re.ASCII)
-        if not plain and not TEMPLATE_NAME.fullmatch(value):
-            raise self.wrong(key, "the plain name of a file in the store")
-        return value
-
-    def xxh3(self) -> str:
-        value = self.text("xxh3_128")
-        if not re.fullmatch(r"[0-9a-f]{32}", value):
-            raise self.wrong("xxh3_128", "32 hex digits")
-        return value
-
-    def count(self, key: str) -> int:
-        value = self.value(key)
-        if type(value) is not int or not 0 <= value < 2**63:
-            raise self.wrong(key, "an integer, 0 or more")
-        return value
-
-    def number(self, key: str) -> float:
-        value = self.value(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e300 \
-                or not isfinite(value):
-            raise self.wrong(key, "a number, 0 or more")
-        return float(value)
-
-    def flag(self, key: str) -> bool:
-        if not isinstance(self.value(key), bool):
-            raise self.wrong(key, "true or false")
-        return self.value(key)
-
-    def object(self, key: str) -> _Object:
-        return _Object(self.path, f"{self._where}{key}.", self.value(key))
-
-    def objects(self, key: str) -> list[_Object]:
-        value = self.value(key)
-        if not isinstance(value, list):
-            raise self.wrong(key, "a list")
-        return [_Object(self.path, f"{self._where}{key}[{i}].", item) for i, item in enumerate(value)]

@@ -26,8 +26,9 @@ from qmix.errors import ConfigError, StoreError, UsageError
 from qmix.formats import Packed, memory, view
 from qmix.spec import Model
 from qmix.store import raw, version1
+from qmix.store.json_object import DAMAGED
 from qmix.store.layout import CONFIG, JOURNAL, MANIFEST, FileLayout, Region, StoreLayout, record_name
-from qmix.store.manifest import DAMAGED, DenseEntry, Manifest, RecordEntry
+from qmix.store.manifest import DenseEntry, Manifest, RecordEntry
 from qmix.store.records import CHANGED, CORRUPT, RecordFiles, Verify
 from qmix.tensorfile import read_exact, read_header
 

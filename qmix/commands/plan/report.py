@@ -28,7 +28,8 @@ from qmix.models import published_experts, read_model
 from qmix.offload import router_stats
 from qmix.offload.forecast import Speeds, forecast, known_shares
 from qmix.offload.head import plan_with_head
-from qmix.offload.plan import CUDA_CONTEXT, PROGRAM, UNMEASURED, Needs, Plan, choose_context, margin_of
+from qmix.offload.needs import Needs, choose_context
+from qmix.offload.plan import CUDA_CONTEXT, PROGRAM, UNMEASURED, Plan, margin_of
 from qmix.offload.plan import plan as make_plan
 from qmix.sizes import format_bytes, record_layouts
 from qmix.spec import Model

@@ -186,7 +186,7 @@ typedef struct {
     int32_t types[QMIX_SOURCES];
 } qmix_conv;
 
-/* The gated delta rule on a token (qmix/kernels/ops.py's Delta). A key heads, B value heads, K and V their sizes. */
+/* The gated delta rule on a token (kernels/ops/mixers.py's Delta). A key heads, B value heads, K and V their sizes. */
 typedef struct {
     const float *state;  /* [B, K, V] */
     float *after;        /* [B, K, V], not `state` */
