@@ -30,8 +30,10 @@ from pathlib import Path
 from typing import Any
 
 import instruction_levels
-from peers import SIDE, Side, find_peer, machine, numbers_from_0
+from peers import numbers_from_0
+from peers_machine import find_peer, machine
 from peers_report import GB, cell, table
+from peers_run import SIDE, Side
 from synthetic_models import RECIPES
 from synthetic_recipe import Recipe, tokenizer_file, uniform_tokens
 

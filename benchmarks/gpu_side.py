@@ -39,9 +39,9 @@ def machine(task: Task) -> None:
     emit(card=device.name, vram_total=total, vram_free=free, torch=torch.__version__, cuda=torch.version.cuda,
          packages={name: _version(name) for name in ("triton", "transformers", "accelerate", "bitsandbytes", "numpy")})
     try:
-        import peers
+        import peers_machine
 
-        emit(**peers.machine(""))
+        emit(**peers_machine.machine(""))
     except Exception as e:
         emit(note=f"{type(e).__name__}: {e}")
     if task["commit"]:

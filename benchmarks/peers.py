@@ -22,228 +22,30 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shutil
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import gguf_blocks
 import instruction_levels
-import quantize
-import synthetic
 import synthetic_gguf
-import torch
-from offload_peers import disk_bandwidth, drop_page_cache, files_of
-from peers_report import GB, GIB, Run, cell, figures_table, ratio_table, table
+from peers_machine import find_peer, machine
+from peers_quantize import quantize_table, quantizing
+from peers_report import GIB, Run, figures_table, ratio_table, table
+from peers_run import Runner, Side
 from sides import say
 from synthetic_recipe import Recipe, tokenizer_file, uniform_tokens
 
 from qmix.hardware import memory, physical_cores
-from qmix.hardware.bandwidth import measure_ram
-from qmix.kernels import native
 
-SIDE = Path(__file__).with_name("peers_side.py")
-CHECKPOINT = Path(__file__).with_name("synthetic_checkpoint.py")
 ROUTED = 192  # tokens whose routing is looked at
 SHORT = 16  # tokens of the prompt whose first answer is waited for
 CROWDED = 0.2  # a share of 0.125 is uniform: above this the routing, and so the run, is not what it should be
 QUICK = {"rounds": 1, "prefill": "512", "tokens": 32, "ubatch": "512", "gguf": "q4_0", "quantize": "rtn,hqq,Q4_0"}
 FULL = {"rounds": 3, "prefill": "512,2048", "tokens": 96, "ubatch": "512,2048", "gguf": "q4_0,q4_k_m",
         "quantize": "rtn,hqq,Q4_0,Q4_K_M"}
-
-
-@dataclass(frozen=True, slots=True)
-class Side:
-    """kind: "qmix" | "llama"; types: of the dense part, or of the GGUF; env: set for the process."""
-
-    name: str
-    kind: str
-    types: str
-    model: Path
-    env: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(path.stat().st_size for path in files_of(self.model))
-
-    def token_bytes(self, recipe: Recipe) -> int:
-        return (synthetic if self.kind == "qmix" else synthetic_gguf).bytes_per_token(recipe, self.types)
-
-    def make(self, recipe: Recipe) -> None:
-        if self.model.exists():
-            return
-        say(f"writing {self.model}")
-        if self.kind == "qmix":
-            synthetic.write_store(recipe, self.model, self.types)
-        else:
-            synthetic_gguf.write_gguf(recipe, self.model, self.types)
-
-    def planned_bytes(self, recipe: Recipe) -> int:
-        if self.kind == "qmix":
-            return synthetic.layout_of(recipe, self.types)[2].nbytes
-        return sum(gguf_blocks.tensor_bytes(kind, shape) for _, kind, shape, _ in
-                   synthetic_gguf.drafts(recipe, self.types))
-
-
-@dataclass(frozen=True, slots=True)
-class Runner:
-    """Runs sides as processes and answers their probes."""
-
-    peer: str
-    threads: int
-    timeout: float
-
-    def run(self, side: str, task: dict[str, Any],
-            env: dict[str, str]) -> tuple[dict[str, Any], dict[str, list[float]]]:
-        """(what the side printed last, {probe: GB/s of the RAM}); {"error": ...} where it failed."""
-        probes: dict[str, list[float]] = {}
-        found: dict[str, Any] = {}
-        with tempfile.NamedTemporaryFile("w", suffix=".json") as file, tempfile.TemporaryFile("w+") as errors:
-            file.write(json.dumps({**task, "threads": self.threads, "started": time.time()}))
-            file.flush()
-            command = [sys.executable if side == "qmix" else self.peer, str(SIDE), side, file.name]
-            with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
-                                  env={**os.environ, **env}) as process:
-                timer = threading.Timer(self.timeout, process.kill)
-                timer.start()
-                try:
-                    for line in process.stdout or ():
-                        message = json.loads(line) if line.startswith("{") else {}
-                        if "probe" in message:
-                            probes.setdefault(message["probe"], []).append(self.ram())
-                            process.stdin.write("\n")  # type: ignore[union-attr]
-                            process.stdin.flush()  # type: ignore[union-attr]
-                        elif message:
-                            found = message
-                except (OSError, ValueError) as e:
-                    process.kill()
-                    found = {"error": str(e)}
-                finally:
-                    late = not timer.is_alive()
-                    timer.cancel()
-            errors.seek(0)
-            last = (errors.read().strip().splitlines() or [""])[-1]
-        if process.returncode or not found:
-            why = f"killed after {self.timeout:.0f} s" if late else f"exit {process.returncode}"
-            return {"error": f"{why}: {last}" if last else why}, probes
-        return found, probes
-
-    def ram(self) -> float:
-        return measure_ram(self.threads, seconds=0.6, say=lambda line: None)
-
-    def speed(self, side: Side, task: dict[str, Any], recipe: Recipe) -> Run:
-        files = files_of(side.model)
-        drop_page_cache(files)
-        before = disk_bandwidth(files, 1.0)
-        drop_page_cache(files)
-        found, probes = self.run(side.kind, {**task, "do": "speed", "model": str(side.model)}, side.env)
-        return {"side": side.name, "started": now(), "nbytes": side.nbytes, "token_bytes": side.token_bytes(recipe),
-                "disk_bandwidth": (before + disk_bandwidth(files, 1.0)) / 2, "probes": probes,
-                "bandwidth": {name: sum(values) / len(values) for name, values in probes.items()}, **found}
-
-
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def quantizing(runner: Runner, names: Sequence[str], work: Path, recipe: Recipe) -> list[dict[str, Any]]:
-    """A bf16 checkpoint of one layer by each way, "rtn" and "hqq" of qmix or a type of llama.cpp; {"name", "seconds",
-    "source_gb"} or {"name", "error"}. The page cache is emptied before each, and each ends on the disk."""
-    source, gguf, out = work / "source", work / "source.gguf", work / "quantized"
-    if not source.exists():
-        say(f"writing {source}")
-        shutil.rmtree(draft := work / "source.partial", ignore_errors=True)
-        subprocess.run([sys.executable, str(CHECKPOINT), str(draft), "--layers", "1", "--hidden", str(recipe.hidden),
-                        "--inner", str(recipe.inner)], check=True, stdout=sys.stderr)
-        draft.rename(source)
-    if not gguf.exists() and any(name.startswith("Q") for name in names):
-        synthetic_gguf.write_gguf(Recipe(1, hidden=recipe.hidden, inner=recipe.inner), gguf, checkpoint=source)
-    found = []
-    for name in names:
-        say(f"quantizing: {name}")
-        mine = not name.startswith("Q")
-        files = files_of(source if mine else gguf)
-        drop_page_cache(files)
-        size = sum(path.stat().st_size for path in files) / GB
-        row: dict[str, Any] = {"name": name, "source_gb": size, "started": now()}
-        if mine:
-            try:
-                done = quantize.measure(source, out, name, runner.threads)
-                found.append({**row, "seconds": done["seconds"], "details": done})
-            except SystemExit as e:
-                found.append({**row, "error": str(e).strip().splitlines()[-1]})
-        else:
-            disk, ram = disk_bandwidth(files, 1.0), runner.ram()
-            drop_page_cache(files)
-            done, _ = runner.run("llama", {"do": "quantize", "model": str(gguf), "out": str(out), "type": name}, {})
-            out.unlink(missing_ok=True)
-            found.append({**row, **done, "details": {"memory GB/s": round(ram, 1), "disk GB/s": round(disk / GB, 2)}})
-    return found
-
-
-def quantize_table(found: Sequence[dict[str, Any]]) -> str:
-    """Seconds for a GB of source, and how many times faster than each of llama.cpp's."""
-    speeds = {row["name"]: row["seconds"] / row["source_gb"] for row in found if "seconds" in row}
-    peers = [name for name in speeds if name.startswith("Q")]
-    rows = []
-    for row in found:
-        name, side = row["name"], "llama.cpp" if row["name"].startswith("Q") else "qmix"
-        each = speeds.get(name)
-        rows.append([f"{side} {name}", row.get("error") or f"{row['seconds']:.1f}", f"{row['source_gb']:.2f}",
-                     cell([each] if each else []), *(cell([speeds[p] / each] if each else []) for p in peers),
-                     *(str(row.get("details", {}).get(key, "–")) for key in ("memory GB/s", "disk GB/s"))])
-    return table(["quantizing", "s", "source GB", "s per GB", *(f"times as fast as {p}" for p in peers),
-                  "RAM read GB/s", "disk GB/s"], rows)
-
-
-def machine(peer: str) -> dict[str, Any]:
-    """Where, when and with what."""
-    here = Path(__file__).parent
-    git = [subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True).stdout.strip()
-           for words in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain"))]
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    models = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
-    return {"date": now(), "commit": git[0] + (" with changes" if git[1] else ""), "processor": (models or ["?"])[0],
-            "cores": physical_cores(), "memory_gib": round(memory().total / GIB, 1), "system": platform.platform(),
-            "python": platform.python_version(), "torch": torch.__version__, "peer": peer,
-            "instructions": own_instructions(),
-            "load_average": os.getloadavg()[0]}
-
-
-def find_peer(parser: argparse.ArgumentParser, python: str, level: str | None) -> str:
-    """"llama-cpp-python 0.3.36 (AVX2 FMA ...)"; argparse's error where `python` lacks something or is of another level.
-    gguf is pure Python: where only the peer has it, it is taken from there."""
-    code = ("import llama_cpp, gguf, pathlib; print(llama_cpp.__version__, pathlib.Path(gguf.__file__).parents[1])\n"
-            "print(llama_cpp.llama_print_system_info().decode())")
-    try:
-        done = subprocess.run([python, "-c", code], capture_output=True, text=True)
-    except OSError as e:
-        parser.error(f"--peer-python {python}: {e.strerror}")
-    if done.returncode:
-        parser.error(f"--peer-python {python}: wants llama-cpp-python and gguf: {done.stderr.strip().splitlines()[-1]}")
-    first, _, system = done.stdout.partition("\n")
-    version, folder = first.split(maxsplit=1)
-    instruction_levels.check_peer(parser, level, system)
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        sys.path.append(folder.strip())
-    return f"llama-cpp-python {version} ({' '.join(sorted(instruction_levels.features(system)))})"
-
-
-def own_instructions() -> str:
-    """What qmix's side computes with: "native avx2, torch AVX2"."""
-    level = next(iter(native.wanted_levels()), "off")
-    return f"native {level}, torch {torch.backends.cpu.get_cpu_capability()}"
 
 
 def numbers(text: str) -> list[int]:

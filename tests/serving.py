@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +23,8 @@ from qmix.tokenizer import Tokenizer
 from qmix.tokenizer.vocabulary import OWN, Rendered
 
 GREEDY = SamplingParams(temperature=0)
+ASK = {"messages": [{"role": "user", "content": "Hi"}]}
+CHAT = "/v1/chat/completions"
 
 
 class ScriptedSession:
@@ -168,3 +172,13 @@ def serving(open_engine: Callable[[], Any], options: Options | None = None, grac
         yield running
     finally:
         running.stop()
+
+
+def raw(url: str, body: Any, path: str = CHAT) -> socket.socket:
+    """A connection on which a request was sent."""
+    host, port = url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)))
+    data = json.dumps(body).encode()
+    connection.sendall(f"POST {path} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+                       + data)
+    return connection

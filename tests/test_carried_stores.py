@@ -3,7 +3,6 @@ transformers computes the decoded numbers, wherever a record lies."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,11 +19,10 @@ import gguf_models as models
 import k_blocks
 import numpy as np
 from architectures import random_model
+from carried_files import WIDE, TypeOf, matrices, narrow, q4_k_m, write
 from model_configs import with_keys
-from sentencepiece import SentencePieceProcessor
 from test_architectures import IDS, logits, paged
 from test_cli import qmix
-from tokenizer_files import spm_model
 from torch import Tensor
 
 from qmix.checkpoint import Checkpoint
@@ -33,32 +31,14 @@ from qmix.commands.quantization import Flags
 from qmix.config import QuantConfig
 from qmix.device import StandIn
 from qmix.engine import Placement, load
-from qmix.errors import ConfigError, Interrupted, UsageError
-from qmix.formats import Packed, unpack
+from qmix.errors import Interrupted, UsageError
+from qmix.formats import unpack
 from qmix.kernels.device_table import choose_device_kernels
 from qmix.kernels.table import select
 from qmix.quantize import quantize_checkpoint
 from qmix.quantize.carried import carry_all
 from qmix.sizes import CARRIED
 from qmix.store import Store
-
-WIDE = {"mixtral": {"hidden_size": 256, "intermediate_size": 512},
-        "qwen3_moe": {"hidden_size": 256, "moe_intermediate_size": 256, "head_dim": 64},
-        "gpt_oss": {"hidden_size": 96, "intermediate_size": 160}}  # no multiples of 256, as the real one's 2880
-TypeOf = Callable[[str], str]
-
-
-def q4_k_m(name: str) -> str:
-    """As llama-quantize chooses for Q4_K_M: more bits where they help most."""
-    if name == "output.weight" or "attn_v" in name or ("ffn_down" in name and "blk.1." not in name):
-        return "Q6_K"
-    return "Q8_0" if "attn_k" in name else "Q4_K"
-
-
-def narrow(name: str) -> str:
-    """The same where columns are no multiple of 256."""
-    return "Q8_0" if "ffn_down" in name or name == "output.weight" else "Q5_1" if "attn_v" in name else "Q5_0"
-
 
 TYPES: dict[str, TypeOf] = {"mixtral": q4_k_m, "qwen3_moe": q4_k_m, "gpt_oss": narrow}
 
@@ -73,22 +53,6 @@ class Files:
     store: Path
     said: str
     theirs: Any
-
-
-def write(path: Path, kind: str, type_of: TypeOf, model: Any = None, **how: Any) -> Path:
-    """With a tokenizer."""
-    model = model if model is not None else random_model(with_keys(models.CONFIGS[kind], WIDE[kind]))
-    pieces = SentencePieceProcessor(model_proto=spm_model())
-
-    def keys(writer: Any) -> None:
-        ids, kinds = range(len(pieces)), gguf.TokenType
-        writer.add_tokenizer_model("llama")
-        writer.add_token_list([pieces.id_to_piece(i).encode() for i in ids])
-        writer.add_token_scores([pieces.get_score(i) for i in ids])
-        writer.add_token_types([kinds.UNKNOWN if pieces.is_unknown(i) else kinds.CONTROL if pieces.is_control(i) else
-                                kinds.BYTE if pieces.is_byte(i) else kinds.NORMAL for i in ids])
-
-    return models.write(path, model, kind, type_of, keys=keys, **how)
 
 
 def reread(model: Any, kind: str, type_of: TypeOf) -> Any:
@@ -129,18 +93,6 @@ def want(files: Files) -> Tensor:
     with load(files.store, threads=1, context=64) as engine:
         assert engine.plan.resident
         return logits(engine)
-
-
-def matrices(store: Store) -> dict[str, Packed]:
-    """By what GGUF files call the first tensor of each."""
-    found = {}
-    for key in store.model.expert_keys:
-        buffer = torch.full((store.layout.record(key).nbytes,), 255, dtype=torch.uint8)
-        store.read_record(key, buffer)
-        w13, w2 = store.expert(key, buffer)
-        found[f"blk.{key.layer}.ffn_gate_exps.weight", key.expert] = w13
-        found[f"blk.{key.layer}.ffn_down_exps.weight", key.expert] = w2
-    return found
 
 
 def test_every_expert_has_the_files_numbers(files: Files) -> None:
@@ -252,43 +204,6 @@ def test_resumed_is_the_same(files: Files, tmp_path: Path) -> None:
     assert all(file.read_bytes() == (tmp_path / "out" / file.name).read_bytes() for file in files.store.iterdir())
 
 
-def mixture(name: str) -> str:
-    """Types that no store has, and gate and up of different ones."""
-    if "ffn_up" in name and "blk.1." in name:
-        return "Q6_K"
-    if "ffn_down" in name or "attn_q" in name:
-        return "Q3_K"
-    return "Q4_K"
-
-
-def test_what_cannot_stay_gets_at_least_a_bit_more(tmp_path: Path) -> None:
-    path = write(tmp_path / "m.gguf", "mixtral", mixture)
-    ran = qmix("quantize", path, tmp_path / "store", "--threads", 1, "--method", "rtn")
-    assert ran.returncode == 0, ran.stderr
-    said = " ".join(ran.stderr.split())
-    assert "12 matrices in Q3_K are quantized again as int4g64" in said
-    assert "4 matrices in Q4_K and Q6_K, gate and up of different types, are quantized again as q8_0" in said
-    assert "3 Q3_K are quantized again as --dense says" in said
-    there = {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type)
-             for tensor in gguf.GGUFReader(path).tensors if "_exps" in tensor.name}
-    with Store.open(tmp_path / "store") as store:
-        assert store.verify(deep=True) == []
-        for (name, expert), m in matrices(store).items():
-            exact = there[name][expert]
-            if "gate" in name:
-                exact = np.concatenate((exact, there[name.replace("gate", "up")][expert]))
-            off = np.linalg.norm(unpack(m).numpy() - exact) / np.linalg.norm(exact)
-            layer = name.split(".")[1]
-            assert m.spec.format == ("int4" if "down" in name else "q8_0" if layer == "1" else "q4_k")
-            assert off == 0 if m.spec.format == "q4_k" else 0 < off < (0.02 if m.spec.format == "q8_0" else 0.15)
-        errors = [r.error for key, r in store.manifest.records.items() if key.layer == 0]
-        assert all(e["w13"] == 0 < e["all"] < e["w2"] for e in errors)  # carried weights count in the whole
-    with load(tmp_path / "store", threads=1, context=64) as engine:
-        resident = logits(engine)
-    with paged(tmp_path / "store") as engine:
-        assert torch.equal(logits(engine), resident)
-
-
 def test_flags_decide(files: Files, tmp_path: Path) -> None:
     """--dense is followed; a flag of int4 without int4 is refused; --format int4 quantizes all again, and says so."""
     made = qmix("quantize", files.gguf, tmp_path / "a", "--dense", "int8", "--format", "auto", "--threads", 1)
@@ -356,87 +271,3 @@ def test_plan_plans_for_no_gpu_that_lacks_the_kernels(files: Files, monkeypatch:
     monkeypatch.setattr("qmix.engine.machine._any", lambda say: StandIn(triton=True))
     with pytest.raises(UsageError, match=lacking):
         load(files.store, threads=1, context=64, placement=Placement(StandIn(triton=True)))
-
-
-def test_unquantized_experts_in_a_quantized_file(tmp_path: Path) -> None:
-    """q8_0 is the most that they get, and the line says so; --format q8_0 says what it keeps."""
-    types = {"ffn_gate": "Q8_0", "ffn_up": "Q6_K", "ffn_down": "F32"}
-
-    def type_of(name: str) -> str:
-        return next((kind for part, kind in types.items() if part in name), "Q8_0" if "attn_q" in name else "F32")
-
-    path = write(tmp_path / "m.gguf", "mixtral", type_of)
-    said = " ".join(qmix("quantize", path, tmp_path / "out", "--dry-run").stderr.split())
-    assert "matrices in F32 are quantized as q8_0, the most that a mix has" in said
-    assert "in Q8_0 and Q6_K, gate and up of different types, are quantized again as q8_0, the most that" in said
-    assert "F32 are stored as --dense says" in said
-    for dense, kept in (("q8_0", "3 of 15 matrices are in the format asked for and stay so"),
-                        ("int8", "(Q6_K, Q8_0); they are read as")):
-        said = " ".join(qmix("quantize", path, tmp_path / "out", "--format", "q8_0", "--dense", dense,
-                             "--dry-run").stderr.split())
-        assert kept in said and "adds to their error" in said
-
-
-def test_a_half_carried_expert_is_summed_by_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its carried half is never decoded whole."""
-    path = write(tmp_path / "m.gguf", "mixtral", mixture)
-    monkeypatch.setattr("qmix.formats.unpack", None)  # calling it would fail
-    with Checkpoint.open(path) as checkpoint:
-        quantize_checkpoint(checkpoint, tmp_path / "out", carry_all(checkpoint, QuantConfig(method="rtn"), None))
-
-
-def test_q8_0_from_unquantized_weights(tmp_path: Path) -> None:
-    """--format q8_0 carries Q8_0, says so, and quantizes what is not quantized."""
-    path = write(tmp_path / "m.gguf", "mixtral", lambda name: "Q8_0" if "_exps" in name else "F32")
-    made = qmix("quantize", path, tmp_path / "a", "--format", "q8_0", "--dense", "q8_0")
-    assert made.returncode == 0
-    said = " ".join(made.stderr.split())
-    assert "matrices are in the format asked for and stay as they are" in said and "adds to" not in said
-    with Store.open(tmp_path / "a") as store:
-        assert store.quant.experts == "q8_0" and all(r.error["all"] == 0 for r in store.manifest.records.values())
-        assert all(0 < d.error < 0.01 for d in store.manifest.dense.values() if d.error is not None)
-    with load(tmp_path / "a", threads=1, context=64) as engine:
-        assert torch.isfinite(logits(engine)).all()
-
-
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K", "Q6_K"])
-def test_a_scale_that_is_no_number_is_refused(kind: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "m.gguf", "mixtral", lambda name: kind)
-    found = next(t for t in gguf.GGUFReader(path).tensors if t.name == "blk.1.ffn_down_exps.weight")
-    nbytes = gguf.GGML_QUANT_SIZES[found.tensor_type][1]
-    with open(path, "r+b") as file:
-        file.seek(found.data_offset + 7 * nbytes + {"Q6_K": 208}.get(kind, 0))
-        file.write(b"\x00\x7c")
-    ran = qmix("quantize", path, tmp_path / "out", "--threads", 1)
-    assert ran.returncode == 4 and "blk.1.ffn_down_exps.weight: holds a scale that is not a number" in " ".join(
-        ran.stderr.split()), ran.stderr
-
-
-def test_experts_in_mxfp4_beside_matrices_in_q8_0(tmp_path: Path) -> None:
-    """As gpt-oss's GGUF files are published: nothing is quantized again."""
-    path = write(tmp_path / "m.gguf", "gpt_oss", lambda name: "MXFP4" if "_exps" in name else "Q8_0")
-    ran = qmix("quantize", path, tmp_path / "store", "--threads", 1)
-    said = " ".join(ran.stderr.split())
-    assert ran.returncode == 0 and "kept bit for bit: 9 q8_0" in said and "again" not in said, said
-    with Store.open(tmp_path / "store") as store:
-        assert store.quant.experts == "mxfp4" and store.verify(deep=True) == []
-        assert {d.format for d in store.manifest.dense.values()} == {"q8_0", "plain"}
-        assert all(not d.error for d in store.manifest.dense.values())
-    with load(tmp_path / "store", threads=1, context=64) as engine:
-        resident = logits(engine)
-    with paged(tmp_path / "store") as engine:
-        assert torch.equal(logits(engine), resident)
-    assert "kept bit for bit: 9 q8_0" in " ".join(qmix("plan", path, "--ram", "4G").stderr.split())
-
-
-def test_a_config_says_what_is_wrong() -> None:
-    with pytest.raises(ConfigError, match="q4_x"):
-        QuantConfig("mixed", kinds=(("q4_x", "q4_k"),), mix=("0",), method="", group_size=0, block=0)
-    with pytest.raises(ConfigError, match="method"):
-        QuantConfig("mixed", kinds=(("q4_k", "q4_k"),), mix=("0",))
-    with pytest.raises(ConfigError, match="dense_formats"):
-        QuantConfig(dense_formats=(("head", "int4"),))
-    with pytest.raises(ConfigError, match="each tensor once"):
-        QuantConfig(dense_formats=(("head", "q4_k"), ("head", "q6_k")))
-    with pytest.raises(ConfigError, match="format"):
-        QuantConfig("q4_k", method="", group_size=0, block=0)

@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
-from serving import Running, ScriptedEngine, says, serving
+from serving import ASK, CHAT, Running, ScriptedEngine, raw, says, serving
 from tokenizer_files import demo_folder
 
-from qmix.demo import demo_store
-from qmix.errors import DoesNotFit
 from qmix.serve.engine_thread import Options
 from qmix.tokenizer import Tokenizer, load
-
-ASK = {"messages": [{"role": "user", "content": "Hi"}]}
-CHAT = "/v1/chat/completions"
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +29,6 @@ def engine(tokenizer: Tokenizer) -> ScriptedEngine:
 def running(engine: ScriptedEngine) -> Iterator[Running]:
     with serving(lambda: engine, Options(waiting=2), largest=100_000, ping=0.05) as running:
         yield running
-
-
-def raw(url: str, body: Any, path: str = CHAT) -> socket.socket:
-    """A connection on which a request was sent."""
-    host, port = url.removeprefix("http://").split(":")
-    connection = socket.create_connection((host, int(port)))
-    data = json.dumps(body).encode()
-    connection.sendall(f"POST {path} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: {len(data)}\r\n\r\n".encode()
-                       + data)
-    return connection
 
 
 def text_of(stream: str) -> str:
@@ -248,200 +225,3 @@ def test_a_penalty_that_makes_logits_infinite_is_refused(running: Running, penal
     assert httpx.post(running.url + CHAT, json=body).status_code == 400
     body = {"model": "demo", "prompt": "x", "options": {"repeat_penalty": penalty}}
     assert httpx.post(running.url + "/api/generate", json=body).status_code == 400
-
-
-# ---- loading and ending
-
-def test_until_the_model_is_there_all_is_503(engine: ScriptedEngine) -> None:
-    loaded = threading.Event()
-
-    def slowly() -> ScriptedEngine:
-        loaded.wait()
-        return engine
-
-    with serving(slowly, ready=False) as running:
-        try:
-            health = httpx.get(running.url + "/health")
-            assert (health.status_code, health.json()) == (503, {"status": "loading model"})
-            got = httpx.post(running.url + CHAT, json=ASK)
-            assert got.status_code == 503 and "retry-after" in got.headers
-            assert "loaded" in got.json()["error"]["message"]
-            assert httpx.get(running.url + "/v1/models").status_code == 200
-            assert "qmix_num_requests_running" in httpx.get(running.url + "/metrics").text
-        finally:
-            loaded.set()
-        running.until(lambda: httpx.get(running.url + "/health").status_code == 200)
-        assert httpx.post(running.url + CHAT, json=ASK).status_code == 200
-
-
-def test_a_stop_while_the_model_is_loaded_does_not_wait_for_it(engine: ScriptedEngine) -> None:
-    loaded = threading.Event()
-
-    def slowly() -> ScriptedEngine:
-        loaded.wait()
-        return engine
-
-    with serving(slowly, ready=False) as running:
-        try:
-            running.stop()
-            assert not running.errors and not loaded.is_set()
-        finally:
-            loaded.set()
-
-
-def test_a_model_that_does_not_load_ends_the_server() -> None:
-    def broken() -> ScriptedEngine:
-        raise DoesNotFit("too large")
-
-    with serving(broken, ready=False) as running:
-        running.until(lambda: bool(running.errors))
-        assert isinstance(running.errors[0], DoesNotFit)
-
-
-def test_a_fault_in_the_engine_fails_one_request_and_several_end_the_server(
-        engine: ScriptedEngine, capsys: pytest.CaptureFixture[str]) -> None:
-    good, left = engine.script, [True, True, False, True, True, True]
-
-    def script(ids: Any) -> Any:
-        if left.pop(0):
-            raise ZeroDivisionError("/an/inner/path")
-        return good(ids)
-
-    engine.script = script
-    with serving(lambda: engine) as running:
-        for status in (500, 500, 200, 500, 500, 500):
-            got = httpx.post(running.url + CHAT, json=ASK)
-            assert got.status_code == status and "/an/inner/path" not in got.text
-        running.until(lambda: bool(running.errors))
-        assert "ZeroDivisionError: /an/inner/path" in capsys.readouterr().err
-        assert isinstance(running.errors[0], ZeroDivisionError)
-
-
-def test_a_fault_forgets_the_session_taken_and_no_other(engine: ScriptedEngine) -> None:
-    """Another client's conversation is found again after a fault before or while a session is taken."""
-    with serving(lambda: engine) as running:
-        assert httpx.post(running.url + CHAT, json=ASK).status_code == 200
-        running.idle()
-        (session,) = engine.sessions
-        held = list(session.ids)
-        assert held
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(engine, "pace", lambda longest: 1 // 0)
-            assert httpx.post(running.url + CHAT, json=ASK).status_code == 500
-            running.idle()
-        assert session.ids == held
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(engine, "session", lambda: 1 // 0)
-            other = {"messages": [{"role": "user", "content": "\u00e9" * 50}]}
-            assert httpx.post(running.url + CHAT, json=other).status_code == 500
-            running.idle()
-        assert session.ids == held
-        assert httpx.post(running.url + CHAT, json=ASK).status_code == 200
-        running.idle()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(engine, "script", lambda ids: 1 // 0)
-            assert httpx.post(running.url + CHAT, json=ASK).status_code == 500
-            running.idle()
-        assert session.ids == []
-
-
-def test_stopping_lets_the_answer_in_hand_end_and_the_others_fail(running: Running, engine: ScriptedEngine) -> None:
-    engine.may_go.clear()
-    one = raw(running.url, {**ASK, "stream": True})
-    running.until(lambda: engine.passes == 1)
-    two = raw(running.url, ASK)
-    running.until(lambda: running.engine.waiting == 1)
-    running.server.stop()
-    running.until(lambda: running.engine.state == "stopping")
-    assert b"503" in two.recv(65536).splitlines()[0]
-    engine.may_go.set()
-    assert all_of(one).endswith("data: [DONE]\n\n\r\n0\r\n\r\n")
-    running.thread.join(30)
-    assert not running.thread.is_alive() and running.engine.state == "stopped" and not running.errors
-
-
-def test_stopping_twice_cancels_and_the_stream_ends_in_its_form(running: Running, engine: ScriptedEngine) -> None:
-    engine.may_go.clear()
-    one = raw(running.url, {**ASK, "stream": True})
-    running.until(lambda: engine.passes == 1)
-    running.server.stop()
-    running.server.stop()
-    text = all_of(one)
-    assert '"code":"not_ready"' in text and "data: [DONE]" in text
-    assert text.endswith("0\r\n\r\n"), "the last chunk of HTTP is there"
-    running.thread.join(30)
-    assert not running.thread.is_alive() and not running.errors
-
-
-def all_of(connection: socket.socket) -> str:
-    found = b""
-    while data := connection.recv(65536):
-        found += data
-        if found.endswith(b"0\r\n\r\n"):
-            break
-    return found.decode()
-
-
-# ---- the command
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo_store(tmp_path_factory.mktemp("demo") / "demo", lambda line: None)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_command_serves_and_a_signal_ends_it(store: Path, number: signal.Signals) -> None:
-    process = subprocess.Popen([sys.executable, "-m", "qmix", "serve", str(store), "--port", "0", "-t", "1"],
-                               stderr=subprocess.PIPE, text=True, env={**os.environ, "NO_COLOR": "1"})
-    try:
-        assert process.stderr is not None
-        line = next(line for line in process.stderr if "is served at" in line)
-        url = next(word.rstrip(";") for word in line.split() if word.startswith("http"))
-        body = {"messages": [{"role": "user", "content": "Tell me a story about a fox."}], "stream": True, "n": 40}
-        with httpx.stream("POST", url + CHAT, json=body, timeout=60) as got:
-            lines = got.iter_lines()
-            next(lines)
-            process.send_signal(number)
-            time.sleep(0.2)
-            process.send_signal(number)
-            rest = [line for line in lines if line]
-        assert rest[-1] == "data: [DONE]"
-        assert process.wait(30) == 0
-    finally:
-        process.kill()
-        process.wait()
-
-
-@pytest.mark.parametrize(("args", "words"), [
-    (("--host", "0.0.0.0"), ("--api-key", "0.0.0.0")), (("--host", "::"), ("--api-key",)),
-    (("--api-key", ""), ("--api-key", "empty")), (("--host", "no.such.invalid"), ("--host no.such.invalid",)),
-    (("--port", "70000"), ("--port",)),
-])
-def test_what_the_command_refuses(store: Path, args: tuple[str, ...], words: tuple[str, ...],
-                                  capsys: pytest.CaptureFixture[str]) -> None:
-    from qmix.cli import main
-
-    with pytest.raises(SystemExit) as left:
-        main(["serve", str(store), *args])
-    said = capsys.readouterr().err
-    assert left.value.code == 2 and all(word in said for word in words)
-
-
-def test_a_port_that_is_taken(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from qmix.cli import main
-
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SystemExit) as left:
-        main(["serve", str(store), "--port", str(taken.getsockname()[1])])
-    assert left.value.code == 2 and "--port" in capsys.readouterr().err
-
-
-def test_without_the_extra_the_cure_is_one_line(store: Path, capsys: pytest.CaptureFixture[str],
-                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    from qmix.cli import main
-    from qmix.commands import serve
-
-    monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "llguidance" else object())
-    with pytest.raises(SystemExit) as left:
-        main(["serve", str(store)])
-    assert left.value.code == 2 and "qmix serve needs llguidance" in (said := capsys.readouterr().err)
-    assert "pip install 'qmix[serve]'" in said
