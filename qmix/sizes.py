@@ -118,6 +118,11 @@ class MatrixSpec:
         return 4 if self.format == "mxfp4" else self.bits
 
     @property
+    def in_blocks(self) -> bool:
+        """Whether it lies in blocks of rows, as a GPU's kernels of quantized experts want it."""
+        return bool(self.code_bits) or self.format in CARRIED
+
+    @property
     def padded_rows(self) -> int:
         if not self.block:
             return self.rows
