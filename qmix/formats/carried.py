@@ -9,8 +9,8 @@ Formulas  q8_0   w = d q, q int8
           iq4_nl w = d table[q], q 0..15              iq4_xs w = d (s - 32) table[q], q 0..15
           table  -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113
           with one rounding to fp32 for each product and difference, in the order written. d, m of q4_1 and q5_1, and
-          dmin are fp16; s and m of q4_k and q5_k and s of iq4_xs have 6 bits, s of q6_k is int8. One s and m for a group of 32 columns,
-          of q6_k 16; one d and dmin for 256 columns, d and m of the others for 32
+          dmin are fp16; s and m of q4_k and q5_k, and s of iq4_xs, have 6 bits, s of q6_k is int8. One s and m for a
+          group of 32 columns, of q6_k 16; one d and dmin for 256 columns, d and m of the others for 32
 qweight   uint8 [N/64, K/8, 64 * bits]: for each block of 64 output rows, eight columns at a time; of these first the
           columns j = 0..3, then 4..7. Four columns of a row are neighbours, as dot products of bytes take them, so that
           kernels load and mask and move nothing. For each such half, r a row of the block:
@@ -22,9 +22,9 @@ scales    uint8 [N/64, K/256, 64 * 16] of q4_k and q5_k: fp16 d of 64 rows, fp16
           8 groups the lower four bits of s (low nibble) and of m of each row, then for each two groups a byte a row: in
           its low nibble the upper bits of s, then of m, of the first group, in its high nibble those of the second
           uint8 [N/64, K/256, 64 * 18] of q6_k: fp16 d of 64 rows, then for each of 16 groups the int8 s of 64 rows
-          uint8 [N/64, K/256, 64 * 8] of iq4_xs: fp16 d of 64 rows, then for each two of 8 groups a byte a row: the lower
-          four bits of s, of the first group in the low nibble, then for each four groups a byte a row: the upper two bits
-          of the s of group g at 2 (g mod 4)
+          uint8 [N/64, K/256, 64 * 8] of iq4_xs: fp16 d of 64 rows, then for each two of 8 groups a byte a row, the
+          lower four bits of s, of the first group in the low nibble; then for each four groups a byte a row, the upper
+          two bits of the s of group g at 2 (g mod 4)
           uint8 [N/64, K/32, 64 * 2 or 64 * 4] of the others: fp16 d of 64 rows, then fp16 m of 64 rows
 Sizes     as ggml's blocks: 8.5 bits a weight of q8_0, 4.5 of q4_0 and q4_k, 5 of q4_1, 5.5 of q5_0 and q5_k, 6 of q5_1,
           6.5625 of q6_k, 4.5 of iq4_nl, 4.25 of iq4_xs; N is padded to 64, K to 256 or 32

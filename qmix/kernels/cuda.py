@@ -49,9 +49,9 @@ Room = Callable[[tuple[int, ...], torch.device], Tensor]  # where results of a l
 class Matrices:
     """Matrices of one spec that lie `slot_bytes` apart: those of the records in a slab, or a single one.
 
-    qweight uint8, qparams int32 (a pair a word) or, of mxfp4 and ggml's formats, their scales uint8, bias fp32 (None where the spec has
-    none): one-dimensional views that begin with those of slot 0. slots: how many there are. Made through `of` or
-    `in_slots`, which check.
+    qweight uint8, qparams int32 (a pair a word) or, of mxfp4 and ggml's formats, their scales uint8, bias fp32 (None
+    where the spec has none): one-dimensional views that begin with those of slot 0. slots: how many there are. Made
+    through `of` or `in_slots`, which check.
     """
 
     spec: MatrixSpec

@@ -1,5 +1,5 @@
-"""The GPU's kernels for ggml's formats (qmix/formats/carried.py), in Triton; what cuda.py does with int4, on their bytes
-as a store has them. Tested under Triton's interpreter and compiled for cards from sm_75 up; they have not run on one.
+"""The GPU's kernels for ggml's formats (qmix/formats/carried.py), in Triton: what cuda.py does with int4, on the bytes
+that a store has. Tested under Triton's interpreter and compiled for cards from sm_75 up; they have not run on one.
 
     gemv      up to FEW tokens: pieces of the columns, in fp32
     matmul    more tokens: codes are exact in the dtype of the product
@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from qmix.kernels.configs import Gemv, Matmul
-from qmix.kernels.device_scratch import CARRIED_RUN, lanes_of
+from qmix.kernels.device_scratch import CARRIED_WORDS, lanes_of
 from qmix.sizes import CARRIED, MatrixSpec
 
 if TYPE_CHECKING:
     from qmix.kernels.cuda import Jobs, Matrices
 
+NARROWER = 2  # than int4's are the tiles of a product: codes of four columns are taken apart in registers
 WITH_ZERO = ("q4_1", "q5_1", "q4_k", "q5_k")
 PARAMS = {"q4_k": "k", "q5_k": "k", "q6_k": "q6_k", "iq4_xs": "iq4_xs"}  # of the others "half"
 
@@ -45,18 +46,18 @@ def gemv(jit: ModuleType, x: Tensor, weights: Matrices, jobs: Jobs, partial: Ten
     lanes = lanes_of(spec, config)
     jit.gemv[spec.padded_rows // spec.block, splits, count](
         x, *tensors_of(weights), jobs.slots, jobs.rows, partial, weights.slot_bytes // 4, x.stride(0), spec.cols,
-        spec.padded_cols // group, spec.padded_rows, M=width, DEPTH=CARRIED_RUN // group, LANES=lanes,
-        STEPS=max(1, min(config.unroll // 2, group // 8)), RAGGED=spec.cols < spec.padded_cols, **format_of(spec),
-        num_warps=lanes, enable_fp_fusion=True)
+        spec.padded_cols // group, spec.padded_rows, M=width, LANES=lanes,
+        STEPS=max(1, min(config.unroll // 2, group // 16)), RAGGED=spec.cols < spec.padded_cols, **format_of(spec),
+        num_warps=max(1, lanes * CARRIED_WORDS // 32), enable_fp_fusion=True)
 
 
 def matmul(jit: ModuleType, x: Tensor, weights: Matrices, slot: int, y: Tensor, operands: Any, block_m: int,
            config: Matmul) -> None:
     spec = weights.spec
-    blocks = spec.padded_rows // spec.block
-    jit.matmul[-(-len(x) // block_m), -(-spec.padded_rows // config.rows)](
+    blocks, rows = spec.padded_rows // spec.block, config.rows // NARROWER
+    jit.matmul[-(-len(x) // block_m), -(-spec.padded_rows // rows)](
         x, *tensors_of(weights), y, slot, len(x), weights.slot_bytes // 4, x.stride(0), y.stride(0), spec.cols,
-        spec.padded_cols // spec.group_size, spec.padded_rows, blocks, BLOCK_M=block_m, ROWS=config.rows, DOT=operands,
+        spec.padded_cols // spec.group_size, spec.padded_rows, blocks, BLOCK_M=block_m, ROWS=rows, DOT=operands,
         **format_of(spec), num_stages=config.stages, enable_fp_fusion=True,
         num_warps=config.warps if block_m == config.tokens else 4)
 

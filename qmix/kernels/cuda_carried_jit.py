@@ -1,14 +1,13 @@
 """The device code of cuda_carried.py, in Triton: ggml's formats on the bytes of formats/carried.py.
 
 A 32-bit word has four columns of a row, a byte each; of the formats with fewer than 8 bits the low nibbles are those of
-row r of a block, the high ones those of row r + 32, r = 0..31. Further bits of a code lie in words of their own. So 32
-words, of which every lane takes one, are four columns of a block.
+row r of a block, the high ones those of row r + 32, r = 0..31. Further bits of a code lie in words of their own.
 
 A code becomes a float as in cuda_jit.py. In gemv a mask leaves it where it is in its word, and the power of two is
-undone once a group, for each of the four columns alone; codes with a sign, and those that are places in the table, are
+undone in x and, once a group, in the sums; codes with a sign, and those that are places in the table, are
 or-ed into the mantissa of 2^23.
 
-M tokens of an expert, N padded rows, K columns, G groups in K. SPAN columns are what has parameters together.
+M tokens of an expert, N padded rows, K columns, G groups in K.
 """
 
 # mypy: disable-error-code="assignment"
@@ -19,7 +18,7 @@ import triton
 import triton.language as tl
 
 from qmix.formats.ggml.tables import VALUES
-from qmix.kernels.cuda_jit import LIFT, MAGIC, MAGIC_HALF, UNIT
+from qmix.kernels.cuda_jit import LIFT, MAGIC, MAGIC_HALF
 
 
 def _word(first: int) -> int:
@@ -29,6 +28,7 @@ def _word(first: int) -> int:
 
 TABLE0, TABLE1, TABLE2, TABLE3 = (tl.constexpr(_word(first)) for first in range(0, 16, 4))
 SIGNED = tl.constexpr(8388608.0 + 128)  # 2^23, and what a byte is more than its number
+UNIT = tl.constexpr(2.0**149 / 2.0**64)  # 1 over the smallest fp32, and over LIFT
 SIGN_BITS = tl.constexpr(0x80808080)
 
 
@@ -107,13 +107,13 @@ def params(scales, halves, block, group, row, groups, ZERO: tl.constexpr, PARAMS
 @triton.jit
 def gemv(x, qweight, scales, halves, slots, rows, partial, slot_words, x_stride, cols, groups, n,
          M: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, TABLE: tl.constexpr, MIDDLE: tl.constexpr,
-         ZERO: tl.constexpr, PARAMS: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
-         RAGGED: tl.constexpr):
-    """A block of rows, LANES runs of DEPTH groups of columns, all M tokens of one expert, in fp32.
+         ZERO: tl.constexpr, PARAMS: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr, RAGGED: tl.constexpr):
+    """A block of rows, LANES groups of columns, all M tokens of one expert, in fp32.
 
-    A lane is one run and one word; it walks the columns of its run, STEPS eights at a time, and no lane needs another
-    until the runs are summed at the end. Groups beyond the last one read that one, and count as 0. x [., cols];
-    qweight: int32 words, scales, halves: see params; others as in cuda_jit.gemv. Grid: blocks, splits, E.
+    A lane is one group and one word of 8, and has that word, and those 8, 16 and 24 further, of each four columns: 8
+    rows. It walks the columns of its group, STEPS eights at a time, and no lane needs another until the groups are
+    summed at the end. Lanes beyond the last group are as in cuda_jit.gemv. x [., cols]; qweight: int32 words, scales,
+    halves: see params; the others as there. Grid: blocks, splits, E.
     """
     EIGHT: tl.constexpr = 16 * BITS  # words of eight columns of a block
     BARE: tl.constexpr = BITS < 8 and not TABLE  # codes stay where they are in their words
@@ -124,91 +124,88 @@ def gemv(x, qweight, scales, halves, slots, rows, partial, slot_words, x_stride,
     if slot < 0:
         return
     start = slot.to(tl.int64) * slot_words
-    word = tl.arange(0, 32)[None, :]
-    side = tl.arange(0, 2)
-    row = tl.arange(0, 32)[:, None] + side[None, :] * 32  # in the block
+    word = tl.arange(0, 8)[None, :]
     near = tl.arange(0, 4)
-    first_group = (split * LANES + tl.arange(0, LANES)) * DEPTH
+    lane = split * LANES + tl.arange(0, LANES)
+    group = tl.minimum(lane, groups - 1)
+    at = qweight + start + ((block * groups + group) * (GROUP // 8 * EIGHT))[:, None]
 
     own = ()
-    totals = ()
+    dots = ()
     for m in tl.static_range(M):
         row_of = tl.maximum(tl.load(rows + expert * M + m), 0).to(tl.int64)
         own += (x + row_of * x_stride,)
-        totals += (tl.zeros((LANES, 32, 2), tl.float32),)
+        for _ in tl.static_range(4):
+            dots += (tl.zeros((LANES, 8, 2), tl.float32),)
 
-    for inside in range(0, DEPTH):
-        group = tl.minimum(first_group + inside, groups - 1)
-        column = ((block * groups + group) * (GROUP // 8 * EIGHT))[:, None]
-        dots = ()
-        sums = ()
-        for _ in tl.static_range(M):
-            sums += (tl.zeros((LANES,), tl.float32),)
-            for _ in tl.static_range(4):
-                dots += (tl.zeros((LANES, 32, 2), tl.float32),)
-        for first in range(0, GROUP // 8, STEPS):
-            for step in tl.static_range(STEPS):
-                for second in tl.static_range(2):
-                    low, high = four_columns(qweight + start + (column + (first + step) * EIGHT), second, word, None,
-                                             BITS)
-                    codes = tl.join(low, high)
-                    at = group[:, None] * GROUP + (first + step) * 8 + second * 4 + near[None, :]
-                    new_dots = ()
-                    new_sums = ()
-                    for m in tl.static_range(M):
-                        if RAGGED:
-                            value = tl.load(own[m] + at, mask=at < cols, other=0.0).to(tl.float32)
-                        else:
-                            value = tl.load(own[m] + at).to(tl.float32)
-                        new_sums += (sums[m] + tl.sum(value, axis=1),)
-                        if BARE:
-                            value = value * LIFT
-                        even, odd = tl.split(tl.reshape(value, (LANES, 2, 2)))
-                        value0, value2 = tl.split(even)
-                        value1, value3 = tl.split(odd)
-                        values = (value0, value1, value2, value3)
-                        for j in tl.static_range(4):
-                            if BARE:
-                                bits = (codes & (255 << 8 * j)) if j < 3 else ((codes >> 8) & 0xFF0000)
-                                number = bits.to(tl.float32, bitcast=True)
-                            else:
-                                bits = ((codes >> 8 * j) & 255).to(tl.int32, bitcast=True)
-                                if TABLE:
-                                    bits = looked_up(bits)
-                                number = (bits | MAGIC).to(tl.float32, bitcast=True) - SIGNED
-                            new_dots += (dots[4 * m + j] + number * values[j][:, None, None],)
-                    dots = new_dots
-                    sums = new_sums
-        scale, zero = params(scales + start * 4, halves + start * 2, block, group[:, None, None], row[None, :, :],
-                             groups, ZERO, PARAMS)
-        here = (first_group + inside < groups)[:, None, None]
-        new_totals = ()
+    for first in range(0, GROUP // 8, STEPS):
+        for step in tl.static_range(2 * STEPS):
+            column = group[:, None] * GROUP + first * 8 + step * 4 + near[None, :]
+            values = ()
+            for m in tl.static_range(M):
+                if RAGGED:
+                    value = tl.load(own[m] + column, mask=column < cols, other=0.0).to(tl.float32)
+                else:
+                    value = tl.load(own[m] + column).to(tl.float32)
+                even, odd = tl.split(tl.reshape(value, (LANES, 2, 2)))
+                value0, value2 = tl.split(even)
+                value1, value3 = tl.split(odd)
+                if BARE:  # a code of column j counts 2^(8 j - 149), of the last one as of the third
+                    values += (value0 * LIFT, value1 * (LIFT / 2**8), value2 * (LIFT / 2**16),
+                               value3 * (LIFT / 2**16))
+                else:
+                    values += (value0, value1, value2, value3)
+            new_dots = ()
+            for part in tl.static_range(4):
+                low, high = four_columns(at + (first + step // 2) * EIGHT, step % 2, word + 8 * part, None, BITS)
+                codes = tl.join(low, high)
+                numbers = ()
+                for j in tl.static_range(4):
+                    if BARE:
+                        bits = (codes & (255 << 8 * j)) if j < 3 else ((codes >> 8) & 0xFF0000)
+                        numbers += (bits.to(tl.float32, bitcast=True),)
+                    else:
+                        bits = ((codes >> 8 * j) & 255).to(tl.int32, bitcast=True)
+                        if TABLE:
+                            bits = looked_up(bits)
+                        numbers += ((bits | MAGIC).to(tl.float32, bitcast=True) - SIGNED,)
+                for m in tl.static_range(M):
+                    dot = dots[part * M + m]
+                    for j in tl.static_range(4):
+                        dot += numbers[j] * values[4 * m + j][:, None, None]
+                    new_dots += (dot,)
+            dots = new_dots
+
+    here = (lane < groups)[:, None, None]
+    splits = tl.num_programs(1)
+    column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    row = tl.arange(0, 8)[:, None] + tl.arange(0, 2)[None, :] * 32  # of the first part
+    sums = ()
+    for m in tl.static_range(M):
+        if MIDDLE or ZERO:
+            value = tl.load(own[m] + column, mask=column < cols, other=0.0).to(tl.float32)
+            sums += (tl.sum(value, axis=1)[:, None, None],)
+        else:
+            sums += (0.0,)
+    for part in tl.static_range(4):
+        scale, zero = params(scales + start * 4, halves + start * 2, block, group[:, None, None],
+                             (row + 8 * part)[None, :, :], groups, ZERO, PARAMS)
         for m in tl.static_range(M):
-            dot = dots[4 * m]
-            if BARE:  # 2^149, and what the codes' places in their words and LIFT bring
-                unit: tl.constexpr = UNIT
-                one = tl.full((1,), unit, tl.int32).to(tl.float32, bitcast=True)
-                dot = dot * one + dots[4 * m + 1] * (one * 2.0**-8)
-                dot += (dots[4 * m + 2] + dots[4 * m + 3]) * (one * 2.0**-16)
-            else:
-                dot = (dot + dots[4 * m + 1]) + (dots[4 * m + 2] + dots[4 * m + 3])
-            total = sums[m][:, None, None]
+            dot = dots[part * M + m]
+            if BARE:
+                dot = dot * UNIT
             if MIDDLE:
-                dot -= total * MIDDLE
+                dot -= sums[m] * MIDDLE
             value = dot * scale
             if ZERO:
-                value += total * zero
-            new_totals += (totals[m] + tl.where(here, value, 0.0),)
-        totals = new_totals
-
-    splits = tl.num_programs(1)
-    for m in tl.static_range(M):
-        out = partial + ((expert * M + m) * splits + split).to(tl.int64) * n + (block * 64 + row)
-        tl.store(out, tl.sum(totals[m], axis=0), mask=row < tl.where(tl.load(rows + expert * M + m) >= 0, 64, 0))
+                value += sums[m] * zero
+            out = partial + ((expert * M + m) * splits + split).to(tl.int64) * n + (block * 64 + row + 8 * part)
+            tl.store(out, tl.sum(tl.where(here, value, 0.0), axis=0),
+                     mask=row < tl.where(tl.load(rows + expert * M + m) >= 0, 64, 0))
 
 
 @triton.jit
-def numbers(at, word, exists, GROUP: tl.constexpr, BITS: tl.constexpr, TABLE: tl.constexpr, MIDDLE: tl.constexpr,
+def tile_of(at, word, exists, GROUP: tl.constexpr, BITS: tl.constexpr, TABLE: tl.constexpr, MIDDLE: tl.constexpr,
             WORDS: tl.constexpr, DOT: tl.constexpr):
     """A group of columns as the numbers that a scale multiplies, [GROUP, 2 WORDS], exact in DOT: rows word and word +
     32 lie beside each other. at [1, WORDS]: addresses of each row's first eight columns; word, exists [1, WORDS]."""
@@ -231,7 +228,7 @@ def numbers(at, word, exists, GROUP: tl.constexpr, BITS: tl.constexpr, TABLE: tl
 
 @triton.jit
 def piece_of(qweight, piece, blocks, groups, GROUP: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr):
-    """Of the ROWS rows number `piece` of so many blocks, which may be a part of a block: for `numbers` at, word and
+    """Of the ROWS rows number `piece` of so many blocks, which may be a part of a block: for `tile_of` at, word and
     exists [1, ROWS / 2], and the row of each number, [ROWS]."""
     index = piece * (ROWS // 2) + tl.arange(0, ROWS // 2)
     block = index // 32
@@ -246,7 +243,7 @@ def added(values, sums, at, word, exists, scales, halves, row, group, groups, GR
           TABLE: tl.constexpr, MIDDLE: tl.constexpr, ZERO: tl.constexpr, PARAMS: tl.constexpr, ROWS: tl.constexpr,
           DOT: tl.constexpr):
     """values [T, GROUP] times a group of columns of ROWS rows, fp32 [T, ROWS]. sums: of each row of values."""
-    weights = numbers(at + group * (GROUP * 2 * BITS), word, exists, GROUP, BITS, TABLE, MIDDLE, ROWS // 2, DOT)
+    weights = tile_of(at + group * (GROUP * 2 * BITS), word, exists, GROUP, BITS, TABLE, MIDDLE, ROWS // 2, DOT)
     scale, zero = params(scales, halves, row // 64, group, row % 64, groups, ZERO, PARAMS)
     result = tl.dot(values, weights, input_precision="ieee") * scale[None, :]
     if ZERO:
@@ -303,7 +300,7 @@ def decode(qweight, scales, halves, out, first, groups, out_stride, GROUP: tl.co
     block = first + tl.program_id(0)
     group = tl.program_id(1)
     at, word, _, row = piece_of(qweight, block, block + 1, groups, GROUP, BITS, 64)
-    found = numbers(at + group * (GROUP * 2 * BITS), word, None, GROUP, BITS, TABLE, MIDDLE, 32, tl.float32)
+    found = tile_of(at + group * (GROUP * 2 * BITS), word, None, GROUP, BITS, TABLE, MIDDLE, 32, tl.float32)
     scale, zero = params(scales, halves, block, group, row % 64, groups, ZERO, PARAMS)
     value = found * scale[None, :]
     if ZERO:

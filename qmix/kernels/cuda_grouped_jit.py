@@ -2,7 +2,8 @@
 
 `sort` puts the pairs of a token and one of its experts in order of expert, each expert's padded to whole tiles.
 `gate_up` and `down` take a tile each, look up the slot of its expert and multiply as cuda_jit.matmul does, with the
-same numbers, or, where PARAMS is not "", as cuda_carried_jit.matmul does. What lies between them is in the order of the tiles. `combine` adds up each token's results.
+same numbers; ggml's formats, where PARAMS is not "", as cuda_carried_jit.matmul does. What lies between them is in the
+order of the tiles. `combine` adds up each token's results.
 
 T tokens, K experts per token, P = T * K pairs, E experts, N padded rows, F expert inner, H hidden.
 """
@@ -126,11 +127,11 @@ def products(lines, low, third, aside, exists, qparams, start, row, real, other,
 
 
 @triton.jit(do_not_specialize=["table", "first", "slot", "base", "slots"])
-def gate_up(x, qweight, qparams, halves, bias, inner, order, expert_of, table, first, slot, base, slots, slot_bytes, x_stride,
-            cols, groups, n, out, K: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr,
-            TILE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, RAGGED: tl.constexpr,
-            E2M1: tl.constexpr, BIASED: tl.constexpr, KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
-            TABLE: tl.constexpr = False, MIDDLE: tl.constexpr = 0, ZERO: tl.constexpr = False,
+def gate_up(x, qweight, qparams, halves, bias, inner, order, expert_of, table, first, slot, base, slots, slot_bytes,
+            x_stride, cols, groups, n, out, K: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+            BITS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr,
+            RAGGED: tl.constexpr, E2M1: tl.constexpr, BIASED: tl.constexpr, KIND: tl.constexpr, ALPHA: tl.constexpr,
+            LIMIT: tl.constexpr, TABLE: tl.constexpr = False, MIDDLE: tl.constexpr = 0, ZERO: tl.constexpr = False,
             PARAMS: tl.constexpr = ""):
     """activated(gate(x), up(x)) of the tiles from `first` on: of each ROWS rows of gate and those of up.
 
@@ -148,7 +149,7 @@ def gate_up(x, qweight, qparams, halves, bias, inner, order, expert_of, table, f
     token = (tl.maximum(tl.load(order + (tile * TILE + within)), 0) // K).to(tl.int64)  # padding: the first one
     blocks = n // BLOCK // 2
     other = blocks * groups * GROUP * (BLOCK * BITS // 8)  # bytes from a row of gate to that of up
-    if PARAMS:
+    if PARAMS != "":
         at, word, exists, row = piece_of_carried(qweight + start // 4, tl.program_id(1), blocks, groups, GROUP, BITS,
                                                  ROWS)
         gate, up = products_of_carried(x + token * x_stride, within >= 0, at, word, exists, qparams + start,
@@ -169,8 +170,8 @@ def gate_up(x, qweight, qparams, halves, bias, inner, order, expert_of, table, f
 
 
 @triton.jit(do_not_specialize=["table", "first", "slot", "base", "slots"])
-def down(inner, qweight, qparams, halves, bias, rows, order, expert_of, table, first, slot, base, slots, slot_bytes, cols,
-         groups, n, out, GROUP: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr,
+def down(inner, qweight, qparams, halves, bias, rows, order, expert_of, table, first, slot, base, slots, slot_bytes,
+         cols, groups, n, out, GROUP: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr,
          ROWS: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, RAGGED: tl.constexpr, E2M1: tl.constexpr,
          BIASED: tl.constexpr, TABLE: tl.constexpr = False, MIDDLE: tl.constexpr = 0, ZERO: tl.constexpr = False,
          PARAMS: tl.constexpr = ""):
@@ -183,9 +184,9 @@ def down(inner, qweight, qparams, halves, bias, rows, order, expert_of, table, f
     start = own.to(tl.int64) * slot_bytes
     within = tl.arange(0, TILE)
     line = (tl.program_id(0) * TILE + within).to(tl.int64) * cols
-    if PARAMS:
-        at, word, exists, row = piece_of_carried(qweight + start // 4, tl.program_id(1), n // BLOCK, groups, GROUP, BITS,
-                                                 ROWS)
+    if PARAMS != "":
+        at, word, exists, row = piece_of_carried(qweight + start // 4, tl.program_id(1), n // BLOCK, groups, GROUP,
+                                                 BITS, ROWS)
         total, _ = products_of_carried(inner + line, within >= 0, at, word, exists, qparams + start,
                                        halves + start // 2, tl.minimum(row, n - 1), 0, 0, cols, groups, False, GROUP,
                                        BITS, TABLE, MIDDLE, ZERO, PARAMS, TILE, ROWS, DOT)

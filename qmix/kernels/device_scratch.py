@@ -33,7 +33,7 @@ DECODED_BYTES = 64 * MIB  # the most that a decoded tile of a prompt's product t
 # ends at once. A split takes at least LEAST_SPLIT positions, so that a short context has several; there are at most
 # SPLITS, so that they are merged in little time.
 LEAST_SPLIT, SPLITS = 64, 128
-CARRIED_RUN, CARRIED_WORDS = 256, 32  # columns that a lane of ggml's formats walks, and lanes beside each other
+CARRIED_WORDS = 8  # see words_of
 BNB_CODES = 256  # that bitsandbytes' 8-bit scales have
 NUMBER = 4  # bytes of a number in any of the buffers: fp32 or int32
 
@@ -106,20 +106,17 @@ def partial_numbers(spec: MatrixSpec, experts: int, gemv: Gemv) -> int:
 
 def splits_of(spec: MatrixSpec, gemv: Gemv) -> int:
     """Into how many pieces cuda.few cuts the columns; each has results of its own for all rows."""
-    return -(-_runs_of(spec) // lanes_of(spec, gemv))
+    return -(-(spec.padded_cols // spec.group_size) // lanes_of(spec, gemv))
 
 
 def lanes_of(spec: MatrixSpec, gemv: Gemv) -> int:
-    """Groups that a program of gemv has, of ggml's formats runs of groups."""
-    return min(gemv.threads // words_of(spec), power_of_two(_runs_of(spec)))
-
-
-def _runs_of(spec: MatrixSpec) -> int:
-    return -(-spec.padded_cols // (CARRIED_RUN if spec.format in CARRIED else spec.group_size))
+    """Groups that a program of gemv has."""
+    return min(gemv.threads // words_of(spec), power_of_two(spec.padded_cols // spec.group_size))
 
 
 def words_of(spec: MatrixSpec) -> int:
-    """32-bit words of the low bits of a block's column, of ggml's formats those of four columns. Two codes of a byte are 4 bits apart, or 2."""
+    """Lanes beside each other: the 32-bit words of the low bits of a block's column; of ggml's formats a quarter of
+    those of four columns. Two codes of a byte are 4 bits apart, or 2."""
     return CARRIED_WORDS if spec.format in CARRIED else spec.block * (4 if spec.code_bits == 4 else 2) // 32
 
 
