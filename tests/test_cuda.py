@@ -335,7 +335,7 @@ class TestRefusals:
             cuda.linear(x.repeat(9, 1), m, dot="tf32")
         with pytest.raises(UsageError, match="is on meta"):
             cuda.linear(x.to("meta"), m)
-        with pytest.raises(UsageError, match="int8: these GPU kernels support int4, int3, int2 and mxfp4"):
+        with pytest.raises(UsageError, match="int8: these GPU kernels support int4, int3, int2, mxfp4 and ggml's"):
             cuda.linear(x, int8.pack(operand(3, 64), MatrixSpec("int8", 3, 64)))
         with pytest.raises(UsageError, match="slot 1: want 0 to 0"):
             cuda.many(x, cuda.Matrices.of(m), 1, x)

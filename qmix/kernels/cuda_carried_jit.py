@@ -10,7 +10,7 @@ or-ed into the mantissa of 2^23.
 M tokens of an expert, N padded rows, K columns, G groups in K.
 """
 
-# mypy: disable-error-code="assignment"
+# mypy: disable-error-code="assignment, var-annotated"
 
 from __future__ import annotations
 

@@ -39,7 +39,10 @@ ALWAYS vint load_codes(const uint8_t *from) {
     memcpy(&x, from, sizeof x);
     return x;
 }
-ALWAYS vint moved(vint x, const int left) { return left > 0 ? x << left : left < 0 ? x >> -left : x; }
+#ifndef OWN_RIGHT
+ALWAYS vint right(vint x, const int bits) { return x >> bits; } /* what comes in from above is masked off by all */
+#endif
+ALWAYS vint moved(vint x, const int left) { return left > 0 ? x << left : left < 0 ? right(x, -left) : x; }
 ALWAYS vint every_byte(int x) { return set_i((int32_t)(0x01010101u * (uint32_t)x)); }
 
 /* Vector v of the codes of four columns: rows v * L.. of a block. from: the eight columns, of which these are the first
@@ -50,7 +53,7 @@ ALWAYS vint carried_codes(const int kind, const uint8_t *from, const int second,
         return load_codes(from + 256 * second + at);
     const uint8_t *low = from + (bits == 6 ? 192 : 128) * second;
     vint codes = load_codes(low + at % 128);
-    codes = (at < 128 ? codes : codes >> 4) & every_byte(15);
+    codes = (at < 128 ? codes : right(codes, 4)) & every_byte(15);
     if (bits == 4)
         return codes; /* of a table, the places */
     vint upper = load_codes((bits == 6 ? low + 128 : from + 256) + at % 64);
@@ -71,9 +74,9 @@ ALWAYS void scale_of_bytes(const int groups, const int8_t *bytes, const uint16_t
 /* Scales and minima of 6 bits, of two groups: lower four bits in a byte for each, upper two together. */
 ALWAYS void six_bits(const uint8_t *low, const uint8_t *high, const int shift, int8_t *s, int8_t *m) {
     UNROLL for (int i = 0; i < 64; i += 4 * L) {
-        vint a = load_codes(low + i), b = load_codes(high + i) >> shift;
+        vint a = load_codes(low + i), b = right(load_codes(high + i), shift);
         vint scale = (a & every_byte(15)) | (b & every_byte(3)) << 4;
-        vint minimum = (a >> 4 & every_byte(15)) | (b & every_byte(12)) << 2;
+        vint minimum = (right(a, 4) & every_byte(15)) | (b & every_byte(12)) << 2;
         memcpy(s + i, &scale, sizeof scale);
         memcpy(m + i, &minimum, sizeof minimum);
     }
@@ -199,6 +202,10 @@ ALWAYS void carried_direct(const int count, const int kind, int64_t groups, cons
     }
 }
 
+#ifdef PAIRS
+#include "carried_pairs.h"
+#endif
+
 /* `columns` columns into a tile as `inner` reads it. */
 ALWAYS void tile_of_carried(const int act, const int kind, const uint8_t *from, int64_t columns, vint *tile) {
     const int step = 8 * qmix_code_bits(kind) * 8, words = act == QMIX_ACT_INT8 ? 1 : WORDS;
@@ -274,6 +281,13 @@ ALWAYS void rows_carried(const int act, const int kind, const qmix_job *job, int
         int64_t columns = job->padded_cols - column < CARRIED_SPAN ? job->padded_cols - column : CARRIED_SPAN;
         for (int64_t i = 0; i < pitch; i += 64) /* those that come next */
             __builtin_prefetch(params + pitch + i, 0, 2);
+#ifdef PAIRS
+        if (act == QMIX_ACT_INT8 && job->tokens == 1 && kind != QMIX_Q8_0 && kind != QMIX_Q6_K) {
+            carried_one(kind, columns / group, from, &x, params, acc);
+            from += columns * width, params += pitch;
+            continue;
+        }
+#endif
         read_carried(kind, params, columns, scale, zero);
         if (act == QMIX_ACT_INT8 && job->tokens <= CARRIED_DIRECT && job->tokens <= WIDTH)
             switch (job->tokens) {

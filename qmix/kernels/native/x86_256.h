@@ -56,6 +56,9 @@ ALWAYS void split_params(const uint16_t *params, float *scale, float *zero) {
 #include "x86_columns.h"
 #include "x86_pairs.h"
 
+#define OWN_RIGHT /* there is no arithmetic shift of the 64 bits that a `vint` is to the compiler */
+ALWAYS vint right(vint x, const int bits) { return _mm256_srli_epi32(x, bits); }
+
 /* 16 bytes, and what they have at each of the places 0..15. */
 ALWAYS vint table_of_16(const int8_t *p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p)); }
 ALWAYS vint look_up(vint table, vint places) { return _mm256_shuffle_epi8(table, places); }

@@ -66,6 +66,9 @@ ALWAYS vflt load_e8m0(const uint8_t *p) {
     return _mm512_castsi512_ps(_mm512_max_epi32(exponents, set_i(1 << 22)));
 }
 
+#define OWN_RIGHT
+ALWAYS vint right(vint x, const int bits) { return _mm512_srli_epi32(x, bits); }
+
 /* 16 bytes, and what they have at each of the places 0..15. */
 ALWAYS vint table_of_16(const int8_t *p) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)p)); }
 ALWAYS vint look_up(vint table, vint places) { return _mm512_shuffle_epi8(table, places); }
