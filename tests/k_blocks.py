@@ -1,4 +1,5 @@
-"""A small quantizer to ggml's K types and to IQ4_NL and IQ4_XS, which the package gguf can only read: simple scales, ggml's bytes."""
+"""A small quantizer to ggml's K types and to IQ4_NL and IQ4_XS, which the package gguf can only read: simple scales,
+ggml's bytes."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ def quantize(weight: np.ndarray, kind: str) -> np.ndarray:
     if kind not in (*SIMPLE, "Q6_K", "Q3_K", "IQ4_NL", "IQ4_XS"):
         return gguf.quantize(weight, gguf.GGMLQuantizationType[kind])
     blocks = weight.reshape(-1, 32 if kind == "IQ4_NL" else 256).astype(np.float64)
-    found = {"Q6_K": _q6_k, "Q3_K": _q3_k, "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs}.get(kind, lambda b: _with_minima(b, SIMPLE[kind]))(blocks)
+    own = {"Q6_K": _q6_k, "Q3_K": _q3_k, "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs}
+    found = own.get(kind, lambda b: _with_minima(b, SIMPLE[kind]))(blocks)
     return found.reshape(*weight.shape[:-1], -1)
 
 
