@@ -40,13 +40,14 @@ from qmix.forward.weights import PACKED, DenseWeights, assemble
 from qmix.kernels.configs import TENSOR_CORES
 from qmix.kernels.cuda_ops import TritonOps
 from qmix.kernels.device_ops import ExpertSlots
+from qmix.kernels.device_scratch import CARRIED_WORDS
 from qmix.kernels.device_table import DeviceKernels, choose_device_kernels
 from qmix.kernels.prompt_experts import PromptExperts
 from qmix.kernels.table import KernelTable
 from qmix.kernels.trials import MIXTRAL_8X7B
 from qmix.models import read_model
 from qmix.offload.device_prompts import DevicePrompts
-from qmix.sizes import MatrixSpec, RecordLayout
+from qmix.sizes import CARRIED, CARRIED_BLOCK, MatrixSpec, RecordLayout
 from qmix.spec import Attention, Model
 
 CPU = torch.device("cpu")
@@ -160,6 +161,8 @@ def launch(model: Shape, card: tuple[int, int], found: Launches, tokens: Iterabl
     """Decode `tokens` at a time, and the products and attention of `prompts`, within `recording`. experts, group,
     block: their format; dtype: what prompts compute in, None for the card's 16 bits."""
     config, dtype = model.config, dtype or half_of(card)
+    if experts in CARRIED:
+        group, block = CARRIED[experts].group, CARRIED_BLOCK
     record = RecordLayout(MatrixSpec(experts, 2 * config.expert_inner, config.hidden, 2, group, block),
                           MatrixSpec(experts, config.hidden, config.expert_inner, 1, group, block))
     formats = {experts, "int8", model.head}
@@ -228,6 +231,8 @@ def fills_its_threads(gemv: Launch) -> bool:
     """Not so for the smallest matrices of the grouped formats: a program has fewer words in hand than threads, for
     which Triton makes other layouts."""
     c = gemv.constants
+    if "PARAMS" in c:  # of ggml's formats
+        return c["LANES"] * CARRIED_WORDS >= 32 * gemv.warps
     words = c["LANES"] * c["BLOCK"] * (4 if c["BITS"] == 4 else 2) // 32 if "LANES" in c else 32 * gemv.warps
     return words >= 32 * gemv.warps
 

@@ -19,7 +19,8 @@ from qmix.spec import ExpertKey as ExpertKey
 from qmix.spec import Model
 
 GROUPED_BITS = MappingProxyType({"int4": 4, "int3": 3, "int2": 2})  # formats with scale and zero per group of columns
-CARRIED_NAMES = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")  # ggml's, which GGUF files have
+CARRIED_NAMES = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k",  # ggml's, which GGUF files
+                 "iq4_nl", "iq4_xs")  # have
 EXPERT_FORMATS = ("int8", "int4", "int3", "int2", "nf4", "fp4", "mxfp4", "q8_0", "keep", "mixed")
 DENSE_FORMATS = ("int8", "int4", "q8_0", "bf16", "keep")
 METHODS = ("rtn", "hqq", "gptq")

@@ -46,20 +46,23 @@ MAX_SIZE = 2**60  # bytes; more is a slip of the finger
 @dataclass(frozen=True, slots=True)
 class CarriedLayout:
     """A format of ggml's (qmix/formats/carried.py). bits: of a code; group: columns that share a scale; columns: of a
-    block of ggml's; params: bytes of parameters for a row of these; middle: what is taken off a code."""
+    block of ggml's; params: bytes of parameters for a row of these; middle: what is taken off a code; table: a code is
+    a place in a table."""
 
     bits: int
     group: int
     columns: int
     params: int
     middle: int = 0
+    table: bool = False
 
 
 CARRIED = MappingProxyType({
     "q8_0": CarriedLayout(8, 32, 32, 2), "q4_0": CarriedLayout(4, 32, 32, 2, 8), "q4_1": CarriedLayout(4, 32, 32, 4),
     "q5_0": CarriedLayout(5, 32, 32, 2, 16), "q5_1": CarriedLayout(5, 32, 32, 4),
     "q4_k": CarriedLayout(4, 32, 256, 16), "q5_k": CarriedLayout(5, 32, 256, 16),
-    "q6_k": CarriedLayout(6, 16, 256, 18, 32)})
+    "q6_k": CarriedLayout(6, 16, 256, 18, 32),
+    "iq4_nl": CarriedLayout(4, 32, 32, 2, table=True), "iq4_xs": CarriedLayout(4, 32, 256, 8, table=True)})
 assert tuple(CARRIED) == CARRIED_NAMES
 
 
@@ -113,6 +116,11 @@ class MatrixSpec:
     def code_bits(self) -> int:
         """Of a code of the grouped formats and mxfp4, whose codes lie alike; 0 for the others."""
         return 4 if self.format == "mxfp4" else self.bits
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether it lies in blocks of rows, as a GPU's kernels of quantized experts want it."""
+        return bool(self.code_bits) or self.format in CARRIED
 
     @property
     def padded_rows(self) -> int:

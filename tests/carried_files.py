@@ -27,7 +27,9 @@ TypeOf = Callable[[str], str]
 
 
 def q4_k_m(name: str) -> str:
-    """As llama-quantize chooses for Q4_K_M: more bits where they help most."""
+    """As llama-quantize chooses for Q4_K_M, more bits where they help most; and a matrix in IQ4_XS."""
+    if "attn_q." in name:
+        return "IQ4_XS"
     if name == "output.weight" or "attn_v" in name or ("ffn_down" in name and "blk.1." not in name):
         return "Q6_K"
     return "Q8_0" if "attn_k" in name else "Q4_K"
@@ -35,6 +37,8 @@ def q4_k_m(name: str) -> str:
 
 def narrow(name: str) -> str:
     """The same where columns are no multiple of 256."""
+    if "attn_k." in name:
+        return "IQ4_NL"
     return "Q8_0" if "ffn_down" in name or name == "output.weight" else "Q5_1" if "attn_v" in name else "Q5_0"
 
 

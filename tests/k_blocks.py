@@ -1,4 +1,5 @@
-"""A small quantizer to ggml's K types, which the package gguf can only read: simple scales, ggml's bytes."""
+"""A small quantizer to ggml's K types and to IQ4_NL and IQ4_XS, which the package gguf can only read: simple scales,
+ggml's bytes."""
 
 from __future__ import annotations
 
@@ -6,15 +7,41 @@ import gguf
 import numpy as np
 
 SIMPLE = {"Q4_K": 15, "Q5_K": 31}
+IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])  # kvalues_iq4nl
 
 
 def quantize(weight: np.ndarray, kind: str) -> np.ndarray:
     """fp32 [.., cols], a multiple of 256, -> uint8 [.., bytes of a row]; K types here, the others by the package."""
-    if kind not in (*SIMPLE, "Q6_K", "Q3_K"):
+    if kind not in (*SIMPLE, "Q6_K", "Q3_K", "IQ4_NL", "IQ4_XS"):
         return gguf.quantize(weight, gguf.GGMLQuantizationType[kind])
-    blocks = weight.reshape(-1, 256).astype(np.float64)
-    found = {"Q6_K": _q6_k, "Q3_K": _q3_k}.get(kind, lambda b: _with_minima(b, SIMPLE[kind]))(blocks)
+    blocks = weight.reshape(-1, 32 if kind == "IQ4_NL" else 256).astype(np.float64)
+    own = {"Q6_K": _q6_k, "Q3_K": _q3_k, "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs}
+    found = own.get(kind, lambda b: _with_minima(b, SIMPLE[kind]))(blocks)
     return found.reshape(*weight.shape[:-1], -1)
+
+
+def _in_table(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Groups [.., 32] of x over scale as places of the nearest numbers, two a byte: uint8 [.., 16]."""
+    of = np.divide(x, scale[..., None], out=np.zeros_like(x), where=scale[..., None] != 0)
+    codes = np.abs(of[..., None] - IQ4).argmin(-1).astype(np.uint8)
+    return codes[..., :16] | codes[..., 16:] << 4
+
+
+def _iq4_nl(blocks: np.ndarray) -> np.ndarray:
+    d = (np.abs(blocks).max(1) / 113).astype(np.float16).astype(np.float64)
+    return np.concatenate((_half(d), _in_table(blocks, d)), 1)
+
+
+def _iq4_xs(blocks: np.ndarray) -> np.ndarray:
+    groups = blocks.reshape(-1, 8, 32)
+    scale = np.abs(groups).max(2) / 113
+    d = (scale.max(1) / 31).astype(np.float16).astype(np.float64)
+    s = _rounded(scale, d[:, None] + 0 * scale, -32, 31)
+    codes = _in_table(groups, d[:, None] * s).reshape(len(blocks), -1)
+    six = (s + 32).astype(np.uint8)
+    low = six[:, 0::2] & 15 | (six[:, 1::2] & 15) << 4
+    high = sum((six[:, i::4] >> 4) << 2 * i for i in range(4)).astype(np.uint8)
+    return np.concatenate((_half(d), high, low, codes), 1)
 
 
 def _half(x: np.ndarray) -> np.ndarray:

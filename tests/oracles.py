@@ -42,7 +42,10 @@ def decode(m: Packed) -> np.ndarray:
 
 # bits of a code, columns of a group and of a block, and what is taken off a code.
 GGML = {"q8_0": (8, 32, 32, 0), "q4_0": (4, 32, 32, 8), "q4_1": (4, 32, 32, 0), "q5_0": (5, 32, 32, 16),
-        "q5_1": (5, 32, 32, 0), "q4_k": (4, 32, 256, 0), "q5_k": (5, 32, 256, 0), "q6_k": (6, 16, 256, 32)}
+        "q5_1": (5, 32, 32, 0), "q4_k": (4, 32, 256, 0), "q5_k": (5, 32, 256, 0), "q6_k": (6, 16, 256, 32),
+        "iq4_nl": (4, 32, 32, 0), "iq4_xs": (4, 32, 256, 0)}
+# kvalues_iq4nl of ggml-common.h.
+IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
 
 
 def decode_ggml(m: Packed) -> np.ndarray:
@@ -67,7 +70,7 @@ def decode_ggml(m: Packed) -> np.ndarray:
                 code = code + 16 * (codes[block, :, base + 128 + 4 * (row % 16) + j] >> 2 * (row // 16) & 3)
             elif bits == 5:
                 code = code + 16 * (codes[block, :, 256 + 4 * (row % 16) + j] >> row // 16 + 4 * half & 1)
-            q[:, column] = code - middle
+            q[:, column] = IQ4[code] if spec.format in ("iq4_nl", "iq4_xs") else code - middle
         q = q.reshape(-1)[:spec.cols]
         scale, minimum = np.empty(spec.cols // group), np.zeros(spec.cols // group)
         for g in range(len(scale)):
@@ -79,6 +82,9 @@ def decode_ggml(m: Packed) -> np.ndarray:
                 minimum[g] = halves[64 + row]
             elif spec.format == "q6_k":
                 scale[g] *= of[128 + 64 * inside + row].astype(np.int8)
+            elif spec.format == "iq4_xs":
+                low, upper = of[128 + 64 * (inside // 2) + row], of[384 + 64 * (inside // 4) + row]
+                scale[g] *= (low >> 4 * (inside % 2) & 15) + 16 * (upper >> 2 * (inside % 4) & 3) - 32.0
             elif columns == 256:
                 low, upper = of[256 + 64 * inside + row], of[768 + 64 * (inside // 2) + row] >> 4 * (inside % 2)
                 scale[g] *= low % 16 + 16 * (upper % 4)

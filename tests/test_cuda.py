@@ -20,6 +20,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from oracles import decode, numbers, product, relative
 from test_native import int4_matrix, mxfp4_matrix
+from test_native_carried import carried_matrix
 from torch import Tensor
 from warm_python import WarmPython
 
@@ -28,7 +29,7 @@ from qmix.formats import int8
 from qmix.formats.packed import Packed, view
 from qmix.kernels import cuda
 from qmix.kernels.configs import Configs, Gemv
-from qmix.sizes import MatrixSpec, RecordLayout
+from qmix.sizes import CARRIED, MatrixSpec, RecordLayout
 from qmix.spec import Activation
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # numpy, as the interpreter uses it
@@ -42,7 +43,10 @@ COARSE = 2**-7  # results in bf16, cut off by the interpreter
 
 
 def matrix(name: str, rows: int, cols: int, group: int, block: int, parts: int = 1, seed: int = 0) -> Packed:
-    """Random codes; scales and zeros of the padded rows are 0, as in a store. mxfp4 has its own group and block."""
+    """Random codes; scales and zeros of the padded rows are 0, as in a store. mxfp4 and ggml's formats have their own
+    group and block."""
+    if name in CARRIED:
+        return carried_matrix(name, rows, cols, parts, seed=seed)
     if name == "mxfp4":
         return mxfp4_matrix(rows, cols, parts)
     m = int4_matrix(rows, cols, group, block, parts, seed, name)
@@ -331,7 +335,7 @@ class TestRefusals:
             cuda.linear(x.repeat(9, 1), m, dot="tf32")
         with pytest.raises(UsageError, match="is on meta"):
             cuda.linear(x.to("meta"), m)
-        with pytest.raises(UsageError, match="int8: these GPU kernels support int4, int3, int2 and mxfp4"):
+        with pytest.raises(UsageError, match="int8: these GPU kernels support int4, int3, int2, mxfp4 and ggml's"):
             cuda.linear(x, int8.pack(operand(3, 64), MatrixSpec("int8", 3, 64)))
         with pytest.raises(UsageError, match="slot 1: want 0 to 0"):
             cuda.many(x, cuda.Matrices.of(m), 1, x)

@@ -49,10 +49,16 @@ META = torch.device("meta")
 MIXTRAL_8X22B = MappingProxyType({**MIXTRAL_8X7B, "vocab_size": 32768, "hidden_size": 6144, "intermediate_size": 16384,
                                   "num_hidden_layers": 56, "num_attention_heads": 48})
 DENSE_INT4 = QuantConfig(dense="int4")
+ATTENTION = {"q": "q4_k", "k": "q8_0", "v": "q6_k", "o": "q5_k"}
+Q4_K_M = QuantConfig(
+    "mixed", "int8", "", 0, 0, kinds=(("q4_k", "q4_k"), ("q4_k", "q6_k")), mix=("1" * 8, *["0" * 8] * 3),
+    dense_formats=(
+        ("head", "q6_k"), *((f"layers.{i}.attention.{name}", ATTENTION[name]) for i in range(4) for name in ATTENTION)))
 MODELS: list[tuple[str, Mapping[str, Any], QuantConfig]] = [
     *((kind, TINY[kind], QuantConfig()) for kind in ON_DEVICE),
     ("many taps", {**TINY["qwen3_next"], "linear_conv_kernel_dim": 64}, QuantConfig()),
     ("8x7b", {**MIXTRAL_8X7B, "num_hidden_layers": 4}, QuantConfig()),
+    ("8x7b-q4_k_m", {**MIXTRAL_8X7B, "num_hidden_layers": 4}, Q4_K_M),
     ("8x22b-dense-int4", {**MIXTRAL_8X22B, "num_hidden_layers": 4}, DENSE_INT4)]
 
 
@@ -156,6 +162,7 @@ def test_decoding_takes_what_is_counted(raw: Mapping[str, Any], quant: QuantConf
 
 
 SPECS = {"int4": MatrixSpec("int4", 28672, 4096, 2, 64, 64), "mxfp4": MatrixSpec("mxfp4", 28672, 4096, 2, 32, 64),
+         "q6_k": MatrixSpec("q6_k", 28672, 4096, 2, 16, 64), "q5_1": MatrixSpec("q5_1", 28672, 2880, 2, 32, 64),
          "int8": MatrixSpec("int8", 32000, 4096), "narrow int8": MatrixSpec("int8", 30000, 520),
          "bf16": MatrixSpec("bf16", 32000, 4096), "nf4": MatrixSpec("nf4", 28672, 4096, 2),
          "nf4 twice": MatrixSpec("nf4", 28672, 4096, 2, double_quant=True)}
@@ -171,7 +178,7 @@ def test_a_prompts_product_takes_what_is_counted(name: str, tokens: int, monkeyp
     monkeypatch.setattr(nf4.functional(), "name2qmap", {})
     spec, x = SPECS[name], torch.empty(tokens, SPECS[name].cols, dtype=torch.float16, device=META)
     peaks = []
-    for dtype in (torch.float16,) if spec.code_bits else (torch.float16, torch.bfloat16):
+    for dtype in (torch.float16,) if spec.in_blocks else (torch.float16, torch.bfloat16):
         x, m = x.to(dtype), packed(spec)
         with Allocations(META) as made:
             y = cuda_prompt.linear_many(x, m)

@@ -14,9 +14,10 @@ from qmix.kernels.table import random_matrix, select
 from qmix.sizes import CARRIED, MatrixSpec, with_layout
 
 
-def carried_matrix(kind: str, rows: int, cols: int, parts: int = 1, extreme: int | None = None) -> Packed:
+def carried_matrix(kind: str, rows: int, cols: int, parts: int = 1, extreme: int | None = None,
+                   seed: int = 0) -> Packed:
     """Random bytes with scales of about 1. extreme: a byte that every code and small scale has."""
-    layout, random = CARRIED[kind], torch.Generator().manual_seed(rows + cols)
+    layout, random = CARRIED[kind], torch.Generator().manual_seed(rows + cols + 1000 * seed)
     nbytes = layout.columns * layout.bits // 8 + layout.params
     raw = torch.randint(0, 256, (rows, cols // layout.columns, nbytes), dtype=torch.uint8, generator=random)
     if extreme is not None:

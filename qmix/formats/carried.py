@@ -6,9 +6,11 @@ Formulas  q8_0   w = d q, q int8
           q4_1   w = d q + m                          q5_1   the same, q 0..31
           q4_k   w = d s q - dmin m, q 0..15          q5_k   the same, q 0..31
           q6_k   w = d s (q - 32), q 0..63
+          iq4_nl w = d table[q], q 0..15              iq4_xs w = d (s - 32) table[q], q 0..15
+          table  -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113
           with one rounding to fp32 for each product and difference, in the order written. d, m of q4_1 and q5_1, and
-          dmin are fp16; s and m of q4_k and q5_k have 6 bits, s of q6_k is int8. One s and m for a group of 32 columns,
-          of q6_k 16; one d and dmin for 256 columns, d and m of the others for 32
+          dmin are fp16; s and m of q4_k and q5_k, and s of iq4_xs, have 6 bits, s of q6_k is int8. One s and m for a
+          group of 32 columns, of q6_k 16; one d and dmin for 256 columns, d and m of the others for 32
 qweight   uint8 [N/64, K/8, 64 * bits]: for each block of 64 output rows, eight columns at a time; of these first the
           columns j = 0..3, then 4..7. Four columns of a row are neighbours, as dot products of bytes take them, so that
           kernels load and mask and move nothing. For each such half, r a row of the block:
@@ -20,11 +22,15 @@ scales    uint8 [N/64, K/256, 64 * 16] of q4_k and q5_k: fp16 d of 64 rows, fp16
           8 groups the lower four bits of s (low nibble) and of m of each row, then for each two groups a byte a row: in
           its low nibble the upper bits of s, then of m, of the first group, in its high nibble those of the second
           uint8 [N/64, K/256, 64 * 18] of q6_k: fp16 d of 64 rows, then for each of 16 groups the int8 s of 64 rows
+          uint8 [N/64, K/256, 64 * 8] of iq4_xs: fp16 d of 64 rows, then for each two of 8 groups a byte a row, the
+          lower four bits of s, of the first group in the low nibble; then for each four groups a byte a row, the upper
+          two bits of the s of group g at 2 (g mod 4)
           uint8 [N/64, K/32, 64 * 2 or 64 * 4] of the others: fp16 d of 64 rows, then fp16 m of 64 rows
 Sizes     as ggml's blocks: 8.5 bits a weight of q8_0, 4.5 of q4_0 and q4_k, 5 of q4_1, 5.5 of q5_0 and q5_k, 6 of q5_1,
-          6.5625 of q6_k; N is padded to 64, K to 256 or 32
+          6.5625 of q6_k, 4.5 of iq4_nl, 4.25 of iq4_xs; N is padded to 64, K to 256 or 32
 Padding   all bytes 0, which is w = 0
-Source    the structs and dequantize_row functions of ggml (ggml-common.h, ggml-quants.c)
+Source    the structs and dequantize_row functions of ggml (ggml-common.h, ggml-quants.c); the table is kvalues_iq4nl of
+          the first
 
 N padded rows, K padded columns.
 """
@@ -41,12 +47,13 @@ from qmix.formats import ggml
 from qmix.formats.ggml.k_quants import planes, six_bits
 from qmix.formats.ggml.simple import bits as bits_of
 from qmix.formats.ggml.simple import nibbles
+from qmix.formats.ggml.tables import VALUES, xs_scales
 from qmix.formats.packed import Packed, gather, refuse_nonfinite, row_tiles
 from qmix.sizes import CARRIED, CARRIED_BLOCK, MatrixSpec
 
 # Where a block of ggml's has its fp16 numbers.
 HALVES = {"q8_0": (0,), "q4_0": (0,), "q4_1": (0, 2), "q5_0": (0,), "q5_1": (0, 2), "q4_k": (0, 2), "q5_k": (0, 2),
-          "q6_k": (208,)}
+          "q6_k": (208,), "iq4_nl": (0,), "iq4_xs": (0,)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +139,14 @@ def _codes_of_blocks(kind: str, raw: Tensor) -> Tensor:
     as they are, those of q6_k without their sign."""
     if kind == "q8_0":
         return raw[:, 2:]
-    if kind in ("q4_0", "q4_1"):
+    if kind in ("q4_0", "q4_1", "iq4_nl"):
         return nibbles(raw[:, -16:])
     if kind in ("q5_0", "q5_1"):
         return nibbles(raw[:, -16:]) | bits_of(raw[:, -20:-16]) << 4
     if kind == "q4_k":
         return planes(raw[:, 16:], 32, 4)
+    if kind == "iq4_xs":
+        return planes(raw[:, 8:], 16, 4)
     if kind == "q5_k":
         return planes(raw[:, 48:], 32, 4) | planes(raw[:, 16:48], 32, 1) << 4
     return planes(raw[:, :128], 64, 4) | planes(raw[:, 128:192], 32, 2) << 4
@@ -190,6 +199,10 @@ def _scales(kind: str, raw: Tensor) -> Tensor:
     halves = [raw[..., at:at + 2].flatten(2) for at in HALVES[kind]]
     if kind == "q6_k":
         return torch.cat((*halves, raw[..., 192:208].transpose(2, 3).flatten(2)), 2)
+    if kind == "iq4_xs":
+        s = xs_scales(raw.reshape(-1, raw.shape[3])).view(*raw.shape[:3], 8).transpose(2, 3)  # [B, count, 8, 64]
+        upper = sum((s[:, :, i::4] >> 4 << 2 * i for i in range(4)), torch.zeros((), dtype=torch.uint8))
+        return torch.cat((*halves, (s[:, :, 0::2] & 15 | s[:, :, 1::2] << 4).flatten(2), upper.flatten(2)), 2)
     if kind not in ("q4_k", "q5_k"):
         return torch.cat(halves, 2)
     s, m = (part.view(*raw.shape[:3], 8).transpose(2, 3) for part in six_bits(raw[..., 4:16].reshape(-1, 12)))
@@ -210,6 +223,8 @@ def _numbers(kind: str, codes: Tensor, scales: Tensor) -> Tensor:
               for i in range(len(HALVES[kind]))]
     if kind == "q8_0":
         q = codes.view(torch.int8).float()
+    elif layout.table:
+        q = torch.tensor(VALUES, dtype=torch.float32).index_select(0, codes.reshape(-1).int())
     else:
         q = codes.float()
         if layout.middle:
@@ -218,6 +233,12 @@ def _numbers(kind: str, codes: Tensor, scales: Tensor) -> Tensor:
     if kind == "q6_k":
         s = numbers_of(scales[..., 128:].contiguous().view(torch.int8).float(), 16)
         return q.mul_((halves[0].repeat_interleave(16, 1) * s).unsqueeze(-1)).flatten(1)
+    if kind == "iq4_xs":
+        low, upper = numbers_of(scales[..., 128:384], 4), numbers_of(scales[..., 384:], 2)
+        low = torch.stack((low & 15, low >> 4), 2).flatten(1)
+        upper = torch.stack([upper >> 2 * i & 3 for i in range(4)], 2).flatten(1)
+        s = (low | upper << 4).float().sub_(32)
+        return q.mul_((halves[0].repeat_interleave(8, 1) * s).unsqueeze(-1)).flatten(1)
     if kind in ("q4_k", "q5_k"):
         low = numbers_of(scales[..., 256:768], 8)
         upper = numbers_of(scales[..., 768:], 4)

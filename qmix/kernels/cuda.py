@@ -1,4 +1,4 @@
-"""Triton kernels for int4, int3, int2 and mxfp4, on the bytes that a store has; nothing is repacked.
+"""Triton kernels for int4, int3, int2, mxfp4 and ggml's formats, on the bytes that a store has; nothing is repacked.
 
 Tested under Triton's interpreter and compiled for cards from sm_75 up; they have not run on one. How they are cut is an
 argument everywhere (configs.py), None for what is built in for the card.
@@ -30,10 +30,11 @@ from torch import Tensor
 
 from qmix.errors import UsageError
 from qmix.formats.packed import Packed
+from qmix.kernels import cuda_carried
 from qmix.kernels.configs import Configs, Gemv, Matmul, built_in, capability
 from qmix.kernels.device_scratch import lanes_of, power_of_two, splits_of, words_of
 from qmix.kernels.op import FEW as FEW
-from qmix.sizes import MatrixSpec, RecordLayout
+from qmix.sizes import CARRIED, MatrixSpec, RecordLayout
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DOTS = ("bf16", "fp16", "fp32")
@@ -48,9 +49,9 @@ Room = Callable[[tuple[int, ...], torch.device], Tensor]  # where results of a l
 class Matrices:
     """Matrices of one spec that lie `slot_bytes` apart: those of the records in a slab, or a single one.
 
-    qweight uint8, qparams int32 (a pair a word) or, of mxfp4, its scales uint8, bias fp32 (None where the spec has
-    none): one-dimensional views that begin with those of slot 0. slots: how many there are. Made through `of` or
-    `in_slots`, which check.
+    qweight uint8, qparams int32 (a pair a word) or, of mxfp4 and ggml's formats, their scales uint8, bias fp32 (None
+    where the spec has none): one-dimensional views that begin with those of slot 0. slots: how many there are. Made
+    through `of` or `in_slots`, which check.
     """
 
     spec: MatrixSpec
@@ -188,19 +189,27 @@ def few(x: Tensor, weights: Matrices, jobs: Jobs, y: Tensor, gated: bool = False
     _check_x(x, weights)
     jit, spec = device_code("cuda_jit"), weights.spec
     config = config or _configs(x.device).gemv
-    groups, words = spec.padded_cols // spec.group_size, words_of(spec)
-    lanes, splits = lanes_of(spec, config), splits_of(spec, config)
-    count, width = jobs.rows.shape
-    warps = max(1, lanes * words // 32)
+    assert weights.bias is None or gated or spec.parts == 1, "the bias of parts side by side"
+    (count, width), splits = jobs.rows.shape, splits_of(spec, config)
     partial = room((count, width, splits, spec.padded_rows), x.device)
+    if spec.format in CARRIED:
+        cuda_carried.gemv(device_code("cuda_carried_jit"), x, weights, jobs, partial, config)
+    else:
+        _gemv(jit, x, weights, jobs, partial, config)
+    _finish(jit, partial.view(-1, splits, spec.padded_rows), jobs, weights, y, gated, add)
+
+
+def _gemv(jit: ModuleType, x: Tensor, weights: Matrices, jobs: Jobs, partial: Tensor, config: Gemv) -> None:
+    spec, (count, width, splits, _) = weights.spec, partial.shape
+    groups, words = spec.padded_cols // spec.group_size, words_of(spec)
+    lanes = lanes_of(spec, config)
+    warps = max(1, lanes * words // 32)
     jit.gemv[spec.padded_rows // spec.block, splits, count](
         x, weights.qweight.view(torch.int32), weights.qparams, jobs.slots, jobs.rows, partial, weights.slot_bytes // 4,
         x.stride(0), spec.cols, groups, spec.padded_rows, M=width, GROUP=spec.group_size, BLOCK=spec.block,
         BITS=spec.code_bits, LANES=lanes, UNROLL=config.unroll, RAGGED=spec.cols < spec.padded_cols,
         E2M1=spec.format == "mxfp4", num_warps=warps, enable_fp_fusion=True,
         maxnreg=REGISTERS if width == FEW and spec.bits == 4 and warps <= 8 else None)
-    assert weights.bias is None or gated or spec.parts == 1, "the bias of parts side by side"
-    _finish(jit, partial.view(-1, splits, spec.padded_rows), jobs, weights, y, gated, add)
 
 
 def many(x: Tensor, weights: Matrices, slot: int, y: Tensor, dot: str | None = None,
@@ -219,6 +228,9 @@ def many(x: Tensor, weights: Matrices, slot: int, y: Tensor, dot: str | None = N
     config, operands = config or _configs(x.device).matmul, dot_of(jit, x, dot)
     x = x.to(NARROW.get(operands.name, x.dtype))
     block_m = min(config.tokens, 128 if len(x) > 64 else 64 if len(x) > 16 else 16)
+    if spec.format in CARRIED:
+        cuda_carried.matmul(device_code("cuda_carried_jit"), x, weights, slot, y, operands, block_m, config)
+        return
     blocks, per_tile = spec.padded_rows // spec.block, config.rows // spec.block
     jit.matmul[-(-len(x) // block_m), -(-blocks // per_tile)](
         x, weights.qweight, weights.qparams, y, slot, len(x), weights.slot_bytes, x.stride(0), y.stride(0),
@@ -234,6 +246,9 @@ def decoded(weights: Matrices, first: int, blocks: int, dtype: torch.dtype) -> T
     spec = weights.spec
     chunk = min(spec.group_size, 2048 // spec.block)  # columns of a program, which has 2048 numbers in hand
     out = weights.qweight.new_empty(spec.padded_cols, blocks * spec.block, dtype=dtype)
+    if spec.format in CARRIED:
+        cuda_carried.decode(device_code("cuda_carried_jit"), weights, first, blocks, out)
+        return out.T
     device_code("cuda_jit").decode[blocks, spec.padded_cols // chunk](
         weights.qweight, weights.qparams, out, first, spec.padded_cols // spec.group_size, spec.padded_rows,
         out.stride(0), GROUP=spec.group_size, BLOCK=spec.block, BITS=spec.code_bits, CHUNK=chunk,
@@ -292,8 +307,8 @@ def dot_of(jit: ModuleType, x: Tensor, dot: str | None = None) -> Any:
 
 
 def _check_weights(tensor: Tensor, spec: MatrixSpec) -> None:
-    if not spec.code_bits:
-        raise UsageError(f"{spec.format}: these GPU kernels support int4, int3, int2 and mxfp4")
+    if not spec.in_blocks:
+        raise UsageError(f"{spec.format}: these GPU kernels support int4, int3, int2, mxfp4 and ggml's formats")
     if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and interpreted(device_code("cuda_jit"))):
         raise UsageError(f"weights on {tensor.device}: Triton's kernels need them on a CUDA device",
                          "for tests without one, set TRITON_INTERPRET=1 before Python starts")
@@ -309,4 +324,6 @@ def _check_x(x: Tensor, weights: Matrices) -> None:
 
 def _params(spec: MatrixSpec) -> tuple[str, torch.dtype]:
     """The tensor that has a matrix's parameters, and as what the kernels read it."""
+    if spec.format in CARRIED:
+        return "scales", torch.uint8
     return ("scale", torch.uint8) if spec.format == "mxfp4" else ("qparams", torch.int32)

@@ -1,6 +1,6 @@
 """The experts of a prompt's tokens on a GPU, in Triton: prompt_experts.PromptExperts for the formats in blocks of rows
-(int4, int3, int2, mxfp4), every activation, with biases or without; tested under Triton's interpreter and compiled for
-cards from sm_80 up.
+(int4, int3, int2, mxfp4, ggml's), every activation, with biases or without; tested under Triton's interpreter and
+compiled for cards from sm_80 up.
 
 A layer takes one launch to sort, two for each kind of record, and one to add up. The two are launched several times
 where what lies between them would take more than prompt_tiles.INNER_BYTES, and again for each expert that comes later.
@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 
 from qmix.errors import UsageError
-from qmix.kernels import cuda
+from qmix.kernels import cuda, cuda_carried
 from qmix.kernels.configs import TENSOR_CORES, Matmul, built_in, capability
-from qmix.kernels.cuda import INDEX, device_code
+from qmix.kernels.cuda import INDEX, Matrices, device_code
 from qmix.kernels.cuda_ops import matrices_of
 from qmix.kernels.device_ops import ExpertSlots
 from qmix.kernels.device_scratch import power_of_two
 from qmix.kernels.prompt_experts import Tiles, computed_many
 from qmix.kernels.prompt_tiles import SIZES, most_tiles, tile_of
-from qmix.sizes import MatrixSpec
+from qmix.sizes import CARRIED, MatrixSpec
 
 SORTED = 1024  # pairs that a program of `sort` looks at together
 # Of a thread, for the smallest tiles: four programs of four warps run at once. Left to itself, ptxas for sm_120 takes
@@ -69,10 +69,10 @@ class TritonPromptExperts:
         spec, config = w13.spec, self._cut(x.device)
         if x.dim() != 2 or x.shape[1] != spec.cols or x.stride(1) != 1 or not len(part):
             raise UsageError(f"x: got {list(x.shape)}, strides {x.stride()}, want [T, {spec.cols}], rows contiguous")
-        dot, rows, how = _dot(x), max(LEAST, config.rows // 2), spec.activation
+        dot, rows, how = _dot(x), max(LEAST, _rows_of(spec, config) // 2), spec.activation
         inner = x.new_empty(len(part) * tiles.size, w2.spec.cols)
         _code().gate_up[len(part), -(-(spec.padded_rows // 2) // rows)](
-            x, w13.qweight, w13.qparams, x if w13.bias is None else w13.bias, inner, tiles.order, tiles.expert_of,
+            x, *_tensors_of(w13), x if w13.bias is None else w13.bias, inner, tiles.order, tiles.expert_of,
             table, part.start, slot, slots.first, w13.slots, w13.slot_bytes, x.stride(0), spec.cols,
             spec.padded_cols // spec.group_size, spec.padded_rows,
             inner.shape[1], K=tiles.top_k, ROWS=rows, DOT=dot, KIND=how.kind, ALPHA=how.alpha or 0.0,
@@ -85,11 +85,12 @@ class TritonPromptExperts:
         spec, config = w2.spec, self._cut(inner.device)
         assert rows.is_contiguous() and rows.dtype == torch.float32 and rows.shape[2] == spec.rows
         assert inner.shape == (len(part) * tiles.size, spec.cols) and inner.is_contiguous()
-        _code().down[len(part), -(-spec.padded_rows // config.rows)](
-            inner, w2.qweight, w2.qparams, rows if w2.bias is None else w2.bias, rows, tiles.order, tiles.expert_of,
+        rows_of = _rows_of(spec, config)
+        _code().down[len(part), -(-spec.padded_rows // rows_of)](
+            inner, *_tensors_of(w2), rows if w2.bias is None else w2.bias, rows, tiles.order, tiles.expert_of,
             table, part.start, slot, slots.first, w2.slots, w2.slot_bytes, spec.cols,
             spec.padded_cols // spec.group_size, spec.padded_rows, spec.rows,
-            ROWS=config.rows, DOT=_dot(inner), **_cut_of(spec, tiles, config))
+            ROWS=rows_of, DOT=_dot(inner), **_cut_of(spec, tiles, config))
 
     def combine(self, rows: Tensor, topk_weights: Tensor) -> Tensor:
         tokens, top_k, hidden = rows.shape
@@ -104,11 +105,24 @@ class TritonPromptExperts:
         return self._config or built_in(capability(device)).matmul
 
 
-def _cut_of(spec: MatrixSpec, tiles: Tiles, config: Matmul) -> dict[str, int | None]:
+def _rows_of(spec: MatrixSpec, config: Matmul) -> int:
+    """Of a tile of a product."""
+    return config.rows // (cuda_carried.NARROWER if spec.format in CARRIED else 1)
+
+
+def _tensors_of(weights: Matrices) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes and parameters, and these as fp16 where a format has such."""
+    if weights.spec.format in CARRIED:
+        return cuda_carried.tensors_of(weights)
+    return weights.qweight, weights.qparams, weights.qparams
+
+
+def _cut_of(spec: MatrixSpec, tiles: Tiles, config: Matmul) -> dict[str, Any]:
     """What both products are told alike. Small tiles take four warps, as in cuda.many."""
-    return {"GROUP": spec.group_size, "BLOCK": spec.block, "BITS": spec.code_bits, "E2M1": spec.format == "mxfp4",
-            "BIASED": spec.bias, "TILE": tiles.size, "CHUNK": min(spec.group_size, 64),
-            "RAGGED": spec.cols < spec.padded_cols, "num_stages": config.stages,
+    own = cuda_carried.format_of(spec) if spec.format in CARRIED else {
+        "GROUP": spec.group_size, "BITS": spec.code_bits, "E2M1": spec.format == "mxfp4"}
+    return {"E2M1": False, **own, "BLOCK": spec.block, "BIASED": spec.bias, "TILE": tiles.size,
+            "CHUNK": min(spec.group_size, 64), "RAGGED": spec.cols < spec.padded_cols, "num_stages": config.stages,
             "num_warps": config.warps if tiles.size == config.tokens else 4, "enable_fp_fusion": True,
             "maxnreg": REGISTERS if tiles.size == SIZES[0] else None}
 

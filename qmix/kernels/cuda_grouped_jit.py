@@ -2,7 +2,8 @@
 
 `sort` puts the pairs of a token and one of its experts in order of expert, each expert's padded to whole tiles.
 `gate_up` and `down` take a tile each, look up the slot of its expert and multiply as cuda_jit.matmul does, with the
-same numbers. What lies between them is in the order of the tiles. `combine` adds up each token's results.
+same numbers; ggml's formats, where PARAMS is not "", as cuda_carried_jit.matmul does. What lies between them is in the
+order of the tiles. `combine` adds up each token's results.
 
 T tokens, K experts per token, P = T * K pairs, E experts, N padded rows, F expert inner, H hidden.
 """
@@ -14,6 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from qmix.kernels.cuda_carried_jit import piece_of as piece_of_carried
+from qmix.kernels.cuda_carried_jit import products as products_of_carried
 from qmix.kernels.cuda_jit import HIGH, activated, e8m0, numbers
 
 
@@ -124,13 +127,16 @@ def products(lines, low, third, aside, exists, qparams, start, row, real, other,
 
 
 @triton.jit(do_not_specialize=["table", "first", "slot", "base", "slots"])
-def gate_up(x, qweight, qparams, bias, inner, order, expert_of, table, first, slot, base, slots, slot_bytes, x_stride,
-            cols, groups, n, out, K: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr,
-            TILE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, RAGGED: tl.constexpr,
-            E2M1: tl.constexpr, BIASED: tl.constexpr, KIND: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
+def gate_up(x, qweight, qparams, halves, bias, inner, order, expert_of, table, first, slot, base, slots, slot_bytes,
+            x_stride, cols, groups, n, out, K: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+            BITS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr,
+            RAGGED: tl.constexpr, E2M1: tl.constexpr, BIASED: tl.constexpr, KIND: tl.constexpr, ALPHA: tl.constexpr,
+            LIMIT: tl.constexpr, TABLE: tl.constexpr = False, MIDDLE: tl.constexpr = 0, ZERO: tl.constexpr = False,
+            PARAMS: tl.constexpr = ""):
     """activated(gate(x), up(x)) of the tiles from `first` on: of each ROWS rows of gate and those of up.
 
-    x [T, H]; qparams: pairs, int32 words, or where E2M1 scales, bytes; bias, where BIASED: fp32 [2 F] of slot 0; inner
+    x [T, H]; qparams: pairs, int32 words, or where E2M1 or PARAMS scales, bytes; halves: with PARAMS the same as fp16,
+    and qweight are words; bias, where BIASED: fp32 [2 F] of slot 0; inner
     [tiles of the launch * TILE, F = out], tiles in their order; in padding is what another token gives. Gate and up
     have half of the N rows each. RAGGED: `cols` ends within a group. Grid: tiles, pieces of a half.
     """
@@ -143,9 +149,16 @@ def gate_up(x, qweight, qparams, bias, inner, order, expert_of, table, first, sl
     token = (tl.maximum(tl.load(order + (tile * TILE + within)), 0) // K).to(tl.int64)  # padding: the first one
     blocks = n // BLOCK // 2
     other = blocks * groups * GROUP * (BLOCK * BITS // 8)  # bytes from a row of gate to that of up
-    low, third, aside, exists, row = piece_of(qweight + start, blocks, groups, ROWS, GROUP, BLOCK, BITS)
-    gate, up = products(x + token * x_stride, low, third, aside, exists, qparams, start, row, row < n // 2, other,
-                        n // 2, cols, groups, n, True, GROUP, BLOCK, BITS, TILE, ROWS, CHUNK, DOT, RAGGED, E2M1)
+    if PARAMS != "":
+        at, word, exists, row = piece_of_carried(qweight + start // 4, tl.program_id(1), blocks, groups, GROUP, BITS,
+                                                 ROWS)
+        gate, up = products_of_carried(x + token * x_stride, within >= 0, at, word, exists, qparams + start,
+                                       halves + start // 2, tl.minimum(row, n // 2 - 1), other // 4, n // 2, cols,
+                                       groups, True, GROUP, BITS, TABLE, MIDDLE, ZERO, PARAMS, TILE, ROWS, DOT)
+    else:
+        low, third, aside, exists, row = piece_of(qweight + start, blocks, groups, ROWS, GROUP, BLOCK, BITS)
+        gate, up = products(x + token * x_stride, low, third, aside, exists, qparams, start, row, row < n // 2, other,
+                            n // 2, cols, groups, n, True, GROUP, BLOCK, BITS, TILE, ROWS, CHUNK, DOT, RAGGED, E2M1)
     if BIASED:
         own_bias = bias + start // 4 + row
         gate += tl.load(own_bias, mask=row < out, other=0.0)[None, :]
@@ -157,10 +170,11 @@ def gate_up(x, qweight, qparams, bias, inner, order, expert_of, table, first, sl
 
 
 @triton.jit(do_not_specialize=["table", "first", "slot", "base", "slots"])
-def down(inner, qweight, qparams, bias, rows, order, expert_of, table, first, slot, base, slots, slot_bytes, cols,
-         groups, n, out, GROUP: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr,
+def down(inner, qweight, qparams, halves, bias, rows, order, expert_of, table, first, slot, base, slots, slot_bytes,
+         cols, groups, n, out, GROUP: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, TILE: tl.constexpr,
          ROWS: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, RAGGED: tl.constexpr, E2M1: tl.constexpr,
-         BIASED: tl.constexpr):
+         BIASED: tl.constexpr, TABLE: tl.constexpr = False, MIDDLE: tl.constexpr = 0, ZERO: tl.constexpr = False,
+         PARAMS: tl.constexpr = ""):
     """The second product, of what `gate_up` made of the same tiles [., F = cols], into rows [P, H = out] fp32, each at
     its pair. bias: fp32 [H] of slot 0. Grid: tiles, pieces of the N rows."""
     tile = first + tl.program_id(0)
@@ -170,9 +184,16 @@ def down(inner, qweight, qparams, bias, rows, order, expert_of, table, first, sl
     start = own.to(tl.int64) * slot_bytes
     within = tl.arange(0, TILE)
     line = (tl.program_id(0) * TILE + within).to(tl.int64) * cols
-    low, third, aside, exists, row = piece_of(qweight + start, n // BLOCK, groups, ROWS, GROUP, BLOCK, BITS)
-    total, _ = products(inner + line, low, third, aside, exists, qparams, start, row, row < n, 0, 0, cols, groups, n,
-                        False, GROUP, BLOCK, BITS, TILE, ROWS, CHUNK, DOT, RAGGED, E2M1)
+    if PARAMS != "":
+        at, word, exists, row = piece_of_carried(qweight + start // 4, tl.program_id(1), n // BLOCK, groups, GROUP,
+                                                 BITS, ROWS)
+        total, _ = products_of_carried(inner + line, within >= 0, at, word, exists, qparams + start,
+                                       halves + start // 2, tl.minimum(row, n - 1), 0, 0, cols, groups, False, GROUP,
+                                       BITS, TABLE, MIDDLE, ZERO, PARAMS, TILE, ROWS, DOT)
+    else:
+        low, third, aside, exists, row = piece_of(qweight + start, n // BLOCK, groups, ROWS, GROUP, BLOCK, BITS)
+        total, _ = products(inner + line, low, third, aside, exists, qparams, start, row, row < n, 0, 0, cols, groups,
+                            n, False, GROUP, BLOCK, BITS, TILE, ROWS, CHUNK, DOT, RAGGED, E2M1)
     if BIASED:
         total += tl.load(bias + start // 4 + row, mask=row < out, other=0.0)[None, :]
     pair = tl.load(order + (tile * TILE + within))

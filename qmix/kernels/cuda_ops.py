@@ -88,17 +88,17 @@ class TritonOps:
 
     def linear(self, x: Tensor, m: Packed, y: Tensor, add: bool = False) -> None:
         self._product(x, m, y, add)
-        if m.spec.bias and not m.spec.bits:
+        if m.spec.bias and not m.spec.in_blocks:
             y.add_(m["bias"])
 
     def _product(self, x: Tensor, m: Packed, y: Tensor, add: bool) -> None:
-        """With the bias in a grouped format, in which it is added to the sums."""
+        """With the bias in a format in blocks of rows, in which it is added to the sums."""
         spec, tokens = m.spec, len(x)
         if not 1 <= tokens <= FEW or x.dtype != torch.float32 or x.shape[1] != spec.cols or x.stride(1) != 1:
             raise UsageError(f"x: got {x.dtype} {list(x.shape)}, want fp32 [1 to {FEW}, {spec.cols}], rows contiguous")
         if y.dtype != torch.float32 or y.shape != (tokens, spec.rows) or y.stride(1) != 1:
             raise UsageError(f"y: got {y.dtype} {list(y.shape)}, want fp32 [{tokens}, {spec.rows}], rows contiguous")
-        if spec.code_bits:
+        if spec.in_blocks:
             if spec.parts != 1:
                 raise UsageError("linear: the matrix is in parts", "use experts")
             cuda.few(x, Matrices.of(m), self._all(tokens, x.device), y, add=add,
@@ -221,7 +221,7 @@ class TritonOps:
         return y
 
     def handles(self, slots: ExpertSlots) -> bool:
-        return bool(slots.record.w13.code_bits and slots.record.w2.code_bits)
+        return slots.record.w13.in_blocks and slots.record.w2.in_blocks
 
     def experts(self, x: Tensor, slots: ExpertSlots, ids: Tensor, table: Tensor, rows: Tensor) -> None:
         w13, w2 = matrices_of(slots)

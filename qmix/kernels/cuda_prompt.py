@@ -51,9 +51,9 @@ def linear_many(x: Tensor, m: Packed, out_dtype: torch.dtype | None = None, conf
     if x.dim() != 2 or x.shape[1] != spec.cols or x.dtype not in DTYPES:
         raise UsageError(f"x: got {x.dtype} {list(x.shape)}, want fp32, bf16 or fp16 [T, {spec.cols}]")
     card = capability(x.device)
-    if spec.code_bits and card and (without_tensor_cores(card) or x.dtype == torch.float32):
+    if spec.in_blocks and card and (without_tensor_cores(card) or x.dtype == torch.float32):
         return linear_decoded(x, m, dtype)
-    if spec.code_bits:
+    if spec.in_blocks:
         y = x.new_empty(len(x), spec.padded_rows, dtype=dtype)
         if len(x):
             cuda.many(x.contiguous(), Matrices.of(m), 0, y, config=config)

@@ -16,6 +16,7 @@ from qmix.kernels.configs import Gemv
 from qmix.kernels.op import FEW
 from qmix.sizes import (
     BNB_BLOCK,
+    CARRIED,
     MIB,
     TILE_BYTES,
     MatrixSpec,
@@ -32,6 +33,7 @@ DECODED_BYTES = 64 * MIB  # the most that a decoded tile of a prompt's product t
 # ends at once. A split takes at least LEAST_SPLIT positions, so that a short context has several; there are at most
 # SPLITS, so that they are merged in little time.
 LEAST_SPLIT, SPLITS = 64, 128
+CARRIED_WORDS = 8  # see words_of
 BNB_CODES = 256  # that bitsandbytes' 8-bit scales have
 NUMBER = 4  # bytes of a number in any of the buffers: fp32 or int32
 
@@ -55,10 +57,10 @@ class Scratch:
         k, experts = model.top_k, model.num_experts
         chosen = min(FEW * k, experts)
         records = [spec for layout in record_layouts(model, quant) for spec in (layout.w13, layout.w2)]
-        by_slot = all(spec.code_bits for spec in records)
+        by_slot = all(spec.in_blocks for spec in records)
         pieces = [partial_numbers(spec, 1, gemv) for spec in (*device_matrices(model, quant), head_matrix(model, quant))
-                  if spec.code_bits]
-        pieces += [partial_numbers(spec, chosen, gemv) for spec in records if spec.code_bits]
+                  if spec.in_blocks]
+        pieces += [partial_numbers(spec, chosen, gemv) for spec in records if spec.in_blocks]
         splits = most_splits(context)
         heads = [(a.heads, a.head_dim) for a in kv_owners(model)]
         return cls(max(pieces, default=0), max((FEW * count * splits * size for count, size in heads), default=0),
@@ -82,6 +84,9 @@ def device_matrices(model: Model, quant: QuantConfig) -> list[MatrixSpec]:
         elif spec is not None and tensor.role != "head":
             found[spec] = None
     for specs in stacks.values():
+        if len({spec.format for spec in specs}) > 1:  # then they stay apart
+            found |= dict.fromkeys(specs)
+            continue
         first, rows = specs[0], sum(spec.rows for spec in specs)
         found[MatrixSpec(first.format, rows, first.cols, group_size=first.group_size, block=first.block)] = None
     return list(found)
@@ -95,7 +100,7 @@ def head_matrix(model: Model, quant: QuantConfig) -> MatrixSpec:
 
 
 def partial_numbers(spec: MatrixSpec, experts: int, gemv: Gemv) -> int:
-    """Of the pieces of FEW tokens' products with so many matrices of a grouped format."""
+    """Of the pieces of FEW tokens' products with so many matrices in blocks of rows."""
     return experts * FEW * splits_of(spec, gemv) * spec.padded_rows
 
 
@@ -110,8 +115,9 @@ def lanes_of(spec: MatrixSpec, gemv: Gemv) -> int:
 
 
 def words_of(spec: MatrixSpec) -> int:
-    """32-bit words of the low bits of a block's column. Two codes of a byte are 4 bits apart, or 2."""
-    return spec.block * (4 if spec.code_bits == 4 else 2) // 32
+    """Lanes beside each other: the 32-bit words of the low bits of a block's column; of ggml's formats a quarter of
+    those of four columns. Two codes of a byte are 4 bits apart, or 2."""
+    return CARRIED_WORDS if spec.format in CARRIED else spec.block * (4 if spec.code_bits == 4 else 2) // 32
 
 
 def split_of(capacity: int) -> tuple[int, int]:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qmix.config import GROUPED_BITS
-from qmix.errors import QmixError, UsageError
+from qmix.errors import QmixError
 from qmix.formats import module, nf4
 from qmix.formats.packed import Packed, view
 from qmix.kernels import reference
@@ -32,7 +32,7 @@ from qmix.kernels.device_ops import DeviceOps, ExpertSlots, TorchDeviceOps
 from qmix.kernels.device_scratch import Scratch
 from qmix.kernels.prompt_experts import PromptExperts, TorchPromptExperts
 from qmix.kernels.table import KernelTable, random_expert, random_matrix
-from qmix.sizes import CARRIED, MX_BLOCK, RecordLayout
+from qmix.sizes import CARRIED, CARRIED_BLOCK, MX_BLOCK, RecordLayout
 
 Attend = Callable[[Tensor, Tensor, Tensor, int | None, Softmax], Tensor]
 PROMPTS = {"int8": "Triton, decoded for prompts", "nf4": "bitsandbytes, decoded", "fp4": "bitsandbytes, decoded"}
@@ -68,8 +68,6 @@ def choose_device_kernels(device: torch.device, half: torch.dtype, formats: Iter
         configs, scratch_of(configs.gemv) if scratch_of else None)
     experts = cuda_grouped.TritonPromptExperts(configs.matmul)
     wanted = {(module(name), name)[1] for name in formats}
-    if lacking := lacking_kernels(wanted, triton):
-        raise UsageError(lacking, "drop --device and --vram: the CPU computes it; or quantize with --format int4")
     if wanted & {"nf4", "fp4"}:
         nf4.functional()
     blocks = set(blocks)
@@ -77,7 +75,8 @@ def choose_device_kernels(device: torch.device, half: torch.dtype, formats: Iter
     names = {name: PROMPTS.get(name, "Triton") for name in wanted}
     if device.type == "cuda":
         for name, block in sorted(table):
-            if (name in GROUPED_BITS and block in blocks) or (name, block) in (("int8", 0), ("mxfp4", MX_BLOCK)):
+            if (name in GROUPED_BITS and block in blocks) or (name, block) in (("int8", 0), ("mxfp4", MX_BLOCK)) or \
+                    (name in CARRIED and block == CARRIED_BLOCK):
                 try:
                     _check(device, half, random_matrix(name, block), many, ops)
                     if name != "int8":
@@ -89,13 +88,6 @@ def choose_device_kernels(device: torch.device, half: torch.dtype, formats: Iter
     return DeviceKernels(KernelTable(MappingProxyType(table), MappingProxyType(names)),
                          cuda_prompt.choose_prompt_attention(capability(device), configs.attention), ops, host, experts,
                          configs)
-
-
-def lacking_kernels(formats: Iterable[str], triton: bool) -> str:
-    """Which of these formats a device does not compute; "" where it computes all. triton: as of
-    choose_device_kernels."""
-    lacking = sorted(set(formats) & CARRIED.keys()) if triton else []
-    return f"there are matrices in {', '.join(lacking)}, for which there are no GPU kernels yet" if lacking else ""
 
 
 def does_not_run(what: str, error: Exception) -> QmixError:

@@ -48,7 +48,7 @@ class Tiles:
 
 def computed_many(record: RecordLayout) -> bool:
     """Whether the tiles have its formats: those in blocks of rows. Activations and biases they have all."""
-    return bool(record.w13.code_bits and record.w2.code_bits)
+    return record.w13.in_blocks and record.w2.in_blocks
 
 
 def tiles_by_expert(counts: Sequence[int], size: int) -> list[range]:

@@ -218,13 +218,14 @@ def random_matrix(name: str, block: int) -> Packed:
 
 
 def random_expert(name: str, block: int) -> tuple[Tensor, RecordLayout]:
-    """Three small experts in a grouped format or mxfp4, as records in a slab uint8 [3, bytes]."""
-    group = MX_GROUP if name == "mxfp4" else 64
+    """Three small experts in a format in blocks of rows, as records in a slab uint8 [3, bytes]."""
+    group = CARRIED[name].group if name in CARRIED else MX_GROUP if name == "mxfp4" else 64
     record = RecordLayout(MatrixSpec(name, 2 * 96, 128, 2, group, block), MatrixSpec(name, 128, 96, 1, group, block))
     slab = torch.zeros(3, record.nbytes, dtype=torch.uint8)
     for slot in slab:
         for matrix, spec in (("w13", record.w13), ("w2", record.w2)):
-            m = _random_mxfp4(spec) if name == "mxfp4" else _random_grouped(name, block, spec)
+            m = _random_carried(name, spec) if name in CARRIED else \
+                _random_mxfp4(spec) if name == "mxfp4" else _random_grouped(name, block, spec)
             for placed in record.placed:
                 if placed.matrix == matrix:
                     view(slot, placed.offset, placed.tensor).copy_(m[placed.tensor.name])
@@ -247,14 +248,16 @@ def _random_mxfp4(spec: MatrixSpec | None = None) -> Packed:
     return mxfp4.carry(mxfp4.Blocks(codes, scales), spec)
 
 
-def _random_carried(name: str) -> Packed:
-    """Random bytes, with scales of about 1."""
+def _random_carried(name: str, spec: MatrixSpec | None = None) -> Packed:
+    """Random bytes, with numbers of about 1 at most."""
     layout, random = CARRIED[name], torch.Generator().manual_seed(6)
     nbytes = layout.columns * layout.bits // 8 + layout.params
-    raw = torch.randint(0, 256, (192, 512 // layout.columns, nbytes), dtype=torch.uint8, generator=random)
+    spec = spec or MatrixSpec(rows=192, cols=512, **with_layout(name))
+    shape = spec.rows, spec.padded_cols // layout.columns, nbytes
+    raw = torch.randint(0, 256, shape, dtype=torch.uint8, generator=random)
     for at in carried.HALVES[name]:
-        raw[..., at + 1] = raw[..., at + 1] & 3 | 0x38  # fp16 from 0.5 to 2
-    return carried.carry(carried.Blocks(name, raw), MatrixSpec(rows=192, cols=512, **with_layout(name)))
+        raw[..., at + 1] = raw[..., at + 1] & 3 | 0x18  # fp16 from 2^-9 to 2^-8, of which fp16 has the products
+    return carried.carry(carried.Blocks(name, raw), spec)
 
 
 def _random_int8() -> Packed:

@@ -60,7 +60,7 @@ def decode_bytes(model: Model, quant: QuantConfig) -> int:
     later = FARTHEST * (hidden + 2 * experts) * len(model.moe_layers)  # cuda_router: norms and biases of later routers
     vectors = sum(t.shape[0] for t in model.tensors() if len(t.shape) == 1 and t.role != "norm")
     slots = (layers + 1) * experts  # SlotTable, and DeviceExperts' own row
-    by_slot = all(layout.w13.code_bits and layout.w2.code_bits for layout in record_layouts(model, quant))
+    by_slot = all(layout.w13.in_blocks and layout.w2.in_blocks for layout in record_layouts(model, quant))
     alone = 0 if by_slot else FEW * (JOINED * model.expert_inner + 3 * hidden)  # TritonOps.expert
     return NUMBER * (each + later + vectors + slots + alone) + shared_bytes(model) + taps_bytes(model)
 

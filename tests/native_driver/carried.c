@@ -14,7 +14,9 @@ typedef struct {
 static const format FORMATS[] = {
     {"q8_0", QMIX_Q8_0, 8, 32, 32, 2, 0},  {"q4_0", QMIX_Q4_0, 4, 32, 32, 2, 8},    {"q4_1", QMIX_Q4_1, 4, 32, 32, 4, 0},
     {"q5_0", QMIX_Q5_0, 5, 32, 32, 2, 16}, {"q5_1", QMIX_Q5_1, 5, 32, 32, 4, 0},    {"q4_k", QMIX_Q4_K, 4, 32, 256, 16, 0},
-    {"q5_k", QMIX_Q5_K, 5, 32, 256, 16, 0}, {"q6_k", QMIX_Q6_K, 6, 16, 256, 18, 32}};
+    {"q5_k", QMIX_Q5_K, 5, 32, 256, 16, 0}, {"q6_k", QMIX_Q6_K, 6, 16, 256, 18, 32},
+    {"iq4_nl", QMIX_IQ4_NL, 4, 32, 32, 2, 0}, {"iq4_xs", QMIX_IQ4_XS, 4, 32, 256, 8, 0}};
+static const int TABLE[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
 static double from_fp16(const uint8_t *p) { /* normal */
     int bits = p[0] | p[1] << 8;
@@ -32,7 +34,7 @@ static int code_of(const format *f, const uint8_t *weight, int row, int col) {
         code += 16 * (low[128 + upper] >> 2 * (r / 16) & 3);
     if (f->bits == 5)
         code += 16 * (eight[256 + upper] >> (r / 16 + 4 * half) & 1);
-    return code - f->middle;
+    return f->kind >= QMIX_IQ4_NL ? TABLE[code] : code - f->middle;
 }
 
 static void params_of(const format *f, const uint8_t *params, int row, int g, double *scale, double *zero) {
@@ -43,6 +45,10 @@ static void params_of(const format *f, const uint8_t *params, int row, int g, do
         *zero = from_fp16(p + 128 + 2 * r);
     if (f->kind == QMIX_Q6_K)
         *scale *= (int8_t)p[128 + 64 * inside + r];
+    if (f->kind == QMIX_IQ4_XS) {
+        int low = p[128 + 64 * (inside / 2) + r] >> 4 * (inside % 2), upper = p[384 + 64 * (inside / 4) + r];
+        *scale *= low % 16 + 16 * (upper >> 2 * (inside % 4) & 3) - 32;
+    }
     if (f->each == 16) {
         int low = p[256 + 64 * inside + r], upper = p[768 + 64 * (inside / 2) + r] >> 4 * (inside % 2);
         *scale *= low % 16 + 16 * (upper & 3);

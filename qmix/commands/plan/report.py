@@ -18,12 +18,10 @@ from qmix.commands.quantization import Described, Flags, choose
 from qmix.commands.skipped import skipped_lines
 from qmix.config import ExpertKey, QuantConfig
 from qmix.engine import Placement
-from qmix.engine.kernels import stored_formats
 from qmix.errors import CheckpointError, ConfigError, UsageError
 from qmix.forward.lower_device import not_on_device
 from qmix.gguf.header import is_gguf
 from qmix.hardware.gpu_memory import GpuMemory
-from qmix.kernels.device_table import lacking_kernels
 from qmix.models import published_experts, read_model
 from qmix.offload import router_stats
 from qmix.offload.forecast import Speeds, forecast, known_shares
@@ -114,21 +112,17 @@ def _read_config(path: Path, flags: Flags, say: Callable[[str], None]) -> tuple[
 def find_gpu(planned: Planned, machine: Machine, device: str, say: Callable[[str], None]) -> Machine:
     """`machine` with the memory that the engine would take of this machine's GPU, said; as it is where its GPU is
     described, or none is to be used here. device: as of `--device`. Raises what the engine would."""
-    def lacking_on(triton: bool) -> str:
-        formats, _ = stored_formats(planned.model, planned.quant)
-        return not_on_device(planned.model) or lacking_kernels(formats, triton)
-
     if machine.vram is not None:
         if device != "auto":
             raise UsageError(f"--device {device}: --vram describes a GPU", "drop one of the two")
-        if lacking := lacking_on(triton=True):
+        if lacking := not_on_device(planned.model):
             raise UsageError(f"--vram {format_bytes(machine.vram)}: {lacking}", "plan without a GPU")
         return machine
     placement = Placement(device)
     found = placement.open(max(layout.nbytes for layout in record_layouts(planned.model, planned.quant)), say)
     if found is None:
         return machine
-    if lacking := lacking_on(found.triton):
+    if lacking := not_on_device(planned.model):
         found.close()
         if device != "auto":
             raise UsageError(f"--device {device}: {lacking}", "plan without a GPU")

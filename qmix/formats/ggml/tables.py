@@ -29,11 +29,16 @@ def iq4_nl(raw: Tensor) -> Tensor:
     return _looked_up(VALUES, nibbles(raw[:, 2:])).mul_(half(raw, 0))
 
 
-def iq4_xs(raw: Tensor) -> Tensor:
+def xs_scales(raw: Tensor) -> Tensor:
+    """s of IQ4_XS: uint8 [n, 8]."""
     shifts = torch.tensor((0, 2, 4, 6), dtype=torch.uint8)
     high = (raw[:, 2:4].unsqueeze(-1) >> shifts & 3).flatten(1)  # of eight groups
     low = torch.stack((raw[:, 4:8] & 15, raw[:, 4:8] >> 4), -1).flatten(1)
-    scale = half(raw, 0) * (low | high << 4).float().sub_(32)
+    return low | high << 4
+
+
+def iq4_xs(raw: Tensor) -> Tensor:
+    scale = half(raw, 0) * xs_scales(raw).float().sub_(32)
     numbers = _looked_up(VALUES, nibbles(raw[:, 8:].unflatten(1, (8, 16))))
     return numbers.mul_(scale.unsqueeze(-1)).flatten(1)
 

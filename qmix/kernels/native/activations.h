@@ -87,7 +87,7 @@ static void pack_int8(const qmix_job *job, int64_t first, int64_t count, char *p
             int32_t total;
             read_group(job, first + c, g * group, x);
             float width = quantize_group(x, (int)group, codes, &total);
-            const int bytes = job->bits == 8 || job->bits == QMIX_Q8_0;
+            const int bytes = job->bits == 8 || job->bits == QMIX_Q8_0 || qmix_table(job->bits);
             start[g * count + c] = -total * (bytes ? SIGNED_OFFSET : qmix_middle(job->bits));
             step[g * count + c] = job->bits == QMIX_E2M1 ? width / 2 : width;
             sum[g * count + c] = width * (float)total;

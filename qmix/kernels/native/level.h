@@ -25,6 +25,8 @@
 
 #define E2M1_CODES 12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0 /* 12 + twice the number of each code */
 
+#define IQ4_CODES -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113 /* ggml's kvalues_iq4nl */
+
 /* One call of attention, its positions cut for the pool. */
 typedef struct {
     const qmix_attention *job;
@@ -67,6 +69,9 @@ enum { TOKEN_BLOCK = 256, SCRATCH = 32768 + 2 * 64 * 8 * 4 + 2 * 64 * TOKEN_BLOC
 /* Whether it is one of ggml's formats (carried.h). */
 static inline int qmix_carried(int bits) { return bits >= QMIX_Q8_0; }
 
+/* Whether codes are places in a table, of IQ4_CODES. */
+static inline int qmix_table(int bits) { return bits == QMIX_IQ4_NL || bits == QMIX_IQ4_XS; }
+
 /* Bits of a code in memory. */
 static inline int qmix_code_bits(int bits) {
     switch (bits) {
@@ -76,7 +81,7 @@ static inline int qmix_code_bits(int bits) {
         return 6;
     case QMIX_Q5_0: case QMIX_Q5_1: case QMIX_Q5_K:
         return 5;
-    case QMIX_E2M1: case QMIX_Q4_0: case QMIX_Q4_1: case QMIX_Q4_K:
+    case QMIX_E2M1: case QMIX_Q4_0: case QMIX_Q4_1: case QMIX_Q4_K: case QMIX_IQ4_NL: case QMIX_IQ4_XS:
         return 4;
     }
     return bits;

@@ -15,11 +15,12 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define QMIX_ABI 13
+#define QMIX_ABI 14
 
 enum { QMIX_FP32 = 0, QMIX_BF16 = 1, QMIX_FP16 = 2 }; /* types of numbers; fp16 of a router's weights alone */
 enum { QMIX_E2M1 = 5 }; /* mxfp4, in the place of a format's bits */
-enum { QMIX_Q8_0 = 16, QMIX_Q4_0, QMIX_Q4_1, QMIX_Q5_0, QMIX_Q5_1, QMIX_Q4_K, QMIX_Q5_K, QMIX_Q6_K }; /* the same */
+enum { QMIX_Q8_0 = 16, QMIX_Q4_0, QMIX_Q4_1, QMIX_Q5_0, QMIX_Q5_1, QMIX_Q4_K, QMIX_Q5_K, QMIX_Q6_K, QMIX_IQ4_NL,
+       QMIX_IQ4_XS }; /* the same */
 enum { QMIX_ACT_INT8 = 0, QMIX_ACT_BF16 = 1 };  /* what the products see of the activations */
 
 /* What joins gate g and up u (qmix/spec/layers.py's Activation): silu(g) * u; gelu by tanh of g, times u; or with g

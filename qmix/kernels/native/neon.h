@@ -41,6 +41,12 @@ ALWAYS vflt load_e8m0(const uint8_t *p) { /* 2^-127, the largest of those whose 
     return vreinterpretq_f32_u32(vmaxq_u32(vshlq_n_u32(wide, 23), vdupq_n_u32(1 << 22)));
 }
 
+/* 16 bytes, and what they have at each of the places 0..15. */
+ALWAYS vint table_of_16(const int8_t *p) { return vreinterpretq_s32_s8(vld1q_s8(p)); }
+ALWAYS vint look_up(vint table, vint places) {
+    return vreinterpretq_s32_u8(vqtbl1q_u8(vreinterpretq_u8_s32(table), vreinterpretq_u8_s32(places)));
+}
+
 /* Scale and zero of 4 rows. */
 ALWAYS void params_of(const uint16_t *params, vflt *scale, vflt *zero) {
     uint32x4_t both = vreinterpretq_u32_u16(vld1q_u16(params));

@@ -73,6 +73,21 @@ ALWAYS vflt load_e8m0(const uint8_t *p) {
     return x;
 }
 
+/* 16 bytes, and what they have at each of the places 0..15. */
+ALWAYS vint table_of_16(const int8_t *p) {
+    vint table;
+    memcpy(&table, p, sizeof table);
+    return table;
+}
+ALWAYS vint look_up(vint table, vint places) {
+    int8_t from[16], at[16], found[16];
+    memcpy(from, &table, 16);
+    memcpy(at, &places, 16);
+    for (int i = 0; i < 16; i++)
+        found[i] = from[at[i]];
+    return table_of_16(found);
+}
+
 /* Nibbles of 4 columns of int3 or int2: see formats/narrow.py. */
 static void widen(int bits, const uint8_t *from, int block, uint8_t *to) {
     int quarter = block / 4, eighth = block / 8;

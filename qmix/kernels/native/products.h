@@ -9,6 +9,7 @@
  *                    E2M1_CODES has for each code
  *   load_e8m0        L scales of mxfp4, powers of two, as fp32
  *   load_f16         L fp16 as fp32
+ *   table_of_16, look_up  a table of 16 bytes, and the bytes at the places 0..15 of each byte
  *   dot4             sum += 4 products of codes 0..63 with int8 activations, per lane
  *   dot4_signed      the same with int8 weights, stored in the tile as `signed_codes` makes them, which leaves
  *                    SIGNED_OFFSET too much in each

@@ -56,6 +56,13 @@ ALWAYS void split_params(const uint16_t *params, float *scale, float *zero) {
 #include "x86_columns.h"
 #include "x86_pairs.h"
 
+#define OWN_RIGHT /* there is no arithmetic shift of the 64 bits that a `vint` is to the compiler */
+ALWAYS vint right(vint x, const int bits) { return _mm256_srli_epi32(x, bits); }
+
+/* 16 bytes, and what they have at each of the places 0..15. */
+ALWAYS vint table_of_16(const int8_t *p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p)); }
+ALWAYS vint look_up(vint table, vint places) { return _mm256_shuffle_epi8(table, places); }
+
 ALWAYS vflt load_e8m0(const uint8_t *p) { return of_e8m0(_mm_loadl_epi64((const __m128i *)p)); }
 
 ALWAYS void unpack_codes(int bits, const uint8_t *from, int block, vint *rows) {
@@ -120,6 +127,8 @@ ALWAYS vint dot4(vint sum, vint w, vint x) {
 ALWAYS vint dot4_signed(vint sum, vint w, vint x) { /* |w| * (x with w's sign): two of them fit 16 bits */
     return dot4(sum, _mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
 }
+#define OWN_DOT4_TABLE /* w is -127 or more: |x| serves all rows of a word */
+ALWAYS vint dot4_table(vint sum, vint w, vint x) { return dot4(sum, _mm256_abs_epi8(x), _mm256_sign_epi8(w, x)); }
 #endif
 
 #define DIRECT_INT8 4 /* tokens */

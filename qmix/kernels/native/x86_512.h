@@ -66,6 +66,13 @@ ALWAYS vflt load_e8m0(const uint8_t *p) {
     return _mm512_castsi512_ps(_mm512_max_epi32(exponents, set_i(1 << 22)));
 }
 
+#define OWN_RIGHT
+ALWAYS vint right(vint x, const int bits) { return _mm512_srli_epi32(x, bits); }
+
+/* 16 bytes, and what they have at each of the places 0..15. */
+ALWAYS vint table_of_16(const int8_t *p) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)p)); }
+ALWAYS vint look_up(vint table, vint places) { return _mm512_shuffle_epi8(table, places); }
+
 /* What E2M1_CODES has for each code, of `count` vectors. */
 ALWAYS void of_e2m1(int count, vint *codes) {
     const vint table = _mm512_broadcast_i32x4(_mm_setr_epi8(E2M1_CODES));
@@ -234,6 +241,11 @@ ALWAYS vint dot4(vint sum, vint w, vint x) {
 ALWAYS vint dot4_signed(vint sum, vint w, vint x) { /* |w| * (x with w's sign): two of them fit 16 bits */
     vint turned = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w), _mm512_setzero_si512(), x);
     return dot4(sum, _mm512_abs_epi8(w), turned);
+}
+#define OWN_DOT4_TABLE /* w is -127 or more: |x| and its signs serve all rows of a word */
+ALWAYS vint dot4_table(vint sum, vint w, vint x) {
+    vint turned = _mm512_mask_sub_epi8(w, _mm512_movepi8_mask(x), _mm512_setzero_si512(), w);
+    return dot4(sum, _mm512_abs_epi8(x), turned);
 }
 #endif
 
