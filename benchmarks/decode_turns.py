@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import instruction_levels
-from peers import SIDE, Side, find_peer, machine, numbers_from_0
+from machines import find_peer, machine
+from peers import SIDE, Side, numbers_from_0
 from peers_report import GB, cell, table
 from synthetic_models import RECIPES
 from synthetic_recipe import Recipe, tokenizer_file, uniform_tokens

@@ -39,9 +39,9 @@ def machine(task: Task) -> None:
     emit(card=device.name, vram_total=total, vram_free=free, torch=torch.__version__, cuda=torch.version.cuda,
          packages={name: _version(name) for name in ("triton", "transformers", "accelerate", "bitsandbytes", "numpy")})
     try:
-        import peers
+        import machines
 
-        emit(**peers.machine(""))
+        emit(**machines.machine(""))
     except Exception as e:
         emit(note=f"{type(e).__name__}: {e}")
     if task["commit"]:

@@ -32,7 +32,7 @@ from typing import Any
 
 import instruction_levels
 import limits
-from peers import find_peer, machine
+from machines import find_peer, machine
 from synthetic_recipe import tokens_of
 
 from qmix.hardware.disk import DiskEffort, measure_disk
@@ -221,8 +221,8 @@ def main() -> None:
     kinds = args.tokens.split(",")
     where = machine(version)
     print(f"{where['date']}, {where['processor']}, {where['cores']} cores, {where['memory_gib']} GiB; commit "
-          f"{where['commit']}, qmix: {where['instructions']}; {version}; {args.threads} threads, {args.warm} + {args.timed} "
-          f"tokens, {args.rounds} round(s).\n", flush=True)
+          f"{where['commit']}, qmix: {where['instructions']}; {version}; {args.threads} threads, {args.warm} + "
+          f"{args.timed} tokens, {args.rounds} round(s).\n", flush=True)
     if args.full:
         compare_prefetch(bench, args, kinds, keep)
     else:

@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -32,7 +31,6 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +39,7 @@ import instruction_levels
 import quantize
 import synthetic
 import synthetic_gguf
-import torch
+from machines import find_peer, machine, now
 from offload_peers import disk_bandwidth, drop_page_cache, files_of
 from peers_report import GB, GIB, Run, cell, figures_table, ratio_table, table
 from sides import say
@@ -49,7 +47,6 @@ from synthetic_recipe import Recipe, tokenizer_file, uniform_tokens
 
 from qmix.hardware import memory, physical_cores
 from qmix.hardware.bandwidth import measure_ram
-from qmix.kernels import native
 
 SIDE = Path(__file__).with_name("peers_side.py")
 CHECKPOINT = Path(__file__).with_name("synthetic_checkpoint.py")
@@ -151,10 +148,6 @@ class Runner:
                 "bandwidth": {name: sum(values) / len(values) for name, values in probes.items()}, **found}
 
 
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
 def quantizing(runner: Runner, names: Sequence[str], work: Path, recipe: Recipe) -> list[dict[str, Any]]:
     """A bf16 checkpoint of one layer by each way, "rtn" and "hqq" of qmix or a type of llama.cpp; {"name", "seconds",
     "source_gb"} or {"name", "error"}. The page cache is emptied before each, and each ends on the disk."""
@@ -203,47 +196,6 @@ def quantize_table(found: Sequence[dict[str, Any]]) -> str:
                      *(str(row.get("details", {}).get(key, "–")) for key in ("memory GB/s", "disk GB/s"))])
     return table(["quantizing", "s", "source GB", "s per GB", *(f"times as fast as {p}" for p in peers),
                   "RAM read GB/s", "disk GB/s"], rows)
-
-
-def machine(peer: str) -> dict[str, Any]:
-    """Where, when and with what."""
-    here = Path(__file__).parent
-    git = [subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True).stdout.strip()
-           for words in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain"))]
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    models = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
-    return {"date": now(), "commit": git[0] + (" with changes" if git[1] else ""), "processor": (models or ["?"])[0],
-            "cores": physical_cores(), "memory_gib": round(memory().total / GIB, 1), "system": platform.platform(),
-            "python": platform.python_version(), "torch": torch.__version__, "peer": peer,
-            "instructions": own_instructions(),
-            "load_average": os.getloadavg()[0]}
-
-
-def find_peer(parser: argparse.ArgumentParser, python: str, level: str | None) -> str:
-    """"llama-cpp-python 0.3.36 (AVX2 FMA ...)"; argparse's error where `python` lacks something or is of another level.
-    gguf is pure Python: where only the peer has it, it is taken from there."""
-    code = ("import llama_cpp, gguf, pathlib; print(llama_cpp.__version__, pathlib.Path(gguf.__file__).parents[1])\n"
-            "print(llama_cpp.llama_print_system_info().decode())")
-    try:
-        done = subprocess.run([python, "-c", code], capture_output=True, text=True)
-    except OSError as e:
-        parser.error(f"--peer-python {python}: {e.strerror}")
-    if done.returncode:
-        parser.error(f"--peer-python {python}: wants llama-cpp-python and gguf: {done.stderr.strip().splitlines()[-1]}")
-    first, _, system = done.stdout.partition("\n")
-    version, folder = first.split(maxsplit=1)
-    instruction_levels.check_peer(parser, level, system)
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        sys.path.append(folder.strip())
-    return f"llama-cpp-python {version} ({' '.join(sorted(instruction_levels.features(system)))})"
-
-
-def own_instructions() -> str:
-    """What qmix's side computes with: "native avx2, torch AVX2"."""
-    level = next(iter(native.wanted_levels()), "off")
-    return f"native {level}, torch {torch.backends.cpu.get_cpu_capability()}"
 
 
 def numbers(text: str) -> list[int]:
