@@ -237,10 +237,8 @@ ALWAYS vint dot4_signed(vint sum, vint w, vint x) { /* |w| * (x with w's sign): 
 }
 #endif
 
-#ifdef HAS_VNNI
 #define DIRECT_INT8 8 /* tokens */
 #define OWN_INT8_ROWS
-#endif
 
 #ifdef HAS_BF16
 #define WORDS 2
