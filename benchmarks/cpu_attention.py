@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cpu_turns import Clock, bytes_of, check_names, clock_of, level_of, make_parser, ratios, take_turns
+from cpu_turns import Clock, bare_read, bytes_of, check_names, clock_of, level_of, make_parser, ratios, take_turns
 from peers import numbers
 from peers_report import table
 from torch import Tensor
@@ -67,7 +67,7 @@ def measure(kernels: dict[str, Attention], layers: Sequence[KVLayer], query_head
     works = {name: lambda own=own: [own.append(one, q, keys, values, 0, positions)  # type: ignore[misc]
                                     for one in layers] for name, own in kernels.items()}
     threads = next(iter(kernels.values())).threads
-    took, read = take_turns(works, lambda: [half.sum() for half in halves], threads, turns, clock)
+    took, read = take_turns(works, bare_read(halves, threads), turns, clock)
     return {"nbytes": sum(map(cache_bytes, layers)), "read_bytes": sum(half.nbytes for half in halves),
             "calls": len(layers), "seconds": took, "read": read}
 

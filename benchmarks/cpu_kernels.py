@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cpu_turns import Clock, bytes_of, check_names, clock_of, level_of, make_parser, ratios, take_turns
+from cpu_turns import Clock, bare_read, bytes_of, check_names, clock_of, level_of, make_parser, ratios, take_turns
 from peers import numbers
 from peers_report import table
 
@@ -79,7 +79,7 @@ def measure(kernels: dict[str, Native], matrices: Sequence[Packed], tokens: int,
     works = {name: lambda own=own: [own.run([Product(x, m, y)])  # type: ignore[misc]
                                     for m, y in zip(matrices, outputs, strict=True)] for name, own in kernels.items()}
     threads = next(iter(kernels.values())).threads
-    took, read = take_turns(works, lambda: [part.sum() for part in numbers_of], threads, turns, clock)
+    took, read = take_turns(works, bare_read(numbers_of, threads), turns, clock)
     weights = sum(m.spec.padded_rows * m.spec.padded_cols for m in matrices)
     return {"nbytes": sum(m.spec.nbytes for m in matrices), "read_bytes": sum(m["qweight"].numel() for m in matrices),
             "operations": 2 * tokens * weights, "weights": weights, "seconds": took, "read": read}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -72,21 +73,27 @@ def seconds(work: Callable[[], object], clock: Clock) -> float:
     return clock() - start
 
 
-def take_turns(works: Mapping[str, Callable[[], object]], read: Callable[[], object], threads: int, turns: int,
+def bare_read(tensors: Sequence[torch.Tensor], threads: int) -> Callable[[], object]:
+    """Reads all of `tensors` by as many threads. By threads of Python, which sleep when they are done: torch's wait for
+    more by spinning, for 0.2 s and on the cores that whoever comes next needs, which made a library look 1.2 to 1.5
+    times as slow as the same one a little later (two cores)."""
+    torch.set_num_threads(1)
+    if threads == 1:
+        return lambda: [tensor.sum() for tensor in tensors]
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    return lambda: list(pool.map(torch.Tensor.sum, tensors))
+
+
+def take_turns(works: Mapping[str, Callable[[], object]], read: Callable[[], object], turns: int,
                clock: Clock) -> tuple[dict[str, list[float]], list[float]]:
-    """({library: seconds of each turn}, seconds of each read), after one turn that does not count. threads: of the
-    read; the libraries have theirs already."""
+    """({library: seconds of each turn}, seconds of each read), after one turn that does not count. Who comes first in a
+    turn comes last in the next."""
     took: dict[str, list[float]] = {name: [] for name in works}
     reads: list[float] = []
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for _ in range(turns + 1):
-            for name, work in works.items():
-                took[name].append(seconds(work, clock))
-            reads.append(seconds(read, clock))
-    finally:
-        torch.set_num_threads(before)
+    for turn in range(turns + 1):
+        for name in list(works) if turn % 2 else reversed(list(works)):
+            took[name].append(seconds(works[name], clock))
+        reads.append(seconds(read, clock))
     return {name: each[1:] for name, each in took.items()}, reads[1:]
 
 

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from cpu_turns import bytes_of, clock_of, level_of, make_parser, ratios, take_turns
+from cpu_turns import bare_read, bytes_of, clock_of, level_of, make_parser, ratios, take_turns
 from peers_report import cell, table
 
 from qmix.hardware.cores import cpu_model
@@ -57,7 +57,7 @@ def token_works(d: DeltaNet, level: str, threads: int, layers: int) -> tuple[Wor
             own._library.qmix_delta_rule(own._number, job, threads)
 
     reads = [now.view(-1).view(torch.float64) for now in kept[::2]]
-    return {"token": partial(token, kept, rows, a_log, dt_bias, out)}, lambda: [x.sum() for x in reads]
+    return {"token": partial(token, kept, rows, a_log, dt_bias, out)}, bare_read(reads, threads)
 
 
 def prompt_works(d: DeltaNet, tokens: int, hidden: int) -> Works:
@@ -98,7 +98,7 @@ def main() -> None:
     with torch.inference_mode():
         for threads in args.threads:
             works, read = token_works(d, level, threads, layers)
-            took, reads = take_turns(works, read, threads, args.turns, clock)
+            took, reads = take_turns(works, read, args.turns, clock)
             moved = 2 * 4 * layers * heads[1] * args.size**2
             rates = [moved / s / 1e9 for s in took["token"]]
             rows.append([str(threads), f"{1e6 * statistics.median(took['token']) / layers:.0f}", cell(rates),
@@ -106,7 +106,8 @@ def main() -> None:
         print(table(["threads", "us a token and layer", "GB/s, read and written", "read GB/s"], rows) + "\n")
         rows = []
         for threads in args.threads:
-            took, _ = take_turns(prompt_works(d, args.tokens, args.hidden), lambda: None, threads, args.turns, clock)
+            torch.set_num_threads(threads)
+            took, _ = take_turns(prompt_works(d, args.tokens, args.hidden), lambda: None, args.turns, clock)
             rows += [[str(threads), name, cell([1e3 * s for s in each]), ratios(took["token by token"], each),
                       ratios(each, took["projections"])] for name, each in took.items()]
     print(table(["threads", f"{args.tokens} tokens", "ms", "times token by token", "of the projections"], rows))

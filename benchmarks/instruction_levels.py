@@ -1,4 +1,4 @@
-"""One instruction set for both sides of peers.py and decode_turns.py: --level.
+"""One instruction set for both sides of peers.py, decode_turns.py and offload_peers.py: --level.
 
 A level is one of the native kernels (qmix/kernels/native/loader.py). qmix and torch are held to it by QMIX_NATIVE and
 ATEN_CPU_CAPABILITY, which torch reads once, at its start; so the benchmark starts itself again with them. What

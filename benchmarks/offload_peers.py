@@ -6,6 +6,7 @@
     python benchmarks/offload_peers.py qwen48 qwen48.gguf --peer-python PEER/bin/python --caps 12G,8G
     python benchmarks/synthetic.py gptoss24 --model gpt-oss --layers 24 --gguf gptoss24.gguf   # MXFP4, 12.6 GB
     python benchmarks/offload_peers.py gptoss24 gptoss24.gguf --peer-python PEER/bin/python --caps 8G
+    python benchmarks/offload_peers.py wide12 wide12.gguf --peer-python AVX2PEER/bin/python --level avx2
     python benchmarks/offload_peers.py --full wide32 --memory 16G         # qmix alone, with and without prefetch
 
 Needs root (cgroups). PEER is a virtual environment with llama-cpp-python. Both sides get the same tokens, one a
@@ -21,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -30,7 +30,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import instruction_levels
 import limits
+from peers_machine import find_peer, machine
 from synthetic_recipe import tokens_of
 
 from qmix.hardware.disk import DiskEffort, measure_disk
@@ -189,6 +191,7 @@ def main() -> None:
     parser.add_argument("--prefetch", default="off,auto", help="settings of --full")
     parser.add_argument("--policy", default="auto")
     parser.add_argument("--margin", type=limits.parse_bytes, help="passed to qmix")
+    parser.add_argument("--level", choices=tuple(instruction_levels.LEVELS), help="the instruction set of both sides")
     parser.add_argument("-t", "--threads", type=int, default=2)
     parser.add_argument("--warm", type=int, default=24, help="tokens before the clock starts")
     parser.add_argument("-n", "--timed", type=int, default=48)
@@ -204,9 +207,8 @@ def main() -> None:
     for model in filter(None, (args.full, args.store, args.gguf)):
         if not model.exists():
             parser.error(f"{model}: no such model")
-    has = [args.peer_python, "-c", "import llama_cpp"]
-    if args.peer_python and subprocess.run(has, capture_output=True).returncode:
-        parser.error(f"{args.peer_python}: has no llama-cpp-python")
+    instruction_levels.start_at(args.level)
+    version = find_peer(parser, args.peer_python, args.level) if args.peer_python else "qmix alone"
     bench = Bench(sys.executable, args.peer_python, args.threads, args.warm, args.timed, args.seconds, args.seed,
                   args.margin, args.policy)
 
@@ -217,6 +219,10 @@ def main() -> None:
         return result
 
     kinds = args.tokens.split(",")
+    where = machine(version)
+    print(f"{where['date']}, {where['processor']}, {where['cores']} cores, {where['memory_gib']} GiB; commit "
+          f"{where['commit']}, qmix: {where['instructions']}; {version}; {args.threads} threads, {args.warm} + "
+          f"{args.timed} tokens, {args.rounds} round(s).\n", flush=True)
     if args.full:
         compare_prefetch(bench, args, kinds, keep)
     else:

@@ -30,7 +30,8 @@ static int never(void) { return 0; }
 OTHER(avx512bf16) OTHER(avx512vnni) OTHER(avx512) OTHER(avx2) OTHER(portable)
 
 TARGET("avx2,fma,f16c")
-static inline __m256i emulated(__m256i sum, __m256i w, __m256i x) {
+/* A call each time: inlined, it takes the compiler minutes. */
+static __attribute__((noinline)) __m256i emulated(__m256i sum, __m256i w, __m256i x) {
     int32_t sums[8];
     uint8_t unsigned_bytes[32];
     int8_t signed_bytes[32];

@@ -7,33 +7,37 @@ typedef void grouping(int64_t group, const uint8_t *from, const uint16_t *params
 
 #define ALL_BITS(make, count, block) make(count, 2, block) make(count, 3, block) make(count, 4, block)
 #ifdef HAS_VNNI
-#define DIRECT_TOKENS(block) (64 / (block))
-enum { DIRECT_PANELS = 1 };
-ALL_BITS(GROUP_FUNCTIONS, 1, 64)
-ALL_BITS(GROUP_FUNCTIONS, 1, 32)
-ALL_BITS(GROUP_FUNCTIONS, 2, 32)
-GROUP_FUNCTIONS(1, 5, 64) /* QMIX_E2M1 */
-#define OF_E2M1 {{NULL}, {group_1_5_64}}
-#define OF_BITS(bits) {{group_1_##bits##_32, group_2_##bits##_32}, {group_1_##bits##_64}}
+#define DIRECT_TOKENS(bits) ((bits) == 3 ? WIDTH : 2 * WIDTH) /* eight of int3 are faster by tiles */
 #else
-#define DIRECT_TOKENS(block) (2 * WIDTH)
+#define DIRECT_TOKENS(bits) (2 * WIDTH)
+#endif
 enum { DIRECT_PANELS = 2 };
 ALL_BITS(GROUP_WHOLE, 1, 64)
+ALL_BITS(GROUP_WHOLE, 1, 32)
+ALL_BITS(GROUP_WHOLE, 2, 32)
+GROUP_WHOLE(1, 5, 64) /* QMIX_E2M1 */
+#ifdef HAS_VNNI
+ALL_BITS(GROUP_HALVES, 2, 64)
+ALL_BITS(GROUP_QUARTERS, 3, 64)
+ALL_BITS(GROUP_QUARTERS, 4, 64)
+ALL_BITS(GROUP_HALVES, 3, 32)
+ALL_BITS(GROUP_HALVES, 4, 32)
+GROUP_HALVES(2, 5, 64)
+GROUP_QUARTERS(3, 5, 64)
+GROUP_QUARTERS(4, 5, 64)
+#else
 ALL_BITS(GROUP_WHOLE, 2, 64)
 ALL_BITS(GROUP_HALVES, 3, 64)
 ALL_BITS(GROUP_HALVES, 4, 64)
-ALL_BITS(GROUP_WHOLE, 1, 32)
-ALL_BITS(GROUP_WHOLE, 2, 32)
 ALL_BITS(GROUP_WHOLE, 3, 32)
 ALL_BITS(GROUP_WHOLE, 4, 32)
-GROUP_WHOLE(1, 5, 64) /* QMIX_E2M1 */
 GROUP_WHOLE(2, 5, 64)
 GROUP_HALVES(3, 5, 64)
 GROUP_HALVES(4, 5, 64)
+#endif
 #define OF_E2M1 {{NULL}, {group_1_5_64, group_2_5_64, group_3_5_64, group_4_5_64}}
 #define OF_BITS(bits) {{group_1_##bits##_32, group_2_##bits##_32, group_3_##bits##_32, group_4_##bits##_32}, \
                        {group_1_##bits##_64, group_2_##bits##_64, group_3_##bits##_64, group_4_##bits##_64}}
-#endif
 static grouping *const groups_of[4][2][4] = {OF_BITS(2), OF_BITS(3), OF_BITS(4), OF_E2M1};
 #undef OF_BITS
 #undef OF_E2M1

@@ -95,7 +95,7 @@ ALWAYS void block_rows(const int act, const int bits, const int block, const qmi
         return;
     }
 #ifdef DIRECT_PAIRS
-    if (bits != 8 && act == QMIX_ACT_INT8 && job->tokens <= DIRECT_TOKENS(block)) {
+    if (bits != 8 && act == QMIX_ACT_INT8 && job->tokens <= DIRECT_TOKENS(job->bits)) {
         rows_directly(job, row, panels, acc);
         return;
     }

@@ -131,7 +131,7 @@ ALWAYS vint dot4_signed(vint sum, vint w, vint x) { /* |w| * (x with w's sign): 
 ALWAYS vint dot4_table(vint sum, vint w, vint x) { return dot4(sum, _mm256_abs_epi8(x), _mm256_sign_epi8(w, x)); }
 #endif
 
-#define DIRECT_INT8 4 /* tokens */
+#define DIRECT_INT8 8 /* tokens */
 /* 64 columns of 8 rows times 64 int8 activations: lane i has the sum of row i, SIGNED_OFFSET too much in each term. */
 ALWAYS vint dot_rows(const int8_t *const *rows, int64_t column, const void *x) {
     vint x0 = _mm256_loadu_si256(x), x1 = _mm256_loadu_si256((const vint *)x + 1), a[8], b[4];

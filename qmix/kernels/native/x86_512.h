@@ -249,10 +249,8 @@ ALWAYS vint dot4_table(vint sum, vint w, vint x) {
 }
 #endif
 
-#ifdef HAS_VNNI
 #define DIRECT_INT8 8 /* tokens */
 #define OWN_INT8_ROWS
-#endif
 
 #ifdef HAS_BF16
 #define WORDS 2

@@ -1,16 +1,17 @@
 /* int8 rows times int8 activations of a few tokens with 512 bits, straight from memory; products.h includes this.
  *
- * Eight rows are read side by side, 128 columns of each at a time: sixteen rows of 64 columns took only 0.85 times the
- * rate from memory (Zen 5), for the processor follows no more than so many streams by itself. Lane i < 8 of the sums has
- * row i's first 64 columns, lane 8 + i the 64 after them. */
+ * Eight rows are read side by side, 128 columns of each at a time: a processor follows only so many streams by itself.
+ * Lane i < 8 of the sums has row i's first 64 columns, lane 8 + i the 64 after them. */
 #define EIGHT 8
 
 /* Lane i has the sum of 64 products of rows[i] with the activations of its half, SIGNED_OFFSET too much in each. */
 ALWAYS vint dot_eight(const int8_t *const *rows, int64_t column, int64_t after, const char *x) {
     vint first = _mm512_loadu_si512(x + column), second = _mm512_loadu_si512(x + column + after), a[16], b[8];
     UNROLL for (int i = 0; i < EIGHT; i++) {
-        a[i] = dot4(_mm512_setzero_si512(), signed_codes(_mm512_loadu_si512(rows[i] + column)), first);
-        a[EIGHT + i] = dot4(_mm512_setzero_si512(), signed_codes(_mm512_loadu_si512(rows[i] + column + after)), second);
+        vint w = signed_codes(_mm512_loadu_si512(rows[i] + column));
+        vint next = signed_codes(_mm512_loadu_si512(rows[i] + column + after));
+        a[i] = dot4_signed(_mm512_setzero_si512(), w, first);
+        a[EIGHT + i] = dot4_signed(_mm512_setzero_si512(), next, second);
     }
     UNROLL for (int i = 0; i < 8; i++) /* sums of two lanes, rows 2i and 2i + 1 in turn */
         b[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]),
