@@ -18,6 +18,7 @@ import gguf_models as models
 import numpy as np
 from architectures import quantized, random_model
 from architectures import write as write_safetensors
+from gguf_late_models import reversible
 from helpers import UNQUANTIZED
 
 from qmix import gguf_checkpoint
@@ -44,7 +45,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "Q
 
 @cache
 def model_of(kind: str, dtype: torch.dtype) -> Any:
-    return random_model(models.CONFIGS[kind], dtype)
+    return reversible(random_model(models.CONFIGS[kind], dtype))
 
 
 def same_store(one: Path, two: Path) -> None:
@@ -69,7 +70,8 @@ def compare(tmp_path: Path, kind: str, type_name: str, **how: Any) -> Checkpoint
 
 @pytest.mark.parametrize("kind, type_name", [
     ("mixtral", "F32"), ("mixtral", "F16"), ("mixtral", "Q8_0"), ("mistral", "F16"), ("qwen3_moe", "Q8_0"),
-    ("olmoe", "BF16"), ("glm4_moe", "Q8_0"), ("gpt_oss", "Q8_0")])
+    ("olmoe", "BF16"), ("glm4_moe", "Q8_0"), ("gpt_oss", "Q8_0"), ("qwen3_next", "F32"), ("qwen3_next", "BF16"),
+    ("qwen3_5_moe", "F32"), ("qwen3_5_moe", "BF16"), ("gemma4", "F32"), ("gemma4", "BF16")])
 def test_the_store_is_that_of_the_same_weights(tmp_path: Path, kind: str, type_name: str) -> None:
     with compare(tmp_path, kind, type_name) as checkpoint:
         assert quantized_types(checkpoint) == (["Q8_0"] if type_name == "Q8_0" else [])
