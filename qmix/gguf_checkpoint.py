@@ -72,8 +72,7 @@ def open_gguf(path: Path, opened: ExitStack) -> Opened:
     check_pieces(paths, headers)
     raw, model = _read_model(paths[0], headers[0].metadata, locations)
     layout, unused = _account(paths[0], model, locations)
-    used = {name: locations[name] for name in dict.fromkeys((*(source.name for source in layout.values()),
-                                                             *(locations.keys() & {ROPE_FREQS})))}
+    used = {source.name: locations[source.name] for source in layout.values()}
     folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="qmix-gguf-")))
     for name, data in _files(paths[0], raw, headers[0].metadata).items():
         (folder / name).parent.mkdir(exist_ok=True)

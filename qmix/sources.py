@@ -86,18 +86,23 @@ def read_mxfp4(location: Location, source: Source) -> Blocks:
     return mxfp4_blocks(raw.view(shape[0], -1, kind.nbytes))
 
 
-def keeps_rows(source: Source) -> bool:
-    """Whether the model's tensor has whole rows of the file's: then so have blocks along these."""
-    return all(isinstance(step, Index | Rows | Strided | Pairs | PerHead) for step in source.steps)
+def keeps_blocks(source: Source, columns: int) -> bool:
+    """Whether blocks of so many columns of the file's tensor are blocks of the model's: its rows are whole, and columns
+    move only in whole blocks."""
+    return all(isinstance(step, Index | Rows | Strided | Pairs | PerHead)
+               or (isinstance(step, ColumnsPerHead) and all(size % columns == 0 for size in step.sizes))
+               for step in source.steps)
 
 
 def read_carried(location: Location, source: Source) -> CarriedBlocks:
-    """A matrix of a GGUF file in a type that a store has too, its blocks as they are. `keeps_rows`."""
+    """A matrix of a GGUF file in a type that a store has too, its blocks as they are. `keeps_blocks`."""
     kind = BY_NAME[location.entry.dtype]
     first, shape, rest = narrow(location.entry.shape, source.steps)
     raw = location.shard.read(location.entry, first // kind.weights * kind.nbytes,
                               prod(shape) // kind.weights * kind.nbytes)
-    return CarriedBlocks(kind.name.lower(), apply(raw.view(shape[0], -1, kind.nbytes), rest).contiguous())
+    of_blocks = tuple(ColumnsPerHead(step.heads, tuple(size // kind.weights for size in step.sizes))
+                      if isinstance(step, ColumnsPerHead) else step for step in rest)
+    return CarriedBlocks(kind.name.lower(), apply(raw.view(shape[0], -1, kind.nbytes), of_blocks).contiguous())
 
 
 def read_blocks(codes: Location, scales: Location, sources: Sequence[Source]) -> list[Blocks]:
@@ -152,7 +157,7 @@ def apply(tensor: Tensor, steps: tuple[Step, ...]) -> Tensor:
         elif isinstance(step, PerHead):
             tensor = torch.cat((tensor[:step.before], _per_head(tensor[step.before:], step)))
         elif isinstance(step, ColumnsPerHead):
-            tensor = _per_head(tensor.T, step).T
+            tensor = _per_head(tensor.transpose(0, 1), step).transpose(0, 1)
         elif isinstance(step, Plus):
             tensor = tensor + step.number
         elif isinstance(step, LogOfNegative):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -23,7 +24,7 @@ def reversible(model: Any) -> Any:
 
 def tensors(model: Any, architecture: Any, experts: str) -> dict[str, Tensor]:
     """As gguf_models.tensors."""
-    config = model.config.get_text_config()
+    config = SimpleNamespace(**model.config.get_text_config().to_dict())
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     change = _gemma if architecture == gguf.MODEL_ARCH.GEMMA4 else _delta
     found: dict[str, Tensor] = {}
@@ -40,10 +41,16 @@ def tensors(model: Any, architecture: Any, experts: str) -> dict[str, Tensor]:
             found[mapped if stem.endswith("A_log") else mapped + dot + suffix] = part.squeeze() if part.numel() > 1 \
                 else part.reshape(1)
     if architecture == gguf.MODEL_ARCH.GEMMA4:
-        half = config.global_head_dim // 2
+        half = wide(config)["head_dim"] // 2
         turning = int(half * config.rope_parameters["full_attention"]["partial_rotary_factor"])
         found["rope_freqs.weight"] = torch.tensor([1.0] * turning + [1e30] * (half - turning))
     return found
+
+
+def wide(config: Any) -> dict[str, int]:
+    """Of Gemma 4's layers without a window: head_dim, num_key_value_heads."""
+    return {"num_key_value_heads": config.num_key_value_heads,
+            **config.per_layer_config[str(config.num_hidden_layers - 1)]}
 
 
 def _gemma(config: Any, name: str, tensor: Tensor, architecture: Any, experts: str) -> list[tuple[str, Tensor]]:
@@ -52,9 +59,6 @@ def _gemma(config: Any, name: str, tensor: Tensor, architecture: Any, experts: s
         return [(f"{layer}.router.proj.scale", tensor)]
     if name.endswith("per_expert_scale"):
         return [(f"{layer}.experts.down_proj.scale", tensor)]
-    if name.endswith("gate_up_proj") and experts == "fused":
-        gate, up = tensor.chunk(2, 1)
-        return [(f"{layer}.block_sparse_moe.experts.w1", gate), (f"{layer}.block_sparse_moe.experts.w3", up)]
     return [(name, tensor)]
 
 
@@ -98,7 +102,7 @@ def _delta(config: Any, name: str, tensor: Tensor, architecture: Any, experts: s
 
 
 def add_sizes(writer: Any, config: Any, kind: str) -> None:
-    config = config.get_text_config()
+    config = SimpleNamespace(**config.get_text_config().to_dict())
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -141,15 +145,15 @@ def _add_gemma(writer: Any, config: Any, kind: str) -> None:
     writer.add_embedding_length_per_layer_input(config.hidden_size_per_layer_input)
     writer.add_sliding_window_pattern(windows)
     writer.add_sliding_window(config.sliding_window)
-    writer.add_key_length(config.global_head_dim)
-    writer.add_value_length(config.global_head_dim)
+    writer.add_key_length(wide(config)["head_dim"])
+    writer.add_value_length(wide(config)["head_dim"])
     writer.add_key_length_swa(config.head_dim)
     writer.add_value_length_swa(config.head_dim)
-    writer.add_rope_dimension_count(config.global_head_dim)
+    writer.add_rope_dimension_count(wide(config)["head_dim"])
     writer.add_rope_dimension_count_swa(config.head_dim)
     writer.add_rope_freq_base(config.rope_parameters["full_attention"]["rope_theta"])
     writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
-    few = config.num_global_key_value_heads if config.attention_k_eq_v else config.num_key_value_heads
+    few = wide(config)["num_key_value_heads"]
     writer.add_head_count_kv([config.num_key_value_heads if window else few for window in windows])
     if config.use_double_wide_mlp:
         own = config.num_hidden_layers - config.num_kv_shared_layers

@@ -32,7 +32,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "olmoe": {"eos_token_id": 2}, "glm4_moe": {"use_qk_norm": True, "routed_scaling_factor": 2.5,
                                                  "num_nextn_predict_layers": 0},
         "gpt_oss": {"swiglu_limit": 7.0, "rope_parameters": YARN, "num_hidden_layers": 2},
-        "qwen3_next": {}, "qwen3_5_moe": {}, "gemma4": {}}.items()}
+        "qwen3_next": {"linear_value_head_dim": 32, "shared_expert_intermediate_size": 64}, "gemma4": {},
+        "qwen3_5_moe": {"linear_key_head_dim": 16, "linear_value_head_dim": 32,
+                        "shared_expert_intermediate_size": 64}}.items()}
+NO_MATRICES = ("mlp.gate.weight", "router.weight", "router.proj.weight", "shared_expert_gate.weight", "conv1d.weight",
+               "_bias")
 
 
 def permuted(rows: Tensor, heads: int) -> Tensor:
@@ -178,9 +182,8 @@ def reread(model: Any, kind: str, type_name: str, dtype: torch.dtype) -> Any:
     they are arranged does not matter."""
     number = gguf.GGMLQuantizationType[type_name]
     for name, tensor in model.state_dict().items():
-        router = name.endswith(("mlp.gate.weight", "router.weight"))
         turned = kind == "gpt_oss" and name.endswith("_proj") and ".experts." in name
-        if tensor.dim() > 1 and not router and not name.endswith("_bias"):
+        if tensor.dim() > 1 and not name.endswith(NO_MATRICES):
             rows = (tensor.transpose(1, 2) if turned else tensor).float().contiguous()
             exact = torch.from_numpy(np.array(gguf.dequantize(gguf.quantize(rows.numpy(), number), number)))
             exact = exact.view(rows.shape)

@@ -103,6 +103,8 @@ def _divided(keys: Keys, rotated: int, theta: float) -> dict[str, Any]:
     """Llama 3's scaling where the factors are those of it, as published, else the factors themselves, for all contexts
     alike, as LongRoPE has them."""
     factors = rope_factors(keys, rotated)
+    if {*factors} == {1.0}:
+        return {}
     frequencies = [theta ** (-2 * i / rotated) for i in range(rotated // 2)]
     if all(abs(found / want - 1) < SAME
            for found, want in zip(factors, _llama3(frequencies, max(factors)), strict=True)):
