@@ -181,6 +181,7 @@ def test_named_templates(tmp_path: Path) -> None:
 
 def test_without_a_tokenizer() -> None:
     assert tokenizer_files({"general.architecture": "llama"}) == {}
+    assert tokenizer_files({"general.architecture": "llama", "tokenizer.ggml.model": "none"}) == {}
 
 
 SPM: dict[str, Any] = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": ("<unk>", "a"),

@@ -40,7 +40,7 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
     """{name: bytes} of the files; {} where the GGUF file has no tokenizer."""
     keys = Keys(metadata)
     kind = keys.get(MODEL, None)
-    if kind is None:
+    if kind in (None, "none"):
         return {}
     if kind not in ("llama", "gpt2", "gemma4"):
         raise ConfigError(f"{MODEL}: got {kind!r:.40}, want 'llama', 'gpt2' or 'gemma4'",
