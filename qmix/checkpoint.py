@@ -160,11 +160,14 @@ class Checkpoint:
         return w1, w2, w3
 
     def carriable(self, *names: str) -> str | None:
-        """The format of a store that all these tensors of the model have in the file, row by row, so that `blocks`
-        reads them; else None."""
+        """The format of a store that all these tensors of the model have in the file, in whole blocks, so that
+        `blocks` reads them; else None."""
         kinds = {self.types.get(name, "").lower() for name in names}
-        whole = all(sources.keeps_rows(self._table[name]) for name in names)
-        return next(iter(kinds)) if whole and len(kinds) == 1 and kinds <= CARRIED.keys() else None
+        if len(kinds) > 1 or not kinds <= CARRIED.keys():
+            return None
+        kind = kinds.pop()
+        whole = all(sources.keeps_blocks(self._table[name], CARRIED[kind].columns) for name in names)
+        return kind if whole else None
 
     def blocks(self, *names: str) -> CarriedBlocks:
         """`carriable` matrices of the model, one below the other, as the file has them. CheckpointError for a scale

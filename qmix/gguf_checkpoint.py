@@ -30,9 +30,10 @@ from qmix.gguf.split import check_pieces, of_split
 from qmix.gguf.tokenizer import tokenizer_files
 from qmix.gguf.types import BY_NAME
 from qmix.models import Layout, Misfit, Source, choose_layout, read_model
+from qmix.models.gguf import ROPE_FREQS
 from qmix.shards import Location, Shard
-from qmix.sources import narrow
-from qmix.spec import Model, Tensor
+from qmix.sources import narrow, read
+from qmix.spec import WIDE, Model, Tensor
 
 DTYPES = {"F32": "float32", "F16": "float16"}  # of a model whose weights have that type; of any other, bfloat16
 PIECE = 2**22  # bytes that are looked at together
@@ -99,7 +100,8 @@ def _read_model(path: Path, metadata: Mapping[str, Any],
         weights[location.entry.dtype] += prod(location.entry.shape)
     dtype = DTYPES.get(weights.most_common(1)[0][0] if weights else "", "bfloat16")
     try:
-        raw = gguf_config(metadata, {name: location.entry.shape for name, location in locations.items()})
+        raw = gguf_config(metadata, {name: location.entry.shape for name, location in locations.items()},
+                          _rope_freqs(locations))
         model = replace(read_model({**raw, "dtype": dtype}).trunk, dtype=dtype)  # heads are skipped
     except ConfigError as e:
         raise CheckpointError(f"{path}: {e.message}", e.cure or BELONG) from None
@@ -108,6 +110,17 @@ def _read_model(path: Path, metadata: Mapping[str, Any],
         raise CheckpointError(f"{path}: {model.num_layers} layers of up to {model.num_experts} experts: {count} "
                               f"tensors, want at most {MAX_TENSORS}", BELONG)
     return {**raw, "torch_dtype": dtype}, model
+
+
+def _rope_freqs(locations: Mapping[str, Location]) -> tuple[float, ...] | None:
+    """What frequencies are divided by, where a tensor has it."""
+    if ROPE_FREQS not in locations:
+        return None
+    shard, entry = locations[ROPE_FREQS].shard, locations[ROPE_FREQS].entry
+    if entry.dtype != "F32" or entry.nbytes > PIECE:
+        raise ConfigError(f"{ROPE_FREQS}: got {prod(entry.shape)} numbers in {entry.dtype}, want F32, one for each "
+                          "rotary pair")
+    return tuple(shard.read(entry, 0, entry.nbytes).view(torch.float32).tolist())
 
 
 def _files(path: Path, raw: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, bytes]:
@@ -129,7 +142,7 @@ def _account(path: Path, model: Model, locations: Mapping[str, Location]) -> tup
     for tensor in _tensors(model):
         _check_tensor(tensor, layout[tensor.name], locations)
     skipped = gguf_skipped(model, locations)
-    left = [name for name in locations if name not in wanted and name not in skipped]
+    left = [name for name in locations if name not in wanted and name not in skipped and name != ROPE_FREQS]
     if left:
         raise CheckpointError(f"{locations[left[0]].shard.file.path}: {left[0]}: not a tensor of this model "
                               f"({len(left)} such tensors)", "qmix would compute the model without it: give the model "
@@ -178,25 +191,36 @@ def _notes(path: Path, model: Model, layout: Layout, locations: Mapping[str, Loc
 
 
 def _inexact(model: Model, layout: Layout, locations: Mapping[str, Location]) -> list[str]:
-    """Unquantized tensors whose numbers the model's dtype does not all have; those that stay fp32 are none."""
-    dtype, found = getattr(torch, model.dtype), []
-    stay = {layout[t.name].name for t in model.tensors() if t.role == "choice_bias"}
-    stay |= {layout[t.name].name for key in model.expert_keys for t in model.expert_tensors(key)[3:]}
-    for name, location in locations.items():
+    """Unquantized tensors whose numbers, as the model has them, its dtype does not all have; those that stay fp32 are
+    none."""
+    dtype, found = getattr(torch, model.dtype), list[str]()
+    seen = set[str]()
+    for tensor in _tensors(model):
+        source = layout[tensor.name]
+        location = locations[source.name]
         kind = location.entry.dtype
-        if name in stay or kind not in ("F32", "F16", "BF16") or dtype in (torch.float32, TORCH_DTYPES[kind]):
+        stays = tensor.role in WIDE or (tensor.role == "bias" and ".experts." in tensor.name)
+        if stays or source.name in seen or kind not in ("F32", "F16", "BF16") \
+                or dtype in (torch.float32, TORCH_DTYPES[kind]):
             continue
-        if not _exact(location, dtype):
-            found.append(name)
+        seen.add(source.name)
+        if not _exact(location, source, dtype):
+            found.append(source.name)
     return found
 
 
-def _exact(location: Location, dtype: torch.dtype) -> bool:
-    """Whether `dtype` has all numbers of a plain tensor; read piece by piece, up to the first that it lacks."""
+def _exact(location: Location, source: Source, dtype: torch.dtype) -> bool:
+    """Whether `dtype` has all numbers of a plain tensor, after steps that change them; read piece by piece, up to the
+    first that it lacks, where there are none."""
     entry = location.entry
+    if source.computes:
+        return _has(dtype, read(location, source, dtype=torch.float32))
     for begin in range(0, entry.nbytes, PIECE):
         raw = location.shard.read(entry, begin, min(PIECE, entry.nbytes - begin))
-        numbers = raw.view(TORCH_DTYPES[entry.dtype]).float()
-        if not torch.equal(numbers, numbers.to(dtype).float()):
+        if not _has(dtype, raw.view(TORCH_DTYPES[entry.dtype]).float()):
             return False
     return True
+
+
+def _has(dtype: torch.dtype, numbers: torch.Tensor) -> bool:
+    return torch.equal(numbers, numbers.to(dtype).float())

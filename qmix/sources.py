@@ -19,8 +19,23 @@ from qmix.formats.ggml.tables import mxfp4_blocks
 from qmix.formats.mxfp4 import Blocks
 from qmix.gguf.types import BY_NAME
 from qmix.models import Source, Step
-from qmix.models.source import Index, Pairs, PerHead, Rows, Squeeze, Strided, Transpose
+from qmix.models.source import (
+    ARITHMETIC,
+    ColumnsPerHead,
+    Index,
+    LogOfNegative,
+    OneRow,
+    Pairs,
+    PerHead,
+    Plus,
+    Rows,
+    Squeeze,
+    Strided,
+    Transpose,
+)
 from qmix.shards import Location
+
+EXP = 2.0**-22  # more than exp in fp32 is off by, as a part of the number
 
 
 def read(location: Location, source: Source, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
@@ -28,7 +43,7 @@ def read(location: Location, source: Source, out: Tensor | None = None, dtype: t
     location: of the tensor `source.name`, whose shape `source` was checked for."""
     entry = location.entry
     first, shape, rest = narrow(entry.shape, source.steps)
-    if dtype is not None and TORCH_DTYPES.get(entry.dtype) != dtype:
+    if dtype is not None and (source.computes or TORCH_DTYPES.get(entry.dtype) != dtype):
         return _decoded(location, first, shape, rest, out, dtype)
     dtype = TORCH_DTYPES[entry.dtype]
     item, count = dtype.itemsize, prod(shape)
@@ -47,7 +62,8 @@ def _decoded(location: Location, first: int, shape: tuple[int, ...], rest: tuple
              dtype: torch.dtype) -> Tensor:
     """As `read`, of numbers that the file has in another type of ggml's; read and decoded piece by piece."""
     kind = BY_NAME[location.entry.dtype]
-    target = torch.empty(shape, dtype=dtype) if rest or out is None else out.view(dtype).view(shape)
+    exact = torch.float32 if any(isinstance(step, ARITHMETIC) for step in rest) else dtype
+    target = torch.empty(shape, dtype=exact) if rest or out is None else out.view(dtype).view(shape)
     flat, step = target.view(-1), ggml.PIECE // kind.weights * kind.weights
     for start in range(0, len(flat), step):
         piece = flat[start:start + step]
@@ -57,7 +73,7 @@ def _decoded(location: Location, first: int, shape: tuple[int, ...], rest: tuple
     if not rest:
         return target
     found = apply(target, rest)
-    return found.contiguous() if out is None else out.view(dtype).view(found.shape).copy_(found)
+    return found.to(dtype).contiguous() if out is None else out.view(dtype).view(found.shape).copy_(found)
 
 
 def read_mxfp4(location: Location, source: Source) -> Blocks:
@@ -70,18 +86,23 @@ def read_mxfp4(location: Location, source: Source) -> Blocks:
     return mxfp4_blocks(raw.view(shape[0], -1, kind.nbytes))
 
 
-def keeps_rows(source: Source) -> bool:
-    """Whether the model's tensor has whole rows of the file's: then so have blocks along these."""
-    return all(isinstance(step, Index | Rows | Strided | Pairs | PerHead) for step in source.steps)
+def keeps_blocks(source: Source, columns: int) -> bool:
+    """Whether blocks of so many columns of the file's tensor are blocks of the model's: its rows are whole, and columns
+    move only in whole blocks."""
+    return all(isinstance(step, Index | Rows | Strided | Pairs | PerHead)
+               or (isinstance(step, ColumnsPerHead) and all(size % columns == 0 for size in step.sizes))
+               for step in source.steps)
 
 
 def read_carried(location: Location, source: Source) -> CarriedBlocks:
-    """A matrix of a GGUF file in a type that a store has too, its blocks as they are. `keeps_rows`."""
+    """A matrix of a GGUF file in a type that a store has too, its blocks as they are. `keeps_blocks`."""
     kind = BY_NAME[location.entry.dtype]
     first, shape, rest = narrow(location.entry.shape, source.steps)
     raw = location.shard.read(location.entry, first // kind.weights * kind.nbytes,
                               prod(shape) // kind.weights * kind.nbytes)
-    return CarriedBlocks(kind.name.lower(), apply(raw.view(shape[0], -1, kind.nbytes), rest).contiguous())
+    of_blocks = tuple(ColumnsPerHead(step.heads, tuple(size // kind.weights for size in step.sizes))
+                      if isinstance(step, ColumnsPerHead) else step for step in rest)
+    return CarriedBlocks(kind.name.lower(), apply(raw.view(shape[0], -1, kind.nbytes), of_blocks).contiguous())
 
 
 def read_blocks(codes: Location, scales: Location, sources: Sequence[Source]) -> list[Blocks]:
@@ -131,7 +152,28 @@ def apply(tensor: Tensor, steps: tuple[Step, ...]) -> Tensor:
             tensor = tensor.unflatten(0, (step.heads, -1, 2)).transpose(1, 2).flatten(0, 2)
         elif isinstance(step, Squeeze):
             tensor = tensor.squeeze(step.dim)
+        elif isinstance(step, OneRow):
+            tensor = tensor.reshape(1, -1)
         elif isinstance(step, PerHead):
-            heads = tensor.unflatten(0, (step.heads, sum(step.sizes)))
-            tensor = torch.cat([part.flatten(0, 1) for part in heads.split(step.sizes, dim=1)])
+            tensor = torch.cat((tensor[:step.before], _per_head(tensor[step.before:], step)))
+        elif isinstance(step, ColumnsPerHead):
+            tensor = _per_head(tensor.transpose(0, 1), step).transpose(0, 1)
+        elif isinstance(step, Plus):
+            tensor = tensor + step.number
+        elif isinstance(step, LogOfNegative):
+            tensor = _log_of_negative(tensor)
     return tensor
+
+
+def _per_head(rows: Tensor, step: PerHead | ColumnsPerHead) -> Tensor:
+    heads = rows.unflatten(0, (step.heads, sum(step.sizes)))
+    return torch.cat([part.flatten(0, 1) for part in heads.split(step.sizes, dim=1)])
+
+
+def _log_of_negative(tensor: Tensor) -> Tensor:
+    """fp32 [N]. exp rounds, so that several numbers have one exponential; of these the one that bfloat16 has, where it
+    has one, as checkpoints in that dtype do."""
+    found = torch.log(-tensor.double())
+    short = found.bfloat16().double()
+    same = (short.exp() / -tensor.double() - 1).abs() < EXP
+    return torch.where(same, short, found).float()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import gguf_late_models
 import k_blocks
 import numpy as np
 import torch
@@ -18,7 +19,10 @@ from torch import Tensor
 
 ARCHITECTURES = {"mixtral": gguf.MODEL_ARCH.LLAMA, "mistral": gguf.MODEL_ARCH.LLAMA,
                  "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE, "olmoe": gguf.MODEL_ARCH.OLMOE,
-                 "glm4_moe": gguf.MODEL_ARCH.GLM4_MOE, "gpt_oss": gguf.MODEL_ARCH.GPT_OSS}
+                 "glm4_moe": gguf.MODEL_ARCH.GLM4_MOE, "gpt_oss": gguf.MODEL_ARCH.GPT_OSS,
+                 "qwen3_next": gguf.MODEL_ARCH.QWEN3NEXT, "qwen3_5_moe": gguf.MODEL_ARCH.QWEN35MOE,
+                 "gemma4": gguf.MODEL_ARCH.GEMMA4}
+DELTA = ("qwen3_next", "qwen3_5_moe")
 YARN = {"rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "original_max_position_embeddings": 4096,
         "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
 # What GGUF files cannot say, as published models have it.
@@ -27,7 +31,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "mixtral": {"rms_norm_eps": 1e-6}, "mistral": {}, "qwen3_moe": {"mlp_only_layers": []},
         "olmoe": {"eos_token_id": 2}, "glm4_moe": {"use_qk_norm": True, "routed_scaling_factor": 2.5,
                                                  "num_nextn_predict_layers": 0},
-        "gpt_oss": {"swiglu_limit": 7.0, "rope_parameters": YARN, "num_hidden_layers": 2}}.items()}
+        "gpt_oss": {"swiglu_limit": 7.0, "rope_parameters": YARN, "num_hidden_layers": 2},
+        "qwen3_next": {"linear_value_head_dim": 32, "shared_expert_intermediate_size": 64}, "gemma4": {},
+        "qwen3_5_moe": {"linear_key_head_dim": 16, "linear_value_head_dim": 32,
+                        "shared_expert_intermediate_size": 64}}.items()}
+NO_MATRICES = ("mlp.gate.weight", "router.weight", "router.proj.weight", "shared_expert_gate.weight", "conv1d.weight",
+               "_bias")
 
 
 def permuted(rows: Tensor, heads: int) -> Tensor:
@@ -38,7 +47,9 @@ def permuted(rows: Tensor, heads: int) -> Tensor:
 
 def tensors(model: Any, kind: str, experts: str = "fused") -> dict[str, Tensor]:
     """{GGUF's name: tensor} of transformers' model. experts: "fused", gate and up each in one tensor a layer; "joined",
-    both in one; "single", as Mixtral's files had them at first."""
+    both in one; "single", as Mixtral's files had them at first; "legacy", q, k, v and z of Qwen3-Next in one."""
+    if kind in DELTA or kind == "gemma4":
+        return gguf_late_models.tensors(model, ARCHITECTURES[kind], experts)
     config = model.config
     names = gguf.get_tensor_name_map(ARCHITECTURES[kind], config.num_hidden_layers)
     found: dict[str, Tensor] = {}
@@ -61,7 +72,7 @@ def tensors(model: Any, kind: str, experts: str = "fused") -> dict[str, Tensor]:
 
 def _experts(name: str, tensor: Tensor, kind: str, experts: str) -> dict[str, Tensor]:
     """Gate above up [E, 2F, H]; of gpt-oss [E, H, 2F], in turns."""
-    prefix = f"blk.{name.split('.')[2]}.ffn_"
+    prefix = f"blk.{name.partition('layers.')[2].split('.')[0]}.ffn_"
     own = name.rpartition(".")[2].removesuffix("_bias")
     what = "bias" if name.endswith("_bias") else "weight"
     if kind == "gpt_oss" and what == "weight":
@@ -77,7 +88,7 @@ def _experts(name: str, tensor: Tensor, kind: str, experts: str) -> dict[str, Te
 
 def is_matrix(name: str, tensor: Tensor) -> bool:
     """What a converter quantizes: all matrices but routers."""
-    return tensor.dim() > 1 and "ffn_gate_inp" not in name and not name.endswith(".bias")
+    return tensor.dim() > 1 and "ffn_gate_inp" not in name and "ssm_conv1d" not in name and not name.endswith(".bias")
 
 
 def encoded(name: str, tensor: Tensor, type_of: Callable[[str], str]) -> tuple[np.ndarray, Any]:
@@ -123,6 +134,9 @@ def finish(writer: Any) -> None:
 
 
 def _add_sizes(writer: Any, config: Any, kind: str) -> None:
+    if kind in DELTA or kind == "gemma4":
+        gguf_late_models.add_sizes(writer, config, kind)
+        return
     heads, rope = config.num_attention_heads, config.rope_parameters
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     writer.add_context_length(config.max_position_embeddings)
@@ -168,9 +182,8 @@ def reread(model: Any, kind: str, type_name: str, dtype: torch.dtype) -> Any:
     they are arranged does not matter."""
     number = gguf.GGMLQuantizationType[type_name]
     for name, tensor in model.state_dict().items():
-        router = name.endswith(("mlp.gate.weight", "router.weight"))
         turned = kind == "gpt_oss" and name.endswith("_proj") and ".experts." in name
-        if tensor.dim() > 1 and not router and not name.endswith("_bias"):
+        if tensor.dim() > 1 and not name.endswith(NO_MATRICES):
             rows = (tensor.transpose(1, 2) if turned else tensor).float().contiguous()
             exact = torch.from_numpy(np.array(gguf.dequantize(gguf.quantize(rows.numpy(), number), number)))
             exact = exact.view(rows.shape)

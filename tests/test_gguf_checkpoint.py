@@ -18,6 +18,7 @@ import gguf_models as models
 import numpy as np
 from architectures import quantized, random_model
 from architectures import write as write_safetensors
+from gguf_late_models import reversible
 from helpers import UNQUANTIZED
 
 from qmix import gguf_checkpoint
@@ -44,7 +45,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "Q
 
 @cache
 def model_of(kind: str, dtype: torch.dtype) -> Any:
-    return random_model(models.CONFIGS[kind], dtype)
+    return reversible(random_model(models.CONFIGS[kind], dtype))
 
 
 def same_store(one: Path, two: Path) -> None:
@@ -58,7 +59,7 @@ def same_store(one: Path, two: Path) -> None:
 
 def compare(tmp_path: Path, kind: str, type_name: str, **how: Any) -> Checkpoint:
     dtype = DTYPES[type_name]
-    model = random_model(models.CONFIGS[kind], dtype) if type_name == "Q8_0" else model_of(kind, dtype)
+    model = reversible(random_model(models.CONFIGS[kind], dtype)) if type_name == "Q8_0" else model_of(kind, dtype)
     path = models.write(tmp_path / "m.gguf", model, kind, lambda name: type_name, **how)
     if type_name == "Q8_0":
         models.reread(model, kind, type_name, dtype)
@@ -69,7 +70,8 @@ def compare(tmp_path: Path, kind: str, type_name: str, **how: Any) -> Checkpoint
 
 @pytest.mark.parametrize("kind, type_name", [
     ("mixtral", "F32"), ("mixtral", "F16"), ("mixtral", "Q8_0"), ("mistral", "F16"), ("qwen3_moe", "Q8_0"),
-    ("olmoe", "BF16"), ("glm4_moe", "Q8_0"), ("gpt_oss", "Q8_0")])
+    ("olmoe", "BF16"), ("glm4_moe", "Q8_0"), ("gpt_oss", "Q8_0"), ("qwen3_next", "BF16"), ("qwen3_next", "Q8_0"),
+    ("qwen3_5_moe", "F32"), ("qwen3_5_moe", "Q8_0"), ("gemma4", "BF16"), ("gemma4", "Q8_0")])
 def test_the_store_is_that_of_the_same_weights(tmp_path: Path, kind: str, type_name: str) -> None:
     with compare(tmp_path, kind, type_name) as checkpoint:
         assert quantized_types(checkpoint) == (["Q8_0"] if type_name == "Q8_0" else [])
@@ -218,7 +220,8 @@ def changed(key: str, value: Any, kind: Any = gguf.GGUFValueType.UINT32) -> Call
     ({"keys": changed("tokenizer.ggml.eom_token_id", 512)}, "tokenizer.ggml.eom_token_id: got 512, want less than 512"),
     ({"left_out": ("blk.1.ffn_norm.weight",)}, "blk.1.ffn_norm.weight: missing (1 of"),
     ({"left_out": ("token_embd.weight",)}, "token_embd.weight: missing"),
-    ({"rope_freqs__weight": torch.ones(8)}, "rope_freqs.weight: not a tensor of this model (1 such"),
+    ({"rope_freqs__weight": torch.ones(7)}, "rope_freqs.weight: got 7, want 8 numbers"),
+    ({"rope_factors__weight": torch.ones(8)}, "rope_factors.weight: not a tensor of this model (1 such"),
 ])
 def test_refused_by_name(tmp_path: Path, how: dict[str, Any], said: str) -> None:
     path = models.write(tmp_path / "m.gguf", model_of("mixtral", torch.float32), "mixtral", **how)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tokenizer_families as families
 from tokenizer_files import CHATML, DEMO_TEMPLATE, ROLES, spm_model, write_folder
+from tokenizer_gemma import gemma
 from tokenizer_glm import glm
 from tokenizer_harmony import harmony
 from tokenizer_qwen3 import olmoe, qwen3
@@ -107,6 +108,44 @@ def test_bpe_gives_the_same_ids(tmp_path: Path, kind: str) -> None:
     assert {*ours.eos_ids} <= {*original.eos_ids}
 
 
+def of_gemma(folder: Path) -> dict[str, Any]:
+    """As of_json; tokens of channels and tools, which llama.cpp shows, are user-defined, and no name says how texts are
+    cut."""
+    found = of_json(folder, "")
+    shown = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>",
+             '<|"|>')
+    kinds = zip(found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"], strict=True)
+    found["tokenizer.ggml.token_type"] = tuple(
+        4 if text in shown else 2 if text == "<unk>" else 6 if text.startswith("<0x") else kind for text, kind in kinds)
+    del found["tokenizer.ggml.pre"]
+    return {**found, "tokenizer.ggml.model": "gemma4", "tokenizer.ggml.add_bos_token": True,
+            "tokenizer.ggml.add_space_prefix": False, "tokenizer.ggml.unknown_token_id": 3}
+
+
+def test_gemma_gives_the_same_ids(tmp_path: Path) -> None:
+    folder = gemma(tmp_path / "original")
+    ours, original = loaded(tmp_path / "ours", of_gemma(folder), "gemma4_text"), load(folder)
+    assert ours.bos_id == original.bos_id and ours.template_name == original.template_name
+    for text in (*texts(), "<|channel>thought\nhm<channel|>", "<unk><mask>\n\n\n\n \n"):
+        assert ours.encode(text) == original.encode(text), text
+        assert ours.decode(ours.encode(text)) == original.decode(original.encode(text))
+    chat = [Message("user", "Why <turn|> is it blue?"), Message("assistant", "It is."), Message("user", " So? ")]
+    assert ours.encode_chat(chat) == original.encode_chat(chat)
+    assert {*ours.eos_ids} <= {*original.eos_ids} and len(ours.eos_ids) > 1
+    assert ours.headers == original.headers and len(ours.headers) > 1  # the format of Gemma's answers
+
+
+def test_a_text_that_gemma_has_twice(tmp_path: Path) -> None:
+    """The last id is what a text becomes, as in llama.cpp."""
+    found = of_gemma(gemma(tmp_path / "original"))
+    first = found["tokenizer.ggml.tokens"].index("a")
+    ours = loaded(tmp_path / "ours", {**found, "tokenizer.ggml.tokens": (*found["tokenizer.ggml.tokens"], "a"),
+                                      "tokenizer.ggml.token_type": (*found["tokenizer.ggml.token_type"], 1)})
+    last = len(found["tokenizer.ggml.tokens"])
+    assert last in ours.encode("x a") and first not in ours.encode("x a") and ours.decode(ours.encode("x a")) == "x a"
+    assert ours.decode([first]) == ""
+
+
 @pytest.mark.parametrize("spaces", [True, False])
 def test_sentencepiece_gives_the_same_ids(tmp_path: Path, spaces: bool) -> None:
     data = spm_model(dummy_prefix=spaces)
@@ -142,6 +181,7 @@ def test_named_templates(tmp_path: Path) -> None:
 
 def test_without_a_tokenizer() -> None:
     assert tokenizer_files({"general.architecture": "llama"}) == {}
+    assert tokenizer_files({"general.architecture": "llama", "tokenizer.ggml.model": "none"}) == {}
 
 
 SPM: dict[str, Any] = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": ("<unk>", "a"),

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from qmix.errors import ConfigError
-from qmix.gguf.vocabulary import CONTROL, REFETCH, UNUSED, USER_DEFINED, Vocabulary
+from qmix.gguf.vocabulary import CONTROL, REFETCH, UNKNOWN, UNUSED, USER_DEFINED, Vocabulary
 from qmix.models import Keys
 
 _ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -55,6 +55,31 @@ def bpe_json(keys: Keys, prefix: str, vocabulary: Vocabulary, bos: int | None, a
         raise ConfigError(f"{prefix}pre: got {name!r:.40}, want {' or '.join(map(repr, CUTS))}",
                           "give the model as safetensors with its own tokenizer.json" if name is not None else
                           "the file was converted before this key came: fetch a newer one")
+    normalizer = {"type": "NFC"} if cut.nfc else None
+    begins = cut.bos if add_bos is None else add_bos
+    return _written(keys, prefix, vocabulary, bos if begins else None, {CONTROL}, {
+        "normalizer": normalizer, "pre_tokenizer": _pre_tokenizer(cut), "post_processor": _byte_level(),
+        "decoder": _byte_level()}, {"ignore_merges": cut.whole})
+
+
+def gemma_json(keys: Keys, prefix: str, vocabulary: Vocabulary, bos: int | None, add_bos: bool | None) -> bytes:
+    """The same of tokenizer.ggml.model "gemma4": BPE of characters, with bytes for those that are no token; a space is
+    U+2581. Control tokens that llama.cpp shows, as those of channels and tools, are user-defined there."""
+    keys.get(f"{prefix}pre", None)
+    unknown = next((text for text, kind in zip(vocabulary.texts, vocabulary.kinds, strict=True) if kind == UNKNOWN),
+                   "<unk>")
+    space = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
+    return _written(keys, prefix, vocabulary, None if add_bos is False else bos, {CONTROL, USER_DEFINED, UNKNOWN}, {
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+        "pre_tokenizer": None, "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": [space, {"type": "ByteFallback"}, {"type": "Fuse"}]}},
+        {"unk_token": unknown, "fuse_unk": True, "byte_fallback": True})
+
+
+def _written(keys: Keys, prefix: str, vocabulary: Vocabulary, bos: int | None, special: set[int],
+             parts: Mapping[str, Any], model: Mapping[str, Any]) -> bytes:
+    """A tokenizer.json. bos: the id that begins a text, None where none does; special: kinds of tokens; parts, model:
+    what it has beside tokens and merges."""
     texts, kinds = vocabulary.texts, vocabulary.kinds
     pairs = [_pair(merge, prefix) for merge in keys.texts(f"{prefix}merges")]
     vocab = {text: i for i, text in enumerate(texts) if kinds[i] != UNUSED}
@@ -62,16 +87,15 @@ def bpe_json(keys: Keys, prefix: str, vocabulary: Vocabulary, bos: int | None, a
     if lost is not None:
         raise ConfigError(f"{prefix}merges: {' '.join(lost)!r:.60}: of a token that is not there", REFETCH)
     added = [{"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-              "special": kinds[i] == CONTROL}
-             for i, text in enumerate(texts) if kinds[i] in (CONTROL, USER_DEFINED) and text]
-    begins = texts[bos] if bos is not None and (cut.bos if add_bos is None else add_bos) else None
+              "special": kinds[i] in special}
+             for i, text in enumerate(texts) if kinds[i] in special | {USER_DEFINED} and text]
     found = {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
-        "normalizer": {"type": "NFC"} if cut.nfc else None, "pre_tokenizer": _pre_tokenizer(cut),
-        "post_processor": _byte_level() if begins is None else _template(begins, bos), "decoder": _byte_level(),
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, **parts,
         "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": cut.whole,
-                  "vocab": vocab, "merges": pairs}}
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                  **model, "vocab": vocab, "merges": pairs}}
+    if bos is not None:
+        found["post_processor"] = _template(texts[bos], bos)
     return json.dumps(found, ensure_ascii=False).encode()
 
 
@@ -94,7 +118,7 @@ def _pre_tokenizer(cut: Cut) -> dict[str, Any]:
     return {"type": "Sequence", "pretokenizers": [split, _byte_level()]}
 
 
-def _template(begins: str, bos: int | None) -> dict[str, Any]:
+def _template(begins: str, bos: int) -> dict[str, Any]:
     """BOS in front of every text."""
     special, sequence = {"SpecialToken": {"id": begins, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
     second = {"Sequence": {"id": "B", "type_id": 0}}

@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 
 from qmix.errors import ConfigError
 from qmix.gguf.vocabulary import CONTROL
-from qmix.models.gguf import EMBEDDING, WITH_EXPERTS, Shapes
+from qmix.models.gguf import EMBEDDING, ROPE_FREQS, WITH_EXPERTS, Shapes
 from qmix.models.keys import Keys
 from qmix.models.registry import ARCHITECTURES
 from qmix.models.source import Layout
@@ -39,8 +39,10 @@ class GgufArchitecture(Protocol):
         """As `layouts` of the architecture."""
 
 
-def gguf_config(metadata: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
-    """The config.json of a GGUF file; ConfigError names the key at fault, or an architecture that is not known."""
+def gguf_config(metadata: Mapping[str, Any], shapes: Shapes, rope_freqs: tuple[float, ...] | None = None
+                ) -> dict[str, Any]:
+    """The config.json of a GGUF file; ConfigError names the key at fault, or an architecture that is not known.
+    rope_freqs: the numbers of that tensor, where the file has it."""
     general = Keys(metadata)
     kind = general.get("general.architecture", None)
     name = f"{kind}{WITH_EXPERTS}" if kind == "llama" and metadata.get("llama.expert_count") else kind
@@ -54,6 +56,8 @@ def gguf_config(metadata: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
     prefix = f"{kind}."
     scope = {key.removeprefix(prefix): _plain(value) for key, value in metadata.items() if key.startswith(prefix)}
     scope |= {key: value[0] for key in UNIFORM if isinstance(value := scope.get(key), tuple) and len({*value}) == 1}
+    if rope_freqs is not None:
+        scope[ROPE_FREQS] = rope_freqs
     keys = Keys(scope, prefix)
     config = known[name].gguf_config(keys, shapes)
     keys.fixed("attention.causal", True)

@@ -2,6 +2,7 @@
 
     tokenizer.ggml.model "llama"   tokenizer.model: pieces, scores and types are those of sentencepiece
     tokenizer.ggml.model "gpt2"    tokenizer.json: byte-level BPE; tokenizer.ggml.pre names how texts are cut (bpe.py)
+    tokenizer.ggml.model "gemma4"  tokenizer.json: BPE of characters
     tokenizer.chat_template        chat_template.jinja; tokenizer.chat_template.NAME in additional_chat_templates
 
 and tokenizer_config.json, which names the tokens with a role. Errors are ConfigError naming the key.
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qmix.errors import ConfigError
-from qmix.gguf.bpe import bpe_json
+from qmix.gguf.bpe import bpe_json, gemma_json
 from qmix.gguf.sentencepiece import model_proto
 from qmix.gguf.vocabulary import Vocabulary
 from qmix.modelfiles import (
@@ -39,12 +40,12 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
     """{name: bytes} of the files; {} where the GGUF file has no tokenizer."""
     keys = Keys(metadata)
     kind = keys.get(MODEL, None)
-    if kind is None:
+    if kind in (None, "none"):
         return {}
-    if kind not in ("llama", "gpt2"):
-        raise ConfigError(f"{MODEL}: got {kind!r:.40}, want 'llama' or 'gpt2'",
+    if kind not in ("llama", "gpt2", "gemma4"):
+        raise ConfigError(f"{MODEL}: got {kind!r:.40}, want 'llama', 'gpt2' or 'gemma4'",
                           "give the model as safetensors with its own tokenizer files")
-    vocabulary = Vocabulary.read(keys, PREFIX)
+    vocabulary = Vocabulary.read(keys, PREFIX, twice=kind == "gemma4")
     roles = _roles(keys, vocabulary)
     bos, add_bos = roles.get("bos"), _flag(keys, "add_bos_token")
     config: dict[str, Any] = {f"{role}_token": vocabulary.texts[i] for role, i in roles.items()}
@@ -55,7 +56,8 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
                                             _flag(keys, "remove_extra_whitespaces") is True, f"{PREFIX}token_type")}
     else:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        files = {TOKENIZER_JSON: bpe_json(keys, PREFIX, vocabulary, bos, add_bos)}
+        write = gemma_json if kind == "gemma4" else bpe_json
+        files = {TOKENIZER_JSON: write(keys, PREFIX, vocabulary, bos, add_bos)}
     return {**files, TOKENIZER_CONFIG: json.dumps(config, ensure_ascii=False).encode(), **_templates(keys)}
 
 

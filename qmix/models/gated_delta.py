@@ -53,12 +53,12 @@ NAMES = {
 
 
 def gated_attention_sources(mixer: Attention, name: str) -> dict[str, Source]:
-    """Of q and its gate, which lie head by head in one tensor; name: of the layer in the checkpoint."""
+    """Of q and its gate, which lie head by head in one tensor; name: of that in the checkpoint, without ".weight"."""
     rows, found = mixer.heads * mixer.head_dim, {}
     apart = PerHead(mixer.heads, (mixer.head_dim, mixer.head_dim))
     for part, begin in (("q", 0), ("gate", rows)):
         steps = apart, Rows(begin, begin + rows, 2 * rows)
-        found[f"attention.{part}"] = Source(f"{name}self_attn.q_proj.weight", steps)
+        found[f"attention.{part}"] = Source(f"{name}.weight", steps)
         if mixer.bias != "none":
-            found[f"attention.{part}_bias"] = Source(f"{name}self_attn.q_proj.bias", steps)
+            found[f"attention.{part}_bias"] = Source(f"{name}.bias", steps)
     return found

@@ -13,6 +13,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from qmix.models.gguf_gemma4 import GGUF as GGUF
+from qmix.models.gguf_gemma4 import gguf_config as gguf_config
+from qmix.models.gguf_gemma4 import gguf_layouts as gguf_layouts
 from qmix.models.keys import MOST_EXPERTS, MOST_LAYERS, Keys
 from qmix.models.parts import LLAMA, dense_layout, expert_layout, fused_layout, read_dtype, read_text, read_tied
 from qmix.models.source import Layout

@@ -6,6 +6,7 @@ E experts, F expert inner, H hidden.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +19,9 @@ from qmix.spec import Attention, ExpertKey, Model, Moe
 Shapes = Mapping[str, tuple[int, ...]]  # of the file's tensors, rows first
 
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+ROPE_FREQS = "rope_freqs.weight"  # what each frequency is divided by; its numbers are among the metadata's keys
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # as published
+SAME = 1e-5  # as a part of a factor: computed in fp32
 TOP = {"embedding": EMBEDDING, "final_norm": "output_norm.weight", "head": HEAD}
 NAMES = {  # behind "blk.N."
     "before_mixer": "attn_norm.weight", "before_mlp": "ffn_norm.weight",
@@ -35,8 +39,8 @@ SINGLE = re.compile(r"blk\.\d+\.ffn_\w+\.(\d+)\.weight")
 WITH_EXPERTS = " with experts"  # llama.cpp calls Mixtral llama
 
 
-def base_config(keys: Keys, shapes: Shapes) -> dict[str, Any]:
-    """The sizes that every decoder has, in config.json's words."""
+def base_config(keys: Keys, shapes: Shapes, kv_heads: int | None = None) -> dict[str, Any]:
+    """The sizes that every decoder has, in config.json's words. kv_heads: where it is not one number."""
     hidden, heads = keys.count("embedding_length"), keys.count("attention.head_count")
     head_dim = keys.count("attention.key_length", hidden // heads if hidden % heads == 0 else REQUIRED)
     value = keys.count("attention.value_length", head_dim)
@@ -44,7 +48,8 @@ def base_config(keys: Keys, shapes: Shapes) -> dict[str, Any]:
     layers = keys.count("block_count", most=MOST_LAYERS)
     keys.want(layers <= len(shapes), "block_count", layers, f"at most {len(shapes)}, the tensors of the file")
     return {"vocab_size": shapes[EMBEDDING][0], "hidden_size": hidden, "num_hidden_layers": layers,
-            "num_attention_heads": heads, "num_key_value_heads": keys.count("attention.head_count_kv", heads),
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads or keys.count("attention.head_count_kv", heads),
             "head_dim": head_dim, "max_position_embeddings": keys.count("context_length"),
             "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon", above=0), "hidden_act": "silu",
             "tie_word_embeddings": HEAD not in shapes}
@@ -72,6 +77,8 @@ def rope_config(keys: Keys, rotated: int, **further: Any) -> dict[str, Any]:
         keys.fixed(f"rope.scaling.{name}", 1, *((-1,) if name == "yarn_ext_factor" else ()))
     if kind == "none":
         keys.harmless("rope.scaling.factor", "rope.scaling.original_context_length")
+        if ROPE_FREQS in keys:
+            found |= _divided(keys, rotated, found["rope_theta"])
         return {"rope_parameters": found}
     found |= {"rope_type": kind, "factor": keys.number("rope.scaling.factor", old or REQUIRED, above=0)}
     if kind == "yarn":
@@ -81,6 +88,39 @@ def rope_config(keys: Keys, rotated: int, **further: Any) -> dict[str, Any]:
     else:
         keys.harmless("rope.scaling.original_context_length")
     return {"rope_parameters": found}
+
+
+def rope_factors(keys: Keys, rotated: int) -> tuple[float, ...]:
+    """What each frequency of a head with `rotated` dimensions is divided by, as a tensor of the file has it."""
+    factors = keys.numbers(ROPE_FREQS)
+    keys.want(len(factors) == rotated // 2, ROPE_FREQS, len(factors),
+              f"{rotated // 2} numbers, one for each rotary pair")
+    keys.want(min(factors) > 0, ROPE_FREQS, min(factors), "numbers > 0")
+    return factors
+
+
+def _divided(keys: Keys, rotated: int, theta: float) -> dict[str, Any]:
+    """Llama 3's scaling where the factors are those of it, as published, else the factors themselves, for all contexts
+    alike, as LongRoPE has them."""
+    factors = rope_factors(keys, rotated)
+    if {*factors} == {1.0}:
+        return {}
+    frequencies = [theta ** (-2 * i / rotated) for i in range(rotated // 2)]
+    if all(abs(found / want - 1) < SAME
+           for found, want in zip(factors, _llama3(frequencies, max(factors)), strict=True)):
+        return {"rope_type": "llama3", "factor": round(max(factors), 6), **LLAMA3}
+    return {"rope_type": "longrope", "short_factor": list(factors), "long_factor": list(factors),
+            "attention_factor": 1.0, "original_max_position_embeddings": keys.count("context_length")}
+
+
+def _llama3(frequencies: list[float], factor: float) -> list[float]:
+    low, high, original = LLAMA3.values()
+    found = []
+    for frequency in frequencies:
+        turns = original * frequency / (2 * math.pi)  # over the positions that the model was trained with first
+        smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
+        found.append(1 / ((1 - smooth) / factor + smooth))
+    return found
 
 
 def has_biases(shapes: Shapes) -> bool:

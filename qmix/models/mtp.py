@@ -49,7 +49,7 @@ def mtp_layouts(model: Model) -> tuple[Layout, ...]:
 def _dense(model: Model) -> Iterator[tuple[str, Source]]:
     at, mixer = f"layers.{model.num_layers}.", model.layer(model.num_layers).mixer
     assert isinstance(mixer, Attention)
-    gated = gated_attention_sources(mixer, LAYER)
+    gated = gated_attention_sources(mixer, f"{LAYER}self_attn.q_proj")
     for tensor in model.mtp_tensors():
         within = tensor.name.removeprefix(at)
         yield tensor.name, Source(TOP[tensor.name]) if tensor.name in TOP else \

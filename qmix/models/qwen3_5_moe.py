@@ -21,6 +21,8 @@ from qmix.models.gated_delta import (
     read_kinds,
     read_moe,
 )
+from qmix.models.gguf import Shapes
+from qmix.models.gguf_delta import delta_config, delta_layouts
 from qmix.models.keys import MOST_LAYERS, Keys
 from qmix.models.mtp import mtp_head as mtp_head
 from qmix.models.mtp import mtp_layouts as mtp_layouts
@@ -30,6 +32,7 @@ from qmix.models.source import Layout, Rows, Source, Squeeze
 from qmix.spec import DeltaNet, Layer, Mixer, Model, Norm, Norms, Rope
 
 MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
+GGUF = "qwen35moe"
 SKIPPED = re.compile(r"(model\.visual|mtp)\..+")  # mtp: a head that qmix has no description of
 
 
@@ -77,7 +80,8 @@ def _dense(model: Model, prefix: str) -> Layout:
     found = dense_layout(model, OWN, top, f"{prefix}layers.")
     for i, layer in enumerate(model.layers):
         mixer, name = layer.mixer, f"{prefix}layers.{i}."
-        sources = _delta_sources(mixer, name) if isinstance(mixer, DeltaNet) else gated_attention_sources(mixer, name)
+        sources = _delta_sources(mixer, name) if isinstance(mixer, DeltaNet) else \
+            gated_attention_sources(mixer, f"{name}self_attn.q_proj")
         found |= {f"layers.{i}.{part}": source for part, source in sources.items()}
     return found
 
@@ -89,6 +93,16 @@ def _delta_sources(mixer: DeltaNet, name: str) -> dict[str, Source]:
     found = {f"delta.{part}": Source(f"{name}linear_attn.in_proj_qkv.weight", (Rows(begin, end, of),))
              for part, (begin, end) in rows.items()}
     return {**found, "delta.conv": Source(f"{name}linear_attn.conv1d.weight", (Squeeze(1),))}
+
+
+def gguf_config(keys: Keys, shapes: Shapes) -> dict[str, Any]:
+    keys.harmless("rope.dimension_sections")  # of pictures
+    return {"model_type": "qwen3_5_moe_text", "architectures": ["Qwen3_5MoeForCausalLM"],
+            **delta_config(keys, shapes, "mtp_num_hidden_layers")}
+
+
+def gguf_layouts(model: Model) -> tuple[Layout, ...]:
+    return delta_layouts(model, tiled=True)
 
 
 TEXT: Mapping[str, Any] = {

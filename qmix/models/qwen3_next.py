@@ -19,15 +19,18 @@ from qmix.models.gated_delta import (
     read_kinds,
     read_moe,
 )
+from qmix.models.gguf import Shapes
+from qmix.models.gguf_delta import delta_config, delta_layouts
 from qmix.models.keys import MOST_LAYERS, Keys
 from qmix.models.mtp import mtp_head as mtp_head
 from qmix.models.mtp import mtp_layouts as mtp_layouts
 from qmix.models.parts import dense_layout, expert_layout, fused_layout, read_dtype, read_silu, read_sparse_layers
 from qmix.models.rope import read_rope
-from qmix.models.source import Layout, PerHead, Rows, Source, Squeeze
+from qmix.models.source import Layout, Source, Squeeze, per_head
 from qmix.spec import DeltaNet, Layer, Mixer, Mlp, Model, Norm, Norms
 
 MODEL_TYPES = ("qwen3_next",)
+GGUF = "qwen3next"
 SKIPPED = re.compile(r"mtp\..+")  # a head that qmix has no description of
 
 
@@ -58,7 +61,8 @@ def _dense(model: Model) -> Layout:
     found = dense_layout(model, NAMES)
     for i, layer in enumerate(model.layers):
         mixer, name = layer.mixer, f"model.layers.{i}."
-        sources = _delta_sources(mixer, name) if isinstance(mixer, DeltaNet) else gated_attention_sources(mixer, name)
+        sources = _delta_sources(mixer, name) if isinstance(mixer, DeltaNet) else \
+            gated_attention_sources(mixer, f"{name}self_attn.q_proj")
         found |= {f"layers.{i}.{part}": source for part, source in sources.items()}
     return found
 
@@ -66,17 +70,21 @@ def _dense(model: Model) -> Layout:
 def _delta_sources(mixer: DeltaNet, name: str) -> dict[str, Source]:
     """Of each key head its rows of q, k, v and z, in another tensor those of b and a: (v0 v1 belong to key head 0)
     [q0 k0 v0 v1 z0 z1 q1 k1 v2 v3 z2 z3]."""
-    of, found = mixer.value_heads // mixer.key_heads, {}
+    of, heads, name = mixer.value_heads // mixer.key_heads, mixer.key_heads, f"{name}linear_attn."
     wide = of * mixer.value_dim
-    for tensor, parts in (("qkvz", {"q": mixer.key_dim, "k": mixer.key_dim, "v": wide, "z": wide}),
-                          ("ba", {"b": of, "a": of})):
-        sizes, begin = tuple(parts.values()), 0
-        for part, size in parts.items():
-            rows = mixer.key_heads * size
-            found[f"delta.{part}"] = Source(f"{name}linear_attn.in_proj_{tensor}.weight", (
-                PerHead(mixer.key_heads, sizes), Rows(begin, begin + rows, mixer.key_heads * sum(sizes))))
-            begin += rows
-    return {**found, "delta.conv": Source(f"{name}linear_attn.conv1d.weight", (Squeeze(1),))}
+    qkvz = {"q": mixer.key_dim, "k": mixer.key_dim, "v": wide, "z": wide}
+    return {**per_head("delta.", f"{name}in_proj_qkvz.weight", heads, qkvz),
+            **per_head("delta.", f"{name}in_proj_ba.weight", heads, {"b": of, "a": of}),
+            "delta.conv": Source(f"{name}conv1d.weight", (Squeeze(1),))}
+
+
+def gguf_config(keys: Keys, shapes: Shapes) -> dict[str, Any]:
+    return {"model_type": "qwen3_next", "architectures": ["Qwen3NextForCausalLM"],
+            **delta_config(keys, shapes, "num_nextn_predict_layers"), "norm_topk_prob": True}
+
+
+def gguf_layouts(model: Model) -> tuple[Layout, ...]:
+    return delta_layouts(model, tiled=False)
 
 
 TINY = MappingProxyType[str, Any]({

@@ -74,17 +74,32 @@ class Transpose:
 
 @dataclass(frozen=True, slots=True)
 class PerHead:
-    """Rows lie head by head, each head's in parts of `sizes` rows; afterwards part by part, each for all heads.
+    """Rows lie head by head, each head's in parts of `sizes` rows; afterwards part by part, each for all heads. The
+    first `before` rows stay where they are.
 
     PerHead(2, (1, 2)): [q0 g0 g0' q1 g1 g1'] -> [q0 q1 g0 g0' g1 g1'].
     """
 
     heads: int
     sizes: tuple[int, ...]
+    before: int = 0
 
     def shape_out(self, shape: Shape) -> Shape:
-        rows = self.heads * sum(self.sizes)
+        rows = self.before + self.heads * sum(self.sizes)
         _fit(bool(shape) and shape[0] == rows, shape, f"{rows} rows")
+        return shape
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnsPerHead:
+    """As PerHead, of columns."""
+
+    heads: int
+    sizes: tuple[int, ...]
+
+    def shape_out(self, shape: Shape) -> Shape:
+        columns = self.heads * sum(self.sizes)
+        _fit(len(shape) == 2 and shape[1] == columns, shape, f"{columns} columns")
         return shape
 
 
@@ -114,6 +129,33 @@ class Squeeze:
 
 
 @dataclass(frozen=True, slots=True)
+class OneRow:
+    """[N] or [1, N] -> [1, N]: writers of GGUF files drop dimensions of 1."""
+
+    def shape_out(self, shape: Shape) -> Shape:
+        _fit(len(shape) == 1 or (len(shape) == 2 and shape[0] == 1), shape, "one row")
+        return 1, shape[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Plus:
+    """`number` is added to each, in fp32."""
+
+    number: float
+
+    def shape_out(self, shape: Shape) -> Shape:
+        return shape
+
+
+@dataclass(frozen=True, slots=True)
+class LogOfNegative:
+    """log(-x), of numbers below 0, in fp32: undoes -exp(x)."""
+
+    def shape_out(self, shape: Shape) -> Shape:
+        return shape
+
+
+@dataclass(frozen=True, slots=True)
 class Mxfp4:
     """Blocks of 4-bit codes, [R, G, 16] bytes, are R rows of 32 G numbers (qmix/formats/mxfp4.py). The last step of a
     source with scales, and of no other."""
@@ -123,7 +165,9 @@ class Mxfp4:
         return shape[0], 32 * shape[1]
 
 
-Step = Index | Rows | Strided | Transpose | PerHead | Pairs | Squeeze | Mxfp4
+ARITHMETIC = (Plus, LogOfNegative)  # steps that change numbers, not only their order
+Step = (Index | Rows | Strided | Transpose | PerHead | ColumnsPerHead | Pairs | Squeeze | OneRow | Plus | LogOfNegative
+        | Mxfp4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +183,11 @@ class Source:
     def names(self) -> tuple[str, ...]:
         """The tensors of the checkpoint that it needs."""
         return (self.name, self.scales) if self.scales else (self.name,)
+
+    @property
+    def computes(self) -> bool:
+        """Whether steps change numbers: these are then read in fp32."""
+        return any(isinstance(step, ARITHMETIC) for step in self.steps)
 
     @property
     def of_scales(self) -> Source:
@@ -157,3 +206,13 @@ Layout = Mapping[str, Source]  # by the canonical name of the model's tensor
 def halves(name: str, rows: int, *before: Step) -> tuple[Source, Source]:
     """Two tensors of `rows` rows each that lie one below the other in one."""
     return Source(name, (*before, Rows(0, rows, 2 * rows))), Source(name, (*before, Rows(rows, 2 * rows, 2 * rows)))
+
+
+def per_head(prefix: str, name: str, heads: int, parts: Mapping[str, int]) -> dict[str, Source]:
+    """Sources of `parts`, by the prefix and their names, that lie head by head in one tensor, of each so many rows."""
+    sizes, begin, found = tuple(parts.values()), 0, {}
+    for part, size in parts.items():
+        end = begin + heads * size
+        found[prefix + part] = Source(name, (PerHead(heads, sizes), Rows(begin, end, heads * sum(sizes))))
+        begin = end
+    return found
