@@ -18,14 +18,18 @@ from qmix.formats.carried import Blocks as CarriedBlocks
 from qmix.formats.ggml.tables import mxfp4_blocks
 from qmix.formats.mxfp4 import Blocks
 from qmix.gguf.types import BY_NAME
+from qmix.lowbit import Matrix
 from qmix.models import Source, Step
 from qmix.models.source import Index, Pairs, PerHead, Rows, Squeeze, Strided, Transpose
 from qmix.shards import Location
 
 
-def read(location: Location, source: Source, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+def read(location: Location | Matrix, source: Source, out: Tensor | None = None,
+         dtype: torch.dtype | None = None) -> Tensor:
     """The model's tensor in `dtype`, by default the file's: in `out`, uint8 of its bytes, by default in fresh memory.
     location: of the tensor `source.name`, whose shape `source` was checked for."""
+    if isinstance(location, Matrix):
+        return _decoded_matrix(location, source.steps, out, dtype or torch.float32)
     entry = location.entry
     first, shape, rest = narrow(entry.shape, source.steps)
     if dtype is not None and TORCH_DTYPES.get(entry.dtype) != dtype:
@@ -41,6 +45,19 @@ def read(location: Location, source: Source, out: Tensor | None = None, dtype: t
         return found.contiguous()
     target = out.view(dtype).view(found.shape)
     return target.copy_(found)
+
+
+def _decoded_matrix(matrix: Matrix, steps: tuple[Step, ...], out: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """As `read`, of quantized weights: the matrix is decoded as a whole, then the steps are done to it."""
+    at = None
+    if len(matrix.entry.shape) == 3:
+        first, *rest = steps
+        assert isinstance(first, Index)
+        at, steps = first.at, tuple(rest)
+    if not steps:
+        return matrix.read(at, dtype, None if out is None else out.view(dtype).view(matrix.entry.shape[-2:]))
+    found = apply(matrix.read(at, dtype), steps)
+    return found.contiguous() if out is None else out.view(dtype).view(found.shape).copy_(found)
 
 
 def _decoded(location: Location, first: int, shape: tuple[int, ...], rest: tuple[Step, ...], out: Tensor | None,

@@ -93,7 +93,7 @@ def all_work(source: Checkpoint, layout: StoreLayout) -> list[Work]:
     model = source.model
     item = TORCH_DTYPES[PLAIN_DTYPES[DTYPES[model.dtype]]].itemsize
     found = [Work(layout.dense[t.name], t.name, {"": layout.specs[t.name]}, {"": (source.published(t.name),)},
-                  source.nbytes_of(t.name, t.shape), carried=_carried(source, {"": (layout.specs[t.name], (t.name,))}))
+                  source.nbytes_of(t.name), carried=_carried(source, {"": (layout.specs[t.name], (t.name,))}))
              for t in model.tensors()]
     room = model.expert_numbers * item
     for key, region in layout.records.items():
