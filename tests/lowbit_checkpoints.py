@@ -41,7 +41,7 @@ def pack_words(codes: np.ndarray, bits: int) -> Tensor:
 def pack_stream(codes: np.ndarray, bits: int) -> Tensor:
     """GPTQ: along the first dimension, bit by bit."""
     k, columns = codes.shape
-    words = np.zeros((k * bits // 32, columns), np.int64)
+    words = np.zeros((-(-k * bits // 32), columns), np.int64)
     for i in range(k):
         for bit in range(bits):
             place = i * bits + bit
@@ -104,7 +104,10 @@ def int8(block: tuple[int, int], zeros: bool = False) -> Callable[..., Packed]:
 
 
 def pack_quantized(bits: int, group: int, zeros: bool = False, actorder: bool = False,
-                   dtype: torch.dtype = torch.bfloat16) -> Callable[..., Packed]:
+                   dtype: torch.dtype = torch.bfloat16, stream: bool = True) -> Callable[..., Packed]:
+    def pack(codes: np.ndarray) -> Tensor:
+        return pack_stream(codes.T, bits).T.contiguous() if stream else pack_words(codes, bits)
+
     def packer(w: Tensor, random: torch.Generator) -> Packed:
         n, k = w.shape
         groups, middle = -(-k // (group or k)), 2 ** (bits - 1)
@@ -117,11 +120,11 @@ def pack_quantized(bits: int, group: int, zeros: bool = False, actorder: bool = 
         spread = np.zeros((n, k))
         if zeros:
             zero = torch.randint(-middle, middle, (n, groups), generator=random).numpy()
-            found[".weight_zero_point"] = pack_words((zero + middle).T, bits).T.contiguous()
+            found[".weight_zero_point"] = pack((zero + middle).T).T.contiguous()
             spread = zero[:, order].astype(np.float64)
         whole = float64(scales)[:, order]
         codes = np.clip(np.rint(float64(w) / whole + spread), -middle, middle - 1)
-        found[".weight_packed"] = pack_words(codes.astype(np.int64) + middle, bits)
+        found[".weight_packed"] = pack(codes.astype(np.int64) + middle)
         return found, (codes - spread) * whole
     return packer
 
@@ -144,6 +147,15 @@ def nvfp4(endings: tuple[str, str, str], divides: bool) -> Callable[..., Packed]
                  endings[2]: torch.tensor([whole]) if divides else torch.tensor(whole)}
         return found, (E2M1[codes] * spread).astype(np.float32)
     return packer
+
+
+def mxfp8(w: Tensor, random: torch.Generator) -> Packed:
+    n, k = w.shape
+    exponent = int(w.float().std().log2().floor()) - 6
+    scales = torch.randint(125 + exponent, 128 + exponent, (n, k // 32), dtype=torch.uint8, generator=random)
+    spread = grouped(2.0 ** (scales.numpy().astype(np.float64) - 127), 32, k)
+    codes = torch.from_numpy(float64(w) / spread).float().clamp(-448, 448).to(torch.float8_e4m3fn)
+    return {"": codes, "_scale": scales}, float64(codes.float()) * spread
 
 
 def mxfp4(w: Tensor, random: torch.Generator) -> Packed:
@@ -230,6 +242,9 @@ CASES: Mapping[str, tuple[dict[str, Any], Callable[..., Packed]]] = {
     "pack4-rows": (compressed("pack-quantized", strategy="channel", group_size=-1), pack_quantized(4, 0)),
     "pack8": (compressed("pack-quantized", num_bits=8), pack_quantized(8, 32)),
     "pack3": (compressed("pack-quantized", num_bits=3, symmetric=False), pack_quantized(3, 32, zeros=True)),
+    "pack5-old": (compressed("pack-quantized", num_bits=5, symmetric=False),
+                  pack_quantized(5, 32, zeros=True, stream=False)),
+    "mxfp8": (compressed("mxfp8-quantized", num_bits=8, type="float", group_size=32), mxfp8),
     "nvfp4": (compressed("nvfp4-pack-quantized", **NVFP4), nvfp4(CT_NVFP4, divides=True)),
     "mxfp4": (compressed("mxfp4-pack-quantized", num_bits=4, type="float", group_size=32), mxfp4),
     "nvfp4-modelopt": ({"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]},

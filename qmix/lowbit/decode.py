@@ -68,15 +68,13 @@ def levels(scheme: Scheme, parts: Parts, shape: tuple[int, int], begin: int, end
         order = parts["order"].long() if "order" in parts else _order(k, scheme.group)
         return _grouped(q, zeros, parts["scales"][:, begin:end].T, order)
     if isinstance(scheme, PackedInts):
-        middle, each = 2 ** (scheme.bits - 1), 32 // scheme.bits
-        q = codes.lowest_first(parts["codes"][begin:end], scheme.bits)[:, :k].short().sub_(middle)
+        middle = 2 ** (scheme.bits - 1)
+        q = _unpacked(scheme, parts["codes"][begin:end], k).short().sub_(middle)
         zeros = None
         if scheme.zeros and parts["zeros"].dtype == torch.int8:
             zeros = parts["zeros"][begin:end].short()
         elif scheme.zeros:
-            whole = codes.lowest_first(parts["zeros"][begin // each:-(-end // each)].T, scheme.bits).T
-            first = begin - begin // each * each
-            zeros = whole[first:first + end - begin].short().sub_(middle)
+            zeros = _unpacked(scheme, parts["zeros"].T, shape[0]).T[begin:end].short().sub_(middle)
         order = parts["order"].long() if "order" in parts else _order(k, scheme.group)
         return _grouped(q, zeros, parts["scales"][begin:end], order)
     assert isinstance(scheme, Scaled), scheme
@@ -85,6 +83,13 @@ def levels(scheme: Scheme, parts: Parts, shape: tuple[int, int], begin: int, end
     scales = _rows(parts["scales"], rows, begin, end)
     zeros = _rows(parts["zeros"], rows, begin, end).short() if scheme.zeros else None
     return _grouped(q, zeros, scales, _order(k, cols))
+
+
+def _unpacked(scheme: PackedInts, words: Tensor, count: int) -> Tensor:
+    """Rows of words, each of `count` codes: uint8 [R, count]."""
+    if scheme.is_stream(words.shape[1], count):
+        return codes.stream(words.T, scheme.bits)[:count].T
+    return codes.lowest_first(words, scheme.bits)[:, :count]
 
 
 def _grouped(q: Tensor, zeros: Tensor | None, scales: Tensor, order: Tensor) -> Levels:

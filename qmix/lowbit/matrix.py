@@ -17,7 +17,7 @@ from qmix.errors import CheckpointError, ConfigError
 from qmix.formats.mxfp4 import LARGEST
 from qmix.lowbit.decode import Parts, numbers
 from qmix.models import Misfit
-from qmix.schemes import Fp4, PackedInts, Quantization, Scheme
+from qmix.schemes import Fp4, PackedInts, Quantization, Scaled, Scheme
 from qmix.shards import REFETCH, Location, Shard
 from qmix.tensorfile import Entry
 
@@ -63,6 +63,8 @@ class Matrix:
     def load(self, at: int | None = None) -> Parts:
         """Its tensors, scales and zero points as matrices; checked."""
         found = {role: self._part(role, at) for role in self.parts if role != "shape"}
+        if isinstance(self.scheme, Scaled) and found["scales"].dtype == torch.uint8:
+            found["scales"] = found["scales"].view(torch.float8_e8m0fnu)
         for role in found.keys() & {"scales", "zeros"}:
             if found[role].ndim < 2:  # one for the matrix, or one a row
                 found[role] = found[role].reshape(-1, 1)

@@ -9,7 +9,7 @@ from qmix.schemes.patterns import check_patterns
 from qmix.schemes.record import Fp4, PackedInts, Scaled, Scheme
 
 FORMATS = ("pack-quantized", "float-quantized", "int-quantized", "naive-quantized", "nvfp4-pack-quantized",
-           "mxfp4-pack-quantized", "mixed-precision")
+           "mxfp4-pack-quantized", "mxfp8-quantized", "mixed-precision")
 CLASSES = ("Linear", "LinearBase")  # targets that stand for every module
 MOST_GROUPS = 64
 Groups = tuple[tuple[tuple[str, ...], Scheme], ...]
@@ -19,7 +19,7 @@ def read_compressed(keys: Keys) -> tuple[Groups, tuple[str, ...], str]:
     """((modules, scheme) in order, modules that are not quantized, a title)."""
     keys.text("quantization_status", "compressed", "frozen", default="compressed")
     keys.harmless("version", "global_compression_ratio", "kv_cache_scheme", "run_compressed")
-    for name in ("sparsity_config", "transform_config"):
+    for name in ("sparsity_config", "transform_config", "moe_sparsity_config"):
         found = keys.get(name, None) or {}
         keys.want(not found or (isinstance(found, dict) and found.get("format") == "dense"), name, found,
                   "none: qmix does not undo it")
@@ -68,6 +68,9 @@ def _scheme(weights: Keys, form: str) -> Scheme:
         weights.want(strategy in ("group", "channel"), "strategy", strategy, "'group' or 'channel'")
         return PackedInts(bits, shared[1], zeros)
     weights.want(bits == 8, "num_bits", bits, "8")
+    if form == "mxfp8-quantized":
+        weights.want((kind, strategy, group) == ("float", "group", 32), "group_size", group, "32, of 8-bit floats")
+        return Scaled("fp8", shared, powers=True)
     weights.want(kind == "int" or not zeros, "symmetric", False, "true of floats")
     wanted = {"float-quantized": "float", "int-quantized": "int"}.get(form, kind)
     weights.want(kind == wanted, "type", kind, repr(wanted))

@@ -66,12 +66,13 @@ def fit(condition: bool, got: object, wanted: str) -> None:
 @dataclass(frozen=True, slots=True)
 class Scaled:
     """Numbers of 8 bits, FP8 (E4M3) or int8, each a byte [.., N, K], times a scale for each `block` of rows and
-    columns, 0 = all; zeros: with an int8 zero point beside each scale, which is subtracted first. inverse: the scales
-    are called weight_scale_inv (and are what is multiplied by all the same)."""
+    columns, 0 = all; zeros: with an int8 zero point beside each scale, which is subtracted first; powers: the scales may
+    be bytes s that stand for 2^(s - 127). weight_scale_inv is multiplied as weight_scale is."""
 
     number: str  # "fp8" or "int8"
     block: tuple[int, int]
     zeros: bool = False
+    powers: bool = False
 
     @property
     def form(self) -> Form:
@@ -79,7 +80,7 @@ class Scaled:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        scales = Part("scales", ("_scale_inv", "_scale"), (*FLOATS, "F8_E8M0"))
+        scales = Part("scales", ("_scale_inv", "_scale"), (*FLOATS, "F8_E8M0", *(("U8",) if self.powers else ())))
         return (scales, Part("zeros", ("_zero_point",), ("I8",))) if self.zeros else (scales,)
 
     @property
@@ -104,9 +105,9 @@ class Scaled:
 
 @dataclass(frozen=True, slots=True)
 class PackedInts:
-    """compressed-tensors' pack-quantized: integers of `bits` bits, 32 / bits of them in an int32 [N, K bits/32] from
-    its lowest bits on, each with 2^(bits-1) added. One scale, and with `zeros` one zero point (packed along N in the
-    same way), for `group` columns, 0 = all."""
+    """compressed-tensors' pack-quantized: integers of `bits` bits, each with 2^(bits-1) added, as one stream of bits in
+    int32 [N, K bits/32]; of 3, 5, 6 and 7 bits older versions put whole ones alone in an int32. One scale, and with
+    `zeros` one zero point (packed along N in the same way), for `group` columns, 0 = all."""
 
     bits: int
     group: int
@@ -126,17 +127,26 @@ class PackedInts:
     def title(self) -> str:
         return f"int{self.bits}{' with zero points' if self.zeros else ''}, {group_title(self.group)} (pack-quantized)"
 
+    def is_stream(self, words: int, count: int) -> bool:
+        """Whether `count` codes in so many int32 are one stream of bits. Misfit where they are neither layout."""
+        stream, alone = -(-count * self.bits // 32), -(-count // (32 // self.bits))
+        fit(words in (stream, alone) and (stream != alone or 32 % self.bits == 0), f"{count} codes in {words} int32",
+            f"{stream} int32")
+        return words == stream
+
     def shape(self, shapes: Mapping[str, Shape]) -> Shape:
         """shapes: `shape` as its two numbers, not as the shape of that tensor."""
-        each, codes, (n, k) = 32 // self.bits, shapes["codes"], shapes["shape"]
-        fit(codes == (n, -(-k // each)) and n > 0 and k > 0, f"codes {list(codes)} of {[n, k]}",
-            f"{each} numbers in each int32")
+        codes, (n, k) = shapes["codes"], shapes["shape"]
+        fit(n > 0 and k > 0 and len(codes) == 2 and codes[0] == n, f"codes {list(codes)} of {[n, k]}", f"{n} rows")
+        self.is_stream(codes[1], k)
         groups = grid((n, k), (1, self.group))
         fit(shapes["scales"] in (groups, groups[:-1] if not self.group else groups), list(shapes["scales"]),
             f"scales {list(groups)}")
         if self.zeros:
-            packed, plain = (-(-n // each), groups[1]), groups
-            fit(shapes["zeros"] in (packed, plain), list(shapes["zeros"]), f"zero points {list(packed)}")
+            zeros = shapes["zeros"]
+            fit(len(zeros) == 2 and zeros[1] == groups[1], list(zeros), f"zero points in {groups[1]} columns")
+            if zeros != groups:  # plain int8
+                self.is_stream(zeros[0], n)
         if "order" in shapes:
             fit(shapes["order"] == (k,), list(shapes["order"]), f"g_idx {[k]}")
         return n, k
