@@ -13,7 +13,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from qmix.formats import TORCH_DTYPES, ggml
+from qmix import lowbit
+from qmix.formats import TORCH_DTYPES, ggml, grouped
 from qmix.formats.carried import Blocks as CarriedBlocks
 from qmix.formats.ggml.tables import mxfp4_blocks
 from qmix.formats.mxfp4 import Blocks
@@ -22,6 +23,7 @@ from qmix.lowbit import Matrix
 from qmix.models import Source, Step
 from qmix.models.source import Index, Pairs, PerHead, Rows, Squeeze, Strided, Transpose
 from qmix.shards import Location
+from qmix.sizes import CARRIED
 
 
 def read(location: Location | Matrix, source: Source, out: Tensor | None = None,
@@ -49,15 +51,20 @@ def read(location: Location | Matrix, source: Source, out: Tensor | None = None,
 
 def _decoded_matrix(matrix: Matrix, steps: tuple[Step, ...], out: Tensor | None, dtype: torch.dtype) -> Tensor:
     """As `read`, of quantized weights: the matrix is decoded as a whole, then the steps are done to it."""
-    at = None
-    if len(matrix.entry.shape) == 3:
-        first, *rest = steps
-        assert isinstance(first, Index)
-        at, steps = first.at, tuple(rest)
+    at, steps = _entry_and_steps(matrix, steps)
     if not steps:
         return matrix.read(at, dtype, None if out is None else out.view(dtype).view(matrix.entry.shape[-2:]))
     found = apply(matrix.read(at, dtype), steps)
     return found.contiguous() if out is None else out.view(dtype).view(found.shape).copy_(found)
+
+
+def _entry_and_steps(matrix: Matrix, steps: tuple[Step, ...]) -> tuple[int | None, tuple[Step, ...]]:
+    """(which entry of a tensor of three dimensions is asked for, None of a matrix; the steps that are left)."""
+    if len(matrix.entry.shape) == 2:
+        return None, steps
+    first, *rest = steps
+    assert isinstance(first, Index)
+    return first.at, tuple(rest)
 
 
 def _decoded(location: Location, first: int, shape: tuple[int, ...], rest: tuple[Step, ...], out: Tensor | None,
@@ -92,8 +99,21 @@ def keeps_rows(source: Source) -> bool:
     return all(isinstance(step, Index | Rows | Strided | Pairs | PerHead) for step in source.steps)
 
 
-def read_carried(location: Location, source: Source) -> CarriedBlocks:
-    """A matrix of a GGUF file in a type that a store has too, its blocks as they are. `keeps_rows`."""
+def read_carried(location: Location | Matrix, source: Source, kind: str) -> CarriedBlocks | grouped.Blocks:
+    """A matrix in a format `kind` that a store has too: a GGUF file's blocks as they are, or what fits it exactly.
+    `keeps_rows`."""
+    if isinstance(location, Matrix):
+        at, steps = _entry_and_steps(location, source.steps)
+        if kind in CARRIED:
+            found = lowbit.ggml_blocks(location, kind.upper(), at)
+            return CarriedBlocks(kind, apply(found.raw, steps).contiguous())
+        whole = lowbit.int4_blocks(location, at)
+        return grouped.Blocks(apply(whole.codes, steps).contiguous(), apply(whole.scales, steps).contiguous(),
+                              whole.group)
+    return _carried_of_gguf(location, source)
+
+
+def _carried_of_gguf(location: Location, source: Source) -> CarriedBlocks:
     kind = BY_NAME[location.entry.dtype]
     first, shape, rest = narrow(location.entry.shape, source.steps)
     raw = location.shard.read(location.entry, first // kind.weights * kind.nbytes,

@@ -13,8 +13,8 @@ from qmix.checkpoint.account import BYTES, DTYPE_NAMES, Locations, account
 from qmix.errors import CheckpointError, ConfigError
 from qmix.gguf_checkpoint import Opened
 from qmix.lowbit import Matrix, join
-from qmix.models import published_experts, read_model, skipped, with_mtp_head_of
-from qmix.schemes import Quantization, read_quantization
+from qmix.models import Layout, published_experts, read_model, skipped, with_mtp_head_of
+from qmix.schemes import Fp4, Quantization, read_quantization
 from qmix.shards import INDEX, REFETCH, SINGLE, Location, locate, read_json
 from qmix.spec import Model
 
@@ -44,9 +44,16 @@ def open_folder(path: Path, opened: ExitStack, mtp: bool) -> Opened:
     if published_experts(raw) and not any(source.scales for source in table.values()):
         notes.append(f"{path / 'config.json'}: quantization_config: says that the experts are MXFP4, but the "
                      f"files have them in {model.dtype}: read so")
-    carried = "mxfp4" if any(source.scales for source in table.values()) else None
+    carried = "mxfp4" if any(source.scales for source in table.values()) or _all_mxfp4(model, table, used) else None
     return Opened(raw, model, used, table, (*left_out, *scales, *unused), tuple(notes), path, carried, {},
                   with_mtp_head_of(model, locations).mtp_head is not None)
+
+
+def _all_mxfp4(model: Model, table: Layout, used: Locations) -> bool:
+    """Whether all matrices of experts are in MXFP4 whole, so that they can stay so."""
+    sources = [table[t.name] for key in model.expert_keys for t in model.expert_tensors(key)[:3]]
+    return all(not source.steps and isinstance(found := used[source.name], Matrix) and isinstance(found.scheme, Fp4)
+               and found.scheme.kind == "mxfp4" for source in sources)
 
 
 def _quantization(path: Path, raw: Mapping[str, Any]) -> Quantization | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -25,11 +25,12 @@ from qmix.checkpoint.account import nbytes_of, shares
 from qmix.checkpoint.folder import open_folder
 from qmix.config import ExpertKey
 from qmix.errors import CheckpointError, ConfigError
+from qmix.formats import grouped
 from qmix.formats.carried import Blocks as CarriedBlocks
 from qmix.formats.mxfp4 import LARGEST, Blocks
 from qmix.gguf.header import is_gguf
 from qmix.gguf_checkpoint import Opened, open_gguf
-from qmix.lowbit import Matrix
+from qmix.lowbit import Matrix, fits, mxfp4_blocks
 from qmix.models import Source
 from qmix.models.source import Index
 from qmix.shards import REFETCH, Location
@@ -63,7 +64,8 @@ class Checkpoint:
         self.notes = found.notes
         self.nbytes = sum(map(nbytes_of, found.locations.values()))
         self.expert_format = found.carried
-        self.types = found.types
+        self.lowbit = any(isinstance(location, Matrix) for location in found.locations.values())
+        self._types = found.types
         self._dtype: torch.dtype = getattr(torch, found.model.dtype)
         self._gguf = found.gguf
         self._locations = found.locations
@@ -86,6 +88,18 @@ class Checkpoint:
                 raise CheckpointError(f"{e.filename or path}: {e.strerror}",
                                       "check the path and its permissions") from None
             return cls(path, found, opened.pop_all())
+
+    @property
+    def types(self) -> Mapping[str, str]:
+        """What a checkpoint of quantized weights has, by the model's names: types of ggml's, of a safetensors file also
+        those into which its numbers fit exactly, and INT4G64 and the like; else the title of the scheme. Empty where
+        nothing is quantized. Reads scales when it is asked for first."""
+        if not self._types and self.lowbit:
+            experts = {tensor.name for key in self.model.expert_keys for tensor in self.model.expert_tensors(key)}
+            kinds = {name: [_type_of(location, too) for too in (False, True)] if isinstance(location, Matrix) else
+                     [location.entry.dtype] * 2 for name, location in self._locations.items()}
+            self._types = {name: kinds[source.name][name in experts] for name, source in self._table.items()}
+        return self._types
 
     def dense(self, name: str) -> Tensor:
         """A tensor of Model.tensors, in fresh memory and the file's dtype (of a GGUF file, the model's), or fp32 for
@@ -112,19 +126,27 @@ class Checkpoint:
         reads them; else None."""
         kinds = {self.types.get(name, "").lower() for name in names}
         whole = all(sources.keeps_rows(self._table[name]) for name in names)
-        return next(iter(kinds)) if whole and len(kinds) == 1 and kinds <= CARRIED.keys() else None
+        kind = next(iter(kinds))
+        return kind if whole and len(kinds) == 1 and (kind in CARRIED or kind.startswith("int4g")) else None
 
-    def blocks(self, *names: str) -> CarriedBlocks:
+    def blocks(self, *names: str) -> CarriedBlocks | grouped.Blocks:
         """`carriable` matrices of the model, one below the other, as the file has them. CheckpointError for a scale
         that no weight has."""
-        found = []
-        for name in names:
-            location = self._file(self._table[name].name)
-            found.append(sources.read_carried(location, self._table[name]))
-            if found[-1].nonfinite():
-                raise CheckpointError(f"{location.shard.file.path}: {location.entry.name}: holds a scale that is not a "
-                                      "number: no working model has such a weight", REFETCH)
-        return CarriedBlocks(found[0].kind, found[0].raw if len(found) == 1 else torch.cat([b.raw for b in found]))
+        found = [self._carried(name) for name in names]
+        first = found[0]
+        if isinstance(first, grouped.Blocks):
+            several = [blocks for blocks in found if isinstance(blocks, grouped.Blocks)]
+            return grouped.Blocks(torch.cat([b.codes for b in several]), torch.cat([b.scales for b in several]),
+                                  first.group)
+        return CarriedBlocks(first.kind, torch.cat([b.raw for b in found if isinstance(b, CarriedBlocks)]))
+
+    def _carried(self, name: str) -> CarriedBlocks | grouped.Blocks:
+        location = self._locations[self._table[name].name]
+        found = sources.read_carried(location, self._table[name], self.types[name].lower())
+        if isinstance(found, CarriedBlocks) and found.nonfinite():
+            raise CheckpointError(f"{location.shard.file.path}: {location.entry.name}: holds a scale that is not a "
+                                  "number: no working model has such a weight", REFETCH)
+        return found
 
     def stacked_expert(self, key: ExpertKey, buffer: Tensor) -> tuple[Tensor, Tensor]:
         """An expert as a record has it: w13 [2F, H], the gate above w3, and w2 [H, F], in the file's dtype; read
@@ -156,6 +178,8 @@ class Checkpoint:
 
     def _blocks(self, *of: Source) -> list[Blocks]:
         """Of sources in one tensor, or in GGUF's. CheckpointError for a scale that no weight has."""
+        if isinstance(self._locations[of[0].name], Matrix):
+            return [mxfp4_blocks(matrix) for s in of if isinstance(matrix := self._locations[s.name], Matrix)]
         if self._gguf:
             found, scales = [sources.read_mxfp4(self._file(s.name), s) for s in of], self._file(of[0].name)
         else:
@@ -243,3 +267,7 @@ class Checkpoint:
         self.close()
 
 
+
+
+def _type_of(matrix: Matrix, grouped_too: bool) -> str:
+    return fits(matrix, grouped_too) or matrix.scheme.title

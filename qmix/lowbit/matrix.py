@@ -60,6 +60,15 @@ class Matrix:
             out[begin:end] = numbers(self.scheme, parts, (rows, cols), begin, end)
         return out
 
+    def part(self, role: str) -> Tensor:
+        """One of its tensors, as the file has it."""
+        return self._part(role, None)
+
+    def where(self, role: str) -> str:
+        """File and tensor, for an error."""
+        location = self.parts[role]
+        return f"{location.shard.file.path}: {location.entry.name}"
+
     def load(self, at: int | None = None) -> Parts:
         """Its tensors, scales and zero points as matrices; checked."""
         found = {role: self._part(role, at) for role in self.parts if role != "shape"}
@@ -88,19 +97,15 @@ class Matrix:
             else:
                 good = bool(scales.float().isfinite().all())
             if not good:
-                raise CheckpointError(f"{self._where(role)}: holds a scale that is not a number of a weight (NaN or "
+                raise CheckpointError(f"{self.where(role)}: holds a scale that is not a number of a weight (NaN or "
                                       "inf)", REFETCH)
         if "global" in found and isinstance(self.scheme, Fp4) and self.scheme.divides and not found["global"].all():
-            raise CheckpointError(f"{self._where('global')}: is 0, by which the scales are divided", REFETCH)
+            raise CheckpointError(f"{self.where('global')}: is 0, by which the scales are divided", REFETCH)
         if "order" in found:
             order, groups = found["order"], found["scales"].shape[1 if isinstance(self.scheme, PackedInts) else 0]
             if int(order.min()) < 0 or int(order.max()) >= groups:
-                raise CheckpointError(f"{self._where('order')}: holds {int(order.min())} to {int(order.max())}, want "
+                raise CheckpointError(f"{self.where('order')}: holds {int(order.min())} to {int(order.max())}, want "
                                       f"numbers of {groups} groups", REFETCH)
-
-    def _where(self, role: str) -> str:
-        location = self.parts[role]
-        return f"{location.shard.file.path}: {location.entry.name}"
 
 
 def join(path: Path, quantization: Quantization, locations: Mapping[str, Location],

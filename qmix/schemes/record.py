@@ -66,8 +66,8 @@ def fit(condition: bool, got: object, wanted: str) -> None:
 @dataclass(frozen=True, slots=True)
 class Scaled:
     """Numbers of 8 bits, FP8 (E4M3) or int8, each a byte [.., N, K], times a scale for each `block` of rows and
-    columns, 0 = all; zeros: with an int8 zero point beside each scale, which is subtracted first; powers: the scales may
-    be bytes s that stand for 2^(s - 127). weight_scale_inv is multiplied as weight_scale is."""
+    columns, 0 = all; zeros: with an int8 zero point beside each scale, which is subtracted first; powers: the scales
+    may be bytes s that stand for 2^(s - 127). weight_scale_inv is multiplied as weight_scale is."""
 
     number: str  # "fp8" or "int8"
     block: tuple[int, int]
