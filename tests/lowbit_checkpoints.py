@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
-from architectures import random_model, write
+from architectures import FIRST, random_model, write
+from model_configs import with_keys
 from safetensors.torch import load_file, save_file
+from tokenizer_files import DEMO_TEMPLATE, spm_model
 from torch import Tensor
 
 Packed = tuple[dict[str, Tensor], np.ndarray]
@@ -268,27 +272,47 @@ def is_quantized(name: str, tensor: Tensor) -> bool:
     return tensor.ndim == 2 and not module.endswith((".gate", "embed_tokens", "lm_head"))
 
 
-def write_lowbit(path: Path, raw: Mapping[str, Any], case: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0,
-                 extra: Mapping[str, Tensor] | None = None) -> tuple[Path, Any]:
-    """The checkpoint, and transformers' model with the decoded weights, rounded to `dtype` once."""
+@cache
+def plain(kind: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Any], Any]:
+    """(the tensors of a checkpoint as published, its config.json, transformers' model) of two layers."""
+    raw = with_keys(FIRST[kind], {"num_hidden_layers": 2})
+    model = random_model(raw, dtype)
+    with TemporaryDirectory() as folder:
+        path = write(model, raw, Path(folder) / "plain")
+        return load_file(path / "model.safetensors"), json.loads((path / "config.json").read_bytes()), model
+
+
+def write_lowbit(path: Path, kind: str, case: str, dtype: torch.dtype = torch.float32,
+                 change: Callable[[dict[str, Tensor], dict[str, Any]], Any] | None = None) -> dict[str, Tensor]:
+    """A checkpoint of the architecture `kind` at `path`. Its tensors as they are decoded, by the names of an
+    unquantized checkpoint, rounded to `dtype` once. change: of the tensors and config.json, before they are written."""
     config, packer = CASES[case]
-    model = random_model(raw, dtype, seed)
-    write(model, raw, path)
-    random = torch.Generator().manual_seed(seed)
-    tensors, decoded = load_file(path / "model.safetensors"), {}
-    for name in [name for name, tensor in tensors.items() if is_quantized(name, tensor)]:
-        parts, numbers = packer(tensors.pop(name), random)
+    tensors, raw, _ = plain(kind, dtype)
+    random, decoded, written = torch.Generator().manual_seed(3), {}, {}
+    for name, tensor in tensors.items():
+        if not is_quantized(name, tensor):
+            decoded[name] = written[name] = tensor
+            continue
+        parts, numbers = packer(tensor, random)
         for ending, part in parts.items():
-            whole = name.removesuffix(".weight") + ending if ending.startswith(".") else name + ending
-            tensors[whole] = part.contiguous()
-        decoded[name] = torch.from_numpy(np.ascontiguousarray(numbers)).to(dtype).contiguous()
-    decoded |= {name: tensor for name, tensor in tensors.items() if tensor.dtype == dtype and name.endswith("weight")}
-    plain = path.with_name(path.name + "-decoded")
-    plain.mkdir()
-    save_file({**{n: t for n, t in load_file(path / "model.safetensors").items() if n not in decoded}, **decoded},
-              plain / "model.safetensors", {"format": "pt"})
-    (plain / "config.json").write_bytes((path / "config.json").read_bytes())
-    save_file({**tensors, **(extra or {})}, path / "model.safetensors", {"format": "pt"})
-    found = json.loads((path / "config.json").read_bytes())
-    (path / "config.json").write_text(json.dumps({**found, "quantization_config": config}))
-    return path, type(model).from_pretrained(plain, dtype=dtype)
+            written[(name.removesuffix(".weight") if ending.startswith(".") else name) + ending] = part.contiguous()
+        decoded[name] = torch.from_numpy(np.ascontiguousarray(numbers)).to(dtype)
+    raw = {**json.loads(json.dumps(raw)), "quantization_config": json.loads(json.dumps(config))}
+    if change is not None:
+        change(written, raw)
+    path.mkdir(parents=True)
+    save_file(written, path / "model.safetensors", {"format": "pt"})
+    (path / "config.json").write_text(json.dumps(raw))
+    (path / "tokenizer.model").write_bytes(spm_model())
+    (path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>",
+                                                            "chat_template": DEMO_TEMPLATE}))
+    return decoded
+
+
+def decoded_model(kind: str, decoded: Mapping[str, Tensor], folder: Path) -> Any:
+    """transformers' model with these tensors."""
+    _, raw, model = plain(kind, next(iter(decoded.values())).dtype)
+    folder.mkdir()
+    save_file(dict(decoded), folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(raw))
+    return type(model).from_pretrained(folder, dtype=model.dtype)

@@ -37,7 +37,7 @@ def open_folder(path: Path, opened: ExitStack, mtp: bool) -> Opened:
     locations: Mapping[str, Location | Matrix] = found
     scales: list[str] = []
     if quantization is not None:
-        locations, scales = join(path, quantization, found)
+        locations, scales = join(quantization, found)
     model = _read_config(path / "config.json", raw, locations, mtp)
     used, table, left_out = account(path, model, locations)
     notes += ignored_keys(path / "config.json", raw) + _quantized_notes(path, raw, model, quantization, used)

@@ -104,8 +104,8 @@ def _of_weights(checkpoint: Checkpoint, flags: Flags, wanted: Wanted | None, say
     for line in carried.lines(checkpoint, found):
         say(line)
     if checkpoint.lowbit:
-        say("these formats have exactly the numbers of the checkpoint's codes and scales; --format int4 takes 4.5 bits a "
-            "weight and adds an error")
+        say("these formats have exactly the numbers of the checkpoint's codes and scales; --format int4 takes 4.5 bits "
+            "a weight and adds an error")
     return found
 
 

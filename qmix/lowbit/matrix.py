@@ -8,12 +8,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from qmix.errors import CheckpointError, ConfigError
+from qmix.errors import CheckpointError
 from qmix.formats.mxfp4 import LARGEST
 from qmix.lowbit.decode import Parts, numbers
 from qmix.models import Misfit
@@ -108,8 +107,8 @@ class Matrix:
                                       f"numbers of {groups} groups", REFETCH)
 
 
-def join(path: Path, quantization: Quantization, locations: Mapping[str, Location],
-         ) -> tuple[dict[str, Location | Matrix], list[str]]:
+def join(quantization: Quantization,
+         locations: Mapping[str, Location]) -> tuple[dict[str, Location | Matrix], list[str]]:
     """(`locations` with a Matrix in the place of the parts of each quantized tensor, names that are not needed).
     CheckpointError names the tensor that is missing or does not fit."""
     found: dict[str, Location | Matrix] = {}
@@ -118,7 +117,7 @@ def join(path: Path, quantization: Quantization, locations: Mapping[str, Locatio
         weight = _weight_of(quantization, name, location)
         if weight is None:
             continue
-        matrix = _matrix(path, quantization, name, weight, locations)
+        matrix = _matrix(quantization, name, weight, locations)
         found[weight] = matrix
         taken.update(part.entry.name for part in matrix.parts.values())
     unused = [name for name in locations if name not in taken and UNUSED.fullmatch(name)]
@@ -138,15 +137,11 @@ def _weight_of(quantization: Quantization, name: str, location: Location) -> str
     return None
 
 
-def _matrix(path: Path, quantization: Quantization, name: str, weight: str,
-            locations: Mapping[str, Location]) -> Matrix:
+def _matrix(quantization: Quantization, name: str, weight: str, locations: Mapping[str, Location]) -> Matrix:
     module = weight.rpartition(".")[0]
     codes = locations[name]
     where = f"{codes.shard.file.path}: {name}"
-    try:
-        said, scheme = quantization.is_apart(module), quantization.scheme_of(module)
-    except ConfigError as e:
-        raise CheckpointError(f"{path / 'config.json'}: quantization_config: {e.message}", e.cure or UNFIT) from None
+    said, scheme = quantization.apart.which(module), quantization.scheme_of(module)
     if said is not None:
         raise CheckpointError(f"{where}: is quantized, but quantization_config names {said!r:.80} among the modules "
                               "that are not", UNFIT)

@@ -5,17 +5,17 @@ from __future__ import annotations
 
 from qmix.errors import ConfigError
 from qmix.models.keys import Keys
-from qmix.schemes.patterns import check_patterns
+from qmix.schemes.patterns import Names
 from qmix.schemes.record import Fp4, PackedInts, Scaled, Scheme
 
 FORMATS = ("pack-quantized", "float-quantized", "int-quantized", "naive-quantized", "nvfp4-pack-quantized",
            "mxfp4-pack-quantized", "mxfp8-quantized", "mixed-precision")
 CLASSES = ("Linear", "LinearBase")  # targets that stand for every module
 MOST_GROUPS = 64
-Groups = tuple[tuple[tuple[str, ...], Scheme], ...]
+Groups = tuple[tuple[Names, Scheme], ...]
 
 
-def read_compressed(keys: Keys) -> tuple[Groups, tuple[str, ...], str]:
+def read_compressed(keys: Keys) -> tuple[Groups, Names, str]:
     """((modules, scheme) in order, modules that are not quantized, a title)."""
     keys.text("quantization_status", "compressed", "frozen", default="compressed")
     keys.harmless("version", "global_compression_ratio", "kv_cache_scheme", "run_compressed")
@@ -24,7 +24,7 @@ def read_compressed(keys: Keys) -> tuple[Groups, tuple[str, ...], str]:
         keys.want(not found or (isinstance(found, dict) and found.get("format") == "dense"), name, found,
                   "none: qmix does not undo it")
     whole = keys.text("format", *FORMATS)
-    ignore = check_patterns(keys.texts("ignore", ()), "ignore")
+    ignore = Names.of(keys.texts("ignore", ()), "ignore")
     named = keys.object("config_groups")
     keys.want(1 <= len(named.names()) <= MOST_GROUPS, "config_groups", list(named.names()),
               f"1 to {MOST_GROUPS} groups")
@@ -33,9 +33,10 @@ def read_compressed(keys: Keys) -> tuple[Groups, tuple[str, ...], str]:
         group = named.object(name)
         form = whole if whole != "mixed-precision" and "format" not in group else group.text("format", *FORMATS[:-1])
         group.harmless("input_activations", "output_activations", "format")  # qmix computes with its own activations
-        targets = check_patterns(group.texts("targets"), f"config_groups.{name}.targets")
+        targets = group.texts("targets")
         scheme = _scheme(group.object("weights"), form)
-        found_groups.append((() if {*targets} & {*CLASSES} else targets, scheme))
+        names = [] if {*targets} & {*CLASSES} else targets
+        found_groups.append((Names.of(names, f"config_groups.{name:.40}.targets"), scheme))
     schemes = dict.fromkeys(scheme for _, scheme in found_groups)
     return tuple(found_groups), ignore, "; ".join(scheme.title for scheme in schemes)
 

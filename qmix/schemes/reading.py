@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from qmix.errors import ConfigError
 from qmix.models.keys import Keys
 from qmix.schemes.compressed import read_compressed
-from qmix.schemes.patterns import check_patterns, names_module
+from qmix.schemes.patterns import Names
 from qmix.schemes.record import Awq, Fp4, Gptq, Scaled, Scheme
 
 METHODS = "fp8, compressed-tensors, modelopt (NVFP4, FP8), awq, gptq, and mxfp4 in gpt_oss"
@@ -23,12 +23,12 @@ WHERE = "quantization_config."
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """title: the method for people. groups: (modules, scheme), of which the first that is about a module is its own;
-    () stands for all. apart: modules that are not quantized."""
+    """title: the method for people. groups: (modules, scheme), of which the first that is about a module is its own; no
+    names stand for all. apart: modules that are not quantized."""
 
     title: str
-    groups: tuple[tuple[tuple[str, ...], Scheme], ...]
-    apart: tuple[str, ...] = ()
+    groups: tuple[tuple[Names, Scheme], ...]
+    apart: Names
 
     @property
     def schemes(self) -> tuple[Scheme, ...]:
@@ -39,13 +39,8 @@ class Quantization:
         """Of a module that the files have quantized; None where no group is about it."""
         if len(self.groups) == 1:
             return self.groups[0][1]
-        named = (scheme for targets, scheme in self.groups
-                 if any(names_module(text, module) for text in targets))
+        named = (scheme for targets, scheme in self.groups if targets.which(module) is not None)
         return next(named, next((scheme for targets, scheme in self.groups if not targets), None))
-
-    def is_apart(self, module: str) -> str | None:
-        """The text by which the config says that `module` is not quantized, or None."""
-        return next((text for text in self.apart if names_module(text, module)), None)
 
 
 def read_quantization(found: object) -> Quantization:
@@ -68,9 +63,9 @@ def read_quantization(found: object) -> Quantization:
     return quantization
 
 
-def _apart(keys: Keys, *names: str) -> tuple[str, ...]:
+def _apart(keys: Keys, *names: str) -> Names:
     """Lists of modules that are not quantized, under whichever of `names` they are."""
-    return tuple(text for name in names for text in check_patterns(keys.texts(name, ()), name))
+    return Names.of([text for name in names for text in keys.texts(name, ())], names[0])
 
 
 def _fp8(keys: Keys) -> Quantization:
@@ -85,7 +80,7 @@ def _fp8(keys: Keys) -> Quantization:
     keys.want(len(block) == 2 and (block == (0, 0) or min(block) > 0), "weight_block_size", block,
               "two whole numbers, or null")
     scheme = Scaled("fp8", (block[0], block[1]))
-    return Quantization(f"fp8: {scheme.title}", (((), scheme),),
+    return Quantization(f"fp8: {scheme.title}", ((Names(), scheme),),
                         _apart(keys, "modules_to_not_convert", "ignored_layers"))
 
 
@@ -98,7 +93,7 @@ def _modelopt(keys: Keys) -> Quantization:
     for name in ("pre_quant_scale", "has_zero_point"):
         keys.fixed(name, False)
     scheme: Scheme = Fp4("nvfp4", packed=False, divides=False) if algorithm == "NVFP4" else Scaled("fp8", (0, 0))
-    return Quantization(f"modelopt: {scheme.title}", (((), scheme),),
+    return Quantization(f"modelopt: {scheme.title}", ((Names(), scheme),),
                         _apart(keys, "exclude_modules", "ignore"))
 
 
@@ -128,7 +123,7 @@ def _awq(keys: Keys) -> Quantization:
     keys.want(version == "gemm", "version", version, "'gemm' (gemv, gemv_fast, marlin and llm-awq are other layouts)")
     keys.fixed("zero_point", True)
     scheme = Awq(_group(keys))
-    return Quantization(f"awq: {scheme.title}", (((), scheme),), _apart(keys, "modules_to_not_convert"))
+    return Quantization(f"awq: {scheme.title}", ((Names(), scheme),), _apart(keys, "modules_to_not_convert"))
 
 
 def _gptq(keys: Keys) -> Quantization:
@@ -146,7 +141,7 @@ def _gptq(keys: Keys) -> Quantization:
               "only rules that leave modules out (-:...): all quantized ones must be alike")
     desc_act = keys.boolean("desc_act", False)
     scheme = Gptq(bits, _group(keys), 2 if form == "gptq_v2" else 1, desc_act, keys.boolean("sym", True))
-    return Quantization(f"gptq: {scheme.title}", (((), scheme),), _apart(keys, "modules_to_not_convert"))
+    return Quantization(f"gptq: {scheme.title}", ((Names(), scheme),), _apart(keys, "modules_to_not_convert"))
 
 
 def _compressed(keys: Keys) -> Quantization:
