@@ -27,13 +27,14 @@ BLOCKS = "_blocks"  # a tensor in MXFP4 is two, its codes under its name and thi
 HEAD = "lm_head.weight"  # also where a model ties it to its embedding
 DTYPE_NAMES = MappingProxyType({"BF16": "bfloat16", "F16": "float16", "F32": "float32"})
 MAX_TENSORS = 10**6  # far above any real model; keeps a hostile config.json from costing memory
-def account(path: Path, model: Model,
-            locations: Locations) -> tuple[dict[str, Location | Matrix], dict[str, Source], list[str]]:
+def account(path: Path, model: Model, locations: Locations, known: tuple[Layout, ...] | None = None
+            ) -> tuple[dict[str, Location | Matrix], dict[str, Source], list[str]]:
     """({name: location} of all that the model uses, {canonical name: Source}, names skipped); CheckpointError for
     whatever is missing, left over, misshapen or of another dtype."""
     _check_count(path, model)
-    packed = mxfp4_layout(model)
-    known = layouts(model) + (() if packed is None else (packed,))
+    if known is None:
+        packed = mxfp4_layout(model)
+        known = layouts(model) + (() if packed is None else (packed,))
     layout = choose_layout(known, locations)
     heads = set[str]()
     if known := mtp_layouts(model):

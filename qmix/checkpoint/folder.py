@@ -100,8 +100,11 @@ def _check_folder(path: Path) -> None:
         raise CheckpointError(f"{path}: a qmix store, quantized already",
                               f"talk to it with `qmix chat {path}`, or give the original checkpoint")
     if not (path / "config.json").exists():
-        native = " (Mistral's own layout)" if (path / "params.json").exists() else ""
-        raise CheckpointError(f"{path / 'config.json'}: missing{native}", f"{FOLDER}, Hugging Face layout")
+        _refuse_pickles(path)
+        native = " (params.json of Mistral's own layout, without consolidated.safetensors)" \
+            if (path / "params.json").exists() else ""
+        raise CheckpointError(f"{path / 'config.json'}: missing{native}", f"{FOLDER}, Hugging Face layout, or "
+                              "params.json and consolidated*.safetensors")
 
 
 def _check_weights(path: Path) -> None:
@@ -113,13 +116,18 @@ def _check_weights(path: Path) -> None:
     if others:
         raise CheckpointError(f"{path}: {others[0]}, but neither {SINGLE} nor {INDEX}",
                               f"fetch {INDEX} too, or name a single file {SINGLE}")
+    _refuse_pickles(path)
+    cached = path.parent.name == "snapshots"  # of the hub: then it was fetched as the repository has it
+    raise CheckpointError(f"{path / SINGLE}: missing", "the repository has no safetensors weights (neither "
+                          f"{SINGLE} nor {INDEX}): choose one that has" if cached else REFETCH)
+
+
+def _refuse_pickles(path: Path) -> None:
+    """CheckpointError where there are weights that can run code when they are loaded."""
     pickles = sorted(p.name for pattern in PICKLES for p in path.glob(pattern))
     if pickles:
         raise CheckpointError(f"{path}: only pickled weights ({pickles[0]}), which can run code when loaded",
                               "fetch the safetensors version, or convert it with transformers")
-    cached = path.parent.name == "snapshots"  # of the hub: then it was fetched as the repository has it
-    raise CheckpointError(f"{path / SINGLE}: missing", "the repository has no safetensors weights (neither "
-                          f"{SINGLE} nor {INDEX}): choose one that has" if cached else REFETCH)
 
 
 def ignored_keys(path: Path, raw: Mapping[str, Any]) -> list[str]:

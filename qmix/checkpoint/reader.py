@@ -22,6 +22,7 @@ from torch import Tensor
 
 from qmix import modelfiles, sources
 from qmix.checkpoint.account import nbytes_of, shares
+from qmix.checkpoint.consolidated import is_consolidated, open_consolidated
 from qmix.checkpoint.folder import open_folder
 from qmix.config import ExpertKey
 from qmix.errors import CheckpointError, ConfigError
@@ -81,7 +82,8 @@ class Checkpoint:
         path = Path(path)
         with ExitStack() as opened:
             try:
-                found = open_gguf(path, opened) if is_gguf(path) else open_folder(path, opened, mtp)
+                found = open_gguf(path, opened) if is_gguf(path) else open_consolidated(path, opened) \
+                    if is_consolidated(path) else open_folder(path, opened, mtp)
             except ConfigError as e:
                 raise CheckpointError(f"{path}: {e.message}", e.cure) from None
             except OSError as e:

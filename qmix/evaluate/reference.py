@@ -123,7 +123,7 @@ class Original:
                              "compare with the original checkpoint, as safetensors")
         with ExitStack() as opened:
             checkpoint = opened.enter_context(Checkpoint.open(path, mtp=False))
-            found = cls(checkpoint, _skeleton(path, checkpoint.model), say)
+            found = cls(checkpoint, _skeleton(checkpoint.folder, checkpoint.model), say)
             opened.pop_all()
             return found
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from qmix import hardware
 from qmix.bounded import MAX_TEXT, parse_json, read_file
-from qmix.checkpoint import Checkpoint, ignored_keys
+from qmix.checkpoint import Checkpoint, ignored_keys, is_consolidated
 from qmix.commands.quantization import Described, Flags, choose
 from qmix.commands.skipped import skipped_lines
 from qmix.config import ExpertKey, QuantConfig
@@ -79,7 +79,7 @@ def find_model(path: Path, flags: Flags | None, state: Path | None, say: Callabl
             model = store.model
             stats = router_stats.load(state, store.identity, len(model.record_layers), model.num_experts, say)
             return Planned(path.resolve().name, model, store.quant, known_shares(stats))
-    weights = is_gguf(path) or _is_lowbit(path)
+    weights = is_gguf(path) or _is_lowbit(path) or is_consolidated(path)
     model, quant = _read_weights(path, flags, say) if weights else _read_config(path, flags, say)
     return Planned(path.resolve().name, model, quant, {})
 
