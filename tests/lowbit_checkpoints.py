@@ -309,6 +309,24 @@ def write_lowbit(path: Path, kind: str, case: str, dtype: torch.dtype = torch.fl
     return decoded
 
 
+def write_fused(path: Path, kind: str, case: str) -> dict[str, Tensor]:
+    """The same with a layer's experts in one tensor, as transformers 5 has them in memory; all else is unquantized."""
+    config, packer = CASES[case]
+    _, raw, model = plain(kind, torch.float32)
+    random, decoded, written = torch.Generator().manual_seed(3), {}, {}
+    for name, tensor in model.state_dict().items():
+        decoded[name] = written[name] = tensor
+        if tensor.ndim != 3:
+            continue
+        each = [packer(w, random) for w in tensor]
+        written |= {name + ending: torch.stack([parts[ending] for parts, _ in each]) for ending in each[0][0]}
+        decoded[name] = torch.stack([torch.from_numpy(np.ascontiguousarray(numbers)) for _, numbers in each]).float()
+    path.mkdir(parents=True)
+    save_file({name: tensor.contiguous() for name, tensor in written.items()}, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps({**raw, "quantization_config": config}))
+    return decoded
+
+
 def decoded_model(kind: str, decoded: Mapping[str, Tensor], folder: Path) -> Any:
     """transformers' model with these tensors."""
     _, raw, model = plain(kind, next(iter(decoded.values())).dtype)

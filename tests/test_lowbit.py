@@ -9,7 +9,7 @@ import pytest
 import torch
 from architectures import quantized
 from helpers import UNQUANTIZED
-from lowbit_checkpoints import CASES, decoded_model, write_lowbit
+from lowbit_checkpoints import CASES, decoded_model, write_fused, write_lowbit
 from test_architectures import IDS, good, logits
 from test_mxfp4 import record
 from torch import Tensor
@@ -100,6 +100,23 @@ def test_the_logits_are_those_of_the_decoded_model(kind: str, case: str, tmp_pat
     best = want.topk(2).values
     sure = best[:, 0] - best[:, 1] > 2e-4
     assert sure.sum() > 40 and torch.equal(got.argmax(-1)[sure], want.argmax(-1)[sure])
+
+
+@pytest.mark.parametrize("case", ["fp8-blocks", "fp8-matrix", "int8-rows"])
+def test_experts_in_one_tensor(case: str, tmp_path: Path) -> None:
+    """Scales have a first dimension for the experts, too. int8 with a scale a row stays as it is."""
+    decoded = write_fused(tmp_path / "source", "qwen3_moe", case)
+    with Checkpoint.open(tmp_path / "source") as checkpoint:
+        for key in checkpoint.model.expert_keys:
+            start = f"model.layers.{key.layer}.mlp.experts."
+            want = decoded[f"{start}gate_up_proj"][key.expert], decoded[f"{start}down_proj"][key.expert]
+            gate, down, up = checkpoint.expert(key)
+            assert torch.equal(torch.cat((gate, up)), want[0]) and torch.equal(down, want[1])
+            names = [t.name for t in checkpoint.model.expert_tensors(key)]
+            assert checkpoint.carriable(*names[:2]) == ("q8_0" if case == "int8-rows" else None)
+            if case == "int8-rows":
+                assert torch.equal(checkpoint.blocks(*names[:2]).numbers(torch.float32), want[0])
+        assert checkpoint.nbytes == sum(map(checkpoint.nbytes_of, (t.name for t in all_tensors(checkpoint.model))))
 
 
 @pytest.mark.parametrize(("case", "words"), [("awq", "kept bit for bit"), ("fp8-blocks", "adds to their error")])

@@ -12,13 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from qmix import modelfiles
-from qmix.bounded import MAX_TEXT, read_file
+from qmix.bounded import read_file
 from qmix.checkpoint.account import DTYPE_NAMES, account
 from qmix.errors import CheckpointError, ConfigError
 from qmix.gguf_checkpoint import Opened
 from qmix.models import read_model
 from qmix.models.consolidated import consolidated_config, consolidated_layouts
-from qmix.shards import INDEX, SINGLE, read_json, read_shards
+from qmix.shards import INDEX, MAX_JSON, SINGLE, read_json, read_shards
 
 PARAMS = "params.json"
 WEIGHTS = "consolidated*.safetensors"
@@ -49,7 +49,7 @@ def open_consolidated(path: Path, opened: ExitStack) -> Opened:
     (folder / "config.json").write_text(json.dumps(raw, indent=2))
     for name in modelfiles.present(path):
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(read_file(path / name, MAX_TEXT, CheckpointError))
+        (folder / name).write_bytes(read_file(path / name, MAX_JSON, CheckpointError))
     found = [f"{path / PARAMS}: {note}" for note in notes] + index_notes + _tokenizer(path, folder)
     found.append(f"{path}: Mistral's own layout: the rows of q and k are put in Hugging Face's order")
     return Opened(raw, model, used, table, tuple(skipped), tuple(found), folder, None, {})
@@ -61,7 +61,7 @@ def _tokenizer(path: Path, folder: Path) -> list[str]:
         return []
     for name in TOKENIZERS:
         if (path / name).is_file():
-            (folder / modelfiles.SENTENCEPIECE).write_bytes(read_file(path / name, MAX_TEXT, CheckpointError))
+            (folder / modelfiles.SENTENCEPIECE).write_bytes(read_file(path / name, MAX_JSON, CheckpointError))
             return [f"{path / name}: read as {modelfiles.SENTENCEPIECE}"]
     if (path / TEKKEN).is_file():
         return [f"{path / TEKKEN}: a tokenizer in Mistral's Tekken format, which qmix does not read: put the "
