@@ -7,16 +7,20 @@ import os
 import platform
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import instruction_levels
 import torch
 from peers_report import GIB
-from peers_run import now
 
 from qmix.hardware import memory, physical_cores
 from qmix.kernels import native
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def machine(peer: str) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import gguf_blocks
 import synthetic
 import synthetic_gguf
 from offload_peers import disk_bandwidth, drop_page_cache, files_of
+from peers_machine import now
 from peers_report import Run
 from sides import say
 from synthetic_recipe import Recipe
@@ -115,7 +115,3 @@ class Runner:
         return {"side": side.name, "started": now(), "nbytes": side.nbytes, "token_bytes": side.token_bytes(recipe),
                 "disk_bandwidth": (before + disk_bandwidth(files, 1.0)) / 2, "probes": probes,
                 "bandwidth": {name: sum(values) / len(values) for name, values in probes.items()}, **found}
-
-
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

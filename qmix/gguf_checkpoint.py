@@ -29,6 +29,7 @@ from qmix.gguf.model import gguf_config, gguf_layouts, gguf_skipped
 from qmix.gguf.split import check_pieces, of_split
 from qmix.gguf.tokenizer import tokenizer_files
 from qmix.gguf.types import BY_NAME
+from qmix.lowbit import Matrix
 from qmix.models import Layout, Misfit, Source, choose_layout, read_model
 from qmix.models.gguf import ROPE_FREQS
 from qmix.shards import Location, Shard
@@ -44,19 +45,21 @@ BELONG = "the file does not hold what its metadata says: fetch it again"
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """What Checkpoint needs. folder: holds config.json, tokenizer and chat template, and goes when `opened` is
-    closed; carried: the format that all experts have and may keep, or None; types: of all matrices and tensors, by the
-    model's names."""
+    """What Checkpoint needs, of a GGUF file or a folder. folder: holds config.json, tokenizer and chat template, and of
+    a GGUF file goes when `opened` is closed; carried: the format that all experts have and may keep, or None; types: of
+    all matrices and tensors, by the model's names."""
 
     raw_config: Mapping[str, Any]
     model: Model
-    locations: Mapping[str, Location]
+    locations: Mapping[str, Location | Matrix]
     table: Mapping[str, Source]
     skipped: tuple[str, ...]
     notes: tuple[str, ...]
     folder: Path
     carried: str | None
     types: Mapping[str, str]
+    has_mtp_head: bool = False
+    gguf: bool = False
 
 
 def open_gguf(path: Path, opened: ExitStack) -> Opened:
@@ -79,7 +82,7 @@ def open_gguf(path: Path, opened: ExitStack) -> Opened:
         (folder / name).write_bytes(data)
     types = {name: used[source.name].entry.dtype for name, source in layout.items()}
     return Opened(raw, model, used, layout, unused, _notes(paths[0], model, layout, used), folder,
-                  _carried(model, layout, used), types)
+                  _carried(model, layout, used), types, gguf=True)
 
 
 def _shard(path: Path) -> tuple[Shard, Header]:

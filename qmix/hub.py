@@ -21,6 +21,7 @@ from typing import Any, Literal
 from qmix import modelfiles
 from qmix.errors import CheckpointError, ConfigError, DoesNotFit, UsageError
 from qmix.models import published_experts
+from qmix.schemes import read_quantization
 from qmix.sizes import format_bytes
 
 SINGLE = "model.safetensors"
@@ -28,7 +29,7 @@ INDEX = "model.safetensors.index.json"
 MANIFEST = "qmix.json"
 CONFIG = "config.json"
 # All that a store copies from a checkpoint, what tells a layout that qmix does not read, and what names the weights.
-FILES = (CONFIG, "params.json", INDEX, MANIFEST, *modelfiles.FILES)
+FILES = (CONFIG, "params.json", "hf_quant_config.json", INDEX, MANIFEST, *modelfiles.FILES)
 TEMPLATES = f"{modelfiles.TEMPLATES}/*.jinja"
 
 Wanted = Literal["config", "checkpoint", "store", "either"]
@@ -121,8 +122,10 @@ def _is_quantized(config: Path) -> bool:
     """Whether config.json says that the weights are in a format that qmix does not take from checkpoints."""
     try:
         raw = json.loads(config.read_bytes())
-        return isinstance(raw, dict) and raw.get("quantization_config") is not None and published_experts(raw) is None
-    except ConfigError:  # of a known format, with a key that is not known
+        if isinstance(raw, dict) and raw.get("quantization_config") is not None and published_experts(raw) is None:
+            read_quantization(raw["quantization_config"])
+        return False
+    except ConfigError:  # a method that qmix does not read, or a key of it
         return True
     except (OSError, ValueError, RecursionError):  # said when the folder is opened
         return False

@@ -105,6 +105,25 @@ def locate(path: Path, opened: ExitStack) -> tuple[dict[str, Location], list[str
     absent = [name for name in files if not (path / name).exists()]
     if absent:
         raise CheckpointError(f"{path / absent[0]}: missing ({len(absent)} of {len(files)} files)", REFETCH)
+    locations = _open_all(path, files, opened)
+    notes = [] if weight_map is None else _disagreements(path / INDEX, weight_map, locations)
+    unused = sorted(p.name for p in path.glob("*.safetensors") if p.name not in files)
+    return locations, unused + [INDEX] * (single and listed), notes
+
+
+def read_shards(path: Path, files: list[str], opened: ExitStack) -> tuple[dict[str, Location], list[str]]:
+    """The same of files that no index needs to name, ({name: location}, notes on one that is there). An index may say
+    that one of them is missing."""
+    index = next(iter(sorted(path.glob("consolidated*.safetensors.index.json"))), None)
+    weight_map = None if index is None else _read_index(index)
+    absent = sorted(set(weight_map.values()) - {*files}) if weight_map is not None else []
+    if absent:
+        raise CheckpointError(f"{path / absent[0]}: missing ({len(absent)} files)", REFETCH)
+    locations = _open_all(path, files, opened)
+    return locations, [] if index is None or weight_map is None else _disagreements(index, weight_map, locations)
+
+
+def _open_all(path: Path, files: list[str], opened: ExitStack) -> dict[str, Location]:
     locations: dict[str, Location] = {}
     for name in files:
         shard = Shard(path / name)
@@ -114,9 +133,7 @@ def locate(path: Path, opened: ExitStack) -> tuple[dict[str, Location], list[str
             if tensor in locations:
                 _check_copy(locations[tensor], location)
             locations[tensor] = location
-    notes = [] if weight_map is None else _disagreements(path / INDEX, weight_map, locations)
-    unused = sorted(p.name for p in path.glob("*.safetensors") if p.name not in files)
-    return locations, unused + [INDEX] * (single and listed), notes
+    return locations
 
 
 def _check_copy(one: Location, two: Location) -> None:

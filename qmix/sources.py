@@ -13,11 +13,13 @@ from math import prod
 import torch
 from torch import Tensor
 
-from qmix.formats import TORCH_DTYPES, ggml
+from qmix import lowbit
+from qmix.formats import TORCH_DTYPES, ggml, grouped
 from qmix.formats.carried import Blocks as CarriedBlocks
 from qmix.formats.ggml.tables import mxfp4_blocks
 from qmix.formats.mxfp4 import Blocks
 from qmix.gguf.types import BY_NAME
+from qmix.lowbit import Matrix
 from qmix.models import Source, Step
 from qmix.models.source import (
     ARITHMETIC,
@@ -34,13 +36,17 @@ from qmix.models.source import (
     Transpose,
 )
 from qmix.shards import Location
+from qmix.sizes import CARRIED
 
 EXP = 2.0**-22  # more than exp in fp32 is off by, as a part of the number
 
 
-def read(location: Location, source: Source, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+def read(location: Location | Matrix, source: Source, out: Tensor | None = None,
+         dtype: torch.dtype | None = None) -> Tensor:
     """The model's tensor in `dtype`, by default the file's: in `out`, uint8 of its bytes, by default in fresh memory.
     location: of the tensor `source.name`, whose shape `source` was checked for."""
+    if isinstance(location, Matrix):
+        return _decoded_matrix(location, source.steps, out, dtype or torch.float32)
     entry = location.entry
     first, shape, rest = narrow(entry.shape, source.steps)
     if dtype is not None and (source.computes or TORCH_DTYPES.get(entry.dtype) != dtype):
@@ -56,6 +62,24 @@ def read(location: Location, source: Source, out: Tensor | None = None, dtype: t
         return found.contiguous()
     target = out.view(dtype).view(found.shape)
     return target.copy_(found)
+
+
+def _decoded_matrix(matrix: Matrix, steps: tuple[Step, ...], out: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """As `read`, of quantized weights: the matrix is decoded as a whole, then the steps are done to it."""
+    at, steps = _entry_and_steps(matrix, steps)
+    if not steps:
+        return matrix.read(at, dtype, None if out is None else out.view(dtype).view(matrix.entry.shape[-2:]))
+    found = apply(matrix.read(at, dtype), steps)
+    return found.contiguous() if out is None else out.view(dtype).view(found.shape).copy_(found)
+
+
+def _entry_and_steps(matrix: Matrix, steps: tuple[Step, ...]) -> tuple[int | None, tuple[Step, ...]]:
+    """(which entry of a tensor of three dimensions is asked for, None of a matrix; the steps that are left)."""
+    if len(matrix.entry.shape) == 2:
+        return None, steps
+    first, *rest = steps
+    assert isinstance(first, Index)
+    return first.at, tuple(rest)
 
 
 def _decoded(location: Location, first: int, shape: tuple[int, ...], rest: tuple[Step, ...], out: Tensor | None,
@@ -94,8 +118,21 @@ def keeps_blocks(source: Source, columns: int) -> bool:
                for step in source.steps)
 
 
-def read_carried(location: Location, source: Source) -> CarriedBlocks:
-    """A matrix of a GGUF file in a type that a store has too, its blocks as they are. `keeps_blocks`."""
+def read_carried(location: Location | Matrix, source: Source, kind: str) -> CarriedBlocks | grouped.Blocks:
+    """A matrix in a format `kind` that a store has too: a GGUF file's blocks as they are, or what fits it exactly.
+    `keeps_blocks`."""
+    if isinstance(location, Matrix):
+        at, steps = _entry_and_steps(location, source.steps)
+        if kind in CARRIED:
+            found = lowbit.ggml_blocks(location, kind.upper(), at)
+            return CarriedBlocks(kind, apply(found.raw, steps).contiguous())
+        whole = lowbit.int4_blocks(location, at)
+        return grouped.Blocks(apply(whole.codes, steps).contiguous(), apply(whole.scales, steps).contiguous(),
+                              whole.group)
+    return _carried_of_gguf(location, source)
+
+
+def _carried_of_gguf(location: Location, source: Source) -> CarriedBlocks:
     kind = BY_NAME[location.entry.dtype]
     first, shape, rest = narrow(location.entry.shape, source.steps)
     raw = location.shard.read(location.entry, first // kind.weights * kind.nbytes,

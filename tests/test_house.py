@@ -13,11 +13,12 @@ from qmix.demo import CHECKPOINT
 
 ROOT = Path(__file__).parents[1] / "qmix"
 # Floor 0 is a ladder: each of its modules may import those before it.
-LADDER = ("errors", "textfile", "bounded", "modelfiles", "streams", "process", "spec", "models", "config", "names",
-          "tensorfile", "sizes", "gguf", "settings", "hub", "paths", "json_cache", "render", "failures")
+LADDER = ("errors", "textfile", "bounded", "modelfiles", "streams", "process", "spec", "models", "schemes", "config",
+          "names", "tensorfile", "sizes", "gguf", "settings", "hub", "paths", "json_cache", "render", "failures")
 FLOORS = (
     {"formats"},
     {"shards"},
+    {"lowbit"},
     {"sources"},
     {"gguf_checkpoint"},
     {"checkpoint", "store", "kernels", "hardware", "device"},

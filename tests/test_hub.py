@@ -162,7 +162,7 @@ def test_a_repository_of_pickles(serve: Server, qmix: Command, tmp_path: Path) -
     assert done.returncode == 4 and "no safetensors weights" in done.stderr and weights(fetched) == []
 
 
-@pytest.mark.parametrize("said", [{"quant_method": "gptq", "bits": 4}, {"quant_method": "mxfp4"}])
+@pytest.mark.parametrize("said", [{"quant_method": "hqq", "bits": 4}, {"quant_method": "mxfp4"}])
 def test_a_quantized_repository_is_refused_before_its_weights_are_fetched(
         serve: Server, qmix: Command, tmp_path: Path, said: dict[str, Any]) -> None:
     path = repository(tmp_path / "repo")

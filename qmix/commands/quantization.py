@@ -88,7 +88,11 @@ def _of_weights(checkpoint: Checkpoint, flags: Flags, wanted: Wanted | None, say
     types = carried.quantized_types(checkpoint)
     if not types:
         return quant
-    if flags.experts is not None or wanted is not None or flags.calibration is not None:
+    asked = flags.experts is not None or wanted is not None or flags.calibration is not None
+    if checkpoint.lowbit and flags.format != "auto":
+        # Of FP8 and the like nothing can stay: quantizing it is what the user came for. So it is with flags of int4.
+        asked = asked or flags.method is not None or flags.group_size is not None or not carried.all_experts(checkpoint)
+    if asked:
         say(carried.again_line(checkpoint, quant))
         return quant
     found = carried.carry_all(checkpoint, quant, flags.dense)
@@ -99,6 +103,9 @@ def _of_weights(checkpoint: Checkpoint, flags: Flags, wanted: Wanted | None, say
                                  f"drop {flag}, or choose --format int4")
     for line in carried.lines(checkpoint, found):
         say(line)
+    if checkpoint.lowbit:
+        say("these formats have exactly the numbers of the checkpoint's codes and scales; --format int4 takes 4.5 bits "
+            "a weight and adds an error")
     return found
 
 

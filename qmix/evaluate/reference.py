@@ -60,7 +60,7 @@ class Original:
                              "compare with the original checkpoint, as safetensors")
         with ExitStack() as opened:
             checkpoint = opened.enter_context(Checkpoint.open(path, mtp=False))
-            found = cls(checkpoint, skeleton(path, checkpoint.model), say)
+            found = cls(checkpoint, skeleton(checkpoint.folder, checkpoint.model), say)
             opened.pop_all()
             return found
 

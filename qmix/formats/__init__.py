@@ -36,8 +36,10 @@ def pack(weight: Tensor, spec: MatrixSpec) -> Packed:
     return module(spec.format).pack(weight, spec)
 
 
-def carry(blocks: mxfp4.Blocks | carried.Blocks, spec: MatrixSpec) -> Packed:
+def carry(blocks: mxfp4.Blocks | carried.Blocks | grouped.Blocks, spec: MatrixSpec) -> Packed:
     """A matrix that a checkpoint has in a format of a store, in qmix's layout, bit for bit."""
+    if isinstance(blocks, grouped.Blocks):
+        return grouped.carry(blocks, spec)
     return mxfp4.carry(blocks, spec) if isinstance(blocks, mxfp4.Blocks) else carried.carry(blocks, spec)
 
 

@@ -22,15 +22,41 @@ Example: B = 64, row 3, column 5 is the low nibble of qweight[0, 5, 3]; row 35 i
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qmix.formats.narrow import narrow, widen
-from qmix.formats.packed import Packed, gather, row_tiles
+from qmix.formats.packed import Packed, gather, pad, row_tiles
 from qmix.sizes import MatrixSpec
 
 _NIBBLES = 0x0F0F0F0F0F0F0F0F
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """A matrix of symmetric 4-bit codes, as checkpoints may have it: codes uint8 [rows, cols] in 0..15, scales bf16
+    [rows, cols/group, rounded up]; w = (q - 8) scale."""
+
+    codes: Tensor
+    scales: Tensor
+    group: int
+
+    def numbers(self, dtype: torch.dtype) -> Tensor:
+        """[rows, cols], rounded to `dtype`."""
+        scales = self.scales.float().repeat_interleave(self.group, 1)[:, :self.codes.shape[1]]
+        return self.codes.float().sub_(8).mul_(scales).to(dtype)
+
+
+def carry(blocks: Blocks, spec: MatrixSpec) -> Packed:
+    """The same codes and scales in qmix's layout. blocks: of spec's shape and group size."""
+    assert blocks.group == spec.group_size and spec.bits == 4
+    groups = spec.padded_cols // spec.group_size
+    scale = torch.zeros(spec.padded_rows, groups, dtype=torch.bfloat16)
+    inner = scale.view(spec.parts, -1, groups)[:, :spec.rows // spec.parts]
+    inner.copy_(blocks.scales.reshape(spec.parts, -1, groups))
+    return pack(pad(blocks.codes, spec, 8), scale, torch.zeros_like(scale), spec)
 
 
 def pack(q: Tensor, scale: Tensor, zero: Tensor, spec: MatrixSpec) -> Packed:

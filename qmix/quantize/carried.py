@@ -1,16 +1,24 @@
-"""--format auto: what a quantized GGUF file has in a format that stores have too stays as it is, bit for bit. The rest
-is quantized again, as int4 or q8_0: with at least a bit more than it has, or as q8_0 where no format has that. It is
-said."""
+"""--format auto: what a quantized checkpoint has in a format that stores have too stays as it is, bit for bit: a GGUF
+file's types, and what of a safetensors file's weights fits one (qmix/lowbit/carry.py). The rest is quantized again, as
+int4 or q8_0: with at least a bit more than it has, or as q8_0 where no format has that. It is said."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 
 from qmix.checkpoint import Checkpoint
-from qmix.config import CARRIED_NAMES, GROUPED_BITS, KIND_LETTERS, QuantConfig
+from qmix.config import (
+    CALIBRATED,
+    CARRIED_NAMES,
+    GROUP_SIZES,
+    GROUPED_BITS,
+    KIND_LETTERS,
+    QuantConfig,
+    parse_kind,
+)
 from qmix.errors import UsageError
-from qmix.gguf.types import BY_NAME
 from qmix.spec import ExpertKey
 
 UNQUANTIZED = ("F32", "F16", "BF16")
@@ -19,7 +27,7 @@ Pair = tuple[str, str]  # the formats of w13 and w2
 
 
 def quantized_types(checkpoint: Checkpoint) -> list[str]:
-    """The types of a GGUF file's quantized weights; none of any other checkpoint."""
+    """The types of quantized weights, see Checkpoint.types; none of a checkpoint that has none."""
     return sorted({*checkpoint.types.values()}.difference(UNQUANTIZED))
 
 
@@ -33,6 +41,9 @@ def carry_all(checkpoint: Checkpoint, quant: QuantConfig, dense: str | None) -> 
     if len(kinds) > len(KIND_LETTERS):
         raise UsageError(f"--format auto: the experts have {len(kinds)} pairs of types, a store at most "
                          f"{len(KIND_LETTERS)}", "choose --format int4")
+    if len(kinds) == 1 and kinds[0] in {(f"int4g{size}",) * 2 for size in GROUP_SIZES}:
+        return replace(quant, experts="int4", dense=dense or quant.dense, group_size=parse_kind(kinds[0][0])[1],
+                       dense_formats=() if dense is not None else dense_formats(checkpoint))
     lines = tuple("".join(KIND_LETTERS[kinds.index(pairs[ExpertKey(layer, e)])] for e in range(model.experts_in(layer)))
                   for layer in range(model.num_layers))
     kept = () if dense is not None else dense_formats(checkpoint)
@@ -41,10 +52,17 @@ def carry_all(checkpoint: Checkpoint, quant: QuantConfig, dense: str | None) -> 
     return QuantConfig("mixed", dense or quant.dense, *how, kinds=kinds, mix=lines, dense_formats=kept)
 
 
+def all_experts(checkpoint: Checkpoint) -> bool:
+    """Whether all matrices of experts can stay as they are."""
+    several = ([t.name for t in checkpoint.model.expert_tensors(key)[:3]] for key in checkpoint.model.expert_keys)
+    return all(checkpoint.carriable(gate, up) is not None and checkpoint.carriable(down) is not None
+               for gate, up, down in several)
+
+
 def dense_formats(checkpoint: Checkpoint) -> tuple[Pair, ...]:
     """QuantConfig.dense_formats with all dense matrices that can stay as they are."""
     return tuple((t.name, kind) for t in checkpoint.model.tensors()
-                 if t.role in PACKED and (kind := checkpoint.carriable(t.name)) is not None)
+                 if t.role in PACKED and (kind := checkpoint.carriable(t.name)) in CARRIED_NAMES)
 
 
 def _carried_only(kinds: Iterable[Pair]) -> bool:
@@ -61,27 +79,31 @@ def _format(checkpoint: Checkpoint, quant: QuantConfig, *names: str) -> str:
     whose 8.5 bits are no more than Q8_0 has, stacked with another type, and less than unquantized weights have."""
     if (kind := checkpoint.carriable(*names)) is not None:
         return kind
-    types = [BY_NAME[checkpoint.types[name]] for name in names]
-    bits = max(8 * kind.nbytes / kind.weights for kind in types)
+    bits = max(8 * checkpoint.nbytes_of(name) / (checkpoint.model.hidden * checkpoint.model.expert_inner)
+               for name in names)
     return f"int4g{quant.group_size}" if 4 + 32 / quant.group_size >= bits + 1 else "q8_0"
 
 
 def again_line(checkpoint: Checkpoint, quant: QuantConfig) -> str:
     """What a user should know who has all experts in one format, or a mix of int4 and fewer bits, made of a quantized
     file: what is in the format asked for stays as it is, the rest is quantized a second time."""
-    model = checkpoint.model
-    asked = [(names, quant.experts) for key in model.expert_keys
+    model, experts = checkpoint.model, quant.experts
+    if experts in GROUPED_BITS and quant.method not in CALIBRATED:
+        experts = f"{experts}g{quant.group_size}"
+    asked = [(names, experts) for key in model.expert_keys
              for gate, up, down in [[t.name for t in model.expert_tensors(key)[:3]]] for names in ((gate, up), (down,))]
     asked += [((t.name,), quant.dense) for t in model.tensors() if t.role in PACKED]
     quantized = [(names, kind) for names, kind in asked if {checkpoint.types[n] for n in names} - {*UNQUANTIZED}]
     kept = sum(checkpoint.carriable(*names) == kind for names, kind in quantized)
-    start = f"note: {checkpoint.path}: the weights are quantized already ({', '.join(quantized_types(checkpoint))}); "
+    types = "" if checkpoint.lowbit else f" ({', '.join(quantized_types(checkpoint))})"  # its notes say what it has
+    start = f"note: {checkpoint.path}: the weights are quantized already{types}; "
     if kept and kept == len(quantized):
         return start + f"all {kept} matrices are in the format asked for and stay as they are, bit for bit"
     stay = f"{kept} of {len(quantized)} matrices are in the format asked for and stay so, bit for bit; the others" \
         if kept else "they"
-    return start + (f"{stay} are read as {model.dtype}, and what is quantized again adds to their error (--format auto "
-                    "keeps all that can stay as it is)")
+    some = any(checkpoint.carriable(name) for name in checkpoint.types)
+    auto = " (--format auto keeps all that can stay as it is)" if some else ""
+    return start + f"{stay} are read as {model.dtype}, and what is quantized again adds to their error{auto}"
 
 
 def lines(checkpoint: Checkpoint, quant: QuantConfig) -> list[str]:
@@ -89,7 +111,7 @@ def lines(checkpoint: Checkpoint, quant: QuantConfig) -> list[str]:
     model, found = checkpoint.model, list[str]()
     carried, again = Counter[str](), Counter[tuple[tuple[str, ...], str]]()
     for key in model.expert_keys:
-        w13, w2 = quant.kinds[quant.kind_of(key)]
+        w13, w2 = quant.kinds[quant.kind_of(key)] if quant.kinds else (f"{quant.experts}g{quant.group_size}",) * 2
         gate, up, down = (t.name for t in model.expert_tensors(key)[:3])
         for kind, names in ((w13, (gate, up)), (w2, (down,))):
             if checkpoint.carriable(*names) == kind:

@@ -71,7 +71,7 @@ def quantize_checkpoint(source: Checkpoint, out: Path | str, quant: QuantConfig,
     if (quant.method in CALIBRATED) != (calibration is not None):
         raise UsageError(f"method {quant.method!r}: {'takes no' if calibration else 'needs a'} calibration")
     layout = StoreLayout.of(source.model, quant)
-    work = all_work(source, layout)
+    work = all_work(source, layout, quant)
     _account(source, work)
     copies = _read_copies(source)
     if dry_run:

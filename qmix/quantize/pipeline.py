@@ -31,7 +31,7 @@ from qmix import formats
 from qmix.checkpoint import Checkpoint
 from qmix.config import CALIBRATED, DTYPES, ExpertKey, QuantConfig
 from qmix.errors import CheckpointError, QmixError
-from qmix.formats import TORCH_DTYPES, mxfp4
+from qmix.formats import TORCH_DTYPES, grouped, mxfp4
 from qmix.formats import carried as carried_format
 from qmix.hardware.memory import anonymous_memory
 from qmix.quantize.calibrated import FALLBACK, choose_calibrated
@@ -45,7 +45,7 @@ from qmix.spec import Model
 from qmix.spec.model import layer_of, of_mtp_head
 from qmix.store import Calibrated, Region, StoreLayout, StoreWriter
 
-Blocks = mxfp4.Blocks | carried_format.Blocks
+Blocks = mxfp4.Blocks | carried_format.Blocks | grouped.Blocks
 Weight = Tensor | Blocks  # numbers, or, of a matrix that is carried, its codes and scales
 BOTH = frozenset({"w13", "w2"})  # matrices of an expert
 
@@ -88,12 +88,20 @@ class Made:
     calibrated: Calibrated | None = None
 
 
-def all_work(source: Checkpoint, layout: StoreLayout) -> list[Work]:
+def all_work(source: Checkpoint, layout: StoreLayout, quant: QuantConfig) -> list[Work]:
     """Every region of the store, in the order in which it is made."""
+    def carried(matrices: Mapping[str, tuple[MatrixSpec | None, tuple[str, ...]]]) -> frozenset[str]:
+        """Those of {matrix: (how it is stored, the tensors that it is stacked from)} that the file has in that format.
+        A text chooses new codes, also of what the file has in int4."""
+        return frozenset(matrix for matrix, (spec, names) in matrices.items()
+                         if spec is not None and (spec.format in CARRIED or (
+                             spec.format == "int4" and quant.method not in CALIBRATED))
+                         and source.carriable(*names) == _kind(spec))
+
     model = source.model
     item = TORCH_DTYPES[PLAIN_DTYPES[DTYPES[model.dtype]]].itemsize
     found = [Work(layout.dense[t.name], t.name, {"": layout.specs[t.name]}, {"": (source.published(t.name),)},
-                  source.nbytes_of(t.name, t.shape), carried=_carried(source, {"": (layout.specs[t.name], (t.name,))}))
+                  source.nbytes_of(t.name), carried=carried({"": (layout.specs[t.name], (t.name,))}))
              for t in model.tensors()]
     room = model.expert_numbers * item
     for key, region in layout.records.items():
@@ -103,19 +111,18 @@ def all_work(source: Checkpoint, layout: StoreLayout) -> list[Work]:
             parts |= {"w13.bias": tuple(biases[:2]), "w2.bias": tuple(biases[2:])}
         record = layout.record(key)
         if source.expert_format is not None and {record.w13.format, record.w2.format} == {source.expert_format}:
-            carried = BOTH
+            stay = BOTH
         else:
             w1, w3, w2 = (tensor.name for tensor in model.expert_tensors(key)[:3])
-            carried = _carried(source, {"w13": (record.w13, (w1, w3)), "w2": (record.w2, (w2,))})
+            stay = carried({"w13": (record.w13, (w1, w3)), "w2": (record.w2, (w2,))})
         found.append(Work(region, key, {"w13": record.w13, "w2": record.w2}, parts, source.expert_nbytes(key), room,
-                          carried))
+                          stay))
     return found
 
 
-def _carried(source: Checkpoint, matrices: Mapping[str, tuple[MatrixSpec | None, tuple[str, ...]]]) -> frozenset[str]:
-    """Those of {matrix: (how it is stored, the tensors that it is stacked from)} that the file has in that format."""
-    return frozenset(matrix for matrix, (spec, names) in matrices.items()
-                     if spec is not None and spec.format in CARRIED and source.carriable(*names) == spec.format)
+def _kind(spec: MatrixSpec) -> str:
+    """As Checkpoint.carriable names it."""
+    return f"{spec.format}g{spec.group_size}" if spec.bits else spec.format
 
 
 def route(work: Sequence[Work], finished: Collection[str], model: Model) -> list[Work]:

@@ -23,6 +23,7 @@ from tokenizer_files import CHATML, byte_level_json, demo_folder, spelled_json, 
 
 from qmix.checkpoint import Checkpoint
 from qmix.gguf.header import open_header
+from qmix.models.consolidated import consolidated_config
 from qmix.models.registry import ARCHITECTURES, read_model
 from qmix.spec.json import from_json, to_json
 from qmix.store import Store
@@ -112,6 +113,46 @@ def test_checkpoints(checkpoint: Path, tmp_path: Path, fuzz: Fuzz) -> None:
             (path / name).write_bytes(raw)
 
     fuzz(600, once)
+
+
+@pytest.mark.parametrize("case", ["fp8-blocks", "pack4-zeros", "nvfp4", "awq", "gptq-desc-act"])
+def test_lowbit_checkpoints(case: str, tmp_path: Path, fuzz: Fuzz) -> None:
+    """Of quantized weights; the config's own object is mutated as often as all else."""
+    from lowbit_checkpoints import write_lowbit
+
+    path = tmp_path / "c"
+    write_lowbit(path, "mixtral", case)
+    names = ("config.json", "model.safetensors")
+    good = {name: (path / name).read_bytes() for name in names}
+    config = json.loads(good["config.json"])
+
+    def once(dice: random.Random) -> None:
+        name = dice.choice(names)
+        if name == "config.json":
+            inner = mutate.mutate_json(json.loads(json.dumps(config["quantization_config"])), dice)
+            (path / name).write_text(json.dumps({**config, "quantization_config": inner}))
+        else:
+            (path / name).write_bytes(mutate.mutate_safetensors(good[name], dice))
+        try:
+            with Checkpoint.open(path) as opened:
+                key = next(iter(opened.model.expert_keys))
+                opened.expert(key)
+                opened.carriable(opened.model.expert_tensors(key)[2].name)
+        finally:
+            (path / name).write_bytes(good[name])
+
+    fuzz(40, once)
+
+
+def test_mistral_params(fuzz: Fuzz) -> None:
+    params = {"dim": 64, "n_layers": 2, "hidden_dim": 96, "head_dim": 16, "n_heads": 4, "n_kv_heads": 2,
+              "norm_eps": 1e-5, "vocab_size": 512, "sliding_window": "16",
+              "moe": {"num_experts": 4, "num_experts_per_tok": 2}}
+
+    def once(dice: random.Random) -> None:
+        read_model(consolidated_config(mutate.mutate_json(json.loads(json.dumps(params)), dice))[0])
+
+    fuzz(500, once)
 
 
 def test_gguf_models(tmp_path: Path, fuzz: Fuzz) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from qmix import hardware
 from qmix.bounded import MAX_TEXT, parse_json, read_file
-from qmix.checkpoint import Checkpoint, ignored_keys
+from qmix.checkpoint import Checkpoint, ignored_keys, is_consolidated
 from qmix.commands.quantization import Described, Flags, choose
 from qmix.commands.skipped import skipped_lines
 from qmix.config import ExpertKey, QuantConfig
@@ -29,6 +29,8 @@ from qmix.offload.head import plan_with_head
 from qmix.offload.needs import Needs, choose_context
 from qmix.offload.plan import CUDA_CONTEXT, PROGRAM, UNMEASURED, Plan, margin_of
 from qmix.offload.plan import plan as make_plan
+from qmix.schemes import read_quantization
+from qmix.shards import read_json
 from qmix.sizes import format_bytes, record_layouts
 from qmix.spec import Model
 from qmix.store import CONFIG, MANIFEST, Store
@@ -76,12 +78,25 @@ def find_model(path: Path, flags: Flags | None, state: Path | None, say: Callabl
             model = store.model
             stats = router_stats.load(state, store.identity, len(model.record_layers), model.num_experts, say)
             return Planned(path.resolve().name, model, store.quant, known_shares(stats))
-    model, quant = _read_gguf(path, flags, say) if is_gguf(path) else _read_config(path, flags, say)
+    weights = is_gguf(path) or _is_lowbit(path) or is_consolidated(path)
+    model, quant = _read_weights(path, flags, say) if weights else _read_config(path, flags, say)
     return Planned(path.resolve().name, model, quant, {})
 
 
-def _read_gguf(path: Path, flags: Flags, say: Callable[[str], None]) -> tuple[Model, QuantConfig]:
-    """The model of a GGUF file and how it is quantized. What `qmix quantize` would say of the file is said."""
+def _is_lowbit(path: Path) -> bool:
+    """Whether it is a folder with weights that are quantized already: what of them can stay is seen in the files."""
+    if not path.is_dir() or not any(path.glob("*.safetensors")):
+        return False
+    try:
+        raw = read_json(path / CONFIG)
+        return (raw.get("quantization_config") is not None or (path / "hf_quant_config.json").exists()) \
+            and published_experts(raw) is None
+    except (CheckpointError, ConfigError):  # said when it is read
+        return False
+
+
+def _read_weights(path: Path, flags: Flags, say: Callable[[str], None]) -> tuple[Model, QuantConfig]:
+    """The model of a GGUF file, or of a folder, and how it is quantized. What `qmix quantize` would say is said."""
     with Checkpoint.open(path) as checkpoint:
         for line in skipped_lines(checkpoint):
             say(f"skipped: {line}")
@@ -99,6 +114,9 @@ def _read_config(path: Path, flags: Flags, say: Callable[[str], None]) -> tuple[
             raise ValueError("not an object")
         model = read_model(raw)
         published = published_experts(raw)
+        if raw.get("quantization_config") is not None and published is None:
+            say(f"note: {file}: quantization_config: {read_quantization(raw['quantization_config']).title}: what of it "
+                "can stay as it is is seen in the weights, which are not here")
     except ConfigError as e:
         raise CheckpointError(f"{file}: {e.message}", e.cure) from None
     except (OSError, ValueError, RecursionError) as e:
