@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from qmix import paths, render
+from qmix import hub, paths, render
 from qmix.config import EFFORTS, GROUPED_BITS, QuantConfig, SamplingParams
 from qmix.errors import ConfigError, UsageError
 from qmix.sizes import parse_bytes
@@ -69,6 +69,10 @@ Exact = Annotated[bool, typer.Option("--exact", help="The same bits wherever an 
                                      "doctor --tune found is ignored.")]
 Trace = Annotated[Path | None, typer.Option("--trace", help="Record every routing decision in this file, for qmix "
                                             "replay.", show_default=False)]
+Revision = Annotated[str | None, typer.Option("--revision", help="Of a hub id: a branch, tag or commit; the same as "
+                                              "org/name@REVISION.", show_default=False)]
+Offline = Annotated[bool, typer.Option("--offline", help="Never ask the hub: what its cache on this machine holds must "
+                                       "do.")]
 Json = Annotated[bool, typer.Option("--json", help="As one JSON document.")]
 
 
@@ -105,12 +109,17 @@ def sampling(temp: float, top_p: float, top_k: int, min_p: float, repeat_penalty
     return checked(SamplingParams, temp, top_p, top_k, min_p, repeat_penalty, seed, max_tokens, tuple(stop or ()))
 
 
+def hub_access(revision: str | None = None, offline: bool = False) -> hub.Access:
+    """How the hub is asked, by these flags; what is fetched is shown."""
+    return hub.Access(revision, offline, render.byte_bar)
+
+
 def model_folder(model: str | None) -> Path:
     if model is None:
         known = ", ".join(p.name for p in paths.local_stores())
         raise UsageError("MODEL is missing", f"aliases here: {known}" if known else
                          "quantize one: qmix quantize SRC OUT, or try qmix demo")
-    return paths.resolve(model, render.say, "store")
+    return paths.resolve(model, render.say, "store", hub_access())
 
 
 def quant_config(format: str, dense: str, method: str | None, group_size: int | None, block: str | None,

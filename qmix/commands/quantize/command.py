@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qmix import paths, render
-from qmix.commands.options import Threads
+from qmix.commands.options import Offline, Revision, Threads, hub_access
 from qmix.commands.quantization import Flags, choose
 from qmix.commands.quantize.calibration import check_calibration, mixed_config, read_calibration, wanted_size
 from qmix.commands.skipped import skipped_lines
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 def quantize(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face checkpoint, folder or hub id; or a GGUF "
-                                          "file.")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face checkpoint, folder or hub id "
+                                          "(org/name, org/name:Q4_K_M, @revision); or a GGUF file.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The store to write, a new folder.")],
     format: Annotated[str | None, typer.Option("--format", help="Experts: int8, int4 (default), int3, int2, mxfp4, "
                                                "nf4, fp4, q8_0 or keep (unquantized); or auto, the default for a "
@@ -53,7 +53,7 @@ def quantize(
     calibration_tokens: Annotated[int | None, typer.Option(
         "--calibration-tokens", min=1, help="Tokens of it, spread evenly; default 65536.",
         show_default=False)] = None,
-    threads: Threads = None,
+    threads: Threads = None, revision: Revision = None, offline: Offline = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the store at OUT once the new one is whole.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written and exit; "
                                         "--fit and --bpw still measure.")] = False,
@@ -69,7 +69,8 @@ def quantize(
     flags = Flags(format, dense, method, group_size, block, double_quant, calibration)
     check_calibration(flags.config(), wanted, calibration, calibration_tokens)
     head = mtp and wanted is None  # no text says what the experts of a head are worth
-    with Checkpoint.open(paths.resolve(source, render.say, "checkpoint"), head) as checkpoint:
+    with Checkpoint.open(paths.resolve(source, render.say, "checkpoint",
+                                       hub_access(revision, offline)), head) as checkpoint:
         for line in skipped_lines(checkpoint, asked=not head):
             render.say(f"skipped: {line}")
         for note in checkpoint.notes:

@@ -1,0 +1,422 @@
+"""What a repository holds, what of it a model needs, and how it comes here."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from glob import escape
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from qmix import modelfiles
+from qmix.bounded import parse_json, read_file
+from qmix.errors import CheckpointError, ConfigError, DoesNotFit, Interrupted, QmixError, UsageError
+from qmix.hub import blobs
+from qmix.hub.errors import AGAIN, hub_error, reason
+from qmix.hub.names import GgufModel, HubName, choose_gguf, gguf_models
+from qmix.models import published_experts
+from qmix.sizes import format_bytes
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MANIFEST = "qmix.json"
+CONFIG = "config.json"
+# All that a store copies from a checkpoint, what tells a layout that qmix does not read, and what names the weights.
+FILES = (CONFIG, "params.json", INDEX, MANIFEST, *modelfiles.FILES)
+TEMPLATES = f"{modelfiles.TEMPLATES}/*.jinja"
+MAX_JSON = 256 * 2**20  # bytes of an index or a qmix.json
+CONNECTIONS = 4  # files that are fetched at a time
+
+Wanted = Literal["config", "checkpoint", "store", "either"]
+Say = Callable[[str], None]
+
+
+class Progress(Protocol):
+    def __call__(self, done: int, total: int, label: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How the hub is asked. revision: of --revision; offline: from the cache alone; bar: makes what shows a download's
+    progress, given its title; cache: the folder of the cache, None = the user's."""
+
+    revision: str | None = None
+    offline: bool = False
+    bar: Callable[[str], AbstractContextManager[Progress]] | None = None
+    cache: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file of weights that is not here yet; begun: bytes of it that are."""
+
+    name: str
+    size: int
+    etag: str
+    begun: int
+
+    @property
+    def left(self) -> int:
+        return max(0, self.size - self.begun)
+
+
+@dataclass(slots=True)
+class Found:
+    """What is needed of a repository, and how much of it is not here yet.
+
+    folder: the snapshot, with the small files; names: of the weights; missing: those that are not here, as far as the
+    hub says how large they are; unknown: those of which it does not; gguf: the model in GGUF files, None for any other.
+    """
+
+    name: HubName
+    folder: Path
+    commit: str | None
+    access: Access
+    names: tuple[str, ...] = ()
+    missing: tuple[File, ...] = ()
+    unknown: tuple[str, ...] = ()
+    gguf: GgufModel | None = None
+    is_store: bool = False
+    fallback: tuple[str, ...] = field(default=())
+
+    @property
+    def path(self) -> Path:
+        """What is opened: the folder, or the (first) GGUF file."""
+        return self.folder if self.gguf is None else self.folder / self.gguf.files[0]
+
+    @property
+    def to_fetch(self) -> int:
+        """Bytes that are still to come."""
+        return sum(file.left for file in self.missing)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all weights, where that is known."""
+        here = sum((self.folder / name).stat().st_size for name in self.names if (self.folder / name).exists())
+        return here + sum(file.size for file in self.missing)
+
+    @property
+    def storage(self) -> Path:
+        """The repository's folder in the cache."""
+        return self.folder.parent.parent
+
+    def preview(self) -> Path:
+        """What a plan needs, before anything is fetched: the folder with config.json, or a GGUF file with its header
+        alone."""
+        if self.gguf is None or not self.missing:
+            return self.path
+        from huggingface_hub import hf_hub_url
+
+        from qmix.hub.preview import headers_of
+
+        sizes = {file.name: file.size for file in self.missing}
+        if {*self.gguf.files} - {*sizes}:  # some are here: then all are looked at as they will be
+            sizes |= {name: (self.folder / name).stat().st_size for name in {*self.gguf.files} - {*sizes}
+                      if (self.folder / name).exists()}
+        try:
+            with _quiet(None):
+                return headers_of([(name, hf_hub_url(self.name.repo, name, revision=self.commit), sizes[name])
+                                   for name in self.gguf.files])
+        except QmixError:
+            raise
+        except Exception as e:
+            raise hub_error(str(self.name), e) from None
+
+    def check_room(self, say: Say) -> None:
+        """Say what is to be fetched and what is free; DoesNotFit where that cannot be."""
+        if not self.missing:
+            return
+        needed, free = self.to_fetch, shutil.disk_usage(self.folder).free
+        count = len(self.missing)
+        begun = sum(file.begun for file in self.missing)
+        say(f"{self.name}: {count} file{'s' if count > 1 else ''} to fetch, {format_bytes(needed)}"
+            + (f" ({format_bytes(begun)} of them are here from an earlier try)" if begun else "")
+            + f", into {self.storage}: {format_bytes(free)} free")
+        if needed > free:
+            raise DoesNotFit(f"{self.name}: its weights need {format_bytes(needed)} in {self.storage}: "
+                             f"{format_bytes(free)} free, short of {format_bytes(needed - free)}",
+                             "make room, or set HF_HOME to a folder on another disk")
+
+    def fetch(self, say: Say) -> None:
+        """All that is missing. CheckpointError, DoesNotFit or Interrupted where that fails; what came stays, and the
+        next call goes on there."""
+        if self.missing:
+            _fetch_blobs(self, say)
+        if self.missing or self.unknown:
+            _snapshot(self.name.repo, self.commit, (*(f.name for f in self.missing), *self.unknown), (), self.access)
+        self.missing = self.unknown = ()
+        if self.fallback and not all((self.folder / name).exists() for name in self.names):
+            self.names, self.fallback = self.fallback, ()
+            _look_up(self, say)
+            self.check_room(say)
+            self.fetch(say)
+
+
+def download(name: HubName, wanted: Wanted, say: Say, access: Access | None = None) -> Path:
+    """The folder in the hub's cache, or the GGUF file there, with what a `wanted` model needs; "config" is config.json
+    alone. CheckpointError where the hub does not give it, DoesNotFit where the disk is too small, UsageError where a
+    store is wanted and the repository holds a checkpoint."""
+    found = find(name, wanted, say, access)
+    if wanted == "config":
+        return found.preview()
+    found.check_room(say)
+    found.fetch(say)
+    return found.path
+
+
+def find(name: HubName, wanted: Wanted, say: Say, access: Access | None = None) -> Found:
+    """What `download` would fetch; the small files are fetched by that. Raises what it raises."""
+    access = access or Access()
+    name = name.at(access.revision)
+    offline = _offline(access)
+    say(f"{name}: not a local folder; " + ("looking in the hub's cache alone" if offline else
+                                           "asking the Hugging Face hub"))
+    if name.file is not None:
+        if wanted == "store":
+            raise UsageError(f"{name}: a GGUF file that is no store yet", _quantize_first(name))
+        return _find_gguf(name, say, access)
+    folder = _snapshot(name.repo, name.revision, [CONFIG] if wanted == "config" else FILES,
+                       [] if wanted == "config" else [TEMPLATES], access)
+    # The commit of the small files, so that an upload in between cannot mix two versions.
+    commit = folder.name if folder.parent.name == "snapshots" else name.revision
+    found = Found(name, folder, commit, access)
+    if wanted == "config" and (folder / CONFIG).is_file():
+        return found
+    if wanted == "config":  # a model in GGUF files may have none, and the others are refused as always
+        return find(name, "checkpoint", say, access)
+    found.is_store = (folder / MANIFEST).is_file()
+    if wanted == "store" and not found.is_store and (folder / CONFIG).is_file():
+        raise UsageError(f"{name}: a checkpoint that is not quantized yet", _quantize_first(name))
+    if (found.is_store and wanted == "checkpoint") or (not found.is_store and _is_quantized(folder / CONFIG)):
+        return found  # opening it as a checkpoint is refused, by its name or by its config.json
+    if not found.is_store and not (folder / INDEX).exists() and folder.is_dir():
+        files = _listing(name, commit, folder, access)
+        if SINGLE not in files and gguf_models(files):
+            return _of_gguf(name, folder, commit, files, say, access)
+    if found.is_store:
+        found.names = tuple(_named(folder / MANIFEST, _store_files))
+    else:
+        listed = _named(folder / INDEX, _shards)
+        found.names = tuple(listed or [SINGLE])
+        found.fallback = (SINGLE,) if listed else ()  # where the index is stale
+    _look_up(found, say)
+    return found
+
+
+def free_source(repo: str, access: Access | None = None) -> int:
+    """Delete what qmix fetched of a repository, wherever the cache is: the bytes that this frees."""
+    return blobs.free(_cache(access or Access()) / f"models--{repo.replace('/', '--')}")
+
+
+def _cache(access: Access) -> Path:
+    from huggingface_hub import constants
+
+    return access.cache or Path(constants.HF_HUB_CACHE)
+
+
+def _quantize_first(name: HubName) -> str:
+    return f"quantize it first: qmix quantize {name} {name.repo.partition('/')[2]}-int4, or try qmix run {name}"
+
+
+def _find_gguf(name: HubName, say: Say, access: Access) -> Found:
+    folder = _snapshot(name.repo, name.revision, [], [], access)
+    commit = folder.name if folder.parent.name == "snapshots" else name.revision
+    return _of_gguf(name, folder, commit, _listing(name, commit, folder, access), say, access)
+
+
+def _of_gguf(name: HubName, folder: Path, commit: str | None, files: Iterable[str], say: Say, access: Access) -> Found:
+    model = choose_gguf(name, files)
+    if name.file != model.files[0]:
+        say(f"{name}: the GGUF model {', '.join(model.files)}")
+    found = Found(name, folder, commit, access, model.files, gguf=model)
+    _look_up(found, say)
+    return found
+
+
+def _listing(name: HubName, commit: str | None, folder: Path, access: Access) -> list[str]:
+    """The names of all files of the repository; offline of those that are here."""
+    if not _offline(access):
+        from huggingface_hub import HfApi
+
+        try:
+            with _quiet(None):
+                return HfApi().list_repo_files(name.repo, revision=commit)
+        except Exception as e:
+            here = _here(folder)
+            if not any(file.endswith((".gguf", ".safetensors")) for file in here):
+                raise hub_error(str(name), e) from None
+            return here
+    return _here(folder)
+
+
+def _here(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _offline(access: Access) -> bool:
+    from huggingface_hub import constants
+
+    return access.offline or bool(constants.HF_HUB_OFFLINE)
+
+
+def _snapshot(repo: str, revision: str | None, names: Iterable[str], patterns: Iterable[str], access: Access) -> Path:
+    """The folder, with those of the files that the repository has."""
+    import huggingface_hub
+
+    how: dict[str, Any] = {"local_files_only": True} if access.offline else {}
+    if access.cache is not None:
+        how["cache_dir"] = access.cache
+    try:
+        with _quiet(None):
+            return Path(huggingface_hub.snapshot_download(
+                repo, revision=revision, allow_patterns=[*map(escape, names), *patterns], **how))
+    except Exception as e:  # its own, and those of whichever HTTP library its version uses
+        raise hub_error(f"{repo}@{revision}" if revision else repo, e, access.offline) from None
+
+
+def _look_up(found: Found, say: Say) -> None:
+    """Fill in what of found.names is missing, and how large it is."""
+    absent = [name for name in found.names if not (found.folder / name).exists()]
+    if not absent:
+        return
+    if _offline(found.access):
+        raise CheckpointError(f"{found.name}: {absent[0]}: not in the hub's cache ({len(absent)} of {len(found.names)} "
+                              "files are missing), and the hub must not be asked (--offline, HF_HUB_OFFLINE)",
+                              "fetch it once without --offline")
+    with _quiet(None), ThreadPoolExecutor(CONNECTIONS, "qmix-hub") as pool:
+        asked = [pool.submit(_ask, found, name) for name in absent]
+        missing, unknown, lines = [], [], []
+        for name, answer in zip(absent, asked, strict=True):
+            one = answer.result()
+            if isinstance(one, File):
+                missing.append(one)
+            elif one is not None:  # an index may name what is not there
+                unknown.append(name)
+                lines.append(f"{found.name}: the hub does not say how large {name} is ({one}): free space is not "
+                             "checked")
+    for line in lines[:1]:
+        say(line)
+    found.missing, found.unknown = tuple(missing), tuple(unknown)
+
+
+def _ask(found: Found, name: str) -> File | str | None:
+    """The file, None where there is no such file, or why the hub does not tell."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
+
+    try:
+        meta = get_hf_file_metadata(hf_hub_url(found.name.repo, name, revision=found.commit))
+    except EntryNotFoundError:
+        return None
+    except (GatedRepoError, RepositoryNotFoundError) as e:
+        raise hub_error(str(found.name), e) from None
+    except Exception as e:
+        return reason(e)
+    if not meta.size or not meta.etag or not blobs.ETAG.fullmatch(meta.etag):
+        return "neither size nor checksum"
+    return File(name, meta.size, meta.etag, blobs.begun(found.storage, meta.etag))
+
+
+def _fetch_blobs(found: Found, say: Say) -> None:
+    from huggingface_hub import hf_hub_url
+
+    stop, lock = threading.Event(), threading.Lock()
+    total, done = sum(file.size for file in found.missing), 0
+    bar = found.access.bar or _no_bar
+
+    def fetch(file: File, progress: Progress) -> None:
+        def count(nbytes: int) -> None:
+            nonlocal done
+            with lock:
+                done += nbytes
+                progress(done, total, file.name)
+
+        blobs.fetch_blob(found.storage, file.etag, file.size,
+                         hf_hub_url(found.name.repo, file.name, revision=found.commit), count, stop)
+
+    with _quiet(say), bar("fetch") as progress, ThreadPoolExecutor(CONNECTIONS, "qmix-hub") as pool:
+        tasks = [pool.submit(fetch, file, progress) for file in found.missing]
+        try:
+            for task in tasks:
+                task.result()
+        except BaseException as e:
+            stop.set()
+            for task in tasks:
+                task.cancel()
+            if isinstance(e, KeyboardInterrupt):
+                raise Interrupted(f"{found.name}: stopped while it was fetched", AGAIN) from None
+            failed = e if not isinstance(e, blobs.Stopped) else next(
+                (one for task in tasks if task.done() and not task.cancelled() and (one := task.exception()) is not None
+                 and not isinstance(one, blobs.Stopped)), e)
+            if isinstance(failed, QmixError) or not isinstance(failed, Exception):
+                raise failed from None
+            raise hub_error(str(found.name), failed) from None
+
+
+@contextmanager
+def _no_bar(title: str) -> Iterator[Progress]:
+    yield lambda done, total, label: None
+
+
+@contextmanager
+def _quiet(say: Say | None) -> Iterator[None]:
+    """Without the library's own bars and log lines; its warnings, such as of a connection that is tried again, go to
+    `say`, the first line of each."""
+    import logging
+
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if say is not None:
+                text = record.getMessage().splitlines()
+                say("the hub: " + " ".join([*text[:1], *text[-1:][len(text) < 2:]]))
+
+    logger, lines = logging.getLogger("huggingface_hub"), Lines(logging.WARNING)
+    before, shown = (logger.handlers[:], logger.propagate), not are_progress_bars_disabled()
+    logger.handlers, logger.propagate = [lines], False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            disable_progress_bars()
+            yield
+    finally:
+        logger.handlers, logger.propagate = before
+        if shown:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                enable_progress_bars()
+
+
+def _named(path: Path, read: Callable[[Any], Iterable[Any]]) -> list[str]:
+    """Plain file names that a JSON file names; [] where it names none, for whoever opens the folder says it better."""
+    try:
+        found = {*read(parse_json(read_file(path, MAX_JSON)))}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, QmixError):
+        return []
+    return sorted(name for name in found if isinstance(name, str) and name and not {*"/\\\0"} & {*name})
+
+
+def _is_quantized(config: Path) -> bool:
+    """Whether config.json says that the weights are in a format that qmix does not take from checkpoints."""
+    try:
+        raw = parse_json(read_file(config, MAX_JSON))
+        return isinstance(raw, dict) and raw.get("quantization_config") is not None and published_experts(raw) is None
+    except ConfigError:  # of a known format, with a key that is not known
+        return True
+    except (OSError, ValueError, RecursionError, QmixError):  # said when the folder is opened
+        return False
+
+
+def _shards(index: Any) -> Iterable[Any]:
+    return index["weight_map"].values()
+
+
+def _store_files(manifest: Any) -> Iterable[Any]:
+    return [*(entry["file"] for entry in (*manifest["records"], *manifest["dense"])),
+            *(entry["name"] for entry in manifest["files"])]
