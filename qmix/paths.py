@@ -17,14 +17,14 @@ from pathlib import Path
 
 from qmix import hub
 from qmix.errors import UsageError
-from qmix.settings import NoHome, xdg_folder
+from qmix.settings import NoHome, own_home, xdg_folder
 
 HUB_FILES = hub.FILES  # the small files of a repository; these name the weights
 
 
 def models_folder() -> Path:
-    """Stores that have an alias."""
-    return xdg_folder("data") / "models"
+    """Stores that have an alias: in $QMIX_HOME, or in the user's data folder."""
+    return (own_home() or xdg_folder("data")) / "models"
 
 
 def state_folder() -> Path:
@@ -50,6 +50,11 @@ def sensitivity_folder() -> Path:
 def hardware_file() -> Path:
     """Measured bandwidths of this machine."""
     return xdg_folder("cache") / "hardware.json"
+
+
+def rates_file() -> Path:
+    """How fast this machine quantized."""
+    return xdg_folder("cache") / "rates.json"
 
 
 def gpu_memory_file() -> Path:

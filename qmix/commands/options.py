@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -73,6 +74,7 @@ Revision = Annotated[str | None, typer.Option("--revision", help="Of a hub id: a
                                               "org/name@REVISION.", show_default=False)]
 Offline = Annotated[bool, typer.Option("--offline", help="Never ask the hub: what its cache on this machine holds must "
                                        "do.")]
+Yes = Annotated[bool, typer.Option("-y", "--yes", help="Do not ask.")]
 Json = Annotated[bool, typer.Option("--json", help="As one JSON document.")]
 
 
@@ -107,6 +109,17 @@ def checked(record: Callable[..., Record], *values: Any, **named: Any) -> Record
 def sampling(temp: float, top_p: float, top_k: int, min_p: float, repeat_penalty: float, seed: int | None,
              max_tokens: int, stop: list[str] | None) -> SamplingParams:
     return checked(SamplingParams, temp, top_p, top_k, min_p, repeat_penalty, seed, max_tokens, tuple(stop or ()))
+
+
+def agreed(question: str) -> None:
+    """Return if the user says yes; the command ends otherwise. UsageError where nobody can be asked."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise UsageError(f"{question} No terminal to ask on", "say yes beforehand: -y")
+    print(f"{question} [Y/n] ", end="", file=sys.stderr, flush=True)
+    answer = sys.stdin.readline()
+    if not answer or answer.strip().lower() not in ("", "y", "yes"):
+        render.say("nothing was done")
+        raise typer.Exit(1)
 
 
 def hub_access(revision: str | None = None, offline: bool = False) -> hub.Access:

@@ -10,7 +10,8 @@ None of them is fetched, and pickled weights never are. What is to be fetched an
 compared, before the first weight is fetched. A checkpoint whose config.json says that it is quantized already is
 refused before its weights are fetched.
 
-names.py reads hub ids, repository.py finds out what is there and what of it is needed, blobs.py fetches a file.
+names.py reads hub ids; repository.py finds out what is there and what of it is needed, by contents.py; fetching.py
+fetches files, blobs.py one; preview.py the header of a GGUF file alone; errors.py says what the library raises.
 """
 
 from qmix.hub.names import HubName
@@ -26,7 +27,9 @@ from qmix.hub.repository import (
     download,
     find,
     free_source,
+    is_commit,
+    newest_commit,
 )
 
 __all__ = ["CONFIG", "FILES", "INDEX", "MANIFEST", "SINGLE", "Access", "Found", "HubName", "Wanted", "download", "find",
-           "free_source"]
+           "free_source", "is_commit", "newest_commit"]

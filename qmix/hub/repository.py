@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-import threading
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from glob import escape
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from qmix import modelfiles
-from qmix.bounded import parse_json, read_file
-from qmix.errors import CheckpointError, ConfigError, DoesNotFit, Interrupted, QmixError, UsageError
+from qmix.errors import CheckpointError, DoesNotFit, QmixError, UsageError
 from qmix.hub import blobs
-from qmix.hub.errors import AGAIN, hub_error, reason
+from qmix.hub.contents import is_quantized, named_files, shards, store_files
+from qmix.hub.errors import hub_error, reason
+from qmix.hub.fetching import CONNECTIONS, Bar, File, fetch_files, quiet
 from qmix.hub.names import GgufModel, HubName, choose_gguf, gguf_models
-from qmix.models import published_experts
 from qmix.sizes import format_bytes
 
 SINGLE = "model.safetensors"
@@ -29,15 +27,10 @@ CONFIG = "config.json"
 # All that a store copies from a checkpoint, what tells a layout that qmix does not read, and what names the weights.
 FILES = (CONFIG, "params.json", INDEX, MANIFEST, *modelfiles.FILES)
 TEMPLATES = f"{modelfiles.TEMPLATES}/*.jinja"
-MAX_JSON = 256 * 2**20  # bytes of an index or a qmix.json
-CONNECTIONS = 4  # files that are fetched at a time
+QUICK = 5.0  # seconds that a hub has to say whether a model has changed
 
 Wanted = Literal["config", "checkpoint", "store", "either"]
 Say = Callable[[str], None]
-
-
-class Progress(Protocol):
-    def __call__(self, done: int, total: int, label: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,22 +40,8 @@ class Access:
 
     revision: str | None = None
     offline: bool = False
-    bar: Callable[[str], AbstractContextManager[Progress]] | None = None
+    bar: Bar | None = None
     cache: Path | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class File:
-    """A file of weights that is not here yet; begun: bytes of it that are."""
-
-    name: str
-    size: int
-    etag: str
-    begun: int
-
-    @property
-    def left(self) -> int:
-        return max(0, self.size - self.begun)
 
 
 @dataclass(slots=True)
@@ -119,7 +98,7 @@ class Found:
             sizes |= {name: (self.folder / name).stat().st_size for name in {*self.gguf.files} - {*sizes}
                       if (self.folder / name).exists()}
         try:
-            with _quiet(None):
+            with quiet(None):
                 return headers_of([(name, hf_hub_url(self.name.repo, name, revision=self.commit), sizes[name])
                                    for name in self.gguf.files])
         except QmixError:
@@ -146,7 +125,7 @@ class Found:
         """All that is missing. CheckpointError, DoesNotFit or Interrupted where that fails; what came stays, and the
         next call goes on there."""
         if self.missing:
-            _fetch_blobs(self, say)
+            fetch_files(self.name.repo, str(self.name), self.commit, self.storage, self.missing, say, self.access.bar)
         if self.missing or self.unknown:
             _snapshot(self.name.repo, self.commit, (*(f.name for f in self.missing), *self.unknown), (), self.access)
         self.missing = self.unknown = ()
@@ -192,20 +171,36 @@ def find(name: HubName, wanted: Wanted, say: Say, access: Access | None = None) 
     found.is_store = (folder / MANIFEST).is_file()
     if wanted == "store" and not found.is_store and (folder / CONFIG).is_file():
         raise UsageError(f"{name}: a checkpoint that is not quantized yet", _quantize_first(name))
-    if (found.is_store and wanted == "checkpoint") or (not found.is_store and _is_quantized(folder / CONFIG)):
+    if (found.is_store and wanted == "checkpoint") or (not found.is_store and is_quantized(folder / CONFIG)):
         return found  # opening it as a checkpoint is refused, by its name or by its config.json
     if not found.is_store and not (folder / INDEX).exists() and folder.is_dir():
         files = _listing(name, commit, folder, access)
         if SINGLE not in files and gguf_models(files):
             return _of_gguf(name, folder, commit, files, say, access)
     if found.is_store:
-        found.names = tuple(_named(folder / MANIFEST, _store_files))
+        found.names = tuple(named_files(folder / MANIFEST, store_files))
     else:
-        listed = _named(folder / INDEX, _shards)
+        listed = named_files(folder / INDEX, shards)
         found.names = tuple(listed or [SINGLE])
         found.fallback = (SINGLE,) if listed else ()  # where the index is stale
     _look_up(found, say)
     return found
+
+
+def is_commit(revision: str | None) -> bool:
+    """Whether it cannot come to mean something else."""
+    return revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision) is not None
+
+
+def newest_commit(name: HubName) -> str:
+    """The commit that a name means now, as the hub says. Raises as `find`."""
+    from huggingface_hub import HfApi
+
+    try:
+        with quiet(None):
+            return str(HfApi().model_info(name.repo, revision=name.revision, timeout=QUICK).sha)
+    except Exception as e:
+        raise hub_error(str(name), e) from None
 
 
 def free_source(repo: str, access: Access | None = None) -> int:
@@ -244,7 +239,7 @@ def _listing(name: HubName, commit: str | None, folder: Path, access: Access) ->
         from huggingface_hub import HfApi
 
         try:
-            with _quiet(None):
+            with quiet(None):
                 return HfApi().list_repo_files(name.repo, revision=commit)
         except Exception as e:
             here = _here(folder)
@@ -272,7 +267,7 @@ def _snapshot(repo: str, revision: str | None, names: Iterable[str], patterns: I
     if access.cache is not None:
         how["cache_dir"] = access.cache
     try:
-        with _quiet(None):
+        with quiet(None):
             return Path(huggingface_hub.snapshot_download(
                 repo, revision=revision, allow_patterns=[*map(escape, names), *patterns], **how))
     except Exception as e:  # its own, and those of whichever HTTP library its version uses
@@ -288,7 +283,7 @@ def _look_up(found: Found, say: Say) -> None:
         raise CheckpointError(f"{found.name}: {absent[0]}: not in the hub's cache ({len(absent)} of {len(found.names)} "
                               "files are missing), and the hub must not be asked (--offline, HF_HUB_OFFLINE)",
                               "fetch it once without --offline")
-    with _quiet(None), ThreadPoolExecutor(CONNECTIONS, "qmix-hub") as pool:
+    with quiet(None), ThreadPoolExecutor(CONNECTIONS, "qmix-hub") as pool:
         asked = [pool.submit(_ask, found, name) for name in absent]
         missing, unknown, lines = [], [], []
         for name, answer in zip(absent, asked, strict=True):
@@ -320,103 +315,3 @@ def _ask(found: Found, name: str) -> File | str | None:
     if not meta.size or not meta.etag or not blobs.ETAG.fullmatch(meta.etag):
         return "neither size nor checksum"
     return File(name, meta.size, meta.etag, blobs.begun(found.storage, meta.etag))
-
-
-def _fetch_blobs(found: Found, say: Say) -> None:
-    from huggingface_hub import hf_hub_url
-
-    stop, lock = threading.Event(), threading.Lock()
-    total, done = sum(file.size for file in found.missing), 0
-    bar = found.access.bar or _no_bar
-
-    def fetch(file: File, progress: Progress) -> None:
-        def count(nbytes: int) -> None:
-            nonlocal done
-            with lock:
-                done += nbytes
-                progress(done, total, file.name)
-
-        blobs.fetch_blob(found.storage, file.etag, file.size,
-                         hf_hub_url(found.name.repo, file.name, revision=found.commit), count, stop)
-
-    with _quiet(say), bar("fetch") as progress, ThreadPoolExecutor(CONNECTIONS, "qmix-hub") as pool:
-        tasks = [pool.submit(fetch, file, progress) for file in found.missing]
-        try:
-            for task in tasks:
-                task.result()
-        except BaseException as e:
-            stop.set()
-            for task in tasks:
-                task.cancel()
-            if isinstance(e, KeyboardInterrupt):
-                raise Interrupted(f"{found.name}: stopped while it was fetched", AGAIN) from None
-            failed = e if not isinstance(e, blobs.Stopped) else next(
-                (one for task in tasks if task.done() and not task.cancelled() and (one := task.exception()) is not None
-                 and not isinstance(one, blobs.Stopped)), e)
-            if isinstance(failed, QmixError) or not isinstance(failed, Exception):
-                raise failed from None
-            raise hub_error(str(found.name), failed) from None
-
-
-@contextmanager
-def _no_bar(title: str) -> Iterator[Progress]:
-    yield lambda done, total, label: None
-
-
-@contextmanager
-def _quiet(say: Say | None) -> Iterator[None]:
-    """Without the library's own bars and log lines; its warnings, such as of a connection that is tried again, go to
-    `say`, the first line of each."""
-    import logging
-
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    class Lines(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if say is not None:
-                text = record.getMessage().splitlines()
-                say("the hub: " + " ".join([*text[:1], *text[-1:][len(text) < 2:]]))
-
-    logger, lines = logging.getLogger("huggingface_hub"), Lines(logging.WARNING)
-    before, shown = (logger.handlers[:], logger.propagate), not are_progress_bars_disabled()
-    logger.handlers, logger.propagate = [lines], False
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            disable_progress_bars()
-            yield
-    finally:
-        logger.handlers, logger.propagate = before
-        if shown:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                enable_progress_bars()
-
-
-def _named(path: Path, read: Callable[[Any], Iterable[Any]]) -> list[str]:
-    """Plain file names that a JSON file names; [] where it names none, for whoever opens the folder says it better."""
-    try:
-        found = {*read(parse_json(read_file(path, MAX_JSON)))}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, QmixError):
-        return []
-    return sorted(name for name in found if isinstance(name, str) and name and not {*"/\\\0"} & {*name})
-
-
-def _is_quantized(config: Path) -> bool:
-    """Whether config.json says that the weights are in a format that qmix does not take from checkpoints."""
-    try:
-        raw = parse_json(read_file(config, MAX_JSON))
-        return isinstance(raw, dict) and raw.get("quantization_config") is not None and published_experts(raw) is None
-    except ConfigError:  # of a known format, with a key that is not known
-        return True
-    except (OSError, ValueError, RecursionError, QmixError):  # said when the folder is opened
-        return False
-
-
-def _shards(index: Any) -> Iterable[Any]:
-    return index["weight_map"].values()
-
-
-def _store_files(manifest: Any) -> Iterable[Any]:
-    return [*(entry["file"] for entry in (*manifest["records"], *manifest["dense"])),
-            *(entry["name"] for entry in manifest["files"])]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -11,12 +11,8 @@ from qmix import paths, render
 from qmix.commands.options import Offline, Revision, Threads, hub_access
 from qmix.commands.quantization import Flags, choose
 from qmix.commands.quantize.calibration import check_calibration, mixed_config, read_calibration, wanted_size
-from qmix.commands.skipped import skipped_lines
+from qmix.commands.quantize.checks import check_tokenizer, say_notes
 from qmix.config import CALIBRATED, GROUPED_BITS
-from qmix.errors import ModelFileError
-
-if TYPE_CHECKING:
-    from qmix.checkpoint import Checkpoint
 
 
 def quantize(
@@ -71,13 +67,10 @@ def quantize(
     head = mtp and wanted is None  # no text says what the experts of a head are worth
     with Checkpoint.open(paths.resolve(source, render.say, "checkpoint",
                                        hub_access(revision, offline)), head) as checkpoint:
-        for line in skipped_lines(checkpoint, asked=not head):
-            render.say(f"skipped: {line}")
-        for note in checkpoint.notes:
-            render.say(f"note: {note}")
+        say_notes(checkpoint, without_head=not head)
         quant, wanted = choose(checkpoint, flags, wanted, render.say)
         calibration = calibration if wanted is not None or quant.method in CALIBRATED else None
-        _check_tokenizer(checkpoint)
+        check_tokenizer(checkpoint)
         text = None if calibration is None else read_calibration(checkpoint, calibration, calibration_tokens)
         if wanted is not None:
             assert text is not None
@@ -91,16 +84,3 @@ def quantize(
     for line in report.lines():
         render.say(line)
 
-
-def _check_tokenizer(checkpoint: Checkpoint) -> None:
-    """Damaged tokenizer, template or generation files are an error now, not after hours of quantizing."""
-    from qmix.tokenizer import load
-
-    if not any((checkpoint.folder / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
-        render.say(f"warning: {checkpoint.path} holds neither tokenizer.model nor tokenizer.json: chat and "
-                   "generate will refuse the store until the original model's is copied into it")
-        return
-    try:
-        load(checkpoint.folder, checkpoint.model.vocab)
-    except ModelFileError as e:  # of a GGUF file, the folder is one that nobody knows
-        raise ModelFileError(e.message.replace(str(checkpoint.folder), str(checkpoint.path)), e.cure) from None
