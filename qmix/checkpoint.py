@@ -46,7 +46,7 @@ from qmix.models import (
     with_mtp_head_of,
 )
 from qmix.models.source import Index
-from qmix.shards import INDEX, REFETCH, SINGLE, Location, equal, locate, read_json
+from qmix.shards import INDEX, REFETCH, SINGLE, Location, equal, locate, read_json, sample_of
 from qmix.sizes import CARRIED, MX_GROUP
 from qmix.spec import WIDE, Model
 
@@ -57,7 +57,6 @@ BYTES = "U8"  # of MXFP4's codes and scales
 LOW_BITS = ("F4", "F6_", "F8_")
 BLOCKS = "_blocks"  # a tensor in MXFP4 is two, its codes under its name and this, and its _scales
 HEAD = "lm_head.weight"  # also where a model ties it to its embedding
-SAMPLE = 4096  # bytes of each tensor that go into the fingerprint
 MAX_TENSORS = 10**6  # far above any real model; keeps a hostile config.json from costing memory
 
 FOLDER = "give the folder that holds config.json and model*.safetensors"
@@ -220,6 +219,12 @@ class Checkpoint:
                                   f"most {LARGEST}: no weight is as large", REFETCH)
         return found
 
+    def expert_locations(self, key: ExpertKey) -> list[Location]:
+        """The tensors of the files in which an expert lies, each once; other experts may lie there too."""
+        names = dict.fromkeys(name for tensor in self.model.expert_tensors(key)
+                              for name in self._table[tensor.name].names)
+        return [self._locations[name] for name in names]
+
     def expert_nbytes(self, key: ExpertKey) -> int:
         """Of an expert's share of the files."""
         found = 0
@@ -270,8 +275,7 @@ class Checkpoint:
         for name, location in sorted(self._locations.items()):
             entry, size = location.entry, location.shard.file.size
             digest.update(repr((name, entry.dtype, entry.shape, entry.offset, entry.nbytes, size)).encode())
-            nbytes = min(SAMPLE, entry.nbytes)
-            digest.update(bytes(location.shard.read(entry, (entry.nbytes - nbytes) // 2, nbytes).tolist()))
+            digest.update(bytes(location.shard.read(entry, *sample_of(entry)).tolist()))
         return digest.hexdigest()
 
     def close(self) -> None:

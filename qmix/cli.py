@@ -51,8 +51,8 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "run": run, "quantize": quantize, "chat": chat, "generate": generate, "serve": serve, "plan": plan,
-    "doctor": doctor, "bench": bench, "eval": evaluate, "stats": stats, "replay": replay, "show": show, "list": list_models,
-    "rm": remove, "verify": verify, "demo": demo}
+    "doctor": doctor, "bench": bench, "eval": evaluate, "stats": stats, "replay": replay, "show": show,
+    "list": list_models, "rm": remove, "verify": verify, "demo": demo}
 for _name, _command in COMMANDS.items():
     app.command(_name, cls=ChatCommand if _name == "chat" else None)(_command)
 

@@ -74,6 +74,8 @@ Revision = Annotated[str | None, typer.Option("--revision", help="Of a hub id: a
                                               "org/name@REVISION.", show_default=False)]
 Offline = Annotated[bool, typer.Option("--offline", help="Never ask the hub: what its cache on this machine holds must "
                                        "do.")]
+DiscardSource = Annotated[bool, typer.Option("--discard-source", help="Of a hub id: free what is downloaded while "
+                                             "it is quantized. What was in the hub's cache before stays.")]
 Yes = Annotated[bool, typer.Option("-y", "--yes", help="Do not ask.")]
 Json = Annotated[bool, typer.Option("--json", help="As one JSON document.")]
 

@@ -11,10 +11,12 @@ compared, before the first weight is fetched. A checkpoint whose config.json say
 refused before its weights are fetched.
 
 names.py reads hub ids; repository.py finds out what is there and what of it is needed, by contents.py; fetching.py
-fetches files, blobs.py one; preview.py the header of a GGUF file alone; errors.py says what the library raises.
+fetches files, blobs.py one; preview.py the header of a GGUF file alone; private.py has
+downloads that are given up while they are used; errors.py says what the library raises.
 """
 
 from qmix.hub.names import HubName
+from qmix.hub.private import claimed, drop, private_cache, refetch
 from qmix.hub.repository import (
     CONFIG,
     FILES,
@@ -31,5 +33,5 @@ from qmix.hub.repository import (
     newest_commit,
 )
 
-__all__ = ["CONFIG", "FILES", "INDEX", "MANIFEST", "SINGLE", "Access", "Found", "HubName", "Wanted", "download", "find",
-           "free_source", "is_commit", "newest_commit"]
+__all__ = ["CONFIG", "FILES", "INDEX", "MANIFEST", "SINGLE", "Access", "Found", "HubName", "Wanted", "claimed",
+           "download", "drop", "find", "free_source", "is_commit", "newest_commit", "private_cache", "refetch"]

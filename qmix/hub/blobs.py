@@ -86,7 +86,7 @@ def fetch_blob(folder: Path, etag: str, size: int, url: str, count: Count, stop:
     """blobs/`etag` of `size` bytes, in the repository's `folder` of the cache. Raises what the hub's library raises;
     CheckpointError where the bytes are not those that were promised."""
     from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub.utils._headers import build_hf_headers
 
     blob = folder / "blobs" / etag
     blob.parent.mkdir(parents=True, exist_ok=True)
@@ -128,39 +128,40 @@ class _Enough(Exception):
 
 
 class _Window:
-    """As _Sink, of a part of a file that is held in memory."""
+    """As _Sink, of a part of a file, whose bytes are given on."""
 
-    def __init__(self, first: int, nbytes: int):
-        self.data, self._skip, self._nbytes = bytearray(), first, nbytes
+    def __init__(self, first: int, nbytes: int, take: Callable[[bytes], object]):
+        self.came, self._first, self._nbytes, self._take = 0, first, nbytes, take
 
     def write(self, data: bytes) -> int:
-        self.data += data
-        if len(self.data) >= self._nbytes:
+        self._take(data[:self._nbytes - self.came])
+        self.came += len(data)
+        if self.came >= self._nbytes:
             raise _Enough
         return len(data)
 
     def tell(self) -> int:
-        return self._skip + len(self.data)
+        return self._first + self.came
 
     def seek(self, position: int, whence: int = 0) -> int:
         return position
 
     def truncate(self, size: int | None = None) -> int:
-        raise CheckpointError("the hub does not give parts of files", "quantize without --discard-source; of a GGUF "
-                              "model, fetch the file first")
+        raise CheckpointError("the hub does not give parts of files", "fetch the model as a whole: qmix quantize "
+                              "without --discard-source")
 
 
-def fetch_range(url: str, begin: int, nbytes: int) -> bytes:
-    """`nbytes` bytes of a file of the hub from `begin`, or fewer where it ends before. Raises what the hub's library
-    raises."""
+def fetch_range(url: str, begin: int, nbytes: int, take: Callable[[bytes], object]) -> int:
+    """take() the `nbytes` bytes of a file of the hub from `begin`, piece by piece: how many came, fewer where the file
+    ends before. Raises what the hub's library raises."""
     from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub.utils._headers import build_hf_headers
 
-    window = _Window(begin, nbytes)
+    window = _Window(begin, nbytes, take)
     headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
     with contextlib.suppress(_Enough):  # the rest is not waited for
         http_get(url, window, resume_size=begin, headers=headers)  # type: ignore[arg-type]
-    return bytes(window.data[:nbytes])
+    return min(window.came, nbytes)
 
 
 def begun(folder: Path, etag: str) -> int:

@@ -90,7 +90,7 @@ def quiet(say: Say | None) -> Iterator[None]:
     `say`, the first line of each."""
     import logging
 
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     class Lines(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

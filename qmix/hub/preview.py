@@ -34,17 +34,16 @@ def _fetch_header(path: Path, name: str, url: str, size: int) -> None:
     with open(path, "wb") as file:
         file.truncate(size)
         while True:
-            data = blobs.fetch_range(url, have, min(want, size) - have)
             file.seek(have)
-            file.write(data)
+            came = blobs.fetch_range(url, have, min(want, size) - have, file.write)
             file.flush()
-            have += len(data)
+            have += came
             try:
                 if open_header(path).file.data_start <= have:
                     return
                 error = "its header has no end"
             except CheckpointError as e:
                 error = e.message.replace(str(path), name)
-            if have >= min(size, MOST) or not data:
+            if have >= min(size, MOST) or not came:
                 raise CheckpointError(one_line(error), "the file on the hub is no GGUF file that qmix reads")
             want *= 4

@@ -18,6 +18,7 @@ from qmix.hub.contents import is_quantized, named_files, shards, store_files
 from qmix.hub.errors import hub_error, reason
 from qmix.hub.fetching import CONNECTIONS, Bar, File, fetch_files, quiet
 from qmix.hub.names import GgufModel, HubName, choose_gguf, gguf_models
+from qmix.hub.private import drop, folder_of, link_cached, private_cache
 from qmix.sizes import format_bytes
 
 SINGLE = "model.safetensors"
@@ -155,6 +156,9 @@ def find(name: HubName, wanted: Wanted, say: Say, access: Access | None = None) 
     offline = _offline(access)
     say(f"{name}: not a local folder; " + ("looking in the hub's cache alone" if offline else
                                            "asking the Hugging Face hub"))
+    if access.cache is None and wanted == "checkpoint" and folder_of(private_cache(), name.repo).is_dir():
+        say(f"{name}: {folder_of(private_cache(), name.repo)} has what an earlier run with --discard-source fetched: "
+            "with that flag it would go on there")
     if name.file is not None:
         if wanted == "store":
             raise UsageError(f"{name}: a GGUF file that is no store yet", _quantize_first(name))
@@ -203,15 +207,11 @@ def newest_commit(name: HubName) -> str:
         raise hub_error(str(name), e) from None
 
 
-def free_source(repo: str, access: Access | None = None) -> int:
-    """Delete what qmix fetched of a repository, wherever the cache is: the bytes that this frees."""
-    return blobs.free(_cache(access or Access()) / f"models--{repo.replace('/', '--')}")
-
-
-def _cache(access: Access) -> Path:
+def free_source(repo: str) -> int:
+    """Delete what qmix fetched of a repository, into the hub's cache and into its own: the bytes that this frees."""
     from huggingface_hub import constants
 
-    return access.cache or Path(constants.HF_HUB_CACHE)
+    return blobs.free(folder_of(Path(constants.HF_HUB_CACHE), repo)) + drop(repo)
 
 
 def _quantize_first(name: HubName) -> str:
@@ -277,6 +277,9 @@ def _snapshot(repo: str, revision: str | None, names: Iterable[str], patterns: I
 def _look_up(found: Found, say: Say) -> None:
     """Fill in what of found.names is missing, and how large it is."""
     absent = [name for name in found.names if not (found.folder / name).exists()]
+    if found.access.cache is not None:
+        absent = [name for name in absent
+                  if not link_cached(found.name.repo, found.commit, found.folder, name)]
     if not absent:
         return
     if _offline(found.access):

@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
-from qmix import paths, render
-from qmix.commands.options import Offline, Revision, Threads, hub_access
+from qmix import render
+from qmix.commands.options import DiscardSource, Offline, Revision, Threads, hub_access
 from qmix.commands.quantization import Flags, choose
 from qmix.commands.quantize.calibration import check_calibration, mixed_config, read_calibration, wanted_size
 from qmix.commands.quantize.checks import check_tokenizer, say_notes
+from qmix.commands.quantize.source import fetched_source
 from qmix.config import CALIBRATED, GROUPED_BITS
+from qmix.errors import UsageError
 
 
 def quantize(
@@ -50,6 +52,7 @@ def quantize(
         "--calibration-tokens", min=1, help="Tokens of it, spread evenly; default 65536.",
         show_default=False)] = None,
     threads: Threads = None, revision: Revision = None, offline: Offline = False,
+    discard_source: DiscardSource = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the store at OUT once the new one is whole.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written and exit; "
                                         "--fit and --bpw still measure.")] = False,
@@ -65,8 +68,11 @@ def quantize(
     flags = Flags(format, dense, method, group_size, block, double_quant, calibration)
     check_calibration(flags.config(), wanted, calibration, calibration_tokens)
     head = mtp and wanted is None  # no text says what the experts of a head are worth
-    with Checkpoint.open(paths.resolve(source, render.say, "checkpoint",
-                                       hub_access(revision, offline)), head) as checkpoint:
+    if discard_source and (wanted is not None or dry_run):
+        raise UsageError("--discard-source with " + (wanted.flag if wanted is not None else "--dry-run") + ": the "
+                         "weights are needed more than once", "drop one of the two")
+    with (fetched_source(source, hub_access(revision, offline), discard_source) as fetched,
+          Checkpoint.open(fetched.path, head) as checkpoint):
         say_notes(checkpoint, without_head=not head)
         quant, wanted = choose(checkpoint, flags, wanted, render.say)
         calibration = calibration if wanted is not None or quant.method in CALIBRATED else None
@@ -80,7 +86,8 @@ def quantize(
             text = text if quant.method in CALIBRATED else None
         with render.byte_bar("quantize") as progress:
             report = quantize_checkpoint(checkpoint, out, quant, calibration=text, threads=threads, force=force,
-                                         dry_run=dry_run, progress=progress)
+                                         dry_run=dry_run, progress=progress, discard=fetched.discard(checkpoint))
+        fetched.done()
     for line in report.lines():
         render.say(line)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +17,7 @@ from qmix.commands.options import (
     Activations,
     Context,
     Device,
+    DiscardSource,
     Draft,
     KvCache,
     Margin,
@@ -43,6 +46,7 @@ from qmix.commands.options import (
     size_or_auto,
 )
 from qmix.commands.quantization import Flags
+from qmix.commands.quantize.source import Source, fetch, fetched_name
 from qmix.commands.run import library
 from qmix.errors import CheckpointError, QmixError, UsageError
 
@@ -54,7 +58,7 @@ def run(
                                          "GGUF file, a checkpoint's folder, or a store.")],
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Answer this and exit, instead of a chat.",
                                                show_default=False)] = None,
-    yes: Yes = False, revision: Revision = None, offline: Offline = False,
+    yes: Yes = False, revision: Revision = None, offline: Offline = False, discard_source: DiscardSource = False,
     format: Annotated[str | None, typer.Option("--format", show_default=False,
                                                help="How to quantize it, as of qmix quantize.")] = None,
     dense: Annotated[str | None, typer.Option("--dense", show_default=False, help="The same for attention.")] = None,
@@ -74,7 +78,8 @@ def run(
     streams.check_stdout()
     how = Loading(ctx_size, threads, ram, margin, activations=activations, kv_cache=kv_cache, device=device, vram=vram,
                   mtp=draft > 0)
-    folder = _store(model, Flags(format, dense), how, hub_access(revision, offline), yes, update)
+    folder = _store(model, Flags(format, dense), how, hub_access(revision, offline), yes, update,
+                    discard_source)
     if prompt is None:
         run_chat(folder, folder.name, params, system, None, False, how, draft, think, effort)
         return
@@ -85,14 +90,16 @@ def run(
                                      effort=effort))
 
 
-def _store(text: str, flags: Flags, how: Loading, access: hub.Access, yes: bool, update: bool) -> Path:
+def _store(text: str, flags: Flags, how: Loading, access: hub.Access, yes: bool, update: bool,
+           discard: bool) -> Path:
     """The store of that name, made now where there is none yet."""
     from qmix.gguf.header import is_gguf
 
     found = paths.locate(text, render.say)
     if isinstance(found, Path):
-        if access.revision is not None:
-            raise UsageError(f"--revision {access.revision}: {text} is here, not on the hub", "drop --revision")
+        if access.revision is not None or discard:
+            flag = "--discard-source" if discard else f"--revision {access.revision}"
+            raise UsageError(f"{flag}: {text} is here, not on the hub", f"drop {flag}")
         if (found / MANIFEST).is_file():
             if flags != Flags() or update:
                 raise UsageError(f"{text}: is a store already", "drop --format, --dense and --update")
@@ -115,7 +122,7 @@ def _store(text: str, flags: Flags, how: Loading, access: hub.Access, yes: bool,
             render.say(f"{what}: this is still the old one (--update makes it again)")
             return entry.folder
         render.say(what)
-    return _made(name, Path(source), source, flags, entry, how, access, yes)
+    return _made(name, Path(source), source, flags, entry, how, access, yes, discard)
 
 
 def _state(name: hub.HubName | None, path: Path, access: hub.Access) -> str | None:
@@ -132,7 +139,7 @@ def _state(name: hub.HubName | None, path: Path, access: hub.Access) -> str | No
 
 
 def _made(name: hub.HubName | None, path: Path, source: str, flags: Flags, entry: library.Entry | None, how: Loading,
-          access: hub.Access, yes: bool) -> Path:
+          access: hub.Access, yes: bool, discard: bool) -> Path:
     from qmix.commands.plan import report as planning
     from qmix.commands.run import proposal as proposals
     from qmix.commands.run.making import make_store
@@ -156,9 +163,9 @@ def _made(name: hub.HubName | None, path: Path, source: str, flags: Flags, entry
     options = library.options_of(flags)
     stored = entry.name if entry is not None else library.free_name(source, name is not None, options, proposal.kind)
     out = paths.models_folder() / stored
-    for line in (*said, *proposals.lines(proposal, found, out, proposals.load_rates(render.say), False)):
+    for line in (*said, *proposals.lines(proposal, found, out, proposals.load_rates(render.say), discard)):
         render.say(line.replace(str(looked_at), source))
-    proposals.check_room(proposal, found, out)
+    proposals.check_room(proposal, None if discard else found, out)
     if not yes:
         agreed("go on?")
     with library.alone(stored, render.say):
@@ -169,13 +176,22 @@ def _made(name: hub.HubName | None, path: Path, source: str, flags: Flags, entry
                             options, name is not None)
         if now is None or not now.is_made:
             library.save(new)
-        if found is not None:
-            found.check_room(render.say)
-            found.fetch(render.say)
-            path = found.path
-        make_store(path, out, flags, how.threads, replace=True)
+        with _source(path, found, access, discard) as source_now:
+            make_store(source_now, out, flags, how.threads, replace=True)
         library.save(new)
     return out
+
+
+@contextmanager
+def _source(path: Path, found: hub.Found | None, access: hub.Access, discard: bool) -> Iterator[Source]:
+    """The source, fetched."""
+    if found is None:
+        yield Source(path)
+    elif discard:
+        with fetched_name(found.name, access, discard) as source:
+            yield source
+    else:
+        yield fetch(found)
 
 
 def _source_bytes(path: Path) -> int:
