@@ -41,7 +41,8 @@ def _row(folder: Path) -> dict[str, Any]:
         manifest = Manifest.read(folder / "qmix.json")
     except ModelFileError:
         manifest = None
-    kind = "" if manifest is None else manifest.quant.experts
+    kind = "" if manifest is None else manifest.quant.experts if not manifest.quant.kinds else \
+        "mixed: " + ", ".join(sorted({str(pair[0]) for pair in manifest.quant.kinds}))
     revision = "" if manifest is None or manifest.revision is None else f"@{manifest.revision[:7]}"
     source = entry.source.partition("@")[0] if entry is not None and entry.hub else \
         entry.source if entry is not None else None if manifest is None else manifest.source

@@ -90,6 +90,7 @@ def quiet(say: Say | None) -> Iterator[None]:
     `say`, the first line of each."""
     import logging
 
+    from huggingface_hub.utils.logging import get_logger
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     class Lines(logging.Handler):
@@ -98,6 +99,7 @@ def quiet(say: Say | None) -> Iterator[None]:
                 text = record.getMessage().splitlines()
                 say("the hub: " + " ".join([*text[:1], *text[-1:][len(text) < 2:]]))
 
+    get_logger("huggingface_hub")  # makes its handler, if nothing did before
     logger, lines = logging.getLogger("huggingface_hub"), Lines(logging.WARNING)
     before, shown = (logger.handlers[:], logger.propagate), not are_progress_bars_disabled()
     logger.handlers, logger.propagate = [lines], False

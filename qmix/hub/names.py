@@ -17,6 +17,7 @@ from qmix.errors import CheckpointError, UsageError
 from qmix.gguf.split import MAX_FILES, NAME, REFETCH
 
 ID = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(:(?P<file>[\w][\w.+/-]*))?(@(?P<revision>[\w][\w./-]*))?")
+TYPE = re.compile(r"(I?Q|TQ|B?F|MXFP)\d", re.IGNORECASE)
 SHOWN = 20  # files that an error lists
 NO_MODEL = re.compile(r"(^|/)(mmproj|imatrix|mtp-|draft-)[^/]*$", re.IGNORECASE)  # what lies beside models
 
@@ -92,10 +93,11 @@ def _named(text: str, models: list[GgufModel]) -> list[GgufModel]:
             return found
     if text.lower().endswith(".gguf"):
         return []
-    tag = re.compile(rf"(?:^|[-._/]){re.escape(text)}(?:$|[-._/])", re.IGNORECASE)
+    before = "[-._/]" if TYPE.match(text) else "[-./]"  # K_M is no type, though Q4_K_M ends so
+    tag = re.compile(rf"(?:^|{before}){re.escape(text)}(?:$|[-./])", re.IGNORECASE)
     found = [m for m in models if tag.search(m.stem)]
     # UD-Q4_K_M is another type than Q4_K_M, which a tag without UD means where both are there.
-    other = re.compile(rf"(?:^|[-._/])UD[-_]{re.escape(text)}(?:$|[-._/])", re.IGNORECASE)
+    other = re.compile(rf"(?:^|[-._/])UD[-_]{re.escape(text)}(?:$|[-./])", re.IGNORECASE)
     return [m for m in found if not other.search(m.stem)] or found
 
 

@@ -111,7 +111,7 @@ class Found:
         """Say what is to be fetched and what is free; DoesNotFit where that cannot be."""
         if not self.missing:
             return
-        needed, free = self.to_fetch, shutil.disk_usage(self.folder).free
+        needed, free = self.to_fetch, shutil.disk_usage(_existing(self.folder)).free
         count = len(self.missing)
         begun = sum(file.begun for file in self.missing)
         say(f"{self.name}: {count} file{'s' if count > 1 else ''} to fetch, {format_bytes(needed)}"
@@ -177,7 +177,7 @@ def find(name: HubName, wanted: Wanted, say: Say, access: Access | None = None) 
         raise UsageError(f"{name}: a checkpoint that is not quantized yet", _quantize_first(name))
     if (found.is_store and wanted == "checkpoint") or (not found.is_store and is_quantized(folder / CONFIG)):
         return found  # opening it as a checkpoint is refused, by its name or by its config.json
-    if not found.is_store and not (folder / INDEX).exists() and folder.is_dir():
+    if not found.is_store and not (folder / INDEX).exists() and folder.parent.name == "snapshots":
         files = _listing(name, commit, folder, access)
         if SINGLE not in files and gguf_models(files):
             return _of_gguf(name, folder, commit, files, say, access)
@@ -247,6 +247,13 @@ def _listing(name: HubName, commit: str | None, folder: Path, access: Access) ->
                 raise hub_error(str(name), e) from None
             return here
     return _here(folder)
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or what is there of the way to it."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder
 
 
 def _here(folder: Path) -> list[str]:

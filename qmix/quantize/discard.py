@@ -105,7 +105,7 @@ class Discard:
             self._freed += location.entry.nbytes
 
     def line(self) -> str:
-        return f"discarded {format_bytes(self._freed)} of the source's weights" if self._can else \
+        return f"discarded {format_bytes(self._freed)} of the source while it was quantized" if self._can else \
             "this file system cannot free parts of a file: the source goes as a whole, now"
 
     def _is_owned(self, location: Location) -> bool:

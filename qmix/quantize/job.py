@@ -292,16 +292,16 @@ def _origin(path: Path) -> tuple[str, str | None]:
     """(name, revision) of a checkpoint: of the hub where it lies in the hub's cache, else its folder's name.
 
     .../models--mistralai--Mixtral-8x7B-v0.1/snapshots/fc7a -> ("mistralai/Mixtral-8x7B-v0.1", "fc7a")
-    .../models--org--name/snapshots/fc7a/q4.gguf -> ("org/name:q4.gguf", "fc7a")
+    .../models--org--name/snapshots/fc7a/q4/x.gguf -> ("org/name:q4/x.gguf", "fc7a")
     """
     path = path.absolute()
-    if path.is_file() and path.parent.parent.name == "snapshots":
-        name, revision = _origin(path.parent)
-        return f"{name}:{path.name}", revision
-    repo = path.parent.parent.name
-    if path.parent.name == "snapshots" and repo.startswith("models--"):
-        return repo.removeprefix("models--").replace("--", "/"), path.name
-    return path.resolve().name, None
+    snapshot = next((one for one in (path, *path.parents) if one.parent.name == "snapshots"
+                     and one.parent.parent.name.startswith("models--")), None)
+    if snapshot is None:
+        return path.resolve().name, None
+    repo = snapshot.parent.parent.name.removeprefix("models--").replace("--", "/")
+    file = path.relative_to(snapshot).as_posix()
+    return repo if file == "." else f"{repo}:{file}", snapshot.name
 
 
 def _report(source: Checkpoint, quant: QuantConfig, out: Path, layout: StoreLayout,

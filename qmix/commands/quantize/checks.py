@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from qmix import render
@@ -12,13 +13,13 @@ if TYPE_CHECKING:
     from qmix.checkpoint import Checkpoint
 
 
-def say_notes(checkpoint: Checkpoint, without_head: bool = False) -> None:
+def say_notes(checkpoint: Checkpoint, without_head: bool = False, say: Callable[[str], None] = render.say) -> None:
     """What is skipped, and what is read otherwise than it stands there. without_head: a prediction head is to be left
     out."""
     for line in skipped_lines(checkpoint, asked=without_head):
-        render.say(f"skipped: {line}")
+        say(f"skipped: {line}")
     for note in checkpoint.notes:
-        render.say(f"note: {note}")
+        say(f"note: {note}")
 
 
 def check_tokenizer(checkpoint: Checkpoint) -> None:

@@ -26,6 +26,7 @@ class Source:
     path: Path
     found: hub.Found | None = None
     owned: Path | None = None
+    discarded: Discard | None = None
     is_done: bool = False
 
     def discard(self, checkpoint: Checkpoint) -> Discard | None:
@@ -34,8 +35,8 @@ class Source:
             return None
         from qmix.quantize.discard import Discard
 
-        found = Discard(checkpoint, self.owned, partial(hub.refetch, self.found.name.repo, self.found.commit),
-                        render.say)
+        self.discarded = found = Discard(
+            checkpoint, self.owned, partial(hub.refetch, self.found.name.repo, self.found.commit), render.say)
         if not found.freeable:
             render.say("--discard-source: nothing is left to free: the files were in the hub's cache before, or are "
                        "discarded already")
@@ -72,6 +73,8 @@ def fetched_name(name: hub.HubName, access: hub.Access, discard: bool) -> Iterat
         source.owned = folder
         yield source
         if source.is_done:
+            if source.discarded is not None:
+                render.say(source.discarded.line())
             render.say(f"deleted {folder}: {format_bytes(hub.drop(name.repo))} freed")
 
 

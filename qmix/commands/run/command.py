@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -163,8 +164,9 @@ def _made(name: hub.HubName | None, path: Path, source: str, flags: Flags, entry
     options = library.options_of(flags)
     stored = entry.name if entry is not None else library.free_name(source, name is not None, options, proposal.kind)
     out = paths.models_folder() / stored
+    said = [line.replace(str(looked_at), source) for line in said]
     for line in (*said, *proposals.lines(proposal, found, out, proposals.load_rates(render.say), discard)):
-        render.say(line.replace(str(looked_at), source))
+        render.say(line)
     proposals.check_room(proposal, None if discard else found, out)
     if not yes:
         agreed("go on?")
@@ -177,9 +179,15 @@ def _made(name: hub.HubName | None, path: Path, source: str, flags: Flags, entry
         if now is None or not now.is_made:
             library.save(new)
         with _source(path, found, access, discard) as source_now:
-            make_store(source_now, out, flags, how.threads, replace=True)
+            make_store(source_now, out, flags, how.threads, partial(_say_new, source_now.path, source, frozenset(said)))
         library.save(new)
     return out
+
+
+def _say_new(path: Path, source: str, said: frozenset[str], line: str) -> None:
+    """Say a line of the quantizer's unless it stood in the proposal."""
+    if (line := line.replace(str(path), source)) not in said:
+        render.say(line)
 
 
 @contextmanager

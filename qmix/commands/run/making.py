@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from qmix import render
@@ -10,18 +11,21 @@ from qmix.commands.quantize.checks import check_tokenizer, say_notes
 from qmix.commands.quantize.source import Source
 from qmix.commands.run.proposal import save_rate
 
+Say = Callable[[str], None]
 
-def make_store(source: Source, out: Path, flags: Flags, threads: int | None, replace: bool) -> None:
-    """Quantize `source` into `out`, going on where an earlier run stopped. Raises what quantize_checkpoint raises."""
+
+def make_store(source: Source, out: Path, flags: Flags, threads: int | None, say: Say) -> None:
+    """Quantize `source` into `out`, going on where an earlier run stopped, in place of an older store. Raises what
+    quantize_checkpoint raises."""
     from qmix.checkpoint import Checkpoint
     from qmix.quantize import quantize_checkpoint
 
     with Checkpoint.open(source.path) as checkpoint:
-        say_notes(checkpoint)
-        quant, _ = choose(checkpoint, flags, None, render.say)
+        say_notes(checkpoint, say=say)
+        quant, _ = choose(checkpoint, flags, None, say)
         check_tokenizer(checkpoint)
         with render.byte_bar("quantize") as progress:
-            report = quantize_checkpoint(checkpoint, out, quant, threads=threads, force=replace, progress=progress,
+            report = quantize_checkpoint(checkpoint, out, quant, threads=threads, force=True, progress=progress,
                                          discard=source.discard(checkpoint))
     source.done()
     for line in report.lines():

@@ -71,7 +71,8 @@ def lines(proposal: Proposal, found: hub.Found | None, out: Path, rates: dict[st
                     if fetched else f"download   nothing: {format_bytes(found.nbytes)} are in the hub's cache")
     size = proposal.source_bytes or proposal.nbytes
     rate, measured = quantize_rate(proposal.quant, rates)
-    said += [f"quantize   experts {proposal.quant.experts}, to {format_bytes(proposal.nbytes)} in {out}: about "
+    experts = "as the file has them" if proposal.quant.experts == "mixed" else f"to {proposal.quant.experts}"
+    said += [f"quantize   experts {experts}, {format_bytes(proposal.nbytes)} in {out}: about "
              f"{_time(size / 1e6 / rate)} ({rate:.0f} MB/s, {'as measured here' if measured else 'an assumption'})",
              *(f"run        {line}" for line in proposal.outlook["plan"]),
              f"speed      {proposal.outlook['forecast']} (an estimate)"]
