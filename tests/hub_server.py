@@ -109,7 +109,7 @@ class Hub(BaseHTTPRequestHandler):
                 self.reached.set()
                 if self.held is not None:
                     self.held.wait(60)
-                self.close_connection = True
+                self.close_connection |= cut < len(rest)
         except OSError:  # the client has what it wants
             self.close_connection = True
 

@@ -132,9 +132,8 @@ def test_a_local_file_that_was_replaced(qmix: Command, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", [
-    "qmix.commands.run.library.save", "qmix.hub.repository.fetch_files", "qmix.commands.run.making.make_store",
-    "qmix.quantize.target.Target.commit", "qmix.commands.run.making.save_rate",
-    "qmix.commands.run.command.load_engine"])
+    "qmix.hub.repository.fetch_files", "qmix.commands.run.making.make_store", "qmix.quantize.target.Target.commit",
+    "qmix.commands.run.making.save_rate"])
 def test_killed_between_any_two_steps(server: Served, qmix: Command, tmp_path: Path, warm_python: WarmPython,
                                       where: str) -> None:
     done = warm_python.run("-c", KILLED, where, "run", "org/name", "-y", *ASK, env=server.env, cwd=tmp_path)

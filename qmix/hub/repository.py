@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from qmix import modelfiles
 from qmix.errors import CheckpointError, DoesNotFit, QmixError, UsageError
 from qmix.hub import blobs
 from qmix.hub.contents import is_quantized, named_files, shards, store_files
-from qmix.hub.errors import hub_error, reason
+from qmix.hub.errors import hub_error, reason, status_of
 from qmix.hub.fetching import CONNECTIONS, Bar, File, fetch_files, quiet
 from qmix.hub.names import GgufModel, HubName, choose_gguf, gguf_models
 from qmix.hub.private import drop, folder_of, link_cached, private_cache
@@ -128,7 +129,8 @@ class Found:
         if self.missing:
             fetch_files(self.name.repo, str(self.name), self.commit, self.storage, self.missing, say, self.access.bar)
         if self.missing or self.unknown:
-            _snapshot(self.name.repo, self.commit, (*(f.name for f in self.missing), *self.unknown), (), self.access)
+            _snapshot(self.name.repo, self.commit, (*(f.name for f in self.missing), *self.unknown), (), self.access,
+                      tries=3)
         self.missing = self.unknown = ()
         if self.fallback and not all((self.folder / name).exists() for name in self.names):
             self.names, self.fallback = self.fallback, ()
@@ -266,10 +268,12 @@ def _offline(access: Access) -> bool:
     return access.offline or bool(constants.HF_HUB_OFFLINE)
 
 
-def _snapshot(repo: str, revision: str | None, names: Iterable[str], patterns: Iterable[str], access: Access) -> Path:
-    """The folder, with those of the files that the repository has."""
+def _snapshot(repo: str, revision: str | None, names: Iterable[str], patterns: Iterable[str], access: Access,
+              tries: int = 1) -> Path:
+    """The folder, with those of the files that the repository has. tries: of connections that are lost."""
     import huggingface_hub
 
+    names, patterns = [*names], [*patterns]
     how: dict[str, Any] = {"local_files_only": True} if access.offline else {}
     if access.cache is not None:
         how["cache_dir"] = access.cache
@@ -278,6 +282,9 @@ def _snapshot(repo: str, revision: str | None, names: Iterable[str], patterns: I
             return Path(huggingface_hub.snapshot_download(
                 repo, revision=revision, allow_patterns=[*map(escape, names), *patterns], **how))
     except Exception as e:  # its own, and those of whichever HTTP library its version uses
+        if tries > 1 and (status_of(e) or status_of(e.__cause__ or e)) is None:
+            time.sleep(1)
+            return _snapshot(repo, revision, names, patterns, access, tries - 1)
         raise hub_error(f"{repo}@{revision}" if revision else repo, e, access.offline) from None
 
 

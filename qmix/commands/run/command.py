@@ -170,9 +170,10 @@ def _made(name: hub.HubName | None, path: Path, source: str, flags: Flags, entry
     proposals.check_room(proposal, None if discard else found, out)
     if not yes:
         agreed("go on?")
+    was_made = entry is not None and entry.is_made
     with library.alone(stored, render.say):
         now = library.load(stored, render.say)
-        if now is not None and now.is_made and now != entry:
+        if now is not None and now.is_made and not (was_made and now == entry):
             return out  # another run made it meanwhile
         new = library.Entry(stored, source, library.local_state(path) if found is None else found.commit or "",
                             options, name is not None)
