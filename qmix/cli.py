@@ -25,6 +25,8 @@ from qmix.commands.list import list_models
 from qmix.commands.plan.command import plan
 from qmix.commands.quantize.command import quantize
 from qmix.commands.replay import replay
+from qmix.commands.rm import remove
+from qmix.commands.run.command import run
 from qmix.commands.serve import serve
 from qmix.commands.show import show
 from qmix.commands.stats import stats
@@ -48,9 +50,9 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "quantize": quantize, "chat": chat, "generate": generate, "serve": serve, "plan": plan, "doctor": doctor,
-    "bench": bench, "eval": evaluate, "stats": stats, "replay": replay, "show": show, "list": list_models,
-    "verify": verify, "demo": demo}
+    "run": run, "quantize": quantize, "chat": chat, "generate": generate, "serve": serve, "plan": plan,
+    "doctor": doctor, "bench": bench, "eval": evaluate, "stats": stats, "replay": replay, "show": show,
+    "list": list_models, "rm": remove, "verify": verify, "demo": demo}
 for _name, _command in COMMANDS.items():
     app.command(_name, cls=ChatCommand if _name == "chat" else None)(_command)
 

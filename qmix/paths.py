@@ -3,28 +3,28 @@
     ./mixtral-int4                       a folder
     demo                                 an alias: a store in qmix's data folder, see `qmix list`
     mistralai/Mixtral-8x7B-v0.1@main     a hub id, downloaded (or found in the hub's cache)
+    org/name:Q4_K_M                      a GGUF model in a repository of the hub
 
-A local path never contacts the hub, nor does a name that ends in .gguf. A folder in the current directory has priority
-over an alias of the same name if it holds a model; a folder without a model does not hide the alias. qmix says both.
+A local path never contacts the hub, nor does a file's name that ends in .gguf. A folder in the current directory has
+priority over an alias of the same name if it holds a model; a folder without a model does not hide the alias. qmix says
+both.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 from qmix import hub
 from qmix.errors import UsageError
-from qmix.settings import NoHome, xdg_folder
+from qmix.settings import NoHome, own_home, xdg_folder
 
-HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?")
 HUB_FILES = hub.FILES  # the small files of a repository; these name the weights
 
 
 def models_folder() -> Path:
-    """Stores that have an alias."""
-    return xdg_folder("data") / "models"
+    """Stores that have an alias: in $QMIX_HOME, or in the user's data folder."""
+    return (own_home() or xdg_folder("data")) / "models"
 
 
 def state_folder() -> Path:
@@ -52,6 +52,11 @@ def hardware_file() -> Path:
     return xdg_folder("cache") / "hardware.json"
 
 
+def rates_file() -> Path:
+    """How fast this machine quantized."""
+    return xdg_folder("cache") / "rates.json"
+
+
 def gpu_memory_file() -> Path:
     """What of this machine's GPU's memory goes elsewhere than to tensors, as measured."""
     return xdg_folder("cache") / "gpu-memory.json"
@@ -76,14 +81,25 @@ def local_stores() -> list[Path]:
     return [] if models is None else sorted(p.parent for p in models.glob("*/qmix.json"))
 
 
-def resolve(text: str, say: Callable[[str], None], wanted: hub.Wanted = "either") -> Path:
+def resolve(text: str, say: Callable[[str], None], wanted: hub.Wanted = "either",
+            access: hub.Access | None = None) -> Path:
     """The local folder of a model named on the command line; UsageError or CheckpointError otherwise. wanted: what
-    is fetched where the hub has it."""
+    is fetched where the hub has it; access: how."""
+    found = locate(text, say)
+    if isinstance(found, Path):
+        if access is not None and access.revision is not None:
+            raise UsageError(f"--revision {access.revision}: {text} is here, not on the hub", "drop --revision")
+        return found
+    return hub.download(found, wanted, say, access)
+
+
+def locate(text: str, say: Callable[[str], None]) -> Path | hub.HubName:
+    """As `resolve`, but nothing is fetched: what the hub is to be asked for where it is not here."""
     path = expanded(text)
     alias = _alias(text)
     if path.exists():
         if alias is None:
-            if HUB_ID.fullmatch(text) and not _holds_model(path):
+            if hub.HubName.parse(text) and not _holds_model(path):
                 say(f"{text}: the folder {path.absolute()}, which holds no model; the hub is not searched, because a "
                     "folder has this name")
             return path
@@ -94,10 +110,11 @@ def resolve(text: str, say: Callable[[str], None], wanted: hub.Wanted = "either"
         return alias
     if alias is not None:
         return alias
-    if path.suffix.lower() == ".gguf":  # never a repository's name
+    name = hub.HubName.parse(text)
+    if path.suffix.lower() == ".gguf" and (name is None or name.file is None):  # never a repository's name
         raise UsageError(f"{text}: no such file", "check the path; of a model in several files any one is named")
-    if HUB_ID.fullmatch(text):
-        return hub.download(text, wanted, say)
+    if name is not None:
+        return name
     known = ", ".join(p.name for p in local_stores()) or "none yet"
     raise UsageError(f"{text}: no such folder, alias or hub id", f"aliases here: {known}; a hub id is org/name")
 

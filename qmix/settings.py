@@ -26,6 +26,7 @@ from qmix.textfile import decode
 
 ENV_PREFIX = "QMIX"
 NATIVE = "QMIX_NATIVE"
+HOME = "QMIX_HOME"
 
 
 class NoHome(QmixError):
@@ -47,6 +48,14 @@ def xdg_folder(kind: str, environ: Mapping[str, str] = os.environ) -> Path:
     except RuntimeError:  # HOME is not set, and the system does not know the user: a container under any uid
         raise NoHome(f"no home folder for qmix's {kind} files: HOME is not set, and this user has no entry in "
                      "the system's list", f"set HOME or {variable} to a folder that can be written") from None
+
+
+def own_home(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """$QMIX_HOME, where stores are kept; None where it is not set. ConfigError unless it is a whole path."""
+    text = environ.get(HOME, "")
+    if text and not text.startswith("/"):
+        raise ConfigError(f"{HOME}: got {text!r:.80}, want a path that begins with /", "write the whole path")
+    return Path(text) if text else None
 
 
 def config_file() -> Path | None:

@@ -8,6 +8,7 @@ mapped.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,12 +26,13 @@ from qmix.tensorfile import Entry, TensorFile, read_exact, read_header
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_JSON = 256 * 2**20  # bytes of an index; of a model of a million tensors it has half of that
+SAMPLE = 4096  # bytes of each tensor that go into a fingerprint
 REFETCH = "the checkpoint is incomplete or damaged: fetch it again"
 
 
 class Shard:
     """One open file of weights; reads are safe from several threads. header: what is read of it first, by default that
-    of a safetensors file."""
+    of a safetensors file. discarded: tensors whose bytes are gone, but for those that `sample_of` names."""
 
     def __init__(self, path: Path, header: Callable[[Path, int], TensorFile] | None = None):
         if not path.is_file():  # before opening: a pipe would block
@@ -39,6 +41,8 @@ class Shard:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as e:
             raise CheckpointError(f"{path}: {e.strerror}", "check its permissions") from None
+        self._lock = threading.Lock()  # from a change to the new state
+        self.discarded: set[str] = set()
         try:
             self._state = self._stat()
             self.file = read_header(path, CheckpointError) if header is None else header(path, self._fd)
@@ -52,11 +56,15 @@ class Shard:
         buffer = torch.empty(nbytes, dtype=torch.uint8) if out is None else out
         assert buffer.nbytes == nbytes
         offset = entry.offset + begin
+        if entry.name in self.discarded and not _within(begin, nbytes, sample_of(entry)):
+            raise CheckpointError(f"{self.file.path}: {entry.name}: was discarded", "start again: it is fetched again "
+                                  "where it is needed")
         try:
             read_exact(self._fd, memory(buffer), offset)
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
-            changed = self._stat() != self._state
+            with self._lock:
+                changed = self._stat() != self._state
         except EOFError:
             changed = True
         except OSError as e:
@@ -66,6 +74,16 @@ class Shard:
                                   "let the download finish, then start again")
         return buffer
 
+    def change(self, act: Callable[[], None]) -> None:
+        """Let `act` change bytes of the file that nobody reads meanwhile: others do not take it for a change."""
+        with self._lock:
+            act()
+            self._state = self._stat()
+
+    def is_open_on(self, fd: int) -> bool:
+        """Whether `fd` is of the same file."""
+        return os.path.samestat(os.fstat(self._fd), os.fstat(fd))
+
     def _stat(self) -> tuple[int, int]:
         state = os.fstat(self._fd)
         return state.st_size, state.st_mtime_ns
@@ -74,6 +92,16 @@ class Shard:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def sample_of(entry: Entry, most: int = SAMPLE) -> tuple[int, int]:
+    """(first byte, bytes) of a tensor that its checkpoint's fingerprint reads: from its middle."""
+    nbytes = min(most, entry.nbytes)
+    return (entry.nbytes - nbytes) // 2, nbytes
+
+
+def _within(begin: int, nbytes: int, sample: tuple[int, int]) -> bool:
+    return sample[0] <= begin and begin + nbytes <= sample[0] + sample[1]
 
 
 @dataclass(frozen=True, slots=True)

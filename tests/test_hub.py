@@ -2,119 +2,43 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import pytest
-from helpers import UNQUANTIZED, write_tiny_checkpoint
-from tokenizer_files import demo_folder
+from helpers import UNQUANTIZED
+from hub_server import COMMIT, WASTE, Served, repository, weights
 from warm_python import WarmPython
 
 from qmix import hub, modelfiles
 from qmix.checkpoint import INDEX, SINGLE, Checkpoint
 from qmix.quantize import quantize_checkpoint
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-WASTE = ("consolidated.safetensors", "original/model.safetensors", "onnx/model.safetensors", "pytorch_model.bin",
-         "checkpoint-500/optimizer.safetensors", "checkpoint-500/config.json", "model.fp16.safetensors", "README.md")
 Command = Callable[..., subprocess.CompletedProcess[str]]
 Server = Callable[[Path], tuple[dict[str, str], list[str]]]
-
-
-class Hub(BaseHTTPRequestHandler):
-    """One repository, org/name, in a folder; `fetched` gets the files whose bytes are asked for."""
-
-    folder: Path
-    fetched: list[str]
-    protocol_version = "HTTP/1.1"
-
-    def answer(self, body: bytes, code: int = 200, **headers: str) -> None:
-        self.send_response(code)
-        for name, value in {"Content-Length": str(len(body)), "X-Repo-Commit": COMMIT, **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def do_GET(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        files = {p.relative_to(self.folder).as_posix(): p for p in self.folder.rglob("*") if p.is_file()}
-        if path.startswith("/api/models/org/name/tree/"):
-            rows = [{"type": "file", "path": name, "size": p.stat().st_size, "oid": oid(p)}
-                    for name, p in files.items()]
-            self.answer(json.dumps(rows).encode(), **{"Content-Type": "application/json"})
-        elif path.startswith("/api/models/org/name"):
-            rows = [{"rfilename": name} for name in files]
-            self.answer(json.dumps({"id": "org/name", "sha": COMMIT, "siblings": rows}).encode(),
-                        **{"Content-Type": "application/json"})
-        elif (name := path.removeprefix(f"/org/name/resolve/{COMMIT}/")) in files:
-            if self.command == "GET":
-                self.fetched.append(name)
-            self.answer(files[name].read_bytes(), ETag=f'"{oid(files[name])}"')
-        else:
-            self.answer(b"", 404, **{"X-Error-Code": "EntryNotFound"})
-
-    do_HEAD = do_GET
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-
-def oid(path: Path) -> str:
-    return hashlib.sha1(path.read_bytes()).hexdigest()
 
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Server]:
     """serve(folder) -> (environment of a command that asks this hub, names of the files fetched)."""
-    servers = []
+    servers: list[Served] = []
 
     def start(folder: Path) -> tuple[dict[str, str], list[str]]:
-        fetched: list[str] = []
-        handler = type("Handler", (Hub,), {"folder": folder, "fetched": fetched})
-        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
-        return {**clean, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache"),
-                "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}, fetched
+        servers.append(Served(folder, tmp_path / "cache"))
+        return servers[-1].env, servers[-1].fetched
 
     yield start
     for server in servers:
-        server.shutdown()
-        server.server_close()
+        server.stop()
 
 
 @pytest.fixture
 def qmix(warm_python: WarmPython) -> Command:
     return lambda env, *args: warm_python.run("-m", "qmix", *args, env=env, cwd=Path(env["HF_HOME"]).parent)
-
-
-def repository(path: Path, shards: int = 1) -> Path:
-    """A checkpoint with a tokenizer, and all that a repository may hold besides."""
-    write_tiny_checkpoint(path, shards=shards, vocab_size=512)
-    demo_folder(path / "tokenizer")
-    for name in ("tokenizer.model", "tokenizer_config.json"):
-        (path / "tokenizer" / name).rename(path / name)
-    (path / "tokenizer" / "config.json").unlink()
-    (path / "chat_template.json").write_text('{"chat_template": "x"}')
-    for name in WASTE:
-        (path / name).parent.mkdir(exist_ok=True)
-        (path / name).write_bytes(b"waste")
-    return path
-
-
-def weights(names: list[str]) -> list[str]:
-    return sorted(name for name in names if name.endswith(".safetensors"))
 
 
 @pytest.mark.parametrize("shards", [1, 2])

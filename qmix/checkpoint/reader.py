@@ -34,11 +34,9 @@ from qmix.gguf_checkpoint import Opened, open_gguf
 from qmix.lowbit import Matrix, fits, mxfp4_blocks
 from qmix.models import Source
 from qmix.models.source import Index
-from qmix.shards import REFETCH, Location
+from qmix.shards import REFETCH, Location, sample_of
 from qmix.sizes import CARRIED
 from qmix.spec import WIDE
-
-SAMPLE = 4096  # bytes of each tensor that go into the fingerprint
 
 
 class Checkpoint:
@@ -200,6 +198,15 @@ class Checkpoint:
                                   f"most {LARGEST}: no weight is as large", REFETCH)
         return found
 
+    def expert_locations(self, key: ExpertKey) -> list[Location]:
+        """The tensors of the files in which an expert lies, each once; other experts may lie there too."""
+        names = dict.fromkeys(name for tensor in self.model.expert_tensors(key)
+                              for name in self._table[tensor.name].names)
+        found: list[Location] = []
+        for location in (self._locations[name] for name in names):
+            found += location.parts.values() if isinstance(location, Matrix) else [location]
+        return found
+
     def expert_nbytes(self, key: ExpertKey) -> int:
         """Of an expert's share of the files."""
         return sum(self._shares[tensor.name] for tensor in self.model.expert_tensors(key))
@@ -247,8 +254,7 @@ class Checkpoint:
         for name, location in sorted(self._files()):
             entry, size = location.entry, location.shard.file.size
             digest.update(repr((name, entry.dtype, entry.shape, entry.offset, entry.nbytes, size)).encode())
-            nbytes = min(SAMPLE, entry.nbytes)
-            digest.update(bytes(location.shard.read(entry, (entry.nbytes - nbytes) // 2, nbytes).tolist()))
+            digest.update(bytes(location.shard.read(entry, *sample_of(entry)).tolist()))
         return digest.hexdigest()
 
     def _file(self, name: str) -> Location:

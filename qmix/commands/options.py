@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
-from qmix import paths, render
+from qmix import hub, paths, render
 from qmix.config import EFFORTS, GROUPED_BITS, QuantConfig, SamplingParams
 from qmix.errors import ConfigError, UsageError
 from qmix.sizes import parse_bytes
@@ -69,6 +70,13 @@ Exact = Annotated[bool, typer.Option("--exact", help="The same bits wherever an 
                                      "doctor --tune found is ignored.")]
 Trace = Annotated[Path | None, typer.Option("--trace", help="Record every routing decision in this file, for qmix "
                                             "replay.", show_default=False)]
+Revision = Annotated[str | None, typer.Option("--revision", help="Of a hub id: a branch, tag or commit; the same as "
+                                              "org/name@REVISION.", show_default=False)]
+Offline = Annotated[bool, typer.Option("--offline", help="Never ask the hub: what its cache on this machine holds must "
+                                       "do.")]
+DiscardSource = Annotated[bool, typer.Option("--discard-source", help="Of a hub id: free what is downloaded while "
+                                             "it is quantized. What was in the hub's cache before stays.")]
+Yes = Annotated[bool, typer.Option("-y", "--yes", help="Do not ask.")]
 Json = Annotated[bool, typer.Option("--json", help="As one JSON document.")]
 
 
@@ -105,12 +113,28 @@ def sampling(temp: float, top_p: float, top_k: int, min_p: float, repeat_penalty
     return checked(SamplingParams, temp, top_p, top_k, min_p, repeat_penalty, seed, max_tokens, tuple(stop or ()))
 
 
+def agreed(question: str) -> None:
+    """Return if the user says yes; the command ends otherwise. UsageError where nobody can be asked."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise UsageError(f"{question} No terminal to ask on", "say yes beforehand: -y")
+    print(f"{question} [Y/n] ", end="", file=sys.stderr, flush=True)
+    answer = sys.stdin.readline()
+    if not answer or answer.strip().lower() not in ("", "y", "yes"):
+        render.say("nothing was done")
+        raise typer.Exit(1)
+
+
+def hub_access(revision: str | None = None, offline: bool = False) -> hub.Access:
+    """How the hub is asked, by these flags; what is fetched is shown."""
+    return hub.Access(revision, offline, render.byte_bar)
+
+
 def model_folder(model: str | None) -> Path:
     if model is None:
         known = ", ".join(p.name for p in paths.local_stores())
         raise UsageError("MODEL is missing", f"aliases here: {known}" if known else
                          "quantize one: qmix quantize SRC OUT, or try qmix demo")
-    return paths.resolve(model, render.say, "store")
+    return paths.resolve(model, render.say, "store", hub_access())
 
 
 def quant_config(format: str, dense: str, method: str | None, group_size: int | None, block: str | None,

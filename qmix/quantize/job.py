@@ -25,6 +25,7 @@ from qmix.errors import CheckpointError, DoesNotFit, Interrupted, QmixError, Sto
 from qmix.quantize import journal as journals
 from qmix.quantize.budget import peak_bytes
 from qmix.quantize.calibration import Calibration
+from qmix.quantize.discard import Discard
 from qmix.quantize.journal import Finished, Journal
 from qmix.quantize.onethread import one_torch_thread
 from qmix.quantize.pipeline import Work, all_work, route, run
@@ -54,13 +55,15 @@ LINE_BYTES = 600  # of manifest and journal, per region, at most
 
 def quantize_checkpoint(source: Checkpoint, out: Path | str, quant: QuantConfig, *,
                         calibration: Calibration | None = None, threads: int | None = None, force: bool = False,
-                        dry_run: bool = False, progress: Progress | None = None) -> Report:
+                        dry_run: bool = False, progress: Progress | None = None,
+                        discard: Discard | None = None) -> Report:
     """Quantize `source` into a new store at `out`; resumes where an earlier run broke off.
 
     calibration: the text that the method gptq wants; no other takes one.
     threads: of the quantizer, default the physical cores; no bit of the store depends on it. force: replace
     a store at `out`, once the new one is whole, and drop an unfinished one made with other arguments.
-    dry_run: report what would be written and touch nothing. progress(done, total, label): source bytes.
+    dry_run: report what would be written and touch nothing. progress(done, total, label): source bytes. discard: frees
+    the source while the store is written.
 
     UsageError: `out` is taken, or an unfinished store there was made with other arguments. DoesNotFit: the
     disk is too small, or became so; CheckpointError: the source is damaged; Interrupted: Ctrl-C. After
@@ -80,7 +83,7 @@ def quantize_checkpoint(source: Checkpoint, out: Path | str, quant: QuantConfig,
         check_memory(source, calibration.tokens, threads)
     target = Target.claim(out, force)
     try:
-        job = _Job(source, quant, layout, work, copies, target, force, calibration)
+        job = _Job(source, quant, layout, work, copies, target, force, calibration, discard)
         return job.run(threads, progress or (lambda done, total, label: None))
     except KeyboardInterrupt:
         raise Interrupted(f"{out}: stopped before it was finished", AGAIN) from None
@@ -106,10 +109,12 @@ class _Job:
     """One run: what it makes, where, and what it knows to be finished."""
 
     def __init__(self, source: Checkpoint, quant: QuantConfig, layout: StoreLayout, work: list[Work],
-                 copies: Mapping[str, bytes], target: Target, force: bool, calibration: Calibration | None):
+                 copies: Mapping[str, bytes], target: Target, force: bool, calibration: Calibration | None,
+                 discard: Discard | None):
         self._source, self._quant, self._layout, self._work = source, quant, layout, work
         self._copies, self._target, self._force = copies, target, force
         self._calibration = calibration
+        self._discard = discard
         self._entry = None if calibration is None else calibration.entry
         self._arguments = journals.arguments(source.fingerprint(), quant, self._entry)
         self._done: dict[str, Finished] = {}
@@ -123,7 +128,7 @@ class _Job:
             sync_folder(folder)
             (folder / MANIFEST).unlink(missing_ok=True)  # of a run that was killed before its rename
             with StoreWriter(folder, self._layout) as writer, one_torch_thread():
-                done = 0
+                done, running = 0, False
 
                 def finished(work: Work, result: Finished | None) -> None:
                     nonlocal done
@@ -131,20 +136,36 @@ class _Job:
                         self._done[work.region.name] = result
                         done += work.nbytes
                     progress(done, total, work.label)
+                    if running and self._discard is not None:
+                        self._discard.written(work)
 
                 for work, result in self._verified(writer, claimed):
                     finished(work, result)
+                rest = self._rest()
+                self._free_source(rest)
+                running = True
                 resumed, at_start, start = len(self._done), done, time.perf_counter()
-                run(self._source, self._quant, self._rest(), writer, journal, self._done, threads, finished,
+                run(self._source, self._quant, rest, writer, journal, self._done, threads, finished,
                     self._calibration)
                 assert done == total, (done, total)  # every byte of the checkpoint, exactly once
                 writer.sync()
+                if self._discard is not None:
+                    self._discard.flush()
                 seconds = time.perf_counter() - start
         finally:
             journal.close()
         manifest = self._finish()
         return _report(self._source, self._quant, self._target.out, self._layout, self._copies, manifest,
                        self._entry, len(self._work), resumed, seconds, (total - at_start) / 1e6 / seconds)
+
+    def _free_source(self, rest: list[Work]) -> None:
+        """Fetch what was discarded and `rest` reads; free what only finished regions were made of."""
+        if self._discard is not None:
+            self._discard.restore(rest)
+            reads = {work.region.name for work in rest}
+            for work in self._work:
+                if work.region.name not in reads:
+                    self._discard.written(work)
 
     def _rest(self) -> list[Work]:
         """What `run` has to go through."""
@@ -189,6 +210,8 @@ class _Job:
         folder = self._target.partial
         needed = _store_bytes(self._layout, self._copies) + LINE_BYTES * len(self._work)
         there, free = written_bytes(folder), shutil.disk_usage(folder).free
+        if self._discard is not None and self._discard.folder.stat().st_dev == folder.stat().st_dev:
+            free += self._discard.freeable  # while the store grows
         if needed - there > free:
             already = f", {format_bytes(there)} of it written already" if there else ""
             raise DoesNotFit(f"{self._target.out}: needs {format_bytes(needed)} of disk{already}; "
@@ -269,16 +292,16 @@ def _origin(path: Path) -> tuple[str, str | None]:
     """(name, revision) of a checkpoint: of the hub where it lies in the hub's cache, else its folder's name.
 
     .../models--mistralai--Mixtral-8x7B-v0.1/snapshots/fc7a -> ("mistralai/Mixtral-8x7B-v0.1", "fc7a")
-    .../models--org--name/snapshots/fc7a/q4.gguf -> ("org/name:q4.gguf", "fc7a")
+    .../models--org--name/snapshots/fc7a/q4/x.gguf -> ("org/name:q4/x.gguf", "fc7a")
     """
     path = path.absolute()
-    if path.is_file() and path.parent.parent.name == "snapshots":
-        name, revision = _origin(path.parent)
-        return f"{name}:{path.name}", revision
-    repo = path.parent.parent.name
-    if path.parent.name == "snapshots" and repo.startswith("models--"):
-        return repo.removeprefix("models--").replace("--", "/"), path.name
-    return path.resolve().name, None
+    snapshot = next((one for one in (path, *path.parents) if one.parent.name == "snapshots"
+                     and one.parent.parent.name.startswith("models--")), None)
+    if snapshot is None:
+        return path.resolve().name, None
+    repo = snapshot.parent.parent.name.removeprefix("models--").replace("--", "/")
+    file = path.relative_to(snapshot).as_posix()
+    return repo if file == "." else f"{repo}:{file}", snapshot.name
 
 
 def _report(source: Checkpoint, quant: QuantConfig, out: Path, layout: StoreLayout,

@@ -218,6 +218,36 @@ def check_replaceable(out: Path, force: bool) -> None:
         raise UsageError(f"{out}: exists", "--force replaces it once the new store is whole")
 
 
+def check_removable(folder: Path) -> None:
+    """UsageError unless a folder is a store of qmix's, or an unfinished one, and holds nothing else."""
+    if folder.is_symlink():
+        raise UsageError(f"{folder}: a link, which qmix does not follow to delete", "delete what it leads to yourself")
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: not a folder", "qmix deletes stores alone")
+    stranger = foreign(folder)
+    if stranger is None and not any((folder / name).exists() for name in (MANIFEST, JOURNAL)) and any(folder.iterdir()):
+        stranger = "files that are not a qmix store"
+    if stranger:
+        raise UsageError(f"{folder}: holds {stranger}, which qmix did not write: it is not deleted",
+                         "move that away, or delete the folder yourself")
+
+
+def remove_store(folder: Path) -> int:
+    """Delete a store, or an unfinished one: bytes of disk that this frees. Errors as `check_removable`; QmixError where
+    another process writes it."""
+    check_removable(folder)
+    fd = _lock(folder)
+    try:
+        check_removable(folder)
+        freed = written_bytes(folder)
+        _remove(folder)
+    except OSError as e:
+        raise QmixError(f"{e.filename or folder}: {e.strerror}", "check the folder's permissions") from None
+    finally:
+        os.close(fd)
+    return freed
+
+
 def _check_partial(partial: Path) -> None:
     """UsageError unless OUT.partial is empty or was left by an earlier run."""
     stranger = foreign(partial)

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from qmix import paths, render
-from qmix.commands.options import Threads
+from qmix import render
+from qmix.commands.options import DiscardSource, Offline, Revision, Threads, hub_access
 from qmix.commands.quantization import Flags, choose
 from qmix.commands.quantize.calibration import check_calibration, mixed_config, read_calibration, wanted_size
-from qmix.commands.skipped import skipped_lines
+from qmix.commands.quantize.checks import check_tokenizer, say_notes
+from qmix.commands.quantize.source import fetched_source
 from qmix.config import CALIBRATED, GROUPED_BITS
-from qmix.errors import ModelFileError
-
-if TYPE_CHECKING:
-    from qmix.checkpoint import Checkpoint
+from qmix.errors import UsageError
 
 
 def quantize(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face checkpoint, folder or hub id; or a GGUF "
-                                          "file.")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face checkpoint, folder or hub id "
+                                          "(org/name, org/name:Q4_K_M, @revision); or a GGUF file.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The store to write, a new folder.")],
     format: Annotated[str | None, typer.Option("--format", help="Experts: int8, int4 (default), int3, int2, mxfp4, "
                                                "nf4, fp4, q8_0 or keep (unquantized); or auto, the default for a "
@@ -53,7 +51,8 @@ def quantize(
     calibration_tokens: Annotated[int | None, typer.Option(
         "--calibration-tokens", min=1, help="Tokens of it, spread evenly; default 65536.",
         show_default=False)] = None,
-    threads: Threads = None,
+    threads: Threads = None, revision: Revision = None, offline: Offline = False,
+    discard_source: DiscardSource = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the store at OUT once the new one is whole.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written and exit; "
                                         "--fit and --bpw still measure.")] = False,
@@ -69,14 +68,15 @@ def quantize(
     flags = Flags(format, dense, method, group_size, block, double_quant, calibration)
     check_calibration(flags.config(), wanted, calibration, calibration_tokens)
     head = mtp and wanted is None  # no text says what the experts of a head are worth
-    with Checkpoint.open(paths.resolve(source, render.say, "checkpoint"), head) as checkpoint:
-        for line in skipped_lines(checkpoint, asked=not head):
-            render.say(f"skipped: {line}")
-        for note in checkpoint.notes:
-            render.say(f"note: {note}")
+    if discard_source and (wanted is not None or dry_run):
+        raise UsageError("--discard-source with " + (wanted.flag if wanted is not None else "--dry-run") + ": the "
+                         "weights are needed more than once", "drop one of the two")
+    with (fetched_source(source, hub_access(revision, offline), discard_source) as fetched,
+          Checkpoint.open(fetched.path, head) as checkpoint):
+        say_notes(checkpoint, without_head=not head)
         quant, wanted = choose(checkpoint, flags, wanted, render.say)
         calibration = calibration if wanted is not None or quant.method in CALIBRATED else None
-        _check_tokenizer(checkpoint)
+        check_tokenizer(checkpoint)
         text = None if calibration is None else read_calibration(checkpoint, calibration, calibration_tokens)
         if wanted is not None:
             assert text is not None
@@ -86,20 +86,8 @@ def quantize(
             text = text if quant.method in CALIBRATED else None
         with render.byte_bar("quantize") as progress:
             report = quantize_checkpoint(checkpoint, out, quant, calibration=text, threads=threads, force=force,
-                                         dry_run=dry_run, progress=progress)
+                                         dry_run=dry_run, progress=progress, discard=fetched.discard(checkpoint))
+        fetched.done()
     for line in report.lines():
         render.say(line)
 
-
-def _check_tokenizer(checkpoint: Checkpoint) -> None:
-    """Damaged tokenizer, template or generation files are an error now, not after hours of quantizing."""
-    from qmix.tokenizer import load
-
-    if not any((checkpoint.folder / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
-        render.say(f"warning: {checkpoint.path} holds neither tokenizer.model nor tokenizer.json: chat and "
-                   "generate will refuse the store until the original model's is copied into it")
-        return
-    try:
-        load(checkpoint.folder, checkpoint.model.vocab)
-    except ModelFileError as e:  # of a GGUF file, the folder is one that nobody knows
-        raise ModelFileError(e.message.replace(str(checkpoint.folder), str(checkpoint.path)), e.cure) from None

@@ -1,0 +1,175 @@
+"""--discard-source: what leaves the disk, what stays, and what a run that is killed finds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hub_server import Served, repository, write_gguf
+from warm_python import WarmPython
+
+from qmix.checkpoint import Checkpoint
+from qmix.errors import CheckpointError
+from qmix.quantize.discard import NAME
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+HOW = ("--method", "rtn", "-t", "1")
+KILLED = """
+import os, signal, sys
+from qmix.cli import main
+from qmix.quantize import discard
+discard.BATCH = 1
+written, left = discard.Discard.written, [int(sys.argv[1])]
+def count(self, work):
+    written(self, work)
+    left[0] -= 1
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+discard.Discard.written = count
+main(sys.argv[2:])"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Experts of 384 KiB, so that holes are more than a file system's block."""
+    return repository(tmp_path_factory.mktemp("discard") / "repo", shards=2, alike=True, hidden_size=256,
+                      intermediate_size=256)
+
+
+@pytest.fixture
+def server(checkpoint: Path, tmp_path: Path) -> Iterator[Served]:
+    served = Served(checkpoint, tmp_path / "cache")
+    yield served
+    served.stop()
+
+
+@pytest.fixture
+def qmix(warm_python: WarmPython, tmp_path: Path) -> Command:
+    return lambda server, *args, **more: warm_python.run("-m", "qmix", *args, env=server.env | more, cwd=tmp_path)
+
+
+@pytest.fixture
+def kill(warm_python: WarmPython, tmp_path: Path) -> Command:
+    """kill(server, n, *args): killed once n regions are written."""
+    return lambda server, count, *args: warm_python.run("-c", KILLED, count, *args, env=server.env, cwd=tmp_path)
+
+
+def own(tmp_path: Path) -> Path:
+    return tmp_path / "cache" / "qmix" / "models--org--name"
+
+
+def blocks(folder: Path) -> int:
+    return sum(path.stat().st_blocks * 512 for path in (folder / "blobs").iterdir())
+
+
+def same_store(one: Path, two: Path) -> None:
+    names = sorted(path.name for path in one.iterdir())
+    assert names == sorted(path.name for path in two.iterdir())
+    for name in names:
+        if name != "qmix.json":  # which names the source
+            assert (one / name).read_bytes() == (two / name).read_bytes(), name
+
+
+@pytest.fixture
+def want(server: Served, qmix: Command, tmp_path: Path) -> Path:
+    done = qmix(server, "quantize", server.handler.folder, "want", *HOW)
+    assert done.returncode == 0, done.stderr
+    return tmp_path / "want"
+
+
+def test_nothing_of_the_download_stays(server: Served, qmix: Command, tmp_path: Path, want: Path) -> None:
+    done = qmix(server, "quantize", "org/name", "out", "--discard-source", *HOW)
+    assert done.returncode == 0 and "discarded" in done.stderr and not own(tmp_path).exists(), done.stderr
+    same_store(want, tmp_path / "out")
+    assert not [*(tmp_path / "cache" / "hub").rglob("*.safetensors")]
+
+
+def test_a_killed_run_resumes_without_what_was_written(server: Served, qmix: Command, kill: Command, tmp_path: Path,
+                                                       want: Path) -> None:
+    """Killed three times; every weight is fetched once."""
+    for count in (30, 4, 3):
+        assert kill(server, count, "quantize", "org/name", "out", "--discard-source", *HOW).returncode == -9
+    assert (own(tmp_path) / NAME).is_file()
+    whole = sum(path.stat().st_size for path in server.handler.folder.glob("model-*"))
+    assert blocks(own(tmp_path)) < whole - 4 * 384 * 1024, "experts that are written have left the disk"
+    fetched = server.weights()
+    done = qmix(server, "quantize", "org/name", "out", "--discard-source", *HOW)
+    assert done.returncode == 0 and "resumed" in done.stderr and server.weights() == fetched, done.stderr
+    assert len(fetched) == 2 and not own(tmp_path).exists()
+    same_store(want, tmp_path / "out")
+
+
+@pytest.mark.parametrize("how", ["lost", "forced"])
+def test_what_is_needed_again_is_fetched_again(server: Served, qmix: Command, kill: Command, tmp_path: Path,
+                                               want: Path, how: str) -> None:
+    """The written half is damaged, or dropped for one with other arguments."""
+    first = HOW if how == "lost" else ("--format", "int8", "-t", "1")
+    assert kill(server, 34, "quantize", "org/name", "out", "--discard-source", *first).returncode == -9
+    if how == "lost":
+        for path in (tmp_path / "out.partial").glob("experts-*"):
+            path.write_bytes(bytes(path.stat().st_size))
+    server.fetched.clear()
+    done = qmix(server, "quantize", "org/name", "out", "--discard-source", *HOW, "--force")
+    assert done.returncode == 0 and "needed again" in done.stderr and server.weights(), done.stderr
+    assert all(server.handler.ranges[-len(server.weights()):]), "parts of files, from where they begin"
+    same_store(want, tmp_path / "out")
+
+
+def test_what_was_in_the_cache_before_stays(server: Served, qmix: Command, tmp_path: Path, want: Path) -> None:
+    """One of two files."""
+    assert qmix(server, "quantize", "org/name", "before", *HOW).returncode == 0
+    hub = tmp_path / "cache" / "hub" / "models--org--name"
+    (gone, kept) = sorted(hub.rglob("model-*.safetensors"))
+    before = kept.read_bytes()
+    Path(os.path.realpath(gone)).unlink()
+    gone.unlink()
+    server.fetched.clear()
+    done = qmix(server, "quantize", "org/name", "out", "--discard-source", *HOW)
+    assert done.returncode == 0 and server.weights() == [gone.name], done.stderr
+    assert kept.read_bytes() == before and not own(tmp_path).exists()
+    same_store(want, tmp_path / "out")
+    again = qmix(server, "quantize", "org/name", "other", *HOW)
+    assert again.returncode == 0 and server.weights() == [gone.name, gone.name], "it was not kept"
+    done = qmix(server, "quantize", "org/name", "third", "--discard-source", *HOW)
+    assert done.returncode == 0 and "nothing is left to free" in done.stderr and kept.read_bytes() == before
+
+
+def test_a_gguf_model(tmp_path: Path, qmix: Command, kill: Command) -> None:
+    path = write_gguf(tmp_path / "repo" / "name-Q8_0.gguf")
+    server = Served(tmp_path / "repo", tmp_path / "cache")
+    try:
+        assert qmix(server, "quantize", path, "want", "-t", 1).returncode == 0
+        args = ("quantize", "org/name:Q8_0", "out", "--discard-source", "-t", 1)
+        assert kill(server, 22, *args).returncode == -9
+        assert (own(tmp_path) / NAME).is_file()
+        done = qmix(server, *args)
+        assert done.returncode == 0 and server.weights() == ["name-Q8_0.gguf"], done.stderr
+        same_store(tmp_path / "want", tmp_path / "out")
+    finally:
+        server.stop()
+
+
+def test_what_is_gone_is_never_read_as_zeros(checkpoint: Path) -> None:
+    with Checkpoint.open(checkpoint) as opened:
+        key = opened.model.expert_keys[0]
+        before = opened.fingerprint()
+        for location in opened.expert_locations(key):
+            location.shard.discarded.add(location.entry.name)
+        with pytest.raises(CheckpointError, match="was discarded"):
+            opened.expert(key)
+        assert opened.fingerprint() == before
+
+
+@pytest.mark.parametrize("flags", [("--bpw", "3", "--calibration", "x.txt"), ("--dry-run",)])
+def test_what_needs_the_weights_twice_is_refused(server: Served, qmix: Command, flags: tuple[str, ...]) -> None:
+    done = qmix(server, "quantize", "org/name", "out", "--discard-source", *flags)
+    assert done.returncode == 2 and "more than once" in done.stderr and not server.fetched
+
+
+def test_a_run_that_leaves_the_flag_out_says_what_is_there(server: Served, qmix: Command, kill: Command) -> None:
+    assert kill(server, 30, "quantize", "org/name", "out", "--discard-source", *HOW).returncode == -9
+    done = qmix(server, "quantize", "org/name", "out", *HOW)
+    assert done.returncode == 0 and "with that flag it would go on there" in done.stderr

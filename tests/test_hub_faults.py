@@ -1,0 +1,213 @@
+"""Downloads that break off, are refused or must not be made: through the command, against a server of this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hub_server import COMMIT, Served, repository, write_gguf
+from warm_python import PIPE, WarmPython
+
+from qmix.checkpoint import SINGLE
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+KEEP = ("--format", "keep", "-t", "1")
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+from qmix.cli import main
+main(sys.argv[2:])"""
+CHUNK = 10 * 2**20  # bytes that the hub's library writes at a time
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Served]:
+    served = Served(repository(tmp_path / "repo"), tmp_path / "cache")
+    yield served
+    served.stop()
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with weights of more than two chunks."""
+    path = repository(tmp_path_factory.mktemp("large") / "repo", alike=True, hidden_size=512, intermediate_size=1024,
+                      num_hidden_layers=2, num_local_experts=3)
+    assert 2 * CHUNK < (path / SINGLE).stat().st_size < 3 * CHUNK
+    return path
+
+
+@pytest.fixture
+def slow(large: Path, tmp_path: Path) -> Iterator[Served]:
+    served = Served(large, tmp_path / "cache")
+    yield served
+    served.stop()
+
+
+@pytest.fixture
+def ggufs(tmp_path: Path) -> Iterator[Served]:
+    write_gguf(tmp_path / "repo" / "name-Q8_0.gguf")
+    write_gguf(tmp_path / "repo" / "deep" / "name-Q4_0.gguf", "Q4_0", split=12)
+    (tmp_path / "repo" / "mmproj-F16.gguf").write_bytes(b"waste")
+    served = Served(tmp_path / "repo", tmp_path / "cache")
+    yield served
+    served.stop()
+
+
+@pytest.fixture
+def qmix(warm_python: WarmPython, tmp_path: Path) -> Command:
+    return lambda server, *args, **more: warm_python.run("-m", "qmix", *args, env=server.env | more, cwd=tmp_path)
+
+
+def partials(tmp_path: Path) -> list[Path]:
+    return [*tmp_path.rglob("*.qmix-partial")]
+
+
+def test_a_lost_connection_is_taken_up_where_it_broke(slow: Served, qmix: Command, tmp_path: Path) -> None:
+    """Within one run, and said."""
+    slow.handler.cut[SINGLE] = [CHUNK + 1000]
+    done = qmix(slow, "quantize", "org/name", "out", *KEEP)
+    assert done.returncode == 0, done.stderr
+    assert [first for first in slow.handler.ranges if first] == [CHUNK]
+    assert "Trying to resume" in done.stderr and not partials(tmp_path)
+
+
+def test_a_killed_download_goes_on(slow: Served, qmix: Command, tmp_path: Path, warm_python: WarmPython) -> None:
+    slow.handler.cut[SINGLE], slow.handler.held = [CHUNK + 1000], threading.Event()
+    with warm_python.start("-m", "qmix", "quantize", "org/name", "out", *KEEP, env=slow.env, cwd=tmp_path,
+                           stderr=PIPE) as process:
+        assert slow.handler.reached.wait(60)
+        while not any(path.stat().st_size == CHUNK for path in partials(tmp_path)):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    slow.handler.held.set()
+    slow.handler.ranges.clear()
+    done = qmix(slow, "quantize", "org/name", "out", *KEEP)
+    assert done.returncode == 0 and "10.0 MiB of them are here from an earlier try" in done.stderr, done.stderr
+    assert [first for first in slow.handler.ranges if first] == [CHUNK] and not partials(tmp_path)
+
+
+def test_ctrl_c_while_it_downloads(server: Served, qmix: Command, tmp_path: Path, warm_python: WarmPython) -> None:
+    server.handler.cut[SINGLE], server.handler.held = [2000], threading.Event()
+    with warm_python.start("-m", "qmix", "quantize", "org/name", "out", *KEEP, env=server.env, cwd=tmp_path,
+                           stderr=PIPE) as process:
+        assert server.handler.reached.wait(60)
+        process.send_signal(signal.SIGINT)
+        server.handler.held.set()
+        _, errors = process.communicate()
+    assert process.returncode == 130 and "Traceback" not in errors, errors
+    assert "stopped while it was fetched" in errors and not (tmp_path / "out").exists()
+    assert qmix(server, "quantize", "org/name", "out", *KEEP).returncode == 0
+
+
+def test_bytes_that_were_changed_on_the_way(server: Served, qmix: Command, tmp_path: Path) -> None:
+    """A half that an earlier try left is another file's: the sum shows that, and the next try begins anew."""
+    assert qmix(server, "plan", "org/name").returncode == 0
+    data = (server.handler.folder / SINGLE).read_bytes()
+    blobs = tmp_path / "cache" / "hub" / "models--org--name" / "blobs"
+    (blobs / f"{hashlib.sha256(data).hexdigest()}.qmix-partial").write_bytes(b"x" * 1000)
+    done = qmix(server, "quantize", "org/name", "out", *KEEP)
+    assert done.returncode == 4 and "not those that the hub promised" in done.stderr, done.stderr
+    assert qmix(server, "quantize", "org/name", "out", *KEEP).returncode == 0
+
+
+def test_a_server_that_is_busy_for_a_moment(server: Served, qmix: Command) -> None:
+    server.handler.status[SINGLE] = [503, 500]
+    assert qmix(server, "quantize", "org/name", "out", *KEEP).returncode == 0
+
+
+@pytest.mark.parametrize(("setting", "want"), [
+    ({"gated": True}, "on request only (gated)"),
+    ({"token": "secret"}, "no such repository, or it is private (401)"),
+])
+def test_access_that_is_refused_is_one_line(server: Served, qmix: Command, setting: dict[str, object],
+                                            want: str) -> None:
+    for name, value in setting.items():
+        setattr(server.handler, name, value)
+    for source in ("org/name", "org/name:Q4_K_M"):
+        done = qmix(server, "quantize", source, "out", *KEEP)
+        assert done.returncode == 4 and want in done.stderr and "HF_TOKEN" in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr and done.stderr.count("\n") == 3
+
+
+def test_the_token_is_sent(server: Served, qmix: Command) -> None:
+    server.handler.token = "secret"
+    done = qmix(server, "quantize", "org/name", "out", *KEEP, HF_TOKEN="secret")
+    assert done.returncode == 0, done.stderr
+
+
+def test_revisions(server: Served, qmix: Command) -> None:
+    done = qmix(server, "quantize", "org/name", "out", "--revision", "none", *KEEP)
+    assert done.returncode == 4 and "no such revision" in done.stderr and "org/name@none" in done.stderr, done.stderr
+    done = qmix(server, "quantize", "org/name@v1", "out", "--revision", "main", *KEEP)
+    assert done.returncode == 2 and "names another" in done.stderr
+    done = qmix(server, "quantize", str(server.handler.folder), "out", "--revision", "v1", *KEEP)
+    assert done.returncode == 2 and "not on the hub" in done.stderr
+    assert qmix(server, "quantize", "org/name", "out", "--revision", "v1", *KEEP).returncode == 0
+
+
+def test_offline_asks_nobody(server: Served, qmix: Command) -> None:
+    done = qmix(server, "quantize", "org/name", "out", "--offline", *KEEP)
+    assert done.returncode == 4 and "--offline" in done.stderr and not server.fetched, done.stderr
+    assert qmix(server, "plan", "org/name").returncode == 0
+    done = qmix(server, "quantize", "org/name", "out", "--offline", *KEEP)
+    assert done.returncode == 4 and "--offline" in done.stderr and server.fetched == ["config.json"], done.stderr
+    assert qmix(server, "quantize", "org/name", "out", *KEEP).returncode == 0
+    server.stop()
+    for how in ({}, {"HF_HUB_OFFLINE": "1"}):
+        done = qmix(server, "quantize", "org/name", "again", *KEEP, *([] if how else ["--offline"]), "--force", **how)
+        assert done.returncode == 0 and "in the hub's cache alone" in done.stderr, done.stderr
+
+
+def test_a_local_path_asks_nobody(server: Served, qmix: Command) -> None:
+    done = qmix(server, "quantize", server.handler.folder, "out", *KEEP, HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.returncode == 0 and "hub" not in done.stderr and not server.fetched
+    done = qmix(server, "quantize", server.handler.folder, "out2", "--discard-source", *KEEP)
+    assert done.returncode == 2 and "did not download it" in done.stderr
+
+
+def test_a_disk_that_becomes_full(slow: Served, qmix: Command, tmp_path: Path, warm_python: WarmPython) -> None:
+    limit = CHUNK + 5000
+    done = warm_python.run("-c", LIMITED, limit, "quantize", "org/name", "out", *KEEP, env=slow.env, cwd=tmp_path)
+    assert done.returncode == 3 and "the disk is full" in done.stderr and "HF_HOME" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+    (partial,) = partials(tmp_path)
+    assert partial.stat().st_size == limit
+    done = qmix(slow, "quantize", "org/name", "out", *KEEP)
+    assert done.returncode == 0 and limit in slow.handler.ranges, done.stderr
+
+
+@pytest.mark.parametrize(("source", "want"), [
+    ("org/name:Q8_0", ["name-Q8_0.gguf"]),
+    ("org/name:name-Q4_0", [f"deep/name-Q4_0-0000{i}-of-00002.gguf" for i in (1, 2)]),
+    ("org/name:deep/name-Q4_0-00002-of-00002.gguf", [f"deep/name-Q4_0-0000{i}-of-00002.gguf" for i in (1, 2)]),
+])
+def test_a_gguf_model_of_the_hub(ggufs: Served, qmix: Command, tmp_path: Path, source: str, want: list[str]) -> None:
+    done = qmix(ggufs, "quantize", source, "out", "-t", 1)
+    assert done.returncode == 0 and ggufs.weights() == want, done.stderr
+    local = qmix(ggufs, "quantize", ggufs.handler.folder / want[-1], "local", "-t", 1)
+    assert local.returncode == 0, local.stderr
+    for path in (tmp_path / "local").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+    assert f'"revision": "{COMMIT}"' in (tmp_path / "out" / "qmix.json").read_text()
+
+
+def test_several_gguf_models_are_listed(ggufs: Served, qmix: Command) -> None:
+    done = qmix(ggufs, "quantize", "org/name", "out")
+    assert done.returncode == 4 and not ggufs.fetched, done.stderr
+    assert "any of 2 GGUF models: deep/name-Q4_0-00001-of-00002.gguf, name-Q8_0.gguf" in done.stderr
+    assert qmix(ggufs, "quantize", "org/name:Q4_K_M", "out").returncode == 4
+    assert qmix(ggufs, "show", "org/name:Q8_0").returncode == 2
+
+
+def test_a_gguf_model_is_planned_by_its_header(ggufs: Served, qmix: Command, tmp_path: Path) -> None:
+    """Nothing of it stays."""
+    done = qmix(ggufs, "plan", "org/name:Q4_0", "--json", TMPDIR=str(tmp_path))
+    assert done.returncode == 0 and '"records": 8' in done.stdout, done.stderr
+    assert not [*(tmp_path / "cache").rglob("*.gguf")] and not [*tmp_path.glob("qmix-*")]
