@@ -51,6 +51,7 @@ SEQUENCES = 8  # whose inputs are summed up together
 ROWS = 512  # rows of a weight that one task widens to fp32 and multiplies
 Item = TypeVar("Item")
 Found = TypeVar("Found")
+Watch = Callable[[Tensor, Tensor, Tensor], None]  # (rows [n], what w13 read [n, H], what w2 read [n, F])
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,21 +103,24 @@ class LayerPieces:
 
 
 class ForwardPass:
-    """The original model on the calibration's tokens, with room for `copies` copies of their rows (sensitivity.py).
+    """The original model on the calibration's tokens, with room for `copies` copies of their rows, or of the first
+    `copied` ones (sensitivity.py, sampled.py).
 
     residual fp32 [T, H]; live: the buffers of LayerPieces.live_widths of the current layer, [T, ...] each. layer: the
     current one, -1 before the first. dense_inputs: those of its dense matrices, as far as they were asked for, by
     canonical name.
     """
 
-    def __init__(self, source: Source, calibration: Calibration, pool: Executor | None = None, copies: int = 0):
+    def __init__(self, source: Source, calibration: Calibration, pool: Executor | None = None, copies: int = 0,
+                 copied: int | None = None):
         model = source.model
         if (worst := int(calibration.ids.max())) >= model.vocab:
             raise UsageError(f"the calibration has token {worst}, the model {model.vocab}")
         self.model, self._source, self._pool = model, source, pool
         self._length = calibration.length
         self.tokens = calibration.tokens
-        self._room = calibration.tokens * (1 + copies)
+        self.copied = calibration.tokens if copied is None else copied
+        self._room = calibration.tokens + copies * self.copied
         self.layer, self.pieces = -1, LayerPieces((), None, None, ())
         self.dtype = compute_dtype(model)
         self.dense_inputs: dict[str, Inputs] = {}
@@ -186,9 +190,9 @@ class ForwardPass:
 
     def add_copy(self) -> None:
         """One more copy of the text's own rows, as they are now, behind those that are there."""
-        before, after = self._rows, self._rows + self.tokens
+        before, after = self._rows, self._rows + self.copied
         for whole in self._whole.values():
-            whole[before:after] = whole[:self.tokens]
+            whole[before:after] = whole[:self.copied]
         self._rows = after
 
     def _make(self, wanted: dict[str, tuple[int, torch.dtype]]) -> None:
@@ -241,10 +245,10 @@ class ForwardPass:
         return energies
 
     def expert(self, key: ExpertKey, w13: Tensor, w2: Tensor, measure: bool, first: int = 0,
-               ) -> dict[str, Inputs]:
+               watch: Watch | None = None) -> dict[str, Inputs]:
         """Add what an expert of the current layer gives to the tokens that were sent to it, or to the `first` ones
         where there are so many; w13 [2F, H], w2 [H, F] of the checkpoint. With `measure` the inputs of both, {"w13",
-        "w2"}."""
+        "w2"}. watch: is given what every product read, chunk by chunk."""
         assert key.layer == self.layer and self.pieces.experts is not None, (key, self.layer)
         hidden, inner = w2.shape
         rows, rank = (self.ids[:first or None] == key.expert).nonzero(as_tuple=True)
@@ -257,6 +261,8 @@ class ForwardPass:
             for name, value in found.items():
                 energy[name] += value
             self.add(token, out.mul_(weight[:, None]))
+            if watch is not None:
+                watch(token, x, middle)
             if moments is not None:
                 moments[0].add(x, self._pool)
                 moments[1].add(middle, self._pool)

@@ -1,0 +1,287 @@
+"""How much the format of each matrix of each expert matters, measured on a sample: what sensitivity.py measures on all
+rows and on a long text, in about the time that hqq takes to quantize the model.
+
+Four things are sampled.
+
+- Tokens. The text is short: SHARE tokens for each expert on average, in sequences of LENGTH.
+- Rows. A format is tried on a few rows of each matrix. A row of w2 is a number of the output, so the damage to some of
+  them is the damage to all times their share. An inner unit (its row of gate, of up, and its column of w2) adds to the
+  output what is nearly independent of the other units, so the same holds there.
+- Layers. Copies of the text pass with a perturbation in PROBES layers. Between them the logarithm of the quotient
+  (nats for a squared change of the residual) is interpolated.
+- Tokens of these copies: SHARE an expert for all copies together.
+
+All choices depend on the model's shapes and on the text alone, and no sum depends on the number of threads: the same
+input gives the same numbers.
+
+n tokens of an expert, at most ROWS; T tokens of the text; H hidden, F expert inner, S rows of a sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qmix.config import DTYPES, ExpertKey
+from qmix.formats import TORCH_DTYPES, unpack
+from qmix.kernels import torch_ops
+from qmix.quantize.calibration import Calibration
+from qmix.quantize.forward_pass import ForwardPass
+from qmix.quantize.inputs import squares
+from qmix.quantize.layer_weights import Source
+from qmix.quantize.methods import quantize
+from qmix.quantize.mix import FORMATS
+from qmix.quantize.sensitivity import Matrices, Sensitivity, divergences, in_nats, specs_of
+from qmix.sizes import PLAIN_DTYPES, MatrixSpec
+from qmix.spec import Model
+
+SHARE = 256  # tokens an expert, of the text, and again of all copies together
+LENGTH = 128  # tokens of a sequence
+PROBES = 8  # layers with a copy, at most
+LEAST_COPY = 64  # tokens of a copy, at least
+ROWS = 64  # tokens of an expert on which damage is measured
+ONE_IN = 64  # rows of a matrix, of which one is quantized, but at least
+LEAST_ROWS = 8
+GATHERED = 2**22  # weights that are quantized together
+STEPS = 7  # of the perturbation's rounding between a group's extremes, as int3 has
+PROBE_GROUP = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """How much is sampled. text: whose first `copied` tokens the copies have; layers: with a copy."""
+
+    text: Calibration
+    copied: int
+    layers: tuple[int, ...]
+
+    @classmethod
+    def of(cls, model: Model, calibration: Calibration) -> Extent:
+        share = SHARE * model.num_experts / model.top_k
+        text = calibration.sample(int(share), LENGTH)
+        there = model.record_layers
+        count = max(1, min(len(there), PROBES, int(share) // LEAST_COPY, text.tokens // text.length))
+        sequences = max(1, min(len(text.ids), round(share / count / text.length)))
+        at = [round(i * (len(there) - 1) / max(1, count - 1)) for i in range(count)]
+        return cls(text, sequences * text.length, tuple(there[i] for i in at))
+
+    @property
+    def rows(self) -> int:
+        """Of the text and of all copies."""
+        return self.text.tokens + len(self.layers) * self.copied
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What is kept of an expert until its formats are tried: some of its rows, and what they read.
+
+    gate_up [2S, H], columns [H, S]: of S inner units; down [S', F]: of w2's rows; x [n, H], middle [n, F];
+    topk_weights [n]; count: tokens that were sent to it."""
+
+    key: ExpertKey
+    gate_up: Tensor
+    columns: Tensor
+    down: Tensor
+    x: Tensor
+    middle: Tensor
+    topk_weights: Tensor
+    biases: tuple[Tensor, Tensor] | None
+    count: int
+
+
+def measure_sampled(source: Source, calibration: Calibration, method: str, block: int, pool: Executor,
+                    progress: Callable[[int, int, str], None] = lambda done, total, label: None) -> Sensitivity:
+    """Walk through the checkpoint once; arguments and result as of sensitivity.measure."""
+    model = source.model
+    extent = Extent.of(model, calibration)
+    walk = _Walk(source, extent, method, block, pool)
+    item = TORCH_DTYPES[PLAIN_DTYPES[DTYPES[model.dtype]]].itemsize
+    buffer = torch.empty(3 * model.hidden * model.expert_inner * item, dtype=torch.uint8)
+    done, total = 0, len(model.expert_keys)
+    for layer in range(model.num_layers):
+        walk.enter(layer)
+        for expert in range(model.experts_in(layer)):
+            walk.expert(ExpertKey(layer, expert), *source.stacked_expert(ExpertKey(layer, expert), buffer))
+            done += 1
+            progress(done * buffer.nbytes, total * buffer.nbytes, f"layer {layer} expert {expert}")
+        walk.leave()
+    nats = divergences(walk.forward, source, extent.layers, pool)
+    factors = dict(zip(extent.layers, (kl / damage if damage > 0 else 0.0 for kl, damage in
+                                       zip(nats, walk.damages, strict=True)), strict=True))
+    found: dict[ExpertKey, Matrices] = {}
+    for layer in model.record_layers:
+        keys = [key for key in walk.raw if key.layer == layer]
+        found.update(in_nats(keys, walk.raw, walk.tokens, interpolated(factors, layer), extent.text.tokens))
+    by_layer = dict(zip(extent.layers, nats, strict=True))
+    return Sensitivity(found, walk.tokens, [by_layer.get(layer, 0.0) for layer in range(model.num_layers)])
+
+
+def interpolated(factors: dict[int, float], layer: int) -> float:
+    """The factor of a layer, geometrically between its neighbours: {0: 1, 4: 16}, 2 -> 4; beyond the ends theirs."""
+    if layer in factors:
+        return factors[layer]
+    before, after = [i for i in factors if i < layer], [i for i in factors if i > layer]
+    if not before or not after:
+        return factors[max(before) if before else min(after)]
+    low, high = max(before), min(after)
+    share = (layer - low) / (high - low)
+    if min(factors[low], factors[high]) <= 0:
+        return factors[low] + share * (factors[high] - factors[low])
+    return math.exp((1 - share) * math.log(factors[low]) + share * math.log(factors[high]))
+
+
+class _Walk:
+    """The text's way through the model, with what was measured so far. raw, tokens: as of sensitivity.measure;
+    damages: squared change of the residual, a token, of each copy."""
+
+    def __init__(self, source: Source, extent: Extent, method: str, block: int, pool: Executor):
+        self._source, self._extent, self._method, self._pool = source, extent, method, pool
+        self.forward = ForwardPass(source, extent.text, pool, len(extent.layers), extent.copied)
+        self._specs = {name: specs_of(source, name, block) for name in FORMATS}
+        self._pieces: list[Piece] = []
+        self.raw: dict[ExpertKey, Matrices] = {}
+        self.tokens: dict[ExpertKey, int] = {}
+        self.damages: list[float] = []
+
+    def enter(self, layer: int) -> None:
+        self.forward.enter(layer)
+        if layer in self._extent.layers:
+            self.forward.add_copy()
+
+    @property
+    def _last(self) -> int:
+        """Rows in front of the copy that is perturbed in this layer; all where there is none."""
+        rows = len(self.forward.residual)
+        return rows - self._extent.copied if self.forward.layer in self._extent.layers else rows
+
+    def expert(self, key: ExpertKey, w13: Tensor, w2: Tensor) -> None:
+        """The next expert in order."""
+        forward, text = self.forward, self._extent.text.tokens
+        rows, rank = (forward.ids[:text] == key.expert).nonzero(as_tuple=True)
+        self.tokens[key] = len(rows)
+        some = spread(len(rows), ROWS)
+        kept: list[tuple[Tensor, Tensor]] = []
+        wanted = torch.zeros(len(forward.ids), dtype=torch.bool)
+        wanted[rows[some]] = True
+
+        def watch(token: Tensor, x: Tensor, middle: Tensor) -> None:
+            here = wanted[token]
+            kept.append((x[here], middle[here]))
+
+        forward.expert(key, w13, w2, False, self._last, watch)
+        if self._last < len(forward.ids):
+            self._perturb(key, w13, w2)
+        if not len(rows):
+            self.raw[key] = {m: dict.fromkeys(FORMATS, 0.0) for m in ("w13", "w2")}
+            return
+        x, middle = (torch.cat(parts) for parts in zip(*kept, strict=True))
+        units = spread(w2.shape[1], sampled_rows(w2.shape[1]), key.expert)
+        outs = spread(w2.shape[0], sampled_rows(w2.shape[0]), key.expert)
+        self._pieces.append(Piece(key, w13[torch.cat((units, units + w2.shape[1]))], w2[:, units].float(), w2[outs], x,
+                                  middle, forward.topk_weights[rows[some], rank[some]],
+                                  self._source.expert_biases(key), len(rows)))
+        if sum(piece.gate_up.numel() for piece in self._pieces) >= GATHERED:
+            self._try()
+
+    def leave(self) -> None:
+        """The end of the current layer."""
+        self._try()
+        self.forward.leave()
+        if self.forward.layer in self._extent.layers:
+            forward = self.forward
+            off = forward.residual[self._last:] - forward.residual[:self._extent.copied]
+            self.damages.append(squares(off) / self._extent.copied)
+
+    def _perturb(self, key: ExpertKey, w13: Tensor, w2: Tensor) -> None:
+        """What an expert with a rounded w2 gives to the last copy."""
+        forward, last = self.forward, self._last
+        rounded = w2.new_empty(w2.shape, dtype=torch.float32)
+        list(self._pool.map(lambda rows: round_rows(w2, rounded, rows),
+                            (slice(i, i + 256) for i in range(0, len(w2), 256))))
+        rows, rank = (forward.ids[last:] == key.expert).nonzero(as_tuple=True)
+        biases = self._source.expert_biases(key)
+        op = forward.pieces.experts
+        assert op is not None
+        x = forward.normed[last:][rows].float()
+        both = F.linear(x, w13.float())
+        if biases is not None:
+            both += biases[0]
+        out = F.linear(torch_ops.activate(op.activation, *both.chunk(2, -1)), rounded)
+        if biases is not None:
+            out += biases[1]
+        forward.add(rows, out.mul_(forward.topk_weights[last:][rows, rank][:, None]), last)
+
+    def _try(self) -> None:
+        """Every format on the pieces at hand."""
+        pieces, self._pieces = self._pieces, []
+        if not pieces:
+            return
+        w13 = torch.cat([piece.gate_up for piece in pieces])
+        w2 = torch.cat([piece.down for piece in pieces])
+
+        def damages(task: tuple[str, str]) -> list[float]:
+            name, matrix = task
+            first, second = self._specs[name]
+            if matrix == "w13":
+                changed = unpack(quantize(w13, _of_rows(first, len(w13)), self._method))
+                return [self._of_w13(piece, some) for piece, some in
+                        zip(pieces, changed.split([len(p.gate_up) for p in pieces]), strict=True)]
+            changed = unpack(quantize(w2, _of_rows(second, len(w2)), self._method))
+            return [self._of_w2(piece, some) for piece, some in
+                    zip(pieces, changed.split([len(p.down) for p in pieces]), strict=True)]
+
+        tasks = [(name, matrix) for matrix in ("w13", "w2") for name in FORMATS]
+        found = dict(zip(tasks, self._pool.map(damages, tasks), strict=True))
+        for i, piece in enumerate(pieces):
+            self.raw[piece.key] = {m: {name: found[name, m][i] for name in FORMATS} for m in ("w13", "w2")}
+
+    def _of_w13(self, piece: Piece, changed: Tensor) -> float:
+        """The damage of an expert's w13, from that of some inner units."""
+        op = self.forward.pieces.experts
+        assert op is not None
+        units = len(piece.gate_up) // 2
+        kept, off = (F.linear(piece.x, w.float()) for w in (piece.gate_up, changed))
+        was, now = (torch_ops.activate(op.activation, *both.chunk(2, -1)) for both in (kept, off))
+        out = F.linear(now.sub_(was), piece.columns)
+        return self._scaled(piece, out, piece.middle.shape[1] / units)
+
+    def _of_w2(self, piece: Piece, changed: Tensor) -> float:
+        """That of its w2, from some rows."""
+        out = F.linear(piece.middle, changed.sub(piece.down.float()))
+        return self._scaled(piece, out, piece.x.shape[1] / len(piece.down))
+
+    def _scaled(self, piece: Piece, out: Tensor, share: float) -> float:
+        return (share * piece.count / len(piece.x) / self._extent.text.tokens
+                * squares(out.mul_(piece.topk_weights[:, None])))
+
+
+def spread(count: int, most: int, turn: int = 0) -> Tensor:
+    """Up to `most` of range(count), evenly spread; others for another `turn`: 8, 2 -> [0, 4]."""
+    if count <= most:
+        return torch.arange(count)
+    shift = int(turn * 0.6180339887498949 % 1 * count / most)
+    return torch.arange(most) * count // most + shift
+
+
+def sampled_rows(count: int) -> int:
+    return min(count, max(LEAST_ROWS, count // ONE_IN))
+
+
+def round_rows(weight: Tensor, out: Tensor, rows: slice) -> None:
+    """out = weight [N, K], rounded to STEPS steps between the extremes of each PROBE_GROUP columns."""
+    w = weight[rows].float()
+    for piece, into in zip(w.split(PROBE_GROUP, 1), out[rows].split(PROBE_GROUP, 1), strict=True):
+        low, high = torch.aminmax(piece, dim=1, keepdim=True)
+        scale = (high - low) / STEPS
+        scale = torch.where(scale > 0, scale, 1.0)
+        into.copy_(((piece - low) / scale).round_().mul_(scale).add_(low))
+
+
+def _of_rows(spec: MatrixSpec, rows: int) -> MatrixSpec:
+    return replace(spec, rows=rows, parts=1)
