@@ -51,7 +51,7 @@ SEQUENCES = 8  # whose inputs are summed up together
 ROWS = 512  # rows of a weight that one task widens to fp32 and multiplies
 Item = TypeVar("Item")
 Found = TypeVar("Found")
-Watch = Callable[[Tensor, Tensor, Tensor], None]  # (rows [n], what w13 read [n, H], what w2 read [n, F])
+Watch = Callable[[Tensor, Tensor, Tensor, Tensor], None]  # (rows [n], w13 read [n, H], w2 read [n, F], it gave [n, H])
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +248,7 @@ class ForwardPass:
                watch: Watch | None = None) -> dict[str, Inputs]:
         """Add what an expert of the current layer gives to the tokens that were sent to it, or to the `first` ones
         where there are so many; w13 [2F, H], w2 [H, F] of the checkpoint. With `measure` the inputs of both, {"w13",
-        "w2"}. watch: is given what every product read, chunk by chunk."""
+        "w2"}. watch: sees what every product read, chunk by chunk."""
         assert key.layer == self.layer and self.pieces.experts is not None, (key, self.layer)
         hidden, inner = w2.shape
         rows, rank = (self.ids[:first or None] == key.expert).nonzero(as_tuple=True)
@@ -260,9 +260,9 @@ class ForwardPass:
             middle, out, found = self._one_chunk(x, w13, w2, biases, self.pieces.experts, measure)
             for name, value in found.items():
                 energy[name] += value
-            self.add(token, out.mul_(weight[:, None]))
             if watch is not None:
-                watch(token, x, middle)
+                watch(token, x, middle, out)
+            self.add(token, out.mul_(weight[:, None]))
             if moments is not None:
                 moments[0].add(x, self._pool)
                 moments[1].add(middle, self._pool)

@@ -47,7 +47,7 @@ PROBES = 8  # layers with a copy, at most
 LEAST_COPY = 64  # tokens of a copy, at least
 ROWS = 64  # tokens of an expert on which damage is measured
 ONE_IN = 64  # rows of a matrix, of which one is quantized, but at least
-LEAST_ROWS = 8
+LEAST_ROWS = 8  # of w2; twice as many inner units
 GATHERED = 2**22  # weights that are quantized together
 STEPS = 7  # of the perturbation's rounding between a group's extremes, as int3 has
 PROBE_GROUP = 64
@@ -81,17 +81,19 @@ class Extent:
 class Piece:
     """What is kept of an expert until its formats are tried: some of its rows, and what they read.
 
-    gate_up [2S, H], columns [H, S]: of S inner units; down [S', F]: of w2's rows; x [n, H], middle [n, F];
-    topk_weights [n]; count: tokens that were sent to it."""
+    gate_up [2S, H], and |w|^2 of their columns of w2, column_squares [S]: of S inner units; down [S', F]: of w2's rows;
+    x [n, H], middle [n, F], topk_weights [n]; energy: of what it gave for these, weighed, |y|^2; bias [2S]: of these
+    units; count: tokens that were sent to it."""
 
     key: ExpertKey
     gate_up: Tensor
-    columns: Tensor
+    column_squares: Tensor
     down: Tensor
     x: Tensor
     middle: Tensor
     topk_weights: Tensor
-    biases: tuple[Tensor, Tensor] | None
+    energy: float
+    bias: Tensor | None
     count: int
 
 
@@ -166,13 +168,15 @@ class _Walk:
         rows, rank = (forward.ids[:text] == key.expert).nonzero(as_tuple=True)
         self.tokens[key] = len(rows)
         some = spread(len(rows), ROWS)
-        kept: list[tuple[Tensor, Tensor]] = []
+        kept: list[tuple[Tensor, Tensor, Tensor]] = []
         wanted = torch.zeros(len(forward.ids), dtype=torch.bool)
         wanted[rows[some]] = True
 
-        def watch(token: Tensor, x: Tensor, middle: Tensor) -> None:
+        biases = self._source.expert_biases(key)
+
+        def watch(token: Tensor, x: Tensor, middle: Tensor, out: Tensor) -> None:
             here = wanted[token]
-            kept.append((x[here], middle[here]))
+            kept.append((x[here], middle[here], out[here] if biases is None else out[here] - biases[1]))
 
         forward.expert(key, w13, w2, False, self._last, watch)
         if self._last < len(forward.ids):
@@ -180,12 +184,15 @@ class _Walk:
         if not len(rows):
             self.raw[key] = {m: dict.fromkeys(FORMATS, 0.0) for m in ("w13", "w2")}
             return
-        x, middle = (torch.cat(parts) for parts in zip(*kept, strict=True))
-        units = spread(w2.shape[1], sampled_rows(w2.shape[1]), key.expert)
-        outs = spread(w2.shape[0], sampled_rows(w2.shape[0]), key.expert)
-        self._pieces.append(Piece(key, w13[torch.cat((units, units + w2.shape[1]))], w2[:, units].float(), w2[outs], x,
-                                  middle, forward.topk_weights[rows[some], rank[some]],
-                                  self._source.expert_biases(key), len(rows)))
+        x, middle, out = (torch.cat(parts) for parts in zip(*kept, strict=True))
+        topk_weights = forward.topk_weights[rows[some], rank[some]]
+        units = spread(w2.shape[1], sampled_rows(w2.shape[1], 2 * LEAST_ROWS), key.expert)
+        both = torch.cat((units, units + w2.shape[1]))
+        outs = spread(w2.shape[0], sampled_rows(w2.shape[0], LEAST_ROWS), key.expert)
+        self._pieces.append(Piece(
+            key, w13[both], w2[:, units].float().square_().sum(0), w2[outs], x, middle,
+            topk_weights, squares(out.mul_(topk_weights[:, None])),
+            None if biases is None else biases[0][both], len(rows)))
         if sum(piece.gate_up.numel() for piece in self._pieces) >= GATHERED:
             self._try()
 
@@ -201,21 +208,26 @@ class _Walk:
     def _perturb(self, key: ExpertKey, w13: Tensor, w2: Tensor) -> None:
         """What an expert with a rounded w2 gives to the last copy."""
         forward, last = self.forward, self._last
-        rounded = w2.new_empty(w2.shape, dtype=torch.float32)
-        list(self._pool.map(lambda rows: round_rows(w2, rounded, rows),
-                            (slice(i, i + 256) for i in range(0, len(w2), 256))))
+        first, second = (self._rounded(w) for w in (w13, w2))
         rows, rank = (forward.ids[last:] == key.expert).nonzero(as_tuple=True)
         biases = self._source.expert_biases(key)
         op = forward.pieces.experts
         assert op is not None
         x = forward.normed[last:][rows].float()
-        both = F.linear(x, w13.float())
+        both = F.linear(x, first)
         if biases is not None:
             both += biases[0]
-        out = F.linear(torch_ops.activate(op.activation, *both.chunk(2, -1)), rounded)
+        out = F.linear(torch_ops.activate(op.activation, *both.chunk(2, -1)), second)
         if biases is not None:
             out += biases[1]
         forward.add(rows, out.mul_(forward.topk_weights[last:][rows, rank][:, None]), last)
+
+    def _rounded(self, weight: Tensor) -> Tensor:
+        """`weight` [N, K] as fp32, after round_rows."""
+        found = torch.empty(weight.shape)
+        step = max(1, 2**17 // weight.shape[1])
+        list(self._pool.map(lambda at: round_rows(weight, found, slice(at, at + step)), range(0, len(weight), step)))
+        return found
 
     def _try(self) -> None:
         """Every format on the pieces at hand."""
@@ -242,23 +254,35 @@ class _Walk:
             self.raw[piece.key] = {m: {name: found[name, m][i] for name in FORMATS} for m in ("w13", "w2")}
 
     def _of_w13(self, piece: Piece, changed: Tensor) -> float:
-        """The damage of an expert's w13, from that of some inner units."""
+        """The damage of an expert's w13, from what some inner units give instead of h [n, S]: h' = (1 + c) h + e. What
+        is left over, e, is independent from unit to unit, so that its effects on the output add up in square. The
+        shrinking c, of formats whose ranges are clipped, is common to all units and changes the output y by c y."""
         op = self.forward.pieces.experts
         assert op is not None
-        units = len(piece.gate_up) // 2
-        kept, off = (F.linear(piece.x, w.float()) for w in (piece.gate_up, changed))
-        was, now = (torch_ops.activate(op.activation, *both.chunk(2, -1)) for both in (kept, off))
-        out = F.linear(now.sub_(was), piece.columns)
-        return self._scaled(piece, out, piece.middle.shape[1] / units)
+
+        def middle(gate_up: Tensor) -> Tensor:
+            both = F.linear(piece.x, gate_up.float())
+            if piece.bias is not None:
+                both += piece.bias
+            return torch_ops.activate(op.activation, *both.chunk(2, -1)).mul_(piece.topk_weights[:, None])
+
+        was = middle(piece.gate_up)
+        off = middle(changed).sub_(was)
+        energy = (was.square() @ piece.column_squares).sum(dtype=torch.float64).item()
+        along = ((was * off) @ piece.column_squares).sum(dtype=torch.float64).item()
+        shrunk = along / energy if energy > 0 else 0.0
+        left = (off.sub_(was, alpha=shrunk).square_() @ piece.column_squares).sum(dtype=torch.float64).item()
+        all_units = left * piece.middle.shape[1] / len(piece.column_squares)
+        return self._scaled(piece, all_units + shrunk**2 * piece.energy)
 
     def _of_w2(self, piece: Piece, changed: Tensor) -> float:
-        """That of its w2, from some rows."""
-        out = F.linear(piece.middle, changed.sub(piece.down.float()))
-        return self._scaled(piece, out, piece.x.shape[1] / len(piece.down))
+        """That of its w2, from some rows: of some numbers of the output."""
+        out = F.linear(piece.middle, changed.sub(piece.down.float())).mul_(piece.topk_weights[:, None])
+        return self._scaled(piece, squares(out) * piece.x.shape[1] / len(piece.down))
 
-    def _scaled(self, piece: Piece, out: Tensor, share: float) -> float:
-        return (share * piece.count / len(piece.x) / self._extent.text.tokens
-                * squares(out.mul_(piece.topk_weights[:, None])))
+    def _scaled(self, piece: Piece, damage: float) -> float:
+        """A token of the text, where `damage` is of the tokens that are looked at."""
+        return damage * piece.count / len(piece.x) / self._extent.text.tokens
 
 
 def spread(count: int, most: int, turn: int = 0) -> Tensor:
@@ -269,8 +293,9 @@ def spread(count: int, most: int, turn: int = 0) -> Tensor:
     return torch.arange(most) * count // most + shift
 
 
-def sampled_rows(count: int) -> int:
-    return min(count, max(LEAST_ROWS, count // ONE_IN))
+def sampled_rows(count: int, least: int) -> int:
+    """Of so many rows, how many are quantized."""
+    return min(count, max(least, count // ONE_IN))
 
 
 def round_rows(weight: Tensor, out: Tensor, rows: slice) -> None:
