@@ -195,6 +195,12 @@ class ForwardPass:
             whole[before:after] = whole[:self.copied]
         self._rows = after
 
+    def resume(self, layer: int, residual: Tensor) -> None:
+        """Go on behind `layer`, with the rows that `residual` was [rows, H] then, of the text and its copies."""
+        assert self.layer == -1 and len(residual) <= self._room, (self.layer, residual.shape)
+        self.layer, self._rows = layer, len(residual)
+        self.residual.copy_(residual)
+
     def _make(self, wanted: dict[str, tuple[int, torch.dtype]]) -> None:
         """Buffers of that shape, those that are there already as they are."""
         for name in self._whole.keys() - wanted.keys() - {"residual"}:
@@ -257,7 +263,7 @@ class ForwardPass:
         energy = {"w13": 0.0, "w2": 0.0}
         for token, weight in zip(rows.split(CHUNK), self.topk_weights[rows, rank].split(CHUNK), strict=True):
             x = self.normed[token].float()
-            middle, out, found = self._one_chunk(x, w13, w2, biases, self.pieces.experts, measure)
+            middle, out, found = self.one_chunk(x, w13, w2, biases, measure)
             for name, value in found.items():
                 energy[name] += value
             if watch is not None:
@@ -270,23 +276,25 @@ class ForwardPass:
             return {}
         return {name: Inputs(Sums(m), len(rows), energy[name]) for name, m in zip(energy, moments, strict=True)}
 
-    def _one_chunk(self, x: Tensor, w13: Tensor, w2: Tensor, biases: tuple[Tensor, Tensor] | None, op: ops.Experts,
-                   measure: bool) -> tuple[Tensor, Tensor, dict[str, float]]:
+    def one_chunk(self, x: Tensor, w13: Tensor, w2: Tensor, biases: tuple[Tensor, Tensor] | None, measure: bool,
+                  decode: Callable[[Tensor], Tensor] = Tensor.float) -> tuple[Tensor, Tensor, dict[str, float]]:
         """An expert on x [n, H] fp32: (what w2 reads [n, F], what it gives [n, H], energies: of the products alone,
-        since no code changes a bias)."""
+        since no code changes a bias). decode: makes fp32 of some rows of a matrix."""
+        assert self.pieces.experts is not None
         hidden, inner = w2.shape
+        activation = self.pieces.experts.activation
         middle, out = torch.empty(len(x), inner), torch.empty(len(x), hidden)
 
         def widen(rows: slice) -> float:
-            gate, up = (F.linear(x, w[rows].float()) for w in (w13[:inner], w13[inner:]))
+            gate, up = (F.linear(x, decode(w[rows])) for w in (w13[:inner], w13[inner:]))
             found = squares(gate) + squares(up) if measure else 0.0
             if biases is not None:
                 gate, up = gate.add_(biases[0][:inner][rows]), up.add_(biases[0][inner:][rows])
-            middle[:, rows] = torch_ops.activate(op.activation, gate, up)
+            middle[:, rows] = torch_ops.activate(activation, gate, up)
             return found
 
         def narrow(rows: slice) -> float:
-            y = F.linear(middle, w2[rows].float())
+            y = F.linear(middle, decode(w2[rows]))
             out[:, rows] = y if biases is None else y + biases[1][rows]
             return squares(y) if measure else 0.0
 

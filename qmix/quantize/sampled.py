@@ -19,10 +19,10 @@ n tokens of an expert, at most ROWS; T tokens of the text; H hidden, F expert in
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,49 +32,21 @@ from qmix.config import DTYPES, ExpertKey
 from qmix.formats import TORCH_DTYPES, unpack
 from qmix.kernels import torch_ops
 from qmix.quantize.calibration import Calibration
-from qmix.quantize.forward_pass import ForwardPass
+from qmix.quantize.extent import Extent, interpolated, sampled_rows, spread
+from qmix.quantize.forward_pass import CHUNK, ForwardPass
 from qmix.quantize.inputs import squares
 from qmix.quantize.layer_weights import Source
-from qmix.quantize.methods import quantize
+from qmix.quantize.methods import SMALLEST, quantize
 from qmix.quantize.mix import FORMATS
+from qmix.quantize.progress_file import ProgressFile
 from qmix.quantize.sensitivity import Matrices, Sensitivity, divergences, in_nats, specs_of
 from qmix.sizes import PLAIN_DTYPES, MatrixSpec
-from qmix.spec import Model
 
-SHARE = 256  # tokens an expert, of the text, and again of all copies together
-LENGTH = 128  # tokens of a sequence
-PROBES = 8  # layers with a copy, at most
-LEAST_COPY = 64  # tokens of a copy, at least
 ROWS = 64  # tokens of an expert on which damage is measured
-ONE_IN = 64  # rows of a matrix, of which one is quantized, but at least
-LEAST_ROWS = 8  # of w2; twice as many inner units
+EVERY = 2**30  # bytes of experts between two times that the state is kept
 GATHERED = 2**22  # weights that are quantized together
 STEPS = 7  # of the perturbation's rounding between a group's extremes, as int3 has
 PROBE_GROUP = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """How much is sampled. text: whose first `copied` tokens the copies have; layers: with a copy."""
-
-    text: Calibration
-    copied: int
-    layers: tuple[int, ...]
-
-    @classmethod
-    def of(cls, model: Model, calibration: Calibration) -> Extent:
-        share = SHARE * model.num_experts / model.top_k
-        text = calibration.sample(int(share), LENGTH)
-        there = model.record_layers
-        count = max(1, min(len(there), PROBES, int(share) // LEAST_COPY, text.tokens // text.length))
-        sequences = max(1, min(len(text.ids), round(share / count / text.length)))
-        at = [round(i * (len(there) - 1) / max(1, count - 1)) for i in range(count)]
-        return cls(text, sequences * text.length, tuple(there[i] for i in at))
-
-    @property
-    def rows(self) -> int:
-        """Of the text and of all copies."""
-        return self.text.tokens + len(self.layers) * self.copied
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,44 +70,27 @@ class Piece:
 
 
 def measure_sampled(source: Source, calibration: Calibration, method: str, block: int, pool: Executor,
-                    progress: Callable[[int, int, str], None] = lambda done, total, label: None) -> Sensitivity:
-    """Walk through the checkpoint once; arguments and result as of sensitivity.measure."""
+                    progress: Callable[[int, int, str], None] = lambda done, total, label: None,
+                    file: ProgressFile | None = None, every: int = EVERY) -> Sensitivity:
+    """Walk through the checkpoint once; arguments and result as of sensitivity.measure. file: what an earlier run kept
+    of the same measurement, from which this one goes on, and where it keeps its own state, each time `every` bytes of
+    experts more were read."""
     model = source.model
-    extent = Extent.of(model, calibration)
-    walk = _Walk(source, extent, method, block, pool)
+    walk = _Walk(source, Extent.of(model, calibration), method, block, pool)
     item = TORCH_DTYPES[PLAIN_DTYPES[DTYPES[model.dtype]]].itemsize
     buffer = torch.empty(3 * model.hidden * model.expert_inner * item, dtype=torch.uint8)
-    done, total = 0, len(model.expert_keys)
-    for layer in range(model.num_layers):
+    first, total, saved = walk.resume(file), len(model.expert_keys), len(walk.raw)
+    for layer in range(first, model.num_layers):
         walk.enter(layer)
         for expert in range(model.experts_in(layer)):
-            walk.expert(ExpertKey(layer, expert), *source.stacked_expert(ExpertKey(layer, expert), buffer))
-            done += 1
-            progress(done * buffer.nbytes, total * buffer.nbytes, f"layer {layer} expert {expert}")
+            key = ExpertKey(layer, expert)
+            walk.expert(key, *source.stacked_expert(key, buffer))
+            progress(len(walk.tokens) * buffer.nbytes, total * buffer.nbytes, str(key))
         walk.leave()
-    nats = divergences(walk.forward, source, extent.layers, pool)
-    factors = dict(zip(extent.layers, (kl / damage if damage > 0 else 0.0 for kl, damage in
-                                       zip(nats, walk.damages, strict=True)), strict=True))
-    found: dict[ExpertKey, Matrices] = {}
-    for layer in model.record_layers:
-        keys = [key for key in walk.raw if key.layer == layer]
-        found.update(in_nats(keys, walk.raw, walk.tokens, interpolated(factors, layer), extent.text.tokens))
-    by_layer = dict(zip(extent.layers, nats, strict=True))
-    return Sensitivity(found, walk.tokens, [by_layer.get(layer, 0.0) for layer in range(model.num_layers)])
-
-
-def interpolated(factors: dict[int, float], layer: int) -> float:
-    """The factor of a layer, geometrically between its neighbours: {0: 1, 4: 16}, 2 -> 4; beyond the ends theirs."""
-    if layer in factors:
-        return factors[layer]
-    before, after = [i for i in factors if i < layer], [i for i in factors if i > layer]
-    if not before or not after:
-        return factors[max(before) if before else min(after)]
-    low, high = max(before), min(after)
-    share = (layer - low) / (high - low)
-    if min(factors[low], factors[high]) <= 0:
-        return factors[low] + share * (factors[high] - factors[low])
-    return math.exp((1 - share) * math.log(factors[low]) + share * math.log(factors[high]))
+        if file is not None and (len(walk.raw) - saved) * buffer.nbytes >= every:
+            file.save(walk.state(), walk.forward.residual)
+            saved = len(walk.raw)
+    return walk.result()
 
 
 class _Walk:
@@ -150,6 +105,35 @@ class _Walk:
         self.raw: dict[ExpertKey, Matrices] = {}
         self.tokens: dict[ExpertKey, int] = {}
         self.damages: list[float] = []
+
+    def state(self) -> dict[str, Any]:
+        """All that was found behind a layer, beside the residual."""
+        found = Sensitivity(self.raw, self.tokens, ()).to_json()
+        return {"layer": self.forward.layer, "damages": self.damages, "found": found}
+
+    def resume(self, file: ProgressFile | None) -> int:
+        """Take over what an earlier run kept in `file`; the layer to go on with."""
+        kept = None if file is None else file.load()
+        if kept is not None:
+            state, residual = kept
+            found = Sensitivity.from_json(state["found"])
+            self.raw, self.tokens = dict(found.damages), dict(found.tokens)
+            self.damages = [float(value) for value in state["damages"]]
+            self.forward.resume(int(state["layer"]), residual)
+        return self.forward.layer + 1
+
+    def result(self) -> Sensitivity:
+        """After the last layer."""
+        model, extent = self._source.model, self._extent
+        nats = divergences(self.forward, self._source, extent.layers, self._pool)
+        factors = {layer: kl / damage if damage > 0 else 0.0
+                   for layer, kl, damage in zip(extent.layers, nats, self.damages, strict=True)}
+        found: dict[ExpertKey, Matrices] = {}
+        for layer in model.record_layers:
+            keys = [key for key in self.raw if key.layer == layer]
+            found.update(in_nats(keys, self.raw, self.tokens, interpolated(factors, layer), extent.text.tokens))
+        by_layer = dict(zip(extent.layers, nats, strict=True))
+        return Sensitivity(found, self.tokens, [by_layer.get(layer, 0.0) for layer in range(model.num_layers)])
 
     def enter(self, layer: int) -> None:
         self.forward.enter(layer)
@@ -186,9 +170,9 @@ class _Walk:
             return
         x, middle, out = (torch.cat(parts) for parts in zip(*kept, strict=True))
         topk_weights = forward.topk_weights[rows[some], rank[some]]
-        units = spread(w2.shape[1], sampled_rows(w2.shape[1], 2 * LEAST_ROWS), key.expert)
+        units = spread(w2.shape[1], sampled_rows(w2.shape[1], 2), key.expert)
         both = torch.cat((units, units + w2.shape[1]))
-        outs = spread(w2.shape[0], sampled_rows(w2.shape[0], LEAST_ROWS), key.expert)
+        outs = spread(w2.shape[0], sampled_rows(w2.shape[0]), key.expert)
         self._pieces.append(Piece(
             key, w13[both], w2[:, units].float().square_().sum(0), w2[outs], x, middle,
             topk_weights, squares(out.mul_(topk_weights[:, None])),
@@ -206,28 +190,14 @@ class _Walk:
             self.damages.append(squares(off) / self._extent.copied)
 
     def _perturb(self, key: ExpertKey, w13: Tensor, w2: Tensor) -> None:
-        """What an expert with a rounded w2 gives to the last copy."""
+        """What an expert with rounded weights gives to the last copy."""
         forward, last = self.forward, self._last
-        first, second = (self._rounded(w) for w in (w13, w2))
         rows, rank = (forward.ids[last:] == key.expert).nonzero(as_tuple=True)
-        biases = self._source.expert_biases(key)
-        op = forward.pieces.experts
-        assert op is not None
-        x = forward.normed[last:][rows].float()
-        both = F.linear(x, first)
-        if biases is not None:
-            both += biases[0]
-        out = F.linear(torch_ops.activate(op.activation, *both.chunk(2, -1)), second)
-        if biases is not None:
-            out += biases[1]
-        forward.add(rows, out.mul_(forward.topk_weights[last:][rows, rank][:, None]), last)
-
-    def _rounded(self, weight: Tensor) -> Tensor:
-        """`weight` [N, K] as fp32, after round_rows."""
-        found = torch.empty(weight.shape)
-        step = max(1, 2**17 // weight.shape[1])
-        list(self._pool.map(lambda at: round_rows(weight, found, slice(at, at + step)), range(0, len(weight), step)))
-        return found
+        topk_weights, biases = forward.topk_weights[last:][rows, rank], self._source.expert_biases(key)
+        for token, weight in zip(rows.split(CHUNK), topk_weights.split(CHUNK), strict=True):
+            x = forward.normed[last:][token].float()
+            out = forward.one_chunk(x, w13, w2, biases, False, rounded)[1]
+            forward.add(token, out.mul_(weight[:, None]), last)
 
     def _try(self) -> None:
         """Every format on the pieces at hand."""
@@ -285,27 +255,17 @@ class _Walk:
         return damage * piece.count / len(piece.x) / self._extent.text.tokens
 
 
-def spread(count: int, most: int, turn: int = 0) -> Tensor:
-    """Up to `most` of range(count), evenly spread; others for another `turn`: 8, 2 -> [0, 4]."""
-    if count <= most:
-        return torch.arange(count)
-    shift = int(turn * 0.6180339887498949 % 1 * count / most)
-    return torch.arange(most) * count // most + shift
-
-
-def sampled_rows(count: int, least: int) -> int:
-    """Of so many rows, how many are quantized."""
-    return min(count, max(least, count // ONE_IN))
-
-
-def round_rows(weight: Tensor, out: Tensor, rows: slice) -> None:
-    """out = weight [N, K], rounded to STEPS steps between the extremes of each PROBE_GROUP columns."""
-    w = weight[rows].float()
-    for piece, into in zip(w.split(PROBE_GROUP, 1), out[rows].split(PROBE_GROUP, 1), strict=True):
-        low, high = torch.aminmax(piece, dim=1, keepdim=True)
-        scale = (high - low) / STEPS
-        scale = torch.where(scale > 0, scale, 1.0)
-        into.copy_(((piece - low) / scale).round_().mul_(scale).add_(low))
+def rounded(weight: Tensor) -> Tensor:
+    """`weight` [N, K] in fp32, rounded to STEPS steps between the extremes of each PROBE_GROUP columns of a row."""
+    rows, cols = weight.shape
+    w = weight.to(torch.float32, copy=True)
+    whole = cols // PROBE_GROUP * PROBE_GROUP
+    for piece in (w[:, :whole].view(rows, -1, PROBE_GROUP), w[:, whole:].view(rows, 1, -1)):
+        if piece.numel():
+            low, high = torch.aminmax(piece, dim=-1, keepdim=True)
+            scale = (high - low).div_(STEPS).clamp_(min=SMALLEST)
+            piece.sub_(low).div_(scale).round_().mul_(scale).add_(low)
+    return w
 
 
 def _of_rows(spec: MatrixSpec, rows: int) -> MatrixSpec:
