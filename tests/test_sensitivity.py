@@ -23,7 +23,7 @@ from qmix.quantize.fit import Wanted, mixed, sensitivity, sensitivity_tokens
 from qmix.quantize.forward_pass import ForwardPass
 from qmix.quantize.methods import quantize
 from qmix.quantize.mix import FORMATS
-from qmix.quantize.sensitivity import PROBE, SEEN, Sensitivity, specs_of, measure
+from qmix.quantize.sensitivity import PROBE, SEEN, Sensitivity, measure, specs_of
 from qmix.store import StoreLayout
 
 LAYERS, EXPERTS = 3, 4

@@ -17,13 +17,14 @@ from pathlib import Path
 from qmix.checkpoint import Checkpoint
 from qmix.config import CALIBRATED, GROUPED_BITS, QuantConfig, parse_kind
 from qmix.errors import DoesNotFit, Interrupted
+from qmix.kernels.op import WIDE
 from qmix.quantize.calibration import TOKENS, Calibration
 from qmix.quantize.extent import Extent
 from qmix.quantize.mix import FORMATS, Choice, Kind, choose, one_kind
 from qmix.quantize.onethread import one_torch_thread
 from qmix.quantize.progress_file import ProgressFile
-from qmix.quantize.sampled import measure_sampled
-from qmix.quantize.sensitivity import PROBE, Sensitivity, measure
+from qmix.quantize.sampled import GATHERED, measure_sampled
+from qmix.quantize.sensitivity import HEAD_ROWS, PROBE, Sensitivity, measure
 from qmix.render import Progress
 from qmix.sizes import format_bytes, record_layouts
 from qmix.spec import Model
@@ -97,6 +98,11 @@ def sensitivity(source: Checkpoint, text: Calibration, quant: QuantConfig, threa
     return found
 
 
+def beside_bytes(model: Model, threads: int) -> int:
+    """What measuring takes beside a forward pass: the logits of some rows, and what is quantized together."""
+    return threads * (4 * HEAD_ROWS * model.vocab * WIDE + 6 * GATHERED * WIDE) + 2 * GATHERED * WIDE
+
+
 def even(model: Model, quant: QuantConfig, wanted: Wanted) -> QuantConfig:
     """A mix of that size that knows nothing of the experts, each bit worth a quarter of the error: for plans, which ask
     how large records are and not which. DoesNotFit as Sizes.of_model says."""
@@ -122,11 +128,9 @@ class Sizes:
     @classmethod
     def of_model(cls, model: Model, quant: QuantConfig, wanted: Wanted) -> Sizes:
         """DoesNotFit, with the numbers, where not even the smallest mix is as small as `wanted`."""
-        alike = one_kind(model)
-        sizes = {(a, b): record_layouts(model, _with(quant, ((a, b),), alike))[0].nbytes
-                 for a in FORMATS for b in FORMATS}
+        sizes = _record_bytes(model, quant)
         smallest = min(sizes, key=lambda kind: (sizes[kind], kind))
-        least = StoreLayout.of(model, _with(quant, (smallest,), alike)).nbytes
+        least = StoreLayout.of(model, _with(quant, (smallest,), one_kind(model))).nbytes
         keys, weights = len(model.expert_keys), expert_weights(model)
         low = keys * sizes[smallest]
         room = wanted.records or (
@@ -138,6 +142,17 @@ class Sizes:
                     f" and {format_bytes(least - low)} for the rest" if wanted.nbytes else ""),
                 "ask for more" + (", or choose a smaller --dense" if wanted.nbytes else ""))
         return cls(sizes, least - low, room)
+
+
+def smallest(model: Model, quant: QuantConfig) -> QuantConfig:
+    """The mix whose records are smallest, all of one kind."""
+    sizes = _record_bytes(model, quant)
+    return _with(quant, (min(sizes, key=lambda kind: (sizes[kind], kind)),), one_kind(model))
+
+
+def _record_bytes(model: Model, quant: QuantConfig) -> dict[Kind, int]:
+    alike = one_kind(model)
+    return {(a, b): record_layouts(model, _with(quant, ((a, b),), alike))[0].nbytes for a in FORMATS for b in FORMATS}
 
 
 def mixed(model: Model, quant: QuantConfig, found: Sensitivity, wanted: Wanted) -> tuple[QuantConfig, Choice]:
@@ -162,7 +177,8 @@ def expert_weights(model: Model) -> int:
     return model.expert_numbers * len(model.expert_keys)
 
 
-def lines(model: Model, quant: QuantConfig, found: Sensitivity, choice: Choice, tokens: int) -> list[str]:
+def lines(model: Model, quant: QuantConfig, found: Sensitivity, choice: Choice, tokens: int,
+          text: str = "the text") -> list[str]:
     """What a user should know of a choice: its expected divergence, beside the largest plain format that is no
     larger, and whether more was asked for than there is. tokens: that it was measured on."""
     weights = expert_weights(model)
@@ -179,7 +195,7 @@ def lines(model: Model, quant: QuantConfig, found: Sensitivity, choice: Choice, 
     said = [f"mixed: {mine:.2f} bits a weight of the experts; expected divergence {choice.damage:.5f} nats a token"]
     if beside := max((row for row in plain if row[0] <= mine + 0.005), default=None):
         said[0] += f" ({beside[1]} alone: {beside[2]:.5f} at {beside[0]:.2f} bits)"
-    said[0] += f", predicted from {tokens} tokens of the text{by}"
+    said[0] += f", predicted from {tokens} tokens of {text}{by}"
     if choice.kinds == ((FORMATS[-1], FORMATS[-1]),):
         said.append(f"that is all {FORMATS[-1]}: a mix is never larger; --format int8 is the next")
     return said

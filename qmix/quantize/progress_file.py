@@ -11,11 +11,13 @@ import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+Found = TypeVar("Found")
 
 
 class ProgressFile:
@@ -35,13 +37,14 @@ class ProgressFile:
             with contextlib.suppress(OSError):
                 draft.unlink(missing_ok=True)
 
-    def load(self) -> tuple[dict[str, Any], Tensor] | None:
-        """What was saved last; None where nothing was, or said, where it cannot be read."""
+    def load(self, parse: Callable[[Any, Tensor], Found]) -> Found | None:
+        """parse(what was saved last); None where nothing was, or, said, where it cannot be read or `parse` raises
+        ValueError, KeyError or TypeError."""
         if not self._path.is_file():
             return None
         try:
             with safe_open(self._path, "pt") as opened:
-                return json.loads(opened.metadata()["state"]), opened.get_tensor("residual")
+                return parse(json.loads(opened.metadata()["state"]), opened.get_tensor("residual"))
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as e:
             self._say(f"{self._path}: ignored ({type(e).__name__}: {e}); measuring starts over")
             return None

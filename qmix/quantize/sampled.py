@@ -113,14 +113,23 @@ class _Walk:
 
     def resume(self, file: ProgressFile | None) -> int:
         """Take over what an earlier run kept in `file`; the layer to go on with."""
-        kept = None if file is None else file.load()
+        kept = None if file is None else file.load(self._parsed)
         if kept is not None:
-            state, residual = kept
-            found = Sensitivity.from_json(state["found"])
+            layer, found, self.damages, residual = kept
             self.raw, self.tokens = dict(found.damages), dict(found.tokens)
-            self.damages = [float(value) for value in state["damages"]]
-            self.forward.resume(int(state["layer"]), residual)
+            self.forward.resume(layer, residual)
         return self.forward.layer + 1
+
+    def _parsed(self, state: Any, residual: Tensor) -> tuple[int, Sensitivity, list[float], Tensor]:
+        """What `state` gave; ValueError, KeyError or TypeError where it is not that."""
+        layer, found = int(state["layer"]), Sensitivity.from_json(state["found"])
+        damages = [float(value) for value in state["damages"]]
+        copies = sum(i <= layer for i in self._extent.layers)
+        rows = self._extent.text.tokens + copies * self._extent.copied
+        keys = {key for key in self._source.model.expert_keys if key.layer <= layer}
+        if residual.shape != (rows, self._source.model.hidden) or len(damages) != copies or found.damages.keys() != keys:
+            raise ValueError("of another measurement")
+        return layer, found, damages, residual
 
     def result(self) -> Sensitivity:
         """After the last layer."""
