@@ -12,11 +12,11 @@ from torch import Tensor
 from qmix.quantize.calibration import Calibration
 from qmix.spec import Model
 
-SHARE = 256  # tokens an expert on average, of the text, and again of all copies together
+SHARE = 128  # tokens an expert on average, of the text, and again of all copies together
 LENGTH = 128  # tokens of a sequence
-PROBES = 8  # layers with a copy, at most
+PROBES = 4  # layers with a copy, at most
 LEAST_COPY = 64  # tokens of a copy, at least
-ONE_IN = 64  # rows of a matrix, of which one is quantized, but of w2 at least
+ONE_IN = 128  # rows of a matrix, of which one is quantized, but of w2 at least
 LEAST_ROWS = 8  # and twice as many inner units
 GOLDEN = 0.6180339887498949  # multiples of it are spread evenly over the fractions
 
@@ -36,8 +36,8 @@ class Extent:
         there = model.record_layers
         count = max(1, min(len(there), PROBES, share // LEAST_COPY))
         sequences = max(1, min(len(text.ids), round(share / count / text.length)))
-        at = [round(i * (len(there) - 1) / max(1, count - 1)) for i in range(count)]
-        return cls(text, sequences * text.length, tuple(there[i] for i in at))
+        at = {round((len(there) - 1) * (i / max(1, count - 1)) ** 2) for i in range(count)}
+        return cls(text, sequences * text.length, tuple(there[i] for i in sorted(at)))
 
     @property
     def rows(self) -> int:

@@ -23,7 +23,7 @@ S sequences of L tokens, T = S * L in all; n of them sent to an expert; H hidden
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -214,13 +214,13 @@ class ForwardPass:
 
     def _run(self, program: tuple[Op, ...]) -> None:
         """Ops between two Experts, sequence by sequence."""
-        weights = LayerWeights.read(self._source, program)
+        weights, needed = LayerWeights.read(self._source, program), live(program)
         products = Products(SEQUENCES * self._length) if self._measure else None
         for begin in range(0, self._rows, SEQUENCES * self._length):
             end = min(self._rows, begin + SEQUENCES * self._length)
 
             def run_one(start: int, begin: int = begin) -> dict[str, float]:
-                return self._sequence(program, weights, start, products, start - begin)
+                return self._sequence(program, weights, needed, start, products, start - begin)
 
             energies = list(self._map(run_one, range(begin, end, self._length)))
             if products is not None:
@@ -228,8 +228,8 @@ class ForwardPass:
         if products is not None:
             self.dense_inputs |= products.inputs()
 
-    def _sequence(self, program: Sequence[Op], weights: LayerWeights, start: int, products: Products | None,
-                  inside: int) -> dict[str, float]:
+    def _sequence(self, program: Sequence[Op], weights: LayerWeights, needed: Collection[str], start: int,
+                  products: Products | None, inside: int) -> dict[str, float]:
         """One sequence, whose first row is `start` and in its batch `inside`: the energies of its products."""
         energies: dict[str, float] = {}
 
@@ -237,7 +237,7 @@ class ForwardPass:
             assert products is not None
             energies.update(products.keep(inside, names, x, outs))
 
-        here, needed = slice(start, start + self._length), live(program)
+        here = slice(start, start + self._length)
         whole = {"residual": self.residual, **self.live}
         buffers = {name: whole[name][here] for name in needed}
         written = {name for op in program for name in op.outputs} & whole.keys()

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,15 +42,17 @@ from qmix.quantize.mix import FORMATS
 from qmix.quantize.progress_file import ProgressFile
 from qmix.quantize.sensitivity import Matrices, Sensitivity, divergences, in_nats, specs_of
 from qmix.sizes import PLAIN_DTYPES, MatrixSpec
+from qmix.spec import Activation
 
-ROWS = 64  # tokens of an expert on which damage is measured
+ROWS = 128  # tokens of an expert on which damage is measured
 EVERY = 2**30  # bytes of experts between two times that the state is kept
-GATHERED = 2**22  # weights that are quantized together
+GATHERED = 2**22  # weights of gates and ups that are quantized together, at most
+TOGETHER = 2**18  # and at least, where layers are small
 STEPS = 7  # of the perturbation's rounding between a group's extremes, as int3 has
 PROBE_GROUP = 64
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Piece:
     """What is kept of an expert until its formats are tried: some of its rows, and what they read.
 
@@ -66,7 +69,20 @@ class Piece:
     topk_weights: Tensor
     energy: float
     bias: Tensor | None
+    activation: Activation
     count: int
+
+    def activated(self, gate_up: Tensor) -> Tensor:
+        """What the inner units give [n, S] by these rows [2S, H], weighed."""
+        both = F.linear(self.x, gate_up)
+        if self.bias is not None:
+            both += self.bias
+        return torch_ops.activate(self.activation, *both.chunk(2, -1)).mul_(self.topk_weights[:, None])
+
+    @cached_property
+    def units(self) -> Tensor:
+        """What they give by their own rows."""
+        return self.activated(self.gate_up.float())
 
 
 def measure_sampled(source: Source, calibration: Calibration, method: str, block: int, pool: Executor,
@@ -87,7 +103,7 @@ def measure_sampled(source: Source, calibration: Calibration, method: str, block
             walk.expert(key, *source.stacked_expert(key, buffer))
             progress(len(walk.tokens) * buffer.nbytes, total * buffer.nbytes, str(key))
         walk.leave()
-        if file is not None and (len(walk.raw) - saved) * buffer.nbytes >= every:
+        if file is not None and not walk.pending and (len(walk.raw) - saved) * buffer.nbytes >= every:
             file.save(walk.state(), walk.forward.residual)
             saved = len(walk.raw)
     return walk.result()
@@ -127,7 +143,8 @@ class _Walk:
         copies = sum(i <= layer for i in self._extent.layers)
         rows = self._extent.text.tokens + copies * self._extent.copied
         keys = {key for key in self._source.model.expert_keys if key.layer <= layer}
-        if residual.shape != (rows, self._source.model.hidden) or len(damages) != copies or found.damages.keys() != keys:
+        shape = (rows, self._source.model.hidden)
+        if residual.shape != shape or len(damages) != copies or found.damages.keys() != keys:
             raise ValueError("of another measurement")
         return layer, found, damages, residual
 
@@ -165,7 +182,8 @@ class _Walk:
         wanted = torch.zeros(len(forward.ids), dtype=torch.bool)
         wanted[rows[some]] = True
 
-        biases = self._source.expert_biases(key)
+        biases, op = self._source.expert_biases(key), forward.pieces.experts
+        assert op is not None
 
         def watch(token: Tensor, x: Tensor, middle: Tensor, out: Tensor) -> None:
             here = wanted[token]
@@ -185,13 +203,23 @@ class _Walk:
         self._pieces.append(Piece(
             key, w13[both], w2[:, units].float().square_().sum(0), w2[outs], x, middle,
             topk_weights, squares(out.mul_(topk_weights[:, None])),
-            None if biases is None else biases[0][both], len(rows)))
-        if sum(piece.gate_up.numel() for piece in self._pieces) >= GATHERED:
+            None if biases is None else biases[0][both], op.activation, len(rows)))
+        if self._gathered >= GATHERED:
             self._try()
 
+    @property
+    def pending(self) -> bool:
+        """Whether there are experts whose formats are not tried yet."""
+        return bool(self._pieces)
+
+    @property
+    def _gathered(self) -> int:
+        return sum(piece.gate_up.numel() for piece in self._pieces)
+
     def leave(self) -> None:
-        """The end of the current layer."""
-        self._try()
+        """The end of the current layer. Small layers are tried together."""
+        if self._gathered >= TOGETHER or self.forward.layer == self._source.model.num_layers - 1:
+            self._try()
         self.forward.leave()
         if self.forward.layer in self._extent.layers:
             forward = self.forward
@@ -213,6 +241,8 @@ class _Walk:
         pieces, self._pieces = self._pieces, []
         if not pieces:
             return
+        for piece in pieces:
+            piece.units  # noqa: B018 - made once, not by each of the tasks below
         w13 = torch.cat([piece.gate_up for piece in pieces])
         w2 = torch.cat([piece.down for piece in pieces])
 
@@ -236,17 +266,7 @@ class _Walk:
         """The damage of an expert's w13, from what some inner units give instead of h [n, S]: h' = (1 + c) h + e. What
         is left over, e, is independent from unit to unit, so that its effects on the output add up in square. The
         shrinking c, of formats whose ranges are clipped, is common to all units and changes the output y by c y."""
-        op = self.forward.pieces.experts
-        assert op is not None
-
-        def middle(gate_up: Tensor) -> Tensor:
-            both = F.linear(piece.x, gate_up.float())
-            if piece.bias is not None:
-                both += piece.bias
-            return torch_ops.activate(op.activation, *both.chunk(2, -1)).mul_(piece.topk_weights[:, None])
-
-        was = middle(piece.gate_up)
-        off = middle(changed).sub_(was)
+        was, off = piece.units, piece.activated(changed).sub_(piece.units)
         energy = (was.square() @ piece.column_squares).sum(dtype=torch.float64).item()
         along = ((was * off) @ piece.column_squares).sum(dtype=torch.float64).item()
         shrunk = along / energy if energy > 0 else 0.0
