@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,7 @@ from qmix.spec import Model
 
 SHARE = 128  # tokens an expert on average, of the text, and again of all copies together
 LENGTH = 128  # tokens of a sequence
-PROBES = 4  # layers with a copy, at most
-LEAST_COPY = 64  # tokens of a copy, at least
+PROBES = 8  # layers with a copy, at most
 ONE_IN = 128  # rows of a matrix, of which one is quantized, but of w2 at least
 LEAST_ROWS = 8  # and twice as many inner units
 GOLDEN = 0.6180339887498949  # multiples of it are spread evenly over the fractions
@@ -33,16 +32,23 @@ class Extent:
     def of(cls, model: Model, calibration: Calibration) -> Extent:
         share = SHARE * model.num_experts // model.top_k
         text = calibration.sample(share, LENGTH)
-        there = model.record_layers
-        count = max(1, min(len(there), PROBES, share // LEAST_COPY))
-        sequences = max(1, min(len(text.ids), round(share / count / text.length)))
-        at = {round((len(there) - 1) * (i / max(1, count - 1)) ** 2) for i in range(count)}
-        return cls(text, sequences * text.length, tuple(there[i] for i in sorted(at)))
+        layers = probed(model.record_layers)
+        sequences = max(1, min(len(text.ids), round(share / len(layers) / text.length)))
+        return cls(text, sequences * text.length, layers)
 
     @property
     def rows(self) -> int:
         """Of the text and of all copies."""
         return self.text.tokens + len(self.layers) * self.copied
+
+
+def probed(layers: Sequence[int]) -> tuple[int, ...]:
+    """Of a model's layers with records those with a copy: all of a few, else PROBES of them, closer together at both
+    ends, where the quotient changes most (the abscissas of Chebyshev): of 32 layers 0, 2, 6, 12, 19, 25, 29, 31."""
+    if len(layers) <= PROBES:
+        return tuple(layers)
+    at = ((1 - math.cos(math.pi * i / (PROBES - 1))) / 2 for i in range(PROBES))
+    return tuple(layers[i] for i in sorted({round((len(layers) - 1) * share) for share in at}))
 
 
 def spread(count: int, most: int, turn: int = 0) -> Tensor:
