@@ -50,8 +50,11 @@ def rows() -> list[Row]:
     found.append(Row("experts", "nf4 double", ("--format", "nf4", "--double-quant", "--dense", "keep")))
     for method, sizes in (("hqq", ("4.0", "3.5")), ("gptq", ("4.5", "4.0", "3.7", "3.5", "3.3"))):
         for bits in sizes:
-            found.append(Row("mixed", f"mixed {bits} {method}", ("--bpw", bits, "--method", method, "--dense", "keep"),
-                             True))
+            found.append(Row("mixed", f"mixed {bits} {method}", (
+                "--bpw", bits, "--method", method, "--sensitivity", "full", "--dense", "keep"), True))
+    found += [Row("measured", f"measured {how}, {bits}", ("--bpw", bits, "--method", "hqq", "--sensitivity", how,
+                                                          "--dense", "keep"), True)
+              for bits in ("3.0", "3.5", "4.0") for how in ("full", "sampled")]
     for dense in ("keep", "bf16", "int8", "int4"):
         found.append(Row("dense", f"dense {dense}", ("--format", "int4", "--method", "gptq", "--dense", dense), True))
     found += [Row("activations", f"int4 g64 gptq, {name} activations",

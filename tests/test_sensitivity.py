@@ -23,7 +23,7 @@ from qmix.quantize.fit import Wanted, mixed, sensitivity, sensitivity_tokens
 from qmix.quantize.forward_pass import ForwardPass
 from qmix.quantize.methods import quantize
 from qmix.quantize.mix import FORMATS
-from qmix.quantize.sensitivity import PROBE, SEEN, Sensitivity, _specs, measure
+from qmix.quantize.sensitivity import PROBE, SEEN, Sensitivity, measure, specs_of
 from qmix.store import StoreLayout
 
 LAYERS, EXPERTS = 3, 4
@@ -62,7 +62,7 @@ def walked(checkpoint: Checkpoint, text: Calibration, change: Callable[[ExpertKe
 def test_a_layers_distance_is_that_of_a_model_with_the_probe_there(source: Path, text: Calibration,
                                                                    found: Sensitivity) -> None:
     with Checkpoint.open(source) as checkpoint:
-        specs = _specs(checkpoint, PROBE, 32)
+        specs = specs_of(checkpoint, PROBE, 32)
         want = walked(checkpoint, text, lambda key, w13, w2: (w13, w2))
         for layer in range(LAYERS):
             got = walked(checkpoint, text, lambda key, w13, w2, layer=layer: (w13, w2) if key.layer != layer else tuple(
@@ -90,7 +90,7 @@ def test_damages_are_what_outputs_lose(source: Path, text: Calibration, found: S
 
             w13 = torch.cat((w1, w3))
             for name in FORMATS:
-                first, second = _specs(checkpoint, name, 32)
+                first, second = specs_of(checkpoint, name, 32)
                 for matrix, changed in (("w13", output(unpack(quantize(w13.float(), first, "hqq")).double(), w2)),
                                         ("w2", output(w13, unpack(quantize(w2.float(), second, "hqq")).double()))):
                     damage = (changed - output(w13, w2)).square().sum().item()

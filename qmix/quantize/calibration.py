@@ -47,6 +47,12 @@ class Calibration:
         count = max(1, min(len(self.ids), tokens // self.length))
         return Calibration(self.ids[torch.arange(count) * len(self.ids) // count])
 
+    def sample(self, tokens: int, length: int) -> Calibration:
+        """About so many tokens of it: the beginnings, of up to `length` tokens, of sequences spread evenly."""
+        length = min(length, self.length)
+        count = max(1, min(len(self.ids), tokens // length))
+        return Calibration(self.ids[torch.arange(count) * len(self.ids) // count, :length].contiguous())
+
     @property
     def tokens(self) -> int:
         return self.ids.numel()

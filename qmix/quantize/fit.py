@@ -1,7 +1,8 @@
 """A mixed store of a given size: sensitivities, measured once for a checkpoint and a text, and the choice of formats.
 
-Measuring takes one walk through the checkpoint with every format tried on every expert, which takes longer than
-quantizing. The result is kept in the cache folder, for another size, or for the same command after an interruption.
+Measuring takes one walk through the checkpoint, on a sample (sampled.py) about as long as hqq takes to quantize it, in
+full (sensitivity.py) some twenty times as long. The result is kept in the cache folder, for another size, or for the
+same command after an interruption; so is how far a sampled measurement got.
 """
 
 from __future__ import annotations
@@ -14,67 +15,106 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qmix.checkpoint import Checkpoint
-from qmix.config import CALIBRATED, QuantConfig
+from qmix.config import CALIBRATED, GROUPED_BITS, QuantConfig, parse_kind
 from qmix.errors import DoesNotFit, Interrupted
+from qmix.kernels.op import WIDE
 from qmix.quantize.calibration import TOKENS, Calibration
+from qmix.quantize.extent import Extent
 from qmix.quantize.mix import FORMATS, Choice, Kind, choose, one_kind
 from qmix.quantize.onethread import one_torch_thread
-from qmix.quantize.sensitivity import PROBE, Sensitivity, measure
+from qmix.quantize.progress_file import ProgressFile
+from qmix.quantize.sampled import GATHERED, measure_sampled
+from qmix.quantize.sensitivity import HEAD_ROWS, PROBE, Sensitivity, measure
 from qmix.render import Progress
 from qmix.sizes import format_bytes, record_layouts
 from qmix.spec import Model
 from qmix.store import StoreLayout
 
-VERSION = 1  # of what is measured
+VERSION = 2  # of what is measured
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """How large: nbytes, of all weight files of the store, or bits, per weight of the experts."""
+    """How large: nbytes, of all weight files of the store; or bits, per weight of the experts; or records, the bytes of
+    all experts' records, as `--fit auto` finds them."""
 
     nbytes: int = 0
     bits: float = 0.0
+    records: int = 0
 
     @property
     def flag(self) -> str:
+        if self.records:
+            return f"--fit auto ({format_bytes(self.records)} for the experts)"
         return f"--fit {format_bytes(self.nbytes)}" if self.nbytes else f"--bpw {self.bits:g}"
 
 
-def copies(model: Model) -> int:
-    """How many times the text goes through the model at once: as it is, and perturbed in each layer with records."""
-    return len(model.record_layers) + 1
+def rows_of(model: Model, text: Calibration, full: bool) -> int:
+    """How many rows go through the model at once: the text's, and those of its copies that are perturbed."""
+    if full:
+        return sensitivity_text(model, text, full).tokens * (len(model.record_layers) + 1)
+    return Extent.of(model, text).rows
 
 
-def sensitivity_tokens(model: Model) -> int:
-    """How long a text can be of which so many copies go along."""
-    return max(1, TOKENS // copies(model))
+def sensitivity_text(model: Model, text: Calibration, full: bool) -> Calibration:
+    """The part of it that is measured on: in full what leaves room for the copies, else what a sample takes."""
+    return text.part(max(1, TOKENS // (len(model.record_layers) + 1))) if full else Extent.of(model, text).text
 
 
-def sensitivity(source: Checkpoint, calibration: Calibration, quant: QuantConfig, threads: int, cache: Path | None,
-                say: Callable[[str], None], progress: Progress) -> Sensitivity:
-    """That of the text, from the cache folder or measured now. quant: of which method and block count."""
+def sensitivity(source: Checkpoint, text: Calibration, quant: QuantConfig, threads: int, cache: Path | None,
+                say: Callable[[str], None], progress: Progress, full: bool = False) -> Sensitivity:
+    """That of a part of the text, from the cache folder or measured now, on a sample or in `full`. quant: of which
+    method and block count."""
     method = "hqq" if quant.method in CALIBRATED else quant.method
-    name = repr((VERSION, source.fingerprint(), calibration.digest, method, quant.block, FORMATS, PROBE))
+    part = sensitivity_text(source.model, text, full)
+    how = PROBE if full else (Extent.of(source.model, text).layers, Extent.of(source.model, text).copied)
+    name = repr((VERSION, source.fingerprint(), part.digest, method, quant.block, FORMATS, how))
     file = None if cache is None else cache / f"{hashlib.blake2b(name.encode(), digest_size=16).hexdigest()}.json"
     if file is not None and file.is_file():
         try:
             found = Sensitivity.from_json(json.loads(file.read_bytes()))
             if set(found.damages) == set(source.model.expert_keys):
-                say(f"sensitivities: as measured before on {calibration.tokens} tokens ({file})")
+                say(f"sensitivities: as measured before on {part.tokens} tokens ({file})")
                 return found
             raise ValueError("of another model")
         except (OSError, ValueError, KeyError, TypeError) as e:
             say(f"{file}: ignored ({type(e).__name__}: {e}); sensitivities are measured again")
-    say(f"measuring on {calibration.tokens} tokens what each of {len(FORMATS)} formats does to every expert")
+    say(f"measuring on {part.tokens} tokens what each of {len(FORMATS)} formats does to every expert"
+        + (", in full" if full else ", on a sample of its rows"))
+    progress_file = None if file is None or full else ProgressFile(file.with_suffix(".partial"), say)
     try:
         with one_torch_thread(), ThreadPoolExecutor(threads, "qmix-measure") as pool:
-            found = measure(source, calibration, method, quant.block, pool, progress)
+            if full:
+                found = measure(source, part, method, quant.block, pool, progress)
+            else:
+                found = measure_sampled(source, text, method, quant.block, pool, progress, progress_file)
     except KeyboardInterrupt:
-        raise Interrupted("stopped while the experts' sensitivities were measured",
-                          "run the same command again; measuring starts over") from None
+        raise Interrupted("stopped while the experts' sensitivities were measured", "run the same command again; " + (
+            "measuring starts over" if progress_file is None else "measuring goes on")) from None
     if file is not None:
         _save(file, found, say)
+    if progress_file is not None:
+        progress_file.remove()
     return found
+
+
+def beside_bytes(model: Model, threads: int) -> int:
+    """What measuring takes beside a forward pass: the logits of some rows, and what is quantized together."""
+    return threads * (4 * HEAD_ROWS * model.vocab * WIDE + 6 * GATHERED * WIDE) + 2 * GATHERED * WIDE
+
+
+def even(model: Model, quant: QuantConfig, wanted: Wanted) -> QuantConfig:
+    """A mix of that size that knows nothing of the experts, each bit worth a quarter of the error: for plans, which ask
+    how large records are and not which. DoesNotFit as Sizes.of_model says."""
+    worth = {m: {name: share * 4.0 ** -bits_of(name) for name in FORMATS} for m, share in (("w13", 1.0), ("w2", 2.0))}
+    alike = Sensitivity(dict.fromkeys(model.expert_keys, worth), {}, ())
+    return mixed(model, quant, alike, wanted)[0]
+
+
+def bits_of(name: str) -> float:
+    """Bits a weight of a grouped format: int3g64 -> 3.5."""
+    kind, group = parse_kind(name)
+    return GROUPED_BITS[kind] + 32 / group
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,21 +128,31 @@ class Sizes:
     @classmethod
     def of_model(cls, model: Model, quant: QuantConfig, wanted: Wanted) -> Sizes:
         """DoesNotFit, with the numbers, where not even the smallest mix is as small as `wanted`."""
-        alike = one_kind(model)
-        sizes = {(a, b): record_layouts(model, _with(quant, ((a, b),), alike))[0].nbytes
-                 for a in FORMATS for b in FORMATS}
+        sizes = _record_bytes(model, quant)
         smallest = min(sizes, key=lambda kind: (sizes[kind], kind))
-        least = StoreLayout.of(model, _with(quant, (smallest,), alike)).nbytes
+        least = StoreLayout.of(model, _with(quant, (smallest,), one_kind(model))).nbytes
         keys, weights = len(model.expert_keys), expert_weights(model)
         low = keys * sizes[smallest]
-        room = int(wanted.bits * weights / 8) if wanted.bits else wanted.nbytes - (least - low)
+        room = wanted.records or (
+            int(wanted.bits * weights / 8) if wanted.bits else wanted.nbytes - (least - low))
         if room < low:
             raise DoesNotFit(
                 f"{wanted.flag}: the smallest mix, {smallest[0]}, takes {format_bytes(low)} for the experts "
                 f"({8 * low / weights:.2f} bits a weight)" + (
-                    "" if wanted.bits else f" and {format_bytes(least - low)} for the rest"),
-                "ask for more" + ("" if wanted.bits else ", or choose a smaller --dense"))
+                    f" and {format_bytes(least - low)} for the rest" if wanted.nbytes else ""),
+                "ask for more" + (", or choose a smaller --dense" if wanted.nbytes else ""))
         return cls(sizes, least - low, room)
+
+
+def smallest(model: Model, quant: QuantConfig) -> QuantConfig:
+    """The mix whose records are smallest, all of one kind."""
+    sizes = _record_bytes(model, quant)
+    return _with(quant, (min(sizes, key=lambda kind: (sizes[kind], kind)),), one_kind(model))
+
+
+def _record_bytes(model: Model, quant: QuantConfig) -> dict[Kind, int]:
+    alike = one_kind(model)
+    return {(a, b): record_layouts(model, _with(quant, ((a, b),), alike))[0].nbytes for a in FORMATS for b in FORMATS}
 
 
 def mixed(model: Model, quant: QuantConfig, found: Sensitivity, wanted: Wanted) -> tuple[QuantConfig, Choice]:
@@ -113,7 +163,7 @@ def mixed(model: Model, quant: QuantConfig, found: Sensitivity, wanted: Wanted) 
         choice = choose(found.damages, sizes.of, room)
         assert choice is not None, room
         chosen = _with(quant, choice.kinds, choice.lines(model))
-        over = 0 if wanted.bits else StoreLayout.of(model, chosen).nbytes - wanted.nbytes
+        over = StoreLayout.of(model, chosen).nbytes - wanted.nbytes if wanted.nbytes else 0
         if over <= 0:
             return chosen, choice
         # The headers of the store's files are longer than those of the smallest mix.
@@ -127,7 +177,8 @@ def expert_weights(model: Model) -> int:
     return model.expert_numbers * len(model.expert_keys)
 
 
-def lines(model: Model, quant: QuantConfig, found: Sensitivity, choice: Choice, tokens: int) -> list[str]:
+def lines(model: Model, quant: QuantConfig, found: Sensitivity, choice: Choice, tokens: int,
+          text: str = "the text") -> list[str]:
     """What a user should know of a choice: its expected divergence, beside the largest plain format that is no
     larger, and whether more was asked for than there is. tokens: that it was measured on."""
     weights = expert_weights(model)
@@ -144,7 +195,7 @@ def lines(model: Model, quant: QuantConfig, found: Sensitivity, choice: Choice, 
     said = [f"mixed: {mine:.2f} bits a weight of the experts; expected divergence {choice.damage:.5f} nats a token"]
     if beside := max((row for row in plain if row[0] <= mine + 0.005), default=None):
         said[0] += f" ({beside[1]} alone: {beside[2]:.5f} at {beside[0]:.2f} bits)"
-    said[0] += f", on {tokens} tokens of the text{by}"
+    said[0] += f", predicted from {tokens} tokens of {text}{by}"
     if choice.kinds == ((FORMATS[-1], FORMATS[-1]),):
         said.append(f"that is all {FORMATS[-1]}: a mix is never larger; --format int8 is the next")
     return said

@@ -23,7 +23,7 @@ S sequences of L tokens, T = S * L in all; n of them sent to an expert; H hidden
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -51,6 +51,7 @@ SEQUENCES = 8  # whose inputs are summed up together
 ROWS = 512  # rows of a weight that one task widens to fp32 and multiplies
 Item = TypeVar("Item")
 Found = TypeVar("Found")
+Watch = Callable[[Tensor, Tensor, Tensor, Tensor], None]  # (rows [n], w13 read [n, H], w2 read [n, F], it gave [n, H])
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,21 +103,24 @@ class LayerPieces:
 
 
 class ForwardPass:
-    """The original model on the calibration's tokens, with room for `copies` copies of their rows (sensitivity.py).
+    """The original model on the calibration's tokens, with room for `copies` copies of their rows, or of the first
+    `copied` ones (sensitivity.py, sampled.py).
 
     residual fp32 [T, H]; live: the buffers of LayerPieces.live_widths of the current layer, [T, ...] each. layer: the
     current one, -1 before the first. dense_inputs: those of its dense matrices, as far as they were asked for, by
     canonical name.
     """
 
-    def __init__(self, source: Source, calibration: Calibration, pool: Executor | None = None, copies: int = 0):
+    def __init__(self, source: Source, calibration: Calibration, pool: Executor | None = None, copies: int = 0,
+                 copied: int | None = None):
         model = source.model
         if (worst := int(calibration.ids.max())) >= model.vocab:
             raise UsageError(f"the calibration has token {worst}, the model {model.vocab}")
         self.model, self._source, self._pool = model, source, pool
         self._length = calibration.length
         self.tokens = calibration.tokens
-        self._room = calibration.tokens * (1 + copies)
+        self.copied = calibration.tokens if copied is None else copied
+        self._room = calibration.tokens + copies * self.copied
         self.layer, self.pieces = -1, LayerPieces((), None, None, ())
         self.dtype = compute_dtype(model)
         self.dense_inputs: dict[str, Inputs] = {}
@@ -186,10 +190,16 @@ class ForwardPass:
 
     def add_copy(self) -> None:
         """One more copy of the text's own rows, as they are now, behind those that are there."""
-        before, after = self._rows, self._rows + self.tokens
+        before, after = self._rows, self._rows + self.copied
         for whole in self._whole.values():
-            whole[before:after] = whole[:self.tokens]
+            whole[before:after] = whole[:self.copied]
         self._rows = after
+
+    def resume(self, layer: int, residual: Tensor) -> None:
+        """Go on behind `layer`, with the rows that `residual` was [rows, H] then, of the text and its copies."""
+        assert self.layer == -1 and len(residual) <= self._room, (self.layer, residual.shape)
+        self.layer, self._rows = layer, len(residual)
+        self.residual.copy_(residual)
 
     def _make(self, wanted: dict[str, tuple[int, torch.dtype]]) -> None:
         """Buffers of that shape, those that are there already as they are."""
@@ -204,13 +214,13 @@ class ForwardPass:
 
     def _run(self, program: tuple[Op, ...]) -> None:
         """Ops between two Experts, sequence by sequence."""
-        weights = LayerWeights.read(self._source, program)
+        weights, needed = LayerWeights.read(self._source, program), live(program)
         products = Products(SEQUENCES * self._length) if self._measure else None
         for begin in range(0, self._rows, SEQUENCES * self._length):
             end = min(self._rows, begin + SEQUENCES * self._length)
 
             def run_one(start: int, begin: int = begin) -> dict[str, float]:
-                return self._sequence(program, weights, start, products, start - begin)
+                return self._sequence(program, weights, needed, start, products, start - begin)
 
             energies = list(self._map(run_one, range(begin, end, self._length)))
             if products is not None:
@@ -218,8 +228,8 @@ class ForwardPass:
         if products is not None:
             self.dense_inputs |= products.inputs()
 
-    def _sequence(self, program: Sequence[Op], weights: LayerWeights, start: int, products: Products | None,
-                  inside: int) -> dict[str, float]:
+    def _sequence(self, program: Sequence[Op], weights: LayerWeights, needed: Collection[str], start: int,
+                  products: Products | None, inside: int) -> dict[str, float]:
         """One sequence, whose first row is `start` and in its batch `inside`: the energies of its products."""
         energies: dict[str, float] = {}
 
@@ -227,7 +237,7 @@ class ForwardPass:
             assert products is not None
             energies.update(products.keep(inside, names, x, outs))
 
-        here, needed = slice(start, start + self._length), live(program)
+        here = slice(start, start + self._length)
         whole = {"residual": self.residual, **self.live}
         buffers = {name: whole[name][here] for name in needed}
         written = {name for op in program for name in op.outputs} & whole.keys()
@@ -241,10 +251,10 @@ class ForwardPass:
         return energies
 
     def expert(self, key: ExpertKey, w13: Tensor, w2: Tensor, measure: bool, first: int = 0,
-               ) -> dict[str, Inputs]:
+               watch: Watch | None = None) -> dict[str, Inputs]:
         """Add what an expert of the current layer gives to the tokens that were sent to it, or to the `first` ones
         where there are so many; w13 [2F, H], w2 [H, F] of the checkpoint. With `measure` the inputs of both, {"w13",
-        "w2"}."""
+        "w2"}. watch: sees what every product read, chunk by chunk."""
         assert key.layer == self.layer and self.pieces.experts is not None, (key, self.layer)
         hidden, inner = w2.shape
         rows, rank = (self.ids[:first or None] == key.expert).nonzero(as_tuple=True)
@@ -253,9 +263,11 @@ class ForwardPass:
         energy = {"w13": 0.0, "w2": 0.0}
         for token, weight in zip(rows.split(CHUNK), self.topk_weights[rows, rank].split(CHUNK), strict=True):
             x = self.normed[token].float()
-            middle, out, found = self._one_chunk(x, w13, w2, biases, self.pieces.experts, measure)
+            middle, out, found = self.one_chunk(x, w13, w2, biases, measure)
             for name, value in found.items():
                 energy[name] += value
+            if watch is not None:
+                watch(token, x, middle, out)
             self.add(token, out.mul_(weight[:, None]))
             if moments is not None:
                 moments[0].add(x, self._pool)
@@ -264,23 +276,25 @@ class ForwardPass:
             return {}
         return {name: Inputs(Sums(m), len(rows), energy[name]) for name, m in zip(energy, moments, strict=True)}
 
-    def _one_chunk(self, x: Tensor, w13: Tensor, w2: Tensor, biases: tuple[Tensor, Tensor] | None, op: ops.Experts,
-                   measure: bool) -> tuple[Tensor, Tensor, dict[str, float]]:
+    def one_chunk(self, x: Tensor, w13: Tensor, w2: Tensor, biases: tuple[Tensor, Tensor] | None, measure: bool,
+                  decode: Callable[[Tensor], Tensor] = Tensor.float) -> tuple[Tensor, Tensor, dict[str, float]]:
         """An expert on x [n, H] fp32: (what w2 reads [n, F], what it gives [n, H], energies: of the products alone,
-        since no code changes a bias)."""
+        since no code changes a bias). decode: makes fp32 of some rows of a matrix."""
+        assert self.pieces.experts is not None
         hidden, inner = w2.shape
+        activation = self.pieces.experts.activation
         middle, out = torch.empty(len(x), inner), torch.empty(len(x), hidden)
 
         def widen(rows: slice) -> float:
-            gate, up = (F.linear(x, w[rows].float()) for w in (w13[:inner], w13[inner:]))
+            gate, up = (F.linear(x, decode(w[rows])) for w in (w13[:inner], w13[inner:]))
             found = squares(gate) + squares(up) if measure else 0.0
             if biases is not None:
                 gate, up = gate.add_(biases[0][:inner][rows]), up.add_(biases[0][inner:][rows])
-            middle[:, rows] = torch_ops.activate(op.activation, gate, up)
+            middle[:, rows] = torch_ops.activate(activation, gate, up)
             return found
 
         def narrow(rows: slice) -> float:
-            y = F.linear(middle, w2[rows].float())
+            y = F.linear(middle, decode(w2[rows]))
             out[:, rows] = y if biases is None else y + biases[1][rows]
             return squares(y) if measure else 0.0
 

@@ -318,9 +318,10 @@ def _report(source: Checkpoint, quant: QuantConfig, out: Path, layout: StoreLayo
                   resumed, seconds, mb_per_s, calibration, layers, without)
 
 
-def check_memory(source: Checkpoint, tokens: int, threads: int) -> None:
-    """DoesNotFit where a forward pass over so many tokens, with what goes along with it, needs more than is free."""
-    needed, available = peak_bytes(source.model, tokens, threads), hardware.memory().available
+def check_memory(source: Checkpoint, tokens: int, threads: int, beside: int = 0) -> None:
+    """DoesNotFit where a forward pass over so many tokens, with what goes along with it and `beside` bytes, needs more
+    than is free."""
+    needed, available = peak_bytes(source.model, tokens, threads) + beside, hardware.memory().available
     if needed > available:
         raise DoesNotFit(f"a calibration on {tokens} tokens needs {format_bytes(needed)} of memory; "
                          f"{format_bytes(available)} is free", "take fewer with --calibration-tokens, or --threads 1")

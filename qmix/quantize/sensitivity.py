@@ -82,7 +82,7 @@ def measure(source: Source, calibration: Calibration, method: str, block: int, p
     """
     model = source.model
     copies = _Copies(source, calibration, pool)
-    specs = {name: _specs(source, name, block) for name in FORMATS}
+    specs = {name: specs_of(source, name, block) for name in FORMATS}
     item = TORCH_DTYPES[PLAIN_DTYPES[DTYPES[model.dtype]]].itemsize
     buffer = torch.empty(3 * model.hidden * model.expert_inner * item, dtype=torch.uint8)
     raw: dict[ExpertKey, Matrices] = {}
@@ -99,24 +99,24 @@ def measure(source: Source, calibration: Calibration, method: str, block: int, p
             progress(len(raw) * buffer.nbytes, len(model.expert_keys) * buffer.nbytes, str(key))
         if model.experts_in(layer):
             per_layer.append(copies.damage())
-    nats = copies.divergences()
+    nats = divergences(copies.forward, source, model.record_layers, pool)
     found: dict[ExpertKey, Matrices] = {}
     for layer, kl, damage in zip(model.record_layers, nats, per_layer, strict=True):
         keys = [key for key in raw if key.layer == layer]
         factor = kl / damage if damage > 0 else 0.0
-        found.update(_in_nats(keys, raw, tokens, factor, calibration.tokens))
+        found.update(in_nats(keys, raw, tokens, factor, calibration.tokens))
     by_layer = dict(zip(model.record_layers, nats, strict=True))
     return Sensitivity(found, tokens, [by_layer.get(layer, 0.0) for layer in range(model.num_layers)])
 
 
-def _specs(source: Source, name: str, block: int) -> tuple[MatrixSpec, MatrixSpec]:
+def specs_of(source: Source, name: str, block: int) -> tuple[MatrixSpec, MatrixSpec]:
     quant = QuantConfig("mixed", method="rtn", block=block, kinds=((name, name),),
                         mix=one_kind(source.model))
     record = record_layouts(source.model, quant)[0]
     return record.w13.without_bias, record.w2.without_bias
 
 
-def _in_nats(keys: Sequence[ExpertKey], raw: Mapping[ExpertKey, Matrices], tokens: Mapping[ExpertKey, int],
+def in_nats(keys: Sequence[ExpertKey], raw: Mapping[ExpertKey, Matrices], tokens: Mapping[ExpertKey, int],
              factor: float, count: int) -> Iterator[tuple[ExpertKey, Matrices]]:
     """Damages of a layer's experts, times `factor`. One that the text seldom chose is taken to be chosen by SEEN of
     the tokens, and to be damaged by each as the others are."""
@@ -137,16 +137,16 @@ def _expert_damages(copies: _Copies, key: ExpertKey, w13: Tensor, w2: Tensor,
         return {m: dict.fromkeys(FORMATS, 0.0) for m in ("w13", "w2")}, 0
     biases = copies.biases(key)
     middle = copies.activated(x, w13, biases)
-    y = _product(middle, w2)
+    y = product(middle, w2)
     scale = count / len(x) / copies.tokens
 
     def damage(task: tuple[str, str]) -> float:
         name, matrix = task
         first, second = specs[name]
         if matrix == "w13":
-            changed = _product(copies.activated(x, quantize(w13, first, method), biases), w2)
+            changed = product(copies.activated(x, quantize(w13, first, method), biases), w2)
         else:
-            changed = _product(middle, quantize(w2, second, method))
+            changed = product(middle, quantize(w2, second, method))
         return scale * squares(changed.sub_(y).mul_(topk_weights[:, None]))
 
     tasks = [(name, matrix) for matrix in ("w13", "w2") for name in FORMATS]
@@ -180,7 +180,7 @@ class _Copies:
         rows, rank = (forward.ids[last:] == key.expert).nonzero(as_tuple=True)
         topk_weights, biases = forward.topk_weights[last:][rows, rank], self.biases(key)
         for some, weight in zip(rows.split(ROWS), topk_weights.split(ROWS), strict=True):
-            out = _product(self.activated(forward.normed[last:][some].float(), probe[0], biases), probe[1])
+            out = product(self.activated(forward.normed[last:][some].float(), probe[0], biases), probe[1])
             if biases is not None:
                 out += biases[1]
             forward.add(some, out.mul_(weight[:, None]), last)
@@ -193,7 +193,7 @@ class _Copies:
         """What w2 reads [n, F] where w13 [2F, H] reads x [n, H]."""
         op = self.forward.pieces.experts
         assert op is not None
-        both = _product(x, w13)
+        both = product(x, w13)
         if biases is not None:
             both += biases[0]
         return torch_ops.activate(op.activation, *both.chunk(2, -1))
@@ -212,35 +212,36 @@ class _Copies:
         off = self.forward.residual[self._last:] - self.forward.residual[:self.tokens]
         return torch.linalg.vector_norm(off, dtype=torch.float64).item() ** 2 / self.tokens
 
-    def divergences(self) -> list[float]:
-        """KL(original || copy), nats a token, for each copy; after the last layer."""
-        self.forward.leave()
-        head = self._source.dense("embedding" if self._model.tied else "head")
-        copies = len(self.forward.residual) // self.tokens - 1
 
-        def logits(rows: slice, copy: int) -> Tensor:
-            shift = copy * self.tokens
-            found = _product(self.forward.final(slice(rows.start + shift, rows.stop + shift)), head)
-            cap = self._model.logit_softcap
-            return (found if cap is None else cap * torch.tanh(found / cap)).log_softmax(-1)
+def divergences(forward: ForwardPass, source: Source, layers: Sequence[int], pool: Executor) -> list[float]:
+    """KL(original || copy), nats a token, for each copy, which was perturbed in one of `layers`; after the last layer
+    of the model. QmixError where one is not a number."""
+    forward.leave()
+    model, tokens, copied = source.model, forward.tokens, forward.copied
+    head = source.dense("embedding" if model.tied else "head")
 
-        def some(begin: int) -> list[float]:
-            rows = slice(begin, min(begin + HEAD_ROWS, self.tokens))
-            want = logits(rows, 0)
-            return [want.exp().mul_(want - logits(rows, copy)).sum(dtype=torch.float64).item()
-                    for copy in range(1, copies + 1)]
+    def logits(rows: slice, first: int) -> Tensor:
+        found = product(forward.final(slice(first + rows.start, first + rows.stop)), head)
+        cap = model.logit_softcap
+        return (found if cap is None else cap * torch.tanh(found / cap)).log_softmax(-1)
 
-        sums = [0.0] * copies
-        for found in self._pool.map(some, range(0, self.tokens, HEAD_ROWS)):
-            sums = [total + value for total, value in zip(sums, found, strict=True)]
-        for layer, total in zip(self._model.record_layers, sums, strict=True):
-            if not math.isfinite(total):
-                raise QmixError(f"{self._source.path}: its output is not a number with {PROBE} in layer {layer}",
-                                "quantize to a --format, and see with qmix eval if the model is sound")
-        return [max(0.0, total / self.tokens) for total in sums]
+    def some(begin: int) -> list[float]:
+        rows = slice(begin, min(begin + HEAD_ROWS, copied))
+        want = logits(rows, 0)
+        return [want.exp().mul_(want - logits(rows, tokens + copy * copied)).sum(dtype=torch.float64).item()
+                for copy in range(len(layers))]
+
+    sums = [0.0] * len(layers)
+    for found in pool.map(some, range(0, copied, HEAD_ROWS)):
+        sums = [total + value for total, value in zip(sums, found, strict=True)]
+    for layer, total in zip(layers, sums, strict=True):
+        if not math.isfinite(total):
+            raise QmixError(f"{source.path}: its output is not a number with {PROBE} in layer {layer}",
+                            "quantize to a --format, and see with qmix eval if the model is sound")
+    return [max(0.0, total / copied) for total in sums]
 
 
-def _product(x: Tensor, weight: Tensor | Packed) -> Tensor:
+def product(x: Tensor, weight: Tensor | Packed) -> Tensor:
     """x [n, K] fp32 times weight^T, [N, K]: fp32 [n, N], piece by piece."""
     if isinstance(weight, Packed):
         out, pieces = x.new_empty(len(x), weight.spec.rows), formats.tiles(weight)

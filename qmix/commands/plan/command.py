@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,7 +22,13 @@ from qmix.commands.options import (
     model_folder,
     size_or_auto,
 )
-from qmix.commands.quantization import Flags
+from qmix.commands.quantization import Described, Flags
+from qmix.config import QuantConfig
+from qmix.errors import UsageError
+from qmix.store import MANIFEST
+
+if TYPE_CHECKING:
+    from qmix.checkpoint import Checkpoint
 
 
 def plan(
@@ -41,17 +49,35 @@ def plan(
                                                help="For a model that is no store: as of qmix quantize.")] = None,
     dense: Annotated[str | None, typer.Option("--dense", show_default=False, help="The same for attention.")] = None,
     group_size: Annotated[int | None, typer.Option("--group-size", show_default=False, help="The same.")] = None,
+    fit: Annotated[str | None, typer.Option("--fit", show_default=False, help="auto: the formats that qmix quantize "
+                                            "--fit auto chooses for that machine; only a size is forecast of a mix, "
+                                            "nothing is measured.")] = None,
     kv_cache: KvCache = "bf16", json: Json = False,
 ) -> None:
     """Print where every byte of a model would go and how fast it should run; exit 3 if it cannot fit."""
     from qmix.commands.plan import report as planning
 
     flags = Flags(format, dense, group_size=group_size)
-    path = paths.resolve(model, render.say, "config") if model else model_folder(model)
-    found = planning.find_model(path, flags, paths.if_any(paths.routing_folder), render.say)
+    if fit not in (None, "auto"):
+        raise UsageError(f"--fit {fit}: plan knows --fit auto alone", "drop it: --ram and --vram describe a machine")
+    if fit is not None and (format is not None or group_size is not None):
+        raise UsageError("--fit auto: chooses the formats itself", "drop --format and --group-size")
     machine = planning.Machine(size_or_auto("--ram", ram), margin_bytes(margin),
                                size_or_auto("--vram", vram), ram_speed, vram_speed, pcie, disk,
                                gpu=planning.known_gpu(paths.if_any(paths.gpu_memory_file), render.say))
-    machine = planning.find_gpu(found, machine, device, render.say)
     known = known_speeds(paths.if_any(paths.hardware_file), render.say)
+    path = paths.resolve(model, render.say, "config") if model else model_folder(model)
+
+    def fitted(source: Checkpoint | Described, flags: Flags, say: Callable[[str], None]) -> QuantConfig:
+        from qmix.commands.fitting import forecast_fit
+
+        return forecast_fit(source, flags, machine, device, ctx_size, kv_cache, known, say)
+
+    if fit is not None and (path / MANIFEST).is_file():
+        raise UsageError(f"{path}: is quantized already", "drop --fit auto")
+    found = planning.find_model(path, flags, paths.if_any(paths.routing_folder), render.say,
+                                planning.by_flags if fit is None else fitted)
+    if fit is not None and found.quant.experts == "mixed":
+        found = replace(found, model=found.model.trunk)  # a mix that is measured has no multi-token-prediction head
+    machine = planning.find_gpu(found, machine, device, render.say)
     print(render.document(planning.describe(found, ctx_size, machine, known, render.say, kv_cache), as_json=json))

@@ -38,6 +38,9 @@ from qmix.store import CONFIG, MANIFEST, Store
 TYPICAL = Speeds(ram=40.0, disk=3.0, pcie=25.0, vram=900.0)  # GB/s, for what was neither measured nor given
 
 
+How = Callable[[Checkpoint | Described, Flags, Callable[[str], None]], QuantConfig]
+
+
 @dataclass(frozen=True, slots=True)
 class Machine:
     """Bytes and GB/s; None where they are to be found out, and vram None also without a GPU. vram_taken: of vram, by
@@ -66,10 +69,16 @@ class Planned:
     shares: Mapping[ExpertKey, float]
 
 
-def find_model(path: Path, flags: Flags | None, state: Path | None, say: Callable[[str], None]) -> Planned:
+def by_flags(source: Checkpoint | Described, flags: Flags, say: Callable[[str], None]) -> QuantConfig:
+    """As `qmix quantize` with these flags has it."""
+    return choose(source, flags, None, say)[0]
+
+
+def find_model(path: Path, flags: Flags | None, state: Path | None, say: Callable[[str], None],
+               how: How = by_flags) -> Planned:
     """The model at `path`: a store, a GGUF file, a folder with a config.json, or a config.json. flags: how `qmix
-    quantize` would be called for one that is no store, which decides and is said as there; None = without any.
-    UsageError for a store, which is quantized."""
+    quantize` would be called for one that is no store, which decides and is said as there; None = without any. how:
+    finds the formats of such a one. UsageError for a store, which is quantized."""
     flags = flags or Flags()
     if (path / MANIFEST).is_file():
         if flags != Flags():
@@ -79,7 +88,7 @@ def find_model(path: Path, flags: Flags | None, state: Path | None, say: Callabl
             stats = router_stats.load(state, store.identity, len(model.record_layers), model.num_experts, say)
             return Planned(path.resolve().name, model, store.quant, known_shares(stats))
     weights = is_gguf(path) or _is_lowbit(path) or is_consolidated(path)
-    model, quant = _read_weights(path, flags, say) if weights else _read_config(path, flags, say)
+    model, quant = (_read_weights if weights else _read_config)(path, flags, say, how)
     return Planned(path.resolve().name, model, quant, {})
 
 
@@ -95,17 +104,17 @@ def _is_lowbit(path: Path) -> bool:
         return False
 
 
-def _read_weights(path: Path, flags: Flags, say: Callable[[str], None]) -> tuple[Model, QuantConfig]:
+def _read_weights(path: Path, flags: Flags, say: Callable[[str], None], how: How) -> tuple[Model, QuantConfig]:
     """The model of a GGUF file, or of a folder, and how it is quantized. What `qmix quantize` would say is said."""
     with Checkpoint.open(path) as checkpoint:
         for line in skipped_lines(checkpoint):
             say(f"skipped: {line}")
         for note in checkpoint.notes:
             say(f"note: {note}")
-        return checkpoint.model, choose(checkpoint, flags, None, say)[0]
+        return checkpoint.model, how(checkpoint, flags, say)
 
 
-def _read_config(path: Path, flags: Flags, say: Callable[[str], None]) -> tuple[Model, QuantConfig]:
+def _read_config(path: Path, flags: Flags, say: Callable[[str], None], how: How) -> tuple[Model, QuantConfig]:
     """The same, of a folder with a config.json, or of a config.json."""
     file = path / CONFIG if path.is_dir() else path
     try:
@@ -124,7 +133,7 @@ def _read_config(path: Path, flags: Flags, say: Callable[[str], None]) -> tuple[
                               "name a store, a checkpoint or a config.json") from None
     for note in ignored_keys(file, raw):
         say(f"note: {note}")
-    return model, choose(Described(model, published), flags, None, say)[0]
+    return model, how(Described(model, published), flags, say)
 
 
 def find_gpu(planned: Planned, machine: Machine, device: str, say: Callable[[str], None]) -> Machine:
@@ -168,16 +177,17 @@ def describe(planned: Planned, context: int, machine: Machine, known: Speeds | N
         say("without the multi-token-prediction head, which a GPU does not compute yet")
         model = model.trunk
     needs = Needs.of(model, planned.quant, choose_context(model, context), kv)
-    taken, beside = _beside(machine, say)
+    if machine.vram is not None:
+        say(_beside_line(machine))
     if model.mtp_head is not None:
         found, left_out = plan_with_head(needs, Needs.of(model.trunk, planned.quant, needs.context, kv), _ram(machine),
                                          PROGRAM)
         if left_out:
             say(left_out)
     else:
-        found = make_plan(needs, _ram(machine), PROGRAM, machine.vram, taken, machine.pin, beside)
+        found = plan_trunk(needs, machine)
     needs = found.needs
-    speeds, assumed = _speeds(machine, known)
+    speeds, assumed = speeds_of(machine, known)
     if assumed:
         say(f"assumed, neither measured nor given: {', '.join(assumed)} (qmix doctor --bandwidth measures)")
     guess = forecast(found, speeds, planned.shares)
@@ -201,16 +211,20 @@ def known_gpu(file: Path | None, say: Callable[[str], None]) -> GpuMemory | None
     return None if file is None else gpu_memory.load(file, say)
 
 
-def _beside(machine: Machine, say: Callable[[str], None]) -> tuple[int, int]:
-    """(bytes of a GPU that the driver and this process take before anything is loaded; bytes that torch does not count
-    later)."""
+def plan_trunk(needs: Needs, machine: Machine) -> Plan:
+    """Where a model without a multi-token-prediction head goes; DoesNotFit says how much is missing."""
     gpu = machine.gpu
     taken = machine.vram_taken if machine.vram_taken is not None else gpu.context if gpu else CUDA_CONTEXT
-    if machine.vram is not None:
-        what = "code and graphs" if machine.vram_taken is not None else "the driver, code and graphs"
-        say(f"of VRAM, for {what}: as measured on {gpu.card} on {gpu.measured}" if gpu else
+    beside = gpu.beside if gpu else UNMEASURED
+    return make_plan(needs, _ram(machine), PROGRAM, machine.vram, taken, machine.pin, beside)
+
+
+def _beside_line(machine: Machine) -> str:
+    """How it is known what of a GPU's memory torch does not count."""
+    gpu = machine.gpu
+    what = "code and graphs" if machine.vram_taken is not None else "the driver, code and graphs"
+    return (f"of VRAM, for {what}: as measured on {gpu.card} on {gpu.measured}" if gpu else
             f"of VRAM, for {what}: assumed, the first run on a GPU measures it")
-    return taken, gpu.beside if gpu else UNMEASURED
 
 
 def _ram(machine: Machine) -> int:
@@ -224,7 +238,7 @@ def _ram(machine: Machine) -> int:
     return hardware.resident_bytes() + available - margin_of(available, machine.margin)
 
 
-def _speeds(machine: Machine, known: Speeds | None) -> tuple[Speeds, list[str]]:
+def speeds_of(machine: Machine, known: Speeds | None) -> tuple[Speeds, list[str]]:
     """(GB/s: given, else measured, else typical; what is only typical, as text)."""
     wanted = ["ram", "disk", *(["pcie", "vram"] if machine.vram is not None else [])]
     given = {"ram": machine.ram_speed, "disk": machine.disk, "pcie": machine.pcie, "vram": machine.vram_speed}
@@ -233,7 +247,7 @@ def _speeds(machine: Machine, known: Speeds | None) -> tuple[Speeds, list[str]]:
             if value is not None:
                 raise UsageError(f"{flag} {value:g}: only has an effect with a GPU, and none is in use",
                                  "name a GPU's memory with --vram too")
-    values: dict[str, Any] = {}
+    values: dict[str, float] = {}
     assumed = []
     for name in wanted:
         value = given[name] or (getattr(known, name) if known is not None else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,11 +19,18 @@ if TYPE_CHECKING:
     from qmix.quantize import Calibration
     from qmix.quantize.fit import Wanted
 
+AUTO = "auto"  # of --fit
 MOST = 64 * MIB  # bytes of a text that are read
 
 
-def check_calibration(quant: QuantConfig, wanted: Wanted | None, file: Path | None, tokens: int | None) -> None:
-    """UsageError unless method and flags go together. wanted: the size of a mixed store."""
+def check_calibration(quant: QuantConfig, wanted: Wanted | None, file: Path | None, tokens: int | None,
+                      auto: bool = False) -> None:
+    """UsageError unless method and flags go together. wanted: the size of a mixed store; auto: as suits the machine,
+    which has a text of its own to measure on."""
+    if auto and (quant.method not in CALIBRATED or file is not None):
+        if file is None and tokens is not None:
+            raise UsageError(f"--calibration-tokens {tokens}: of a --calibration FILE, and there is none", "drop it")
+        return
     if quant.method in CALIBRATED or wanted is not None:
         if file is None:
             raise UsageError(f"{wanted.flag if wanted else f'--method {quant.method}'}: needs a text to calibrate on",
@@ -36,7 +44,7 @@ def check_calibration(quant: QuantConfig, wanted: Wanted | None, file: Path | No
 
 def wanted_size(fit: str | None, bpw: float | None, format: str | None, group_size: int | None,
                 dense: str) -> Wanted | None:
-    """--fit or --bpw; UsageError for both, and for flags that they decide."""
+    """--fit or --bpw, None for neither and for --fit auto; UsageError for both, and for flags that they decide."""
     if fit is None and bpw is None:
         return None
     flag = f"--fit {fit}" if fit is not None else f"--bpw {bpw:g}"
@@ -48,28 +56,61 @@ def wanted_size(fit: str | None, bpw: float | None, format: str | None, group_si
         raise UsageError(f"{flag}: chooses the formats itself, got --format {format}", "drop --format")
     if group_size is not None and dense != "int4":
         raise UsageError(f"{flag}: chooses the groups itself, got --group-size {group_size}", "drop --group-size")
+    if fit == AUTO:
+        return None
     from qmix.quantize.fit import Wanted
 
     return Wanted(nbytes=flag_bytes("--fit", fit)) if fit is not None else Wanted(bits=bpw or 0.0)
 
 
-def mixed_config(checkpoint: Checkpoint, quant: QuantConfig, wanted: Wanted, text: Calibration,
-                 threads: int | None) -> QuantConfig:
-    """`quant` with a mix of that size; measures what is not known of the checkpoint, and says what to expect."""
+def full_measure(sensitivity: str, measured: bool) -> bool:
+    """--sensitivity; UsageError for another word, and for full where nothing is measured."""
+    if sensitivity not in ("sampled", "full"):
+        raise UsageError(f"--sensitivity: got {sensitivity!r:.40}, want sampled or full")
+    if sensitivity == "full" and not measured:
+        raise UsageError("--sensitivity full: only --fit and --bpw measure sensitivities", "drop it, or choose a size")
+    return sensitivity == "full"
+
+
+def mixed_config(checkpoint: Checkpoint, quant: QuantConfig, wanted: Wanted, text: Calibration, threads: int | None,
+                 full: bool = False, fits: Callable[[QuantConfig], bool] = lambda quant: True,
+                 name: str = "the text") -> QuantConfig:
+    """`quant` with a mix of that size; measures what is not known of the checkpoint, in full or on a sample, and says
+    what to expect. fits: whether a mix is small enough, where its bytes alone do not tell; name: of the text."""
     from qmix import hardware
     from qmix.quantize import fit, job
+    from qmix.quantize.fit import Wanted
 
+    model = checkpoint.model
     threads = hardware.compute_cores() if threads is None else hardware.check_threads(threads)
-    fit.Sizes.of_model(checkpoint.model, quant, wanted)  # a size that cannot be is refused now
-    part = text.part(fit.sensitivity_tokens(checkpoint.model))
-    job.check_memory(checkpoint, part.tokens * fit.copies(checkpoint.model), threads)
+    sizes = fit.Sizes.of_model(model, quant, wanted)  # a size that cannot be is refused now
+    job.check_memory(checkpoint, fit.rows_of(model, text, full), threads, fit.beside_bytes(model, threads))
     with render.byte_bar("measure") as progress:
-        found = fit.sensitivity(checkpoint, part, quant, threads,
-                                paths.if_any(paths.sensitivity_folder), render.say, progress)
-    mixed, choice = fit.mixed(checkpoint.model, quant, found, wanted)
-    for line in fit.lines(checkpoint.model, quant, found, choice, part.tokens):
+        found = fit.sensitivity(checkpoint, text, quant, threads,
+                                paths.if_any(paths.sensitivity_folder), render.say, progress, full)
+    mixed, choice = fit.mixed(model, quant, found, wanted)
+    while not fits(mixed):
+        smaller = max(choice.nbytes - choice.nbytes // 100 - 1, len(model.expert_keys) * min(sizes.of.values()))
+        render.say(f"this mix takes more beside its experts than was thought: a mix of {format_bytes(smaller)} instead")
+        mixed, choice = fit.mixed(model, quant, found, Wanted(records=smaller))
+    measured = fit.sensitivity_text(model, text, full).tokens
+    for line in fit.lines(model, quant, found, choice, measured, name):
         render.say(line)
     return mixed
+
+
+def own_text(checkpoint: Checkpoint) -> Calibration:
+    """The text that qmix brings along, in short sequences, where none was named."""
+    from qmix.bench.text import encode, recorded_text
+    from qmix.quantize import TOKENS, Calibration
+    from qmix.quantize.extent import LENGTH
+    from qmix.tokenizer import load
+
+    head, plain = encode(recorded_text(), load(checkpoint.folder, checkpoint.model.vocab))
+    found = Calibration.of_text(head, plain, TOKENS, min(LENGTH, checkpoint.model.max_positions))
+    render.say(f"no --calibration FILE: {found.tokens} tokens of the short text that qmix brings along (prose, Python, "
+               "German) are read; a text like those that the model will read measures better")
+    return found
 
 
 def read_calibration(checkpoint: Checkpoint, file: Path, tokens: int | None) -> Calibration:

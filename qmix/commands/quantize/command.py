@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -10,10 +12,18 @@ import typer
 from qmix import render
 from qmix.commands.options import DiscardSource, Offline, Revision, Threads, hub_access
 from qmix.commands.quantization import Flags, choose
-from qmix.commands.quantize.calibration import check_calibration, mixed_config, read_calibration, wanted_size
+from qmix.commands.quantize.calibration import (
+    AUTO,
+    check_calibration,
+    full_measure,
+    mixed_config,
+    own_text,
+    read_calibration,
+    wanted_size,
+)
 from qmix.commands.quantize.checks import check_tokenizer, say_notes
 from qmix.commands.quantize.source import fetched_source
-from qmix.config import CALIBRATED, GROUPED_BITS
+from qmix.config import CALIBRATED, GROUPED_BITS, QuantConfig
 from qmix.errors import UsageError
 
 
@@ -27,7 +37,8 @@ def quantize(
                                                "that are MXFP4 already stay so by default.",
                                                show_default=False)] = None,
     fit: Annotated[str | None, typer.Option("--fit", help="Or: the mix of int4, int3 and int2 that suits a "
-                                            "--calibration text best, all weights in this size (22G).",
+                                            "--calibration text best, all weights in this size (22G); auto "
+                                            "= as much as this machine holds, the default format where that fits.",
                                             show_default=False)] = None,
     bpw: Annotated[float | None, typer.Option("--bpw", min=0.1, max=100, help="Or: such a mix of this many bits per "
                                               "weight of the experts (3.7).", show_default=False)] = None,
@@ -51,6 +62,10 @@ def quantize(
     calibration_tokens: Annotated[int | None, typer.Option(
         "--calibration-tokens", min=1, help="Tokens of it, spread evenly; default 65536.",
         show_default=False)] = None,
+    sensitivity: Annotated[str, typer.Option(
+        "--sensitivity", help="--fit, --bpw: what formats do to experts is measured on a sample of rows and tokens "
+                              "(sampled), or on all rows and more tokens, which takes twenty times as long (full).",
+        )] = "sampled",
     threads: Threads = None, revision: Revision = None, offline: Offline = False,
     discard_source: DiscardSource = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the store at OUT once the new one is whole.")] = False,
@@ -59,30 +74,44 @@ def quantize(
 ) -> None:
     """Convert a checkpoint into a store of quantized experts; run it again after a break and it resumes."""
     from qmix.checkpoint import Checkpoint
+    from qmix.commands.fitting import everything, fit_here
     from qmix.quantize import quantize_checkpoint
     from qmix.quantize.job import check_out
 
-    wanted = wanted_size(fit, bpw, format, group_size, dense or "int8")
+    wanted, auto = wanted_size(fit, bpw, format, group_size, dense or "int8"), fit == AUTO
+    full = full_measure(sensitivity, wanted is not None or auto)
+    bare = Flags(format, dense, method, group_size, block, double_quant)
     if method is None and calibration is not None and (format or "int4") in GROUPED_BITS:
         method = "gptq"
     flags = Flags(format, dense, method, group_size, block, double_quant, calibration)
-    check_calibration(flags.config(), wanted, calibration, calibration_tokens)
-    head = mtp and wanted is None  # no text says what the experts of a head are worth
-    if discard_source and (wanted is not None or dry_run):
-        raise UsageError("--discard-source with " + (wanted.flag if wanted is not None else "--dry-run") + ": the "
-                         "weights are needed more than once", "drop one of the two")
-    with (fetched_source(source, hub_access(revision, offline), discard_source) as fetched,
-          Checkpoint.open(fetched.path, head) as checkpoint):
+    check_calibration(flags.config(), wanted, calibration, calibration_tokens, auto)
+    if discard_source and (wanted is not None or auto or dry_run):
+        raise UsageError("--discard-source with " + ("--dry-run" if dry_run else "--bpw" if fit is None else "--fit")
+                         + ": the weights are needed more than once", "drop one of the two")
+    fits: Callable[[QuantConfig], bool] = everything
+    with ExitStack() as opened:
+        fetched = opened.enter_context(fetched_source(source, hub_access(revision, offline), discard_source))
+        if auto:
+            with Checkpoint.open(fetched.path, False) as checkpoint:
+                fitted = fit_here(checkpoint, bare, render.say)
+            wanted, fits = fitted.wanted, fitted.fits
+            if wanted is None and fitted.carried:
+                flags = bare
+        head = mtp and wanted is None  # no text says what the experts of a head are worth
+        checkpoint = opened.enter_context(Checkpoint.open(fetched.path, head))
         say_notes(checkpoint, without_head=not head)
         quant, wanted = choose(checkpoint, flags, wanted, render.say)
-        calibration = calibration if wanted is not None or quant.method in CALIBRATED else None
+        if calibration is not None and wanted is None and quant.method not in CALIBRATED:
+            render.say(f"--calibration {calibration}: not read, there is nothing to choose")
+            calibration = None
         check_tokenizer(checkpoint)
         text = None if calibration is None else read_calibration(checkpoint, calibration, calibration_tokens)
         if wanted is not None:
-            assert text is not None
             if not dry_run:
                 check_out(checkpoint, out, force)
-            quant = mixed_config(checkpoint, quant, wanted, text, threads)
+            name = "qmix's own text" if text is None else "the text"
+            text = own_text(checkpoint) if text is None else text
+            quant = mixed_config(checkpoint, quant, wanted, text, threads, full, fits, name)
             text = text if quant.method in CALIBRATED else None
         with render.byte_bar("quantize") as progress:
             report = quantize_checkpoint(checkpoint, out, quant, calibration=text, threads=threads, force=force,
