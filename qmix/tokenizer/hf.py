@@ -15,12 +15,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qmix.bounded import parse_json, read_file
+from qmix.bounded import parse_json, parse_unique, read_file
 from qmix.errors import ModelFileError, QmixError, UsageError, one_line
 from qmix.textfile import without_mark
 from qmix.tokenizer.files import FETCH, LFS, MAX_JSON, TokenizerFiles
 from qmix.tokenizer.message import CLOSE, OPEN
 from qmix.tokenizer.spm import ANCHOR, SPACE
+from qmix.tokenizer.steps import check_steps
 from qmix.tokenizer.stream import SILENT, Piece, StreamDecoder
 from qmix.tokenizer.vocabulary import Rendered, Vocabulary, check_text, looks_like_marker
 
@@ -232,6 +233,19 @@ def _of_neox(raw: dict[str, Any], files: TokenizerFiles) -> dict[str, Any]:
             "post_processor": None}
 
 
+def _parsed(text: str) -> tuple[dict[str, Any], bool]:
+    """(the object that a JSON text holds, whether no key is there twice: else the library might take the other)."""
+    try:
+        raw, once = parse_unique(text.encode()), True
+    except json.JSONDecodeError:
+        raise
+    except ValueError:
+        raw, once = parse_json(text.encode()), False
+    if not isinstance(raw, dict):
+        raise ValueError("not an object")
+    return raw, once
+
+
 def _load(path: Path, files: TokenizerFiles) -> tuple[Any, list[dict[str, Any]]]:
     """The library's tokenizer, which neither cuts nor pads, and the steps of its decoder."""
     from tokenizers import Tokenizer
@@ -240,7 +254,10 @@ def _load(path: Path, files: TokenizerFiles) -> tuple[Any, list[dict[str, Any]]]
         text = without_mark(read_file(path, MAX_JSON).decode("utf-8"))
         if text.startswith("version https://git-lfs"):
             raise ModelFileError(f"{path}: a Git LFS pointer, not the file itself", LFS)
-        raw = parse_json(text.encode())
+        raw, once = _parsed(text)
+        check_steps(path, raw)
+        if not once:
+            text = json.dumps(raw)
         if files.neox and raw["model"].get("type") == "BPE":
             raw = _of_neox(raw, files)
             text = json.dumps(raw)

@@ -3,9 +3,9 @@
     python -m venv /tmp/fz && /tmp/fz/bin/pip install atheris -e '.[dev]'
     /tmp/fz/bin/python tests/fuzz/guided.py gguf --seconds 300          # one of TARGETS
 
-A target gives each input to a parser; what it raises must be a QmixError with a documented exit code, in one short line.
-Each other outcome is written to OUT with its input, once for each place in the code, and the search goes on. An input
-that takes 20 seconds of CPU or 3 GiB ends the process; it lies in OUT/running.
+A target gives each input to a parser; what it raises must be a QmixError with a documented exit code, in one short
+line. Each other outcome is written to OUT with its input, once for each place in the code, and the search goes on. An
+input that takes 20 seconds of CPU or 3 GiB ends the process; it lies in OUT/running.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ with atheris.instrument_imports(include=["qmix", "jinja2"]):
     from qmix.tokenizer import Message, load
     from qmix.tokenizer.sandbox import Template
 
-import mutate
-from batch import CODES, SHOWN
+import mutate  # noqa: E402
+from batch import CODES, SHOWN  # noqa: E402
 
 MEMORY, SECONDS = 3072, 20  # MiB, and seconds of CPU, of one input
 Target = tuple[Callable[[bytes], object], list[bytes], bool]  # what takes an input, the first inputs, whether JSON
@@ -266,7 +266,8 @@ def main() -> None:
             os._exit(0)
 
     signal.signal(signal.SIGVTALRM, signal.SIG_DFL)
-    atheris.Setup([sys.argv[0], str(corpus), "-timeout=86400", f"-rss_limit_mb={MEMORY}", f"-artifact_prefix={out}/", "-max_len=65536"], count, custom_mutator=mutator(is_json))
+    atheris.Setup([sys.argv[0], str(corpus), "-timeout=86400", f"-rss_limit_mb={MEMORY}", f"-artifact_prefix={out}/",
+                   "-max_len=65536"], count, custom_mutator=mutator(is_json))
     print(f"{given.target}: corpus and findings in {out}", file=sys.stderr)
     atheris.Fuzz()
 
