@@ -26,8 +26,9 @@ SLOW = {
     r"[^\n]*X": "whole texts", r"(?=.*X)a": "whole texts", r"\p{Any}*X": "whole texts", r"(?:\w\s)*X": "whole texts",
     "a?" * 20 + "b": "1048576 ways", "a{0,9}" * 3 + "b": "1000 ways", r"(a)\1": r"\\1", "(?<n>a\\g<n>?)": "group",
     "(?~abc)": "group", "(*FAIL)": "callout", "(?i:a": "bracket", "a)": "bracket", "[a": "class",
-    "a**": "of a repetition", "a{2}{3}": "of a repetition", "a{0,9}+b": "of a repetition", "*a": "of nothing", "a*(?i)b|c*d": "option",
-    "(" * 99: "groups in groups", "a" * (MAX_LENGTH + 1): "characters", "a{9999999}": "999999", r"\X": "cost"}
+    "a**": "of a repetition", "a{2}{3}": "of a repetition", "a{0,9}+b": "of a repetition", "*a": "of nothing",
+    "a*(?i)b|c*d": "option", "(" * 99: "groups in groups",
+    "a" * (MAX_LENGTH + 1): "characters", "a{9999999}": "999999", r"\X": "cost"}
 
 
 def matches(atom: str, character: str) -> bool:

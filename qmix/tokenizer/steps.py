@@ -27,10 +27,11 @@ MAX_WORD = 1024  # characters of a word of WordPiece, which takes time with thei
 CURE = "use the model's own tokenizer files, fetched from where the model came from"
 # Bytes that a step may write for one: UTF-8's worst (Unicode's FAQ on normalization), bytes shown as characters, a
 # space before each word.
-GROWTH = {"NFC": 3, "NFD": 3, "NFKC": 11, "NFKD": 11, "Lowercase": 3, "BertNormalizer": 5, "ByteLevel": 4,
-          "Metaspace": 5, "BertPreTokenizer": 1, "Sequence": 1, "Strip": 1, "StripAccents": 1, "Nmt": 3, "Split": 1,
-          "Digits": 1, "Punctuation": 1, "Whitespace": 1, "WhitespaceSplit": 1, "CharDelimiterSplit": 1, "UnicodeScripts": 1,
-          "FixedLength": 1, "ByteFallback": 1, "Fuse": 1, "Prepend": 1}
+GROWTH = {"NFC": 3, "NFD": 3, "NFKC": 11, "NFKD": 11, "Lowercase": 3, "Nmt": 3, "BertNormalizer": 5, "ByteLevel": 4,
+          "Metaspace": 5,
+          **dict.fromkeys(("BertPreTokenizer", "ByteFallback", "CharDelimiterSplit", "Digits", "FixedLength", "Fuse",
+                           "Prepend", "Punctuation", "Sequence", "Split", "Strip", "StripAccents", "UnicodeScripts",
+                           "Whitespace", "WhitespaceSplit"), 1)}
 UNKNOWN = 11  # of a step that came after this was written
 NESTED = ("normalizers", "pretokenizers", "processors", "decoders")
 
