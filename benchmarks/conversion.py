@@ -44,11 +44,11 @@ from qmix.config import QuantConfig
 from qmix.quantize import quantize_checkpoint
 from qmix.quantize.carried import carry_all
 source, out, way, threads = json.loads(sys.argv[1])
-start = time.perf_counter()
+start, before = time.perf_counter(), sum(os.times()[:2])
 with Checkpoint.open(source) as checkpoint:
     quant = carry_all(checkpoint, QuantConfig(), None) if way == "auto" else QuantConfig(method=way)
     quantize_checkpoint(checkpoint, out, quant, threads=threads)
-print(json.dumps({"seconds": time.perf_counter() - start, "cpu": sum(os.times()[:2])}))
+print(json.dumps({"seconds": time.perf_counter() - start, "cpu": sum(os.times()[:2]) - before}))
 """
 LLAMA = """
 import json, os, sys, time
@@ -58,12 +58,12 @@ quiet = ll.llama_log_callback(lambda level, text, data: None)
 ll.llama_log_set(quiet, None)
 params = ll.llama_model_quantize_default_params()
 params.nthread, params.ftype = threads, getattr(ll, "LLAMA_FTYPE_MOSTLY_" + way)
-start = time.perf_counter()
+start, before = time.perf_counter(), sum(os.times()[:2])
 if code := ll.llama_model_quantize(source.encode(), out.encode(), params):
     sys.exit(f"llama_model_quantize: {code}")
 fd = os.open(out, os.O_RDWR)
 os.fsync(fd)
-print(json.dumps({"seconds": time.perf_counter() - start, "cpu": sum(os.times()[:2])}))
+print(json.dumps({"seconds": time.perf_counter() - start, "cpu": sum(os.times()[:2]) - before}))
 """
 WAYS = (("qmix hqq", "source"), ("qmix rtn", "source"), ("qmix hqq, GGUF", "bf16"), ("qmix auto", "Q4_K_M"),
         ("llama.cpp Q4_0", "bf16"), ("llama.cpp Q4_K_M", "bf16"), ("llama.cpp Q8_0", "bf16"))
