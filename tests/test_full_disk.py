@@ -52,6 +52,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def store(source: Path) -> Path:
     return quantize(source, source.parent / "store", QUANTS["int4"])
 
+# The server has looked for a folder of temporary files before it knew which.
+COMMAND = """
+import sys, tempfile
+tempfile.tempdir = None
+from qmix.cli import main
+main(sys.argv[1:])
+"""
+
 
 def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -66,14 +74,14 @@ class Disk:
     log: list[str] = field(default_factory=list)
 
     def run(self, *args: object, at: int = 10**9, error: int = errno.ENOSPC,
-            input: str | None = None) -> subprocess.CompletedProcess[str]:
+            program: str = COMMAND) -> subprocess.CompletedProcess[str]:
         """`qmix ARGS` whose calls fail from number `at` on. log: its calls."""
         log = self.folder.parent / "calls"
         log.unlink(missing_ok=True)
         home = self.folder / "home"
         env = {"PATH": os.environ["PATH"], "HOME": str(home), "TMPDIR": str(self.folder / "tmp"), "TERM": "dumb",
                "FAIL_UNDER": str(self.folder), "FAIL_AT": str(at), "FAIL_WITH": str(error), "FAIL_LOG": str(log)}
-        done = self.python.run("-m", "qmix", *args, env=env, cwd=self.folder.parent, input=input)
+        done = self.python.run("-c", program, *args, env=env, cwd=self.folder.parent)
         self.log = log.read_text().splitlines() if log.exists() else []
         assert done.returncode in (0, 1, 2, 3, 4), (done.returncode, done.stderr)
         assert "Traceback" not in done.stderr and "fault in qmix" not in done.stderr, done.stderr
@@ -190,25 +198,54 @@ def test_what_is_remembered_beside_an_answer(sweep: str, error: str, disk: Disk,
         assert disk.run(*command).returncode == 0 and kept.exists()
 
 
+CHAT = """
+import sys
+from pathlib import Path
+from qmix.chat.conversation import Conversation, Exchange
+from qmix.chat.prompt import open_history
+from qmix.chat.savefile import Autosave, save
+from qmix.config import SamplingParams
+from qmix.errors import QmixError
+state, mine, *said = sys.argv[1:]
+tell = lambda problem: print("said:", problem)
+conversation = Conversation("m", None, tuple(Exchange(question, "x") for question in said))
+history = open_history(Path(state) / "history", tell)
+for number in (1, 2):  # after the first that fails, each is tried again
+    history.append_string(f"{said[-1]} {number}")
+    try:
+        autosave = Autosave(Path(state), "m")
+        autosave.load()
+        autosave.save(conversation, SamplingParams())
+    except QmixError as error:
+        tell(error.message)
+try:
+    save(Path(mine), conversation, SamplingParams())
+except QmixError as error:
+    tell(error.message)
+"""
+
+
 @pytest.mark.parametrize(("sweep", "error"), SWEEPS)
-def test_a_chat(sweep: str, error: str, disk: Disk, store: Path) -> None:
-    """Its history and its conversation: an older one stays as it was, and the chat goes on."""
-    command = ("chat", store, "-n", "3", "--temp", "0")
-    assert disk.run(*command, input="The owl.\n").returncode == 0 and disk.log
-    [saved] = (disk.folder / "home").rglob("chats/*.json")
-    for at in calls(disk.log, sweep):
+def test_a_chat(sweep: str, error: str, disk: Disk) -> None:
+    """Its history, its conversation and /save: older ones stay as they were, which is said, and the chat goes on."""
+    state, mine = disk.folder / "home" / "state", disk.folder / "mine.json"
+    one, two = (["one"], ["one", "two"])
+    assert disk.run(state, mine, *one, program=CHAT).stdout == ""
+    old = mine.read_bytes()
+    [saved] = state.glob("chats/*.json")
+    assert disk.run(state, mine, *two, program=CHAT).stdout == ""
+    new, log = mine.read_bytes(), disk.log
+    for at in calls(log, sweep):
         disk.clear()
-        assert disk.run(*command, input="The owl.\n").returncode == 0
-        before = saved.read_bytes()
-        done = disk.run(*command, "--continue", at=at, error=ERRORS[error], input="The fox.\n/save " +
-                        f"{disk.folder / 'mine.json'}\n")
-        assert done.returncode == 0 and done.stdout, (at, disk.log, done.stderr)
-        assert saved.read_bytes() == before or b"The fox." in saved.read_bytes(), (at, disk.log)
-        assert b"The fox." in saved.read_bytes() or "sav" in done.stderr, (at, disk.log, done.stderr)
-        mine = disk.folder / "mine.json"
-        assert not mine.exists() or b"The fox." in mine.read_bytes()
-        again = disk.run(*command, "--continue", input="The cat.\n")
-        assert again.returncode == 0 and b"The cat." in saved.read_bytes(), again.stderr
+        disk.run(state, mine, *one, program=CHAT)
+        done = disk.run(state, mine, *two, program=CHAT, at=at, error=ERRORS[error])
+        where = (at, disk.log, done.stdout)
+        assert {saved.read_bytes(), mine.read_bytes()} <= {old, new}, where
+        assert os.strerror(ERRORS[error]) in done.stdout or mine.read_bytes() == new, where
+        assert saved.read_bytes() == mine.read_bytes() == new or "cannot save" in done.stdout, where
+        assert (state / "history").read_text().count("one") == 2, where
+        assert disk.run(state, mine, *two, program=CHAT).stdout == "" and mine.read_bytes() == new, where
+        assert {path.name for path in disk.folder.rglob("*") if path.is_file()} == {"history", saved.name, mine.name}
 
 
 @pytest.mark.parametrize(("sweep", "error"), SWEEPS)
@@ -243,12 +280,14 @@ def test_other_files(what: str, sweep: str, error: str, disk: Disk, source: Path
                        "--method", "rtn", "-t", "1")}[what]
     whole = disk.run(*command)
     assert whole.returncode == 0 and disk.log, whole.stderr
-    for at in calls(disk.log, sweep):
+    for at in calls(disk.log, "ends" if (what, sweep) == ("plot", "kinds") else sweep):  # plots take a second each
         disk.clear()
         done = disk.run(*command, at=at, error=ERRORS[error])
         assert not [path for path in disk.folder.rglob("*") if path.suffix == ".tmp" and "partial" not in str(path)], (
             at, disk.log)
         if made.exists() and what == "trace":
             made.unlink()
+        if what == "plot":
+            continue
         again = disk.run(*command, *["--force"] * (what == "fit" and made.exists()))
         assert again.returncode == 0, (at, disk.log, done.stderr, again.stderr)

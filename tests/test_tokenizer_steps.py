@@ -102,3 +102,11 @@ def test_what_is_no_step_is_left_to_the_library(value: Any) -> None:
             check_steps(Path("t"), raw)
     else:
         check_steps(Path("t"), raw)
+
+
+def test_an_id_far_beyond_any_model(tmp_path: Path) -> None:
+    """Whatever looks through all ids would look for hours; models' own count bounds them later."""
+    raw = json.loads(byte_level_json())
+    raw["model"]["vocab"]["Z"] = 10**9
+    with pytest.raises(ModelFileError, match=r"tokenizer\.json: an id of 1000000000, want less than"):
+        load(write_folder(tmp_path / "t", json_text=json.dumps(raw), chat_template=CHATML))

@@ -27,6 +27,7 @@ from qmix.tokenizer.vocabulary import Rendered, Vocabulary, check_text, looks_li
 
 BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 SPELLED = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
+MAX_IDS = 2**22  # real vocabularies have 262,144
 PROBE = "Hello, the w\u00f6rld \u2014 \U0001F98A 12\n  end"
 
 
@@ -60,6 +61,8 @@ class JsonVocabulary(Vocabulary):
                    if token.special or looks_like_marker(token.content, files)}
         bos, eos = (entries.get(files.named.get(name, "")) for name in ("bos_token", "eos_token"))
         size = max(entries.values(), default=-1) + 1
+        if size > MAX_IDS:
+            raise ModelFileError(f"{path}: an id of {size - 1}, want less than {MAX_IDS}", FETCH)
         super().__init__(size, {text: i for text, i in markers.items() if text}, bos_id=bos, eos_id=eos,
                          unk_id=_unknown(self._tokenizer, files, entries), declared=special,
                          lstrip={i for i, token in added.items() if token.lstrip},
