@@ -1,9 +1,9 @@
 """Full and read-only disks at every call that writes: an interposer before the C library fails from the Nth call on.
 
 Each command first runs whole, which lists its calls; then it runs anew for the calls at which it is to fail: in the
-suite the first of each kind on each file, with the marker `models` every one. What is asserted each time: a documented
-exit code, one line and no traceback, what was good before is good afterwards, nothing half-made is taken for whole, and
-the same command, with space again, ends as if nothing had been.
+suite some, of the quantizer the first of each kind on each file; with the marker `models` every one. What is asserted
+each time: a documented exit code, one line and no traceback, what was good before is good afterwards, nothing half-made
+is taken for whole, and the same command, with space again, ends as if nothing had been.
 """
 
 from __future__ import annotations
@@ -112,8 +112,9 @@ def kinds(log: list[str]) -> list[int]:
 
 
 ERRORS = {"full": errno.ENOSPC, "read-only": errno.EROFS}
-SWEEPS = [pytest.param("kinds", "full"), pytest.param("ends", "read-only"),
-          *(pytest.param("all", error, marks=pytest.mark.models) for error in ERRORS)]
+ALL = [pytest.param("all", error, marks=pytest.mark.models) for error in ERRORS]
+SWEEPS = pytest.mark.parametrize(("sweep", "error"), [("kinds", "full"), ("ends", "read-only"), *ALL])
+FEW = pytest.mark.parametrize(("sweep", "error"), [("ends", "full"), *ALL])
 
 
 def calls(log: list[str], sweep: str) -> list[int]:
@@ -122,7 +123,7 @@ def calls(log: list[str], sweep: str) -> list[int]:
     return {"kinds": first, "ends": [1, first[len(first) // 2], len(log)], "all": [*range(1, len(log) + 1)]}[sweep]
 
 
-@pytest.mark.parametrize(("sweep", "error"), SWEEPS)
+@SWEEPS
 def test_quantize(sweep: str, error: str, disk: Disk, source: Path, store: Path) -> None:
     """A fresh OUT: it is not there, or whole, and the next run takes up what was written."""
     out, command = disk.folder / "out", ("quantize", source, disk.folder / "out", "--method", "rtn", "-t", "1")
@@ -137,7 +138,7 @@ def test_quantize(sweep: str, error: str, disk: Disk, source: Path, store: Path)
         assert {path.name for path in disk.folder.iterdir()} == {"home", "tmp", "out"}, where
 
 
-@pytest.mark.parametrize(("sweep", "error"), SWEEPS)
+@SWEEPS
 def test_a_good_store_that_is_to_be_replaced(sweep: str, error: str, disk: Disk, source: Path, store: Path) -> None:
     """--force over a store: the old one stays until the new one is whole; behind OUT.replaced between two renames."""
     out, old = disk.folder / "out", disk.folder / "out.replaced"
@@ -158,7 +159,7 @@ def test_a_good_store_that_is_to_be_replaced(sweep: str, error: str, disk: Disk,
         assert {path.name for path in disk.folder.iterdir()} == {"home", "tmp", "out"}, where
 
 
-@pytest.mark.parametrize(("sweep", "error"), SWEEPS)
+@FEW
 def test_a_gguf_file(sweep: str, error: str, disk: Disk, store: Path, tmp_path: Path) -> None:
     """Its config and tokenizer go through the folder of temporary files, which may be full while OUT's disk is not."""
     import gguf_models
@@ -183,7 +184,7 @@ def test_a_gguf_file(sweep: str, error: str, disk: Disk, store: Path, tmp_path: 
         assert files(out) == whole
 
 
-@pytest.mark.parametrize(("sweep", "error"), SWEEPS)
+@FEW
 def test_what_is_remembered_beside_an_answer(sweep: str, error: str, disk: Disk, store: Path) -> None:
     """Router statistics: without them the answer is the same, and a line says so."""
     command = ("generate", store, "-p", "fox", "-n", "3", "--temp", "0")
@@ -225,7 +226,7 @@ except QmixError as error:
 """
 
 
-@pytest.mark.parametrize(("sweep", "error"), SWEEPS)
+@FEW
 def test_a_chat(sweep: str, error: str, disk: Disk) -> None:
     """Its history, its conversation and /save: older ones stay as they were, which is said, and the chat goes on."""
     state, mine = disk.folder / "home" / "state", disk.folder / "mine.json"
@@ -248,7 +249,7 @@ def test_a_chat(sweep: str, error: str, disk: Disk) -> None:
         assert {path.name for path in disk.folder.rglob("*") if path.is_file()} == {"history", saved.name, mine.name}
 
 
-@pytest.mark.parametrize(("sweep", "error"), SWEEPS)
+@FEW
 def test_an_evaluation(sweep: str, error: str, disk: Disk, store: Path, tmp_path: Path) -> None:
     """Its journal: a torn record is left out, and the next run ends with the same numbers."""
     text = tmp_path / "text.txt"
@@ -268,7 +269,7 @@ def test_an_evaluation(sweep: str, error: str, disk: Disk, store: Path, tmp_path
         assert again.returncode == 0 and numbers(again) == numbers(whole) != [], (at, disk.log, again.stderr)
 
 
-@pytest.mark.parametrize(("sweep", "error"), SWEEPS)
+@FEW
 @pytest.mark.parametrize("what", ["trace", "plot", "fit"])
 def test_other_files(what: str, sweep: str, error: str, disk: Disk, source: Path, store: Path, tmp_path: Path) -> None:
     """A recorded trace, the folder of plots, and remembered sensitivities."""
@@ -276,11 +277,11 @@ def test_other_files(what: str, sweep: str, error: str, disk: Disk, source: Path
     text.write_text("The fox and the owl went home. " * 60)
     command = {"trace": ("generate", store, "-p", "fox", "-n", "3", "--trace", made),
                "plot": ("stats", store, "-f", text, "--plot", made),
-               "fit": ("quantize", source, made, "--bpw", "3.5", "--calibration", text, "--calibration-tokens", "64",
+               "fit": ("quantize", source, made, "--bpw", "9", "--calibration", text, "--calibration-tokens", "64",
                        "--method", "rtn", "-t", "1")}[what]
     whole = disk.run(*command)
     assert whole.returncode == 0 and disk.log, whole.stderr
-    for at in calls(disk.log, "ends" if (what, sweep) == ("plot", "kinds") else sweep):  # plots take a second each
+    for at in calls(disk.log, sweep):
         disk.clear()
         done = disk.run(*command, at=at, error=ERRORS[error])
         assert not [path for path in disk.folder.rglob("*") if path.suffix == ".tmp" and "partial" not in str(path)], (
