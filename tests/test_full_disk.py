@@ -114,13 +114,15 @@ def kinds(log: list[str]) -> list[int]:
 ERRORS = {"full": errno.ENOSPC, "read-only": errno.EROFS}
 ALL = [pytest.param("all", error, marks=pytest.mark.models) for error in ERRORS]
 SWEEPS = pytest.mark.parametrize(("sweep", "error"), [("kinds", "full"), ("ends", "read-only"), *ALL])
+TAIL = pytest.mark.parametrize(("sweep", "error"), [("tail", "full"), ("ends", "read-only"), *ALL])
 FEW = pytest.mark.parametrize(("sweep", "error"), [("ends", "full"), *ALL])
 
 
 def calls(log: list[str], sweep: str) -> list[int]:
     """The numbers of the calls at which a command is to fail."""
-    first = kinds(log)
-    return {"kinds": first, "ends": [1, first[len(first) // 2], len(log)], "all": [*range(1, len(log) + 1)]}[sweep]
+    first, last = kinds(log), len(log)
+    return {"kinds": first, "tail": [*range(max(1, last - 11), last + 1)], "ends": [1, first[len(first) // 2], last],
+            "all": [*range(1, last + 1)]}[sweep]
 
 
 @SWEEPS
@@ -138,7 +140,7 @@ def test_quantize(sweep: str, error: str, disk: Disk, source: Path, store: Path)
         assert {path.name for path in disk.folder.iterdir()} == {"home", "tmp", "out"}, where
 
 
-@SWEEPS
+@TAIL
 def test_a_good_store_that_is_to_be_replaced(sweep: str, error: str, disk: Disk, source: Path, store: Path) -> None:
     """--force over a store: the old one stays until the new one is whole; behind OUT.replaced between two renames."""
     out, old = disk.folder / "out", disk.folder / "out.replaced"
@@ -270,7 +272,7 @@ def test_an_evaluation(sweep: str, error: str, disk: Disk, store: Path, tmp_path
 
 
 @FEW
-@pytest.mark.parametrize("what", ["trace", "plot", "fit"])
+@pytest.mark.parametrize("what", ["trace", "fit", pytest.param("plot", marks=pytest.mark.models)])
 def test_other_files(what: str, sweep: str, error: str, disk: Disk, source: Path, store: Path, tmp_path: Path) -> None:
     """A recorded trace, the folder of plots, and remembered sensitivities."""
     text, made = tmp_path / "text.txt", disk.folder / "made"

@@ -1,9 +1,12 @@
-"""Sources that change, lead elsewhere or hold nothing but zeros."""
+"""Sources that change, lead elsewhere, hold nothing but zeros, or say that they are larger than any."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import struct
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,7 @@ from qmix import shards
 from qmix.checkpoint import SINGLE, Checkpoint
 from qmix.config import QuantConfig
 from qmix.engine import load
-from qmix.errors import CheckpointError
+from qmix.errors import CheckpointError, QmixError
 from qmix.models.registry import read_model
 from qmix.quantize import quantize_checkpoint
 from qmix.store import Store
@@ -123,3 +126,43 @@ def test_all_weights_zero(quant: QuantConfig, tmp_path: Path) -> None:
         assert all(dense.error in (None, 0) for dense in store.manifest.dense.values())
     with load(tmp_path / "out", context=64, scoring=True) as engine:
         assert all(torch.equal(logits, torch.zeros_like(logits)) for logits in engine.session().read([1, 2, 3]))
+
+
+# --- absurd sizes ---
+
+@pytest.mark.parametrize(("key", "value"), [("num_local_experts", 10**9), ("num_hidden_layers", 10**9),
+                                            ("num_local_experts", 4096), ("hidden_size", 10**9),
+                                            ("vocab_size", 10**18), ("intermediate_size", 2**62)])
+def test_a_config_of_absurd_size_costs_nothing(key: str, value: int, tmp_path: Path) -> None:
+    path = write_tiny_checkpoint(tmp_path)
+    raw = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**raw, key: value}))
+    tracemalloc.start()
+    with pytest.raises(QmixError) as caught:
+        Checkpoint.open(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # 3 layers of 4096 experts are as many names of tensors; nothing else may take memory.
+    assert caught.value.exit_code in (2, 4) and peak < 64 * 2**20, (caught.value, peak)
+
+
+@pytest.mark.parametrize(("length", "said"), [(100 * 2**20 + 1, "header of 104857601 bytes"),
+                                              (100 * 2**20, "not JSON")])
+def test_a_header_of_a_hundred_megabytes(length: int, said: str, tmp_path: Path) -> None:
+    path = write_tiny_checkpoint(tmp_path)
+    with open(path / SINGLE, "wb") as file:
+        file.write(struct.pack("<Q", length) + b"{" + b" " * 2**20)
+        file.truncate(8 + length + 8)  # the rest is a hole
+    with pytest.raises(CheckpointError, match=said):
+        Checkpoint.open(path)
+
+
+def test_a_padded_header_is_read(tmp_path: Path) -> None:
+    """Spaces behind the header are no damage, however many."""
+    path = write_tiny_checkpoint(tmp_path)
+    raw = (path / SINGLE).read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    head = raw[8:8 + length].ljust(20 * 2**20)
+    (path / SINGLE).write_bytes(struct.pack("<Q", len(head)) + head + raw[8 + length:])
+    with Checkpoint.open(path) as source:
+        assert source.dense("head").numel()

@@ -106,8 +106,8 @@ def gguf_metadata() -> Target:
 
     firsts = []
     with tempfile.TemporaryDirectory() as folder:
-        for kind in ("mixtral", "qwen3_moe", "gpt_oss", "glm4_moe", "olmoe"):
-            path = gguf_models.write(Path(folder) / "m.gguf", random_model(dict(ARCHITECTURES[kind].TINY)), kind)
+        for kind, raw in gguf_models.CONFIGS.items():
+            path = gguf_models.write(Path(folder) / "m.gguf", random_model(raw), kind)
             header = open_header(path)
             shapes = {name: entry.shape for name, entry in header.file.entries.items()}
             firsts.append(json.dumps({"m": dict(header.metadata), "s": shapes}).encode())
