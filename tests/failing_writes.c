@@ -49,31 +49,26 @@ static int fd_fails(const char *name, int fd) {
     return fails(name, path, 1);
 }
 
-#define OPEN(name)                                                                                                   \
-    int name(const char *path, int flags, ...) {                                                                     \
-        va_list list;                                                                                                \
-        va_start(list, flags);                                                                                       \
-        int mode = va_arg(list, int);                                                                                \
-        va_end(list);                                                                                                \
-        int writes = (flags & O_ACCMODE) != O_RDONLY;                                                                \
-        if (writes && fails("open", path, (flags & O_CREAT) && access(path, F_OK))) return -1;                       \
-        return NEXT(name)(path, flags, mode);                                                                        \
-    }
-OPEN(open)
-OPEN(open64)
+static int open_fails(const char *path, int flags) {
+    if ((flags & O_ACCMODE) == O_RDONLY) return 0;
+    return fails("open", path, (flags & O_CREAT) && access(path, F_OK));
+}
 
-#define OPENAT(name)                                                                                                 \
-    int name(int at, const char *path, int flags, ...) {                                                             \
+/* `first` are the parameters before the flags, with and without their types */
+#define OPEN(name, typed, first)                                                                                     \
+    int name(typed, int flags, ...) {                                                                                \
         va_list list;                                                                                                \
         va_start(list, flags);                                                                                       \
         int mode = va_arg(list, int);                                                                                \
         va_end(list);                                                                                                \
-        int writes = (flags & O_ACCMODE) != O_RDONLY;                                                                \
-        if (writes && fails("open", path, (flags & O_CREAT) && access(path, F_OK))) return -1;                       \
-        return NEXT(name)(at, path, flags, mode);                                                                    \
+        return open_fails(path, flags) ? -1 : NEXT(name)(first, flags, mode);                                        \
     }
-OPENAT(openat)
-OPENAT(openat64)
+#define PATH const char *path
+#define BOTH(a, b) a, b
+OPEN(open, PATH, path)
+OPEN(open64, PATH, path)
+OPEN(openat, BOTH(int at, PATH), BOTH(at, path))
+OPEN(openat64, BOTH(int at, PATH), BOTH(at, path))
 
 ssize_t write(int fd, const void *data, size_t size) {
     int found = fd_fails("write", fd);
