@@ -25,8 +25,8 @@ def read_file(path: Path, most: int, error: type[ModelFileError] = ModelFileErro
             raise error(f"{path}: not a file", cure)
         if found.st_size > most:
             raise error(f"{path}: {found.st_size} bytes, want at most {most}", cure)
-        data = file.read(most + 1)
-    if len(data) > most:
+        data = file.read(found.st_size + 1)  # Python makes room for as much as is asked for
+    if len(data) > found.st_size:
         raise error(f"{path}: grew while it was read", cure)
     return data
 

@@ -7,6 +7,7 @@ Q8_0 is 2^-8 of a group's largest. Numbers that lose bits so without being quant
 
 from __future__ import annotations
 
+import errno
 import json
 import tempfile
 from collections import Counter
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 
 from qmix import gguf
-from qmix.errors import CheckpointError, ConfigError
+from qmix.errors import CheckpointError, ConfigError, DoesNotFit, QmixError
 from qmix.formats import TORCH_DTYPES
 from qmix.formats.ggml import READ
 from qmix.gguf.header import Header
@@ -76,10 +77,7 @@ def open_gguf(path: Path, opened: ExitStack) -> Opened:
     raw, model = _read_model(paths[0], headers[0].metadata, locations)
     layout, unused = _account(paths[0], model, locations)
     used = {source.name: locations[source.name] for source in layout.values()}
-    folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="qmix-gguf-")))
-    for name, data in _files(paths[0], raw, headers[0].metadata).items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(data)
+    folder = _written(_files(paths[0], raw, headers[0].metadata), opened)
     types = {name: used[source.name].entry.dtype for name, source in layout.items()}
     return Opened(raw, model, used, layout, unused, _notes(paths[0], model, layout, used), folder,
                   _carried(model, layout, used), types, gguf=True)
@@ -132,6 +130,20 @@ def _files(path: Path, raw: Mapping[str, Any], metadata: Mapping[str, Any]) -> d
         return {"config.json": json.dumps(raw, indent=2).encode(), **tokenizer_files(metadata)}
     except ConfigError as e:
         raise CheckpointError(f"{path}: {e.message}", e.cure or BELONG) from None
+
+
+def _written(files: Mapping[str, bytes], opened: ExitStack) -> Path:
+    """A folder of temporary files that holds them."""
+    try:
+        folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="qmix-gguf-")))
+        for name, data in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(data)
+    except OSError as e:
+        kind = DoesNotFit if e.errno in (errno.ENOSPC, errno.EDQUOT) else QmixError
+        raise kind(f"{tempfile.tempdir or 'temporary files'}: the tokenizer of a GGUF file cannot be written there: "
+                   f"{e.strerror or e}", "make room there, or set TMPDIR to another folder") from None
+    return folder
 
 
 def _account(path: Path, model: Model, locations: Mapping[str, Location]) -> tuple[Layout, tuple[str, ...]]:

@@ -22,21 +22,25 @@ Record = TypeVar("Record")
 
 def save(path: Path, format: str, version: int, values: Mapping[str, Any]) -> None:
     """Write `path`; QmixError where that fails, which leaves what was there."""
-    text = json.dumps({format: version, **values}, indent=2) + "\n"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        try:
-            with open(fd, "w") as file:
-                file.write(text)
-            Path(name).replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                Path(name).unlink()
-            raise
+        write_whole(path, json.dumps({format: version, **values}, indent=2) + "\n")
     except OSError as e:
         raise QmixError(f"{path}: cannot be written: {e.strerror}",
                         "check the folder's permissions and space") from None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Make or replace a file, whole or not at all, and its folder; OSError as the system gives it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with open(fd, "w") as file:
+            file.write(text)
+        Path(name).replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            Path(name).unlink()
+        raise
 
 
 def load(path: Path, format: str, version: int, make: Callable[[dict[str, Any]], Record], writer: str,

@@ -32,3 +32,15 @@ def present(folder: Path) -> Iterator[str]:
     for path in sorted((folder / TEMPLATES).glob("*.jinja")):
         if path.is_file() and TEMPLATE_NAME.fullmatch(name := f"{TEMPLATES}/{path.name}"):
             yield name
+
+
+def leads_away(path: Path) -> Path | None:
+    """Where a link leads that a stranger may have set: to a file of another name outside its folder, which a store
+    would copy and publish (chat_template.jinja -> ../../.ssh/id_rsa). None for a file, and for links that people and
+    the hub's cache set: within the folder, to a file of the same name, or to a blob of models--ORG--NAME."""
+    target = path.resolve()
+    top = path.parent.parent if path.parent.name == TEMPLATES else path.parent
+    blob = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    if not path.is_symlink() or target.name == path.name or blob or target.is_relative_to(top.resolve()):
+        return None
+    return target

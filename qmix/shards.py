@@ -27,6 +27,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_JSON = 256 * 2**20  # bytes of an index; of a model of a million tensors it has half of that
 SAMPLE = 4096  # bytes of each tensor that go into a fingerprint
+CHANGED = "let the download finish, then start again"
 REFETCH = "the checkpoint is incomplete or damaged: fetch it again"
 
 
@@ -46,6 +47,12 @@ class Shard:
         try:
             self._state = self._stat()
             self.file = read_header(path, CheckpointError) if header is None else header(path, self._fd)
+            # The header may have been read of another file that took the name meanwhile.
+            if not os.path.samestat(os.fstat(self._fd), path.stat()) or self._stat() != self._state:
+                raise CheckpointError(f"{path}: changed while it was being read", CHANGED)
+        except OSError as e:
+            self.close()
+            raise CheckpointError(f"{path}: {e.strerror}", CHANGED) from None
         except BaseException:
             self.close()
             raise
@@ -70,8 +77,7 @@ class Shard:
         except OSError as e:
             raise CheckpointError(f"{self.file.path}: {entry.name}: {e.strerror}", REFETCH) from None
         if changed:
-            raise CheckpointError(f"{self.file.path}: changed while it was being read ({entry.name})",
-                                  "let the download finish, then start again")
+            raise CheckpointError(f"{self.file.path}: changed while it was being read ({entry.name})", CHANGED)
         return buffer
 
     def change(self, act: Callable[[], None]) -> None:

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from qmix import json_cache
 from qmix.checkpoint import Checkpoint
 from qmix.config import CALIBRATED, GROUPED_BITS, QuantConfig, parse_kind
 from qmix.errors import DoesNotFit, Interrupted
@@ -206,10 +207,7 @@ def _with(quant: QuantConfig, kinds: tuple[tuple[str, str], ...], mix: tuple[str
 
 
 def _save(file: Path, found: Sensitivity, say: Callable[[str], None]) -> None:
-    draft = file.with_suffix(".tmp")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps(found.to_json()))
-        draft.replace(file)
+        json_cache.write_whole(file, json.dumps(found.to_json()))
     except OSError as e:
         say(f"{file}: sensitivities could not be kept: {e.strerror}")

@@ -277,6 +277,9 @@ def _read_copies(source: Checkpoint) -> dict[str, bytes]:
     """{name: bytes} of config.json and what goes with it."""
     found = {}
     for name in (CONFIG, *source.extra_files):
+        if away := modelfiles.leads_away(source.folder / name):
+            raise CheckpointError(f"{source.path / name}: a link to {away}, which is no file of the checkpoint",
+                                  "copy that file there, if it belongs to the model")
         try:
             found[name] = read_file(source.folder / name, MAX_JSON, CheckpointError)
         except OSError as e:

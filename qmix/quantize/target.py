@@ -95,7 +95,11 @@ class Target:
                     return False
                 raise
         self.partial.rename(self.out)
-        sync_folder(self.out.parent)
+        try:
+            sync_folder(self.out.parent)
+        except OSError as e:  # the old store, if there was one, stays until the next run finds both
+            raise QmixError(f"{self.out}: whole, but the disk did not confirm its new name: {e.strerror}",
+                            "make room on the disk, or check it; `qmix verify --deep` reads the store again") from None
         if self.replaced.exists():
             _remove(self.replaced)
         return True

@@ -15,17 +15,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qmix.bounded import parse_json, read_file
+from qmix.bounded import parse_json, parse_unique, read_file
 from qmix.errors import ModelFileError, QmixError, UsageError, one_line
 from qmix.textfile import without_mark
 from qmix.tokenizer.files import FETCH, LFS, MAX_JSON, TokenizerFiles
 from qmix.tokenizer.message import CLOSE, OPEN
 from qmix.tokenizer.spm import ANCHOR, SPACE
+from qmix.tokenizer.steps import check_steps
 from qmix.tokenizer.stream import SILENT, Piece, StreamDecoder
 from qmix.tokenizer.vocabulary import Rendered, Vocabulary, check_text, looks_like_marker
 
 BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 SPELLED = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
+MAX_IDS = 2**22  # real vocabularies have 262,144
 PROBE = "Hello, the w\u00f6rld \u2014 \U0001F98A 12\n  end"
 
 
@@ -59,6 +61,8 @@ class JsonVocabulary(Vocabulary):
                    if token.special or looks_like_marker(token.content, files)}
         bos, eos = (entries.get(files.named.get(name, "")) for name in ("bos_token", "eos_token"))
         size = max(entries.values(), default=-1) + 1
+        if size > MAX_IDS:
+            raise ModelFileError(f"{path}: an id of {size - 1}, want less than {MAX_IDS}", FETCH)
         super().__init__(size, {text: i for text, i in markers.items() if text}, bos_id=bos, eos_id=eos,
                          unk_id=_unknown(self._tokenizer, files, entries), declared=special,
                          lstrip={i for i, token in added.items() if token.lstrip},
@@ -232,6 +236,19 @@ def _of_neox(raw: dict[str, Any], files: TokenizerFiles) -> dict[str, Any]:
             "post_processor": None}
 
 
+def _parsed(text: str) -> tuple[dict[str, Any], bool]:
+    """(the object that a JSON text holds, whether no key is there twice: else the library might take the other)."""
+    try:
+        raw, once = parse_unique(text.encode()), True
+    except json.JSONDecodeError:
+        raise
+    except ValueError:
+        raw, once = parse_json(text.encode()), False
+    if not isinstance(raw, dict):
+        raise ValueError("not an object")
+    return raw, once
+
+
 def _load(path: Path, files: TokenizerFiles) -> tuple[Any, list[dict[str, Any]]]:
     """The library's tokenizer, which neither cuts nor pads, and the steps of its decoder."""
     from tokenizers import Tokenizer
@@ -240,7 +257,10 @@ def _load(path: Path, files: TokenizerFiles) -> tuple[Any, list[dict[str, Any]]]
         text = without_mark(read_file(path, MAX_JSON).decode("utf-8"))
         if text.startswith("version https://git-lfs"):
             raise ModelFileError(f"{path}: a Git LFS pointer, not the file itself", LFS)
-        raw = parse_json(text.encode())
+        raw, once = _parsed(text)
+        check_steps(path, raw)
+        if not once:
+            text = json.dumps(raw)
         if files.neox and raw["model"].get("type") == "BPE":
             raw = _of_neox(raw, files)
             text = json.dumps(raw)
