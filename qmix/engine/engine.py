@@ -31,6 +31,7 @@ from qmix.kernels.device_table import does_not_run
 from qmix.kernels.native import Native
 from qmix.kernels.rows import bound_formats
 from qmix.kernels.table import KernelTable
+from qmix.offload.expert_map import ExpertMap
 from qmix.offload.plan import Plan
 from qmix.offload.setup import Offload
 from qmix.sizes import format_bytes
@@ -68,6 +69,7 @@ class Engine:
         self._sessions = 0
         self._say, self._said = say, ""
         self._paces: dict[int, Pace] = {}
+        self._map = ExpertMap(store.model, plan.tiers, offload.stats)
         self._mtp: MtpPace | None = None  # of the pace that was asked for last
 
     @property
@@ -334,6 +336,16 @@ class Engine:
         second = min(100.0 - first, 100.0 * figures["below"] / chosen)
         rest = {} if self.plan.resident else {"disk": 100.0 - first - second}
         return {"vram": first, "ram": 100.0 - first if self.plan.resident else second, **rest}
+
+    def on_layer(self, notify: Callable[[], None]) -> None:
+        """Call `notify` whenever a layer's router has chosen, in the thread that computes: it may look at the figures.
+        It must be quick, and not raise."""
+        self._offload.experts.on_layer(notify)
+
+    def expert_map(self) -> dict[str, Any]:
+        """Where each expert is and how often the last tokens chose it; see offload.expert_map. Only in the thread that
+        computes, or while nothing is computed."""
+        return self._map.look(self._offload.tiers)
 
     def reset_stats(self) -> None:
         """Start the figures anew."""
