@@ -1,6 +1,6 @@
 """The page to chat on: files that this package holds, sent as they are, from memory.
 
-    /             index.html
+    /             index.html, for those that accept HTML
     /page/NAME    the scripts and styles that it asks for
 
 The page asks for nothing from anywhere else, and its Content-Security-Policy keeps it so: whatever a model writes, a
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from fastapi import APIRouter, Request
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 PREFIX = "/page/"
 TYPES = {"html": "text/html; charset=utf-8", "css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8",
@@ -76,7 +76,11 @@ def page_router(files: Mapping[str, PageFile]) -> APIRouter:
         return Response(file.data, headers=headers, media_type=file.kind)
 
     async def index(request: Request) -> Response:
-        return send(request, "index.html")
+        """The page for browsers; a line for programs that look whether there is a server, as ollama's do."""
+        found = send(request, "index.html") if "text/html" in request.headers.get("accept", "") else \
+            PlainTextResponse("qmix is running\n")
+        found.headers["Vary"] = "Accept"
+        return found
 
     async def part(request: Request, name: str) -> Response:
         return send(request, name)

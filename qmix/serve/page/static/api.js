@@ -71,8 +71,8 @@ export async function* chat(body, signal) {
   let ended = false;
   for await (const data of events(response.body)) {
     if (data === "[DONE]") {
-      ended = true;
-      break;
+      ended = true; // the stream is read to its end, so that the connection can be used again
+      continue;
     }
     const chunk = JSON.parse(data);
     if (chunk.error) throw new ServerError(chunk.error.message, 200);

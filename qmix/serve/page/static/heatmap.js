@@ -39,7 +39,7 @@ export class HeatMap {
     for (const [letter, name] of [["v", "--vram"], ["r", "--ram"], [".", "--disk"], ["+", "--coming"]]) {
       colour[letter] = style.getPropertyValue(name).trim();
     }
-    const hot = style.getPropertyValue("--hot").trim();
+    const [hot, ground] = ["--hot", "--ground"].map((name) => style.getPropertyValue(name).trim());
     const strongest = Math.max(1, ...map.heat.map((row) => (row ? Math.max(...row) : 0)));
     context.scale(ratio, ratio);
     const gap = width >= 5 ? 1 : 0;
@@ -52,9 +52,14 @@ export class HeatMap {
         context.fillRect(x, y, width - gap, height - gap);
         const heat = map.heat[layer] ? map.heat[layer][expert] : 0;
         if (heat) {
+          const inner = [x + edge, y + edge, width - gap - 2 * edge, height - gap - 2 * edge];
+          if (edge > gap) { // where the cell is large the two colours do not mix
+            context.fillStyle = ground;
+            context.fillRect(...inner);
+          }
           context.globalAlpha = 0.15 + 0.85 * Math.sqrt(heat / strongest);
           context.fillStyle = hot;
-          context.fillRect(x + edge, y + edge, width - gap - 2 * edge, height - gap - 2 * edge);
+          context.fillRect(...inner);
         }
       }
     });

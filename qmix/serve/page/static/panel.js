@@ -68,8 +68,8 @@ export class Panel {
       const { decode, prefill, prefetcher } = stats.offload;
       this.measure(stats.offload);
       rows.push(["Answers", rate(this.rates.decode)], ["Prompts", rate(this.rates.prefill)],
-        ["Hits, lately", share(this.rates.hits)],
-        ["Hits, in all", share(ratio(decode.hits, decode.chosen))],
+        ["Hit rate, lately", share(this.rates.hits)],
+        ["Hit rate, in all", share(ratio(decode.hits, decode.chosen))],
         ["Read from disk", bytes(decode.bytes_read + prefill.bytes_read)],
         ["Prefetch", prefetch(stats.offload.prefetch, prefetcher)]);
     }
@@ -103,7 +103,7 @@ export class Panel {
       const [used, budget] = gpu ? [memory.vram_taken, memory.vram_budget] : [memory.peak, memory.budget];
       const around = document.createElement("div");
       const bar = document.createElement("progress");
-      const label = element("label", `${tier.name}: ${bytes(used)} ${gpu ? "" : "at most so far "}of ${bytes(budget)}`);
+      const label = element("label", `${tier.name}: ${gpu ? "" : "peak "}${bytes(used)} of ${bytes(budget)}`);
       const id = `memory-${tier.letter}`;
       label.htmlFor = bar.id = id;
       bar.max = budget;
