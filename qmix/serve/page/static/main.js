@@ -52,6 +52,9 @@ class Page {
     });
     byId("notice-close").addEventListener("click", () => { byId("notice").hidden = true; });
     byId("key").addEventListener("close", () => this.keyGiven());
+    for (const cancel of document.querySelectorAll("dialog [data-close]")) { // a submit button would be what Enter does
+      cancel.addEventListener("click", () => cancel.closest("dialog").close());
+    }
     window.addEventListener("hashchange", () => this.openHash());
   }
 
