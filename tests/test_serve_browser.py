@@ -158,6 +158,7 @@ def test_ask_stream_stop_regenerate_edit_and_reload(running: Running, engine: Sc
     page.get_by_role("button", name="Answer again").last.click()
     tab.wait()
     tab.until(["Hello", "the first answer", "More", "the second answer"])
+    playwright.expect(page.locator("#question")).to_be_focused()  # the button is gone: the keyboard has a place
     assert "2 of 2" in page.locator(".tools").last.inner_text()
 
     page.get_by_role("button", name="Edit this message").first.click()
@@ -393,6 +394,9 @@ def test_the_heat_map_moves_and_polling_ends_when_the_panel_is_closed(tmp_path: 
         tab.ask("Tell me a story about a fox and a lantern.")
         tab.wait()
         tab.eventually(lambda: picture() != before)
+        both = picture()
+        page.get_by_label("Show").select_option("places")
+        tab.eventually(lambda: picture() != both)
         page.get_by_text("The map as a table").click()
         rows = page.locator("#map-table tbody tr")
         playwright.expect(rows).to_have_count(6)

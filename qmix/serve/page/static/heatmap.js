@@ -5,10 +5,13 @@ const NARROWEST = 2; // CSS pixels of a cell
 const HIGHEST = 14;
 
 export class HeatMap {
-  constructor(canvas, cell) {
+  /** mode: a select of what is drawn: "both", "places" or "heat". */
+  constructor(canvas, cell, mode) {
     this.canvas = canvas;
+    this.mode = mode;
     this.cell = cell;
     this.map = null;
+    mode.addEventListener("change", () => this.draw());
     canvas.addEventListener("pointermove", (event) => this.point(event));
     canvas.addEventListener("pointerleave", () => { cell.textContent = ""; });
     new ResizeObserver(() => this.draw()).observe(canvas.parentElement);
@@ -42,15 +45,16 @@ export class HeatMap {
     const [hot, ground] = ["--hot", "--ground"].map((name) => style.getPropertyValue(name).trim());
     const strongest = Math.max(1, ...map.heat.map((row) => (row ? Math.max(...row) : 0)));
     context.scale(ratio, ratio);
+    const mode = this.mode.value;
     const gap = width >= 5 ? 1 : 0;
     const edge = width >= 7 && height >= 7 ? 2 : gap; // how much of its place a hot expert shows
     map.held.forEach((row, layer) => {
       for (let expert = 0; expert < row.length; expert += 1) {
         const [x, y] = [expert * width, layer * height];
         context.globalAlpha = 1;
-        context.fillStyle = colour[row[expert]] || colour["."];
+        context.fillStyle = mode === "heat" ? colour["."] : colour[row[expert]] || colour["."];
         context.fillRect(x, y, width - gap, height - gap);
-        const heat = map.heat[layer] ? map.heat[layer][expert] : 0;
+        const heat = map.heat[layer] && mode !== "places" ? map.heat[layer][expert] : 0;
         if (heat) {
           const inner = [x + edge, y + edge, width - gap - 2 * edge, height - gap - 2 * edge];
           if (edge > gap) { // where the cell is large the two colours do not mix

@@ -203,6 +203,8 @@ class Page {
     this.answers.set(conversation, answer);
     this.draw();
     this.scroll(true);
+    // What was pressed is gone; the keyboard goes on at the button that has come.
+    if (document.activeElement !== byId("question")) byId("stop").focus();
     this.say("Waiting for the answer.");
     const clock = setInterval(() => {
       const seconds = Math.round((performance.now() - answer.started) / 1000);
@@ -213,7 +215,9 @@ class Page {
     this.answers.delete(conversation);
     if (conversation === this.conversation) {
       const near = this.nearEnd();
+      const stopped = document.activeElement === byId("stop");
       this.draw();
+      if (stopped && matchMedia("(pointer: fine)").matches) byId("question").focus();
       if (near) this.scroll(true);
     }
     this.say(error ? "The answer failed: " + error.message : node.state === "done" ? "The answer is complete."

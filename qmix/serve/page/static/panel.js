@@ -14,7 +14,7 @@ export class Panel {
   /** denied: called where the server wants another key. */
   constructor(denied) {
     this.denied = denied;
-    this.heatMap = new HeatMap(byId("map"), byId("map-cell"));
+    this.heatMap = new HeatMap(byId("map"), byId("map-cell"), byId("map-mode"));
     this.last = null; // the figures before
     this.rates = { decode: null, prefill: null, hits: null };
     this.timer = 0;
