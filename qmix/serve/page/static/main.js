@@ -242,10 +242,13 @@ class Page {
     const running = this.answer;
     const acts = { choose: (node) => this.choose(node), regenerate: (node) => this.regenerate(node),
       edit: (node, text) => this.ask(addNode(this.conversation, node.parent, "user", text)) };
+    const unfolded = new Set(Array.from(this.views.values()).filter((view) => view.thoughts.open)
+      .map((view) => view.node.id));
     this.views.clear();
     const shown = path(conversation);
     for (const node of shown) {
       const view = new MessageView(conversation, node, acts, running);
+      view.thoughts.open = unfolded.has(node.id);
       this.views.set(node.id, view);
     }
     byId("messages").replaceChildren(...Array.from(this.views.values(), (view) => view.element));

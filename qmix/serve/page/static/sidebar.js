@@ -35,12 +35,7 @@ export class Sidebar {
 
   async draw(id) {
     this.shown = id;
-    let titles;
-    try {
-      titles = await this.store.titles();
-    } catch {
-      return; // the store has said what is wrong
-    }
+    const titles = await this.store.titles();
     const focused = document.activeElement?.closest?.("#list li")?.dataset.id;
     byId("list").replaceChildren(...titles.map((one) => this.line(one)));
     if (focused) byId("list").querySelector(`[data-id="${CSS.escape(focused)}"] a`)?.focus();
@@ -66,8 +61,7 @@ export class Sidebar {
 
   async askDelete(id, name) {
     if (await ask("Delete the chat?", `${name} is removed from this browser, with all its messages.`, "Delete", null)) {
-      await this.store.remove(id);
-      this.removed(id);
+      if (await this.store.remove(id)) this.removed(id);
     }
   }
 }

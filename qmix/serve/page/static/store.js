@@ -51,7 +51,11 @@ export class Store {
   /** [{id, title, updated}], the last one used first. */
   async titles() {
     let found = [];
-    if (this.database) found = await done(this.database.transaction("titles").objectStore("titles").getAll());
+    try {
+      if (this.database) found = await done(this.database.transaction("titles").objectStore("titles").getAll());
+    } catch (error) {
+      this.trouble(`The browser did not give the list of chats (${error.message}).`);
+    }
     const kept = found.filter((one) => !this.memory.has(one.id));
     return [...kept, ...Array.from(this.memory.values(), summary)].sort((a, b) => b.updated - a.updated);
   }
@@ -59,7 +63,12 @@ export class Store {
   async load(id) {
     if (this.memory.has(id)) return this.memory.get(id);
     if (!this.database) return null;
-    return await done(this.database.transaction("conversations").objectStore("conversations").get(id)) || null;
+    try {
+      return await done(this.database.transaction("conversations").objectStore("conversations").get(id)) || null;
+    } catch (error) {
+      this.trouble(`The browser did not give this chat (${error.message}).`);
+      return null;
+    }
   }
 
   /** Keep a conversation. Where another tab has changed it, it gets an id of its own first; true then. */
@@ -97,16 +106,23 @@ export class Store {
     return forked;
   }
 
+  /** Whether it is gone. */
   async remove(id) {
-    this.memory.delete(id);
-    if (this.database) {
-      const transaction = this.database.transaction(["conversations", "titles"], "readwrite");
-      const ended = finished(transaction);
-      transaction.objectStore("conversations").delete(id);
-      transaction.objectStore("titles").delete(id);
-      await ended;
+    try {
+      if (this.database) {
+        const transaction = this.database.transaction(["conversations", "titles"], "readwrite");
+        const ended = finished(transaction);
+        transaction.objectStore("conversations").delete(id);
+        transaction.objectStore("titles").delete(id);
+        await ended;
+      }
+    } catch (error) {
+      this.trouble(`The browser did not delete this chat (${error.message}).`);
+      return false;
     }
+    this.memory.delete(id);
     this.tell({ id, gone: true });
+    return true;
   }
 
   tell(change) {
