@@ -100,6 +100,12 @@ class ScriptedEngine:
     def pace(self, longest: int) -> None:
         return None
 
+    def on_layer(self, notify: Callable[[], None]) -> None:
+        pass
+
+    def expert_map(self) -> dict[str, Any]:
+        return {"layers": [0], "experts": 2, "tokens": self.passes, "tiers": [], "held": ["r."], "heat": [[50, 0]]}
+
     def stats(self) -> dict[str, Any]:
         phase = dict.fromkeys(("chosen", "hits", "prefetched", "below", "bytes_read", "bytes_up", "bytes_down"), 0)
         return {"experts": {"ram": 100.0}, "memory": {"budget": 1, "peak": 1},

@@ -33,6 +33,7 @@ from qmix.kernels.device_table import does_not_run
 from qmix.kernels.native import Native
 from qmix.kernels.rows import bound_formats
 from qmix.kernels.table import KernelTable
+from qmix.offload.expert_map import ExpertMap
 from qmix.offload.plan import Plan
 from qmix.offload.setup import Offload
 from qmix.sizes import format_bytes
@@ -70,6 +71,7 @@ class Engine:
         self._sessions = 0
         self._say, self._said = say, ""
         self._paces: dict[int, Pace] = {}
+        self._map = ExpertMap(store.model, plan.tiers, offload.stats)
         self._mtp: MtpPace | None = None  # of the pace that was asked for last
 
     @property
@@ -300,6 +302,16 @@ class Engine:
             memory |= {"vram_budget": self.plan.tiers[0].budget, "vram_taken": self.device.taken(),
                        "vram_beside": self.device.beside()}
         return {"experts": tiers, "memory": memory, "offload": report}
+
+    def on_layer(self, notify: Callable[[], None]) -> None:
+        """Call `notify` whenever a layer's router has chosen, in the thread that computes: it may look at the figures.
+        It must be quick, and not raise."""
+        self._offload.experts.on_layer(notify)
+
+    def expert_map(self) -> dict[str, Any]:
+        """Where each expert is and how often the last tokens chose it; see offload.expert_map. Only in the thread that
+        computes, or while nothing is computed."""
+        return self._map.look(self._offload.tiers)
 
     def reset_stats(self) -> None:
         """Start the figures anew."""

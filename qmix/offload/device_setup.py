@@ -111,7 +111,8 @@ def open_device_offload(store: Store, device: Device, kernels: DeviceKernels, pl
             return {"device": {"name": device.name, "slots": len(high.slots), "slots_below": len(low.slots), **(
                 {} if split is None else {"copy_gbps": split.copy_gbps, "host_gbps": split.host_gbps})}}
 
-        return Offload(experts, high, readers, prefetcher, stats, choices.policy, opened.pop_all(), meter, extra)
+        return Offload(experts, high, readers, prefetcher, stats, choices.policy, opened.pop_all(), meter, extra,
+                       low)
 
 
 def measured(how: DeviceOptions, low: Tier, copies: Copies, views: Sequence[tuple[Packed, Packed]], host: KernelTable,

@@ -96,6 +96,10 @@ class PagedExperts:
         """(w13, w2) of a slot of each kind of record."""
         return list({(w13.spec, w2.spec): (w13, w2) for w13, w2 in self._views}.values())
 
+    def on_layer(self, notify: Callable[[], None]) -> None:
+        """See RoutingWatch.notify."""
+        self._watch.notify = notify
+
     @property
     def traces(self) -> bool:
         """Whether every decision is recorded."""

@@ -213,6 +213,13 @@ class RouterStats:
             stats._known[phase] = Counts(tokens, one["counts"], one["last"], one["transitions"])
         return stats
 
+    def counted(self) -> tuple[int, Table]:
+        """(tokens, counts [L][E]) of both phases since `saved`, copied: for whoever looks again and again, without the
+        transitions, which are E times as much."""
+        parts = list(self._fresh.values())
+        return sum(part.tokens for part in parts), [
+            list(map(sum, zip(*rows, strict=True))) for rows in zip(*(part.counts for part in parts), strict=True)]
+
     def fresh(self) -> RouterStats | None:
         """What was seen since it was loaded or saved last; None where that is nothing."""
         if not any(part.tokens for part in self._fresh.values()):

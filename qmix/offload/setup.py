@@ -57,13 +57,16 @@ class OffloadOptions:
 
 class Offload:
     """The running parts. experts: what the model calls; meter: what moved and ran so far, None for the readers alone;
-    extra: more to report. Close it; reads that have begun are waited for."""
+    extra: more to report; below: the tier from which `tier` is filled, where that is not the disk. Close it; reads that
+    have begun are waited for."""
 
     def __init__(self, experts: PagedExperts, tier: Tier, readers: Readers, prefetcher: Prefetcher,
                  stats: RouterStats, policy: str, closing: ExitStack,
-                 meter: Callable[[], Meter] | None = None, extra: Callable[[], dict[str, Any]] = dict):
+                 meter: Callable[[], Meter] | None = None, extra: Callable[[], dict[str, Any]] = dict,
+                 below: Tier | None = None):
         self.experts = experts
         self.tier = tier
+        self.tiers = (tier,) if below is None else (tier, below)  # fastest first; what is in none is on the disk
         self.stats = stats
         self._readers = readers
         self._prefetcher = prefetcher

@@ -45,6 +45,7 @@ class RoutingWatch:
         self.stats = stats
         self._trace = trace
         self._say = say
+        self.notify: Callable[[], None] = lambda: None  # called as each layer's choices come, in the computing thread
         self._decoded: list[list[list[int]]] = []  # by layer, by token: the experts, in decode
         self._held: list[list[list[int]]] = []  # by token, by layer: a pass with drafts, not counted yet
         self._counts: list[list[int]] = []
@@ -86,6 +87,7 @@ class RoutingWatch:
             self._end(step, len(ids))
 
     def _begin(self, layer: int) -> None:
+        self.notify()
         if layer == 0:
             self._decoded, self._counts, self._transitions, self._before = [], [], [], None
             if self._trace is not None:

@@ -26,6 +26,7 @@ from qmix.serve.ollama.routes import router as ollama_router
 from qmix.serve.openai.responses_routes import router as responses_router
 from qmix.serve.openai.responses_store import ResponseStore
 from qmix.serve.openai.routes import router as openai_router
+from qmix.serve.page import page_files, page_router
 from qmix.serve.routing import state_of
 from qmix.serve.service import Service
 
@@ -40,6 +41,8 @@ def make_app(service: Service, defaults: SamplingParams) -> ASGIApp:
     app.add_api_route("/health", _health, methods=["HEAD"], include_in_schema=False)
     app.add_api_route("/metrics", _metrics, methods=["GET"])
     app.add_api_route("/v1/stats", _stats, methods=["GET"])
+    app.add_api_route("/v1/stats/experts", _experts, methods=["GET"])
+    app.include_router(page_router(page_files()))
     for kind in (BadRequest, QmixError, HTTPException, Exception):
         app.add_exception_handler(kind, _failed)
     app.add_exception_handler(ClientDisconnect, _left)
@@ -83,6 +86,14 @@ async def _stats(request: Request) -> Response:
     found = service.figures()
     return JSONResponse({"model": service.options.names[0], "state": service.engine.state, "running": found.running,
                          "waiting": found.waiting, **found.engine})
+
+
+async def _experts(request: Request) -> Response:
+    """Where each expert is, and how often the last tokens chose it. The first answer may be old: the map is kept up to
+    date only as long as somebody asks."""
+    service, _ = state_of(request)
+    return JSONResponse({"model": service.options.names[0], "state": service.engine.state,
+                         **service.engine.ask_map()})
 
 
 async def _failed(request: Request, error: Exception) -> Response:

@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from qmix import render
@@ -25,7 +26,7 @@ from qmix.config import Cancel
 from qmix.errors import QmixError, UsageError
 from qmix.serve.answering import Answering, Asked
 from qmix.serve.events import Event, Failed, Finished
-from qmix.serve.fair_queue import FairQueue, Full
+from qmix.serve.fair_queue import Empty, FairQueue, Full
 from qmix.serve.prepare import Preparation, Prepared
 from qmix.serve.remembered import Remembered
 from qmix.serve.sessions import Sessions
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 State = Literal["loading", "ready", "stopping", "stopped", "failed"]
 FAULTS = 3  # one after the other, after which the thread ends: the engine is of no use any more
 FIGURES_EVERY = 1.0  # seconds between two looks at the engine's figures
+MAP_FOR = 10.0  # seconds for which the map of the experts is kept up to date once somebody asked for it
 
 
 class NotReady(QmixError):
@@ -81,6 +83,7 @@ class EngineThread:
         self.error: BaseException | None = None  # why it failed
         self.preparation: Preparation | None = None
         self.figures: dict[str, Any] = {}  # Engine.stats, as of a moment ago
+        self.expert_map: dict[str, Any] = {}  # Engine.expert_map, as of a moment ago where somebody asks for it
         self.running: Job | None = None
         self.remembered = Remembered()
         self._open_engine = open_engine
@@ -88,6 +91,7 @@ class EngineThread:
         self._clock = clock
         self._queue: FairQueue[Job] = FairQueue(options.waiting)
         self._looked = 0.0
+        self._map_asked = -MAP_FOR
         self._thread = threading.Thread(target=self._run, name="qmix-engine", daemon=True)
 
     @property
@@ -108,6 +112,11 @@ class EngineThread:
             raise NotReady({"loading": "the model is being loaded", "failed": "the model could not be loaded"}.get(
                 self.state, "the server stops"), "try again in a moment" if self.state == "loading" else None)
         return self.preparation
+
+    def ask_map(self) -> dict[str, Any]:
+        """`expert_map`, which from now on is kept up to date for a while; {} before the model is loaded."""
+        self._map_asked = self._clock()
+        return self.expert_map
 
     def submit(self, job: Job) -> None:
         """Busy, or NotReady."""
@@ -141,7 +150,8 @@ class EngineThread:
                 engine = opened.enter_context(self._open_engine())
                 sessions = Sessions(engine, self.options.sessions)
                 self.preparation = Preparation(engine.tokenizer, engine.plan.context, self.remembered, engine.exact)
-                self.figures = engine.stats()
+                self.figures, self.expert_map = engine.stats(), engine.expert_map()
+                engine.on_layer(partial(self._look, engine))
                 if self.state == "loading":
                     self.state = "ready"
                     self._said("ready")
@@ -156,7 +166,7 @@ class EngineThread:
     def _serve(self, engine: Engine, sessions: Sessions) -> None:
         """A fault fails the job in hand and its session, and no other one, until FAULTS come one after the other."""
         faults = 0
-        while (job := self._queue.get()) is not None:
+        while (job := self._next(engine)) is not None:
             if job.cancel:
                 continue
             self.running = job
@@ -180,6 +190,14 @@ class EngineThread:
                 sessions.release()
                 self.running = None
                 self._look(engine, now=True)
+
+    def _next(self, engine: Engine) -> Job | None:
+        """The next job, None for none any more. Meanwhile records may arrive."""
+        while True:
+            try:
+                return self._queue.get(FIGURES_EVERY)
+            except Empty:
+                self._look(engine)
 
     def _answer(self, engine: Engine, sessions: Sessions, job: Job) -> None:
         """All choices of all prompts of a job, one after the other."""
@@ -207,5 +225,8 @@ class EngineThread:
 
     def _look(self, engine: Engine, now: bool = False) -> None:
         """Note the engine's figures, now and then."""
-        if now or self._clock() - self._looked >= FIGURES_EVERY:
-            self.figures, self._looked = engine.stats(), self._clock()
+        clock = self._clock()
+        if now or clock - self._looked >= FIGURES_EVERY:
+            self.figures, self._looked = engine.stats(), clock
+            if clock - self._map_asked < MAP_FOR:
+                self.expert_map = engine.expert_map()

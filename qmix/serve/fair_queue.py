@@ -14,6 +14,10 @@ class Full(Exception):
     """There are as many waiting as there may be."""
 
 
+class Empty(Exception):
+    """Nothing came in the given time."""
+
+
 class FairQueue(Generic[Item]):
     """Any thread may call any method. limit: how many may wait, all clients together."""
 
@@ -35,10 +39,12 @@ class FairQueue(Generic[Item]):
             self._waiting.setdefault(client, deque()).append(item)
             self._changed.notify()
 
-    def get(self) -> Item | None:
-        """The next one, when there is one; None as soon as the queue is closed and empty."""
+    def get(self, timeout: float | None = None) -> Item | None:
+        """The next one, when there is one; None as soon as the queue is closed and empty. Empty after `timeout`
+        seconds without either."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._closed)
+            if not self._changed.wait_for(lambda: self._waiting or self._closed, timeout):
+                raise Empty
             if not self._waiting:
                 return None
             client, items = self._waiting.popitem(last=False)

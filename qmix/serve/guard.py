@@ -2,7 +2,7 @@
 
     Host     one that this server goes by: a page whose name was made to point at 127.0.0.1 (DNS rebinding) has another
     Origin   none, the server's own, or one that --cors names: other pages may not even ask
-    key      Authorization: Bearer, or x-api-key, compared in constant time; /health needs none
+    key      Authorization: Bearer, or x-api-key, compared in constant time; /health and the chat page need none
     body     not longer than allowed, whatever Content-Length says, not slower, and not too many at a time
 """
 
@@ -18,6 +18,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from qmix.serve.page import is_page
 from qmix.serve.service import ServerOptions
 
 OPEN_PATHS = ("/health",)
@@ -84,7 +85,8 @@ class Guard:
         origin = headers.get("origin")
         if origin is not None and not {origin, "*"} & {*self._options.origins} and _netloc(origin) != host:
             return 403, "origin_not_allowed", f"pages of {origin!r:.100} may not use this server; --cors allows them"
-        wanted = self._keys and scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS"
+        is_open = scope["path"] in OPEN_PATHS or is_page(scope["path"]) or scope["method"] == "OPTIONS"
+        wanted = self._keys and not is_open
         if wanted and not self._has_key(headers):
             return 401, "invalid_api_key", "no valid API key was given: send Authorization: Bearer KEY, or x-api-key"
         length = headers.get("content-length", "")

@@ -39,8 +39,7 @@ class Metrics:
         self.whole = histogram("e2e_request_latency_seconds", "From the request to its end.", WHOLE).labels(model)
         self._success = Counter("qmix_request_success", "Answers that ended, by why.",
                                 [*labels, "finished_reason"], registry=self._registry)
-        self._failures = Counter("qmix_request_failure", "Requests that failed while they were computed.", labels,
-                                 registry=self._registry)
+        self._failures = counter("request_failure", "Requests that failed while they were computed.").labels(model)
         self._model = model
         self._registry.register(_Engine(model, figures))
 
@@ -66,7 +65,7 @@ class Metrics:
                 self._success.labels(self._model, {"calls": "stop", "cancelled": "abort"}.get(
                     event.reason, event.reason)).inc()
             elif isinstance(event, Failed):
-                self._failures.labels(self._model).inc()
+                self._failures.inc()
             else:
                 self.whole.observe(clock() - arrived)
         return see

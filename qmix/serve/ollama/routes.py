@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 
 from qmix import __version__
 from qmix.serve.answers import dumps, lines, until_cancelled, whole
@@ -21,13 +21,6 @@ from qmix.serve.routing import body_schema, client_of, served_name, state_of
 from qmix.serve.service import Service
 
 router = APIRouter()
-
-
-@router.head("/", include_in_schema=False)
-@router.get("/")
-async def root() -> Response:
-    """Clients look here whether there is a server."""
-    return PlainTextResponse("qmix is running")
 
 
 @router.head("/api/version", include_in_schema=False)
