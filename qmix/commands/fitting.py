@@ -22,7 +22,8 @@ from qmix.commands.quantization import Described, Flags, choose
 from qmix.config import QuantConfig
 from qmix.errors import DoesNotFit
 from qmix.offload.forecast import Forecast, Speeds, forecast
-from qmix.offload.plan import STAGING, Needs, Plan, choose_context
+from qmix.offload.needs import Needs, choose_context
+from qmix.offload.plan import STAGING, Plan
 from qmix.sizes import format_bytes
 from qmix.spec import Model
 from qmix.store import StoreLayout

@@ -29,6 +29,6 @@ class Vocabulary:
         keys.want(not wrong, f"{prefix}token_type", sorted(wrong), f"{NORMAL} to {BYTE}")
         if len({*texts}) < len(texts) and not twice:
             seen: set[str] = set()
-            twice = next(text for text in texts if text in seen or seen.add(text))  # type: ignore[func-returns-value]
-            raise ConfigError(f"{prefix}tokens: {twice!r:.60}: is there twice", REFETCH)
+            again = next(text for text in texts if text in seen or seen.add(text))  # type: ignore[func-returns-value]
+            raise ConfigError(f"{prefix}tokens: {again!r:.60}: is there twice", REFETCH)
         return cls(texts, kinds)
