@@ -7,7 +7,7 @@
 The matrices of a format are larger together than the last cache, so each call finds its weights in memory. In each
 turn every library computes all matrices once, and a bare read of as many bytes follows; ratios are taken within a turn,
 then their median. GOP/s count a product and a sum as two operations; they are compared with the bare dot products of
-the same number of threads (Native.peak). OLD.so is _native*.so of another commit with the same ABI.
+the same number of threads (NativeProducts.peak). OLD.so is _native*.so of another commit with the same ABI.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from peers_report import table
 
 from qmix.formats.packed import TORCH_DTYPES, Packed
 from qmix.hardware.cores import cpu_model
-from qmix.kernels.native import Native, Product
+from qmix.kernels.native import NativeProducts, Product
 from qmix.sizes import CARRIED, MX_GROUP, MatrixSpec, with_layout
 
 FORMATS = ("int4/64", "int4/32", "mxfp4/64", "int3/64", "int3/32", "int2/64", "int2/32", "int8",
@@ -57,9 +57,9 @@ def random_matrices(name: str, rows: int, cols: int, nbytes: int) -> list[Packed
     return found
 
 
-def at_library(level: str, activations: str, threads: int, path: Path | None = None) -> Native:
+def at_library(level: str, activations: str, threads: int, path: Path | None = None) -> NativeProducts:
     """The kernels of one level, of this build or of the library at `path`."""
-    found = Native(level, activations)
+    found = NativeProducts(level, activations)
     found.threads = threads
     if path is not None:
         found._library = ctypes.CDLL(str(path.resolve()))
@@ -68,7 +68,7 @@ def at_library(level: str, activations: str, threads: int, path: Path | None = N
     return found
 
 
-def measure(kernels: dict[str, Native], matrices: Sequence[Packed], tokens: int, turns: int,
+def measure(kernels: dict[str, NativeProducts], matrices: Sequence[Packed], tokens: int, turns: int,
             clock: Clock) -> dict[str, Any]:
     """{"nbytes", "operations", "seconds": {library: of each turn}, "read": of each turn}, after one turn that does not
     count."""

@@ -44,7 +44,7 @@ def inputs_of(d: DeltaNet, tokens: int) -> list[torch.Tensor]:
 
 def token_works(d: DeltaNet, level: str, threads: int, layers: int) -> tuple[Works, Callable[[], object]]:
     """A token through so many layers; a bare read of their states."""
-    own = native.LayerOps(level)
+    own = native.NativeLayerOps(level)
     own.threads = threads
     *rows, a_log, dt_bias = inputs_of(d, 1)
     kept = [torch.randn(d.value_heads, d.key_dim, d.value_dim) for _ in range(2 * layers)]

@@ -106,8 +106,8 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where things are: results, scratch; the log of all output."""
+class Folders:
+    """Of results and of scratch; and the log of all output."""
 
     out: Path | None
     scratch: Path
@@ -147,16 +147,16 @@ def have(name: str, args: argparse.Namespace) -> bool:
     return name not in args.without.split(",") and importlib.util.find_spec(name) is not None
 
 
-def facts(args: argparse.Namespace, env: Mapping[str, str], place: Place) -> None:
+def facts(args: argparse.Namespace, env: Mapping[str, str], folders: Folders) -> None:
     """What machine this is; each question has a few seconds."""
     shell = {"nvidia-smi": "nvidia-smi", "cores": "nproc; grep -m1 'model name' /proc/cpuinfo",
              "memory": "free -g; cat /sys/fs/cgroup/memory.max 2>/dev/null", "space": "df -h /dev/shm /tmp",
              "tools": "gcc --version | head -1; nvcc --version | tail -2; uname -sr"}
     for name, command in shell.items():
-        place.log(f"== {name}\n{asked(['bash', '-c', command], env)}")
+        folders.log(f"== {name}\n{asked(['bash', '-c', command], env)}")
     code = ("import importlib.metadata as m, sys\ndef v(p):\n try: return m.version(p)\n except Exception: return "
             f"'missing'\nprint(sys.version.split()[0], *(p + ' ' + v(p) for p in {PACKAGES!r}), sep=', ')")
-    place.log(f"== Python {sys.executable}\n{asked([sys.executable, '-c', code], env)}")
+    folders.log(f"== Python {sys.executable}\n{asked([sys.executable, '-c', code], env)}")
 
 
 def asked(command: Sequence[str], env: Mapping[str, str], seconds: float = 15.0) -> str:
@@ -175,7 +175,7 @@ def other_ptxas() -> Path | None:
     return next((Path(path) for path in named if path and Path(path).is_file()), None)
 
 
-def steps(args: argparse.Namespace, env: Mapping[str, str], place: Place, cores: int) -> list[Step]:
+def steps(args: argparse.Namespace, env: Mapping[str, str], folders: Folders, cores: int) -> list[Step]:
     """In order: what is cheap and tells most comes first; gpu.py has more than half of the time."""
     small = ["--stand-in"] if args.stand_in else []
     files = args.tests or [*sorted(str(path.relative_to(ROOT)) for name in TESTS
@@ -191,13 +191,13 @@ def steps(args: argparse.Namespace, env: Mapping[str, str], place: Place, cores:
     variants = {"bundled ptxas": {}, "no WGMMA": {"DISABLE_MMA_V3": "1"},
                 f"{ptxas}": {"TRITON_PTXAS_PATH": str(ptxas), "TRITON_PTXAS_BLACKWELL_PATH": str(ptxas)}}
     for i, (name, more) in enumerate(variants.items()):
-        share, file = (0.10, 0.07, 0.07)[i], place.scratch / f"prompt-{i}.json"
+        share, file = (0.10, 0.07, 0.07)[i], folders.scratch / f"prompt-{i}.json"
         check = [sys.executable, str(HERE / "prompt_check.py"), *small, "--json", str(file), "--seconds", "{seconds}",
                  "--repeat", "3" if small else "20", *(["--cases", "2"] if small and i else [])]
         missing = "no other ptxas was found: TRITON_PTXAS_PATH names one" if i == 2 and ptxas is None else None
         found.append(Step(f"prompt_check, {'another ptxas' if missing else name}", check, share / 2, share,
-                          {**env, **more, "TRITON_CACHE_DIR": str(place.scratch / f"triton-{i}")}, missing))
-    out = ["--out", str(place.out or place.scratch / "gpu")]
+                          {**env, **more, "TRITON_CACHE_DIR": str(folders.scratch / f"triton-{i}")}, missing))
+    out = ["--out", str(folders.out or folders.scratch / "gpu")]
     gpu = [sys.executable, str(HERE / "gpu.py"), *small, *out, "--seconds", "{seconds}",
            *(["--commit", args.commit] if args.commit else []), *(["--only", args.sections] if args.sections else []),
            *(["--layers", "2", "--threads", "1"] if small else [])]
@@ -209,13 +209,13 @@ def _heeds_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def run(step: Step, seconds: float, place: Place) -> dict[str, Any]:
+def run(step: Step, seconds: float, folders: Folders) -> dict[str, Any]:
     """Run a step: {"state", "seconds", "limit", "code", "output"}; state "done", "failed" (by its exit code) or "late".
     output: the end of what it printed; all of it goes to the log."""
     start, late, patience = time.monotonic(), False, max(2.0, seconds - GRACE)
     # What knows its time ends by itself, a little before it is asked to.
     command = [word.replace("{seconds}", f"{max(1.0, patience - MARGIN):.0f}") for word in step.command]
-    with tempfile.TemporaryFile(dir=place.scratch) as output:
+    with tempfile.TemporaryFile(dir=folders.scratch) as output:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
                                    env=dict(step.env), cwd=ROOT, start_new_session=True, preexec_fn=_heeds_interrupts)
         try:
@@ -230,8 +230,8 @@ def run(step: Step, seconds: float, place: Place) -> dict[str, Any]:
         if size > KEPT:
             output.seek(max(KEPT, size - KEPT))
             text += f"\n... {max(0, size - 2 * KEPT)} bytes ...\n" + output.read().decode(errors="replace")
-    if place.out:
-        with (place.out / "first-contact.log").open("a", encoding="utf-8") as log:
+    if folders.out:
+        with (folders.out / "first-contact.log").open("a", encoding="utf-8") as log:
             log.write(f"\n===== {step.name}: {' '.join(command)}\n{text}\n")
     state = "late" if late else "failed" if process.returncode else "done"
     return {"state": state, "seconds": round(time.monotonic() - start, 1), "limit": round(seconds, 1),
@@ -251,18 +251,18 @@ def stop(process: subprocess.Popen[bytes], asking: signal.Signals) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def prepare(env: Mapping[str, str], place: Place, seconds: float) -> dict[str, Any]:
+def prepare(env: Mapping[str, str], folders: Folders, seconds: float) -> dict[str, Any]:
     """Build the C library, unless a prebuilt one is here, and import torch, both at once: {name: result}."""
     built = [path for suffix in EXTENSION_SUFFIXES if (path := NATIVE / f"_native{suffix}").exists()]
     build = Step("build", [sys.executable, "-c", BUILD], 0, 0, env)
     warm = Step("import torch", [sys.executable, "-c", WARM], 0, 0, env)
     with ThreadPoolExecutor(2) as pool:
-        building = None if built else pool.submit(run, build, seconds, place)
-        warmed = pool.submit(run, warm, seconds, place).result()
+        building = None if built else pool.submit(run, build, seconds, folders)
+        warmed = pool.submit(run, warm, seconds, folders).result()
         made = building.result() if building else {"state": "done", "seconds": 0.0, "output": ""}
     levels = asked([sys.executable, "-c", LEVELS], env, max(60.0, seconds))
     if built and "native kernels: none" in levels:  # of another qmix
-        made = run(build, seconds, place)
+        made = run(build, seconds, folders)
         levels = asked([sys.executable, "-c", LEVELS], env, max(60.0, seconds))
     made["text"] = levels[-300:] + (f" ({built[0].name} was there)" if built else "")
     if "native kernels" not in levels or "none" in levels:
@@ -272,18 +272,18 @@ def prepare(env: Mapping[str, str], place: Place, seconds: float) -> dict[str, A
     return {"build": made, "import torch": warmed}
 
 
-def perform(args: argparse.Namespace, archive: dict[str, Any], place: Place, ends: float) -> None:
+def perform(args: argparse.Namespace, archive: dict[str, Any], folders: Folders, ends: float) -> None:
     """Everything, into archive["steps"]."""
-    env = environment(args, place.scratch)
+    env = environment(args, folders.scratch)
     done = archive["steps"]
-    facts(args, env, place)
-    done |= prepare(env, place, 0.3 * (ends - time.monotonic()))
+    facts(args, env, folders)
+    done |= prepare(env, folders, 0.3 * (ends - time.monotonic()))
     for name, result in done.items():
-        place.log(f"== {name}: {result['state']}, {result['seconds']} s; {result['text']}")
+        folders.log(f"== {name}: {result['state']}, {result['seconds']} s; {result['text']}")
     if "card: none" in done["import torch"]["output"] and not args.stand_in:
         archive["ended"] = "torch sees no card here; --stand-in rehearses without one"
         return
-    waiting, total = steps(args, env, place, os.cpu_count() or 1), ends - time.monotonic()
+    waiting, total = steps(args, env, folders, os.cpu_count() or 1), ends - time.monotonic()
     while waiting:
         step, left = waiting[0], ends - time.monotonic()
         rest = [Section(s.name, "", s.least * total, s.most * total) for s in waiting if not s.unless]
@@ -293,15 +293,15 @@ def perform(args: argparse.Namespace, archive: dict[str, Any], place: Place, end
         elif rest[0] in dropped:
             done[step.name] = {"state": "skipped", "reason": "no time was left", "seconds": 0.0}
         else:
-            place.log(f"== {step.name}: up to {seconds:.0f} s")
+            folders.log(f"== {step.name}: up to {seconds:.0f} s")
             done[step.name] = {"state": "running", "seconds": 0.0}
-            done[step.name] = run(step, seconds, place)
-        report.read(step.name, done[step.name], archive, place.out or place.scratch / "gpu", place.scratch)
-        place.log(f"== {step.name}: {done[step.name]['state']}, {done[step.name]['seconds']} s; "
+            done[step.name] = run(step, seconds, folders)
+        report.read(step.name, done[step.name], archive, folders.out or folders.scratch / "gpu", folders.scratch)
+        folders.log(f"== {step.name}: {done[step.name]['state']}, {done[step.name]['seconds']} s; "
                   f"{done[step.name].get('text') or done[step.name].get('reason', '')}")
-        save(archive, place.out)
+        save(archive, folders.out)
         waiting.pop(0)
-    place.log(f"== memory at the end\n{asked(['free', '-g'], env)}")
+    folders.log(f"== memory at the end\n{asked(['free', '-g'], env)}")
 
 
 def save(archive: Mapping[str, Any], out: Path | None) -> None:
@@ -341,7 +341,7 @@ def main() -> None:
     code = 0
     with tempfile.TemporaryDirectory(prefix="qmix-contact-", ignore_cleanup_errors=True) as scratch:
         try:
-            perform(args, archive, Place(args.out, Path(scratch), log), start + args.seconds - CLOSING)
+            perform(args, archive, Folders(args.out, Path(scratch), log), start + args.seconds - CLOSING)
         except (Terminated, KeyboardInterrupt) as e:
             archive["ended"], code = "by a signal", 143 if isinstance(e, Terminated) else 130
         archive["took"] = round(time.monotonic() - start, 1)

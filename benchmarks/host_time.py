@@ -1,7 +1,8 @@
 """Host time of paging, in microseconds of the calling thread's CPU time, so that other programs disturb it little.
 
     python benchmarks/host_time.py            a cache's choice of what leaves, and the note of a choice, by shape
-    python benchmarks/host_time.py STORE      also of a layer on the stand-in for a GPU, with nine tenths of the slots
+    python benchmarks/host_time.py STORE      also of a layer on the stand-in for a GPU, with nine tenths of the slots;
+                                              and of a token on the CPU, what it takes outside of the native library
 
 Compare two versions with PYTHONPATH, alternating: on a busy machine only ratios mean anything.
 """
@@ -13,6 +14,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from qmix import hardware
 from qmix.config import ExpertKey
 from qmix.device import StandIn
 from qmix.engine import Placement, load
+from qmix.kernels import native
 from qmix.offload.cache import Cache, make_policy
 from qmix.offload.device_experts import DeviceExperts
 from qmix.offload.needs import Needs
@@ -94,6 +97,37 @@ def layer_rows(folder: Path, tokens: int = 80) -> dict[tuple[str, int], list[flo
     return found
 
 
+def outside_library(folder: Path, tokens: int = 60) -> list[float]:
+    """Microseconds of each decoded token outside of the native library's calls; all experts in memory, one thread."""
+    library = native.library()
+    assert library is not None, "no native kernels"
+    inside = 0.0
+
+    def timed(call: Any) -> Callable[..., Any]:
+        def run(*how: Any) -> Any:
+            nonlocal inside
+            start = time.thread_time()
+            try:
+                return call(*how)
+            finally:
+                inside += time.thread_time() - start
+
+        return run
+
+    for name in ("qmix_sequence", "qmix_products", "qmix_attend"):
+        setattr(library, name, timed(getattr(library, name)))
+    found = []
+    with load(folder, context=128, threads=1) as engine:
+        assert engine.plan.resident
+        session = engine.session()
+        session.prefill([3 + i for i in range(20)])
+        for i in range(tokens):
+            inside, start = 0.0, time.thread_time()
+            session.decode((i * 37) % engine.model.vocab)
+            found.append((time.thread_time() - start - inside) * 1e6)
+    return found
+
+
 def main() -> None:
     for name, shape in SHAPES.items():
         runs = [cache_row(*shape) for _ in range(3)]
@@ -102,6 +136,11 @@ def main() -> None:
     for folder in sys.argv[1:]:
         for (name, misses), spent in sorted(layer_rows(Path(folder)).items()):
             print(f"{folder}: {name}, {misses} misses: median {statistics.median(spent):.1f} us of {len(spent)} layers")
+        with Store.open(Path(folder)) as store:
+            layers, chosen = store.model.num_layers, store.model.top_k
+        token = statistics.median(outside_library(Path(folder)))
+        print(f"{folder}: a token outside of the library: median {token:.0f} us, {token / layers:.2f} a layer, "
+              f"{token / layers / chosen:.2f} a record")
 
 
 if __name__ == "__main__":

@@ -380,7 +380,7 @@ def test_eval(files: Files, tmp_path: Path) -> None:
 
 def test_bench(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qmix.bench.roofline.measure", lambda *_: Peaks(10.0, 100.0, "bfloat16", None))
-    monkeypatch.setattr(native.Native, "peak", lambda self, threads: 1e11)
+    monkeypatch.setattr(native.NativeProducts, "peak", lambda self, threads: 1e11)
     found = json.loads(good("bench", files.int4, "-p", 16, "-n", 4, "-r", 1, "-o", "json").stdout)
     assert found
 

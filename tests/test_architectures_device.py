@@ -141,7 +141,7 @@ def test_a_plan_of_a_config_is_that_of_the_store(store: Path) -> None:
 def test_what_a_device_does_not_compute_is_computed_by_the_cpu(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With --device auto; a device that is named is an error, and so is one that is planned for."""
     reason = "qmix's GPU kernels do not compute this: Attend with sinks"
-    for place in ("qmix.engine.placing", "qmix.commands.plan.report"):
+    for place in ("qmix.engine.device_choice", "qmix.commands.plan.report"):
         monkeypatch.setattr(f"{place}.not_on_device", lambda model: reason)
     refuses_devices(store, reason, monkeypatch)
 

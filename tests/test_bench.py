@@ -57,7 +57,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of the machine is measured."""
     monkeypatch.setattr(roofline, "measure", lambda dtype, budget, say: replace(PEAKS, disk_gbps=None))
     monkeypatch.setattr(roofline, "with_disk", lambda peaks, folder, say: PEAKS)
-    monkeypatch.setattr(native.Native, "peak", lambda self, threads: 1e11)
+    monkeypatch.setattr(native.NativeProducts, "peak", lambda self, threads: 1e11)
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def measured_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline, "measure_products", products)
     monkeypatch.setattr(roofline, "measure_ram", partial(roofline.measure_ram, repeats=2))
     monkeypatch.setattr(roofline, "DiskEffort", lambda **how: DiskEffort(**{**how, "seconds": 0.1}))
-    monkeypatch.setattr(native.Native, "peak", partialmethod(native.Native.peak, seconds=0.1))
+    monkeypatch.setattr(native.NativeProducts, "peak", partialmethod(native.NativeProducts.peak, seconds=0.1))
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def rows(*args: object) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("level", ["", "off"])
 def test_products_are_held_against_what_computes_them(store: Path, quick: None, level: str,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native.Native, "peak", lambda self, threads: 77e9)
+    monkeypatch.setattr(native.NativeProducts, "peak", lambda self, threads: 77e9)
     monkeypatch.setenv("QMIX_NATIVE", level)
     done = qmix("bench", store, "-p", "8", "-n", "0", "-r", "1", "-o", "json")
     assert done.returncode == 0, done.stderr

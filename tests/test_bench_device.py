@@ -74,7 +74,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of the machine is measured."""
     monkeypatch.setattr(roofline, "measure", lambda dtype, budget, say: replace(HOST, disk_gbps=None))
     monkeypatch.setattr(roofline, "with_disk", lambda peaks, folder, say: replace(peaks, disk_gbps=HOST.disk_gbps))
-    monkeypatch.setattr("qmix.kernels.native.Native.peak", lambda self, threads: 1e11)
+    monkeypatch.setattr("qmix.kernels.native.NativeProducts.peak", lambda self, threads: 1e11)
     monkeypatch.setattr("qmix.bench.suite.with_device", lambda peaks, device, dtype, **how: replace(
         peaks, vram_gbps=PEAKS.vram_gbps, bus_gbps=PEAKS.bus_gbps))
 

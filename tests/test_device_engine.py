@@ -21,7 +21,7 @@ from helpers import write_tiny_stores
 from torch import Tensor
 
 from qmix.device import StandIn
-from qmix.engine import Engine, Placement, load, placing
+from qmix.engine import Engine, Placement, device_choice, load
 from qmix.errors import QmixError
 from qmix.kernels.device_ops import TorchDeviceOps
 from qmix.offload import device_setup
@@ -224,7 +224,7 @@ def test_measured_configurations_are_used_and_named_but_for_exact(stores: dict[s
 
     file = tmp_path / "kernels.json"
     used: list[Configs | None] = []
-    real = placing.choose_device_kernels
+    real = device_choice.choose_device_kernels
 
     def choosing(*args: Any, **named: Any) -> Any:
         used.append(named.get("configs"))
@@ -232,7 +232,7 @@ def test_measured_configurations_are_used_and_named_but_for_exact(stores: dict[s
             raise QmixError("the GPU kernel for int4 gives wrong numbers here")
         return real(*args, **named)
 
-    monkeypatch.setattr(placing, "choose_device_kernels", choosing)
+    monkeypatch.setattr(device_choice, "choose_device_kernels", choosing)
 
     def loaded(exact: bool) -> list[str]:
         said: list[str] = []

@@ -16,7 +16,7 @@ from torch import Tensor
 from qmix import hardware
 from qmix.config import Cancel, ExpertKey
 from qmix.device import StandIn
-from qmix.engine import Placement, load, placing
+from qmix.engine import Placement, device_choice, load
 from qmix.errors import DoesNotFit, Interrupted, QmixError, StoreError, UsageError
 from qmix.kernels.device_ops import TorchDeviceOps
 from qmix.store import RecordFiles
@@ -156,9 +156,9 @@ def test_auto_says_why_it_does_not_use_a_gpu(stores: dict[str, Path], monkeypatc
     """Whoever names the GPU gets the error instead."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("qmix.engine.machine.TINY", 0)
-    real = placing.choose_device_kernels
+    real = device_choice.choose_device_kernels
     for reason, wrong in (("wrong numbers here", lambda *how, **named: broken()), ("of VRAM, has", real)):
-        monkeypatch.setattr(placing, "choose_device_kernels", wrong)
+        monkeypatch.setattr(device_choice, "choose_device_kernels", wrong)
         monkeypatch.setattr("qmix.engine.machine.open_cuda", lambda index: StandIn(nbytes=2**20))
         said: list[str] = []
         with load(stores["int4"], threads=1, placement=Placement("auto"), say=said.append) as engine:

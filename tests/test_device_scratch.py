@@ -28,7 +28,7 @@ from qmix.forward.device_pieces import cut, decode_program
 from qmix.forward.kv_cache import SessionCache
 from qmix.forward.lower_device import lower
 from qmix.forward.run_eager import Guesses
-from qmix.forward.steps import Turning
+from qmix.forward.steps import RopeFrequencies
 from qmix.forward.weights import DenseWeights, assemble
 from qmix.kernels import cuda, cuda_delta, cuda_ops, cuda_prompt, cuda_router
 from qmix.kernels.configs import Configs, Gemv
@@ -39,7 +39,7 @@ from qmix.kernels.trials import MIXTRAL_8X7B
 from qmix.kernels.tuning import candidates
 from qmix.models import read_model
 from qmix.offload.device_needs import FARTHEST, decode_bytes, scratch_of
-from qmix.offload.host_rows import _Made
+from qmix.offload.host_rows import Upload
 from qmix.offload.needs import Needs
 from qmix.sizes import MIB, PLAIN_DTYPES, MatrixSpec, dense_spec, plain_format, record_layouts
 from qmix.spec import Model
@@ -126,18 +126,18 @@ def decode_all(model: Model, quant: QuantConfig, device: MetaDevice, ops: cuda_o
     by_name = DeviceWeights(weights)
     lowered = [lower(piece) for piece in cut([op for _, op in decode_program(model, Guesses(FARTHEST, model.top_k))])]
     shared, held = Shared(device, model.vocab), list[object]()
-    turning = Turning(model, META, {})
+    frequencies = RopeFrequencies(model, META, {})
     table = torch.zeros(len(model.record_layers), model.num_experts, dtype=torch.int32, device=META)
     for tokens in range(1, FEW + 1):
         few = FewBuffers(model, shared, tokens, FARTHEST, model.top_k)
         few.caches = [cache] * tokens
-        room = Room(model, ops, by_name, few, turning, few.caches)
+        room = Room(model, ops, by_name, few, frequencies, few.caches)
         for piece in lowered:
             for bind in piece:
                 bind(room)()
             for slots in slabs:
                 ops.experts(few.routed.x, slots, few.routed.ids, table[0], few.routed.rows)
-        held += [few, room, _Made(device, few.routed)]
+        held += [few, room, Upload(device, few.routed)]
     return [*held, shared, by_name, table]
 
 

@@ -18,7 +18,7 @@ from qmix.formats import unpack
 from qmix.formats.packed import Packed
 from qmix.kernels import native, reference
 from qmix.kernels.cpu import plain_linear
-from qmix.kernels.native import Native, Product, as_seen
+from qmix.kernels.native import NativeProducts, Product, as_seen
 from qmix.kernels.table import KernelTable, select
 from qmix.models import ARCHITECTURES, read_model
 from qmix.quantize.methods import quantize
@@ -72,7 +72,7 @@ class TestNative:
     def test_gated_against_float64(self, level: str, activations: str, activation: Activation, name: str) -> None:
         """What is compared sees the same rounded activations. fp32: sums of 130 terms and a polynomial for exp, each
         some 1e-6; an activation of 8 bits that lies between two codes may fall to either side, 4e-4 in the product."""
-        m, own = packed(name, activation), Native(level, activations)
+        m, own = packed(name, activation), NativeProducts(level, activations)
         for tokens in (1, 7, 40):
             x = x_of(tokens)
             seen = as_seen(x, activations, m.spec.group_size or native.DENSE_GROUP)
@@ -81,7 +81,7 @@ class TestNative:
     def test_a_bias_is_added_to_its_own_row(self, level: str, activations: str) -> None:
         """fp32 sums, then one more addend: the bits of the product without it, plus the bias."""
         for name, parts in (("int4", 1), ("int4", 2), ("int8", 1)):
-            m, own = packed(name, Activation(), 100, parts=parts), Native(level, activations)
+            m, own = packed(name, Activation(), 100, parts=parts), NativeProducts(level, activations)
             bare = Packed.of(m.spec.without_bias, {k: v for k, v in m.tensors.items() if k != "bias"}, "bare")
             for tokens in (1, 3, 30):
                 (got,), (alone,) = own.linear(x_of(tokens), m), own.linear(x_of(tokens), bare)
@@ -89,7 +89,7 @@ class TestNative:
 
     @kinds
     def test_a_row_does_not_depend_on_the_others(self, level: str, activations: str, activation: Activation) -> None:
-        m, own, x = packed("int4", activation), Native(level, activations), x_of(33)
+        m, own, x = packed("int4", activation), NativeProducts(level, activations), x_of(33)
         whole = own.gated(x, m)
         for row in (0, 8, 32):
             assert torch.equal(own.gated(x[row:row + 1], m), whole[row:row + 1])
@@ -112,7 +112,7 @@ class TestNative:
         m = packed("int4", KINDS[2])
         m["bias"][3], m["bias"][F + 5] = torch.nan, torch.nan
         got = torch.empty(1, F)
-        Native(level, activations).run([Product(x_of(1), m, got, gated=True)])
+        NativeProducts(level, activations).run([Product(x_of(1), m, got, gated=True)])
         assert got.isnan().nonzero()[:, 1].tolist() == [3, 5]
 
 

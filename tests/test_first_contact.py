@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import first_contact  # noqa: E402
 import first_contact_report  # noqa: E402
 import prompt_check  # noqa: E402
-from first_contact import Place, Step  # noqa: E402
+from first_contact import Folders, Step  # noqa: E402
 from prompt_check import Case, Result, attention_reference, check, linear_reference  # noqa: E402
 
 LACKING = "bitsandbytes,prompt_toolkit,wcwidth,llama_cpp"
@@ -77,8 +77,8 @@ def test_what_chat_and_benchmarks_need_is_imported_by_them_alone() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def place(folder: Path) -> Place:
-    return Place(folder, folder, lambda text: None)
+def folders(folder: Path) -> Folders:
+    return Folders(folder, folder, lambda text: None)
 
 
 def python(code: str, name: str = "step", **more: object) -> Step:
@@ -88,15 +88,15 @@ def python(code: str, name: str = "step", **more: object) -> Step:
 def test_what_a_step_said_is_kept_however_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(first_contact, "GRACE", 1.0)
     monkeypatch.setattr(first_contact, "MARGIN", 0.0)
-    done = first_contact.run(python("print('hello')"), 30.0, place(tmp_path))
+    done = first_contact.run(python("print('hello')"), 30.0, folders(tmp_path))
     assert (done["state"], done["output"]) == ("done", "hello\n")
-    failed = first_contact.run(python("print('hello'); 1 / 0"), 30.0, place(tmp_path))
+    failed = first_contact.run(python("print('hello'); 1 / 0"), 30.0, folders(tmp_path))
     assert failed["state"] == "failed" and "ZeroDivisionError" in failed["output"] and "hello" in failed["output"]
     code = ("import subprocess, sys, time\nchild = subprocess.Popen([sys.executable, '-c', 'import time; "
             "time.sleep(60)'])\nprint(child.pid, flush=True)\ntry: time.sleep(60)\n"
             "except KeyboardInterrupt: print('interrupted')")
     start = time.monotonic()
-    late = first_contact.run(python(code, stop=signal.SIGINT), 4.0, place(tmp_path))
+    late = first_contact.run(python(code, stop=signal.SIGINT), 4.0, folders(tmp_path))
     assert late["state"] == "late" and "interrupted" in late["output"] and time.monotonic() - start < 20
     child = Path(f"/proc/{late['output'].split()[0]}/stat")
     while child.exists() and child.read_text().rpartition(")")[2].split()[0] != "Z":  # nobody outlives it for long

@@ -275,6 +275,6 @@ def test_drafts_are_the_experts_of_one_call(store: Path, used: list[str]) -> Non
 
 
 def test_a_failing_call_is_an_error() -> None:
-    bad = native.Sequence(next(iter(native.levels())), 0, 1, [(99, b"\0" * 8)])
+    bad = native.CallSequence(next(iter(native.levels())), 0, 1, [(99, b"\0" * 8)])
     with pytest.raises(MemoryError):
         bad.run()

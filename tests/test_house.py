@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from qmix.demo import CHECKPOINT
 ROOT = Path(__file__).parents[1] / "qmix"
 # Floor 0 is a ladder: each of its modules may import those before it.
 LADDER = ("errors", "textfile", "bounded", "modelfiles", "streams", "process", "spec", "models", "schemes", "config",
-          "names", "tensorfile", "sizes", "gguf", "settings", "hub", "paths", "json_cache", "render", "failures")
+          "tensorfile", "sizes", "gguf", "settings", "hub", "paths", "json_cache", "render", "failures")
 FLOORS = (
     {"formats"},
     {"shards"},
@@ -62,6 +63,17 @@ def test_imports_point_down(path: Path) -> None:
     assert here in FLOOR, f"{here} has no floor: give it one here and in the design"
     for other in imported_rooms(path) - {here}:
         assert FLOOR[other] < FLOOR[here], f"{path.relative_to(ROOT)} (floor {FLOOR[here]}) imports {other}"
+
+
+def test_the_readme_shows_these_floors() -> None:
+    block = next(b for b in (ROOT.parent / "README.md").read_text().split("```") if b.startswith("\n12 cli"))
+    shown: dict[str, int] = {}
+    height = -1
+    for line in block.strip().splitlines():
+        number, names = re.fullmatch(r"(\d*)\s+(.*)", line).groups()  # type: ignore[union-attr]
+        height = int(number or height)
+        shown |= {name: height for name in re.split(r"\s{2,}", names) if name in FLOOR}  # the rest is prose
+    assert shown == {name: height for name, (height, _) in FLOOR.items()}
 
 
 def imported_modules(code: str) -> set[str]:

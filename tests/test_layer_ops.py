@@ -16,7 +16,7 @@ from qmix.kernels.layer import TORCH, LayerOps, TorchLayerOps, agrees, choose_la
 from qmix.kernels.router import RouterTensors
 from qmix.spec import Router
 
-OPS: list[LayerOps] = [TORCH, *(native.LayerOps(level) for level in native.levels())]
+OPS: list[LayerOps] = [TORCH, *(native.NativeLayerOps(level) for level in native.levels())]
 NATIVE = OPS[1:] or [pytest.param(TORCH, marks=pytest.mark.skip(reason="the native kernels were not built"))]
 EPS = 1e-5
 every_op = pytest.mark.parametrize("ops", OPS, ids=lambda ops: ops.name)
@@ -173,11 +173,11 @@ def test_the_choice_is_tested_and_falls_back(monkeypatch: pytest.MonkeyPatch) ->
 def test_wrong_code_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("QMIX_NATIVE", raising=False)
 
-    class Wrong(native.LayerOps):
+    class Wrong(native.NativeLayerOps):
         def combine(self, rows: Tensor, topk_weights: Tensor) -> Tensor:
             return super().combine(rows, topk_weights).roll(1)
 
-    monkeypatch.setattr(native, "LayerOps", Wrong)
+    monkeypatch.setattr(native, "NativeLayerOps", Wrong)
     said: list[str] = []
     assert isinstance(choose_layer_ops(said.append), TorchLayerOps)
     assert len(said) == len(native.wanted_levels()) and "self-test" in said[0]

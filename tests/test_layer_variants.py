@@ -19,11 +19,11 @@ from qmix.kernels import native
 from qmix.kernels.attend import default_inv_freq
 from qmix.kernels.layer import TORCH, LayerOps
 from qmix.kernels.native import jobs
-from qmix.kernels.native.sequence import NORM, Sequence
+from qmix.kernels.native.sequence import NORM, CallSequence
 from qmix.kernels.router import RouterTensors, router_logits
 from qmix.spec import Router
 
-OPS: list[LayerOps] = [TORCH, *(native.LayerOps(level) for level in native.levels())]
+OPS: list[LayerOps] = [TORCH, *(native.NativeLayerOps(level) for level in native.levels())]
 every_op = pytest.mark.parametrize("layer_ops", OPS, ids=lambda layer_ops: layer_ops.name)
 EPS = 1e-6
 NOT_BUILT = "the native kernels were not built"
@@ -143,7 +143,7 @@ def test_narrow_weights_are_the_same_numbers_as_wide_ones(layer_ops: LayerOps, d
 @pytest.mark.parametrize("level", list(native.levels()) or [pytest.param("", marks=pytest.mark.skip(reason=NOT_BUILT))])
 def test_threads_that_share_a_router_do_not_change_its_bits(level: str) -> None:
     router = router_of(ROUTERS["qwen3-moe"], 2048, torch.bfloat16)  # enough to wake one
-    one, four = native.LayerOps(level), native.LayerOps(level)
+    one, four = native.NativeLayerOps(level), native.NativeLayerOps(level)
     one.threads, four.threads = 1, 4
     for count in (1, 3):
         x = random(count, 2048)
@@ -246,6 +246,6 @@ def test_a_norm_gives_both_its_rounded_and_its_wide_result() -> None:
     x, weight = random(1, 200), random(200)
     out, wide = torch.empty(1, 200, dtype=torch.bfloat16), torch.empty(1, 200)
     for level in native.levels():
-        Sequence(level, 0, 1, [(NORM, jobs.norm(x, weight, EPS, out, wide))]).run()
-        assert torch.equal(wide, native.LayerOps(level).norm(x, weight, EPS, torch.float32))
+        CallSequence(level, 0, 1, [(NORM, jobs.norm(x, weight, EPS, out, wide))]).run()
+        assert torch.equal(wide, native.NativeLayerOps(level).norm(x, weight, EPS, torch.float32))
         assert torch.equal(out, wide.bfloat16()) and bool(((out.float() - wide).abs() <= BF16 * wide.abs()).all())

@@ -22,7 +22,7 @@ from qmix.commands import oneshot
 from qmix.commands.plan.report import Machine, describe, find_model
 from qmix.config import Cancel, ExpertKey, QuantConfig, SamplingParams
 from qmix.device import StandIn
-from qmix.engine import Engine, Placement, Session, load, placing
+from qmix.engine import Engine, Placement, Session, device_choice, load
 from qmix.errors import DoesNotFit, Interrupted
 from qmix.generate import common_prefix, generate
 from qmix.offload.needs import Needs
@@ -99,7 +99,7 @@ def loaded(store: Path, lengths: Sequence[int], mtp: bool = True, **how: Any) ->
 def paged(store: Path, slots: int, monkeypatch: pytest.MonkeyPatch, lengths: Sequence[int], **how: Any) -> Engine:
     monkeypatch.setattr(hardware, "resident_bytes", lambda: 0)
     # So small a model would fit into the memory that its head's dense part takes.
-    monkeypatch.setattr(placing, "needs_without_head", lambda store, needs: needs)
+    monkeypatch.setattr(device_choice, "needs_without_head", lambda store, needs: needs)
     with Store.open(store) as opened:
         needs = Needs.of(opened.model, opened.quant, CONTEXT)
     engine = loaded(store, lengths, ram=fixed(needs) + slots * needs.record, **how)

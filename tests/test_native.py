@@ -21,7 +21,7 @@ from qmix.formats import grouped, int8, mxfp4, unpack
 from qmix.formats.mxfp4 import Blocks
 from qmix.formats.packed import Packed
 from qmix.kernels import native
-from qmix.kernels.native import Native, Product, as_seen, jobs
+from qmix.kernels.native import NativeProducts, Product, as_seen, jobs
 from qmix.kernels.table import select
 from qmix.sizes import MX_BLOCK, MX_GROUP, MatrixSpec
 
@@ -85,7 +85,7 @@ class TestEveryLevel:
         for name in ("int4", "int3", "int2"):
             m = int4_matrix(*shape, name=name)
             x = operand(tokens, shape[1])
-            (got,) = Native(level, activations).linear(x, m)
+            (got,) = NativeProducts(level, activations).linear(x, m)
             assert got.shape == (tokens, shape[0]) and got.dtype == torch.float32
             assert relative(got, want(x, m, activations)) < self.bound(activations), name
 
@@ -94,21 +94,21 @@ class TestEveryLevel:
     def test_int8(self, level: str, activations: str, shape: tuple[int, int], tokens: int) -> None:
         m = int8_matrix(*shape)
         x = operand(tokens, shape[1])
-        (got,) = Native(level, activations).linear(x, m)
+        (got,) = NativeProducts(level, activations).linear(x, m)
         assert relative(got, want(x, m, activations)) < self.bound(activations)
 
     @pytest.mark.parametrize("tokens", [1, 2, 5, 6, 7, 13, 300])
     @pytest.mark.parametrize("shape", [(192, 256), (100, 200), (64, 32), (1, 1), (65, 1000)], ids=str)
     def test_mxfp4(self, level: str, activations: str, shape: tuple[int, int], tokens: int) -> None:
         m, x = mxfp4_matrix(*shape), operand(tokens, shape[1])
-        (got,) = Native(level, activations).linear(x, m)
+        (got,) = NativeProducts(level, activations).linear(x, m)
         assert relative(got, want(x, m, activations)) < self.bound(activations)
 
     def test_the_smallest_scales_of_mxfp4(self, level: str, activations: str) -> None:
         """0, 1 and 2: weights from 2^-128 on, which x brings back into the range of fp32."""
         m, x = mxfp4_matrix(70, 96, low=0, high=3), operand(5, 96) * 2.0**100
         for tokens in (x, x[:1]):
-            (got,) = Native(level, activations).linear(tokens, m)
+            (got,) = NativeProducts(level, activations).linear(tokens, m)
             assert relative(got * 2.0**20, want(tokens, m, activations) * 2.0**20) < self.bound(activations)
 
     @pytest.mark.parametrize("part", [1, 40, 64, 72, 100])
@@ -121,7 +121,7 @@ class TestEveryLevel:
         for m in (Packed(replace(whole.spec, parts=parts), whole.tensors),
                   int4_matrix(rows, 96, 32, 64, parts), int4_matrix(rows, 96, 32, 32, parts)):
             y = torch.full((5, rows), torch.nan)
-            Native(level, activations).run([Product(x, m, y)])
+            NativeProducts(level, activations).run([Product(x, m, y)])
             assert relative(y, want(x, m, activations)) < self.bound(activations), m.spec
 
     @pytest.mark.parametrize("m", [
@@ -130,7 +130,7 @@ class TestEveryLevel:
             ("int4", 128, 64), ("int3", 64, 64), ("int3", 128, 32), ("int2", 32, 32), ("int2", 64, 64)))],
         ids=lambda m: f"{m.spec.format}-{m.spec.block}-{m.spec.group_size}")
     def test_rows_do_not_depend_on_their_company(self, level: str, activations: str, m: Packed) -> None:
-        kernels = Native(level, activations)
+        kernels = NativeProducts(level, activations)
         x = operand(300, m.spec.cols)
         (whole,) = kernels.linear(x, m)
         for count in (1, 2, 3, 4, 5, 6, 7, 8, 9, 25):
@@ -142,13 +142,13 @@ class TestEveryLevel:
         m = int8.pack(int8_matrix(200, 100)["qweight"].float()[:, :100] / 500, MatrixSpec("int8", 200, 100, parts=2))
         x = operand(9, 100) / 10
         both = want(x, m, activations)
-        got = Native(level, activations).gated(x, m)
+        got = NativeProducts(level, activations).gated(x, m)
         wanted = torch.nn.functional.silu(both[:, :100]) * both[:, 100:]
         assert relative(got, wanted) < 10 * self.bound(activations)
 
     def test_gate_and_up_with_padding_and_chosen_rows(self, level: str, activations: str) -> None:
         """Both halves are padded; tokens are picked by index and put elsewhere; other rows are left alone."""
-        kernels, m = Native(level, activations), int4_matrix(160, 100, 32, 64, parts=2)
+        kernels, m = NativeProducts(level, activations), int4_matrix(160, 100, 32, 64, parts=2)
         x = (operand(9, 100) / 100).bfloat16()  # gates of a few units
         y = torch.full((12, 80), 7.0)
         rows, y_rows = torch.tensor([8, 0, 3]), torch.tensor([1, 11, 5])
@@ -163,21 +163,21 @@ class TestEveryLevel:
         m = int4_matrix(128, 32, 32, 64, parts=2)
         x = torch.logspace(-6, 3, 40)[:, None] * torch.ones(1, 32)
         y = torch.empty(40, 64)
-        Native(level, activations).run([Product(x, m, y, gated=True)])
+        NativeProducts(level, activations).run([Product(x, m, y, gated=True)])
         gate, up = want(x, m, activations).split(64, 1)
         wanted = torch.nn.functional.silu(gate) * up
         assert torch.isfinite(y).all()
         torch.testing.assert_close(y.double(), wanted, rtol=2e-3, atol=1e-9)
 
     def test_bf16_results_are_rounded_once(self, level: str, activations: str) -> None:
-        m, kernels = int4_matrix(70, 128, 64, 64), Native(level, activations)
+        m, kernels = int4_matrix(70, 128, 64, 64), NativeProducts(level, activations)
         x = operand(5, 128).bfloat16()
         (wide,), (narrow,) = kernels.linear(x.float(), m), kernels.linear(x, m)
         assert narrow.dtype == torch.bfloat16 and torch.equal(narrow, wide.bfloat16())
 
     def test_what_is_not_finite_stays_so(self, level: str, activations: str) -> None:
         """A broken activation must not turn into a harmless number; the other tokens are not touched by it."""
-        kernels = Native(level, activations)
+        kernels = NativeProducts(level, activations)
         for m in (int4_matrix(64, 128, 64, 64), int8_matrix(64, 128), mxfp4_matrix(64, 128)):
             x = operand(3, 128)
             (clean,) = kernels.linear(x, m)
@@ -192,13 +192,13 @@ class TestEveryLevel:
         m = int4_matrix(64, 128, 64, 64)
         x = torch.zeros(2, 128)
         x[1, :64] = 1e-30
-        (got,) = Native(level, activations).linear(x, m)
+        (got,) = NativeProducts(level, activations).linear(x, m)
         assert (got[0] == 0).all() and torch.isfinite(got).all() and (got.abs() < 1e-26).all()
 
     @pytest.mark.parametrize("sign", [1, -1])
     def test_the_largest_codes_do_not_overflow(self, level: str, activations: str, sign: int) -> None:
         """Every weight and every activation at its end: no sum of two or four products may be cut off."""
-        kernels, x = Native(level, activations), torch.ones(7, 256)
+        kernels, x = NativeProducts(level, activations), torch.ones(7, 256)
         x[1], x[2, ::2], x[3, 1::2] = -1, -1, -1
         wide = torch.full((70, 256), 3.0 * sign)
         wide[1, ::2], wide[2, 1::2] = -3.0, -3.0
@@ -218,14 +218,14 @@ class TestEveryLevel:
         m = int4_matrix(64, 70, 64, 64)
         dirty = m["qweight"].clone()
         dirty[:, 70:] ^= 0xF0
-        (a,), (b,) = (Native(level, activations).linear(operand(3, 70), w)
+        (a,), (b,) = (NativeProducts(level, activations).linear(operand(3, 70), w)
                       for w in (m, Packed.of(m.spec, {**m.tensors, "qweight": dirty})))
         assert torch.equal(a, b)
 
 
 @needs_library
 def test_bits_do_not_depend_on_threads_or_on_other_products() -> None:
-    kernels = Native(next(iter(native.levels())), "int8")
+    kernels = NativeProducts(next(iter(native.levels())), "int8")
     matrices = [int4_matrix(640, 512, 64, 64), int8_matrix(1000, 512), int4_matrix(65, 512, 32, 32),
                 mxfp4_matrix(640, 512)]
     x = operand(40, 512)
@@ -240,7 +240,7 @@ def test_bits_do_not_depend_on_threads_or_on_other_products() -> None:
 @needs_library
 def test_several_callers_at_once() -> None:
     """The pool serves one at a time; the others work alone, with memory of their own."""
-    kernels = Native(next(iter(native.levels())), "int8")
+    kernels = NativeProducts(next(iter(native.levels())), "int8")
     kernels.threads = 3
     m = int4_matrix(640, 512, 64, 64)
     xs = [operand(1 + i % 40, 512, seed=i) for i in range(80)]
@@ -255,7 +255,7 @@ def test_several_callers_at_once() -> None:
 def test_a_forked_child_computes_too(warm_python: WarmPython) -> None:
     script = ("import os, sys, torch; sys.path.insert(0, 'tests')\n"
               "from test_native import *\n"
-              "k = Native(next(iter(native.levels())), 'int8'); k.threads = 2\n"
+              "k = NativeProducts(next(iter(native.levels())), 'int8'); k.threads = 2\n"
               "m = int4_matrix(640, 512, 64, 64)\n"
               "x = operand(9, 512); want = k.linear(x, m)[0]; pid = os.fork()\n"
               "same = torch.equal(k.linear(x, m)[0], want)\n"
@@ -272,7 +272,7 @@ def test_more_threads_than_cores(warm_python: WarmPython) -> None:
     script = ("import os, sys, time, torch; sys.path.insert(0, 'tests')\n"
               "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
               "from test_native import *\n"
-              "k = Native(next(iter(native.levels())), 'int8'); m = int4_matrix(1280, 512, 64, 64)\n"
+              "k = NativeProducts(next(iter(native.levels())), 'int8'); m = int4_matrix(1280, 512, 64, 64)\n"
               "x = operand(3, 512); k.threads = 1; want = k.linear(x, m)[0]; k.threads = 7\n"
               "for turn in range(300):\n"
               "    assert torch.equal(k.linear(x, m)[0], want)\n"
@@ -291,7 +291,7 @@ def test_any_shape(rows: int, cols: int, tokens: int, group: int, block: int, ac
                    name: str) -> None:
     m = int4_matrix(rows, cols, group, block, name=name)
     x = operand(tokens, cols)
-    (got,) = Native(level, activations).linear(x, m)
+    (got,) = NativeProducts(level, activations).linear(x, m)
     assert relative(got, want(x, m, activations)) < (4 * TIES if activations == "int8" else 4 * SUMS)
 
 
@@ -301,7 +301,7 @@ def test_eight_bits_are_close_to_none() -> None:
     m = int4_matrix(256, 1024, 64, 64)
     x = torch.randn(50, 1024, generator=torch.Generator().manual_seed(3))
     exact = x.double() @ unpack(m).double().T
-    (got,) = Native(next(iter(native.levels())), "int8").linear(x, m)
+    (got,) = NativeProducts(next(iter(native.levels())), "int8").linear(x, m)
     assert 1e-3 < relative(got, exact) < 1e-2
 
 
@@ -329,7 +329,7 @@ def test_jobs_are_laid_out_as_in_c() -> None:
 @pytest.mark.parametrize(("level", "activations"), LEVELS)
 def test_the_peak_counts_its_operations(level: str, activations: str) -> None:
     ticks = iter([0.0, 0.0, 2.0, 2.5, 3.0, 3.5, 9.0])
-    own = Native(level, activations)
+    own = NativeProducts(level, activations)
     rate = own.peak(1, seconds=5, clock=lambda: next(ticks))
     done = [own._library.qmix_peak(own._number, own.code, ctypes.c_int64(turns), threads)
             for turns, threads in ((100_000, 1), (10, 1), (10, 3))]
@@ -381,8 +381,8 @@ class TestChoice:
 
     @needs_library
     def test_kernels_that_give_wrong_numbers_are_not_used(self, monkeypatch) -> None:
-        right = Native.linear
-        monkeypatch.setattr(Native, "linear", lambda self, x, *m: [1.02 * y for y in right(self, x, *m)])
+        right = NativeProducts.linear
+        monkeypatch.setattr(NativeProducts, "linear", lambda self, x, *m: [1.02 * y for y in right(self, x, *m)])
         said, names = self.lines(activations="auto")
         assert all("failed their self-test" in line for line in said[:len(native.levels())])
         assert "native" not in names["int4"]
@@ -390,12 +390,12 @@ class TestChoice:
     @needs_library
     @pytest.mark.skipif(len(native.levels()) < 2, reason="one level only")
     def test_the_next_best_level_takes_over(self, monkeypatch) -> None:
-        right, (best, second, *_) = Native.linear, native.levels()
+        right, (best, second, *_) = NativeProducts.linear, native.levels()
 
-        def linear(self: Native, x: Tensor, *m: Packed) -> list[Tensor]:
+        def linear(self: NativeProducts, x: Tensor, *m: Packed) -> list[Tensor]:
             return [y * (1.02 if best in self.name.split(",")[0].split() else 1) for y in right(self, x, *m)]
 
-        monkeypatch.setattr(Native, "linear", linear)
+        monkeypatch.setattr(NativeProducts, "linear", linear)
         said, names = self.lines(activations="auto")
         assert len(said) == 1 and best in said[0] and names["int4"] == f"native {second}, int8 activations"
 

@@ -9,7 +9,7 @@ from test_native import LEVELS, SUMS, TIES, needs_library, operand, relative, wa
 from qmix.formats.carried import HALVES, Blocks, carry
 from qmix.formats.packed import Packed
 from qmix.kernels import native
-from qmix.kernels.native import Native, Product
+from qmix.kernels.native import NativeProducts, Product
 from qmix.kernels.table import random_matrix, select
 from qmix.sizes import CARRIED, MatrixSpec, with_layout
 
@@ -36,7 +36,7 @@ class TestEveryLevel:
 
     @pytest.mark.parametrize("shape", [(192, 256, 1), (100, 512, 1), (5, 768, 1), (2 * 72, 256, 2)], ids=str)
     def test_products(self, level: str, activations: str, kind: str, shape: tuple[int, int, int]) -> None:
-        m, kernels = carried_matrix(kind, *shape), Native(level, activations)
+        m, kernels = carried_matrix(kind, *shape), NativeProducts(level, activations)
         for tokens in (1, 2, 3, 4, 5, 7, 13, 270):
             x = operand(tokens, shape[1])
             (got,) = kernels.linear(x, m)
@@ -44,7 +44,7 @@ class TestEveryLevel:
             assert relative(got, want(x, m, activations)) < self.bound(activations), tokens
 
     def test_rows_do_not_depend_on_their_company(self, level: str, activations: str, kind: str) -> None:
-        m, kernels = carried_matrix(kind, 140, 512), Native(level, activations)
+        m, kernels = carried_matrix(kind, 140, 512), NativeProducts(level, activations)
         x = operand(300, 512)
         (whole,) = kernels.linear(x, m)
         for count in (1, 2, 3, 4, 5, 6, 7, 8, 9, 25):
@@ -54,7 +54,8 @@ class TestEveryLevel:
 
     @pytest.mark.parametrize("extreme", [0, 0x7F, 0x80, 0x81, 0xFF])
     def test_the_largest_codes_do_not_overflow(self, level: str, activations: str, kind: str, extreme: int) -> None:
-        m, kernels, x = carried_matrix(kind, 70, 256, extreme=extreme), Native(level, activations), torch.ones(7, 256)
+        m, x = carried_matrix(kind, 70, 256, extreme=extreme), torch.ones(7, 256)
+        kernels = NativeProducts(level, activations)
         x[1], x[2, ::2], x[3, 1::2] = -1, -1, -1
         wanted = want(x, m, activations)
         for tokens in (slice(0, 7), slice(0, 4), slice(1, 2)):
@@ -64,13 +65,13 @@ class TestEveryLevel:
     def test_gate_and_up(self, level: str, activations: str, kind: str) -> None:
         m, x = carried_matrix(kind, 2 * 80, 256, 2), operand(9, 256) / 10000
         y, rows, y_rows = torch.full((12, 80), 7.0), torch.tensor([8, 0, 3]), torch.tensor([1, 11, 5])
-        Native(level, activations).run([Product(x, m, y, x_rows=rows, y_rows=y_rows, gated=True)])
+        NativeProducts(level, activations).run([Product(x, m, y, x_rows=rows, y_rows=y_rows, gated=True)])
         gate, up = want(x[rows], m, activations).split(80, 1)
         assert relative(y[y_rows], torch.nn.functional.silu(gate) * up) < 4 * self.bound(activations)
         assert (y[[i for i in range(12) if i not in y_rows.tolist()]] == 7).all()
 
     def test_what_is_not_finite_stays_so(self, level: str, activations: str, kind: str) -> None:
-        kernels, m = Native(level, activations), carried_matrix(kind, 64, 256)
+        kernels, m = NativeProducts(level, activations), carried_matrix(kind, 64, 256)
         for count in (3, 6):
             x = operand(count, 256)
             (clean,) = kernels.linear(x, m)
@@ -86,7 +87,7 @@ class TestEveryLevel:
         scales, halves = m["scales"].clone(), range(128 * len(HALVES[kind]))
         scales[..., 1:len(halves):2] &= 0x83
         small = Packed.of(m.spec, {**m.tensors, "scales": scales})
-        (got,) = Native(level, activations).linear(x, small)
+        (got,) = NativeProducts(level, activations).linear(x, small)
         assert relative(got, want(x, small, activations)) < self.bound(activations)
 
 
@@ -96,14 +97,15 @@ def test_widths_that_are_no_multiple_of_256(kind: str) -> None:
     for level, activations in LEVELS:
         m, x = carried_matrix(kind, 130, 288), operand(9, 288)
         for tokens in (x, x[:1]):
-            (got,) = Native(level, activations).linear(tokens, m)
+            (got,) = NativeProducts(level, activations).linear(tokens, m)
             assert relative(got, want(tokens, m, activations)) < (TIES if activations == "int8" else SUMS)
 
 
 @needs_library
 @pytest.mark.parametrize("kind", CARRIED)
 def test_bits_do_not_depend_on_threads(kind: str) -> None:
-    kernels, m, x = Native(next(iter(native.levels())), "int8"), carried_matrix(kind, 640, 512), operand(40, 512)
+    kernels = NativeProducts(next(iter(native.levels())), "int8")
+    m, x = carried_matrix(kind, 640, 512), operand(40, 512)
     kernels.threads = 1
     alone = kernels.linear(x, m)[0]
     kernels.threads = 3

@@ -16,7 +16,7 @@ from qmix.formats import grouped, unpack
 from qmix.formats.packed import Packed
 from qmix.kernels import native
 from qmix.kernels.layer import TORCH
-from qmix.kernels.native import LayerOps, Native, Product, Sequence, jobs
+from qmix.kernels.native import CallSequence, NativeLayerOps, NativeProducts, Product, jobs
 from qmix.kernels.native.experts import ExpertTable
 from qmix.kernels.native.sequence import ADD, EXPERTS, ROUTE, addition
 from qmix.kernels.router import RouterTensors
@@ -80,15 +80,17 @@ def experts() -> Experts:
     return Experts(table, slots, matrices)
 
 
-def computed(experts: Experts, native_: Native, layer: int, x: Tensor, ids: Tensor, topk_weights: Tensor) -> Tensor:
+def computed(experts: Experts, native_: NativeProducts, layer: int, x: Tensor, ids: Tensor,
+             topk_weights: Tensor) -> Tensor:
     count = len(x)
     between, rows, out = torch.empty(count * K, F), torch.empty(count, K, H), torch.full((count, H), torch.nan)
     job = experts.table.job(layer, x, ids, topk_weights, between, rows, out)
-    assert Sequence(native_.level, native_.code, native_.threads, [(EXPERTS, job)], tokens=count).run() is None
+    assert CallSequence(native_.level, native_.code, native_.threads, [(EXPERTS, job)], tokens=count).run() is None
     return out
 
 
-def one_by_one(experts: Experts, native_: Native, layer: int, x: Tensor, ids: Tensor, topk_weights: Tensor) -> Tensor:
+def one_by_one(experts: Experts, native_: NativeProducts, layer: int, x: Tensor, ids: Tensor,
+               topk_weights: Tensor) -> Tensor:
     """Each expert of each token in products of its own."""
     rows = torch.empty(len(x), K, H)
     for token, chosen in enumerate(ids.tolist()):
@@ -97,7 +99,7 @@ def one_by_one(experts: Experts, native_: Native, layer: int, x: Tensor, ids: Te
             between = torch.empty(1, F)
             native_.run([Product(x[token:token + 1], w13, between, gated=True)])
             native_.run([Product(between, w2, rows[token:token + 1, rank])])
-    return LayerOps(native_.level).combine(rows, topk_weights)
+    return NativeLayerOps(native_.level).combine(rows, topk_weights)
 
 
 def tokens(count: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,7 +113,7 @@ def tokens(count: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tenso
 @pytest.mark.parametrize("count", [1, 2, 5, 8])
 def test_the_bits_of_products_one_by_one(experts: Experts, level: str, activations: str, dtype: torch.dtype,
                                          count: int) -> None:
-    own = Native(level, activations)
+    own = NativeProducts(level, activations)
     for layer in range(L):
         x, ids, topk_weights = tokens(count, dtype, layer)
         for own.threads in (1, 3):
@@ -137,19 +139,19 @@ def test_against_float64(experts: Experts, level: str, activations: str) -> None
             else:
                 between = torch.nn.functional.silu(gate) * up
             want[token] += topk_weights[token, rank].double() * (w2 @ between + biases[1])
-    got = computed(experts, Native(level, activations), 0, x, ids, topk_weights).double()
+    got = computed(experts, NativeProducts(level, activations), 0, x, ids, topk_weights).double()
     assert float((got - want).norm() / want.norm()) < (0.015 if activations == "int8" else 3 * 2**-9)
 
 
 @every_level
 def test_a_missing_record_stops_the_sequence_before_anything_is_computed(experts: Experts, level: str,
                                                                          activations: str) -> None:
-    own = Native(level, activations)
+    own = NativeProducts(level, activations)
     x, _, topk_weights = tokens(1, torch.float32)
     ids = torch.tensor([[4, 1, 2]])
     between, rows, out, total = torch.empty(K, F), torch.empty(1, K, H), torch.zeros(1, H), torch.zeros(1, H)
     job = experts.table.job(1, x, ids, topk_weights, between, rows, out)
-    calls = Sequence(level, own.code, 1, [(ADD, addition(x, total)), (EXPERTS, job), (ADD, addition(out, total))])
+    calls = CallSequence(level, own.code, 1, [(ADD, addition(x, total)), (EXPERTS, job), (ADD, addition(out, total))])
     experts.table.leave(1, 2)
     try:
         assert calls.run() == 1
@@ -164,14 +166,14 @@ def test_a_missing_record_stops_the_sequence_before_anything_is_computed(experts
 
 @every_level
 def test_a_router_and_its_experts_are_one_sequence(experts: Experts, level: str, activations: str) -> None:
-    own, layer_ops = Native(level, activations), LayerOps(level)
+    own, layer_ops = NativeProducts(level, activations), NativeLayerOps(level)
     random = torch.Generator().manual_seed(9)
     router = RouterTensors(Router(E, K, over="all", normalize=True), torch.randn(E, H, generator=random).bfloat16())
     residual, weight = torch.randn(1, H, generator=random), torch.rand(H, generator=random)
     normed, ids, topk_weights = torch.empty(1, H), torch.empty(1, K, dtype=torch.int64), torch.empty(1, K)
     between, rows, out = torch.empty(K, F), torch.empty(1, K, H), torch.empty(1, H)
     before = residual.clone()
-    assert Sequence(level, own.code, 1, [
+    assert CallSequence(level, own.code, 1, [
         (ROUTE, jobs.route(residual, weight, router, 1e-6, normed, ids, topk_weights)),
         (EXPERTS, experts.table.job(0, normed, ids, topk_weights, between, rows, out)),
         (ADD, addition(out, residual))]).run() is None

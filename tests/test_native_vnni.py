@@ -15,7 +15,7 @@ from test_native_carried import carried_matrix
 
 from qmix.formats.packed import Packed
 from qmix.kernels import native
-from qmix.kernels.native import Native, loader
+from qmix.kernels.native import NativeProducts, loader
 from qmix.sizes import CARRIED
 
 SOURCES = Path(native.__file__).parent
@@ -70,11 +70,11 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 @pytest.fixture
-def emulated(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> dict[str, Native]:
+def emulated(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> dict[str, NativeProducts]:
     """By activations."""
     monkeypatch.setattr(loader, "_found", lambda: (library, ""))
     assert list(native.levels()) == ["avx2-vnni"]
-    return {name: Native("avx2-vnni", name) for name in ("int8", "bf16")}
+    return {name: NativeProducts("avx2-vnni", name) for name in ("int8", "bf16")}
 
 
 MATRICES = [*(int4_matrix(130, 320, group, block, name=name) for name in ("int4", "int3", "int2")
@@ -84,12 +84,13 @@ MATRICES = [*(int4_matrix(130, 320, group, block, name=name) for name in ("int4"
 
 
 @pytest.mark.parametrize("m", MATRICES, ids=lambda m: f"{m.spec.format}-{m.spec.block}-{m.spec.group_size}")
-def test_its_bits_are_those_of_avx2(m: Packed, emulated: dict[str, Native], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_bits_are_those_of_avx2(m: Packed, emulated: dict[str, NativeProducts],
+                                    monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = (*range(1, 10), 40)
     got = {(name, count): own.linear(operand(count, m.spec.cols), m)[0]
            for name, own in emulated.items() for count in tokens}
     monkeypatch.undo()
     for (name, count), y in got.items():
         x = operand(count, m.spec.cols)
-        assert torch.equal(y, Native("avx2", name).linear(x, m)[0]), (name, count)
+        assert torch.equal(y, NativeProducts("avx2", name).linear(x, m)[0]), (name, count)
         assert relative(y, want(x, m, name)) < 1e-3

@@ -15,7 +15,7 @@ from torch import Tensor
 from qmix.formats import int8
 from qmix.formats.packed import Packed
 from qmix.kernels import native
-from qmix.kernels.native import Native, Product
+from qmix.kernels.native import NativeProducts, Product
 from qmix.offload.one_token import OneToken
 from qmix.quantize.methods import quantize
 from qmix.sizes import MatrixSpec
@@ -44,7 +44,7 @@ def slots(name: str, bias: bool, activation: Activation) -> list[tuple[Packed, P
     return [(matrix(spec, 2 * slot), matrix(down, 2 * slot + 1)) for slot in range(SLOTS)]
 
 
-def by_products(own: Native, views: list[tuple[Packed, Packed]], x: Tensor, chosen: list[int]) -> Tensor:
+def by_products(own: NativeProducts, views: list[tuple[Packed, Packed]], x: Tensor, chosen: list[int]) -> Tensor:
     rows, between = torch.empty(K, H), torch.empty(K, F)
     own.run([Product(x, views[slot][0], between[rank:rank + 1], gated=True) for rank, slot in enumerate(chosen)])
     own.run([Product(between[rank:rank + 1], views[slot][1], rows[rank:rank + 1]) for rank, slot in enumerate(chosen)])
@@ -57,7 +57,7 @@ def by_products(own: Native, views: list[tuple[Packed, Packed]], x: Tensor, chos
 def test_the_bits_of_products(name: str, bias: bool, activation: Activation) -> None:
     views = slots(name, bias, activation)
     for level, activations in LEVELS:
-        own = Native(level, activations)
+        own = NativeProducts(level, activations)
         one = OneToken(own, views, K)
         for seed, chosen in enumerate(([4, 0, 2], [2, 3, 1])):
             for dtype in (torch.float32, torch.bfloat16):

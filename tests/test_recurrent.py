@@ -159,7 +159,7 @@ def test_the_plan_counts_them(model: Eager) -> None:
     cache = model.new_cache(CAPACITY)
     for done in (("prompt", (5,) * 60), ("decode", (5,) * 3), ("prompt", (5,) * 40), ("prompt", (5,) * 40)):
         run(model, cache, done)
-    kept = [*states(cache), *(x for one in cache._kept._kept for layer in one.layers for x in layer)]
+    kept = [*states(cache), *(x for one in cache._snapshots._snapshots for layer in one.layers for x in layer)]
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
     assert len(storages) == 2 * 2 * (1 + SNAPSHOTS)
     assert sum(storages.values()) <= 2 * (SNAPSHOTS + 2) * recurrent_bytes(DELTA)

@@ -20,7 +20,7 @@ from qmix.hardware import compute_cores, memory, resident_bytes
 from qmix.hardware.bandwidth import measure_ram
 from qmix.hardware.cores import last_level_cache
 from qmix.hardware.disk import DiskEffort, measure_disk
-from qmix.kernels.native import Native
+from qmix.kernels.native import NativeProducts
 from qmix.sizes import MIB, RECORD_ALIGN
 
 SIDE = 1024  # of the square matrices: 2 GFLOP a product, 2 MiB each in bf16
@@ -115,7 +115,7 @@ def room(budget: int | None) -> int:
     return available if budget is None else max(0, min(budget - resident_bytes(), available))
 
 
-def with_native(peaks: Peaks, native: Native) -> Peaks:
+def with_native(peaks: Peaks, native: NativeProducts) -> Peaks:
     """`peaks` with the bare dot products of the native kernels, where these compute: torch's bf16 products are no limit
     to them."""
     return replace(peaks, gflops=native.peak(compute_cores()) / 1e9,

@@ -30,7 +30,7 @@ from qmix.forward.passes import BLOCK
 from qmix.forward.runner import Runner
 from qmix.generate import Token, generate
 from qmix.kernels.device_table import does_not_run
-from qmix.kernels.native import Native
+from qmix.kernels.native import NativeProducts
 from qmix.kernels.rows import bound_formats
 from qmix.kernels.table import KernelTable
 from qmix.offload.expert_map import ExpertMap
@@ -94,7 +94,7 @@ class Engine:
         return self._threads
 
     @property
-    def native(self) -> Native | None:
+    def native(self) -> NativeProducts | None:
         """What computes the experts, where the native kernels do."""
         return self._kernels.native if self._kernels.native and self.store.quant.expert_formats <= set(
             self._kernels.native.formats) else None

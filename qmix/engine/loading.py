@@ -12,11 +12,11 @@ import torch
 from qmix import process
 from qmix.engine import vram
 from qmix.engine.budgets import budget, mapping_limits, needs_of
+from qmix.engine.device_choice import choose_device_and_plan
 from qmix.engine.engine import Engine
 from qmix.engine.kernels import select_kernels
 from qmix.engine.machine import Placement
 from qmix.engine.parts import Parts, on_device, on_host
-from qmix.engine.placing import choose_device_and_plan
 from qmix.engine.threads import Threads, parallel_loop
 from qmix.errors import DoesNotFit
 from qmix.hardware.allocator import keep_freed_memory

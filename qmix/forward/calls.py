@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qmix.forward.kv_cache import SessionCache
 from qmix.forward.recurrent import RecurrentLayer
-from qmix.kernels.native import Sequence as NativeSequence
+from qmix.kernels.native import CallSequence
 
 
 class Unsupported(Exception):
@@ -48,7 +48,7 @@ class Buffers:
 
 @dataclass(slots=True)
 class Calls:
-    """What native.Sequence takes, and which calls are patched for each token: `taken`, the call that reads what the
+    """What native.CallSequence takes, and which calls are patched for each token: `taken`, the call that reads what the
     experts gave, which `take` makes for one address of that; `attends`, (call, layer, window); `states`, (call, layer,
     whether of its delta rule, else of its convolution)."""
 
@@ -64,15 +64,15 @@ class Calls:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
-    """cos, sin [1, 1, D] of the token's position; speeds: where a call makes them, else they are to be filled."""
+class RopeCosSin:
+    """cos, sin [1, 1, D] of the token's position; inv_freq: where a call makes them, else they are to be filled."""
 
     cos: Tensor
     sin: Tensor
-    speeds: Tensor | None
+    inv_freq: Tensor | None
 
 
-def patch_states(sequence: NativeSequence, states: Sequence[tuple[int, int, bool]], cache: SessionCache) -> None:
+def patch_states(sequence: CallSequence, states: Sequence[tuple[int, int, bool]], cache: SessionCache) -> None:
     """Where each recurrent layer's state of a session is, and where the next one goes, which is the session's from here
     on; states: as Calls has them."""
     for call, layer, of_rule in states:

@@ -18,7 +18,7 @@ from torch import Tensor
 from qmix.device import Device, Routed
 from qmix.formats import Packed
 from qmix.forward.kv_cache import SessionCache
-from qmix.forward.steps import Turning
+from qmix.forward.steps import RopeFrequencies
 from qmix.forward.weights import DenseWeights
 from qmix.kernels import ops
 from qmix.kernels.attend import Softmax
@@ -102,8 +102,8 @@ class FewBuffers:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
-    """A rope at the positions of a pass: its speeds, and what rope_cos_sin writes, [T, R]."""
+class RopeCosSin:
+    """A rope at the positions of a pass: its inv_freq, and what rope_cos_sin writes, [T, R]."""
 
     inv_freq: Tensor
     factor: float
@@ -113,9 +113,10 @@ class Turn:
 class Room:
     """Where the calls of T tokens over the same caches are bound: the buffers by their names in the program, as of the
     call that is bound next. runs: (first token, end) of neighbours with the same cache; turns: of every rope, by what
-    its speeds are; counted: where a router writes its choice a second time."""
+    its inv_freq are; counted: where a router writes its choice a second time."""
 
-    def __init__(self, model: Model, ops: DeviceOps, weights: DeviceWeights, few: FewBuffers, turning: Turning,
+    def __init__(self, model: Model, ops: DeviceOps, weights: DeviceWeights, few: FewBuffers,
+                 frequencies: RopeFrequencies,
                  caches: Sequence[SessionCache]):
         self.ops, self.weights, self._few = ops, weights, few
         self.tokens, self.positions, self.routed = few.tokens, few.positions, few.routed
@@ -123,22 +124,22 @@ class Room:
         self.runs = runs_of(caches)
         self._names: dict[str, Tensor] = {}
         self._wholes: dict[tuple[str, ...], Tensor] = {}
-        self.turns: dict[tuple[Rope, int], Turn] = {}
-        self._turn_of: dict[tuple[Rope, int], Turn] = {}  # by a rope and the first token of a run
+        self.cos_sin: dict[tuple[Rope, int], RopeCosSin] = {}
+        self._cos_sin_of: dict[tuple[Rope, int], RopeCosSin] = {}  # by a rope and the first token of a run
         ropes = dict.fromkeys(layer.mixer.rope for layer in model.layers if isinstance(layer.mixer, Attention))
         for rope in ropes:
             if rope is not None:
-                self._turn(rope, turning, caches)
+                self._cos_sin(rope, frequencies, caches)
 
-    def _turn(self, rope: Rope, turning: Turning, caches: Sequence[SessionCache]) -> None:
-        """The speeds of a rope may depend on what a session was made for."""
+    def _cos_sin(self, rope: Rope, frequencies: RopeFrequencies, caches: Sequence[SessionCache]) -> None:
+        """The inv_freq of a rope may depend on what a session was made for."""
         for first, _ in self.runs:
-            inv_freq, factor = turning.speeds(rope, caches[first].capacity)
+            inv_freq, factor = frequencies.inv_freq(rope, caches[first].capacity)
             key = rope, inv_freq.data_ptr()  # made once for all sessions that turn alike
-            if key not in self.turns:
-                name = f"cos_sin {len(self.turns)}"
-                self.turns[key] = Turn(inv_freq, factor, self._few.shared(name, rope.dim)[:len(self.tokens)])
-            self._turn_of[rope, first] = self.turns[key]
+            if key not in self.cos_sin:
+                name = f"cos_sin {len(self.cos_sin)}"
+                self.cos_sin[key] = RopeCosSin(inv_freq, factor, self._few.shared(name, rope.dim)[:len(self.tokens)])
+            self._cos_sin_of[rope, first] = self.cos_sin[key]
 
     def __getitem__(self, name: str) -> Tensor:
         return self._names[name]
@@ -169,7 +170,7 @@ class Room:
         """Tokens first to end over their session's cache, which is looked up now: another one may have its place."""
         kept = self._few.caches[first].kv_layer(op.layer)
         scales = None if kept.key_scales is None or kept.value_scales is None else (kept.key_scales, kept.value_scales)
-        cos_sin = None if rope is None else self._turn_of[rope, first].cos_sin[first:end]
+        cos_sin = None if rope is None else self._cos_sin_of[rope, first].cos_sin[first:end]
         self.ops.rope_attend(qkv[first:end], cos_sin, kept.keys, kept.values, self.positions[first:end],
                              op.attention.window, out[first:end], scales, softmax)
 

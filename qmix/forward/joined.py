@@ -16,8 +16,7 @@ from qmix.config import Step
 from qmix.errors import Interrupted
 from qmix.forward.calls import Calls, patch_states
 from qmix.forward.kv_cache import SessionCache
-from qmix.kernels.native import Native
-from qmix.kernels.native import Sequence as NativeSequence
+from qmix.kernels.native import CallSequence, NativeProducts
 from qmix.kernels.native.sequence import EXPERTS
 
 AT_ONCE = 4  # layers of a call: cancelling waits for them
@@ -36,7 +35,8 @@ class Joined:
     records its number, x, ids and weights; ids [L, 1, K] and topk_weights [L, 1, K] are all of them, ahead the guesses
     of each layer. Everything that calls point to is the caller's."""
 
-    def __init__(self, native: Native, pieces: Sequence[Calls], given: Sequence[tuple[int, Tensor, Tensor, Tensor]],
+    def __init__(self, native: NativeProducts, pieces: Sequence[Calls],
+                 given: Sequence[tuple[int, Tensor, Tensor, Tensor]],
                  resident: Resident, ids: Tensor, topk_weights: Tensor, ahead: Sequence[Tensor | None], hidden: int):
         self._resident, self._ids, self._topk_weights, self._ahead = resident, ids, topk_weights, ahead
         self._out = torch.empty(1, hidden)  # what a layer's experts give
@@ -56,7 +56,7 @@ class Joined:
             if at < len(given):
                 layer, x, chosen, topk_weights = given[at]
                 calls.append((EXPERTS, resident.job(layer, x, chosen, topk_weights, self._out)))
-        self._sequence = NativeSequence(native.level, native.code, native.threads, calls)
+        self._sequence = CallSequence(native.level, native.code, native.threads, calls)
 
     def run(self, cache: SessionCache, step: Step) -> None:
         """The token at the end of `cache`, whose length stays. Interrupted when step.cancel is set."""

@@ -81,7 +81,7 @@ class SessionCache:
         # What trimming does not bring back by itself.
         self._states = [layer for layer in self.layers if isinstance(layer, WindowLayer | RecurrentLayer)]
         self._recurrent = [layer for layer in self.layers if isinstance(layer, RecurrentLayer)]
-        self._kept = Snapshots()
+        self._snapshots = Snapshots()
         self.marks: Sequence[int] = ()  # lengths within a pass of which snapshots will be kept
         # A ring has no state of an earlier position of a pass.
         self._keeps = bool(self._recurrent) and len(self._recurrent) == len(self._states)
@@ -167,7 +167,7 @@ class SessionCache:
 
     def reachable(self, length: int) -> int:
         """The longest length, at most this one, to which the session can go back."""
-        return length if self.can_trim(length) else self._kept.best(length)
+        return length if self.can_trim(length) else self._snapshots.best(length)
 
     def rewind(self, length: int) -> int:
         """Forget all positions from `length` on, or from `reachable(length)` on, which is returned."""
@@ -175,13 +175,13 @@ class SessionCache:
         if self.can_trim(reached):
             self.trim(reached)
         else:
-            self._load(self._kept.at(reached))
+            self._load(self._snapshots.at(reached))
         return reached
 
     def begin(self, count: int) -> Snapshot:
         """To be called before `count` tokens are appended: what `rollback` needs to take them back."""
         before = self._save(copy=count > FEW and self.length > 0)
-        self.marks = self._kept.prepare(before, count) if count > FEW and self._keeps else ()
+        self.marks = self._snapshots.prepare(before, count) if count > FEW and self._keeps else ()
         for layer in self._recurrent:
             layer.begin(self.length, count, 1 < count <= FEW, self.marks)
         return before
@@ -193,7 +193,7 @@ class SessionCache:
     def end(self) -> None:
         """To be called when the tokens of `begin` have been appended."""
         for mark in self.marks:
-            self._kept.add(Snapshot(mark, len(self._cuts), [layer.marked(mark) for layer in self._recurrent]))
+            self._snapshots.add(Snapshot(mark, len(self._cuts), [layer.marked(mark) for layer in self._recurrent]))
 
     def snapshot(self) -> Snapshot:
         """The session as it is, for `restore` at any time."""
@@ -217,7 +217,7 @@ class SessionCache:
         self._cut(snapshot.length)
 
     def _cut(self, length: int) -> None:
-        self._kept.cut(length)
+        self._snapshots.cut(length)
         if length < self.length:
             self._cuts.append(length)
         self.length = length

@@ -33,11 +33,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from qmix.forward.calls import Buffers, Calls, Turn, Unsupported
+from qmix.forward.calls import Buffers, Calls, RopeCosSin, Unsupported
 from qmix.forward.kv_cache import SessionCache
 from qmix.forward.kv_layers import FullLayer
 from qmix.forward.recurrent import RecurrentLayer
-from qmix.forward.steps import Turning, fused_guess, fused_route, reads, rotates
+from qmix.forward.steps import RopeFrequencies, fused_guess, fused_route, reads, rotates
 from qmix.forward.weights import KernelWeights
 from qmix.kernels import native, ops
 from qmix.kernels.attend import softmax_of
@@ -67,28 +67,28 @@ from qmix.spec import Tensor as Named
 
 
 class Lowering:
-    """Lowers pieces, in order, for caches like `cache`. position: int64 [1], the token's. turns: by rope, what it is
-    turned by; the first call that needs them is behind one that makes them."""
+    """Lowers pieces, in order, for caches like `cache`. position: int64 [1], the token's. cos_sin: of each rope; the
+    first call that needs them is behind one that makes them."""
 
-    def __init__(self, weights: KernelWeights, cache: SessionCache, buffers: Buffers, turning: Turning):
+    def __init__(self, weights: KernelWeights, cache: SessionCache, buffers: Buffers, frequencies: RopeFrequencies):
         assert weights.kernels.native is not None
-        self._weights, self._cache, self._buffers, self._turning = weights, cache, buffers, turning
-        self._native: native.Native = weights.kernels.native
+        self._weights, self._cache, self._buffers, self._frequencies = weights, cache, buffers, frequencies
+        self._native: native.NativeProducts = weights.kernels.native
         self.position = torch.zeros(1, dtype=torch.int64)
-        self.turns: dict[Rope, Turn] = {}
-        self._kept: list[Tensor] = []  # what jobs point to
+        self.cos_sin: dict[Rope, RopeCosSin] = {}
+        self._referenced: list[Tensor] = []  # what jobs point to
 
     def piece(self, program: Sequence[Op], dynamic: str | None, after: Collection[str]) -> Calls:
         """dynamic: the buffer whose address changes with each token, what the experts gave. after: what is read later;
         it stays."""
-        made, self._buffers.own = set(self.turns), {}
+        made, self._buffers.own = set(self.cos_sin), {}
         try:
             found = self._piece(program, dynamic, after)
         except Unsupported:
-            self.turns = {rope: turn for rope, turn in self.turns.items() if rope in made}
+            self.cos_sin = {rope: turn for rope, turn in self.cos_sin.items() if rope in made}
             raise
         own = self._buffers.own
-        self._kept += own.values()
+        self._referenced += own.values()
         self._buffers.whole |= {name: own[name] for name in after if name in own}
         return found
 
@@ -182,7 +182,7 @@ class Lowering:
             raise Unsupported(f"Conv of {len(sources)} buffers")
         taps, past = self._weights.taps(op.weight), self._recurrent(op.layer).past.now
         out = [self._buffers.make(name, x.shape[1], torch.float32) for name, x in zip(op.sources, sources, strict=True)]
-        self._kept += [taps, *sources]
+        self._referenced += [taps, *sources]
         found.states.append((found.add(CONV, jobs.conv(taps, past, past, sources, out)), op.layer, False))
 
     def _delta(self, op: ops.Delta, found: Calls) -> None:
@@ -202,7 +202,7 @@ class Lowering:
     def _vector(self, weight: Named | None) -> Tensor | None:
         """fp32, kept for the jobs that point to it."""
         found = self._weights.vector(weight)
-        self._kept += [] if found is None else [found]
+        self._referenced += [] if found is None else [found]
         return found
 
     def _norm(self, op: ops.Norm, found: Calls) -> None:
@@ -215,7 +215,7 @@ class Lowering:
         x, norm = self._readable(op.buffer), op.norm
         weight = None if norm is None else self._weights.norm(op.weight, norm)
         out = self._buffers.make(op.buffer, x.shape[1], torch.float32)
-        self._kept.append(x)
+        self._referenced.append(x)
         found.add(NORM, jobs.norm(x, weight, None if norm is None else norm.eps, out, None, op.clip,
                                   x.shape[1] // op.size))
 
@@ -244,7 +244,7 @@ class Lowering:
 
     def _router(self, op: ops.Route) -> RouterTensors:
         router = router_of(op, self._weights)
-        self._kept += [v for v in (router.logit_bias, router.choice_bias, router.expert_scale) if v is not None]
+        self._referenced += [v for v in (router.logit_bias, router.choice_bias, router.expert_scale) if v is not None]
         return router
 
     def _rope(self, op: ops.Rope, found: Calls) -> None:
@@ -253,20 +253,20 @@ class Lowering:
         q, k = (self._readable(name) for name in op.buffers)
         heads, size = q.shape[1] // op.head_dim, op.head_dim
         turned = torch.empty(1, heads + k.shape[1] // size, size)
-        turn = self._turn(op.rope, found)
+        turn = self._cos_sin(op.rope, found)
         found.add(ROTATE, jobs.rotate(q, k, turn.cos, turn.sin, turned))
-        self._kept += [q, k, turned]
+        self._referenced += [q, k, turned]
         self._buffers.own |= {op.buffers[0]: turned[:, :heads], op.buffers[1]: turned[:, heads:]}
 
-    def _turn(self, rope: Rope, found: Calls) -> Turn:
-        if rope not in self.turns:
+    def _cos_sin(self, rope: Rope, found: Calls) -> RopeCosSin:
+        if rope not in self.cos_sin:
             cos, sin = torch.empty(2, 1, 1, rope.dim)
-            speeds, factor = self._turning.speeds(rope, self._cache.capacity)
-            called = not isinstance(rope.scaling, LongRope)  # whose speeds depend on the session
-            self.turns[rope] = Turn(cos, sin, speeds if called else None)
+            inv_freq, factor = self._frequencies.inv_freq(rope, self._cache.capacity)
+            called = not isinstance(rope.scaling, LongRope)  # whose inv_freq depend on the session
+            self.cos_sin[rope] = RopeCosSin(cos, sin, inv_freq if called else None)
             if called:
-                found.add(ROPE_COS_SIN, jobs.rope_cos_sin(self.position, speeds, cos, sin, factor))
-        return self.turns[rope]
+                found.add(ROPE_COS_SIN, jobs.rope_cos_sin(self.position, inv_freq, cos, sin, factor))
+        return self.cos_sin[rope]
 
     def _attend(self, op: ops.Attend, found: Calls) -> None:
         a, layer = op.attention, self._cache.layers[op.layer]
@@ -284,7 +284,7 @@ class Lowering:
         source, inner = self._buffers[op.source], op.gate.shape[0]
         gate, up = (torch.empty(1, inner, dtype=source.dtype) for _ in range(2))
         joined, out = torch.empty(1, inner), self._buffers.make(op.out, op.down.shape[0], torch.float32)
-        self._kept += [source, gate, up, joined]
+        self._referenced += [source, gate, up, joined]
         found.add(PRODUCTS, [self._product(source, op.gate, gate), self._product(source, op.up, up)])
         found.add(JOIN, jobs.join(op.activation, gate, up, joined))
         found.add(PRODUCTS, self._product(joined, op.down, out))

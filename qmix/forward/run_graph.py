@@ -44,7 +44,7 @@ from qmix.forward.kv_cache import SessionCache
 from qmix.forward.lower_device import lower
 from qmix.forward.recurrent import Advance
 from qmix.forward.run_eager import Guesses
-from qmix.forward.steps import Turning
+from qmix.forward.steps import RopeFrequencies
 from qmix.forward.weights import DenseWeights
 from qmix.kernels.device_ops import DeviceOps
 from qmix.kernels.ops import Conv, Delta
@@ -106,7 +106,7 @@ class DeviceDecode:
         self._lowered = [lower(piece) for piece in cut([op for _, op in program])]
         self._again = {op.layer: _again(op, rule, self._weights, ops, device) for (_, op), (_, rule) in pairwise(
             program) if isinstance(op, Conv) and isinstance(rule, Delta)}
-        self._turning = Turning(model, device.torch_device, {})
+        self._frequencies = RopeFrequencies(model, device.torch_device, {})
         self._shared = Shared(device, model.vocab)
         self._buffers: dict[int, FewBuffers] = {}
         self.warm = True  # whether the last call launched only what had been captured before
@@ -181,7 +181,7 @@ class DeviceDecode:
         return pieces
 
     def _cut(self, found: FewBuffers, caches: Sequence[SessionCache]) -> _Pieces:
-        room = Room(self._model, self._ops, self._weights, found, self._turning, caches)
+        room = Room(self._model, self._ops, self._weights, found, self._frequencies, caches)
         works = [(self._before(found, layer, room), self._experts.begin(layer, found.routed))
                  for layer in range(len(self._lowered) - 1)]
         head, again = self._head(found, room), partial(Repeated, self._device)

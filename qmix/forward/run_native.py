@@ -28,8 +28,7 @@ from qmix.forward.run_eager import Eager, Piece
 from qmix.forward.weights import KernelWeights
 from qmix.kernels import native, ops
 from qmix.kernels.layer import capped
-from qmix.kernels.native import Product
-from qmix.kernels.native import Sequence as NativeSequence
+from qmix.kernels.native import CallSequence, Product
 from qmix.kernels.op import Op
 from qmix.spec import Moe
 
@@ -40,7 +39,7 @@ def unsupported(eager: Eager, weights: KernelWeights, cache: SessionCache) -> st
     own, layer = kernels.native, kernels.layer
     if own is None:
         return "the native kernels do not compute this store"
-    if not isinstance(layer, native.LayerOps) or layer.level != own.level:
+    if not isinstance(layer, native.NativeLayerOps) or layer.level != own.level:
         return "products and norms are not computed at one level"
     attends = [found.native for found in cache.layers if isinstance(found, FullLayer)]
     attention = {found.level for found in attends if found is not None}
@@ -60,7 +59,7 @@ class Run:
     alone, by name."""
 
     piece: Piece
-    sequence: NativeSequence | None = None
+    sequence: CallSequence | None = None
     reason: str = ""
     calls: Calls | None = None
     own: Mapping[str, Tensor] = field(default_factory=dict)
@@ -84,7 +83,7 @@ class NativeToken:
         embed = pieces[0].ops[0]
         assert isinstance(embed, ops.Embed)
         self._embed = embed
-        self._lowering = Lowering(weights, cache, Buffers(self._whole), eager.by_phase["decode"].turning)
+        self._lowering = Lowering(weights, cache, Buffers(self._whole), eager.by_phase["decode"].frequencies)
         self.runs: list[Run] = []
         dynamic, own = None, self._choices(pieces)
         for piece in pieces:
@@ -129,11 +128,11 @@ class NativeToken:
         if self._embed.scale != 1:
             self.residual.mul_(self._embed.scale)
         self._lowering.position.fill_(cache.length)
-        for rope, turn in self._lowering.turns.items():
-            if turn.speeds is None:
+        for rope, turn in self._lowering.cos_sin.items():
+            if turn.inv_freq is None:
                 block = Block(0, 1, [Span(cache, cache.length, 0, 1)])
-                turning = self._eager.by_phase["decode"].turning
-                cos, sin = turning.cos_sin(rope, block, self._weights.kernels.layer)
+                frequencies = self._eager.by_phase["decode"].frequencies
+                cos, sin = frequencies.cos_sin(rope, block, self._weights.kernels.layer)
                 turn.cos.copy_(cos)
                 turn.sin.copy_(sin)
 
@@ -231,12 +230,12 @@ class NativeToken:
         return Joined(own, calls, given, resident, self._ids, self._topk_weights,
                       [run.ahead for run in self.runs[:-1]], self._eager.model.hidden)
 
-    def _sequence(self, calls: Calls) -> NativeSequence:
+    def _sequence(self, calls: Calls) -> CallSequence:
         own = self._weights.kernels.native
         assert own is not None
-        return NativeSequence(own.level, own.code, own.threads, calls.calls)
+        return CallSequence(own.level, own.code, own.threads, calls.calls)
 
-    def _lower_head(self) -> tuple[NativeSequence, int, Callable[[Tensor], bytes]] | None:
+    def _lower_head(self) -> tuple[CallSequence, int, Callable[[Tensor], bytes]] | None:
         """Norm and head as one sequence: the number of its product, and that product's job for logits [1, V]; None
         where there are no calls for them."""
         program = head_program(self._eager.model)

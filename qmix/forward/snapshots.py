@@ -34,7 +34,7 @@ class Snapshots:
     """Of one session, by length, ascending."""
 
     def __init__(self) -> None:
-        self._kept: list[Snapshot] = []
+        self._snapshots: list[Snapshot] = []
 
     def prepare(self, before: Snapshot, count: int) -> tuple[int, ...]:
         """A prompt of `count` tokens begins: keep the session before it, and make room for those within it, whose
@@ -42,25 +42,25 @@ class Snapshots:
         mark = before.length + count - TAIL
         marks = (mark,) if mark > before.length else ()
         if before.length > self.best(before.length):
-            self._kept.append(before)
-        while len(self._kept) + len(marks) > SNAPSHOTS:
+            self._snapshots.append(before)
+        while len(self._snapshots) + len(marks) > SNAPSHOTS:
             saved = [one.length - earlier for one, earlier in zip(
-                self._kept, (0, *(one.length for one in self._kept)), strict=False)]
-            del self._kept[min(range(len(saved) - NEWEST + len(marks)), key=saved.__getitem__)]
+                self._snapshots, (0, *(one.length for one in self._snapshots)), strict=False)]
+            del self._snapshots[min(range(len(saved) - NEWEST + len(marks)), key=saved.__getitem__)]
         return marks
 
     def add(self, snapshot: Snapshot) -> None:
         """Keep one behind all others, for which `prepare` made room."""
-        assert self.best(snapshot.length) < snapshot.length and len(self._kept) < SNAPSHOTS
-        self._kept.append(snapshot)
+        assert self.best(snapshot.length) < snapshot.length and len(self._snapshots) < SNAPSHOTS
+        self._snapshots.append(snapshot)
 
     def best(self, length: int) -> int:
         """The length of the longest one that has at most `length`; 0 for none."""
-        return max((one.length for one in self._kept if one.length <= length), default=0)
+        return max((one.length for one in self._snapshots if one.length <= length), default=0)
 
     def at(self, length: int) -> Snapshot:
-        return next(one for one in self._kept if one.length == length)
+        return next(one for one in self._snapshots if one.length == length)
 
     def cut(self, length: int) -> None:
         """The session goes back to `length`: longer ones have other tokens than will follow."""
-        self._kept = [one for one in self._kept if one.length <= length]
+        self._snapshots = [one for one in self._snapshots if one.length <= length]

@@ -63,14 +63,14 @@ def rotates(op: Op) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Turning:
-    """Speeds of the rotary embedding, by what a session was made for; made once."""
+class RopeFrequencies:
+    """inv_freq of the rotary embedding, by what a session was made for; made once."""
 
     model: Model
     device: torch.device
     known: dict[tuple[Rope, bool], tuple[Tensor, float]]
 
-    def speeds(self, rope: Rope, capacity: int) -> tuple[Tensor, float]:
+    def inv_freq(self, rope: Rope, capacity: int) -> tuple[Tensor, float]:
         """(inv_freq, what cos and sin are multiplied by)."""
         key = rope, self._long(rope, capacity)
         if key not in self.known:
@@ -82,19 +82,19 @@ class Turning:
         """Of a block's positions; one call where all its sessions turn alike."""
         if rope not in block.tables:
             alike = len({self._long(rope, span.cache.capacity) for span in block.spans}) == 1
-            parts = [self._turn(rope, spans, layer) for spans in (
+            parts = [self._cos_sin(rope, spans, layer) for spans in (
                 [block.spans] if alike else [[span] for span in block.spans])]
             cos, sin = parts[0] if len(parts) == 1 else (torch.cat(same) for same in zip(*parts, strict=True))
             block.tables[rope] = cos, sin
         return block.tables[rope]
 
-    def _turn(self, rope: Rope, spans: Sequence[Span], layer: LayerOps) -> tuple[Tensor, Tensor]:
+    def _cos_sin(self, rope: Rope, spans: Sequence[Span], layer: LayerOps) -> tuple[Tensor, Tensor]:
         if all(span.tokens == 1 for span in spans):
             positions = torch.tensor([span.start for span in spans])
         else:
             positions = torch.cat([torch.arange(span.start, span.start + span.tokens) for span in spans])
-        speeds, factor = self.speeds(rope, spans[0].cache.capacity)
-        return torch_ops.rope_cos_sin(positions.to(self.device), speeds, factor, layer)
+        inv_freq, factor = self.inv_freq(rope, spans[0].cache.capacity)
+        return torch_ops.rope_cos_sin(positions.to(self.device), inv_freq, factor, layer)
 
     @staticmethod
     def _long(rope: Rope, capacity: int) -> bool:
@@ -109,7 +109,7 @@ class Steps:
         self._weights = weights
         self._layer = TORCH if observe is not None else layer
         self._observe = observe
-        self.turning = Turning(model, device or torch.device("cpu"), {})
+        self.frequencies = RopeFrequencies(model, device or torch.device("cpu"), {})
 
     def steps(self, program: Sequence[Op], after: set[str]) -> list[Step]:
         """Of Ops between two Experts; after: the buffers that are read later."""
@@ -196,10 +196,10 @@ class Steps:
         return torch_ops.mlp(op, self._weights, inputs[0], self._layer)
 
     def _rotation(self, op: ops.Rope) -> Callable[[tuple[Tensor, ...], Block], Any]:
-        layer, turning = self._layer, self.turning
+        layer, frequencies = self._layer, self.frequencies
         if layer is TORCH or not rotates(op):
-            return lambda inputs, block: torch_ops.rope(op, *turning.cos_sin(op.rope, block, layer), *inputs)
-        return lambda inputs, block: layer.rotate(inputs[0], inputs[1], *turning.cos_sin(op.rope, block, layer),
+            return lambda inputs, block: torch_ops.rope(op, *frequencies.cos_sin(op.rope, block, layer), *inputs)
+        return lambda inputs, block: layer.rotate(inputs[0], inputs[1], *frequencies.cos_sin(op.rope, block, layer),
                                                   op.head_dim)
 
     def _norm(self, op: ops.Norm) -> Callable[[tuple[Tensor, ...], Block], Any]:

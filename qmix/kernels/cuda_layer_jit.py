@@ -33,10 +33,10 @@ def normed_row(value, weight, at, eps, hidden, WEIGHT: tl.constexpr):
 
 
 @triton.jit
-def norm(residual, weight, out, rows, gains, eps, hidden, r_stride, out_stride, rows_token, rows_rank, gains_stride,
-         K: tl.constexpr, WEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """Where K, the sum of rows [T, K, H] times gains [T, K], in the order of K, is added to residual [T, H], in place;
-    its norm goes into out [T, H], times weight [H] where WEIGHT. All fp32. Grid: T."""
+def norm(residual, weight, out, rows, topk_weights, eps, hidden, r_stride, out_stride, rows_token, rows_rank,
+         w_stride, K: tl.constexpr, WEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """Where K, the sum of rows [T, K, H] times topk_weights [T, K], in the order of K, is added to residual [T, H], in
+    place; its norm goes into out [T, H], times weight [H] where WEIGHT. All fp32. Grid: T."""
     token = tl.program_id(0)
     at = tl.arange(0, WIDTH)
     value = tl.load(residual + token * r_stride + at, mask=at < hidden, other=0.0)
@@ -44,23 +44,23 @@ def norm(residual, weight, out, rows, gains, eps, hidden, r_stride, out_stride, 
         total = tl.zeros((WIDTH,), tl.float32)
         for k in tl.static_range(K):
             row = tl.load(rows + token * rows_token + k * rows_rank + at, mask=at < hidden, other=0.0)
-            total += row * tl.load(gains + token * gains_stride + k)
+            total += row * tl.load(topk_weights + token * w_stride + k)
         value += total
         tl.store(residual + token * r_stride + at, value, mask=at < hidden)
     tl.store(out + token * out_stride + at, normed_row(value, weight, at, eps, hidden, WEIGHT), mask=at < hidden)
 
 
 @triton.jit
-def combine(rows, gains, out, hidden, rows_token, rows_rank, gains_stride, out_stride, K: tl.constexpr,
+def combine(rows, topk_weights, out, hidden, rows_token, rows_rank, w_stride, out_stride, K: tl.constexpr,
             SIZE: tl.constexpr):
-    """The sum of rows [T, K, H] times gains [T, K], in the order of K, into out [T, H]; all fp32. Grid: T, pieces of H.
-    """
+    """The sum of rows [T, K, H] times topk_weights [T, K], in the order of K, into out [T, H]; all fp32. Grid: T,
+    pieces of H."""
     token = tl.program_id(0)
     at = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
     total = tl.zeros((SIZE,), tl.float32)
     for k in tl.static_range(K):
         row = tl.load(rows + token * rows_token + k * rows_rank + at, mask=at < hidden, other=0.0)
-        total += row * tl.load(gains + token * gains_stride + k)
+        total += row * tl.load(topk_weights + token * w_stride + k)
     tl.store(out + token * out_stride + at, total, mask=at < hidden)
 
 

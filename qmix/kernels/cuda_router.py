@@ -67,12 +67,12 @@ class Routers:
         logit_biases, choice_biases = (
             self._together([v for r in routers if (v := getattr(r, name)) is not None], none)
             for name in ("logit_bias", "choice_bias"))
-        ids, gains = (none, none) if own is None else (own.ids, own.weights)
+        ids, topk_weights = (none, none) if own is None else (own.ids, own.weights)
         more = own.more if own is not None else None
         ahead = ids[:, None] if later is None else later.ids
-        more_ids, more_gains = more or (ids, gains)
+        more_ids, more_topk_weights = more or (ids, topk_weights)
         normed = own.normed if own is not None else None
-        assert all(t.stride(-1) == 1 for t in (residual, ids, gains, ahead, more_ids, more_gains))
+        assert all(t.stride(-1) == 1 for t in (residual, ids, topk_weights, ahead, more_ids, more_topk_weights))
         width, layers = power_of_two(hidden), len(routers) + (own is not None)
         logits = self._room((count, layers, spec.experts), (FEW, layers, spec.experts), residual.device)
         jit = device_code("cuda_router_jit")
@@ -89,9 +89,9 @@ class Routers:
 
         jit.choose[count, layers](
             logits, vector("logit_bias"), logit_biases, vector("choice_bias"), choice_biases, vector("expert_scale"),
-            ids, gains, ahead, more_ids, more_gains, spec.experts, float(spec.eps), float(spec.scale),
-            logit_biases.stride(0), choice_biases.stride(0), ids.stride(0), gains.stride(0), ahead.stride(0),
-            ahead.stride(1), more_ids.stride(0), more_gains.stride(0), OWN=own is not None,
+            ids, topk_weights, ahead, more_ids, more_topk_weights, spec.experts, float(spec.eps), float(spec.scale),
+            logit_biases.stride(0), choice_biases.stride(0), ids.stride(0), topk_weights.stride(0), ahead.stride(0),
+            ahead.stride(1), more_ids.stride(0), more_topk_weights.stride(0), OWN=own is not None,
             K=ids.shape[1] if own is not None else 1, GUESSES=0 if later is None else ahead.shape[2],
             EXPERTS=power_of_two(spec.experts), MORE=more is not None,
             SIGMOID=spec.score == "sigmoid", OVER_CHOSEN=spec.score == "softmax" and spec.over == "chosen",

@@ -45,9 +45,9 @@ def logits(residual, weight, router, weights, routers, normed, out, eps, hidden,
 
 
 @triton.jit
-def choose(logits, logit_bias, logit_biases, choice_bias, choice_biases, expert_scale, ids, gains, ahead, more_ids,
-           more_gains, experts, eps, scale, lb_stride, cb_stride, ids_stride, gains_stride, ahead_token, ahead_layer,
-           more_ids_stride, more_gains_stride, OWN: tl.constexpr, K: tl.constexpr, GUESSES: tl.constexpr,
+def choose(logits, logit_bias, logit_biases, choice_bias, choice_biases, expert_scale, ids, topk_weights, ahead,
+           more_ids, more_topk_weights, experts, eps, scale, lb_stride, cb_stride, ids_stride, w_stride, ahead_token,
+           ahead_layer, more_ids_stride, more_w_stride, OWN: tl.constexpr, K: tl.constexpr, GUESSES: tl.constexpr,
            EXPERTS: tl.constexpr, MORE: tl.constexpr, SIGMOID: tl.constexpr, OVER_CHOSEN: tl.constexpr,
            NORMALIZE: tl.constexpr, LOGIT_BIAS: tl.constexpr, CHOICE_BIAS: tl.constexpr, EXPERT_SCALE: tl.constexpr,
            GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP2: tl.constexpr):
@@ -55,7 +55,7 @@ def choose(logits, logit_bias, logit_biases, choice_bias, choice_biases, expert_
 
     logits fp32 [T, L, E]; logit_bias, choice_bias [E] of the layer's own router, d = 0, where OWN; logit_biases,
     choice_biases [L - OWN, E] of later ones, d = OWN and on. Of the layer's own K into ids [T, K], and their weights
-    into gains fp32 [T, K], by expert_scale [E]; where MORE, both a second time. Of later ones GUESSES into ahead
+    into topk_weights fp32 [T, K], by expert_scale [E]; where MORE, both a second time. Of later ones GUESSES into ahead
     [T, L - OWN, GUESSES]. NaN counts as the largest: ids are always numbers of experts, each once. EXPERTS: E as a
     power of two. Grid: T, L.
     """
@@ -120,9 +120,9 @@ def choose(logits, logit_bias, logit_biases, choice_bias, choice_biases, expert_
             gain = (found[k] / divisor if NORMALIZE else found[k]) * scale
             if EXPERT_SCALE:
                 gain *= tl.load(expert_scale + all_chosen[k])
-            tl.store(gains + token * gains_stride + k, gain)
+            tl.store(topk_weights + token * w_stride + k, gain)
             if MORE:
-                tl.store(more_gains + token * more_gains_stride + k, gain)
+                tl.store(more_topk_weights + token * more_w_stride + k, gain)
 
 
 @triton.jit

@@ -207,7 +207,7 @@ TORCH = TorchLayerOps()
 def choose_layer_ops(say: Callable[[str], None]) -> LayerOps:
     """The native code where it is built, wanted and passes a test, else torch's."""
     for level in native.wanted_levels():
-        if agrees(own := native.LayerOps(level)):
+        if agrees(own := native.NativeLayerOps(level)):
             return own
         say(f"the native norm and router failed their self-test here ({level}): the next best kernel is used")
     return TORCH

@@ -1,4 +1,5 @@
-"""Speeds of the rotary embedding by its scalings (spec/rope.py): how far a pair of dimensions turns a position.
+"""inv_freq of the rotary embedding by its scalings (spec/rope.py): how far a pair of dimensions is rotated by a
+position.
 
 D dimensions that are rotated, in D / 2 pairs. Formulas in fp32, as transformers has them: its bits are the model's.
 """

@@ -42,7 +42,7 @@ class KernelTable:
 
     kernels: Mapping[tuple[str, int], Kernel]
     names: Mapping[str, str]
-    native: native.Native | None = None
+    native: native.NativeProducts | None = None
     layer: LayerOps = TORCH
 
     def linear(self, x: Tensor, m: Packed) -> Tensor:
@@ -132,7 +132,7 @@ def select(formats: Iterable[str], blocks: Iterable[int] = BLOCKS, device: str =
 
 
 def _choose_native(formats: set[str], blocks: list[int], activations: str,
-                   say: Callable[[str], None]) -> native.Native | None:
+                   say: Callable[[str], None]) -> native.NativeProducts | None:
     """The native kernels, where `formats` have a use for them and they pass on all of them."""
     packed = formats & set(native.FORMATS)
     if not packed:
@@ -145,7 +145,7 @@ def _choose_native(formats: set[str], blocks: list[int], activations: str,
     samples += [_random_mxfp4()] if "mxfp4" in packed else []
     samples += [_random_carried(name) for name in sorted(packed & CARRIED.keys())]
     for level in native.wanted_levels():
-        own = native.Native(level, "int8" if activations == "auto" else activations)
+        own = native.NativeProducts(level, "int8" if activations == "auto" else activations)
         if all(_agrees(_one(own), m, own.activations) for m in samples):
             return own
         say(f"the native kernels failed their self-test here ({level}, {_machine()}): the next best kernel is used")
@@ -155,7 +155,7 @@ def _choose_native(formats: set[str], blocks: list[int], activations: str,
     return None
 
 
-def _one(own: native.Native) -> Kernel:
+def _one(own: native.NativeProducts) -> Kernel:
     return lambda x, m: own.linear(x, m)[0]
 
 

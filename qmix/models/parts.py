@@ -107,11 +107,11 @@ def read_window(keys: Keys, default: int | None) -> int | None:
     return keys.in_range("sliding_window", window)
 
 
-def read_dtype(*places: Keys) -> str:
-    """Of the weights, as the first of `places` has it that says something; bfloat16 where none does. The dtype of the
+def read_dtype(*sections: Keys) -> str:
+    """Of the weights, as the first of `sections` has it that says something; bfloat16 where none does. The dtype of the
     files decides where there are any."""
-    found = [(keys, name) for keys in places for name in ("dtype", "torch_dtype") if name in keys]
-    for keys in places:
+    found = [(keys, name) for keys in sections for name in ("dtype", "torch_dtype") if name in keys]
+    for keys in sections:
         keys.harmless("dtype", "torch_dtype")
     return found[0][0].text(found[0][1], "bfloat16", "float16", "float32") if found else "bfloat16"
 

@@ -29,7 +29,7 @@ from qmix.config import ExpertKey, Step
 from qmix.errors import Interrupted
 from qmix.formats import Packed
 from qmix.kernels.layer import TORCH
-from qmix.kernels.native import LayerOps, Native
+from qmix.kernels.native import NativeLayerOps, NativeProducts
 from qmix.kernels.op import FEW
 from qmix.kernels.table import KernelTable
 from qmix.offload.figures import PhaseFigures
@@ -63,7 +63,7 @@ class PagedExperts:
                  watch: RoutingWatch, depth: int = 1, window: int = 2, clock: Callable[[], float] = time.perf_counter):
         self._kernels = kernels
         # Set where the native kernels compute the experts.
-        self._native: Native | None = kernels.native if kernels.computes_natively(views[0][0]) else None
+        self._native: NativeProducts | None = kernels.native if kernels.computes_natively(views[0][0]) else None
         self._top_k = model.top_k
         self._experts = model.num_experts
         self._layers = len(model.record_layers)
@@ -79,7 +79,7 @@ class PagedExperts:
         self._all_here = len(tier.slots) >= len(model.expert_keys)
         # In one call only where the weighted sum is the one that several tokens get.
         self._resident: ResidentExperts | None = None
-        if self._native and isinstance(kernels.layer, LayerOps) and kernels.layer.level == self._native.level:
+        if self._native and isinstance(kernels.layer, NativeLayerOps) and kernels.layer.level == self._native.level:
             self._resident = ResidentExperts(self._native, tier, views, model)
         self._one = OneToken(self._native, views, model.top_k) if self._native and not self._all_here else None
         # Small records are computed in less time than one is read, and so many guesses are read at a time that the disk

@@ -17,30 +17,31 @@ from torch import Tensor
 
 from qmix.device import Device, Repeated, Routed
 from qmix.formats import Packed
-from qmix.kernels.native import Native
+from qmix.kernels.native import NativeProducts
 from qmix.kernels.table import KernelTable
 from qmix.offload.one_token import OneToken
 from qmix.offload.products import run_together
 
 
-class _Made:
-    """What the CPU has made for one Routed: rows fp32 [T, K, H] in host memory, and has bool [T, K], which of them;
+class Upload:
+    """What the CPU has made for one Routed: rows fp32 [T, K, H] in host memory, and computed bool [T, K], which of
+    them;
     both in one piece, as they are on the device. send: brings them there."""
 
     def __init__(self, device: Device, routed: Routed):
         shape = routed.rows.shape
-        count, places = 4 * shape.numel(), shape[0] * shape[1]
-        there = device.host(count + places, dtype=torch.uint8)
-        self.rows, flags = _parts(there, count, shape)
-        self.has = flags.numpy()  # a few elements, which numpy sets in a tenth of the time
-        self.has[:] = False
-        here = torch.zeros(count + places, dtype=torch.uint8, device=device.torch_device)
-        rows, has = _parts(here, count, shape)
-        has, target = has.unsqueeze(2), routed.rows
+        nbytes, outputs = 4 * shape.numel(), shape[0] * shape[1]
+        host = device.host(nbytes + outputs, dtype=torch.uint8)
+        self.rows, flags = _parts(host, nbytes, shape)
+        self.computed = flags.numpy()  # a few elements, which numpy sets in a tenth of the time
+        self.computed[:] = False
+        on_device = torch.zeros(nbytes + outputs, dtype=torch.uint8, device=device.torch_device)
+        rows, computed = _parts(on_device, nbytes, shape)
+        computed, target = computed.unsqueeze(2), routed.rows
 
         def send() -> None:
-            here.copy_(there, non_blocking=True)
-            torch.where(has, rows, target, out=target)
+            on_device.copy_(host, non_blocking=True)
+            torch.where(computed, rows, target, out=target)
 
         self.send = Repeated(device, send)
         self.one: OneToken | None = None
@@ -56,8 +57,8 @@ class HostRows:
         self._top_k = top_k
         kinds = {(w13.spec, w2.spec): (w13, w2) for w13, w2 in views}.values()
         natively = all(kernels.computes_natively(w) for pair in kinds for w in pair)
-        self._native: Native | None = kernels.native if natively else None
-        self._made: dict[Routed, _Made] = {}
+        self._native: NativeProducts | None = kernels.native if natively else None
+        self._uploads: dict[Routed, Upload] = {}
         self._fresh = True  # nothing has been made yet since `begin`
 
     @property
@@ -72,39 +73,41 @@ class HostRows:
     def compute(self, routed: Routed, chosen: Sequence[tuple[int, int]]) -> None:
         """Make the rows of some (expert, its slot in host memory), and have them sent up, again with those that were
         made before since `begin`: these may still be on their way."""
-        made = self._made.get(routed)
-        if made is None:
-            made = self._made[routed] = _Made(self._device, routed)
+        upload = self._uploads.get(routed)
+        if upload is None:
+            upload = self._uploads[routed] = Upload(self._device, routed)
         if self._fresh:
-            made.has[:] = False
+            upload.computed[:] = False
             self._fresh = False
         if self._native is None:
             for expert, slot in chosen:
                 tokens, ranks = (routed.host_ids == expert).nonzero(as_tuple=True)
-                made.rows[tokens, ranks] = self._kernels.expert(routed.host_x[tokens], *self._views[slot]).float()
+                upload.rows[tokens, ranks] = self._kernels.expert(routed.host_x[tokens], *self._views[slot]).float()
         elif routed.tokens == 1:
-            self._one_token(self._native, routed, made, chosen)
+            self._one_token(self._native, routed, upload, chosen)
         else:
-            self._few_tokens(self._native, routed, made, chosen)
+            self._few_tokens(self._native, routed, upload, chosen)
         ids = routed.host_ids.numpy()
         for expert, _ in chosen:
-            made.has |= ids == expert
-        made.send.launch()
+            upload.computed |= ids == expert
+        upload.send.launch()
 
-    def _one_token(self, native: Native, routed: Routed, made: _Made, chosen: Sequence[tuple[int, int]]) -> None:
-        if made.one is None:
-            made.one = OneToken(native, self._views, self._top_k, made.rows)
+    def _one_token(self, native: NativeProducts, routed: Routed, upload: Upload,
+                   chosen: Sequence[tuple[int, int]]) -> None:
+        if upload.one is None:
+            upload.one = OneToken(native, self._views, self._top_k, upload.rows)
         ranks = {expert: rank for rank, expert in enumerate(routed.host_ids[0].tolist())}
         pairs = [(slot, ranks[expert]) for expert, slot in chosen]
-        made.one.gate_up(routed.host_x, pairs)
-        made.one.down(pairs)
+        upload.one.gate_up(routed.host_x, pairs)
+        upload.one.down(pairs)
 
-    def _few_tokens(self, native: Native, routed: Routed, made: _Made, chosen: Sequence[tuple[int, int]]) -> None:
+    def _few_tokens(self, native: NativeProducts, routed: Routed, upload: Upload,
+                    chosen: Sequence[tuple[int, int]]) -> None:
         some = []
         for expert, slot in chosen:
             tokens, ranks = (routed.host_ids == expert).nonzero(as_tuple=True)
             some.append((self._views[slot], tokens, tokens * self._top_k + ranks))
-        run_together(native, routed.host_x, some, made.rows)
+        run_together(native, routed.host_x, some, upload.rows)
 
 
 def _parts(whole: Tensor, count: int, shape: torch.Size) -> tuple[Tensor, Tensor]:

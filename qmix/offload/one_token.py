@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qmix.formats import Packed
-from qmix.kernels.native import Native, jobs
+from qmix.kernels.native import NativeProducts, jobs
 from qmix.kernels.native.products import Layout, layout_of
 
 _FP32 = jobs.TYPES[torch.float32]
@@ -23,7 +23,8 @@ class OneToken:
     """views: (w13, w2) of each slot, which stay where they are. rows [1, K, H] fp32: what the experts give, in order of
     rank; those of the token before are overwritten."""
 
-    def __init__(self, native: Native, views: Sequence[tuple[Packed, Packed]], top_k: int, rows: Tensor | None = None):
+    def __init__(self, native: NativeProducts, views: Sequence[tuple[Packed, Packed]], top_k: int,
+                 rows: Tensor | None = None):
         self._native = native
         self._views = views
         self._matrices: list[tuple[Layout, Layout] | None] = [None] * len(views)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qmix.config import ExpertKey
 from qmix.formats import Packed
-from qmix.kernels.native import Native, Product
+from qmix.kernels.native import NativeProducts, Product
 from qmix.kernels.table import KernelTable
 from qmix.offload.groups import Group, Piece
 from qmix.offload.tiers import Tier
@@ -21,7 +21,8 @@ from qmix.offload.tiers import Tier
 class ExpertProducts:
     """views: (w13, w2) of each slot of `tier`; native: what computes them, None for the torch kernels of `kernels`."""
 
-    def __init__(self, kernels: KernelTable, native: Native | None, tier: Tier, views: Sequence[tuple[Packed, Packed]]):
+    def __init__(self, kernels: KernelTable, native: NativeProducts | None, tier: Tier,
+                 views: Sequence[tuple[Packed, Packed]]):
         self._kernels, self._native, self._tier, self._views = kernels, native, tier, views
 
     def one(self, key: ExpertKey, x: Tensor, group: Group, rows: Tensor, arrived: Callable[[], None]) -> None:
@@ -47,7 +48,7 @@ class ExpertProducts:
                                        for expert, tokens, places in pieces], rows)
 
 
-def run_together(native: Native, x: Tensor, some: Iterable[tuple[tuple[Packed, Packed], Tensor | None, Tensor]],
+def run_together(native: NativeProducts, x: Tensor, some: Iterable[tuple[tuple[Packed, Packed], Tensor | None, Tensor]],
                  rows: Tensor) -> None:
     """Experts, each (w13, w2) for some rows of x (None: the only one), into their places among the T * K of `rows`
     [T, K, H] fp32: one call for each half."""

@@ -14,8 +14,7 @@ from torch import Tensor
 from qmix.config import ExpertKey
 from qmix.formats import Packed
 from qmix.kernels.cpu import FEW
-from qmix.kernels.native import Native
-from qmix.kernels.native import Sequence as Calls
+from qmix.kernels.native import CallSequence, NativeProducts
 from qmix.kernels.native.experts import ExpertTable
 from qmix.kernels.native.sequence import EXPERTS
 from qmix.offload.tiers import Tier
@@ -25,7 +24,7 @@ from qmix.spec import Model
 class ResidentExperts:
     """The experts in the slots of `tier`, which says what comes and goes. views: (w13, w2) of each slot."""
 
-    def __init__(self, native: Native, tier: Tier, views: Sequence[tuple[Packed, Packed]], model: Model):
+    def __init__(self, native: NativeProducts, tier: Tier, views: Sequence[tuple[Packed, Packed]], model: Model):
         self._native = native
         self._tier = tier
         kinds = [(w13.spec, w2.spec) for w13, w2 in views]
@@ -37,7 +36,7 @@ class ResidentExperts:
         pairs = FEW * model.top_k
         self._between = torch.empty(pairs, self._table.inner)
         self._rows = torch.empty(pairs, self._table.hidden)
-        self._calls: dict[int, Calls] = {}  # by T
+        self._calls: dict[int, CallSequence] = {}  # by T
         tier.follow(self._enter, self._leave)
 
     def job(self, layer: int, x: Tensor, ids: Tensor, topk_weights: Tensor, out: Tensor) -> bytes:
@@ -53,7 +52,8 @@ class ResidentExperts:
         out = torch.empty(tokens, self._table.hidden)
         job, native, calls = self.job(layer, x, ids, topk_weights, out), self._native, self._calls.get(tokens)
         if calls is None:
-            calls = self._calls[tokens] = Calls(native.level, native.code, native.threads, [(EXPERTS, job)], tokens)
+            calls = CallSequence(native.level, native.code, native.threads, [(EXPERTS, job)], tokens)
+            self._calls[tokens] = calls
         calls.patch(0, job)
         missing = calls.run()
         assert missing is None, f"layer {layer}: a chosen expert is in no slot"

@@ -23,26 +23,26 @@ class Sessions:
     def __init__(self, engine: Engine, most: int):
         self._engine = engine
         self._most = most
-        self._kept: list[Session] = [engine.session()]  # the one used last stands at the end
+        self._sessions: list[Session] = [engine.session()]  # the one used last stands at the end
         self._taken: Session | None = None
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._sessions)
 
     def take(self, ids: Sequence[int]) -> Session:
         """A session that holds nothing but a prefix of `ids`, none of it where the engine is exact."""
         self._taken = None
-        shared = [0 if self._engine.exact else common_prefix(ids, session.ids) for session in self._kept]
+        shared = [0 if self._engine.exact else common_prefix(ids, session.ids) for session in self._sessions]
         best = max(range(len(shared)), key=shared.__getitem__)
-        session = self._kept[best]
+        session = self._sessions[best]
         if 2 * shared[best] < min(len(ids), session.length):  # it would lose more than it gives
-            session = self._another() or next((s for s in self._kept if not s.length), self._kept[0])
+            session = self._another() or next((s for s in self._sessions if not s.length), self._sessions[0])
         self._taken = session
         keep = 0 if self._engine.exact else common_prefix(ids, session.ids)
         if session.length > keep:
             session.trim(keep)
-        self._kept.remove(session)
-        self._kept.append(session)
+        self._sessions.remove(session)
+        self._sessions.append(session)
         return session
 
     def release(self) -> None:
@@ -56,11 +56,12 @@ class Sessions:
 
     def _another(self) -> Session | None:
         """One more, where there may be one."""
-        if self._engine.exact or len(self._kept) >= self._most or any(not session.length for session in self._kept):
+        if self._engine.exact or len(self._sessions) >= self._most \
+                or any(not session.length for session in self._sessions):
             return None
         try:
-            self._kept.append(self._engine.session())
+            self._sessions.append(self._engine.session())
         except DoesNotFit:
-            self._most = len(self._kept)
+            self._most = len(self._sessions)
             return None
-        return self._kept[-1]
+        return self._sessions[-1]

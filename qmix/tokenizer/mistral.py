@@ -56,17 +56,40 @@ def probes() -> list[list[Message]]:
     return [long[:1], long[2:3], long[:3], long, [Message("system", "Be brief."), user("one")]]
 
 
-def said_otherwise(template: TemplateFormat | None, messages: Sequence[Message], bos: str, turns: str) -> bool:
-    """Whether there is a template that writes a conversation in another way than the pattern `turns`. One that refuses
-    it says nothing: Mistral's first templates take no system text."""
-    if template is None:
-        return False
-    try:
-        written = template.render(messages)
-    except UsageError:
-        return len(messages) == 1 and messages[0].role == "user"
-    start = re.escape(bos)
-    return re.fullmatch(f"(?:{start})?{start}{turns}\\s?", written) is None
+class TemplateBeside:
+    """The checkpoint's own template, where it has one, beside the segments of a version ("v1")."""
+
+    def __init__(self, version: str, vocabulary: Vocabulary, template: TemplateFormat | None,
+                 say: Callable[[str], None]):
+        assert vocabulary.bos_id is not None
+        self._version, self._template, self._say = version, template, say
+        self._bos = re.escape(vocabulary.token(vocabulary.bos_id))
+        self._said = False
+
+    def name(self, both: bool) -> str:
+        """Of the format, for people. both: there are tokenizer.json and tokenizer.model."""
+        why = "the checkpoint has no template" if self._template is None else "the checkpoint's template says the same"
+        return f"Mistral {self._version} segments (built in; {why}{'; ids of tokenizer.model' if both else ''})"
+
+    def writes(self, messages: Sequence[Message], turns: str) -> bool:
+        """Whether it writes a conversation as the pattern `turns`, or there is none. One that refuses the conversation
+        says nothing: Mistral's first templates take no system text."""
+        if self._template is None:
+            return True
+        try:
+            written = self._template.render(messages)
+        except UsageError:
+            return len(messages) != 1 or messages[0].role != "user"
+        return re.fullmatch(f"(?:{self._bos})?{self._bos}{turns}\\s?", written) is not None
+
+    def encode(self, messages: Sequence[Message], limit: int | None, request: Request | None) -> Prompt:
+        """By the template, which `writes` it otherwise; said once."""
+        assert self._template is not None
+        if not self._said:
+            self._said = True
+            self._say(f"the checkpoint's template writes this conversation differently from Mistral {self._version} "
+                      "segments: the template is used")
+        return self._template.encode(messages, limit, request)
 
 
 class MistralV1Format:
@@ -78,12 +101,9 @@ class MistralV1Format:
     def __init__(self, vocabulary: Vocabulary, eos_ids: Sequence[int], template: TemplateFormat | None,
                  say: Callable[[str], None], *, both: bool = False):
         assert vocabulary.bos_id is not None and vocabulary.eos_id is not None  # pieces 1 and 2
-        why = "the checkpoint has no template" if template is None else "the checkpoint's template says the same"
-        self.name = f"Mistral v1 segments (built in; {why}{'; ids of tokenizer.model' if both else ''})"
+        self._template = TemplateBeside("v1", vocabulary, template, say)
+        self.name = self._template.name(both)
         self._vocabulary = vocabulary
-        self._template = template
-        self._say = say
-        self._said = False
         self._bos, self._eos = vocabulary.bos_id, vocabulary.eos_id
         self._ends = tuple(eos_ids)
 
@@ -96,7 +116,7 @@ class MistralV1Format:
         eos = re.escape(self._vocabulary.token(self._eos))
         turns = (rf"\s?{re.escape(text)}" + (rf"\s?{eos}" if role == "assistant" else "")
                  for role, text, _ in _turns(messages))
-        return not said_otherwise(self._template, messages, self._vocabulary.token(self._bos), "".join(turns))
+        return self._template.writes(messages, "".join(turns))
 
     @property
     def turn_end(self) -> int:
@@ -104,11 +124,7 @@ class MistralV1Format:
 
     def encode(self, messages: Sequence[Message], limit: int | None = None, request: Request | None = None) -> Prompt:
         check_conversation(messages)
-        if self._template is not None and not self._same(messages):
-            if not self._said:
-                self._said = True
-                self._say("the checkpoint's template writes this conversation differently from Mistral v1 segments: "
-                          "the template is used")
+        if not self._same(messages):
             return self._template.encode(messages, limit, request)
         self._vocabulary.check_length((text for _, text, _ in _turns(messages)), limit)
         ids = [self._bos]

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from qmix.errors import UsageError
 from qmix.tokenizer.message import Message, Prompt, Request, ToolCall, check_conversation, without_end
-from qmix.tokenizer.mistral import probes, said_otherwise
+from qmix.tokenizer.mistral import TemplateBeside, probes
 from qmix.tokenizer.template import TemplateFormat
 from qmix.tokenizer.vocabulary import Vocabulary
 
@@ -53,12 +53,9 @@ class MistralV3Format:
     def __init__(self, vocabulary: Vocabulary, eos_ids: Sequence[int], template: TemplateFormat | None,
                  say: Callable[[str], None], *, both: bool = False):
         assert vocabulary.bos_id is not None and vocabulary.eos_id is not None  # pieces 1 and 2
-        why = "the checkpoint has no template" if template is None else "the checkpoint's template says the same"
-        self.name = f"Mistral v3 segments (built in; {why}{'; ids of tokenizer.model' if both else ''})"
+        self._template = TemplateBeside("v3", vocabulary, template, say)
+        self.name = self._template.name(both)
         self._vocabulary = vocabulary
-        self._template = template
-        self._say = say
-        self._said = False
         self._bos, self._eos = vocabulary.bos_id, vocabulary.eos_id
         self._ends = tuple(eos_ids)
 
@@ -72,7 +69,7 @@ class MistralV3Format:
         eos = re.escape(self._vocabulary.token(self._eos))
         turns = (rf"\s?\[INST\]\s?{re.escape(turn.text)}\s?\[/INST\]" if turn.role == "user" else
                  rf"\s?{re.escape(turn.text)}\s*{eos}" for turn in _turns(messages))
-        return not said_otherwise(self._template, messages, self._vocabulary.token(self._bos), "".join(turns))
+        return self._template.writes(messages, "".join(turns))
 
     @property
     def turn_end(self) -> int:
@@ -82,11 +79,7 @@ class MistralV3Format:
         check_conversation(messages)
         request = request or Request()
         tools = request.tools or any(message.role == "tool" or message.tool_calls for message in messages)
-        if not tools and self._template is not None and not self._same(messages):
-            if not self._said:
-                self._said = True
-                self._say("the checkpoint's template writes this conversation differently from Mistral v3 segments: "
-                          "the template is used")
+        if not tools and not self._same(messages):
             return self._template.encode(messages, limit, request)
         turns = list(_turns(messages))
         self._vocabulary.check_length((turn.text for turn in turns), limit)

@@ -25,7 +25,7 @@ from qmix.commands.options import (
 from qmix.commands.quantization import Described, Flags
 from qmix.config import QuantConfig
 from qmix.errors import UsageError
-from qmix.store import MANIFEST
+from qmix.hub import MANIFEST
 
 if TYPE_CHECKING:
     from qmix.checkpoint import Checkpoint

@@ -11,10 +11,12 @@ on how many rows are computed together, nor on the number of threads.
 """
 
 from qmix.kernels.native.attention import HEAD_UNIT, Attention, KVLayer
-from qmix.kernels.native.layer import LayerOps
+from qmix.kernels.native.layer import NativeLayerOps
 from qmix.kernels.native.loader import build_report, levels, library, trouble, wanted_levels
-from qmix.kernels.native.products import DENSE_GROUP, FORMATS, Native, Product, as_seen
-from qmix.kernels.native.sequence import Sequence
+from qmix.kernels.native.products import DENSE_GROUP, FORMATS, NativeProducts, Product, as_seen
+from qmix.kernels.native.sequence import CallSequence
 
-__all__ = ["DENSE_GROUP", "FORMATS", "HEAD_UNIT", "Attention", "KVLayer", "LayerOps", "Native", "Product", "Sequence",
-           "as_seen", "build_report", "levels", "library", "trouble", "wanted_levels"]
+__all__ = [
+    "DENSE_GROUP", "FORMATS", "HEAD_UNIT", "Attention", "CallSequence", "KVLayer", "NativeLayerOps", "NativeProducts",
+    "Product", "as_seen", "build_report", "levels", "library", "trouble", "wanted_levels",
+]

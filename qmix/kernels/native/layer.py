@@ -17,7 +17,7 @@ from qmix.kernels.router import RouterTensors
 from qmix.spec import Activation, DeltaNet
 
 
-class LayerOps:
+class NativeLayerOps:
     """The library at one level (see levels()); the same methods as kernels.layer.TorchLayerOps. By the calling thread,
     but for the logits of many experts, which `threads` threads share; the bits of a token depend neither on the others
     nor on the threads."""

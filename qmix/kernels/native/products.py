@@ -43,7 +43,7 @@ class Product:
     add: bool = False  # to what y, fp32, has
 
 
-class Native:
+class NativeProducts:
     """The library at one level (see levels()), with activations "int8" or "bf16". threads: as many as torch has when
     this is made."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Sequence as Several
+from collections.abc import Sequence
 from itertools import accumulate
 
 from torch import Tensor
@@ -25,10 +25,10 @@ _CACHE, _CACHE_AT = struct.Struct("@4P"), struct.calcsize("@3P")
 _RANGE, _RANGE_AT = struct.Struct("@3q"), struct.calcsize("@8P")
 
 
-class Sequence:
+class CallSequence:
     """Calls in order. activations: native.h's number of what products see; threads: at most so many compute."""
 
-    def __init__(self, level: str, activations: int, threads: int, calls: Several[tuple[int, Several[bytes] | bytes]],
+    def __init__(self, level: str, activations: int, threads: int, calls: Sequence[tuple[int, Sequence[bytes] | bytes]],
                  tokens: int = 1):
         """calls: (kind, its jobs, packed: several of a product, else one for all `tokens`; attention takes one token).
         Whoever makes a sequence keeps the tensors that its jobs point to."""

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from qmix.serve.events import Began, Called, Ended, Event, Piece, TokenLog
-from qmix.serve.openai.chunks import REASONS, chat_logprobs, new_id, tool_call, usage
-from qmix.serve.request import Generation
+from qmix.serve.openai.chunks import REASONS, Envelope, chat_logprobs, tool_call, usage
 
 
 @dataclass(slots=True)
@@ -24,14 +22,10 @@ class Choice:
 
 
 @dataclass(slots=True)
-class ChatAnswer:
-    """model: the name under which it was asked for."""
+class ChatAnswer(Envelope):
+    """Messages."""
 
-    model: str
-    generation: Generation
-    with_usage: bool = False
-    id: str = field(default_factory=lambda: new_id("chatcmpl-"))
-    created: int = field(default_factory=lambda: int(time.time()))
+    PREFIX = "chatcmpl-"
 
     async def whole(self, events: AsyncIterator[Event]) -> dict[str, Any]:
         found: defaultdict[int, Choice] = defaultdict(Choice)
@@ -44,7 +38,7 @@ class ChatAnswer:
             elif isinstance(event, Ended):
                 found[event.choice].ended = event
         ended = [one.ended for one in found.values() if one.ended is not None]
-        return {**self._head("chat.completion"), "choices": [self._choice(n, one) for n, one in sorted(found.items())],
+        return {**self.head("chat.completion"), "choices": [self._choice(n, one) for n, one in sorted(found.items())],
                 "usage": usage(ended, self.generation.choices)}
 
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
@@ -78,16 +72,10 @@ class ChatAnswer:
                 ended.append(event)
                 yield self._chunk(event.choice, {}, REASONS[event.reason])
         if self.with_usage:
-            yield {**self._head("chat.completion.chunk"), "choices": [],
-                   "usage": usage(ended, self.generation.choices)}
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model,
-                "system_fingerprint": "qmix"}
+            yield self.last("chat.completion.chunk", ended)
 
     def _chunk(self, index: int, delta: dict[str, Any], reason: str | None = None,
                logs: tuple[TokenLog, ...] = ()) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": chat_logprobs(logs) if logs else None,
                   "finish_reason": reason}
-        return {**self._head("chat.completion.chunk"), "choices": [choice], **({"usage": None} if self.with_usage
-                                                                               else {})}
+        return self.chunk("chat.completion.chunk", choice)

@@ -1,12 +1,15 @@
-"""The pieces that OpenAI's answers consist of: usage, log probabilities, why an answer ended."""
+"""The pieces that OpenAI's answers consist of: what stands around choices, usage, log probabilities, why one ended."""
 
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from qmix.serve.events import Ended, Piece, TokenLog
+from qmix.serve.request import Generation
 from qmix.tokenizer import Call
 
 REASONS = {"stop": "stop", "length": "length", "calls": "tool_calls", "cancelled": "stop"}
@@ -50,3 +53,32 @@ def completion_logprobs(pieces: Sequence[Piece]) -> dict[str, Any]:
         found["top_logprobs"].append({data.decode("utf-8", "replace"): value for data, value in log.likeliest})
         found["text_offset"].append(log.at)
     return found
+
+
+@dataclass(slots=True)
+class Envelope:
+    """What stands around the choices of an answer. model: the name under which it was asked for."""
+
+    PREFIX: ClassVar[str]  # of its id
+
+    model: str
+    generation: Generation
+    with_usage: bool = False
+    id: str = field(init=False)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.id = new_id(self.PREFIX)
+
+    def head(self, kind: str) -> dict[str, Any]:
+        """kind: "chat.completion" and the like."""
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model,
+                "system_fingerprint": "qmix"}
+
+    def chunk(self, kind: str, choice: dict[str, Any]) -> dict[str, Any]:
+        """A piece of a stream."""
+        return {**self.head(kind), "choices": [choice], **({"usage": None} if self.with_usage else {})}
+
+    def last(self, kind: str, ended: Sequence[Ended]) -> dict[str, Any]:
+        """The last piece, where the usage was asked for."""
+        return {**self.head(kind), "choices": [], "usage": usage(ended, self.generation.choices)}

@@ -17,21 +17,21 @@ class ResponseStore:
     def __init__(self, most: int = MOST, largest: int = LARGEST):
         self._most = most
         self._largest = largest
-        self._kept: OrderedDict[str, tuple[Message, ...]] = OrderedDict()
+        self._conversations: OrderedDict[str, tuple[Message, ...]] = OrderedDict()
         self._size = 0
 
     def get(self, name: str) -> tuple[Message, ...] | None:
         """None for one that is not, or no longer, there."""
-        found = self._kept.get(name)
+        found = self._conversations.get(name)
         if found is not None:
-            self._kept.move_to_end(name)
+            self._conversations.move_to_end(name)
         return found
 
     def add(self, name: str, messages: Sequence[Message]) -> None:
-        self._kept[name] = tuple(messages)
+        self._conversations[name] = tuple(messages)
         self._size += _characters(messages)
-        while self._kept and (len(self._kept) > self._most or self._size > self._largest):
-            _, dropped = self._kept.popitem(last=False)
+        while self._conversations and (len(self._conversations) > self._most or self._size > self._largest):
+            _, dropped = self._conversations.popitem(last=False)
             self._size -= _characters(dropped)
 
 
