@@ -98,9 +98,9 @@ class Checkpoint:
         nothing is quantized. Reads scales when it is asked for first."""
         if not self._types and self.lowbit:
             experts = {tensor.name for key in self.model.expert_keys for tensor in self.model.expert_tensors(key)}
-            kinds = {name: [_type_of(location, too) for too in (False, True)] if isinstance(location, Matrix) else
-                     [location.entry.dtype] * 2 for name, location in self._locations.items()}
-            self._types = {name: kinds[source.name][name in experts] for name, source in self._table.items()}
+            wanted = {(source.name, name in experts) for name, source in self._table.items()}
+            kinds = {(name, expert): _type_of(self._locations[name], expert) for name, expert in wanted}
+            self._types = {name: kinds[source.name, name in experts] for name, source in self._table.items()}
         return self._types
 
     def dense(self, name: str) -> Tensor:
@@ -271,5 +271,8 @@ class Checkpoint:
 
 
 
-def _type_of(matrix: Matrix, grouped_too: bool) -> str:
-    return fits(matrix, grouped_too) or matrix.scheme.title
+def _type_of(location: Location | Matrix, grouped_too: bool) -> str:
+    """As Checkpoint.types has it."""
+    if isinstance(location, Matrix):
+        return fits(location, grouped_too) or location.scheme.title
+    return location.entry.dtype
