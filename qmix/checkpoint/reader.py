@@ -48,8 +48,8 @@ class Checkpoint:
     path: the folder, or the GGUF file; folder: where config.json and the tokenizer are. model: what it holds, `dtype`
     as the files have it whatever config.json says.
     raw_config: config.json as it stands. nbytes: bytes of all used weights. expert_format: "mxfp4" where experts are
-    quantized already; they are read as numbers of `dtype`, exactly, or as `expert_blocks`. Else None. types: of a GGUF
-    file's tensors, by the model's names; empty of other checkpoints.
+    MXFP4 already; they are read as numbers of `dtype`, exactly, or as `expert_blocks`. Else None. lowbit: whether it is
+    a folder with other quantized weights, which are read as numbers of `dtype`, or as `blocks` where `carriable`.
     has_mtp_head: whether the files have a multi-token-prediction head that qmix knows, the model's or left out.
     skipped: names of tensors and weight files that the model does not need. notes: lines on what the folder says
     and qmix does not follow.
