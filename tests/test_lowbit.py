@@ -18,7 +18,7 @@ from qmix.checkpoint import Checkpoint
 from qmix.checkpoint.account import all_tensors
 from qmix.commands.quantization import Flags, choose
 from qmix.engine import load
-from qmix.evaluate.reference import Weights
+from qmix.evaluate.reference import Original, Weights
 from qmix.formats import unpack
 from qmix.quantize import quantize_checkpoint
 from qmix.store import Store
@@ -82,6 +82,8 @@ def test_they_are_rounded_to_the_model_s_dtype_once(case: str, tmp_path: Path) -
         weights = Weights(checkpoint)
         for name, tensor in decoded_model(kind, decoded, tmp_path / "decoded").state_dict().items():
             assert torch.equal(weights[name], tensor), name
+    with Original.open(tmp_path / "source", print) as original:
+        assert 4 < original.about()["bits_per_weight"] < 16
 
 
 @pytest.mark.parametrize(("kind", "case"), [("mixtral", "fp8-blocks"), ("qwen3_moe", "fp8-blocks"), ("mixtral", "awq"),

@@ -36,6 +36,7 @@ def without(config: dict[str, Any], key: str) -> dict[str, Any]:
     ({**FP8, "rotated": True}, "rotated: got True, a key that qmix does not know"),
     ({**FP8, "modules_to_not_convert": [3]}, "modules_to_not_convert: got (3,)"),
     ({**AWQ, "version": "gemv"}, "version: got 'gemv', want 'gemm'"),
+    ({**AWQ, "backend": "llm-awq"}, "backend: got 'llm-awq'"),
     ({**AWQ, "bits": 3}, "bits: got 3, want 4"),
     ({**AWQ, "zero_point": False}, "zero_point: got False, want true"),
     ({**AWQ, "group_size": 0}, "group_size: got 0"),

@@ -40,7 +40,7 @@ def open_folder(path: Path, opened: ExitStack, mtp: bool) -> Opened:
         locations, scales = join(quantization, found)
     model = _read_config(path / "config.json", raw, locations, mtp)
     used, table, left_out = account(path, model, locations)
-    notes += ignored_keys(path / "config.json", raw) + _quantized_notes(path, raw, model, quantization, used)
+    notes += ignored_keys(path / "config.json", raw) + _quantized_notes(path, model, quantization, used)
     if published_experts(raw) and not any(source.scales for source in table.values()):
         notes.append(f"{path / 'config.json'}: quantization_config: says that the experts are MXFP4, but the "
                      f"files have them in {model.dtype}: read so")
@@ -73,8 +73,7 @@ def _quantization(path: Path, raw: Mapping[str, Any]) -> Quantization | None:
         raise CheckpointError(f"{where}: {e.message}", e.cure) from None
 
 
-def _quantized_notes(path: Path, raw: Mapping[str, Any], model: Model, quantization: Quantization | None,
-                     used: Locations) -> list[str]:
+def _quantized_notes(path: Path, model: Model, quantization: Quantization | None, used: Locations) -> list[str]:
     """What was read as what."""
     if quantization is None:
         return []

@@ -46,8 +46,8 @@ class Checkpoint:
     path: the folder, or the GGUF file; folder: where config.json and the tokenizer are. model: what it holds, `dtype`
     as the files have it whatever config.json says.
     raw_config: config.json as it stands. nbytes: bytes of all used weights. expert_format: "mxfp4" where experts are
-    quantized already; they are read as numbers of `dtype`, exactly, or as `expert_blocks`. Else None. types: of a GGUF
-    file's tensors, by the model's names; empty of other checkpoints.
+    MXFP4 already; they are read as numbers of `dtype`, exactly, or as `expert_blocks`. Else None. lowbit: whether it is
+    a folder with other quantized weights, which are read as numbers of `dtype`, or as `blocks` where `carriable`.
     has_mtp_head: whether the files have a multi-token-prediction head that qmix knows, the model's or left out.
     skipped: names of tensors and weight files that the model does not need. notes: lines on what the folder says
     and qmix does not follow.
@@ -96,9 +96,9 @@ class Checkpoint:
         nothing is quantized. Reads scales when it is asked for first."""
         if not self._types and self.lowbit:
             experts = {tensor.name for key in self.model.expert_keys for tensor in self.model.expert_tensors(key)}
-            kinds = {name: [_type_of(location, too) for too in (False, True)] if isinstance(location, Matrix) else
-                     [location.entry.dtype] * 2 for name, location in self._locations.items()}
-            self._types = {name: kinds[source.name][name in experts] for name, source in self._table.items()}
+            wanted = {(source.name, name in experts) for name, source in self._table.items()}
+            kinds = {(name, expert): _type_of(self._locations[name], expert) for name, expert in wanted}
+            self._types = {name: kinds[source.name, name in experts] for name, source in self._table.items()}
         return self._types
 
     def dense(self, name: str) -> Tensor:
@@ -284,5 +284,8 @@ class Checkpoint:
 
 
 
-def _type_of(matrix: Matrix, grouped_too: bool) -> str:
-    return fits(matrix, grouped_too) or matrix.scheme.title
+def _type_of(location: Location | Matrix, grouped_too: bool) -> str:
+    """As Checkpoint.types has it."""
+    if isinstance(location, Matrix):
+        return fits(location, grouped_too) or location.scheme.title
+    return location.entry.dtype

@@ -67,8 +67,8 @@ def ggml_blocks(matrix: Matrix, kind: str, at: int | None) -> carried.Blocks:
     step = max(1, PIECE // columns // 64) * 64
     for begin in range(0, rows, step):
         piece = levels(matrix.scheme, parts, (rows, columns), begin, min(rows, begin + step))
-        d = piece.scales.index_select(1, piece.order[::COLUMNS]).half().unsqueeze(-1).view(torch.uint8)
-        found.append(torch.cat((d, _blocks(kind, piece.q.view(len(piece.q), -1, COLUMNS))), -1))
+        d = piece.columns(COLUMNS).half().unsqueeze(-1).view(torch.uint8)
+        found.append(torch.cat((d, _blocks(kind, piece.integers().unflatten(1, (-1, COLUMNS)))), -1))
     return carried.Blocks(kind.lower(), torch.cat(found))
 
 
@@ -78,8 +78,9 @@ def int4_blocks(matrix: Matrix, at: int | None) -> grouped.Blocks:
     scheme, parts = matrix.scheme, matrix.load(at)
     group = store_group(_group(scheme))
     found = [levels(scheme, parts, (rows, columns), begin, min(rows, begin + 1024)) for begin in range(0, rows, 1024)]
-    scales = torch.cat([piece.scales.index_select(1, piece.order[::group]) for piece in found])
-    return grouped.Blocks(torch.cat([(piece.q + 8).to(torch.uint8) for piece in found]), scales.bfloat16(), group)
+    scales = torch.cat([piece.columns(group) for piece in found])
+    codes = torch.cat([(piece.integers() + 8).to(torch.uint8) for piece in found])
+    return grouped.Blocks(codes, scales.bfloat16(), group)
 
 
 def mxfp4_blocks(matrix: Matrix, at: int | None = None) -> mxfp4.Blocks:

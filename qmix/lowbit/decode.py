@@ -15,7 +15,7 @@ N rows out, K columns in, G groups.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -31,15 +31,50 @@ Parts = Mapping[str, Tensor]  # by role, in the dtypes of the files; scales, zer
 
 @dataclass(frozen=True, slots=True)
 class Levels:
-    """Rows of integer weights: w = q * scale. q int16 [n, K], the zero point subtracted; scales fp32 [n, G]; order
-    int64 [K], the group of each column."""
+    """Rows of integer weights: w = (codes - zeros - middle) scales. codes uint8 or int8 [n, K]; zeros int16 [n, G] or
+    None; scales fp32 [n, G]; group: columns that share these; order: int64 [K], the group of each column where they do
+    not lie together, else None. All may be transposed views: what is stored along K is computed along K."""
 
-    q: Tensor
+    codes: Tensor
+    middle: int
+    zeros: Tensor | None
     scales: Tensor
-    order: Tensor
+    group: int
+    order: Tensor | None = None
 
     def numbers(self) -> Tensor:
-        return self.q.float().mul_(self.scales.index_select(1, self.order))
+        """fp32 [n, K]."""
+        w = self.codes.float()
+        if self.middle:
+            w.sub_(self.middle)
+        if self.zeros is not None:
+            self._each(w, self.zeros.float(), Tensor.sub_)
+        return self._each(w, self.scales, Tensor.mul_)
+
+    def integers(self) -> Tensor:
+        """int16 [n, K], codes - zeros - middle."""
+        q = self.codes.short()
+        if self.middle:
+            q.sub_(self.middle)
+        return q if self.zeros is None else self._each(q, self.zeros, Tensor.sub_).contiguous()
+
+    def columns(self, step: int) -> Tensor:
+        """fp32 [n, K / step], the scales of every `step`-th column."""
+        return self.scales.index_select(1, self._order(self.codes.shape[1])[::step])
+
+    def _order(self, k: int) -> Tensor:
+        return torch.arange(k) // self.group if self.order is None else self.order
+
+    def _each(self, w: Tensor, of_group: Tensor, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """`apply` to w [n, K], in place, and the entry [n, G] of each column's group."""
+        n, k = w.shape
+        if self.order is not None or k % self.group:
+            apply(w, of_group.index_select(1, self._order(k)))
+        elif w.is_contiguous():
+            apply(w.view(n, -1, self.group), of_group.unsqueeze(-1))
+        else:
+            apply(w.T.view(-1, self.group, n), of_group.T.unsqueeze(1))
+        return w
 
 
 def numbers(scheme: Scheme, parts: Parts, shape: tuple[int, int], begin: int, end: int) -> Tensor:
@@ -47,59 +82,60 @@ def numbers(scheme: Scheme, parts: Parts, shape: tuple[int, int], begin: int, en
     if isinstance(scheme, Fp4):
         return _fp4(scheme, parts, begin, end)
     if isinstance(scheme, Scaled) and scheme.number == "fp8":
-        return _fp8(scheme, parts, shape, begin, end)
+        return _fp8(scheme, parts, begin, end)
     return levels(scheme, parts, shape, begin, end).numbers()
 
 
 def levels(scheme: Scheme, parts: Parts, shape: tuple[int, int], begin: int, end: int) -> Levels:
     """The same of a scheme of integers."""
-    k = shape[1]
-    zeros: Tensor | None
+    order = parts["order"].long() if "order" in parts else None
+    if order is not None and torch.equal(order, torch.arange(shape[1]) // _columns(scheme, shape)):
+        order = None
+    return Levels(*_levels(scheme, parts, shape, begin, end), _columns(scheme, shape), order)
+
+
+def _columns(scheme: Scheme, shape: tuple[int, int]) -> int:
+    """That share a scale."""
+    assert not isinstance(scheme, Fp4)
+    return (scheme.block[1] if isinstance(scheme, Scaled) else scheme.group) or shape[1]
+
+
+def _levels(scheme: Scheme, parts: Parts, shape: tuple[int, int], begin: int,
+            end: int) -> tuple[Tensor, int, Tensor | None, Tensor]:
+    """codes, middle, zeros and scales of Levels."""
+    n, k = shape
     if isinstance(scheme, Awq):
-        q = codes.awq(parts["codes"][:, begin // 8:-(-end // 8)]).T[:end - begin].short()
-        zeros = codes.awq(parts["zeros"][:, begin // 8:-(-end // 8)]).T[:end - begin].short()
-        return _grouped(q, zeros, parts["scales"][:, begin:end].T, _order(k, scheme.group))
+        words = slice(begin // 8, -(-end // 8))
+        zeros = codes.awq(parts["zeros"][:, words])[:, :end - begin].short()
+        found = codes.awq(parts["codes"][:, words])[:, :end - begin]
+        return found.T, 0, zeros.T, parts["scales"][:, begin:end].float().T
     if isinstance(scheme, Gptq):
-        q = codes.stream(parts["codes"][:, begin:end], scheme.bits).T.short()
         bits = scheme.bits
-        zeros = codes.stream(parts["zeros"][:, begin * bits // 32:-(-end * bits // 32)].T, bits)[:end - begin].short()
+        words = slice(begin * bits // 32, -(-end * bits // 32))
+        zeros = codes.stream(parts["zeros"][:, words].T, bits)[:end - begin].short()
         if scheme.version == 1:
             zeros += 1
-        order = parts["order"].long() if "order" in parts else _order(k, scheme.group)
-        return _grouped(q, zeros, parts["scales"][:, begin:end].T, order)
+        return codes.stream(parts["codes"][:, begin:end], bits).T, 0, zeros, parts["scales"][:, begin:end].float().T
     if isinstance(scheme, PackedInts):
-        middle = 2 ** (scheme.bits - 1)
-        q = _unpacked(scheme, parts["codes"][begin:end], k).short().sub_(middle)
-        zeros = None
-        if scheme.zeros and parts["zeros"].dtype == torch.int8:
-            zeros = parts["zeros"][begin:end].short()
-        elif scheme.zeros:
-            zeros = _unpacked(scheme, parts["zeros"].T, shape[0]).T[begin:end].short().sub_(middle)
-        order = parts["order"].long() if "order" in parts else _order(k, scheme.group)
-        return _grouped(q, zeros, parts["scales"][begin:end], order)
+        middle, packed = 2 ** (scheme.bits - 1), _unpacked(scheme, parts["codes"][begin:end], k)
+        scales = parts["scales"][begin:end].float()
+        if not scheme.zeros:
+            return packed, middle, None, scales
+        if parts["zeros"].dtype == torch.int8:
+            return packed, middle, parts["zeros"][begin:end].short(), scales
+        zeros = _unpacked(scheme, parts["zeros"].T, n).T[begin:end].short()
+        return packed, 0, zeros, scales  # middle is in both
     assert isinstance(scheme, Scaled), scheme
-    rows, cols = scheme.block
-    q = parts["codes"][begin:end].short()
-    scales = _rows(parts["scales"], rows, begin, end)
-    zeros = _rows(parts["zeros"], rows, begin, end).short() if scheme.zeros else None
-    return _grouped(q, zeros, scales, _order(k, cols))
+    rows, _ = scheme.block
+    spread = _rows(parts["zeros"], rows, begin, end).short() if scheme.zeros else None
+    return parts["codes"][begin:end], 0, spread, _rows(parts["scales"], rows, begin, end).float()
 
 
 def _unpacked(scheme: PackedInts, words: Tensor, count: int) -> Tensor:
     """Rows of words, each of `count` codes: uint8 [R, count]."""
-    if scheme.is_stream(words.shape[1], count):
+    if 32 % scheme.bits and scheme.is_stream(words.shape[1], count):
         return codes.stream(words.T, scheme.bits)[:count].T
     return codes.lowest_first(words, scheme.bits)[:, :count]
-
-
-def _grouped(q: Tensor, zeros: Tensor | None, scales: Tensor, order: Tensor) -> Levels:
-    if zeros is not None:
-        q = q - zeros.index_select(1, order)
-    return Levels(q, scales.float(), order)
-
-
-def _order(k: int, group: int) -> Tensor:
-    return torch.arange(k).div_(group or k, rounding_mode="floor")
 
 
 def _rows(found: Tensor, rows: int, begin: int, end: int) -> Tensor:
@@ -108,10 +144,15 @@ def _rows(found: Tensor, rows: int, begin: int, end: int) -> Tensor:
     return found.index_select(0, at)
 
 
-def _fp8(scheme: Scaled, parts: Parts, shape: tuple[int, int], begin: int, end: int) -> Tensor:
-    rows, cols = scheme.block
-    scales = _rows(parts["scales"].float(), rows, begin, end)
-    return parts["codes"][begin:end].float().mul_(scales.index_select(1, _order(shape[1], cols)))
+def _fp8(scheme: Scaled, parts: Parts, begin: int, end: int) -> Tensor:
+    rows, columns = scheme.block
+    w, scales = parts["codes"][begin:end].float(), _rows(parts["scales"].float(), rows, begin, end)
+    n, k = w.shape
+    columns = columns or k
+    if k % columns:
+        return w.mul_(scales.index_select(1, torch.arange(k) // columns))
+    w.view(n, -1, columns).mul_(scales.unsqueeze(-1))
+    return w
 
 
 def _fp4(scheme: Fp4, parts: Parts, begin: int, end: int) -> Tensor:

@@ -17,7 +17,7 @@ from qmix.errors import ConfigError
 
 LONGEST_NAME, LONGEST = 100, 256  # characters of a module's name, and of a pattern
 REPEATED = 4
-MOST, MOST_PATTERNS = 65536, 256  # in a list; Qwen's FP8 checkpoints name some hundred modules
+MOST, MOST_PATTERNS = 65536, 512  # in a list; Qwen's FP8 checkpoints name some hundred modules
 # Letters, classes, escapes, alternatives in plain groups; a quantifier only behind a single character or class.
 SAFE = re.compile(r"(?:\((?:\?:)?|\)(?![*+?{])|[|^$]|(?:[\w.:/ -]|\\[.dwDWsS_-]|\[\^?[\w.-]+\])"
                   r"(?:[*+?]|\{\d{1,2}\})?)*", re.ASCII)

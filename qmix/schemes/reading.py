@@ -121,6 +121,8 @@ def _awq(keys: Keys) -> Quantization:
     keys.harmless("w_bit", "q_group_size")
     version = str(keys.get("version", None) or keys.get("format", None) or "gemm").lower()
     keys.want(version == "gemm", "version", version, "'gemm' (gemv, gemv_fast, marlin and llm-awq are other layouts)")
+    backend = keys.get("backend", None)
+    keys.want(backend != "llm-awq", "backend", backend, "another: its layout is not gemm's")
     keys.fixed("zero_point", True)
     scheme = Awq(_group(keys))
     return Quantization(f"awq: {scheme.title}", ((Names(), scheme),), _apart(keys, "modules_to_not_convert"))

@@ -33,7 +33,8 @@ def quantize(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The store to write, a new folder.")],
     format: Annotated[str | None, typer.Option("--format", help="Experts: int8, int4 (default), int3, int2, mxfp4, "
                                                "nf4, fp4, q8_0 or keep (unquantized); or auto, the default for a "
-                                               "quantized GGUF file: all matrices stay as they are that can. Experts "
+                                               "quantized GGUF file, and where all experts of a quantized safetensors "
+                                               "file can: all matrices stay as they are that can. Experts "
                                                "that are MXFP4 already stay so by default.",
                                                show_default=False)] = None,
     fit: Annotated[str | None, typer.Option("--fit", help="Or: the mix of int4, int3 and int2 that suits a "
