@@ -270,9 +270,10 @@ def plain_format(model: Model, tensor: Tensor) -> str:
 
 
 def dense_spec(model: Model, quant: QuantConfig, tensor: Tensor) -> MatrixSpec | None:
-    """How a dense tensor is stored, or None where it stays a plain tensor (embedding, router, norm) in `plain_format`,
-    whatever the dense format."""
-    if tensor.role not in ("linear", "mlp", "head"):
+    """How a dense tensor is stored, or None where it stays a plain tensor (router, norm, and the embedding unless it
+    has a format of ggml's by its name) in `plain_format`, whatever the dense format."""
+    if tensor.role not in ("linear", "mlp", "head") \
+            and not (tensor.role == "embedding" and tensor.name in quant.dense_kinds):
         return None
     rows, cols = tensor.shape
     kind = quant.dense_kinds.get(tensor.name, DTYPES[model.dtype] if quant.dense == "keep" else quant.dense)

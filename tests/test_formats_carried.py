@@ -54,6 +54,15 @@ class TestEveryFormat:
         assert torch.equal(unpack(m).view(torch.int32), want.view(torch.int32))
         assert torch.equal(found.numbers(torch.float32).view(torch.int32), want.view(torch.int32))
 
+    def test_rows_are_those_of_the_whole_matrix(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An embedding's, in any order, some of them twice; decoded a few at a time."""
+        m = carry(random_blocks(kind, 140, 256), spec_of(kind, 140, 256))
+        ids = torch.tensor([139, 0, 63, 64, 5, 5, 100, *range(16, 48), 127])
+        want = unpack(m)[ids].view(torch.int32)
+        assert torch.equal(carried.rows(m, ids).view(torch.int32), want)
+        monkeypatch.setattr(carried, "FEW_ROWS", 3)
+        assert torch.equal(carried.rows(m, ids).view(torch.int32), want)
+
     def test_bytes_are_where_they_are_said_to_be(self, kind: str) -> None:
         """An oracle that addresses the bits of each weight, in float64: equal but for ggml's roundings to fp32."""
         m = carry(random_blocks(kind, 2 * 70, 256), spec_of(kind, 140, 256, 2))

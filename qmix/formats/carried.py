@@ -51,6 +51,7 @@ from qmix.formats.ggml.tables import VALUES, xs_scales
 from qmix.formats.packed import Packed, gather, refuse_nonfinite, row_tiles
 from qmix.sizes import CARRIED, CARRIED_BLOCK, MatrixSpec
 
+FEW_ROWS = 64
 # Where a block of ggml's has its fp16 numbers.
 HALVES = {"q8_0": (0,), "q4_0": (0,), "q4_1": (0, 2), "q5_0": (0,), "q5_1": (0, 2), "q4_k": (0, 2), "q5_k": (0, 2),
           "q6_k": (208,), "iq4_nl": (0,), "iq4_xs": (0,)}
@@ -115,6 +116,39 @@ def tiles(packed: Packed, dtype: torch.dtype = torch.float32, tile_bytes: int = 
 def unpack(packed: Packed) -> Tensor:
     """The whole matrix, fp32 [rows, cols]."""
     return gather(packed.spec, tiles(packed))
+
+
+def rows(packed: Packed, ids: Tensor) -> Tensor:
+    """The rows `ids` int64 [n] of the whole matrix, fp32 [n, cols], as `unpack` has them. A few are decoded at a time,
+    so that memory beside the result does not grow with their number."""
+    kind, found = packed.spec.format, []
+    for some in ids.split(FEW_ROWS):
+        block, row = some // CARRIED_BLOCK, some % CARRIED_BLOCK
+        codes = _codes_of_rows(kind, packed["qweight"], block, row)
+        found.append(_numbers(kind, codes, packed["scales"][block], row)[:, :packed.spec.cols])
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _codes_of_rows(kind: str, qweight: Tensor, block: Tensor, row: Tensor) -> Tensor:
+    """uint8 [n, K] of row `row` [n] of the 64 of block `block` [n]; qweight as `_codes` has it."""
+    blocks, eights, _ = qweight.shape
+    width = CARRIED[kind].bits
+    if width == 8:
+        return qweight.view(blocks, eights, 2, 64, 4)[block, :, :, row].flatten(1)
+    halves = qweight[..., :256].unflatten(2, (2, 128)) if width < 6 else qweight.view(blocks, eights, 2, 192)[..., :128]
+
+    def at(number: Tensor) -> Tensor:
+        return number.to(torch.uint8).view(-1, 1, 1, 1)
+
+    codes = halves.unflatten(3, (32, 4))[block, :, :, row % 32] >> at(row // 32 * 4) & 15
+    if width == 6:
+        pairs = qweight.view(blocks, eights, 2, 192)[..., 128:].unflatten(3, (16, 4))[block, :, :, row % 16]
+        codes |= (pairs >> at(row // 16 * 2) & 3) << 4
+    elif width == 5:
+        fifths = qweight[..., 256:].unflatten(2, (16, 4))[block, :, row % 16].unsqueeze(2)
+        upper = torch.arange(0, 8, 4, dtype=torch.uint8, device=qweight.device).view(1, 1, 2, 1)
+        codes |= (fifths >> at(row // 16) + upper & 1) << 4
+    return codes.flatten(1)
 
 
 def _blank(spec: MatrixSpec) -> Packed:
@@ -211,13 +245,17 @@ def _scales(kind: str, raw: Tensor) -> Tensor:
                      2)
 
 
-def _numbers(kind: str, codes: Tensor, scales: Tensor) -> Tensor:
-    """fp32 [64 B, K] of codes uint8 [64 B, K] and scales uint8 [B, count, 64 * each], in ggml's order of roundings."""
+def _numbers(kind: str, codes: Tensor, scales: Tensor, row: Tensor | None = None) -> Tensor:
+    """fp32 [64 B, K] of codes uint8 [64 B, K] and scales uint8 [B, count, 64 * each], in ggml's order of roundings.
+    row: of each block [B] the one that is wanted: then codes are those of it, [B, K]."""
     layout, rows = CARRIED[kind], len(codes)
 
     def numbers_of(part: Tensor, groups: int = 1) -> Tensor:
         """[B, count, groups * 64] as [rows, count * groups]."""
-        return part.unflatten(2, (groups, 64)).flatten(1, 2).transpose(1, 2).reshape(rows, -1)
+        of_blocks = part.unflatten(2, (groups, 64)).flatten(1, 2)  # [B, count * groups, 64]
+        if row is not None:
+            return of_blocks[torch.arange(rows, device=row.device), :, row]
+        return of_blocks.transpose(1, 2).reshape(rows, -1)
 
     halves = [numbers_of(scales[..., 128 * i:128 * i + 128].contiguous().view(torch.float16).float())
               for i in range(len(HALVES[kind]))]

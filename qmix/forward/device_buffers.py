@@ -40,6 +40,10 @@ class DeviceWeights:
     def tensor(self, weight: Named) -> Tensor:
         return self._dense.tensors[weight.name]
 
+    def embedding(self, weight: Named) -> Tensor | Packed:
+        found = self._dense.tensors.get(weight.name)
+        return self.matrix(weight) if found is None else found
+
     def matrix(self, weight: Named) -> Packed:
         return self._dense.matrices[weight.name]
 

@@ -131,7 +131,7 @@ class _Lowering:
 
         def bind(room: Room) -> Work:
             out = room.make(op.weight.shape[1], op.out)
-            start = partial(room.ops.embed, room.tokens, room.weights.tensor(op.weight), out, op.scale)
+            start = partial(room.ops.embed, room.tokens, room.weights.embedding(op.weight), out, op.scale)
             return _in_order([start, *(partial(room.ops.rope_cos_sin, room.positions, turn.inv_freq, turn.cos_sin,
                                                turn.factor) for turn in room.cos_sin.values())])
 

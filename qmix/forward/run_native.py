@@ -124,7 +124,7 @@ class NativeToken:
     def _set(self, token: int, cache: SessionCache) -> None:
         """Which token, and where; and what turns there, of those ropes for which there is no call."""
         self._tokens.fill_(token)
-        self.residual.copy_(self._weights[self._embed.weight.name][token])
+        self.residual.copy_(self._weights.rows(self._embed.weight.name, self._tokens))
         if self._embed.scale != 1:
             self.residual.mul_(self._embed.scale)
         self._lowering.position.fill_(cache.length)

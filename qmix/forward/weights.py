@@ -13,12 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qmix.config import QuantConfig
 from qmix.device import Device
 from qmix.errors import StoreError
-from qmix.formats import Packed
+from qmix.formats import Packed, carried
 from qmix.formats.packed import stacked
 from qmix.forward.program import MTP_ROWS, model_program, mtp_head_program, mtp_program
 from qmix.kernels import ops
@@ -38,9 +39,9 @@ Read = Callable[[str], Packed | Tensor]
 
 @dataclass(frozen=True, slots=True)
 class DenseWeights:
-    """dtype: what activations, keys and values are computed in. matrices: by canonical name; with tied embeddings the
-    head's shares the embedding's memory, and has its name. tensors: all others, embedding among them. stacks: on a
-    device the matrices of several names as one, their rows one after another, in place of theirs."""
+    """dtype: what activations, keys and values are computed in. matrices: by canonical name, a packed embedding too;
+    with tied embeddings the head's is the embedding, or shares its memory, and has its name. tensors: all others.
+    stacks: on a device the matrices of several names as one, their rows one after another, in place of theirs."""
 
     model: Model
     dtype: torch.dtype
@@ -84,7 +85,7 @@ def assemble(model: Model, dtype: torch.dtype, read: Read, device: torch.device 
     tensors: dict[str, Tensor] = {}
     for want in model.tensors():
         got = read(want.name)
-        if want.role in PACKED:
+        if want.role in PACKED or (want.role == "embedding" and isinstance(got, Packed)):
             if not isinstance(got, Packed) or (got.spec.rows, got.spec.cols) != want.shape:
                 raise StoreError(f"{want.name}: got {_shape(got)}, want a matrix {list(want.shape)}", DAMAGED)
             matrices[want.name] = got
@@ -94,7 +95,7 @@ def assemble(model: Model, dtype: torch.dtype, read: Read, device: torch.device 
             tensors[want.name] = norms[want.name].multiplier(got.float())
         else:
             tensors[want.name] = got
-    if model.tied:
+    if model.tied and "embedding" not in matrices:
         matrices["embedding"] = _tied_head(tensors["embedding"])
     if model.mtp_head is not None:
         matrices[MTP_ROWS] = _first_rows(matrices["embedding" if model.tied else "head"], MTP_VOCAB)
@@ -151,6 +152,12 @@ class KernelWeights:
 
     def matrix(self, name: str) -> Packed:
         return self.dense.matrices[name]
+
+    def rows(self, name: str, tokens: Tensor) -> Tensor:
+        """See torch_ops.PlainWeights."""
+        found = self._tensors.get(name)
+        return F.embedding(tokens, found).float() if found is not None else \
+            carried.rows(self.dense.matrices[name], tokens)
 
     def linears(self, x: Tensor, *names: str) -> list[Tensor]:
         """See torch_ops.PlainWeights."""

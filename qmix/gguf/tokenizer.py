@@ -45,7 +45,7 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
     if kind not in ("llama", "gpt2", "gemma4"):
         raise ConfigError(f"{MODEL}: got {kind!r:.40}, want 'llama', 'gpt2' or 'gemma4'",
                           "give the model as safetensors with its own tokenizer files")
-    vocabulary = Vocabulary.read(keys, PREFIX, twice=kind == "gemma4")
+    vocabulary = Vocabulary.read(keys, PREFIX, repeats=kind == "gemma4")
     roles = _roles(keys, vocabulary)
     bos, add_bos = roles.get("bos"), _flag(keys, "add_bos_token")
     config: dict[str, Any] = {f"{role}_token": vocabulary.texts[i] for role, i in roles.items()}

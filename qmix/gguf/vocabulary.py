@@ -19,15 +19,15 @@ class Vocabulary:
     kinds: tuple[int, ...]
 
     @classmethod
-    def read(cls, keys: Keys, prefix: str, twice: bool = False) -> Vocabulary:
-        """twice: whether a text may be there twice, as three are in Google's own files of Gemma 4: the last one counts,
-        and nothing becomes the others."""
+    def read(cls, keys: Keys, prefix: str, repeats: bool = False) -> Vocabulary:
+        """repeats: whether a text may be there twice, as three are in Google's own files of Gemma 4: the last one
+        counts, and nothing becomes the others."""
         texts = keys.texts(f"{prefix}tokens")
         kinds = keys.integers(f"{prefix}token_type", (NORMAL,) * len(texts))
         keys.want(len(kinds) == len(texts), f"{prefix}token_type", len(kinds), f"{len(texts)}, as many as tokens")
         wrong = {kind for kind in kinds if not NORMAL <= kind <= BYTE}
         keys.want(not wrong, f"{prefix}token_type", sorted(wrong), f"{NORMAL} to {BYTE}")
-        if len({*texts}) < len(texts) and not twice:
+        if len({*texts}) < len(texts) and not repeats:
             seen: set[str] = set()
             again = next(text for text in texts if text in seen or seen.add(text))  # type: ignore[func-returns-value]
             raise ConfigError(f"{prefix}tokens: {again!r:.60}: is there twice", REFETCH)

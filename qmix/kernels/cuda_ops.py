@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from qmix.errors import UsageError
-from qmix.formats import nf4
+from qmix.formats import carried, nf4
 from qmix.formats.packed import Packed
 from qmix.kernels import cuda, cuda_delta
 from qmix.kernels.attend import PLAIN, Softmax
@@ -58,7 +58,10 @@ class TritonOps:
         self._single: dict[tuple[int, torch.device], Jobs] = {}
         self._routers = Routers(partial(self._room, "logits"))
 
-    def embed(self, tokens: Tensor, embedding: Tensor, residual: Tensor, scale: float = 1.0) -> None:
+    def embed(self, tokens: Tensor, embedding: Tensor | Packed, residual: Tensor, scale: float = 1.0) -> None:
+        if isinstance(embedding, Packed):
+            residual.copy_(carried.rows(embedding, tokens).mul_(scale))
+            return
         hidden = embedding.shape[1]
         _layer().embed[len(tokens), -(-hidden // PIECE)](
             tokens, embedding, residual, float(scale), hidden, embedding.stride(0), residual.stride(0), SIZE=PIECE,

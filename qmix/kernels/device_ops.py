@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qmix.formats import carried
 from qmix.formats.packed import Packed
 from qmix.kernels.attend import PLAIN, Softmax, softmax_attention
 from qmix.kernels.kv_codes import decoded, quantize
@@ -64,7 +65,7 @@ class DeviceOps(Protocol):
 
     name: str
 
-    def embed(self, tokens: Tensor, embedding: Tensor, residual: Tensor, scale: float = 1.0) -> None: ...
+    def embed(self, tokens: Tensor, embedding: Tensor | Packed, residual: Tensor, scale: float = 1.0) -> None: ...
 
     def norm(self, residual: Tensor, weight: Tensor | None, eps: float, out: Tensor,
              rows: Tensor | None = None, weights: Tensor | None = None) -> None: ...
@@ -120,9 +121,10 @@ class TorchDeviceOps:
         self.name = "the CPU's kernels"
         self._kernels = kernels
 
-    def embed(self, tokens: Tensor, embedding: Tensor, residual: Tensor, scale: float = 1.0) -> None:
-        """The rows of embedding [V, H] of tokens [T] int64, widened, times scale, into residual [T, H]."""
-        residual.copy_(embedding[tokens])
+    def embed(self, tokens: Tensor, embedding: Tensor | Packed, residual: Tensor, scale: float = 1.0) -> None:
+        """The rows of embedding [V, H], plain or in a format of ggml's, of tokens [T] int64, widened, times scale, into
+        residual [T, H]."""
+        residual.copy_(carried.rows(embedding, tokens) if isinstance(embedding, Packed) else embedding[tokens])
         if scale != 1:
             residual.mul_(scale)
 

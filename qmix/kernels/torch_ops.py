@@ -34,6 +34,8 @@ class Weights(Protocol):
 
     def __getitem__(self, name: str) -> Tensor: ...
 
+    def rows(self, name: str, tokens: Tensor) -> Tensor: ...
+
     def linears(self, x: Tensor, *names: str) -> list[Tensor]: ...
 
     def exact(self, x: Tensor, name: str) -> Tensor: ...
@@ -53,8 +55,12 @@ class PlainWeights:
     dtype: torch.dtype = torch.float32
 
     def __getitem__(self, name: str) -> Tensor:
-        """One that is no matrix of a product: an embedding, a_log."""
+        """One that is no matrix of a product: a_log."""
         return self.tensors[name]
+
+    def rows(self, name: str, tokens: Tensor) -> Tensor:
+        """Those of an embedding [V, H] for tokens [T]: fp32 [T, H]."""
+        return F.embedding(tokens, self.tensors[name]).float()
 
     def linears(self, x: Tensor, *names: str) -> list[Tensor]:
         """x [T, M], compute or fp32, times the transpose of each [N, M]: [T, N]. x is rounded to compute where the
@@ -87,7 +93,7 @@ def plain_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def embed(op: ops.Embed, w: Weights, tokens: Tensor) -> Tensor:
-    rows = F.embedding(tokens, w[op.weight.name]).float()
+    rows = w.rows(op.weight.name, tokens)
     return rows if op.scale == 1 else rows * op.scale
 
 

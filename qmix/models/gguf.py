@@ -93,7 +93,7 @@ def rope_config(keys: Keys, rotated: int, **further: Any) -> dict[str, Any]:
 def rope_factors(keys: Keys, rotated: int) -> tuple[float, ...]:
     """What each frequency of a head with `rotated` dimensions is divided by, as a tensor of the file has it."""
     factors = keys.numbers(ROPE_FREQS)
-    keys.want(len(factors) == rotated // 2, ROPE_FREQS, len(factors),
+    keys.want(len(factors) == rotated // 2 > 0, ROPE_FREQS, len(factors),
               f"{rotated // 2} numbers, one for each rotary pair")
     keys.want(min(factors) > 0, ROPE_FREQS, min(factors), "numbers > 0")
     return factors
@@ -105,8 +105,8 @@ def _divided(keys: Keys, rotated: int, theta: float) -> dict[str, Any]:
     factors = rope_factors(keys, rotated)
     if {*factors} == {1.0}:
         return {}
-    frequencies = [theta ** (-2 * i / rotated) for i in range(rotated // 2)]
-    if all(abs(found / want - 1) < SAME
+    frequencies = [max(theta, 1.0) ** (-2 * i / rotated) for i in range(rotated // 2)]
+    if theta >= 1 and all(abs(found / want - 1) < SAME
            for found, want in zip(factors, _llama3(frequencies, max(factors)), strict=True)):
         return {"rope_type": "llama3", "factor": round(max(factors), 6), **LLAMA3}
     return {"rope_type": "longrope", "short_factor": list(factors), "long_factor": list(factors),

@@ -114,7 +114,8 @@ def _ropes(keys: Keys, wide: int, small: int) -> dict[str, Any]:
     factors = rope_factors(keys, wide)
     turning = sum(factor < STILL for factor in factors)
     keys.want(turning > 0 and factors[:turning] == (1.0,) * turning, ROPE_FREQS, factors, "1 for the first, and 1e30")
-    share = next(s for s in (2 * turning / wide, (2 * turning + 0.5) / wide) if int(s * wide // 2) == turning)
+    shares = 2 * turning / wide, (2 * turning + 0.5) / wide  # the first one unless it is rounded down
+    share = shares[int(shares[0] * wide // 2) != turning]
     whole = {"rope_type": "proportional", "partial_rotary_factor": share,
              "rope_theta": keys.number("rope.freq_base", 1e6, above=0)}
     keys.fixed("rope.scaling.type", "none")

@@ -60,9 +60,10 @@ def all_experts(checkpoint: Checkpoint) -> bool:
 
 
 def dense_formats(checkpoint: Checkpoint) -> tuple[Pair, ...]:
-    """QuantConfig.dense_formats with all dense matrices that can stay as they are."""
+    """QuantConfig.dense_formats with all dense matrices that can stay as they are, the embedding among them."""
     return tuple((t.name, kind) for t in checkpoint.model.tensors()
-                 if t.role in PACKED and (kind := checkpoint.carriable(t.name)) in CARRIED_NAMES)
+                 if (t.role in PACKED or t.role == "embedding")
+                 and (kind := checkpoint.carriable(t.name)) in CARRIED_NAMES)
 
 
 def _carried_only(kinds: Iterable[Pair]) -> bool:
@@ -134,7 +135,7 @@ def dense_lines(checkpoint: Checkpoint, quant: QuantConfig) -> list[str]:
     model, dense, found = checkpoint.model, quant.dense_kinds, list[str]()
     if dense:
         counts = Counter(dense.values())
-        found.append(f"attention, head and other matrices: kept bit for bit: {_counted(counts.items())}")
+        found.append(f"attention, head, embedding and other matrices: kept bit for bit: {_counted(counts.items())}")
     same = [t.name for t in model.tensors()  # by --dense q8_0
             if t.role in PACKED and t.name not in dense and checkpoint.carriable(t.name) == quant.dense]
     if same:
@@ -147,7 +148,7 @@ def dense_lines(checkpoint: Checkpoint, quant: QuantConfig) -> list[str]:
             found.append(f"attention, head and other matrices: {_counted((t, others[t]) for t in types)} are {how} "
                          "as --dense says")
     plain = Counter(checkpoint.types[t.name] for t in model.tensors()
-                    if t.role not in PACKED and checkpoint.types[t.name] not in UNQUANTIZED)
+                    if t.role not in PACKED and t.name not in dense and checkpoint.types[t.name] not in UNQUANTIZED)
     if plain:
         found.append(f"embedding and the like: {_counted(plain.items())} are decoded to {model.dtype}, which rounds "
                      "them by 2^-9 of each number at most")

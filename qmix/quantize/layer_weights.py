@@ -64,6 +64,9 @@ class LayerWeights:
     def __getitem__(self, name: str) -> Tensor:
         return self.plain[name]
 
+    def rows(self, name: str, tokens: Tensor) -> Tensor:
+        return self.plain.rows(name, tokens)
+
     def linears(self, x: Tensor, *names: str) -> list[Tensor]:
         """Not PlainWeights', by which a few rows are multiplied one by one."""
         x = x.float()

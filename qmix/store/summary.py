@@ -49,10 +49,13 @@ def classes(model: Model, quant: QuantConfig, layout: StoreLayout,
     found = [ClassSummary("experts", describe_format(model, quant, quant.experts),
                           count * expert_weights(model), sum(layout.record(key).nbytes for key in layout.records),
                           *_mean_max(expert_errors))]
-    matrices = "attention, MLPs and head" if any(t.role == "mlp" for t in model.tensors()) else "attention and head"
+    packed = layout.specs["embedding"] is not None
+    parts = ["attention", *(["MLPs"] if any(t.role == "mlp" for t in model.tensors()) else []),
+             *(["embedding"] if packed else [])]
+    matrices = f"{', '.join(parts)} and head"
     for name, kind, plain, errors in (
             (matrices, dense_formats(model, quant, layout), False, dense_errors),
-            ("embedding, routers, norms", DTYPES[model.dtype], True, [])):
+            ("routers, norms" if packed else "embedding, routers, norms", DTYPES[model.dtype], True, [])):
         tensors = [t for t in model.tensors() if (layout.specs[t.name] is None) == plain]
         found.append(ClassSummary(name, kind, sum(prod(t.shape) for t in tensors),
                                   sum(layout.dense[t.name].nbytes for t in tensors), *_mean_max(errors)))
