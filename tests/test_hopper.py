@@ -72,10 +72,14 @@ MATMUL = """
 from qmix.formats.packed import TORCH_DTYPES, Packed
 from qmix.kernels.cuda import Matrices
 from qmix.kernels.device_ops import ExpertSlots
-from qmix.sizes import MatrixSpec, RecordLayout
+from qmix.sizes import CARRIED, MatrixSpec, RecordLayout, with_layout
 
-def matmul(config, dtype, bits=4):
-    spec = MatrixSpec(f"int{bits}", 512, 512, 1, 64, 64)
+def spec_of(name, rows, parts=1):
+    how = with_layout(name) if name in CARRIED else {"format": name, "group_size": 64, "block": 64}
+    return MatrixSpec(rows=rows, cols=512, parts=parts, **how)
+
+def matmul(config, dtype, name="int4"):
+    spec = spec_of(name, 512)
     m = Packed.of(spec, {t.name: torch.empty(t.shape, dtype=TORCH_DTYPES[t.dtype]) for t in spec.tensors})
     y = torch.empty(512, spec.padded_rows, dtype=dtype)
     cuda.many(torch.empty(512, 512, dtype=dtype), Matrices.of(m), 0, y, config=config)
@@ -85,13 +89,12 @@ cuts = [*tuning.candidates("matmul"), built_in((9, 0)).matmul]
 for config in {(c.tokens, c.rows, c.warps): c for c in cuts}.values():  # of those with other stages the last
     registers, shared = matmul(config, torch.bfloat16)
     assert not registers and (shared or config.tokens < WGMMA_TOKENS), config
-assert matmul(built_in((9, 0)).matmul, torch.float16, 3)[0] == 0
+assert matmul(built_in((9, 0)).matmul, torch.float16, "int3")[0] == 0
 assert matmul(built_in((9, 0)).matmul, torch.float32)[0] == 0  # rounded to bf16
 
-def experts(config, size, bits=4):
+def experts(config, size, name="int4"):
     "Both products of a prompt's experts."
-    record = RecordLayout(*(MatrixSpec(f"int{bits}", rows, cols, parts, 64, 64)
-                            for rows, cols, parts in ((1024, 512, 2), (512, 512, 1))))
+    record = RecordLayout(spec_of(name, 1024, 2), spec_of(name, 512))
     slots, ops = ExpertSlots(torch.empty(2, record.nbytes, dtype=torch.uint8), record, ()), \
         cuda_grouped.TritonPromptExperts(config)
     x, table = torch.empty(512, 512, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int32)
@@ -102,9 +105,14 @@ def experts(config, size, bits=4):
     return [first, products(made[-1])]
 
 own = built_in((9, 0)).matmul
-for config, size, bits in ((own, 128, 4), (own, 64, 4), (own, 128, 3), *((c, min(c.tokens, 128), 4) for c in cuts[:3])):
-    for registers, shared in experts(config, size, bits):
-        assert not registers and (shared or size < WGMMA_TOKENS), (config, size)
+wanted = [(own, 128, "int4"), (own, 64, "int4"), (own, 128, "int3"), (own, 128, "q5_k"), (own, 64, "q6_k"),
+          (own, 128, "iq4_nl")]
+for config, size, name in (*wanted, *((c, min(c.tokens, 128), "int4") for c in cuts[:3])):
+    for registers, shared in experts(config, size, name):
+        assert not registers and (shared or size < WGMMA_TOKENS), (config, size, name)
+for name in ("q8_0", "q4_k"):
+    registers, shared = matmul(own, torch.bfloat16, name)
+    assert shared and not registers, name
 print("right")
 """
 

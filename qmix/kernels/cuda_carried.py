@@ -23,7 +23,7 @@ from qmix.sizes import CARRIED, MatrixSpec
 if TYPE_CHECKING:
     from qmix.kernels.cuda import Jobs, Matrices
 
-NARROWER = 2  # than int4's are the tiles of a product: codes of four columns are taken apart in registers
+WIDEST = 64  # rows of a tile of a product, at most: codes of four columns are taken apart in registers
 WITH_ZERO = ("q4_1", "q5_1", "q4_k", "q5_k")
 PARAMS = {"q4_k": "k", "q5_k": "k", "q6_k": "q6_k", "iq4_xs": "iq4_xs"}  # of the others "half"
 
@@ -54,7 +54,7 @@ def gemv(jit: ModuleType, x: Tensor, weights: Matrices, jobs: Jobs, partial: Ten
 def matmul(jit: ModuleType, x: Tensor, weights: Matrices, slot: int, y: Tensor, operands: Any, block_m: int,
            config: Matmul) -> None:
     spec = weights.spec
-    blocks, rows = spec.padded_rows // spec.block, config.rows // NARROWER
+    blocks, rows = spec.padded_rows // spec.block, min(config.rows, WIDEST)
     jit.matmul[-(-len(x) // block_m), -(-spec.padded_rows // rows)](
         x, *tensors_of(weights), y, slot, len(x), weights.slot_bytes // 4, x.stride(0), y.stride(0), spec.cols,
         spec.padded_cols // spec.group_size, spec.padded_rows, blocks, BLOCK_M=block_m, ROWS=rows, DOT=operands,

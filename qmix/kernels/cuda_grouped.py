@@ -107,7 +107,7 @@ class TritonPromptExperts:
 
 def _rows_of(spec: MatrixSpec, config: Matmul) -> int:
     """Of a tile of a product."""
-    return config.rows // (cuda_carried.NARROWER if spec.format in CARRIED else 1)
+    return min(config.rows, cuda_carried.WIDEST) if spec.format in CARRIED else config.rows
 
 
 def _tensors_of(weights: Matrices) -> tuple[Tensor, Tensor, Tensor]:
