@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from qmix import paths, render
+from qmix import hub, paths, render
 from qmix.commands.loading import known_speeds
 from qmix.commands.options import (
     Context,
@@ -48,7 +48,12 @@ def plan(
 
     flags = Flags(format, dense, group_size=group_size)
     path = paths.resolve(model, render.say, "config") if model else model_folder(model)
-    found = planning.find_model(path, flags, paths.if_any(paths.routing_folder), render.say)
+
+    def say(line: str) -> None:
+        """Of a GGUF model of the hub, the file is a preview in a folder that nobody knows."""
+        render.say(line.replace(str(path), path.name) if model and hub.is_preview(path) else line)
+
+    found = planning.find_model(path, flags, paths.if_any(paths.routing_folder), say)
     machine = planning.Machine(size_or_auto("--ram", ram), margin_bytes(margin),
                                size_or_auto("--vram", vram), ram_speed, vram_speed, pcie, disk,
                                gpu=planning.known_gpu(paths.if_any(paths.gpu_memory_file), render.say))
