@@ -173,3 +173,18 @@ def test_a_run_that_leaves_the_flag_out_says_what_is_there(server: Served, qmix:
     assert kill(server, 30, "quantize", "org/name", "out", "--discard-source", *HOW).returncode == -9
     done = qmix(server, "quantize", "org/name", "out", *HOW)
     assert done.returncode == 0 and "with that flag it would go on there" in done.stderr
+
+
+def test_a_text_passes_through_what_is_fetched_again(server: Served, qmix: Command, kill: Command,
+                                                     tmp_path: Path) -> None:
+    """A resumed gptq reads the experts of finished layers once more."""
+    (tmp_path / "text.txt").write_text("the fox and the hen went to the mill " * 60)
+    how = ("--calibration", "text.txt", "--calibration-tokens", "256", "-t", "1")
+    done = qmix(server, "quantize", server.handler.folder, "want", *how)
+    assert done.returncode == 0, done.stderr
+    killed = kill(server, 34, "quantize", "org/name", "out", "--discard-source", *how)
+    assert killed.returncode == -9, killed.stderr
+    server.fetched.clear()
+    done = qmix(server, "quantize", "org/name", "out", "--discard-source", *how)
+    assert done.returncode == 0 and "needed again" in done.stderr and server.weights(), done.stderr
+    same_store(tmp_path / "want", tmp_path / "out")

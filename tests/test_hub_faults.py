@@ -99,8 +99,7 @@ def test_ctrl_c_while_it_downloads(server: Served, qmix: Command, tmp_path: Path
                            stderr=PIPE) as process:
         assert server.handler.reached.wait(60)
         process.send_signal(signal.SIGINT)
-        server.handler.held.set()
-        _, errors = process.communicate()
+        _, errors = process.communicate()  # though the server says nothing more
     assert process.returncode == 130 and "Traceback" not in errors, errors
     assert "stopped while it was fetched" in errors and not (tmp_path / "out").exists()
     assert qmix(server, "quantize", "org/name", "out", *KEEP).returncode == 0
@@ -209,5 +208,5 @@ def test_several_gguf_models_are_listed(ggufs: Served, qmix: Command) -> None:
 def test_a_gguf_model_is_planned_by_its_header(ggufs: Served, qmix: Command, tmp_path: Path) -> None:
     """Nothing of it stays."""
     done = qmix(ggufs, "plan", "org/name:Q4_0", "--json", TMPDIR=str(tmp_path))
-    assert done.returncode == 0 and '"records": 8' in done.stdout, done.stderr
+    assert done.returncode == 0 and '"records": 8' in done.stdout and "qmix-headers" not in done.stderr, done.stderr
     assert not [*(tmp_path / "cache").rglob("*.gguf")] and not [*tmp_path.glob("qmix-*")]

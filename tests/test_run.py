@@ -168,8 +168,7 @@ def test_ctrl_c_while_it_downloads(server: Served, tmp_path: Path, warm_python: 
                            stderr=PIPE) as process:
         assert server.handler.reached.wait(60)
         process.send_signal(signal.SIGINT)
-        server.handler.held.set()
-        _, errors = process.communicate()
+        _, errors = process.communicate()  # though the server says nothing more
     assert process.returncode == 130 and "Traceback" not in errors, errors
 
 

@@ -16,6 +16,7 @@ downloads that are given up while they are used; errors.py says what the library
 """
 
 from qmix.hub.names import HubName
+from qmix.hub.preview import is_preview
 from qmix.hub.private import claimed, drop, private_cache, refetch
 from qmix.hub.repository import (
     CONFIG,
@@ -34,4 +35,5 @@ from qmix.hub.repository import (
 )
 
 __all__ = ["CONFIG", "FILES", "INDEX", "MANIFEST", "SINGLE", "Access", "Found", "HubName", "Wanted", "claimed",
-           "download", "drop", "find", "free_source", "is_commit", "newest_commit", "private_cache", "refetch"]
+           "download", "drop", "find", "free_source", "is_commit", "is_preview", "newest_commit",
+           "private_cache", "refetch"]

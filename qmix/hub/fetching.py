@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +17,7 @@ from qmix.hub import blobs
 from qmix.hub.errors import AGAIN, hub_error
 
 CONNECTIONS = 4  # files that are fetched at a time
+GRACE = 1.0  # seconds that a thread has to put down its file
 
 Say = Callable[[str], None]
 
@@ -60,23 +62,38 @@ def fetch_files(repo: str, where: str, commit: str | None, storage: Path, files:
         blobs.fetch_blob(storage, file.etag, file.size,
                          hf_hub_url(repo, file.name, revision=commit), count, stop)
 
-    with quiet(say), (bar or _no_bar)("fetch") as progress, ThreadPoolExecutor(CONNECTIONS, "qmix-hub") as pool:
-        tasks = [pool.submit(fetch, file, progress) for file in files]
+    todo, outcomes = deque(files), queue.SimpleQueue[BaseException | None]()
+
+    def work(progress: Progress) -> None:
+        while todo and not stop.is_set():
+            with suppress(IndexError):  # another thread was faster
+                file = todo.popleft()
+                try:
+                    fetch(file, progress)
+                    outcomes.put(None)
+                except BaseException as e:
+                    outcomes.put(e)
+
+    with quiet(say), (bar or _no_bar)("fetch") as progress:
+        # Daemons, since one that waits for a silent server must not keep the user waiting who pressed Ctrl-C.
+        threads = [threading.Thread(target=work, args=(progress,), name="qmix-hub", daemon=True)
+                   for _ in range(min(CONNECTIONS, len(files)))]
+        for thread in threads:
+            thread.start()
         try:
-            for task in tasks:
-                task.result()
-        except BaseException as e:
+            for _ in files:
+                if (failed := outcomes.get()) is not None:
+                    raise failed
+        except KeyboardInterrupt:
+            raise Interrupted(f"{where}: stopped while it was fetched", AGAIN) from None
+        except QmixError:
+            raise
+        except Exception as e:
+            raise hub_error(where, e) from None
+        finally:
             stop.set()
-            for task in tasks:
-                task.cancel()
-            if isinstance(e, KeyboardInterrupt):
-                raise Interrupted(f"{where}: stopped while it was fetched", AGAIN) from None
-            failed = e if not isinstance(e, blobs.Stopped) else next(
-                (one for task in tasks if task.done() and not task.cancelled() and (one := task.exception()) is not None
-                 and not isinstance(one, blobs.Stopped)), e)
-            if isinstance(failed, QmixError) or not isinstance(failed, Exception):
-                raise failed from None
-            raise hub_error(where, failed) from None
+            for thread in threads:
+                thread.join(GRACE)
 
 
 @contextmanager

@@ -15,18 +15,24 @@ from qmix.errors import CheckpointError, one_line
 from qmix.gguf.header import open_header
 from qmix.hub import blobs
 
+PREFIX = "qmix-headers-"
 FIRST, MOST = 2**20, 2**28  # bytes of a file that are asked for at first, and in all
 
 
 def headers_of(sources: Sequence[tuple[str, str, int]]) -> Path:
     """The first of the files [(name, url, bytes)], in a folder that goes when the process does. CheckpointError where
     one has no header."""
-    folder = Path(tempfile.mkdtemp(prefix="qmix-headers-"))
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     paths = [folder / name.rpartition("/")[2] for name, _, _ in sources]
     for path, (name, url, size) in zip(paths, sources, strict=True):
         _fetch_header(path, name, url, size)
     return paths[0]
+
+
+def is_preview(path: Path) -> bool:
+    """Whether a file has its header alone."""
+    return path.parent.name.startswith(PREFIX)
 
 
 def _fetch_header(path: Path, name: str, url: str, size: int) -> None:

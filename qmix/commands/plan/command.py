@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qmix import paths, render
+from qmix import hub, paths, render
 from qmix.commands.loading import known_speeds
 from qmix.commands.options import (
     Context,
@@ -62,11 +62,16 @@ def plan(
         raise UsageError(f"--fit {fit}: plan knows --fit auto alone", "drop it: --ram and --vram describe a machine")
     if fit is not None and (format is not None or group_size is not None):
         raise UsageError("--fit auto: chooses the formats itself", "drop --format and --group-size")
+    path = paths.resolve(model, render.say, "config") if model else model_folder(model)
+
+    def say(line: str) -> None:
+        """Of a GGUF model of the hub, the file is a preview in a folder that nobody knows."""
+        render.say(line.replace(str(path), path.name) if model and hub.is_preview(path) else line)
+
     machine = planning.Machine(size_or_auto("--ram", ram), margin_bytes(margin),
                                size_or_auto("--vram", vram), ram_speed, vram_speed, pcie, disk,
                                gpu=planning.known_gpu(paths.if_any(paths.gpu_memory_file), render.say))
     known = known_speeds(paths.if_any(paths.hardware_file), render.say)
-    path = paths.resolve(model, render.say, "config") if model else model_folder(model)
 
     def fitted(source: Checkpoint | Described, flags: Flags, say: Callable[[str], None]) -> QuantConfig:
         from qmix.commands.fitting import forecast_fit
@@ -75,7 +80,7 @@ def plan(
 
     if fit is not None and (path / MANIFEST).is_file():
         raise UsageError(f"{path}: is quantized already", "drop --fit auto")
-    found = planning.find_model(path, flags, paths.if_any(paths.routing_folder), render.say,
+    found = planning.find_model(path, flags, paths.if_any(paths.routing_folder), say,
                                 planning.by_flags if fit is None else fitted)
     if fit is not None and found.quant.experts == "mixed":
         found = replace(found, model=found.model.trunk)  # a mix that is measured has no multi-token-prediction head
