@@ -25,7 +25,6 @@ from qmix.commands.options import (
 from qmix.commands.quantization import Described, Flags
 from qmix.config import QuantConfig
 from qmix.errors import UsageError
-from qmix.store import MANIFEST
 
 if TYPE_CHECKING:
     from qmix.checkpoint import Checkpoint
@@ -72,6 +71,8 @@ def plan(
         from qmix.commands.fitting import forecast_fit
 
         return forecast_fit(source, flags, machine, device, ctx_size, kv_cache, known, say)
+
+    from qmix.store import MANIFEST
 
     if fit is not None and (path / MANIFEST).is_file():
         raise UsageError(f"{path}: is quantized already", "drop --fit auto")
