@@ -50,8 +50,8 @@ def rows() -> list[Row]:
     found.append(Row("experts", "nf4 double", ("--format", "nf4", "--double-quant", "--dense", "keep")))
     for method, sizes in (("hqq", ("4.0", "3.5")), ("gptq", ("4.5", "4.0", "3.7", "3.5", "3.3"))):
         for bits in sizes:
-            found.append(Row("mixed", f"mixed {bits} {method}", (
-                "--bpw", bits, "--method", method, "--sensitivity", "full", "--dense", "keep"), True))
+            flags = ("--bpw", bits, "--method", method, "--sensitivity", "full", "--dense", "keep")
+            found.append(Row("mixed", f"mixed {bits} {method}", flags, True))
     found += [Row("measured", f"measured {how}, {bits}", ("--bpw", bits, "--method", "hqq", "--sensitivity", how,
                                                           "--dense", "keep"), True)
               for bits in ("3.0", "3.5", "4.0") for how in ("full", "sampled")]

@@ -19,7 +19,7 @@ from qmix.config import ExpertKey, QuantConfig
 from qmix.errors import DoesNotFit
 from qmix.formats import unpack
 from qmix.quantize.calibration import Calibration
-from qmix.quantize.fit import Wanted, mixed, sensitivity, sensitivity_tokens
+from qmix.quantize.fit import Wanted, mixed, rows_of, sensitivity, sensitivity_text
 from qmix.quantize.forward_pass import ForwardPass
 from qmix.quantize.methods import quantize
 from qmix.quantize.mix import FORMATS
@@ -126,7 +126,7 @@ def test_what_was_measured_is_kept_and_read_again(source: Path, text: Calibratio
     quant, said = QuantConfig("mixed", block=32, kinds=(("int4g64", "int4g64"),), mix=("0" * EXPERTS,) * LAYERS), []
     with Checkpoint.open(source) as checkpoint:
         def run() -> Sensitivity:
-            return sensitivity(checkpoint, text, quant, 1, tmp_path / "cache", said.append, lambda *_: None)
+            return sensitivity(checkpoint, text, quant, 1, tmp_path / "cache", said.append, lambda *_: None, True)
 
         first = run()
         assert Sensitivity.from_json(json.loads(json.dumps(first.to_json()))) == first == run()
@@ -136,7 +136,7 @@ def test_what_was_measured_is_kept_and_read_again(source: Path, text: Calibratio
         del said[:]
         assert run() == first and "ignored" in said[0] and str(file) in said[0]
         other = Calibration(text.ids[:3])
-        sensitivity(checkpoint, other, quant, 1, tmp_path / "cache", said.append, lambda *_: None)
+        sensitivity(checkpoint, other, quant, 1, tmp_path / "cache", said.append, lambda *_: None, True)
         assert len(list((tmp_path / "cache").iterdir())) == 2, "another text is measured for itself"
 
 
@@ -165,4 +165,6 @@ def test_a_store_fits_the_bytes_asked_for(source: Path, found: Sensitivity) -> N
             mixed(config, QuantConfig(block=32), found, Wanted(nbytes=1024))
         with pytest.raises(DoesNotFit, match=r"--bpw 1: the smallest mix.*bits a weight"):
             mixed(config, QuantConfig(block=32), found, Wanted(bits=1))
-        assert sensitivity_tokens(config) == 65536 // (LAYERS + 1)
+        long = Calibration(torch.zeros(128, 512, dtype=torch.int64))
+        assert sensitivity_text(config, long, True).tokens == 65536 // (LAYERS + 1)
+        assert rows_of(config, long, True) == 65536

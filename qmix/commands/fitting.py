@@ -156,7 +156,8 @@ class _Here:
             plain = self._forecast(default)
             if mixed.least < FASTER * plain.least:
                 self._say(f"fit: {self._named()} is kept: {plain.line().removeprefix('forecast: ')}; {small}, would "
-                          f"run at {mixed.least:.2f} to {mixed.most:.2f} tok/s, which is not worth its error")
+                          f"run at {mixed.least:.2f} to {mixed.most:.2f} tok/s, which is not worth its error "
+                          f"(--bpw {self._bits(least.needs.expert_bytes) + 0.01:.2f} makes it)")
                 return Fitted(None, everything)
             self._say(f"fit: {small}, is made: {mixed.line().removeprefix('forecast: ')}; {self._named()} would run at "
                       f"{plain.least:.2f} to {plain.most:.2f} tok/s (without --fit, that is made)")
