@@ -271,8 +271,9 @@ def test_an_evaluation(sweep: str, error: str, disk: Disk, store: Path, tmp_path
         assert again.returncode == 0 and numbers(again) == numbers(whole) != [], (at, disk.log, again.stderr)
 
 
-@FEW
-@pytest.mark.parametrize("what", ["trace", "fit", pytest.param("plot", marks=pytest.mark.models)])
+@pytest.mark.models
+@pytest.mark.parametrize(("sweep", "error"), ALL)
+@pytest.mark.parametrize("what", ["trace", "fit", "plot"])
 def test_other_files(what: str, sweep: str, error: str, disk: Disk, source: Path, store: Path, tmp_path: Path) -> None:
     """A recorded trace, the folder of plots, and remembered sensitivities."""
     text, made = tmp_path / "text.txt", disk.folder / "made"
