@@ -87,7 +87,9 @@ class Disk:
         assert "Traceback" not in done.stderr and "fault in qmix" not in done.stderr, done.stderr
         if done.returncode:
             said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-            assert len(said) == 1 and os.strerror(error) in said[0], done.stderr
+            # Half a write is taken for a full disk, whatever its end would have said.
+            reasons = (os.strerror(error), os.strerror(errno.ENOSPC))
+            assert len(said) == 1 and any(reason in said[0] for reason in reasons), done.stderr
         return done
 
     def clear(self) -> None:
@@ -248,7 +250,8 @@ def test_a_chat(sweep: str, error: str, disk: Disk) -> None:
         assert saved.read_bytes() == mine.read_bytes() == new or "cannot save" in done.stdout, where
         assert (state / "history").read_text().count("one") == 2, where
         assert disk.run(state, mine, *two, program=CHAT).stdout == "" and mine.read_bytes() == new, where
-        assert {path.name for path in disk.folder.rglob("*") if path.is_file()} == {"history", saved.name, mine.name}
+        left = {path.name for path in disk.folder.rglob("*") if path.is_file()}
+        assert left == {"history", saved.name, mine.name} or error == "read-only", where  # where nothing is removed
 
 
 @FEW
@@ -271,8 +274,9 @@ def test_an_evaluation(sweep: str, error: str, disk: Disk, store: Path, tmp_path
         assert again.returncode == 0 and numbers(again) == numbers(whole) != [], (at, disk.log, again.stderr)
 
 
-@FEW
-@pytest.mark.parametrize("what", ["trace", "fit", pytest.param("plot", marks=pytest.mark.models)])
+@pytest.mark.models
+@pytest.mark.parametrize(("sweep", "error"), ALL)
+@pytest.mark.parametrize("what", ["trace", "fit", "plot"])
 def test_other_files(what: str, sweep: str, error: str, disk: Disk, source: Path, store: Path, tmp_path: Path) -> None:
     """A recorded trace, the folder of plots, and remembered sensitivities."""
     text, made = tmp_path / "text.txt", disk.folder / "made"

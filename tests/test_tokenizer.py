@@ -270,6 +270,8 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
     ({"tokenizer.model": b""}, "tokenizer.model: not a sentencepiece model"),
     ({"tokenizer.model": b"\x01\x02hello"}, "tokenizer.model: not a sentencepiece model"),
     ({"tokenizer.model": spm_model()[:5000]}, "tokenizer.model: not a sentencepiece model"),
+    ({"tokenizer.model": spm_model().replace(b"he", b"\xff\xff").replace(b"er", b"\xff\xff")},
+     "tokenizer.model: not a sentencepiece model ('utf-8' codec"),
     ({"tokenizer.model": LFS}, "tokenizer.model: a Git LFS pointer"),
     ({"tokenizer.json": LFS}, "tokenizer.json: a Git LFS pointer"),
     ({"tokenizer.json": b""}, "tokenizer.json: not a tokenizer.json"),

@@ -102,7 +102,7 @@ def _load(path: Path) -> Any:
         if not data:
             raise RuntimeError("empty file")
         model.LoadFromSerializedProto(data)
-    except (RuntimeError, OSError) as e:
+    except (RuntimeError, OSError, UnicodeDecodeError) as e:  # the last for a quoted piece that is no text
         reason = str(e).splitlines()[0]
         raise ModelFileError(f"{path}: not a sentencepiece model ({reason:.100})", FETCH) from None
     return model
