@@ -1,7 +1,7 @@
 """Which experts are in memory now, and which of them the last tokens chose: a picture for people, layer by expert.
 
-A look takes about 10 ns a token and expert that was counted since the last one, and 1 us a record; 6144 records make 20
-kB of JSON. So it is taken when somebody asks, and not for each token.
+A look at 48 layers of 128 experts takes a few milliseconds and makes 25 kB of JSON. So it is taken when somebody
+asks, at most once a second, and not for each token.
 
 L layers that have records, E experts in each.
 """

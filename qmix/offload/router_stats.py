@@ -214,11 +214,15 @@ class RouterStats:
         return stats
 
     def counted(self) -> tuple[int, Table]:
-        """(tokens, counts [L][E]) of both phases since `saved`, copied: for whoever looks again and again, without the
-        transitions, which are E times as much."""
-        parts = list(self._fresh.values())
-        return sum(part.tokens for part in parts), [
-            list(map(sum, zip(*rows, strict=True))) for rows in zip(*(part.counts for part in parts), strict=True)]
+        """(tokens, counts [L][E]) of both phases since `saved`, copied: for whoever looks again and again. Tokens that
+        wait are left waiting: counting their transitions takes least for many at a time."""
+        parts, waiting = list(self._counted.values()), [token for some in self._waiting.values() for token in some]
+        found = [list(map(sum, zip(*rows, strict=True))) for rows in zip(*(part.counts for part in parts), strict=True)]
+        for token in waiting:
+            for row, choices in zip(found, token, strict=True):
+                for expert in choices:
+                    row[expert] += 1
+        return sum(part.tokens for part in parts) + len(waiting), found
 
     def fresh(self) -> RouterStats | None:
         """What was seen since it was loaded or saved last; None where that is nothing."""
