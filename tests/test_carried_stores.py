@@ -73,9 +73,14 @@ def reread(model: Any, kind: str, type_of: TypeOf) -> Any:
             continue
         turned = kind == "gpt_oss" and ".experts." in name
         rows = (tensor.transpose(1, 2) if turned else tensor).contiguous()
-        number = gguf.GGMLQuantizationType[type_of(mapped)]
-        exact = torch.from_numpy(np.array(gguf.dequantize(k_blocks.quantize(rows.numpy(), number.name), number)))
-        exact = exact.view(rows.shape)
+        exact = torch.empty_like(rows)
+        joined = ".experts." in name and "gate" in name  # gate above up, or in turns
+        gates = slice(0, None, 2) if turned else slice(rows.shape[1] // 2)
+        ups = slice(1, None, 2) if turned else slice(rows.shape[1] // 2, None)
+        for which, of in ((gates, mapped), (ups, mapped.replace("gate", "up"))) if joined else ((..., mapped),):
+            some, number = (rows[:, which] if joined else rows).contiguous(), gguf.GGMLQuantizationType[type_of(of)]
+            found = torch.from_numpy(np.array(gguf.dequantize(k_blocks.quantize(some.numpy(), number.name), number)))
+            (exact[:, which] if joined else exact).copy_(found.view(some.shape))
         tensor.copy_(exact.transpose(1, 2) if turned else exact)
     return model
 

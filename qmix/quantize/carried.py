@@ -17,6 +17,7 @@ from qmix.config import (
     KIND_LETTERS,
     QuantConfig,
     parse_kind,
+    parts_of,
 )
 from qmix.errors import UsageError
 from qmix.spec import ExpertKey
@@ -67,7 +68,7 @@ def dense_formats(checkpoint: Checkpoint) -> tuple[Pair, ...]:
 
 
 def _carried_only(kinds: Iterable[Pair]) -> bool:
-    return all(name in CARRIED_NAMES for pair in kinds for name in pair)
+    return all(part in CARRIED_NAMES for pair in kinds for name in pair for part in parts_of(name))
 
 
 def _formats(checkpoint: Checkpoint, quant: QuantConfig, key: ExpertKey) -> Pair:
