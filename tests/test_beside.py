@@ -4,6 +4,7 @@ such records is paged, planned and verified as any other."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,9 +16,9 @@ import gguf_models as models
 import numpy as np
 from architectures import random_model
 from carried_files import WIDE, TypeOf, matrices, narrow, q4_k_m, write
+from fast_interpreter import HAVE_TRITON
 from model_configs import with_keys
 from test_architectures import IDS, logits, paged
-from test_architectures_device import refuses_devices
 from test_carried_stores import Files, reread
 from test_cli import qmix
 from test_native import LEVELS, SUMS, TIES, needs_library, operand, relative, want
@@ -25,10 +26,10 @@ from test_native_carried import carried_matrix
 from torch import Tensor
 
 from qmix.config import QuantConfig
-from qmix.engine import load
+from qmix.device import StandIn
+from qmix.engine import Placement, load
 from qmix.errors import ConfigError
 from qmix.formats import Packed, unpack
-from qmix.forward.lower_device import kinds_not_on_device
 from qmix.kernels.native import NativeProducts, Product
 from qmix.kernels.table import select
 from qmix.kernels.torch_ops import activate
@@ -46,8 +47,10 @@ def side_by_side(types: TypeOf, up: str, other: str) -> TypeOf:
         other if "ffn_gate_exps" in name and "blk.1." in name else types(name)
 
 
-TYPES = {"mixtral": side_by_side(q4_k_m, "Q6_K", "Q8_0"), "gpt_oss": side_by_side(narrow, "Q8_0", "Q4_1")}
-KINDS = {"mixtral": {"q4_k+q6_k", "q8_0+q4_k"}, "gpt_oss": {"q5_0+q8_0", "q4_1+q5_0"}}
+TYPES: dict[str, TypeOf] = {
+    "mixtral": side_by_side(q4_k_m, "Q6_K", "Q8_0"),
+    "gpt_oss": lambda name: "Q8_0" if "ffn_up_exps" in name else narrow(name)}  # all alike, or all fit
+KINDS = {"mixtral": {"q4_k+q6_k", "q8_0+q4_k"}, "gpt_oss": {"q5_0+q8_0"}}
 
 
 def beside(gate: str, up: str, inner: int, cols: int, activation: Activation = ACTIVATIONS[0],
@@ -185,11 +188,33 @@ def test_plan_decides_as_quantize(files: Files) -> None:
     assert lines and all(line in files.said for line in lines)
 
 
-def test_a_gpu_is_refused(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Store.open(files.store) as store:
-        reason = kinds_not_on_device(store.quant)
-    assert "--device cpu" in reason
-    refuses_devices(files.store, reason, monkeypatch)
+def test_a_device_that_the_cpu_stands_in_for(files: Files) -> None:
+    with torch.inference_mode():
+        exact = files.theirs(torch.tensor([IDS[:46]]), use_cache=False).logits[0][32:]
+    with load(files.store, threads=1, context=64, activations="bf16", placement=Placement(StandIn())) as engine:
+        there = logits(engine)
+        layers = len(engine.store.model.layers)
+    apart = bounds.chain(bounds.ACTIVATIONS_OF_A_LAYER * layers + 1, bounds.BF16)
+    assert ((there - exact).norm(dim=1) / exact.norm(dim=1)).median() < apart
+
+
+@pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed")
+def test_tritons_kernels_one_expert_at_a_time() -> None:
+    """Of both kinds of records that such a store has: fp32 as the reference, for one token and for some."""
+    from qmix.kernels import cuda_ops
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ops, w2 = cuda_ops.TritonOps(), carried_matrix("q6_k", 256, 256, seed=3)
+    for how in ACTIVATIONS:
+        plain = carried_matrix("q4_k", 2 * 256, 256, 2)
+        plain = Packed(replace(plain.spec, activation=how), plain.tensors)
+        for w13 in (beside("q4_k", "q6_k", 256, 256, how, bias=how.kind != "swiglu"), plain):
+            for tokens in (1, 3):
+                x = operand(tokens, 256) / 2**14
+                both = x.double() @ unpack(w13).double().T + (w13["bias"] if w13.spec.bias else 0)
+                wanted = activate(how, *both.float().chunk(2, 1)).double() @ unpack(w2).double().T
+                got = ops.expert(x.to(device), w13.to(device), w2.to(device)).cpu()
+                assert relative(got, wanted) < bounds.chain(2 * 256 + 256 + 16, bounds.FP32)  # sums of both halves
 
 
 def test_logits_are_those_of_transformers(files: Files) -> None:

@@ -16,7 +16,7 @@ from qmix.engine.budgets import needs_without_head
 from qmix.engine.kernels import stored_formats
 from qmix.engine.machine import Placement
 from qmix.errors import QmixError, UsageError
-from qmix.forward.lower_device import kinds_not_on_device, not_on_device
+from qmix.forward.lower_device import not_on_device
 from qmix.forward.weights import compute_dtype
 from qmix.kernels import tuned
 from qmix.kernels.device_table import DeviceKernels, choose_device_kernels
@@ -37,8 +37,7 @@ def choose_device_and_plan(store: Store, needs: Needs, placement: Placement | No
     asked when the device's driver has taken what it takes of the process. The plan; the device, closed with `opened`,
     and what computes there, None for the CPU; and the CPU's kernels. Errors as of engine.load."""
     device = None if placement is None else placement.open(store.layout.record_bytes, say)
-    if device is not None and placement is not None and (
-            lacking := not_on_device(store.model) or kinds_not_on_device(store.quant)):
+    if device is not None and placement is not None and (lacking := not_on_device(store.model)):
         device.close()
         if placement.device != "auto" or placement.vram is not None:
             raise UsageError(f"{store.path}: {lacking}", "drop --device and --vram: the CPU computes it")

@@ -32,7 +32,6 @@ from itertools import takewhile
 
 from torch import Tensor
 
-from qmix.config import QuantConfig, parts_of
 from qmix.device.device import Work
 from qmix.forward.device_buffers import Room
 from qmix.forward.device_pieces import Piece, cut, decode_program
@@ -68,13 +67,6 @@ def not_on_device(model: Model) -> str:
         layer = next(i for i, op in program if op is e.op)
         return f"{no}: {e}" + ("" if layer is None else f" (layer {layer})")
     return ""
-
-
-def kinds_not_on_device(quant: QuantConfig) -> str:
-    """Which experts' formats a device has no kernel for; "" where it has all."""
-    apart = sorted({name for kind in quant.kinds for name in kind if len(parts_of(name)) > 1})
-    return f"qmix's GPU kernels do not compute experts whose gate and up differ in format ({', '.join(apart)}): use " \
-        "--device cpu, or quantize with --format int4" if apart else ""
 
 
 def lower(piece: Piece) -> list[Bind]:

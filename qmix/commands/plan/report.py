@@ -19,7 +19,7 @@ from qmix.commands.skipped import skipped_lines
 from qmix.config import ExpertKey, QuantConfig
 from qmix.engine import Placement
 from qmix.errors import CheckpointError, ConfigError, UsageError
-from qmix.forward.lower_device import kinds_not_on_device, not_on_device
+from qmix.forward.lower_device import not_on_device
 from qmix.gguf.header import is_gguf
 from qmix.hardware.gpu_memory import GpuMemory
 from qmix.models import published_experts, read_model
@@ -142,14 +142,14 @@ def find_gpu(planned: Planned, machine: Machine, device: str, say: Callable[[str
     if machine.vram is not None:
         if device != "auto":
             raise UsageError(f"--device {device}: --vram describes a GPU", "drop one of the two")
-        if lacking := not_on_device(planned.model) or kinds_not_on_device(planned.quant):
+        if lacking := not_on_device(planned.model):
             raise UsageError(f"--vram {format_bytes(machine.vram)}: {lacking}", "plan without a GPU")
         return machine
     placement = Placement(device)
     found = placement.open(max(layout.nbytes for layout in record_layouts(planned.model, planned.quant)), say)
     if found is None:
         return machine
-    if lacking := not_on_device(planned.model) or kinds_not_on_device(planned.quant):
+    if lacking := not_on_device(planned.model):
         found.close()
         if device != "auto":
             raise UsageError(f"--device {device}: {lacking}", "plan without a GPU")
