@@ -204,8 +204,8 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class RecordLayout:
-    """One expert's record: w13 (gate and up stacked, [2F, H]) and w2 (down, [H, F]), each tensor on a
-    64-byte boundary, the whole padded to 4096 bytes. Gaps and tail are zeros."""
+    """One expert's record: w13 (gate and up stacked, [2F, H], or side by side in two formats) and w2 (down, [H, F]),
+    each tensor on a 64-byte boundary, the whole padded to 4096 bytes. Gaps and tail are zeros."""
 
     w13: MatrixSpec
     w2: MatrixSpec

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from qmix.config import QuantConfig
 from qmix.device import StandIn
+from qmix.device.cuda import open_cuda
 from qmix.engine import Placement, load
 from qmix.errors import ConfigError
 from qmix.formats import Packed, unpack
@@ -215,6 +216,23 @@ def test_tritons_kernels_one_expert_at_a_time() -> None:
                 wanted = activate(how, *both.float().chunk(2, 1)).double() @ unpack(w2).double().T
                 got = ops.expert(x.to(device), w13.to(device), w2.to(device)).cpu()
                 assert relative(got, wanted) < bounds.chain(2 * 256 + 256 + 16, bounds.FP32)  # sums of both halves
+
+
+@pytest.mark.models
+@pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed")
+def test_tritons_kernels_in_the_engine(files: Files) -> None:
+    """Under the interpreter, or on a GPU: the numbers of the CPU's kernels, for a prompt and two tokens at once."""
+    # The interpreter gets bf16 products wrong.
+    triton = open_cuda(0) if torch.cuda.is_available() else StandIn(half=torch.float16, triton=True)
+    found = []
+    for device in (StandIn(), triton):
+        with load(files.store, threads=1, context=64, activations="bf16", placement=Placement(device)) as engine:
+            assert engine.device is not None
+            session = engine.session()
+            session.prefill(IDS[:3])
+            found.append(session.verify(IDS[3:5]).cpu())
+    errors = (found[1] - found[0]).norm(dim=1) / found[0].norm(dim=1)
+    assert errors.max() < bounds.model_apart(engine.model.num_layers)
 
 
 def test_logits_are_those_of_transformers(files: Files) -> None:

@@ -78,7 +78,8 @@ def _formats(checkpoint: Checkpoint, quant: QuantConfig, key: ExpertKey) -> Pair
 
 def _format(checkpoint: Checkpoint, quant: QuantConfig, *names: str) -> str:
     """Of a matrix that is stacked from these tensors: the file's; or int4 where it has a bit a weight more; or q8_0,
-    whose 8.5 bits are no more than Q8_0 has, stacked with another type, and less than unquantized weights have."""
+    whose 8.5 bits are no more than Q8_0 has, beside a type that no store has, and less than unquantized weights
+    have."""
     if (kind := checkpoint.carriable(*names)) is not None:
         return kind
     bits = max(8 * checkpoint.nbytes_of(name) / (checkpoint.model.hidden * checkpoint.model.expert_inner)
