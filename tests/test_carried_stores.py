@@ -56,7 +56,7 @@ class Files:
 
 
 def reread(model: Any, kind: str, type_of: TypeOf) -> Any:
-    """Give the model the numbers of the file: exact where the store carries them, else rounded to bf16."""
+    """Give the model the numbers of the file, which the store carries."""
     names = gguf.get_tensor_name_map(models.ARCHITECTURES[kind], model.config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
         if ".experts." in name:
@@ -64,12 +64,9 @@ def reread(model: Any, kind: str, type_of: TypeOf) -> Any:
             mapped = f"blk.{layer}.ffn_{part}_exps." + ("bias" if name.endswith("bias") else "weight")
         else:
             mapped = names.get_name(name, try_suffixes=(".weight", ".bias")) or ""
-        if name.endswith("_proj_bias") and ".experts." in name:
-            continue  # these stay fp32
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue  # the embedding
-        if not models.is_matrix(mapped, tensor):
-            tensor.copy_(tensor.bfloat16())
+        if not models.is_matrix(mapped, tensor):  # norms, routers and biases stay fp32
             continue
         turned = kind == "gpt_oss" and ".experts." in name
         rows = (tensor.transpose(1, 2) if turned else tensor).contiguous()
