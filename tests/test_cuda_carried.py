@@ -44,6 +44,16 @@ class TestEveryFormat:
         found = cuda.decoded(cuda.Matrices.of(here(m)), 1, 2, torch.float32)
         assert torch.equal(found[:66].cpu(), unpack(m)[64:])
 
+    def test_rows_of_an_embedding(self, kind: str) -> None:
+        """Bit for bit those of torch on the CPU, scaled too, of more columns than a program has."""
+        cols = 768 if CARRIED[kind].columns == 256 else 544
+        m, which = carried_matrix(kind, 150, cols), torch.tensor([149, 0, 31, 32, 63, 64, 64, 111])
+        out = torch.full((9, cols + 3), torch.nan, device=DEVICE)
+        for scale in (1.0, 8.3):
+            TritonOps().embed(which.to(DEVICE), here(m), out[:8, :cols], scale)
+            assert torch.equal(out[:8, :cols].cpu(), unpack(m)[which].mul_(scale))
+        assert out[8].isnan().all() and out[:, cols:].isnan().all()
+
 
 EXPERTS = [("q8_0", 64, 96), ("q5_1", 96, 64), ("q4_k", 256, 256), ("q6_k", 256, 256), ("iq4_nl", 96, 64)]
 
