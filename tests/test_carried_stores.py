@@ -35,6 +35,8 @@ from qmix.device.cuda import open_cuda
 from qmix.engine import Placement, load
 from qmix.errors import Interrupted
 from qmix.formats import unpack
+from qmix.forward.weights import load_dense
+from qmix.offload.needs import resident_dense_bytes
 from qmix.quantize import quantize_checkpoint
 from qmix.quantize.carried import carry_all
 from qmix.sizes import CARRIED
@@ -178,6 +180,17 @@ def test_a_tied_head_is_the_embedding_as_the_file_has_it(tmp_path: Path) -> None
         exact = reread(model, "mixtral", q4_k_m)(torch.tensor([IDS[:46]]), use_cache=False).logits[0][32:]
     apart = (got - exact).norm(dim=1) / exact.norm(dim=1)
     assert apart.median() < bounds.chain(bounds.ACTIVATIONS_OF_A_LAYER * layers + 1, bounds.BF16)
+
+
+def test_the_plan_counts_what_is_uploaded(files: Files) -> None:
+    """Each piece of memory once, the packed embedding among them."""
+    with Store.open(files.store) as store:
+        weights = load_dense(store.model, torch.bfloat16, store.dense, StandIn())
+        packed = (*weights.matrices.values(), *weights.stacks.values())
+        assert weights.matrices["embedding"].spec.format in CARRIED and "embedding" not in weights.tensors
+        pieces = {t.data_ptr(): t.nbytes for t in (*weights.tensors.values(), *(t for m in packed
+                                                                                 for t in m.tensors.values()))}
+        assert sum(pieces.values()) == resident_dense_bytes(store.model, store.quant)
 
 
 def test_drafts_have_the_bits_of_single_tokens(files: Files, want: Tensor) -> None:
