@@ -8,9 +8,9 @@ Without a model, byte-level vocabularies are trained on the texts, one for every
 one of Gemma 4's kind. Their merges pay no heed to where texts are cut, so that a cut in another place gives other ids.
 
 Three differences are known. llama.cpp has no NFC, which Qwen's and OLMo's tokenizers begin with: it is given these
-texts in NFC. It cuts gpt-4o's and Tekken's words at combining marks, where the models' own tokenizers do not. And of
-Gemma 4 it takes for a control token what spells one, which is text in qmix. Texts that differ for the latter two are
-counted apart.
+texts in NFC. It cuts gpt-4o's and Tekken's words at combining marks, where the models' own tokenizers do not, and takes
+letters of title case and those beyond U+FFFF for small ones. And of Gemma 4 it takes for a control token what spells
+one, which is text in qmix. Texts that differ for the latter two are counted apart.
 
 The corpus: pieces of each TEXT, sentences in many scripts, code, odd spaces, numbers, what spells a control token, and
 characters of all of these in random order (seeded). A row a file: how many texts and ids agreed; behind it the first
@@ -78,7 +78,8 @@ REST = (
     "!!! ... ?! --- ***bold*** $$ \u20ac5 \u2026 \u201cquoted\u201d \u00abx\u00bb #hash @at /path",
     "a" * 60, "!" * 40, "=" * 33 + "\n" + "-" * 70)
 SPECIAL = ("<unk>", "<s>", "</s>")
-MARKS = ("gpt-4o", "tekken")
+SHOWN = ("<think>", "[INST]")
+CASED = ("gpt-4o", "tekken")
 
 
 def corpus(files: Sequence[Path], pieces: int, mixed: int) -> list[str]:
@@ -127,10 +128,10 @@ def write(path: Path, pre: str | None, tokens: list[str], merges: list[list[str]
     import gguf
 
     writer, types = gguf.GGUFWriter(path, "llama"), gguf.TokenType
-    known = [*SPECIAL, *(() if pre is not None else (f"<0x{byte:02X}>" for byte in range(256)))]
+    known = [*SPECIAL, *SHOWN, *(() if pre is not None else (f"<0x{byte:02X}>" for byte in range(256)))]
     texts = [*known, *(token for token in tokens if token not in known)]
     kinds = [types.UNKNOWN if text == "<unk>" and pre is None else types.CONTROL if text in SPECIAL else
-             types.BYTE if text in known else types.NORMAL for text in texts]
+             types.USER_DEFINED if text in SHOWN else types.BYTE if text in known else types.NORMAL for text in texts]
     writer.add_tokenizer_model("gpt2" if pre is not None else "gemma4")
     writer.add_tokenizer_pre("gemma4" if pre is None else pre)
     writer.add_token_list(texts)
@@ -186,10 +187,12 @@ def nfc(cut: str) -> bool:
 
 
 def is_known(cut: str, text: str) -> bool:
-    """Whether a text may differ for a known reason: it has combining marks, or spells a control token."""
+    """Whether a text may differ for a known reason: it spells a control token, or has characters that llama.cpp cuts
+    otherwise."""
     if cut == "gemma4":
-        return any(special in text for special in SPECIAL)
-    return cut in MARKS and any(unicodedata.category(letter).startswith("M") for letter in text)
+        return any(special in text for special in (*SPECIAL, *SHOWN))
+    return cut in CASED and any(unicodedata.category(letter)[0] == "M" or unicodedata.category(letter) == "Lt" or (
+        letter.isalpha() and letter > "\uffff") for letter in text)
 
 
 def report(files: Sequence[Path], cuts: Sequence[str], texts: Sequence[str], theirs: Any, ours: Any) -> int:
