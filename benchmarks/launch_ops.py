@@ -1,6 +1,7 @@
 """The operations of decoding that Mixtral does not launch, at the shapes of models that do, for launches.py to compile:
 routers of many experts and of every rule, norms of heads, heads of which a part rotates or nothing, attention with
-sinks, a scale and a cap, dense MLPs, and experts of Qwen3-30B-A3B's size and of gpt-oss's, which have biases.
+sinks, a scale and a cap, dense MLPs, a packed embedding, and experts of Qwen3-30B-A3B's size and of gpt-oss's, which
+have biases.
 
 T tokens, H hidden, E experts, K chosen per token, Q query heads, KV key-value heads, D head size.
 """
@@ -14,11 +15,12 @@ import torch
 from dry_launches import Launches
 from torch import Tensor
 
+from qmix.formats.packed import TORCH_DTYPES, Packed
 from qmix.kernels import configs, cuda_prompt
 from qmix.kernels.attend import Softmax
 from qmix.kernels.device_ops import DeviceOps, ExpertSlots, Later
 from qmix.kernels.router import RouterTensors
-from qmix.sizes import MatrixSpec, RecordLayout
+from qmix.sizes import MatrixSpec, RecordLayout, with_layout
 from qmix.spec import Activation, Router
 
 LAYERS, GUESSES, CAPACITY = 3, 8, 8192
@@ -113,6 +115,9 @@ def _rows(ops: DeviceOps, tokens: int) -> Iterator[Callable[[], None]]:
     both = _floats(tokens, 2 * 6144)
     for activation in (Activation(), Activation("geglu"), Activation("swiglu_clamped", 1.702, 7.0)):
         yield partial(ops.activate, activation, both[:, :6144], both[:, 6144:], both[:, :6144])
+    spec = MatrixSpec(rows=4096, cols=2048, **with_layout("q6_k"))
+    packed = Packed.of(spec, {t.name: torch.empty(t.shape, dtype=TORCH_DTYPES[t.dtype]) for t in spec.tensors})
+    yield lambda: ops.embed(torch.empty(tokens, dtype=torch.int64), packed, x)
     yield lambda: ops.combine(_floats(tokens, 8, 2048), _floats(tokens, 8), x)
     yield lambda: ops.gate(x, y)
     yield lambda: ops.gate(x, y[:, :1], "silu")

@@ -2,7 +2,8 @@
 
 The numbers of its tensors have types of their own; the model has one dtype, that of most weights. Where these
 are quantized it is bfloat16, and what is read is rounded to it: by 2^-9 of a weight at most, where the coarsest step of
-Q8_0 is 2^-8 of a group's largest. Numbers that lose bits so without being quantized are named in a note.
+Q8_0 is 2^-8 of a group's largest. Norms, routers and biases, which files have in F32, stay so where the dtype does not
+have all their numbers (Model.wide). What else loses bits without being quantized is named in a note.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from qmix.models import Layout, Misfit, Source, choose_layout, read_model
 from qmix.models.gguf import ROPE_FREQS
 from qmix.shards import Location, Shard
 from qmix.sources import narrow, read
-from qmix.spec import WIDE, Model, Tensor
+from qmix.spec import WIDE, WIDENED, Model, Tensor
+from qmix.spec.model import within_layer
 
 DTYPES = {"F32": "float32", "F16": "float16"}  # of a model whose weights have that type; of any other, bfloat16
 PIECE = 2**22  # bytes that are looked at together
@@ -76,10 +78,14 @@ def open_gguf(path: Path, opened: ExitStack) -> Opened:
     check_pieces(paths, headers)
     raw, model = _read_model(paths[0], headers[0].metadata, locations)
     layout, unused = _account(paths[0], model, locations)
+    inexact = _inexact(model, layout, locations)
+    model = replace(model, wide=tuple(dict.fromkeys(
+        within_layer(tensor.name) for tensor in inexact if tensor.role in WIDENED)))
     used = {source.name: locations[source.name] for source in layout.values()}
     folder = _written(_files(paths[0], raw, headers[0].metadata), opened)
     types = {name: used[source.name].entry.dtype for name, source in layout.items()}
-    return Opened(raw, model, used, layout, unused, _notes(paths[0], model, layout, used), folder,
+    rounded = list(dict.fromkeys(layout[tensor.name].name for tensor in inexact if not model.is_wide(tensor)))
+    return Opened(raw, model, used, layout, unused, _notes(paths[0], model, rounded), folder,
                   _carried(model, layout, used), types, gguf=True)
 
 
@@ -198,29 +204,28 @@ def _carried(model: Model, layout: Layout, locations: Mapping[str, Location]) ->
     return "mxfp4" if kinds == {"MXFP4"} else None
 
 
-def _notes(path: Path, model: Model, layout: Layout, locations: Mapping[str, Location]) -> tuple[str, ...]:
-    """A line on numbers that lose bits when they are read, where there are any."""
-    inexact = _inexact(model, layout, locations)
-    more = f" and {len(inexact) - 1} more" if len(inexact) > 1 else ""
-    return tuple([f"{path}: {inexact[0]}{more}: rounded to {model.dtype}, which most weights have"] if inexact else ())
+def _notes(path: Path, model: Model, rounded: list[str]) -> tuple[str, ...]:
+    """A line on tensors of the file whose numbers lose bits when they are read, where there are any."""
+    more = f" and {len(rounded) - 1} more" if len(rounded) > 1 else ""
+    return tuple([f"{path}: {rounded[0]}{more}: rounded to {model.dtype}, which most weights have"] if rounded else ())
 
 
-def _inexact(model: Model, layout: Layout, locations: Mapping[str, Location]) -> list[str]:
-    """Unquantized tensors whose numbers, as the model has them, its dtype does not all have; those that stay fp32 are
-    none."""
-    dtype, found = getattr(torch, model.dtype), list[str]()
-    seen = set[str]()
+def _inexact(model: Model, layout: Layout, locations: Mapping[str, Location]) -> list[Tensor]:
+    """Unquantized tensors whose numbers, as the model has them, its dtype does not all have; those that stay fp32 in
+    any case are none. Of tensors that lie in one of the file's, all are where one is."""
+    dtype, found, exact = getattr(torch, model.dtype), list[Tensor](), dict[Source | str, bool]()
     for tensor in _tensors(model):
         source = layout[tensor.name]
         location = locations[source.name]
         kind = location.entry.dtype
         stays = tensor.role in WIDE or (tensor.role == "bias" and ".experts." in tensor.name)
-        if stays or source.name in seen or kind not in ("F32", "F16", "BF16") \
-                or dtype in (torch.float32, TORCH_DTYPES[kind]):
+        if stays or kind not in ("F32", "F16", "BF16") or dtype in (torch.float32, TORCH_DTYPES[kind]):
             continue
-        seen.add(source.name)
-        if not _exact(location, source, dtype):
-            found.append(source.name)
+        key = source if source.computes else source.name
+        if key not in exact:
+            exact[key] = _exact(location, source, dtype)
+        if not exact[key]:
+            found.append(tensor)
     return found
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from qmix.config import CARRIED_NAMES, DTYPES, GROUPED_BITS, QuantConfig, parse_kind, parts_of
 from qmix.errors import UsageError
-from qmix.spec import WIDE, Activation, Attention, Model, Tensor
+from qmix.spec import Activation, Attention, Model, Tensor
 from qmix.tensorfile import ITEM_BYTES
 
 GIB = 2**30
@@ -278,8 +278,8 @@ def record_layout(model: Model, quant: QuantConfig) -> RecordLayout:
 
 
 def plain_format(model: Model, tensor: Tensor) -> str:
-    """Of a dense tensor that stays plain: the checkpoint's dtype, or fp32 for the roles of WIDE."""
-    return "fp32" if tensor.role in WIDE else DTYPES[model.dtype]
+    """Of a dense tensor that stays plain: the checkpoint's dtype, or fp32 (Model.is_wide)."""
+    return "fp32" if model.is_wide(tensor) else DTYPES[model.dtype]
 
 
 def dense_spec(model: Model, quant: QuantConfig, tensor: Tensor) -> MatrixSpec | None:

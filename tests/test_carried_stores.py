@@ -35,6 +35,8 @@ from qmix.device.cuda import open_cuda
 from qmix.engine import Placement, load
 from qmix.errors import Interrupted
 from qmix.formats import unpack
+from qmix.forward.weights import load_dense
+from qmix.offload.needs import resident_dense_bytes
 from qmix.quantize import quantize_checkpoint
 from qmix.quantize.carried import carry_all
 from qmix.sizes import CARRIED
@@ -56,7 +58,7 @@ class Files:
 
 
 def reread(model: Any, kind: str, type_of: TypeOf) -> Any:
-    """Give the model the numbers of the file: exact where the store carries them, else rounded to bf16."""
+    """Give the model the numbers of the file, which the store carries."""
     names = gguf.get_tensor_name_map(models.ARCHITECTURES[kind], model.config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
         if ".experts." in name:
@@ -64,12 +66,9 @@ def reread(model: Any, kind: str, type_of: TypeOf) -> Any:
             mapped = f"blk.{layer}.ffn_{part}_exps." + ("bias" if name.endswith("bias") else "weight")
         else:
             mapped = names.get_name(name, try_suffixes=(".weight", ".bias")) or ""
-        if name.endswith("_proj_bias") and ".experts." in name:
-            continue  # these stay fp32
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue  # the embedding
-        if not models.is_matrix(mapped, tensor):
-            tensor.copy_(tensor.bfloat16())
+        if not models.is_matrix(mapped, tensor):  # norms, routers and biases stay fp32
             continue
         turned = kind == "gpt_oss" and ".experts." in name
         rows = (tensor.transpose(1, 2) if turned else tensor).contiguous()
@@ -183,6 +182,17 @@ def test_a_tied_head_is_the_embedding_as_the_file_has_it(tmp_path: Path) -> None
         exact = reread(model, "mixtral", q4_k_m)(torch.tensor([IDS[:46]]), use_cache=False).logits[0][32:]
     apart = (got - exact).norm(dim=1) / exact.norm(dim=1)
     assert apart.median() < bounds.chain(bounds.ACTIVATIONS_OF_A_LAYER * layers + 1, bounds.BF16)
+
+
+def test_the_plan_counts_what_is_uploaded(files: Files) -> None:
+    """Each piece of memory once, the packed embedding among them."""
+    with Store.open(files.store) as store:
+        weights = load_dense(store.model, torch.bfloat16, store.dense, StandIn())
+        packed = (*weights.matrices.values(), *weights.stacks.values())
+        assert weights.matrices["embedding"].spec.format in CARRIED and "embedding" not in weights.tensors
+        pieces = {t.data_ptr(): t.nbytes for t in (*weights.tensors.values(), *(t for m in packed
+                                                                                 for t in m.tensors.values()))}
+        assert sum(pieces.values()) == resident_dense_bytes(store.model, store.quant)
 
 
 def test_drafts_have_the_bits_of_single_tokens(files: Files, want: Tensor) -> None:

@@ -3,17 +3,21 @@ else under Triton's interpreter."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from oracles import decode, product, relative
 from test_cuda import DEVICE, HALF, SUMS, here, logical, needs_triton, operand, padding
+from test_cuda_rooms import NoKernels
 from test_native_carried import carried_matrix
 from test_prompt_experts import CLAMPED, error, routing, rows_of, slab, triton
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qmix.errors import QmixError
 from qmix.formats import unpack
 from qmix.formats.packed import Packed
-from qmix.kernels import cuda, cuda_carried, device_table
+from qmix.kernels import cuda, cuda_carried, cuda_ops, device_table
 from qmix.kernels.cuda_ops import TritonOps
 from qmix.kernels.table import random_expert, random_matrix
 from qmix.sizes import CARRIED
@@ -43,6 +47,39 @@ class TestEveryFormat:
         m = carried_matrix(kind, 130, 256)
         found = cuda.decoded(cuda.Matrices.of(here(m)), 1, 2, torch.float32)
         assert torch.equal(found[:66].cpu(), unpack(m)[64:])
+
+    def test_rows_of_an_embedding(self, kind: str) -> None:
+        """Bit for bit those of torch on the CPU, scaled too, of more columns than a program has."""
+        cols = 768 if CARRIED[kind].columns == 256 else 544
+        m, which = carried_matrix(kind, 150, cols), torch.tensor([149, 0, 31, 32, 63, 64, 64, 111])
+        out = torch.full((9, cols + 3), torch.nan, device=DEVICE)
+        for scale in (1.0, 8.3):
+            TritonOps().embed(which.to(DEVICE), here(m), out[:8, :cols], scale)
+            assert torch.equal(out[:8, :cols].cpu(), unpack(m)[which].mul_(scale))
+        assert out[8].isnan().all() and out[:, cols:].isnan().all()
+
+
+class Called(TorchDispatchMode):
+    """torch's operations that were called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q6_k", "iq4_xs"])
+def test_a_graph_can_have_the_rows(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the kernel there are views alone: nothing is allocated, copied or asked for by the host."""
+    monkeypatch.setattr(cuda_ops, "device_code", lambda name: NoKernels())
+    m, out = here(carried_matrix(kind, 70, 256)), torch.empty(2, 256, device=DEVICE)
+    tokens = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    with torch.inference_mode(), Called() as called:
+        TritonOps().embed(tokens, m, out, 2.0)
+    assert set(called.names) <= {"view", "detach"}
 
 
 EXPERTS = [("q8_0", 64, 96), ("q5_1", 96, 64), ("q4_k", 256, 256), ("q6_k", 256, 256), ("iq4_nl", 96, 64)]

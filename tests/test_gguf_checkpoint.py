@@ -163,11 +163,44 @@ def test_mxfp4_experts_stay_as_they_are(tmp_path: Path) -> None:
         assert store.manifest.records and all(r.error["all"] == 0 for r in store.manifest.records.values())
 
 
-def test_norms_that_lose_bits_are_named(tmp_path: Path) -> None:
+def test_norms_and_routers_that_lose_bits_stay_fp32(tmp_path: Path) -> None:
     model = model_of("mixtral", torch.float32)
-    with Checkpoint.open(models.write(tmp_path / "m.gguf", model, "mixtral", lambda name: "Q8_0")) as checkpoint:
+    path = models.write(tmp_path / "m.gguf", model, "mixtral", lambda name: "Q8_0")
+    with Checkpoint.open(path) as checkpoint:
+        assert set(checkpoint.model.wide) == {"before_mixer", "before_mlp", "router.weight", "final_norm"}
+        assert not any("rounded" in note for note in checkpoint.notes)
+    there = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    with Store.open(quantized(path, tmp_path / "st", UNQUANTIZED)) as store:
+        assert store.model.wide == checkpoint.model.wide and store.manifest.version == 3
+        for i in range(store.model.num_layers):
+            for ours, theirs in (("before_mixer", "attn_norm"), ("before_mlp", "ffn_norm"),
+                                 ("router.weight", "ffn_gate_inp")):
+                exact = torch.from_numpy(np.array(there[f"blk.{i}.{theirs}.weight"].data))
+                assert torch.equal(store.dense(f"layers.{i}.{ours}"), exact)
+
+
+def test_one_layer_decides_for_all(tmp_path: Path) -> None:
+    """Layers of two dtypes would have routers asked apart. The embedding is rounded, and named."""
+    model = random_model(models.CONFIGS["mixtral"], torch.bfloat16).float()
+    path = models.write(tmp_path / "a.gguf", model, "mixtral", lambda name: "Q8_0")
+    with Checkpoint.open(path) as checkpoint:
+        assert checkpoint.model.wide == ()
+    for weight in (model.model.layers[1].mlp.gate.weight, model.model.embed_tokens.weight):
+        weight.data[2, 3] = 1 + 2.0**-20
+    path = models.write(tmp_path / "b.gguf", model, "mixtral", lambda name: "F32" if "embd" in name else "Q8_0")
+    with Checkpoint.open(path) as checkpoint:
+        assert checkpoint.model.wide == ("router.weight",)
+        assert checkpoint.dense("layers.0.router.weight").dtype == torch.float32
+        assert checkpoint.dense("layers.0.before_mlp").dtype == torch.bfloat16
+        assert ["token_embd.weight: rounded to bfloat16" in note for note in checkpoint.notes] == [True]
+
+
+def test_what_is_planned_says_what_the_file_has(tmp_path: Path) -> None:
+    path = models.write(tmp_path / "m.gguf", model_of("mixtral", torch.float32), "mixtral",
+                        lambda name: "F16" if "embd" in name else "Q8_0")
+    with Checkpoint.open(path) as checkpoint:
         notes = checkpoint.notes
-        assert any("blk.0.attn_norm.weight and " in note and "rounded to bfloat16" in note for note in notes)
+        assert any("token_embd.weight: rounded to bfloat16" in note for note in notes)
     said: list[str] = []
     find_model(tmp_path / "m.gguf", None, None, said.append)
     assert said[:len(notes)] == [f"note: {note}" for note in notes]

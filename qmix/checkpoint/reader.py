@@ -36,7 +36,6 @@ from qmix.models import Source
 from qmix.models.source import Index
 from qmix.shards import REFETCH, Location, sample_of
 from qmix.sizes import CARRIED
-from qmix.spec import WIDE
 
 
 class Checkpoint:
@@ -71,7 +70,7 @@ class Checkpoint:
         self._table = found.table
         self._shares = shares(found.model, found.table, found.locations)
         self._opened = opened
-        self._widened = {tensor.name for tensor in found.model.tensors() if tensor.role in WIDE}
+        self._widened = {tensor.name for tensor in found.model.tensors() if found.model.is_wide(tensor)}
 
     @classmethod
     def open(cls, path: Path | str, mtp: bool = True) -> Checkpoint:
@@ -102,8 +101,8 @@ class Checkpoint:
         return self._types
 
     def dense(self, name: str) -> Tensor:
-        """A tensor of Model.tensors, in fresh memory and the file's dtype (of a GGUF file, the model's), or fp32 for
-        the roles of WIDE."""
+        """A tensor of Model.tensors, in fresh memory and the file's dtype (of a GGUF file, the model's), or fp32
+        (Model.is_wide)."""
         if name in self._widened:
             return self._tensor(name, dtype=torch.float32).float()
         return self._tensor(name)

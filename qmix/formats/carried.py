@@ -262,7 +262,7 @@ def _numbers(kind: str, codes: Tensor, scales: Tensor, row: Tensor | None = None
     if kind == "q8_0":
         q = codes.view(torch.int8).float()
     elif layout.table:
-        q = torch.tensor(VALUES, dtype=torch.float32).index_select(0, codes.reshape(-1).int())
+        q = torch.tensor(VALUES, dtype=torch.float32, device=codes.device).index_select(0, codes.reshape(-1).int())
     else:
         q = codes.float()
         if layout.middle:

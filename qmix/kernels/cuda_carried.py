@@ -4,6 +4,8 @@ that a store has. Tested under Triton's interpreter and compiled for cards from 
     gemv      up to FEW tokens: pieces of the columns, in fp32
     matmul    more tokens: codes are exact in the dtype of the product
     decode    rows as numbers, those of ggml where they are not rounded further
+    rows      the rows of an embedding that a few tokens ask for, ggml's numbers; nothing is allocated, so that a CUDA
+              graph can have it
 
 cuda.py calls these where a matrix is in such a format, and has the meaning of each argument.
 """
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from qmix.formats.packed import Packed
 from qmix.kernels.configs import Gemv, Matmul
 from qmix.kernels.device_scratch import CARRIED_WORDS, lanes_of
 from qmix.sizes import CARRIED, MatrixSpec
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from qmix.kernels.cuda import Jobs, Matrices
 
 WIDEST = 64  # rows of a tile of a product, at most: codes of four columns are taken apart in registers
+PIECE = 512  # columns of a row that a program of `rows` has
 WITH_ZERO = ("q4_1", "q5_1", "q4_k", "q5_k")
 PARAMS = {"q4_k": "k", "q5_k": "k", "q6_k": "q6_k", "iq4_xs": "iq4_xs"}  # of the others "half"
 
@@ -67,3 +71,13 @@ def decode(jit: ModuleType, weights: Matrices, first: int, blocks: int, out: Ten
     groups = spec.padded_cols // spec.group_size
     jit.decode[blocks, groups](*tensors_of(weights), out, first, groups, out.stride(0), **format_of(spec), num_warps=4,
                                enable_fp_fusion=False)
+
+
+def rows(jit: ModuleType, tokens: Tensor, embedding: Packed, out: Tensor, factor: float) -> None:
+    """The rows `tokens` int64 [T] of embedding [V, H], times factor, into out fp32 [T, H]."""
+    spec, scales = embedding.spec, embedding["scales"].view(-1)
+    assert out.dtype == torch.float32 and out.shape == (len(tokens), spec.cols) and out.stride(1) == 1
+    jit.rows[len(tokens), -(-spec.cols // PIECE)](
+        tokens, embedding["qweight"].view(-1), scales, scales.view(torch.float16), out, float(factor), spec.cols,
+        spec.padded_cols // spec.group_size, out.stride(0), SIZE=PIECE, **format_of(spec), num_warps=4,
+        enable_fp_fusion=False)

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from qmix.errors import UsageError
-from qmix.formats import carried, nf4
+from qmix.formats import nf4
 from qmix.formats.packed import Packed
-from qmix.kernels import cuda, cuda_delta
+from qmix.kernels import cuda, cuda_carried, cuda_delta
 from qmix.kernels.attend import PLAIN, Softmax
 from qmix.kernels.configs import Configs, built_in, capability
 from qmix.kernels.cuda import Jobs, Matrices, device_code
@@ -60,7 +60,7 @@ class TritonOps:
 
     def embed(self, tokens: Tensor, embedding: Tensor | Packed, residual: Tensor, scale: float = 1.0) -> None:
         if isinstance(embedding, Packed):
-            residual.copy_(carried.rows(embedding, tokens).mul_(scale))
+            cuda_carried.rows(device_code("cuda_carried_rows_jit"), tokens, embedding, residual, scale)
             return
         hidden = embedding.shape[1]
         _layer().embed[len(tokens), -(-hidden // PIECE)](

@@ -17,8 +17,8 @@ from qmix.spec.layers import (
 )
 from qmix.spec.model import Model
 from qmix.spec.rope import Linear, Llama3, LongRope, Proportional, Rope, Yarn
-from qmix.spec.tensors import DTYPES, WIDE, ExpertKey, Norm, Role, Tensor
+from qmix.spec.tensors import DTYPES, WIDE, WIDENED, ExpertKey, Norm, Role, Tensor
 
-__all__ = ["DTYPES", "WIDE", "Activation", "Attention", "Branch", "DeltaNet", "Expert", "ExpertKey", "Layer", "Linear",
-           "Llama3", "LongRope", "Mixer", "Mlp", "Model", "Moe", "MtpHead", "Norm", "Norms", "Proportional", "Role",
-           "Rope", "Router", "Tensor", "Yarn"]
+__all__ = ["DTYPES", "WIDE", "WIDENED", "Activation", "Attention", "Branch", "DeltaNet", "Expert", "ExpertKey", "Layer",
+           "Linear", "Llama3", "LongRope", "Mixer", "Mlp", "Model", "Moe", "MtpHead", "Norm", "Norms", "Proportional",
+           "Role", "Rope", "Router", "Tensor", "Yarn"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from qmix.spec.checks import counts, numbers, one_of, want
 from qmix.spec.layers import Attention, DeltaNet, Expert, Layer, Moe, MtpHead
-from qmix.spec.tensors import DTYPES, ExpertKey, Norm, Role, Tensor
+from qmix.spec.tensors import DTYPES, WIDE, WIDENED, ExpertKey, Norm, Role, Tensor
 
 LAYERS = 4096  # more than any model has
 
@@ -19,7 +19,9 @@ class Model:
     """architecture: the registry's name for what read it. dtype: of the checkpoint's weights. embed_scale: what
     embeddings are multiplied by, before it is rounded to that dtype. mtp: layers of a multi-token-prediction head that
     the checkpoint has, by its config.json. mtp_head: that head, where qmix has it: its layer is numbered behind the
-    last one, and is none of `layers`, but its tensors and records are the model's."""
+    last one, and is none of `layers`, but its tensors and records are the model's. wide: names, without
+    "layers.N.", of norms, routers, biases and the like that are fp32, in all layers, since `dtype` does not have all of
+    their numbers: of a GGUF file."""
 
     architecture: str
     hidden: int
@@ -35,6 +37,7 @@ class Model:
     logit_softcap: float | None = None
     mtp: int = 0
     mtp_head: MtpHead | None = None
+    wide: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         counts(self, "hidden", "vocab", "max_positions")
@@ -47,6 +50,9 @@ class Model:
         for i, layer in enumerate(self.layers):
             if isinstance(layer.mixer, Attention) and layer.mixer.kv_source is not None:
                 self._check_source(i, layer.mixer, layer.mixer.kv_source)
+        if self.wide:
+            known = {within_layer(t.name) for t in self.tensors() if t.role in WIDENED}
+            want(known.issuperset(self.wide), self, "wide", self.wide, "names of norms, routers and biases")
 
     def _check_source(self, i: int, mixer: Attention, source: int) -> None:
         name = f"layers.{i}.kv_source"
@@ -149,6 +155,10 @@ class Model:
         model without any the MLP of each layer, as (layer, 0)."""
         return tuple(ExpertKey(i, e) for i in self.paged_layers for e in range(self.experts_in(i)))
 
+    def is_wide(self, tensor: Tensor) -> bool:
+        """Whether a dense tensor is fp32 in a store, whatever `dtype` is."""
+        return tensor.role in WIDE or (tensor.role in WIDENED and within_layer(tensor.name) in self.wide)
+
     def tensors(self) -> tuple[Tensor, ...]:
         """Every dense tensor, in the order of use. Experts are not among them (`expert_tensors`); nor, in a model
         without experts, are the MLPs, which are records. Without tied embeddings the head comes last, but for a
@@ -210,6 +220,11 @@ def layer_of(name: str) -> int | None:
     """The layer of a tensor by its canonical name, None outside the layers."""
     parts = name.split(".")
     return int(parts[1]) if parts[0] == "layers" else None
+
+
+def within_layer(name: str) -> str:
+    """"layers.3.attention.q_norm" -> "attention.q_norm"; names outside the layers as they are."""
+    return name if layer_of(name) is None else name.split(".", 2)[2]
 
 
 def _layer(hidden: int, layer: Layer, dense: bool) -> Iterator[Tensor]:

@@ -13,6 +13,8 @@ from qmix.spec.checks import numbers, one_of, want
 # what a delta net's state forgets by and what its output is normed with (Qwen3.5; Qwen3.6 has them in bf16).
 Role = Literal["embedding", "linear", "mlp", "head", "router", "choice_bias", "recurrent", "norm", "bias", "other"]
 WIDE: frozenset[Role] = frozenset(("choice_bias", "recurrent"))
+# Those that stay fp32 where the checkpoint has numbers that the model's dtype does not have (Model.wide).
+WIDENED: frozenset[Role] = frozenset(("router", "norm", "bias", "other"))
 
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}  # of weights, and their short names
 

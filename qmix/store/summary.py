@@ -9,6 +9,7 @@ from math import prod
 from typing import Any
 
 from qmix.config import DTYPES, GROUPED_BITS, ExpertKey, QuantConfig
+from qmix.sizes import plain_format
 from qmix.spec import Model
 from qmix.store.calibrated import fell_back, layer_rows
 from qmix.store.layout import MANIFEST, StoreLayout
@@ -55,7 +56,7 @@ def classes(model: Model, quant: QuantConfig, layout: StoreLayout,
     matrices = f"{', '.join(parts)} and head"
     for name, kind, plain, errors in (
             (matrices, dense_formats(model, quant, layout), False, dense_errors),
-            ("routers, norms" if packed else "embedding, routers, norms", DTYPES[model.dtype], True, [])):
+            ("routers, norms" if packed else "embedding, routers, norms", plain_formats(model, layout), True, [])):
         tensors = [t for t in model.tensors() if (layout.specs[t.name] is None) == plain]
         found.append(ClassSummary(name, kind, sum(prod(t.shape) for t in tensors),
                                   sum(layout.dense[t.name].nbytes for t in tensors), *_mean_max(errors)))
@@ -84,6 +85,17 @@ def dense_formats(model: Model, quant: QuantConfig, layout: StoreLayout) -> str:
         return describe_format(model, quant, quant.dense)
     counts = Counter(spec.format for spec in layout.specs.values() if spec is not None)
     return ", ".join(f"{n} {name}" for name, n in sorted(counts.items()))
+
+
+def plain_formats(model: Model, layout: StoreLayout) -> str:
+    """Of what stays plain: "bf16", or with what Model.wide names "bf16, fp32", that of most numbers first."""
+    if not model.wide:
+        return DTYPES[model.dtype]
+    counts: Counter[str] = Counter()
+    for tensor in model.tensors():
+        if layout.specs[tensor.name] is None:
+            counts[plain_format(model, tensor)] += prod(tensor.shape)
+    return ", ".join(name for name, _ in counts.most_common())
 
 
 def expert_weights(model: Model) -> int:
