@@ -29,6 +29,7 @@ GROUP_SIZES = (32, 64, 128)
 BLOCKS = (64, 32)
 EFFORTS = ("low", "medium", "high")  # of reasoning, as gpt-oss names them
 KIND_LETTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
+BESIDE = "+"  # joins the formats of gate and up where they differ
 
 
 def _want(condition: bool, name: str, got: object, want: str) -> None:
@@ -57,7 +58,8 @@ class QuantConfig:
 
     In a mixed store a record is of one of `kinds`: the formats of its w13 and its w2, as ("int3g64", "int4g32"). mix
     has a line for each layer, with a letter for each of its experts: the number of its kind. group_size then counts
-    for a dense int4 only. Both are empty for other stores. A kind may also name formats of ggml's, as ("q4_k", "q6_k").
+    for a dense int4 only. Both are empty for other stores. A kind may also name formats of ggml's, as ("q4_k", "q6_k"),
+    and for w13 two of these, of gate and of up where they differ, as ("q4_k+q6_k", "q6_k").
 
     dense_formats: (tensor, format of ggml's) of the dense matrices that a GGUF file has in one and that stay in it;
     `dense` is that of the others.
@@ -78,7 +80,10 @@ class QuantConfig:
         _want(self.dense in DENSE_FORMATS, "dense", self.dense, " or ".join(DENSE_FORMATS))
         for kind in self.kinds if self.experts == "mixed" else ():
             _want(len(kind) == 2, "kinds", kind, "the formats of w13 and w2")
-            for name in kind:
+            both = parts_of(kind[0])
+            _want(len(both) == 1 or (len({*both} & {*CARRIED_NAMES}) == len(both) == 2), "kinds", kind[0],
+                  "one format, or two different ones of ggml's")
+            for name in (*both, kind[1]):
                 parse_kind(name)
         for pair in self.dense_formats:
             _want(pair[1] in CARRIED_NAMES, "dense_formats", pair, " or ".join(CARRIED_NAMES))
@@ -116,13 +121,13 @@ class QuantConfig:
     @property
     def grouped(self) -> set[str]:
         """The grouped formats that are used."""
-        mixed = {parse_kind(name)[0] for kind in self.kinds for name in kind}
-        return (mixed | {self.experts, self.dense}) & GROUPED_BITS.keys()
+        return (self.expert_formats | {self.dense}) & GROUPED_BITS.keys()
 
     @property
     def expert_formats(self) -> set[str]:
         """Those of the experts' matrices, "keep" as it stands."""
-        return {parse_kind(name)[0] for kind in self.kinds for name in kind} or {self.experts}
+        parts = {part for kind in self.kinds for name in kind for part in parts_of(name)}
+        return {parse_kind(part)[0] for part in parts} or {self.experts}
 
     @property
     def dense_kinds(self) -> dict[str, str]:
@@ -151,6 +156,11 @@ class QuantConfig:
             got, want = [len(line) for line in self.mix], [model.experts_in(i) for i in range(model.num_layers)]
             _want(got == want, "mix", f"{len(got)} lines of {sorted(set(got))[:8]} letters",
                   f"{len(want)} of {sorted(set(want))[:8]}")
+
+
+def parts_of(name: str) -> tuple[str, ...]:
+    """The formats of the parts of a matrix, if they differ: "q4_k+q6_k" -> ("q4_k", "q6_k"), "q4_k" -> ("q4_k",)."""
+    return tuple(name.split(BESIDE)) if isinstance(name, str) else (name,)
 
 
 def parse_kind(name: str) -> tuple[str, int]:

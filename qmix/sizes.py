@@ -15,7 +15,7 @@ from math import prod
 from types import MappingProxyType
 from typing import Any
 
-from qmix.config import CARRIED_NAMES, DTYPES, GROUPED_BITS, QuantConfig, parse_kind
+from qmix.config import CARRIED_NAMES, DTYPES, GROUPED_BITS, QuantConfig, parse_kind, parts_of
 from qmix.errors import UsageError
 from qmix.spec import Activation, Attention, Model, Tensor
 from qmix.tensorfile import ITEM_BYTES
@@ -23,6 +23,7 @@ from qmix.tensorfile import ITEM_BYTES
 GIB = 2**30
 MIB = 2**20
 SWIGLU = Activation()
+HALVES = ("gate", "up")  # whose tensors are named so where their formats differ
 TENSOR_ALIGN = 64  # a cache line, and what every kernel may assume of a tensor's first byte
 RECORD_ALIGN = 4096  # what O_DIRECT needs of offset, length and address
 
@@ -87,7 +88,7 @@ class TensorSpec:
 @dataclass(frozen=True, slots=True)
 class MatrixSpec:
     """A [rows, cols] matrix in a format: "int4" | "int3" | "int2" | "mxfp4" | "nf4" | "fp4" | "int8" | "bf16" |
-    "fp16" | "fp32", or one of CARRIED.
+    "fp16" | "fp32", one of CARRIED, or two of these, "q4_k+q6_k": gate and up of a w13, side by side (`halves`).
 
     rows and cols are logical. The rows come in `parts` equal pieces (gate and up are two), each padded
     alone: the grouped formats, int4, int3 and int2, and mxfp4 pad rows to `block` and columns to `group_size`, which
@@ -106,6 +107,13 @@ class MatrixSpec:
     double_quant: bool = False
     bias: bool = False
     activation: Activation = SWIGLU
+
+    @property
+    def halves(self) -> tuple[MatrixSpec, ...]:
+        """Gate and up as matrices of their own, where their formats differ; else nothing."""
+        several = parts_of(self.format)
+        return tuple(replace(self, **with_layout(name), rows=self.rows // 2, parts=1) for name in several) \
+            if len(several) > 1 else ()
 
     @property
     def bits(self) -> int:
@@ -143,6 +151,9 @@ class MatrixSpec:
     @property
     def _weight(self) -> tuple[TensorSpec, ...]:
         n, k = self.padded_rows, self.padded_cols
+        if halves := self.halves:
+            return tuple(replace(tensor, name=f"{part}.{tensor.name}")
+                         for part, half in zip(HALVES, halves, strict=True) for tensor in half._weight)
         if self.bits:
             return (TensorSpec("qweight", "U8", (n // self.block, k, self.block * self.bits // 8)),
                     TensorSpec("qparams", "BF16", (k // self.group_size, n, 2)))
@@ -193,8 +204,8 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class RecordLayout:
-    """One expert's record: w13 (gate and up stacked, [2F, H]) and w2 (down, [H, F]), each tensor on a
-    64-byte boundary, the whole padded to 4096 bytes. Gaps and tail are zeros."""
+    """One expert's record: w13 (gate and up stacked, [2F, H], or side by side in two formats) and w2 (down, [H, F]),
+    each tensor on a 64-byte boundary, the whole padded to 4096 bytes. Gaps and tail are zeros."""
 
     w13: MatrixSpec
     w2: MatrixSpec
@@ -233,7 +244,9 @@ def record_layouts(model: Model, quant: QuantConfig) -> tuple[RecordLayout, ...]
 
 
 def _of_kind(name: str, quant: QuantConfig) -> dict[str, Any]:
-    """What a MatrixSpec has of a kind's format: "int3g64" or "q4_k"."""
+    """What a MatrixSpec has of a kind's format: "int3g64", "q4_k" or "q4_k+q6_k"."""
+    if len(parts_of(name)) > 1:
+        return {"format": name, "block": CARRIED_BLOCK}
     kind, group = parse_kind(name)
     return with_layout(kind) if kind in CARRIED else {"format": kind, "group_size": group, "block": quant.block}
 

@@ -12,10 +12,12 @@ import torch
 pytest.importorskip("gguf")
 import gguf
 import gguf_models as models
+import numpy as np
 from architectures import random_model
 from model_configs import with_keys
 from sentencepiece import SentencePieceProcessor
 from tokenizer_files import spm_model
+from torch import Tensor
 
 from qmix.formats import Packed
 from qmix.store import Store
@@ -56,6 +58,17 @@ def write(path: Path, kind: str, type_of: TypeOf, model: Any = None, **how: Any)
                                 kinds.BYTE if pieces.is_byte(i) else kinds.NORMAL for i in ids])
 
     return models.write(path, model, kind, type_of, keys=keys, **how)
+
+
+def decoded(path: Path) -> dict[tuple[str, int], Tensor]:
+    """What the package gguf makes of the experts of a file: fp32, gate above up, by the names of `matrices`."""
+    there = {t.name: torch.from_numpy(np.array(gguf.dequantize(t.data, t.tensor_type)))
+             for t in gguf.GGUFReader(path).tensors if "_exps.weight" in t.name}
+    found = {}
+    for name in (name for name in there if "_up_" not in name):
+        whole = torch.cat((there[name], there[name.replace("gate", "up")]), 1) if "gate" in name else there[name]
+        found |= {(name, expert): matrix for expert, matrix in enumerate(whole)}
+    return found
 
 
 def matrices(store: Store) -> dict[str, Packed]:

@@ -69,8 +69,9 @@ def warm_python() -> Iterator[WarmPython]:
         yield server
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True)
 def threads() -> None:
+    """Again before each test: an engine sets torch's threads for the whole process, and bits follow their number."""
     torch.set_num_threads(THREADS)
 
 

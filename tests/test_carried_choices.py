@@ -25,9 +25,11 @@ from qmix.store import Store
 
 
 def mixture(name: str) -> str:
-    """Types that no store has, and gate and up of different ones."""
+    """Types that no store has, alone and beside one that stores have."""
     if "ffn_up" in name and "blk.1." in name:
         return "Q6_K"
+    if "ffn_gate" in name and "blk.1." in name:
+        return "Q3_K"
     if "ffn_down" in name or "attn_q" in name:
         return "Q3_K"
     return "Q4_K"
@@ -39,7 +41,7 @@ def test_what_cannot_stay_gets_at_least_a_bit_more(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     said = " ".join(ran.stderr.split())
     assert "12 matrices in Q3_K are quantized again as int4g64" in said
-    assert "4 matrices in Q4_K and Q6_K, gate and up of different types, are quantized again as q8_0" in said
+    assert "4 matrices in Q3_K and Q6_K, gate and up of different types, are quantized again as q8_0" in said
     assert "3 Q3_K are quantized again as --dense says" in said
     there = {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type)
              for tensor in gguf.GGUFReader(path).tensors if "_exps" in tensor.name}
@@ -63,7 +65,7 @@ def test_what_cannot_stay_gets_at_least_a_bit_more(tmp_path: Path) -> None:
 
 def test_unquantized_experts_in_a_quantized_file(tmp_path: Path) -> None:
     """q8_0 is the most that they get, and the line says so; --format q8_0 says what it keeps."""
-    types = {"ffn_gate": "Q8_0", "ffn_up": "Q6_K", "ffn_down": "F32"}
+    types = {"ffn_gate": "Q8_0", "ffn_up": "Q3_K", "ffn_down": "F32"}
 
     def type_of(name: str) -> str:
         return next((kind for part, kind in types.items() if part in name), "Q8_0" if "attn_q" in name else "F32")
@@ -71,10 +73,10 @@ def test_unquantized_experts_in_a_quantized_file(tmp_path: Path) -> None:
     path = write(tmp_path / "m.gguf", "mixtral", type_of)
     said = " ".join(qmix("quantize", path, tmp_path / "out", "--dry-run").stderr.split())
     assert "matrices in F32 are quantized as q8_0, the most that a mix has" in said
-    assert "in Q8_0 and Q6_K, gate and up of different types, are quantized again as q8_0, the most that" in said
+    assert "in Q8_0 and Q3_K, gate and up of different types, are quantized again as q8_0, the most that" in said
     assert "F32 are stored as --dense says" in said
     for dense, kept in (("q8_0", "3 of 15 matrices are in the format asked for and stay so"),
-                        ("int8", "(Q6_K, Q8_0); they are read as")):
+                        ("int8", "(Q3_K, Q8_0); they are read as")):
         said = " ".join(qmix("quantize", path, tmp_path / "out", "--format", "q8_0", "--dense", dense,
                              "--dry-run").stderr.split())
         assert kept in said and "adds to their error" in said

@@ -19,7 +19,7 @@ import gguf_models as models
 import k_blocks
 import numpy as np
 from architectures import random_model
-from carried_files import WIDE, TypeOf, matrices, narrow, q4_k_m, write
+from carried_files import WIDE, TypeOf, decoded, matrices, narrow, q4_k_m, write
 from fast_interpreter import HAVE_TRITON
 from model_configs import with_keys
 from test_architectures import IDS, logits, paged
@@ -72,9 +72,14 @@ def reread(model: Any, kind: str, type_of: TypeOf) -> Any:
             continue
         turned = kind == "gpt_oss" and ".experts." in name
         rows = (tensor.transpose(1, 2) if turned else tensor).contiguous()
-        number = gguf.GGMLQuantizationType[type_of(mapped)]
-        exact = torch.from_numpy(np.array(gguf.dequantize(k_blocks.quantize(rows.numpy(), number.name), number)))
-        exact = exact.view(rows.shape)
+        exact = torch.empty_like(rows)
+        joined = ".experts." in name and "gate" in name  # gate above up, or in turns
+        gates = slice(0, None, 2) if turned else slice(rows.shape[1] // 2)
+        ups = slice(1, None, 2) if turned else slice(rows.shape[1] // 2, None)
+        for which, of in ((gates, mapped), (ups, mapped.replace("gate", "up"))) if joined else ((..., mapped),):
+            some, number = (rows[:, which] if joined else rows).contiguous(), gguf.GGMLQuantizationType[type_of(of)]
+            found = torch.from_numpy(np.array(gguf.dequantize(k_blocks.quantize(some.numpy(), number.name), number)))
+            (exact[:, which] if joined else exact).copy_(found.view(some.shape))
         tensor.copy_(exact.transpose(1, 2) if turned else exact)
     return model
 
@@ -99,15 +104,12 @@ def want(files: Files) -> Tensor:
 def test_every_expert_has_the_files_numbers(files: Files) -> None:
     """Bit for bit those that the package gguf decodes, and no error in the manifest."""
     there = {tensor.name: tensor for tensor in gguf.GGUFReader(files.gguf).tensors}
-    decoded = {name: gguf.dequantize(t.data, t.tensor_type) for name, t in there.items() if "_exps.weight" in name}
+    exact = decoded(files.gguf)
     with Store.open(files.store) as store:
         assert store.verify(deep=True) == []
         for (name, expert), m in matrices(store).items():
             assert m.spec.format == there[name].tensor_type.name.lower()
-            exact = decoded[name][expert]
-            if "gate" in name:
-                exact = np.concatenate((exact, decoded[name.replace("gate", "up")][expert]))
-            assert torch.equal(unpack(m).view(torch.int32), torch.from_numpy(exact).view(torch.int32)), name
+            assert torch.equal(unpack(m).view(torch.int32), exact[name, expert].view(torch.int32)), name
         assert all(r.error["all"] == 0 for r in store.manifest.records.values())
         carried = [d for d in store.manifest.dense.values() if d.format in CARRIED]
         assert len(carried) == 4 * len(store.model.layers) + 2 and all(d.error == 0 for d in carried)

@@ -24,9 +24,9 @@ from qmix import modelfiles, sources
 from qmix.checkpoint.account import nbytes_of, shares
 from qmix.checkpoint.consolidated import is_consolidated, open_consolidated
 from qmix.checkpoint.folder import open_folder
-from qmix.config import ExpertKey
+from qmix.config import BESIDE, ExpertKey
 from qmix.errors import CheckpointError, ConfigError
-from qmix.formats import grouped
+from qmix.formats import beside, grouped
 from qmix.formats.carried import Blocks as CarriedBlocks
 from qmix.formats.mxfp4 import LARGEST, Blocks
 from qmix.gguf.header import is_gguf
@@ -122,20 +122,24 @@ class Checkpoint:
 
     def carriable(self, *names: str) -> str | None:
         """The format of a store that all these tensors of the model have in the file, in whole blocks, so that
-        `blocks` reads them; else None."""
-        kinds = {self.types.get(name, "").lower() for name in names}
-        if len(kinds) > 1:
-            return None
-        kind = kinds.pop()
+        `blocks` reads them; of a gate and an up in different ones of ggml's both, "q4_k+q6_k"; else None."""
+        found = [self._carriable(name) for name in names]
+        if len({*found}) == 1:
+            return found[0]
+        several = [kind for kind in found if kind is not None and kind in CARRIED]
+        return BESIDE.join(several) if len(several) == len(found) == 2 else None
+
+    def _carriable(self, name: str) -> str | None:
+        kind = self.types.get(name, "").lower()
         if kind in CARRIED:
             columns = CARRIED[kind].columns
         elif kind.startswith("int4g"):
             columns = int(kind.removeprefix("int4g"))
         else:
             return None
-        return kind if all(sources.keeps_blocks(self._table[name], columns) for name in names) else None
+        return kind if sources.keeps_blocks(self._table[name], columns) else None
 
-    def blocks(self, *names: str) -> CarriedBlocks | grouped.Blocks:
+    def blocks(self, *names: str) -> CarriedBlocks | beside.Blocks | grouped.Blocks:
         """`carriable` matrices of the model, one below the other, as the file has them. CheckpointError for a scale
         that no weight has."""
         found = [self._carried(name) for name in names]
@@ -144,7 +148,10 @@ class Checkpoint:
             several = [blocks for blocks in found if isinstance(blocks, grouped.Blocks)]
             return grouped.Blocks(torch.cat([b.codes for b in several]), torch.cat([b.scales for b in several]),
                                   first.group)
-        return CarriedBlocks(first.kind, torch.cat([b.raw for b in found if isinstance(b, CarriedBlocks)]))
+        same = [blocks for blocks in found if isinstance(blocks, CarriedBlocks)]
+        if len({blocks.kind for blocks in same}) > 1:
+            return beside.Blocks(*same)
+        return CarriedBlocks(first.kind, torch.cat([blocks.raw for blocks in same]))
 
     def _carried(self, name: str) -> CarriedBlocks | grouped.Blocks:
         location = self._locations[self._table[name].name]

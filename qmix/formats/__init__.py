@@ -11,9 +11,9 @@ from types import ModuleType
 
 from torch import Tensor
 
-from qmix.config import CARRIED_NAMES, GROUPED_BITS
+from qmix.config import BESIDE, CARRIED_NAMES, GROUPED_BITS
 from qmix.errors import UsageError
-from qmix.formats import carried, grouped, int8, mxfp4, nf4, plain
+from qmix.formats import beside, carried, grouped, int8, mxfp4, nf4, plain
 from qmix.formats.packed import TORCH_DTYPES, Packed, gather, memory, pad, view
 from qmix.sizes import PLAIN_DTYPES, MatrixSpec
 
@@ -22,6 +22,8 @@ __all__ = ["TORCH_DTYPES", "Packed", "carry", "memory", "module", "pack", "pad",
 
 def module(name: str) -> ModuleType:
     """The module of a format; UsageError names an unknown one."""
+    if BESIDE in name:
+        return beside
     found = {**dict.fromkeys(GROUPED_BITS, grouped), "nf4": nf4, "fp4": nf4, "int8": int8, "mxfp4": mxfp4,
              **dict.fromkeys(CARRIED_NAMES, carried), **dict.fromkeys(PLAIN_DTYPES, plain)}
     if name not in found:
@@ -36,10 +38,12 @@ def pack(weight: Tensor, spec: MatrixSpec) -> Packed:
     return module(spec.format).pack(weight, spec)
 
 
-def carry(blocks: mxfp4.Blocks | carried.Blocks | grouped.Blocks, spec: MatrixSpec) -> Packed:
+def carry(blocks: mxfp4.Blocks | carried.Blocks | beside.Blocks | grouped.Blocks, spec: MatrixSpec) -> Packed:
     """A matrix that a checkpoint has in a format of a store, in qmix's layout, bit for bit."""
     if isinstance(blocks, grouped.Blocks):
         return grouped.carry(blocks, spec)
+    if isinstance(blocks, beside.Blocks):
+        return beside.carry(blocks, spec)
     return mxfp4.carry(blocks, spec) if isinstance(blocks, mxfp4.Blocks) else carried.carry(blocks, spec)
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from qmix.errors import ModelFileError, QmixError
+from qmix.sizes import HALVES, MatrixSpec, TensorSpec, tile_rows
 from qmix.sizes import TILE_BYTES as TILE_BYTES
-from qmix.sizes import MatrixSpec, TensorSpec, tile_rows
 
 TORCH_DTYPES = MappingProxyType({"U8": torch.uint8, "I8": torch.int8, "BF16": torch.bfloat16,
                                  "F16": torch.float16, "F32": torch.float32})
@@ -53,6 +53,17 @@ class Packed:
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
+
+    @property
+    def halves(self) -> tuple[Packed, ...]:
+        """Gate and up, views of this, where their formats differ; else nothing."""
+        specs = self.spec.halves
+        biases = self["bias"].chunk(2) if specs and self.spec.bias else ()
+        found = [{t.name: self[f"{part}.{t.name}"] for t in spec.without_bias.tensors}
+                 for part, spec in zip(HALVES, specs, strict=False)]
+        for tensors, bias in zip(found, biases, strict=False):
+            tensors["bias"] = bias
+        return tuple(Packed(spec, tensors) for spec, tensors in zip(specs, found, strict=True))
 
     def to(self, device: torch.device) -> Packed:
         """Itself, or a copy of it on another device."""

@@ -216,10 +216,20 @@ class TritonOps:
         cuda_delta.delta(spec, x, a, b, a_log, dt_bias, states, side, out)
 
     def expert(self, x: Tensor, w13: Packed, w2: Packed) -> Tensor:
-        both = x.new_empty(len(x), w13.spec.rows)
-        self.linear(x, w13, both)
-        gate, up = both.chunk(2, 1)
         y = x.new_empty(len(x), w2.spec.rows)
+        if w13.spec.in_blocks:  # beside records that are not
+            inner = x.new_empty(len(x), w13.spec.rows // 2)
+            cuda.few(x, Matrices.of(w13), self._all(len(x), x.device), inner, gated=True, room=self._partial(1),
+                     config=self._cut(x).gemv)
+            self.linear(inner, w2, y)
+            return y
+        both = x.new_empty(len(x), w13.spec.rows)
+        gate, up = both.chunk(2, 1)
+        if halves := w13.halves:
+            for half, out in zip(halves, (gate, up), strict=True):
+                self.linear(x, half, out)
+        else:
+            self.linear(x, w13, both)
         self.linear(activate(w13.spec.activation, gate, up), w2, y)
         return y
 

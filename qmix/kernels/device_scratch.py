@@ -61,6 +61,7 @@ class Scratch:
         pieces = [partial_numbers(spec, 1, gemv) for spec in (*device_matrices(model, quant), head_matrix(model, quant))
                   if spec.in_blocks]
         pieces += [partial_numbers(spec, chosen, gemv) for spec in records if spec.in_blocks]
+        pieces += [partial_numbers(half, 1, gemv) for spec in records for half in spec.halves]
         splits = most_splits(context)
         heads = [(a.heads, a.head_dim) for a in kv_owners(model)]
         return cls(max(pieces, default=0), max((FEW * count * splits * size for count, size in heads), default=0),

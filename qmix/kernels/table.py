@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qmix import settings
-from qmix.config import BLOCKS, CARRIED_NAMES, GROUPED_BITS
+from qmix.config import BLOCKS, CARRIED_NAMES, GROUPED_BITS, parts_of
 from qmix.errors import UsageError
 from qmix.formats import carried, grouped, int8, module, mxfp4, nf4
 from qmix.formats.packed import Packed, view
@@ -63,7 +63,7 @@ class KernelTable:
 
     def computes_natively(self, m: Packed) -> bool:
         """Whether the native kernels have it: they take fp32 activations as they take bf16."""
-        return self.native is not None and m.spec.format in self.native.formats
+        return self.native is not None and {*parts_of(m.spec.format)} <= {*self.native.formats}
 
     def expert(self, x: Tensor, w13: Packed, w2: Packed) -> Tensor:
         """One expert, w2(activation(gate(x), up(x))): x [T, H] -> [T, H]; w13 is gate over up, [2F, H]."""
@@ -74,9 +74,13 @@ class KernelTable:
         spec = w13.spec
         if self.native is not None and self.computes_natively(w13):
             return self.native.gated(x, w13)
-        both = self.kernels[spec.format, spec.block](x, w13)
-        half, inner = both.shape[1] // 2, spec.rows // 2
-        gate, up = both[:, :inner], both[:, half:half + inner]
+        inner = spec.rows // 2
+        if halves := w13.halves:
+            gate, up = (self.kernels[m.spec.format, m.spec.block](x, m)[:, :inner] for m in halves)
+        else:
+            both = self.kernels[spec.format, spec.block](x, w13)
+            half = both.shape[1] // 2
+            gate, up = both[:, :inner], both[:, half:half + inner]
         if spec.bias:
             gate, up = gate + w13["bias"][:inner], up + w13["bias"][inner:]  # in fp32
         if spec.activation.kind == "swiglu" and not spec.bias:

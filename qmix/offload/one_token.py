@@ -42,7 +42,7 @@ class OneToken:
             w = self._of(slot)[0]
             packed.append(jobs.PRODUCT.pack(
                 w.weight, w.params, w.bias, at, 0, self._between_at + 4 * self._inner * rank, 0, stride, self._inner, 1,
-                *w.sizes, *w.layout, True, kind, _FP32, False, *w.activation))
+                *w.sizes, *w.layout, True, kind, _FP32, False, *w.activation, *w.up))
         self._native.run_jobs(packed)
 
     def down(self, some: Collection[tuple[int, int]]) -> None:
@@ -53,7 +53,7 @@ class OneToken:
             packed.append(jobs.PRODUCT.pack(
                 w.weight, w.params, w.bias, self._between_at + 4 * self._inner * rank, 0,
                 self._rows_at + 4 * self._hidden * rank, 0, self._inner, self._hidden, 1, *w.sizes, *w.layout, False,
-                _FP32, _FP32, False, *w.activation))
+                _FP32, _FP32, False, *w.activation, *w.up))
         self._native.run_jobs(packed)
 
     def _of(self, slot: int) -> tuple[Layout, Layout]:

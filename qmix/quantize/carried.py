@@ -17,6 +17,7 @@ from qmix.config import (
     KIND_LETTERS,
     QuantConfig,
     parse_kind,
+    parts_of,
 )
 from qmix.errors import UsageError
 from qmix.spec import ExpertKey
@@ -67,7 +68,7 @@ def dense_formats(checkpoint: Checkpoint) -> tuple[Pair, ...]:
 
 
 def _carried_only(kinds: Iterable[Pair]) -> bool:
-    return all(name in CARRIED_NAMES for pair in kinds for name in pair)
+    return all(part in CARRIED_NAMES for pair in kinds for name in pair for part in parts_of(name))
 
 
 def _formats(checkpoint: Checkpoint, quant: QuantConfig, key: ExpertKey) -> Pair:
@@ -77,7 +78,8 @@ def _formats(checkpoint: Checkpoint, quant: QuantConfig, key: ExpertKey) -> Pair
 
 def _format(checkpoint: Checkpoint, quant: QuantConfig, *names: str) -> str:
     """Of a matrix that is stacked from these tensors: the file's; or int4 where it has a bit a weight more; or q8_0,
-    whose 8.5 bits are no more than Q8_0 has, stacked with another type, and less than unquantized weights have."""
+    whose 8.5 bits are no more than Q8_0 has, beside a type that no store has, and less than unquantized weights
+    have."""
     if (kind := checkpoint.carriable(*names)) is not None:
         return kind
     bits = max(8 * checkpoint.nbytes_of(name) / (checkpoint.model.hidden * checkpoint.model.expert_inner)

@@ -31,7 +31,7 @@ from qmix import formats
 from qmix.checkpoint import Checkpoint
 from qmix.config import CALIBRATED, DTYPES, ExpertKey, QuantConfig
 from qmix.errors import CheckpointError, QmixError
-from qmix.formats import TORCH_DTYPES, grouped, mxfp4
+from qmix.formats import TORCH_DTYPES, beside, grouped, mxfp4
 from qmix.formats import carried as carried_format
 from qmix.hardware.memory import anonymous_memory
 from qmix.quantize.calibrated import FALLBACK, choose_calibrated
@@ -45,7 +45,7 @@ from qmix.spec import Model
 from qmix.spec.model import layer_of, of_mtp_head
 from qmix.store import Calibrated, Region, StoreLayout, StoreWriter
 
-Blocks = mxfp4.Blocks | carried_format.Blocks | grouped.Blocks
+Blocks = mxfp4.Blocks | carried_format.Blocks | beside.Blocks | grouped.Blocks
 Weight = Tensor | Blocks  # numbers, or, of a matrix that is carried, its codes and scales
 BOTH = frozenset({"w13", "w2"})  # matrices of an expert
 
@@ -94,7 +94,7 @@ def all_work(source: Checkpoint, layout: StoreLayout, quant: QuantConfig) -> lis
         """Those of {matrix: (how it is stored, the tensors that it is stacked from)} that the file has in that format.
         A text chooses new codes, also of what the file has in int4."""
         return frozenset(matrix for matrix, (spec, names) in matrices.items()
-                         if spec is not None and (spec.format in CARRIED or (
+                         if spec is not None and (spec.format in CARRIED or spec.halves or (
                              spec.format == "int4" and quant.method not in CALIBRATED))
                          and source.carriable(*names) == _kind(spec))
 

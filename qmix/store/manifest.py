@@ -22,9 +22,10 @@ The place of a region follows from model and quantization. The manifest repeats 
 and a store in which the two differ is refused.
 
 Version 3 is version 2 with what qmix 0.2.0 could not compute: records with biases, with another activation than SwiGLU,
-in the format mxfp4 or one of ggml's, dense matrices in these (quantization.dense_formats), gated delta nets, and norms
-and routers in fp32 beside weights in 16 bits (model.wide). A bias lies behind the weights of its matrix, fp32, one
-number a row. All other stores are of version 2, so that qmix 0.2.0 reads them.
+in the format mxfp4 or one of ggml's, or with gate and up in two of these ("q4_k+q6_k" in quantization.kinds, tensors
+w13.gate.* and w13.up.*), dense matrices in any of them (quantization.dense_formats), gated delta nets, and norms and
+routers in fp32 beside weights in 16 bits (model.wide). A bias lies behind the weights of its matrix, fp32, one number a
+row. All other stores are of version 2, so that qmix 0.2.0 reads them.
 
 Version 1 has "dtype", of the checkpoint's weights, in place of model and alignment: its model is the Mixtral of the
 config.json beside it, and its dense tensors have the names of the checkpoint (version1.py).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -81,10 +82,9 @@ def quantize(
 
     wanted, auto = wanted_size(fit, bpw, format, group_size, dense or "int8"), fit == AUTO
     full = full_measure(sensitivity, wanted is not None or auto)
-    bare = Flags(format, dense, method, group_size, block, double_quant)
-    if method is None and calibration is not None and (format or "int4") in GROUPED_BITS:
-        method = "gptq"
-    flags = Flags(format, dense, method, group_size, block, double_quant, calibration)
+    implied = method is None and calibration is not None and (format or "int4") in GROUPED_BITS
+    flags = Flags(format, dense, "gptq" if implied else method, group_size, block, double_quant, calibration)
+    bare = replace(flags, method=method, calibration=None)
     check_calibration(flags.config(), wanted, calibration, calibration_tokens, auto)
     if discard_source and (wanted is not None or auto or dry_run):
         raise UsageError("--discard-source with " + ("--dry-run" if dry_run else "--bpw" if fit is None else "--fit")

@@ -16,6 +16,9 @@ static qmix_job product_of(const qmix_matrix *matrix, int64_t record) {
         .padded_rows = matrix->padded_rows, .padded_cols = matrix->padded_cols, .rows = matrix->rows,
         .cols = matrix->cols, .bits = matrix->bits, .block = matrix->block, .group = matrix->group,
         .parts = matrix->parts, .activation = matrix->activation, .alpha = matrix->alpha, .limit = matrix->limit,
+        .up_weight = matrix->up_weight ? (const uint8_t *)(intptr_t)(record + matrix->up_weight) : NULL,
+        .up_params = (const uint16_t *)(intptr_t)(record + matrix->up_params),
+        .up_padded_cols = matrix->up_padded_cols, .up_bits = matrix->up_bits, .up_group = matrix->up_group,
     };
 }
 

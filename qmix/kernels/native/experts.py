@@ -57,7 +57,8 @@ class ExpertTable:
 def _matrix(slot: Tensor, m: Packed) -> bytes:
     """native.h's qmix_matrix of a matrix in a slot."""
     of, start, end = layout_of(m), slot.data_ptr(), slot.data_ptr() + slot.nbytes
-    places = [of.weight, of.params] + ([of.bias] if of.bias else [])
+    addresses = (of.weight, of.params, of.bias, *of.up[:2])
+    places = [address for address in addresses if address]
     assert start <= min(places) and max(places) < end, "the matrix lies elsewhere"
-    return jobs.MATRIX.pack(of.weight - start, of.params - start, of.bias - start if of.bias else 0, *of.sizes,
-                            *of.layout, *of.activation)
+    weight, params, bias, *up = (address - start if address else 0 for address in addresses)
+    return jobs.MATRIX.pack(weight, params, bias, *of.sizes, *of.layout, *of.activation, *up, *of.up[2:])

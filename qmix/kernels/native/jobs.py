@@ -15,7 +15,7 @@ from torch import Tensor
 from qmix.kernels.router import RouterTensors
 from qmix.spec import Activation, DeltaNet
 
-PRODUCT = struct.Struct("@7P7q9i2f4x")  # qmix_job: pointers, sizes, layout, what it does, activation
+PRODUCT = struct.Struct("@7P7q9i2f4x2Pq2i")  # qmix_job: pointers, sizes, layout, what it does, activation, another up
 ATTENTION = struct.Struct("@8P6q4iP2f")       # qmix_attention
 NORM = struct.Struct("@4P2q2f3i4x")           # qmix_norm
 ROUTE_REST = struct.Struct("@6P5q2f4i")       # qmix_route behind the qmix_norm that it begins with
@@ -30,7 +30,7 @@ CONV = struct.Struct("@9P5q3i4x")             # qmix_conv
 DELTA = struct.Struct("@10P4q")               # qmix_delta
 ADDITION = struct.Struct("@2Pq")      # qmix_addition
 SCALING = struct.Struct("@2Pqfi")     # qmix_scaling
-MATRIX = struct.Struct("@7q5i2f4x")   # qmix_matrix, two of which are a qmix_record
+MATRIX = struct.Struct("@7q5i2f4x3q2i")   # qmix_matrix, two of which are a qmix_record
 EXPERTS = struct.Struct("@9P3qi4x")   # qmix_experts
 CALL = struct.Struct("@P2i")          # qmix_call
 ACTIVATIONS = {"swiglu": 0, "geglu": 1, "swiglu_clamped": 2}  # native.h's QMIX_SWIGLU and so on

@@ -44,6 +44,8 @@ typedef struct {
     void (*pack)(int32_t act, const qmix_job *job, int64_t first, int64_t count, void *panel);
     /* All tokens through one block of rows, or, if gated, through the block of both parts. */
     void (*unit)(int32_t act, const qmix_job *job, int64_t unit, const char *panels, void *scratch);
+    /* What joins a token's gate and up, computed apart, to where a gated job wants it; gate is overwritten. */
+    void (*join_apart)(const qmix_job *job, int64_t token, float *gate, const float *up);
     size_t (*attend_bytes)(const qmix_attention *job);  /* of scratch that attend_head takes */
     void (*attend_head)(const qmix_pieces *work, int64_t head, int64_t piece, void *scratch);
     void (*norm)(const qmix_norm *job, int64_t token, float *scratch); /* scratch [H], the last row is left there */

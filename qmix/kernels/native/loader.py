@@ -13,7 +13,7 @@ from pathlib import Path
 from qmix import settings
 from qmix.errors import UsageError
 
-ABI = 14  # native.h's QMIX_ABI
+ABI = 15  # native.h's QMIX_ABI
 FAILURE = "build-error.txt"  # setup.FAILURE: its first line is the reason, the end of the compiler's output follows
 LONGEST = 300  # characters of a reason
 HERE = Path(__file__).parent

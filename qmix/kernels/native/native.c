@@ -86,7 +86,7 @@ static void unit_item(void *argument, int64_t item) {
         w->failed = 1;
 }
 
-int32_t qmix_products(int32_t level, int32_t act, const qmix_job *jobs, int64_t count, int32_t threads) {
+static int32_t run_products(int32_t level, int32_t act, const qmix_job *jobs, int64_t count, int32_t threads) {
     work w = {.level = levels[level], .act = act, .jobs = jobs};
     int64_t bytes = 0, panels = 0, units = 0, size = 0, packing = 0;
     for (int64_t i = 0; i < count; i++) {
@@ -108,6 +108,67 @@ int32_t qmix_products(int32_t level, int32_t act, const qmix_job *jobs, int64_t 
     pool_run(size < SMALL ? 1 : threads, units, unit_item, &w);
     free(own);
     return w.failed ? -1 : 0;
+}
+
+/* Gated jobs whose gate and up are of different formats, and so read x differently: two products each, then joined. */
+typedef struct {
+    const qmix_level *level;
+    const qmix_job *jobs;
+    float *numbers; /* of each such job in turn: gate [T, rows], up [T, rows] */
+} apart_work;
+
+static void join_item(void *argument, int64_t token) {
+    const apart_work *w = argument;
+    const qmix_job *job = w->jobs;
+    float *numbers = w->numbers;
+    for (;; job++) {
+        if (!job->up_weight)
+            continue;
+        if (token < job->tokens)
+            break;
+        token -= job->tokens;
+        numbers += 2 * job->tokens * job->rows;
+    }
+    w->level->join_apart(job, token, numbers + token * job->rows, numbers + (job->tokens + token) * job->rows);
+}
+
+static void split_job(const qmix_job *job, float *numbers, qmix_job *gate, qmix_job *up) {
+    *gate = *job;
+    gate->y = numbers, gate->y_rows = NULL, gate->y_stride = job->rows, gate->y_type = QMIX_FP32, gate->add = 0;
+    gate->padded_rows = job->padded_rows / 2, gate->parts = 1, gate->gated = 0, gate->up_weight = NULL;
+    *up = *gate;
+    up->y = numbers + job->tokens * job->rows;
+    up->weight = job->up_weight, up->params = job->up_params, up->padded_cols = job->up_padded_cols;
+    up->bits = job->up_bits, up->group = job->up_group, up->bias = job->bias ? job->bias + job->rows : NULL;
+}
+
+int32_t qmix_products(int32_t level, int32_t act, const qmix_job *jobs, int64_t count, int32_t threads) {
+    int64_t apart = 0, tokens = 0, numbers = 0, all = 0;
+    for (int64_t i = 0; i < count; i++)
+        if (jobs[i].up_weight)
+            apart++, tokens += jobs[i].tokens, numbers += 2 * jobs[i].tokens * jobs[i].rows;
+    if (!apart)
+        return run_products(level, act, jobs, count, threads);
+    void *memory = NULL;
+    size_t before = (size_t)(count + apart) * sizeof(qmix_job);
+    if (posix_memalign(&memory, 64, before + (size_t)numbers * sizeof(float)))
+        return -1;
+    qmix_job *split = memory;
+    apart_work w = {levels[level], jobs, (float *)((char *)memory + before)};
+    float *next = w.numbers;
+    for (int64_t i = 0; i < count; i++) {
+        if (!jobs[i].up_weight) {
+            split[all++] = jobs[i];
+            continue;
+        }
+        split_job(jobs + i, next, split + all, split + all + 1);
+        next += 2 * jobs[i].tokens * jobs[i].rows, all += 2;
+    }
+    int32_t failed = run_products(level, act, split, all, threads);
+    if (!failed)
+        pool_run(numbers < SMALL / 4 ? 1 : threads, tokens, join_item, &w);
+    free(memory);
+    return failed;
 }
 
 typedef struct {

@@ -15,7 +15,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define QMIX_ABI 14
+#define QMIX_ABI 15
 
 enum { QMIX_FP32 = 0, QMIX_BF16 = 1, QMIX_FP16 = 2 }; /* types of numbers; fp16 of a router's weights alone */
 enum { QMIX_E2M1 = 5 }; /* mxfp4, in the place of a format's bits */
@@ -58,6 +58,10 @@ typedef struct {
     int32_t add;            /* to what y has; fp32 only */
     int32_t activation;     /* of a gated product */
     float alpha, limit;     /* of QMIX_SWIGLU_CLAMPED */
+    const uint8_t *up_weight; /* a gated product's up where its format is not the gate's, else NULL: then those above */
+    const uint16_t *up_params; /* are of the gate, N / 2 rows; in blocks of B rows both */
+    int64_t up_padded_cols;
+    int32_t up_bits, up_group;
 } qmix_job;
 
 enum { QMIX_KV_INT8 = 0, QMIX_KV_BF16 = 1 };    /* how keys and values are kept */
@@ -221,6 +225,8 @@ typedef struct {
     int64_t padded_rows, padded_cols, rows, cols;
     int32_t bits, block, group, parts, activation;
     float alpha, limit;
+    int64_t up_weight, up_params, up_padded_cols; /* as of qmix_job, 0 for none */
+    int32_t up_bits, up_group;
 } qmix_matrix;
 
 /* How all records of a kind are laid out. */

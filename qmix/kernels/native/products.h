@@ -244,6 +244,6 @@ static int64_t peak(int32_t act, int64_t turns, const uint32_t *words, float *ou
 #include "router.h"
 #include "delta.h"
 
-const qmix_level JOIN(qmix, LEVEL) = {NAME, supported, WIDTH, token_bytes, pack, unit_rows, attend_bytes, attend_head,
-                                       norm_token, logits_of_experts, choose_experts, rotate_token, angles_of_token,
+const qmix_level JOIN(qmix, LEVEL) = {NAME, supported, WIDTH, token_bytes, pack, unit_rows, write_joined, attend_bytes,
+                                       attend_head, norm_token, logits_of_experts, choose_experts, rotate_token, angles_of_token,
                                        combine_token, join_token, bias_token, gate_token, convolve_token, delta_head, peak};

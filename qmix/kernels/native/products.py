@@ -23,6 +23,7 @@ ACTIVATIONS = {"int8": 0, "bf16": 1}  # native.h's QMIX_ACT_*
 FORMATS = (*GROUPED_BITS, "int8", "mxfp4", *CARRIED_NAMES)
 E2M1 = 5  # native.h's QMIX_E2M1, in the place of bits
 CARRIED_KINDS = {name: 16 + i for i, name in enumerate(CARRIED_NAMES)}  # native.h's QMIX_Q8_0 and so on
+NO_UP = (0, 0, 0, 0, 0)
 DENSE_GROUP = 64  # columns that share a step where the weights have no groups
 
 
@@ -84,7 +85,7 @@ class NativeProducts:
             of.weight, of.params, of.bias, x.data_ptr(), 0 if x_rows is None else x_rows.data_ptr(), y.data_ptr(),
             0 if y_rows is None else y_rows.data_ptr(), x.stride(0), y.stride(0),
             x.shape[0] if x_rows is None else x_rows.shape[0], *of.sizes, *of.layout, p.gated, jobs.TYPES[x.dtype],
-            jobs.TYPES[y.dtype], p.add, *of.activation)
+            jobs.TYPES[y.dtype], p.add, *of.activation, *(of.up if p.gated else NO_UP))
 
     def peak(self, threads: int, seconds: float = 0.3,
              clock: Callable[[], float] = time.perf_counter) -> float:
@@ -128,7 +129,8 @@ def _readable(x: Tensor) -> Tensor:
 
 class Layout(NamedTuple):
     """What a job says of its matrix. weight, params, bias: addresses, bias 0 where there is none; sizes: padded rows
-    and columns, rows of a part, columns; layout: bits, block, group, parts; activation: its number, alpha, limit."""
+    and columns, rows of a part, columns; layout: bits, block, group, parts; activation: its number, alpha, limit; up:
+    weight, params, padded columns, bits, group of an up whose format is not the gate's, else zeros."""
 
     weight: int
     params: int
@@ -136,10 +138,18 @@ class Layout(NamedTuple):
     sizes: tuple[int, int, int, int]
     layout: tuple[int, int, int, int]
     activation: tuple[int, float, float]
+    up: tuple[int, int, int, int, int] = NO_UP
 
 
 def layout_of(w: Packed) -> Layout:
     spec, tensors = w.spec, w.tensors
+    if halves := w.halves:
+        gate, up = map(layout_of, halves)
+        (_, cols, *_), (bits, _, group, _) = up.sizes, up.layout
+        bits_of_gate, block, group_of_gate, _ = gate.layout
+        sizes = spec.padded_rows, *gate.sizes[1:]
+        return gate._replace(sizes=sizes, layout=(bits_of_gate, block, group_of_gate, 2),
+                             up=(up.weight, up.params, cols, bits, group))
     sizes = spec.padded_rows, spec.padded_cols, spec.rows // spec.parts, spec.cols
     if spec.bits:
         params, layout = tensors["qparams"], (spec.bits, spec.block, spec.group_size, spec.parts)

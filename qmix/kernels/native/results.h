@@ -17,6 +17,13 @@ static void write_row(const qmix_job *job, int64_t token, int64_t column, int64_
             ((uint16_t *)job->y)[start + i] = to_bf16(from[i]);
 }
 
+/* What joins a token's gate and up [rows], which have their biases, into its place; gate is overwritten. */
+static void write_joined(const qmix_job *job, int64_t token, float *gate, const float *up) {
+    qmix_activation activation = {job->activation, job->alpha, job->limit};
+    join_gate(&activation, gate, up, job->rows);
+    write_row(job, token, 0, job->rows, gate);
+}
+
 /* Where the rows of a unit go: y has the parts side by side without their padding. Parts with padding are whole blocks;
  * those without, as int8 has them, are one to a product that is not gated: a block may have rows of two. */
 static void write_unit(const qmix_job *job, int64_t unit, int64_t first, int64_t tokens, float *acc, float *up) {
