@@ -7,8 +7,11 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import architectures
 import pytest
 from hub_server import Served, repository, write_gguf
+from lowbit_checkpoints import write_lowbit
+from model_configs import with_keys
 from warm_python import WarmPython
 
 from qmix.checkpoint import Checkpoint
@@ -147,6 +150,27 @@ def test_a_gguf_model(tmp_path: Path, qmix: Command, kill: Command) -> None:
         assert (own(tmp_path) / NAME).is_file()
         done = qmix(server, *args)
         assert done.returncode == 0 and server.weights() == ["name-Q8_0.gguf"], done.stderr
+        same_store(tmp_path / "want", tmp_path / "out")
+    finally:
+        server.stop()
+
+
+def test_scales_and_zero_points_stay(tmp_path: Path, qmix: Command, kill: Command,
+                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run chooses the formats by them again: zero points of 16 KiB, so that their blocks could be freed."""
+    raw = with_keys(architectures.FIRST["mixtral"], {"hidden_size": 128, "intermediate_size": 4096,
+                                                     "num_local_experts": 2})
+    monkeypatch.setitem(architectures.FIRST, "wide", raw)
+    write_lowbit(tmp_path / "repo", "wide", "gptq8")
+    server = Served(tmp_path / "repo", tmp_path / "cache")
+    try:
+        assert qmix(server, "quantize", tmp_path / "repo", "want", "-t", 1).returncode == 0
+        args = ("quantize", "org/name", "out", "--discard-source", "-t", 1)
+        assert kill(server, 19, *args).returncode == -9
+        gone = (own(tmp_path) / NAME).read_text()
+        assert ".qweight" in gone and ".qzeros" not in gone and ".scales" not in gone and ".g_idx" not in gone
+        done = qmix(server, *args)
+        assert done.returncode == 0 and "resumed" in done.stderr, done.stderr
         same_store(tmp_path / "want", tmp_path / "out")
     finally:
         server.stop()
