@@ -127,6 +127,26 @@ def test_scales_of_activations_are_skipped_by_name(tmp_path: Path) -> None:
         assert sorted(checkpoint.skipped) == sorted(names)
 
 
+def test_biases_of_zeros_are_skipped_by_name(tmp_path: Path) -> None:
+    """AutoGPTQ gives every module that it quantizes a bias."""
+    def change(tensors: dict[str, Tensor], raw: dict[str, Any]) -> None:
+        tensors.update({f"{name}.bias": torch.zeros(tensors[f"{name}.scales"].shape[1], dtype=torch.float16)
+                        for name in (Q, W1)})
+
+    write_lowbit(tmp_path / "c", "mixtral", "gptq", change=change)
+    with Checkpoint.open(tmp_path / "c") as checkpoint:
+        assert sorted(checkpoint.skipped) == sorted((f"{Q}.bias", f"{W1}.bias"))
+
+
+@pytest.mark.parametrize("value", [2.0**-24, float("nan")])
+def test_a_bias_that_the_model_has_not_is_refused(value: float, tmp_path: Path) -> None:
+    def change(tensors: dict[str, Tensor], raw: dict[str, Any]) -> None:
+        tensors[f"{W1}.bias"] = filled(value, 5)(torch.zeros(96, dtype=torch.float16))
+
+    write_lowbit(tmp_path / "c", "mixtral", "gptq", change=change)
+    refused(tmp_path / "c", f"{W1}.bias", "has no bias", "not all zeros")
+
+
 def test_modelopt_says_it_in_a_file_of_its_own(tmp_path: Path) -> None:
     """hf_quant_config.json, as NVIDIA's older checkpoints have it."""
     def change(tensors: dict[str, Tensor], raw: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from qmix.formats.mxfp4 import LARGEST
 from qmix.lowbit.decode import Parts, numbers
 from qmix.models import Misfit
 from qmix.schemes import Fp4, PackedInts, Quantization, Scaled, Scheme
+from qmix.schemes.record import FLOATS
 from qmix.shards import REFETCH, Location, Shard
 from qmix.tensorfile import Entry
 
@@ -168,6 +169,12 @@ def _matrix(quantization: Quantization, name: str, weight: str, locations: Mappi
     except Misfit as misfit:
         raise CheckpointError(f"{where}: {misfit} ({scheme.title})", UNFIT) from None
     return Matrix(Entry(weight, "LOW", shape, codes.entry.offset, codes.entry.nbytes), scheme, parts)
+
+
+def is_zero(location: Location) -> bool:
+    """Whether a tensor of floats holds zeros alone."""
+    entry = location.entry
+    return entry.dtype in FLOATS and not location.shard.read(entry).view(DTYPES[entry.dtype]).any()
 
 
 def _two(location: Location) -> tuple[int, int]:
