@@ -85,6 +85,10 @@ def test_what_does_not_fit_together_is_refused_at_once(case: str, change: Change
     ("mxfp8", put(f"{W1}.weight_scale", filled(255)), f"{W1}.weight_scale: holds a scale"),
     ("gptq-desc-act", put(f"{W1}.g_idx", filled(2)), f"{W1}.g_idx: holds 0 to 2, want numbers of 2 groups"),
     ("gptq-desc-act", put(f"{W1}.g_idx", filled(-1)), f"{W1}.g_idx: holds -1"),
+    ("pack4-zeros", lambda t, r: t.update({f"{W1}.weight_zero_point": torch.full((96, 2), 8, dtype=torch.int8)}),
+     f"{W1}.weight_zero_point: holds 8 to 8, want zero points of 4 bits, -8 to 7"),
+    ("pack4-zeros", lambda t, r: t.update({f"{W1}.weight_zero_point": torch.full((96, 2), -9, dtype=torch.int8)}),
+     f"{W1}.weight_zero_point: holds -9 to -9, want"),
     ("pack4-actorder", put(f"{W1}.weight_g_idx", filled(2**31 - 1)), f"{W1}.weight_g_idx: holds 0 to 2147483647")])
 def test_numbers_that_no_weight_has_are_refused_when_they_are_read(case: str, change: Change, words: str,
                                                                    tmp_path: Path) -> None:

@@ -101,6 +101,12 @@ class Matrix:
                                       "inf)", REFETCH)
         if "global" in found and isinstance(self.scheme, Fp4) and self.scheme.divides and not found["global"].all():
             raise CheckpointError(f"{self.where('global')}: is 0, by which the scales are divided", REFETCH)
+        if isinstance(self.scheme, PackedInts) and "zeros" in found and found["zeros"].dtype == torch.int8:
+            least, most = map(int, found["zeros"].aminmax())
+            half = 2 ** (self.scheme.bits - 1)
+            if least < -half or most >= half:
+                raise CheckpointError(f"{self.where('zeros')}: holds {least} to {most}, want zero points of "
+                                      f"{self.scheme.bits} bits, {-half} to {half - 1}", REFETCH)
         if "order" in found:
             order, groups = found["order"], found["scales"].shape[1 if isinstance(self.scheme, PackedInts) else 0]
             if int(order.min()) < 0 or int(order.max()) >= groups:
