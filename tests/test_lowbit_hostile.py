@@ -124,7 +124,8 @@ def test_a_config_that_outlived_its_codes_is_noted(tmp_path: Path) -> None:
 
 
 def test_scales_of_activations_are_skipped_by_name(tmp_path: Path) -> None:
-    names = (f"{Q}.input_scale", "model.layers.0.self_attn.k_proj.k_scale", f"{W1}.activation_scale")
+    names = (f"{Q}.input_scale", "model.layers.0.self_attn.k_proj.k_scale", f"{W1}.activation_scale",
+             "model.layers.0.self_attn.kv_scale", "model.layers.0.self_attn.prob_scale")
     write_lowbit(tmp_path / "c", "mixtral", "fp8-matrix",
                  change=lambda tensors, raw: tensors.update({name: torch.ones(()) for name in names}))
     with Checkpoint.open(tmp_path / "c") as checkpoint:

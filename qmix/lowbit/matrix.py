@@ -26,7 +26,7 @@ DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu, "I8":
           "I32": torch.int32, "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 # Scales of activations and of a KV cache: qmix computes and keeps these in its own way.
 UNUSED = re.compile(r".+[._](?:input_scale|activation_scale|input_scale_inv|input_global_scale|input_zero_point|"
-                    r"output_scale|[kqv]_scale|(?:k|v)_proj\.output_scale)")
+                    r"output_scale|(?:[kqv]|kv|prob)_scale|(?:k|v)_proj\.output_scale)")
 UNFIT = "config.json and the weights do not belong together, or the file is damaged: fetch both again"
 
 
