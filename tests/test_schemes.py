@@ -63,6 +63,9 @@ def without(config: dict[str, Any], key: str) -> dict[str, Any]:
     ({**compressed("pack-quantized"), "ignore": ["re:(a+)+$"]}, "ignore: got the pattern"),
     ({**compressed("pack-quantized"), "ignore": ["re:" + "a?" * 30]}, "ignore: got the pattern"),
     ({**compressed("pack-quantized"), "ignore": ["re:(?!.*experts)"]}, "ignore: got the pattern"),
+    ({**compressed("pack-quantized"), "ignore": ["re:" + r"(.|\w)" * 30]}, "make 1073741824 ways, want at most 64"),
+    ({**compressed("pack-quantized"), "ignore": ["re:" + "((a|a)b|c|)" * 4]}, "make 256 ways, want at most 64"),
+    ({**compressed("pack-quantized"), "ignore": ["re:" + ".*" * 4 + "(a|b|c|d|e)"]}, "make 5 ways, want at most 4"),
     ({**compressed("pack-quantized"), "ignore": ["re:["]}, "ignore: got the pattern"),
     ({**compressed("pack-quantized"), "ignore": ["re:("]}, "no regular expression"),
     ({**compressed("pack-quantized"), "ignore": ["x*" * 9]}, "times *"),
@@ -99,6 +102,8 @@ def test_groups_of_a_mixed_checkpoint() -> None:
     ("model.layers.1*", "model.layers.11.mlp", True), ("re:.*self_attn.*", "model.layers.3.self_attn.q", True),
     (r"re:model\.layers\.\d+\.mlp\.gate$", "model.layers.3.mlp.gate", True),
     (r"re:model\.layers\.\d+\.mlp\.gate$", "model.layers.3.mlp.gate_proj", False),
+    (r"re:.*layers\.\d+\.mlp\.experts\.\d+\.(gate|up|down)_proj.*", "model.layers.3.mlp.experts.7.up_proj", True),
+    (r"re:(lm_head|visual|.*\.(q|k|v|o)_proj|.*\.(gate|up|down|gate_up)_proj)$", "model.layers.3.mlp.gate", False),
     ("re:.*(q|k)_proj", "model.layers.3.self_attn.v_proj", False), ("", "lm_head", False)])
 def test_names_of_modules(text: str, module: str, about: bool) -> None:
     assert (Names.of([text], "ignore").which(module) is not None) == about
@@ -106,5 +111,5 @@ def test_names_of_modules(text: str, module: str, about: bool) -> None:
 
 def test_no_pattern_takes_long() -> None:
     """The worst that is taken, on the longest name; with more repeats or longer names this would not end."""
-    names = Names.of(["re:" + ".*" * 4 + "x", "re:" + "a*" * 4 + "x"], "ignore")
+    names = Names.of(["re:" + ".*" * 4 + "x", "re:" + "a*" * 4 + "x", "re:" + ".*" * 3 + "(.|a)" * 6 + "x"], "ignore")
     assert names.which("a" * 100) is None and names.which("a" * 10**6) is None
