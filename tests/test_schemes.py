@@ -8,7 +8,7 @@ import pytest
 from lowbit_checkpoints import AWQ, CASES, FP8, GPTQ, compressed, weights
 
 from qmix.errors import ConfigError
-from qmix.schemes import Fp4, PackedInts, Scaled, read_quantization
+from qmix.schemes import Awq, Fp4, PackedInts, Scaled, read_quantization
 from qmix.schemes.patterns import Names
 
 
@@ -38,6 +38,9 @@ def without(config: dict[str, Any], key: str) -> dict[str, Any]:
     ({**AWQ, "version": "gemv"}, "version: got 'gemv', want 'gemm'"),
     ({**AWQ, "backend": "llm-awq"}, "backend: got 'llm-awq'"),
     ({**AWQ, "bits": 3}, "bits: got 3, want 4"),
+    ({**AWQ, "w_bit": 8}, "w_bit: got 8, want 4"),
+    ({**AWQ, "q_group_size": 64}, "q_group_size: got 64, want the same as group_size"),
+    ({**without(AWQ, "group_size"), "q_group_size": 0}, "q_group_size: got 0, want -1, or >= 1"),
     ({**AWQ, "zero_point": False}, "zero_point: got False, want true"),
     ({**AWQ, "group_size": 0}, "group_size: got 0"),
     ({**GPTQ, "group_size": 0}, "group_size: got 0, want -1, or >= 1"),
@@ -75,6 +78,12 @@ def test_what_is_not_known_is_refused_by_name(config: Any, words: str) -> None:
         read_quantization(config)
     assert words in caught.value.message and caught.value.message.startswith("quantization_config")
     assert caught.value.cure and "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(("keys", "group"), [({"q_group_size": 64}, 64), ({"q_group_size": 64, "group_size": 64}, 64),
+                                             ({"q_group_size": None, "group_size": 64}, 64), ({}, 128)])
+def test_both_names_of_awq_s_group(keys: dict[str, Any], group: int) -> None:
+    assert read_quantization({**without(AWQ, "group_size"), "w_bit": 4, **keys}).schemes == (Awq(group),)
 
 
 def test_groups_of_a_mixed_checkpoint() -> None:
