@@ -22,6 +22,14 @@ def without(config: dict[str, Any], key: str) -> dict[str, Any]:
     return {k: v for k, v in config.items() if k != key}
 
 
+def without_argument(key: str | None) -> dict[str, Any]:
+    """Of a group's weights, None = all: null."""
+    config = compressed("pack-quantized")
+    group = config["config_groups"]["group_0"]
+    group["weights"] = None if key is None else without(group["weights"], key)
+    return config
+
+
 @pytest.mark.parametrize(("config", "words"), [
     (["fp8"], "want an object"),
     ({}, "quantized already, which qmix does not read"),
@@ -60,6 +68,11 @@ def without(config: dict[str, Any], key: str) -> dict[str, Any]:
     (compressed("float-quantized", num_bits=8, type="float", strategy="block"), "block_structure"),
     (compressed("nvfp4-pack-quantized", type="float", strategy="tensor_group", group_size=32), "group_size: got 32"),
     (compressed("pack-quantized", sparse=1), "sparse: got 1, a key that qmix does not know"),
+    *((without_argument(key), f"quantization_config.config_groups.group_0.weights.{key}: missing")
+      for key in ("strategy", "num_bits", "type")),
+    (compressed("pack-quantized", strategy=None), "strategy: got None, want 'tensor'"),
+    (compressed("pack-quantized", strategy=["group"]), "strategy: got ['group'], want 'tensor'"),
+    (without_argument(None), "config_groups.group_0.weights: got None, want an object"),
     ({**compressed("pack-quantized"), "transform_config": {"R1": {}}}, "transform_config"),
     ({**compressed("pack-quantized"), "sparsity_config": {"format": "sparse-24"}}, "sparsity_config"),
     ({**compressed("pack-quantized"), "config_groups": {}}, "config_groups: got [], want 1 to 64"),
