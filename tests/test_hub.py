@@ -66,6 +66,8 @@ def test_a_repository_in_mistral_s_own_layout_alone(serve: Server, qmix: Command
     env, fetched = serve(tmp_path / "repo")
     done = qmix(env, "show", "org/name")
     assert done.returncode == 2 and "qmix quantize org/name name-int4" in done.stderr and weights(fetched) == []
+    done = qmix(env, "plan", "org/name")
+    assert done.returncode == 4 and "planned when its weights are here" in done.stderr and weights(fetched) == []
     done = qmix(env, "quantize", "org/name", "out", *KEEP)
     assert done.returncode == 0 and "tokenizer.model.v3: read as tokenizer.model" in done.stderr, done.stderr
     assert weights(fetched) == [f"consolidated-0000{i}-of-00002.safetensors" for i in (1, 2)]
@@ -74,6 +76,7 @@ def test_a_repository_in_mistral_s_own_layout_alone(serve: Server, qmix: Command
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
     fetched.clear()
     assert qmix(env, "quantize", "org/name", "again", "--offline", "--dry-run", *KEEP).returncode == 0
+    assert qmix(env, "plan", "org/name").returncode == 0
     assert weights(fetched) == []
 
 

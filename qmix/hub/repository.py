@@ -97,7 +97,10 @@ class Found:
 
     def preview(self) -> Path:
         """What a plan needs, before anything is fetched: the folder with config.json, or a GGUF file with its header
-        alone."""
+        alone. CheckpointError for Mistral's own layout, which is read with its weights only."""
+        if self.missing and (self.folder / PARAMS).is_file() and not (self.folder / CONFIG).is_file():
+            raise CheckpointError(f"{self.name}: in Mistral's own layout, which is planned when its weights are here",
+                                  f"quantize it: qmix quantize {self.name} {self.name.repo.partition('/')[2]}-int4")
         if self.gguf is None or not self.missing:
             return self.path
         from huggingface_hub import hf_hub_url
