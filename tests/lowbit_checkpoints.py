@@ -108,7 +108,8 @@ def int8(block: tuple[int, int], zeros: bool = False) -> Callable[..., Packed]:
 
 
 def pack_quantized(bits: int, group: int, zeros: bool = False, actorder: bool = False,
-                   dtype: torch.dtype = torch.bfloat16, stream: bool = True) -> Callable[..., Packed]:
+                   dtype: torch.dtype = torch.bfloat16, stream: bool = True, moved: int = 0) -> Callable[..., Packed]:
+    """moved: columns by which the groups are, all together."""
     def pack(codes: np.ndarray) -> Tensor:
         return pack_stream(codes.T, bits).T.contiguous() if stream else pack_words(codes, bits)
 
@@ -118,8 +119,8 @@ def pack_quantized(bits: int, group: int, zeros: bool = False, actorder: bool = 
         scales = scales_for(w, (n, groups), random, dtype, middle)
         order = np.arange(k) // (group or k)
         found = {".weight_scale": scales, ".weight_shape": torch.tensor([n, k])}
-        if actorder:
-            order = order[torch.randperm(k, generator=random).numpy()]
+        if actorder or moved:
+            order = np.roll(order, moved) if moved else order[torch.randperm(k, generator=random).numpy()]
             found[".weight_g_idx"] = torch.from_numpy(order.astype(np.int32))
         spread = np.zeros((n, k))
         if zeros:
@@ -184,14 +185,15 @@ def awq(group: int) -> Callable[..., Packed]:
 
 
 def gptq(bits: int, group: int, version: int = 1, desc_act: bool = False, symmetric: bool = False,
-         dtype: torch.dtype = torch.float16) -> Callable[..., Packed]:
+         dtype: torch.dtype = torch.float16, moved: int = 0) -> Callable[..., Packed]:
+    """moved: as in pack_quantized."""
     def packer(w: Tensor, random: torch.Generator) -> Packed:
         n, k = w.shape
         groups, middle = k // (group or k), 2 ** (bits - 1)
         scales = scales_for(w, (groups, n), random, dtype, middle)
         zeros = np.full((groups, n), middle) if symmetric else \
             torch.randint(1, 2**bits, (groups, n), generator=random).numpy()
-        at = np.arange(k) // (group or k)
+        at = np.roll(np.arange(k) // (group or k), moved)
         if desc_act:
             at = at[torch.randperm(k, generator=random).numpy()]
         codes = np.clip(np.rint(float64(w).T / float64(scales)[at] + zeros[at]), 0, 2**bits - 1).astype(np.int64)

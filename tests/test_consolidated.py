@@ -143,7 +143,10 @@ def test_what_params_json_does_not_say_is_noted() -> None:
     assert "rope_theta: absent, taken as 1e+06" in notes[0]
     raw, notes = consolidated_config({**PARAMS, "sliding_window": "4096"})
     assert raw["rope_theta"] == 1e4 and raw["sliding_window"] == 4096
-    assert consolidated_config({**PARAMS, "rope_theta": 5e5})[1] == []
+    assert "max_position_embeddings, max_seq_len: absent, taken as 32768" in notes[1]
+    for key in ("max_position_embeddings", "max_seq_len"):
+        raw, notes = consolidated_config({**PARAMS, "rope_theta": 5e5, key: 65536})
+        assert raw["max_position_embeddings"] == 65536 and notes == []
 
 
 @pytest.mark.parametrize(("key", "value", "words"), [

@@ -5,11 +5,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import architectures
 import pytest
 import torch
 from architectures import quantized
 from helpers import UNQUANTIZED
-from lowbit_checkpoints import CASES, decoded_model, write_fused, write_lowbit
+from lowbit_checkpoints import (
+    CASES,
+    GPTQ,
+    compressed,
+    decoded_model,
+    gptq,
+    pack_quantized,
+    write_fused,
+    write_lowbit,
+)
+from model_configs import with_keys
 from test_architectures import IDS, good, logits
 from test_mxfp4 import record
 from torch import Tensor
@@ -71,6 +82,28 @@ def test_the_numbers_are_the_decoded_ones_and_stay_so_where_they_can(case: str, 
                 assert len(quant.dense_formats) == len(dense)
             for name, _ in quant.dense_formats:
                 assert torch.equal(unpack(store.dense(name)), decoded[checkpoint.published(name)])
+
+
+@pytest.mark.parametrize(("moved", "kind"), [(32, "Q4_0"), (64, "INT4G64"), (16, "int4, groups of 64 (pack")])
+@pytest.mark.parametrize("case", ["pack4", "gptq-bf16"])
+def test_groups_that_moved(case: str, moved: int, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of 64 columns that begin elsewhere stay as they are only in formats whose blocks each lie in one."""
+    config = compressed("pack-quantized", group_size=64, actorder="group") if case == "pack4" else \
+        {**GPTQ, "group_size": 64, "desc_act": True}
+    packer = pack_quantized(4, 64, moved=moved) if case == "pack4" else \
+        gptq(4, 64, symmetric=True, dtype=torch.bfloat16, moved=moved)
+    monkeypatch.setitem(architectures.FIRST, "wide", with_keys(architectures.FIRST["mixtral"],
+                                                              {"intermediate_size": 128}))
+    monkeypatch.setitem(CASES, "moved", (config, packer))
+    decoded = write_lowbit(tmp_path / "source", "wide", "moved")
+    with Checkpoint.open(tmp_path / "source") as checkpoint:
+        for key in checkpoint.model.expert_keys:
+            down = checkpoint.model.expert_tensors(key)[2].name
+            want = decoded[checkpoint.published(down)]
+            assert torch.equal(checkpoint.w2(key, torch.empty(3 * want.nbytes, dtype=torch.uint8)), want)
+            assert checkpoint.types[down].startswith(kind if moved > 16 or case == "pack4" else "GPTQ, 4 bits")
+            if checkpoint.carriable(down):
+                assert torch.equal(checkpoint.blocks(down).numbers(torch.float32), want)
 
 
 @pytest.mark.parametrize("case", ["fp8-blocks", "nvfp4", "nvfp4-modelopt", "awq", "pack4-zeros", "gptq-desc-act"])

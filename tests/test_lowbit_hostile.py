@@ -85,6 +85,10 @@ def test_what_does_not_fit_together_is_refused_at_once(case: str, change: Change
     ("mxfp8", put(f"{W1}.weight_scale", filled(255)), f"{W1}.weight_scale: holds a scale"),
     ("gptq-desc-act", put(f"{W1}.g_idx", filled(2)), f"{W1}.g_idx: holds 0 to 2, want numbers of 2 groups"),
     ("gptq-desc-act", put(f"{W1}.g_idx", filled(-1)), f"{W1}.g_idx: holds -1"),
+    ("pack4-zeros", lambda t, r: t.update({f"{W1}.weight_zero_point": torch.full((96, 2), 8, dtype=torch.int8)}),
+     f"{W1}.weight_zero_point: holds 8 to 8, want zero points of 4 bits, -8 to 7"),
+    ("pack4-zeros", lambda t, r: t.update({f"{W1}.weight_zero_point": torch.full((96, 2), -9, dtype=torch.int8)}),
+     f"{W1}.weight_zero_point: holds -9 to -9, want"),
     ("pack4-actorder", put(f"{W1}.weight_g_idx", filled(2**31 - 1)), f"{W1}.weight_g_idx: holds 0 to 2147483647")])
 def test_numbers_that_no_weight_has_are_refused_when_they_are_read(case: str, change: Change, words: str,
                                                                    tmp_path: Path) -> None:
@@ -120,11 +124,32 @@ def test_a_config_that_outlived_its_codes_is_noted(tmp_path: Path) -> None:
 
 
 def test_scales_of_activations_are_skipped_by_name(tmp_path: Path) -> None:
-    names = (f"{Q}.input_scale", "model.layers.0.self_attn.k_proj.k_scale", f"{W1}.activation_scale")
+    names = (f"{Q}.input_scale", "model.layers.0.self_attn.k_proj.k_scale", f"{W1}.activation_scale",
+             "model.layers.0.self_attn.kv_scale", "model.layers.0.self_attn.prob_scale")
     write_lowbit(tmp_path / "c", "mixtral", "fp8-matrix",
                  change=lambda tensors, raw: tensors.update({name: torch.ones(()) for name in names}))
     with Checkpoint.open(tmp_path / "c") as checkpoint:
         assert sorted(checkpoint.skipped) == sorted(names)
+
+
+def test_biases_of_zeros_are_skipped_by_name(tmp_path: Path) -> None:
+    """AutoGPTQ gives every module that it quantizes a bias."""
+    def change(tensors: dict[str, Tensor], raw: dict[str, Any]) -> None:
+        tensors.update({f"{name}.bias": torch.zeros(tensors[f"{name}.scales"].shape[1], dtype=torch.float16)
+                        for name in (Q, W1)})
+
+    write_lowbit(tmp_path / "c", "mixtral", "gptq", change=change)
+    with Checkpoint.open(tmp_path / "c") as checkpoint:
+        assert sorted(checkpoint.skipped) == sorted((f"{Q}.bias", f"{W1}.bias"))
+
+
+@pytest.mark.parametrize("value", [2.0**-24, float("nan")])
+def test_a_bias_that_the_model_has_not_is_refused(value: float, tmp_path: Path) -> None:
+    def change(tensors: dict[str, Tensor], raw: dict[str, Any]) -> None:
+        tensors[f"{W1}.bias"] = filled(value, 5)(torch.zeros(96, dtype=torch.float16))
+
+    write_lowbit(tmp_path / "c", "mixtral", "gptq", change=change)
+    refused(tmp_path / "c", f"{W1}.bias", "has no bias", "not all zeros")
 
 
 def test_modelopt_says_it_in_a_file_of_its_own(tmp_path: Path) -> None:

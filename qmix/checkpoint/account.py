@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from qmix.errors import CheckpointError
-from qmix.lowbit import Matrix
+from qmix.lowbit import Matrix, is_zero
 from qmix.models import Layout, Misfit, Source, choose_layout, layouts, mtp_layouts, mxfp4_layout, skipped
 from qmix.shards import INDEX, REFETCH, SINGLE, Location, equal
 from qmix.sizes import MX_GROUP
@@ -24,9 +24,12 @@ MXFP4 = ("qmix takes MXFP4 in the experts of gpt_oss alone: have transformers de
 BYTES = "U8"  # of MXFP4's codes and scales
 LOW_BITS = ("F4", "F6_", "F8_")
 BLOCKS = "_blocks"  # a tensor in MXFP4 is two, its codes under its name and this, and its _scales
+BIAS = ".bias"
 HEAD = "lm_head.weight"  # also where a model ties it to its embedding
 DTYPE_NAMES = MappingProxyType({"BF16": "bfloat16", "F16": "float16", "F32": "float32"})
 MAX_TENSORS = 10**6  # far above any real model; keeps a hostile config.json from costing memory
+
+
 def account(path: Path, model: Model, locations: Locations, known: tuple[Layout, ...] | None = None
             ) -> tuple[dict[str, Location | Matrix], dict[str, Source], list[str]]:
     """({name: location} of all that the model uses, {canonical name: Source}, names skipped); CheckpointError for
@@ -57,11 +60,29 @@ def account(path: Path, model: Model, locations: Locations, known: tuple[Layout,
     if model.tied and HEAD in locations:
         _check_tied(locations[layout["embedding"].name], locations[HEAD])
         unused.append(HEAD)
-    left = [name for name in locations if name not in wanted and name not in unused]
+    unused += _zero_biases(wanted, locations)
+    there = {*unused}
+    left = [name for name in locations if name not in wanted and name not in there]
     if left:
         raise CheckpointError(f"{locations[left[0]].shard.file.path}: {left[0]}: not a tensor of this model "
                               f"({len(left)} such tensors)", WRONG_CONFIG)
     return {name: locations[name] for name in wanted}, dict(layout), unused
+
+
+def _zero_biases(wanted: Mapping[str, object], locations: Locations) -> list[str]:
+    """AutoGPTQ gives every module that it quantizes a bias, of zeros where the model has none. CheckpointError for one
+    that is not zero."""
+    found = []
+    for name, location in locations.items():
+        if name in wanted or not name.endswith(BIAS) or isinstance(location, Matrix) or \
+                not isinstance(locations.get(name.removesuffix(BIAS) + ".weight"), Matrix):
+            continue
+        if not is_zero(location):
+            raise CheckpointError(f"{location.shard.file.path}: {name}: not a tensor of this model, whose quantized "
+                                  "module has no bias, and not all zeros, as programs that quantize leave it behind",
+                                  WRONG_CONFIG)
+        found.append(name)
+    return found
 
 
 def shares(model: Model, table: Layout, locations: Locations) -> dict[str, int]:

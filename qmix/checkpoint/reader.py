@@ -205,12 +205,13 @@ class Checkpoint:
         return found
 
     def expert_locations(self, key: ExpertKey) -> list[Location]:
-        """The tensors of the files in which an expert lies, each once; other experts may lie there too."""
+        """The tensors of the files in which an expert lies, each once; other experts may lie there too. Of a quantized
+        matrix the codes alone: `types` reads scales, zero points and order, and a run that resumes asks for it."""
         names = dict.fromkeys(name for tensor in self.model.expert_tensors(key)
                               for name in self._table[tensor.name].names)
         found: list[Location] = []
         for location in (self._locations[name] for name in names):
-            found += location.parts.values() if isinstance(location, Matrix) else [location]
+            found.append(location.parts["codes"] if isinstance(location, Matrix) else location)
         return found
 
     def expert_nbytes(self, key: ExpertKey) -> int:

@@ -8,7 +8,8 @@ or more. So they are blocks of ggml's, w = d q with an fp16 d for 32 columns, wh
            -128 to 127     q8_0    symmetric codes of up to 8 bits
 
 and int4 of qmix, w = (q - 8) scale + zero with zero = 0, where they are symmetric codes of 4 bits with bf16 scales.
-Columns in the order of desc_act have no such groups. MXFP4 is mxfp4.
+Columns in the order of desc_act have no such groups, unless they move in blocks that are as large as the format's.
+MXFP4 is mxfp4.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ def fits(matrix: Matrix, grouped_too: bool) -> str | None:
         return None
     low, high = _range(matrix)
     bf16 = matrix.parts["scales"].entry.dtype == "BF16"
-    if grouped_too and bf16 and low >= -8 and high <= 7 and _in_order(matrix):
+    if grouped_too and bf16 and low >= -8 and high <= 7 and _in_order(matrix, store_group(group)):
         return f"INT4G{store_group(group)}"
     kind = next((kind for kind, least, most in RANGES if low >= least and high <= most), None)
-    if kind is None or not _in_order(matrix):
+    if kind is None or not _in_order(matrix, COLUMNS):
         return None
     scales = matrix.part("scales").float()
     return kind if torch.equal(scales, scales.half().float()) else None
@@ -122,9 +123,9 @@ def _gptq_zeros(matrix: Matrix, scheme: Gptq) -> tuple[int, int]:
     return int(zeros.min()) + offset, int(zeros.max()) + offset
 
 
-def _in_order(matrix: Matrix) -> bool:
-    """Whether each 32 columns lie in one group."""
+def _in_order(matrix: Matrix, columns: int) -> bool:
+    """Whether each so many columns lie in one group."""
     if "order" not in matrix.parts:
         return True
-    order = matrix.part("order").view(-1, COLUMNS)
-    return bool((order == order[:, :1]).all())
+    order = matrix.part("order")
+    return torch.equal(order, order[torch.arange(len(order)) // columns * columns])

@@ -17,6 +17,7 @@ from qmix.formats.mxfp4 import LARGEST
 from qmix.lowbit.decode import Parts, numbers
 from qmix.models import Misfit
 from qmix.schemes import Fp4, PackedInts, Quantization, Scaled, Scheme
+from qmix.schemes.record import FLOATS
 from qmix.shards import REFETCH, Location, Shard
 from qmix.tensorfile import Entry
 
@@ -25,7 +26,7 @@ DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu, "I8":
           "I32": torch.int32, "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 # Scales of activations and of a KV cache: qmix computes and keeps these in its own way.
 UNUSED = re.compile(r".+[._](?:input_scale|activation_scale|input_scale_inv|input_global_scale|input_zero_point|"
-                    r"output_scale|[kqv]_scale|(?:k|v)_proj\.output_scale)")
+                    r"output_scale|(?:[kqv]|kv|prob)_scale|(?:k|v)_proj\.output_scale)")
 UNFIT = "config.json and the weights do not belong together, or the file is damaged: fetch both again"
 
 
@@ -100,6 +101,12 @@ class Matrix:
                                       "inf)", REFETCH)
         if "global" in found and isinstance(self.scheme, Fp4) and self.scheme.divides and not found["global"].all():
             raise CheckpointError(f"{self.where('global')}: is 0, by which the scales are divided", REFETCH)
+        if isinstance(self.scheme, PackedInts) and "zeros" in found and found["zeros"].dtype == torch.int8:
+            least, most = map(int, found["zeros"].aminmax())
+            half = 2 ** (self.scheme.bits - 1)
+            if least < -half or most >= half:
+                raise CheckpointError(f"{self.where('zeros')}: holds {least} to {most}, want zero points of "
+                                      f"{self.scheme.bits} bits, {-half} to {half - 1}", REFETCH)
         if "order" in found:
             order, groups = found["order"], found["scales"].shape[1 if isinstance(self.scheme, PackedInts) else 0]
             if int(order.min()) < 0 or int(order.max()) >= groups:
@@ -168,6 +175,12 @@ def _matrix(quantization: Quantization, name: str, weight: str, locations: Mappi
     except Misfit as misfit:
         raise CheckpointError(f"{where}: {misfit} ({scheme.title})", UNFIT) from None
     return Matrix(Entry(weight, "LOW", shape, codes.entry.offset, codes.entry.nbytes), scheme, parts)
+
+
+def is_zero(location: Location) -> bool:
+    """Whether a tensor of floats holds zeros alone."""
+    entry = location.entry
+    return entry.dtype in FLOATS and not location.shard.read(entry).view(DTYPES[entry.dtype]).any()
 
 
 def _two(location: Location) -> tuple[int, int]:

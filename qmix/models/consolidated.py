@@ -22,6 +22,7 @@ NAMES = {"before_mixer": "attention_norm.weight", "before_mlp": "ffn_norm.weight
 ROUTERS = ("feed_forward.gate.weight", "block_sparse_moe.gate.weight")
 MLP = tuple(f"feed_forward.{part}.weight" for part in ("w1", "w3", "w2"))  # gate, up, down
 EXPERTS = tuple(f"feed_forward.experts.{{}}.{part}.weight" for part in ("w1", "w3", "w2"))
+POSITIONS = 32768
 OLD = tuple(f"block_sparse_moe.{part}" for part in ("w1", "w3", "w2"))
 
 
@@ -42,7 +43,10 @@ def consolidated_config(params: Mapping[str, Any]) -> tuple[dict[str, Any], list
         notes.append(f"rope_theta: absent, taken as {theta:g}, as Mistral's own program does "
                      f"{'without' if window is None else 'with'} a window")
     heads = keys.count("n_heads")
-    positions = keys.count("max_position_embeddings", keys.count("max_seq_len", 32768))
+    positions = keys.count("max_position_embeddings", keys.count("max_seq_len", POSITIONS))
+    if not {"max_position_embeddings", "max_seq_len"} & {*params}:
+        notes.append(f"max_position_embeddings, max_seq_len: absent, taken as {POSITIONS}, as in the config.json of "
+                     "Mistral 7B and Mixtral 8x7B")
     found: dict[str, Any] = {
         "hidden_size": keys.count("dim"), "num_hidden_layers": keys.count("n_layers"), "num_attention_heads": heads,
         "head_dim": keys.count("head_dim", keys.count("dim") // heads or 1), "rope_theta": theta,

@@ -3,8 +3,9 @@
     region written -> journal of the store -> all regions of a source tensor written -> discarded.jsonl, synced
     -> its bytes are punched out of the file
 
-Only tensors of experts go, which are nearly all of the bytes. A file keeps its size, its header, its other tensors and
-the few bytes of each tensor that the fingerprint reads, so a checkpoint that is half gone still opens as the same one.
+Only tensors of experts go, which are nearly all of the bytes; of quantized ones the codes. A file keeps its size, its
+header, its other tensors and the few bytes of each tensor that the fingerprint reads, so a checkpoint that is half gone
+still opens as the same one.
 What is gone is refused when it is read, never taken for zeros; where a resumed run needs it (another format, a store
 that was damaged) it is fetched again. The files are qmix's own copies: see hub.private_cache.
 """

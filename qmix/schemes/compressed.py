@@ -34,6 +34,7 @@ def read_compressed(keys: Keys) -> tuple[Groups, Names, str]:
         form = whole if whole != "mixed-precision" and "format" not in group else group.text("format", *FORMATS[:-1])
         group.harmless("input_activations", "output_activations", "format")  # qmix computes with its own activations
         targets = group.texts("targets")
+        group.want("weights" in group, "weights", None, "an object: a group of activations alone is not read")
         scheme = _scheme(group.object("weights"), form)
         names = [] if {*targets} & {*CLASSES} else targets
         found_groups.append((Names.of(names, f"config_groups.{name:.40}.targets"), scheme))
@@ -44,9 +45,8 @@ def read_compressed(keys: Keys) -> tuple[Groups, Names, str]:
 def _scheme(weights: Keys, form: str) -> Scheme:
     """Of the arguments of a group's weights."""
     weights.harmless("observer", "observer_kwargs", "actorder", "dynamic", "scale_dtype", "zp_dtype")
-    kind, bits = weights.text("type", "int", "float", default="int"), weights.integer("num_bits", 8)
-    group = weights.integer("group_size", None)
-    strategy = weights.get("strategy", None) or ("tensor" if group is None else "group" if group > 0 else "channel")
+    kind, bits = weights.text("type", "int", "float"), weights.integer("num_bits")
+    group, strategy = weights.integer("group_size", None), weights.get("strategy")
     block = _block(weights.get("block_structure", None))
     zeros = not weights.boolean("symmetric", True)
     weights.want(strategy in ("tensor", "channel", "group", "block", "tensor_group"), "strategy", strategy,

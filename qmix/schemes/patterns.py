@@ -2,8 +2,9 @@
 
 A text may be a module's name, the end of one ("lm_head", "mlp.gate"), the beginning of one ("model.visual"), or such
 with `*`; compressed-tensors has regular expressions, "re:.*self_attn.*". A stranger's regular expression can take
-hours, so only those are taken that cannot: no group is repeated, nothing looks ahead or back, and at most four parts
-are repeated or optional, on names of at most 100 characters (no real one is as long).
+hours, so only those are taken that cannot: no group is repeated, nothing looks ahead or back, at most four parts are
+repeated or optional, and alternatives make few ways in all, on names of at most 100 characters (no real one is as
+long).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from qmix.errors import ConfigError
 
 LONGEST_NAME, LONGEST = 100, 256  # characters of a module's name, and of a pattern
 REPEATED = 4
+WAYS = (64, 64, 64, 64, 4)  # through the alternatives of a pattern, by its repeats: each is tried at all their lengths
 MOST, MOST_PATTERNS = 65536, 512  # in a list; Qwen's FP8 checkpoints name some hundred modules
 # Letters, classes, escapes, alternatives in plain groups; a quantifier only behind a single character or class.
 SAFE = re.compile(r"(?:\((?:\?:)?|\)(?![*+?{])|[|^$]|(?:[\w.:/ -]|\\[.dwDWsS_-]|\[\^?[\w.-]+\])"
@@ -75,7 +77,28 @@ def _compiled(text: str) -> re.Pattern[str]:
     if len(pattern) > LONGEST or not SAFE.fullmatch(pattern) or repeats > REPEATED:
         raise ConfigError(f"got the pattern {pattern!r:.80}, want one without repeated groups and look-arounds, of at "
                           f"most {LONGEST} characters and {REPEATED} repeats", "list the modules by name")
+    if (ways := _ways(pattern)) > WAYS[repeats]:
+        raise ConfigError(f"got the pattern {pattern!r:.80}, whose alternatives make {ways} ways, want at most "
+                          f"{WAYS[repeats]} beside {repeats} repeats", "list the modules by name")
     try:
         return re.compile(pattern)
     except re.error as e:
         raise ConfigError(f"got {pattern!r:.80}, which is no regular expression ({e})") from None
+
+
+def _ways(pattern: str) -> int:
+    """Through the alternatives of a pattern that is SAFE.
+
+    _ways("(q|k)_proj|x(a|b)(c|d)") == 6
+    """
+    groups = [(0, 1)]  # of each open one: ways of the alternatives that have ended, and of the one at hand
+    for c in re.sub(r"\\.", "", pattern):
+        done, last = groups[-1]
+        if c == "|":
+            groups[-1] = done + last, 1
+        elif c == "(":
+            groups.append((0, 1))
+        elif c == ")" and len(groups) > 1:  # with another number of brackets it is no regular expression
+            groups.pop()
+            groups[-1] = groups[-1][0], groups[-1][1] * (done + last)
+    return sum(groups[0])

@@ -97,10 +97,10 @@ def _modelopt(keys: Keys) -> Quantization:
                         _apart(keys, "exclude_modules", "ignore"))
 
 
-def _group(keys: Keys) -> int:
+def _group(keys: Keys, name: str = "group_size") -> int:
     """Columns that share a scale; 0 = all, -1 in the file."""
-    group = keys.integer("group_size", 128)
-    keys.want(group == -1 or 1 <= group <= 2**20, "group_size", group, "-1, or >= 1")
+    group = keys.integer(name, 128)
+    keys.want(group == -1 or 1 <= group <= 2**20, name, group, "-1, or >= 1")
     return max(0, group)
 
 
@@ -116,15 +116,18 @@ TOOLS = ("dataset", "tokenizer", "damp_percent", "damp_auto_increment", "true_se
 
 def _awq(keys: Keys) -> Quantization:
     keys.harmless(*TOOLS, "format", "checkpoint_format", "sym", "desc_act")
-    bits = keys.integer("bits", 4) if "bits" in keys or "w_bit" not in keys else keys.integer("w_bit")
-    keys.want(bits == 4, "bits", bits, "4")
-    keys.harmless("w_bit", "q_group_size")
+    for name in ("bits", "w_bit"):  # AutoAWQ's own name, and that of its quant_config.json
+        bits = keys.integer(name, None)
+        keys.want(bits in (None, 4), name, bits, "4")
+    groups = {_group(keys, name) for name in ("group_size", "q_group_size") if name in keys} or {_group(keys)}
+    keys.want(len(groups) == 1, "q_group_size", keys.get("q_group_size", None), "the same as group_size, or none")
+    keys.harmless("group_size", "q_group_size")  # null
     version = str(keys.get("version", None) or keys.get("format", None) or "gemm").lower()
     keys.want(version == "gemm", "version", version, "'gemm' (gemv, gemv_fast, marlin and llm-awq are other layouts)")
     backend = keys.get("backend", None)
     keys.want(backend != "llm-awq", "backend", backend, "another: its layout is not gemm's")
     keys.fixed("zero_point", True)
-    scheme = Awq(_group(keys))
+    scheme = Awq(groups.pop())
     return Quantization(f"awq: {scheme.title}", ((Names(), scheme),), _apart(keys, "modules_to_not_convert"))
 
 

@@ -100,6 +100,7 @@ def quantize(
                 flags = bare
         head = mtp and wanted is None  # no text says what the experts of a head are worth
         checkpoint = opened.enter_context(Checkpoint.open(fetched.path, head))
+        discard = fetched.discard(checkpoint)  # first of all: what an earlier run discarded is refused from here on
         say_notes(checkpoint, without_head=not head)
         quant, wanted = choose(checkpoint, flags, wanted, render.say)
         if calibration is not None and wanted is None and quant.method not in CALIBRATED:
@@ -116,7 +117,7 @@ def quantize(
             text = text if quant.method in CALIBRATED else None
         with render.byte_bar("quantize") as progress:
             report = quantize_checkpoint(checkpoint, out, quant, calibration=text, threads=threads, force=force,
-                                         dry_run=dry_run, progress=progress, discard=fetched.discard(checkpoint))
+                                         dry_run=dry_run, progress=progress, discard=discard)
         fetched.done()
     for line in report.lines():
         render.say(line)

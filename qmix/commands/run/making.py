@@ -21,12 +21,13 @@ def make_store(source: Source, out: Path, flags: Flags, threads: int | None, say
     from qmix.quantize import quantize_checkpoint
 
     with Checkpoint.open(source.path) as checkpoint:
+        discard = source.discard(checkpoint)  # first of all: what an earlier run discarded is refused from here on
         say_notes(checkpoint, say=say)
         quant, _ = choose(checkpoint, flags, None, say)
         check_tokenizer(checkpoint)
         with render.byte_bar("quantize") as progress:
             report = quantize_checkpoint(checkpoint, out, quant, threads=threads, force=True, progress=progress,
-                                         discard=source.discard(checkpoint))
+                                         discard=discard)
     source.done()
     for line in report.lines():
         render.say(line)
