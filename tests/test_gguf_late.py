@@ -123,6 +123,10 @@ WINDOWS = "gemma4.attention.sliding_window_pattern"
 
 @pytest.mark.parametrize("kind, how, said", [
     ("mixtral", {"rope_freqs__weight": torch.zeros(8)}, "llama.rope_freqs.weight: got 0.0, want numbers > 0"),
+    ("mixtral", {"rope_freqs__weight": torch.tensor([1.0] * 7 + [1e-40])},
+     "llama.rope_freqs.weight: got 9.99994610111476e-41, want numbers from 9.53674e-07 to 1.09951e+12"),
+    ("mixtral", {"rope_freqs__weight": torch.tensor([1.0] * 7 + [1e30])}, "llama.rope_freqs.weight: got 1.0000000150"),
+    ("gemma4", {"rope_freqs__weight": torch.tensor([1.0] * 4 + [3e38] * 12)}, "gemma4.rope_freqs.weight: got 3"),
     ("mixtral", {"rope_freqs__weight": torch.ones(8), "keys": lambda w: (
         w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR), w.add_rope_scaling_factor(2.0))},
      "llama.rope_freqs.weight: got (1.0"),
