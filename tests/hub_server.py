@@ -31,12 +31,13 @@ class Hub(BaseHTTPRequestHandler):
     """One repository, org/name, in a folder; `fetched` gets the files whose bytes are asked for, `ranges` their first
     byte. token: what may read it, None = anyone; gated: whether only some may; status: {file: [codes]} that are
     answered first; cut: {file: [bytes]} after which a connection is lost; held: no byte beyond the first `cut` of a
-    file comes before it is set. commit: what main is."""
+    file comes before it is set. commit: what main is; sizes: {file: bytes} that are said to be there instead."""
 
     folder: Path
     fetched: list[str]
     ranges: list[int]
     commit = COMMIT
+    sizes: dict[str, int]
     token: str | None = None
     gated = False
     status: dict[str, list[int]]
@@ -70,7 +71,8 @@ class Hub(BaseHTTPRequestHandler):
             if revision not in ("", "main", "v1", self.commit):
                 self.answer(b"", 404, **{"X-Error-Code": "RevisionNotFound"})
                 return
-            rows = [{"rfilename": name} for name in files]
+            sizes = {name: self.sizes.get(name, p.stat().st_size) for name, p in files.items()}
+            rows = [{"rfilename": name, "size": size} for name, size in sizes.items()]
             self.answer(json.dumps({"id": REPO, "sha": self.commit, "siblings": rows}).encode(),
                         Content_Type="application/json")
         elif (name := re.sub(rf"^/{REPO}/resolve/[^/]*/", "", path)) in files:
@@ -135,7 +137,7 @@ class Served:
 
     def __init__(self, folder: Path, home: Path):
         self.handler = type("Handler", (Hub,), {"folder": folder, "fetched": [], "ranges": [], "status": {}, "cut": {},
-                                                "reached": threading.Event()})
+                                                "sizes": {}, "reached": threading.Event()})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self.handler)
         self._server.daemon_threads = True
         self._server.handle_error = lambda *args: None  # type: ignore[method-assign]

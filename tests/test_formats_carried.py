@@ -63,6 +63,13 @@ class TestEveryFormat:
         monkeypatch.setattr(carried, "FEW_ROWS", 3)
         assert torch.equal(carried.rows(m, ids).view(torch.int32), want)
 
+    def test_a_matrix_on_a_device_is_decoded_there(self, kind: str) -> None:
+        """No table and no result on the CPU, which one on a device cannot be indexed by."""
+        m = carry(random_blocks(kind, 70, 256), spec_of(kind, 70, 256))
+        there = Packed.of(m.spec, {name: tensor.to("meta") for name, tensor in m.tensors.items()})
+        assert carried.unpack(there).device.type == "meta"
+        assert carried.rows(there, torch.arange(65, device="meta")).device.type == "meta"
+
     def test_bytes_are_where_they_are_said_to_be(self, kind: str) -> None:
         """An oracle that addresses the bits of each weight, in float64: equal but for ggml's roundings to fp32."""
         m = carry(random_blocks(kind, 2 * 70, 256), spec_of(kind, 140, 256, 2))
@@ -99,6 +106,15 @@ class TestEveryFormat:
 def test_widths_that_are_no_multiple_of_256(kind: str, cols: int) -> None:
     found = random_blocks(kind, 65, cols)
     assert torch.equal(unpack(carry(found, spec_of(kind, 65, cols))), of_package(found))
+
+
+@pytest.mark.parametrize("count", [1, 70])
+def test_rows_are_decoded_into_their_place(count: int) -> None:
+    """The result keeps no padding alive, and no pieces that it was decoded in."""
+    m = carried.pack(torch.randn(70, 100), spec_of("q8_0", 70, 100))
+    found = carried.rows(m, torch.arange(count))
+    assert found.is_contiguous() and found.untyped_storage().nbytes() == count * 100 * 4
+    assert torch.equal(found.view(torch.int32), unpack(m)[:count].view(torch.int32))
 
 
 @pytest.mark.parametrize("cols", [256, 100])

@@ -3,6 +3,7 @@ That the stores are those of the same weights in safetensors shows tests/test_gg
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from test_gguf_checkpoint import changed, compare, model_of
 
 from qmix import sources
 from qmix.checkpoint import Checkpoint
-from qmix.errors import CheckpointError
+from qmix.errors import CheckpointError, ConfigError
+from qmix.gguf.header import open_header
+from qmix.gguf.model import gguf_config
 from qmix.kernels.rope import inv_freq
 from qmix.models.source import ColumnsPerHead, LogOfNegative, PerHead, Source
 from qmix.spec import Llama3, LongRope
@@ -123,6 +126,10 @@ WINDOWS = "gemma4.attention.sliding_window_pattern"
 
 @pytest.mark.parametrize("kind, how, said", [
     ("mixtral", {"rope_freqs__weight": torch.zeros(8)}, "llama.rope_freqs.weight: got 0.0, want numbers > 0"),
+    ("mixtral", {"rope_freqs__weight": torch.tensor([1.0] * 7 + [1e-40])},
+     "llama.rope_freqs.weight: got 9.99994610111476e-41, want numbers from 9.53674e-07 to 1.09951e+12"),
+    ("mixtral", {"rope_freqs__weight": torch.tensor([1.0] * 7 + [1e30])}, "llama.rope_freqs.weight: got 1.0000000150"),
+    ("gemma4", {"rope_freqs__weight": torch.tensor([1.0] * 4 + [3e38] * 12)}, "gemma4.rope_freqs.weight: got 3"),
     ("mixtral", {"rope_freqs__weight": torch.ones(8), "keys": lambda w: (
         w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR), w.add_rope_scaling_factor(2.0))},
      "llama.rope_freqs.weight: got (1.0"),
@@ -141,3 +148,21 @@ def test_refused_by_name(tmp_path: Path, kind: str, how: dict[str, Any], said: s
         Checkpoint.open(write(tmp_path, kind, **how))
     assert said in caught.value.message and "m.gguf: " in caught.value.message and caught.value.exit_code == 4
     assert "\n" not in caught.value.message and caught.value.cure
+
+
+@pytest.mark.parametrize("kind, key, value, said", [
+    ("gemma4", "gemma4.feed_forward_length", (), "got 0, want one number, or block_count = "),
+    ("gemma4", "gemma4.feed_forward_length", (64,) * 99, "got 99, want one number"),
+    ("gemma4", "gemma4.feed_forward_length", (64, 128), "got 2, want one number"),
+    ("gemma4", "gemma4.attention.head_count_kv", (), "got 0, want one number"),
+    ("gemma4", WINDOWS, (), r"got \(\), want block_count = "),
+    ("qwen3_5_moe", "qwen35moe.attention.head_count_kv", (2,), "got 1, want one number"),
+    ("qwen3_5_moe", "qwen35moe.attention.recurrent_layers", (), r"got \(\), want block_count = "),
+])
+def test_lists_have_a_number_for_each_layer(tmp_path: Path, kind: str, key: str, value: tuple[int, ...], said: str
+                                            ) -> None:
+    path = write(tmp_path, kind)
+    header, shapes = open_header(path), {t.name: tuple(t.shape[::-1]) for t in gguf.GGUFReader(path).tensors}
+    freqs = (1.0,) * 4 + (1e30,) * 12 if "rope_freqs.weight" in shapes else None
+    with pytest.raises(ConfigError, match=f"^{re.escape(key)}: {said}"):
+        gguf_config({**header.metadata, key: value}, shapes, freqs)

@@ -14,7 +14,10 @@ import pytest
 from hub_server import COMMIT, Served, repository, write_gguf
 from warm_python import PIPE, WarmPython
 
+from qmix import modelfiles
 from qmix.checkpoint import SINGLE
+from qmix.errors import CheckpointError
+from qmix.hub.limits import check_sizes
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 KEEP = ("--format", "keep", "-t", "1")
@@ -210,3 +213,23 @@ def test_a_gguf_model_is_planned_by_its_header(ggufs: Served, qmix: Command, tmp
     done = qmix(ggufs, "plan", "org/name:Q4_0", "--json", TMPDIR=str(tmp_path))
     assert done.returncode == 0 and '"records": 8' in done.stdout and "qmix-headers" not in done.stderr, done.stderr
     assert not [*(tmp_path / "cache").rglob("*.gguf")] and not [*tmp_path.glob("qmix-*")]
+
+
+@pytest.mark.parametrize("name, size, said", [
+    ("tokenizer_config.json", 2**28 + 1, "want at most 256"), ("config.json", 2**40, "want at most 256"),
+    ("additional_chat_templates/a.jinja", 2**26 + 1, "want at most 64")])
+def test_small_files_that_would_fill_the_disk(server: Served, qmix: Command, name: str, size: int, said: str) -> None:
+    path = server.handler.folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    server.handler.sizes = {name: size}
+    done = qmix(server, "quantize", "org/name", "out", "-t", 1)
+    assert done.returncode == 4 and f"org/name: {name!r}: " in done.stderr and said in done.stderr, done.stderr
+    assert server.fetched == [] and "Traceback" not in done.stderr
+
+
+def test_many_small_files_are_bounded_together() -> None:
+    many = {f"{modelfiles.TEMPLATES}/{i}.jinja": 2**26 for i in range(8)}
+    check_sizes("org/name", many)
+    with pytest.raises(CheckpointError, match=r"^org/name: 9 files beside the weights, 'x.json' the largest: "):
+        check_sizes("org/name", {**many, "x.json": 2**27})

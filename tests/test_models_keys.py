@@ -133,7 +133,11 @@ def test_rope_scaling_is_read_in_both_spellings() -> None:
                             ({"rope_type": "default", "partial_rotary_factor": 0.5},
                              "rope_scaling.partial_rotary_factor: got 0.5, a key"),
                             ({"rope_type": "longrope", "short_factor": [1], "long_factor": [1]},
-                             "rope_scaling.short_factor: got 1, want 16 numbers")):
+                             "rope_scaling.short_factor: got 1, want 16 numbers"),
+                            ({"rope_type": "longrope", "short_factor": [1] * 16, "long_factor": [1] * 15 + [0]},
+                             "rope_scaling.long_factor: got 0.0, want numbers > 0"),
+                            ({"rope_type": "longrope", "short_factor": [1e-40] * 16, "long_factor": [1] * 16},
+                             "rope_scaling.short_factor: got 1e-40, want numbers from 9.53674e-07 to 1.09951e+12")):
         with pytest.raises(ConfigError, match=f"^{re.escape(wanted)}"):
             read_model({**tiny, "rope_scaling": scaling})
     with pytest.raises(ConfigError, match=r"^rope_scaling: got .*, want the same as rope_parameters"):

@@ -115,18 +115,19 @@ def tiles(packed: Packed, dtype: torch.dtype = torch.float32, tile_bytes: int = 
 
 def unpack(packed: Packed) -> Tensor:
     """The whole matrix, fp32 [rows, cols]."""
-    return gather(packed.spec, tiles(packed))
+    return gather(packed.spec, tiles(packed), packed["qweight"].device)
 
 
 def rows(packed: Packed, ids: Tensor) -> Tensor:
     """The rows `ids` int64 [n] of the whole matrix, fp32 [n, cols], as `unpack` has them. A few are decoded at a time,
     so that memory beside the result does not grow with their number."""
-    kind, found = packed.spec.format, []
-    for some in ids.split(FEW_ROWS):
+    kind, cols = packed.spec.format, packed.spec.cols
+    found = torch.empty(len(ids), cols, device=ids.device)
+    for some, place in zip(ids.split(FEW_ROWS), found.split(FEW_ROWS), strict=True):
         block, row = some // CARRIED_BLOCK, some % CARRIED_BLOCK
         codes = _codes_of_rows(kind, packed["qweight"], block, row)
-        found.append(_numbers(kind, codes, packed["scales"][block], row)[:, :packed.spec.cols])
-    return found[0] if len(found) == 1 else torch.cat(found)
+        place.copy_(_numbers(kind, codes, packed["scales"][block], row)[:, :cols])
+    return found
 
 
 def _codes_of_rows(kind: str, qweight: Tensor, block: Tensor, row: Tensor) -> Tensor:

@@ -128,9 +128,10 @@ def row_tiles(spec: MatrixSpec, item_bytes: int = 4, tile_bytes: int = 0) -> Ite
             yield part * rows + start, part * padded + start, min(step, rows - start)
 
 
-def gather(spec: MatrixSpec, tiles: Iterable[tuple[int, Tensor]]) -> Tensor:
-    """Put (first logical row, [n, cols]) tiles together into an fp32 [rows, cols] matrix."""
-    whole = torch.empty(spec.rows, spec.cols)
+def gather(spec: MatrixSpec, tiles: Iterable[tuple[int, Tensor]], device: torch.device | None = None) -> Tensor:
+    """Put (first logical row, [n, cols]) tiles together into an fp32 [rows, cols] matrix. device: theirs, None = the
+    CPU."""
+    whole = torch.empty(spec.rows, spec.cols, device=device)
     for start, tile in tiles:
         whole[start:start + len(tile)] = tile
     return whole

@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 from qmix.errors import ConfigError
 from qmix.gguf.vocabulary import CONTROL
 from qmix.models.gguf import EMBEDDING, ROPE_FREQS, WITH_EXPERTS, Shapes
-from qmix.models.keys import Keys
+from qmix.models.keys import MOST_LAYERS, Keys
 from qmix.models.registry import ARCHITECTURES
 from qmix.models.source import Layout
 from qmix.spec import Model
@@ -55,10 +55,15 @@ def gguf_config(metadata: Mapping[str, Any], shapes: Shapes, rope_freqs: tuple[f
         raise ConfigError(f"{EMBEDDING}: missing", "the file holds no whole model: fetch it again")
     prefix = f"{kind}."
     scope = {key.removeprefix(prefix): _plain(value) for key, value in metadata.items() if key.startswith(prefix)}
-    scope |= {key: value[0] for key in UNIFORM if isinstance(value := scope.get(key), tuple) and len({*value}) == 1}
     if rope_freqs is not None:
         scope[ROPE_FREQS] = rope_freqs
     keys = Keys(scope, prefix)
+    for key in UNIFORM:
+        if isinstance(value := scope.get(key), tuple):
+            layers = keys.count("block_count", most=MOST_LAYERS)
+            keys.want(len(value) == layers, key, len(value), f"one number, or block_count = {layers} numbers")
+            if len({*value}) == 1:
+                scope[key] = value[0]
     config = known[name].gguf_config(keys, shapes)
     keys.fixed("attention.causal", True)
     keys.harmless(*HARMLESS)

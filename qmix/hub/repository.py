@@ -27,6 +27,7 @@ from qmix.hub.contents import (
 )
 from qmix.hub.errors import hub_error, reason, status_of
 from qmix.hub.fetching import CONNECTIONS, Bar, File, fetch_files, quiet
+from qmix.hub.limits import check_small_files
 from qmix.hub.names import GgufModel, HubName, choose_gguf, gguf_models
 from qmix.hub.private import drop, folder_of, link_cached, private_cache
 from qmix.sizes import format_bytes
@@ -294,18 +295,29 @@ def _snapshot(repo: str, revision: str | None, names: Iterable[str], patterns: I
     import huggingface_hub
 
     names, patterns = [*names], [*patterns]
+    wanted, where = [*map(escape, names), *patterns], f"{repo}@{revision}" if revision else repo
     how: dict[str, Any] = {"local_files_only": True} if access.offline else {}
     if access.cache is not None:
         how["cache_dir"] = access.cache
+    unsaid: Exception | None = None  # why the hub does not say how large they are
     try:
         with quiet(None):
-            return Path(huggingface_hub.snapshot_download(
-                repo, revision=revision, allow_patterns=[*map(escape, names), *patterns], **how))
+            if not _offline(access):
+                try:
+                    check_small_files(where, repo, revision, wanted)
+                except QmixError:
+                    raise
+                except Exception as e:
+                    how["local_files_only"], unsaid = True, e
+            return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=wanted, **how))
+    except QmixError:
+        raise
     except Exception as e:  # its own, and those of whichever HTTP library its version uses
+        e = unsaid or e
         if tries > 1 and (status_of(e) or status_of(e.__cause__ or e)) is None:
             time.sleep(1)
             return _snapshot(repo, revision, names, patterns, access, tries - 1)
-        raise hub_error(f"{repo}@{revision}" if revision else repo, e, access.offline) from None
+        raise hub_error(where, e, access.offline) from None
 
 
 def _look_up(found: Found, say: Say) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from qmix.models.keys import MOST_EXPERTS, MOST_LAYERS, REQUIRED, Keys
 from qmix.models.parts import dense_layout
+from qmix.models.rope import MOST_FACTOR, want_factors
 from qmix.models.source import Index, Layout, Pairs, Source, Step, halves
 from qmix.spec import Attention, ExpertKey, Model, Moe
 
@@ -90,12 +91,11 @@ def rope_config(keys: Keys, rotated: int, **further: Any) -> dict[str, Any]:
     return {"rope_parameters": found}
 
 
-def rope_factors(keys: Keys, rotated: int) -> tuple[float, ...]:
-    """What each frequency of a head with `rotated` dimensions is divided by, as a tensor of the file has it."""
+def rope_factors(keys: Keys, rotated: int, most: float = MOST_FACTOR) -> tuple[float, ...]:
+    """What each frequency of a head with `rotated` dimensions is divided by, as a tensor of the file has it; `most` at
+    most."""
     factors = keys.numbers(ROPE_FREQS)
-    keys.want(len(factors) == rotated // 2 > 0, ROPE_FREQS, len(factors),
-              f"{rotated // 2} numbers, one for each rotary pair")
-    keys.want(min(factors) > 0, ROPE_FREQS, min(factors), "numbers > 0")
+    want_factors(keys, ROPE_FREQS, factors, rotated // 2, most)
     return factors
 
 

@@ -16,6 +16,7 @@ from qmix.models.gguf import (
     rope_factors,
 )
 from qmix.models.keys import Keys
+from qmix.models.rope import NORMAL
 from qmix.models.source import Layout
 from qmix.spec import Model
 
@@ -111,7 +112,7 @@ def _ropes(keys: Keys, wide: int, small: int) -> dict[str, Any]:
     local = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", 10000.0, above=0)}
     count = keys.count("rope.dimension_count", wide)
     keys.want(count == wide, "rope.dimension_count", count, f"attention.key_length = {wide}")
-    factors = rope_factors(keys, wide)
+    factors = rope_factors(keys, wide, most=NORMAL)
     turning = sum(factor < STILL for factor in factors)
     keys.want(turning > 0 and factors[:turning] == (1.0,) * turning, ROPE_FREQS, factors, "1 for the first, and 1e30")
     shares = 2 * turning / wide, (2 * turning + 0.5) / wide  # the first one unless it is rounded down

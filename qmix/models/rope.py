@@ -9,6 +9,9 @@ from qmix.spec import Linear, Llama3, LongRope, Rope, Yarn
 from qmix.spec.rope import Scaling
 
 TYPES = ("default", "linear", "yarn", "llama3", "longrope")
+# What a frequency may be divided by: published factors are 1 to some tens. Beyond fp32's normal numbers a factor or
+# its reciprocal becomes 0 or inf, and the logits NaN.
+LEAST_FACTOR, MOST_FACTOR, NORMAL = 2.0**-20, 2.0**40, 2.0**126
 
 
 def read_rope(keys: Keys, head_dim: int, max_positions: int, theta: float, partial: float | None = None) -> Rope:
@@ -71,5 +74,15 @@ def _or(keys: Keys, key: str, default: float | None) -> Any:
 
 def _factors(keys: Keys, key: str, count: int) -> tuple[float, ...]:
     found = keys.numbers(key)
-    keys.want(len(found) == count, key, len(found), f"{count} numbers, one for each rotary pair")
+    want_factors(keys, key, found, count)
     return found
+
+
+def want_factors(keys: Keys, key: str, found: tuple[float, ...], pairs: int, most: float = MOST_FACTOR) -> None:
+    """ConfigError unless `found` is what the frequency of each of `pairs` rotary pairs may be divided by."""
+    keys.want(len(found) == pairs > 0, key, len(found), f"{pairs} numbers, one for each rotary pair")
+    for factor in found:
+        keys.want(factor > 0, key, factor, "numbers > 0")
+        keys.want(LEAST_FACTOR <= factor <= most, key, factor,
+                  f"numbers from {LEAST_FACTOR:g} to {most:g}: with such a frequency the model computes inf or NaN; "
+                  "fetch or convert the model again")
