@@ -1,5 +1,5 @@
-"""The chat page as the server sends it, what lies in the package, and the figures behind it; test_serve_browser.py uses
-the page as people do."""
+"""The chat page as the server sends it, what lies in the package, and the figures behind it;
+test_serve_browser_*.py use the page as people do."""
 
 from __future__ import annotations
 
