@@ -147,3 +147,57 @@ def test_storage_that_is_full_is_told(running: Running, tabs: Callable[..., Tab]
     tab.page.get_by_role("button", name="New chat").click()
     tab.page.locator("#list a").click()
     tab.until(["Hello", "the first answer"])
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["in the browser", "in memory"])
+def test_a_chat_deleted_while_it_answers_stays_deleted(tokenizer: Tokenizer, tabs: Callable[..., Tab],
+                                                       kept: bool) -> None:
+    """The answer keeps its chat from time to time, and at its end; deleting takes a moment, in which it goes on."""
+    engine = ScriptedEngine(tokenizer, says(tokenizer, "one two three four"))
+    with serving(lambda: engine) as running:
+        tab = tabs(running)
+        page = tab.page
+        if not kept:
+            page.evaluate("""() => { IDBObjectStore.prototype.put = () => { throw new DOMException('full'); }; }""")
+        engine.may_go.clear()
+        tab.ask("Count")
+        running.until(lambda: engine.passes > 0)
+        links = page.locator("#list a")
+        playwright.expect(links).to_have_count(1)
+        page.get_by_role("button", name="Delete Count").click()
+        page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+        playwright.expect(links).to_have_count(0)
+        running.until(lambda: running.engine.running is None)  # it is stopped, and would be kept
+        engine.may_go.set()
+        tab.ask("Count again")  # by now the end of the first answer is behind
+        tab.wait()
+        playwright.expect(links).to_have_text(["Count again"])
+        if kept:
+            page.reload()
+            tab.until(["Count again", "one two three four"])
+            playwright.expect(links).to_have_text(["Count again"])
+        page.close()  # before the server, which it would ask
+
+
+def test_a_chat_that_another_tab_deletes_while_it_answers(running: Running, engine: ScriptedEngine,
+                                                          tabs: Callable[..., Tab]) -> None:
+    one, two = tabs(running), tabs(running)
+    engine.may_go.clear()
+    one.ask("Hello")
+    passes = engine.passes
+    running.until(lambda: engine.passes > passes)
+    two.page.get_by_role("link", name="Hello").hover()
+    two.page.get_by_role("button", name="Delete Hello").click()
+    two.page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    playwright.expect(one.page.locator("#notice")).to_contain_text("Another tab deleted this chat")
+    engine.may_go.set()
+    one.wait()
+    one.until(["Hello", "the first answer"])  # the answer goes on, and is not kept
+    for tab in (one, two):
+        playwright.expect(tab.page.locator("#list a")).to_have_count(0)
+    one.ask("More")
+    one.wait()
+    for tab in (one, two):
+        playwright.expect(tab.page.locator("#list a")).to_have_text(["Hello"])
+    one.page.reload()
+    one.until(["Hello", "the first answer", "More", "the second answer"])
