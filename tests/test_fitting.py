@@ -142,7 +142,6 @@ def quantize_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     return run
 
 
-@pytest.mark.models  # it measures all experts of the demo, quantizes and measures what that cost
 def test_a_mix_is_made_and_what_it_costs_is_said(quantize_in: Any, tmp_path: Path) -> None:
     room = (EXPERTS + LEAST) // 2
     said = quantize_in(room, dry_run=False)
