@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -100,3 +102,27 @@ def no_thread_stays() -> Iterator[None]:
     before = threading.active_count()
     yield
     assert threading.active_count() == before
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """A headless Chromium."""
+    from browser_tabs import NAMES
+    from playwright.sync_api import sync_playwright
+
+    found = next(filter(None, map(shutil.which, NAMES)), None)
+    if found is None:
+        pytest.skip("no Chromium is here: " + ", ".join(NAMES))
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=found)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def tabs(browser: Any) -> Iterator[Any]:
+    """Opens tabs, see browser_tabs.py; what went wrong in one fails the test."""
+    from browser_tabs import tabs_of
+
+    with tabs_of(browser) as open_tab:
+        yield open_tab

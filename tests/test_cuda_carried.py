@@ -25,8 +25,14 @@ from qmix.sizes import CARRIED
 pytestmark = needs_triton
 
 
-@pytest.mark.parametrize("kind", CARRIED)
+def most(*kinds: str) -> list[Any]:
+    """One of each way in which scales are made and codes become numbers; the others with the marker `models`."""
+    return [kind if kind in ("q8_0", "q4_k", "q6_k", "iq4_nl") else pytest.param(kind, marks=pytest.mark.models)
+            for kind in kinds]
+
+
 class TestEveryFormat:
+    @pytest.mark.parametrize("kind", most(*CARRIED))
     def test_few_tokens(self, kind: str) -> None:
         """Two programs share the columns, and a run of them ends early where a block of ggml's has 32."""
         cols = 1280 if CARRIED[kind].columns == 256 else 1312
@@ -36,6 +42,7 @@ class TestEveryFormat:
         assert relative(logical(y, m.spec), product(x, decode(m))) < SUMS
         assert not padding(y, m.spec).any()
 
+    @pytest.mark.parametrize("kind", most(*CARRIED))
     def test_many_tokens(self, kind: str) -> None:
         m, x = carried_matrix(kind, 2 * 70, 256, 2), operand(20, 256)
         for dot, bound in (("fp32", SUMS), ("fp16", HALF)):
@@ -43,6 +50,7 @@ class TestEveryFormat:
             assert relative(logical(y, m.spec), product(x, decode(m))) < bound
             assert not padding(y, m.spec).any()
 
+    @pytest.mark.parametrize("kind", CARRIED)
     def test_decoded_rows_are_ggmls_numbers(self, kind: str) -> None:
         m = carried_matrix(kind, 130, 256)
         found = cuda.decoded(cuda.Matrices.of(here(m)), 1, 2, torch.float32)
@@ -82,7 +90,8 @@ def test_a_graph_can_have_the_rows(kind: str, monkeypatch: pytest.MonkeyPatch) -
     assert set(called.names) <= {"view", "detach"}
 
 
-EXPERTS = [("q8_0", 64, 96), ("q5_1", 96, 64), ("q4_k", 256, 256), ("q6_k", 256, 256), ("iq4_nl", 96, 64)]
+EXPERTS = [("q8_0", 64, 96), pytest.param("q5_1", 96, 64, marks=pytest.mark.models),
+           ("q4_k", 256, 256), ("q6_k", 256, 256), ("iq4_nl", 96, 64)]
 
 
 class TestExperts:
@@ -107,14 +116,14 @@ class TestExperts:
         assert error(got, x, ids, table, exact, CLAMPED) < 5 * SUMS
 
 
-def test_a_token_has_the_bits_that_it_has_alone() -> None:
-    for kind in ("q5_k", "iq4_nl"):
-        m, x = here(carried_matrix(kind, 70, 512)), operand(5, 512).to(DEVICE)
-        whole = cuda.linear(x, m)
-        assert torch.equal(whole[2:3], cuda.linear(x[2:3], m)) and torch.equal(whole[3:], cuda.linear(x[3:], m))
+@pytest.mark.parametrize("kind", most("q5_k", "iq4_nl"))
+def test_a_token_has_the_bits_that_it_has_alone(kind: str) -> None:
+    m, x = here(carried_matrix(kind, 70, 512)), operand(5, 512).to(DEVICE)
+    whole = cuda.linear(x, m)
+    assert torch.equal(whole[2:3], cuda.linear(x[2:3], m)) and torch.equal(whole[3:], cuda.linear(x[3:], m))
 
 
-@pytest.mark.parametrize("kind", ["q5_0", "q6_k"])
+@pytest.mark.parametrize("kind", most("q5_0", "q6_k"))
 def test_the_self_test_of_a_card_passes_and_fails(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As choose_device_kernels makes it before anything is loaded."""
     from qmix.kernels import cuda_prompt

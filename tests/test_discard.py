@@ -224,6 +224,7 @@ def test_a_run_that_leaves_the_flag_out_says_what_is_there(server: Served, qmix:
     assert done.returncode == 0 and "with that flag it would go on there" in done.stderr
 
 
+@pytest.mark.models  # gptq, three times
 def test_a_text_passes_through_what_is_fetched_again(server: Served, qmix: Command, kill: Command,
                                                      tmp_path: Path) -> None:
     """A resumed gptq reads the experts of finished layers once more."""

@@ -1,14 +1,17 @@
-"""The chat page as the server sends it, what lies in the package, and the figures behind it; test_serve_browser.py uses
-the page as people do."""
+"""The chat page as the server sends it, what lies in the package, and the figures behind it;
+test_serve_browser_*.py use the page as people do."""
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import threading
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import get_ident
+from typing import Any
 
 import httpx
 import pytest
@@ -46,6 +49,9 @@ def test_browsers_get_the_page_and_programs_a_line(running: Running) -> None:
     assert page.text == (STATIC / "index.html").read_text() and page.headers["vary"] == "Accept"
     line = httpx.get(running.url)
     assert line.text == "qmix is running\n" and httpx.head(running.url).status_code == 200
+    for accept, html in (("text/html;q=0, */*", False), ("*/*, Text/HTML; q=0.000", False), ("text/html;q=0.1", True),
+                         ("text/plain, text/html; level=1", True)):
+        assert ("<html" in httpx.get(running.url, headers={"Accept": accept}).text) == html, accept
 
 
 def test_all_that_the_page_names_is_there(running: Running) -> None:
@@ -160,6 +166,29 @@ def test_nobody_asks_nobody_looks(tokenizer: Tokenizer, monkeypatch: pytest.Monk
         assert looks == [1]  # once it was loaded
         httpx.get(running.url + "/v1/stats/experts")
         running.until(lambda: len(looks) > 3)  # records may arrive while nothing is computed
+
+
+def test_figures_that_cannot_be_read_end_no_answer(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are looked at between two layers of an answer."""
+    monkeypatch.setattr(engine_thread, "FIGURES_EVERY", 0.001)
+    engine, hooks, here = ScriptedEngine(tokenizer, says(tokenizer, "one two")), list[Callable[[], None]](), get_ident()
+    stats, failed = engine.stats, list[int]()
+
+    def unreadable() -> dict[str, Any]:
+        if get_ident() == here:
+            failed.append(1)
+            raise OSError(errno.EMFILE, "Too many open files")
+        return stats()
+
+    monkeypatch.setattr(engine, "on_layer", hooks.append)
+    monkeypatch.setattr(engine, "stats", unreadable)
+    with serving(lambda: engine) as running:
+        def looked() -> bool:
+            hooks[0]()
+            return bool(failed)
+
+        running.until(looked)
+        assert running.engine.figures == stats()
 
 
 def test_before_the_model_is_there_the_page_is(tokenizer: Tokenizer) -> None:

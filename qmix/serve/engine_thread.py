@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -151,7 +151,7 @@ class EngineThread:
                 sessions = Sessions(engine, self.options.sessions)
                 self.preparation = Preparation(engine.tokenizer, engine.plan.context, self.remembered, engine.exact)
                 self.figures, self.expert_map = engine.stats(), engine.expert_map()
-                engine.on_layer(partial(self._look, engine))
+                engine.on_layer(partial(self._look_between, engine))
                 if self.state == "loading":
                     self.state = "ready"
                     self._said("ready")
@@ -222,6 +222,11 @@ class EngineThread:
                 if choice + 1 < choices:  # an answer of fewer choices than asked for is no whole one
                     raise NotReady("the server stops", "the answer is not complete")
                 return
+
+    def _look_between(self, engine: Engine) -> None:
+        """Between two layers, within an answer, which figures that cannot be read must not end: the old ones stay."""
+        with suppress(OSError):
+            self._look(engine)
 
     def _look(self, engine: Engine, now: bool = False) -> None:
         """Note the engine's figures, now and then."""

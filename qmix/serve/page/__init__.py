@@ -11,6 +11,7 @@ path from a request reaches the file system.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -62,6 +63,15 @@ def is_page(path: str) -> bool:
     return path == "/" or path.startswith(PREFIX)
 
 
+def accepts_html(accept: str) -> bool:
+    """Whether an Accept header names text/html, and not with q=0, which refuses it (RFC 9110, 12.4.2)."""
+    for one in accept.lower().split(","):
+        kind, *parameters = (part.strip() for part in one.split(";"))
+        if kind == "text/html":
+            return not any(re.fullmatch(r"q\s*=\s*0(\.0*)?", part) for part in parameters)
+    return False
+
+
 def page_router(files: Mapping[str, PageFile]) -> APIRouter:
     """The routes of the page."""
     router = APIRouter()
@@ -77,7 +87,7 @@ def page_router(files: Mapping[str, PageFile]) -> APIRouter:
 
     async def index(request: Request) -> Response:
         """The page for browsers; a line for programs that look whether there is a server, as ollama's do."""
-        found = send(request, "index.html") if "text/html" in request.headers.get("accept", "") else \
+        found = send(request, "index.html") if accepts_html(request.headers.get("accept", "")) else \
             PlainTextResponse("qmix is running\n")
         found.headers["Vary"] = "Accept"
         return found

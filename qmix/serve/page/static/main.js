@@ -19,9 +19,10 @@ class Page {
     this.conversation = newConversation(initialSettings());
     this.answers = new Map(); // of chats by their object: one may go on while another one is shown
     this.views = new Map(); // node id -> view, of the chat that is shown
+    this.deleted = new Set(); // ids of chats that are not kept any more, though an answer may still be written to them
     this.model = null;
     this.panel = new Panel(() => this.askKey());
-    this.sidebar = new Sidebar(this.store, (id) => this.removed(id), (id, title) => this.rename(id, title),
+    this.sidebar = new Sidebar(this.store, (id) => this.remove(id), (id, title) => this.rename(id, title),
       () => this.fresh());
     new SettingsDialog(() => this.conversation.settings, (settings) => this.newSettings(settings));
     this.wire();
@@ -138,6 +139,7 @@ class Page {
   }
 
   async keep(conversation) {
+    if (this.deleted.has(conversation.id)) return;
     if (await this.store.save(conversation)) {
       this.notice("Another tab changed this chat at the same time, so it is a chat of its own now.");
     }
@@ -159,7 +161,13 @@ class Page {
     this.draw();
   }
 
-  removed(id) {
+  /** Marked before the store is asked: an answer keeps its chat from time to time, and once more when it is stopped. */
+  async remove(id) {
+    this.deleted.add(id);
+    if (!await this.store.remove(id)) {
+      this.deleted.delete(id);
+      return;
+    }
     for (const [conversation, answer] of this.answers) if (conversation.id === id) answer.stop();
     if (this.conversation.id === id) this.fresh();
     else this.sidebar.draw(this.conversation.id);
@@ -167,7 +175,14 @@ class Page {
 
   /** Another tab has kept or deleted a chat. */
   async changedElsewhere({ id, gone }) {
-    if (id === this.conversation.id && !this.answer) {
+    if (gone) {
+      for (const [conversation, answer] of this.answers) {
+        if (conversation.id !== id) continue;
+        this.deleted.add(id); // until the next question
+        if (conversation !== this.conversation) answer.stop();
+      }
+    }
+    if (id === this.conversation.id && (gone || !this.answer)) {
       const found = gone ? null : await this.store.load(id);
       const editing = document.querySelector("form.edit");
       if (found && !editing && !this.answer && this.conversation.id === id) {
@@ -201,6 +216,7 @@ class Page {
     const answer = new Answer(conversation, node, this.model || undefined, () => this.piece(conversation, node),
       () => this.keep(conversation));
     this.answers.set(conversation, answer);
+    this.deleted.delete(conversation.id);
     this.draw();
     this.scroll(true);
     // What was pressed is gone; the keyboard goes on at the button that has come.

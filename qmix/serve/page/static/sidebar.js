@@ -5,10 +5,10 @@ import { button } from "./messages.js";
 const byId = (id) => document.getElementById(id);
 
 export class Sidebar {
-  /** removed(id), rename(id, title) and fresh(): what the page does then. */
-  constructor(store, removed, rename, fresh) {
+  /** remove(id), rename(id, title) and fresh(): what the page does then. */
+  constructor(store, remove, rename, fresh) {
     this.store = store;
-    this.removed = removed;
+    this.remove = remove;
     this.rename = rename;
     this.shown = "";
     byId("new").addEventListener("click", fresh);
@@ -61,7 +61,7 @@ export class Sidebar {
 
   async askDelete(id, name) {
     if (await ask("Delete the chat?", `${name} is removed from this browser, with all its messages.`, "Delete", null)) {
-      if (await this.store.remove(id)) this.removed(id);
+      await this.remove(id);
     }
   }
 }
