@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from warm_python import WarmPython
 
 from qmix.checkpoint import Checkpoint
 from qmix.errors import CheckpointError
-from qmix.quantize.discard import NAME
+from qmix.hub.discarded import NAME
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 HOW = ("--method", "rtn", "-t", "1")
@@ -105,6 +106,26 @@ def test_a_killed_run_resumes_without_what_was_written(server: Served, qmix: Com
     same_store(want, tmp_path / "out")
 
 
+def test_a_half_of_a_model_is_never_taken_for_one(server: Served, qmix: Command, kill: Command, tmp_path: Path,
+                                                  want: Path) -> None:
+    """As a local folder; or where a later commit has the same files under other names."""
+    assert kill(server, 30, "quantize", "org/name", "first", "--discard-source", *HOW).returncode == -9
+    (snapshot,) = (own(tmp_path) / "snapshots").iterdir()
+    local = qmix(server, "quantize", snapshot, "local", *HOW)
+    assert local.returncode == 4 and "was discarded" in local.stderr and not (tmp_path / "local").exists(), local.stderr
+    repo = tmp_path / "repo"
+    shutil.copytree(server.handler.folder, repo)
+    for path in [*repo.glob("model-*.safetensors")]:
+        path.rename(repo / path.name.replace("model-", "weights-"))
+    index = repo / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace('"model-', '"weights-'))
+    server.handler.folder, server.handler.commit = repo, "f" * 40
+    done = qmix(server, "quantize", "org/name", "out", "--discard-source", *HOW)
+    assert done.returncode == 0 and "needed again" in done.stderr, done.stderr
+    for name in (path.name for path in want.glob("experts*")):
+        assert (want / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
 @pytest.mark.parametrize("how", ["lost", "forced"])
 def test_what_is_needed_again_is_fetched_again(server: Served, qmix: Command, kill: Command, tmp_path: Path,
                                                want: Path, how: str) -> None:
@@ -150,6 +171,25 @@ def test_a_gguf_model(tmp_path: Path, qmix: Command, kill: Command) -> None:
         assert (own(tmp_path) / NAME).is_file()
         done = qmix(server, *args)
         assert done.returncode == 0 and server.weights() == ["name-Q8_0.gguf"], done.stderr
+        same_store(tmp_path / "want", tmp_path / "out")
+    finally:
+        server.stop()
+
+
+def test_what_is_gone_of_a_file_in_a_folder_is_fetched_again(tmp_path: Path, qmix: Command, kill: Command) -> None:
+    """By its path in the repository; not with --offline."""
+    path = write_gguf(tmp_path / "repo" / "q8" / "name-Q8_0.gguf")
+    server = Served(tmp_path / "repo", tmp_path / "cache")
+    how = ("--format", "int8", "-t", 1)
+    try:
+        assert qmix(server, "quantize", path, "want", *how).returncode == 0
+        assert kill(server, 22, "quantize", "org/name:Q8_0", "first", "--discard-source", "-t", 1).returncode == -9
+        server.fetched.clear()
+        offline = qmix(server, "quantize", "org/name:Q8_0", "out", "--discard-source", *how, "--offline")
+        assert offline.returncode == 4 and not server.fetched, offline.stderr
+        assert "the hub must not be asked (--offline" in offline.stderr, offline.stderr
+        done = qmix(server, "quantize", "org/name:Q8_0", "out", "--discard-source", *how)
+        assert done.returncode == 0 and {*server.weights()} == {"q8/name-Q8_0.gguf"}, done.stderr
         same_store(tmp_path / "want", tmp_path / "out")
     finally:
         server.stop()

@@ -12,7 +12,8 @@ refused before its weights are fetched.
 
 names.py reads hub ids; repository.py finds out what is there and what of it is needed, by contents.py; fetching.py
 fetches files, blobs.py one; preview.py the header of a GGUF file alone; private.py has
-downloads that are given up while they are used; errors.py says what the library raises.
+downloads that are given up while they are used, discarded.py what of them is gone; errors.py says what the library
+raises.
 """
 
 from qmix.hub.names import HubName

@@ -64,10 +64,11 @@ def link_cached(repo: str, commit: str | None, folder: Path, name: str) -> bool:
     return True
 
 
-def refetch(repo: str, commit: str | None, name: str, begin: int, nbytes: int, fd: int) -> None:
-    """Bytes of a file of the hub, once more, to their place in the file `fd`. CheckpointError where they do not
-    come."""
+def refetch(repo: str, commit: str | None, offline: bool, name: str, begin: int, nbytes: int, fd: int) -> None:
+    """Bytes of a file of the hub, once more, to their place in the file `fd`. CheckpointError where they do not come,
+    or the hub must not be asked (offline)."""
     from huggingface_hub import hf_hub_url
+    from huggingface_hub.errors import OfflineModeIsEnabled
 
     at = begin
 
@@ -78,6 +79,8 @@ def refetch(repo: str, commit: str | None, name: str, begin: int, nbytes: int, f
             written = os.pwrite(fd, view, at)
             view, at = view[written:], at + written
 
+    if offline:
+        raise hub_error(repo, OfflineModeIsEnabled(), offline)
     try:
         came = blobs.fetch_range(hf_hub_url(repo, name, revision=commit), begin, nbytes, take)
     except QmixError:

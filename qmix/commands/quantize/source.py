@@ -36,7 +36,8 @@ class Source:
         from qmix.quantize.discard import Discard
 
         self.discarded = found = Discard(
-            checkpoint, self.owned, partial(hub.refetch, self.found.name.repo, self.found.commit), render.say)
+            checkpoint, self.owned, self.found.folder,
+            partial(hub.refetch, self.found.name.repo, self.found.commit, self.found.access.offline), render.say)
         if not found.freeable:
             render.say("--discard-source: nothing is left to free: the files were in the hub's cache before, or are "
                        "discarded already")
