@@ -82,7 +82,8 @@ def refetch(repo: str, commit: str | None, offline: bool, name: str, begin: int,
     if offline:
         raise hub_error(repo, OfflineModeIsEnabled(), offline)
     try:
-        came = blobs.fetch_range(hf_hub_url(repo, name, revision=commit), begin, nbytes, take)
+        came = blobs.fetch_range(hf_hub_url(repo, name, revision=commit), begin, nbytes, take,
+                                 "fetch the model as a whole: the same command without --discard-source")
     except QmixError:
         raise
     except Exception as e:
