@@ -11,13 +11,15 @@ from pathlib import Path
 import architectures
 import pytest
 from hub_server import Served, repository, write_gguf
+from huggingface_hub import constants
 from lowbit_checkpoints import write_lowbit
 from model_configs import with_keys
 from warm_python import WarmPython
 
 from qmix.checkpoint import Checkpoint
 from qmix.errors import CheckpointError
-from qmix.hub.discarded import NAME
+from qmix.hub.discarded import NAME, gone_in, note
+from qmix.hub.private import drop_weights
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 HOW = ("--method", "rtn", "-t", "1")
@@ -89,6 +91,8 @@ def test_nothing_of_the_download_stays(server: Served, qmix: Command, tmp_path: 
     assert done.returncode == 0 and "discarded" in done.stderr and not own(tmp_path).exists(), done.stderr
     same_store(want, tmp_path / "out")
     assert not [*(tmp_path / "cache" / "hub").rglob("*.safetensors")]
+    again = qmix(server, "quantize", "org/name", "out", "--discard-source", *HOW)
+    assert again.returncode == 2 and f"{own(tmp_path)} has what" in again.stderr, again.stderr
 
 
 def test_a_killed_run_resumes_without_what_was_written(server: Served, qmix: Command, kill: Command, tmp_path: Path,
@@ -174,6 +178,30 @@ def test_a_gguf_model(tmp_path: Path, qmix: Command, kill: Command) -> None:
         same_store(tmp_path / "want", tmp_path / "out")
     finally:
         server.stop()
+
+
+def test_what_another_run_fetched_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a folder in which two commits share a file, and of one a download was interrupted."""
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "cache"))
+    for folder in ("blobs", "snapshots/one", "snapshots/two"):
+        (own(tmp_path) / folder).mkdir(parents=True)
+    blobs, one, two = (own(tmp_path) / name for name in ("blobs", "snapshots/one", "snapshots/two"))
+    (tmp_path / "of-the-user").write_bytes(b"weights")
+    (one / "c.gguf").symlink_to(tmp_path / "of-the-user")
+    for blob, links in {"shared": (one / "a.gguf", two / "d.gguf"), "mine": (one / "b.gguf",),
+                        "small": (one / "config.json",), "other.qmix-partial": (), "x.incomplete": ()}.items():
+        (blobs / blob).write_bytes(b"weights")
+        for link in links:
+            link.symlink_to(Path("..", "..", "blobs", blob))
+    note(own(tmp_path), [("blobs/mine", "t"), ("blobs/shared", "t")], gone=True)
+
+    assert not drop_weights("org/name", one, ("a.gguf", "b.gguf", "c.gguf"))[1]
+    assert {path.name for path in blobs.iterdir()} == {"shared", "small", "other.qmix-partial", "x.incomplete"}
+    assert gone_in(own(tmp_path)) == {("blobs/shared", "t")} and (two / "d.gguf").read_bytes() == b"weights"
+    assert not drop_weights("org/name", two, ("d.gguf",))[1] and not (blobs / "shared").exists()
+    (blobs / "other.qmix-partial").unlink()
+    assert drop_weights("org/name", two, ("d.gguf",))[1] and not own(tmp_path).exists()
+    assert (tmp_path / "of-the-user").read_bytes() == b"weights"
 
 
 def test_what_is_gone_of_a_file_in_a_folder_is_fetched_again(tmp_path: Path, qmix: Command, kill: Command) -> None:

@@ -18,7 +18,7 @@ raises.
 
 from qmix.hub.names import HubName
 from qmix.hub.preview import is_preview
-from qmix.hub.private import claimed, drop, private_cache, refetch
+from qmix.hub.private import claimed, drop_weights, private_cache, private_folder, refetch
 from qmix.hub.repository import (
     CONFIG,
     FILES,
@@ -36,5 +36,5 @@ from qmix.hub.repository import (
 )
 
 __all__ = ["CONFIG", "FILES", "INDEX", "MANIFEST", "SINGLE", "Access", "Found", "HubName", "Wanted", "claimed",
-           "download", "drop", "find", "free_source", "is_commit", "is_preview", "newest_commit",
-           "private_cache", "refetch"]
+           "download", "drop_weights", "find", "free_source", "is_commit", "is_preview", "newest_commit",
+           "private_cache", "private_folder", "refetch"]

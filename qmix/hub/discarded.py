@@ -34,7 +34,7 @@ def file_in(folder: Path, path: Path) -> str | None:
 def discarded_in(path: Path) -> set[str]:
     """The tensors of a file that are gone. CheckpointError where a journal cannot be read."""
     for folder in Path(os.path.realpath(path)).parents:
-        if os.path.lexists(folder / NAME):
+        if os.path.lexists(folder / NAME) and (folder / "snapshots").is_dir():
             return {tensor for file, tensor in gone_in(folder) if file == file_in(folder, path)}
     return set()
 
