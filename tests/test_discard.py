@@ -180,6 +180,14 @@ def test_a_gguf_model(tmp_path: Path, qmix: Command, kill: Command) -> None:
         server.stop()
 
 
+def test_a_torn_line_hides_no_other(tmp_path: Path) -> None:
+    (tmp_path / NAME).write_text('[1, "blobs/a", "t"]\n[1, "blobs')
+    assert gone_in(tmp_path) == {("blobs/a", "t")}
+    note(tmp_path, [("blobs/b", "t"), ("blobs/c", "t")], gone=True)
+    note(tmp_path, [("blobs/a", "t")], gone=False)
+    assert gone_in(tmp_path) == {("blobs/b", "t"), ("blobs/c", "t")}
+
+
 def test_what_another_run_fetched_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a folder in which two commits share a file, and of one a download was interrupted."""
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "cache"))

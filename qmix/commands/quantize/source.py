@@ -82,7 +82,7 @@ def fetched_name(name: hub.HubName, access: hub.Access, discard: bool) -> Iterat
             if source.discarded is not None:
                 render.say(source.discarded.line())
             freed, is_gone = hub.drop_weights(name.repo, found.folder, found.names)
-            render.say(f"deleted {folder if is_gone else 'this model there'}: {format_bytes(freed)} freed")
+            render.say(f"deleted {'' if is_gone else 'what no other run needs of '}{folder}: {format_bytes(freed)} freed")
             if not is_gone:
                 say_left(name)
 
