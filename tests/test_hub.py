@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from helpers import UNQUANTIZED
 from hub_server import COMMIT, WASTE, Served, repository, weights
+from test_consolidated import write as write_consolidated
 from warm_python import WarmPython
 
 from qmix import hub, modelfiles
@@ -19,6 +20,7 @@ from qmix.checkpoint import INDEX, SINGLE, Checkpoint
 from qmix.quantize import quantize_checkpoint
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
+KEEP = ("--format", "keep", "--dense", "keep", "-t", "1")
 Server = Callable[[Path], tuple[dict[str, str], list[str]]]
 
 
@@ -56,6 +58,33 @@ def test_only_what_the_index_names_is_fetched(serve: Server, qmix: Command, tmp_
     before = len(fetched)
     again = qmix(env, "quantize", f"org/name@{COMMIT}", "out2", "--format", "keep", "-t", 1)
     assert again.returncode == 0 and len(fetched) == before, "what is in the cache is not fetched again"
+
+
+def test_a_repository_in_mistral_s_own_layout_alone(serve: Server, qmix: Command, tmp_path: Path) -> None:
+    """Two files of weights, and a tokenizer under the name that it has there."""
+    write_consolidated(tmp_path / "repo", "mixtral", shards=2)
+    env, fetched = serve(tmp_path / "repo")
+    done = qmix(env, "show", "org/name")
+    assert done.returncode == 2 and "qmix quantize org/name name-int4" in done.stderr and weights(fetched) == []
+    done = qmix(env, "plan", "org/name")
+    assert done.returncode == 4 and "planned when its weights are here" in done.stderr and weights(fetched) == []
+    done = qmix(env, "quantize", "org/name", "out", *KEEP)
+    assert done.returncode == 0 and "tokenizer.model.v3: read as tokenizer.model" in done.stderr, done.stderr
+    assert weights(fetched) == [f"consolidated-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    assert qmix(env, "quantize", tmp_path / "repo", "want", *KEEP).returncode == 0
+    for path in (tmp_path / "want").glob("*.safetensors"):
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+    fetched.clear()
+    assert qmix(env, "quantize", "org/name", "again", "--offline", "--dry-run", *KEEP).returncode == 0
+    assert qmix(env, "plan", "org/name").returncode == 0
+    assert weights(fetched) == []
+
+
+def test_a_params_json_that_qmix_does_not_read_fetches_nothing(serve: Server, qmix: Command, tmp_path: Path) -> None:
+    write_consolidated(tmp_path / "repo", "mixtral", change=lambda params: params.update(quantization={"q": "fp8"}))
+    env, fetched = serve(tmp_path / "repo")
+    done = qmix(env, "quantize", "org/name", "out")
+    assert done.returncode == 4 and "params.json: quantization: got" in done.stderr and not weights(fetched)
 
 
 def test_a_stale_index_of_a_repository(serve: Server, qmix: Command, tmp_path: Path) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from qmix.bounded import parse_json, read_file
-from qmix.errors import ConfigError, QmixError
+from qmix.errors import CheckpointError, ConfigError, QmixError
 from qmix.models import published_experts
+from qmix.models.consolidated import consolidated_config
 from qmix.schemes import read_quantization
 
+PARAMS = "params.json"
+OWN_FILES = ("tokenizer.model.v?", "tekken.json", "consolidated*.json")  # of Mistral's own layout, beside its weights
 MAX_JSON = 256 * 2**20  # bytes of an index or a qmix.json
 
 
@@ -34,6 +38,28 @@ def is_quantized(config: Path) -> bool:
         return True
     except (OSError, ValueError, RecursionError, QmixError):  # said when the folder is opened
         return False
+
+
+def own_layout(files: Iterable[str]) -> tuple[str, ...]:
+    """The weights of a repository that is in Mistral's own layout alone; () of any other."""
+    files = {*files}
+    if PARAMS not in files or fnmatch.filter(files, "model*.safetensors"):
+        return ()
+    return tuple(sorted(name for name in fnmatch.filter(files, "consolidated*.safetensors") if "/" not in name))
+
+
+def check_params(name: str, params: Path) -> None:
+    """CheckpointError, before its weights are fetched, where qmix does not read the model of a params.json; what is
+    no JSON object is said when the folder is opened."""
+    try:
+        raw = parse_json(read_file(params, MAX_JSON))
+        if isinstance(raw, dict):
+            consolidated_config(raw)
+    except ConfigError as e:
+        raise CheckpointError(f"{name}: {params.name}: {e.message}", e.cure or "give the model in Hugging Face "
+                              "layout") from None
+    except (OSError, ValueError, RecursionError, QmixError):
+        return
 
 
 def shards(index: Any) -> Iterable[Any]:

@@ -15,7 +15,16 @@ from typing import Any, Literal
 from qmix import modelfiles
 from qmix.errors import CheckpointError, DoesNotFit, QmixError, UsageError
 from qmix.hub import blobs
-from qmix.hub.contents import is_quantized, named_files, shards, store_files
+from qmix.hub.contents import (
+    OWN_FILES,
+    PARAMS,
+    check_params,
+    is_quantized,
+    named_files,
+    own_layout,
+    shards,
+    store_files,
+)
 from qmix.hub.errors import hub_error, reason, status_of
 from qmix.hub.fetching import CONNECTIONS, Bar, File, fetch_files, quiet
 from qmix.hub.names import GgufModel, HubName, choose_gguf, gguf_models
@@ -27,7 +36,7 @@ INDEX = "model.safetensors.index.json"
 MANIFEST = "qmix.json"
 CONFIG = "config.json"
 # All that a store copies from a checkpoint, what tells a layout that qmix does not read, and what names the weights.
-FILES = (CONFIG, "params.json", "hf_quant_config.json", INDEX, MANIFEST, *modelfiles.FILES)
+FILES = (CONFIG, PARAMS, "hf_quant_config.json", INDEX, MANIFEST, *modelfiles.FILES)
 TEMPLATES = f"{modelfiles.TEMPLATES}/*.jinja"
 QUICK = 5.0  # seconds that a hub has to say whether a model has changed
 
@@ -88,7 +97,10 @@ class Found:
 
     def preview(self) -> Path:
         """What a plan needs, before anything is fetched: the folder with config.json, or a GGUF file with its header
-        alone."""
+        alone. CheckpointError for Mistral's own layout, which is read with its weights only."""
+        if self.missing and (self.folder / PARAMS).is_file() and not (self.folder / CONFIG).is_file():
+            raise CheckpointError(f"{self.name}: in Mistral's own layout, which is planned when its weights are here",
+                                  f"quantize it: qmix quantize {self.name} {self.name.repo.partition('/')[2]}-int4")
         if self.gguf is None or not self.missing:
             return self.path
         from huggingface_hub import hf_hub_url
@@ -181,6 +193,14 @@ def find(name: HubName, wanted: Wanted, say: Say, access: Access | None = None) 
         return found  # opening it as a checkpoint is refused, by its name or by its config.json
     if not found.is_store and not (folder / INDEX).exists() and folder.parent.name == "snapshots":
         files = _listing(name, commit, folder, access)
+        if own := own_layout(files):
+            if wanted == "store":
+                raise UsageError(f"{name}: a checkpoint that is not quantized yet", _quantize_first(name))
+            check_params(str(name), folder / PARAMS)
+            _snapshot(name.repo, commit, [], OWN_FILES, access)
+            found.names = own
+            _look_up(found, say)
+            return found
         if SINGLE not in files and gguf_models(files):
             return _of_gguf(name, folder, commit, files, say, access)
     if found.is_store:

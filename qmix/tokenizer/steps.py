@@ -3,7 +3,7 @@
 A step that writes two characters for one doubles a text, and twenty of them make a million times as much of it. The
 library does not stop there, and what it does cannot be interrupted. So the bytes that all steps together may make of
 one byte are computed from the file, and a file that could make more than MAX_GROWTH is refused; those of published
-models make 11 at most. Regular expressions are looked at by regexes.py.
+models make 12 at most. Regular expressions are looked at by regexes.py.
 """
 
 from __future__ import annotations

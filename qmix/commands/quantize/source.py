@@ -82,7 +82,8 @@ def fetched_name(name: hub.HubName, access: hub.Access, discard: bool) -> Iterat
             if source.discarded is not None:
                 render.say(source.discarded.line())
             freed, is_gone = hub.drop_weights(name.repo, found.folder, found.names)
-            render.say(f"deleted {'' if is_gone else 'what no other run needs of '}{folder}: {format_bytes(freed)} freed")
+            what = folder if is_gone else f"what no other run needs of {folder}"
+            render.say(f"deleted {what}: {format_bytes(freed)} freed")
             if not is_gone:
                 say_left(name)
 
