@@ -21,6 +21,7 @@ from torch import Tensor
 from qmix.bounded import parse_json, read_file
 from qmix.errors import CheckpointError
 from qmix.formats import memory
+from qmix.hub.discarded import discarded_in
 from qmix.tensorfile import Entry, TensorFile, read_exact, read_header
 
 SINGLE = "model.safetensors"
@@ -45,6 +46,7 @@ class Shard:
         self._lock = threading.Lock()  # from a change to the new state
         self.discarded: set[str] = set()
         try:
+            self.discarded = discarded_in(path)
             self._state = self._stat()
             self.file = read_header(path, CheckpointError) if header is None else header(path, self._fd)
             # The header may have been read of another file that took the name meanwhile.
@@ -64,8 +66,8 @@ class Shard:
         assert buffer.nbytes == nbytes
         offset = entry.offset + begin
         if entry.name in self.discarded and not _within(begin, nbytes, sample_of(entry)):
-            raise CheckpointError(f"{self.file.path}: {entry.name}: was discarded", "start again: it is fetched again "
-                                  "where it is needed")
+            raise CheckpointError(f"{self.file.path}: {entry.name}: was discarded by --discard-source",
+                                  "give the model's hub id: with --discard-source what is needed is fetched again")
         try:
             read_exact(self._fd, memory(buffer), offset)
             if hasattr(os, "posix_fadvise"):

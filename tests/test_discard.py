@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,14 +11,16 @@ from pathlib import Path
 import architectures
 import pytest
 from hub_server import Served, repository, write_gguf
+from huggingface_hub import constants
 from lowbit_checkpoints import write_lowbit
 from model_configs import with_keys
 from warm_python import WarmPython
 
 from qmix.checkpoint import Checkpoint
 from qmix.errors import CheckpointError
+from qmix.hub.discarded import NAME, gone_in, note
+from qmix.hub.private import drop_weights
 from qmix.quantize import discard
-from qmix.quantize.discard import NAME
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 HOW = ("--method", "rtn", "-t", "1")
@@ -103,6 +106,8 @@ def test_nothing_of_the_download_stays(server: Served, qmix: Command, tmp_path: 
     assert ("discarded " if can_free else CANNOT) in done.stderr
     same_store(want, tmp_path / "out")
     assert not [*(tmp_path / "cache" / "hub").rglob("*.safetensors")]
+    again = qmix(server, "quantize", "org/name", "out", "--discard-source", *HOW)
+    assert again.returncode == 2 and f"{own(tmp_path)} has what" in again.stderr, again.stderr
 
 
 def test_where_no_part_of_a_file_can_be_freed(server: Served, warm_python: WarmPython, tmp_path: Path,
@@ -128,6 +133,26 @@ def test_a_killed_run_resumes_without_what_was_written(server: Served, qmix: Com
     assert done.returncode == 0 and "resumed" in done.stderr and server.weights() == fetched, done.stderr
     assert len(fetched) == 2 and not own(tmp_path).exists()
     same_store(want, tmp_path / "out")
+
+
+def test_a_half_of_a_model_is_never_taken_for_one(server: Served, qmix: Command, kill: Command, tmp_path: Path,
+                                                  want: Path) -> None:
+    """As a local folder; or where a later commit has the same files under other names."""
+    assert kill(server, 30, "quantize", "org/name", "first", "--discard-source", *HOW).returncode == -9
+    (snapshot,) = (own(tmp_path) / "snapshots").iterdir()
+    local = qmix(server, "quantize", snapshot, "local", *HOW)
+    assert local.returncode == 4 and "was discarded" in local.stderr and not (tmp_path / "local").exists(), local.stderr
+    repo = tmp_path / "repo"
+    shutil.copytree(server.handler.folder, repo)
+    for path in [*repo.glob("model-*.safetensors")]:
+        path.rename(repo / path.name.replace("model-", "weights-"))
+    index = repo / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace('"model-', '"weights-'))
+    server.handler.folder, server.handler.commit = repo, "f" * 40
+    done = qmix(server, "quantize", "org/name", "out", "--discard-source", *HOW)
+    assert done.returncode == 0 and "needed again" in done.stderr, done.stderr
+    for name in (path.name for path in want.glob("experts*")):
+        assert (want / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
 @pytest.mark.parametrize("how", ["lost", "forced"])
@@ -175,6 +200,57 @@ def test_a_gguf_model(tmp_path: Path, qmix: Command, kill: Command) -> None:
         assert (own(tmp_path) / NAME).is_file()
         done = qmix(server, *args)
         assert done.returncode == 0 and server.weights() == ["name-Q8_0.gguf"], done.stderr
+        same_store(tmp_path / "want", tmp_path / "out")
+    finally:
+        server.stop()
+
+
+def test_a_torn_line_hides_no_other(tmp_path: Path) -> None:
+    (tmp_path / NAME).write_text('[1, "blobs/a", "t"]\n[1, "blobs')
+    assert gone_in(tmp_path) == {("blobs/a", "t")}
+    note(tmp_path, [("blobs/b", "t"), ("blobs/c", "t")], gone=True)
+    note(tmp_path, [("blobs/a", "t")], gone=False)
+    assert gone_in(tmp_path) == {("blobs/b", "t"), ("blobs/c", "t")}
+
+
+def test_what_another_run_fetched_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a folder in which two commits share a file, and of one a download was interrupted."""
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "cache"))
+    for folder in ("blobs", "snapshots/one", "snapshots/two"):
+        (own(tmp_path) / folder).mkdir(parents=True)
+    blobs, one, two = (own(tmp_path) / name for name in ("blobs", "snapshots/one", "snapshots/two"))
+    (tmp_path / "of-the-user").write_bytes(b"weights")
+    (one / "c.gguf").symlink_to(tmp_path / "of-the-user")
+    for blob, links in {"shared": (one / "a.gguf", two / "d.gguf"), "mine": (one / "b.gguf",),
+                        "small": (one / "config.json",), "other.qmix-partial": (), "x.incomplete": ()}.items():
+        (blobs / blob).write_bytes(b"weights")
+        for link in links:
+            link.symlink_to(Path("..", "..", "blobs", blob))
+    note(own(tmp_path), [("blobs/mine", "t"), ("blobs/shared", "t")], gone=True)
+
+    assert not drop_weights("org/name", one, ("a.gguf", "b.gguf", "c.gguf"))[1]
+    assert {path.name for path in blobs.iterdir()} == {"shared", "small", "other.qmix-partial", "x.incomplete"}
+    assert gone_in(own(tmp_path)) == {("blobs/shared", "t")} and (two / "d.gguf").read_bytes() == b"weights"
+    assert not drop_weights("org/name", two, ("d.gguf",))[1] and not (blobs / "shared").exists()
+    (blobs / "other.qmix-partial").unlink()
+    assert drop_weights("org/name", two, ("d.gguf",))[1] and not own(tmp_path).exists()
+    assert (tmp_path / "of-the-user").read_bytes() == b"weights"
+
+
+def test_what_is_gone_of_a_file_in_a_folder_is_fetched_again(tmp_path: Path, qmix: Command, kill: Command) -> None:
+    """By its path in the repository; not with --offline."""
+    path = write_gguf(tmp_path / "repo" / "q8" / "name-Q8_0.gguf")
+    server = Served(tmp_path / "repo", tmp_path / "cache")
+    how = ("--format", "int8", "-t", 1)
+    try:
+        assert qmix(server, "quantize", path, "want", *how).returncode == 0
+        assert kill(server, 22, "quantize", "org/name:Q8_0", "first", "--discard-source", "-t", 1).returncode == -9
+        server.fetched.clear()
+        offline = qmix(server, "quantize", "org/name:Q8_0", "out", "--discard-source", *how, "--offline")
+        assert offline.returncode == 4 and not server.fetched, offline.stderr
+        assert "the hub must not be asked (--offline" in offline.stderr, offline.stderr
+        done = qmix(server, "quantize", "org/name:Q8_0", "out", "--discard-source", *how)
+        assert done.returncode == 0 and {*server.weights()} == {"q8/name-Q8_0.gguf"}, done.stderr
         same_store(tmp_path / "want", tmp_path / "out")
     finally:
         server.stop()

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 from hub_server import COMMIT, Served, repository, write_gguf
@@ -17,7 +18,10 @@ from warm_python import PIPE, WarmPython
 from qmix import modelfiles
 from qmix.checkpoint import SINGLE
 from qmix.errors import CheckpointError
+from qmix.hub import blobs
 from qmix.hub.limits import check_sizes
+from qmix.hub.preview import headers_of
+from qmix.hub.private import refetch
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 KEEP = ("--format", "keep", "-t", "1")
@@ -172,6 +176,42 @@ def test_a_local_path_asks_nobody(server: Served, qmix: Command) -> None:
     assert done.returncode == 0 and "hub" not in done.stderr and not server.fetched
     done = qmix(server, "quantize", server.handler.folder, "out2", "--discard-source", *KEEP)
     assert done.returncode == 2 and "did not download it" in done.stderr
+
+
+ENDLESS = b"x" * 2**16
+
+
+def test_a_file_without_end_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More comes than was promised: nothing beyond that reaches the disk, and nothing stays of what did."""
+    from huggingface_hub import file_download
+
+    def endless(url: str, sink: IO[bytes], **how: object) -> None:
+        for written in range(1, 100):
+            sink.write(ENDLESS)
+            assert written * len(ENDLESS) <= size
+
+    size = 3 * len(ENDLESS) + 1
+    monkeypatch.setattr(file_download, "http_get", endless)
+    counted: list[int] = []
+    with pytest.raises(CheckpointError, match=rf"x/file: more came than the {size} bytes"):
+        blobs.fetch_blob(tmp_path, "0" * 40, size, "http://x/file?a=1", counted.append, threading.Event())
+    (left,) = (tmp_path / "blobs").iterdir()
+    assert left.stat().st_size == 0 and sum(counted) == 0
+
+
+def test_the_cure_of_a_hub_without_parts_is_the_callers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub import file_download
+
+    def whole(url: str, sink: IO[bytes], **how: object) -> None:
+        sink.truncate(0)
+
+    monkeypatch.setattr(file_download, "http_get", whole)
+    with pytest.raises(CheckpointError) as e:
+        headers_of([("a.gguf", "http://x/a.gguf", 2**20)])
+    assert "parts of files" in e.value.message and "discard" not in (e.value.cure or "")
+    with open(tmp_path / "file", "wb") as file, pytest.raises(CheckpointError) as e:
+        refetch("org/name", None, False, "a.gguf", 1, 1, file.fileno())
+    assert "parts of files" in e.value.message and "--discard-source" in (e.value.cure or "")
 
 
 def test_a_disk_that_becomes_full(slow: Served, qmix: Command, tmp_path: Path, warm_python: WarmPython) -> None:

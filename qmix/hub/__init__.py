@@ -12,12 +12,13 @@ refused before its weights are fetched.
 
 names.py reads hub ids; repository.py finds out what is there and what of it is needed, by contents.py; fetching.py
 fetches files, blobs.py one; preview.py the header of a GGUF file alone; private.py has
-downloads that are given up while they are used; errors.py says what the library raises.
+downloads that are given up while they are used, discarded.py what of them is gone; errors.py says what the library
+raises.
 """
 
 from qmix.hub.names import HubName
 from qmix.hub.preview import is_preview
-from qmix.hub.private import claimed, drop, private_cache, refetch
+from qmix.hub.private import claimed, drop_weights, private_cache, private_folder, refetch
 from qmix.hub.repository import (
     CONFIG,
     FILES,
@@ -35,5 +36,5 @@ from qmix.hub.repository import (
 )
 
 __all__ = ["CONFIG", "FILES", "INDEX", "MANIFEST", "SINGLE", "Access", "Found", "HubName", "Wanted", "claimed",
-           "download", "drop", "find", "free_source", "is_commit", "is_preview", "newest_commit",
-           "private_cache", "refetch"]
+           "download", "drop_weights", "find", "free_source", "is_commit", "is_preview", "newest_commit",
+           "private_cache", "private_folder", "refetch"]

@@ -40,11 +40,16 @@ class Stopped(Exception):
     """Another file failed, or Ctrl-C: this one is left where it is."""
 
 
-class _Sink:
-    """What the library writes a download to: into the file, the checksum and the count alike."""
+class _TooMuch(Exception):
+    pass
 
-    def __init__(self, file: IO[bytes], hashed: bool, count: Count, stop: threading.Event):
-        self._file, self._hashed, self._count, self._stop = file, hashed, count, stop
+
+class _Sink:
+    """What the library writes a download to: into the file, the checksum and the count alike. most: bytes of the
+    file, beyond which _TooMuch is raised."""
+
+    def __init__(self, file: IO[bytes], most: int, hashed: bool, count: Count, stop: threading.Event):
+        self._file, self._most, self._hashed, self._count, self._stop = file, most, hashed, count, stop
         self.sum = hashlib.sha256()
         self.size = 0
         while piece := file.read(PIECE):  # of an earlier try
@@ -59,6 +64,8 @@ class _Sink:
         self._count(len(data))
 
     def write(self, data: bytes) -> int:
+        if self.size + len(data) > self._most:
+            raise _TooMuch
         view = memoryview(data)
         while view:
             view = view[self._file.write(view):]
@@ -97,7 +104,7 @@ def fetch_blob(folder: Path, etag: str, size: int, url: str, count: Count, stop:
         if os.fstat(file.fileno()).st_size > size:
             file.truncate(0)
         hashed = SHA256.fullmatch(etag) is not None
-        sink = _Sink(file, hashed, count, stop)
+        sink = _Sink(file, size, hashed, count, stop)
         for left in range(TRIES - 1, -1, -1):
             if sink.size == size:
                 break
@@ -106,6 +113,10 @@ def fetch_blob(folder: Path, etag: str, size: int, url: str, count: Count, stop:
                 # No expected size: the library would refuse more than 50 GB. It is compared below.
                 http_get(url, sink, resume_size=before, headers={**build_hf_headers(), "Accept-Encoding": "identity"})  # type: ignore[arg-type]
                 break
+            except _TooMuch:
+                sink.truncate()
+                raise CheckpointError(f"{url.partition('?')[0]}: more came than the {size} bytes that the hub "
+                                      "promised", AGAIN) from None
             except Exception as e:
                 if status_of(e) == 416:  # what is there is no part of it
                     sink.truncate()
@@ -128,10 +139,10 @@ class _Enough(Exception):
 
 
 class _Window:
-    """As _Sink, of a part of a file, whose bytes are given on."""
+    """As _Sink, of a part of a file, whose bytes are given on. cure: of a hub that gives whole files alone."""
 
-    def __init__(self, first: int, nbytes: int, take: Callable[[bytes], object]):
-        self.came, self._first, self._nbytes, self._take = 0, first, nbytes, take
+    def __init__(self, first: int, nbytes: int, take: Callable[[bytes], object], cure: str):
+        self.came, self._first, self._nbytes, self._take, self._cure = 0, first, nbytes, take, cure
 
     def write(self, data: bytes) -> int:
         self._take(data[:self._nbytes - self.came])
@@ -147,17 +158,17 @@ class _Window:
         return position
 
     def truncate(self, size: int | None = None) -> int:
-        raise CheckpointError("the hub does not give parts of files", "fetch the model as a whole: qmix quantize "
-                              "without --discard-source")
+        raise CheckpointError("the hub does not give parts of files", self._cure)
 
 
-def fetch_range(url: str, begin: int, nbytes: int, take: Callable[[bytes], object]) -> int:
+def fetch_range(url: str, begin: int, nbytes: int, take: Callable[[bytes], object], cure: str) -> int:
     """take() the `nbytes` bytes of a file of the hub from `begin`, piece by piece: how many came, fewer where the file
-    ends before. Raises what the hub's library raises."""
+    ends before. Raises what the hub's library raises; CheckpointError, with `cure`, where only whole files are given.
+    """
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils._headers import build_hf_headers
 
-    window = _Window(begin, nbytes, take)
+    window = _Window(begin, nbytes, take, cure)
     headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
     with contextlib.suppress(_Enough):  # the rest is not waited for
         http_get(url, window, resume_size=begin, headers=headers)  # type: ignore[arg-type]

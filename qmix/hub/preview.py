@@ -41,7 +41,8 @@ def _fetch_header(path: Path, name: str, url: str, size: int) -> None:
         file.truncate(size)
         while True:
             file.seek(have)
-            came = blobs.fetch_range(url, have, min(want, size) - have, file.write)
+            came = blobs.fetch_range(url, have, min(want, size) - have, file.write,
+                                     "download the file, and give its path")
             file.flush()
             have += came
             try:

@@ -9,19 +9,29 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qmix.errors import CheckpointError, QmixError
 from qmix.hub import blobs
+from qmix.hub.discarded import file_in, gone_in, note
 from qmix.hub.errors import AGAIN, hub_error
+
+WEIGHTS = (".safetensors", ".gguf")
+INCOMPLETE = ".incomplete"  # of small files, which the hub's library fetches
 
 
 def private_cache() -> Path:
     from huggingface_hub import constants
 
     return Path(constants.HF_HOME).expanduser() / "qmix"
+
+
+def private_folder(repo: str) -> Path | None:
+    """A repository's folder there, where one is."""
+    folder = folder_of(private_cache(), repo)
+    return folder if folder.is_dir() else None
 
 
 def folder_of(cache: Path, repo: str) -> Path:
@@ -64,10 +74,11 @@ def link_cached(repo: str, commit: str | None, folder: Path, name: str) -> bool:
     return True
 
 
-def refetch(repo: str, commit: str | None, name: str, begin: int, nbytes: int, fd: int) -> None:
-    """Bytes of a file of the hub, once more, to their place in the file `fd`. CheckpointError where they do not
-    come."""
+def refetch(repo: str, commit: str | None, offline: bool, name: str, begin: int, nbytes: int, fd: int) -> None:
+    """Bytes of a file of the hub, once more, to their place in the file `fd`. CheckpointError where they do not come,
+    or the hub must not be asked (offline)."""
     from huggingface_hub import hf_hub_url
+    from huggingface_hub.errors import OfflineModeIsEnabled
 
     at = begin
 
@@ -78,8 +89,11 @@ def refetch(repo: str, commit: str | None, name: str, begin: int, nbytes: int, f
             written = os.pwrite(fd, view, at)
             view, at = view[written:], at + written
 
+    if offline:
+        raise hub_error(repo, OfflineModeIsEnabled(), offline)
     try:
-        came = blobs.fetch_range(hf_hub_url(repo, name, revision=commit), begin, nbytes, take)
+        came = blobs.fetch_range(hf_hub_url(repo, name, revision=commit), begin, nbytes, take,
+                                 "fetch the model as a whole: the same command without --discard-source")
     except QmixError:
         raise
     except Exception as e:
@@ -96,3 +110,26 @@ def drop(repo: str) -> int:
     freed = sum(path.lstat().st_blocks * 512 for path in (folder / "blobs").glob("*"))
     shutil.rmtree(folder, ignore_errors=True)
     return freed
+
+
+def drop_weights(repo: str, snapshot: Path, names: Iterable[str]) -> tuple[int, bool]:
+    """Delete the weights `names` of a snapshot in a repository's private folder, but for those that another snapshot
+    has too; and the folder, where it then has no weights that another run fetched: (bytes that this frees, whether the
+    folder is gone)."""
+    folder = folder_of(private_cache(), repo)
+    mine = {os.path.realpath(snapshot / name) for name in names}
+    for name in names:
+        (snapshot / name).unlink(missing_ok=True)
+    links = [path for path in (folder / "snapshots").rglob("*") if path.is_symlink() or path.is_file()]
+    used = {os.path.realpath(path): path.suffix in WEIGHTS for path in links}
+    freed, left = 0, False
+    for path in (folder / "blobs").glob("*"):
+        real = os.path.realpath(path)
+        if real in mine and real not in used:
+            freed += path.lstat().st_blocks * 512
+            path.unlink()
+            back = [key for key in gone_in(folder) if key[0] == file_in(folder, path)]
+            note(folder, back, gone=False)  # if it is fetched once more, it is whole
+        elif used.get(real, path.suffix != INCOMPLETE):  # without a link: of a download that was interrupted
+            left = True
+    return (freed, False) if left else (freed + drop(repo), True)

@@ -29,7 +29,7 @@ from qmix.hub.errors import hub_error, reason, status_of
 from qmix.hub.fetching import CONNECTIONS, Bar, File, fetch_files, quiet
 from qmix.hub.limits import check_small_files
 from qmix.hub.names import GgufModel, HubName, choose_gguf, gguf_models
-from qmix.hub.private import drop, folder_of, link_cached, private_cache
+from qmix.hub.private import drop, folder_of, link_cached, private_folder
 from qmix.sizes import format_bytes
 
 SINGLE = "model.safetensors"
@@ -171,8 +171,8 @@ def find(name: HubName, wanted: Wanted, say: Say, access: Access | None = None) 
     offline = _offline(access)
     say(f"{name}: not a local folder; " + ("looking in the hub's cache alone" if offline else
                                            "asking the Hugging Face hub"))
-    if access.cache is None and wanted == "checkpoint" and folder_of(private_cache(), name.repo).is_dir():
-        say(f"{name}: {folder_of(private_cache(), name.repo)} has what an earlier run with --discard-source fetched: "
+    if access.cache is None and wanted == "checkpoint" and (left := private_folder(name.repo)) is not None:
+        say(f"{name}: {left} has what an earlier run with --discard-source fetched: "
             "with that flag it would go on there")
     if name.file is not None:
         if wanted == "store":

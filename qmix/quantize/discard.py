@@ -14,39 +14,34 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-from qmix.bounded import read_file
 from qmix.checkpoint import Checkpoint
 from qmix.config import ExpertKey
-from qmix.errors import CheckpointError, QmixError
+from qmix.errors import CheckpointError
+from qmix.hub.discarded import Key, file_in, gone_in, note
 from qmix.quantize.pipeline import Work
 from qmix.shards import Location, sample_of
 from qmix.sizes import format_bytes
 
-NAME = "discarded.jsonl"
-MAX_JOURNAL = 2**28
 BATCH = 2**26  # bytes that are freed together, since each time the journal is synced
 KEEP_SIZE, PUNCH_HOLE = 1, 2  # of fallocate(2)
 
-Refetch = Callable[[str, int, int, int], None]  # (file's name, first byte, bytes, descriptor to write to)
-Key = tuple[str, str]  # (file's name, tensor's name)
+Refetch = Callable[[str, int, int, int], None]  # (file in the repository, first byte, bytes, descriptor to write to)
 
 
 class Discard:
-    """Of one run. folder: of the checkpoint, in a cache of qmix's own, whose files may be freed unless they are links
-    out of `owned`; refetch: brings bytes of a file back."""
+    """Of one run. owned: the repository's folder in a cache of qmix's own, whose files may be freed unless they are
+    links out of it; snapshot: the checkpoint's folder there; refetch: brings bytes of a file back."""
 
-    def __init__(self, source: Checkpoint, owned: Path, refetch: Refetch, say: Callable[[str], None]):
-        self._source, self._owned, self._refetch, self._say = source, owned.resolve(), refetch, say
+    def __init__(self, source: Checkpoint, owned: Path, snapshot: Path, refetch: Refetch, say: Callable[[str], None]):
+        self._source, self._snapshot, self._refetch, self._say = source, snapshot, refetch, say
         self.folder = owned
-        self._journal = owned / NAME
-        self._gone = _read(self._journal)
+        self._gone = set(gone_in(owned))
         self._locations: dict[Key, Location] = {}
         self._of: dict[ExpertKey, list[Key]] = {}
         self._pending: Counter[Key] = Counter()
@@ -55,15 +50,13 @@ class Discard:
         self._can = True
         for key in source.model.expert_keys:
             for location in source.expert_locations(key):
-                if not self._is_owned(location):
+                file = file_in(owned, location.shard.file.path)
+                if file is None:
                     continue
-                name = location.shard.file.path.name, location.entry.name
+                name = file, location.entry.name
                 self._locations[name] = location
                 self._of.setdefault(key, []).append(name)
                 self._pending[name] += 1
-        for name in self._gone:
-            if name in self._locations:
-                self._locations[name].shard.discarded.add(name[1])
 
     @property
     def freeable(self) -> int:
@@ -97,7 +90,7 @@ class Discard:
         queue, self._queue = self._queue, []
         if not queue or not self._can:
             return
-        self._note(queue, gone=True)
+        note(self.folder, queue, gone=True)
         for name in queue:
             location = self._locations[name]
             location.shard.discarded.add(name[1])
@@ -108,9 +101,6 @@ class Discard:
     def line(self) -> str:
         return f"discarded {format_bytes(self._freed)} of the source while it was quantized" if self._can else \
             "this file system cannot free parts of a file: the source goes as a whole, now"
-
-    def _is_owned(self, location: Location) -> bool:
-        return Path(os.path.realpath(location.shard.file.path)).is_relative_to(self._owned)
 
     def _punch(self, location: Location) -> None:
         entry = location.entry
@@ -127,47 +117,20 @@ class Discard:
     def _fetch(self, name: Key) -> None:
         location = self._locations[name]
         entry = location.entry
+        path = Path(os.path.relpath(location.shard.file.path, self._snapshot)).as_posix()
 
         def fill() -> None:
             fd = _open(location)
             try:
-                self._refetch(name[0], entry.offset, entry.nbytes, fd)
+                self._refetch(path, entry.offset, entry.nbytes, fd)
                 os.fsync(fd)
             finally:
                 os.close(fd)
 
         location.shard.change(fill)
-        self._note([name], gone=False)
+        note(self.folder, [name], gone=False)
         self._gone.discard(name)
         location.shard.discarded.discard(name[1])
-
-    def _note(self, names: Sequence[Key], gone: bool) -> None:
-        data = "".join(json.dumps([int(gone), *name]) + "\n" for name in names).encode()
-        fd = os.open(self._journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-        try:
-            if os.write(fd, data) != len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._journal))
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
-def _read(path: Path) -> set[Key]:
-    """What is gone, by the journal; a torn last line stands for nothing that was done."""
-    try:
-        lines = read_file(path, MAX_JOURNAL).split(b"\n")[:-1]
-    except FileNotFoundError:
-        return set()
-    except (OSError, QmixError) as e:
-        raise CheckpointError(f"{path}: {e}", f"delete {path.parent}, and start again") from None
-    found: set[Key] = set()
-    for line in lines:
-        try:
-            gone, file, tensor = json.loads(line)
-            (found.add if gone else found.discard)((str(file), str(tensor)))
-        except (ValueError, TypeError, RecursionError):
-            continue  # torn by a full disk, and then nothing of it was done
-    return found
 
 
 def _open(location: Location) -> int:

@@ -36,7 +36,8 @@ class Source:
         from qmix.quantize.discard import Discard
 
         self.discarded = found = Discard(
-            checkpoint, self.owned, partial(hub.refetch, self.found.name.repo, self.found.commit), render.say)
+            checkpoint, self.owned, self.found.folder,
+            partial(hub.refetch, self.found.name.repo, self.found.commit, self.found.access.offline), render.say)
         if not found.freeable:
             render.say("--discard-source: nothing is left to free: the files were in the hub's cache before, or are "
                        "discarded already")
@@ -69,13 +70,29 @@ def fetched_name(name: hub.HubName, access: hub.Access, discard: bool) -> Iterat
         return
     with hub.claimed(name.repo) as folder:
         access = replace(access, cache=hub.private_cache())
-        source = fetch(hub.find(name, "checkpoint", render.say, access))
+        found = hub.find(name, "checkpoint", render.say, access)
+        source = fetch(found)
         source.owned = folder
-        yield source
+        try:
+            yield source
+        except UsageError:  # such as of an OUT that is a store already
+            say_left(name)
+            raise
         if source.is_done:
             if source.discarded is not None:
                 render.say(source.discarded.line())
-            render.say(f"deleted {folder}: {format_bytes(hub.drop(name.repo))} freed")
+            freed, is_gone = hub.drop_weights(name.repo, found.folder, found.names)
+            what = folder if is_gone else f"what no other run needs of {folder}"
+            render.say(f"deleted {what}: {format_bytes(freed)} freed")
+            if not is_gone:
+                say_left(name)
+
+
+def say_left(name: hub.HubName) -> None:
+    """Where a run with --discard-source, perhaps one that was killed when its store was made, left something."""
+    if (folder := hub.private_folder(name.repo)) is not None:
+        render.say(f"{folder} has what a run with --discard-source fetched: where its store is made already, delete "
+                   "that folder (qmix rm --source deletes both)")
 
 
 def fetch(found: hub.Found) -> Source:

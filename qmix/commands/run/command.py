@@ -47,7 +47,7 @@ from qmix.commands.options import (
     size_or_auto,
 )
 from qmix.commands.quantization import Flags
-from qmix.commands.quantize.source import Source, fetch, fetched_name
+from qmix.commands.quantize.source import Source, fetch, fetched_name, say_left
 from qmix.commands.run import library
 from qmix.errors import CheckpointError, QmixError, UsageError
 
@@ -117,6 +117,8 @@ def _store(text: str, flags: Flags, how: Loading, access: hub.Access, yes: bool,
     if entry is not None and entry.is_made:
         state = _state(name, Path(source), access)
         if state in (None, entry.state):
+            if name is not None:
+                say_left(name)
             return entry.folder
         what = f"{source}: has changed since {entry.folder} was made of it"
         if not update:
