@@ -16,8 +16,11 @@ from hub_server import Served, repository, write_gguf
 from pseudo_terminal import CTRL_C, CTRL_D, ENTER, PseudoTerminal
 from warm_python import PIPE, WarmPython
 
-from qmix import paths
+from qmix import hub, paths
 from qmix.checkpoint import SINGLE
+from qmix.commands.loading import Loading
+from qmix.commands.quantization import Flags
+from qmix.commands.run import command, library
 from qmix.demo import CHECKPOINT
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -129,6 +132,25 @@ def test_a_local_file_that_was_replaced(qmix: Command, tmp_path: Path) -> None:
     other = write_gguf(tmp_path / "other" / "m-Q8_0.gguf", "Q4_0")
     assert qmix("run", other, "-y", *ASK).returncode == 0
     assert len(paths.local_stores()) == 2, "a store of another file has a name of its own"
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_a_name_that_another_model_takes_during_the_question(monkeypatch: pytest.MonkeyPatch, made: bool) -> None:
+    """Its store, whole or begun, and its entry stay as they are; this model's store has another name."""
+    theirs = library.Entry("checkpoint-int4", "/models/other/checkpoint", "x", "int4", False)
+    file = store("checkpoint-int4" if made else "checkpoint-int4.partial") / "qmix.json"
+
+    def answer(question: str) -> None:
+        library.save(theirs)
+        file.parent.mkdir()
+        file.write_text("theirs")
+
+    monkeypatch.setattr(command, "agreed", answer)
+    how = Loading(0, 1, "auto", None)
+    for _ in range(2):
+        mine = command._store(str(CHECKPOINT), Flags(), how, hub.Access(), False, False, False)
+    assert mine != store("checkpoint-int4") and (mine / "qmix.json").is_file(), "and is found again"
+    assert library.load("checkpoint-int4", print) == theirs and file.read_text() == "theirs"
 
 
 @pytest.mark.parametrize("where", [

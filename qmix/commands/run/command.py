@@ -171,18 +171,18 @@ def _made(name: hub.HubName | None, path: Path, source: str, flags: Flags, entry
     if not yes:
         agreed("go on?")
     was_made = entry is not None and entry.is_made
-    with library.alone(stored, render.say):
-        now = library.load(stored, render.say)
-        if now is not None and now.is_made and not (was_made and now == entry):
-            return out  # another run made it meanwhile
+    with library.own_name(stored, source, name is not None, options, proposal.kind, render.say) as (stored, now):
         new = library.Entry(stored, source, library.local_state(path) if found is None else found.commit or "",
                             options, name is not None)
+        if now is not None and now.is_made and not (was_made and now == entry):
+            return now.folder  # another run made it meanwhile
         if now is None or not now.is_made:
             library.save(new)
         with _source(path, found, access, discard) as source_now:
-            make_store(source_now, out, flags, how.threads, partial(_say_new, source_now.path, source, frozenset(said)))
+            make_store(source_now, new.folder, flags, how.threads,
+                       partial(_say_new, source_now.path, source, frozenset(said)))
         library.save(new)
-    return out
+    return new.folder
 
 
 def _say_new(path: Path, source: str, said: frozenset[str], line: str) -> None:
