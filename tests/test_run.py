@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from qmix.commands.loading import Loading
 from qmix.commands.quantization import Flags
 from qmix.commands.run import command, library
 from qmix.demo import CHECKPOINT
+from qmix.errors import QmixError
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 ASK = ("-p", "hello", "-n", "3", "-t", "1", "--temp", "0")
@@ -272,6 +274,39 @@ def test_only_stores_are_deleted(qmix: Command, tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "notes").write_text("x")
     assert qmix("rm", name, "-y").returncode == 2 and (folder / "notes").exists()
+
+
+def test_a_download_in_use_is_not_deleted(server: Served, qmix: Command, monkeypatch: pytest.MonkeyPatch,
+                                          tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
+    assert qmix("run", "org/name", "-y", *ASK, **server.env).returncode == 0
+    with hub.claimed("org/name") as folder:
+        (folder / "blobs").mkdir()
+        (folder / "blobs" / "x").write_bytes(b"x" * 10000)
+        done = qmix("rm", "name-int4", "--source", "-y", **server.env)
+        assert done.returncode == 1 and "another qmix discards" in done.stderr, done.stderr
+        assert (folder / "blobs" / "x").exists() and paths.local_stores(), "nothing is lost"
+    assert qmix("rm", "name-int4", "--source", "-y", **server.env).returncode == 0
+    assert not folder.exists() and not paths.local_stores()
+
+
+def test_a_folder_that_was_deleted_while_its_lock_was_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The lock is of the folder that is there then."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
+    flock, deleted = fcntl.flock, []
+
+    def late(fd: int, how: int) -> None:
+        if not deleted:
+            deleted.append(os.fstat(fd).st_ino)
+            with hub.claimed("org/name"):
+                hub.drop("org/name")
+        flock(fd, how)
+
+    monkeypatch.setattr("fcntl.flock", late)
+    with hub.claimed("org/name") as folder:
+        assert deleted and folder.is_dir()
+        with pytest.raises(QmixError, match="another qmix"), hub.claimed("org/name"):
+            pass
 
 
 def test_what_an_unfinished_run_left(server: Served, qmix: Command, tmp_path: Path, warm_python: WarmPython) -> None:
