@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from hub_server import COMMIT, Served, repository, write_gguf
 from warm_python import PIPE, WarmPython
 
 from qmix.checkpoint import SINGLE
+from qmix.hub.blobs import PARTIAL, free
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 KEEP = ("--format", "keep", "-t", "1")
@@ -103,6 +105,19 @@ def test_ctrl_c_while_it_downloads(server: Served, qmix: Command, tmp_path: Path
     assert process.returncode == 130 and "Traceback" not in errors, errors
     assert "stopped while it was fetched" in errors and not (tmp_path / "out").exists()
     assert qmix(server, "quantize", "org/name", "out", *KEEP).returncode == 0
+
+
+def test_what_is_being_fetched_is_not_deleted(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    names = [f"{x * 64}{PARTIAL}" for x in "ab"]
+    for name in names:
+        (tmp_path / "blobs" / name).write_bytes(b"x" * 10000)
+    (tmp_path / ".qmix-downloads").write_text("a" * 64 + "\n" + "b" * 64 + "\n")
+    with open(tmp_path / "blobs" / names[0], "r+b") as theirs:
+        fcntl.flock(theirs, fcntl.LOCK_EX)
+        assert free(tmp_path) > 0
+        assert [path.name for path in partials(tmp_path)] == names[:1]
+    assert free(tmp_path) > 0 and not partials(tmp_path)
 
 
 def test_bytes_that_were_changed_on_the_way(server: Served, qmix: Command, tmp_path: Path) -> None:
