@@ -156,6 +156,12 @@ def test_the_token_is_sent(server: Served, qmix: Command) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_token_with_a_stray_character(server: Served, qmix: Command) -> None:
+    done = qmix(server, "plan", "org/name", HF_TOKEN="hf_secret\u200btail")
+    assert done.returncode == 4 and "a character that no token has" in done.stderr, done.stderr
+    assert "secret" not in done.stderr and "tail" not in done.stderr and "Traceback" not in done.stderr
+
+
 def test_revisions(server: Served, qmix: Command) -> None:
     done = qmix(server, "quantize", "org/name", "out", "--revision", "none", *KEEP)
     assert done.returncode == 4 and "no such revision" in done.stderr and "org/name@none" in done.stderr, done.stderr

@@ -26,6 +26,9 @@ def hub_error(where: str, e: Exception, offline: bool = False) -> QmixError:
         return CheckpointError(f"{where.partition('@')[0]}: no home folder for the hub's cache: HOME is not set, and "
                                "this user has no entry in the system's list",
                                "set HF_HOME to a folder that can be written")
+    if _caused_by(e, UnicodeEncodeError):  # of a header, and no other has what a user gave
+        return CheckpointError(f"{undelivered}: HF_TOKEN, or the token of `hf auth login`, holds a character that no "
+                               "token has", f"copy the token again, letters and digits alone: {LOGIN}")
     if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return DoesNotFit(f"{where}: the disk is full: {e.filename or ''} {e.strerror}".replace("  ", " "),
                           f"make room, or set HF_HOME to a folder on another disk; then {AGAIN}")
@@ -61,9 +64,9 @@ def reason(e: BaseException) -> str:
     return text.splitlines()[0] if text else type(e).__name__
 
 
-def _caused_by(e: BaseException, kind: type[BaseException]) -> bool:
+def _caused_by(e: BaseException | None, kind: type[BaseException]) -> bool:
     while e is not None:
         if isinstance(e, kind):
             return True
-        e = e.__cause__  # type: ignore[assignment]
+        e = e.__cause__
     return False
