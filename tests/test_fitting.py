@@ -118,7 +118,11 @@ def test_plan_forecasts_it(tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     assert found["on_disk_bytes"] == 0 and found["record_bytes"] < INT4.record
     assert "fit: int4" in done.stderr and "bits a weight" in done.stderr and "KL divergence" in done.stderr
-    for flags, word in ((("--fit", "22G"), "--fit auto alone"), (("--fit", "auto", "--format", "int4"), "--format")):
+    dense = ("--dense", "int4", "--group-size", 32)
+    done = qmix("plan", tmp_path / "config.json", "--fit", "auto", "--ram", "24G", *dense)
+    assert done.returncode == 0, done.stderr
+    for flags, word in ((("--fit", "22G"), "--fit auto alone"), (("--fit", "auto", "--format", "int4"), "--format"),
+                        (("--fit", "auto", "--group-size", 32), "--group-size")):
         done = qmix("plan", tmp_path / "config.json", *flags)
         assert done.returncode == 2 and word in done.stderr and "Traceback" not in done.stderr
 
