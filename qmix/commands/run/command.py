@@ -50,6 +50,7 @@ from qmix.commands.quantization import Flags
 from qmix.commands.quantize.source import Source, fetch, fetched_name
 from qmix.commands.run import library
 from qmix.errors import CheckpointError, QmixError, UsageError
+from qmix.models.consolidated import is_consolidated
 
 MANIFEST = "qmix.json"
 
@@ -105,7 +106,7 @@ def _store(text: str, flags: Flags, how: Loading, access: hub.Access, yes: bool,
             if flags != Flags() or update:
                 raise UsageError(f"{text}: is a store already", "drop --format, --dense and --update")
             return found
-        if not is_gguf(found) and not (found / "config.json").is_file():
+        if not is_gguf(found) and not (found / "config.json").is_file() and not is_consolidated(found):
             raise CheckpointError(f"{found}: neither a store nor a checkpoint nor a GGUF file",
                                   "name a hub id (org/name), a GGUF file, a checkpoint's folder or a store")
         name, source = None, str(found.resolve())

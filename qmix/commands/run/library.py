@@ -22,7 +22,7 @@ from qmix.commands.quantization import Flags
 from qmix.errors import ConfigError, QmixError
 
 FORMAT, VERSION = "qmix_run", 1
-WEIGHTS = ("config.json", "*.safetensors", "*.gguf")
+WEIGHTS = ("config.json", "params.json", "*.safetensors", "*.gguf")
 Say = Callable[[str], None]
 
 
