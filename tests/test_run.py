@@ -309,6 +309,14 @@ def test_a_folder_that_was_deleted_while_its_lock_was_taken(monkeypatch: pytest.
             pass
 
 
+@pytest.mark.parametrize("flag", [("--format", "int3"), ("--update",), ("--discard-source",)])
+def test_flags_that_a_store_of_the_hub_has_no_use_for(server: Served, qmix: Command, flag: tuple[str, ...]) -> None:
+    (server.handler.folder / "qmix.json").write_text("{}")
+    done = qmix("run", "org/name", "-y", *flag, *ASK, **server.env)
+    assert done.returncode == 2 and "org/name: is a store already" in done.stderr, done.stderr
+    assert not server.weights()
+
+
 def test_what_an_unfinished_run_left(server: Served, qmix: Command, tmp_path: Path, warm_python: WarmPython) -> None:
     done = warm_python.run("-c", KILLED, "qmix.quantize.target.Target.commit", "run", "org/name", "-y", *ASK,
                            env=server.env, cwd=tmp_path)

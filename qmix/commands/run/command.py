@@ -124,7 +124,7 @@ def _store(text: str, flags: Flags, how: Loading, access: hub.Access, yes: bool,
             render.say(f"{what}: this is still the old one (--update makes it again)")
             return entry.folder
         render.say(what)
-    return _made(name, Path(source), source, flags, entry, how, access, yes, discard)
+    return _made(name, Path(source), source, flags, entry, how, access, yes, update, discard)
 
 
 def _state(name: hub.HubName | None, path: Path, access: hub.Access) -> str | None:
@@ -141,13 +141,15 @@ def _state(name: hub.HubName | None, path: Path, access: hub.Access) -> str | No
 
 
 def _made(name: hub.HubName | None, path: Path, source: str, flags: Flags, entry: library.Entry | None, how: Loading,
-          access: hub.Access, yes: bool, discard: bool) -> Path:
+          access: hub.Access, yes: bool, update: bool, discard: bool) -> Path:
     from qmix.commands.plan import report as planning
     from qmix.commands.run import proposal as proposals
     from qmix.commands.run.making import make_store
 
     found = None if name is None else hub.find(name, "either", render.say, access)
     if found is not None and found.is_store:
+        if flags != Flags() or update or discard:
+            raise UsageError(f"{name}: is a store already", "drop --format, --dense, --update and --discard-source")
         found.check_room(render.say)
         if found.missing and not yes:
             agreed("fetch it?")
