@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import COMMIT, Served, repository, write_gguf
+from hub_server import COMMIT, Hub, Served, repository, write_gguf
 from warm_python import PIPE, WarmPython
 
 from qmix.checkpoint import SINGLE
@@ -160,6 +160,24 @@ def test_a_token_with_a_stray_character(server: Served, qmix: Command) -> None:
     done = qmix(server, "plan", "org/name", HF_TOKEN="hf_secret\u200btail")
     assert done.returncode == 4 and "a character that no token has" in done.stderr, done.stderr
     assert "secret" not in done.stderr and "tail" not in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("header", ["ETag", "X-Linked-Etag"])
+def test_a_checksum_that_leads_out_of_the_cache(server: Served, qmix: Command, tmp_path: Path, header: str) -> None:
+    good = server.handler._file
+
+    def bad(self: Hub, name: str, path: Path) -> None:
+        if name == "tokenizer.model":
+            self.answer(path.read_bytes(), **{"ETag": '"aaaaaaaa"', header: '"../../../../pwned"'})
+        else:
+            good(self, name, path)
+
+    server.handler._file = bad
+    done = qmix(server, "quantize", "org/name", "out", *KEEP)
+    assert done.returncode == 4 and "no name of a file: '../../../../pwned'" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and not [*tmp_path.rglob("pwned*")]
+    server.handler._file = good
+    assert qmix(server, "plan", "org/name").returncode == 0
 
 
 def test_revisions(server: Served, qmix: Command) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
 
 from qmix.errors import CheckpointError, DoesNotFit, QmixError
 
@@ -21,6 +22,9 @@ def hub_error(where: str, e: Exception, offline: bool = False) -> QmixError:
     """where: the repository, with its revision."""
     from huggingface_hub import errors
 
+    for own in _causes(e):
+        if isinstance(own, QmixError):
+            return own
     undelivered = f"{where}: the hub did not deliver it"
     if isinstance(e, RuntimeError) and "home directory" in str(e):
         return CheckpointError(f"{where.partition('@')[0]}: no home folder for the hub's cache: HOME is not set, and "
@@ -64,9 +68,12 @@ def reason(e: BaseException) -> str:
     return text.splitlines()[0] if text else type(e).__name__
 
 
-def _caused_by(e: BaseException | None, kind: type[BaseException]) -> bool:
+def _caused_by(e: BaseException, kind: type[BaseException]) -> bool:
+    return any(isinstance(cause, kind) for cause in _causes(e))
+
+
+def _causes(e: BaseException | None) -> Iterator[BaseException]:
+    """An exception, and those that it comes of."""
     while e is not None:
-        if isinstance(e, kind):
-            return True
+        yield e
         e = e.__cause__
-    return False
