@@ -17,6 +17,7 @@ from pathlib import Path
 
 from qmix import hub
 from qmix.errors import UsageError
+from qmix.models.consolidated import is_consolidated
 from qmix.settings import NoHome, own_home, xdg_folder
 
 HUB_FILES = hub.FILES  # the small files of a repository; these name the weights
@@ -139,4 +140,5 @@ def _alias(text: str) -> Path | None:
 
 def _holds_model(path: Path) -> bool:
     """Whether a path may be meant as a model: a store, a checkpoint, or a file such as a config.json."""
-    return not path.is_dir() or any((path / name).exists() for name in ("qmix.json", "config.json"))
+    return not path.is_dir() or any((path / name).exists() for name in ("qmix.json", "config.json")) or \
+        is_consolidated(path)

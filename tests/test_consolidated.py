@@ -131,6 +131,7 @@ def test_the_commands_take_it(tmp_path: Path) -> None:
     good("quantize", tmp_path / "own", tmp_path / "store", "-t", 1)
     assert good("generate", tmp_path / "store", "-p", "fox", "-n", 2, "-t", 1).stdout
     good("plan", tmp_path / "own")
+    assert good("run", tmp_path / "own", "-y", "-p", "fox", "--max-tokens", 2, "-t", 1).stdout
 
 
 PARAMS = {"dim": 64, "n_layers": 2, "hidden_dim": 96, "head_dim": 16, "n_heads": 4, "n_kv_heads": 2, "norm_eps": 1e-5,

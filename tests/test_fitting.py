@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 import pytest
 from helpers import write_tiny_checkpoint
+from model_configs import TINY, with_keys
 from test_cli import qmix
 from test_hardware import fake_root
 from test_planning import MIXTRAL
@@ -21,22 +22,35 @@ from qmix.commands.fitting import FASTER, fit_auto
 from qmix.commands.plan.report import Machine, plan_trunk
 from qmix.commands.quantization import Described, Flags
 from qmix.commands.quantize import command
+from qmix.commands.quantize.calibration import mixed_config, own_text
 from qmix.config import QuantConfig
 from qmix.errors import DoesNotFit
 from qmix.models import read_model
 from qmix.offload.forecast import Speeds, forecast
+from qmix.offload.head import plan_with_head
 from qmix.offload.plan import PROGRAM, Needs
 from qmix.quantize.fit import even, smallest
+from qmix.quantize.mix import FORMATS
+from qmix.quantize.sensitivity import Sensitivity
 from qmix.sizes import GIB, MIB
+from qmix.spec import Model
 from qmix.store import Store
 
 SPEEDS = Speeds(40, 3, 25, 900)
 MODEL = read_model(MIXTRAL)
+HEADED = read_model(with_keys(TINY["qwen3_5_moe"], {
+    "hidden_size": 1024, "moe_intermediate_size": 512, "num_experts": 256, "mtp_num_hidden_layers": 1}))
 SOURCE = Described(MODEL, None)
 with Checkpoint.open(demo.CHECKPOINT) as _demo:
     EXPERTS, LEAST = (Needs.of(_demo.model, quant, 8).expert_bytes
                       for quant in (QuantConfig(), smallest(_demo.model, QuantConfig())))
 INT4 = Needs.of(MODEL, QuantConfig(), 8192)
+
+
+def plan_ram(model: Model) -> int:
+    """Bytes that a plan takes beside experts."""
+    needs = Needs.of(model, QuantConfig(), model.max_positions)
+    return PROGRAM + needs.dense + needs.kv + needs.workspace + 256 * MIB
 
 
 def fitted(machine: Machine) -> tuple[Any, list[str]]:
@@ -104,7 +118,11 @@ def test_plan_forecasts_it(tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     assert found["on_disk_bytes"] == 0 and found["record_bytes"] < INT4.record
     assert "fit: int4" in done.stderr and "bits a weight" in done.stderr and "KL divergence" in done.stderr
-    for flags, word in ((("--fit", "22G"), "--fit auto alone"), (("--fit", "auto", "--format", "int4"), "--format")):
+    dense = ("--dense", "int4", "--group-size", 32)
+    done = qmix("plan", tmp_path / "config.json", "--fit", "auto", "--ram", "24G", *dense)
+    assert done.returncode == 0, done.stderr
+    for flags, word in ((("--fit", "22G"), "--fit auto alone"), (("--fit", "auto", "--format", "int4"), "--format"),
+                        (("--fit", "auto", "--group-size", 32), "--group-size")):
         done = qmix("plan", tmp_path / "config.json", *flags)
         assert done.returncode == 2 and word in done.stderr and "Traceback" not in done.stderr
 
@@ -133,8 +151,7 @@ def quantize_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
     def run(room: int, dry_run: bool) -> str:
         with Checkpoint.open(demo.CHECKPOINT) as checkpoint:
-            needs = Needs.of(checkpoint.model, QuantConfig(), checkpoint.model.max_positions)
-        ram = PROGRAM + needs.dense + needs.kv + needs.workspace + 256 * MIB + room
+            ram = plan_ram(checkpoint.model) + room
         monkeypatch.setattr("qmix.commands.plan.report._ram", lambda machine: ram)
         command.quantize(str(demo.CHECKPOINT), tmp_path / "store", fit="auto", threads=1, dry_run=dry_run)
         return capsys.readouterr().err
@@ -159,6 +176,41 @@ def test_what_fits_is_not_measured(quantize_in: Any) -> None:
 def test_the_smallest_mix_is_all_of_one_kind(quantize_in: Any) -> None:
     said = quantize_in(LEAST, dry_run=True)
     assert "int2g64" in said or "int2 g64" in said, said
+
+
+def test_memory_that_shrinks_while_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fitted before fits after, and what fits at no size ends."""
+    with Checkpoint.open(demo.CHECKPOINT, False) as checkpoint:
+        model = checkpoint.model
+        ram = [plan_ram(model) + (EXPERTS + LEAST) // 2]
+        monkeypatch.setattr("qmix.commands.plan.report._ram", lambda machine: machine.ram or ram[0])
+        found = fit_auto(checkpoint, Flags(), Machine(), 0, "bf16", SPEEDS, lambda line: None)
+        assert found.wanted is not None and found.wanted.records > LEAST
+        ram[0] //= 2
+        assert found.fits(even(model, QuantConfig(), found.wanted))
+        damages = {m: dict.fromkeys(FORMATS, 1.0) for m in ("w13", "w2")}
+        alike = Sensitivity(dict.fromkeys(model.expert_keys, damages), {}, ())
+        monkeypatch.setattr("qmix.quantize.fit.sensitivity", lambda *args: alike)
+        with pytest.raises(DoesNotFit, match="not even the smallest mix"):
+            mixed_config(checkpoint, QuantConfig(), found.wanted, own_text(checkpoint), 1, fits=lambda quant: False)
+
+
+@pytest.mark.parametrize("room", [0.1, 0.5, 0.9])
+def test_a_head_that_leaves_room_for_the_experts(room: float) -> None:
+    """Where the default format fits without its multi-token-prediction head, loading has all experts in memory."""
+    whole, trunk = (Needs.of(m, QuantConfig(), 512) for m in (HEADED, HEADED.trunk))
+    assert HEADED.mtp_head is not None
+    ram = next(ram for ram in range(trunk.expert_bytes, 4 * trunk.expert_bytes, MIB) if _resident(trunk, ram))
+    ram += int(room * (whole.expert_bytes - trunk.expert_bytes))
+    found = fit_auto(Described(HEADED, None), Flags(), Machine(ram=ram), 512, "bf16", SPEEDS, lambda line: None)
+    assert found.wanted is None and plan_with_head(whole, trunk, ram, PROGRAM)[0].resident
+
+
+def _resident(needs: Needs, ram: int) -> bool:
+    try:
+        return plan_trunk(needs, Machine(ram=ram)).resident
+    except DoesNotFit:
+        return False
 
 
 def test_flags_that_do_not_go_together(tmp_path: Path) -> None:

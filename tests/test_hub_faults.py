@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import signal
 import subprocess
@@ -12,13 +13,14 @@ from pathlib import Path
 from typing import IO
 
 import pytest
-from hub_server import COMMIT, Served, repository, write_gguf
+from hub_server import COMMIT, Hub, Served, repository, write_gguf
 from warm_python import PIPE, WarmPython
 
 from qmix import modelfiles
 from qmix.checkpoint import SINGLE
 from qmix.errors import CheckpointError
 from qmix.hub import blobs
+from qmix.hub.blobs import PARTIAL, free
 from qmix.hub.limits import check_sizes
 from qmix.hub.preview import headers_of
 from qmix.hub.private import refetch
@@ -112,6 +114,19 @@ def test_ctrl_c_while_it_downloads(server: Served, qmix: Command, tmp_path: Path
     assert qmix(server, "quantize", "org/name", "out", *KEEP).returncode == 0
 
 
+def test_what_is_being_fetched_is_not_deleted(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    names = [f"{x * 64}{PARTIAL}" for x in "ab"]
+    for name in names:
+        (tmp_path / "blobs" / name).write_bytes(b"x" * 10000)
+    (tmp_path / ".qmix-downloads").write_text("a" * 64 + "\n" + "b" * 64 + "\n")
+    with open(tmp_path / "blobs" / names[0], "r+b") as theirs:
+        fcntl.flock(theirs, fcntl.LOCK_EX)
+        assert free(tmp_path) > 0
+        assert [path.name for path in partials(tmp_path)] == names[:1]
+    assert free(tmp_path) > 0 and not partials(tmp_path)
+
+
 def test_bytes_that_were_changed_on_the_way(server: Served, qmix: Command, tmp_path: Path) -> None:
     """A half that an earlier try left is another file's: the sum shows that, and the next try begins anew."""
     assert qmix(server, "plan", "org/name").returncode == 0
@@ -146,6 +161,30 @@ def test_the_token_is_sent(server: Served, qmix: Command) -> None:
     server.handler.token = "secret"
     done = qmix(server, "quantize", "org/name", "out", *KEEP, HF_TOKEN="secret")
     assert done.returncode == 0, done.stderr
+
+
+def test_a_token_with_a_stray_character(server: Served, qmix: Command) -> None:
+    done = qmix(server, "plan", "org/name", HF_TOKEN="hf_secret\u200btail")
+    assert done.returncode == 4 and "a character that no token has" in done.stderr, done.stderr
+    assert "secret" not in done.stderr and "tail" not in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("header", ["ETag", "X-Linked-Etag"])
+def test_a_checksum_that_leads_out_of_the_cache(server: Served, qmix: Command, tmp_path: Path, header: str) -> None:
+    good = server.handler._file
+
+    def bad(self: Hub, name: str, path: Path) -> None:
+        if name == "tokenizer.model":
+            self.answer(path.read_bytes(), **{"ETag": '"aaaaaaaa"', header: '"../../../../pwned"'})
+        else:
+            good(self, name, path)
+
+    server.handler._file = bad
+    done = qmix(server, "quantize", "org/name", "out", *KEEP)
+    assert done.returncode == 4 and "no name of a file: '../../../../pwned'" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and not [*tmp_path.rglob("pwned*")]
+    server.handler._file = good
+    assert qmix(server, "plan", "org/name").returncode == 0
 
 
 def test_revisions(server: Served, qmix: Command) -> None:

@@ -68,6 +68,12 @@ def test_a_folder_and_an_alias_of_one_name(hub: list[tuple], tmp_path: Path, mon
     said: list[str] = []
     assert paths.resolve("both", said.append) == alias
     assert "the alias" in said[-1] and str(alias) in said[-1] and str(here) in said[-1]
+    for name in ("params.json", "consolidated.00.safetensors"):
+        (here / name).touch()
+    assert paths.resolve("both", said.append) == Path("both"), "Mistral's own layout"
+    assert "hides the alias both" in said.pop()
+    for name in ("params.json", "consolidated.00.safetensors"):
+        (here / name).unlink()
     (here / "config.json").write_text("{}")
     assert paths.resolve("both", said.append) == Path("both")
     assert "hides the alias both" in said[-1] and str(alias) in said[-1]

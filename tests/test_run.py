@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -16,9 +17,13 @@ from hub_server import Served, repository, write_gguf
 from pseudo_terminal import CTRL_C, CTRL_D, ENTER, PseudoTerminal
 from warm_python import PIPE, WarmPython
 
-from qmix import paths
+from qmix import hub, paths
 from qmix.checkpoint import SINGLE
+from qmix.commands.loading import Loading
+from qmix.commands.quantization import Flags
+from qmix.commands.run import command, library
 from qmix.demo import CHECKPOINT
+from qmix.errors import QmixError
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 ASK = ("-p", "hello", "-n", "3", "-t", "1", "--temp", "0")
@@ -133,6 +138,25 @@ def test_a_local_file_that_was_replaced(qmix: Command, tmp_path: Path) -> None:
     other = write_gguf(tmp_path / "other" / "m-Q8_0.gguf", "Q4_0")
     assert qmix("run", other, "-y", *ASK).returncode == 0
     assert len(paths.local_stores()) == 2, "a store of another file has a name of its own"
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_a_name_that_another_model_takes_during_the_question(monkeypatch: pytest.MonkeyPatch, made: bool) -> None:
+    """Its store, whole or begun, and its entry stay as they are; this model's store has another name."""
+    theirs = library.Entry("checkpoint-int4", "/models/other/checkpoint", "x", "int4", False)
+    file = store("checkpoint-int4" if made else "checkpoint-int4.partial") / "qmix.json"
+
+    def answer(question: str) -> None:
+        library.save(theirs)
+        file.parent.mkdir()
+        file.write_text("theirs")
+
+    monkeypatch.setattr(command, "agreed", answer)
+    how = Loading(0, 1, "auto", None)
+    for _ in range(2):
+        mine = command._store(str(CHECKPOINT), Flags(), how, hub.Access(), False, False, False)
+    assert mine != store("checkpoint-int4") and (mine / "qmix.json").is_file(), "and is found again"
+    assert library.load("checkpoint-int4", print) == theirs and file.read_text() == "theirs"
 
 
 @pytest.mark.parametrize("where", [
@@ -254,6 +278,47 @@ def test_only_stores_are_deleted(qmix: Command, tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "notes").write_text("x")
     assert qmix("rm", name, "-y").returncode == 2 and (folder / "notes").exists()
+
+
+def test_a_download_in_use_is_not_deleted(server: Served, qmix: Command, monkeypatch: pytest.MonkeyPatch,
+                                          tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
+    assert qmix("run", "org/name", "-y", *ASK, **server.env).returncode == 0
+    with hub.claimed("org/name") as folder:
+        (folder / "blobs").mkdir()
+        (folder / "blobs" / "x").write_bytes(b"x" * 10000)
+        done = qmix("rm", "name-int4", "--source", "-y", **server.env)
+        assert done.returncode == 1 and "another qmix discards" in done.stderr, done.stderr
+        assert (folder / "blobs" / "x").exists() and paths.local_stores(), "nothing is lost"
+    assert qmix("rm", "name-int4", "--source", "-y", **server.env).returncode == 0
+    assert not folder.exists() and not paths.local_stores()
+
+
+def test_a_folder_that_was_deleted_while_its_lock_was_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The lock is of the folder that is there then."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
+    flock, deleted = fcntl.flock, []
+
+    def late(fd: int, how: int) -> None:
+        if not deleted:
+            deleted.append(os.fstat(fd).st_ino)
+            with hub.claimed("org/name"):
+                hub.drop("org/name")
+        flock(fd, how)
+
+    monkeypatch.setattr("fcntl.flock", late)
+    with hub.claimed("org/name") as folder:
+        assert deleted and folder.is_dir()
+        with pytest.raises(QmixError, match="another qmix"), hub.claimed("org/name"):
+            pass
+
+
+@pytest.mark.parametrize("flag", [("--format", "int3"), ("--update",), ("--discard-source",)])
+def test_flags_that_a_store_of_the_hub_has_no_use_for(server: Served, qmix: Command, flag: tuple[str, ...]) -> None:
+    (server.handler.folder / "qmix.json").write_text("{}")
+    done = qmix("run", "org/name", "-y", *flag, *ASK, **server.env)
+    assert done.returncode == 2 and "org/name: is a store already" in done.stderr, done.stderr
+    assert not server.weights()
 
 
 def test_what_an_unfinished_run_left(server: Served, qmix: Command, tmp_path: Path, warm_python: WarmPython) -> None:

@@ -17,19 +17,11 @@ from qmix.checkpoint.account import DTYPE_NAMES, account
 from qmix.errors import CheckpointError, ConfigError
 from qmix.gguf_checkpoint import Opened
 from qmix.models import read_model
-from qmix.models.consolidated import consolidated_config, consolidated_layouts
-from qmix.shards import INDEX, MAX_JSON, SINGLE, read_json, read_shards
+from qmix.models.consolidated import PARAMS, WEIGHTS, consolidated_config, consolidated_layouts
+from qmix.shards import MAX_JSON, read_json, read_shards
 
-PARAMS = "params.json"
-WEIGHTS = "consolidated*.safetensors"
 TOKENIZERS = ("tokenizer.model.v3", "tokenizer.model.v2", "tokenizer.model.v1")  # where there is no tokenizer.model
 TEKKEN = "tekken.json"
-
-
-def is_consolidated(path: Path) -> bool:
-    """Whether a folder has weights in this layout and none in Hugging Face's."""
-    return (path / PARAMS).is_file() and not any((path / name).exists() for name in (SINGLE, INDEX)) \
-        and any(path.glob(WEIGHTS))
 
 
 def open_consolidated(path: Path, opened: ExitStack) -> Opened:

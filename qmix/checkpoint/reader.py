@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qmix import modelfiles, sources
 from qmix.checkpoint.account import nbytes_of, shares
-from qmix.checkpoint.consolidated import is_consolidated, open_consolidated
+from qmix.checkpoint.consolidated import open_consolidated
 from qmix.checkpoint.folder import open_folder
 from qmix.config import BESIDE, ExpertKey
 from qmix.errors import CheckpointError, ConfigError
@@ -33,6 +33,7 @@ from qmix.gguf.header import is_gguf
 from qmix.gguf_checkpoint import Opened, open_gguf
 from qmix.lowbit import Matrix, fits, mxfp4_blocks
 from qmix.models import Source
+from qmix.models.consolidated import is_consolidated
 from qmix.models.source import Index
 from qmix.shards import REFETCH, Location, sample_of
 from qmix.sizes import CARRIED

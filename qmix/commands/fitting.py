@@ -1,7 +1,9 @@
 """`--fit auto`: what size of mix suits this machine. `qmix quantize` makes it, `qmix plan` forecasts it.
 
 The memory is that of the plan which loading makes (offload/plan.py), with its margin: VRAM where there is a GPU, else
-RAM, less the program, dense weights, KV cache of the context, workspace and reserve. In this order:
+RAM, less the program, dense weights, KV cache of the context, workspace and reserve. A multi-token-prediction head is
+not counted: a mix has none, and loading leaves out the default format's where experts need its room (offload/head.py).
+In this order:
 
 1. The default format, where all experts fit into that memory, or where they fit into VRAM and RAM and no mix does into
    VRAM alone.
@@ -17,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qmix.commands.plan.report import Machine, Planned, find_gpu, plan_trunk, speeds_of
+from qmix.commands.plan.report import Machine, Planned, at_once, find_gpu, plan_trunk, speeds_of
 from qmix.commands.quantization import Described, Flags, choose
 from qmix.config import QuantConfig
 from qmix.errors import DoesNotFit
@@ -104,7 +106,7 @@ class _Here:
         self._make, self._wanted = even, Wanted
         self._base = replace(flags, format=None, calibration=None).config()
         self._least = smallest(self._model, self._base)
-        self._machine = machine
+        self._machine = at_once(machine)  # what measuring itself takes later is no reason for a smaller mix
 
     @property
     def default_is_grouped(self) -> bool:

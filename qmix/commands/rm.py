@@ -38,10 +38,10 @@ def remove(
     if not yes:
         agreed("delete?")
     for name, folders in zip(dict.fromkeys(names), found, strict=True):
-        freed = sum(remove_store(folder) for folder in folders)
+        # The download first: where it is in use nothing is lost, and without the store nobody would know of it.
+        freed = hub.free_source(repos[name]) if name in repos else 0
+        freed += sum(remove_store(folder) for folder in folders)
         library.forget(name)
-        if name in repos:
-            freed += hub.free_source(repos[name])
         render.say(f"deleted {name}: {format_bytes(freed)} freed")
 
 

@@ -194,24 +194,30 @@ def fetched(folder: Path) -> set[str]:
 
 def free(folder: Path) -> int:
     """Delete what qmix fetched into a repository's folder of the cache, and the links to it: the bytes that this frees.
-    Files that were there before stay."""
+    Files that were there before stay, and what another process fetches now."""
     freed = 0
     for etag in sorted(fetched(folder)):
-        for path in (folder / "blobs" / etag, folder / "blobs" / (etag + PARTIAL)):
-            with contextlib.suppress(OSError):
-                found = os.lstat(path)
-                if stat.S_ISREG(found.st_mode):
-                    _unlink_pointers(folder, path)
-                    path.unlink()
-                    freed += found.st_blocks * 512
-    for path in (folder / "blobs").glob("*" + PARTIAL):
+        path = folder / "blobs" / etag
         with contextlib.suppress(OSError):
             found = os.lstat(path)
             if stat.S_ISREG(found.st_mode):
+                _unlink_pointers(folder, path)
                 path.unlink()
                 freed += found.st_blocks * 512
+    freed += sum(map(_free_partial, (folder / "blobs").glob("*" + PARTIAL)))
     (folder / NOTES).unlink(missing_ok=True)
     return freed
+
+
+def _free_partial(path: Path) -> int:
+    with contextlib.suppress(OSError), open(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK),
+                                            "r+b", buffering=0) as file:
+        found = os.fstat(file.fileno())
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # an OSError where another process writes it
+        if stat.S_ISREG(found.st_mode) and os.path.samestat(found, os.lstat(path)):
+            path.unlink()
+            return found.st_blocks * 512
+    return 0
 
 
 def _unlink_pointers(folder: Path, blob: Path) -> None:

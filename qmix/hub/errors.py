@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
 
 from qmix.errors import CheckpointError, DoesNotFit, QmixError
 
@@ -21,11 +22,17 @@ def hub_error(where: str, e: Exception, offline: bool = False) -> QmixError:
     """where: the repository, with its revision."""
     from huggingface_hub import errors
 
+    for own in _causes(e):
+        if isinstance(own, QmixError):
+            return own
     undelivered = f"{where}: the hub did not deliver it"
     if isinstance(e, RuntimeError) and "home directory" in str(e):
         return CheckpointError(f"{where.partition('@')[0]}: no home folder for the hub's cache: HOME is not set, and "
                                "this user has no entry in the system's list",
                                "set HF_HOME to a folder that can be written")
+    if _caused_by(e, UnicodeEncodeError):  # of a header, and no other has what a user gave
+        return CheckpointError(f"{undelivered}: HF_TOKEN, or the token of `hf auth login`, holds a character that no "
+                               "token has", f"copy the token again, letters and digits alone: {LOGIN}")
     if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return DoesNotFit(f"{where}: the disk is full: {e.filename or ''} {e.strerror}".replace("  ", " "),
                           f"make room, or set HF_HOME to a folder on another disk; then {AGAIN}")
@@ -62,8 +69,11 @@ def reason(e: BaseException) -> str:
 
 
 def _caused_by(e: BaseException, kind: type[BaseException]) -> bool:
+    return any(isinstance(cause, kind) for cause in _causes(e))
+
+
+def _causes(e: BaseException | None) -> Iterator[BaseException]:
+    """An exception, and those that it comes of."""
     while e is not None:
-        if isinstance(e, kind):
-            return True
-        e = e.__cause__  # type: ignore[assignment]
-    return False
+        yield e
+        e = e.__cause__

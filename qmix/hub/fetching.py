@@ -15,6 +15,7 @@ from typing import Protocol
 from qmix.errors import Interrupted, QmixError
 from qmix.hub import blobs
 from qmix.hub.errors import AGAIN, hub_error
+from qmix.hub.etags import check_etags
 
 CONNECTIONS = 4  # files that are fetched at a time
 GRACE = 1.0  # seconds that a thread has to put down its file
@@ -103,8 +104,8 @@ def _no_bar(title: str) -> Iterator[Progress]:
 
 @contextmanager
 def quiet(say: Say | None) -> Iterator[None]:
-    """Without the library's own bars and log lines; its warnings, such as of a connection that is tried again, go to
-    `say`, the first line of each."""
+    """The library with check_etags, and without its own bars and log lines; its warnings, such as of a connection that
+    is tried again, go to `say`, the first line of each."""
     import logging
 
     from huggingface_hub.utils.logging import get_logger
@@ -116,6 +117,7 @@ def quiet(say: Say | None) -> Iterator[None]:
                 text = record.getMessage().splitlines()
                 say("the hub: " + " ".join([*text[:1], *text[-1:][len(text) < 2:]]))
 
+    check_etags()
     get_logger("huggingface_hub")  # makes its handler, if nothing did before
     logger, lines = logging.getLogger("huggingface_hub"), Lines(logging.WARNING)
     before, shown = (logger.handlers[:], logger.propagate), not are_progress_bars_disabled()

@@ -43,21 +43,30 @@ def folder_of(cache: Path, repo: str) -> Path:
 def claimed(repo: str) -> Iterator[Path]:
     """The private folder of a repository, which no other process uses meanwhile."""
     folder = folder_of(private_cache(), repo)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as e:
-        raise CheckpointError(f"{e.filename or folder}: {e.strerror}", "set HF_HOME to a folder that can be "
-                              "written") from None
-    try:
+    while True:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise QmixError(f"{folder}: another qmix discards this model's files while it quantizes them",
-                            "wait until it is done, or leave out --discard-source") from None
-        yield folder
-    finally:
-        os.close(fd)
+            folder.mkdir(parents=True, exist_ok=True)
+            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as e:
+            raise CheckpointError(f"{e.filename or folder}: {e.strerror}", "set HF_HOME to a folder that can be "
+                                  "written") from None
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise QmixError(f"{folder}: another qmix discards this model's files while it quantizes them",
+                                "wait until it is done, or leave out --discard-source and --source") from None
+            if _is_at(folder, fd):  # else the process that had it was done, and deleted it
+                yield folder
+                return
+        finally:
+            os.close(fd)
+
+
+def _is_at(path: Path, fd: int) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(fd), path.stat())
+    return False
 
 
 def link_cached(repo: str, commit: str | None, folder: Path, name: str) -> bool:
@@ -103,9 +112,10 @@ def refetch(repo: str, commit: str | None, offline: bool, name: str, begin: int,
 
 
 def drop(repo: str) -> int:
-    """Delete a repository's private folder: bytes that this frees. Links in it are not followed."""
+    """Delete a repository's private folder, which this process has claimed: bytes that this frees. Links in it are not
+    followed."""
     folder = folder_of(private_cache(), repo)
-    if folder.is_symlink() or not folder.is_dir():
+    if not _has_own(repo):
         return 0
     freed = sum(path.lstat().st_blocks * 512 for path in (folder / "blobs").glob("*"))
     shutil.rmtree(folder, ignore_errors=True)
@@ -133,3 +143,16 @@ def drop_weights(repo: str, snapshot: Path, names: Iterable[str]) -> tuple[int, 
         elif used.get(real, path.suffix != INCOMPLETE):  # without a link: of a download that was interrupted
             left = True
     return (freed, False) if left else (freed + drop(repo), True)
+
+
+def drop_unused(repo: str) -> int:
+    """As `drop`, of a folder that this process has not claimed. QmixError where another one uses it."""
+    if not _has_own(repo):
+        return 0
+    with claimed(repo):
+        return drop(repo)
+
+
+def _has_own(repo: str) -> bool:
+    folder = folder_of(private_cache(), repo)
+    return folder.is_dir() and not folder.is_symlink()

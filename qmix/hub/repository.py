@@ -29,7 +29,7 @@ from qmix.hub.errors import hub_error, reason, status_of
 from qmix.hub.fetching import CONNECTIONS, Bar, File, fetch_files, quiet
 from qmix.hub.limits import check_small_files
 from qmix.hub.names import GgufModel, HubName, choose_gguf, gguf_models
-from qmix.hub.private import drop, folder_of, link_cached, private_folder
+from qmix.hub.private import drop_unused, folder_of, link_cached, private_folder
 from qmix.sizes import format_bytes
 
 SINGLE = "model.safetensors"
@@ -231,10 +231,11 @@ def newest_commit(name: HubName) -> str:
 
 
 def free_source(repo: str) -> int:
-    """Delete what qmix fetched of a repository, into the hub's cache and into its own: the bytes that this frees."""
+    """Delete what qmix fetched of a repository, into the hub's cache and into its own: the bytes that this frees.
+    QmixError, and nothing is deleted, where another process quantizes what is in its own."""
     from huggingface_hub import constants
 
-    return blobs.free(folder_of(Path(constants.HF_HUB_CACHE), repo)) + drop(repo)
+    return drop_unused(repo) + blobs.free(folder_of(Path(constants.HF_HUB_CACHE), repo))
 
 
 def _quantize_first(name: HubName) -> str:

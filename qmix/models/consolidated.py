@@ -9,6 +9,7 @@ transposed in it. Source: mistral-inference, and transformers' scripts that conv
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from qmix.models.keys import Keys
@@ -16,6 +17,9 @@ from qmix.models.parts import dense_layout, expert_layout
 from qmix.models.source import Layout, Pairs, Rows, Source, Step, Transpose
 from qmix.spec import Attention, Model
 
+PARAMS = "params.json"
+WEIGHTS = "consolidated*.safetensors"
+HUGGING_FACE = ("model.safetensors", "model.safetensors.index.json")
 TOP = {"embedding": "tok_embeddings.weight", "final_norm": "norm.weight", "head": "output.weight"}
 NAMES = {"before_mixer": "attention_norm.weight", "before_mlp": "ffn_norm.weight",
          **{f"attention.{p}": f"attention.w{p}.weight" for p in "qkvo"}}
@@ -24,6 +28,12 @@ MLP = tuple(f"feed_forward.{part}.weight" for part in ("w1", "w3", "w2"))  # gat
 EXPERTS = tuple(f"feed_forward.experts.{{}}.{part}.weight" for part in ("w1", "w3", "w2"))
 POSITIONS = 32768
 OLD = tuple(f"block_sparse_moe.{part}" for part in ("w1", "w3", "w2"))
+
+
+def is_consolidated(path: Path) -> bool:
+    """Whether a folder has weights in this layout and none in Hugging Face's."""
+    return (path / PARAMS).is_file() and not any((path / name).exists() for name in HUGGING_FACE) \
+        and any(path.glob(WEIGHTS))
 
 
 def consolidated_config(params: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

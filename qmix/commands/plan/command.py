@@ -60,7 +60,7 @@ def plan(
     flags = Flags(format, dense, group_size=group_size)
     if fit not in (None, "auto"):
         raise UsageError(f"--fit {fit}: plan knows --fit auto alone", "drop it: --ram and --vram describe a machine")
-    if fit is not None and (format is not None or group_size is not None):
+    if fit is not None and (format is not None or (group_size is not None and dense != "int4")):
         raise UsageError("--fit auto: chooses the formats itself", "drop --format and --group-size")
     path = paths.resolve(model, render.say, "config") if model else model_folder(model)
 

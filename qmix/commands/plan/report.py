@@ -219,6 +219,11 @@ def plan_trunk(needs: Needs, machine: Machine) -> Plan:
     return make_plan(needs, _ram(machine), PROGRAM, machine.vram, taken, machine.pin, beside)
 
 
+def at_once(machine: Machine) -> Machine:
+    """`machine` with the RAM that there is now, which later plans for it then have too."""
+    return replace(machine, ram=_ram(machine), margin=None)
+
+
 def _beside_line(machine: Machine) -> str:
     """How it is known what of a GPU's memory torch does not count."""
     gpu = machine.gpu

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from qmix import paths, render
 from qmix.commands.options import flag_bytes
 from qmix.config import CALIBRATED, QuantConfig
-from qmix.errors import UsageError
+from qmix.errors import DoesNotFit, UsageError
 from qmix.sizes import MIB, format_bytes
 from qmix.textfile import decode
 
@@ -76,7 +76,8 @@ def mixed_config(checkpoint: Checkpoint, quant: QuantConfig, wanted: Wanted, tex
                  full: bool = False, fits: Callable[[QuantConfig], bool] = lambda quant: True,
                  name: str = "the text") -> QuantConfig:
     """`quant` with a mix of that size; measures what is not known of the checkpoint, in full or on a sample, and says
-    what to expect. fits: whether a mix is small enough, where its bytes alone do not tell; name: of the text."""
+    what to expect. fits: whether a mix is small enough, where its bytes alone do not tell; name: of the text.
+    DoesNotFit where not even the smallest is."""
     from qmix import hardware
     from qmix.quantize import fit, job
     from qmix.quantize.fit import Wanted
@@ -89,8 +90,12 @@ def mixed_config(checkpoint: Checkpoint, quant: QuantConfig, wanted: Wanted, tex
         found = fit.sensitivity(checkpoint, text, quant, threads,
                                 paths.if_any(paths.sensitivity_folder), render.say, progress, full)
     mixed, choice = fit.mixed(model, quant, found, wanted)
+    floor = len(model.expert_keys) * min(sizes.of.values())
     while not fits(mixed):
-        smaller = max(choice.nbytes - choice.nbytes // 100 - 1, len(model.expert_keys) * min(sizes.of.values()))
+        if choice.nbytes <= floor:
+            raise DoesNotFit(f"--fit {AUTO}: not even the smallest mix, {format_bytes(floor)} of experts, fits with "
+                             "what it takes besides", "free memory, or drop --fit")
+        smaller = max(choice.nbytes - choice.nbytes // 100 - 1, floor)
         render.say(f"this mix takes more beside its experts than was thought: a mix of {format_bytes(smaller)} instead")
         mixed, choice = fit.mixed(model, quant, found, Wanted(records=smaller))
     measured = fit.sensitivity_text(model, text, full).tokens

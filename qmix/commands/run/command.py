@@ -50,6 +50,7 @@ from qmix.commands.quantization import Flags
 from qmix.commands.quantize.source import Source, fetch, fetched_name, say_left
 from qmix.commands.run import library
 from qmix.errors import CheckpointError, QmixError, UsageError
+from qmix.models.consolidated import is_consolidated
 
 MANIFEST = "qmix.json"
 
@@ -105,7 +106,7 @@ def _store(text: str, flags: Flags, how: Loading, access: hub.Access, yes: bool,
             if flags != Flags() or update:
                 raise UsageError(f"{text}: is a store already", "drop --format, --dense and --update")
             return found
-        if not is_gguf(found) and not (found / "config.json").is_file():
+        if not is_gguf(found) and not (found / "config.json").is_file() and not is_consolidated(found):
             raise CheckpointError(f"{found}: neither a store nor a checkpoint nor a GGUF file",
                                   "name a hub id (org/name), a GGUF file, a checkpoint's folder or a store")
         name, source = None, str(found.resolve())
@@ -125,7 +126,7 @@ def _store(text: str, flags: Flags, how: Loading, access: hub.Access, yes: bool,
             render.say(f"{what}: this is still the old one (--update makes it again)")
             return entry.folder
         render.say(what)
-    return _made(name, Path(source), source, flags, entry, how, access, yes, discard)
+    return _made(name, Path(source), source, flags, entry, how, access, yes, update, discard)
 
 
 def _state(name: hub.HubName | None, path: Path, access: hub.Access) -> str | None:
@@ -142,13 +143,15 @@ def _state(name: hub.HubName | None, path: Path, access: hub.Access) -> str | No
 
 
 def _made(name: hub.HubName | None, path: Path, source: str, flags: Flags, entry: library.Entry | None, how: Loading,
-          access: hub.Access, yes: bool, discard: bool) -> Path:
+          access: hub.Access, yes: bool, update: bool, discard: bool) -> Path:
     from qmix.commands.plan import report as planning
     from qmix.commands.run import proposal as proposals
     from qmix.commands.run.making import make_store
 
     found = None if name is None else hub.find(name, "either", render.say, access)
     if found is not None and found.is_store:
+        if flags != Flags() or update or discard:
+            raise UsageError(f"{name}: is a store already", "drop --format, --dense, --update and --discard-source")
         found.check_room(render.say)
         if found.missing and not yes:
             agreed("fetch it?")
@@ -173,18 +176,18 @@ def _made(name: hub.HubName | None, path: Path, source: str, flags: Flags, entry
     if not yes:
         agreed("go on?")
     was_made = entry is not None and entry.is_made
-    with library.alone(stored, render.say):
-        now = library.load(stored, render.say)
-        if now is not None and now.is_made and not (was_made and now == entry):
-            return out  # another run made it meanwhile
+    with library.own_name(stored, source, name is not None, options, proposal.kind, render.say) as (stored, now):
         new = library.Entry(stored, source, library.local_state(path) if found is None else found.commit or "",
                             options, name is not None)
+        if now is not None and now.is_made and not (was_made and now == entry):
+            return now.folder  # another run made it meanwhile
         if now is None or not now.is_made:
             library.save(new)
         with _source(path, found, access, discard) as source_now:
-            make_store(source_now, out, flags, how.threads, partial(_say_new, source_now.path, source, frozenset(said)))
+            make_store(source_now, new.folder, flags, how.threads,
+                       partial(_say_new, source_now.path, source, frozenset(said)))
         library.save(new)
-    return out
+    return new.folder
 
 
 def _say_new(path: Path, source: str, said: frozenset[str], line: str) -> None:

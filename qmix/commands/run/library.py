@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from qmix.commands.quantization import Flags
 from qmix.errors import ConfigError, QmixError
 
 FORMAT, VERSION = "qmix_run", 1
-WEIGHTS = ("config.json", "*.safetensors", "*.gguf")
+WEIGHTS = ("config.json", "params.json", "*.safetensors", "*.gguf")
 Say = Callable[[str], None]
 
 
@@ -98,8 +99,8 @@ def find(source: str, options: str, say: Say) -> Entry | None:
 
 
 def free_name(source: str, hub: bool, options: str, suffix: str) -> str:
-    """Of a new store: the model's own name and how it is quantized, with a mark where a store of another source has
-    that name."""
+    """Of a new store: the model's own name and how it is quantized, with a mark where something else has that name,
+    and a number where that is taken too."""
     model = re.sub(r"@.*", "", source).rpartition(":")[2] if hub else source
     base = re.sub(r"\.gguf$|-\d{5}-of-\d{5}(\.gguf)?$", "", model.rpartition("/")[2], flags=re.IGNORECASE)
     if hub and ":" in source and not re.search("[./-]", base):  # a type alone
@@ -107,10 +108,9 @@ def free_name(source: str, hub: bool, options: str, suffix: str) -> str:
     ending = options or suffix
     name = re.sub(r"[^\w.-]", "-", base + (f"-{ending}" if ending and not base.lower().endswith(ending) else ""))
     name = name.lstrip(".-") or "model"
-    taken = {path.name.removesuffix(".json").removesuffix(".partial") for path in paths.models_folder().glob("*")}
-    if name in taken:
-        name += "-" + hashlib.blake2b(f"{source} {options}".encode(errors="surrogateescape"), digest_size=3).hexdigest()
-    return name
+    mark = hashlib.blake2b(f"{source} {options}".encode(errors="surrogateescape"), digest_size=3).hexdigest()
+    names = chain((name, f"{name}-{mark}"), (f"{name}-{mark}-{i}" for i in count(2)))
+    return next(name for name in names if not _is_taken(name))
 
 
 def local_state(path: Path) -> str:
@@ -144,6 +144,29 @@ def alone(name: str, say: Say) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
+
+
+@contextmanager
+def own_name(name: str, source: str, hub: bool, options: str, suffix: str,
+             say: Say) -> Iterator[tuple[str, Entry | None]]:
+    """While no other `qmix run` makes that store: its name and what is known of it now. That is `name`, unless since it
+    was chosen something else came to have it; then another one is chosen, as free_name does, which is said."""
+    while True:
+        with alone(name, say):
+            entry = load(name, say)
+            if (entry is None and not _is_taken(name)) or \
+                    (entry is not None and (entry.source, entry.options) == (source, options)):
+                yield name, entry
+                return
+        other = find(source, options, say)
+        new = free_name(source, hub, options, suffix) if other is None else other.name
+        say(f"{name}: has become a store of something else meanwhile: {new} instead")
+        name = new
+
+
+def _is_taken(name: str) -> bool:
+    folder = paths.models_folder()
+    return any(os.path.lexists(folder / f"{name}{ending}") for ending in ("", ".json", ".partial"))
 
 
 def _file(name: str) -> Path:
