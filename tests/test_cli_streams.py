@@ -169,6 +169,7 @@ def test_the_hub_without_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", homeless)
+    monkeypatch.setattr("qmix.hub.repository.check_small_files", lambda *args: None)
     refused(qmix("plan", "org/name"), 4, "no home folder for the hub's cache", "set HF_HOME")
 
 

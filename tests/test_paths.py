@@ -20,6 +20,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple]:
         return str(tmp_path / "snapshot")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("qmix.hub.repository.check_small_files", lambda *args: None)
     return asked
 
 
@@ -53,6 +54,7 @@ def test_hub_failure_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None
         raise OSError("no route to host\nsecond line")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    monkeypatch.setattr("qmix.hub.repository.check_small_files", lambda *args: None)
     with pytest.raises(CheckpointError) as error:
         paths.resolve("org/name", lambda line: None)
     assert error.value.message == "org/name: the hub did not deliver it: no route to host"

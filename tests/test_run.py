@@ -24,6 +24,7 @@ from qmix.commands.quantization import Flags
 from qmix.commands.run import command, library
 from qmix.demo import CHECKPOINT
 from qmix.errors import QmixError
+from qmix.hub.private import drop
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 ASK = ("-p", "hello", "-n", "3", "-t", "1", "--temp", "0")
@@ -303,7 +304,7 @@ def test_a_folder_that_was_deleted_while_its_lock_was_taken(monkeypatch: pytest.
         if not deleted:
             deleted.append(os.fstat(fd).st_ino)
             with hub.claimed("org/name"):
-                hub.drop("org/name")
+                drop("org/name")
         flock(fd, how)
 
     monkeypatch.setattr("fcntl.flock", late)

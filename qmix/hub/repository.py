@@ -294,6 +294,7 @@ def _snapshot(repo: str, revision: str | None, names: Iterable[str], patterns: I
               tries: int = 1) -> Path:
     """The folder, with those of the files that the repository has. tries: of connections that are lost."""
     import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     names, patterns = [*names], [*patterns]
     wanted, where = [*map(escape, names), *patterns], f"{repo}@{revision}" if revision else repo
@@ -314,7 +315,8 @@ def _snapshot(repo: str, revision: str | None, names: Iterable[str], patterns: I
     except QmixError:
         raise
     except Exception as e:  # its own, and those of whichever HTTP library its version uses
-        e = unsaid or e
+        if unsaid is not None and isinstance(e, LocalEntryNotFoundError):  # which alone says nothing of the reason
+            e = unsaid
         if tries > 1 and (status_of(e) or status_of(e.__cause__ or e)) is None:
             time.sleep(1)
             return _snapshot(repo, revision, names, patterns, access, tries - 1)
