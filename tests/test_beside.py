@@ -32,6 +32,8 @@ from qmix.formats import Packed, unpack
 from qmix.kernels.native import NativeProducts, Product
 from qmix.kernels.table import select
 from qmix.kernels.torch_ops import activate
+from qmix.models import read_model
+from qmix.offload.needs import Needs
 from qmix.sizes import HALVES, MatrixSpec
 from qmix.spec import Activation
 from qmix.store import Store, manifest
@@ -261,3 +263,11 @@ def test_what_cannot_lie_side_by_side_is_refused(kind: str) -> None:
         QuantConfig("mixed", "int8", "", 0, 0, kinds=((kind, "q4_k"),), mix=("0",))
     with pytest.raises(ConfigError, match="kinds"):  # w2 is one matrix
         QuantConfig("mixed", "int8", "", 0, 0, kinds=(("q4_k", "q4_k+q6_k"),), mix=("0",))
+
+
+def test_the_plan_counts_two_products_of_a_chunk() -> None:
+    """Their fp32 results beside the inner activations: 12 bytes a number where one product has 8."""
+    model = read_model(with_keys(models.CONFIGS["mixtral"], {"hidden_size": 256, "intermediate_size": 8192}))
+    one, two = (QuantConfig("mixed", kinds=((w13, "q6_k"),), mix=("0" * model.num_experts,) * len(model.layers),
+                            method="", group_size=0, block=0) for w13 in ("q4_k", "q4_k+q6_k"))
+    assert Needs.of(model, two, 512).workspace - Needs.of(model, one, 512).workspace == 512 * 8192 * 4

@@ -17,6 +17,8 @@ from warm_python import WarmPython
 
 from qmix import hub, modelfiles
 from qmix.checkpoint import INDEX, SINGLE, Checkpoint
+from qmix.errors import CheckpointError
+from qmix.hub.private import claimed, drop_unused, private_folder
 from qmix.quantize import quantize_checkpoint
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -125,6 +127,34 @@ def test_a_quantized_repository_is_refused_before_its_weights_are_fetched(
     done = qmix(env, "quantize", "org/name", "out", "-t", 1)
     assert done.returncode == 4 and f"quantized already, as {said['quant_method']}" in done.stderr, done.stderr
     assert "config.json" in fetched and weights(fetched) == []
+
+
+def test_what_modelopts_own_file_says_is_read_before_weights_are_fetched(serve: Server, qmix: Command,
+                                                                         tmp_path: Path) -> None:
+    path = repository(tmp_path / "repo")
+    (path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "W4A8_AWQ"}}))
+    env, fetched = serve(path)
+    done = qmix(env, "quantize", "org/name", "out", "-t", 1)
+    assert done.returncode == 4 and "W4A8_AWQ" in done.stderr and weights(fetched) == [], done.stderr
+
+
+def test_pickled_weights_that_an_index_names_are_not_fetched(serve: Server, qmix: Command, tmp_path: Path) -> None:
+    path = repository(tmp_path / "repo")
+    (path / INDEX).write_text(json.dumps({"weight_map": {"a": SINGLE, "b": "pytorch_model.bin"}}))
+    (path / "pytorch_model.bin").write_bytes(b"x")
+    env, fetched = serve(path)
+    done = qmix(env, "quantize", "org/name", "out", "-t", 1)
+    assert done.returncode == 4 and "pytorch_model.bin" in done.stderr, done.stderr
+    assert weights(fetched) == [] and "pytorch_model.bin" not in fetched
+
+
+def test_a_private_folder_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container under any uid: whoever needs none goes on."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", "~no-such-user-of-qmix/hub")
+    assert private_folder("org/name") is None and drop_unused("org/name") == 0
+    with pytest.raises(CheckpointError, match="no home folder") as error, claimed("org/name"):
+        pass
+    assert "HF_HOME" in (error.value.cure or "")
 
 
 def test_a_disk_that_is_too_small_is_found_before_a_weight_is_fetched(

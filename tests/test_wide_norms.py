@@ -109,3 +109,9 @@ def test_the_command_writes_them(tmp_path: Path) -> None:
 def test_other_names_are_refused(wide: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError, match=r"^model\.wide: got .*, want names of norms, routers and biases"):
         replace(read_model(models.CONFIGS["mixtral"]), wide=wide)
+
+
+def test_a_name_that_is_there_twice_is_refused() -> None:
+    """Millions of one name would cost every command that opens the store minutes."""
+    with pytest.raises(ConfigError, match="want each name once, 1 in all"):
+        replace(read_model(models.CONFIGS["mixtral"]), wide=("final_norm",) * 3)

@@ -14,12 +14,11 @@ from qmix.errors import CheckpointError, ConfigError
 from qmix.gguf_checkpoint import Opened
 from qmix.lowbit import Matrix, join
 from qmix.models import Layout, published_experts, read_model, skipped, with_mtp_head_of
-from qmix.schemes import Fp4, Quantization, read_quantization
+from qmix.schemes import MODELOPT, Fp4, Quantization, modelopt_config, read_quantization
 from qmix.shards import INDEX, REFETCH, SINGLE, Location, locate, read_json
 from qmix.spec import Model
 
 STORE_MANIFEST = "qmix.json"
-MODELOPT = "hf_quant_config.json"  # where NVIDIA's older checkpoints say how they are quantized
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 FOLDER = "give the folder that holds config.json and model*.safetensors"
 
@@ -64,8 +63,7 @@ def _quantization(path: Path, raw: Mapping[str, Any]) -> Quantization | None:
     try:
         if found is None and (path / MODELOPT).is_file():
             where = path / MODELOPT
-            inner = read_json(where).get("quantization")
-            found = {**inner, "quant_method": "modelopt"} if isinstance(inner, dict) else inner
+            found = modelopt_config(read_json(where))
         if found is None or published_experts(raw) is not None:
             return None
         return read_quantization(found)

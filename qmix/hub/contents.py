@@ -11,7 +11,7 @@ from qmix.bounded import parse_json, read_file
 from qmix.errors import CheckpointError, ConfigError, QmixError
 from qmix.models import published_experts
 from qmix.models.consolidated import consolidated_config
-from qmix.schemes import read_quantization
+from qmix.schemes import MODELOPT, modelopt_config, read_quantization
 
 PARAMS = "params.json"
 OWN_FILES = ("tokenizer.model.v?", "tekken.json", "consolidated*.json")  # of Mistral's own layout, beside its weights
@@ -28,11 +28,18 @@ def named_files(path: Path, read: Callable[[Any], Iterable[Any]]) -> list[str]:
 
 
 def is_quantized(config: Path) -> bool:
-    """Whether config.json says that the weights are in a format that qmix does not take from checkpoints."""
+    """Whether config.json, or modelopt's file beside it, says that the weights are in a format that qmix does not take
+    from checkpoints."""
     try:
         raw = parse_json(read_file(config, MAX_JSON))
-        if isinstance(raw, dict) and raw.get("quantization_config") is not None and published_experts(raw) is None:
-            read_quantization(raw["quantization_config"])
+        if not isinstance(raw, dict):
+            return False
+        found = raw.get("quantization_config")
+        if found is None and (config.parent / MODELOPT).is_file():
+            beside = parse_json(read_file(config.parent / MODELOPT, MAX_JSON))
+            found = modelopt_config(beside) if isinstance(beside, dict) else None
+        if found is not None and published_experts(raw) is None:
+            read_quantization(found)
         return False
     except ConfigError:  # a method that qmix does not read, or a key of it
         return True

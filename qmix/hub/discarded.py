@@ -35,7 +35,8 @@ def discarded_in(path: Path) -> set[str]:
     """The tensors of a file that are gone. CheckpointError where a journal cannot be read."""
     for folder in Path(os.path.realpath(path)).parents:
         if os.path.lexists(folder / NAME) and (folder / "snapshots").is_dir():
-            return {tensor for file, tensor in gone_in(folder) if file == file_in(folder, path)}
+            mine = file_in(folder, path)  # once: a journal has a line for each tensor of a large model
+            return {tensor for file, tensor in gone_in(folder) if file == mine}
     return set()
 
 

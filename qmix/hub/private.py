@@ -15,7 +15,7 @@ from pathlib import Path
 
 from qmix.errors import CheckpointError, QmixError
 from qmix.hub import blobs
-from qmix.hub.discarded import file_in, gone_in, note
+from qmix.hub.discarded import Key, file_in, gone_in, note
 from qmix.hub.errors import AGAIN, hub_error
 
 WEIGHTS = (".safetensors", ".gguf")
@@ -23,14 +23,22 @@ INCOMPLETE = ".incomplete"  # of small files, which the hub's library fetches
 
 
 def private_cache() -> Path:
+    """CheckpointError for a user without a home folder, as in a container under any uid."""
     from huggingface_hub import constants
 
-    return Path(constants.HF_HOME).expanduser() / "qmix"
+    try:
+        return Path(constants.HF_HOME).expanduser() / "qmix"
+    except RuntimeError:
+        raise CheckpointError(f"{constants.HF_HOME}: no home folder for the hub's cache",
+                              "set HF_HOME to a folder that can be written") from None
 
 
 def private_folder(repo: str) -> Path | None:
     """A repository's folder there, where one is."""
-    folder = folder_of(private_cache(), repo)
+    try:
+        folder = folder_of(private_cache(), repo)
+    except CheckpointError:
+        return None
     return folder if folder.is_dir() else None
 
 
@@ -114,9 +122,9 @@ def refetch(repo: str, commit: str | None, offline: bool, name: str, begin: int,
 def drop(repo: str) -> int:
     """Delete a repository's private folder, which this process has claimed: bytes that this frees. Links in it are not
     followed."""
-    folder = folder_of(private_cache(), repo)
     if not _has_own(repo):
         return 0
+    folder = folder_of(private_cache(), repo)
     freed = sum(path.lstat().st_blocks * 512 for path in (folder / "blobs").glob("*"))
     shutil.rmtree(folder, ignore_errors=True)
     return freed
@@ -132,16 +140,18 @@ def drop_weights(repo: str, snapshot: Path, names: Iterable[str]) -> tuple[int, 
         (snapshot / name).unlink(missing_ok=True)
     links = [path for path in (folder / "snapshots").rglob("*") if path.is_symlink() or path.is_file()]
     used = {os.path.realpath(path): path.suffix in WEIGHTS for path in links}
-    freed, left = 0, False
+    freed, left, gone, back = 0, False, gone_in(folder), list[Key]()
     for path in (folder / "blobs").glob("*"):
         real = os.path.realpath(path)
         if real in mine and real not in used:
             freed += path.lstat().st_blocks * 512
+            file = file_in(folder, path)
             path.unlink()
-            back = [key for key in gone_in(folder) if key[0] == file_in(folder, path)]
-            note(folder, back, gone=False)  # if it is fetched once more, it is whole
+            back += [key for key in gone if key[0] == file]
         elif used.get(real, path.suffix != INCOMPLETE):  # without a link: of a download that was interrupted
             left = True
+    if left:
+        note(folder, back, gone=False)  # if one is fetched once more, it is whole
     return (freed, False) if left else (freed + drop(repo), True)
 
 
@@ -154,5 +164,5 @@ def drop_unused(repo: str) -> int:
 
 
 def _has_own(repo: str) -> bool:
-    folder = folder_of(private_cache(), repo)
-    return folder.is_dir() and not folder.is_symlink()
+    folder = private_folder(repo)
+    return folder is not None and not folder.is_symlink()

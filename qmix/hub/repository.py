@@ -208,6 +208,8 @@ def find(name: HubName, wanted: Wanted, say: Say, access: Access | None = None) 
         found.names = tuple(named_files(folder / MANIFEST, store_files))
     else:
         listed = named_files(folder / INDEX, shards)
+        if not all(name.endswith(".safetensors") for name in listed):
+            return found  # opening it names the file: pickled weights are not fetched
         found.names = tuple(listed or [SINGLE])
         found.fallback = (SINGLE,) if listed else ()  # where the index is stale
     _look_up(found, say)

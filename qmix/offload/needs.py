@@ -62,13 +62,14 @@ class Needs:
         counts = Counter(map(quant.kind_of, keys))
         kinds = tuple((counts[i], layout.nbytes) for i, layout in enumerate(layouts))
         mean = -(-sum(count * nbytes for count, nbytes in kinds) // len(keys))
-        workspace = workspace_bytes(model, context, itemsize, kv) + (scoring_bytes(model, context) if scoring else 0)
+        apart = any("+" in w13 for w13, _ in quant.kinds)
+        bare, grouped = (workspace_bytes(model, context, itemsize, kv, how, apart) for how in (False, True))
+        workspace = bare + (scoring_bytes(model, context) if scoring else 0)
         return cls(context, resident_dense_bytes(model, quant), kv_bytes(model, context, itemsize, kv),
                    workspace, mean, len(keys), len(model.record_layers), model.top_k, kv,
                    kinds if len(kinds) > 1 else (), scoring,
                    2 * context * widest_kv(model) * itemsize if kv == "int8" else 0, unread_bytes(model, quant),
-                   workspace_bytes(model, context, itemsize, kv, True) - workspace_bytes(model, context, itemsize, kv),
-                   placed_bytes(model), scratch_bytes(model, quant, context, itemsize, scoring),
+                   grouped - bare, placed_bytes(model), scratch_bytes(model, quant, context, itemsize, scoring),
                    len(keys) - len(model.trunk.expert_keys))
 
     @property

@@ -25,7 +25,8 @@ def dense_mlps(model: Model) -> list[Mlp]:
     return found
 
 
-def workspace_bytes(model: Model, context: int, itemsize: int, kv: str = "bf16", grouped: bool = False) -> int:
+def workspace_bytes(model: Model, context: int, itemsize: int, kv: str = "bf16", grouped: bool = False,
+                    apart: bool = False) -> int:
     """What one prefill pass holds at its widest: per token the fp32 residual, the normed states, the [K, H]
     fp32 rows of expert outputs with their sum and one addend; for a chunk of tokens one expert's operand, inner
     activations and result, or for a block queries, keys and values in fp32 and in the compute dtype, the
@@ -33,7 +34,8 @@ def workspace_bytes(model: Model, context: int, itemsize: int, kv: str = "bf16",
     of one head in the compute dtype, and in fp32 a piece of them or the new ones three times over.
 
     The native kernels have fp32 inner activations and packed ones, at most 4 bytes a number, instead of torch's
-    four inner tensors of a chunk. grouped: a GPU computes many experts at a time instead, see prompt_tiles."""
+    four inner tensors of a chunk. apart: gate and up in two formats are two products, whose fp32 results wait beside
+    the inner activations. grouped: a GPU computes many experts at a time instead, see prompt_tiles."""
     tokens = min(context, pass_tokens(model))
     hidden, k = model.hidden, model.top_k
     inner = max(model.expert_inner, *(mlp.inner for mlp in dense_mlps(model)), 0)
@@ -41,7 +43,8 @@ def workspace_bytes(model: Model, context: int, itemsize: int, kv: str = "bf16",
     heads = max((a.heads * (1 + a.output_gate) + 2 * a.kv_heads) * a.head_dim for a in mixers)
     per_token = (4 + itemsize) * hidden + (k + 2) * hidden * 4
     block = min(tokens, ATTENTION_BLOCK) * (heads * (4 + itemsize) + context * (1 + itemsize) + hidden * itemsize)
-    chunk = min(tokens, EXPERT_CHUNK) * (4 * inner * itemsize + hidden * (2 * itemsize + 4))
+    between = max(4 * itemsize, 3 * 4) if apart else 4 * itemsize
+    chunk = min(tokens, EXPERT_CHUNK) * (inner * between + hidden * (2 * itemsize + 4))
     for delta in {layer.mixer for layer in model.layers if isinstance(layer.mixer, DeltaNet)}:
         block = max(block, delta_bytes(delta, min(tokens, ATTENTION_BLOCK), itemsize))
     if kv == "int8":

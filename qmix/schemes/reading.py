@@ -43,6 +43,15 @@ class Quantization:
         return next(named, next((scheme for targets, scheme in self.groups if not targets), None))
 
 
+MODELOPT = "hf_quant_config.json"  # where NVIDIA's older checkpoints say how they are quantized
+
+
+def modelopt_config(raw: Mapping[str, object]) -> object:
+    """What such a file would say as quantization_config of a config.json."""
+    inner = raw.get("quantization")
+    return {**inner, "quant_method": "modelopt"} if isinstance(inner, Mapping) else inner
+
+
 def read_quantization(found: object) -> Quantization:
     """Of the value of quantization_config; ConfigError names what qmix does not know, and the cure."""
     if not isinstance(found, Mapping):

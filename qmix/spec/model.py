@@ -51,8 +51,9 @@ class Model:
             if isinstance(layer.mixer, Attention) and layer.mixer.kv_source is not None:
                 self._check_source(i, layer.mixer, layer.mixer.kv_source)
         if self.wide:
-            known = {within_layer(t.name) for t in self.tensors() if t.role in WIDENED}
+            known, once = {within_layer(t.name) for t in self.tensors() if t.role in WIDENED}, len({*self.wide})
             want(known.issuperset(self.wide), self, "wide", self.wide, "names of norms, routers and biases")
+            want(once == len(self.wide), self, "wide", len(self.wide), f"each name once, {once} in all")
 
     def _check_source(self, i: int, mixer: Attention, source: int) -> None:
         name = f"layers.{i}.kv_source"
