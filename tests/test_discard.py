@@ -106,8 +106,11 @@ def test_nothing_of_the_download_stays(server: Served, qmix: Command, tmp_path: 
     assert ("discarded " if can_free else CANNOT) in done.stderr
     same_store(want, tmp_path / "out")
     assert not [*(tmp_path / "cache" / "hub").rglob("*.safetensors")]
-    again = qmix(server, "quantize", "org/name", "out", "--discard-source", *HOW)
-    assert again.returncode == 2 and f"{own(tmp_path)} has what" in again.stderr, again.stderr
+    fetched = server.weights()
+    for flags in (("--discard-source",), ()):
+        again = qmix(server, "quantize", "org/name", "out", *flags, *HOW)
+        assert again.returncode == 2 and "out: exists" in again.stderr, again.stderr
+        assert server.weights() == fetched and not own(tmp_path).exists(), "OUT is looked at before the download"
 
 
 def test_where_no_part_of_a_file_can_be_freed(server: Served, warm_python: WarmPython, tmp_path: Path,
