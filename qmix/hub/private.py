@@ -15,7 +15,7 @@ from pathlib import Path
 
 from qmix.errors import CheckpointError, QmixError
 from qmix.hub import blobs
-from qmix.hub.discarded import file_in, gone_in, note
+from qmix.hub.discarded import NAME, file_in, gone_in, note
 from qmix.hub.errors import AGAIN, hub_error
 
 WEIGHTS = (".safetensors", ".gguf")
@@ -29,9 +29,9 @@ def private_cache() -> Path:
 
 
 def private_folder(repo: str) -> Path | None:
-    """A repository's folder there, where one is."""
+    """A repository's folder there, where one has weights."""
     folder = folder_of(private_cache(), repo)
-    return folder if folder.is_dir() else None
+    return folder if folder.is_dir() and _has_weights(folder) else None
 
 
 def folder_of(cache: Path, repo: str) -> Path:
@@ -41,7 +41,8 @@ def folder_of(cache: Path, repo: str) -> Path:
 
 @contextmanager
 def claimed(repo: str) -> Iterator[Path]:
-    """The private folder of a repository, which no other process uses meanwhile."""
+    """The private folder of a repository, which no other process uses meanwhile. On an error it goes, where no weights
+    were fetched into it."""
     folder = folder_of(private_cache(), repo)
     while True:
         try:
@@ -57,10 +58,29 @@ def claimed(repo: str) -> Iterator[Path]:
                 raise QmixError(f"{folder}: another qmix discards this model's files while it quantizes them",
                                 "wait until it is done, or leave out --discard-source and --source") from None
             if _is_at(folder, fd):  # else the process that had it was done, and deleted it
-                yield folder
+                try:
+                    yield folder
+                except BaseException:
+                    if not _has_weights(folder):
+                        drop(repo)
+                    raise
                 return
         finally:
             os.close(fd)
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether a folder has weights of its own, a part of some, or a journal of what is gone of them."""
+    with suppress(FileNotFoundError):
+        if (folder / NAME).stat().st_size:
+            return True
+    links = [path for path in (folder / "snapshots").rglob("*") if path.is_symlink() or path.is_file()]
+    if any(path.suffix in WEIGHTS and file_in(folder, path) is not None for path in links):
+        return True
+    small = {os.path.realpath(path) for path in links}
+    # A blob without a link is of a download that was interrupted.
+    return any(os.path.realpath(path) not in small and path.suffix != INCOMPLETE
+               for path in (folder / "blobs").glob("*"))
 
 
 def _is_at(path: Path, fd: int) -> bool:
