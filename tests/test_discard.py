@@ -194,6 +194,11 @@ def test_what_was_in_the_cache_before_stays(server: Served, qmix: Command, tmp_p
     assert again.returncode == 0 and server.weights() == [gone.name, gone.name], "it was not kept"
     done = qmix(server, "quantize", "org/name", "third", "--discard-source", *HOW)
     assert done.returncode == 0 and "nothing is left to free" in done.stderr and kept.read_bytes() == before
+    server.fetched.clear()
+    done = qmix(server, "quantize", "org/name", "fourth", "--discard-source", "--offline", *HOW)
+    assert done.returncode == 0 and "nothing is freed: offline" in done.stderr and not server.fetched, done.stderr
+    assert kept.read_bytes() == before and not own(tmp_path).exists()
+    same_store(want, tmp_path / "fourth")
 
 
 def test_a_gguf_model(tmp_path: Path, qmix: Command, kill: Command) -> None:

@@ -75,6 +75,11 @@ def fetched_name(name: hub.HubName, access: hub.Access, discard: bool) -> Iterat
     if not discard:
         yield fetch(hub.find(name, "checkpoint", render.say, access))
         return
+    if hub.is_offline(access) and hub.private_folder(name.repo) is None:
+        source = fetch(hub.find(name, "checkpoint", render.say, access))
+        render.say("--discard-source: nothing is freed: offline the files are those in the hub's cache")
+        yield source
+        return
     with hub.claimed(name.repo) as folder:
         access = replace(access, cache=hub.private_cache())
         found = hub.find(name, "checkpoint", render.say, access)
