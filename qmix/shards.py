@@ -173,8 +173,9 @@ def _open_all(path: Path, files: list[str], opened: ExitStack) -> dict[str, Loca
 
 
 def _check_copy(one: Location, two: Location) -> None:
-    """A tensor may stand in two files, but must be the same in both."""
-    if not equal(one, two):
+    """A tensor may stand in two files, but must be the same in both. Of one that is discarded in either the sample
+    counts, which stays: all of it was compared when it was whole."""
+    if not equal(one, two, any(p.entry.name in p.shard.discarded for p in (one, two))):
         raise CheckpointError(f"{two.shard.file.path}: {two.entry.name}: differs from the one in "
                               f"{one.shard.file.path.name}", "remove the file that does not belong to the model, from "
                               f"{INDEX} too")
@@ -208,10 +209,11 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def equal(one: Location, two: Location, step: int = 2**24) -> bool:
-    """Whether two tensors have the same dtype, shape and bytes."""
+def equal(one: Location, two: Location, sampled: bool = False, step: int = 2**24) -> bool:
+    """Whether two tensors have the same dtype, shape and bytes; sampled: those of `sample_of` alone."""
     same = (one.entry.dtype, one.entry.shape) == (two.entry.dtype, two.entry.shape)
-    for begin in range(0, one.entry.nbytes if same else 0, step):
-        nbytes = min(step, one.entry.nbytes - begin)
+    first, count = sample_of(one.entry) if sampled else (0, one.entry.nbytes)
+    for begin in range(first, first + count if same else first, step):
+        nbytes = min(step, first + count - begin)
         same = same and torch.equal(*(p.shard.read(p.entry, begin, nbytes) for p in (one, two)))
     return same

@@ -23,6 +23,7 @@ from test_checkpoint import CONFIG, W1, edit_json, open_files, read_back, refuse
 
 from qmix.checkpoint import INDEX, SINGLE, Checkpoint
 from qmix.errors import CheckpointError
+from qmix.hub import discarded
 from qmix.models import read_model
 from qmix.tensorfile import build_header
 
@@ -103,6 +104,20 @@ def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
     read_back(path)
     save_file({**tensors, W1: tensors[W1] * 2}, other)
     refused(path, W1, "differs from the one in model-0000")
+
+
+def test_a_tensor_in_two_shards_that_is_discarded_in_one(tmp_path: Path) -> None:
+    """As a resumed run with --discard-source finds it; what stays is compared."""
+    path = write_tiny_checkpoint(tmp_path / "snapshots" / "one", shards=2)
+    where = json.loads((path / INDEX).read_text())["weight_map"]
+    other = path / next(name for name in where.values() if name != where[W1])
+    tensors = {n: t for n, t in tiny_tensors(CONFIG).items() if n == W1 or where[n] == other.name}
+    save_file(tensors, other)
+    discarded.note(tmp_path, [(f"snapshots/one/{where[W1]}", W1)], gone=True)
+    Checkpoint.open(path).close()
+    save_file({**tensors, W1: tensors[W1] * 2}, other)
+    with pytest.raises(CheckpointError, match="differs from the one in model-0000"):
+        Checkpoint.open(path)
 
 
 def test_a_single_file_wins_over_an_index(tmp_path: Path) -> None:

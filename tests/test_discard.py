@@ -19,7 +19,7 @@ from warm_python import WarmPython
 from qmix.checkpoint import Checkpoint
 from qmix.errors import CheckpointError
 from qmix.hub.discarded import NAME, gone_in, note
-from qmix.hub.private import drop_weights
+from qmix.hub.private import claimed, drop_weights, private_folder
 from qmix.quantize import discard
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -106,8 +106,14 @@ def test_nothing_of_the_download_stays(server: Served, qmix: Command, tmp_path: 
     assert ("discarded " if can_free else CANNOT) in done.stderr
     same_store(want, tmp_path / "out")
     assert not [*(tmp_path / "cache" / "hub").rglob("*.safetensors")]
-    again = qmix(server, "quantize", "org/name", "out", "--discard-source", *HOW)
-    assert again.returncode == 2 and f"{own(tmp_path)} has what" in again.stderr, again.stderr
+    fetched = server.weights()
+    for flags in (("--discard-source",), ()):
+        again = qmix(server, "quantize", "org/name", "out", *flags, *HOW)
+        assert again.returncode == 2 and "out: exists" in again.stderr, again.stderr
+        assert server.weights() == fetched and not own(tmp_path).exists(), "OUT is looked at before the download"
+    server.handler.gated = True
+    gated = qmix(server, "quantize", "org/name", "other", "--discard-source", *HOW)
+    assert gated.returncode == 4 and "gated" in gated.stderr and not own(tmp_path).exists(), gated.stderr
 
 
 def test_where_no_part_of_a_file_can_be_freed(server: Served, warm_python: WarmPython, tmp_path: Path,
@@ -188,6 +194,11 @@ def test_what_was_in_the_cache_before_stays(server: Served, qmix: Command, tmp_p
     assert again.returncode == 0 and server.weights() == [gone.name, gone.name], "it was not kept"
     done = qmix(server, "quantize", "org/name", "third", "--discard-source", *HOW)
     assert done.returncode == 0 and "nothing is left to free" in done.stderr and kept.read_bytes() == before
+    server.fetched.clear()
+    done = qmix(server, "quantize", "org/name", "fourth", "--discard-source", "--offline", *HOW)
+    assert done.returncode == 0 and "nothing is freed: offline" in done.stderr and not server.fetched, done.stderr
+    assert kept.read_bytes() == before and not own(tmp_path).exists()
+    same_store(want, tmp_path / "fourth")
 
 
 def test_a_gguf_model(tmp_path: Path, qmix: Command, kill: Command) -> None:
@@ -235,6 +246,32 @@ def test_what_another_run_fetched_stays(tmp_path: Path, monkeypatch: pytest.Monk
     (blobs / "other.qmix-partial").unlink()
     assert drop_weights("org/name", two, ("d.gguf",))[1] and not own(tmp_path).exists()
     assert (tmp_path / "of-the-user").read_bytes() == b"weights"
+
+
+def test_a_run_that_fetched_no_weights_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What it fetched of them stays, and a journal of what is gone."""
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "cache"))
+
+    def fail(*files: str) -> bool:
+        with pytest.raises(CheckpointError, match="404"), claimed("org/name") as folder:
+            (folder / "snapshots" / "one").mkdir(parents=True)
+            (folder / "blobs").mkdir()
+            (tmp_path / "of-the-user").touch()
+            (folder / "snapshots" / "one" / "c.gguf").symlink_to(tmp_path / "of-the-user")
+            (folder / "blobs" / "small").touch()
+            (folder / "snapshots" / "one" / "config.json").symlink_to(Path("..", "..", "blobs", "small"))
+            for file in files:
+                (folder / file).write_text("x")
+            raise CheckpointError("404")
+        stays = own(tmp_path).exists()
+        assert (private_folder("org/name") == own(tmp_path)) if stays else private_folder("org/name") is None
+        shutil.rmtree(own(tmp_path), ignore_errors=True)
+        return stays
+
+    assert not fail() and not fail("blobs/x.incomplete") and (tmp_path / "of-the-user").exists()
+    assert fail(NAME) and fail("blobs/a.qmix-partial") and fail("blobs/whole") and fail("snapshots/one/a.safetensors")
+    own(tmp_path).mkdir()
+    assert private_folder("org/name") is None, "of a run that was killed before it fetched any"
 
 
 def test_what_is_gone_of_a_file_in_a_folder_is_fetched_again(tmp_path: Path, qmix: Command, kill: Command) -> None:

@@ -110,7 +110,8 @@ def test_the_source_is_given_up_while_it_is_quantized(server: Served, qmix: Comm
     assert done.returncode == 0 and "deleted as it is quantized" in done.stderr, done.stderr
     assert not [*(tmp_path / "cache").rglob("*.safetensors")]
     left = tmp_path / "cache" / "qmix" / "models--org--name"
-    left.mkdir(parents=True)  # as of a run that was killed between its store's rename and this
+    (left / "blobs").mkdir(parents=True)  # as of a run that was killed between its store's rename and this
+    (left / "blobs" / "whole").write_bytes(b"weights")
     done = qmix("run", "org/name", *ASK, **server.env)
     assert done.returncode == 0 and f"{left} has what" in done.stderr and "qmix rm --source" in done.stderr
 

@@ -32,9 +32,10 @@ from qmix.hub.repository import (
     find,
     free_source,
     is_commit,
+    is_offline,
     newest_commit,
 )
 
 __all__ = ["CONFIG", "FILES", "INDEX", "MANIFEST", "SINGLE", "Access", "Found", "HubName", "Wanted", "claimed",
-           "download", "drop_weights", "find", "free_source", "is_commit", "is_preview", "newest_commit",
-           "private_cache", "private_folder", "refetch"]
+           "download", "drop_weights", "find", "free_source", "is_commit", "is_offline", "is_preview",
+           "newest_commit", "private_cache", "private_folder", "refetch"]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from qmix.errors import CheckpointError, QmixError
 from qmix.hub import blobs
-from qmix.hub.discarded import Key, file_in, gone_in, note
+from qmix.hub.discarded import NAME, Key, file_in, gone_in, note
 from qmix.hub.errors import AGAIN, hub_error
 
 WEIGHTS = (".safetensors", ".gguf")
@@ -34,6 +34,12 @@ def private_cache() -> Path:
 
 
 def private_folder(repo: str) -> Path | None:
+    """A repository's folder there, where one has weights."""
+    folder = _own_folder(repo)
+    return folder if folder is not None and _has_weights(folder) else None
+
+
+def _own_folder(repo: str) -> Path | None:
     """A repository's folder there, where one is."""
     try:
         folder = folder_of(private_cache(), repo)
@@ -49,7 +55,8 @@ def folder_of(cache: Path, repo: str) -> Path:
 
 @contextmanager
 def claimed(repo: str) -> Iterator[Path]:
-    """The private folder of a repository, which no other process uses meanwhile."""
+    """The private folder of a repository, which no other process uses meanwhile. On an error it goes, where no weights
+    were fetched into it."""
     folder = folder_of(private_cache(), repo)
     while True:
         try:
@@ -65,10 +72,29 @@ def claimed(repo: str) -> Iterator[Path]:
                 raise QmixError(f"{folder}: another qmix discards this model's files while it quantizes them",
                                 "wait until it is done, or leave out --discard-source and --source") from None
             if _is_at(folder, fd):  # else the process that had it was done, and deleted it
-                yield folder
+                try:
+                    yield folder
+                except BaseException:
+                    if not _has_weights(folder):
+                        drop(repo)
+                    raise
                 return
         finally:
             os.close(fd)
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether a folder has weights of its own, a part of some, or a journal of what is gone of them."""
+    with suppress(FileNotFoundError):
+        if (folder / NAME).stat().st_size:
+            return True
+    links = [path for path in (folder / "snapshots").rglob("*") if path.is_symlink() or path.is_file()]
+    if any(path.suffix in WEIGHTS and file_in(folder, path) is not None for path in links):
+        return True
+    small = {os.path.realpath(path) for path in links}
+    # A blob without a link is of a download that was interrupted.
+    return any(os.path.realpath(path) not in small and path.suffix != INCOMPLETE
+               for path in (folder / "blobs").glob("*"))
 
 
 def _is_at(path: Path, fd: int) -> bool:
@@ -164,5 +190,5 @@ def drop_unused(repo: str) -> int:
 
 
 def _has_own(repo: str) -> bool:
-    folder = private_folder(repo)
+    folder = _own_folder(repo)
     return folder is not None and not folder.is_symlink()

@@ -168,7 +168,7 @@ def find(name: HubName, wanted: Wanted, say: Say, access: Access | None = None) 
     """What `download` would fetch; the small files are fetched by that. Raises what it raises."""
     access = access or Access()
     name = name.at(access.revision)
-    offline = _offline(access)
+    offline = is_offline(access)
     say(f"{name}: not a local folder; " + ("looking in the hub's cache alone" if offline else
                                            "asking the Hugging Face hub"))
     if access.cache is None and wanted == "checkpoint" and (left := private_folder(name.repo)) is not None:
@@ -261,7 +261,7 @@ def _of_gguf(name: HubName, folder: Path, commit: str | None, files: Iterable[st
 
 def _listing(name: HubName, commit: str | None, folder: Path, access: Access) -> list[str]:
     """The names of all files of the repository; offline of those that are here."""
-    if not _offline(access):
+    if not is_offline(access):
         from huggingface_hub import HfApi
 
         try:
@@ -286,7 +286,8 @@ def _here(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def _offline(access: Access) -> bool:
+def is_offline(access: Access) -> bool:
+    """Whether the hub must not be asked."""
     from huggingface_hub import constants
 
     return access.offline or bool(constants.HF_HUB_OFFLINE)
@@ -306,7 +307,7 @@ def _snapshot(repo: str, revision: str | None, names: Iterable[str], patterns: I
     unsaid: Exception | None = None  # why the hub does not say how large they are
     try:
         with quiet(None):
-            if not _offline(access):
+            if not is_offline(access):
                 try:
                     check_small_files(where, repo, revision, wanted)
                 except QmixError:
@@ -333,7 +334,7 @@ def _look_up(found: Found, say: Say) -> None:
                   if not link_cached(found.name.repo, found.commit, found.folder, name)]
     if not absent:
         return
-    if _offline(found.access):
+    if is_offline(found.access):
         raise CheckpointError(f"{found.name}: {absent[0]}: not in the hub's cache ({len(absent)} of {len(found.names)} "
                               "files are missing), and the hub must not be asked (--offline, HF_HUB_OFFLINE)",
                               "fetch it once without --offline")

@@ -95,9 +95,13 @@ def quantize_checkpoint(source: Checkpoint, out: Path | str, quant: QuantConfig,
 
 def check_out(source: Checkpoint, out: Path, force: bool) -> None:
     """An error, before any work is done, where quantize_checkpoint would refuse `out` or cannot write there."""
-    out = resolve(out)
-    _check_outside(source, out)
-    Target.claim(out, force).release()
+    _check_outside(source, resolve(out))
+    check_target(out, force)
+
+
+def check_target(out: Path, force: bool) -> None:
+    """That part of it which needs no source: before one is fetched."""
+    Target.claim(resolve(out), force).release()
 
 
 def _check_outside(source: Checkpoint, out: Path) -> None:

@@ -78,7 +78,7 @@ def quantize(
     from qmix.checkpoint import Checkpoint
     from qmix.commands.fitting import everything, fit_here
     from qmix.quantize import quantize_checkpoint
-    from qmix.quantize.job import check_out
+    from qmix.quantize.job import check_out, check_target
 
     wanted, auto = wanted_size(fit, bpw, format, group_size, dense or "int8"), fit == AUTO
     full = full_measure(sensitivity, wanted is not None or auto)
@@ -91,7 +91,8 @@ def quantize(
                          + ": the weights are needed more than once", "drop one of the two")
     fits: Callable[[QuantConfig], bool] = everything
     with ExitStack() as opened:
-        fetched = opened.enter_context(fetched_source(source, hub_access(revision, offline), discard_source))
+        fetched = opened.enter_context(fetched_source(source, hub_access(revision, offline), discard_source,
+                                                      lambda: None if dry_run else check_target(out, force)))
         if auto:
             with Checkpoint.open(fetched.path, False) as checkpoint:
                 fitted = fit_here(checkpoint, bare, render.say)

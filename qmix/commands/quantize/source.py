@@ -3,7 +3,7 @@ own that is emptied meanwhile."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -49,8 +49,9 @@ class Source:
 
 
 @contextmanager
-def fetched_source(text: str, access: hub.Access, discard: bool) -> Iterator[Source]:
-    """Of SRC on the command line. Raises as paths.resolve."""
+def fetched_source(text: str, access: hub.Access, discard: bool,
+                   check: Callable[[], None] = lambda: None) -> Iterator[Source]:
+    """Of SRC on the command line. check: raises where a model must not be fetched. Raises as paths.resolve."""
     found = paths.locate(text, render.say)
     if isinstance(found, Path):
         if discard:
@@ -58,6 +59,12 @@ def fetched_source(text: str, access: hub.Access, discard: bool) -> Iterator[Sou
                              "drop --discard-source, and delete it yourself")
         yield Source(paths.resolve(text, lambda line: None, "checkpoint", access))
     else:
+        try:
+            check()
+        except UsageError:  # such as of an OUT that is a store already
+            if discard:
+                say_left(found)
+            raise
         with fetched_name(found, access, discard) as source:
             yield source
 
@@ -67,6 +74,11 @@ def fetched_name(name: hub.HubName, access: hub.Access, discard: bool) -> Iterat
     """Of a model of the hub."""
     if not discard:
         yield fetch(hub.find(name, "checkpoint", render.say, access))
+        return
+    if hub.is_offline(access) and hub.private_folder(name.repo) is None:
+        source = fetch(hub.find(name, "checkpoint", render.say, access))
+        render.say("--discard-source: nothing is freed: offline the files are those in the hub's cache")
+        yield source
         return
     with hub.claimed(name.repo) as folder:
         access = replace(access, cache=hub.private_cache())
