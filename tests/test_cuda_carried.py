@@ -56,6 +56,7 @@ class TestEveryFormat:
         found = cuda.decoded(cuda.Matrices.of(here(m)), 1, 2, torch.float32)
         assert torch.equal(found[:66].cpu(), unpack(m)[64:])
 
+    @pytest.mark.parametrize("kind", CARRIED)
     def test_rows_of_an_embedding(self, kind: str) -> None:
         """Bit for bit those of torch on the CPU, scaled too, of more columns than a program has."""
         cols = 768 if CARRIED[kind].columns == 256 else 544
